@@ -1,0 +1,1 @@
+"""Contrastive image-text training in JAX."""

@@ -1,0 +1,23 @@
+"""Every test runs on eight CPU devices; implicit broadcasting and warnings are errors."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def data_root() -> pathlib.Path:
+  """The folder of real shards that BIGALIGN_DATA names."""
+  root = os.environ.get("BIGALIGN_DATA")
+  if not root:
+    pytest.skip("BIGALIGN_DATA is not set: the root of the real image-text shards")
+  return pathlib.Path(root)
