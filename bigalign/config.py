@@ -1,0 +1,80 @@
+"""Experiments as data: read, compare, fingerprint, and hand to functions whose signature is the schema."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bigalign import tree
+
+# What may change between two runs in one workdir without touching what is learned.
+HARMLESS = re.compile(
+  r"^(mesh|rules|evals|writer|runtime|keep|profile)(/|$)"
+  r"|^(log_every|checkpoint_every|eval_every)$|^data/workers$"
+)
+
+
+def plain(config: Any) -> Any:
+  """A ConfigDict or any nest of mappings and sequences as dicts and lists that JSON can hold."""
+  if isinstance(config, ConfigDict):
+    config = config.to_dict()
+  if isinstance(config, Mapping):
+    return {str(k): plain(v) for k, v in config.items()}
+  if isinstance(config, list | tuple):
+    return [plain(v) for v in config]
+  return config
+
+
+def fingerprint(config: Any) -> str:
+  """16 hex digits that change when any value does."""
+  return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+  """{path: (old, new)} where two configs part in what is learned; "(absent)" for a missing key."""
+  a, b = tree.flatten(plain(old)), tree.flatten(plain(new))
+  return {
+    path: (a.get(path, "(absent)"), b.get(path, "(absent)"))
+    for path in sorted({*a, *b})
+    if a.get(path, "(absent)") != b.get(path, "(absent)") and not HARMLESS.search(path)
+  }
+
+
+def call(function: Callable[..., Any], options: Mapping[str, Any], where: str, **fixed: Any) -> Any:
+  """function(**fixed, **options), where the options come from the config at `where`.
+
+  An option that the function does not take, or one that it needs and does not get, is a TypeError
+  that names the place in the config, the nearest known option and all the others.
+  """
+  parameters = inspect.signature(function).parameters
+  known = [name for name in parameters if name not in fixed]
+  anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+  for name in options:
+    if name not in known and not anything:
+      raise TypeError(
+        f"{where}: unknown option {name!r}.{tree.nearest(name, known)} Options: {known}"
+      )
+  missing = [
+    name for name in known
+    if parameters[name].default is inspect.Parameter.empty and name not in options
+    and parameters[name].kind in (inspect.Parameter.KEYWORD_ONLY,
+                                  inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  ]
+  if missing:
+    raise TypeError(f"{where}: option {missing[0]!r} is missing. Options: {known}")
+  return function(**fixed, **options)
+
+
+def choose(registry: Mapping[str, Any], name: str, where: str) -> Any:
+  """registry[name], or a ValueError that names what there is."""
+  if name not in registry:
+    raise ValueError(
+      f"{where}: unknown {name!r}.{tree.nearest(name, registry)} Known: {sorted(registry)}"
+    )
+  return registry[name]

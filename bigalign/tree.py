@@ -1,0 +1,89 @@
+"""Trees addressed by path: {"model/image_tower/ln/scale": array}."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": x}} -> {"a/b": x}; the order of the keys is kept, empty dicts vanish."""
+  flat: dict[str, Any] = {}
+  for name, value in nested.items():
+    if isinstance(value, Mapping):
+      flat.update(flatten(value, f"{prefix}{name}/"))
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{"a/b": x} -> {"a": {"b": x}}, the inverse of `flatten`."""
+  nested: dict[str, Any] = {}
+  for path, value in flat.items():
+    *parents, name = path.split("/")
+    node = nested
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = value
+  return nested
+
+
+def subtree(flat: Mapping[str, T], prefix: str) -> dict[str, T]:
+  """The entries under `prefix` ("model/"), with the prefix taken off."""
+  return {path[len(prefix):]: x for path, x in flat.items() if path.startswith(prefix)}
+
+
+def partition(
+  flat: Mapping[str, T], pattern: str, what: str = "pattern"
+) -> tuple[dict[str, T], dict[str, T]]:
+  """Splits by a regular expression searched in the path: (matching, rest).
+
+  The empty pattern matches nothing. A pattern that matches no path raises ValueError: it is a
+  typing error, or it names one layer of a scanned tower, whose layers are one stacked array.
+  """
+  if not pattern:
+    return {}, dict(flat)
+  hit = {path: x for path, x in flat.items() if re.search(pattern, path)}
+  if not hit:
+    raise ValueError(
+      f"{what}: {pattern!r} matches no path. A tower with scan=True holds all its layers in one"
+      f" array per parameter (…/blocks/…); scan=False gives each its own (…/block_3/…)."
+      f" Paths: {sorted(flat)}"
+    )
+  return hit, {path: x for path, x in flat.items() if path not in hit}
+
+
+def match(
+  rules: Sequence[tuple[str, T]], paths: Iterable[str], what: str = "rules"
+) -> dict[str, T]:
+  """The value of the first rule (regular expression, value) found in each path.
+
+  Raises ValueError for a path that no rule matches, and for a rule that is first for no path.
+  """
+  paths = list(paths)
+  chosen: dict[str, T] = {}
+  used: set[int] = set()
+  for path in paths:
+    for i, (pattern, value) in enumerate(rules):
+      if re.search(pattern, path):
+        chosen[path] = value
+        used.add(i)
+        break
+  missing = [path for path in paths if path not in chosen]
+  if missing:
+    raise ValueError(f"{what}: no rule matches {missing}. Rules: {[r for r, _ in rules]}")
+  idle = [pattern for i, (pattern, _) in enumerate(rules) if i not in used]
+  if idle:
+    raise ValueError(f"{what}: rules {idle} match no path that is left to them. Paths: {paths}")
+  return chosen
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """" Did you mean 'width'?" where something known is near, else the empty string."""
+  close = difflib.get_close_matches(name, list(known), n=1)
+  return f" Did you mean {close[0]!r}?" if close else ""
