@@ -1,4 +1,4 @@
-"""Experiments as data: read, compare, fingerprint, and hand to functions whose signature is the schema."""
+"""Experiments as data: read, compare, fingerprint, hand to functions whose signature is the schema."""
 
 from __future__ import annotations
 

@@ -1,0 +1,47 @@
+"""The registry of losses; a config names them with their weights: dict(siglip=dict(weight=1.0))."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bigalign import config
+from bigalign.losses.base import At, Loss, weighted_sum
+from bigalign.losses.clip import clip
+from bigalign.losses.siglip import siglip
+
+__all__ = ["LOSSES", "At", "Loss", "make_loss", "weighted_sum"]
+
+LOSSES = dict(clip=clip, siglip=siglip)
+
+# What a loss may need -> the field of the batch or the features that provides it.
+PROVIDES = dict(
+  ids="image_id", labels="label", raw="raw_img", tokens="tokens_img", teacher="teacher_img"
+)
+
+
+def make_loss(terms: Mapping[str, Mapping[str, Any]]) -> Loss:
+  """dict(clip=dict(weight=1.0, label_smoothing=0.1), ...) -> their weighted sum.
+
+  Raises:
+    ValueError: for an unknown loss, or for none.
+    TypeError: for an unknown option; both name what is known.
+  """
+  if not terms:
+    raise ValueError(f"config.loss is empty; known losses: {sorted(LOSSES)}")
+  return weighted_sum({name: _term(name, **options) for name, options in terms.items()})
+
+
+def _term(name: str, *, weight: float = 1.0, **options: Any) -> tuple[float, Loss]:
+  factory = config.choose(LOSSES, name, "config.loss")
+  return weight, config.call(factory, options, f"config.loss.{name}")
+
+
+def check_needs(loss: Loss, fields: Any) -> None:
+  """Raises ValueError if the loss reads a field that neither the batch nor the model has."""
+  for need in sorted(loss.needs):
+    if PROVIDES[need] not in fields:
+      raise ValueError(
+        f"config.loss needs {need!r}, but the data has no field {PROVIDES[need]!r}; it has"
+        f" {sorted(fields)}"
+      )

@@ -1,0 +1,71 @@
+"""What a loss is: three pure functions, as optax does it, and their weighted sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = dict[str, Any]  # learned scalars, float32
+State = dict[str, Any]  # what a loss remembers between steps, never differentiated
+Features = Mapping[str, jax.Array]
+
+
+class At(NamedTuple):
+  """Where in training a step is: what schedules and random draws of a loss depend on."""
+
+  progress: jax.Array  # [] float32 in [0, 1], share of all steps that are done
+  samples_seen: jax.Array  # [2] uint32, the high and the low word of a 64-bit count
+  key: jax.Array  # a JAX key of this step
+
+
+class Loss(NamedTuple):
+  """A loss over the global batch; it knows no devices and no ranks.
+
+  needs: what it reads beyond zimg and ztxt: "ids", "labels", "raw", "tokens", "teacher".
+  init: (sizes) -> (params, state); sizes holds the number of ids, {"image": n, "text": m}.
+  apply: (params, state, feats, batch, at) -> (objective, (state, metrics)).
+    feats: zimg, ztxt [B, E], unit norm, float32; for "raw" also raw_img, raw_txt [B, E] before
+    normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L].
+    objective: [] float32, what is differentiated (it may be a surrogate);
+    metrics["loss"]: [] float32, the value to log.
+  constrain: params -> params, applied after each update (clamped temperatures).
+  """
+
+  needs: frozenset[str]
+  init: Callable[[Mapping[str, int]], tuple[Params, State]]
+  apply: Callable[[Params, State, Features, Mapping[str, jax.Array], At], tuple[jax.Array, Any]]
+  constrain: Callable[[Params], Params] = lambda params: params
+
+
+def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
+  """sum of weight * loss, each term with parameters, state and metrics under its own name.
+
+  The total is logged as "loss", a term as "<name>_loss" and its diagnostics as "<name>/<metric>".
+  """
+
+  def init(sizes: Mapping[str, int]) -> tuple[Params, State]:
+    both = {name: loss.init(sizes) for name, (_, loss) in terms.items()}
+    return {k: p for k, (p, _) in both.items()}, {k: s for k, (_, s) in both.items()}
+
+  def apply(params, state, feats, batch, at):
+    objective = jnp.zeros((), jnp.float32)
+    value = jnp.zeros((), jnp.float32)
+    states, metrics = {}, {}
+    for name, (weight, loss) in terms.items():
+      term, (states[name], logs) = loss.apply(
+        params.get(name, {}), state.get(name, {}), feats, batch, at
+      )
+      objective += weight * term
+      value += weight * logs["loss"]
+      metrics[f"{name}_loss"] = logs["loss"]
+      metrics |= {f"{name}/{key}": x for key, x in logs.items() if key != "loss"}
+    return objective, (states, {"loss": value, **metrics})
+
+  def constrain(params: Params) -> Params:
+    return {name: loss.constrain(params.get(name, {})) for name, (_, loss) in terms.items()}
+
+  needs = frozenset().union(*(loss.needs for _, loss in terms.values()))
+  return Loss(needs, init, apply, constrain)

@@ -1,0 +1,70 @@
+"""Pairwise sigmoid loss."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses import pairwise
+from bigalign.losses.base import Loss
+
+
+def siglip(
+  *,
+  t_init: float = 10.0,
+  b_init: float = -10.0,
+  t_max: float | None = None,
+  positives: str = "pair",
+  reduction: str = "row_sum",
+) -> Loss:
+  """Each pair its own binary question: https://arxiv.org/abs/2303.15343.
+
+  Summed over texts, averaged over images: the paper's normalisation.
+
+  Args:
+    t_init: first value of the logit scale; the learned parameter "t" is its log.
+    b_init: first logit bias; -10 from scratch, -2.71 is big_vision's for LiT on COCO.
+    t_max: upper bound of the scale after each update, with the lower bound 1. The paper has none,
+      open_clip uses 100.
+    positives: "pair": image i belongs to text i. "ids": to every text of the same image, so that
+      several captions of an image and images met twice in a batch are not each other's negatives;
+      the batch then names each image's id and, if the texts are not in the images' order, each
+      text's (`image_id` [B, 2], `owner_id` [M, 2] uint32).
+    reduction: "row_sum" divides by the number of images, "mean_all" by the number of pairs.
+  """
+  for name, value, known in (
+    ("positives", positives, ("pair", "ids")),
+    ("reduction", reduction, ("row_sum", "mean_all")),
+  ):
+    if value not in known:
+      raise ValueError(f"config.loss.siglip.{name}: unknown {value!r}; known: {known}")
+
+  def init(sizes):
+    return {
+      "t": jnp.asarray(math.log(t_init), jnp.float32),
+      "b": jnp.asarray(b_init, jnp.float32),
+    }, {}
+
+  def apply(params, state, feats, batch, at):
+    scale = jnp.exp(params["t"])
+    logits = pairwise.cosines(feats["zimg"], feats["ztxt"]) * scale + params["b"]  # [B, B]
+    if positives == "pair":
+      positive = jnp.trace(logits)
+    else:
+      image = batch["image_id"][:, None, :]
+      text = batch.get("owner_id", batch["image_id"])[None, :, :]
+      positive = jnp.where((image == text).all(-1), logits, 0.0).sum()
+    # -log sigmoid(-v) for every pair, and log sigmoid(-v) - log sigmoid(v) = -v on the positives.
+    loss = jax.nn.softplus(logits).sum() - positive
+    loss /= logits.shape[0] if reduction == "row_sum" else logits.size
+    return loss, (state, {"loss": loss, "logit_scale": scale, "logit_bias": params["b"]})
+
+  def constrain(params):
+    if t_max is None:
+      return params
+    return {**params, "t": jnp.clip(params["t"], 0.0, math.log(t_max))}
+
+  needs = frozenset({"ids"} if positives == "ids" else ())
+  return Loss(needs, init, apply, constrain)
