@@ -1,0 +1,315 @@
+"""Glyphs: characters of open fonts, drawn on demand and captioned with their Unicode names.
+
+The dataset that needs no download: matplotlib ships the fonts, FreeType draws them, Unicode names
+them. `python -m bigalign.data.glyphs` writes glyphs_heldout.txt again, by the rule in `choose`.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import hashlib
+import importlib.resources
+import importlib.util
+import pathlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import freetype
+import numpy as np
+
+# Font file -> the words of its cut. Named one by one: the folder also holds LastResort, which
+# draws a box for every code point there is.
+CUTS = {
+  "DejaVuSans": "sans",
+  "DejaVuSans-Bold": "bold sans",
+  "DejaVuSans-Oblique": "oblique sans",
+  "DejaVuSans-BoldOblique": "bold oblique sans",
+  "DejaVuSansMono": "mono",
+  "DejaVuSansMono-Bold": "bold mono",
+  "DejaVuSansMono-Oblique": "oblique mono",
+  "DejaVuSansMono-BoldOblique": "bold oblique mono",
+  "DejaVuSerif": "serif",
+  "DejaVuSerif-Bold": "bold serif",
+  "DejaVuSerif-Italic": "italic serif",
+  "DejaVuSerif-BoldItalic": "bold italic serif",
+  "STIXGeneral": "stix",
+  "STIXGeneralBol": "bold stix",
+  "STIXGeneralItalic": "italic stix",
+  "STIXGeneralBolIta": "bold italic stix",
+}
+STEMS = tuple(CUTS)  # a cut's ordinal is its place here
+# The two cuts that evaluation averages; every held-out character has both.
+PROBES = ("DejaVuSans", "DejaVuSerif-Bold")
+SPLITS = ("train", "heldout", "heldout_dev", "seen")
+LIST = "glyphs_heldout.txt"
+COUNTS = dict(heldout=210, heldout_dev=90, seen=210)  # characters on it
+MARKED_SHARE = 0.6  # of the training samples are letters with marks
+
+# Two pictures are twins below this sum of squared differences: one pixel between black and white.
+TWIN = 1.0
+
+_MARKED = re.compile(r"((?:latin|greek|cyrillic) (?:small|capital) letter .+?) with (.+)")
+# No hinting: the outlines alone decide the pixels, whatever FreeType's hinter does this year.
+_LOAD = freetype.FT_LOAD_NO_HINTING | freetype.FT_LOAD_NO_BITMAP
+
+
+class Alphabet(NamedTuple):
+  """Every character that is drawn, and in which cuts."""
+
+  codes: tuple[int, ...]  # [K] code points, ascending; the position is the label
+  names: tuple[str, ...]  # [K] lower-case Unicode names, all distinct
+  items: np.ndarray  # [M, 3] int32: label, cut (ordinal in CUTS), glyph index in the font
+
+
+@functools.cache
+def alphabet() -> Alphabet:
+  """Characters with a Unicode name and ink in at least one of CUTS.
+
+  Names and decompositions never change, and the only nameless characters of these fonts are
+  private ones and five holes in the Hebrew presentation forms, so the list is the same under
+  every version of unicodedata from 3.11 on.
+  """
+  found = []
+  for cut, stem in enumerate(STEMS):
+    face = freetype.Face(str(font_folder() / f"{stem}.ttf"))
+    for code, glyph in face.get_chars():
+      # Separators and format controls draw nothing, or a picture of the control in some fonts.
+      if unicodedata.category(chr(code)) in ("Zs", "Zl", "Zp", "Cf", "Cc", "Co", "Cn"):
+        continue
+      face.load_glyph(glyph, freetype.FT_LOAD_NO_SCALE)
+      if glyph and face.glyph.outline.n_points:
+        found.append((code, cut, glyph))
+  codes = sorted({code for code, _, _ in found})
+  label = {code: i for i, code in enumerate(codes)}
+  return Alphabet(
+    tuple(codes),
+    tuple(unicodedata.name(chr(code)).lower() for code in codes),
+    np.asarray(sorted((label[code], cut, glyph) for code, cut, glyph in found), np.int32),
+  )
+
+
+def font_folder() -> pathlib.Path:
+  """Where matplotlib keeps its fonts, found without importing it."""
+  spec = importlib.util.find_spec("matplotlib")
+  if spec is None or spec.origin is None:
+    raise FileNotFoundError("glyphs draws the fonts that matplotlib ships; pip install matplotlib")
+  return pathlib.Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
+
+
+def parts(name: str) -> tuple[str, str] | None:
+  """'latin small letter e with acute' -> ('latin small letter e', 'acute'); None when unmarked."""
+  match = _MARKED.fullmatch(name)
+  return (match[1], match[2]) if match else None
+
+
+def words(caption: str) -> list[str]:
+  """The words of a caption: runs of letters and digits."""
+  return re.findall(r"[a-z0-9]+", caption)
+
+
+def vocabulary() -> tuple[str, ...]:
+  """Every word that a caption can hold, sorted."""
+  captions = [*alphabet().names, *CUTS.values()]
+  return tuple(sorted({word for caption in captions for word in words(caption)}))
+
+
+class Pen:
+  """Draws glyphs with FreeType, at a size and on a baseline common to all of them."""
+
+  def __init__(self, size: int):
+    self.size = size
+    self.em = 0.75 * size  # pixels per em
+    self.baseline = round(0.75 * size)  # rows from the top
+    self.faces: dict[int, Any] = {}
+
+  def draw(self, cut: int, glyph: int) -> np.ndarray:
+    """[size, size] uint8, black on white; centred sideways, reduced only where it would not fit."""
+    if cut not in self.faces:
+      face = freetype.Face(str(font_folder() / f"{STEMS[cut]}.ttf"))
+      face.set_char_size(round(64 * self.em))
+      self.faces[cut] = face
+    face = self.faces[cut]
+    ink, top = self._rasterise(face, glyph)
+    room = self.size - 2
+    if max(ink.shape) > room:
+      face.set_char_size(int(64 * self.em * (room - 1) / max(ink.shape)))
+      ink, top = self._rasterise(face, glyph)
+      face.set_char_size(round(64 * self.em))
+    height, width = ink.shape
+    y = min(max(self.baseline - top, 0), self.size - height)
+    x = (self.size - width) // 2
+    image = np.full((self.size, self.size), 255, np.uint8)
+    np.subtract(255, ink, out=image[y : y + height, x : x + width])
+    return image
+
+  @staticmethod
+  def _rasterise(face: Any, glyph: int) -> tuple[np.ndarray, int]:
+    """Coverage [h, w] uint8 and the rows between its top and the baseline."""
+    face.load_glyph(glyph, _LOAD | freetype.FT_LOAD_RENDER)
+    # The wrapper's bitmap.buffer makes a list of Python integers; this reads it in one piece.
+    slot = face._FT_Face.contents.glyph.contents
+    bitmap = slot.bitmap
+    rows, pitch = bitmap.rows, bitmap.pitch
+    flat = np.frombuffer(ctypes.string_at(bitmap.buffer, rows * pitch), np.uint8)
+    return flat.reshape(rows, pitch)[:, : bitmap.width], slot.bitmap_top
+
+
+class Glyphs:
+  """The glyphs as a source: a record per character and cut.
+
+  Splits: `train`, in which MARKED_SHARE of the samples are letters with marks (repeated for it);
+  `heldout`, characters that are in train in no font, while their parts are; `heldout_dev`, more
+  of them, for tuning; `seen`, characters of train of the same kind, for comparison.
+
+  `cuts` takes fonts by their file name, such as ("DejaVuSans",); all of CUTS by default.
+  """
+
+  def __init__(self, split: str = "train", size: int = 32, cuts: Sequence[str] | None = None):
+    if split not in SPLITS:
+      raise ValueError(f"Unknown split of glyphs {split!r}; known: {', '.join(SPLITS)}")
+    if unknown := set(cuts or ()) - set(CUTS):
+      raise ValueError(f"Unknown cuts of glyphs {sorted(unknown)}; known: {', '.join(CUTS)}")
+    letters = alphabet()
+    self.split = split
+    self.size = size
+    self.classnames = letters.names
+    self.codes = letters.codes
+    self.items = _items(split, cuts)
+    self._pen: Pen | None = None
+    digest = hashlib.sha256(f"{split} {size} {cuts} {freetype.version()}".encode())
+    digest.update("\n".join(letters.names).encode())
+    digest.update(self.items.tobytes())
+    for stem in CUTS:
+      digest.update((font_folder() / f"{stem}.ttf").read_bytes())
+    self.fingerprint = digest.hexdigest()[:16]
+
+  def __len__(self) -> int:
+    return len(self.items)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    label, cut, glyph = self.items[index].tolist()
+    if self._pen is None:
+      self._pen = Pen(self.size)
+    ink = self._pen.draw(cut, glyph)
+    stem = STEMS[cut]
+    return dict(
+      image=np.repeat(ink[:, :, None], 3, axis=2),
+      captions=(f"{self.classnames[label]}, {CUTS[stem]}",),
+      key=f"U+{self.codes[label]:04X}/{stem}",
+      label=label,
+    )
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | dict(_pen=None)  # FreeType's handles stay in their process
+
+
+@functools.cache
+def listed() -> dict[str, tuple[int, ...]]:
+  """Split -> labels from the committed list. All but those of `seen` are never in train."""
+  letters = alphabet()
+  label = {code: i for i, code in enumerate(letters.codes)}
+  text = importlib.resources.files("bigalign.data").joinpath(LIST).read_text("utf-8")
+  found: dict[str, list[int]] = {split: [] for split in SPLITS if split != "train"}
+  for line in text.splitlines():
+    split, code, name = line.split("\t")
+    index = label.get(int(code.removeprefix("U+"), 16))
+    if index is None or letters.names[index] != name:
+      raise ValueError(
+        f"{LIST} names {code} ({name}), which the fonts in {font_folder()} do not draw; "
+        "install matplotlib's own fonts, or write the list again: python -m bigalign.data.glyphs"
+      )
+    found[split].append(index)
+  return {split: tuple(labels) for split, labels in found.items()}
+
+
+def _items(split: str, cuts: Sequence[str] | None) -> np.ndarray:
+  """[N, 3] int32 rows of alphabet().items that make up a split, in order, with repetition."""
+  letters, lists = alphabet(), listed()
+  items = letters.items
+  if cuts is not None:
+    items = items[np.isin(items[:, 1], [STEMS.index(cut) for cut in cuts])]
+  if split != "train":
+    return items[np.isin(items[:, 0], lists[split])]
+  items = items[~np.isin(items[:, 0], lists["heldout"] + lists["heldout_dev"])]
+  marked = np.isin(items[:, 0], [i for i, name in enumerate(letters.names) if parts(name)])
+  wanted = round((~marked).sum() * MARKED_SHARE / (1 - MARKED_SHARE))
+  return np.concatenate([items[~marked], np.resize(items[marked], (wanted, 3))])
+
+
+def choose() -> dict[str, list[int]]:
+  """Split -> labels: the rule behind LIST.
+
+  Candidates are the letters that Unicode decomposes into a letter and marks, that both PROBES
+  draw, that have no twin, and of whose parts train keeps enough: the bare letter, the letter with
+  two other marks, and the marks on two other letters of the script. In the order of a hash of
+  their names they are dealt to the splits, until each has its COUNTS.
+  """
+  letters = alphabet()
+  names = letters.names
+  pairs = {i: pair for i, name in enumerate(names) if (pair := parts(name))}
+  by_letter = collections.Counter(letter for letter, _ in pairs.values())
+  by_marks = collections.Counter((letter.split()[0], marks) for letter, marks in pairs.values())
+  drawn = [set(letters.items[letters.items[:, 1] == STEMS.index(cut), 0]) for cut in PROBES]
+  candidates = [
+    i for i in pairs
+    if unicodedata.decomposition(chr(letters.codes[i])) and i in drawn[0] and i in drawn[1]
+  ]
+  candidates = sorted(set(candidates) - twins(candidates), key=lambda i: _lot(names[i]))
+  chosen: dict[str, list[int]] = {split: [] for split in COUNTS}
+  for i in candidates:
+    letter, marks = pairs[i]
+    script = letter.split()[0]
+    if min(by_letter[letter], by_marks[script, marks]) <= 2 or letter not in names:
+      continue  # the counts include this one
+    split = min(COUNTS, key=lambda name: len(chosen[name]) / COUNTS[name])  # all fill evenly
+    if len(chosen[split]) == COUNTS[split]:
+      break
+    chosen[split].append(i)
+    if split != "seen":
+      by_letter[letter] -= 1
+      by_marks[script, marks] -= 1
+  return {split: sorted(labels) for split, labels in chosen.items()}
+
+
+def _lot(name: str) -> str:
+  """A draw that no version of any library can change."""
+  return hashlib.sha256(f"bigalign glyphs {name}".encode()).hexdigest()
+
+
+def twins(labels: Sequence[int], size: int = 32) -> set[int]:
+  """Those of `labels` that look like another character: equal in any two cuts, or within TWIN
+  of each other in the same cut."""
+  items, pen = alphabet().items, Pen(size)
+  ink = np.stack([255 - pen.draw(cut, glyph).ravel() for _, cut, glyph in items.tolist()])
+  owners = collections.defaultdict(set)
+  for label, picture in zip(items[:, 0].tolist(), ink):
+    owners[picture.tobytes()].add(label)
+  found = set().union(*(same for same in owners.values() if len(same) > 1))
+  for cut in range(len(STEMS)):
+    rows = np.flatnonzero(items[:, 1] == cut)
+    ours = rows[np.isin(items[rows, 0], labels)]
+    x, y = (ink[i].astype(np.float32) / 255 for i in (ours, rows))
+    apart = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
+    apart[items[ours, 0][:, None] == items[rows, 0][None]] = np.inf  # itself
+    found |= set(items[ours[apart.min(1) < TWIN], 0].tolist())
+  return found & set(labels)
+
+
+def write_list(chosen: dict[str, list[int]]) -> str:
+  """The text of LIST: a line per character, its split, code point and name between tabs."""
+  letters = alphabet()
+  return "".join(
+    f"{split}\tU+{letters.codes[i]:04X}\t{letters.names[i]}\n"
+    for split, labels in chosen.items()
+    for i in labels
+  )
+
+
+if __name__ == "__main__":
+  path = pathlib.Path(__file__).with_name(LIST)
+  path.write_text(write_list(choose()), "utf-8")
+  print(path)
