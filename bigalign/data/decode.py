@@ -1,0 +1,88 @@
+"""Image bytes or arrays → uint8 [H, W, 3]; what cannot be decoded is Rejected."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from bigalign.data.rejects import Rejected
+
+_JPEG = b"\xff\xd8\xff"
+# What Pillow's plugins raise on broken files, apart from its own UnidentifiedImageError (OSError).
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error,
+           zlib.error)
+
+
+def decode(data: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> np.ndarray:
+  """One image → uint8 [H, W, 3], RGB; raises Rejected for anything that is not a whole image.
+
+  The kind is told by the content, not by a file name; the size by the header, before any pixel
+  is decoded. Transparency is laid on white, 16 bits are scaled to 8, of an animation the first
+  frame is taken, EXIF orientation is ignored (as img2dataset, open_clip and big_vision do).
+  Arrays pass through: uint8 [H, W], [H, W, 1], [H, W, 3].
+  """
+  if isinstance(data, np.ndarray):
+    return _from_array(data)
+  if not data:
+    raise Rejected("empty", "0 bytes")
+  if data.startswith(_JPEG):
+    try:
+      height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+      _check_pixels(width, height, max_pixels=max_pixels)
+      # Without strict a truncated file comes back half grey and nobody knows.
+      return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    except ValueError:
+      pass  # Pillow reads a few that libjpeg-turbo only warns about, and says better what is wrong.
+  return _decode_pillow(data, max_pixels=max_pixels)
+
+
+def _check_pixels(width: int, height: int, *, max_pixels: int) -> None:
+  if width * height > max_pixels:
+    raise Rejected("too_large", f"{width} x {height} pixels, max_pixels is {max_pixels}")
+
+
+def _from_array(image: np.ndarray) -> np.ndarray:
+  if image.dtype != np.uint8:
+    raise Rejected("undecodable", f"an array of {image.dtype}, expected uint8")
+  if image.ndim == 2:
+    image = image[:, :, None]
+  if image.ndim != 3 or image.shape[2] not in (1, 3):
+    raise Rejected("undecodable", f"an array of shape {image.shape}, expected [H, W, 3]")
+  if 0 in image.shape:
+    raise Rejected("empty", f"an array of shape {image.shape}")
+  return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[2] == 1 else image
+
+
+def _decode_pillow(data: bytes, *, max_pixels: int) -> np.ndarray:
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      _check_pixels(*image.size, max_pixels=max_pixels)
+      image.load()
+      return _to_rgb(image)
+  # Pillow's own limit lies above our default; a caller who raises ours still meets it.
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise Rejected("too_large", str(error)) from error
+  except _BROKEN as error:
+    detail = str(error).replace(repr(io.BytesIO), "")
+    if isinstance(error, Image.UnidentifiedImageError):
+      raise Rejected("undecodable", f"no image, starts with {data[:16]!r}") from error
+    raise Rejected("truncated" if "truncated" in detail else "undecodable", detail) from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+  if image.mode.startswith("I"):  # I;16 and its byte orders; I from 16-bit PNG in old Pillows
+    wide = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+    grey = ((wide + 128) // 257).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+  if image.mode == "F":
+    raise Rejected("undecodable", "floating-point pixels have no agreed range")
+  if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(white, image)
+  return np.array(image.convert("RGB"))

@@ -1,0 +1,281 @@
+"""Host batches as a pure function of the step: no iterator state, any number of hosts and workers.
+
+The element of the grain dataset is the whole batch of a step, so that neither the number of
+workers nor the place of a restart can change what is in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from bigalign.data import order, transforms
+from bigalign.data.decode import decode
+from bigalign.data.rejects import REASONS, Rejected
+from bigalign.data.sources import Source
+from bigalign.data.tokenizers import Tokenizer, make_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+
+ATTEMPTS = 8
+# text_id = image_id * CAPTIONS_PER_IMAGE + ordinal of the caption
+CAPTIONS_PER_IMAGE = 64
+
+
+def batch_spec(*, batch_size: int, image_size: int,
+               tokenizer: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], type]]:
+  """Name → (shape, dtype) of a global train batch; reads no data."""
+  b, length = batch_size, tokenizer["length"]
+  return dict(
+      image=((b, image_size, image_size, 3), np.uint8),
+      text=((b, length), np.int32),
+      text_mask=((b, length), np.bool_),
+      image_id=((b, 2), np.uint32),
+      text_id=((b, 2), np.uint32),
+      label=((b,), np.int32),
+      rejects=((b, len(REASONS)), np.int32),
+  )
+
+
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    rows: np.ndarray | Sequence[int],
+    seed: int,
+    image_size: int,
+    tokenizer: Mapping[str, Any],
+    start: int = 0,
+    augment: Mapping[str, Any] | None = None,
+    shuffle: bool = True,
+    workers: int = 0,
+    stop: int | None = None,
+) -> Iterator[Batch]:
+  """This host's rows of the global batches from position `start` on; endless without `stop`.
+
+  batch_size  of the global batch; `rows` are those of its rows that this host owns
+  start       samples seen: the position of row 0 of the first batch
+  stop        the last batch is the last one that lies wholly below this position
+  augment     options of transforms.train_image
+  workers     processes; 0 works in a thread of this one. Has no influence on the batches.
+
+  A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
+  by reason, one count per sample tried. Close the iterator (`.close()`) to end the workers.
+  """
+  batches = _TrainBatches(
+      source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size), seed=seed,
+      image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
+      shuffle=shuffle, stop=stop)
+  return _iterate(batches, workers=workers)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    rows: np.ndarray | Sequence[int],
+    image_size: int,
+    tokenizer: Mapping[str, Any],
+    resize: str = "squash",
+    captions: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+  """Every sample once, in order, in ceil(n / batch_size) batches on every host.
+
+  captions  C, the room for captions of one image. A record with more of them is an error, so that
+            none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
+  Rows past the end and rejected samples have valid=False. An image without captions stays valid,
+  with texts_valid all False.
+  """
+  batches = _EvalBatches(
+      source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size),
+      image_size=image_size, tokenizer=tokenizer, resize=resize, captions=captions)
+  return _iterate(batches, workers=workers)
+
+
+def _rows(rows, *, batch_size: int) -> np.ndarray:
+  rows = np.asarray(rows, np.int64)
+  if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= batch_size:
+    raise ValueError(f"rows must be a line of row numbers below batch_size={batch_size}; found an "
+                     f"array of shape {rows.shape}: {rows.ravel()[:8]}")
+  return rows
+
+
+def _iterate(batches, *, workers: int) -> Iterator[Batch]:
+  # One thread each: the workers are the parallelism. Read on first use by the Rust libraries of
+  # this process and, inherited, of the workers.
+  os.environ.setdefault("RAYON_NUM_THREADS", "1")
+  os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+  dataset = grain.MapDataset.source(batches)
+  if not workers:
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+  if getattr(multiprocessing.current_process(), "_inheriting", False):
+    raise RuntimeError(
+        "Data workers import the program's main file, and this import starts data workers again. "
+        'Put the call under `if __name__ == "__main__":`, or use workers=0.')
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain reads absl flags; notebooks and tests never parse them
+  # A batch per worker in the making and two waiting: grain's default would hold 500.
+  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  return iter(dataset.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)))
+
+
+def _words(ids: np.ndarray) -> np.ndarray:
+  """[N] 64-bit ids → [N, 2] uint32, (high, low): x64 is off on the device."""
+  ids = ids.astype(np.uint64)
+  return np.stack([ids >> np.uint64(32), ids & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
+
+
+class _Batches:
+  """What train and eval batches share: one decoded sample, and the log of the bad ones."""
+
+  def __init__(self, source: Source, *, image_size: int, tokenizer: Mapping[str, Any]):
+    self._source = source
+    self._image_size = image_size
+    self._tokenizer: Tokenizer = make_tokenizer(**tokenizer)
+    self._logged: set[int] = set()
+
+  def _sample(self, index: int, *, rejects: np.ndarray) -> dict[str, Any] | None:
+    """The record with its image decoded; None if rejected, which is counted in `rejects` [R]."""
+    key = f"sample {index}"
+    try:
+      record = self._source[index]
+      key = record["key"]
+      return {**record, "image": decode(record["image"])}
+    except Rejected as rejected:
+      self._reject(index, key, rejected, rejects=rejects)
+      return None
+
+  def _reject(self, index: int, key: str, rejected: Rejected, *, rejects: np.ndarray) -> None:
+    rejects[REASONS.index(rejected.reason)] += 1
+    if index not in self._logged:
+      self._logged.add(index)
+      logger.warning("Rejected %s (index %d): %s", key, index, rejected)
+
+
+class _TrainBatches(_Batches):
+  """Element k is this host's part of batch k after `start`."""
+
+  def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
+               tokenizer, start: int, augment: Mapping[str, Any], shuffle: bool,
+               stop: int | None):
+    super().__init__(source, image_size=image_size, tokenizer=tokenizer)
+    self._batch_size = batch_size
+    self._rows = rows
+    self._seed = seed
+    self._start = start
+    self._augment = dict(augment)
+    self._shuffle = shuffle
+    # Positions are int64; grain wants a length even of what does not end.
+    self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
+
+  def __len__(self) -> int:
+    return max(self._length, 0)
+
+  def __repr__(self) -> str:
+    return f"train batches of {self._source!r}"
+
+  def __getitem__(self, k: int) -> Batch:
+    positions = self._start + k * self._batch_size + self._rows
+    indices = order.sample_index(positions, size=len(self._source), seed=self._seed,
+                                 shuffle=self._shuffle)
+    b, size = len(positions), self._image_size
+    images = np.empty((b, size, size, 3), np.uint8)
+    labels = np.empty(b, np.int32)
+    image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
+    rejects = np.zeros((b, len(REASONS)), np.int32)
+    texts = []
+    for r in range(b):
+      position = int(positions[r])
+      index, record = self._usable(position, int(indices[r]), rejects=rejects[r])
+      rng = order.philox(self._seed, position)
+      captions = record["captions"]
+      ordinal = int(rng.integers(len(captions))) if len(captions) > 1 else 0
+      images[r] = transforms.train_image(record["image"], rng, size=size, **self._augment)
+      texts.append(captions[ordinal])
+      labels[r] = record["label"]
+      image_ids[r], text_ids[r] = index, index * CAPTIONS_PER_IMAGE + ordinal
+    text, mask = self._tokenizer.encode_batch(texts)
+    return dict(image=images, text=text, text_mask=mask, image_id=_words(image_ids),
+                text_id=_words(text_ids), label=labels, rejects=rejects)
+
+  def _usable(self, position: int, index: int, *,
+              rejects: np.ndarray) -> tuple[int, dict[str, Any]]:
+    """The sample, or the first of its substitutes that can be used."""
+    for attempt in range(ATTEMPTS + 1):
+      if attempt:
+        index = order.substitute(position, attempt, len(self._source), self._seed)
+      record = self._sample(index, rejects=rejects)
+      if record is None:
+        continue
+      if not record["captions"]:
+        self._reject(index, record["key"], Rejected("no_caption"), rejects=rejects)
+        continue
+      if len(record["captions"]) > CAPTIONS_PER_IMAGE:
+        raise ValueError(f"{record['key']} has {len(record['captions'])} captions; text ids have "
+                         f"room for {CAPTIONS_PER_IMAGE} per image")
+      return index, record
+    counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
+    raise ValueError(
+        f"{self._source!r}: position {position} and its {ATTEMPTS} substitutes are all rejected "
+        f"({counts}), so most of this source is unusable; the log names samples and reasons"
+        + (". Set captions=(...) to fields that these samples have." if "no_caption" in counts
+           else "."))
+
+
+class _EvalBatches(_Batches):
+  """Element k is this host's part of the k-th batch in source order."""
+
+  def __init__(self, source, *, batch_size: int, rows: np.ndarray, image_size: int, tokenizer,
+               resize: str, captions: int):
+    super().__init__(source, image_size=image_size, tokenizer=tokenizer)
+    self._batch_size = batch_size
+    self._rows = rows
+    self._resize = resize
+    self._captions = captions
+
+  def __len__(self) -> int:
+    return -(-len(self._source) // self._batch_size)
+
+  def __repr__(self) -> str:
+    return f"eval batches of {self._source!r}"
+
+  def __getitem__(self, k: int) -> Batch:
+    indices = k * self._batch_size + self._rows
+    b, c, size = len(indices), self._captions, self._image_size
+    images = np.zeros((b, size, size, 3), np.uint8)
+    labels = np.full(b, -1, np.int32)
+    valid = np.zeros(b, bool)
+    texts_valid = np.zeros((b, c), bool)
+    rejects = np.zeros((b, len(REASONS)), np.int32)
+    texts = []
+    for r in np.flatnonzero(indices < len(self._source)):
+      record = self._sample(int(indices[r]), rejects=rejects[r])
+      if record is None:
+        continue
+      captions = record["captions"] if c else ()
+      if len(captions) > c:
+        raise ValueError(f"{record['key']} has {len(captions)} captions, but captions={c}; set "
+                         "captions to the largest number of captions of an image (0: none)")
+      images[r] = transforms.eval_image(record["image"], size=size, resize=self._resize)
+      labels[r] = record["label"]
+      valid[r] = True
+      texts_valid[r, :len(captions)] = True
+      texts += captions
+    text, mask = self._tokenizer.encode_batch(texts)
+    ids = np.zeros((b, c, text.shape[1]), np.int32)
+    ids_mask = np.zeros((b, c, text.shape[1]), bool)
+    ids[texts_valid], ids_mask[texts_valid] = text, mask
+    return dict(image=images, texts=ids, texts_mask=ids_mask, texts_valid=texts_valid,
+                label=labels, image_id=_words(indices), index=indices.astype(np.int32),
+                valid=valid, rejects=rejects)

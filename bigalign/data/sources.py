@@ -1,0 +1,94 @@
+"""Things with __len__ and __getitem__(i) → record: glyphs, webdataset shards, TFDS, and lists.
+
+A record is dict(image=bytes | uint8 [H, W, 3], captions=tuple[str, ...], key=str, label=int);
+label is -1 where there is none. A source knows no order: that belongs to order.py.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import importlib
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from bigalign.data.tfds import Tfds
+from bigalign.data.webdataset import WebDataset
+
+
+class Source(Protocol):
+  """Random access to records. Picklable: paths only, files are opened lazily per process.
+
+  May have `classnames`, a tuple in the order of the labels. __getitem__ may raise Rejected.
+  """
+  fingerprint: str  # hex; changes if the data changed
+
+  def __len__(self) -> int: ...
+  def __getitem__(self, i: int, /) -> dict[str, Any]: ...
+
+
+def open_source(spec: str, *, captions: Sequence[str] | None = None, **options) -> Source:
+  """Open what a spec names; parts joined by "::" are read as one, each sample once per epoch.
+
+    glyphs, glyphs:heldout                  the embedded dataset and its splits
+    DIR/{00000..00005}.tar, DIR/*.tar       webdataset shards
+    tfds:cifar10:train                      a TFDS dataset prepared as array_record
+  $NAME in a spec is an environment variable. `captions` names the fields to take captions from
+  (WebDataset, Tfds; glyphs have their own); `options` go to every part.
+  """
+  parts = [part.strip() for part in expand_variables(spec, what="source").split("::")]
+  sources = [_open_part(part, spec=spec, captions=captions, options=options) for part in parts]
+  return sources[0] if len(sources) == 1 else Concatenation(sources)
+
+
+def _open_part(part: str, *, spec: str, captions: Sequence[str] | None,
+               options: Mapping[str, Any]) -> Source:
+  kind, _, rest = part.partition(":")
+  if kind == "glyphs":
+    # Looked up late: drawing needs FreeType, which readers of shards do not.
+    glyphs = importlib.import_module("bigalign.data.glyphs")
+    return glyphs.Glyphs(split=rest or "train", **options)
+  chosen = {} if captions is None else {"captions": tuple(captions)}
+  if kind == "tfds":
+    return Tfds(rest, **chosen, **options)
+  if ".tar" in part:
+    return WebDataset(part, **chosen, **options)
+  raise ValueError(
+      f"Unknown source {part!r} in {spec!r}; known: 'glyphs[:SPLIT]', a pattern of .tar shards such"
+      " as 'DIR/{00000..00005}.tar' or 'DIR/*.tar', 'tfds:NAME:SPLIT', and lists joined by '::'")
+
+
+def expand_variables(text: str, *, what: str) -> str:
+  """$NAME and ${NAME} from the environment; a KeyError with the name if it is not set."""
+  def value(match: re.Match) -> str:
+    name = match[1] or match[2]
+    if name not in os.environ:
+      raise KeyError(f"{what} {text!r}: the environment variable {name} is not set; "
+                     f"export {name}=... or write the path out")
+    return os.environ[name]
+  return re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, text)
+
+
+class Concatenation:
+  """Several sources as one, in order."""
+
+  def __init__(self, sources: Sequence[Source]):
+    self.sources = tuple(sources)
+    self._firsts = [0, *itertools.accumulate(len(source) for source in sources)]
+    self.fingerprint = hashlib.sha256(
+        "::".join(source.fingerprint for source in sources).encode()).hexdigest()[:32]
+    names = {getattr(source, "classnames", ()) for source in sources}
+    # Labels of different class lists must not meet in one column.
+    self.classnames = names.pop() if len(names) == 1 else ()
+
+  def __len__(self) -> int:
+    return self._firsts[-1]
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    if not 0 <= i < len(self):
+      raise IndexError(f"The sources hold {len(self)} samples; asked for {i}")
+    which = bisect.bisect_right(self._firsts, i) - 1
+    return self.sources[which][i - self._firsts[which]]

@@ -1,0 +1,121 @@
+"""uint8 [H, W, 3] → uint8 [S, S, 3]: random views for training, exact ones for evaluation.
+
+Pixels stay uint8; the model normalises them on the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+try:
+  from kornia_rs import imgproc as _kornia
+except ImportError:  # no wheel for this platform: Pillow differs from it by at most 2 levels
+  _kornia = None
+
+_BICUBIC = Image.Resampling.BICUBIC
+# Below this output size kornia's fixed cost eats what its kernel saves.
+_KORNIA_FROM = 96
+
+
+def train_image(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    crop: str = "random_resized",
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+    rotate: float = 0.0,
+    shift: float = 0.0,
+) -> np.ndarray:
+  """[H, W, 3] uint8 → [size, size, 3] uint8, a random view.
+
+  crop    "random_resized": a box of `scale` times the area and an aspect within `ratio`, as
+          torchvision draws it; "center": the middle square; "squash": everything
+  flip    probability of a mirror image (text in it becomes unreadable: off by default)
+  rotate  angle, uniform in [-rotate, rotate] degrees
+  shift   translation, uniform in [-shift, shift] of the side, each way
+  What rotation and shift uncover takes the colour of the top left pixel.
+  """
+  height, width = image.shape[:2]
+  if crop == "random_resized":
+    box = _random_box(rng, height=height, width=width, scale=scale, ratio=ratio)
+  elif crop == "center":
+    side = min(height, width)
+    box = ((height - side) // 2, (width - side) // 2, side, side)
+  elif crop == "squash":
+    box = (0, 0, height, width)
+  else:
+    raise ValueError(f"Unknown crop {crop!r}; known: 'random_resized', 'center', 'squash'")
+  image = _resize(image, box, size)
+  if rotate or shift:
+    image = _move(image, rng, rotate=rotate, shift=shift)
+  if flip and rng.random() < flip:
+    image = image[:, ::-1]
+  return image
+
+
+def eval_image(image: np.ndarray, *, size: int, resize: str = "squash") -> np.ndarray:
+  """[H, W, 3] uint8 → [size, size, 3] uint8; Pillow's antialiased bicubic to the bit.
+
+  resize  "squash": straight to the square, as SigLIP does; "shortest": the shorter edge to
+          `size`, then the centre, as CLIP does (margins rounded half to even, as torchvision)
+  """
+  height, width = image.shape[:2]
+  pixels = Image.fromarray(image)
+  if resize == "squash":
+    return np.asarray(pixels.resize((size, size), _BICUBIC))
+  if resize != "shortest":
+    raise ValueError(f"Unknown resize {resize!r}; known: 'squash', 'shortest'")
+  if height < width:
+    height, width = size, int(size * width / height)
+  else:
+    height, width = int(size * height / width), size
+  top, left = round((height - size) / 2), round((width - size) / 2)
+  pixels = pixels.resize((width, height), _BICUBIC)
+  return np.asarray(pixels.crop((left, top, left + size, top + size)))
+
+
+def _random_box(rng: np.random.Generator, *, height: int, width: int, scale, ratio):
+  """(top, left, height, width) of torchvision's RandomResizedCrop."""
+  low, high = math.log(ratio[0]), math.log(ratio[1])
+  for _ in range(10):
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+    aspect = math.exp(low + (high - low) * rng.random())
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+  # The image is narrower than every ratio asked for: the widest box that fits, in the middle.
+  w = min(width, round(height * ratio[1]))
+  h = min(height, round(width / ratio[0]))
+  w, h = max(w, 1), max(h, 1)
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resize(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+  top, left, height, width = box
+  image = image[top:top + height, left:left + width]
+  if height == width == size:
+    return image
+  if _kornia is not None and size >= _KORNIA_FROM:
+    return _kornia.resize(np.ascontiguousarray(image), (size, size), "bicubic", antialias=True)
+  return np.asarray(Image.fromarray(image).resize((size, size), _BICUBIC))
+
+
+def _move(image: np.ndarray, rng: np.random.Generator, *, rotate: float,
+          shift: float) -> np.ndarray:
+  angle = math.radians(rotate * (2 * rng.random() - 1))
+  size = image.shape[0]
+  dx, dy = (size * shift * (2 * rng.random() - 1) for _ in range(2))
+  cos, sin, middle = math.cos(angle), math.sin(angle), size / 2
+  # Pillow wants the map from output to input pixels: back by the shift, then turned about the
+  # middle.
+  matrix = (cos, sin, middle - cos * (middle + dx) - sin * (middle + dy),
+            -sin, cos, middle + sin * (middle + dx) - cos * (middle + dy))
+  moved = Image.fromarray(image).transform(
+      (size, size), Image.Transform.AFFINE, matrix, _BICUBIC, fillcolor=tuple(image[0, 0].tolist()))
+  return np.asarray(moved)
