@@ -1,0 +1,168 @@
+"""A dataset through both towers, over the whole mesh; what comes out stays where it was made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from einops import rearrange, reduce
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bigalign import sharding
+from bigalign.data import pipeline
+from bigalign.data.rejects import REASONS
+from bigalign.data.sources import open_source
+
+
+class Context(NamedTuple):
+  """What every evaluator gets beside its own options.
+
+  embed_image: (params, image [B, S, S, 3] uint8) -> [B, E], unit norm, float32; jitted.
+  embed_text: (params, ids [B, L] int32, mask [B, L] bool) -> [B, E], unit norm, float32; jitted.
+  data: the options of config.data.
+  """
+
+  name: str
+  embed_image: Callable[[Any, jax.Array], jax.Array]
+  embed_text: Callable[[Any, jax.Array, jax.Array], jax.Array]
+  mesh: Mesh
+  data: Mapping[str, Any]
+
+
+class EvalData(NamedTuple):
+  """An opened source and the way through it: batches() starts again at the first sample."""
+
+  source: Any
+  batch_size: int
+  batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]
+
+
+class Embedded(NamedTuple):
+  """N batches of B samples with C captions each, in source order, as global arrays split over B.
+
+  zimg [N, B, E], ztxt [N, B, C, E]: unit norm, float32.
+  label, ordinal [N, B] int32: the class, and the place in the source.
+  valid [N, B], texts_valid [N, B, C] bool: False for padding, for rejected samples, and for the
+  captions that a sample does not have.
+  rejects [R]: how many samples were rejected, per reason; on every device.
+  """
+
+  zimg: jax.Array
+  ztxt: jax.Array
+  label: jax.Array
+  ordinal: jax.Array
+  valid: jax.Array
+  texts_valid: jax.Array
+  rejects: jax.Array
+
+
+def prefix(name: str) -> str:
+  """The evaluator "val" writes val/..., any other val/<name>/..., as open_clip's names have it."""
+  return "val/" if name == "val" else f"val/{name}/"
+
+
+def round_batch(mesh: Mesh, batch_size: int) -> int:
+  """The batch size, rounded up to what divides over the mesh; no figure depends on it."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  return math.ceil(batch_size / parts) * parts
+
+
+def open_data(
+  context: Context,
+  source: str,
+  *,
+  batch_size: int,
+  captions: int,
+  fields: Sequence[str] | None = None,
+) -> EvalData:
+  """The source as evaluation batches, made as config.data says, without augmentation.
+
+  captions: C, the room for captions of one image; 0 reads none.
+  fields: where captions come from; config.data.captions if None.
+
+  Raises:
+    ValueError: if the source holds no sample.
+  """
+  if not captions:
+    fields = ()
+  elif fields is None and "captions" in context.data:
+    fields = context.data["captions"]
+  opened = open_source(source, captions=fields)
+  if not len(opened):
+    raise ValueError(f"config.evals.{context.name}.source={source!r} holds no sample")
+  size = round_batch(context.mesh, batch_size)
+  shared = ("image_size", "tokenizer", "resize", "workers")
+  options = {name: context.data[name] for name in shared if name in context.data}
+  rows = sharding.host_rows(context.mesh, size)
+
+  def batches() -> Iterable[Mapping[str, np.ndarray]]:
+    return pipeline.eval_batches(opened, batch_size=size, rows=rows, captions=captions, **options)
+
+  return EvalData(opened, size, batches)
+
+
+def over_mesh(context: Context, data: EvalData) -> Iterator[dict[str, jax.Array]]:
+  """Each batch as global arrays, split over the batch axes; every process must go all the way."""
+  rows = sharding.host_rows(context.mesh, data.batch_size)
+  for batch in data.batches():
+    yield sharding.global_batch(context.mesh, batch, rows, data.batch_size)
+
+
+def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
+  """embed(params) -> Embedded, of every image and caption; compiled once for all calls."""
+
+  @jax.jit
+  def embed_texts(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, C, L] -> [B, C, E]."""
+    flat = context.embed_text(
+      params, rearrange(ids, "b c l -> (b c) l"), rearrange(mask, "b c l -> (b c) l")
+    )
+    return rearrange(flat, "(b c) e -> b c e", c=ids.shape[1])
+
+  def stack(batches: list[Embedded]) -> Embedded:
+    # A new axis in front moves nothing between devices, as a concatenation would.
+    z = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    return z._replace(rejects=reduce(z.rejects, "n b r -> r", "sum"))
+
+  split = NamedSharding(context.mesh, P(None, sharding.BATCH))
+  layout: Any = (*[split] * 6, sharding.replicated(context.mesh))
+  stack_jit = jax.jit(stack, out_shardings=Embedded(*layout))
+
+  def embed(params: Any) -> Embedded:
+    embedded = stack_jit([
+      Embedded(
+        zimg=context.embed_image(params, batch["image"]),
+        ztxt=embed_texts(params, batch["texts"], batch["texts_mask"]),
+        label=batch["label"],
+        ordinal=batch["index"],
+        valid=batch["valid"],
+        texts_valid=batch["texts_valid"],
+        rejects=batch["rejects"],
+      )
+      for batch in over_mesh(context, data)
+    ])
+    tell_rejects(context.name, embedded.rejects)
+    return embedded
+
+  return embed
+
+
+def tell_rejects(name: str, rejects: jax.Array | np.ndarray) -> int:
+  """Logs how many samples were left out, [R], and why; returns their number."""
+  counts = np.asarray(rejects)
+  if counts.any():
+    told = ", ".join(f"{n} {reason}" for reason, n in zip(REASONS, counts) if n)
+    logging.warning("evaluation %r leaves out rejected samples: %s", name, told)
+  return int(counts.sum())
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """The whole global array, on every host; every process must call it."""
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
