@@ -68,10 +68,9 @@ def _decode_pillow(data: bytes, *, max_pixels: int) -> np.ndarray:
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise Rejected("too_large", str(error)) from error
   except _BROKEN as error:
-    detail = str(error).replace(repr(io.BytesIO), "")
     if isinstance(error, Image.UnidentifiedImageError):
       raise Rejected("undecodable", f"no image, starts with {data[:16]!r}") from error
-    raise Rejected("truncated" if "truncated" in detail else "undecodable", detail) from error
+    raise Rejected("truncated" if "truncated" in str(error) else "undecodable", str(error)) from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

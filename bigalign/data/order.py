@@ -50,7 +50,8 @@ def _permute(x: np.ndarray, *, size: int, key: np.ndarray) -> np.ndarray:
   out = x.copy()
   todo = np.arange(len(x))
   while len(todo):
-    left, right = out[todo] // b64, out[todo] % b64
+    left: np.ndarray = out[todo] // b64
+    right: np.ndarray = out[todo] % b64
     for r in range(0, _ROUNDS, 2):
       round_key = key[todo] + np.uint64(r)
       left = (left + _mix(_mix(round_key) ^ right) % a64) % a64
@@ -76,7 +77,7 @@ def sample_index(position, *, size, seed, shuffle=True):
   if positions.size and positions.min() < 0:
     raise ValueError(f"Positions start at 0; found {positions.min()}.")
   flat = positions.reshape(-1).astype(np.uint64)
-  index = flat % np.uint64(size)
+  index: np.ndarray = flat % np.uint64(size)
   if shuffle:
     index = _permute(index, size=size, key=_hash(_ORDER, seed, flat // np.uint64(size)))
   index = index.astype(np.int64).reshape(positions.shape)

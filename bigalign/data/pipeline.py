@@ -6,10 +6,14 @@ workers nor the place of a restart can change what is in it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -59,7 +63,7 @@ def train_batches(
     shuffle: bool = True,
     workers: int = 0,
     stop: int | None = None,
-) -> Iterator[Batch]:
+) -> Batches:
   """This host's rows of the global batches from position `start` on; endless without `stop`.
 
   batch_size  of the global batch; `rows` are those of its rows that this host owns
@@ -88,7 +92,7 @@ def eval_batches(
     resize: str = "squash",
     captions: int = 1,
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> Batches:
   """Every sample once, in order, in ceil(n / batch_size) batches on every host.
 
   captions  C, the room for captions of one image. A record with more of them is an error, so that
@@ -110,14 +114,42 @@ def _rows(rows, *, batch_size: int) -> np.ndarray:
   return rows
 
 
-def _iterate(batches, *, workers: int) -> Iterator[Batch]:
+class Batches:
+  """An iterator of batches. It reads ahead from its making on; `close` ends its workers."""
+
+  def __init__(self, iterator: grain.DatasetIterator):
+    iterator.start_prefetch()
+    self._iterators = [iterator]
+    # Also when forgotten, and at exit before the modules are torn down: grain's own clean-up comes
+    # too late there and fails in noise.
+    self.close = weakref.finalize(self, _close, self._iterators)
+
+  def __iter__(self) -> Batches:
+    return self
+
+  def __next__(self) -> Batch:
+    if not self._iterators:
+      raise ValueError("These batches are closed.")
+    # Copies: arrays in the shared memory of the workers outlive them badly, and jax would alias
+    # them on CPU.
+    return {name: np.array(value) for name, value in next(self._iterators[0]).items()}
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+  while iterators:
+    iterators.pop().close()
+  gc.collect()  # grain's iterators are cycles; what is left of them would speak up at exit
+
+
+def _iterate(batches, *, workers: int) -> Batches:
   # One thread each: the workers are the parallelism. Read on first use by the Rust libraries of
   # this process and, inherited, of the workers.
   os.environ.setdefault("RAYON_NUM_THREADS", "1")
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
   dataset = grain.MapDataset.source(batches)
   if not workers:
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return Batches(iter(dataset.to_iter_dataset(options)))
   if getattr(multiprocessing.current_process(), "_inheriting", False):
     raise RuntimeError(
         "Data workers import the program's main file, and this import starts data workers again. "
@@ -126,8 +158,23 @@ def _iterate(batches, *, workers: int) -> Iterator[Batch]:
     flags.FLAGS.mark_as_parsed()  # grain reads absl flags; notebooks and tests never parse them
   # A batch per worker in the making and two waiting: grain's default would hold 500.
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  return iter(dataset.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)))
+  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+  return Batches(iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker)))
+
+
+def _start_worker(worker: int, workers: int) -> None:
+  """Runs first in every worker process."""
+  del worker, workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's, which closes the workers
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A killed program cannot close its workers, which would wait for it forever."""
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
+  os._exit(1)
 
 
 def _words(ids: np.ndarray) -> np.ndarray:
@@ -175,6 +222,8 @@ class _TrainBatches(_Batches):
     self._seed = seed
     self._start = start
     self._augment = dict(augment)
+    # A wrong option is better heard of here than from a worker.
+    transforms.train_image(np.zeros((2, 2, 3), np.uint8), order.philox(0, 0), size=2, **augment)
     self._shuffle = shuffle
     # Positions are int64; grain wants a length even of what does not end.
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
@@ -242,6 +291,7 @@ class _EvalBatches(_Batches):
     self._batch_size = batch_size
     self._rows = rows
     self._resize = resize
+    transforms.eval_image(np.zeros((2, 2, 3), np.uint8), size=2, resize=resize)
     self._captions = captions
 
   def __len__(self) -> int:
@@ -258,7 +308,7 @@ class _EvalBatches(_Batches):
     valid = np.zeros(b, bool)
     texts_valid = np.zeros((b, c), bool)
     rejects = np.zeros((b, len(REASONS)), np.int32)
-    texts = []
+    texts: list[str] = []
     for r in np.flatnonzero(indices < len(self._source)):
       record = self._sample(int(indices[r]), rejects=rejects[r])
       if record is None:

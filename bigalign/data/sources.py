@@ -51,7 +51,7 @@ def _open_part(part: str, *, spec: str, captions: Sequence[str] | None,
     # Looked up late: drawing needs FreeType, which readers of shards do not.
     glyphs = importlib.import_module("bigalign.data.glyphs")
     return glyphs.Glyphs(split=rest or "train", **options)
-  chosen = {} if captions is None else {"captions": tuple(captions)}
+  chosen: dict[str, Any] = {} if captions is None else {"captions": tuple(captions)}
   if kind == "tfds":
     return Tfds(rest, **chosen, **options)
   if ".tar" in part:
@@ -83,6 +83,9 @@ class Concatenation:
     names = {getattr(source, "classnames", ()) for source in sources}
     # Labels of different class lists must not meet in one column.
     self.classnames = names.pop() if len(names) == 1 else ()
+
+  def __repr__(self) -> str:
+    return f"Concatenation({', '.join(map(repr, self.sources))})"
 
   def __len__(self) -> int:
     return self._firsts[-1]

@@ -9,21 +9,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import sentencepiece
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from bigalign.data import clip_text
 from bigalign.data.sources import expand_variables
 
 
 class Tokenizer:
-  """Subclasses give `vocab_size`, `pad`, `eos` and `_encode`, the ids without padding."""
+  """Subclasses set `vocab_size`, `pad`, `eos`, and give the ids of texts without padding.
+
+  spec    JSON; make_tokenizer(**spec) builds the same tokenizer
+  eos     ends every text, also one that was cut to `length`; None where there is no such token
+  """
   vocab_size: int
   pad: int
   eos: int | None
 
-  def __init__(self, spec: dict[str, Any]):
-    self.spec = spec
-    self.length = spec["length"]
+  def __init__(self, **spec):
+    self.spec: dict[str, Any] = spec
+    self.length: int = spec["length"]
     if self.length < 2:
-      raise ValueError(f"tokenizer length is {self.length}; at least 2 (one token and its end)")
+      raise ValueError(f"tokenizer length={self.length}; at least 2: one token and its end")
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     raise NotImplementedError
@@ -32,12 +40,12 @@ class Tokenizer:
     """N texts → ids [N, L] int32, mask [N, L] bool; True is a real token, the end included."""
     ids = np.full((len(texts), self.length), self.pad, np.int32)
     mask = np.zeros((len(texts), self.length), bool)
-    for row, tokens in enumerate(self._encode(texts) if texts else ()):
+    for row, tokens in enumerate(self._encode(texts) if len(texts) else ()):
       n = min(len(tokens), self.length)
       ids[row, :n] = tokens[:n]
       mask[row, :n] = True
-      if self.eos is not None and len(tokens) > self.length:
-        ids[row, -1] = self.eos  # a text that was cut still ends
+      if len(tokens) > self.length and self.eos is not None:
+        ids[row, -1] = self.eos
     return ids, mask
 
   def __reduce__(self):
@@ -45,16 +53,15 @@ class Tokenizer:
 
 
 class Byte(Tokenizer):
-  """UTF-8 bytes + 3; 0 is padding, 1 is free, 2 ends a text. Needs no file."""
+  """UTF-8 bytes + 3; 0 is padding, 1 is unused, 2 ends a text. Needs no file."""
   vocab_size, pad, eos = 259, 0, 2
 
   def __init__(self, *, length: int, lower: bool = False):
-    super().__init__(dict(name="byte", length=length, lower=lower))
+    super().__init__(name="byte", length=length, lower=lower)
     self._lower = lower
 
   def _encode(self, texts):
     texts = (text.lower() if self._lower else text for text in texts)
-    # Only as many bytes as can be used, and one more that tells that the text was cut.
     return [[byte + 3 for byte in text.encode("utf-8", "replace")[:self.length]] + [2]
             for text in texts]
 
@@ -62,12 +69,12 @@ class Byte(Tokenizer):
 class Words(Tokenizer):
   """Runs of letters and digits; 0 is padding, 1 an unknown word, 2 ends a text.
 
-  vocabulary  a file with one word per line, or "glyphs": the words of the embedded dataset
+  vocabulary  a file of words between white space, or "glyphs": those of the embedded dataset
   """
   pad, eos = 0, 2
 
   def __init__(self, *, length: int, vocabulary: str, lower: bool = True):
-    super().__init__(dict(name="words", length=length, vocabulary=vocabulary, lower=lower))
+    super().__init__(name="words", length=length, vocabulary=vocabulary, lower=lower)
     self._lower = lower
     if vocabulary == "glyphs":
       words = importlib.import_module("bigalign.data.glyphs").vocabulary()
@@ -83,18 +90,117 @@ class Words(Tokenizer):
     return re.findall(r"[^\W_]+", text.lower() if self._lower else text)
 
 
-def _file(path: str, *, option: str) -> pathlib.Path:
-  file = pathlib.Path(expand_variables(path, what=f"tokenizer {option}")).expanduser()
-  if not file.is_file():
-    raise FileNotFoundError(f"tokenizer {option}={path!r}: no such file ({file})")
-  return file
+class SentencePiece(Tokenizer):
+  """A SentencePiece model; SigLIP's use of it: no start token, an end even when cut ("sticky").
+
+  pad, eos      ids; by default the model's own. SigLIP (c4_en) pads with the end, so that is what
+                a model without a padding id gets; SigLIP 2 (Gemma) pads with 0
+  canonicalize  lower case, punctuation out, as SigLIP's prompts
+  """
+
+  def __init__(self, *, length: int, path: str, lower: bool = False, canonicalize: bool = False,
+               pad: int | None = None, eos: int | None = None):
+    super().__init__(name="sentencepiece", length=length, path=path, lower=lower,
+                     canonicalize=canonicalize, pad=pad, eos=eos)
+    file = _file(path, option="path")
+    try:
+      self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+      raise ValueError(f"tokenizer path={path!r}: not a SentencePiece model: {error}") from error
+    self.vocab_size = self._model.get_piece_size()
+    self.eos = _token_id(eos, self._model.eos_id(), option="eos", path=path)
+    self.pad = _token_id(pad, self._model.pad_id() if self._model.pad_id() >= 0 else self.eos,
+                         option="pad", path=path)
+    self._lower, self._canonicalize = lower, canonicalize
+
+  def _encode(self, texts):
+    if self._canonicalize:
+      texts = [clip_text.canonicalize(text) for text in texts]
+    elif self._lower:
+      texts = [text.lower() for text in texts]
+    return [[*tokens, self.eos] for tokens in self._model.encode(list(texts))]
 
 
-TOKENIZERS = dict(byte=Byte, words=Words)
+class Rust(Tokenizer):
+  """A tokenizer of the Rust library, which adds the special tokens and cuts between them."""
+
+  def _set(self, model: tokenizers.Tokenizer, *, pad: int) -> None:
+    self._model = model
+    model.enable_truncation(self.length)
+    model.no_padding()
+    self.pad, self.eos = pad, None
+    self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+
+  def _encode(self, texts):
+    return [encoding.ids for encoding in self._model.encode_batch_fast(list(texts))]
+
+
+class WordPiece(Rust):
+  """BERT's [CLS] words [SEP] from a vocab.txt with one piece per line."""
+
+  def __init__(self, *, length: int, path: str, lower: bool = True):
+    super().__init__(name="wordpiece", length=length, path=path, lower=lower)
+    lines = _file(path, option="path").read_text("utf-8").splitlines()
+    vocabulary = {piece.rstrip(): i for i, piece in enumerate(lines)}
+    special = {piece: vocabulary.get(piece, -1) for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")}
+    if -1 in special.values():
+      raise ValueError(f"tokenizer path={path!r}: no WordPiece vocabulary, it lacks "
+                       f"{[piece for piece, i in special.items() if i < 0]}")
+    model = tokenizers.Tokenizer(
+        models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    model.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(s, special[s]) for s in ("[CLS]", "[SEP]")])
+    self._set(model, pad=special["[PAD]"])
+
+
+class HuggingFace(Rust):
+  """Any tokenizer.json; `pad` is needed where the file names no padding token."""
+
+  def __init__(self, *, length: int, path: str, pad: int | None = None):
+    super().__init__(name="hf", length=length, path=path, pad=pad)
+    file = _file(path, option="path")
+    try:
+      model = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises bare Exception, for every fault
+      raise ValueError(f"tokenizer path={path!r}: not a tokenizer.json: {error}") from error
+    named = [model.token_to_id(token) for token in ("[PAD]", "<pad>", "<|pad|>")]
+    found = (model.padding or {}).get("pad_id", next((i for i in named if i is not None), -1))
+    self._set(model, pad=_token_id(pad, found, option="pad", path=path))
+
+
+class Clip(Rust):
+  """CLIP's BPE: 49406 text 49407, padded with 0 as open_clip does (Hugging Face: pad=49407).
+
+  path          bpe_simple_vocab_16e6.txt.gz; by default that of an installed open_clip_torch
+  lower         off: open_clip's "whitespace" cleaning
+  canonicalize  also punctuation out: open_clip's "canonicalize"
+  """
+
+  def __init__(self, *, length: int = 77, path: str | None = None, lower: bool = True,
+               canonicalize: bool = False, pad: int = 0):
+    super().__init__(name="clip", length=length, path=path, lower=lower,
+                     canonicalize=canonicalize, pad=pad)
+    file = clip_text.installed_vocabulary() if path is None else _file(path, option="path")
+    self._set(clip_text.bpe(file), pad=pad)
+    self._lower, self._canonicalize = lower, canonicalize
+
+  def _encode(self, texts):
+    texts = [clip_text.clean(text) for text in texts]
+    if self._canonicalize:
+      texts = [clip_text.canonicalize(text) for text in texts]
+    elif self._lower:
+      texts = [text.lower() for text in texts]
+    return super()._encode(texts)
+
+
+TOKENIZERS = dict(byte=Byte, words=Words, sentencepiece=SentencePiece, wordpiece=WordPiece,
+                  hf=HuggingFace, clip=Clip)
 
 
 def make_tokenizer(name: str, *, length: int, **options) -> Tokenizer:
-  """The tokenizer of that name; its `spec`, splatted here again, builds the same one."""
+  """The tokenizer of that name, for texts of `length` ids. Paths may hold $BIGALIGN_DATA."""
   if name not in TOKENIZERS:
     raise ValueError(f"Unknown tokenizer {name!r}; known: {sorted(TOKENIZERS)}")
   return TOKENIZERS[name](length=length, **options)
@@ -102,3 +208,16 @@ def make_tokenizer(name: str, *, length: int, **options) -> Tokenizer:
 
 def _from_spec(spec: dict[str, Any]) -> Tokenizer:
   return make_tokenizer(**spec)
+
+
+def _file(path: str, *, option: str) -> pathlib.Path:
+  file = pathlib.Path(expand_variables(path, what=f"tokenizer {option}")).expanduser()
+  if not file.is_file():
+    raise FileNotFoundError(f"tokenizer {option}={path!r}: no such file: {file}")
+  return file
+
+
+def _token_id(asked: int | None, found: int, *, option: str, path: str) -> int:
+  if asked is None and found < 0:
+    raise ValueError(f"tokenizer path={path!r} names no {option} token; set {option}=ID")
+  return found if asked is None else asked

@@ -6,10 +6,12 @@ Pixels stay uint8; the model normalises them on the device.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+_kornia: Any
 try:
   from kornia_rs import imgproc as _kornia
 except ImportError:  # no wheel for this platform: Pillow differs from it by at most 2 levels
@@ -102,7 +104,8 @@ def _resize(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.
   if height == width == size:
     return image
   if _kornia is not None and size >= _KORNIA_FROM:
-    return _kornia.resize(np.ascontiguousarray(image), (size, size), "bicubic", antialias=True)
+    image = np.ascontiguousarray(image)
+    return np.asarray(_kornia.resize(image, (size, size), "bicubic", antialias=True))
   return np.asarray(Image.fromarray(image).resize((size, size), _BICUBIC))
 
 

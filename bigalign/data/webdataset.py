@@ -1,4 +1,4 @@
-"""Random access to webdataset shards: img2dataset's and CLIP_benchmark's .tar files, as they are."""
+"""Random access to webdataset .tar shards (img2dataset, CLIP_benchmark) as they are."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class WebDataset:
     # shard has one entry more than samples.
     self._starts = np.concatenate([shard.starts for shard in shards])
     self._firsts = np.cumsum([0] + [len(shard.starts) - 1 for shard in shards])
-    self.fields = collections.Counter()
+    self.fields: collections.Counter[str] = collections.Counter()
     for shard in shards:
       self.fields.update(shard.fields)
     if not len(self):
@@ -107,6 +107,9 @@ class WebDataset:
     ).encode() + self._starts.astype("<u4").tobytes()).hexdigest()[:32]
     self._files = _Files()
     self._check_fields()
+
+  def __repr__(self) -> str:
+    return f"WebDataset({self.pattern!r})"
 
   def __len__(self) -> int:
     return int(self._firsts[-1])
@@ -130,11 +133,12 @@ class WebDataset:
     start, end = (int(block) * index.BLOCK for block in self._starts[i + shard:i + shard + 2])
     path = self.shards[shard]
     buffer = self._files.read(path, start, end - start)
-    if len(buffer) < end - start:
-      raise OSError(f"{path}: the shard got shorter while in use: {len(buffer)} of {end - start} "
-                    f"bytes at {start}")
-    named = ((index.split_name(member.name), buffer[member.start:member.start + member.size])
-             for member in index.members(buffer) if member is not None)
+    try:
+      named = [(index.split_name(member.name), buffer[member.start:member.start + member.size])
+               for member in index.members(buffer) if member is not None]
+    except index.BrokenTar as error:
+      raise OSError(f"{path}: the shard changed while in use: {error}, counted from {start}; "
+                    "start again, so that it is indexed again") from error
     return shard, {name: data for name, data in named if name is not None}
 
   def _check_fields(self) -> None:
