@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from bigalign import sharding
 from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evals import EVALS, embed, make_evaluators, retrieval
-from bigalign.evals.embed import Context
+from bigalign.evals.embed import Context, Embedded
 from bigalign.evals.retrieval import ranks
 from bigalign.evals.zeroshot import PROMPTS, fill, read_templates
 
@@ -152,6 +156,32 @@ def test_retrieval_in_small_chunks_is_the_same(tiny, monkeypatch):
   whole = make("val", options)(make_params())
   monkeypatch.setattr(retrieval, "CHUNK", 5 * 48 * 3)
   assert make("val", options)(make_params()) == whole
+
+
+def test_retrieval_moves_queries_but_not_the_gallery(tiny):
+  mesh = sharding.make_mesh(data=4, fsdp=2)
+  split, whole = NamedSharding(mesh, P(None, sharding.BATCH)), sharding.replicated(mesh)
+
+  def shape(*sizes, dtype=jnp.float32, place=split):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+  batches, size, captions = 16, 64, 5
+  z = Embedded(
+    zimg=shape(batches, size, E), ztxt=shape(batches, size, captions, E),
+    label=shape(batches, size, dtype=jnp.int32), ordinal=shape(batches, size, dtype=jnp.int32),
+    valid=shape(batches, size, dtype=bool),
+    texts_valid=shape(batches, size, captions, dtype=bool),
+    rejects=shape(7, dtype=jnp.int32, place=whole),
+  )
+  find = jax.jit(retrieval.both_ways, static_argnames="mesh", out_shardings=whole)
+  text = find.lower(z, mesh=mesh).compile().as_text()
+  moved = re.findall(r"= (\(?[\w\[\],{} ()]*?\)?) (?:all-\w+|collective-permute)\(", text)
+  sizes = [
+    math.prod(int(n) for n in dims.split(",") if n)
+    for shapes in moved for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+  ]
+  # A batch of queries, the ranks that come out; never gallery x E nor queries x gallery.
+  assert sizes and max(sizes) <= batches * size * captions
 
 
 def test_a_collapsed_model_scores_chance_and_nan_comes_last():

@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from bigalign import config
-from bigalign.evals import retrieval, zeroshot
+from bigalign.evals import glyphs, retrieval, zeroshot
 from bigalign.evals.embed import Context
 
 __all__ = ["EVALS", "Context", "make_evaluators"]
@@ -18,6 +18,7 @@ Evaluator = Callable[[Any], dict[str, float]]
 EVALS: dict[str, Callable[..., Evaluator]] = dict(
   retrieval=retrieval.retrieval,
   zeroshot=zeroshot.zeroshot,
+  glyphs=glyphs.glyphs,
 )
 
 
