@@ -78,3 +78,30 @@ def choose(registry: Mapping[str, Any], name: str, where: str) -> Any:
       f"{where}: unknown {name!r}.{tree.nearest(name, registry)} Known: {sorted(registry)}"
     )
   return registry[name]
+
+
+def steps(
+  value: int | str, where: str, *, batch_size: int, dataset_size: int, total_steps: int = 0
+) -> int:
+  """A duration in updates: 500, "500 steps", "1e9 samples", "3 epochs" or "2%" of total_steps.
+
+  Rounded to the nearest step, never below 1 unless the duration is 0.
+
+  Raises:
+    ValueError: for any other text, or a percentage where there is no total.
+  """
+  if isinstance(value, int):
+    return value
+  found = re.fullmatch(r"\s*([0-9_.eE+]+)\s*(steps?|samples?|epochs?|%)?\s*", str(value))
+  unit = (found.group(2) or "step").rstrip("s") if found else ""
+  length = {
+    "step": 1.0, "sample": 1 / batch_size, "epoch": dataset_size / batch_size,
+    "%": total_steps / 100,
+  }.get(unit, 0.0)
+  if not found or not length:
+    raise ValueError(
+      f"{where}: {value!r} is no duration; write a number of steps, '1e9 samples', '3 epochs'"
+      + (" or '2%'" if total_steps else "")
+    )
+  number = float(found.group(1))
+  return max(1, round(number * length)) if number else 0

@@ -38,11 +38,12 @@ def count(function: Any, *args: Any, **kwargs: Any) -> int:
   A multiplication and an addition are two. Elementwise work is left out, as in the usual model
   FLOPs. What is rematerialised counts as often as it runs.
   """
-  return _jaxpr(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+  return of_jaxpr(jax.make_jaxpr(function)(*args, **kwargs))
 
 
-def _jaxpr(jaxpr: Any) -> int:
-  return sum(_equation(eqn) for eqn in jaxpr.eqns)
+def of_jaxpr(jaxpr: Any) -> int:
+  """`count` for what is traced already: a jaxpr, closed or open."""
+  return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
 def _equation(eqn: Any) -> int:
@@ -58,11 +59,11 @@ def _equation(eqn: Any) -> int:
     spread = math.prod(params["lhs_dilation"])
     return 2 * eqn.outvars[0].aval.size * (kernel.size // out_features) // spread
   if name == "cond":
-    return max(_jaxpr(branch.jaxpr) for branch in params["branches"])
+    return max(of_jaxpr(branch) for branch in params["branches"])
   if name == "while":
     raise ValueError("a while loop has no fixed number of turns; use jax.lax.scan")
   inner = sum(
-    _jaxpr(getattr(value, "jaxpr", value))
+    of_jaxpr(value)
     for value in params.values()
     if hasattr(value, "eqns") or hasattr(value, "jaxpr")
   )

@@ -1,0 +1,31 @@
+"""bigalign <program>: the first word chooses the program, which reads the rest."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+PROGRAMS = {
+  "train": "trains a model from a config file",
+  "evaluate": "runs the evaluators on a run's checkpoint",
+  "report": "makes one HTML page of a run",
+}
+
+
+def main() -> None:
+  """The console command."""
+  name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if name in ("-h", "--help"):
+    print("usage: bigalign PROGRAM …\n")
+    print("\n".join(f"  {program:<10}{what}" for program, what in PROGRAMS.items()))
+    print("\nbigalign PROGRAM --help tells the options.")
+    return
+  if name not in PROGRAMS:
+    sys.exit(f"bigalign: unknown program {name!r}; known: {', '.join(PROGRAMS)}")
+  module = importlib.import_module(f"bigalign.{name}")
+  sys.argv = [f"bigalign {name}", *sys.argv[2:]]
+  module.run()
+
+
+if __name__ == "__main__":
+  main()

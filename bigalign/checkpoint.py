@@ -1,0 +1,179 @@
+"""Checkpoints by orbax: {path: array} in named parts, the frozen half once, JSON beside it."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from bigalign import tree
+
+Arrays = Mapping[str, Any]  # {path: array}, or {path: jax.ShapeDtypeStruct with a sharding}
+
+
+class Checkpoints:
+  """The checkpoints of one run, in <workdir>/checkpoints/<step>.
+
+  Saving is asynchronous: the arrays are copied, the loop goes on, a commit by renaming ends it. A
+  checkpoint that was being written when the process died has no final name and is never read.
+  """
+
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    last: int = 2,
+    every: int | None = None,
+    best: str | None = None,
+    mode: str = "max",
+    read_only: bool = False,
+  ) -> None:
+    """
+    Args:
+      workdir: folder of the run.
+      last: how many of the newest are kept.
+      every: those at multiples of this many steps are kept for good.
+      best: name of an evaluation metric; the checkpoint with its best value is kept too.
+      mode: "max" or "min": which value of it is best.
+      read_only: for programs that only look: nothing is created or deleted.
+    """
+    if mode not in ("max", "min"):
+      raise ValueError(f"config.keep.mode: unknown {mode!r}; known: 'max', 'min'")
+    self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    self._frozen = self.folder.parent / "frozen"
+    self._best = best
+    keep: list[Any] = [policies.LatestN(last)]
+    if every:
+      keep.append(policies.EveryNSteps(every))
+    if best:
+      worst = float("-inf") if mode == "max" else float("inf")
+      keep.append(
+        policies.BestN(
+          get_metric_fn=lambda metrics: metrics.get(best, worst), reverse=mode == "min", n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        best_fn=(lambda metrics: metrics.get(best, worst)) if best else None,
+        best_mode=mode,
+        create=not read_only,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,
+      ),
+    )
+
+  def save(
+    self, step: int, parts: Mapping[str, Arrays], meta: Mapping[str, Any],
+    metrics: Mapping[str, float],
+  ) -> None:
+    """Starts to write {part: {path: array}} and JSON; `metrics` are those of this very step."""
+    if self._best and metrics and self._best not in metrics:
+      raise ValueError(f"config.keep.best: no metric {self._best!r}; there are {sorted(metrics)}")
+    items = {
+      name: ocp.args.StandardSave(tree.unflatten(arrays))
+      for name, arrays in parts.items() if arrays
+    }
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items),
+      metrics=dict(metrics) if metrics else None,
+    )
+
+  def latest(self) -> int | None:
+    """The newest complete step, None if there is none."""
+    return self._manager.latest_step()
+
+  def find(self, step: int | str = "latest") -> int:
+    """A step from "latest", "best" or a number.
+
+    Raises:
+      FileNotFoundError: if the run has no such checkpoint; names those it has.
+    """
+    there = sorted(self._manager.all_steps())
+    chosen = {"latest": self._manager.latest_step, "best": self._manager.best_step}
+    found = chosen[step]() if step in chosen else int(step)  # type: ignore[index]
+    if found is None or found not in there:
+      raise FileNotFoundError(f"no checkpoint {step!r} in {self.folder}; there are {there}")
+    return found
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """The JSON beside the arrays."""
+    restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    return restored["meta"]
+
+  def restore(self, step: int, parts: Mapping[str, Arrays]) -> dict[str, dict[str, jax.Array]]:
+    """{part: {path: array}}, each array born in the sharding asked for, whatever wrote it.
+
+    Raises:
+      ValueError: for another model's checkpoint; names the first path that differs.
+    """
+    wanted = {name: arrays for name, arrays in parts.items() if arrays}
+    for name, arrays in wanted.items():
+      folder = self.folder / str(step) / name
+      if not folder.exists():
+        raise ValueError(f"{folder.parent} has no {name!r}, which this config asks for")
+      _compare(_shapes(folder), arrays, folder)
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(**{
+        name: ocp.args.StandardRestore(tree.unflatten(arrays)) for name, arrays in wanted.items()
+      }),
+    )
+    return {name: tree.flatten(restored[name]) if name in wanted else {} for name in parts}
+
+  def save_frozen(self, arrays: Arrays) -> None:
+    """Writes the parameters that never change, once per run."""
+    if arrays and not self._frozen.exists():
+      with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(self._frozen, tree.unflatten(arrays))
+
+  def restore_frozen(self, arrays: Arrays) -> dict[str, jax.Array]:
+    """The parameters that never change, in the shardings asked for."""
+    if not arrays:
+      return {}
+    if not self._frozen.exists():
+      raise FileNotFoundError(f"{self._frozen} is missing; it holds this run's frozen parameters")
+    _compare(_shapes(self._frozen), arrays, self._frozen)
+    with ocp.StandardCheckpointer() as checkpointer:
+      return tree.flatten(checkpointer.restore(self._frozen, tree.unflatten(arrays)))
+
+  def close(self) -> None:
+    """Waits for what is being written."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def _shapes(folder: pathlib.Path) -> dict[str, Any]:
+  """{path: metadata with shape and dtype} of what is stored in a folder."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    return tree.flatten(checkpointer.metadata(folder).item_metadata.tree)
+
+
+def _compare(stored: Mapping[str, Any], wanted: Arrays, folder: pathlib.Path) -> None:
+  for path in sorted({*stored, *wanted}):
+    here = (tuple(wanted[path].shape), str(wanted[path].dtype)) if path in wanted else "nothing"
+    there = (tuple(stored[path].shape), str(stored[path].dtype)) if path in stored else "nothing"
+    if here != there:
+      raise ValueError(
+        f"{folder} is of another model. First difference: {path}: stored {there}, this config has"
+        f" {here}. Give the config that wrote it, or another --workdir."
+      )
+
+
+def revision() -> str:
+  """The commit of the code with "-dirty" if it was changed since, "unknown" outside of git."""
+  here = pathlib.Path(__file__).parent
+  command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+  try:
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"
+  return found.stdout.strip()

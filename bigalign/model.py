@@ -1,0 +1,114 @@
+"""Two towers, two projectors, unit norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigalign import config, sharding
+from bigalign.projectors import PROJECTORS
+from bigalign.towers import TOWERS, TowerOutput
+
+# Pixel statistics in [0, 1] by name.
+PIXELS = {
+  "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+  "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+  "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def unit(x: jax.Array) -> jax.Array:
+  """[..., E] -> unit L2 norm over the last axis, float32; zero stays zero, with a finite gradient."""
+  x = x.astype(jnp.float32)
+  square = jnp.sum(x * x, -1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+class DualEncoder(nn.Module):
+  """An image tower and a text tower that meet on the unit sphere."""
+
+  image_tower: nn.Module
+  text_tower: nn.Module
+  image_projector: nn.Module
+  text_projector: nn.Module
+  pixels: str
+
+  def __call__(
+    self, image: jax.Array, text: jax.Array, mask: jax.Array | None = None, train: bool = False
+  ) -> dict[str, jax.Array]:
+    """What losses read: zimg, ztxt [B, E]; raw_*, the same before the norm; tokens_*, mask_txt."""
+    raw_img, img = self._image(image, train)
+    raw_txt, txt = self._text(text, mask, train)
+    feats = {
+      "zimg": unit(raw_img), "ztxt": unit(raw_txt), "raw_img": raw_img, "raw_txt": raw_txt,
+      "tokens_img": img.tokens, "tokens_txt": txt.tokens,
+    }
+    return feats if txt.mask is None else {**feats, "mask_txt": txt.mask}
+
+  def embed_image(self, image: jax.Array, train: bool = False) -> jax.Array:
+    """[B, H, W, 3] uint8 -> [B, E], unit norm, float32."""
+    return unit(self._image(image, train)[0])
+
+  def embed_text(
+    self, text: jax.Array, mask: jax.Array | None = None, train: bool = False
+  ) -> jax.Array:
+    """[B, L] int32, mask [B, L] bool (True = no padding) -> [B, E], unit norm, float32."""
+    return unit(self._text(text, mask, train)[0])
+
+  def _image(self, image: jax.Array, train: bool) -> tuple[jax.Array, TowerOutput]:
+    mean, std = (np.asarray(x, np.float32) * 255 for x in PIXELS[self.pixels])
+    x = (sharding.pin(image).astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+    out = self.image_tower(x, train=train)
+    return sharding.pin(self.image_projector(out.pooled.astype(jnp.float32))), out
+
+  def _text(
+    self, text: jax.Array, mask: jax.Array | None, train: bool
+  ) -> tuple[jax.Array, TowerOutput]:
+    out = self.text_tower(sharding.pin(text), mask, train=train)
+    return sharding.pin(self.text_projector(out.pooled.astype(jnp.float32))), out
+
+
+def make_model(
+  *,
+  image: Mapping[str, Any],
+  text: Mapping[str, Any],
+  embed_dim: int,
+  image_projector: Mapping[str, Any] | None = None,
+  text_projector: Mapping[str, Any] | None = None,
+  pixels: str = "half",
+) -> DualEncoder:
+  """A dual encoder from a config's `model`.
+
+  Args:
+    image, text: dict(name="vit", …), dict(name="text", …): a tower and its options.
+    embed_dim: E, the width of the shared space.
+    image_projector, text_projector: dict(name="linear" | "mlp" | "identity", …); linear if None.
+    pixels: normalisation of the image, on the device: "half" (SigLIP), "clip", "imagenet".
+
+  Raises:
+    ValueError, TypeError: for an unknown name or option, with the known ones.
+  """
+  config.choose(PIXELS, pixels, "config.model.pixels")
+
+  def make(registry: Mapping[str, Any], options: Mapping[str, Any], where: str, **fixed: Any) -> Any:
+    options = dict(options)
+    factory = config.choose(registry, options.pop("name", ""), f"{where}.name")
+    return config.call(factory, options, where, **fixed)
+
+  linear = {"name": "linear"}
+  return DualEncoder(
+    image_tower=make(TOWERS, image, "config.model.image"),
+    text_tower=make(TOWERS, text, "config.model.text"),
+    image_projector=make(
+      PROJECTORS, image_projector or linear, "config.model.image_projector", dim=embed_dim
+    ),
+    text_projector=make(
+      PROJECTORS, text_projector or linear, "config.model.text_projector", dim=embed_dim
+    ),
+    pixels=pixels,
+  )

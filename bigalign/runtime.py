@@ -1,0 +1,137 @@
+"""The machine under a program: flags of XLA, memory, the compilation cache, the other processes."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+# Collectives overlap with computation.
+LIBTPU_INIT_ARGS = (
+  "--xla_tpu_enable_async_collective_fusion=true",
+  "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+  "--xla_tpu_overlap_compute_collective_tc=true",
+  "--xla_enable_async_all_gather=true",
+)
+XLA_FLAGS_GPU = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
+XLA_FLAGS_DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
+
+
+def setup(
+  *,
+  deterministic: bool = False,
+  gpu_memory_fraction: float | None = None,
+  cache: str | None = "~/.cache/bigalign/xla",
+  debug_nans: bool = False,
+) -> None:
+  """Sets what must be set before the first device is touched; what the user has set stays.
+
+  Args:
+    deterministic: equal runs give equal bits on GPUs too (slower); CPUs and TPUs always do.
+    gpu_memory_fraction: share of each GPU's memory that is taken at the start; None: JAX's 0.75.
+    cache: folder of compiled programs, so that a second start does not compile; None for none.
+    debug_nans: stop at the operation that first makes a NaN (slow).
+  """
+  if _gpu():
+    flags = XLA_FLAGS_GPU + (XLA_FLAGS_DETERMINISTIC if deterministic else ())
+    _add_flags("XLA_FLAGS", flags)
+  if _tpu():
+    _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)
+  if gpu_memory_fraction is not None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory_fraction))
+  if cache and not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  if debug_nans:
+    jax.config.update("jax_debug_nans", True)
+  # Thirty lines per checkpoint that say that all is well; warnings still come through.
+  logging.getLogger("absl").addFilter(
+    lambda record: record.levelno > logging.INFO
+    or not any(package in record.pathname for package in ("/orbax/", "/tensorboardX/"))
+  )
+
+
+def connect(
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+  """Joins the other processes of the run; before any device is touched.
+
+  From the arguments (the flags --coordinator, --num_processes, --process_id), else from the
+  variables BIGALIGN_COORDINATOR ("host:port" of process 0), BIGALIGN_NUM_PROCESSES and
+  BIGALIGN_PROCESS_ID, else by itself on TPU pods and under Slurm; a single process needs nothing.
+
+  Raises:
+    ValueError: if only some of the three are given, or one is no number.
+  """
+  given = {
+    "coordinator": coordinator or os.environ.get("BIGALIGN_COORDINATOR") or None,
+    "num_processes": _number("num_processes", num_processes),
+    "process_id": _number("process_id", process_id),
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if not missing:
+    count, index = given["num_processes"], given["process_id"]
+    if not 0 <= index < count:  # type: ignore[operator]
+      raise ValueError(f"process_id {index} is not below num_processes {count}; they count from 0")
+    jax.distributed.initialize(given["coordinator"], count, index)  # type: ignore[arg-type]
+  elif len(missing) < len(given):
+    names = [f"--{name} or BIGALIGN_{name.upper()}" for name in missing]
+    raise ValueError(f"a run of several processes also needs {', '.join(names)}")
+  elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _tpu():
+    jax.distributed.initialize()
+
+
+def _number(name: str, value: int | None) -> int | None:
+  text = os.environ.get(f"BIGALIGN_{name.upper()}") or None
+  if value is not None or text is None:
+    return value
+  if not text.isdecimal():
+    raise ValueError(f"BIGALIGN_{name.upper()}={text!r} is no number")
+  return int(text)
+
+
+def _add_flags(variable: str, flags: tuple[str, ...]) -> None:
+  """Appends the flags whose name the variable does not hold yet."""
+  held = os.environ.get(variable, "")
+  new = [flag for flag in flags if flag.split("=")[0] not in held]
+  os.environ[variable] = " ".join([held, *new]).strip()
+
+
+def _platforms() -> str:
+  return os.environ.get("JAX_PLATFORMS", "")
+
+
+def _tpu() -> bool:
+  """A TPU host, from its devices and packages: asking JAX would start it."""
+  chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
+  has = bool(chips) and importlib.util.find_spec("libtpu") is not None
+  return has and ("tpu" in _platforms() or not _platforms())
+
+
+def _gpu() -> bool:
+  has = any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
+  return has and ("cuda" in _platforms() or not _platforms())
+
+
+def versions() -> dict[str, str]:
+  """Installed versions of the packages that shape a run's numbers."""
+  from importlib.metadata import version
+
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "bigalign")
+  return {name: version(name) for name in packages}
+
+
+def describe() -> dict[str, Any]:
+  """The devices of this run, for logs and reports."""
+  device = jax.devices()[0]
+  return {
+    "platform": device.platform,
+    "device_kind": device.device_kind,
+    "devices": jax.device_count(),
+    "processes": jax.process_count(),
+  }

@@ -1,0 +1,281 @@
+"""What a run is: its arrays, the objects a config stands for, and one update."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bigalign import config as configs
+from bigalign import sharding, tree
+from bigalign.checkpoint import Checkpoints
+from bigalign.data import pipeline
+from bigalign.data.rejects import REASONS
+from bigalign.losses import At, Loss, make_loss
+from bigalign.model import DualEncoder, make_model
+from bigalign.optim import Schedule, make_optimizer
+
+Arrays = dict[str, Any]
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("step", "trainable", "frozen", "ema", "opt", "loss"),
+  meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class State:
+  """All that a run is, beside samples_seen, which is a 64-bit integer on the host.
+
+  step: [] int32, updates done. trainable, frozen: parameters by path. ema: averages of
+  `trainable`, empty without. opt: optax's state of `trainable`. loss: what the loss remembers.
+  """
+
+  step: jax.Array
+  trainable: Arrays
+  frozen: Arrays
+  ema: Arrays
+  opt: Any
+  loss: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a config says, as objects: what init_state and train_step need besides arrays."""
+
+  model: DualEncoder
+  loss: Loss
+  optimizer: optax.GradientTransformation
+  rate: Schedule
+  spec: Mapping[str, tuple[tuple[int, ...], Any]]  # name: (shape, dtype) of a global batch
+  sizes: Mapping[str, int]  # number of ids, {"image": n, "text": m}
+  frozen: str
+  ema: float
+  seed: int
+  total_steps: int
+
+
+def init_params(program: Program, key: jax.Array) -> Arrays:
+  """All parameters by path, float32: "model/…" and "loss/…"."""
+  one = {name: jnp.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in program.spec.items()}
+  variables = program.model.init(key, one["image"], one["text"], one["text_mask"])
+  scalars, _ = program.loss.init(program.sizes)
+  return {**tree.flatten(variables["params"], "model/"), **tree.flatten(scalars, "loss/")}
+
+
+def init_state(program: Program, key: jax.Array) -> State:
+  """A state of zero updates; under jit with `state_shardings` its arrays are born in place."""
+  frozen, trainable = tree.partition(init_params(program, key), program.frozen, "config.frozen")
+  _, remembered = program.loss.init(program.sizes)
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    trainable=trainable,
+    frozen=frozen,
+    ema={path: x.copy() for path, x in trainable.items()} if program.ema else {},
+    opt=program.optimizer.init(trainable),
+    loss=remembered,
+  )
+
+
+def born(program: Program, placed: State) -> State:
+  """The state of zero updates, each array born where it lies."""
+  init = jax.jit(functools.partial(init_state, program), out_shardings=placed)
+  return init(jax.random.key(program.seed))
+
+
+def layout(
+  program: Program, mesh: jax.sharding.Mesh, rules: Sequence[Any] = sharding.RULES
+) -> tuple[State, State]:
+  """The shapes of a state and the shardings of its arrays; touches no device."""
+  shapes = jax.eval_shape(functools.partial(init_state, program), jax.random.key(program.seed))
+  return shapes, state_shardings(shapes, mesh, rules)
+
+
+def state_shardings(state: State, mesh: jax.sharding.Mesh, rules: Sequence[Any]) -> State:
+  """Where each array of a state (or its shape) lies."""
+  shapes = {**state.trainable, **state.frozen}
+  placed = sharding.shardings(shapes, mesh, rules)
+  whole = sharding.replicated(mesh)
+  return State(
+    step=whole,
+    trainable={path: placed[path] for path in state.trainable},
+    frozen={path: placed[path] for path in state.frozen},
+    ema={path: placed[path] for path in state.ema},
+    opt=sharding.like(state.opt, placed, shapes),
+    loss=jax.tree.map(lambda _: whole, state.loss),
+  )
+
+
+def train_step(
+  state: State, batch: Mapping[str, jax.Array], samples_seen: jax.Array, *, program: Program
+) -> tuple[State, dict[str, jax.Array]]:
+  """One update on a global batch.
+
+  A step whose loss or gradient is not finite leaves the state as it was, but for `step`; the
+  metric "finite" is then False.
+
+  Args:
+    batch: as pipeline.train_batches makes it, [B, …] over the batch axes.
+    samples_seen: [2] uint32, the high and the low word of the samples seen before this step.
+
+  Returns:
+    The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr", "finite",
+    "rejected_<reason>".
+  """
+  key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+  dropout, patch_dropout, draws = jax.random.split(key, 3)
+  at = At(state.step / program.total_steps, samples_seen, draws)
+
+  def objective(trainable: Arrays) -> tuple[jax.Array, Any]:
+    params = {**trainable, **state.frozen}
+    feats = program.model.apply(
+      {"params": tree.unflatten(tree.subtree(params, "model/"))},
+      batch["image"], batch["text"], batch["text_mask"], train=True,
+      rngs={"dropout": dropout, "patch_dropout": patch_dropout},
+    )
+    scalars = tree.unflatten(tree.subtree(params, "loss/"))
+    return program.loss.apply(scalars, state.loss, feats, batch, at)
+
+  (value, (remembered, logs)), grads = jax.value_and_grad(objective, has_aux=True)(state.trainable)
+  grad_norm = optax.tree.norm(grads)
+  updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
+  trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state.frozen)
+  ema = {
+    path: program.ema * old + (1 - program.ema) * trainable[path]
+    for path, old in state.ema.items()
+  }
+  finite = jnp.isfinite(value) & jnp.isfinite(logs["loss"]) & jnp.isfinite(grad_norm)
+
+  def keep(new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+  rejects = batch["rejects"].sum(0)
+  metrics = {
+    **logs,
+    "grad_norm": grad_norm,
+    "param_norm": optax.tree.norm(trainable),
+    "lr": program.rate(state.step),
+    "finite": finite,
+    **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
+  }
+  return State(
+    step=state.step + 1,
+    trainable=keep(trainable, state.trainable),
+    frozen=state.frozen,
+    ema=keep(ema, state.ema),
+    opt=keep(opt, state.opt),
+    loss=keep(remembered, state.loss),
+  ), metrics
+
+
+def constrain(loss: Loss, trainable: Arrays, frozen: Arrays) -> Arrays:
+  """The trainable parameters with the loss's bounds applied to its own."""
+  scalars = tree.unflatten(tree.subtree({**trainable, **frozen}, "loss/"))
+  bounded = tree.flatten(loss.constrain(scalars), "loss/")
+  return {path: bounded.get(path, x) for path, x in trainable.items()}
+
+
+def words(number: int) -> np.ndarray:
+  """A 64-bit count as [2] uint32, (high, low): x64 is off on the device."""
+  return np.asarray([number >> 32, number & 0xFFFFFFFF], np.uint32)
+
+
+def make_program(
+  *,
+  seed: int,
+  total_steps: int | str,
+  batch_size: int,
+  data: Mapping[str, Any],
+  model: Mapping[str, Any],
+  loss: Mapping[str, Any],
+  optimizer: Mapping[str, Any],
+  frozen: str = "",
+  ema: float = 0.0,
+  dataset_size: int = 0,
+  **elsewhere: Any,
+) -> Program:
+  """A config's objects; reads no data and touches no device. See `train` for the arguments."""
+  del elsewhere  # what only the loop reads
+  duration = functools.partial(configs.steps, batch_size=batch_size, dataset_size=dataset_size)
+  total = duration(total_steps, "config.total_steps")
+  spec = pipeline.batch_spec(
+    batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"]
+  )
+  built = configs.call(make_model, model, "config.model")
+  terms = make_loss(loss)
+  sizes = {"image": dataset_size, "text": dataset_size * pipeline.CAPTIONS_PER_IMAGE}
+  program = Program(
+    built, terms, optax.identity(), lambda step: step, spec, sizes, frozen, ema, seed, total
+  )
+  shapes = jax.eval_shape(functools.partial(init_params, program), jax.random.key(seed))
+  _, trainable = tree.partition(shapes, frozen, "config.frozen")
+  made, rate = configs.call(
+    make_optimizer, optimizer, "config.optimizer", params=trainable, total_steps=total,
+    to_steps=functools.partial(duration, total_steps=total),
+  )
+  return dataclasses.replace(program, optimizer=made, rate=rate)
+
+
+def make_embed(model: DualEncoder) -> dict[str, Callable[..., jax.Array]]:
+  """embed_image(params, image), embed_text(params, ids, mask), jitted, for parameters by path."""
+
+  def apply(method: str, params: Arrays, *args: jax.Array) -> jax.Array:
+    variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+    return model.apply(variables, *args, method=method)
+
+  return {name: jax.jit(functools.partial(apply, name)) for name in ("embed_image", "embed_text")}
+
+
+def parts(state: State) -> dict[str, Arrays]:
+  """A state as {part: {path: array}}, as checkpoints hold it; the frozen half is kept apart."""
+
+  def by_path(structure: Any) -> Arrays:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(structure)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): x for keys, x in leaves}
+
+  return {
+    "trainable": state.trainable, "ema": state.ema, "opt": by_path(state.opt),
+    "loss": by_path(state.loss), "clock": {"step": state.step},
+  }
+
+
+def _wanted(abstract: Any, placed: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
+  )
+
+
+def restore_params(
+  checkpoints: Checkpoints, step: int, abstract: State, placed: State, ema: bool = False
+) -> Arrays:
+  """All parameters of a checkpoint by path, their averages if `ema`, and nothing else of it."""
+  wanted = _wanted(abstract, placed)
+  learned = {"ema": wanted.ema} if ema else {"trainable": wanted.trainable}
+  (found,) = checkpoints.restore(step, learned).values()
+  return {**found, **checkpoints.restore_frozen(wanted.frozen)}
+
+
+def restore(checkpoints: Checkpoints, step: int, abstract: State, placed: State) -> State:
+  """The state of a checkpoint, on this mesh, whatever mesh wrote it."""
+  wanted = _wanted(abstract, placed)
+  found = checkpoints.restore(step, parts(wanted))
+
+  def back(structure: Any, arrays: Arrays) -> Any:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(structure)
+    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]
+    return jax.tree_util.tree_unflatten(treedef, [arrays[path] for path in paths])
+
+  return State(
+    step=found["clock"]["step"],
+    trainable=back(wanted.trainable, found["trainable"]),
+    frozen=checkpoints.restore_frozen(wanted.frozen),
+    ema=back(wanted.ema, found["ema"]),
+    opt=back(wanted.opt, found["opt"]),
+    loss=back(wanted.loss, found["loss"]),
+  )

@@ -1,0 +1,62 @@
+"""Seconds per step, images per second, share of the chip's peak."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from bigalign import flops
+
+
+class Clock:
+  """Wall time between two logs, without evaluation and saving, and the part of it spent on data."""
+
+  def __init__(self, step: int, batch_size: int) -> None:
+    self._start = time.perf_counter()
+    self._data = self._pause = 0.0
+    self._step = step
+    self._batch_size = batch_size
+
+  @contextlib.contextmanager
+  def _timer(self, name: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    setattr(self, name, getattr(self, name) + time.perf_counter() - begin)
+
+  def waiting(self) -> contextlib.AbstractContextManager[None]:
+    """A context in which the loop waits for data."""
+    return self._timer("_data")
+
+  def paused(self) -> contextlib.AbstractContextManager[None]:
+    """A context that does not count."""
+    return self._timer("_pause")
+
+  def read(self, step: int, work: int) -> dict[str, float]:
+    """Metrics since the last read; `work` is FLOPs per step. All hosts must call it."""
+    now = time.perf_counter()
+    steps = step - self._step
+    seconds = max(now - self._start - self._pause, 1e-9) / steps
+    data = self._data / steps
+    self._start, self._data, self._pause, self._step = now, 0.0, 0.0, step
+    chips = jax.device_count()
+    row = {
+      "train/batch_time": seconds,
+      "train/data_time": data,
+      "train/samples_per_second": self._batch_size / seconds,
+      "train/samples_per_second_per_gpu": self._batch_size / seconds / chips,
+      "perf/data_share": data / seconds,
+      "perf/flops_per_step": work,
+    }
+    peak = flops.peak(jax.devices()[0])
+    if peak:
+      row["perf/mfu"] = work / seconds / chips / peak
+    if jax.process_count() > 1:
+      every = multihost_utils.process_allgather(np.asarray([seconds, data], np.float32))
+      for i, (own, waited) in enumerate(every.tolist()):
+        row |= {f"perf/host_{i}_batch_time": own, f"perf/host_{i}_data_time": waited}
+    return row

@@ -1,0 +1,11 @@
+"""The registry of towers; a tower maps a batch to a TowerOutput."""
+
+from __future__ import annotations
+
+from bigalign.towers.base import TowerOutput
+from bigalign.towers.text import text
+from bigalign.towers.vit import vit
+
+__all__ = ["TOWERS", "TowerOutput"]
+
+TOWERS = dict(vit=vit, text=text)

@@ -1,0 +1,119 @@
+"""Text transformer: bidirectional with attention pooling, or causal with the last token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bigalign import sharding
+from bigalign.towers import base
+
+POOLS = ("last", "eos", "map", "mean")
+
+
+class Text(nn.Module):
+  """See `text` for the options."""
+
+  vocab_size: int
+  length: int
+  width: int
+  depth: int
+  heads: int
+  hidden: int
+  pool: str
+  causal: bool
+  mask_padding: bool
+  dropout: float
+  activation: str
+  scan: bool
+  remat: str
+  dtype: Any
+  attention: str | None
+
+  @nn.compact
+  def __call__(
+    self, ids: jax.Array, mask: jax.Array | None = None, train: bool = False
+  ) -> base.TowerOutput:
+    """ids [B, L] int32, mask [B, L] bool (True = no padding) -> pooled [B, D], tokens [B, L, D].
+
+    A text may be shorter than `length`, never longer. Random key in training: "dropout".
+    """
+    length = ids.shape[1]
+    if length > self.length:
+      raise ValueError(f"texts of {length} tokens; config.model.text.length is {self.length}")
+    table = self.param(
+      "embedding", nn.initializers.normal(1 / self.width**0.5), (self.vocab_size, self.width)
+    )
+    positions = self.param(
+      "positions", nn.initializers.normal(1 / self.width**0.5), (1, self.length, self.width)
+    )
+    x = table.astype(self.dtype)[ids] + positions.astype(self.dtype)[:, :length]
+    x = nn.Dropout(self.dropout, name="dropout")(x, not train)
+    seen = mask if self.mask_padding else None
+    block = dict(
+      heads=self.heads, hidden=self.hidden, activation=self.activation, dropout=self.dropout,
+      epsilon=1e-6, causal=self.causal, dtype=self.dtype, implementation=self.attention,
+    )
+    x = base.Encoder(self.depth, block, self.scan, self.remat, name="encoder")(
+      sharding.pin(x), seen, train=train
+    )
+    if self.pool == "map":
+      pooled = base.MapHead(
+        self.heads, self.hidden, self.activation, dtype=self.dtype, name="map_head"
+      )(x, seen)
+    elif self.pool == "mean":
+      pooled = base.masked_mean(x, seen)
+    elif self.pool == "last" or mask is None:
+      pooled = x[:, -1]
+    else:
+      last = jnp.maximum(mask.sum(1) - 1, 0)
+      pooled = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return base.TowerOutput(pooled, x, mask)
+
+
+def text(
+  *,
+  variant: str = "B",
+  vocab_size: int,
+  length: int,
+  width: int | None = None,
+  depth: int | None = None,
+  heads: int | None = None,
+  mlp_ratio: float | None = None,
+  pool: str = "last",
+  causal: bool = False,
+  mask_padding: bool = True,
+  dropout: float = 0.0,
+  activation: str = "gelu_tanh",
+  scan: bool = True,
+  remat: str = "none",
+  dtype: str = "bfloat16",
+  attention: str | None = None,
+) -> Text:
+  """A text transformer; the options that `vit` has mean the same.
+
+  Args:
+    vocab_size: rows of the token table; at least the tokenizer's.
+    length: longest text in tokens.
+    pool: "last" position whatever is there (SigLIP), "eos": the last token that is no padding
+      (CLIP), "map" (attention pooling) or "mean".
+    causal: a token sees only those before it (CLIP).
+    mask_padding: padding is not seen by attention or pooling. SigLIP attends to it.
+
+  Raises:
+    ValueError: for an unknown name, with the known ones.
+  """
+  for name, value, known in (
+    ("pool", pool, POOLS), ("activation", activation, base.ACTIVATIONS),
+    ("remat", remat, base.REMAT),
+  ):
+    if value not in known:
+      raise ValueError(f"config.model.text.{name}: unknown {value!r}; known: {sorted(known)}")
+  width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
+  return Text(
+    vocab_size, length, width, depth, heads, hidden, pool, causal, mask_padding, dropout,
+    activation, scan, remat, jnp.dtype(dtype), attention,
+  )
