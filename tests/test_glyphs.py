@@ -6,10 +6,18 @@ import collections
 import hashlib
 import pickle
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
+from bigalign import sharding
 from bigalign.data import glyphs
+from bigalign.data.tokenizers import make_tokenizer
+from bigalign.evals.embed import Context
+from bigalign.evals.glyphs import glyphs as evaluate
+from bigalign.evals.glyphs import score
 
 HELD = ("heldout", "heldout_dev")
 
@@ -138,3 +146,80 @@ def test_cuts_select_fonts_and_misspelt_ones_are_named():
     glyphs.Glyphs("valid")
   with pytest.raises(ValueError, match=r"LastResort.*DejaVuSans"):
     glyphs.Glyphs(cuts=("LastResort",))
+
+
+DATA = dict(
+  image_size=32, tokenizer=dict(name="words", vocabulary="glyphs", length=16), workers=0
+)
+
+
+@jax.jit
+def embed_image(params, image):
+  z = rearrange(image, "b h w c -> b (h w c)").astype(jnp.float32) @ params["image"]
+  return z / jnp.linalg.norm(z, axis=1, keepdims=True)
+
+
+@jax.jit
+def embed_text(params, ids, mask):
+  place = 1 + jnp.arange(ids.shape[1]) / 10
+  z = jnp.einsum("ble,bl->be", params["text"][ids], mask * place[None])
+  return z / jnp.linalg.norm(z, axis=1, keepdims=True)
+
+
+def test_the_evaluator_equals_ten_lines_of_numpy():
+  rng = np.random.default_rng(0)
+  tokenizer = make_tokenizer(**DATA["tokenizer"])
+  params = dict(
+    image=rng.normal(size=(32 * 32 * 3, 12)).astype(np.float32),
+    text=rng.normal(size=(tokenizer.vocab_size, 12)).astype(np.float32),
+  )
+  context = Context("glyphs", embed_image, embed_text, sharding.make_mesh(data=4, fsdp=2), DATA)
+  # 420 pictures and 14,672 captions: neither divides by 104, which the mesh's 8 devices do.
+  metrics = evaluate(context, split="heldout", batch_size=100)(params)
+
+  names = glyphs.alphabet().names
+  letters = [name.split(" with ")[0] if glyphs.parts(name) else name for name in names]
+  unit = lambda z: z / np.linalg.norm(z, axis=-1, keepdims=True)  # noqa: E731
+  captions = [[f"{name}, {cut}" for name in names] for cut in ("sans", "bold serif")]
+  weights = unit(sum(
+    np.asarray(embed_text(params, *tokenizer.encode_batch(texts))) for texts in captions
+  ))
+  expected = {}
+  for kind, split in (("unseen", "heldout"), ("seen", "seen")):
+    source = glyphs.Glyphs(split)
+    records = {r["key"]: r for r in map(source.__getitem__, range(len(source)))}
+    codes = sorted({key.split("/")[0] for key in records}, key=lambda key: int(key[2:], 16))
+    z = unit(sum(
+      np.asarray(embed_image(params, np.stack([records[f"{c}/{cut}"]["image"] for c in codes])))
+      for cut in ("DejaVuSans", "DejaVuSerif-Bold")
+    ))
+    labels = [records[f"{code}/DejaVuSans"]["label"] for code in codes]
+    groups = dict(all=range(7336), heldout=labels, letter=None)
+    for group, among in groups.items():
+      places, chance = [], []
+      for x, label in zip(z, labels):
+        same = [i for i in range(7336) if letters[i] == letters[label]]
+        named = np.asarray(same if among is None else among)
+        places.append(named[np.argsort(-(weights[named] @ x), kind="stable")].tolist().index(label))
+        chance.append(1 / len(named))
+      if (kind, group) != ("seen", "heldout"):
+        expected[f"val/glyphs-{kind}-{group}-top1"] = np.mean(np.array(places) < 1)
+        expected[f"val/glyphs-{kind}-{group}-top5"] = np.mean(np.array(places) < 5)
+        expected[f"val/glyphs-{kind}-{group}-chance"] = np.mean(chance)
+  assert metrics == pytest.approx(expected, abs=1e-9)
+  assert metrics["val/glyphs-unseen-all-chance"] == pytest.approx(1 / 7336)
+
+
+def test_ties_and_nan_are_no_hits():
+  label, allowed = np.array([1, 0, 2]), np.ones((3, 3), bool)
+  flat = np.ones((3, 2))
+  assert score(flat, flat, label=label, allowed=allowed)["top1"] == pytest.approx(1 / 3)
+  assert score(flat * np.nan, flat, label=label, allowed=allowed)["top5"] == 0
+  perfect = np.eye(3)
+  assert score(perfect[label], perfect, label=label, allowed=allowed)["top1"] == 1
+
+
+def test_the_evaluator_refuses_characters_that_are_trained_on():
+  context = Context("glyphs", embed_image, embed_text, sharding.make_mesh(), DATA)
+  with pytest.raises(ValueError, match=r"config.evals.glyphs.split='seen'.*heldout_dev"):
+    evaluate(context, split="seen")

@@ -1,0 +1,130 @@
+"""Zero-shot naming of glyphs: can the model name characters that it has never seen?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from bigalign import sharding
+from bigalign.data.glyphs import CUTS, PROBES, Glyphs, parts
+from bigalign.data.transforms import eval_image
+from bigalign.evals.embed import Context, round_batch
+from bigalign.evals.zeroshot import class_weights
+
+
+def candidates(label: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+  """Which of K names each of N characters may be taken for, [N, K] bool.
+
+  `all` of them; `heldout`: those of these N; `letter`: the letter with any marks or none.
+  """
+  letters = np.asarray([(parts(name) or (name, ""))[0] for name in names])
+  return {
+    "all": np.ones((len(label), len(names)), bool),
+    "heldout": np.tile(np.isin(np.arange(len(names)), label), (len(label), 1)),
+    "letter": letters[None] == letters[label][:, None],
+  }
+
+
+def score(
+  zimg: np.ndarray, weights: np.ndarray, *, label: np.ndarray, allowed: np.ndarray
+) -> dict[str, float]:
+  """Hits of N characters, [N, E], among those of K names, [K, E], that `allowed` [N, K] leaves.
+
+  label: [N] int32, the right name; it is always allowed. Of equal similarities the earlier name
+  comes first; NaN is never a hit.
+
+  Returns:
+    "top1" and "top5", fractions, and "chance": what a guess among the allowed makes of top1.
+  """
+  sims = zimg @ weights.T
+  own = np.take_along_axis(sims, label[:, None], axis=1)  # [N, 1]
+  earlier = np.arange(len(weights))[None] < label[:, None]
+  before = (((sims > own) | ((sims == own) & earlier)) & allowed).sum(1)
+  found = np.isfinite(own[:, 0])
+  return {
+    "top1": float((found & (before < 1)).mean()),
+    "top5": float((found & (before < 5)).mean()),
+    "chance": float((1 / allowed.sum(1)).mean()),
+  }
+
+
+def embedder(
+  context: Context, source: Glyphs, *, batch_size: int
+) -> Callable[[Any], jax.Array]:
+  """embed(params) -> [N, E] on every device: the unit mean over each character's PROBES."""
+  options = {"size": context.data["image_size"]}
+  options |= {name: context.data[name] for name in ("resize",) if name in context.data}
+  # A few hundred small pictures: drawn once, kept on the host.
+  images = np.stack([eval_image(source[i]["image"], **options) for i in range(len(source))])
+  batch_size = round_batch(context.mesh, min(batch_size, len(images)))
+  rows = sharding.host_rows(context.mesh, batch_size)
+
+  def mean(batches: list[jax.Array]) -> jax.Array:
+    z = jnp.concatenate(batches)[: len(images)]
+    z = rearrange(z, "(n c) e -> n c e", c=len(PROBES)).mean(1)
+    return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+
+  mean_jit = jax.jit(mean, out_shardings=sharding.replicated(context.mesh))
+
+  def embed(params: Any) -> jax.Array:
+    embedded = []
+    for start in range(0, len(images), batch_size):
+      # The last batch is filled up with the first images, which `mean` cuts off again.
+      batch = {"image": images[(start + rows) % len(images)]}
+      on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
+      embedded.append(context.embed_image(params, on_mesh["image"]))
+    return mean_jit(embedded)
+
+  return embed
+
+
+def glyphs(
+  context: Context, *, split: str = "heldout", batch_size: int = 256
+) -> Callable[[Any], dict[str, float]]:
+  """Naming of characters that are in train in no font, and of as many that are.
+
+  A character's embedding is the unit mean of its pictures in the two PROBES, a name's that of its
+  captions in these two.
+
+  Args:
+    split: "heldout" for the report, "heldout_dev" for tuning.
+    batch_size: images or captions at a time, over all devices; rounded up to fit the mesh.
+
+  Returns:
+    run(params) -> {"val/<name>-unseen-all-top1": fraction, ...}: characters unseen and seen; among
+    all names, the held-out ones (for unseen characters), those with the same letter; top1, top5
+    and chance.
+  """
+  if split not in ("heldout", "heldout_dev"):
+    raise ValueError(
+      f"config.evals.{context.name}.split={split!r} is not held out; known: heldout, heldout_dev"
+    )
+  sources = {"unseen": Glyphs(split, cuts=PROBES), "seen": Glyphs("seen", cuts=PROBES)}
+  names = sources["unseen"].classnames
+  labels = {kind: source.items[:: len(PROBES), 0] for kind, source in sources.items()}
+  allowed = {kind: candidates(label, names) for kind, label in labels.items()}
+  del allowed["seen"]["heldout"]
+  embed = {
+    kind: embedder(context, source, batch_size=batch_size) for kind, source in sources.items()
+  }
+  weigh = class_weights(
+    context, classnames=names, templates=[f"{{c}}, {CUTS[cut]}" for cut in PROBES],
+    batch_size=batch_size,
+  )
+
+  def run(params: Any) -> dict[str, float]:
+    weights = np.asarray(weigh(params))
+    metrics = {}
+    for kind, label in labels.items():
+      zimg = np.asarray(embed[kind](params))
+      for among, mask in allowed[kind].items():
+        for metric, value in score(zimg, weights, label=label, allowed=mask).items():
+          metrics[f"val/{context.name}-{kind}-{among}-{metric}"] = value
+    return metrics
+
+  return run
