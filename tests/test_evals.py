@@ -175,7 +175,7 @@ def test_retrieval_moves_queries_but_not_the_gallery(tiny):
   )
   find = jax.jit(retrieval.both_ways, static_argnames="mesh", out_shardings=whole)
   text = find.lower(z, mesh=mesh).compile().as_text()
-  moved = re.findall(r"= (.*) (?:all-\w+|collective-permute)(?:-start)?\(", text)
+  moved = re.findall(r"= (.*) (?:all-[-a-z]+|collective-permute)\(", text)
   sizes = [
     sum(
       math.prod(int(n) for n in dims.split(",") if n)
