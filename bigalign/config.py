@@ -1,4 +1,4 @@
-"""Experiments as data: read, compare, fingerprint, hand to functions whose signature is the schema."""
+"""Experiments as data: compared, fingerprinted, handed to functions by their signatures."""
 
 from __future__ import annotations
 

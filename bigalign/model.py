@@ -23,7 +23,7 @@ PIXELS = {
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """[..., E] -> unit L2 norm over the last axis, float32; zero stays zero, with a finite gradient."""
+  """[..., E] -> unit L2 norm, float32; zero stays zero, with a finite gradient."""
   x = x.astype(jnp.float32)
   square = jnp.sum(x * x, -1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
@@ -95,8 +95,8 @@ def make_model(
   """
   config.choose(PIXELS, pixels, "config.model.pixels")
 
-  def make(registry: Mapping[str, Any], options: Mapping[str, Any], where: str, **fixed: Any) -> Any:
-    options = dict(options)
+  def make(registry: Mapping[str, Any], given: Mapping[str, Any], where: str, **fixed: Any) -> Any:
+    options = dict(given)
     factory = config.choose(registry, options.pop("name", ""), f"{where}.name")
     return config.call(factory, options, where, **fixed)
 

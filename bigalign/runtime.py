@@ -44,7 +44,7 @@ def setup(
     _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)
   if gpu_memory_fraction is not None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory_fraction))
-  if cache and not jax.config.jax_compilation_cache_dir:
+  if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
   if debug_nans:

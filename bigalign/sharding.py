@@ -112,7 +112,7 @@ def like(structure: Any, params: Mapping[str, NamedSharding], shapes: Mapping[st
 
   def place(keys: Any, leaf: Any) -> NamedSharding:
     for key in reversed(keys):
-      path = getattr(key, "key", None)
+      path = getattr(key, "key", "")
       if path in params and shapes[path].shape == leaf.shape:
         return params[path]
     return NamedSharding(mesh, P())
@@ -154,8 +154,8 @@ def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
       f" (mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}); try"
       f" {max(parts, batch_size // parts * parts)}"
     )
-  slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-  rows = {i for (s,) in slices for i in range(*s.indices(batch_size))}
+  places: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  rows = {i for (s,) in places for i in range(*s.indices(batch_size))}
   return np.asarray(sorted(rows), np.int64)
 
 
@@ -166,7 +166,7 @@ def global_batch(
   sharding = batch_sharding(mesh)
 
   def place(x: np.ndarray) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
       start, stop, _ = index[0].indices(batch_size)
       first = int(np.searchsorted(rows, start))
       return x[first : first + stop - start]

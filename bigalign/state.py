@@ -37,7 +37,7 @@ class State:
   `trainable`, empty without. opt: optax's state of `trainable`. loss: what the loss remembers.
   """
 
-  step: jax.Array
+  step: Any
   trainable: Arrays
   frozen: Arrays
   ema: Arrays
@@ -134,7 +134,7 @@ def train_step(
 
   def objective(trainable: Arrays) -> tuple[jax.Array, Any]:
     params = {**trainable, **state.frozen}
-    feats = program.model.apply(
+    feats: Any = program.model.apply(
       {"params": tree.unflatten(tree.subtree(params, "model/"))},
       batch["image"], batch["text"], batch["text_mask"], train=True,
       rngs={"dropout": dropout, "patch_dropout": patch_dropout},
@@ -225,7 +225,7 @@ def make_program(
 def make_embed(model: DualEncoder) -> dict[str, Callable[..., jax.Array]]:
   """embed_image(params, image), embed_text(params, ids, mask), jitted, for parameters by path."""
 
-  def apply(method: str, params: Arrays, *args: jax.Array) -> jax.Array:
+  def apply(method: str, params: Arrays, *args: jax.Array) -> Any:
     variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
     return model.apply(variables, *args, method=method)
 

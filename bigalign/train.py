@@ -289,7 +289,7 @@ def main(argv: Sequence[str]) -> None:
   config = configs.plain(values.config)
   configs.call(runtime.setup, config.pop("runtime", {}), "config.runtime")
   runtime.connect(values.coordinator, values.num_processes, values.process_id)
-  name = pathlib.Path(values["config"].config_filename).stem
+  name = pathlib.Path(getattr(values["config"], "config_filename")).stem  # noqa: B009
   workdir = values.workdir or f"runs/{name}"
   logging.info("%s in %s on %s", name, workdir, runtime.describe())
   configs.call(

@@ -6,29 +6,20 @@ workers nor the place of a restart can change what is in it.
 
 from __future__ import annotations
 
-import gc
 import logging
-import multiprocessing
-import os
-import signal
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from bigalign.data import order, transforms
 from bigalign.data.decode import decode
 from bigalign.data.rejects import REASONS, Rejected
 from bigalign.data.sources import Source
 from bigalign.data.tokenizers import Tokenizer, make_tokenizer
+from bigalign.data.workers import Batches, iterate
 
 logger = logging.getLogger(__name__)
-
-Batch = dict[str, np.ndarray]
 
 ATTEMPTS = 8
 # text_id = image_id * CAPTIONS_PER_IMAGE + ordinal of the caption
@@ -79,7 +70,7 @@ def train_batches(
       source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size), seed=seed,
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
       shuffle=shuffle, stop=stop)
-  return _iterate(batches, workers=workers)
+  return iterate(batches, workers=workers)
 
 
 def eval_batches(
@@ -103,7 +94,7 @@ def eval_batches(
   batches = _EvalBatches(
       source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size),
       image_size=image_size, tokenizer=tokenizer, resize=resize, captions=captions)
-  return _iterate(batches, workers=workers)
+  return iterate(batches, workers=workers)
 
 
 def _rows(rows, *, batch_size: int) -> np.ndarray:
@@ -112,69 +103,6 @@ def _rows(rows, *, batch_size: int) -> np.ndarray:
     raise ValueError(f"rows must be a line of row numbers below batch_size={batch_size}; found an "
                      f"array of shape {rows.shape}: {rows.ravel()[:8]}")
   return rows
-
-
-class Batches:
-  """An iterator of batches. It reads ahead from its making on; `close` ends its workers."""
-
-  def __init__(self, iterator: grain.DatasetIterator):
-    iterator.start_prefetch()
-    self._iterators = [iterator]
-    # Also when forgotten, and at exit before the modules are torn down: grain's own clean-up comes
-    # too late there and fails in noise.
-    self.close = weakref.finalize(self, _close, self._iterators)
-
-  def __iter__(self) -> Batches:
-    return self
-
-  def __next__(self) -> Batch:
-    if not self._iterators:
-      raise ValueError("These batches are closed.")
-    # Copies: arrays in the shared memory of the workers outlive them badly, and jax would alias
-    # them on CPU.
-    return {name: np.array(value) for name, value in next(self._iterators[0]).items()}
-
-
-def _close(iterators: list[grain.DatasetIterator]) -> None:
-  while iterators:
-    iterators.pop().close()
-  gc.collect()  # grain's iterators are cycles; what is left of them would speak up at exit
-
-
-def _iterate(batches, *, workers: int) -> Batches:
-  # One thread each: the workers are the parallelism. Read on first use by the Rust libraries of
-  # this process and, inherited, of the workers.
-  os.environ.setdefault("RAYON_NUM_THREADS", "1")
-  os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-  dataset = grain.MapDataset.source(batches)
-  if not workers:
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return Batches(iter(dataset.to_iter_dataset(options)))
-  if getattr(multiprocessing.current_process(), "_inheriting", False):
-    raise RuntimeError(
-        "Data workers import the program's main file, and this import starts data workers again. "
-        'Put the call under `if __name__ == "__main__":`, or use workers=0.')
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain reads absl flags; notebooks and tests never parse them
-  # A batch per worker in the making and two waiting: grain's default would hold 500.
-  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  return Batches(iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker)))
-
-
-def _start_worker(worker: int, workers: int) -> None:
-  """Runs first in every worker process."""
-  del worker, workers
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's, which closes the workers
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """A killed program cannot close its workers, which would wait for it forever."""
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  parent.join()
-  os._exit(1)
 
 
 def _words(ids: np.ndarray) -> np.ndarray:
@@ -234,7 +162,7 @@ class _TrainBatches(_Batches):
   def __repr__(self) -> str:
     return f"train batches of {self._source!r}"
 
-  def __getitem__(self, k: int) -> Batch:
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     positions = self._start + k * self._batch_size + self._rows
     indices = order.sample_index(positions, size=len(self._source), seed=self._seed,
                                  shuffle=self._shuffle)
@@ -300,7 +228,7 @@ class _EvalBatches(_Batches):
   def __repr__(self) -> str:
     return f"eval batches of {self._source!r}"
 
-  def __getitem__(self, k: int) -> Batch:
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     indices = k * self._batch_size + self._rows
     b, c, size = len(indices), self._captions, self._image_size
     images = np.zeros((b, size, size, 3), np.uint8)

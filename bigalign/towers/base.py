@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
   heads: int
   dtype: Any = jnp.float32
-  implementation: str | None = None  # see vit
+  implementation: Any = None  # see vit
 
   @nn.compact
   def __call__(
