@@ -19,6 +19,7 @@ import rich.console
 import rich.progress
 from absl import logging
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
 
 FILE = "metrics.jsonl"
 _NON_FINITE: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -162,8 +163,9 @@ class MetricWriter:
       self._file.write(_line(step, row))
       self._file.flush()
     if self._board is not None:
-      for name, value in row.items():
-        self._board.add_scalar(name, value, step)
+      # add_scalar would write R@1 as R_1.
+      values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+      self._board.file_writer.add_summary(Summary(value=values), step)
     if self._wandb is not None:
       self._wandb.log({"step": step, **row})
 
@@ -200,6 +202,10 @@ def _start_wandb(folder: pathlib.Path, options: Mapping[str, Any]) -> Any:
   # W&B's own step may not go back, as ours does when a run resumes from a checkpoint.
   run.define_metric("*", step_metric="step")
   return run
+
+
+def _short(value: int | float) -> str:
+  return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 class Progress:
@@ -269,12 +275,16 @@ class Progress:
       self._bar.update(self._task, completed=step, description="train", shown=train)
     elif train:
       self._say(f"step {step:>{len(str(self._total))}}/{self._total}  {train}{self._left(step)}")
-    others = [(n, v) for n, v in values.items() if not n.startswith(("train/", "perf/"))]
+    others = {n: v for n, v in values.items() if not n.startswith(("train/", "perf/"))}
+    names = dict.fromkeys(name.removeprefix("ema/") for name in others)
+    lines = [f"step {step}"]
+    for name in names:
+      # What the running average of the parameters scores stands beside, not below.
+      pair = [("", others.get(name)), ("ema ", others.get(f"ema/{name}"))]
+      shown = "  ".join(label + _short(value) for label, value in pair if value is not None)
+      lines.append(f"  {name:<{max(map(len, names))}}  {shown}")
     if others:
-      width = max(len(name) for name, _ in others)
-      lines = (f"  {n:<{width}}  {v:.4f}" if isinstance(v, float) else f"  {n:<{width}}  {v:,}"
-               for n, v in others)
-      self._say("\n".join([f"step {step}", *lines]))
+      self._say("\n".join(lines))
 
   def _say(self, text: str) -> None:
     self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -101,9 +101,9 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_a_broken_one_named(tmp_path):
 
 def test_tensorboard_gets_event_files_and_the_purge_step(tmp_path):
   with MetricWriter(tmp_path) as writer:
-    writer.write(3, {"train/loss": 0.5})
+    writer.write(3, {"val/text_to_image_R@1": 0.5, "n": 3})
   (file,) = (tmp_path / "tensorboard").iterdir()
-  assert b"train/loss" in file.read_bytes()
+  assert b"val/text_to_image_R@1" in file.read_bytes()
 
 
 def test_only_process_zero_writes(tmp_path, monkeypatch):
@@ -147,10 +147,11 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal():
     progress.advance(39)
     progress.log(40, {"train/loss": 5.12345, "train/samples_per_second": 12345.6, "perf/mfu": 0.5})
     progress.log(280, {"train/loss": 1.0})
-    progress.log(280, {"val/image_to_text_R@1": 0.25, "val/num_samples": 1000})
+    progress.log(280, {"val/image_to_text_R@1": 0.25, "val/num_samples": 1000,
+                       "ema/val/image_to_text_R@1": 0.5})
   lines = out.getvalue().splitlines()
   assert lines[0].startswith("step  40/280  loss 5.1235  images/s 12,346  0:00:0")
   assert lines[1:] == [
     "step 280/280  loss 1.0000", "step 280",
-    "  val/image_to_text_R@1  0.2500", "  val/num_samples        1,000",
+    "  val/image_to_text_R@1  0.2500  ema 0.5000", "  val/num_samples        1,000",
   ]

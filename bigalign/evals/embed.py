@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding
 from bigalign.data import pipeline
-from bigalign.data.rejects import REASONS
+from bigalign.data.rejects import REASONS, Rejected
 from bigalign.data.sources import open_source
 
 
@@ -79,24 +79,26 @@ def open_data(
   source: str,
   *,
   batch_size: int,
-  captions: int,
+  captions: int | None,
   fields: Sequence[str] | None = None,
 ) -> EvalData:
   """The source as evaluation batches, made as config.data says, without augmentation.
 
-  captions: C, the room for captions of one image; 0 reads none.
+  captions: C, the room for captions of one image; 0 reads none, None counts them.
   fields: where captions come from; config.data.captions if None.
 
   Raises:
     ValueError: if the source holds no sample.
   """
-  if not captions:
+  if captions == 0:
     fields = ()
   elif fields is None and "captions" in context.data:
     fields = context.data["captions"]
   opened = open_source(source, captions=fields)
   if not len(opened):
     raise ValueError(f"config.evals.{context.name}.source={source!r} holds no sample")
+  if captions is None:
+    captions = most_captions(opened)
   size = round_batch(context.mesh, batch_size)
   shared = ("image_size", "tokenizer", "resize", "workers")
   options = {name: context.data[name] for name in shared if name in context.data}
@@ -106,6 +108,17 @@ def open_data(
     return pipeline.eval_batches(opened, batch_size=size, rows=rows, captions=captions, **options)
 
   return EvalData(opened, size, batches)
+
+
+def most_captions(source: Any) -> int:
+  """The largest number of captions of a sample; reads all of them, decodes no image."""
+  most = 1
+  for i in range(len(source)):
+    try:
+      most = max(most, len(source[i]["captions"]))
+    except Rejected:  # told and counted when the batches are made
+      continue
+  return most
 
 
 def over_mesh(context: Context, data: EvalData) -> Iterator[dict[str, jax.Array]]:

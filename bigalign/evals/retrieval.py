@@ -102,7 +102,7 @@ def retrieval(
   context: Context,
   *,
   source: str,
-  captions: int = 1,
+  captions: int | None = None,
   fields: Sequence[str] | None = None,
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
@@ -112,7 +112,7 @@ def retrieval(
 
   Args:
     source: what open_source reads.
-    captions: the most captions that an image has; those with fewer may be among them.
+    captions: the most captions that an image has; None looks through the source for it.
     fields: where the captions come from, as in config.data.captions, which holds if None.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 

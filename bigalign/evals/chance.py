@@ -1,0 +1,33 @@
+"""What guessing would score, for figures to be read beside."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+_RETRIEVAL = re.compile(r"(.*)(image_to_text|text_to_image)_R@(\d+)")
+_TOP = re.compile(r"(.*-)top(\d+)")
+
+
+def chance(metrics: Mapping[str, float]) -> dict[str, float]:
+  """{name: expected value of a random order}, of those metrics for which it is known.
+
+  Reads the sizes that the evaluators report beside their figures: num_samples and num_captions,
+  num_classes, or the chance of top1 itself.
+  """
+  found = {}
+  for name in metrics:
+    retrieval, top = _RETRIEVAL.fullmatch(name), _TOP.fullmatch(name)
+    if retrieval:
+      prefix, way, k = retrieval[1], retrieval[2], int(retrieval[3])
+      images, texts = metrics[f"{prefix}num_samples"], metrics[f"{prefix}num_captions"]
+      own, among = (texts / images, texts) if way == "image_to_text" else (1, images)
+      # No positive in k draws without return, of an image with the mean number of captions.
+      misses = (max(0.0, 1 - own / (among - i)) for i in range(min(k, math.ceil(among))))
+      found[name] = 1 - math.prod(misses)
+    elif top and f"{top[1]}num_classes" in metrics:
+      found[name] = min(1.0, int(top[2]) / metrics[f"{top[1]}num_classes"])
+    elif top and f"{top[1]}chance" in metrics:
+      found[name] = min(1.0, int(top[2]) * metrics[f"{top[1]}chance"])
+  return found
