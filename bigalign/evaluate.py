@@ -1,0 +1,186 @@
+"""Runs evaluators on a run's checkpoint: bigalign evaluate runs/quickstart --json scores.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import rich.box
+import rich.console
+import rich.table
+from absl import logging
+
+from bigalign import config as configs
+from bigalign import runtime, sharding
+from bigalign import state as states
+from bigalign.checkpoint import Checkpoints
+from bigalign.data.webdataset import expand_shards
+from bigalign.evals import make_evaluators
+from bigalign.evals.chance import chance
+
+
+class Run(NamedTuple):
+  """A run as it stood at one step, on this machine's mesh.
+
+  config: as it was trained. meta: what stands beside the checkpoint (revision, versions,
+  samples_seen, dataset_size ...). params: all parameters by path. ema: the same with the running
+  averages, empty if the run has none. embed: embed_image and embed_text, jitted.
+  """
+
+  workdir: pathlib.Path
+  step: int
+  config: dict[str, Any]
+  meta: dict[str, Any]
+  mesh: jax.sharding.Mesh
+  params: dict[str, jax.Array]
+  ema: dict[str, jax.Array]
+  embed: dict[str, Callable[..., jax.Array]]
+
+
+def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
+  """Reads a run's config and the parameters of a checkpoint; changes nothing in it.
+
+  step: a number, "latest" or "best" (of config.keep.best).
+
+  Raises:
+    FileNotFoundError: for a folder that is no run, or a step that it does not have.
+    ValueError: for "best" in a run that does not say what is best.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  if not (workdir / "config.json").is_file():
+    raise FileNotFoundError(
+      f"{workdir} holds no config.json, so it is not the --workdir of a training run"
+    )
+  keep = json.loads((workdir / "config.json").read_text())["config"]["keep"] or {}
+  if step == "best" and not keep.get("best"):
+    raise ValueError(f"{workdir}: config.keep.best names no metric, so no checkpoint is the best")
+  checkpoints = configs.call(Checkpoints, keep, "config.keep", workdir=workdir, read_only=True)
+  found = checkpoints.find(step)
+  meta = checkpoints.meta(found)
+  config = meta.pop("config")
+  program = states.make_program(**config, dataset_size=meta["dataset_size"])
+  # This machine need not be the one that trained: whole copies of the model on all its devices.
+  mesh = sharding.make_mesh()
+  abstract, placed = states.layout(program, mesh, config["rules"])
+  params = states.restore_params(checkpoints, found, abstract, placed)
+  ema = states.restore_params(checkpoints, found, abstract, placed, ema=True) if program.ema else {}
+  checkpoints.close()
+  return Run(workdir, found, config, meta, mesh, params, ema, states.make_embed(program.model))
+
+
+def evaluate(run: Run, evals: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+  """{metric: value} of {name: options, type among them}; the averages' as "ema/..." beside."""
+  evaluators = make_evaluators(evals, mesh=run.mesh, data=run.config["data"], **run.embed)
+  metrics: dict[str, float] = {}
+  with jax.set_mesh(run.mesh):
+    for prefix, params in (("", run.params), ("ema/", run.ema)):
+      for evaluator in evaluators.values() if params else ():
+        metrics |= {prefix + name: value for name, value in evaluator(params).items()}
+  return metrics
+
+
+def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
+  """The name and the evaluator's options of a CLIP_benchmark webdataset folder.
+
+  Its shards lie in the folder or in `test` within; classnames.txt and
+  zeroshot_classification_templates.txt beside them or one level up. Without templates: ours.
+
+  Raises:
+    FileNotFoundError: if there is no folder, no shard or no classnames.txt.
+  """
+  given = pathlib.Path(folder).expanduser().absolute()
+  shards = given if any(given.glob("*.tar")) else given / "test"
+  pattern = str(shards / "*.tar")
+  expand_shards(pattern)  # says what is wrong with a folder without shards
+
+  def beside(name: str) -> list[pathlib.Path]:
+    return [path / name for path in (shards, shards.parent) if (path / name).is_file()]
+
+  classnames, templates = beside("classnames.txt"), beside("zeroshot_classification_templates.txt")
+  if not classnames:
+    raise FileNotFoundError(
+      f"neither {shards} nor {shards.parent} holds a classnames.txt: one name per line, in the"
+      " order of the labels"
+    )
+  options: dict[str, Any] = dict(type="zeroshot", source=pattern, classnames=str(classnames[0]))
+  if templates:
+    options["templates"] = str(templates[0])
+  return classnames[0].parent.name, options
+
+
+def table(metrics: Mapping[str, float]) -> rich.table.Table:
+  """The metrics with what guessing would score."""
+  guess = chance({name.removeprefix("ema/"): value for name, value in metrics.items()})
+  rows = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  rows.add_column("metric")
+  rows.add_column("value", justify="right")
+  rows.add_column("chance", justify="right", style="dim")
+  for name, value in metrics.items():
+    shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+    beside = guess.get(name.removeprefix("ema/"))
+    rows.add_row(name, shown, "" if beside is None else f"{beside:.4f}")
+  return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+  """The program; returns the metrics that it prints and writes."""
+  parser = argparse.ArgumentParser(
+    prog="bigalign evaluate",
+    description="Runs the evaluators of a run's config on one of its checkpoints, or, if any are"
+    " given, those asked for here.",
+  )
+  parser.add_argument("run", help="the --workdir of a training run")
+  parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
+  parser.add_argument("--retrieval", metavar="SHARDS", help="webdataset shards, or another source")
+  parser.add_argument(
+    "--fields", metavar="A,B", help="caption fields for --retrieval, such as json.captions,txt;"
+    " config.data.captions if not given"
+  )
+  parser.add_argument(
+    "--zeroshot", metavar="DIR", help="folder of a CLIP_benchmark dataset: shards, classnames.txt"
+    " and zeroshot_classification_templates.txt"
+  )
+  parser.add_argument("--json", metavar="FILE", help="write the metrics there too")
+  args = parser.parse_args(argv)
+  runtime.setup()
+  runtime.connect()
+  opened = open_run(args.run, args.step)
+  evals: dict[str, Mapping[str, Any]] = {}
+  if args.retrieval:
+    fields = args.fields and args.fields.split(",")
+    evals["val"] = dict(type="retrieval", source=args.retrieval, fields=fields)
+  if args.zeroshot:
+    name, options = zeroshot_folder(args.zeroshot)
+    evals[name] = options
+  evals = evals or opened.config["evals"] or {}
+  if not evals:
+    parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
+  logging.info("Step %d of %s on %s", opened.step, opened.workdir, runtime.describe())
+  metrics = evaluate(opened, evals)
+  if jax.process_index() == 0:
+    rich.console.Console().print(table(metrics))
+    if args.json:
+      written = {
+        "run": str(opened.workdir),
+        "step": opened.step,
+        "samples_seen": opened.meta["samples_seen"],
+        "revision": opened.meta["revision"],
+        "evals": evals,
+        "metrics": metrics,
+      }
+      pathlib.Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
+      print(f"written to {args.json}")
+  return metrics
+
+
+def run() -> None:
+  """The program `bigalign evaluate`."""
+  main()
+
+
+if __name__ == "__main__":
+  run()
