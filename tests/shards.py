@@ -9,12 +9,12 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed: int = 0, *, size: tuple[int, int] = (20, 24), kind: str = "jpeg", **save) -> bytes:
+def picture(seed: int = 0, *, size: tuple[int, int] = (20, 24), kind: str = "jpeg") -> bytes:
   """An encoded image of smooth colours, [H, W] = size."""
   rng = np.random.default_rng(seed)
   small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
   file = io.BytesIO()
-  small.resize((size[1], size[0]), Image.Resampling.BICUBIC).save(file, kind, **save)
+  small.resize((size[1], size[0]), Image.Resampling.BICUBIC).save(file, kind)
   return file.getvalue()
 
 

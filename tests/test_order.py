@@ -32,7 +32,7 @@ def test_ten_billion_samples_stay_distinct_and_in_range():
   positions = 5 * size + np.random.default_rng(0).permutation(10**5) * 100_000
   index = sample_index(positions, size=size, seed=1)
   assert len(np.unique(index)) == 10**5
-  assert 0 <= index.min() and index.max() < size
+  assert index.min() >= 0 and index.max() < size
   # Uniform on [0, size): mean within 5 standard errors.
   assert abs(index.mean() / size - 0.5) < 5 * np.sqrt(1 / 12 / 10**5)
 

@@ -70,7 +70,8 @@ def _decode_pillow(data: bytes, *, max_pixels: int) -> np.ndarray:
   except _BROKEN as error:
     if isinstance(error, Image.UnidentifiedImageError):
       raise Rejected("undecodable", f"no image, starts with {data[:16]!r}") from error
-    raise Rejected("truncated" if "truncated" in str(error) else "undecodable", str(error)) from error
+    reason = "truncated" if "truncated" in str(error) else "undecodable"
+    raise Rejected(reason, str(error)) from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -1,0 +1,86 @@
+"""Batches made ahead in worker processes, or in a thread of this one."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from typing import Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+
+class BatchSource(Protocol):
+  """Element k is a whole batch, a function of k alone; picklable."""
+
+  def __len__(self) -> int: ...
+  def __getitem__(self, k: int, /) -> dict[str, np.ndarray]: ...
+
+
+def iterate(batches: BatchSource, *, workers: int) -> Batches:
+  """The batches in order; `workers` processes change when they are made, not what they hold."""
+  # One thread each: the workers are the parallelism. Read on first use by the Rust libraries of
+  # this process and, inherited, of the workers.
+  os.environ.setdefault("RAYON_NUM_THREADS", "1")
+  os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+  dataset = grain.MapDataset.source(batches)
+  if not workers:
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return Batches(iter(dataset.to_iter_dataset(options)))
+  if getattr(multiprocessing.current_process(), "_inheriting", False):
+    raise RuntimeError(
+        "Data workers import the program's main file, and this import starts data workers again. "
+        'Put the call under `if __name__ == "__main__":`, or use workers=0.')
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain reads absl flags; notebooks and tests never parse them
+  # A batch per worker in the making and two waiting: grain's default would hold 500.
+  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+  return Batches(iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker)))
+
+
+class Batches:
+  """An iterator of batches. It reads ahead from its making on; `close` ends its workers."""
+
+  def __init__(self, iterator: grain.DatasetIterator):
+    iterator.start_prefetch()
+    self._iterators = [iterator]
+    # Also when forgotten, and at exit before the modules are torn down: grain's own clean-up comes
+    # too late there and fails in noise.
+    self.close = weakref.finalize(self, _close, self._iterators)
+
+  def __iter__(self) -> Batches:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if not self._iterators:
+      raise ValueError("These batches are closed.")
+    # Copies: arrays in the shared memory of the workers outlive them badly, and jax would alias
+    # them on CPU.
+    return {name: np.array(value) for name, value in next(self._iterators[0]).items()}
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+  while iterators:
+    iterators.pop().close()
+  gc.collect()  # grain's iterators are cycles; what is left of them would speak up at exit
+
+
+def _start_worker(worker: int, workers: int) -> None:
+  """Runs first in every worker process."""
+  del worker, workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's, which closes the workers
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A killed program cannot close its workers, which would wait for it forever."""
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
+  os._exit(1)
