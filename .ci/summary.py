@@ -1,0 +1,78 @@
+"""Counts the tests of JUnit reports; exit 1 on a failure, or a skip that the list does not excuse.
+
+.ci/summary.py --skips tests/skips.txt REPORT.xml ...
+
+The reports are pytest's, with -o junit_family=xunit1, which names the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import pathlib
+import sys
+import xml.etree.ElementTree as ElementTree
+
+
+def read_excuses(path: pathlib.Path) -> list[tuple[str, str]]:
+  """(pattern of test ids, pattern of reasons) of each line that is no comment."""
+  excuses = []
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    if line.strip() and not line.startswith("#"):
+      test, _, reason = line.partition(" ")
+      if not reason.strip():
+        raise ValueError(f"{path}:{number}: {test!r} has no reason; write: TEST_ID REASON")
+      excuses.append((test, reason.strip()))
+  return excuses
+
+
+def read_report(path: pathlib.Path) -> list[tuple[str, str, str]]:
+  """(test id, "passed" | "failed" | "skipped", reason) of each test."""
+  tests = []
+  for case in ElementTree.parse(path).iter("testcase"):
+    name = f"{case.get('file', case.get('classname'))}::{case.get('name')}"
+    skip = case.find("skipped")
+    if case.find("failure") is not None or case.find("error") is not None:
+      tests.append((name, "failed", ""))
+    elif skip is not None:
+      tests.append((name, "skipped", skip.get("message") or ""))
+    else:
+      tests.append((name, "passed", ""))
+  return tests
+
+
+def excused(test: str, reason: str, excuses: list[tuple[str, str]]) -> bool:
+  """Whether a line names this test and this reason; [ in a test id is no wildcard."""
+  return any(
+    fnmatch.fnmatchcase(test, pattern.replace("[", "[[]")) and fnmatch.fnmatchcase(reason, why)
+    for pattern, why in excuses
+  )
+
+
+def main() -> int:
+  """The exit status."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--skips", type=pathlib.Path, required=True)
+  parser.add_argument("reports", type=pathlib.Path, nargs="+")
+  args = parser.parse_args()
+  excuses = read_excuses(args.skips)
+
+  counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+  wrong = []
+  for path in args.reports:
+    tests = read_report(path) if path.exists() else []
+    if not tests:
+      wrong.append(f"no tests in {path.name}: pytest did not get that far")
+    for name, outcome, reason in tests:
+      counts[outcome] += 1
+      if outcome == "failed":
+        wrong.append(f"failed: {name}")
+      elif outcome == "skipped" and not excused(name, reason, excuses):
+        wrong.append(f"skipped without a line in {args.skips}: {name} {reason}")
+  print("\n".join(wrong), end="\n" if wrong else "")
+  print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+  return int(bool(wrong))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
