@@ -13,6 +13,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from bigalign import tree
 
+# Replicas share the writing of large arrays only: by default every bias would be sliced over all
+# devices, one compiled slice at a time, which took seconds per checkpoint.
+ocp.type_handlers.register_type_handler(
+  jax.Array,
+  ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
+  override=True,
+)
+
 Arrays = Mapping[str, Any]  # {path: array}, or {path: jax.ShapeDtypeStruct with a sharding}
 
 

@@ -46,7 +46,8 @@ class PatchEmbed(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     patches = einops.rearrange(image, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
     flat = einops.rearrange(kernel, "p q c d -> (p q c) d")
-    return patches.astype(self.dtype) @ flat.astype(self.dtype) + bias.astype(self.dtype)
+    bias = bias.astype(self.dtype)[None, None, None]
+    return patches.astype(self.dtype) @ flat.astype(self.dtype) + bias
 
 
 class ConvStem(nn.Module):

@@ -1,0 +1,268 @@
+"""The loop: exact resume, frozen parameters, steps that are not finite, workdirs, configs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from bigalign import state as states
+from bigalign import train as program
+from bigalign.checkpoint import Checkpoints
+from bigalign.metrics import WALL_CLOCK, read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def load(name: str) -> ConfigDict:
+  """A config of configs/ by name."""
+  spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+@pytest.fixture
+def tiny():
+  """configs/tiny.py made smaller still: seconds for 8 steps."""
+  c = load("tiny")
+  c.total_steps, c.batch_size, c.log_every, c.checkpoint_every = 8, 16, 1, 4
+  c.evals = {}
+  c.model.image.update(width=32, depth=1)
+  c.model.text.update(width=32, depth=1)
+  c.writer = dict(tensorboard=False)
+  return c
+
+
+def run(workdir, c, **changes):
+  return program.train(workdir, **{**c.to_dict(), **changes})
+
+
+def exact(workdir):
+  """The rows of metrics.jsonl without what a clock says."""
+  return [
+    {k: v for k, v in row.items() if not WALL_CLOCK(k)} for row in read_metrics(workdir)
+  ]
+
+
+def assert_same_bits(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+KILLED = """
+import sys, json, os, signal
+sys.path.insert(0, {root!r})
+import jax
+from bigalign import train, checkpoint
+{trap}
+if __name__ == "__main__":
+  train.train({workdir!r}, **json.loads({config!r}))
+"""
+
+
+def killed_run(workdir, config, trap):
+  """Trains in a process of its own that `trap` (source code) ends by kill -9."""
+  code = KILLED.format(
+    root=str(ROOT), workdir=str(workdir), config=json.dumps(config), trap=trap
+  )
+  script = pathlib.Path(workdir).parent / "killed.py"
+  script.write_text(code)
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+  done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, timeout=300)
+  assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
+
+
+def test_resume_after_kill_is_bitwise(tiny, tmp_path):
+  """40 steps == 20 steps, kill -9, 20 steps: parameters, averages, optimizer and metrics."""
+  tiny.total_steps, tiny.checkpoint_every = 40, 20
+  whole = run(tmp_path / "whole", tiny)
+  # Killed at step 23, three steps after the last checkpoint, whose writing is waited for.
+  trap = """
+step, words = 0, train.states.words
+def counting(n):
+  global step
+  step += 1
+  if step == 24:
+    import time, pathlib
+    while not (pathlib.Path({workdir!r}) / "checkpoints/20/commit_success.txt").exists():
+      time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
+  return words(n)
+train.states.words = counting
+""".replace("{workdir!r}", repr(str(tmp_path / "cut")))
+  killed_run(tmp_path / "cut", tiny.to_dict(), trap)
+  assert read_metrics(tmp_path / "cut")[-1]["step"] >= 20
+  resumed = run(tmp_path / "cut", tiny)
+  assert_same_bits(whole, resumed)
+  assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
+
+
+def test_kill_while_a_checkpoint_is_written(tiny, tmp_path):
+  """The half-written checkpoint is never taken; the one before it is."""
+  trap = """
+save = checkpoint.Checkpoints.save
+def dying(self, step, *args):
+  save(self, step, *args)
+  if step == 4:
+    self._manager.wait_until_finished()
+  if step == 8:
+    os.kill(os.getpid(), signal.SIGKILL)  # the arrays are on their way, nothing is committed
+checkpoint.Checkpoints.save = dying
+"""
+  killed_run(tmp_path / "cut", tiny.to_dict(), trap)
+  left = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").iterdir())
+  assert "8" not in left, left
+  assert any(name.startswith("8.") for name in left), f"nothing was being written: {left}"
+  whole = run(tmp_path / "whole", tiny)
+  resumed = run(tmp_path / "cut", tiny)
+  assert_same_bits(whole, resumed)
+  assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
+
+
+def test_frozen_parameters(tiny, tmp_path):
+  """No optimizer state, no gradient, unchanged to the bit, stored once."""
+  tiny.frozen = "image_tower"
+  first = run(tmp_path, tiny, total_steps=4)
+  born = states.born(*_program(tiny, first))
+  assert first.frozen and all("image_tower" in path for path in first.frozen)
+  assert not any("image_tower" in path for path in (*first.trainable, *first.ema))
+  assert_same_bits(born.frozen, first.frozen)
+  moments = states.parts(first)["opt"]
+  assert not any("image_tower" in path for path in moments)
+  assert sum("text_tower" in path for path in moments) == 2 * sum(
+    "text_tower" in path for path in first.trainable
+  )
+  stamp = (tmp_path / "frozen").stat().st_mtime_ns
+  for folder in (tmp_path / "checkpoints").glob("*/*/"):
+    stored = states.tree.flatten(
+      _metadata(folder)) if folder.name in ("trainable", "ema", "opt") else {}
+    assert not any("image_tower" in path for path in stored)
+  (tmp_path / "config.json").unlink()  # another total_steps is another run; here it is on purpose
+  second = run(tmp_path, tiny)
+  assert (tmp_path / "frozen").stat().st_mtime_ns == stamp
+  assert_same_bits(first.frozen, second.frozen)
+
+
+def _metadata(folder):
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.metadata(folder).item_metadata.tree
+
+
+def _program(c, state):
+  made = states.make_program(**c.to_dict(), dataset_size=1000)
+  return made, jax.tree.map(lambda x: x.sharding, state)
+
+
+def test_the_frozen_half_costs_no_backward_pass(tiny):
+  """FLOPs of a step with a frozen image tower: at least its backward pass less."""
+  from bigalign import flops, sharding
+
+  counts = {}
+  for frozen in ("", "image_tower"):
+    made = states.make_program(**{**tiny.to_dict(), "frozen": frozen}, dataset_size=1000)
+    shapes, _ = states.layout(made, sharding.make_mesh())
+    batch = {k: jax.ShapeDtypeStruct(*s) for k, s in made.spec.items()}
+    counts[frozen] = flops.count(
+      lambda s, b, n, made=made: states.train_step(s, b, n, program=made), shapes, batch,
+      states.words(0),
+    )
+  image = flops.count(
+    lambda p, x: states.make_embed(made.model)["embed_image"](p, x),
+    {**shapes.trainable, **shapes.frozen}, batch["image"],
+  )
+  # The first layer has no gradient with respect to the image even when it learns.
+  assert counts[""] - counts["image_tower"] > 1.7 * image
+
+
+def test_a_step_that_is_not_finite_is_not_applied(tiny, tmp_path):
+  """The state stays, the run stops at the next log and names the step."""
+  tiny.log_every = 4
+  tiny.checkpoint_every = 8
+  tiny.optimizer.lr = 1e30
+  tiny.optimizer.clip_norm = None
+  with pytest.raises(FloatingPointError, match=r"step [23]: the loss or the norm .* not finite"):
+    run(tmp_path, tiny)
+  assert read_metrics(tmp_path)[-1]["step"] == 4
+
+
+def test_workdir_of_another_config_shows_the_difference(tiny, tmp_path):
+  run(tmp_path, tiny, total_steps=1)
+  with pytest.raises(ValueError, match=r"config.optimizer/lr: was 0.001, now 0.5"):
+    run(tmp_path, tiny, total_steps=1, optimizer={**tiny.optimizer.to_dict(), "lr": 0.5})
+  run(tmp_path, tiny, total_steps=1, log_every=7)  # harmless
+
+
+def test_checkpoint_of_another_model_names_the_first_path(tiny, tmp_path):
+  run(tmp_path, tiny, total_steps=1)
+  wider = {**tiny.model.to_dict(), "embed_dim": 16}
+  with pytest.raises(ValueError, match=r"model/image_projector/out/kernel: stored .*64.* has .*16"):
+    run(tmp_path, tiny, total_steps=1, model=wider, allow_config_change=True)
+
+
+def test_keep_last_every_and_best(tiny, tmp_path):
+  """Two newest, multiples of 6, and the best by a metric survive."""
+  tiny.total_steps, tiny.checkpoint_every, tiny.eval_every = 16, 2, 2
+  tiny.keep = dict(last=2, every=6, best="val/text_to_image_mean_rank", mode="min")
+  tiny.evals = dict(val=dict(type="retrieval", source="glyphs:heldout", batch_size=512))
+  run(tmp_path, tiny)
+  there = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+  ranks = {
+    row["step"]: row["val/text_to_image_mean_rank"] for row in read_metrics(tmp_path)
+    if "val/text_to_image_mean_rank" in row and row["step"]
+  }
+  best = min(ranks, key=ranks.get)
+  assert there == {6, 12, 14, 16, best}
+  assert Checkpoints(tmp_path, best="val/text_to_image_mean_rank", mode="min",
+                     read_only=True).find("best") == best
+
+
+@pytest.mark.parametrize(
+  "change,error,message",
+  [
+    (dict(total_stepz=3), TypeError, "Did you mean 'total_steps'"),
+    (dict(batch_size=12), ValueError, "config.batch_size=12 does not divide over 8"),
+    (dict(mesh=dict(data=3)), ValueError, "must multiply to 8"),
+    (dict(frozen="image_towr"), ValueError, "config.frozen: 'image_towr' matches no path"),
+    (dict(rules=[("attn", ())]), ValueError, "config.rules: no rule matches"),
+    (dict(total_steps="3 weeks"), ValueError, "config.total_steps: '3 weeks' is no duration"),
+    (dict(optimizer=dict(name="adamm", lr=1.0)), ValueError, "Did you mean 'adamw'"),
+    (dict(optimizer=dict(lr=1.0, b3=1.0)), TypeError, "config.optimizer: unknown option 'b3'"),
+  ],
+)
+def test_mistakes_in_a_config_are_named(tiny, tmp_path, change, error, message):
+  from bigalign import config
+
+  with pytest.raises(error, match=message):
+    config.call(program.train, {**tiny.to_dict(), **change}, "config", workdir=tmp_path)
+
+
+def test_misspelt_flag_names_the_nearest_key(tmp_path):
+  command = [sys.executable, "-m", "bigalign.train", f"--config={ROOT}/configs/tiny.py",
+             f"--workdir={tmp_path}"]
+  for flag, message in (
+    ("--config.total_stepz=3", "Did you mean \"total_steps\""),
+    ("--config.total_steps=many", "many"),
+  ):
+    done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert message in done.stderr + done.stdout, done.stderr[-2000:]
+
+
+def test_durations():
+  from bigalign.config import steps
+
+  sizes = dict(batch_size=100, dataset_size=1000, total_steps=500)
+  asked = (7, "7", "7 steps", "1e3 samples", "3 epochs", "2%", 0)
+  assert [steps(x, "here", **sizes) for x in asked] == [7, 7, 7, 10, 30, 10, 0]
