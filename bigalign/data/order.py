@@ -9,6 +9,7 @@ Words used here and in pipeline.py:
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import overload
 
@@ -97,5 +98,10 @@ def substitute(position: int, attempt: int, size: int, seed: int) -> int:
 
 def philox(seed: int, position: int) -> np.random.Generator:
   """The generator of one position's random draws (caption, crop, flip)."""
-  key = np.array([_hash(_DRAWS, seed)[0], position], np.uint64)
+  key = np.array([_draws_key(seed), position], np.uint64)
   return np.random.Generator(np.random.Philox(key=key))
+
+
+@functools.cache
+def _draws_key(seed: int) -> int:
+  return int(_hash(_DRAWS, seed)[0])
