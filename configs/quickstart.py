@@ -1,0 +1,41 @@
+"""Learns to name characters in four minutes on a laptop: make quickstart.
+
+The evaluation asks for the names of characters that are in train in no font.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  c = ConfigDict()
+  c.seed = 0
+  c.total_steps = 280
+  c.batch_size = 512
+  c.log_every = 10
+  c.checkpoint_every = 140
+  c.eval_every = 0
+
+  c.data = dict(
+    source="glyphs",
+    image_size=32,
+    tokenizer=dict(name="words", vocabulary="glyphs", length=16),
+    augment=dict(crop="squash"),
+    workers=2,
+  )
+  c.model = dict(
+    image=dict(
+      name="vit", patch=8, width=96, depth=3, heads=3, mlp_ratio=4.0, stem="conv", pool="mean",
+      scan=False, dtype="float32",
+    ),
+    text=dict(
+      name="text", vocab_size=2124, length=16, width=96, depth=1, heads=3, mlp_ratio=4.0,
+      pool="mean", scan=False, dtype="float32",
+    ),
+    embed_dim=96,
+  )
+  c.loss = dict(clip=dict(weight=1.0))
+  c.optimizer = dict(name="muon", lr=3e-3, rms=0.7, warmup=20)
+  c.evals = dict(
+    glyphs=dict(type="glyphs", split="heldout"),
+  )
+  return c
