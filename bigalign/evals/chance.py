@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 _RETRIEVAL = re.compile(r"(.*)(image_to_text|text_to_image)_R@(\d+)")
+_SIZES = ("num_samples", "num_captions")
 _TOP = re.compile(r"(.*-)top(\d+)")
 
 
@@ -19,9 +20,10 @@ def chance(metrics: Mapping[str, float]) -> dict[str, float]:
   found = {}
   for name in metrics:
     retrieval, top = _RETRIEVAL.fullmatch(name), _TOP.fullmatch(name)
-    if retrieval:
-      prefix, way, k = retrieval[1], retrieval[2], int(retrieval[3])
-      images, texts = metrics[f"{prefix}num_samples"], metrics[f"{prefix}num_captions"]
+    sizes = [f"{retrieval[1]}{size}" for size in _SIZES] if retrieval else []
+    if retrieval and all(size in metrics for size in sizes):
+      way, k = retrieval[2], int(retrieval[3])
+      images, texts = (metrics[size] for size in sizes)
       own, among = (texts / images, texts) if way == "image_to_text" else (1, images)
       # No positive in k draws without return, of an image with the mean number of captions.
       misses = (max(0.0, 1 - own / (among - i)) for i in range(min(k, math.ceil(among))))
