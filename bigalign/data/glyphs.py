@@ -14,6 +14,7 @@ import importlib.resources
 import importlib.util
 import pathlib
 import re
+import threading
 import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,6 +56,9 @@ TWIN = 1.0
 _MARKED = re.compile(r"((?:latin|greek|cyrillic) (?:small|capital) letter .+?) with (.+)")
 # No hinting: the outlines alone decide the pixels, whatever FreeType's hinter does this year.
 _LOAD = freetype.FT_LOAD_NO_HINTING | freetype.FT_LOAD_NO_BITMAP
+
+# FreeType forbids two threads in one font, and ctypes lets go of Python's own lock in calls.
+_FREETYPE = threading.Lock()
 
 
 class Alphabet(NamedTuple):
@@ -128,17 +132,8 @@ class Pen:
 
   def draw(self, cut: int, glyph: int) -> np.ndarray:
     """[size, size] uint8, black on white; centred sideways, reduced only where it would not fit."""
-    if cut not in self.faces:
-      face = freetype.Face(str(font_folder() / f"{STEMS[cut]}.ttf"))
-      face.set_char_size(round(64 * self.em))
-      self.faces[cut] = face
-    face = self.faces[cut]
-    ink, top = self._rasterise(face, glyph)
-    room = self.size - 2
-    if max(ink.shape) > room:
-      face.set_char_size(int(64 * self.em * (room - 1) / max(ink.shape)))
-      ink, top = self._rasterise(face, glyph)
-      face.set_char_size(round(64 * self.em))
+    with _FREETYPE:
+      ink, top = self._ink(cut, glyph)
     height, width = ink.shape
     y = min(max(self.baseline - top, 0), self.size - height)
     x = (self.size - width) // 2
@@ -146,16 +141,30 @@ class Pen:
     np.subtract(255, ink, out=image[y : y + height, x : x + width])
     return image
 
-  @staticmethod
-  def _rasterise(face: Any, glyph: int) -> tuple[np.ndarray, int]:
-    """Coverage [h, w] uint8 and the rows between its top and the baseline."""
-    face.load_glyph(glyph, _LOAD | freetype.FT_LOAD_RENDER)
-    # The wrapper's bitmap.buffer makes a list of Python integers; this reads it in one piece.
-    slot = face._FT_Face.contents.glyph.contents
-    bitmap = slot.bitmap
-    rows, pitch = bitmap.rows, bitmap.pitch
-    flat = np.frombuffer(ctypes.string_at(bitmap.buffer, rows * pitch), np.uint8)
-    return flat.reshape(rows, pitch)[:, : bitmap.width], slot.bitmap_top
+  def _ink(self, cut: int, glyph: int) -> tuple[np.ndarray, int]:
+    """Coverage [h, w] uint8, and the rows between its top and the baseline."""
+    if cut not in self.faces:
+      face = freetype.Face(str(font_folder() / f"{STEMS[cut]}.ttf"))
+      face.set_char_size(round(64 * self.em))
+      self.faces[cut] = face
+    face = self.faces[cut]
+    ink, top = _rasterise(face, glyph)
+    room = self.size - 2
+    if max(ink.shape) > room:
+      face.set_char_size(int(64 * self.em * (room - 1) / max(ink.shape)))
+      ink, top = _rasterise(face, glyph)
+      face.set_char_size(round(64 * self.em))
+    return ink, top
+
+
+def _rasterise(face: Any, glyph: int) -> tuple[np.ndarray, int]:
+  face.load_glyph(glyph, _LOAD | freetype.FT_LOAD_RENDER)
+  # The wrapper's bitmap.buffer makes a list of Python integers; this reads it in one piece.
+  slot = face._FT_Face.contents.glyph.contents
+  bitmap = slot.bitmap
+  rows, pitch = bitmap.rows, bitmap.pitch
+  flat = np.frombuffer(ctypes.string_at(bitmap.buffer, rows * pitch), np.uint8)
+  return flat.reshape(rows, pitch)[:, : bitmap.width], slot.bitmap_top
 
 
 class Glyphs:
@@ -202,6 +211,9 @@ class Glyphs:
       key=f"U+{self.codes[label]:04X}/{stem}",
       label=label,
     )
+
+  def __repr__(self) -> str:
+    return f"Glyphs({self.split!r})"
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | dict(_pen=None)  # FreeType's handles stay in their process
