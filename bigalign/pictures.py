@@ -12,13 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-  FuncFormatter,
-  LogLocator,
-  MaxNLocator,
-  NullFormatter,
-  PercentFormatter,
-)
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 from PIL import Image
 
 Series = tuple[Sequence[float], Sequence[float]]  # steps, values
@@ -71,10 +65,12 @@ def curves(
 ) -> str:
   """Lines over steps, with a legend if there are several.
 
+  log: a logarithmic scale where the values span more than a decade.
   levels: {name of a line: what guessing would score}, drawn dotted in the line's colour.
   """
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(5.0, 2.7), layout="constrained")
+    legend = len(series) if len(series) > 1 else 0
+    figure = Figure(figsize=(5.0, 2.7 + 0.16 * legend), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, (steps, values)) in enumerate(series.items()):
       colour = _LINES[i % len(_LINES)]
@@ -83,13 +79,11 @@ def curves(
       if levels and name in levels:
         axes.axhline(levels[name], color=colour, lw=1, ls=(0, (1, 2)))
     positive = [v for _, values in series.values() for v in values if v > 0]
-    if log and positive:
+    if log and positive and max(positive) > 10 * min(positive):
       axes.set_yscale("log")
       axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
       axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
       axes.yaxis.set_minor_formatter(NullFormatter())
-      if max(positive) < 3 * min(positive):  # within a third of a decade: plain steps
-        axes.yaxis.set_major_locator(MaxNLocator(5))
     if percent:
       axes.set_ylim(bottom=0)
       axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -97,8 +91,8 @@ def curves(
     axes.set_xlabel("step")
     axes.grid(axis="y", lw=0.5)
     axes.margins(x=0.02)
-    if len(series) > 1:
-      axes.legend(fontsize=7.5, loc="best", labelcolor=INK, handlelength=1.2)
+    if legend:
+      figure.legend(fontsize=7.5, loc="outside lower left", labelcolor=INK, handlelength=1.2)
     return _svg(figure)
 
 
@@ -146,6 +140,10 @@ def sphere(zimg: np.ndarray, ztxt: np.ndarray) -> str:
     axes.annotate(
       "", xy=means[1], xytext=means[0], zorder=4,
       arrowprops=dict(arrowstyle="<->", color=INK, lw=1.8, shrinkA=0, shrinkB=0),
+    )
+    axes.annotate(
+      f"gap {np.linalg.norm(zimg.mean(0) - ztxt.mean(0)):.2f}", np.mean(means, 0), zorder=6,
+      xytext=(0, 9), textcoords="offset points", ha="center", weight="bold",
     )
     axes.set_xlabel(f"first axis, {shares[0]:.0%} of the variance")
     axes.set_ylabel(f"second axis, {shares[1]:.0%}")

@@ -49,7 +49,7 @@ def held_out(config: Mapping[str, Any]) -> tuple[str, Sequence[str] | None, str]
     fields = options.get("fields") or config["data"].get("captions")
     if options["type"] == "glyphs":
       split = options.get("split", "heldout")
-      return f"glyphs:{split}", None, "characters that training shows in no font"
+      return f"glyphs:{split}", None, "pictures of characters that training shows in no font"
     if options["type"] in ("retrieval", "zeroshot"):
       return options["source"], fields, f"held-out samples of config.evals.{name}"
   source = config["data"]["source"]

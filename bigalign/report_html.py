@@ -44,20 +44,34 @@ def final(rows: Rows) -> dict[str, float]:
   return last
 
 
+# What the parts of a metric's name say to a reader.
+_WORDS = (
+  ("-zeroshot-val", " zero-shot"), ("-unseen-", ": unseen characters-"),
+  ("-seen-", ": seen characters-"), ("-all", " among all names"),
+  ("-heldout", " among held-out names"), ("-letter", " among names of the same letter"),
+  ("image_to_text", "image to text"), ("text_to_image", "text to image"),
+)
+
+
 def said(name: str) -> str:
-  """A metric's name for people: "val/glyphs-unseen-all-top1" -> "glyphs · unseen · all · top1"."""
-  name = name.removeprefix("val/").replace("-zeroshot-val", "/zero\u2010shot").replace("_", " ")
-  return re.sub("[-/]", " · ", name)
+  """A metric's name for people: "val/coco/image_to_text_R@1" -> "coco · image to text R@1"."""
+  name = name.removeprefix("val/")
+  for part, words in _WORDS:
+    name = name.replace(part, words)
+  return re.sub("[-_](?=(top|R@)[0-9])", " ", name).replace("/", " · ")
 
 
 def groups(values: Mapping[str, float], guess: Mapping[str, float]) -> dict[str, dict[int, str]]:
-  """{what is measured: {k: name of its top-k or R@k}}, but for averages of parameters."""
+  """{what is measured: {k: name of its top-k or R@k}} where chance is known for the smallest k.
+
+  Without those of averaged parameters, which repeat the others.
+  """
   found: dict[str, dict[int, str]] = {}
   for name in values:
     match = re.fullmatch(r"(.*?)[-_](?:top|R@)(\d+)", name)
-    if match and name in guess and not name.startswith("ema/"):
+    if match and not name.startswith("ema/"):
       found.setdefault(match[1], {})[int(match[2])] = name
-  return found
+  return {what: names for what, names in found.items() if names[min(names)] in guess}
 
 
 def percent(x: float) -> str:
@@ -175,10 +189,14 @@ def _image_card(pairs: Pairs, i: int, texts: list[str], sims: np.ndarray, rank: 
 
 
 def _text_card(pairs: Pairs, text: str, sims: np.ndarray, rank: int) -> str:
+  order = np.argsort(-sims, kind="stable")
+  right = [i for i in order if pairs.captions[i] == text][:1]
+  # The first five; where the right one is not among them, it takes the place of the last.
+  shown = order[:5] if rank <= 5 else [*order[:4], *right]
   found = "".join(
     f'<div{" class=hit" if pairs.captions[i] == text else ""}>{_image(pairs, int(i))}'
     f"{sims[i]:.2f}</div>"
-    for i in np.argsort(-sims, kind="stable")[:5]
+    for i in shown
   )
   return (
     f'<div class="card"><div class="caption">{escape(text)}</div>'
@@ -203,7 +221,8 @@ def retrieval(pairs: Pairs) -> str:
   positive = np.asarray(pairs.captions)[:, None] == texts[None]
   parts = [
     f"<h2>Retrieval</h2><p>Among {escape(pairs.where)}, with {len(names)} different captions. Best"
-    " is the largest margin over the best wrong answer, worst the lowest rank; green is right.</p>"
+    " is the largest margin over the best wrong answer, worst the lowest rank; green is right, and"
+    " stands last where it is not among the first.</p>"
   ]
   for way, scores, right in (
     ("image to text", sims, positive), ("text to image", sims.T, positive.T)

@@ -136,13 +136,13 @@ def test_chance_is_what_random_embeddings_score():
   found = chance({
     "val/image_to_text_R@5": 0, "val/text_to_image_R@10": 0, "val/num_samples": 100,
     "val/num_captions": 500, "val/x-zeroshot-val-top5": 0, "val/x-zeroshot-val-num_classes": 4,
-    "val/g-seen-all-top5": 0, "val/g-seen-all-chance": 0.01, "other": 1,
+    "val/g-seen-all-top1": 0, "val/g-seen-all-top5": 0, "val/g-seen-all-chance": 0.01, "other": 1,
   })
   rng = np.random.default_rng(3)
   hits = [(rng.permutation(500)[:5] < 5).any() for _ in range(20000)]
   assert found["val/image_to_text_R@5"] == pytest.approx(np.mean(hits), abs=5e-3)
   assert found["val/text_to_image_R@10"] == pytest.approx(0.1)
-  assert found["val/x-zeroshot-val-top5"] == 1 and found["val/g-seen-all-top5"] == 0.05
+  assert found["val/x-zeroshot-val-top5"] == 1 and found["val/g-seen-all-top1"] == 0.01
   assert len(found) == 4
 
 

@@ -30,6 +30,6 @@ def chance(metrics: Mapping[str, float]) -> dict[str, float]:
       found[name] = 1 - math.prod(misses)
     elif top and f"{top[1]}num_classes" in metrics:
       found[name] = min(1.0, int(top[2]) / metrics[f"{top[1]}num_classes"])
-    elif top and f"{top[1]}chance" in metrics:
-      found[name] = min(1.0, int(top[2]) * metrics[f"{top[1]}chance"])
+    elif top and top[2] == "1" and f"{top[1]}chance" in metrics:
+      found[name] = metrics[f"{top[1]}chance"]
   return found
