@@ -103,7 +103,8 @@ def headline(values: Mapping[str, float], guess: Mapping[str, float]) -> str:
   for what, names in groups(values, guess).items():
     first, *others = [names[k] for k in sorted(names)]
     value, by_chance = values[first], guess[first]
-    times = f" · <b>{value / by_chance:,.0f}× chance</b>" if value > 2 * by_chance else ""
+    ratio = value / by_chance
+    times = f" · <b>{ratio:,.{0 if ratio > 10 else 1}f}× chance</b>" if ratio > 1.5 else ""
     kind = re.search(r"(top|R@)\d+$", first)
     rest = " · ".join(
       f"{escape(re.sub(r'^.*[-_]', '', name))} {percent(values[name])} %" for name in others

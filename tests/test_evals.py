@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -312,3 +317,36 @@ def test_real_shards_go_through(data_root):
   found = run(make_params())
   assert found["val/cifar10-zeroshot-val-num_samples"] == 1000
   assert 0.05 < found["val/cifar10-zeroshot-val-top1"] < 0.25  # random towers
+
+
+TWO = """
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from bigalign import runtime
+runtime.connect()
+import test_evals as t
+t.embed.open_source = lambda spec, captions=None: t.Tiny()
+found = t.both_evaluators()
+path = pathlib.Path(sys.argv[2]) / f"{t.jax.process_index()}.json"
+path.write_text(json.dumps([t.jax.process_count(), t.jax.device_count(), found]))
+"""
+
+
+def both_evaluators():
+  found = make("val", dict(type="retrieval", source="tiny", captions=3, batch_size=10))
+  classes = make("animals", dict(type="zeroshot", source="tiny", batch_size=10))
+  return {**found(make_params()), **classes(make_params())}
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tiny, tmp_path):
+  (tmp_path / "two.py").write_text(TWO)
+  here = pathlib.Path(__file__).parent
+  subprocess.run(
+    ["bash", str(here.parent / "launch/local.sh"), "-n", "2", "-d", "4", "-o", str(tmp_path), "--",
+     sys.executable, str(tmp_path / "two.py"), str(here), str(tmp_path)],
+    check=True, timeout=300, env={**os.environ, "PYTHONPATH": str(here.parent)},
+  )
+  expected = [2, 8, both_evaluators()]
+  for process in range(2):
+    assert json.loads((tmp_path / f"{process}.json").read_text()) == expected
