@@ -221,15 +221,15 @@ def retrieval(pairs: Pairs) -> str:
   sims = pairs.zimg @ pairs.ztxt[first].T
   positive = np.asarray(pairs.captions)[:, None] == texts[None]
   parts = [
-    f"<h2>Retrieval</h2><p>Among {escape(pairs.where)}, with {len(names)} different captions. Best"
-    " is the largest margin over the best wrong answer, worst the lowest rank; green is right, and"
-    " stands last where it is not among the first.</p>"
+    f"<h2>Retrieval</h2><p>Among {escape(pairs.where)}, with {len(names)} different captions,"
+    " ordered by the rank of the right answer, then by its margin over the best wrong one. Right is"
+    " green, and stands last where it is not among the first.</p>"
   ]
   for way, scores, right in (
     ("image to text", sims, positive), ("text to image", sims.T, positive.T)
   ):
     margin, rank = margins(scores, right)
-    best = np.argsort(-margin, kind="stable")[:SHOWN]
+    best = np.lexsort((-margin, rank))[:SHOWN]
     worst = np.lexsort((margin, -rank))[:SHOWN]
     for title, chosen in (("best", best), ("worst", worst)):
       cards = [
