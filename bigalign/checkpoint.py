@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import subprocess
 from collections.abc import Mapping
@@ -12,6 +13,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from bigalign import tree
+
+# orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is meant,
+# and of a file that it does not write for the parts of a checkpoint. Other warnings come through.
+_EXPECTED = ("read_only=True", "Metadata file does not exist")
+logging.getLogger("absl").addFilter(
+  lambda record: "/orbax/" not in record.pathname
+  or (record.levelno > logging.INFO and not any(w in record.getMessage() for w in _EXPECTED))
+)
 
 # Replicas share the writing of large arrays only: by default every bias would be sliced over all
 # devices, one compiled slice at a time, which took seconds per checkpoint.
@@ -106,8 +115,12 @@ class Checkpoints:
       FileNotFoundError: if the run has no such checkpoint; names those it has.
     """
     there = sorted(self._manager.all_steps())
-    chosen = {"latest": self._manager.latest_step, "best": self._manager.best_step}
-    found = chosen[step]() if step in chosen else int(step)  # type: ignore[index]
+    if step == "best":
+      if not self._best:
+        raise ValueError("no checkpoint is 'best': the run's config.keep.best names no metric")
+      found = self._manager.best_step()
+    else:
+      found = self._manager.latest_step() if step == "latest" else int(step)
     if found is None or found not in there:
       raise FileNotFoundError(f"no checkpoint {step!r} in {self.folder}; there are {there}")
     return found

@@ -127,7 +127,7 @@ def muon(
 
   def numbers(params: Mapping[str, Any]) -> dict[str, Any]:
     return {
-      path: _matrix(path, x.ndim) if hasattr(x, "ndim") else None for path, x in params.items()
+      path: _matrix(path, x.ndim) if hasattr(x, "ndim") else x for path, x in params.items()
     }
 
   def scale(path: str, u: Any) -> Any:

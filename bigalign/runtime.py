@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-import logging
 import os
 import pathlib
 from typing import Any
@@ -49,11 +48,6 @@ def setup(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
   if debug_nans:
     jax.config.update("jax_debug_nans", True)
-  # Thirty lines per checkpoint that say that all is well; warnings still come through.
-  logging.getLogger("absl").addFilter(
-    lambda record: record.levelno > logging.INFO
-    or not any(package in record.pathname for package in ("/orbax/", "/tensorboardX/"))
-  )
 
 
 def connect(

@@ -83,6 +83,8 @@ def train(
   """
   config = dict(locals())
   del config["workdir"], config["allow_config_change"]
+  if "://" in str(workdir):
+    raise ValueError(f"--workdir={workdir}: a run's folder must be a local path or a mount")
   workdir = pathlib.Path(workdir).absolute()
   source = open_source(data["source"], captions=data.get("captions"))
   if not len(source):
@@ -97,7 +99,7 @@ def train(
   eval_every = duration(eval_every, "config.eval_every")
   meta = {
     "config": configs.plain(config), "revision": revision(), "versions": runtime.versions(),
-    "data": source.fingerprint, "dataset_size": len(source),
+    "data": source.fingerprint, "dataset_size": len(source), "hardware": runtime.describe(),
   }
   same_on_all_hosts(meta)
 

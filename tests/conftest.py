@@ -8,6 +8,8 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Compiling is most of a test's time; the slow tests run what users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Programs are compiled once per session, by whichever process of a test comes first.
 _CACHE = tempfile.TemporaryDirectory(prefix="bigalign-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)

@@ -1,0 +1,52 @@
+"""CLIP ViT-B/16 at 224 pixels on your own shards, https://arxiv.org/abs/2103.00020.
+
+  bigalign train --config=configs/clip_b16.py \
+    --config.data.source='/data/{00000..41455}.tar' \
+    --config.data.tokenizer.path=/data/bpe_simple_vocab_16e6.txt.gz
+
+Meant for 256 chips of TPU v5e (16x16) or 32 H100s; the optimizer is open_clip's for ViTs. The
+vocabulary is found by itself where open_clip_torch is installed and no path is given.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  c = ConfigDict()
+  c.seed = 0
+  c.total_steps = 390_000  # x 32,768 = 12.8 billion pairs
+  c.batch_size = 32_768
+  c.log_every = 50
+  c.checkpoint_every = 1_000
+  c.eval_every = 10_000
+
+  c.data = dict(
+    source="/data/{00000..41455}.tar",
+    image_size=224,
+    tokenizer=dict(name="clip", path="/data/bpe_simple_vocab_16e6.txt.gz", length=77),
+    augment=dict(crop="random_resized", scale=(0.9, 1.0)),
+    resize="shortest",
+    workers=16,
+  )
+  c.model = dict(
+    image=dict(
+      name="vit", variant="B", patch=16, pool="cls", activation="gelu", remat="dots"
+    ),
+    text=dict(
+      name="text", variant="B", vocab_size=49_408, length=77, width=512, heads=8, causal=True,
+      pool="eos", activation="gelu", remat="dots",
+    ),
+    embed_dim=512,
+    image_projector=dict(name="linear"),
+    text_projector=dict(name="linear"),
+    pixels="clip",
+  )
+  c.loss = dict(clip=dict(weight=1.0))
+  c.optimizer = dict(
+    name="adamw", lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, schedule="cosine", warmup=10_000,
+    weight_decay=0.2, clip_norm=1.0,
+  )
+  c.evals = dict()
+  c.keep = dict(last=2, every=50_000)
+  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  return c

@@ -1,0 +1,192 @@
+"""Towers and the model: padding, scan, remat, patch dropout, names."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigalign import tree
+from bigalign.model import make_model, unit
+from bigalign.projectors import PROJECTORS
+from bigalign.towers import TOWERS, base
+from bigalign.towers.vit import sincos2d
+
+SMALL = dict(width=32, depth=2, heads=4, dtype="float32")
+KEY = jax.random.key(0)
+IMAGE = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
+def apply(tower, params, *args, **kwargs):
+  """tower.apply, compiled: an eager tower compiles each of its operations."""
+  return tower.apply(params, *args, **kwargs)
+
+
+def stack_layers(params):
+  """Parameters of separate layers, "block_0/…", as those of a scanned tower, "blocks/…"."""
+  out, layers = {}, {}
+  for path, x in tree.flatten(params).items():
+    found = re.fullmatch(r"(.*)block_(\d+)/(.*)", path)
+    if found:
+      layers.setdefault(f"{found[1]}blocks/{found[3]}", {})[int(found[2])] = x
+    else:
+      out[path] = x
+  return tree.unflatten(
+    out | {path: jnp.stack([x[i] for i in sorted(x)]) for path, x in layers.items()}
+  )
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scan_and_remat_do_not_change_values(remat):
+  """Outputs and gradients of separate layers, against scanned and rematerialised ones."""
+  plain = TOWERS["vit"](patch=8, scan=False, **SMALL)
+  other = TOWERS["vit"](patch=8, scan=True, remat=remat, **SMALL)
+  params = jax.jit(plain.init)(KEY, IMAGE)["params"]
+
+  def value(tower, p):
+    return jnp.square(tower.apply({"params": p}, IMAGE).pooled).sum()
+
+  a, da = jax.jit(jax.value_and_grad(lambda p: value(plain, p)))(params)
+  b, db = jax.jit(jax.value_and_grad(lambda p: value(other, p)))(stack_layers(params))
+  np.testing.assert_allclose(a, b, rtol=1e-5)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-4), stack_layers(da), db
+  )
+
+
+@pytest.mark.parametrize("pool", ["eos", "mean", "map"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_does_not_move_the_embedding(pool, causal):
+  """Neither what stands in the padding nor how much of it there is."""
+  tower = TOWERS["text"](vocab_size=50, length=16, pool=pool, causal=causal, **SMALL)
+  ids = jax.random.randint(KEY, (3, 16), 1, 50)
+  real = jnp.asarray([5, 9, 12])
+  mask = jnp.arange(16)[None] < real[:, None]
+  params = jax.jit(tower.init)(KEY, ids, mask)
+  first = apply(tower, params, ids, mask).pooled
+  scribbled = apply(tower, params, jnp.where(mask, ids, 7), mask).pooled
+  shorter = apply(tower, params, ids[:, :12], mask[:, :12]).pooled
+  np.testing.assert_allclose(first, scribbled, atol=1e-6)
+  np.testing.assert_allclose(first, shorter, atol=1e-5)
+  moved = apply(tower, params, ids.at[:, 2].add(1) % 50, mask).pooled
+  assert np.abs(first - moved).max() > 1e-3  # the test sees what it should
+
+
+def test_siglip_attends_to_padding():
+  """mask_padding=False: what stands in the padding matters, as in the published SigLIP."""
+  tower = TOWERS["text"](vocab_size=50, length=8, pool="last", mask_padding=False, **SMALL)
+  ids = jnp.ones((1, 8), jnp.int32)
+  mask = jnp.arange(8)[None] < 4
+  params = jax.jit(tower.init)(KEY, ids, mask)
+  moved = apply(tower, params, ids.at[:, 6].set(3), mask).pooled
+  assert np.abs(apply(tower, params, ids, mask).pooled - moved).max() > 1e-4
+
+
+def test_a_causal_text_does_not_see_ahead():
+  tower = TOWERS["text"](vocab_size=50, length=8, causal=True, **SMALL)
+  ids = jnp.arange(8)[None]
+  params = jax.jit(tower.init)(KEY, ids)
+  tokens = apply(tower, params, ids).tokens
+  later = apply(tower, params, ids.at[:, 5:].set(1)).tokens
+  np.testing.assert_allclose(tokens[:, :5], later[:, :5], atol=1e-6)
+  assert np.abs(tokens[:, 5:] - later[:, 5:]).max() > 1e-3
+
+
+def test_patch_dropout_keeps_a_random_part_in_training_only():
+  tower = TOWERS["vit"](patch=8, patch_dropout=0.75, **SMALL)
+  params = jax.jit(tower.init)(KEY, IMAGE)
+  keys = [{"patch_dropout": jax.random.key(i), "dropout": KEY} for i in (0, 1)]
+  one, two = (apply(tower, params, IMAGE, train=True, rngs=k) for k in keys)
+  assert one.tokens.shape == (2, 4, 32)
+  assert np.abs(one.pooled - two.pooled).max() > 1e-4
+  assert apply(tower, params, IMAGE).tokens.shape == (2, 16, 32)
+
+
+@pytest.mark.parametrize(
+  "pool,stem,positions",
+  [("map", "patch", "learned"), ("cls", "conv", "sincos2d"), ("mean", "patch", "sincos2d")],
+)
+def test_every_shape_of_vit(pool, stem, positions):
+  """Registers are no patches; the pooled vector depends on the image."""
+  tower = TOWERS["vit"](
+    patch=8, pool=pool, stem=stem, positions=positions, registers=2, **{**SMALL, "depth": 1}
+  )
+  params = jax.jit(tower.init)(KEY, IMAGE)
+  out = apply(tower, params, IMAGE)
+  assert out.pooled.shape == (2, 32) and out.tokens.shape == (2, 16, 32)
+  assert np.abs(out.pooled - apply(tower, params, -IMAGE).pooled).max() > 1e-4
+
+
+def test_patches_equal_a_strided_convolution():
+  """The kernel [p, p, 3, D] means what a convolution of stride p means."""
+  from bigalign.towers.vit import PatchEmbed
+
+  module = PatchEmbed(8, 16, jnp.float32)
+  params = jax.jit(module.init)(KEY, IMAGE)
+  kernel = params["params"]["kernel"]
+  expected = jax.lax.conv_general_dilated(
+    IMAGE, kernel, (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  np.testing.assert_allclose(module.apply(params, IMAGE), expected, atol=1e-5)
+
+
+def test_sincos_positions_tell_rows_from_columns():
+  table = sincos2d(4, 4, 32)
+  assert table.shape == (16, 32)
+  distances = np.linalg.norm(table[:, None] - table[None], axis=-1)
+  assert distances[np.triu_indices(16, 1)].min() > 0.1
+
+
+def test_unit_norm_of_zero_is_zero_with_a_finite_gradient():
+  x = jnp.zeros((1, 4)).at[0].set(0)
+  assert np.isfinite(jax.grad(lambda v: unit(v).sum())(x)).all()
+  np.testing.assert_allclose(np.linalg.norm(unit(IMAGE), axis=-1), 1, rtol=1e-6)
+
+
+def test_every_path_is_explicit():
+  """No Dense_0: a parameter's path is its address in checkpoints and outlives its class."""
+  for scan in (True, False):
+    model = make_model(
+      image=dict(name="vit", patch=8, stem="conv", registers=1, pool="map", scan=scan, **SMALL),
+      text=dict(name="text", vocab_size=9, length=8, pool="map", scan=scan, **SMALL),
+      embed_dim=8, image_projector=dict(name="mlp"), text_projector=dict(name="linear"),
+    )
+    zeros = jnp.zeros((1, 8), jnp.int32)
+    shapes = jax.eval_shape(model.init, KEY, jnp.zeros((1, 32, 32, 3), jnp.uint8), zeros)
+    paths = list(tree.flatten(shapes["params"]))
+    automatic = [path for path in paths if re.search(r"[A-Z]\w*_\d+", path)]
+    assert not automatic, automatic
+
+
+def test_variants_have_the_published_sizes():
+  """Parameters of the encoders in millions, from the papers' tables (Ti, S, B, L, So400m)."""
+  published = {"Ti": 5.5, "S": 21.7, "B": 85.8, "L": 303.3, "So400m": 411.0}
+  for name, millions in published.items():
+    tower = TOWERS["vit"](variant=name, patch=16, pool="mean")
+    shapes = jax.eval_shape(tower.init, KEY, jnp.zeros((1, 224, 224, 3)))
+    count = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
+    assert abs(count - millions) / millions < 0.02, (name, count)
+  assert set(base.VARIANTS) >= {"Ti", "S", "B", "L", "So400m", "H", "g", "G"}
+
+
+@pytest.mark.parametrize(
+  "make,message",
+  [
+    (lambda: TOWERS["vit"](pool="max"), "config.model.image.pool: unknown 'max'; known"),
+    (lambda: TOWERS["vit"](variant="XL"), "variant: unknown 'XL'"),
+    (lambda: TOWERS["vit"](width=30, heads=4), "does not divide into 4 heads"),
+    (lambda: TOWERS["vit"](patch=12, stem="conv"), "power of 2"),
+    (lambda: TOWERS["vit"](patch=7, **SMALL).init(KEY, IMAGE), "does not divide the image"),
+    (lambda: TOWERS["text"](vocab_size=9, length=4, remat="some"), "known: .'dots', 'full'"),
+    (lambda: PROJECTORS["identity"](8).init(KEY, jnp.ones((1, 4))), "embed_dim is 8"),
+    (lambda: make_model(image=dict(name="vitt"), text={}, embed_dim=1), "Did you mean 'vit'"),
+  ],
+)
+def test_mistakes_are_named(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
