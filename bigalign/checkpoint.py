@@ -14,8 +14,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from bigalign import tree
 
-# orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is meant,
-# and of a file that it does not write for the parts of a checkpoint. Other warnings come through.
+# orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is
+# meant, and of a file that the parts of a checkpoint do not have. Other warnings come through.
 _EXPECTED = ("read_only=True", "Metadata file does not exist")
 logging.getLogger("absl").addFilter(
   lambda record: "/orbax/" not in record.pathname

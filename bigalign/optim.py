@@ -80,12 +80,17 @@ def lion(
 
 
 def adafactor(
-  *, b1: float = 0.9, b2_power: float = 0.8, clip: float = 1.0, moments: str = "bfloat16"
+  *, b1: float = 0.9, b2: float = 0.999, clip: float = 1.0, moments: str = "bfloat16"
 ) -> optax.GradientTransformation:
   """Factored second moments, https://arxiv.org/abs/1804.04235, with a first moment of dtype
-  `moments` after the update is clipped, as in https://arxiv.org/abs/2106.04560."""
+  `moments` after the update is clipped, as in https://arxiv.org/abs/2106.04560; their decay grows
+  as 1 - step^-0.8 up to `b2`, for which SigLIP takes 0.95."""
+
+  def decay(step: Any, power: Any) -> jax.Array:
+    return jnp.minimum(b2, 1 - (jnp.asarray(step, jnp.float32) + 1) ** -power)
+
   return optax.chain(
-    optax.scale_by_factored_rms(decay_rate=b2_power),
+    optax.scale_by_factored_rms(decay_rate=0.8, decay_rate_fn=decay),
     optax.clip_by_block_rms(clip),
     optax.ema(b1, debias=False, accumulator_dtype=moments),
   )

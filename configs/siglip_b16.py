@@ -40,7 +40,8 @@ def get_config():
   )
   c.loss = dict(siglip=dict(weight=1.0))
   c.optimizer = dict(
-    name="adafactor", lr=1e-3, schedule="cosine", warmup="5%", weight_decay=1e-4, clip_norm=1.0
+    name="adafactor", lr=1e-3, b2=0.95, schedule="cosine", warmup="5%", weight_decay=0.1,
+    clip_norm=1.0,
   )
   c.evals = dict()
   c.keep = dict(last=2, every=20_000)
