@@ -23,10 +23,12 @@ from bigalign import flops, runtime, sharding
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data import pipeline
-from bigalign.data.sources import open_source
+from bigalign.data.sources import Source, open_source
+from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evals import make_evaluators
 from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
+from bigalign.model import DualEncoder
 from bigalign.state import State
 from bigalign.throughput import Clock
 
@@ -63,7 +65,7 @@ def train(
     batch_size: global: over all devices and hosts.
     log_every: steps; the only times at which the loop waits for the device.
     checkpoint_every: steps, or a duration; one is always written at the end.
-    data: source, image_size, tokenizer, augment, resize, captions, shuffle, workers.
+    data: options of open_data.
     model: options of make_model.
     loss: {name: options, weight among them}.
     optimizer: options of make_optimizer.
@@ -86,11 +88,10 @@ def train(
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir}: a run's folder must be a local path or a mount")
   workdir = pathlib.Path(workdir).absolute()
-  source = open_source(data["source"], captions=data.get("captions"))
-  if not len(source):
-    raise ValueError(f"config.data.source={data['source']!r} holds no sample")
+  source, reading = configs.call(open_data, data, "config.data")
   program = states.make_program(**config, dataset_size=len(source))
   check_needs(program.loss, {*program.spec, "raw_img", "tokens_img"})
+  check_tokenizer(program.model, data["tokenizer"])
   total = program.total_steps
   duration = functools.partial(
     configs.steps, batch_size=batch_size, dataset_size=len(source), total_steps=total
@@ -109,9 +110,10 @@ def train(
   embed = states.make_embed(program.model)
   evaluators = make_evaluators(evals or {}, mesh=grid, data=data, **embed)
 
+  claim(workdir, meta, allow_config_change)
   checkpoints = configs.call(Checkpoints, keep or {}, "config.keep", workdir=workdir)
   start = checkpoints.latest()
-  claim(workdir, meta, allow_config_change)
+  same_on_all_hosts({"newest checkpoint": start})
   if start is None:
     state = states.born(program, placed)
     checkpoints.save_frozen(state.frozen)
@@ -127,8 +129,7 @@ def train(
 
   batches = pipeline.train_batches(
     source, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
-    stop=samples_seen + (total - step) * batch_size,
-    **{name: x for name, x in data.items() if name not in ("source", "captions", "resize")},
+    stop=samples_seen + (total - step) * batch_size, **reading,
   )
   step_fn = jax.jit(
     functools.partial(states.train_step, program=program), donate_argnums=0,
@@ -204,6 +205,53 @@ def train(
   return state
 
 
+def open_data(
+  *,
+  source: str,
+  image_size: int,
+  tokenizer: Mapping[str, Any],
+  augment: Mapping[str, Any] | None = None,
+  resize: str = "squash",
+  captions: Sequence[str] | None = None,
+  shuffle: bool = True,
+  workers: int = 0,
+) -> tuple[Source, dict[str, Any]]:
+  """What config.data says: the source, and how training reads it.
+
+  Args:
+    source: "glyphs", shards ("DIR/{00000..00099}.tar"), "tfds:NAME:SPLIT"; lists joined by "::".
+    image_size: pixels per side.
+    tokenizer: name, length and options of make_tokenizer.
+    augment: options of transforms.train_image.
+    resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
+    captions: fields to take captions from, the first that a record has; the source's own if None.
+    shuffle: another order in each epoch; without, that of the source.
+    workers: processes that read and decode; they have no influence on the batches.
+  """
+  del resize  # the evaluators'
+  opened = open_source(source, captions=captions)
+  if not len(opened):
+    raise ValueError(f"config.data.source={source!r} holds no sample")
+  return opened, dict(
+    image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, workers=workers
+  )
+
+
+def check_tokenizer(model: DualEncoder, options: Mapping[str, Any]) -> None:
+  """Raises ValueError if the text tower has no row for some token, or no place for the last one.
+
+  On the device an index past the end is no error: it reads the last row.
+  """
+  tokenizer = make_tokenizer(**options)
+  for ours, theirs in (("length", tokenizer.length), ("vocab_size", tokenizer.vocab_size)):
+    room = getattr(model.text_tower, ours, theirs)
+    if room < theirs:
+      raise ValueError(
+        f"config.model.text.{ours}={room} is too small for config.data.tokenizer"
+        f" {options['name']!r}, which needs {theirs}"
+      )
+
+
 def describe(state: State, workdir: pathlib.Path) -> None:
   """Lists the parameters in workdir/parameters.txt and logs their number."""
   if jax.process_index() == 0:
@@ -237,7 +285,9 @@ def claim(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: b
                       before["versions"], meta["versions"])
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(meta, indent=1) + "\n")
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(meta, indent=1) + "\n")
+    part.replace(path)  # other processes may be reading it
 
 
 def same_data(

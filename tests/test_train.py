@@ -208,6 +208,8 @@ def test_keep_last_every_and_best(tmp_path):
     (dict(total_stepz=3), TypeError, "Did you mean 'total_steps'"),
     (dict(batch_size=12), ValueError, "config.batch_size=12 does not divide over 8"),
     (dict(mesh=dict(data=3)), ValueError, "must multiply to 8"),
+    (dict(data=dict(source="glyphs", image_size=32)), TypeError, "option 'tokenizer' is missing"),
+    (dict(data=dict(sauce="glyphs")), TypeError, "Did you mean 'source'"),
     (dict(frozen="image_towr"), ValueError, "config.frozen: 'image_towr' matches no path"),
     (dict(rules=[("attn", ())]), ValueError, "config.rules: no rule matches"),
     (dict(total_steps="3 weeks"), ValueError, "config.total_steps: '3 weeks' is no duration"),
@@ -220,6 +222,12 @@ def test_mistakes_in_a_config_are_named(tiny, tmp_path, change, error, message):
 
   with pytest.raises(error, match=message):
     config.call(program.train, {**tiny.to_dict(), **change}, "config", workdir=tmp_path)
+
+
+def test_a_token_without_a_row_is_an_error(tiny, tmp_path):
+  tiny.model.text.vocab_size = 100
+  with pytest.raises(ValueError, match=r"model.text.vocab_size=100 is too small .* needs 259"):
+    run(tmp_path, tiny)
 
 
 def test_misspelt_flag_names_the_nearest_key(tmp_path):
