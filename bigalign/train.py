@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import pathlib
 import time
 import warnings
@@ -16,7 +14,6 @@ import clu.profiler
 import jax
 import numpy as np
 from absl import app, flags, logging
-from jax.experimental import multihost_utils
 
 from bigalign import config as configs
 from bigalign import flops, runtime, sharding
@@ -26,6 +23,7 @@ from bigalign.data import pipeline
 from bigalign.data.sources import Source, open_source
 from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evals import make_evaluators
+from bigalign.identity import claim, same_data, same_on_all_hosts
 from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import DualEncoder
@@ -262,62 +260,6 @@ def describe(state: State, workdir: pathlib.Path) -> None:
       "%d parameters, %d of them trainable; list in %s", sum(x.size for x in parameters.values()),
       sum(x.size for x in state.trainable.values()), workdir / "parameters.txt",
     )
-
-
-def claim(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: bool) -> None:
-  """Writes workdir/config.json, or compares with the one that is there.
-
-  Raises:
-    ValueError: if the workdir belongs to a run that learns something else; lists the differences.
-  """
-  path = workdir / "config.json"
-  if path.exists():
-    before = json.loads(path.read_text())
-    changed = configs.differences(before["config"], meta["config"])
-    if changed and not allow_config_change:
-      listed = "\n".join(f"  config.{k}: was {a!r}, now {b!r}" for k, (a, b) in changed.items())
-      raise ValueError(
-        f"{workdir} belongs to a run with another config:\n{listed}\nChoose another --workdir, or"
-        " pass --allow_config_change to go on with the new one."
-      )
-    if before["versions"] != meta["versions"]:
-      logging.warning("Package versions changed since this run began: %s -> %s",
-                      before["versions"], meta["versions"])
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(meta, indent=1) + "\n")
-    part.replace(path)  # other processes may be reading it
-
-
-def same_data(
-  before: Mapping[str, Any], meta: Mapping[str, Any], workdir: pathlib.Path, allow: bool
-) -> None:
-  """Raises ValueError if the data changed under a run, which could not go on exactly."""
-  if before["data"] != meta["data"] and not allow:
-    raise ValueError(
-      f"config.data.source={meta['config']['data']['source']!r} is not the data that {workdir} was"
-      f" trained on (fingerprint {meta['data']}, was {before['data']}); choose another --workdir,"
-      " or pass --allow_config_change to go on with the new data"
-    )
-
-
-def same_on_all_hosts(meta: Mapping[str, Any]) -> None:
-  """Raises RuntimeError if config, code, packages or data differ between the processes."""
-  if jax.process_count() == 1:
-    return
-  digests = {
-    name: np.frombuffer(
-      hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:8], np.uint32
-    )
-    for name, value in meta.items()
-  }
-  for name, every in multihost_utils.process_allgather(digests).items():
-    other = np.flatnonzero((every != every[:1]).any(1))
-    if other.size:
-      raise RuntimeError(
-        f"processes {other.tolist()} have another {name} than process 0, which has {meta[name]}"
-      )
 
 
 def stop_if_not_finite(good: Sequence[bool], step: int, metrics: Mapping[str, Any]) -> None:

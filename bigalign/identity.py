@@ -1,0 +1,72 @@
+"""Whether a run is what its folder, its data and the other processes take it for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from bigalign import config as configs
+
+
+def claim(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: bool) -> None:
+  """Writes workdir/config.json, or compares with the one that is there.
+
+  Raises:
+    ValueError: if the workdir belongs to a run that learns something else; lists the differences.
+  """
+  path = workdir / "config.json"
+  if path.exists():
+    before = json.loads(path.read_text())
+    changed = configs.differences(before["config"], meta["config"])
+    if changed and not allow_config_change:
+      listed = "\n".join(f"  config.{k}: was {a!r}, now {b!r}" for k, (a, b) in changed.items())
+      raise ValueError(
+        f"{workdir} belongs to a run with another config:\n{listed}\nChoose another --workdir, or"
+        " pass --allow_config_change to go on with the new one."
+      )
+    if before["versions"] != meta["versions"]:
+      logging.warning("Package versions changed since this run began: %s -> %s",
+                      before["versions"], meta["versions"])
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(meta, indent=1) + "\n")
+    part.replace(path)  # other processes may be reading it
+
+
+def same_data(
+  before: Mapping[str, Any], meta: Mapping[str, Any], workdir: pathlib.Path, allow: bool
+) -> None:
+  """Raises ValueError if the data changed under a run, which could not go on exactly."""
+  if before["data"] != meta["data"] and not allow:
+    raise ValueError(
+      f"config.data.source={meta['config']['data']['source']!r} is not the data that {workdir} was"
+      f" trained on (fingerprint {meta['data']}, was {before['data']}); choose another --workdir,"
+      " or pass --allow_config_change to go on with the new data"
+    )
+
+
+def same_on_all_hosts(meta: Mapping[str, Any]) -> None:
+  """Raises RuntimeError if config, code, packages or data differ between the processes."""
+  if jax.process_count() == 1:
+    return
+  digests = {
+    name: np.frombuffer(
+      hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:8], np.uint32
+    )
+    for name, value in meta.items()
+  }
+  for name, every in multihost_utils.process_allgather(digests).items():
+    other = np.flatnonzero((every != every[:1]).any(1))
+    if other.size:
+      raise RuntimeError(
+        f"processes {other.tolist()} have another {name} than process 0, which has {meta[name]}"
+      )
