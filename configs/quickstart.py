@@ -1,6 +1,6 @@
-"""Learns to name characters in four minutes on a laptop: make quickstart.
+"""Learns to name characters, in minutes on two CPU cores: make quickstart.
 
-The evaluation asks for the names of characters that are in train in no font.
+The evaluation asks for characters that are in train in no font. Tuned on split="heldout_dev".
 """
 
 from ml_collections import ConfigDict
@@ -9,32 +9,33 @@ from ml_collections import ConfigDict
 def get_config():
   c = ConfigDict()
   c.seed = 0
-  c.total_steps = 280
+  c.total_steps = 300
   c.batch_size = 512
   c.log_every = 10
-  c.checkpoint_every = 140
+  c.checkpoint_every = 150
   c.eval_every = 0
 
   c.data = dict(
     source="glyphs",
     image_size=32,
     tokenizer=dict(name="words", vocabulary="glyphs", length=16),
+    # Whole glyphs as they are drawn: in so few steps, moving them costs more than it brings.
     augment=dict(crop="squash"),
     workers=2,
   )
   c.model = dict(
     image=dict(
-      name="vit", patch=8, width=96, depth=3, heads=3, mlp_ratio=4.0, stem="conv", pool="mean",
+      name="vit", patch=8, width=128, depth=2, heads=4, mlp_ratio=2.0, stem="conv", pool="mean",
       scan=False, dtype="float32",
     ),
     text=dict(
-      name="text", vocab_size=2124, length=16, width=96, depth=1, heads=3, mlp_ratio=4.0,
+      name="text", vocab_size=2124, length=16, width=96, depth=1, heads=3, mlp_ratio=2.0,
       pool="mean", scan=False, dtype="float32",
     ),
     embed_dim=96,
   )
   c.loss = dict(clip=dict(weight=1.0))
-  c.optimizer = dict(name="muon", lr=3e-3, rms=0.7, warmup=20)
+  c.optimizer = dict(name="muon", lr=3e-3, rms=0.7, b2=0.95, warmup=20)
   c.evals = dict(
     glyphs=dict(type="glyphs", split="heldout"),
   )
