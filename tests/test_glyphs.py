@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import json
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -223,3 +228,22 @@ def test_the_evaluator_refuses_characters_that_are_trained_on():
   context = Context("glyphs", embed_image, embed_text, sharding.make_mesh(), DATA)
   with pytest.raises(ValueError, match=r"config.evals.glyphs.split='seen'.*heldout_dev"):
     evaluate(context, split="seen")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quickstart_names_characters_it_has_never_seen(tmp_path, seed):
+  root = pathlib.Path(__file__).parent.parent
+  # One device, as the quickstart has on a laptop, and not the eight of the tests.
+  env = {name: x for name, x in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+  subprocess.run(
+    [sys.executable, "-m", "bigalign.train", f"--config={root}/configs/quickstart.py",
+     f"--config.seed={seed}", f"--workdir={tmp_path}"],
+    check=True, env=env, cwd=root,
+  )
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  scores = next(row for row in reversed(rows) if "val/glyphs-unseen-all-top1" in row)
+  assert scores["val/glyphs-unseen-all-top1"] >= 0.20
+  assert scores["val/glyphs-unseen-all-top5"] >= 0.65
+  assert scores["val/glyphs-unseen-letter-top1"] >= 0.30
