@@ -1,12 +1,11 @@
 """Glyphs: characters of open fonts, drawn on demand and captioned with their Unicode names.
 
 The dataset that needs no download: matplotlib ships the fonts, FreeType draws them, Unicode names
-them. `python -m bigalign.data.glyphs` writes glyphs_heldout.txt again, by the rule in `choose`.
+them. Which characters are held out is in glyphs_heldout.txt, by the rule of glyphs_heldout.py.
 """
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import functools
 import hashlib
@@ -42,16 +41,12 @@ CUTS = {
   "STIXGeneralItalic": "italic stix",
   "STIXGeneralBolIta": "bold italic stix",
 }
-STEMS = tuple(CUTS)  # a cut's ordinal is its place here
+FONTS = tuple(CUTS)  # a cut's ordinal is its place here
 # The two cuts that evaluation averages; every held-out character has both.
 PROBES = ("DejaVuSans", "DejaVuSerif-Bold")
 SPLITS = ("train", "heldout", "heldout_dev", "seen")
 LIST = "glyphs_heldout.txt"
-COUNTS = dict(heldout=210, heldout_dev=90, seen=210)  # characters on it
 MARKED_SHARE = 0.6  # of the training samples are letters with marks
-
-# Two pictures are twins below this sum of squared differences: one pixel between black and white.
-TWIN = 1.0
 
 _MARKED = re.compile(r"((?:latin|greek|cyrillic) (?:small|capital) letter .+?) with (.+)")
 # No hinting: the outlines alone decide the pixels, whatever FreeType's hinter does this year.
@@ -78,7 +73,7 @@ def alphabet() -> Alphabet:
   every version of unicodedata from 3.11 on.
   """
   found = []
-  for cut, stem in enumerate(STEMS):
+  for cut, stem in enumerate(FONTS):
     face = freetype.Face(str(font_folder() / f"{stem}.ttf"))
     for code, glyph in face.get_chars():
       # Separators and format controls draw nothing, or a picture of the control in some fonts.
@@ -144,7 +139,7 @@ class Pen:
   def _ink(self, cut: int, glyph: int) -> tuple[np.ndarray, int]:
     """Coverage [h, w] uint8, and the rows between its top and the baseline."""
     if cut not in self.faces:
-      face = freetype.Face(str(font_folder() / f"{STEMS[cut]}.ttf"))
+      face = freetype.Face(str(font_folder() / f"{FONTS[cut]}.ttf"))
       face.set_char_size(round(64 * self.em))
       self.faces[cut] = face
     face = self.faces[cut]
@@ -204,7 +199,7 @@ class Glyphs:
     if self._pen is None:
       self._pen = Pen(self.size)
     ink = self._pen.draw(cut, glyph)
-    stem = STEMS[cut]
+    stem = FONTS[cut]
     return dict(
       image=np.repeat(ink[:, :, None], 3, axis=2),
       captions=(f"{self.classnames[label]}, {CUTS[stem]}",),
@@ -232,7 +227,7 @@ def listed() -> dict[str, tuple[int, ...]]:
     if index is None or letters.names[index] != name:
       raise ValueError(
         f"{LIST} names {code} ({name}), which the fonts in {font_folder()} do not draw; "
-        "install matplotlib's own fonts, or write the list again: python -m bigalign.data.glyphs"
+        "install matplotlib's own fonts, or choose again: python -m bigalign.data.glyphs_heldout"
       )
     found[split].append(index)
   return {split: tuple(labels) for split, labels in found.items()}
@@ -243,85 +238,10 @@ def _items(split: str, cuts: Sequence[str] | None) -> np.ndarray:
   letters, lists = alphabet(), listed()
   items = letters.items
   if cuts is not None:
-    items = items[np.isin(items[:, 1], [STEMS.index(cut) for cut in cuts])]
+    items = items[np.isin(items[:, 1], [FONTS.index(cut) for cut in cuts])]
   if split != "train":
     return items[np.isin(items[:, 0], lists[split])]
   items = items[~np.isin(items[:, 0], lists["heldout"] + lists["heldout_dev"])]
   marked = np.isin(items[:, 0], [i for i, name in enumerate(letters.names) if parts(name)])
   wanted = round((~marked).sum() * MARKED_SHARE / (1 - MARKED_SHARE))
   return np.concatenate([items[~marked], np.resize(items[marked], (wanted, 3))])
-
-
-def choose() -> dict[str, list[int]]:
-  """Split -> labels: the rule behind LIST.
-
-  Candidates are the letters that Unicode decomposes into a letter and marks, that both PROBES
-  draw, that have no twin, and of whose parts train keeps enough: the bare letter, the letter with
-  two other marks, and the marks on two other letters of the script. In the order of a hash of
-  their names they are dealt to the splits, until each has its COUNTS.
-  """
-  letters = alphabet()
-  names = letters.names
-  pairs = {i: pair for i, name in enumerate(names) if (pair := parts(name))}
-  by_letter = collections.Counter(letter for letter, _ in pairs.values())
-  by_marks = collections.Counter((letter.split()[0], marks) for letter, marks in pairs.values())
-  drawn = [set(letters.items[letters.items[:, 1] == STEMS.index(cut), 0]) for cut in PROBES]
-  candidates = [
-    i for i in pairs
-    if unicodedata.decomposition(chr(letters.codes[i])) and i in drawn[0] and i in drawn[1]
-  ]
-  candidates = sorted(set(candidates) - twins(candidates), key=lambda i: _lot(names[i]))
-  chosen: dict[str, list[int]] = {split: [] for split in COUNTS}
-  for i in candidates:
-    letter, marks = pairs[i]
-    script = letter.split()[0]
-    if min(by_letter[letter], by_marks[script, marks]) <= 2 or letter not in names:
-      continue  # the counts include this one
-    split = min(COUNTS, key=lambda name: len(chosen[name]) / COUNTS[name])  # all fill evenly
-    if len(chosen[split]) == COUNTS[split]:
-      break
-    chosen[split].append(i)
-    if split != "seen":
-      by_letter[letter] -= 1
-      by_marks[script, marks] -= 1
-  return {split: sorted(labels) for split, labels in chosen.items()}
-
-
-def _lot(name: str) -> str:
-  """A draw that no version of any library can change."""
-  return hashlib.sha256(f"bigalign glyphs {name}".encode()).hexdigest()
-
-
-def twins(labels: Sequence[int], size: int = 32) -> set[int]:
-  """Those of `labels` that look like another character: equal in any two cuts, or within TWIN
-  of each other in the same cut."""
-  items, pen = alphabet().items, Pen(size)
-  ink = np.stack([255 - pen.draw(cut, glyph).ravel() for _, cut, glyph in items.tolist()])
-  owners = collections.defaultdict(set)
-  for label, picture in zip(items[:, 0].tolist(), ink):
-    owners[picture.tobytes()].add(label)
-  found = set().union(*(same for same in owners.values() if len(same) > 1))
-  for cut in range(len(STEMS)):
-    rows = np.flatnonzero(items[:, 1] == cut)
-    ours = rows[np.isin(items[rows, 0], labels)]
-    x, y = (ink[i].astype(np.float32) / 255 for i in (ours, rows))
-    apart = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
-    apart[items[ours, 0][:, None] == items[rows, 0][None]] = np.inf  # itself
-    found |= set(items[ours[apart.min(1) < TWIN], 0].tolist())
-  return found & set(labels)
-
-
-def write_list(chosen: dict[str, list[int]]) -> str:
-  """The text of LIST: a line per character, its split, code point and name between tabs."""
-  letters = alphabet()
-  return "".join(
-    f"{split}\tU+{letters.codes[i]:04X}\t{letters.names[i]}\n"
-    for split, labels in chosen.items()
-    for i in labels
-  )
-
-
-if __name__ == "__main__":
-  path = pathlib.Path(__file__).with_name(LIST)
-  path.write_text(write_list(choose()), "utf-8")
-  print(path)
