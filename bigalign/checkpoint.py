@@ -16,7 +16,7 @@ from bigalign import tree
 
 # orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is
 # meant, and of a file that the parts of a checkpoint do not have. Other warnings come through.
-_EXPECTED = ("read_only=True", "Metadata file does not exist")
+_EXPECTED = ("read_only=True", "Metadata file does not exist", "overriding")
 logging.getLogger("absl").addFilter(
   lambda record: "/orbax/" not in record.pathname
   or (record.levelno > logging.INFO and not any(w in record.getMessage() for w in _EXPECTED))
@@ -92,8 +92,6 @@ class Checkpoints:
     metrics: Mapping[str, float],
   ) -> None:
     """Starts to write {part: {path: array}} and JSON; `metrics` are those of this very step."""
-    if self._best and metrics and self._best not in metrics:
-      raise ValueError(f"config.keep.best: no metric {self._best!r}; there are {sorted(metrics)}")
     items = {
       name: ocp.args.StandardSave(tree.unflatten(arrays))
       for name, arrays in parts.items() if arrays
@@ -103,6 +101,14 @@ class Checkpoints:
       args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items),
       metrics=dict(metrics) if metrics else None,
     )
+
+  def check_best(self, metrics: Mapping[str, float]) -> None:
+    """Raises ValueError if config.keep.best is none of the metrics that evaluation gives."""
+    if self._best and self._best not in metrics:
+      raise ValueError(
+        f"config.keep.best: no metric {self._best!r}.{tree.nearest(self._best, metrics)} There are"
+        f" {sorted(metrics)}"
+      )
 
   def latest(self) -> int | None:
     """The newest complete step, None if there is none."""
@@ -151,10 +157,13 @@ class Checkpoints:
     return {name: tree.flatten(restored[name]) if name in wanted else {} for name in parts}
 
   def save_frozen(self, arrays: Arrays) -> None:
-    """Writes the parameters that never change, once per run."""
-    if arrays and not self._frozen.exists():
+    """Writes the parameters that never change: once, when a run is born.
+
+    What a birth before left, one that was killed before its first checkpoint, is replaced.
+    """
+    if arrays:
       with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(self._frozen, tree.unflatten(arrays))
+        checkpointer.save(self._frozen, tree.unflatten(arrays), force=True)
 
   def restore_frozen(self, arrays: Arrays) -> dict[str, jax.Array]:
     """The parameters that never change, in the shardings asked for."""
@@ -165,6 +174,14 @@ class Checkpoints:
     _compare(_shapes(self._frozen), arrays, self._frozen)
     with ocp.StandardCheckpointer() as checkpointer:
       return tree.flatten(checkpointer.restore(self._frozen, tree.unflatten(arrays)))
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    # After a failure on one host the others will not come to the barriers of a common end.
+    if kind is None or jax.process_count() == 1:
+      self.close()
 
   def close(self) -> None:
     """Waits for what is being written."""

@@ -16,7 +16,9 @@ from bigalign import tree
 # What may change between two runs in one workdir without touching what is learned.
 HARMLESS = re.compile(
   r"^(mesh|rules|evals|writer|runtime|keep|profile)(/|$)"
-  r"|^(log_every|checkpoint_every|eval_every)$|^data/workers$"
+  r"|^(log_every|checkpoint_every|eval_every)$"
+  # Where the data lies; what it is has a fingerprint.
+  r"|^data/(workers|source)$|^data/tokenizer/(path|vocabulary)$"
 )
 
 
@@ -68,7 +70,28 @@ def call(function: Callable[..., Any], options: Mapping[str, Any], where: str, *
   ]
   if missing:
     raise TypeError(f"{where}: option {missing[0]!r} is missing. Options: {known}")
+  for name, value in options.items():
+    if name in parameters and not _fits(value, str(parameters[name].annotation)):
+      raise TypeError(
+        f"{where}.{name}={value!r} is of type {type(value).__name__}; it must be"
+        f" {parameters[name].annotation}"
+      )
   return function(**fixed, **options)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+  "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)
+}
+
+
+def _fits(value: Any, annotation: str) -> bool:
+  """Whether a value is of a plain type such as "int" or "float | None"; any other type passes."""
+  kinds = [kind.strip() for kind in annotation.split("|")]
+  if not all(kind in _KINDS for kind in kinds):
+    return not (annotation.startswith("Mapping") and isinstance(value, int | float | str))
+  if isinstance(value, bool) and "bool" not in kinds:
+    return False
+  return isinstance(value, tuple(t for kind in kinds for t in _KINDS[kind]))
 
 
 def choose(registry: Mapping[str, Any], name: str, where: str) -> Any:

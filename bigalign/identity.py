@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,42 +17,60 @@ from jax.experimental import multihost_utils
 from bigalign import config as configs
 
 
-def claim(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: bool) -> None:
-  """Writes workdir/config.json, or compares with the one that is there.
+def digest(options: Mapping[str, Any]) -> str:
+  """16 hex digits of a tokenizer's options and of the files that they name, not of their paths."""
+  found = hashlib.sha256()
+  for name, value in sorted(options.items()):
+    path = pathlib.Path(os.path.expandvars(str(value)))
+    is_file = isinstance(value, str) and path.is_file()
+    found.update(name.encode() + (path.read_bytes() if is_file else repr(value).encode()))
+  return found.hexdigest()[:16]
+
+
+def check(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: bool) -> None:
+  """Makes the folder of the run, or compares with the run that is in it; changes nothing there.
 
   Raises:
     ValueError: if the workdir belongs to a run that learns something else; lists the differences.
   """
+  workdir.mkdir(parents=True, exist_ok=True)
   path = workdir / "config.json"
-  if path.exists():
-    before = json.loads(path.read_text())
-    changed = configs.differences(before["config"], meta["config"])
-    if changed and not allow_config_change:
-      listed = "\n".join(f"  config.{k}: was {a!r}, now {b!r}" for k, (a, b) in changed.items())
-      raise ValueError(
-        f"{workdir} belongs to a run with another config:\n{listed}\nChoose another --workdir, or"
-        " pass --allow_config_change to go on with the new one."
-      )
-    if before["versions"] != meta["versions"]:
-      logging.warning("Package versions changed since this run began: %s -> %s",
-                      before["versions"], meta["versions"])
+  if not path.exists():
+    return
+  before = json.loads(path.read_text())
+  changed = configs.differences(before["config"], meta["config"])
+  if changed and not allow_config_change:
+    listed = "\n".join(f"  config.{k}: was {a!r}, now {b!r}" for k, (a, b) in changed.items())
+    raise ValueError(
+      f"{workdir} belongs to a run with another config:\n{listed}\nChoose another --workdir, or"
+      " pass --allow_config_change to go on with the new one."
+    )
+  if before["versions"] != meta["versions"]:
+    logging.warning("Package versions changed since this run began: %s -> %s",
+                    before["versions"], meta["versions"])
+
+
+def claim(workdir: pathlib.Path, meta: Mapping[str, Any]) -> None:
+  """Writes workdir/config.json, once it is known that this run can go on there."""
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".json.part")
+    part = workdir / "config.json.part"
     part.write_text(json.dumps(meta, indent=1) + "\n")
-    part.replace(path)  # other processes may be reading it
+    part.replace(workdir / "config.json")  # other processes may be reading it
 
 
 def same_data(
   before: Mapping[str, Any], meta: Mapping[str, Any], workdir: pathlib.Path, allow: bool
 ) -> None:
-  """Raises ValueError if the data changed under a run, which could not go on exactly."""
-  if before["data"] != meta["data"] and not allow:
-    raise ValueError(
-      f"config.data.source={meta['config']['data']['source']!r} is not the data that {workdir} was"
-      f" trained on (fingerprint {meta['data']}, was {before['data']}); choose another --workdir,"
-      " or pass --allow_config_change to go on with the new data"
-    )
+  """Raises ValueError if samples or tokenizer changed under a run, which could not go on exactly.
+
+  Where they lie may change: what counts is their fingerprint.
+  """
+  for key, what in (("data", "config.data.source"), ("tokenizer", "config.data.tokenizer")):
+    if before[key] != meta[key] and not allow:
+      raise ValueError(
+        f"{what}: not what {workdir} was trained on (fingerprint {meta[key]}, was {before[key]});"
+        " choose another --workdir, or pass --allow_config_change to go on with the new"
+      )
 
 
 def same_on_all_hosts(meta: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,10 @@ def adafactor(
     return jnp.minimum(b2, 1 - (jnp.asarray(step, jnp.float32) + 1) ** -power)
 
   return optax.chain(
-    optax.scale_by_factored_rms(decay_rate=0.8, decay_rate_fn=decay),
+    # A head's 64 columns are worth factoring; optax's own bound is 128.
+    optax.scale_by_factored_rms(
+      decay_rate=0.8, decay_rate_fn=decay, min_dim_size_to_factor=32
+    ),
     optax.clip_by_block_rms(clip),
     optax.ema(b1, debias=False, accumulator_dtype=moments),
   )
@@ -188,11 +192,16 @@ def make_optimizer(
   Raises:
     ValueError, TypeError: for unknown names and options, and for patterns that match nothing.
   """
-  rate = _schedule(schedule, lr, total_steps, warmup, cooldown, end, to_steps)
   where = "config.optimizer"
-  core = config.call(config.choose(OPTIMIZERS, name, f"{where}.name"), options, where)
+  core = config.choose(OPTIMIZERS, name, f"{where}.name")
+  known = [*inspect.signature(core).parameters, *inspect.signature(make_optimizer).parameters]
+  for option in options:
+    if option not in known:
+      near = tree.nearest(option, known)
+      raise TypeError(f"{where}: unknown option {option!r} of {name!r}.{near} Options: {known}")
+  rate = _schedule(schedule, lr, total_steps, warmup, cooldown, end, to_steps)
   chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-  chain.append(core)
+  chain.append(config.call(core, options, where))
   if weight_decay:
     decayed, _ = tree.partition(params, decay, f"{where}.decay")
     chain.append(optax.add_decayed_weights(weight_decay, {p: p in decayed for p in params}))

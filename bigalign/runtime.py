@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -41,8 +42,9 @@ def setup(
     _add_flags("XLA_FLAGS", flags)
   if _tpu():
     _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)
-  if gpu_memory_fraction is not None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory_fraction))
+  taken = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
+  if gpu_memory_fraction is not None and not taken:
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gpu_memory_fraction)
   if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -109,15 +111,16 @@ def _tpu() -> bool:
 
 def _gpu() -> bool:
   has = any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
-  return has and ("cuda" in _platforms() or not _platforms())
+  return has and (not _platforms() or "cuda" in _platforms() or "gpu" in _platforms())
 
 
 def versions() -> dict[str, str]:
-  """Installed versions of the packages that shape a run's numbers."""
-  from importlib.metadata import version
-
-  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "bigalign")
-  return {name: version(name) for name in packages}
+  """Installed versions of the packages that shape a run's numbers, pixels and tokens."""
+  packages = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "bigalign",
+    "pillow", "simplejpeg", "kornia-rs", "tokenizers", "sentencepiece", "freetype-py",
+  )
+  return {name: importlib.metadata.version(name) for name in packages}
 
 
 def describe() -> dict[str, Any]:

@@ -69,9 +69,17 @@ def init_params(program: Program, key: jax.Array) -> Arrays:
   return {**tree.flatten(variables["params"], "model/"), **tree.flatten(scalars, "loss/")}
 
 
+def compute_dtype(model: DualEncoder, path: str) -> Any:
+  """The dtype in which a parameter is used: its tower's, float32 elsewhere."""
+  part = path.split("/")[1]
+  return getattr(getattr(model, part, None), "dtype", jnp.float32)
+
+
 def init_state(program: Program, key: jax.Array) -> State:
   """A state of zero updates; under jit with `state_shardings` its arrays are born in place."""
   frozen, trainable = tree.partition(init_params(program, key), program.frozen, "config.frozen")
+  # What does not learn needs no more digits than it is used with.
+  frozen = {path: x.astype(compute_dtype(program.model, path)) for path, x in frozen.items()}
   _, remembered = program.loss.init(program.sizes)
   return State(
     step=jnp.zeros((), jnp.int32),
@@ -117,16 +125,15 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update on a global batch.
 
-  A step whose loss or gradient is not finite leaves the state as it was, but for `step`; the
-  metric "finite" is then False.
+  A step whose loss or gradient is not finite leaves the state as it was, but for `step`.
 
   Args:
     batch: as pipeline.train_batches makes it, [B, …] over the batch axes.
     samples_seen: [2] uint32, the high and the low word of the samples seen before this step.
 
   Returns:
-    The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr", "finite",
-    "rejected_<reason>".
+    The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
+    of every step: "finite_loss", "finite_grad_norm" (bool) and "rejected_<reason>" (int32).
   """
   key = jax.random.fold_in(jax.random.key(program.seed), state.step)
   dropout, patch_dropout, draws = jax.random.split(key, 3)
@@ -150,10 +157,14 @@ def train_step(
     path: program.ema * old + (1 - program.ema) * trainable[path]
     for path, old in state.ema.items()
   }
-  finite = jnp.isfinite(value) & jnp.isfinite(logs["loss"]) & jnp.isfinite(grad_norm)
+  finite = {
+    "finite_loss": jnp.isfinite(value) & jnp.isfinite(logs["loss"]),
+    "finite_grad_norm": jnp.isfinite(grad_norm),
+  }
+  sound = jnp.stack([*finite.values()]).all()
 
   def keep(new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
 
   rejects = batch["rejects"].sum(0)
   metrics = {
@@ -161,7 +172,7 @@ def train_step(
     "grad_norm": grad_norm,
     "param_norm": optax.tree.norm(trainable),
     "lr": program.rate(state.step),
-    "finite": finite,
+    **finite,
     **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
   }
   return State(
@@ -204,6 +215,8 @@ def make_program(
   del elsewhere  # what only the loop reads
   duration = functools.partial(configs.steps, batch_size=batch_size, dataset_size=dataset_size)
   total = duration(total_steps, "config.total_steps")
+  if total < 1:
+    raise ValueError(f"config.total_steps={total_steps!r} is no step at all")
   spec = pipeline.batch_spec(
     batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"]
   )
@@ -215,6 +228,8 @@ def make_program(
   )
   shapes = jax.eval_shape(functools.partial(init_params, program), jax.random.key(seed))
   _, trainable = tree.partition(shapes, frozen, "config.frozen")
+  if not trainable:
+    raise ValueError(f"config.frozen={frozen!r} leaves no parameter to learn")
   made, rate = configs.call(
     make_optimizer, optimizer, "config.optimizer", params=trainable, total_steps=total,
     to_steps=functools.partial(duration, total_steps=total),

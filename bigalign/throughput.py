@@ -14,11 +14,14 @@ from bigalign import flops
 
 
 class Clock:
-  """Wall time between two logs, without evaluation and saving, and the part of it spent on data."""
+  """Wall time between two logs, without evaluation and saving, and what it was spent on.
+
+  MFU counts what the program computes, recomputation under remat included.
+  """
 
   def __init__(self, step: int, batch_size: int) -> None:
     self._start = time.perf_counter()
-    self._data = self._pause = 0.0
+    self._data = self._pause = self._device = 0.0
     self._step = step
     self._batch_size = batch_size
 
@@ -28,9 +31,13 @@ class Clock:
     yield
     setattr(self, name, getattr(self, name) + time.perf_counter() - begin)
 
-  def waiting(self) -> contextlib.AbstractContextManager[None]:
+  def waiting_for_data(self) -> contextlib.AbstractContextManager[None]:
     """A context in which the loop waits for data."""
     return self._timer("_data")
+
+  def waiting_for_device(self) -> contextlib.AbstractContextManager[None]:
+    """A context in which the loop waits for the device."""
+    return self._timer("_device")
 
   def paused(self) -> contextlib.AbstractContextManager[None]:
     """A context that does not count."""
@@ -42,7 +49,10 @@ class Clock:
     steps = step - self._step
     seconds = max(now - self._start - self._pause, 1e-9) / steps
     data = self._data / steps
-    self._start, self._data, self._pause, self._step = now, 0.0, 0.0, step
+    # All hosts wait for the slowest in the collectives; what a host itself was busy with tells it.
+    busy = max(seconds - self._device / steps, 0.0)
+    self._start, self._step = now, step
+    self._data = self._pause = self._device = 0.0
     chips = jax.device_count()
     row = {
       "train/batch_time": seconds,
@@ -56,7 +66,7 @@ class Clock:
     if peak:
       row["perf/mfu"] = work / seconds / chips / peak
     if jax.process_count() > 1:
-      every = multihost_utils.process_allgather(np.asarray([seconds, data], np.float32))
+      every = multihost_utils.process_allgather(np.asarray([busy, data], np.float32))
       for i, (own, waited) in enumerate(every.tolist()):
-        row |= {f"perf/host_{i}_batch_time": own, f"perf/host_{i}_data_time": waited}
+        row |= {f"perf/host_{i}_busy_time": own, f"perf/host_{i}_data_time": waited}
     return row

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
+import os
 import pathlib
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,18 +16,18 @@ from typing import Any
 import clu.parameter_overview
 import clu.profiler
 import jax
-import numpy as np
 from absl import app, flags, logging
 
 from bigalign import config as configs
-from bigalign import flops, runtime, sharding
+from bigalign import flops, sharding
+from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data import pipeline
 from bigalign.data.sources import Source, open_source
 from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evals import make_evaluators
-from bigalign.identity import claim, same_data, same_on_all_hosts
+from bigalign.identity import check, claim, digest, same_data, same_on_all_hosts
 from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import DualEncoder
@@ -52,6 +56,7 @@ def train(
   keep: Mapping[str, Any] | None = None,
   writer: Mapping[str, Any] | None = None,
   profile: Sequence[int] = (),
+  runtime: Mapping[str, Any] | None = None,
   allow_config_change: bool = False,
 ) -> State:
   """THE loop: step, log, evaluate, save. Continues from the newest checkpoint in workdir.
@@ -62,7 +67,7 @@ def train(
     total_steps: updates in all, or a duration: "1e9 samples", "3 epochs".
     batch_size: global: over all devices and hosts.
     log_every: steps; the only times at which the loop waits for the device.
-    checkpoint_every: steps, or a duration; one is always written at the end.
+    checkpoint_every: steps, or a duration; 0: only at the end, where one is always written.
     data: options of open_data.
     model: options of make_model.
     loss: {name: options, weight among them}.
@@ -76,6 +81,7 @@ def train(
     keep: which checkpoints stay: options of Checkpoints.
     writer: options of MetricWriter.
     profile: (first, last) step to trace into workdir/profile.
+    runtime: options of runtime.setup, which the caller has made use of; here they are recorded.
     allow_config_change: continue although the config in workdir says something else.
 
   Returns:
@@ -94,11 +100,14 @@ def train(
   duration = functools.partial(
     configs.steps, batch_size=batch_size, dataset_size=len(source), total_steps=total
   )
+  if log_every < 1:
+    raise ValueError(f"config.log_every={log_every}: at least 1")
   save_every = duration(checkpoint_every, "config.checkpoint_every")
   eval_every = duration(eval_every, "config.eval_every")
   meta = {
-    "config": configs.plain(config), "revision": revision(), "versions": runtime.versions(),
-    "data": source.fingerprint, "dataset_size": len(source), "hardware": runtime.describe(),
+    "config": configs.plain(config), "revision": revision(), "versions": machine.versions(),
+    "data": source.fingerprint, "tokenizer": digest(data["tokenizer"]),
+    "dataset_size": len(source), "hardware": machine.describe(),
   }
   same_on_all_hosts(meta)
 
@@ -108,10 +117,11 @@ def train(
   embed = states.make_embed(program.model)
   evaluators = make_evaluators(evals or {}, mesh=grid, data=data, **embed)
 
-  claim(workdir, meta, allow_config_change)
+  check(workdir, meta, allow_config_change)
   checkpoints = configs.call(Checkpoints, keep or {}, "config.keep", workdir=workdir)
   start = checkpoints.latest()
   same_on_all_hosts({"newest checkpoint": start})
+  rejected: collections.Counter[str] = collections.Counter()
   if start is None:
     state = states.born(program, placed)
     checkpoints.save_frozen(state.frozen)
@@ -122,7 +132,9 @@ def train(
     same_data(before, meta, workdir, allow_config_change)
     state = states.restore(checkpoints, start, abstract, placed)
     samples_seen = before["samples_seen"]
+    rejected.update(before["rejected"])
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
+  claim(workdir, meta)
   step = start or 0
 
   batches = pipeline.train_batches(
@@ -134,10 +146,12 @@ def train(
     out_shardings=(placed, sharding.replicated(grid)),
   )
   compiled, work = None, 0
-  applied: list[jax.Array] = []  # whether each step since the last log was finite
+  window: list[dict[str, jax.Array]] = []  # what must be seen of every step, since the last fetch
 
   with (
     jax.set_mesh(grid),
+    contextlib.closing(batches),
+    checkpoints,
     configs.call(
       MetricWriter, writer or {}, "config.writer", workdir=workdir, resume_step=start
     ) as board,
@@ -155,12 +169,12 @@ def train(
       return found
 
     if start is None:
-      evaluate()
+      checkpoints.check_best(evaluate())
     clock = Clock(step, batch_size)
     while step < total:
       if profile and step == profile[0]:
         clu.profiler.start(str(workdir / "profile"))
-      with clock.waiting():
+      with clock.waiting_for_data():
         host_batch = next(batches)
       batch = sharding.global_batch(grid, host_batch, rows, batch_size)
       seen = states.words(samples_seen)
@@ -174,32 +188,38 @@ def train(
       state, metrics = compiled(state, batch, seen)
       step += 1
       samples_seen += batch_size
-      applied.append(metrics.pop("finite"))
+      seldom = [name for name in metrics if name.startswith(("finite_", "rejected_"))]
+      window.append({name: metrics.pop(name) for name in seldom})
       progress.advance(step)
       if profile and step == profile[1]:
         jax.block_until_ready(metrics)
         clu.profiler.stop()
 
-      if step % log_every == 0 or step == total:
-        scalars, finite = jax.device_get((metrics, applied))  # the loop's only wait
-        row = {f"train/{name}": x for name, x in scalars.items()}
+      last = step == total
+      logs = last or step % log_every == 0
+      saves = last or (save_every and step % save_every == 0)
+      if logs or saves:
+        with clock.waiting_for_device():  # the loop's only wait
+          scalars, since = jax.device_get((metrics, window))
+        window = []
+        for one in since:
+          rejected.update({k: int(n) for k, n in one.items() if k.startswith("rejected_")})
+      if logs:
+        row = {f"train/{name}": x for name, x in [*scalars.items(), *rejected.items()]}
         row |= {"train/samples_seen": samples_seen, "train/epoch": samples_seen / len(source)}
         row |= clock.read(step, work)
         board.write(step, row)
         progress.log(step, row)
-        stop_if_not_finite(finite, step, scalars)
-        applied = []
+      if logs or saves:
+        stop_if_not_finite(since, step)
       found: dict[str, float] = {}
-      if step == total or (eval_every and step % eval_every == 0):
+      if last or (eval_every and step % eval_every == 0):
         with clock.paused():
           found = evaluate()
-      if step == total or step % save_every == 0:
+      if saves:
+        now = {"samples_seen": samples_seen, "step": step, "rejected": dict(rejected)}
         with clock.paused():
-          checkpoints.save(
-            step, states.parts(state), {**meta, "samples_seen": samples_seen, "step": step}, found
-          )
-  batches.close()
-  checkpoints.close()
+          checkpoints.save(step, states.parts(state), {**meta, **now}, found)
   return state
 
 
@@ -262,17 +282,17 @@ def describe(state: State, workdir: pathlib.Path) -> None:
     )
 
 
-def stop_if_not_finite(good: Sequence[bool], step: int, metrics: Mapping[str, Any]) -> None:
-  """Raises FloatingPointError naming the first step of this window that was not applied."""
-  bad = [step - len(good) + i + 1 for i, ok in enumerate(good) if not ok]
-  if bad:
-    named = {k: float(x) for k, x in metrics.items() if not np.isfinite(x)}
-    raise FloatingPointError(
-      f"step {bad[0]}: the loss or the norm of the gradient is not finite; {len(bad)} of the last"
-      f" {len(good)} steps were not applied. Metrics at step {step}: {named or 'finite again'}."
-      " Lower config.optimizer.lr, lengthen its warmup, or set config.optimizer.clip_norm; the"
-      " last checkpoint is sound."
-    )
+def stop_if_not_finite(since: Sequence[Mapping[str, Any]], step: int) -> None:
+  """Raises FloatingPointError naming the first step of these, the last being `step`, that was not
+  applied, and what was not finite in it."""
+  for i, one in enumerate(since):
+    bad = [name.removeprefix("finite_") for name, ok in one.items() if "finite_" in name and not ok]
+    if bad:
+      raise FloatingPointError(
+        f"step {step - len(since) + i + 1}: {' and '.join(bad)} not finite; the step was not"
+        " applied, and the last checkpoint is sound. Lower config.optimizer.lr, lengthen its"
+        " warmup, or set its clip_norm."
+      )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -281,14 +301,22 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   values = flags.FLAGS
   config = configs.plain(values.config)
-  configs.call(runtime.setup, config.pop("runtime", {}), "config.runtime")
-  runtime.connect(values.coordinator, values.num_processes, values.process_id)
+  configs.call(machine.setup, config.get("runtime", {}), "config.runtime")
+  machine.connect(values.coordinator, values.num_processes, values.process_id)
   name = pathlib.Path(getattr(values["config"], "config_filename")).stem  # noqa: B009
   workdir = values.workdir or f"runs/{name}"
-  logging.info("%s in %s on %s", name, workdir, runtime.describe())
-  configs.call(
-    train, config, "config", workdir=workdir, allow_config_change=values.allow_config_change
-  )
+  logging.info("%s in %s on %s", name, workdir, machine.describe())
+  try:
+    configs.call(
+      train, config, "config", workdir=workdir, allow_config_change=values.allow_config_change
+    )
+  except Exception:
+    if jax.process_count() == 1:
+      raise
+    # The other processes wait for this one in a collective, and would for minutes.
+    logging.exception("process %d ends, and with it the run", jax.process_index())
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def run() -> None:

@@ -29,10 +29,14 @@ def make_loss(terms: Mapping[str, Mapping[str, Any]]) -> Loss:
   """
   if not terms:
     raise ValueError(f"config.loss is empty; known losses: {sorted(LOSSES)}")
+  for name, options in terms.items():
+    if not isinstance(options, Mapping):
+      raise TypeError(f"config.loss.{name}={options!r} must be a dict: dict(weight={options!r})")
   return weighted_sum({name: _term(name, **options) for name, options in terms.items()})
 
 
 def _term(name: str, *, weight: float = 1.0, **options: Any) -> tuple[float, Loss]:
+  """(weight, loss) of one entry of the config."""
   factory = config.choose(LOSSES, name, "config.loss")
   return weight, config.call(factory, options, f"config.loss.{name}")
 

@@ -43,7 +43,8 @@ class Loss(NamedTuple):
 def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
   """sum of weight * loss, each term with parameters, state and metrics under its own name.
 
-  The total is logged as "loss", a term as "<name>_loss" and its diagnostics as "<name>/<metric>".
+  The total is logged as "loss". One term alone logs its own metrics under their names, as
+  open_clip does ("contrastive_loss", "logit_scale"); each of several, under "<name>/".
   """
 
   def init(sizes: Mapping[str, int]) -> tuple[Params, State]:
@@ -53,15 +54,16 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
   def apply(params, state, feats, batch, at):
     objective = jnp.zeros((), jnp.float32)
     value = jnp.zeros((), jnp.float32)
-    states, metrics = {}, {}
+    states: State = {}
+    metrics: dict[str, jax.Array] = {}
     for name, (weight, loss) in terms.items():
       term, (states[name], logs) = loss.apply(
         params.get(name, {}), state.get(name, {}), feats, batch, at
       )
       objective += weight * term
       value += weight * logs["loss"]
-      metrics[f"{name}_loss"] = logs["loss"]
-      metrics |= {f"{name}/{key}": x for key, x in logs.items() if key != "loss"}
+      own = "" if len(terms) == 1 else f"{name}/"
+      metrics |= {own + key: x for key, x in logs.items() if key != "loss" or own}
     return objective, (states, {"loss": value, **metrics})
 
   def constrain(params: Params) -> Params:

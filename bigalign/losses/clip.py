@@ -43,7 +43,7 @@ def clip(
     target = (1 - label_smoothing) * positive.mean() + label_smoothing * logits.mean()
     lse = jax.nn.logsumexp(logits, axis=1).mean() + jax.nn.logsumexp(logits, axis=0).mean()
     loss = lse / 2 - target
-    return loss, (state, {"loss": loss, "logit_scale": scale})
+    return loss, (state, {"loss": loss, "contrastive_loss": loss, "logit_scale": scale})
 
   def constrain(params):
     if t_max is None:

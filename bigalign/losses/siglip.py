@@ -59,7 +59,8 @@ def siglip(
     # -log sigmoid(-v) for every pair, and log sigmoid(-v) - log sigmoid(v) = -v on the positives.
     loss = jax.nn.softplus(logits).sum() - positive
     loss /= logits.shape[0] if reduction == "row_sum" else logits.size
-    return loss, (state, {"loss": loss, "logit_scale": scale, "logit_bias": params["b"]})
+    logs = {"contrastive_loss": loss, "logit_scale": scale, "logit_bias": params["b"]}
+    return loss, (state, {"loss": loss, **logs})
 
   def constrain(params):
     if t_max is None:
