@@ -45,6 +45,15 @@ def test_words_of_a_file(tmp_path):
   np.testing.assert_array_equal(mask, ids != 0)
 
 
+def test_a_prompt_around_a_known_name_is_that_name(tmp_path):
+  (tmp_path / "names.txt").write_text("cat\nfire\ntruck\n")
+  tokenizer = make_tokenizer("words", length=4, vocabulary=str(tmp_path / "names.txt"),
+                             drop_unknown=True)
+  prompts = ["a photo of a fire truck.", "fire truck", "A blurry photo of the cat", "a photo"]
+  ids, _ = tokenizer.encode_batch(prompts)
+  assert ids.tolist() == [[4, 5, 2, 0], [4, 5, 2, 0], [3, 2, 0, 0], [2, 0, 0, 0]]
+
+
 def test_words_of_the_glyphs_leave_none_unknown():
   from bigalign.data.sources import open_source
   tokenizer = make_tokenizer("words", length=32, vocabulary="glyphs")
@@ -126,7 +135,7 @@ def test_any_tokenizer_json(tokenizer_json):
 def test_a_tokenizer_pickles_as_its_spec(tokenizer_json, data_root):
   every = [
       make_tokenizer("byte", length=9, lower=True),
-      make_tokenizer("words", length=9, vocabulary="glyphs"),
+      make_tokenizer("words", length=9, vocabulary="glyphs", drop_unknown=True),
       make_tokenizer("sentencepiece", length=9, path=PIECES, canonicalize=True),
       make_tokenizer("wordpiece", length=9, path=BERT),
       make_tokenizer("hf", length=9, path=tokenizer_json, pad=0),

@@ -69,13 +69,17 @@ class Byte(Tokenizer):
 class Words(Tokenizer):
   """Runs of letters and digits; 0 is padding, 1 an unknown word, 2 ends a text.
 
-  vocabulary  a file of words between white space, or "glyphs": those of the embedded dataset
+  vocabulary    a file of words between white space, or "glyphs": those of the embedded dataset
+  drop_unknown  unknown words are left out. For a vocabulary of class names alone: the words of a
+                prompt around a name were never trained, so their embeddings are noise
   """
   pad, eos = 0, 2
 
-  def __init__(self, *, length: int, vocabulary: str, lower: bool = True):
-    super().__init__(name="words", length=length, vocabulary=vocabulary, lower=lower)
-    self._lower = lower
+  def __init__(self, *, length: int, vocabulary: str, lower: bool = True,
+               drop_unknown: bool = False):
+    super().__init__(name="words", length=length, vocabulary=vocabulary, lower=lower,
+                     drop_unknown=drop_unknown)
+    self._lower, self._drop_unknown = lower, drop_unknown
     if vocabulary == "glyphs":
       words = importlib.import_module("bigalign.data.glyphs").vocabulary()
     else:
@@ -84,7 +88,8 @@ class Words(Tokenizer):
     self.vocab_size = len(self._ids) + 3
 
   def _encode(self, texts):
-    return [[self._ids.get(word, 1) for word in self._split(text)] + [2] for text in texts]
+    every = ([self._ids.get(word, 1) for word in self._split(text)] for text in texts)
+    return [[i for i in ids if i != 1 or not self._drop_unknown] + [2] for ids in every]
 
   def _split(self, text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower() if self._lower else text)
