@@ -15,11 +15,11 @@ CAPTIONS = ("json.captions", "txt")
 def get_config():
   c = ConfigDict()
   c.seed = 0
-  c.total_steps = 600
+  c.total_steps = 1_000
   c.batch_size = 128
-  c.log_every = 10
-  c.checkpoint_every = 200
-  c.eval_every = 200
+  c.log_every = 20
+  c.checkpoint_every = 500
+  c.eval_every = 250
 
   c.data = dict(
     source="$BIGALIGN_DATA/coco2k/train/{00000..00005}.tar"
@@ -28,7 +28,7 @@ def get_config():
     captions=CAPTIONS,
     image_size=64,
     tokenizer=dict(
-      name="wordpiece", path="$BIGALIGN_DATA/tokenizers/bert_base_uncased_vocab.txt", length=32
+      name="wordpiece", path="$BIGALIGN_DATA/tokenizers/bert_base_uncased_vocab.txt", length=24
     ),
     augment=dict(crop="random_resized", scale=(0.5, 1.0), flip=0.5),
     resize="shortest",
@@ -36,17 +36,17 @@ def get_config():
   )
   c.model = dict(
     image=dict(
-      name="vit", patch=8, width=128, depth=4, heads=4, mlp_ratio=2.0, stem="conv", pool="map",
-      scan=False, dtype="float32",
+      name="vit", patch=16, width=128, depth=4, heads=4, mlp_ratio=2.0, stem="conv",
+      pool="mean", scan=False, dtype="float32", dropout=0.1,
     ),
     text=dict(
-      name="text", vocab_size=30_522, length=32, width=128, depth=2, heads=4, mlp_ratio=2.0,
-      pool="mean", scan=False, dtype="float32",
+      name="text", vocab_size=30_522, length=24, width=128, depth=1, heads=4, mlp_ratio=2.0,
+      pool="mean", scan=False, dtype="float32", dropout=0.1,
     ),
     embed_dim=128,
   )
   c.loss = dict(siglip=dict(weight=1.0, positives="ids"))
-  c.optimizer = dict(name="adamw", lr=1e-3, warmup="5%", weight_decay=0.1)
+  c.optimizer = dict(name="muon", lr=2e-3, warmup="5%", weight_decay=0.1)
   c.evals = dict(
     coco2k=dict(
       type="retrieval", source="$BIGALIGN_DATA/coco2k/val/00000.tar", fields=CAPTIONS, captions=5
