@@ -38,14 +38,14 @@ install: $(TEST)  ## makes .venv with all that the tests need
 test: $(TEST)  ## the fast tests, 8 minutes on two cores at most
 	@$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
 
+# The fast tests compile without most optimizations; these run what users run.
 test-slow: $(TEST)  ## the slow ones alone
-	@$(BIN)/python -m pytest -m "slow and not long" $(ARGS)
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m "slow and not long" $(ARGS)
 
-test-all: $(TEST)  ## fast and slow, half an hour at most
-	@$(BIN)/python -m pytest -m "not long" $(ARGS)
+test-all: test test-slow  ## fast and slow, half an hour at most
 
 test-long: $(TEST)  ## before a release
-	@$(BIN)/python -m pytest -m long $(ARGS)
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(TEST)  ## style and types
 	@$(BIN)/ruff check --quiet .

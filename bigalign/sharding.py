@@ -141,6 +141,17 @@ def pin(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(BATCH, *[None] * (x.ndim - 1)))
 
 
+def in_turn(x: Any) -> Any:
+  """The arrays of a program that was just started; on several CPU devices, once it has ended.
+
+  The devices of a CPU share a few threads: two programs in flight, each with collectives, can take
+  them all and wait for each other for ever. Accelerators run one program after the other.
+  """
+  if jax.device_count() > 1 and jax.default_backend() == "cpu":
+    jax.block_until_ready(x)
+  return x
+
+
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """[b] int64: the rows of the global batch that this process's devices own, ascending.
 

@@ -244,7 +244,11 @@ def make_embed(model: DualEncoder) -> dict[str, Callable[..., jax.Array]]:
     variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
     return model.apply(variables, *args, method=method)
 
-  return {name: jax.jit(functools.partial(apply, name)) for name in ("embed_image", "embed_text")}
+  def compiled(method: str) -> Callable[..., jax.Array]:
+    jitted = jax.jit(functools.partial(apply, method))
+    return lambda *args: sharding.in_turn(jitted(*args))
+
+  return {method: compiled(method) for method in ("embed_image", "embed_text")}
 
 
 def parts(state: State) -> dict[str, Arrays]:

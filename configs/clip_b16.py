@@ -4,11 +4,11 @@
     --config.data.source='/data/{00000..41455}.tar' \
     --config.data.tokenizer.path=/data/bpe_simple_vocab_16e6.txt.gz
 
-Meant for 256 chips of TPU v5e (16x16) or 32 H100s; the optimizer is open_clip's for ViTs. The
-vocabulary is found by itself where open_clip_torch is installed and no path is given.
+Meant for 256 chips of TPU v5e (16x16) or 32 H100s; the optimizer is open_clip's for ViTs. Without a
+path the vocabulary is that of an installed open_clip_torch.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config():
@@ -19,11 +19,13 @@ def get_config():
   c.log_every = 50
   c.checkpoint_every = 1_000
   c.eval_every = 10_000
+  c.ema = 0.0
+  c.frozen = ""
 
   c.data = dict(
     source="/data/{00000..41455}.tar",
     image_size=224,
-    tokenizer=dict(name="clip", path="/data/bpe_simple_vocab_16e6.txt.gz", length=77),
+    tokenizer=dict(name="clip", path=config_dict.placeholder(str), length=77),
     augment=dict(crop="random_resized", scale=(0.9, 1.0)),
     resize="shortest",
     workers=16,

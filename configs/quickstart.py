@@ -14,6 +14,8 @@ def get_config():
   c.log_every = 10
   c.checkpoint_every = 150
   c.eval_every = 0
+  c.ema = 0.0
+  c.frozen = ""
 
   c.data = dict(
     source="glyphs",
@@ -39,4 +41,5 @@ def get_config():
   c.evals = dict(
     glyphs=dict(type="glyphs", split="heldout"),
   )
+  c.mesh = dict(data=-1, fsdp=1, tensor=1)
   return c

@@ -18,6 +18,8 @@ def get_config():
   c.log_every = 50
   c.checkpoint_every = 1_000
   c.eval_every = 5_000
+  c.ema = 0.0
+  c.frozen = ""
 
   c.data = dict(
     source="/data/{00000..41455}.tar",

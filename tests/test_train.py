@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import sys
 import jax
 import numpy as np
 import pytest
+from shards import samples, write_tar
 from tests_support import ROOT, load
 
 from bigalign import state as states
 from bigalign import train as program
 from bigalign.checkpoint import Checkpoints
+from bigalign.data import pipeline
 from bigalign.metrics import WALL_CLOCK, read_metrics
 
 
@@ -90,6 +93,23 @@ train.states.words = counting
 """.replace("{workdir!r}", repr(str(tmp_path / "cut")))
   killed_run(tmp_path / "cut", tiny.to_dict(), trap)
   assert read_metrics(tmp_path / "cut")[-1]["step"] >= 20
+  resumed = run(tmp_path / "cut", tiny)
+  assert_same_bits(whole, resumed)
+  assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_resume_of_what_pods_run_is_bitwise(tiny, tmp_path):
+  """bfloat16, scan, remat, dropout, patch dropout, workers, fsdp, evaluation, sparse logs."""
+  tower = dict(scan=True, remat="dots", dropout=0.1, dtype="bfloat16", depth=2)
+  tiny.model.image.update(patch_dropout=0.5, **tower)
+  tiny.model.text.update(tower)
+  tiny.log_every, tiny.data.workers, tiny.eval_every = 3, 2, 4
+  tiny.mesh = dict(data=2, fsdp=2, tensor=2)
+  tiny.evals = load("tiny").evals
+  whole = run(tmp_path / "whole", tiny)
+  shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+  shutil.rmtree(tmp_path / "cut" / "checkpoints" / "8")
   resumed = run(tmp_path / "cut", tiny)
   assert_same_bits(whole, resumed)
   assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
@@ -254,3 +274,24 @@ def test_durations():
   sizes = dict(batch_size=100, dataset_size=1000, total_steps=500)
   asked = (7, "7", "7 steps", "1e3 samples", "3 epochs", "2%", 0)
   assert [steps(x, "here", **sizes) for x in asked] == [7, 7, 7, 10, 30, 10, 0]
+
+
+def test_every_rejected_sample_is_counted(tiny, tmp_path):
+  """Also those of the steps between two logs, and over a resume."""
+  members = samples(0, 24)
+  broken = [(n, b"<html>") if n.endswith(".jpg") and i % 4 == 0 else (n, b)
+            for i, (n, b) in enumerate(members)]
+  tiny.data.source = write_tar(tmp_path / "00000.tar", broken)
+  tiny.log_every = 3
+  run(tmp_path / "whole", tiny)
+  source, reading = program.open_data(**tiny.data.to_dict())
+  batches = pipeline.train_batches(
+    source, batch_size=16, rows=np.arange(16), seed=0, stop=8 * 16, **reading
+  )
+  expected = sum(int(batch["rejects"].sum()) for batch in batches)
+  counted = read_metrics(tmp_path / "whole")[-1]
+  assert sum(x for k, x in counted.items() if k.startswith("train/rejected_")) == expected > 8
+  shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+  shutil.rmtree(tmp_path / "cut" / "checkpoints" / "8")
+  run(tmp_path / "cut", tiny)
+  assert exact(tmp_path / "whole") == exact(tmp_path / "cut")

@@ -149,10 +149,10 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
   stack_jit = jax.jit(stack, out_shardings=Embedded(*layout))
 
   def embed(params: Any) -> Embedded:
-    embedded = stack_jit([
+    embedded = sharding.in_turn(stack_jit([
       Embedded(
         zimg=context.embed_image(params, batch["image"]),
-        ztxt=embed_texts(params, batch["texts"], batch["texts_mask"]),
+        ztxt=sharding.in_turn(embed_texts(params, batch["texts"], batch["texts_mask"])),
         label=batch["label"],
         ordinal=batch["index"],
         valid=batch["valid"],
@@ -160,7 +160,7 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
         rejects=batch["rejects"],
       )
       for batch in over_mesh(context, data)
-    ])
+    ]))
     tell_rejects(context.name, embedded.rejects)
     return embedded
 

@@ -78,7 +78,7 @@ def embedder(
       batch = {"image": images[(start + rows) % len(images)]}
       on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
       embedded.append(context.embed_image(params, on_mesh["image"]))
-    return mean_jit(embedded)
+    return sharding.in_turn(mean_jit(embedded))
 
   return embed
 

@@ -156,7 +156,7 @@ def class_weights(
       batch = dict(ids=ids[chosen], mask=mask[chosen])
       on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
       embedded.append(context.embed_text(params, on_mesh["ids"], on_mesh["mask"]))
-    return mean_jit(embedded)
+    return sharding.in_turn(mean_jit(embedded))
 
   return weigh
 
@@ -217,8 +217,8 @@ def zeroshot(
     for batch in over_mesh(context, data):
       zimg = context.embed_image(params, batch["image"])
       kept = {name: batch[name] for name in ("label", "valid", "rejects")}
-      counted = count(zimg, weights, kept)
-      total = counted if total is None else add(total, counted)
+      counted = sharding.in_turn(count(zimg, weights, kept))
+      total = counted if total is None else sharding.in_turn(add(total, counted))
     hits, rejects = jax.tree.map(np.asarray, total)
     rejected = tell_rejects(context.name, rejects)
     samples = int(hits.top1.count)
