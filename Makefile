@@ -62,7 +62,7 @@ clean:  ## removes .venv, caches and build folders; runs stay
 $(BASE): pyproject.toml .ci/constraints.txt | $(BIN)/pip
 	@echo "Installing into $(VENV), once; this takes a minute or two"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt \
-	  --editable ".[$(call list,$(EXTRAS))]"
+	  --editable "$(if $(strip $(EXTRAS)),.[$(call list,$(EXTRAS))],.)"
 	@touch "$@"
 
 $(TEST): pyproject.toml .ci/constraints.txt | $(BIN)/pip
