@@ -40,7 +40,7 @@ def get_config():
     embed_dim=128,
   )
   c.loss = dict(clip=dict(weight=1.0))
-  c.optimizer = dict(name="muon", lr=2e-3, warmup=50, weight_decay=0.1)
+  c.optimizer = dict(name="muon", lr=2e-3, warmup="5%", weight_decay=0.1)
   c.evals = dict(
     cifar10=dict(
       type="zeroshot", source="$BIGALIGN_DATA/cifar10/test/0.tar",
