@@ -16,7 +16,9 @@ from bigalign import tree
 
 # orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is
 # meant, and of a file that the parts of a checkpoint do not have. Other warnings come through.
-_EXPECTED = ("read_only=True", "directory is read only", "Metadata file does not exist", "overriding")
+_EXPECTED = (
+  "read_only=True", "directory is read only", "Metadata file does not exist", "overriding"
+)
 logging.getLogger("absl").addFilter(
   lambda record: "/orbax/" not in record.pathname
   or (record.levelno > logging.INFO and not any(w in record.getMessage() for w in _EXPECTED))
