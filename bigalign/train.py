@@ -319,6 +319,17 @@ def main(argv: Sequence[str]) -> None:
     os._exit(1)
 
 
+def parse(argv: list[str]) -> list[str]:
+  """absl's parser, with a way on for a key that the config does not hold."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:
+    sys.exit(
+      f"No such key in the config: {error.args[0]}\nA flag changes what the config file writes out;"
+      " another option is written into the file first."
+    )
+
+
 def run() -> None:
   """The program `bigalign train`."""
   with warnings.catch_warnings():
@@ -333,7 +344,7 @@ def run() -> None:
   flags.DEFINE_integer("num_processes", None, "How many processes.")
   flags.DEFINE_integer("process_id", None, "Which one this is.")
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":

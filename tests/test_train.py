@@ -261,6 +261,7 @@ def test_misspelt_flag_names_the_nearest_key(tmp_path):
              f"--workdir={tmp_path}"]
   for flag, message in (
     ("--config.total_stepz=3", "Did you mean \"total_steps\""),
+    ("--config.model.image.registers=2", "A flag changes what the config file writes out"),
     ("--config.total_steps=many", "many"),
   ):
     done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=120)
