@@ -95,7 +95,8 @@ def _rewind(path: pathlib.Path, step: int | None) -> None:
   if not path.exists():
     return
   if step is None:
-    aside = path.with_suffix(".jsonl.old")
+    older = len(list(path.parent.glob("metrics.jsonl.old*")))
+    aside = path.with_suffix(f".jsonl.old{older or ''}")
     logging.warning("%s belongs to an earlier start of this run; it is now %s", path, aside.name)
     os.replace(path, aside)
     return

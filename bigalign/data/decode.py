@@ -15,7 +15,8 @@ from bigalign.data.rejects import Rejected
 _JPEG = b"\xff\xd8\xff"
 # What Pillow's plugins raise on broken files, apart from its own UnidentifiedImageError (OSError).
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error,
-           zlib.error)
+           zlib.error, NotImplementedError, TypeError, AttributeError, OverflowError, RuntimeError,
+           ZeroDivisionError, AssertionError)
 
 
 def decode(data: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> np.ndarray:
