@@ -167,6 +167,45 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
   return embed
 
 
+def mean_embedder(
+  context: Context,
+  embed: Callable[[Any, Mapping[str, jax.Array]], jax.Array],
+  arrays: Mapping[str, np.ndarray],
+  *,
+  group: int,
+  batch_size: int,
+) -> Callable[[Any], jax.Array]:
+  """run(params) -> [N / group, E] on every device: the unit mean over each `group` neighbours.
+
+  Args:
+    embed: (params, batch) -> [B, E], unit norm; a batch holds rows of `arrays`, over the mesh.
+    arrays: [N, ...] each, equal on every host.
+    batch_size: rows at a time, over all devices; rounded up to fit the mesh.
+  """
+  count = len(next(iter(arrays.values())))
+  batch_size = round_batch(context.mesh, min(batch_size, count))
+  rows = sharding.host_rows(context.mesh, batch_size)
+
+  def mean(batches: list[jax.Array]) -> jax.Array:
+    z = jnp.concatenate(batches)[:count]
+    z = rearrange(z, "(n g) e -> n g e", g=group).mean(1)
+    return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+
+  mean_jit = jax.jit(mean, out_shardings=sharding.replicated(context.mesh))
+
+  def run(params: Any) -> jax.Array:
+    embedded = []
+    for start in range(0, count, batch_size):
+      # The last batch is filled up with the first rows, which `mean` cuts off again.
+      chosen = (start + rows) % count
+      batch = {name: x[chosen] for name, x in arrays.items()}
+      on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
+      embedded.append(embed(params, on_mesh))
+    return sharding.in_turn(mean_jit(embedded))
+
+  return run
+
+
 def tell_rejects(name: str, rejects: jax.Array | np.ndarray) -> int:
   """Logs how many samples were left out, [R], and why; returns their number."""
   counts = np.asarray(rejects)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
-from bigalign import sharding
 from bigalign.data.glyphs import CUTS, PROBES, Glyphs, parts
 from bigalign.data.transforms import eval_image
-from bigalign.evals.embed import Context, round_batch
+from bigalign.evals.embed import Context, mean_embedder
 from bigalign.evals.zeroshot import class_weights
 
 
@@ -61,26 +58,13 @@ def embedder(
   options |= {name: context.data[name] for name in ("resize",) if name in context.data}
   # A few hundred small pictures: drawn once, kept on the host.
   images = np.stack([eval_image(source[i]["image"], **options) for i in range(len(source))])
-  batch_size = round_batch(context.mesh, min(batch_size, len(images)))
-  rows = sharding.host_rows(context.mesh, batch_size)
 
-  def mean(batches: list[jax.Array]) -> jax.Array:
-    z = jnp.concatenate(batches)[: len(images)]
-    z = rearrange(z, "(n c) e -> n c e", c=len(PROBES)).mean(1)
-    return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+  def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return context.embed_image(params, batch["image"])
 
-  mean_jit = jax.jit(mean, out_shardings=sharding.replicated(context.mesh))
-
-  def embed(params: Any) -> jax.Array:
-    embedded = []
-    for start in range(0, len(images), batch_size):
-      # The last batch is filled up with the first images, which `mean` cuts off again.
-      batch = {"image": images[(start + rows) % len(images)]}
-      on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
-      embedded.append(context.embed_image(params, on_mesh["image"]))
-    return sharding.in_turn(mean_jit(embedded))
-
-  return embed
+  return mean_embedder(
+    context, embed, dict(image=images), group=len(PROBES), batch_size=batch_size
+  )
 
 
 def glyphs(

@@ -6,19 +6,18 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
-from einops import rearrange
 
 from bigalign import sharding, tree
 from bigalign.data.sources import expand_variables
 from bigalign.data.tokenizers import make_tokenizer
-from bigalign.evals.embed import Context, open_data, over_mesh, round_batch, tell_rejects
+from bigalign.evals.embed import Context, mean_embedder, open_data, over_mesh, tell_rejects
 
 PROMPTS = {
   path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))
@@ -138,27 +137,13 @@ def class_weights(
   """weigh(params) -> [K, E] on every device: the unit mean over a class's templates."""
   prompts = [fill(template, name) for name in classnames for template in templates]
   ids, mask = make_tokenizer(**context.data["tokenizer"]).encode_batch(prompts)
-  batch_size = round_batch(context.mesh, min(batch_size, len(prompts)))
-  rows = sharding.host_rows(context.mesh, batch_size)
 
-  def mean(batches: list[jax.Array]) -> jax.Array:
-    z = jnp.concatenate(batches)[: len(prompts)]
-    z = rearrange(z, "(k t) e -> k t e", t=len(templates)).mean(1)
-    return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+  def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return context.embed_text(params, batch["ids"], batch["mask"])
 
-  mean_jit = jax.jit(mean, out_shardings=sharding.replicated(context.mesh))
-
-  def weigh(params: Any) -> jax.Array:
-    embedded = []
-    for start in range(0, len(prompts), batch_size):
-      # The last batch is filled up with the first prompts, which `mean` cuts off again.
-      chosen = (start + rows) % len(prompts)
-      batch = dict(ids=ids[chosen], mask=mask[chosen])
-      on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
-      embedded.append(context.embed_text(params, on_mesh["ids"], on_mesh["mask"]))
-    return sharding.in_turn(mean_jit(embedded))
-
-  return weigh
+  return mean_embedder(
+    context, embed, dict(ids=ids, mask=mask), group=len(templates), batch_size=batch_size
+  )
 
 
 def zeroshot(
