@@ -36,13 +36,26 @@ def clip(
     return params, {}
 
   def apply(params, state, feats, batch, at):
+    zimg, ztxt = feats["zimg"], feats["ztxt"]
     scale = jnp.exp(params["t"])
-    logits = pairwise.cosines(feats["zimg"], feats["ztxt"]) * scale  # [B, B]
-    logits += params.get("b", 0.0)
-    positive = jnp.diagonal(logits)
-    target = (1 - label_smoothing) * positive.mean() + label_smoothing * logits.mean()
-    lse = jax.nn.logsumexp(logits, axis=1).mean() + jax.nn.logsumexp(logits, axis=0).mean()
-    loss = lse / 2 - target
+    positive = pairwise.paired(zimg, ztxt)  # [B]
+
+    def tile(row, col, shared):
+      z = pairwise.products(row["z"], col["z"])
+      other = ~pairwise.same(row, col)
+      # Relative to the positive: at a scale of 100 the loss would be lost in 100 - 100.
+      i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
+      scale = shared["scale"]
+      return {k: jnp.where(other, scale * v, -jnp.inf) for k, v in (("i2t", i2t), ("t2i", t2i))}
+
+    found = pairwise.reduce(
+      tile, {"z": zimg, "positive": positive}, {"z": ztxt, "positive": positive},
+      {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse"},
+    )
+    i2t, t2i = (jax.nn.softplus(found[k]).mean() for k in ("i2t", "t2i"))
+    # The mean of all logits above that of the positives.
+    even = scale * (zimg.mean(0) @ ztxt.mean(0) - positive.mean())
+    loss = (i2t + t2i) / 2 - label_smoothing * even
     return loss, (state, {"loss": loss, "contrastive_loss": loss, "logit_scale": scale})
 
   def constrain(params):

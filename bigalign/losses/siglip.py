@@ -48,17 +48,23 @@ def siglip(
     }, {}
 
   def apply(params, state, feats, batch, at):
+    zimg, ztxt = feats["zimg"], feats["ztxt"]
     scale = jnp.exp(params["t"])
-    logits = pairwise.cosines(feats["zimg"], feats["ztxt"]) * scale + params["b"]  # [B, B]
-    if positives == "pair":
-      positive = jnp.trace(logits)
-    else:
-      image = batch["image_id"][:, None, :]
-      text = batch.get("owner_id", batch["image_id"])[None, :, :]
-      positive = jnp.where((image == text).all(-1), logits, 0.0).sum()
-    # -log sigmoid(-v) for every pair, and log sigmoid(-v) - log sigmoid(v) = -v on the positives.
-    loss = jax.nn.softplus(logits).sum() - positive
-    loss /= logits.shape[0] if reduction == "row_sum" else logits.size
+    rows, columns = {"z": zimg}, {"z": ztxt}
+    if positives == "ids":
+      rows["id"] = batch["image_id"]
+      columns["id"] = batch.get("owner_id", batch["image_id"])
+
+    def tile(row, col, shared):
+      logits = shared["scale"] * pairwise.products(row["z"], col["z"]) + shared["bias"]
+      if positives == "pair":
+        positive = pairwise.same(row, col)
+      else:
+        positive = (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
+      return {"loss": jax.nn.softplus(jnp.where(positive, -logits, logits))}
+
+    loss = pairwise.total(tile, rows, columns, {"scale": scale, "bias": params["b"]})
+    loss /= len(zimg) if reduction == "row_sum" else len(zimg) * len(ztxt)
     logs = {"contrastive_loss": loss, "logit_scale": scale, "logit_bias": params["b"]}
     return loss, (state, {"loss": loss, **logs})
 
