@@ -21,6 +21,9 @@ PIXELS = {
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+# What DualEncoder returns to the losses; mask_txt too where the text tower masks padding.
+FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
+
 
 def unit(x: jax.Array) -> jax.Array:
   """[..., E] -> unit L2 norm, float32; zero stays zero, with a finite gradient."""

@@ -121,7 +121,7 @@ def state_shardings(state: State, mesh: jax.sharding.Mesh, rules: Sequence[Any])
 
 
 def train_step(
-  state: State, batch: Mapping[str, jax.Array], samples_seen: jax.Array, *, program: Program
+  state: State, batch: Mapping[str, jax.Array], seen: jax.Array, *, program: Program
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update on a global batch.
 
@@ -129,7 +129,7 @@ def train_step(
 
   Args:
     batch: as pipeline.train_batches makes it, [B, …] over the batch axes.
-    samples_seen: [2] uint32, the high and the low word of the samples seen before this step.
+    seen: [2] float32, samples and epochs seen before this step, of `seen`.
 
   Returns:
     The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
@@ -137,7 +137,7 @@ def train_step(
   """
   key = jax.random.fold_in(jax.random.key(program.seed), state.step)
   dropout, patch_dropout, draws = jax.random.split(key, 3)
-  at = At(state.step / program.total_steps, samples_seen, draws)
+  at = At(state.step, state.step / program.total_steps, seen[0], seen[1], draws)
 
   def objective(trainable: Arrays) -> tuple[jax.Array, Any]:
     params = {**trainable, **state.frozen}
@@ -192,9 +192,9 @@ def constrain(loss: Loss, trainable: Arrays, frozen: Arrays) -> Arrays:
   return {path: bounded.get(path, x) for path, x in trainable.items()}
 
 
-def words(number: int) -> np.ndarray:
-  """A 64-bit count as [2] uint32, (high, low): x64 is off on the device."""
-  return np.asarray([number >> 32, number & 0xFFFFFFFF], np.uint32)
+def seen(samples: int, dataset_size: int) -> np.ndarray:
+  """[2] float32: samples and epochs seen, for train_step; divided here, where 64 bits are exact."""
+  return np.asarray([samples, samples / dataset_size], np.float32)
 
 
 def make_program(

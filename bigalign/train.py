@@ -30,7 +30,7 @@ from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, same_data, same_on_all_hosts
 from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
-from bigalign.model import DualEncoder
+from bigalign.model import FEATURES, DualEncoder
 from bigalign.state import State
 from bigalign.throughput import Clock
 
@@ -94,7 +94,7 @@ def train(
   workdir = pathlib.Path(workdir).absolute()
   source, reading = configs.call(open_data, data, "config.data")
   program = states.make_program(**config, dataset_size=len(source))
-  check_needs(program.loss, {*program.spec, "raw_img", "tokens_img"})
+  check_needs(program.loss, {*program.spec, *FEATURES})
   check_tokenizer(program.model, data["tokenizer"])
   total = program.total_steps
   duration = functools.partial(
@@ -177,7 +177,7 @@ def train(
       with clock.waiting_for_data():
         host_batch = next(batches)
       batch = sharding.global_batch(grid, host_batch, rows, batch_size)
-      seen = states.words(samples_seen)
+      seen = states.seen(samples_seen, len(source))
       if compiled is None:
         with clock.paused():
           traced = step_fn.trace(state, batch, seen)

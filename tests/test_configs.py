@@ -19,6 +19,7 @@ from bigalign import state as states
 from bigalign.data import pipeline
 from bigalign.data.sources import open_source
 from bigalign.losses import check_needs
+from bigalign.model import FEATURES
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -107,7 +108,7 @@ def test_one_real_step(name, tmp_path):
 
   source = open_source(small["data"]["source"], captions=small["data"].get("captions"))
   program = states.make_program(**small, dataset_size=len(source))
-  check_needs(program.loss, {*program.spec, "raw_img", "tokens_img"})
+  check_needs(program.loss, {*program.spec, *FEATURES})
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   rows = sharding.host_rows(mesh, 8)
   options = {k: x for k, x in small["data"].items() if k not in ("source", "captions", "resize")}
@@ -125,7 +126,7 @@ def test_one_real_step(name, tmp_path):
   with jax.set_mesh(mesh):
     batch = sharding.global_batch(mesh, host_batch, rows, 8)
     after, metrics = jax.jit(functools.partial(states.train_step, program=program))(
-      state, batch, states.words(0)
+      state, batch, states.seen(0, len(source))
     )
   assert metrics["finite_loss"] and metrics["finite_grad_norm"] and metrics["loss"] > 0
   still = [k for k, x in after.trainable.items() if np.array_equal(x, state.trainable[k])]

@@ -14,9 +14,16 @@ __all__ = ["LOSSES", "At", "Loss", "make_loss", "weighted_sum"]
 
 LOSSES = dict(clip=clip, siglip=siglip)
 
-# What a loss may need -> the field of the batch or the features that provides it.
+# What a loss may need -> the fields of the batch or the features that provide it.
 PROVIDES = dict(
-  ids="image_id", labels="label", raw="raw_img", tokens="tokens_img", teacher="teacher_img"
+  ids=("image_id", "text_id"),
+  labels=("label",),
+  raw=("raw_img", "raw_txt"),
+  tokens=("tokens_img", "tokens_txt"),
+  second_text=("ztxt_second",),
+  teacher=("teacher_img", "teacher_txt"),
+  teacher_text=("teacher_txt",),
+  teacher_second_text=("teacher_txt_second",),
 )
 
 
@@ -44,8 +51,9 @@ def _term(name: str, *, weight: float = 1.0, **options: Any) -> tuple[float, Los
 def check_needs(loss: Loss, fields: Any) -> None:
   """Raises ValueError if the loss reads a field that neither the batch nor the model has."""
   for need in sorted(loss.needs):
-    if PROVIDES[need] not in fields:
-      raise ValueError(
-        f"config.loss needs {need!r}, but the data has no field {PROVIDES[need]!r}; it has"
-        f" {sorted(fields)}"
-      )
+    for field in PROVIDES[need]:
+      if field not in fields:
+        raise ValueError(
+          f"config.loss needs {need!r}, but the data has no field {field!r}; it has"
+          f" {sorted(fields)}"
+        )

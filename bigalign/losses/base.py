@@ -16,19 +16,24 @@ Features = Mapping[str, jax.Array]
 class At(NamedTuple):
   """Where in training a step is: what schedules and random draws of a loss depend on."""
 
-  progress: jax.Array  # [] float32 in [0, 1], share of all steps that are done
-  samples_seen: jax.Array  # [2] uint32, the high and the low word of a 64-bit count
+  step: jax.Array  # [] int32, updates done
+  progress: jax.Array  # [] float32 in [0, 1], share of all updates that are done
+  samples: jax.Array  # [] float32, samples seen
+  epochs: jax.Array  # [] float32, passes over the data done; whole numbers are exact
   key: jax.Array  # a JAX key of this step
 
 
 class Loss(NamedTuple):
   """A loss over the global batch; it knows no devices and no ranks.
 
-  needs: what it reads beyond zimg and ztxt: "ids", "labels", "raw", "tokens", "teacher".
+  needs: what it reads beyond zimg and ztxt, names of `PROVIDES` in losses/__init__.py.
   init: (sizes) -> (params, state); sizes holds the number of ids, {"image": n, "text": m}.
   apply: (params, state, feats, batch, at) -> (objective, (state, metrics)).
     feats: zimg, ztxt [B, E], unit norm, float32; for "raw" also raw_img, raw_txt [B, E] before
-    normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L].
+    normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L]; for
+    "second_text" ztxt_second [B, E], of another caption of the same image.
+    batch: the data's fields, [B, ...]; for "ids" image_id, text_id [B, 2] uint32, the words of a 64
+    bit number; for "labels" label [B] int32; for "teacher" teacher_img, teacher_txt [B, D].
     objective: [] float32, what is differentiated (it may be a surrogate);
     metrics["loss"]: [] float32, the value to log.
   constrain: params -> params, applied after each update (clamped temperatures).

@@ -211,9 +211,9 @@ def _plan(
   if chosen.way == "segment":
     segments = max(2, segments)
   segments = 1 if chosen.way == "gather" else min(segments, own_columns)
-  chunk = _power_of_two(chosen.tile_mb * 1e6 / (4 * own_rows) / 2 + 1)
+  chunk = max(8, int(chosen.tile_mb * 1e6 / (4 * own_rows)))
   return sweep.Plan(
-    axes, chosen.way == "ring", segments, max(8, chunk), chosen.dtype, n, m
+    axes, chosen.way == "ring", segments, 1 << (chunk.bit_length() - 1), chosen.dtype, n, m
   )
 
 
