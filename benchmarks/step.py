@@ -32,6 +32,7 @@ from bigalign import flops, runtime, sharding
 from bigalign import state as states
 from bigalign.checkpoint import revision
 from bigalign.data.rejects import REASONS
+from bigalign.step import seen, train_step
 
 GUARD = 0.7  # ours / theirs, images per second
 BATCH, IMAGE, PATCH, LENGTH, VOCABULARY = 64, 64, 8, 32, 1000
@@ -78,17 +79,17 @@ def ours() -> tuple[Step, int]:
   _, placed = states.layout(program, mesh, rules)
   with jax.set_mesh(mesh):
     state = states.born(program, placed)
-    step = jax.jit(functools.partial(states.train_step, program=program), donate_argnums=0,
+    step = jax.jit(functools.partial(train_step, program=program), donate_argnums=0,
                    out_shardings=(placed, sharding.replicated(mesh)))
     rows = sharding.host_rows(mesh, BATCH)
     on_mesh = sharding.global_batch(mesh, batch(), rows, BATCH)
-    seen = states.words(0)
-    traced = step.trace(state, on_mesh, seen)
+    place = seen(0, 1)
+    traced = step.trace(state, on_mesh, place)
     compiled = traced.lower().compile()
 
   def run() -> float:
     nonlocal state
-    state, metrics = compiled(state, on_mesh, seen)
+    state, metrics = compiled(state, on_mesh, place)
     return float(metrics["loss"])
 
   return run, flops.of_jaxpr(traced.jaxpr)

@@ -67,4 +67,6 @@ def _equation(eqn: Any) -> int:
     for value in params.values()
     if hasattr(value, "eqns") or hasattr(value, "jaxpr")
   )
+  if name == "shard_map":  # its inside is what one device does
+    return inner * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
   return inner * params["length"] if name == "scan" else inner

@@ -9,15 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bigalign import config as configs
 from bigalign import sharding, tree
 from bigalign.checkpoint import Checkpoints
 from bigalign.data import pipeline
-from bigalign.data.rejects import REASONS
-from bigalign.losses import At, Loss, make_loss
+from bigalign.losses import Loss, make_loss, pairwise
 from bigalign.model import DualEncoder, make_model
 from bigalign.optim import Schedule, make_optimizer
 
@@ -59,6 +57,8 @@ class Program:
   ema: float
   seed: int
   total_steps: int
+  microbatches: int
+  logits: pairwise.Engine
 
 
 def init_params(program: Program, key: jax.Array) -> Arrays:
@@ -120,83 +120,6 @@ def state_shardings(state: State, mesh: jax.sharding.Mesh, rules: Sequence[Any])
   )
 
 
-def train_step(
-  state: State, batch: Mapping[str, jax.Array], seen: jax.Array, *, program: Program
-) -> tuple[State, dict[str, jax.Array]]:
-  """One update on a global batch.
-
-  A step whose loss or gradient is not finite leaves the state as it was, but for `step`.
-
-  Args:
-    batch: as pipeline.train_batches makes it, [B, …] over the batch axes.
-    seen: [2] float32, samples and epochs seen before this step, of `seen`.
-
-  Returns:
-    The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
-    of every step: "finite_loss", "finite_grad_norm" (bool) and "rejected_<reason>" (int32).
-  """
-  key = jax.random.fold_in(jax.random.key(program.seed), state.step)
-  dropout, patch_dropout, draws = jax.random.split(key, 3)
-  at = At(state.step, state.step / program.total_steps, seen[0], seen[1], draws)
-
-  def objective(trainable: Arrays) -> tuple[jax.Array, Any]:
-    params = {**trainable, **state.frozen}
-    feats: Any = program.model.apply(
-      {"params": tree.unflatten(tree.subtree(params, "model/"))},
-      batch["image"], batch["text"], batch["text_mask"], train=True,
-      rngs={"dropout": dropout, "patch_dropout": patch_dropout},
-    )
-    scalars = tree.unflatten(tree.subtree(params, "loss/"))
-    return program.loss.apply(scalars, state.loss, feats, batch, at)
-
-  (value, (remembered, logs)), grads = jax.value_and_grad(objective, has_aux=True)(state.trainable)
-  grad_norm = optax.tree.norm(grads)
-  updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
-  trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state.frozen)
-  ema = {
-    path: program.ema * old + (1 - program.ema) * trainable[path]
-    for path, old in state.ema.items()
-  }
-  finite = {
-    "finite_loss": jnp.isfinite(value) & jnp.isfinite(logs["loss"]),
-    "finite_grad_norm": jnp.isfinite(grad_norm),
-  }
-  sound = jnp.stack([*finite.values()]).all()
-
-  def keep(new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
-
-  rejects = batch["rejects"].sum(0)
-  metrics = {
-    **logs,
-    "grad_norm": grad_norm,
-    "param_norm": optax.tree.norm(trainable),
-    "lr": program.rate(state.step),
-    **finite,
-    **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
-  }
-  return State(
-    step=state.step + 1,
-    trainable=keep(trainable, state.trainable),
-    frozen=state.frozen,
-    ema=keep(ema, state.ema),
-    opt=keep(opt, state.opt),
-    loss=keep(remembered, state.loss),
-  ), metrics
-
-
-def constrain(loss: Loss, trainable: Arrays, frozen: Arrays) -> Arrays:
-  """The trainable parameters with the loss's bounds applied to its own."""
-  scalars = tree.unflatten(tree.subtree({**trainable, **frozen}, "loss/"))
-  bounded = tree.flatten(loss.constrain(scalars), "loss/")
-  return {path: bounded.get(path, x) for path, x in trainable.items()}
-
-
-def seen(samples: int, dataset_size: int) -> np.ndarray:
-  """[2] float32: samples and epochs seen, for train_step; divided here, where 64 bits are exact."""
-  return np.asarray([samples, samples / dataset_size], np.float32)
-
-
 def make_program(
   *,
   seed: int,
@@ -208,6 +131,8 @@ def make_program(
   optimizer: Mapping[str, Any],
   frozen: str = "",
   ema: float = 0.0,
+  microbatches: int = 1,
+  logits: Mapping[str, Any] | None = None,
   dataset_size: int = 0,
   **elsewhere: Any,
 ) -> Program:
@@ -223,8 +148,10 @@ def make_program(
   built = configs.call(make_model, model, "config.model")
   terms = make_loss(loss)
   sizes = {"image": dataset_size, "text": dataset_size * pipeline.CAPTIONS_PER_IMAGE}
+  engine = configs.call(pairwise.Engine, logits or {}, "config.logits")
   program = Program(
-    built, terms, optax.identity(), lambda step: step, spec, sizes, frozen, ema, seed, total
+    built, terms, optax.identity(), lambda step: step, spec, sizes, frozen, ema, seed, total,
+    microbatches, engine,
   )
   shapes = jax.eval_shape(functools.partial(init_params, program), jax.random.key(seed))
   _, trainable = tree.partition(shapes, frozen, "config.frozen")

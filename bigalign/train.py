@@ -19,7 +19,7 @@ import jax
 from absl import app, flags, logging
 
 from bigalign import config as configs
-from bigalign import flops, sharding
+from bigalign import flops, gradcache, sharding
 from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
@@ -32,6 +32,7 @@ from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import FEATURES, DualEncoder
 from bigalign.state import State
+from bigalign.step import seen, train_step
 from bigalign.throughput import Clock
 
 
@@ -51,6 +52,8 @@ def train(
   evals: Mapping[str, Mapping[str, Any]] | None = None,
   frozen: str = "",
   ema: float = 0.0,
+  microbatches: int = 1,
+  logits: Mapping[str, Any] | None = None,
   mesh: Mapping[str, int] | None = None,
   rules: Sequence[Any] = sharding.RULES,
   keep: Mapping[str, Any] | None = None,
@@ -76,6 +79,9 @@ def train(
     evals: {name: options, type among them}.
     frozen: regular expression of the parameters that do not learn.
     ema: decay of the running average of the parameters, which is evaluated too; 0 for none.
+    microbatches: parts in which a batch is embedded, for the memory of one; the loss and its
+      gradient stay those of the whole batch.
+    logits: how the loss's B x B logits are formed: options of losses.pairwise.Engine.
     mesh: sizes of the axes data, fsdp, tensor.
     rules: (regular expression, axes) pairs for the parameters' places.
     keep: which checkpoints stay: options of Checkpoints.
@@ -113,6 +119,7 @@ def train(
 
   grid = configs.call(sharding.make_mesh, mesh or {}, "config.mesh")
   rows = sharding.host_rows(grid, batch_size)
+  gradcache.check(grid, batch_size, microbatches)
   abstract, placed = states.layout(program, grid, rules)
   embed = states.make_embed(program.model)
   evaluators = make_evaluators(evals or {}, mesh=grid, data=data, **embed)
@@ -142,7 +149,7 @@ def train(
     stop=samples_seen + (total - step) * batch_size, **reading,
   )
   step_fn = jax.jit(
-    functools.partial(states.train_step, program=program), donate_argnums=0,
+    functools.partial(train_step, program=program), donate_argnums=0,
     out_shardings=(placed, sharding.replicated(grid)),
   )
   compiled, work = None, 0
@@ -177,15 +184,15 @@ def train(
       with clock.waiting_for_data():
         host_batch = next(batches)
       batch = sharding.global_batch(grid, host_batch, rows, batch_size)
-      seen = states.seen(samples_seen, len(source))
+      place = seen(samples_seen, len(source))
       if compiled is None:
         with clock.paused():
-          traced = step_fn.trace(state, batch, seen)
+          traced = step_fn.trace(state, batch, place)
           work = flops.of_jaxpr(traced.jaxpr)
           begin = time.perf_counter()
           compiled = traced.lower().compile()
           logging.info("Compiled the step in %.1f s: %.3g FLOPs", time.perf_counter() - begin, work)
-      state, metrics = compiled(state, batch, seen)
+      state, metrics = compiled(state, batch, place)
       step += 1
       samples_seen += batch_size
       seldom = [name for name in metrics if name.startswith(("finite_", "rejected_"))]

@@ -20,6 +20,7 @@ from bigalign.data import pipeline
 from bigalign.data.sources import open_source
 from bigalign.losses import check_needs
 from bigalign.model import FEATURES
+from bigalign.step import seen, train_step
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -125,8 +126,8 @@ def test_one_real_step(name, tmp_path):
   state = states.born(program, placed)
   with jax.set_mesh(mesh):
     batch = sharding.global_batch(mesh, host_batch, rows, 8)
-    after, metrics = jax.jit(functools.partial(states.train_step, program=program))(
-      state, batch, states.seen(0, len(source))
+    after, metrics = jax.jit(functools.partial(train_step, program=program))(
+      state, batch, seen(0, len(source))
     )
   assert metrics["finite_loss"] and metrics["finite_grad_norm"] and metrics["loss"] > 0
   still = [k for k, x in after.trainable.items() if np.array_equal(x, state.trainable[k])]

@@ -14,16 +14,16 @@ FILES = sorted((ROOT / "bigalign").rglob("*.py"))
 
 # From the bottom; a file imports from its own layer and from those below it.
 LAYERS = [
-  {"tree", "sharding", "config", "flops", "runtime"},
+  {"tree", "sharding", "config", "flops", "hlo", "runtime", "gradcache"},
   {"metrics", "projectors", "losses", "towers", "data", "throughput", "pictures", "identity"},
   {"model", "optim", "checkpoint"},
-  {"evals", "state"},
+  {"evals", "state", "step"},
   {"train", "evaluate", "report", "report_html", "__main__"},
 ]
 # What takes seconds or gigabytes to import, or may be replaced one day, has its few places.
 PLACES = {
   "flax": {"towers", "projectors", "model"},
-  "optax": {"optim", "state"},
+  "optax": {"optim", "state", "step"},
   "orbax": {"checkpoint"},
   "grain": {"data"},
   "torch": set(),

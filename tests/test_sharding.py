@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding, tree
+from bigalign.step import seen, train_step
 
 
 def shape(*sizes):
@@ -97,11 +98,11 @@ def test_pinned_activations_do_not_move_under_fsdp():
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
   )
   step = jax.jit(
-    functools.partial(states.train_step, program=program),
+    functools.partial(train_step, program=program),
     out_shardings=(placed, sharding.replicated(mesh)),
   )
   with jax.set_mesh(mesh):
-    text = step.lower(state, batch, states.words(0)).compile().as_text()
+    text = step.lower(state, batch, seen(0, 1)).compile().as_text()
   biggest = max(x.size for x in {**shapes.trainable, **shapes.frozen}.values())
   # The loss gathers the texts' embeddings [512, 64]; nothing else that crosses may hold a batch.
   allowed = max(biggest, 512 * 64)

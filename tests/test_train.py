@@ -21,6 +21,7 @@ from bigalign import train as program
 from bigalign.checkpoint import Checkpoints
 from bigalign.data import pipeline
 from bigalign.metrics import WALL_CLOCK, read_metrics
+from bigalign.step import seen, train_step
 
 
 @pytest.fixture
@@ -79,8 +80,8 @@ def test_resume_after_kill_is_bitwise(tiny, tmp_path):
   whole = run(tmp_path / "whole", tiny)
   # Killed at step 23, three steps after the last checkpoint, whose writing is waited for.
   trap = """
-step, words = 0, train.states.words
-def counting(n):
+step, seen = 0, train.seen
+def counting(*args):
   global step
   step += 1
   if step == 24:
@@ -88,8 +89,8 @@ def counting(n):
     while not (pathlib.Path({workdir!r}) / "checkpoints/20/commit_success.txt").exists():
       time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
-  return words(n)
-train.states.words = counting
+  return seen(*args)
+train.seen = counting
 """.replace("{workdir!r}", repr(str(tmp_path / "cut")))
   killed_run(tmp_path / "cut", tiny.to_dict(), trap)
   assert read_metrics(tmp_path / "cut")[-1]["step"] >= 20
@@ -171,8 +172,8 @@ def test_the_frozen_half_costs_no_backward_pass(tiny):
     shapes, _ = states.layout(made, sharding.make_mesh())
     batch = {k: jax.ShapeDtypeStruct(*s) for k, s in made.spec.items()}
     counts[frozen] = flops.count(
-      lambda s, b, n, made=made: states.train_step(s, b, n, program=made), shapes, batch,
-      states.words(0),
+      lambda s, b, n, made=made: train_step(s, b, n, program=made), shapes, batch,
+      seen(0, 1),
     )
   image = flops.count(
     lambda p, x: states.make_embed(made.model)["embed_image"](p, x),
@@ -296,3 +297,22 @@ def test_every_rejected_sample_is_counted(tiny, tmp_path):
   shutil.rmtree(tmp_path / "cut" / "checkpoints" / "8")
   run(tmp_path / "cut", tiny)
   assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
+
+
+def test_microbatches_and_ways_change_nothing(tiny, tmp_path):
+  """The same losses, in parts and in a ring, to the rounding of float32."""
+  tiny.total_steps = 6
+  run(tmp_path / "whole", tiny)
+  tiny.microbatches, tiny.logits = 2, dict(way="ring")
+  run(tmp_path / "parts", tiny)
+  whole, parts = (
+    [row["train/loss"] for row in read_metrics(tmp_path / name) if "train/loss" in row]
+    for name in ("whole", "parts")
+  )
+  np.testing.assert_allclose(whole, parts, rtol=1e-5)
+
+
+def test_microbatches_that_do_not_divide_are_refused(tiny, tmp_path):
+  tiny.microbatches = 3
+  with pytest.raises(ValueError, match=r"config.microbatches=3 .* these do: \[1, 2"):
+    run(tmp_path, tiny)

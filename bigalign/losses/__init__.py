@@ -10,7 +10,7 @@ from bigalign.losses.base import At, Loss, weighted_sum
 from bigalign.losses.clip import clip
 from bigalign.losses.siglip import siglip
 
-__all__ = ["LOSSES", "At", "Loss", "make_loss", "weighted_sum"]
+__all__ = ["LOSSES", "PROVIDES", "At", "Loss", "make_loss", "weighted_sum"]
 
 LOSSES = dict(clip=clip, siglip=siglip)
 

@@ -56,7 +56,7 @@ class Engine:
 
   way: str = "auto"
   dtype: str = "float32"
-  budget_mb: float = 128.0
+  budget_mb: float = 256.0
   tile_mb: float = 32.0
 
   def __post_init__(self) -> None:
@@ -211,10 +211,10 @@ def _plan(
   if chosen.way == "segment":
     segments = max(2, segments)
   segments = 1 if chosen.way == "gather" else min(segments, own_columns)
-  chunk = max(8, int(chosen.tile_mb * 1e6 / (4 * own_rows)))
-  return sweep.Plan(
-    axes, chosen.way == "ring", segments, 1 << (chunk.bit_length() - 1), chosen.dtype, n, m
-  )
+  chunk = max(1, int(chosen.tile_mb * 1e6 / (4 * own_rows)))
+  if chunk > 128:
+    chunk -= chunk % 128  # the width of a TPU's registers
+  return sweep.Plan(axes, chosen.way == "ring", segments, chunk, chosen.dtype, n, m)
 
 
 def _power_of_two(x: float) -> int:

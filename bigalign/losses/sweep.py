@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -171,11 +172,25 @@ def _gather(plan: Plan, x: Any) -> Any:
   return jax.lax.all_gather(x, plan.axes, tiled=True) if plan.axes else x
 
 
+# An axis of this many devices is summed over in two stages.
+STAGED = 64
+
+
 def _scatter(plan: Plan, x: Any) -> Any:
-  """Sums [g, ...] over the devices and leaves each with its own part. One mesh axis after the
-  other: over all at once, TPUs compile it to an all-reduce of the whole."""
+  """Sums [g, ...] over the devices and leaves each with its own part.
+
+  One axis after the other, and a long one in two stages: TPUs turn a reduce-scatter over more than
+  one direction of their torus into an all-reduce of the whole.
+  """
   for axis in plan.axes:
-    x = jax.lax.psum_scatter(x, axis, tiled=True)
+    n = jax.lax.axis_size(axis)
+    inner = max(k for k in range(1, math.isqrt(n) + 1) if n % k == 0) if n >= STAGED else 1
+    if inner > 1:
+      places = np.arange(n).reshape(-1, inner)
+      x = jax.lax.psum_scatter(x, axis, axis_index_groups=places.T.tolist(), tiled=True)
+      x = jax.lax.psum_scatter(x, axis, axis_index_groups=places.tolist(), tiled=True)
+    elif n > 1:
+      x = jax.lax.psum_scatter(x, axis, tiled=True)
   return x
 
 

@@ -1,0 +1,126 @@
+"""What crosses the wires in a compiled program, read from its scheduled HLO.
+
+The compiler's own cost analysis takes the body of a loop once; here a loop counts as often as it
+turns: as XLA notes beside it, else as the constant says that its counter is compared with, which is
+how a scan ends.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+
+_WIDTH = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(r" = (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
+_CALLED = re.compile(
+  r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+  r"|branch_computations=\{([^}]*)\}"
+)
+_TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|c64|c128)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+  """Collectives of one kind: how many are run, and the bytes that one device sees of them."""
+
+  runs: int
+  bytes: float
+
+
+def collectives(text: str) -> dict[str, Collective]:
+  """{kind: Collective} of a compiled program, `compiled.as_text()`.
+
+  Bytes are what a device takes part in: the result of an all-gather, the operand of a
+  reduce-scatter, twice the operand of an all-reduce, what a permute or an all-to-all sends.
+  """
+  own: dict[str, list[tuple[str, float]]] = {}
+  called: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+  limits = _limits(text)
+  entry = name = ""
+  for line in text.splitlines():
+    if head := _COMPUTATION.match(line):
+      name = head.group(1)
+      own[name] = []
+      entry = name if line.startswith("ENTRY") else entry
+    elif name:
+      if found := _collective(line):
+        # TPUs run a reduce-scatter as a fusion of this name, with an all-reduce written inside.
+        if name.startswith("all-reduce-scatter"):
+          found = ("reduce-scatter", found[1] / 2)
+        own[name].append(found)
+      trips = _trips(line, limits)
+      for one, several in _CALLED.findall(line):
+        called[name] += [(callee, trips) for callee in re.findall(r"[\w.\-]+", one or several)]
+  times: collections.Counter[str] = collections.Counter()
+
+  def visit(computation: str, n: int) -> None:
+    times[computation] += n
+    for callee, trips in called[computation]:
+      if callee in own:
+        visit(callee, n * trips)
+
+  visit(entry, 1)
+  total: dict[str, Collective] = {}
+  for computation, n in times.items():
+    for kind, size in own[computation]:
+      before = total.get(kind, Collective(0, 0.0))
+      total[kind] = Collective(before.runs + n, before.bytes + n * size)
+  return total
+
+
+def _limits(text: str) -> dict[str, int]:
+  """{computation: the largest integer constant in it}; a loop's condition has one."""
+  limits: dict[str, int] = {}
+  name = ""
+  for line in text.splitlines():
+    if head := _COMPUTATION.match(line):
+      name = head.group(1)
+    elif found := _LIMIT.search(line):
+      limits[name] = max(limits.get(name, 0), int(found.group(1)))
+  return limits
+
+
+def _trips(line: str, limits: dict[str, int]) -> int:
+  if known := _TRIPS.search(line):
+    return int(known.group(1))
+  loop = _CONDITION.search(line)
+  return limits.get(loop.group(1), 1) if loop else 1
+
+
+def _collective(line: str) -> tuple[str, float] | None:
+  """(kind, bytes) of one line of HLO, if it is a collective."""
+  found = _COLLECTIVE.search(line)
+  if not found:
+    return None
+  shapes, kind, start = found.groups()
+  sizes = [
+    math.prod(int(d) for d in dims.split(",") if d) * _width(dtype)
+    for dtype, dims in _SHAPE.findall(shapes)
+  ]
+  if start and kind == "all-gather":
+    size = sum(sizes[len(sizes) // 2 :])  # the operands come before the results
+  elif start and kind == "collective-permute":
+    size = sizes[0]
+  else:
+    size = sum(sizes)
+  factor = {"all-reduce": 2, "reduce-scatter": _group(line)}.get(kind, 1)
+  return kind, factor * size
+
+
+def _width(dtype: str) -> float:
+  return _WIDTH.get(dtype) or int(dtype[1:]) / 8
+
+
+def _group(line: str) -> int:
+  """Devices that take part in one group of a collective."""
+  if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+    return int(found.group(1))
+  found = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+  return found.group(1).count(",") + 1 if found else 1

@@ -1,0 +1,118 @@
+"""One update of a state on a global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bigalign import gradcache, tree
+from bigalign.data.rejects import REASONS
+from bigalign.losses import PROVIDES, At, Loss, pairwise
+from bigalign.state import Arrays, Program, State
+
+
+def train_step(
+  state: State, batch: Mapping[str, jax.Array], seen: jax.Array, *, program: Program
+) -> tuple[State, dict[str, jax.Array]]:
+  """One update on a global batch.
+
+  A step whose loss or gradient is not finite leaves the state as it was, but for `step`.
+
+  Args:
+    batch: as pipeline.train_batches makes it, [B, …] over the batch axes.
+    seen: [2] float32, samples and epochs seen before this step, of `seen`.
+
+  Returns:
+    The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
+    of every step: "finite_loss", "finite_grad_norm" (bool) and "rejected_<reason>" (int32).
+  """
+  key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+  drops, draws = jax.random.split(key)
+  at = At(state.step, state.step / program.total_steps, seen[0], seen[1], draws)
+
+  def objective(trainable: Arrays, feats: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
+    scalars = tree.unflatten(tree.subtree({**trainable, **state.frozen}, "loss/"))
+    with pairwise.engine(program.logits):
+      return program.loss.apply(scalars, state.loss, feats, batch, at)
+
+  inputs = {name: batch[name] for name in ("image", "text", "text_mask")}
+  (value, (remembered, logs)), grads = gradcache.value_and_grad(
+    lambda trainable, part, key: features(program, state, trainable, part, key), objective,
+    state.trainable, inputs, drops, microbatches=program.microbatches,
+  )
+  grad_norm = optax.tree.norm(grads)
+  updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
+  trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state.frozen)
+  ema = {
+    path: program.ema * old + (1 - program.ema) * trainable[path]
+    for path, old in state.ema.items()
+  }
+  finite = {
+    "finite_loss": jnp.isfinite(value) & jnp.isfinite(logs["loss"]),
+    "finite_grad_norm": jnp.isfinite(grad_norm),
+  }
+  sound = jnp.stack([*finite.values()]).all()
+
+  def keep(new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+
+  rejects = batch["rejects"].sum(0)
+  metrics = {
+    **logs,
+    "grad_norm": grad_norm,
+    "param_norm": optax.tree.norm(trainable),
+    "lr": program.rate(state.step),
+    **finite,
+    **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
+  }
+  return State(
+    step=state.step + 1,
+    trainable=keep(trainable, state.trainable),
+    frozen=state.frozen,
+    ema=keep(ema, state.ema),
+    opt=keep(opt, state.opt),
+    loss=keep(remembered, state.loss),
+  ), metrics
+
+
+def features(
+  program: Program, state: State, trainable: Arrays, part: Mapping[str, jax.Array], key: jax.Array
+) -> dict[str, jax.Array]:
+  """What the loss reads of the model, for some rows of the batch; nothing else is kept."""
+  dropout, patch_dropout = jax.random.split(key)
+  inputs = (part["image"], part["text"], part["text_mask"])
+
+  def apply(params: Arrays, **options: Any) -> dict[str, jax.Array]:
+    variables = {"params": tree.unflatten(tree.subtree({**params, **state.frozen}, "model/"))}
+    found: Any = program.model.apply(variables, *inputs, **options)
+    return found
+
+  found = apply(
+    trainable, train=True, rngs={"dropout": dropout, "patch_dropout": patch_dropout}
+  )
+  wanted = {"zimg", "ztxt", *(name for need in program.loss.needs for name in PROVIDES[need])}
+  if "tokens" in program.loss.needs:
+    wanted |= {"mask_txt"}
+  found = {name: x for name, x in found.items() if name in wanted}
+  if "ema_teacher" in program.loss.needs:
+    teacher = apply(state.ema)
+    found |= {f"teacher_{side}": jax.lax.stop_gradient(teacher[f"z{side}"])
+              for side in ("img", "txt")}
+  return found
+
+
+def constrain(loss: Loss, trainable: Arrays, frozen: Arrays) -> Arrays:
+  """The trainable parameters with the loss's bounds applied to its own."""
+  scalars = tree.unflatten(tree.subtree({**trainable, **frozen}, "loss/"))
+  bounded = tree.flatten(loss.constrain(scalars), "loss/")
+  return {path: bounded.get(path, x) for path, x in trainable.items()}
+
+
+def seen(samples: int, dataset_size: int) -> np.ndarray:
+  """[2] float32: samples and epochs seen, for train_step; divided here, where 64 bits are exact."""
+  return np.asarray([samples, samples / dataset_size], np.float32)

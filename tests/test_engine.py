@@ -1,0 +1,209 @@
+"""Every loss x every way to form the logits x devices x microbatches: equal numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loss_oracles import at, ids, unit
+
+from bigalign import gradcache, losses, sharding
+from bigalign.losses import pairwise
+
+B, E = 160, 16
+SIZES = {"image": 300, "text": 400}
+
+# No pairwise logits over the batch, so nothing that a way could change.
+WITHOUT_PAIRS: tuple[str, ...] = ()
+
+
+def small(way, mesh, rows=B):
+  """Tiles of 7 columns and at least 8 segments: neither divides the columns of a device."""
+  devices = mesh.size if mesh else 1
+  return pairwise.Engine(way, tile_mb=7.5 * 4 * rows / devices / 1e6, budget_mb=rows * E / 1e6)
+
+
+def example(dtype):
+  """Inputs of two linear towers, and all that a loss may ask the data for."""
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+  def teacher():
+    return unit(normal(B, 8))
+
+  batch = {
+    "img": normal(B, 12), "txt": normal(B, 12), "second": normal(B, 12),
+    "patches": normal(B, 6, 5), "words": normal(B, 4, 5),
+    "mask": jnp.asarray(rng.random((B, 4)) < 0.7).at[:, 0].set(True),
+    "teacher_img": teacher(), "teacher_txt": teacher(), "teacher_txt_second": teacher(),
+    "label": jnp.asarray(rng.integers(-1, 5, B), jnp.int32),
+    "image_id": ids(rng.permutation(SIZES["image"])[:B]),
+    "text_id": ids(rng.permutation(SIZES["text"])[:B]),
+  }
+  towers = {
+    "img": normal(12, E), "txt": normal(12, E), "patches": normal(5, 7), "words": normal(5, 7)
+  }
+  return towers, batch
+
+
+def embed(params, batch, key, dropout=0.0):
+  """All features that a model can give, row by row."""
+  keep = jax.random.bernoulli(key, 1 - dropout, batch["img"].shape)
+  raw = {
+    "img": jnp.where(keep, batch["img"], 0) @ params["img"], "txt": batch["txt"] @ params["txt"],
+  }
+  second = batch["second"] @ params["txt"]
+  return {
+    **{f"raw_{k}": x for k, x in raw.items()}, **{f"z{k}": unit(x) for k, x in raw.items()},
+    "ztxt_second": unit(second), "tokens_img": batch["patches"] @ params["patches"],
+    "tokens_txt": batch["words"] @ params["words"], "mask_txt": batch["mask"],
+  }
+
+
+def step(name, options, dtype, way, mesh, microbatches, dropout=0.0):
+  """(objective, metrics["loss"], state, gradients) of one loss."""
+  towers, batch = example(dtype)
+  loss = losses.make_loss({name: options})
+  own, state = loss.init(SIZES)
+  own, state = jax.tree.map(lambda x: jnp.asarray(x, dtype) if x.dtype == jnp.float32 else x,
+                            (own, state))
+  params = {"towers": towers, "loss": own}
+
+  def run(params, state, batch):
+    def objective(params, feats):
+      with pairwise.engine(small(way, mesh)):
+        value, (after, logs) = loss.apply(
+          params["loss"], state, feats, batch, at(step=3, epochs=1.25)
+        )
+      return value, (logs["loss"], after)
+
+    (value, (logged, after)), grads = gradcache.value_and_grad(
+      lambda params, batch, key: embed(params["towers"], batch, key, dropout), objective, params,
+      batch, jax.random.key(1), microbatches=microbatches,
+    )
+    return value, logged, after, grads
+
+  if mesh is None:
+    return jax.jit(run)(params, state, batch)
+  with jax.set_mesh(mesh):
+    batch = {k: jax.device_put(x, sharding.batch_sharding(mesh)) for k, x in batch.items()}
+    return jax.jit(run)(params, state, batch)
+
+
+def grid():
+  return sharding.make_mesh(data=4, fsdp=2)
+
+
+@functools.cache
+def truth(name, options=(), dropout=0.0, microbatches=1):
+  """float64, dense, one device."""
+  with jax.enable_x64(True):
+    found = step(name, dict(options), jnp.float64, "dense", None, microbatches, dropout)
+    return jax.tree.map(np.asarray, found)
+
+
+def same(found, expected, rtol=1e-5):
+  """Each array within rtol of its own largest element; a zero gradient within that of all."""
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(expected[3]))
+
+  def one(path, a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    where = jax.tree_util.keystr(path)
+    assert np.array_equal(np.isfinite(a), np.isfinite(b)), f"{where} is not finite"
+    a, b = np.where(np.isfinite(a), a, 0), np.where(np.isfinite(b), b, 0)
+    top = np.abs(b).max() if b.size else 0.0
+    floor = largest * 1e-2 if where.startswith("[3]") else 1e-3
+    assert np.abs(a - b).max() <= rtol * max(top, floor), f"{where}: {np.abs(a - b).max()} of {top}"
+
+  jax.tree_util.tree_map_with_path(one, tuple(found), tuple(expected))
+
+
+MATRIX = [
+  (name, way, devices, microbatches)
+  for name in sorted(losses.LOSSES)
+  for way in ("dense", "gather", "segment", "ring")
+  for devices in (1, 8)
+  for microbatches in (1, 4)
+
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,way,devices,microbatches", MATRIX)
+def test_equal_in_every_way(name, way, devices, microbatches):
+  mesh = grid() if devices == 8 else None
+  same(step(name, {}, jnp.float32, way, mesh, microbatches), truth(name))
+
+
+@pytest.mark.parametrize("way", ["gather", "segment", "ring"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_equal_over_the_mesh_in_microbatches(name, way):
+  same(step(name, {}, jnp.float32, way, grid(), 4), truth(name))
+
+
+def test_dropout_is_drawn_again_in_the_second_pass():
+  """In microbatches with dropout: the gradient of the whole batch under the same masks."""
+  towers, batch = example(jnp.float32)
+  parts = [{k: gradcache.split(x, 4)[i] for k, x in batch.items()} for i in range(4)]
+  loss = losses.make_loss({"clip": {}})
+  own, _ = loss.init(SIZES)
+
+  def whole(params):
+    keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(4)]
+    feats = [embed(params["towers"], part, key, 0.5) for part, key in zip(parts, keys)]
+    feats = {k: gradcache.merge(jnp.stack([f[k] for f in feats])) for k in feats[0]}
+    return loss.apply(params["loss"], {"clip": {}}, feats, batch, at())[0]
+
+  value, grads = jax.jit(jax.value_and_grad(whole))({"towers": towers, "loss": own})
+  found = step("clip", {}, jnp.float32, "auto", None, 4, dropout=0.5)
+  np.testing.assert_allclose(found[0], value, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[3], grads)
+  other = step("clip", {}, jnp.float32, "auto", None, 1, dropout=0.5)
+  assert abs(float(other[0]) - float(value)) > 1e-4, "another number of microbatches, other masks"
+
+
+@pytest.mark.parametrize("way", ["dense", "gather", "segment", "ring"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_saturated_logits_keep_their_digits(name, way):
+  """At a scale of 100 and a loss below 1e-3, float32 is within 1e-6 of float64."""
+  rng = np.random.default_rng(0)
+  x = np.asarray(unit(rng.normal(size=(48, 64))))
+  y = np.asarray(unit(x + 0.05 * rng.normal(size=x.shape)))
+  loss = losses.make_loss({name: {}})
+
+  def value(dtype, way, mesh):
+    z = [jnp.asarray(v, dtype) for v in (x, y)]
+    params = {name: {"t": jnp.asarray(np.log(100), dtype), "b": jnp.asarray(-60.0, dtype)}}
+
+    def objective(x, y):
+      with pairwise.engine(small(way, mesh, len(x))):
+        return loss.apply(params, {name: {}}, {"zimg": x, "ztxt": y}, {}, at())[0]
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+      if mesh:
+        z = [jax.device_put(v, sharding.batch_sharding(mesh)) for v in z]
+      return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(objective, (0, 1)))(*z))
+
+  with jax.enable_x64(True):
+    expected, wanted = value(jnp.float64, "dense", None)
+  assert 0 < expected < 1e-3
+  for mesh in (None, grid()):
+    found, grads = value(jnp.float32, way, mesh)
+    assert abs(found - expected) < 1e-6
+    for a, b in zip(grads, wanted):
+      assert np.abs(a - b).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+  "options,message", [(dict(way="rings"), "rings"), (dict(dtype="bf16"), "bfloat16"),
+                      (dict(tile_mb=0), "tile_mb")],
+)
+def test_errors_of_the_engine(options, message):
+  with pytest.raises(ValueError, match=message):
+    pairwise.Engine(**options)
