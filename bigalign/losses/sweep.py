@@ -68,11 +68,14 @@ def _masked(values: Arrays, row: Arrays, col: Arrays, fills: dict[str, float]) -
 def _in_tiles(
   plan: Plan, block: Any, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any
 ) -> tuple[Any, Any]:
-  """Scans `step` over a block's columns, `chunk` at a time; what it returns besides is joined."""
+  """Scans `step` over a block's columns, at most `chunk` at a time; what it returns besides is
+  joined."""
   g = jax.tree.leaves(block)[0].shape[0]
-  k = -(-g // plan.chunk)
-  if k == 1:
+  least = -(-g // plan.chunk)
+  if least == 1:
     return step(carry, block)
+  # Equal tiles if up to twice as many make them so, else a padded last one.
+  k = next((k for k in range(least, 2 * least) if g % k == 0), least)
   width = -(-g // k)
   if k * width > g:
     block = {part: _pad(x, k * width) for part, x in block.items()}

@@ -1,0 +1,56 @@
+"""Devices of a pod that nobody holds: programs compile for them on any machine, by libtpu.
+
+The extra `plan` installs libtpu; nothing here needs a TPU, a network or the cloud.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+# What libtpu wants to know, or else looks for on a network, and how much it says.
+_QUIET = dict(
+  TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-16",
+  TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3", TF_CPP_MIN_LOG_LEVEL="3",
+  ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)
+# Topologies that are not one chip per device, or four chips a host, by themselves.
+_OPTIONS: dict[str, dict[str, Any]] = {
+  "v4": dict(chip_config_name="megacore", chips_per_host_bounds=(2, 2, 1)),
+  "tpu7x": dict(chips_per_host_bounds=(2, 2, 1)),
+}
+
+
+def installed() -> bool:
+  """Whether libtpu is here."""
+  return importlib.util.find_spec("libtpu") is not None
+
+
+def devices(topology: str) -> Sequence[jax.Device]:
+  """The devices of a slice such as "v5e:16x16", "v5p:4x4x8", "v6e:8x8": to compile for, not to run.
+
+  Raises:
+    ImportError: without libtpu.
+    ValueError: for a topology that libtpu does not know.
+  """
+  if not installed():
+    raise ImportError(
+      "compiling for a TPU needs libtpu: pip install 'bigalign[plan]', or make install EXTRAS=plan"
+    )
+  if not re.fullmatch(r"[a-z0-9]+:\d+(x\d+)*", topology):
+    raise ValueError(f"topology {topology!r} is not of the form 'v5e:16x16'")
+  for name, value in _QUIET.items():
+    os.environ.setdefault(name, value)
+  from jax.experimental import topologies
+
+  options = _OPTIONS.get(topology.split(":")[0], {})
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+  except Exception as error:  # libtpu raises plain RuntimeErrors, of many texts
+    raise ValueError(f"libtpu knows no topology {topology!r}: {error}") from error
+  return found.devices
