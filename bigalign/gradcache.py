@@ -47,10 +47,8 @@ def value_and_grad(
 
     return jax.value_and_grad(whole, has_aux=True)(params)
 
-  parts = {name: split(x, microbatches) for name, x in batch.items()}
-  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(microbatches))
-  _, features = jax.lax.scan(lambda _, xs: (None, embed(params, *xs)), None, (parts, keys))
-  features = {name: merge(x) for name, x in features.items()}
+  parts, keys = _parts(batch, key, microbatches)
+  features = embedded(embed, params, batch, key, microbatches=microbatches)
   real = {name for name, x in features.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
   rest = {name: x for name, x in features.items() if name not in real}
 
@@ -73,6 +71,24 @@ def value_and_grad(
   wanted = {name: split(x, microbatches) for name, x in wanted.items()}
   grads, _ = jax.lax.scan(pull, grads, (parts, keys, wanted))
   return found, grads
+
+
+def embedded(
+  embed: Embed, params: Tree, batch: Mapping[str, jax.Array], key: jax.Array, *, microbatches: int
+) -> dict[str, jax.Array]:
+  """The features of the whole batch, {name: [B, ...]}, as `value_and_grad` hands them on."""
+  _, found = jax.lax.scan(
+    lambda _, xs: (None, embed(params, *xs)), None, _parts(batch, key, microbatches)
+  )
+  return {name: merge(x) for name, x in found.items()}
+
+
+def _parts(
+  batch: Mapping[str, jax.Array], key: jax.Array, n: int
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """Microbatches and their keys, on a new first axis."""
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+  return {name: split(x, n) for name, x in batch.items()}, keys
 
 
 def check(mesh: jax.sharding.Mesh, batch_size: int, microbatches: int) -> None:

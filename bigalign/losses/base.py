@@ -37,12 +37,14 @@ class Loss(NamedTuple):
     objective: [] float32, what is differentiated (it may be a surrogate);
     metrics["loss"]: [] float32, the value to log.
   constrain: params -> params, applied after each update (clamped temperatures).
+  terms: of a weighted sum, {name: (weight, loss)}.
   """
 
   needs: frozenset[str]
   init: Callable[[Mapping[str, int]], tuple[Params, State]]
   apply: Callable[[Params, State, Features, Mapping[str, jax.Array], At], tuple[jax.Array, Any]]
   constrain: Callable[[Params], Params] = lambda params: params
+  terms: Mapping[str, tuple[float, Loss]] = {}
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
@@ -75,4 +77,4 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     return {name: loss.constrain(params.get(name, {})) for name, (_, loss) in terms.items()}
 
   needs = frozenset().union(*(loss.needs for _, loss in terms.values()))
-  return Loss(needs, init, apply, constrain)
+  return Loss(needs, init, apply, constrain, terms)

@@ -1,0 +1,91 @@
+"""What a loss does to a batch, beyond its value; too dear for every step, worth it now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses import pairwise, tables
+from bigalign.losses.base import At, Loss
+
+QUANTILES = (5, 50, 95)
+TABLES = dict(tau_img="image", tau_txt="text")  # temperatures per sample, and whose ids find them
+
+
+def diagnose(
+  loss: Loss, params: Any, state: Any, feats: Mapping[str, jax.Array],
+  batch: Mapping[str, jax.Array], at: At,
+) -> dict[str, jax.Array]:
+  """Scalars of one batch, from the arguments of `loss.apply`, a weighted sum.
+
+  Returns:
+    "hardest_negative/image", "/text": the largest cosine of an image (a text) with another pair's
+      text (image), averaged over the batch; "rank_1/image", "/text": share of images (texts) whose
+      own text (image) is nearer than that.
+    "saturation/image", "/text": share of them whose softmax at the logit scale gives their own more
+      than 0.99, so that they hardly teach any more; only where a loss has a logit scale.
+    "gradient_share/<term>": of several terms, the norm of each one's weighted gradient with respect
+      to the features, divided by the sum of these norms.
+    "temperature/image/p5", "/p50", "/p95", "temperature/text/…": quantiles over the batch of
+      temperatures that are kept per sample.
+  """
+  found = {**_negatives(loss, params, feats), **_temperatures(state, batch)}
+  if len(loss.terms) > 1:
+    norms = {
+      name: weight * _gradient_norm(term, params[name], state[name], feats, batch, at)
+      for name, (weight, term) in loss.terms.items()
+    }
+    whole = sum(norms.values())
+    found |= {f"gradient_share/{name}": x / whole for name, x in norms.items()}
+  return found
+
+
+def _negatives(loss: Loss, params: Any, feats: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  zimg, ztxt = (jax.lax.stop_gradient(feats[k]) for k in ("zimg", "ztxt"))
+  scales = [jnp.exp(params[name]["t"]) for name in loss.terms if "t" in params.get(name, {})]
+  own = pairwise.paired(zimg, ztxt)
+
+  def tile(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
+    s = jnp.where(pairwise.same(row, col), -jnp.inf, pairwise.products(row["z"], col["z"]))
+    scale = shared["scale"]
+    return {
+      "image": s, "text": s, "image_lse": scale * (s - row["own"][:, None]),
+      "text_lse": scale * (s - col["own"][None, :]),
+    }
+
+  best = pairwise.reduce(
+    tile, {"z": zimg, "own": own}, {"z": ztxt, "own": own},
+    {"scale": scales[0] if scales else jnp.ones(())},
+    outputs={"image": "row_max", "text": "col_max", "image_lse": "row_lse", "text_lse": "col_lse"},
+  )
+  found = {}
+  for side in ("image", "text"):
+    found[f"hardest_negative/{side}"] = best[side].mean()
+    found[f"rank_1/{side}"] = (own > best[side]).mean()
+    if scales:
+      found[f"saturation/{side}"] = (jax.nn.sigmoid(-best[f"{side}_lse"]) > 0.99).mean()
+  return found
+
+
+def _gradient_norm(
+  term: Loss, params: Any, state: Any, feats: Mapping[str, jax.Array],
+  batch: Mapping[str, jax.Array], at: At,
+) -> jax.Array:
+  real = {k: x for k, x in feats.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+  grads = jax.grad(lambda real: term.apply(params, state, {**feats, **real}, batch, at)[0])(real)
+  return jnp.sqrt(sum(jnp.vdot(g, g) for g in grads.values()))
+
+
+def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Quantiles of the temperatures that are kept per sample, tau_img and tau_txt, of this batch."""
+  found = {}
+  for path, table in jax.tree_util.tree_leaves_with_path(state):
+    side = TABLES.get(jax.tree_util.keystr(path[-1:], simple=True))
+    if side:
+      taus = tables.read({side: table}, batch[f"{side}_id"])[side]
+      for q in QUANTILES:
+        found[f"temperature/{side}/p{q}"] = jnp.quantile(taus, q / 100)
+  return found
