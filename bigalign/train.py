@@ -24,13 +24,12 @@ from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data import pipeline
-from bigalign.data.sources import Source, open_source
-from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, same_data, same_on_all_hosts
+from bigalign.inputs import check_tokenizer, open_data
 from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
-from bigalign.model import FEATURES, DualEncoder
+from bigalign.model import FEATURES
 from bigalign.state import State
 from bigalign.step import seen, train_step
 from bigalign.throughput import Clock
@@ -101,7 +100,7 @@ def train(
   source, reading = configs.call(open_data, data, "config.data")
   program = states.make_program(**config, dataset_size=len(source))
   check_needs(program.loss, {*program.spec, *FEATURES})
-  check_tokenizer(program.model, data["tokenizer"])
+  check_tokenizer(program.model.text_tower, data["tokenizer"])
   total = program.total_steps
   duration = functools.partial(
     configs.steps, batch_size=batch_size, dataset_size=len(source), total_steps=total
@@ -228,53 +227,6 @@ def train(
         with clock.paused():
           checkpoints.save(step, states.parts(state), {**meta, **now}, found)
   return state
-
-
-def open_data(
-  *,
-  source: str,
-  image_size: int,
-  tokenizer: Mapping[str, Any],
-  augment: Mapping[str, Any] | None = None,
-  resize: str = "squash",
-  captions: Sequence[str] | None = None,
-  shuffle: bool = True,
-  workers: int = 0,
-) -> tuple[Source, dict[str, Any]]:
-  """What config.data says: the source, and how training reads it.
-
-  Args:
-    source: "glyphs", shards ("DIR/{00000..00099}.tar"), "tfds:NAME:SPLIT"; lists joined by "::".
-    image_size: pixels per side.
-    tokenizer: name, length and options of make_tokenizer.
-    augment: options of transforms.train_image.
-    resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
-    captions: fields to take captions from, the first that a record has; the source's own if None.
-    shuffle: another order in each epoch; without, that of the source.
-    workers: processes that read and decode; they have no influence on the batches.
-  """
-  del resize  # the evaluators'
-  opened = open_source(source, captions=captions)
-  if not len(opened):
-    raise ValueError(f"config.data.source={source!r} holds no sample")
-  return opened, dict(
-    image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, workers=workers
-  )
-
-
-def check_tokenizer(model: DualEncoder, options: Mapping[str, Any]) -> None:
-  """Raises ValueError if the text tower has no row for some token, or no place for the last one.
-
-  On the device an index past the end is no error: it reads the last row.
-  """
-  tokenizer = make_tokenizer(**options)
-  for ours, theirs in (("length", tokenizer.length), ("vocab_size", tokenizer.vocab_size)):
-    room = getattr(model.text_tower, ours, theirs)
-    if room < theirs:
-      raise ValueError(
-        f"config.model.text.{ours}={room} is too small for config.data.tokenizer"
-        f" {options['name']!r}, which needs {theirs}"
-      )
 
 
 def describe(state: State, workdir: pathlib.Path) -> None:

@@ -15,7 +15,10 @@ FILES = sorted((ROOT / "bigalign").rglob("*.py"))
 # From the bottom; a file imports from its own layer and from those below it.
 LAYERS = [
   {"tree", "sharding", "config", "flops", "hlo", "pods", "runtime", "gradcache"},
-  {"metrics", "projectors", "losses", "towers", "data", "throughput", "pictures", "identity"},
+  {
+    "metrics", "projectors", "losses", "towers", "data", "inputs", "throughput", "pictures",
+    "identity",
+  },
   {"model", "optim", "checkpoint"},
   {"evals", "state", "step"},
   {"train", "evaluate", "report", "report_html", "__main__"},

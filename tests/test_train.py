@@ -16,6 +16,7 @@ import pytest
 from shards import samples, write_tar
 from tests_support import ROOT, load
 
+from bigalign import inputs
 from bigalign import state as states
 from bigalign import train as program
 from bigalign.checkpoint import Checkpoints
@@ -50,6 +51,8 @@ def exact(workdir):
 def assert_same_bits(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
+
+TINY_DATA = load("tiny").data.to_dict()
 
 KILLED = """
 import sys, json, os, signal
@@ -232,6 +235,12 @@ def test_keep_last_every_and_best(tmp_path):
     (dict(mesh=dict(data=3)), ValueError, "must multiply to 8"),
     (dict(data=dict(source="glyphs", image_size=32)), TypeError, "option 'tokenizer' is missing"),
     (dict(data=dict(sauce="glyphs")), TypeError, "Did you mean 'source'"),
+    (dict(data=dict(TINY_DATA, tokenizer=dict(name="bite", length=8))), ValueError,
+     "config.data.tokenizer.name: unknown 'bite'. Did you mean 'byte'"),
+    (dict(data=dict(TINY_DATA, tokenizer=dict(name="byte", lenght=8))), TypeError,
+     "config.data.tokenizer: unknown option 'lenght'. Did you mean 'length'"),
+    (dict(data=dict(TINY_DATA, augment=dict(flipp=0.5))), TypeError,
+     "config.data.augment: unknown option 'flipp'. Did you mean 'flip'"),
     (dict(optimizer=dict(lr=1.0, warmpu=3)), TypeError, "Did you mean 'warmup'"),
     (dict(optimizer=dict(lr="1e-3")), TypeError, "config.optimizer.lr='1e-3' is of type str"),
     (dict(loss=dict(siglip=1.0)), TypeError, "config.loss.siglip=1.0 must be a dict"),
@@ -286,7 +295,7 @@ def test_every_rejected_sample_is_counted(tiny, tmp_path):
   tiny.data.source = write_tar(tmp_path / "00000.tar", broken)
   tiny.log_every = 3
   run(tmp_path / "whole", tiny)
-  source, reading = program.open_data(**tiny.data.to_dict())
+  source, reading = inputs.open_data(**tiny.data.to_dict())
   batches = pipeline.train_batches(
     source, batch_size=16, rows=np.arange(16), seed=0, stop=8 * 16, **reading
   )
