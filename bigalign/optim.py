@@ -203,7 +203,9 @@ def make_optimizer(
   chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   chain.append(config.call(core, options, where))
   if weight_decay:
-    decayed, _ = tree.partition(params, decay, f"{where}.decay")
+    decayed, _ = tree.partition(
+      params, decay, f"{where}.decay (for weight_decay), among what config.frozen leaves to learn"
+    )
     chain.append(optax.add_decayed_weights(weight_decay, {p: p in decayed for p in params}))
   if multipliers:
     factors = dict.fromkeys(params, 1.0)

@@ -85,7 +85,7 @@ def train(
     rules: (regular expression, axes) pairs for the parameters' places.
     keep: which checkpoints stay: options of Checkpoints.
     writer: options of MetricWriter.
-    profile: (first, last) step to trace into workdir/profile.
+    profile: (first, last): what is between these steps is traced into workdir/profile.
     runtime: options of runtime.setup, which the caller has made use of; here they are recorded.
     allow_config_change: continue although the config in workdir says something else.
 
@@ -107,6 +107,8 @@ def train(
   )
   if log_every < 1:
     raise ValueError(f"config.log_every={log_every}: at least 1")
+  if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1] <= total):
+    raise ValueError(f"config.profile={profile}: two steps (first, last) of the {total}, or ()")
   save_every = duration(checkpoint_every, "config.checkpoint_every")
   eval_every = duration(eval_every, "config.eval_every")
   meta = {
@@ -142,6 +144,8 @@ def train(
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
   claim(workdir, meta)
   step = start or 0
+  # A run that continues behind the first step traces nothing.
+  trace_from, trace_to = profile if profile and step <= profile[0] else (-1, -1)
 
   batches = pipeline.train_batches(
     source, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
@@ -178,7 +182,7 @@ def train(
       checkpoints.check_best(evaluate())
     clock = Clock(step, batch_size)
     while step < total:
-      if profile and step == profile[0]:
+      if step == trace_from:
         clu.profiler.start(str(workdir / "profile"))
       with clock.waiting_for_data():
         host_batch = next(batches)
@@ -197,7 +201,7 @@ def train(
       seldom = [name for name in metrics if name.startswith(("finite_", "rejected_"))]
       window.append({name: metrics.pop(name) for name in seldom})
       progress.advance(step)
-      if profile and step == profile[1]:
+      if step == trace_to:
         jax.block_until_ready(metrics)
         clu.profiler.stop()
 

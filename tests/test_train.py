@@ -52,7 +52,7 @@ def assert_same_bits(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-TINY_DATA = load("tiny").data.to_dict()
+TINY_DATA, TINY_MODEL = load("tiny").data.to_dict(), load("tiny").model.to_dict()
 
 KILLED = """
 import sys, json, os, signal
@@ -245,6 +245,12 @@ def test_keep_last_every_and_best(tmp_path):
     (dict(optimizer=dict(lr="1e-3")), TypeError, "config.optimizer.lr='1e-3' is of type str"),
     (dict(loss=dict(siglip=1.0)), TypeError, "config.loss.siglip=1.0 must be a dict"),
     (dict(frozen="."), ValueError, "leaves no parameter to learn"),
+    (dict(frozen="kernel"), ValueError, "decay .* among what config.frozen leaves to learn"),
+    (dict(model=dict(TINY_MODEL, image=dict(TINY_MODEL["image"], dtype="bf16"))), ValueError,
+     "config.model.image.dtype: unknown 'bf16'; known: .*'bfloat16'"),
+    (dict(model=dict(TINY_MODEL, text=dict(TINY_MODEL["text"], dtype="half"))), ValueError,
+     "config.model.text.dtype: unknown 'half'; known: .*'float16'"),
+    (dict(profile=(2, 9)), ValueError, r"config.profile=\(2, 9\): two steps .* of the 8"),
     (dict(log_every=0), ValueError, "config.log_every=0: at least 1"),
     (dict(frozen="image_towr"), ValueError, "config.frozen: 'image_towr' matches no path"),
     (dict(rules=[("attn", ())]), ValueError, "config.rules: no rule matches"),

@@ -108,7 +108,7 @@ def text(
   """
   for name, value, known in (
     ("pool", pool, POOLS), ("activation", activation, base.ACTIVATIONS),
-    ("remat", remat, base.REMAT),
+    ("remat", remat, base.REMAT), ("dtype", dtype, base.DTYPES),
   ):
     if value not in known:
       raise ValueError(f"config.model.text.{name}: unknown {value!r}; known: {sorted(known)}")
