@@ -9,7 +9,6 @@ import os
 import pathlib
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ import clu.profiler
 import jax
 from absl import app, flags, logging
 
+from bigalign import command_line, flops, gradcache, sharding
 from bigalign import config as configs
-from bigalign import flops, gradcache, sharding
 from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
@@ -282,32 +281,10 @@ def main(argv: Sequence[str]) -> None:
     os._exit(1)
 
 
-def parse(argv: list[str]) -> list[str]:
-  """absl's parser, with a way on for a key that the config does not hold."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError) as error:
-    sys.exit(
-      f"No such key in the config: {error.args[0]}\nA flag changes what the config file writes out;"
-      " another option is written into the file first."
-    )
-
-
 def run() -> None:
   """The program `bigalign train`."""
-  with warnings.catch_warnings():
-    # One load_module() inside of config_flags, which nobody here can mend.
-    warnings.filterwarnings("ignore", message=".*load_module.*", category=DeprecationWarning)
-    from ml_collections import config_flags
-
-  config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
-  flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of the config> if not given.")
-  flags.DEFINE_bool("allow_config_change", False, "Continue a run with a config that differs.")
-  flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.")
-  flags.DEFINE_integer("num_processes", None, "How many processes.")
-  flags.DEFINE_integer("process_id", None, "Which one this is.")
-  flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=parse)
+  command_line.define()
+  app.run(main, flags_parser=command_line.parse)
 
 
 if __name__ == "__main__":

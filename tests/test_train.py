@@ -278,11 +278,34 @@ def test_misspelt_flag_names_the_nearest_key(tmp_path):
   for flag, message in (
     ("--config.total_stepz=3", "Did you mean \"total_steps\""),
     ("--config.model.image.registers=2", "A flag changes what the config file writes out"),
-    ("--config.total_steps=many", "many"),
+    ("--config.total_steps=many", "config.total_steps: 'many' is no duration"),
+    ("--config.batch_size=many", "many"),
   ):
     done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert message in done.stderr + done.stdout, done.stderr[-2000:]
+
+
+def test_flags_put_text_where_a_duration_is_a_number():
+  given = {"total_steps": "3 epochs", "checkpoint_every": "10%", "eval_every": "200",
+           "optimizer.warmup": "64 samples"}
+  words = [f"--config={ROOT}/configs/quickstart.py"]
+  words += [f"--config.{name}={text}" for name, text in given.items()]
+  code = """
+import sys
+from absl import flags
+from bigalign import command_line
+command_line.define()
+command_line.parse(sys.argv)
+print(flags.FLAGS.config.to_json())
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+  )
+  found = json.loads(done.stdout)
+  assert (found["total_steps"], found["checkpoint_every"]) == ("3 epochs", "10%")
+  assert (found["eval_every"], found["optimizer"]["warmup"]) == (200, "64 samples")
+  assert found["batch_size"] == 512
 
 
 def test_durations():
