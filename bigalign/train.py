@@ -17,7 +17,7 @@ import clu.profiler
 import jax
 from absl import app, flags, logging
 
-from bigalign import command_line, flops, gradcache, sharding
+from bigalign import command_line, gradcache, sharding
 from bigalign import config as configs
 from bigalign import runtime as machine
 from bigalign import state as states
@@ -30,7 +30,7 @@ from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import FEATURES
 from bigalign.state import State
-from bigalign.step import seen, train_step
+from bigalign.step import seen, train_step, useful_work
 from bigalign.throughput import Clock
 
 
@@ -190,7 +190,7 @@ def train(
       if compiled is None:
         with clock.paused():
           traced = step_fn.trace(state, batch, place)
-          work = flops.of_jaxpr(traced.jaxpr)
+          work = useful_work(program, traced.jaxpr, state, batch, place)
           begin = time.perf_counter()
           compiled = traced.lower().compile()
           logging.info("Compiled the step in %.1f s: %.3g FLOPs", time.perf_counter() - begin, work)

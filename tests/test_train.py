@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -16,13 +17,13 @@ import pytest
 from shards import samples, write_tar
 from tests_support import ROOT, load
 
-from bigalign import inputs
+from bigalign import flops, inputs, sharding
 from bigalign import state as states
 from bigalign import train as program
 from bigalign.checkpoint import Checkpoints
 from bigalign.data import pipeline
 from bigalign.metrics import WALL_CLOCK, read_metrics
-from bigalign.step import seen, train_step
+from bigalign.step import seen, train_step, useful_work
 
 
 @pytest.fixture
@@ -165,25 +166,40 @@ def _program(c, state):
   return made, jax.tree.map(lambda x: x.sharding, state)
 
 
+def _abstract(program):
+  """A program's train_step with the shapes of its arguments."""
+  shapes, _ = states.layout(program, sharding.make_mesh())
+  batch = {k: jax.ShapeDtypeStruct(*s) for k, s in program.spec.items()}
+  return functools.partial(train_step, program=program), shapes, batch, seen(0, 1)
+
+
 def test_the_frozen_half_costs_no_backward_pass(tiny):
   """FLOPs of a step with a frozen image tower: at least its backward pass less."""
-  from bigalign import flops, sharding
-
   counts = {}
   for frozen in ("", "image_tower"):
     made = states.make_program(**{**tiny.to_dict(), "frozen": frozen}, dataset_size=1000)
-    shapes, _ = states.layout(made, sharding.make_mesh())
-    batch = {k: jax.ShapeDtypeStruct(*s) for k, s in made.spec.items()}
-    counts[frozen] = flops.count(
-      lambda s, b, n, made=made: train_step(s, b, n, program=made), shapes, batch,
-      seen(0, 1),
-    )
+    step, shapes, batch, place = _abstract(made)
+    counts[frozen] = flops.count(step, shapes, batch, place)
   image = flops.count(
     lambda p, x: states.make_embed(made.model)["embed_image"](p, x),
     {**shapes.trainable, **shapes.frozen}, batch["image"],
   )
   # The first layer has no gradient with respect to the image even when it learns.
   assert counts[""] - counts["image_tower"] > 1.7 * image
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_remat_repeats_is_no_useful_work(tiny, scan):
+  useful, done = {}, {}
+  for remat in ("none", "dots", "full"):
+    tiny.model.image.update(remat=remat, scan=scan)
+    tiny.model.text.update(remat=remat, scan=scan)
+    made = states.make_program(**tiny.to_dict(), dataset_size=1000)
+    step, *args = _abstract(made)
+    jaxpr = jax.make_jaxpr(step)(*args)
+    useful[remat], done[remat] = useful_work(made, jaxpr, *args), flops.of_jaxpr(jaxpr)
+  assert len({*useful.values()}) == 1 and useful["none"] == done["none"]
+  assert done["none"] < done["dots"] < done["full"]
 
 
 def test_a_step_that_is_not_finite_is_not_applied(tiny, tmp_path):
