@@ -17,7 +17,8 @@ class Clock:
   """Wall time between two logs, without evaluation and saving, and what it was spent on.
 
   MFU is the share of the chips' peak that goes into the model's FLOPs, which are
-  perf/flops_per_step: what remat computes again is work for the chips, but no use, and not counted.
+  perf/flops_per_step: what remat and microbatches compute again is work for the chips, but no use,
+  and not counted.
   """
 
   def __init__(self, step: int, batch_size: int) -> None:
