@@ -50,6 +50,7 @@ test-long: $(TEST)  ## before a release
 lint: $(TEST)  ## style and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/shellcheck launch/*.sh .ci/run
 
 constraints: $(TEST)  ## writes the versions that .venv holds into .ci/constraints.txt
 	@$(BIN)/python .ci/freeze.py > .ci/constraints.new

@@ -76,6 +76,13 @@ class DualEncoder(nn.Module):
     return sharding.pin(self.text_projector(out.pooled.astype(jnp.float32))), out
 
 
+def without_remat(model: DualEncoder) -> DualEncoder:
+  """The same model with towers that keep every activation."""
+  towers = {name: getattr(model, name) for name in ("image_tower", "text_tower")}
+  forgetful = {k: x for k, x in towers.items() if getattr(x, "remat", "none") != "none"}
+  return model.clone(**{name: tower.clone(remat="none") for name, tower in forgetful.items()})
+
+
 def make_model(
   *,
   image: Mapping[str, Any],

@@ -18,7 +18,7 @@ from bigalign import config, tree
 Schedule = Callable[[Any], jax.Array]
 
 
-def schedule(
+def learning_rate(
   *, name: str, lr: float, total_steps: int, warmup: int, cooldown: int, end: float
 ) -> Schedule:
   """The learning rate of the update that follows `step` updates.
@@ -199,11 +199,16 @@ def make_optimizer(
     if option not in known:
       near = tree.nearest(option, known)
       raise TypeError(f"{where}: unknown option {option!r} of {name!r}.{near} Options: {known}")
-  rate = _schedule(schedule, lr, total_steps, warmup, cooldown, end, to_steps)
+  rate = learning_rate(
+    name=schedule, lr=lr, total_steps=total_steps, end=end,
+    warmup=to_steps(warmup, f"{where}.warmup"), cooldown=to_steps(cooldown, f"{where}.cooldown"),
+  )
   chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   chain.append(config.call(core, options, where))
   if weight_decay:
-    decayed, _ = tree.partition(params, decay, f"{where}.decay")
+    decayed, _ = tree.partition(
+      params, decay, f"{where}.decay (for weight_decay), among what config.frozen leaves to learn"
+    )
     chain.append(optax.add_decayed_weights(weight_decay, {p: p in decayed for p in params}))
   if multipliers:
     factors = dict.fromkeys(params, 1.0)
@@ -215,14 +220,3 @@ def make_optimizer(
     )
   chain.append(optax.scale_by_learning_rate(rate))
   return optax.chain(*chain), rate
-
-
-def _schedule(
-  name: str, lr: float, total_steps: int, warmup: int | str, cooldown: int | str, end: float,
-  to_steps: Callable[[int | str, str], int],
-) -> Schedule:
-  return schedule(
-    name=name, lr=lr, total_steps=total_steps, end=end,
-    warmup=to_steps(warmup, "config.optimizer.warmup"),
-    cooldown=to_steps(cooldown, "config.optimizer.cooldown"),
-  )

@@ -141,6 +141,18 @@ def pin(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(BATCH, *[None] * (x.ndim - 1)))
 
 
+def whole(x: jax.Array) -> jax.Array:
+  """Gathers an array onto every device before it is used; outside of a mesh, x.
+
+  For what is indexed, such as a table of tokens: looked up in parts, the result comes back split
+  along the table's axes, and GSPMD can bring it to the batch axes only by way of the whole batch
+  on every device ("involuntary full rematerialization").
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, P())
+
+
 def in_turn(x: Any) -> Any:
   """The arrays of a program that was just started; on several CPU devices, once it has ended.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bigalign import gradcache, tree
+from bigalign import flops, gradcache, tree
 from bigalign.data.rejects import REASONS
 from bigalign.losses import PROVIDES, At, Loss, pairwise
+from bigalign.model import without_remat
 from bigalign.state import Arrays, Program, State
 
 
@@ -116,3 +119,12 @@ def constrain(loss: Loss, trainable: Arrays, frozen: Arrays) -> Arrays:
 def seen(samples: int, dataset_size: int) -> np.ndarray:
   """[2] float32: samples and epochs seen, for train_step; divided here, where 64 bits are exact."""
   return np.asarray([samples, samples / dataset_size], np.float32)
+
+
+def useful_work(program: Program, jaxpr: Any, *args: Any) -> int:
+  """FLOPs of one train_step(*args), whose jaxpr is known, but for what the towers do twice: under
+  remat, and in microbatches."""
+  plain = dataclasses.replace(program, model=without_remat(program.model), microbatches=1)
+  if plain == program:
+    return flops.of_jaxpr(jaxpr)
+  return flops.count(functools.partial(train_step, program=plain), *args)

@@ -16,7 +16,9 @@ from bigalign import flops
 class Clock:
   """Wall time between two logs, without evaluation and saving, and what it was spent on.
 
-  MFU counts what the program computes, recomputation under remat included.
+  MFU is the share of the chips' peak that goes into the model's FLOPs, which are
+  perf/flops_per_step: what remat and microbatches compute again is work for the chips, but no use,
+  and not counted.
   """
 
   def __init__(self, step: int, batch_size: int) -> None:
@@ -44,7 +46,7 @@ class Clock:
     return self._timer("_pause")
 
   def read(self, step: int, work: int) -> dict[str, float]:
-    """Metrics since the last read; `work` is FLOPs per step. All hosts must call it."""
+    """Metrics since the last read; `work` is useful FLOPs per step. All hosts must call it."""
     now = time.perf_counter()
     steps = step - self._step
     seconds = max(now - self._start - self._pause, 1e-9) / steps

@@ -9,7 +9,6 @@ import os
 import pathlib
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,21 +17,20 @@ import clu.profiler
 import jax
 from absl import app, flags, logging
 
+from bigalign import command_line, gradcache, sharding
 from bigalign import config as configs
-from bigalign import flops, gradcache, sharding
 from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data import pipeline
-from bigalign.data.sources import Source, open_source
-from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, same_data, same_on_all_hosts
+from bigalign.inputs import check_tokenizer, open_data
 from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
-from bigalign.model import FEATURES, DualEncoder
+from bigalign.model import FEATURES
 from bigalign.state import State
-from bigalign.step import seen, train_step
+from bigalign.step import seen, train_step, useful_work
 from bigalign.throughput import Clock
 
 
@@ -86,7 +84,7 @@ def train(
     rules: (regular expression, axes) pairs for the parameters' places.
     keep: which checkpoints stay: options of Checkpoints.
     writer: options of MetricWriter.
-    profile: (first, last) step to trace into workdir/profile.
+    profile: (first, last): what is between these steps is traced into workdir/profile.
     runtime: options of runtime.setup, which the caller has made use of; here they are recorded.
     allow_config_change: continue although the config in workdir says something else.
 
@@ -101,13 +99,15 @@ def train(
   source, reading = configs.call(open_data, data, "config.data")
   program = states.make_program(**config, dataset_size=len(source))
   check_needs(program.loss, {*program.spec, *FEATURES})
-  check_tokenizer(program.model, data["tokenizer"])
+  check_tokenizer(program.model.text_tower, data["tokenizer"])
   total = program.total_steps
   duration = functools.partial(
     configs.steps, batch_size=batch_size, dataset_size=len(source), total_steps=total
   )
   if log_every < 1:
     raise ValueError(f"config.log_every={log_every}: at least 1")
+  if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1] <= total):
+    raise ValueError(f"config.profile={profile}: two steps (first, last) of the {total}, or ()")
   save_every = duration(checkpoint_every, "config.checkpoint_every")
   eval_every = duration(eval_every, "config.eval_every")
   meta = {
@@ -143,6 +143,8 @@ def train(
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
   claim(workdir, meta)
   step = start or 0
+  # A run that continues behind the first step traces nothing.
+  trace_from, trace_to = profile if profile and step <= profile[0] else (-1, -1)
 
   batches = pipeline.train_batches(
     source, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
@@ -179,7 +181,7 @@ def train(
       checkpoints.check_best(evaluate())
     clock = Clock(step, batch_size)
     while step < total:
-      if profile and step == profile[0]:
+      if step == trace_from:
         clu.profiler.start(str(workdir / "profile"))
       with clock.waiting_for_data():
         host_batch = next(batches)
@@ -188,7 +190,7 @@ def train(
       if compiled is None:
         with clock.paused():
           traced = step_fn.trace(state, batch, place)
-          work = flops.of_jaxpr(traced.jaxpr)
+          work = useful_work(program, traced.jaxpr, state, batch, place)
           begin = time.perf_counter()
           compiled = traced.lower().compile()
           logging.info("Compiled the step in %.1f s: %.3g FLOPs", time.perf_counter() - begin, work)
@@ -198,7 +200,7 @@ def train(
       seldom = [name for name in metrics if name.startswith(("finite_", "rejected_"))]
       window.append({name: metrics.pop(name) for name in seldom})
       progress.advance(step)
-      if profile and step == profile[1]:
+      if step == trace_to:
         jax.block_until_ready(metrics)
         clu.profiler.stop()
 
@@ -228,53 +230,6 @@ def train(
         with clock.paused():
           checkpoints.save(step, states.parts(state), {**meta, **now}, found)
   return state
-
-
-def open_data(
-  *,
-  source: str,
-  image_size: int,
-  tokenizer: Mapping[str, Any],
-  augment: Mapping[str, Any] | None = None,
-  resize: str = "squash",
-  captions: Sequence[str] | None = None,
-  shuffle: bool = True,
-  workers: int = 0,
-) -> tuple[Source, dict[str, Any]]:
-  """What config.data says: the source, and how training reads it.
-
-  Args:
-    source: "glyphs", shards ("DIR/{00000..00099}.tar"), "tfds:NAME:SPLIT"; lists joined by "::".
-    image_size: pixels per side.
-    tokenizer: name, length and options of make_tokenizer.
-    augment: options of transforms.train_image.
-    resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
-    captions: fields to take captions from, the first that a record has; the source's own if None.
-    shuffle: another order in each epoch; without, that of the source.
-    workers: processes that read and decode; they have no influence on the batches.
-  """
-  del resize  # the evaluators'
-  opened = open_source(source, captions=captions)
-  if not len(opened):
-    raise ValueError(f"config.data.source={source!r} holds no sample")
-  return opened, dict(
-    image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, workers=workers
-  )
-
-
-def check_tokenizer(model: DualEncoder, options: Mapping[str, Any]) -> None:
-  """Raises ValueError if the text tower has no row for some token, or no place for the last one.
-
-  On the device an index past the end is no error: it reads the last row.
-  """
-  tokenizer = make_tokenizer(**options)
-  for ours, theirs in (("length", tokenizer.length), ("vocab_size", tokenizer.vocab_size)):
-    room = getattr(model.text_tower, ours, theirs)
-    if room < theirs:
-      raise ValueError(
-        f"config.model.text.{ours}={room} is too small for config.data.tokenizer"
-        f" {options['name']!r}, which needs {theirs}"
-      )
 
 
 def describe(state: State, workdir: pathlib.Path) -> None:
@@ -326,32 +281,10 @@ def main(argv: Sequence[str]) -> None:
     os._exit(1)
 
 
-def parse(argv: list[str]) -> list[str]:
-  """absl's parser, with a way on for a key that the config does not hold."""
-  try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError) as error:
-    sys.exit(
-      f"No such key in the config: {error.args[0]}\nA flag changes what the config file writes out;"
-      " another option is written into the file first."
-    )
-
-
 def run() -> None:
   """The program `bigalign train`."""
-  with warnings.catch_warnings():
-    # One load_module() inside of config_flags, which nobody here can mend.
-    warnings.filterwarnings("ignore", message=".*load_module.*", category=DeprecationWarning)
-    from ml_collections import config_flags
-
-  config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
-  flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of the config> if not given.")
-  flags.DEFINE_bool("allow_config_change", False, "Continue a run with a config that differs.")
-  flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.")
-  flags.DEFINE_integer("num_processes", None, "How many processes.")
-  flags.DEFINE_integer("process_id", None, "Which one this is.")
-  flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=parse)
+  command_line.define()
+  app.run(main, flags_parser=command_line.parse)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def test_zeroshot_of_few_classes_has_no_top5_and_ties_go_to_the_first(tiny):
   assert found["val/few-zeroshot-val-top1"] == 0
 
 
-def test_labels_without_a_class_name_are_an_error(tiny):
+def test_labels_without_a_class_name_are_an_error(tiny, tmp_path):
   tiny.labels[7], tiny.labels[8] = 6, -1
   run = make("animals", dict(type="zeroshot", source="tiny"))
   with pytest.raises(ValueError, match=r"animals.*2 of 36.*6 class names"):
@@ -264,6 +264,9 @@ def test_labels_without_a_class_name_are_an_error(tiny):
   tiny.classnames = ()
   with pytest.raises(ValueError, match=r"classnames\.txt"):
     make("animals", dict(type="zeroshot", source="tiny"))
+  (tmp_path / "names.txt").write_text("\nant\nbee\n")
+  with pytest.raises(ValueError, match=r"names\.txt: line 1 is blank"):
+    make("animals", dict(type="zeroshot", source="tiny", classnames=f"{tmp_path}/names.txt"))
 
 
 def test_a_source_without_a_usable_sample_is_an_error(tiny):

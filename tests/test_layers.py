@@ -14,8 +14,11 @@ FILES = sorted((ROOT / "bigalign").rglob("*.py"))
 
 # From the bottom; a file imports from its own layer and from those below it.
 LAYERS = [
-  {"tree", "sharding", "config", "flops", "hlo", "pods", "runtime", "gradcache"},
-  {"metrics", "projectors", "losses", "towers", "data", "throughput", "pictures", "identity"},
+  {"tree", "sharding", "config", "flops", "hlo", "pods", "runtime", "gradcache", "command_line"},
+  {
+    "metrics", "projectors", "losses", "towers", "data", "inputs", "throughput", "pictures",
+    "identity",
+  },
   {"model", "optim", "checkpoint"},
   {"evals", "state", "step"},
   {"train", "evaluate", "report", "report_html", "__main__"},

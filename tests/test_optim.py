@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bigalign import flops
-from bigalign.optim import OPTIMIZERS, make_optimizer, schedule
+from bigalign.optim import OPTIMIZERS, learning_rate, make_optimizer
 
 PARAMS = {
   "model/encoder/block_0/mlp/fc1/kernel": jnp.ones((4, 8)),
@@ -38,7 +38,7 @@ def update(gradient=0.0, **options):
 
 
 def rate(name, steps, **options):
-  fn = schedule(**{
+  fn = learning_rate(**{
     "name": name, "lr": 2.0, "total_steps": 100, "warmup": 10, "cooldown": 0, "end": 0.0, **options
   })
   return [float(fn(s)) for s in steps]

@@ -77,8 +77,9 @@ def test_rows_go_where_they_belong(sizes):
     np.testing.assert_array_equal(shard.data, x[shard.index])
 
 
-def test_pinned_activations_do_not_move_under_fsdp():
-  """On the compiled program: weights are gathered, activations stay; see sharding.pin."""
+@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
+def test_activations_do_not_move_under_fsdp(sizes):
+  """On the compiled program: weights are gathered, activations stay; see sharding.pin, whole."""
   import functools
 
   from tests_support import load
@@ -88,7 +89,7 @@ def test_pinned_activations_do_not_move_under_fsdp():
   c = load("tiny").to_dict()
   c["batch_size"] = 512
   program = states.make_program(**c, dataset_size=1000)
-  mesh = sharding.make_mesh(data=1, fsdp=8)
+  mesh = sharding.make_mesh(**sizes)
   shapes, placed = states.layout(program, mesh)
   batch = {
     k: jax.ShapeDtypeStruct(*s, sharding=sharding.batch_sharding(mesh))

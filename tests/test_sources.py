@@ -174,10 +174,13 @@ def test_broken_samples_are_rejected_with_a_reason(tmp_path):
 @pytest.mark.parametrize("folder", ["", "train/"])
 def test_class_names_lie_beside_the_shards_or_above(tmp_path, folder):
   write_tar(tmp_path / f"{folder}0.tar", [("0.jpg", b"i"), ("0.cls", b"1\n")])
-  (tmp_path / "classnames.txt").write_text("cat\nbig dog\n")
+  (tmp_path / "classnames.txt").write_text("cat\nbig dog\n\n")
   source = open_source(f"{tmp_path}/{folder}0.tar")  # labels stand in for the missing captions
   assert source.classnames == ("cat", "big dog")
   assert source[0]["label"] == 1 and source[0]["captions"] == ()
+  (tmp_path / "classnames.txt").write_text("cat\n \nbig dog\n")  # dropped, dog would be 1
+  with pytest.raises(ValueError, match=r"classnames\.txt: line 2 is blank"):
+    open_source(f"{tmp_path}/{folder}0.tar")
 
 
 def test_concatenation_reads_each_sample_once(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -16,12 +17,13 @@ import pytest
 from shards import samples, write_tar
 from tests_support import ROOT, load
 
+from bigalign import flops, inputs, sharding
 from bigalign import state as states
 from bigalign import train as program
 from bigalign.checkpoint import Checkpoints
 from bigalign.data import pipeline
 from bigalign.metrics import WALL_CLOCK, read_metrics
-from bigalign.step import seen, train_step
+from bigalign.step import seen, train_step, useful_work
 
 
 @pytest.fixture
@@ -50,6 +52,8 @@ def exact(workdir):
 def assert_same_bits(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
+
+TINY_DATA, TINY_MODEL = load("tiny").data.to_dict(), load("tiny").model.to_dict()
 
 KILLED = """
 import sys, json, os, signal
@@ -162,25 +166,41 @@ def _program(c, state):
   return made, jax.tree.map(lambda x: x.sharding, state)
 
 
+def _abstract(program):
+  """A program's train_step with the shapes of its arguments."""
+  shapes, _ = states.layout(program, sharding.make_mesh())
+  batch = {k: jax.ShapeDtypeStruct(*s) for k, s in program.spec.items()}
+  return functools.partial(train_step, program=program), shapes, batch, seen(0, 1)
+
+
 def test_the_frozen_half_costs_no_backward_pass(tiny):
   """FLOPs of a step with a frozen image tower: at least its backward pass less."""
-  from bigalign import flops, sharding
-
   counts = {}
   for frozen in ("", "image_tower"):
     made = states.make_program(**{**tiny.to_dict(), "frozen": frozen}, dataset_size=1000)
-    shapes, _ = states.layout(made, sharding.make_mesh())
-    batch = {k: jax.ShapeDtypeStruct(*s) for k, s in made.spec.items()}
-    counts[frozen] = flops.count(
-      lambda s, b, n, made=made: train_step(s, b, n, program=made), shapes, batch,
-      seen(0, 1),
-    )
+    step, shapes, batch, place = _abstract(made)
+    counts[frozen] = flops.count(step, shapes, batch, place)
   image = flops.count(
     lambda p, x: states.make_embed(made.model)["embed_image"](p, x),
     {**shapes.trainable, **shapes.frozen}, batch["image"],
   )
   # The first layer has no gradient with respect to the image even when it learns.
   assert counts[""] - counts["image_tower"] > 1.7 * image
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_is_done_twice_is_no_useful_work(tiny, scan):
+  useful, done = [], []
+  for remat, microbatches in (("none", 1), ("dots", 1), ("full", 1), ("full", 2)):
+    tiny.model.image.update(remat=remat, scan=scan)
+    tiny.model.text.update(remat=remat, scan=scan)
+    config = {**tiny.to_dict(), "microbatches": microbatches}
+    made = states.make_program(**config, dataset_size=1000)
+    step, *args = _abstract(made)
+    jaxpr = jax.make_jaxpr(step)(*args)
+    useful.append(useful_work(made, jaxpr, *args))
+    done.append(flops.of_jaxpr(jaxpr))
+  assert {*useful} == {done[0]} and done == sorted({*done})
 
 
 def test_a_step_that_is_not_finite_is_not_applied(tiny, tmp_path):
@@ -232,10 +252,22 @@ def test_keep_last_every_and_best(tmp_path):
     (dict(mesh=dict(data=3)), ValueError, "must multiply to 8"),
     (dict(data=dict(source="glyphs", image_size=32)), TypeError, "option 'tokenizer' is missing"),
     (dict(data=dict(sauce="glyphs")), TypeError, "Did you mean 'source'"),
+    (dict(data=dict(TINY_DATA, tokenizer=dict(name="bite", length=8))), ValueError,
+     "config.data.tokenizer.name: unknown 'bite'. Did you mean 'byte'"),
+    (dict(data=dict(TINY_DATA, tokenizer=dict(name="byte", lenght=8))), TypeError,
+     "config.data.tokenizer: unknown option 'lenght'. Did you mean 'length'"),
+    (dict(data=dict(TINY_DATA, augment=dict(flipp=0.5))), TypeError,
+     "config.data.augment: unknown option 'flipp'. Did you mean 'flip'"),
     (dict(optimizer=dict(lr=1.0, warmpu=3)), TypeError, "Did you mean 'warmup'"),
     (dict(optimizer=dict(lr="1e-3")), TypeError, "config.optimizer.lr='1e-3' is of type str"),
     (dict(loss=dict(siglip=1.0)), TypeError, "config.loss.siglip=1.0 must be a dict"),
     (dict(frozen="."), ValueError, "leaves no parameter to learn"),
+    (dict(frozen="kernel"), ValueError, "decay .* among what config.frozen leaves to learn"),
+    (dict(model=dict(TINY_MODEL, image=dict(TINY_MODEL["image"], dtype="bf16"))), ValueError,
+     "config.model.image.dtype: unknown 'bf16'; known: .*'bfloat16'"),
+    (dict(model=dict(TINY_MODEL, text=dict(TINY_MODEL["text"], dtype="half"))), ValueError,
+     "config.model.text.dtype: unknown 'half'; known: .*'float16'"),
+    (dict(profile=(2, 9)), ValueError, r"config.profile=\(2, 9\): two steps .* of the 8"),
     (dict(log_every=0), ValueError, "config.log_every=0: at least 1"),
     (dict(frozen="image_towr"), ValueError, "config.frozen: 'image_towr' matches no path"),
     (dict(rules=[("attn", ())]), ValueError, "config.rules: no rule matches"),
@@ -263,11 +295,34 @@ def test_misspelt_flag_names_the_nearest_key(tmp_path):
   for flag, message in (
     ("--config.total_stepz=3", "Did you mean \"total_steps\""),
     ("--config.model.image.registers=2", "A flag changes what the config file writes out"),
-    ("--config.total_steps=many", "many"),
+    ("--config.total_steps=many", "config.total_steps: 'many' is no duration"),
+    ("--config.batch_size=many", "many"),
   ):
     done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert message in done.stderr + done.stdout, done.stderr[-2000:]
+
+
+def test_flags_put_text_where_a_duration_is_a_number():
+  given = {"total_steps": "3 epochs", "checkpoint_every": "10%", "eval_every": "200",
+           "optimizer.warmup": "64 samples"}
+  words = [f"--config={ROOT}/configs/quickstart.py"]
+  words += [f"--config.{name}={text}" for name, text in given.items()]
+  code = """
+import sys
+from absl import flags
+from bigalign import command_line
+command_line.define()
+command_line.parse(sys.argv)
+print(flags.FLAGS.config.to_json())
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+  )
+  found = json.loads(done.stdout)
+  assert (found["total_steps"], found["checkpoint_every"]) == ("3 epochs", "10%")
+  assert (found["eval_every"], found["optimizer"]["warmup"]) == (200, "64 samples")
+  assert found["batch_size"] == 512
 
 
 def test_durations():
@@ -286,7 +341,7 @@ def test_every_rejected_sample_is_counted(tiny, tmp_path):
   tiny.data.source = write_tar(tmp_path / "00000.tar", broken)
   tiny.log_every = 3
   run(tmp_path / "whole", tiny)
-  source, reading = program.open_data(**tiny.data.to_dict())
+  source, reading = inputs.open_data(**tiny.data.to_dict())
   batches = pipeline.train_batches(
     source, batch_size=16, rows=np.arange(16), seed=0, stop=8 * 16, **reading
   )

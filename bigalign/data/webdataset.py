@@ -161,8 +161,22 @@ def _classnames(shard: str) -> tuple[str, ...]:
   folder = pathlib.Path(shard).parent
   for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):
     if path.is_file():
-      return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+      return read_classnames(path)
   return ()
+
+
+def read_classnames(path: pathlib.Path) -> tuple[str, ...]:
+  """The names of the classes, one per line; the label of a class is the number of its line, from 0.
+
+  Raises:
+    ValueError: for a blank line before the last name; leaving it out would move all labels after.
+  """
+  names = tuple(line.strip() for line in path.read_text("utf-8").rstrip().splitlines())
+  if "" in names:
+    raise ValueError(f"{path}: line {names.index('') + 1} is blank, but the place of a name is its "
+                     "label; write the name of that class there, or take the line out if none is "
+                     "missing")
+  return names
 
 
 def _label(fields: Mapping[str, bytes], *, key: str) -> int:

@@ -13,6 +13,7 @@ from typing import Protocol
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 
 class BatchSource(Protocol):
@@ -69,6 +70,11 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
   while iterators:
     iterators.pop().close()
   gc.collect()  # grain's iterators are cycles; what is left of them would speak up at exit
+  # grain frees shared memory in a thread that ends with the program, and what it has not come to is
+  # reported as leaked. It works in order: once it has done this nothing, it has done all before.
+  freeing = getattr(SharedMemoryArray, "_del_thread_pool", None)
+  if freeing is not None:
+    freeing.apply(bool)
 
 
 def _start_worker(worker: int, workers: int) -> None:

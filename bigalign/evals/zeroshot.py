@@ -17,6 +17,7 @@ from clu import metrics as clu_metrics
 from bigalign import sharding, tree
 from bigalign.data.sources import expand_variables
 from bigalign.data.tokenizers import make_tokenizer
+from bigalign.data.webdataset import read_classnames
 from bigalign.evals.embed import Context, mean_embedder, open_data, over_mesh, tell_rejects
 
 PROMPTS = {
@@ -25,8 +26,10 @@ PROMPTS = {
 _SLOTS = ("{c}", "{}")  # CLIP_benchmark's and open_clip's mark for the name of the class
 
 
-def read_lines(path: str, what: str) -> list[str]:
+def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
   """The strings of a .json list, or the lines of any other text file that are not blank.
+
+  With `labels` their places are labels, and a blank line is an error.
 
   Raises:
     FileNotFoundError, ValueError: for a missing or empty file, or JSON that is not such a list.
@@ -37,6 +40,8 @@ def read_lines(path: str, what: str) -> list[str]:
   text = file.read_text(encoding="utf-8")
   if file.suffix != ".json":
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if labels:
+      lines = [*read_classnames(file)]
   else:
     lines = json.loads(text)
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
@@ -173,7 +178,7 @@ def zeroshot(
   data = open_data(context, source, batch_size=batch_size, captions=0)
   names = (
     list(getattr(data.source, "classnames", ())) if classnames is None
-    else read_lines(classnames, f"{where}.classnames")
+    else read_lines(classnames, f"{where}.classnames", labels=True)
   )
   if not names:
     raise ValueError(

@@ -31,6 +31,8 @@ ACTIVATIONS = {
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
 REMAT = {
   "none": None,  # keep every activation
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matmuls of weights

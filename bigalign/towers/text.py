@@ -50,7 +50,7 @@ class Text(nn.Module):
     positions = self.param(
       "positions", nn.initializers.normal(1 / self.width**0.5), (1, self.length, self.width)
     )
-    x = table.astype(self.dtype)[ids] + positions.astype(self.dtype)[:, :length]
+    x = sharding.whole(table.astype(self.dtype))[ids] + positions.astype(self.dtype)[:, :length]
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
     seen = mask if self.mask_padding else None
     block = dict(
@@ -108,7 +108,7 @@ def text(
   """
   for name, value, known in (
     ("pool", pool, POOLS), ("activation", activation, base.ACTIVATIONS),
-    ("remat", remat, base.REMAT),
+    ("remat", remat, base.REMAT), ("dtype", dtype, base.DTYPES),
   ):
     if value not in known:
       raise ValueError(f"config.model.text.{name}: unknown {value!r}; known: {sorted(known)}")

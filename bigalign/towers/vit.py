@@ -195,6 +195,7 @@ def vit(
   for name, value, known in (
     ("stem", stem, STEMS), ("pool", pool, POOLS), ("positions", positions, POSITIONS),
     ("activation", activation, base.ACTIVATIONS), ("remat", remat, base.REMAT),
+    ("dtype", dtype, base.DTYPES),
   ):
     if value not in known:
       raise ValueError(f"config.model.image.{name}: unknown {value!r}; known: {sorted(known)}")
