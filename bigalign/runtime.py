@@ -20,7 +20,7 @@ LIBTPU_INIT_ARGS = (
 )
 # What one kind of chip needs besides, by the first word of its accelerator type.
 LIBTPU_INIT_ARGS_OF_KIND = {
-  # Three quarters of its 128 MiB of VMEM for one fusion; axlearn's and levanter's value for v6e.
+  # Three quarters of its 128 MiB of VMEM for one fusion; common practice, in no maker's manual.
   "v6e": ("--xla_tpu_scoped_vmem_limit_kib=98304",),
 }
 # NVIDIA's own images set this one and no other, whatever the GPU:

@@ -14,7 +14,7 @@ import optax
 
 from bigalign import flops, gradcache, tree
 from bigalign.data.rejects import REASONS
-from bigalign.losses import PROVIDES, At, Loss, pairwise
+from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise
 from bigalign.model import without_remat
 from bigalign.state import Arrays, Program, State
 
@@ -34,19 +34,16 @@ def train_step(
     The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
     of every step: "finite_loss", "finite_grad_norm" (bool) and "rejected_<reason>" (int32).
   """
-  key = jax.random.fold_in(jax.random.key(program.seed), state.step)
-  drops, draws = jax.random.split(key)
-  at = At(state.step, state.step / program.total_steps, seen[0], seen[1], draws)
+  at, drops = _at(program, state, seen)
 
   def objective(trainable: Arrays, feats: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
     scalars = tree.unflatten(tree.subtree({**trainable, **state.frozen}, "loss/"))
     with pairwise.engine(program.logits):
       return program.loss.apply(scalars, state.loss, feats, batch, at)
 
-  inputs = {name: batch[name] for name in ("image", "text", "text_mask")}
   (value, (remembered, logs)), grads = gradcache.value_and_grad(
-    lambda trainable, part, key: features(program, state, trainable, part, key), objective,
-    state.trainable, inputs, drops, microbatches=program.microbatches,
+    functools.partial(features, program, state), objective, state.trainable, _inputs(batch), drops,
+    microbatches=program.microbatches,
   )
   grad_norm = optax.tree.norm(grads)
   updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
@@ -81,6 +78,31 @@ def train_step(
     opt=keep(opt, state.opt),
     loss=keep(remembered, state.loss),
   ), metrics
+
+
+def diagnose(
+  state: State, batch: Mapping[str, jax.Array], seen: jax.Array, *, program: Program
+) -> dict[str, jax.Array]:
+  """losses.diagnostics.diagnose of a global batch; arguments as of train_step."""
+  at, drops = _at(program, state, seen)
+  scalars = tree.unflatten(tree.subtree({**state.trainable, **state.frozen}, "loss/"))
+  feats = gradcache.embedded(
+    functools.partial(features, program, state), state.trainable, _inputs(batch), drops,
+    microbatches=program.microbatches,
+  )
+  with pairwise.engine(program.logits):
+    return diagnostics.diagnose(program.loss, scalars, state.loss, feats, batch, at)
+
+
+def _at(program: Program, state: State, seen: jax.Array) -> tuple[At, jax.Array]:
+  """Where in training this step is, and the key of what the towers drop in it."""
+  key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+  drops, draws = jax.random.split(key)
+  return At(state.step, state.step / program.total_steps, seen[0], seen[1], draws), drops
+
+
+def _inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: batch[name] for name in ("image", "text", "text_mask")}
 
 
 def features(

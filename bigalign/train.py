@@ -30,7 +30,7 @@ from bigalign.losses import check_needs
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import FEATURES
 from bigalign.state import State
-from bigalign.step import seen, train_step, useful_work
+from bigalign.step import diagnose, seen, train_step, useful_work
 from bigalign.throughput import Clock
 
 
@@ -47,6 +47,7 @@ def train(
   loss: Mapping[str, Any],
   optimizer: Mapping[str, Any],
   eval_every: int | str = 0,
+  diagnose_every: int | str = 0,
   evals: Mapping[str, Mapping[str, Any]] | None = None,
   frozen: str = "",
   ema: float = 0.0,
@@ -74,6 +75,8 @@ def train(
     loss: {name: options, weight among them}.
     optimizer: options of make_optimizer.
     eval_every: steps, or a duration; 0: only at the start and the end.
+    diagnose_every: steps, or a duration, between looks at what the loss does: hardest negatives,
+      saturation, shares of the gradient, temperatures; each costs about half a step. 0: none.
     evals: {name: options, type among them}.
     frozen: regular expression of the parameters that do not learn.
     ema: decay of the running average of the parameters, which is evaluated too; 0 for none.
@@ -110,6 +113,7 @@ def train(
     raise ValueError(f"config.profile={profile}: two steps (first, last) of the {total}, or ()")
   save_every = duration(checkpoint_every, "config.checkpoint_every")
   eval_every = duration(eval_every, "config.eval_every")
+  diagnose_every = duration(diagnose_every, "config.diagnose_every")
   meta = {
     "config": configs.plain(config), "revision": revision(), "versions": machine.versions(),
     "data": source.fingerprint, "tokenizer": digest(data["tokenizer"]),
@@ -154,6 +158,7 @@ def train(
     functools.partial(train_step, program=program), donate_argnums=0,
     out_shardings=(placed, sharding.replicated(grid)),
   )
+  look = jax.jit(functools.partial(diagnose, program=program))
   compiled, work = None, 0
   window: list[dict[str, jax.Array]] = []  # what must be seen of every step, since the last fetch
 
@@ -221,6 +226,10 @@ def train(
         progress.log(step, row)
       if logs or saves:
         stop_if_not_finite(since, step)
+      if diagnose_every and step % diagnose_every == 0:
+        with clock.paused():
+          findings = jax.device_get(sharding.in_turn(look(state, batch, place)))
+          board.write(step, {f"train/{name}": x for name, x in findings.items()})
       found: dict[str, float] = {}
       if last or (eval_every and step % eval_every == 0):
         with clock.paused():

@@ -87,7 +87,7 @@ def test_every_listed_skip_has_a_reason_and_a_test_file():
     test, _, reason = line.partition(" ")
     if line and not line.startswith("#"):
       assert reason
-      assert test == "*" or (ROOT / test.partition("::")[0]).is_file(), line
+      assert test == "*" or any(ROOT.glob(test.partition("::")[0])), line
 
 
 def test_the_tested_versions_hold_every_dependency_within_its_bounds():
