@@ -23,6 +23,20 @@ def permuted(x: jax.Array, partner: jax.Array, parts: int = 1) -> jax.Array:
   return rearrange(jax.vmap(lambda rows, i: rows[i])(blocks, own), "w b e -> (w b) e")
 
 
+def draw(
+  key: jax.Array, n: int, *, alpha: float, probability: float, parts: int
+) -> tuple[jax.Array, jax.Array]:
+  """Shares [n] and partners [n] of `m3co`, these within `parts` equal blocks; of 32 bits even under
+  x64, which would draw other numbers."""
+  share, which, order = jax.random.split(key, 3)
+  shares = jax.random.beta(share, alpha, alpha, (n,), jnp.float32)
+  mixed = jax.random.uniform(which, (n,), jnp.float32) < probability
+  own = jnp.argsort(jax.random.bits(order, (parts, n // parts), jnp.uint32), axis=1)
+  first = jnp.arange(0, n, n // parts)[:, None]
+  partner = rearrange(own + first, "w b -> (w b)").astype(jnp.int32)
+  return jnp.where(mixed, shares, 1), partner
+
+
 def mixed_direction(
   a: jax.Array, c: jax.Array, share: jax.Array, partner: jax.Array, scale: jax.Array,
   parts: int = 1,
@@ -103,27 +117,17 @@ def m3co(
   if not alpha > 0:
     raise ValueError(f"{where}.alpha={alpha!r} of a Beta distribution: above 0")
 
-  def draw(key, n, parts):
-    """Shares [n] and partners [n]; in float32 even under x64, which would draw other numbers."""
-    share, which, order = jax.random.split(key, 3)
-    shares = jax.random.beta(share, alpha, alpha, (n,), jnp.float32)
-    mixed = jax.random.uniform(which, (n,), jnp.float32) < probability
-    order = jnp.argsort(jax.random.bits(order, (parts, n // parts)), axis=1).astype(jnp.int32)
-    first = jnp.arange(0, n, n // parts, dtype=jnp.int32)[:, None]
-    return jnp.where(mixed, shares, 1), rearrange(order + first, "w b -> (w b)")
-
   def apply(params, state, feats, batch, at):
     img, txt = feats["raw_img"], feats["raw_txt"]
     parts = sharding.batch_parts() if perm_scope == "shard" else 1
 
     def mixed():
-      return sum(
-        mixed_direction(a, c, share.astype(a.dtype), partner, jnp.asarray(1 / tau, a.dtype), parts)
-        for (a, c), (share, partner) in zip(
-          ((img, txt), (txt, img)),
-          (draw(key, len(img), parts) for key in jax.random.split(at.key)),
-        )
-      )
+      scale = jnp.asarray(1 / tau, img.dtype)
+      loss = jnp.zeros((), img.dtype)
+      for key, a, c in zip(jax.random.split(at.key), (img, txt), (txt, img)):
+        share, partner = draw(key, len(a), alpha=alpha, probability=probability, parts=parts)
+        loss += mixed_direction(a, c, share.astype(a.dtype), partner, scale, parts)
+      return loss
 
     def soft():
       scale = jnp.asarray(1 / soft_tau, img.dtype)

@@ -102,8 +102,8 @@ def _widths(dims: Sequence[int] | None, width: int) -> list[int]:
 
 def _prefix(feats: Mapping[str, jax.Array], m: int) -> dict[str, jax.Array]:
   """The features as if the projections were m wide. Tokens are not projected, and stay."""
-  cut = {k: x[:, :m] for k, x in feats.items() if k.startswith(("z", "raw"))}
-  unit_norm = {k: unit(x) for k, x in cut.items() if k.startswith("z")}
-  # From the projections where they are, as the definition has it.
-  raw = {f"z{k.removeprefix('raw_')}": unit(x) for k, x in cut.items() if k.startswith("raw")}
-  return {**feats, **cut, **unit_norm, **raw}
+  raw = {k: feats[k][:, :m] for k in ("raw_img", "raw_txt")}
+  cut = {**raw, "zimg": unit(raw["raw_img"]), "ztxt": unit(raw["raw_txt"])}
+  if "ztxt_second" in feats:
+    cut["ztxt_second"] = unit(feats["ztxt_second"][:, :m])
+  return {**feats, **cut}
