@@ -30,7 +30,8 @@ def clip_gap(
   """CLIP + uniformity + alignment + cross-modal uniformity: https://arxiv.org/abs/2405.18570.
 
   uniform: log mean over i < j of exp(-t |a_i - a_j|²), averaged over the modalities; xuniform: the
-  same over images i and texts j ≠ i; align: mean |x_i - y_i|².
+  same over images i and texts j ≠ i; align: mean |x_i - y_i|². Distances are formed from products,
+  squared, so that gradients are finite where two points are one.
 
   Args:
     t: of the Gaussian in both uniformities; the paper's 2.
