@@ -130,6 +130,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH))
 
 
+def batch_parts() -> int:
+  """How many devices share a batch in this mesh; 1 outside of a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def pin(x: jax.Array) -> jax.Array:
   """Keeps axis 0 of an activation on the batch axes; outside of a mesh, x.
 

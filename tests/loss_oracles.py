@@ -96,7 +96,7 @@ def run(loss, case, dtype, fields=None, where=AT):
     return objective, metrics
 
   (_, metrics), (dx, ds) = jax.value_and_grad(value, (0, 1), has_aux=True)(features, scalars)
-  return {"loss": metrics["loss"], **{f"d_{k}": x for k, x in {**dx, **ds}.items()}}
+  return {**metrics, **{f"d_{k}": x for k, x in {**dx, **ds}.items()}}
 
 
 def check(case, got, precision):

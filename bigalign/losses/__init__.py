@@ -8,11 +8,34 @@ from typing import Any
 from bigalign import config
 from bigalign.losses.base import At, Loss, weighted_sum
 from bigalign.losses.clip import clip
+from bigalign.losses.clip_gap import clip_gap
+from bigalign.losses.focal import focal_itc
+from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
+from bigalign.losses.m3co import m3co, softclip_m3co
+from bigalign.losses.matryoshka import matryoshka
+from bigalign.losses.mixup import m2mix, m3mix
+from bigalign.losses.sail import sail
 from bigalign.losses.siglip import siglip
+from bigalign.losses.unicl import unicl
 
 __all__ = ["LOSSES", "PROVIDES", "At", "Loss", "make_loss", "weighted_sum"]
 
-LOSSES = dict(clip=clip, siglip=siglip)
+LOSSES = dict(
+  alignclip=alignclip,
+  clip=clip,
+  clip_gap=clip_gap,
+  clip_intra_neg=clip_intra_neg,
+  cyclip=cyclip,
+  focal_itc=focal_itc,
+  m2mix=m2mix,
+  m3co=m3co,
+  m3mix=m3mix,
+  matryoshka=matryoshka,
+  sail=sail,
+  siglip=siglip,
+  softclip_m3co=softclip_m3co,
+  unicl=unicl,
+)
 
 # What a loss may need -> the fields of the batch or the features that provide it.
 PROVIDES = dict(

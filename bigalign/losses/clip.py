@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise
+from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
+from bigalign.losses.sweep import Arrays
+
+
+def above_positives(z: jax.Array, row: Arrays, col: Arrays, scale: jax.Array) -> Arrays:
+  """A tile of cosines [n, m] -> logits above that of the row's, and of the column's, positive.
+
+  The positives themselves are -inf: with r the lse of a row of "i2t", -log p of its positive is
+  softplus(r). At a scale of 100 the loss would be lost in 100 - 100.
+
+  Args:
+    row, col: "positive" [n], [m], the cosines of the pairs, and the places "at".
+  """
+  other = ~pairwise.same(row, col)
+  i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
+  return {k: jnp.where(other, scale * v, -jnp.inf) for k, v in (("i2t", i2t), ("t2i", t2i))}
+
+
+def above_positives_lse(
+  zimg: jax.Array, ztxt: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """[B, E], [B, E] -> [B] per image and [B] per text: the lse of all other logits above its own."""
+  positive = pairwise.paired(zimg, ztxt)  # [B]
+
+  def tile(row, col, shared):
+    return above_positives(pairwise.products(row["z"], col["z"]), row, col, shared["scale"])
+
+  found = pairwise.reduce(
+    tile, {"z": zimg, "positive": positive}, {"z": ztxt, "positive": positive},
+    {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse"},
+  )
+  return found["i2t"], found["t2i"]
+
+
+def contrast(zimg: jax.Array, ztxt: jax.Array, scale: jax.Array) -> jax.Array:
+  """[]: the loss without smoothing."""
+  i2t, t2i = above_positives_lse(zimg, ztxt, scale)
+  return (jax.nn.softplus(i2t).mean() + jax.nn.softplus(t2i).mean()) / 2
 
 
 def clip(
@@ -30,37 +65,14 @@ def clip(
   """
 
   def init(sizes):
-    params = {"t": jnp.asarray(math.log(t_init), jnp.float32)}
-    if b_init is not None:
-      params["b"] = jnp.asarray(b_init, jnp.float32)
-    return params, {}
+    return temperature.init(t_init, b_init=b_init), {}
 
   def apply(params, state, feats, batch, at):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     scale = jnp.exp(params["t"])
-    positive = pairwise.paired(zimg, ztxt)  # [B]
-
-    def tile(row, col, shared):
-      z = pairwise.products(row["z"], col["z"])
-      other = ~pairwise.same(row, col)
-      # Relative to the positive: at a scale of 100 the loss would be lost in 100 - 100.
-      i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
-      scale = shared["scale"]
-      return {k: jnp.where(other, scale * v, -jnp.inf) for k, v in (("i2t", i2t), ("t2i", t2i))}
-
-    found = pairwise.reduce(
-      tile, {"z": zimg, "positive": positive}, {"z": ztxt, "positive": positive},
-      {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse"},
-    )
-    i2t, t2i = (jax.nn.softplus(found[k]).mean() for k in ("i2t", "t2i"))
     # The mean of all logits above that of the positives.
-    even = scale * (zimg.mean(0) @ ztxt.mean(0) - positive.mean())
-    loss = (i2t + t2i) / 2 - label_smoothing * even
+    even = scale * (zimg.mean(0) @ ztxt.mean(0) - pairwise.paired(zimg, ztxt).mean())
+    loss = contrast(zimg, ztxt, scale) - label_smoothing * even
     return loss, (state, {"loss": loss, "contrastive_loss": loss, "logit_scale": scale})
 
-  def constrain(params):
-    if t_max is None:
-      return params
-    return {**params, "t": jnp.clip(params["t"], 0.0, math.log(t_max))}
-
-  return Loss(frozenset(), init, apply, constrain)
+  return Loss(frozenset(), init, apply, temperature.clamped(t_max))

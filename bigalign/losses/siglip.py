@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise
+from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
+
+
+def binary(
+  zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, bias: jax.Array,
+  owners: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+  """[]: the sum over all pairs of an image [N, E] and a text [M, E].
+
+  owners: ids [N, 2] of the images and [M, 2] of the texts' images, whose equality makes a positive;
+    None: equal places do.
+  """
+  rows, columns = {"z": zimg}, {"z": ztxt}
+  if owners:
+    rows["id"], columns["id"] = owners
+
+  def tile(row, col, shared):
+    logits = shared["scale"] * pairwise.products(row["z"], col["z"]) + shared["bias"]
+    if owners is None:
+      positive = pairwise.same(row, col)
+    else:
+      positive = (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
+    # The sign goes inside: 1 - sigmoid would lose what a confident positive still costs.
+    return {"loss": jax.nn.softplus(jnp.where(positive, -logits, logits))}
+
+  return pairwise.total(tile, rows, columns, {"scale": scale, "bias": bias})
 
 
 def siglip(
@@ -42,36 +65,17 @@ def siglip(
       raise ValueError(f"config.loss.siglip.{name}: unknown {value!r}; known: {known}")
 
   def init(sizes):
-    return {
-      "t": jnp.asarray(math.log(t_init), jnp.float32),
-      "b": jnp.asarray(b_init, jnp.float32),
-    }, {}
+    return temperature.init(t_init, b_init=b_init), {}
 
   def apply(params, state, feats, batch, at):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
-    scale = jnp.exp(params["t"])
-    rows, columns = {"z": zimg}, {"z": ztxt}
+    scale, owners = jnp.exp(params["t"]), None
     if positives == "ids":
-      rows["id"] = batch["image_id"]
-      columns["id"] = batch.get("owner_id", batch["image_id"])
-
-    def tile(row, col, shared):
-      logits = shared["scale"] * pairwise.products(row["z"], col["z"]) + shared["bias"]
-      if positives == "pair":
-        positive = pairwise.same(row, col)
-      else:
-        positive = (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
-      return {"loss": jax.nn.softplus(jnp.where(positive, -logits, logits))}
-
-    loss = pairwise.total(tile, rows, columns, {"scale": scale, "bias": params["b"]})
+      owners = batch["image_id"], batch.get("owner_id", batch["image_id"])
+    loss = binary(zimg, ztxt, scale, params["b"], owners)
     loss /= len(zimg) if reduction == "row_sum" else len(zimg) * len(ztxt)
     logs = {"contrastive_loss": loss, "logit_scale": scale, "logit_bias": params["b"]}
     return loss, (state, {"loss": loss, **logs})
 
-  def constrain(params):
-    if t_max is None:
-      return params
-    return {**params, "t": jnp.clip(params["t"], 0.0, math.log(t_max))}
-
   needs = frozenset({"ids"} if positives == "ids" else ())
-  return Loss(needs, init, apply, constrain)
+  return Loss(needs, init, apply, temperature.clamped(t_max))

@@ -1,0 +1,81 @@
+"""Softmax loss with the terms that close the gap between the modalities."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses import pairwise, temperature
+from bigalign.losses.base import Loss
+from bigalign.losses.clip import above_positives
+
+OUTPUTS = {
+  "i2t": "row_lse", "t2i": "col_lse", "img": "row_lse", "txt": "row_lse", "cross": "row_lse"
+}
+
+
+def clip_gap(
+  *,
+  t: float = 2.0,
+  w_clip: float = 1.0,
+  w_uniform: float = 1.0,
+  w_align: float = 1.0,
+  w_xuniform: float = 1.0,
+  t_init: float = 100.0,
+  t_learned: bool = False,
+  t_max: float | None = 100.0,
+) -> Loss:
+  """CLIP + uniformity + alignment + cross-modal uniformity: https://arxiv.org/abs/2405.18570.
+
+  uniform: log mean over i < j of exp(-t |a_i - a_j|²), averaged over the modalities; xuniform: the
+  same over images i and texts j ≠ i; align: mean |x_i - y_i|². Distances are formed from products,
+  squared, so that gradients are finite where two points are one.
+
+  Args:
+    t: of the Gaussian in both uniformities; the paper's 2.
+    w_clip, w_uniform, w_align, w_xuniform: weights, all 1 in the paper; its variant without cross
+      uniformity has w_xuniform=0.
+    t_init: the logit scale. The authors fine-tune with a fixed temperature of 0.01.
+    t_learned: whether the scale is learned; it then stays in [1, t_max].
+  """
+
+  def init(sizes):
+    return temperature.init(t_init, learned=t_learned), {}
+
+  def tile(row, col, shared):
+    other = ~pairwise.same(row, col)
+
+    def gauss(a, b, z):
+      square = row[f"{a}_square"][:, None] + col[f"{b}_square"][None, :] - 2 * z
+      return jnp.where(other, -t * square, -jnp.inf)
+
+    z = pairwise.products(row["img"], col["txt"])
+    within = {k: gauss(k, k, pairwise.products(row[k], col[k])) for k in ("img", "txt")}
+    return {
+      **above_positives(z, row, col, shared["scale"]), **within, "cross": gauss("img", "txt", z)
+    }
+
+  def apply(params, state, feats, batch, at):
+    zimg, ztxt = feats["zimg"], feats["ztxt"]
+    scale = temperature.scale(params, t_init, zimg)
+    pairs = {
+      "img": zimg, "txt": ztxt, "positive": pairwise.paired(zimg, ztxt),
+      "img_square": pairwise.paired(zimg, zimg), "txt_square": pairwise.paired(ztxt, ztxt),
+    }
+    found = pairwise.reduce(tile, pairs, pairs, {"scale": scale}, outputs=OUTPUTS)
+
+    def log_mean(name):
+      return jax.nn.logsumexp(found[name]) - math.log(len(zimg) * (len(zimg) - 1))
+
+    parts = {
+      "contrastive_loss": sum(jax.nn.softplus(found[k]).mean() for k in ("i2t", "t2i")) / 2,
+      "uniform": (log_mean("img") + log_mean("txt")) / 2,
+      "align": jnp.sum((zimg - ztxt) ** 2, -1).mean(),
+      "xuniform": log_mean("cross"),
+    }
+    loss = sum(w * x for w, x in zip((w_clip, w_uniform, w_align, w_xuniform), parts.values()))
+    return loss, (state, {"loss": loss, **parts, "logit_scale": scale})
+
+  return Loss(frozenset(), init, apply, temperature.clamped(t_max))
