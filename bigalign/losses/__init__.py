@@ -6,23 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigalign import config
+from bigalign.losses.albef import albef_itc
 from bigalign.losses.base import At, Loss, weighted_sum
 from bigalign.losses.clip import clip
 from bigalign.losses.clip_gap import clip_gap
+from bigalign.losses.distill import clip_distill, mobileclip_dr, siglip_distill
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
 from bigalign.losses.matryoshka import matryoshka
 from bigalign.losses.mixup import m2mix, m3mix
+from bigalign.losses.nitc import nitc
 from bigalign.losses.sail import sail
 from bigalign.losses.siglip import siglip
+from bigalign.losses.sparc import sparc
 from bigalign.losses.unicl import unicl
 
 __all__ = ["LOSSES", "PROVIDES", "At", "Loss", "make_loss", "weighted_sum"]
 
 LOSSES = dict(
+  albef_itc=albef_itc,
   alignclip=alignclip,
   clip=clip,
+  clip_distill=clip_distill,
   clip_gap=clip_gap,
   clip_intra_neg=clip_intra_neg,
   cyclip=cyclip,
@@ -31,9 +37,13 @@ LOSSES = dict(
   m3co=m3co,
   m3mix=m3mix,
   matryoshka=matryoshka,
+  mobileclip_dr=mobileclip_dr,
+  nitc=nitc,
   sail=sail,
   siglip=siglip,
+  siglip_distill=siglip_distill,
   softclip_m3co=softclip_m3co,
+  sparc=sparc,
   unicl=unicl,
 )
 
@@ -45,6 +55,8 @@ PROVIDES = dict(
   tokens=("tokens_img", "tokens_txt"),
   second_text=("ztxt_second",),
   teacher=("teacher_img", "teacher_txt"),
+  ema_teacher=("teacher_img", "teacher_txt"),
+  noise=("noise_prob",),
   teacher_text=("teacher_txt",),
   teacher_second_text=("teacher_txt_second",),
 )
