@@ -49,7 +49,8 @@ def albef_itc(
     )
 
   def init(sizes):
-    keys = jax.random.normal(jax.random.key(0), (2, queue_size, sizes["embed"]))
+    shape = (2, queue_size, sizes["embed"])
+    keys = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     keys /= jnp.linalg.norm(keys, axis=-1, keepdims=True)
     state = {"img": keys[0], "txt": keys[1], "next": jnp.zeros((), jnp.int32)}
     if positives == "ids":
@@ -134,11 +135,9 @@ def _cross_entropy(z, teacher, keys, ids, shared, group):
     z = (pairwise.products(row["z"], col["key"]) - row["positive"][:, None]) / shared["temperature"]
     truth = match / row["matches"][:, None]
     own = jnp.exp(logits - row["norm"][:, None])
-    share = shared["alpha"]
+    wanted = (shared["alpha"] * own + (1 - shared["alpha"]) * truth) * z
     other = seen & ~pairwise.same(row, col)
-    return {
-      "others": jnp.where(other, z, -jnp.inf), "wanted": (share * own + (1 - share) * truth) * z
-    }
+    return {"others": jnp.where(other, z, -jnp.inf), "wanted": jnp.where(other, wanted, 0)}
 
   positive = pairwise.paired(z, keys[:size])
   out = pairwise.reduce(

@@ -208,7 +208,7 @@ def _hard_and_soft(
     other = ~pairwise.same(row, col)
     return {
       "i2t": jnp.where(other, i2t, -jnp.inf), "t2i": jnp.where(other, t2i, -jnp.inf),
-      "wanted": p * i2t + q * t2i,
+      "wanted": jnp.where(other, p * i2t + q * t2i, 0),
     }
 
   rows = {"z": zimg, "positive": positive, "teacher": x}
@@ -218,7 +218,8 @@ def _hard_and_soft(
     columns | {way: norms[way] for way in ways if way.startswith("t2i")},
     {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse", "wanted": "row_sum"},
   )
-  hard = sum(jax.nn.softplus(found[way]).mean() for way in ("i2t", "t2i")) / 2
+  i2t, t2i = (jax.nn.softplus(found[way]).mean() for way in ("i2t", "t2i"))
+  hard = (i2t + t2i) / 2
   return hard, hard - found["wanted"].mean() / 2
 
 

@@ -31,14 +31,9 @@ def cloc_region(
   Returns:
     [] regions to phrases and [] phrases to regions; the loss is their mean.
   """
-  sides = []
-  positive = pairwise.paired(*(rearrange(x, "b m d -> (b m) d") for x in (regions, phrases)))
-  real = rearrange(mask != 0, "b m -> (b m)")
-  for x in (regions, phrases):
-    sides.append({
-      "z": rearrange(x, "b m d -> (b m) d"), "positive": positive, "real": real,
-      "id": rearrange(phrase_id, "b m -> (b m)"),
-    })
+  zr, zp = (rearrange(x, "b m d -> (b m) d") for x in (regions, phrases))
+  real, ids = (rearrange(x, "b m -> (b m)") for x in (mask != 0, phrase_id))
+  both = {"positive": pairwise.paired(zr, zp), "real": real, "id": ids}
 
   def tile(row, col, shared):
     z = pairwise.products(row["z"], col["z"])
@@ -49,7 +44,8 @@ def cloc_region(
     return {k: jnp.where(seen, scale * v, -jnp.inf) for k, v in (("r2t", i2t), ("t2r", t2i))}
 
   found = pairwise.reduce(
-    tile, *sides, {"scale": scale}, outputs={"r2t": "row_lse", "t2r": "col_lse"}
+    tile, {"z": zr, **both}, {"z": zp, **both}, {"scale": scale},
+    outputs={"r2t": "row_lse", "t2r": "col_lse"},
   )
   count = jnp.maximum(real.sum(), 1)
   r2t, t2r = (jnp.where(real, jax.nn.softplus(found[k]), 0).sum() / count for k in ("r2t", "t2r"))
