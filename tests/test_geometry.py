@@ -101,4 +101,4 @@ def test_more_pairs_take_no_more_memory_at_a_time():
   shape = jax.ShapeDtypeStruct((16384, 64), jnp.float32)
   mask = jax.ShapeDtypeStruct((16384,), bool)
   compiled = jax.jit(geometry.pairs).lower(shape, shape, mask).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 4 * 16384**2
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * 4 * 16384**2

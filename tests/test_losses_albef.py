@@ -81,8 +81,8 @@ def several(loss, dtype, steps=3):
   return jax.tree.map(lambda x: np.asarray(x, np.float64), (found, state))
 
 
-@pytest.mark.parametrize("way", ["dense", "gather", "segment", "ring"])
-def test_every_way_and_mesh_gives_the_same(way):
+@pytest.mark.parametrize("way", ["segment", "ring"])
+def test_steps_over_the_mesh_are_the_same(way):
   options = dict(queue_size=32, positives="ids", local_keys=8)
   with jax.enable_x64(True), pairwise.engine(pairwise.Engine("dense")):
     expected = several(make("albef_itc", options), "float64")
@@ -155,5 +155,6 @@ def test_errors_name_the_option():
   ):
     with pytest.raises(ValueError, match=r"config\.loss\.albef_itc\." + message):
       make("albef_itc", options)
-  with pytest.raises(ValueError, match=r"'ema_teacher'.*'teacher_img'"):
+  losses.check_needs(loss, {"zimg", "ztxt"}, ema=True)
+  with pytest.raises(ValueError, match=r"config\.ema is 0"):
     losses.check_needs(loss, {"zimg", "ztxt"})

@@ -83,9 +83,17 @@ def _term(name: str, *, weight: float = 1.0, **options: Any) -> tuple[float, Los
   return weight, config.call(factory, options, f"config.loss.{name}")
 
 
-def check_needs(loss: Loss, fields: Any) -> None:
-  """Raises ValueError if the loss reads a field that neither the batch nor the model has."""
-  for need in sorted(loss.needs):
+def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
+  """Raises ValueError if the loss reads a field that neither the batch nor the model has.
+
+  ema: parameters are averaged, so there is a model that makes the fields of "ema_teacher".
+  """
+  if "ema_teacher" in loss.needs and not ema:
+    raise ValueError(
+      "config.loss needs the features of averaged parameters, but config.ema is 0; set it, to 0.995"
+      " for example"
+    )
+  for need in sorted(loss.needs - {"ema_teacher"}):
     for field in PROVIDES[need]:
       if field not in fields:
         raise ValueError(
