@@ -14,13 +14,16 @@ from bigalign import losses, sharding
 from bigalign.losses import pairwise
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def one_step(loss, params, state, feats, batch, where):
   """Gradients of features and temperature, the new state and the metrics."""
   params = loss.constrain(params)  # as after the update before
+  return of_apply(loss.apply, params, state, feats, batch, where)
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_apply(apply, params, state, feats, batch, where):
   def value(params, learned):
-    return loss.apply(params, state, {**feats, **learned}, batch, where)
+    return apply(params, state, {**feats, **learned}, batch, where)
 
   learned = {k: feats[k] for k in ("zimg", "ztxt")}
   (_, (state, metrics)), (d_params, d_feats) = jax.value_and_grad(value, (0, 1), has_aux=True)(

@@ -16,10 +16,14 @@ from bigalign.losses import pairwise
 INPUTS = dict(patches="tokens_img", tokens="tokens_txt", img="zimg", txt="ztxt")
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(loss, feats, params):
+  return of_apply(loss.apply, feats, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_apply(apply, feats, params):
   def value(feats, params):
-    objective, (_, metrics) = loss.apply(params, {}, {**rest, **feats}, {}, AT)
+    objective, (_, metrics) = apply(params, {}, {**rest, **feats}, {}, AT)
     return objective, metrics
 
   rest = {"mask_txt": feats["mask_txt"]} if "mask_txt" in feats else {}
