@@ -53,7 +53,7 @@ def test_albef_itc(case, precision):
     params = {"temperature": jnp.asarray(case["params"]["temps"][k], precision)}
     grads, state, metrics = one_step(loss, params, state, feats, batch, where)
     got = dict(
-      loss=metrics["loss"], i2t=metrics["image_to_text_loss"], t2i=metrics["text_to_image_loss"],
+      loss=metrics["loss"], i2t=metrics["i2t"], t2i=metrics["t2i"],
       d_temp=grads["temperature"], d_img=grads["zimg"], d_txt=grads["ztxt"],
       queue_ptr=state["next"], state_queue_img=state["img"], state_queue_txt=state["txt"],
     )

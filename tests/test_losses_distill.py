@@ -6,37 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loss_oracles import AT, both_precisions, cases, check, floats, make, oracles, run, unit
+from loss_oracles import AT, both_precisions, cases, check, make, oracles, run
 
 from bigalign import sharding
 from bigalign.losses import pairwise
 
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
-
-def parts(loss, case, precision, names, fields=None):
-  """Compares logged parts: {the oracle's name: ours}."""
-  inputs = floats(oracles().inputs(case), precision)
-  feats = {
-    ours: unit(inputs[k]) if case["normalize"] else inputs[k] for k, ours in
-    dict(img="zimg", txt="ztxt", txt_syn="ztxt_second").items() if k in inputs
-  }
-  params = {ours: jnp.asarray(case["scalars"][k], precision) for k, ours in
-            dict(log_scale="t", bias="b").items() if k in case["scalars"]}
-  batch = {ours: inputs[k] for k, ours in dict(
-    t_img="teacher_img", t_txt="teacher_txt", t_txt_syn="teacher_txt_second",
-    noise_prob="noise_prob").items() if k in inputs}
-  _, (_, metrics) = loss.apply(params, {}, feats, batch, AT)
-  got = {theirs: metrics[ours] for theirs, ours in names.items()}
-  oracles().check(case, got, rtol=TOLERANCE[precision], require=tuple(names))
+def parted(got):
+  """With the oracle's names of the two parts."""
+  return {**got, "hard": got["contrastive_loss"], "soft": got["distill_loss"]}
 
 
 @both_precisions
 @pytest.mark.parametrize("case", cases("clip_distill"))
 def test_clip_distill(case, precision):
   loss = make("clip_distill", case["params"])
-  check(case, run(loss, case, precision), precision)
-  parts(loss, case, precision, {"hard": "contrastive_loss", "soft": "distill_loss"})
+  check(case, parted(run(loss, case, precision)), precision)
 
 
 @both_precisions
@@ -44,9 +29,7 @@ def test_clip_distill(case, precision):
 def test_mobileclip_dr(case, precision):
   options = dict(case["params"])
   options |= dict(soft_share=options.pop("lambda"), second_text="txt_syn" in case["inputs"])
-  loss = make("mobileclip_dr", options)
-  check(case, run(loss, case, precision), precision)
-  parts(loss, case, precision, {"hard": "contrastive_loss", "soft": "distill_loss"})
+  check(case, parted(run(make("mobileclip_dr", options), case, precision)), precision)
 
 
 @both_precisions
@@ -54,11 +37,11 @@ def test_mobileclip_dr(case, precision):
 def test_siglip_distill(case, precision):
   options = dict(case["params"])
   share = options.pop("lambda")
-  check(case, run(make("siglip_distill", options | dict(soft_share=share)), case, precision),
-        precision)
-  for part, share in (("hard", 0.0), ("soft", 1.0)):
-    loss = make("siglip_distill", options | dict(soft_share=share))
-    parts(loss, case, precision, {part: "loss"})
+  loss, hard, soft = (
+    run(make("siglip_distill", options | dict(soft_share=x)), case, precision)
+    for x in (share, 0.0, 1.0)
+  )
+  check(case, {**loss, "hard": hard["loss"], "soft": soft["loss"]}, precision)
 
 
 @both_precisions
@@ -67,7 +50,6 @@ def test_nitc(case, precision):
   loss = make("nitc", dict(smoothing=case["params"]["lambda"]))
   noise = jnp.asarray(oracles().inputs(case)["noise_prob"], precision)
   check(case, run(loss, case, precision, {"noise_prob": noise}), precision)
-  parts(loss, case, precision, {"i2t": "image_to_text_loss", "t2i": "text_to_image_loss"})
 
 
 def random_batch(size=32, width=16, teacher=24, noise=0.5, seed=0):

@@ -77,7 +77,7 @@ def albef_itc(
       for own, other in (("img", "txt"), ("txt", "img"))
     )
     loss = (i2t + t2i) / 2
-    logs = {"image_to_text_loss": i2t, "text_to_image_loss": t2i, **shared}
+    logs = {"i2t": i2t, "t2i": t2i, **shared}
     return loss, (_enqueue(state, new), {"loss": loss, "contrastive_loss": loss, **logs})
 
   def constrain(params):

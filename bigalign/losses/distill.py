@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise
+from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
+from bigalign.losses.clip import above_positives
 
 
 class Teacher(NamedTuple):
@@ -47,6 +47,9 @@ def clip_distill(
     w_hard, w_soft: weights of CLIP's loss and of the teacher's.
   """
 
+  def init(sizes):
+    return temperature.init(t_init), {}
+
   def apply(params, state, feats, batch, at):
     scale = jnp.exp(params["t"])
     teachers = _teachers("clip_distill", batch["teacher_img"], None, (teacher_scale,), (0.0,))
@@ -57,7 +60,7 @@ def clip_distill(
     logs = {"contrastive_loss": hard, "distill_loss": soft, "logit_scale": scale}
     return loss, (state, {"loss": loss, **logs})
 
-  return Loss(frozenset({"teacher"}), _scale_of(t_init), apply, _at_most(t_max))
+  return Loss(frozenset({"teacher"}), init, apply, temperature.clamped(t_max))
 
 
 def mobileclip_dr(
@@ -88,6 +91,9 @@ def mobileclip_dr(
   no_bias = (0.0,) * len(teacher_scales)
   _check_teachers("mobileclip_dr", teacher_dims, teacher_scales, no_bias)
 
+  def init(sizes):
+    return temperature.init(t_init), {}
+
   def apply(params, state, feats, batch, at):
     scale = jnp.exp(params["t"])
     teachers = _teachers(
@@ -106,7 +112,7 @@ def mobileclip_dr(
     return hard + soft, (state, {"loss": hard + soft, **logs})
 
   needs = {"teacher", *(("second_text", "teacher_second_text") if second_text else ())}
-  return Loss(frozenset(needs), _scale_of(t_init), apply, _at_most(t_max))
+  return Loss(frozenset(needs), init, apply, temperature.clamped(t_max))
 
 
 def siglip_distill(
@@ -141,8 +147,7 @@ def siglip_distill(
   _check_teachers("siglip_distill", teacher_dims, teacher_scales, teacher_biases)
 
   def init(sizes):
-    params, state = _scale_of(t_init)(sizes)
-    return {**params, "b": jnp.asarray(b_init, jnp.float32)}, state
+    return temperature.init(t_init, b_init=b_init), {}
 
   def apply(params, state, feats, batch, at):
     scale = jnp.exp(params["t"])
@@ -169,7 +174,7 @@ def siglip_distill(
     loss = pairwise.total(tile, rows, columns, shared) / len(feats["zimg"])
     return loss, (state, {"loss": loss, "logit_scale": scale, "logit_bias": params["b"]})
 
-  return Loss(frozenset({"teacher"}), init, apply, _at_most(t_max))
+  return Loss(frozenset({"teacher"}), init, apply, temperature.clamped(t_max))
 
 
 def _hard_and_soft(
@@ -198,18 +203,15 @@ def _hard_and_soft(
   positive = pairwise.paired(zimg, ztxt)  # [B]
 
   def tile(row, col, shared):
-    z = pairwise.products(row["z"], col["z"])
-    # Relative to the positive: at a scale of 100 the loss would be lost in 100 - 100.
-    i2t = shared["scale"] * (z - row["positive"][:, None])
-    t2i = shared["scale"] * (z - col["positive"][None, :])
+    above = above_positives(
+      pairwise.products(row["z"], col["z"]), row, col, shared["scale"]
+    )
+    # Its own positive is 0 above itself, whatever the teachers give it.
+    i2t, t2i = (jnp.where(pairwise.same(row, col), 0, above[way]) for way in ("i2t", "t2i"))
     logits = [teacher.logits(row, col) for teacher in teachers]
     p = _mean([jnp.exp(v - row[f"i2t{k}"][:, None]) for k, v in enumerate(logits)])
     q = _mean([jnp.exp(v - col[f"t2i{k}"][None, :]) for k, v in enumerate(logits)])
-    other = ~pairwise.same(row, col)
-    return {
-      "i2t": jnp.where(other, i2t, -jnp.inf), "t2i": jnp.where(other, t2i, -jnp.inf),
-      "wanted": jnp.where(other, p * i2t + q * t2i, 0),
-    }
+    return {**above, "wanted": p * i2t + q * t2i}
 
   rows = {"z": zimg, "positive": positive, "teacher": x}
   columns = {"z": ztxt, "positive": positive, "teacher": y}
@@ -254,18 +256,3 @@ def _teachers(
     )
   stops = [sum(dims[: k + 1]) for k in range(len(dims))]
   return [Teacher(stop - dim, stop, *of) for stop, dim, *of in zip(stops, dims, scales, biases)]
-
-
-def _scale_of(t_init: float) -> Any:
-  return lambda sizes: ({"t": jnp.asarray(math.log(t_init), jnp.float32)}, {})
-
-
-def _at_most(t_max: float | None) -> Any:
-  """The bounds of the scale, 1 and t_max; none if None."""
-
-  def constrain(params):
-    if t_max is None:
-      return params
-    return {**params, "t": jnp.clip(params["t"], 0.0, math.log(t_max))}
-
-  return constrain

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise
+from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
-from bigalign.losses.clip import clip
+from bigalign.losses.clip import above_positives_lse
 
 
 def nitc(
@@ -26,35 +26,26 @@ def nitc(
   """
   if not 0 <= smoothing <= 1:
     raise ValueError(f"config.loss.nitc.smoothing={smoothing} must be between 0 and 1")
-  plain = clip(t_init=t_init, t_max=t_max)
+
+  def init(sizes):
+    return temperature.init(t_init), {}
 
   def apply(params, state, feats, batch, at):
     zimg, ztxt, scale = feats["zimg"], feats["ztxt"], jnp.exp(params["t"])
     size = len(zimg)
     given = smoothing * batch["noise_prob"].astype(zimg.dtype) / max(size - 1, 1)  # [B], to each
     positive = pairwise.paired(zimg, ztxt)
+    above = above_positives_lse(zimg, ztxt, scale)
 
-    def tile(row, col, shared):
-      z = pairwise.products(row["z"], col["z"])
-      other = ~pairwise.same(row, col)
-      i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
-      scale = shared["scale"]
-      return {k: jnp.where(other, scale * v, -jnp.inf) for k, v in (("i2t", i2t), ("t2i", t2i))}
-
-    found = pairwise.reduce(
-      tile, {"z": zimg, "positive": positive}, {"z": ztxt, "positive": positive},
-      {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse"},
-    )
-
-    def direction(way, anchor, others):
+    def direction(above, anchor, others):
       # The sum of an anchor's logits above that of its positive.
       even = scale * (pairwise.paired(anchor, jnp.broadcast_to(others.sum(0), anchor.shape))
                       - size * positive)
-      return (jax.nn.softplus(found[way]) - given * even).mean()
+      return (jax.nn.softplus(above) - given * even).mean()
 
-    i2t, t2i = direction("i2t", zimg, ztxt), direction("t2i", ztxt, zimg)
+    i2t, t2i = direction(above[0], zimg, ztxt), direction(above[1], ztxt, zimg)
     loss = (i2t + t2i) / 2
-    logs = {"image_to_text_loss": i2t, "text_to_image_loss": t2i, "logit_scale": scale}
+    logs = {"i2t": i2t, "t2i": t2i, "logit_scale": scale}
     return loss, (state, {"loss": loss, "contrastive_loss": loss, **logs})
 
-  return Loss(frozenset({"noise"}), plain.init, apply, plain.constrain)
+  return Loss(frozenset({"noise"}), init, apply, temperature.clamped(t_max))

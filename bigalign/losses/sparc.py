@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
-from bigalign.losses.clip import clip
+from bigalign.losses.clip import contrast
+from bigalign.losses.vectors import unit
 
 
 def sparc(
@@ -33,10 +35,13 @@ def sparc(
   """
   if threshold is not None and not 0 <= threshold <= 1:
     raise ValueError(f"config.loss.sparc.threshold={threshold} must be between 0 and 1")
-  coarse = clip(t_init=t_init, t_max=t_max)
+
+  def init(sizes):
+    return temperature.init(t_init), {}
 
   def apply(params, state, feats, batch, at):
-    total, (_, logs) = coarse.apply(params, {}, feats, batch, at)
+    scale = jnp.exp(params["t"])
+    coarse = contrast(feats["zimg"], feats["ztxt"], scale)
     dtype = feats["zimg"].dtype
     patches, tokens = (feats[name].astype(dtype) for name in ("tokens_img", "tokens_txt"))
     if patches.shape[2] != tokens.shape[2]:
@@ -47,12 +52,13 @@ def sparc(
       )
     mask = feats.get("mask_txt", jnp.ones(tokens.shape[:2], bool)).astype(bool)
     least = 1 / patches.shape[1] if threshold is None else threshold
-    vl, lv = fine(patches, tokens, mask, jnp.exp(params["t"]), least)
-    loss = w_global * total + w_fine * (vl + lv) / 2
-    parts = {"fine_loss": (vl + lv) / 2, "patches_to_token_loss": vl, "token_to_patches_loss": lv}
-    return loss, (state, {**logs, "loss": loss, **parts})
+    vl, lv = fine(patches, tokens, mask, scale, least)
+    loss = w_global * coarse + w_fine * (vl + lv) / 2
+    logs = {"contrastive_loss": coarse, "fine_loss": (vl + lv) / 2, "logit_scale": scale}
+    logs |= {"patches_to_token_loss": vl, "token_to_patches_loss": lv}
+    return loss, (state, {"loss": loss, **logs})
 
-  return Loss(frozenset({"tokens"}), coarse.init, apply, coarse.constrain)
+  return Loss(frozenset({"tokens"}), init, apply, temperature.clamped(t_max))
 
 
 def fine(
@@ -88,8 +94,3 @@ def fine(
     return jnp.sum(jnp.where(mask, each, 0)) / jnp.maximum(mask.sum(), 1)
 
   return loss(cosine), loss(jnp.swapaxes(cosine, 1, 2))
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """[..., D] -> unit length; zero stays zero, with a finite gradient."""
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
