@@ -60,7 +60,7 @@ def measure(
     "error" where it does not compile, for want of memory.
   """
   loss = losses.make_loss({name: dict(options or {})})
-  sizes = {"image": samples or batch, "text": samples or batch}
+  sizes = {"image": samples or batch, "text": samples or batch, "embed": width}
   params, state = jax.eval_shape(lambda: loss.init(sizes))
   abstract = fields(batch, width)
   differentiable = ("zimg", "ztxt", "ztxt_second", "raw_img", "raw_txt", "tokens_img", "tokens_txt")

@@ -52,7 +52,7 @@ class Program:
   optimizer: optax.GradientTransformation
   rate: Schedule
   spec: Mapping[str, tuple[tuple[int, ...], Any]]  # name: (shape, dtype) of a global batch
-  sizes: Mapping[str, int]  # number of ids, {"image": n, "text": m}
+  sizes: Mapping[str, int]  # number of ids, {"image": n, "text": m}, and "embed", their width
   frozen: str
   ema: float
   seed: int
@@ -148,6 +148,7 @@ def make_program(
   built = configs.call(make_model, model, "config.model")
   terms = make_loss(loss)
   sizes = {"image": dataset_size, "text": dataset_size * pipeline.CAPTIONS_PER_IMAGE}
+  sizes |= {"embed": model["embed_dim"]}
   engine = configs.call(pairwise.Engine, logits or {}, "config.logits")
   program = Program(
     built, terms, optax.identity(), lambda step: step, spec, sizes, frozen, ema, seed, total,

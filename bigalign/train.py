@@ -101,7 +101,7 @@ def train(
   workdir = pathlib.Path(workdir).absolute()
   source, reading = configs.call(open_data, data, "config.data")
   program = states.make_program(**config, dataset_size=len(source))
-  check_needs(program.loss, {*program.spec, *FEATURES})
+  check_needs(program.loss, {*program.spec, *FEATURES}, ema=ema > 0)
   check_tokenizer(program.model.text_tower, data["tokenizer"])
   total = program.total_steps
   duration = functools.partial(

@@ -15,7 +15,9 @@ from bigalign import gradcache, losses, sharding
 from bigalign.losses import pairwise
 
 B, E = 160, 16
-SIZES = {"image": 300, "text": 400}
+SIZES = {"image": 300, "text": 400, "embed": E}
+# What a default is too large or does not fit for.
+OPTIONS = {"albef_itc": {"queue_size": 2 * B}}
 
 # No pairwise logits over the batch, so nothing that a way could change.
 WITHOUT_PAIRS: tuple[str, ...] = ()
@@ -43,6 +45,7 @@ def example(dtype):
     "mask": jnp.asarray(rng.random((B, 4)) < 0.7).at[:, 0].set(True),
     "teacher_img": teacher(), "teacher_txt": teacher(), "teacher_txt_second": teacher(),
     "label": jnp.asarray(rng.integers(-1, 5, B), jnp.int32),
+    "noise_prob": jnp.asarray(rng.random(B), dtype),
     "image_id": ids(rng.permutation(SIZES["image"])[:B]),
     "text_id": ids(rng.permutation(SIZES["text"])[:B]),
   }
@@ -59,7 +62,9 @@ def embed(params, batch, key, dropout=0.0):
     "img": jnp.where(keep, batch["img"], 0) @ params["img"], "txt": batch["txt"] @ params["txt"],
   }
   second = batch["second"] @ params["txt"]
+  slow = {f"teacher_{k}": jax.lax.stop_gradient(unit(x[:, ::-1])) for k, x in raw.items()}
   return {
+    **slow,
     **{f"raw_{k}": x for k, x in raw.items()}, **{f"z{k}": unit(x) for k, x in raw.items()},
     "ztxt_second": unit(second), "tokens_img": batch["patches"] @ params["patches"],
     "tokens_txt": batch["words"] @ params["words"], "mask_txt": batch["mask"],
@@ -69,7 +74,7 @@ def embed(params, batch, key, dropout=0.0):
 def step(name, options, dtype, way, mesh, microbatches, dropout=0.0):
   """(objective, metrics["loss"], state, gradients) of one loss."""
   towers, batch = example(dtype)
-  loss = losses.make_loss({name: options})
+  loss = losses.make_loss({name: OPTIONS.get(name, {}) | options})
   own, state = loss.init(SIZES)
   own, state = jax.tree.map(lambda x: jnp.asarray(x, dtype) if x.dtype == jnp.float32 else x,
                             (own, state))

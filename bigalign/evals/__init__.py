@@ -8,7 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from bigalign import config
-from bigalign.evals import glyphs, retrieval, zeroshot
+from bigalign.evals import geometry, glyphs, retrieval, zeroshot
 from bigalign.evals.embed import Context
 
 __all__ = ["EVALS", "Context", "make_evaluators"]
@@ -19,6 +19,7 @@ EVALS: dict[str, Callable[..., Evaluator]] = dict(
   retrieval=retrieval.retrieval,
   zeroshot=zeroshot.zeroshot,
   glyphs=glyphs.glyphs,
+  geometry=geometry.geometry,
 )
 
 

@@ -6,23 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigalign import config
+from bigalign.losses.albef import albef_itc
 from bigalign.losses.base import At, Loss, weighted_sum
 from bigalign.losses.clip import clip
 from bigalign.losses.clip_gap import clip_gap
+from bigalign.losses.distill import clip_distill, mobileclip_dr, siglip_distill
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
 from bigalign.losses.matryoshka import matryoshka
 from bigalign.losses.mixup import m2mix, m3mix
+from bigalign.losses.nitc import nitc
 from bigalign.losses.sail import sail
 from bigalign.losses.siglip import siglip
+from bigalign.losses.sparc import sparc
 from bigalign.losses.unicl import unicl
 
 __all__ = ["LOSSES", "PROVIDES", "At", "Loss", "make_loss", "weighted_sum"]
 
 LOSSES = dict(
+  albef_itc=albef_itc,
   alignclip=alignclip,
   clip=clip,
+  clip_distill=clip_distill,
   clip_gap=clip_gap,
   clip_intra_neg=clip_intra_neg,
   cyclip=cyclip,
@@ -31,9 +37,13 @@ LOSSES = dict(
   m3co=m3co,
   m3mix=m3mix,
   matryoshka=matryoshka,
+  mobileclip_dr=mobileclip_dr,
+  nitc=nitc,
   sail=sail,
   siglip=siglip,
+  siglip_distill=siglip_distill,
   softclip_m3co=softclip_m3co,
+  sparc=sparc,
   unicl=unicl,
 )
 
@@ -45,6 +55,8 @@ PROVIDES = dict(
   tokens=("tokens_img", "tokens_txt"),
   second_text=("ztxt_second",),
   teacher=("teacher_img", "teacher_txt"),
+  ema_teacher=("teacher_img", "teacher_txt"),
+  noise=("noise_prob",),
   teacher_text=("teacher_txt",),
   teacher_second_text=("teacher_txt_second",),
 )
@@ -71,9 +83,17 @@ def _term(name: str, *, weight: float = 1.0, **options: Any) -> tuple[float, Los
   return weight, config.call(factory, options, f"config.loss.{name}")
 
 
-def check_needs(loss: Loss, fields: Any) -> None:
-  """Raises ValueError if the loss reads a field that neither the batch nor the model has."""
-  for need in sorted(loss.needs):
+def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
+  """Raises ValueError if the loss reads a field that neither the batch nor the model has.
+
+  ema: parameters are averaged, so there is a model that makes the fields of "ema_teacher".
+  """
+  if "ema_teacher" in loss.needs and not ema:
+    raise ValueError(
+      "config.loss needs the features of averaged parameters, but config.ema is 0; set it, to 0.995"
+      " for example"
+    )
+  for need in sorted(loss.needs - {"ema_teacher"}):
     for field in PROVIDES[need]:
       if field not in fields:
         raise ValueError(

@@ -27,13 +27,16 @@ class Loss(NamedTuple):
   """A loss over the global batch; it knows no devices and no ranks.
 
   needs: what it reads beyond zimg and ztxt, names of `PROVIDES` in losses/__init__.py.
-  init: (sizes) -> (params, state); sizes holds the number of ids, {"image": n, "text": m}.
+  init: (sizes) -> (params, state); sizes holds the number of ids, {"image": n, "text": m}, and the
+    width E of the embeddings, "embed".
   apply: (params, state, feats, batch, at) -> (objective, (state, metrics)).
     feats: zimg, ztxt [B, E], unit norm, float32; for "raw" also raw_img, raw_txt [B, E] before
     normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L]; for
-    "second_text" ztxt_second [B, E], of another caption of the same image.
+    "second_text" ztxt_second [B, E], of another caption of the same image; for "ema_teacher"
+    teacher_img, teacher_txt [B, E], zimg and ztxt of the averaged parameters.
     batch: the data's fields, [B, ...]; for "ids" image_id, text_id [B, 2] uint32, the words of a 64
-    bit number; for "labels" label [B] int32; for "teacher" teacher_img, teacher_txt [B, D].
+    bit number; for "labels" label [B] int32; for "teacher" teacher_img, teacher_txt [B, D]; for
+    "noise" noise_prob [B], the probability that a pair does not belong together.
     objective: [] float32, what is differentiated (it may be a surrogate);
     metrics["loss"]: [] float32, the value to log.
   constrain: params -> params, applied after each update (clamped temperatures).

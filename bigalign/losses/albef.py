@@ -1,0 +1,147 @@
+"""Contrast with the features of a slow copy of the model, and with a queue of earlier ones."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses import pairwise
+from bigalign.losses.base import Loss
+
+NO_ID = 0xFFFFFFFF  # both words of the id that an empty place of the queue has
+
+
+def albef_itc(
+  *,
+  temperature_init: float = 0.07,
+  alpha: float = 0.4,
+  queue_size: int = 65536,
+  positives: str = "pair",
+  local_keys: int | None = None,
+) -> Loss:
+  """Image-text contrast of ALBEF, with momentum distillation: https://arxiv.org/abs/2107.07651.
+
+  Images and texts are told apart from keys that the average of the parameters makes (config.ema;
+  ALBEF's decay is 0.995): those of the batch, then those of the queue, which forgets the oldest.
+  Targets are a mixture of the truth and of the averaged model's own softmax over the same keys.
+  The gradient reaches the anchors and the temperature.
+
+  Args:
+    temperature_init: first value of the learned "temperature", which stays in [0.001, 0.5].
+    alpha: share of the averaged model's softmax in the targets, from 0 up within the first epoch.
+    queue_size: keys of each modality that are remembered, a multiple of the batch size; they start
+      as random unit vectors.
+    positives: "pair": the key of the same pair. "ids": all keys of the same image, in equal parts,
+      as in the paper's fine-tuning for retrieval.
+    local_keys: None: the keys of the whole batch. The release sees those of one worker only: so
+      many neighbours of the batch (and the queue); the larger set of negatives is our default.
+  """
+  if positives not in ("pair", "ids"):
+    raise ValueError(
+      f"config.loss.albef_itc.positives: unknown {positives!r}; known: ('pair', 'ids')"
+    )
+  for name, value in (("queue_size", queue_size), ("local_keys", local_keys)):
+    if value is not None and value < 1:
+      raise ValueError(f"config.loss.albef_itc.{name}={value} must be at least 1")
+  if not 0.001 <= temperature_init <= 0.5:
+    raise ValueError(
+      f"config.loss.albef_itc.temperature_init={temperature_init} is not between 0.001 and 0.5"
+    )
+
+  def init(sizes):
+    shape = (2, queue_size, sizes["embed"])
+    keys = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    keys /= jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    state = {"img": keys[0], "txt": keys[1], "next": jnp.zeros((), jnp.int32)}
+    if positives == "ids":
+      state["ids"] = jnp.full((queue_size, 2), NO_ID, jnp.uint32)
+    return {"temperature": jnp.asarray(temperature_init, jnp.float32)}, state
+
+  def apply(params, state, feats, batch, at):
+    size = len(feats["zimg"])
+    if queue_size % size:
+      raise ValueError(
+        f"config.loss.albef_itc.queue_size={queue_size} is no multiple of the batch of {size}; try"
+        f" {-(-queue_size // size) * size}"
+      )
+    new = {side: jax.lax.stop_gradient(feats[f"teacher_{side}"]) for side in ("img", "txt")}
+    if positives == "ids":
+      new["ids"] = batch["image_id"]
+    keys = {name: jnp.concatenate([x, state[name]]) for name, x in new.items()}
+    share = alpha * jnp.minimum(at.epochs, 1.0).astype(feats["zimg"].dtype)
+    shared = {"temperature": params["temperature"], "alpha": share}
+    i2t, t2i = (
+      _cross_entropy(
+        feats[f"z{own}"], new[own], keys[other], keys.get("ids"), shared, local_keys or size
+      )
+      for own, other in (("img", "txt"), ("txt", "img"))
+    )
+    loss = (i2t + t2i) / 2
+    logs = {"i2t": i2t, "t2i": t2i, **shared}
+    return loss, (_enqueue(state, new), {"loss": loss, "contrastive_loss": loss, **logs})
+
+  def constrain(params):
+    return {**params, "temperature": jnp.clip(params["temperature"], 0.001, 0.5)}
+
+  needs = {"ema_teacher", *(("ids",) if positives == "ids" else ())}
+  return Loss(frozenset(needs), init, apply, constrain)
+
+
+def _enqueue(state, new):
+  """The batch's keys in the places of the oldest."""
+  start = state["next"]
+  queues = {
+    name: jax.lax.dynamic_update_slice_in_dim(state[name], x.astype(state[name].dtype), start, 0)
+    for name, x in new.items()
+  }
+  size, length = len(new["img"]), len(state["img"])
+  return {**queues, "next": (start + size) % length}
+
+
+def _cross_entropy(z, teacher, keys, ids, shared, group):
+  """[]: of anchors [B, E] and keys [B + K, E], of which the first B belong to the anchors.
+
+  teacher: [B, E], the averaged model's anchors. ids: [B + K, 2] of the keys, or None. group: number
+  of neighbours in the batch that see each other's keys.
+  """
+  size = len(z)
+
+  def targets(row, col, shared):
+    """The averaged model's logits, -inf for keys that the row does not see."""
+    near = row["at"][:, None] // group == col["at"][None, :] // group
+    seen = near | (col["at"] >= size)[None, :]
+    temperature = jax.lax.stop_gradient(shared["temperature"])
+    logits = jax.lax.stop_gradient(pairwise.products(row["teacher"], col["key"])) / temperature
+    match = seen & pairwise.same(row, col)
+    if ids is not None:
+      match = seen & (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
+    return seen, match, jnp.where(seen, logits, -jnp.inf)
+
+  def counts(row, col, shared):
+    _, match, logits = targets(row, col, shared)
+    return {"norm": logits, "matches": match.astype(logits.dtype)}
+
+  rows, columns = {"teacher": teacher}, {"key": keys}
+  if ids is not None:
+    rows, columns = rows | {"id": ids[:size]}, columns | {"id": ids}
+  found = jax.lax.stop_gradient(pairwise.reduce(
+    counts, rows, columns, jax.lax.stop_gradient(shared),
+    outputs={"norm": "row_lse", "matches": "row_sum"},
+  ))
+
+  def tile(row, col, shared):
+    seen, match, logits = targets(row, col, shared)
+    # Relative to the positive: else the loss would be lost in the digits of 1 / temperature.
+    z = (pairwise.products(row["z"], col["key"]) - row["positive"][:, None]) / shared["temperature"]
+    truth = match / row["matches"][:, None]
+    own = jnp.exp(logits - row["norm"][:, None])
+    wanted = (shared["alpha"] * own + (1 - shared["alpha"]) * truth) * z
+    other = seen & ~pairwise.same(row, col)
+    return {"others": jnp.where(other, z, -jnp.inf), "wanted": jnp.where(other, wanted, 0)}
+
+  positive = pairwise.paired(z, keys[:size])
+  out = pairwise.reduce(
+    tile, rows | found | {"z": z, "positive": positive}, columns, shared,
+    outputs={"others": "row_lse", "wanted": "row_sum"},
+  )
+  return (jax.nn.softplus(out["others"]) - out["wanted"]).mean()

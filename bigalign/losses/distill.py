@@ -1,0 +1,258 @@
+"""Losses that follow a teacher, whose embeddings of the same pairs come with the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses import pairwise, temperature
+from bigalign.losses.base import Loss
+from bigalign.losses.clip import above_positives
+
+
+class Teacher(NamedTuple):
+  """One of the teachers whose unit embeddings lie side by side: columns start to stop."""
+
+  start: int
+  stop: int
+  scale: float
+  bias: float = 0.0
+
+  def logits(self, row: Mapping[str, jax.Array], col: Mapping[str, jax.Array]) -> jax.Array:
+    """[n, m] of a tile whose rows and columns hold "teacher" [n, D], [m, D]."""
+    x, y = (side["teacher"][:, self.start : self.stop] for side in (row, col))
+    return jax.lax.stop_gradient(self.scale * pairwise.products(x, y) + self.bias)
+
+
+def clip_distill(
+  *,
+  t_init: float = 1 / 0.07,
+  t_max: float | None = 100.0,
+  teacher_scale: float = 100.0,
+  w_hard: float = 1.0,
+  w_soft: float = 1.0,
+) -> Loss:
+  """CLIP's loss, and the cross-entropy to the softmax of a teacher's logits, both ways averaged.
+
+  As open_clip has it (https://github.com/mlfoundations/open_clip, --distill-model): cross-entropy
+  and not KL, whose gradient is the same, and a plain sum of the two. The batch holds the teacher's
+  unit embeddings, teacher_img and teacher_txt [B, D].
+
+  Args:
+    t_init, t_max: first and largest logit scale, as in `clip`.
+    teacher_scale: the teacher's own logit scale; 100 for the models that were trained up to it.
+    w_hard, w_soft: weights of CLIP's loss and of the teacher's.
+  """
+
+  def init(sizes):
+    return temperature.init(t_init), {}
+
+  def apply(params, state, feats, batch, at):
+    scale = jnp.exp(params["t"])
+    teachers = _teachers("clip_distill", batch["teacher_img"], None, (teacher_scale,), (0.0,))
+    hard, soft = _hard_and_soft(
+      feats["zimg"], feats["ztxt"], scale, batch["teacher_img"], batch["teacher_txt"], teachers
+    )
+    loss = w_hard * hard + w_soft * soft
+    logs = {"contrastive_loss": hard, "distill_loss": soft, "logit_scale": scale}
+    return loss, (state, {"loss": loss, **logs})
+
+  return Loss(frozenset({"teacher"}), init, apply, temperature.clamped(t_max))
+
+
+def mobileclip_dr(
+  *,
+  t_init: float = 1 / 0.07,
+  t_max: float | None = 100.0,
+  teacher_dims: Sequence[int] | None = None,
+  teacher_scales: Sequence[float] = (100.0,),
+  soft_share: float = 1.0,
+  second_text: bool = False,
+) -> Loss:
+  """Dataset reinforcement: stored teachers, several of them, https://arxiv.org/abs/2311.17049.
+
+  (1 - soft_share) CLIP + soft_share cross-entropy to the mean of the teachers' softmax
+  probabilities, each direction from its own softmax; with a second, synthetic caption the sum of
+  that for both, each with its teacher embeddings. The batch holds teacher_img, teacher_txt [B, D]
+  (for the second caption teacher_txt_second), the teachers' unit vectors side by side.
+
+  Args:
+    t_init, t_max: first and largest logit scale, as in `clip`.
+    teacher_dims: width of each teacher's embedding; None: one teacher of whatever width comes.
+    teacher_scales: logit scale of each teacher; 100 in the paper, (70, 60) for DFN's two.
+    soft_share: the paper's lambda: 1 for 12 million samples, 0.75 for a billion.
+    second_text: the batch has synthetic captions too.
+  """
+  if not 0 <= soft_share <= 1:
+    raise ValueError(f"config.loss.mobileclip_dr.soft_share={soft_share} must be between 0 and 1")
+  no_bias = (0.0,) * len(teacher_scales)
+  _check_teachers("mobileclip_dr", teacher_dims, teacher_scales, no_bias)
+
+  def init(sizes):
+    return temperature.init(t_init), {}
+
+  def apply(params, state, feats, batch, at):
+    scale = jnp.exp(params["t"])
+    teachers = _teachers(
+      "mobileclip_dr", batch["teacher_img"], teacher_dims, teacher_scales, no_bias
+    )
+    texts = [(feats["ztxt"], batch["teacher_txt"])]
+    if second_text:
+      texts.append((feats["ztxt_second"], batch["teacher_txt_second"]))
+    parts = [
+      _hard_and_soft(feats["zimg"], z, scale, batch["teacher_img"], teacher, teachers)
+      for z, teacher in texts
+    ]
+    hard, soft = (sum(x) for x in zip(*parts))
+    hard, soft = (1 - soft_share) * hard, soft_share * soft
+    logs = {"contrastive_loss": hard, "distill_loss": soft, "logit_scale": scale}
+    return hard + soft, (state, {"loss": hard + soft, **logs})
+
+  needs = {"teacher", *(("second_text", "teacher_second_text") if second_text else ())}
+  return Loss(frozenset(needs), init, apply, temperature.clamped(t_max))
+
+
+def siglip_distill(
+  *,
+  t_init: float = 10.0,
+  b_init: float = -10.0,
+  t_max: float | None = None,
+  teacher_dims: Sequence[int] | None = None,
+  teacher_scales: Sequence[float] = (100.0,),
+  teacher_biases: Sequence[float] = (-10.0,),
+  soft_share: float = 1.0,
+  form: str = "bce",
+) -> Loss:
+  """The sigmoid loss towards the probabilities of sigmoid teachers, averaged over these.
+
+  (1 - soft_share) SigLIP + soft_share soft, each summed over texts and averaged over images. The
+  batch holds the teachers' unit vectors side by side, teacher_img and teacher_txt [B, D].
+
+  Args:
+    t_init, b_init, t_max: first logit scale and bias, largest scale, as in `siglip`.
+    teacher_dims: width of each teacher's embedding; None: one teacher of whatever width comes.
+    teacher_scales, teacher_biases: of each teacher's logits, as it has learned them.
+    soft_share: share of the teachers' term.
+    form: "bce": binary cross-entropy to the teachers' probability q. "signed":
+      softplus(-(2q - 1) logit), which MobileCLIP2 released (https://arxiv.org/abs/2508.20691); its
+      optimum is at an infinite logit unless q is 1/2, so the default is "bce".
+  """
+  if form not in ("bce", "signed"):
+    raise ValueError(f"config.loss.siglip_distill.form: unknown {form!r}; known: ('bce', 'signed')")
+  if not 0 <= soft_share <= 1:
+    raise ValueError(f"config.loss.siglip_distill.soft_share={soft_share} must be between 0 and 1")
+  _check_teachers("siglip_distill", teacher_dims, teacher_scales, teacher_biases)
+
+  def init(sizes):
+    return temperature.init(t_init, b_init=b_init), {}
+
+  def apply(params, state, feats, batch, at):
+    scale = jnp.exp(params["t"])
+    teachers = _teachers(
+      "siglip_distill", batch["teacher_img"], teacher_dims, teacher_scales, teacher_biases
+    )
+
+    def tile(row, col, shared):
+      logits = shared["scale"] * pairwise.products(row["z"], col["z"]) + shared["bias"]
+      hard = jax.nn.softplus(jnp.where(pairwise.same(row, col), -logits, logits))
+      of_teachers = [teacher.logits(row, col) for teacher in teachers]
+      if form == "signed":
+        sign = _mean([jnp.tanh(x / 2) for x in of_teachers])  # 2q - 1
+        soft = jax.nn.softplus(-sign * logits)
+      else:
+        yes, no = (_mean([jax.nn.sigmoid(v * x) for x in of_teachers]) for v in (1, -1))
+        soft = yes * jax.nn.softplus(-logits) + no * jax.nn.softplus(logits)
+      return {"loss": (1 - soft_share) * hard + soft_share * soft}
+
+    dtype = feats["zimg"].dtype
+    rows = {"z": feats["zimg"], "teacher": batch["teacher_img"].astype(dtype)}
+    columns = {"z": feats["ztxt"], "teacher": batch["teacher_txt"].astype(dtype)}
+    shared = {"scale": scale, "bias": params["b"]}
+    loss = pairwise.total(tile, rows, columns, shared) / len(feats["zimg"])
+    return loss, (state, {"loss": loss, "logit_scale": scale, "logit_bias": params["b"]})
+
+  return Loss(frozenset({"teacher"}), init, apply, temperature.clamped(t_max))
+
+
+def _hard_and_soft(
+  zimg: jax.Array,
+  ztxt: jax.Array,
+  scale: jax.Array,
+  teacher_img: jax.Array,
+  teacher_txt: jax.Array,
+  teachers: Sequence[Teacher],
+) -> tuple[jax.Array, jax.Array]:
+  """CLIP's loss [] and the cross-entropy [] to the mean probability of the teachers.
+
+  Of the teachers' probabilities only the normalisers are kept, two per pair and teacher.
+  """
+  x, y = (jax.lax.stop_gradient(v.astype(zimg.dtype)) for v in (teacher_img, teacher_txt))
+  ways = {f"i2t{k}": "row_lse" for k in range(len(teachers))}
+  ways |= {f"t2i{k}": "col_lse" for k in range(len(teachers))}
+
+  def of_teachers(row, col, shared):
+    logits = [teacher.logits(row, col) for teacher in teachers]
+    return {way: logits[int(way[3:])] for way in ways}
+
+  norms = jax.lax.stop_gradient(
+    pairwise.reduce(of_teachers, {"teacher": x}, {"teacher": y}, outputs=ways)
+  )
+  positive = pairwise.paired(zimg, ztxt)  # [B]
+
+  def tile(row, col, shared):
+    above = above_positives(
+      pairwise.products(row["z"], col["z"]), row, col, shared["scale"]
+    )
+    # Its own positive is 0 above itself, whatever the teachers give it.
+    i2t, t2i = (jnp.where(pairwise.same(row, col), 0, above[way]) for way in ("i2t", "t2i"))
+    logits = [teacher.logits(row, col) for teacher in teachers]
+    p = _mean([jnp.exp(v - row[f"i2t{k}"][:, None]) for k, v in enumerate(logits)])
+    q = _mean([jnp.exp(v - col[f"t2i{k}"][None, :]) for k, v in enumerate(logits)])
+    return {**above, "wanted": p * i2t + q * t2i}
+
+  rows = {"z": zimg, "positive": positive, "teacher": x}
+  columns = {"z": ztxt, "positive": positive, "teacher": y}
+  found = pairwise.reduce(
+    tile, rows | {way: norms[way] for way in ways if way.startswith("i2t")},
+    columns | {way: norms[way] for way in ways if way.startswith("t2i")},
+    {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse", "wanted": "row_sum"},
+  )
+  i2t, t2i = (jax.nn.softplus(found[way]).mean() for way in ("i2t", "t2i"))
+  hard = (i2t + t2i) / 2
+  return hard, hard - found["wanted"].mean() / 2
+
+
+def _mean(tiles: Sequence[jax.Array]) -> jax.Array:
+  return sum(tiles[1:], tiles[0]) / len(tiles)
+
+
+def _check_teachers(
+  name: str, dims: Sequence[int] | None, scales: Sequence[float], biases: Sequence[float]
+) -> None:
+  """Raises ValueError unless there is one of each for every teacher."""
+  teachers = 1 if dims is None else len(dims)
+  for option, values in (("teacher_scales", scales), ("teacher_biases", biases)):
+    if len(values) != teachers:
+      raise ValueError(
+        f"config.loss.{name}.{option}={tuple(values)} must have one value for each of the"
+        f" {teachers} teachers of teacher_dims={dims}"
+      )
+
+
+def _teachers(
+  name: str, embedded: jax.Array, dims: Sequence[int] | None, scales: Sequence[float],
+  biases: Sequence[float],
+) -> list[Teacher]:
+  """The teachers of embeddings [B, D]; raises ValueError if their widths do not add up to D."""
+  width = embedded.shape[1]
+  dims = [width] if dims is None else list(dims)
+  if sum(dims) != width:
+    raise ValueError(
+      f"config.loss.{name}.teacher_dims={dims} add up to {sum(dims)}, but teacher_img of the data"
+      f" is {width} wide"
+    )
+  stops = [sum(dims[: k + 1]) for k in range(len(dims))]
+  return [Teacher(stop - dim, stop, *of) for stop, dim, *of in zip(stops, dims, scales, biases)]

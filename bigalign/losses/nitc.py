@@ -1,0 +1,51 @@
+"""Softmax contrast that believes each pair as much as it is worth."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses import pairwise, temperature
+from bigalign.losses.base import Loss
+from bigalign.losses.clip import above_positives_lse
+
+
+def nitc(
+  *, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: float = 0.5
+) -> Loss:
+  """Noise-adaptive contrast, after NLIP (https://arxiv.org/abs/2212.07086); the form is our own.
+
+  Label smoothing by pair: the batch holds noise_prob [B], the probability that a pair does not
+  belong together (in the paper from a mixture of two Gaussians fitted to each pair's loss after a
+  first epoch). A share smoothing * noise_prob of the target goes to the other pairs, in equal
+  parts, in both directions. With noise_prob 0 it is `clip`.
+
+  Args:
+    t_init, t_max: first and largest logit scale, as in `clip`.
+    smoothing: what a pair that is certainly wrong gives away; unpublished, 0.5 is our choice.
+  """
+  if not 0 <= smoothing <= 1:
+    raise ValueError(f"config.loss.nitc.smoothing={smoothing} must be between 0 and 1")
+
+  def init(sizes):
+    return temperature.init(t_init), {}
+
+  def apply(params, state, feats, batch, at):
+    zimg, ztxt, scale = feats["zimg"], feats["ztxt"], jnp.exp(params["t"])
+    size = len(zimg)
+    given = smoothing * batch["noise_prob"].astype(zimg.dtype) / max(size - 1, 1)  # [B], to each
+    positive = pairwise.paired(zimg, ztxt)
+    above = above_positives_lse(zimg, ztxt, scale)
+
+    def direction(above, anchor, others):
+      # The sum of an anchor's logits above that of its positive.
+      even = scale * (pairwise.paired(anchor, jnp.broadcast_to(others.sum(0), anchor.shape))
+                      - size * positive)
+      return (jax.nn.softplus(above) - given * even).mean()
+
+    i2t, t2i = direction(above[0], zimg, ztxt), direction(above[1], ztxt, zimg)
+    loss = (i2t + t2i) / 2
+    logs = {"i2t": i2t, "t2i": t2i, "logit_scale": scale}
+    return loss, (state, {"loss": loss, "contrastive_loss": loss, **logs})
+
+  return Loss(frozenset({"noise"}), init, apply, temperature.clamped(t_max))
