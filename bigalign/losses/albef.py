@@ -142,6 +142,6 @@ def _cross_entropy(z, teacher, keys, ids, shared, group):
   positive = pairwise.paired(z, keys[:size])
   out = pairwise.reduce(
     tile, rows | found | {"z": z, "positive": positive}, columns, shared,
-    outputs={"others": "row_lse", "wanted": "row_sum"},
+    outputs={"others": "row_lse", "wanted": "row_sum"}, fixed={"teacher", "key", *found},
   )
   return (jax.nn.softplus(out["others"]) - out["wanted"]).mean()

@@ -35,7 +35,8 @@ def diagnose(
   found = {**_negatives(loss, params, feats), **_temperatures(state, batch)}
   if len(loss.terms) > 1:
     norms = {
-      name: weight * _gradient_norm(term, params[name], state[name], feats, batch, at)
+      name: weight * _gradient_norm(
+        term, params.get(name, {}), state.get(name, {}), feats, batch, at)
       for name, (weight, term) in loss.terms.items()
     }
     whole = sum(norms.values())

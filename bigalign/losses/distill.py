@@ -171,7 +171,7 @@ def siglip_distill(
     rows = {"z": feats["zimg"], "teacher": batch["teacher_img"].astype(dtype)}
     columns = {"z": feats["ztxt"], "teacher": batch["teacher_txt"].astype(dtype)}
     shared = {"scale": scale, "bias": params["b"]}
-    loss = pairwise.total(tile, rows, columns, shared) / len(feats["zimg"])
+    loss = pairwise.total(tile, rows, columns, shared, fixed={"teacher"}) / len(feats["zimg"])
     return loss, (state, {"loss": loss, "logit_scale": scale, "logit_bias": params["b"]})
 
   return Loss(frozenset({"teacher"}), init, apply, temperature.clamped(t_max))
@@ -219,6 +219,7 @@ def _hard_and_soft(
     tile, rows | {way: norms[way] for way in ways if way.startswith("i2t")},
     columns | {way: norms[way] for way in ways if way.startswith("t2i")},
     {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse", "wanted": "row_sum"},
+    fixed={"teacher", *ways},
   )
   i2t, t2i = (jax.nn.softplus(found[way]).mean() for way in ("i2t", "t2i"))
   hard = (i2t + t2i) / 2

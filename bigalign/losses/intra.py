@@ -105,9 +105,9 @@ def alignclip(
     return temperature.init(t_init), {}
 
   def tile(row, col, shared):
-    scale, sentences = shared["scale"], (jax.lax.stop_gradient(x["sentence"]) for x in (row, col))
+    scale = shared["scale"]
     values = above_positives(pairwise.products(row["img"], col["txt"]), row, col, scale)
-    unlike = 1 - pairwise.products(*sentences)
+    unlike = 1 - pairwise.products(row["sentence"], col["sentence"])
     for name, modality in chosen.items():
       z = unlike * pairwise.products(row[modality], col[modality])
       values[name] = _above(z, row, col, scale)
@@ -116,7 +116,8 @@ def alignclip(
   def apply(params, state, feats, batch, at):
     scale, pairs = jnp.exp(params["t"]), {**_pairs(feats), "sentence": unit(batch["teacher_txt"])}
     found = pairwise.reduce(
-      tile, pairs, pairs, {"scale": scale}, outputs={**BOTH, **dict.fromkeys(chosen, "row_lse")}
+      tile, pairs, pairs, {"scale": scale}, outputs={**BOTH, **dict.fromkeys(chosen, "row_lse")},
+      fixed={"sentence"},
     )
     cross = sum(_contrast(found))
     parts = {name: jax.nn.softplus(found[name]).mean() for name in chosen}

@@ -30,7 +30,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -133,6 +133,7 @@ def reduce(
   shared: Mapping[str, Any] | None = None,
   *,
   outputs: Mapping[str, str],
+  fixed: Collection[str] = (),
 ) -> dict[str, jax.Array]:
   """Statistics of the rows and columns of a matrix that is never whole.
 
@@ -145,14 +146,16 @@ def reduce(
     shared: what all tiles see: scalars, any tree of arrays.
     outputs: name -> "row_lse", "row_sum", "row_max" over the columns, [N], or "col_lse", "col_sum",
       "col_max" over the rows, [M]. A maximum has no gradient.
+    fixed: names among rows and columns that have no gradient, a teacher's; none crosses the wires.
 
   Returns:
     {name: [N] or [M]}. An lse over nothing is -inf, with gradient 0.
   """
   plan, tile = _plan(rows, columns), _bound(tile)
   if plan is None:
-    return sweep.dense(tile, dict(outputs), _whole(rows), _whole(columns), dict(shared or {}))
-  what = sweep.What(tile, tuple(outputs.items()), plan)
+    rows, columns = (_whole(x, fixed) for x in (rows, columns))
+    return sweep.dense(tile, dict(outputs), rows, columns, dict(shared or {}))
+  what = sweep.What(tile, tuple(outputs.items()), frozenset(fixed), plan)
   return sweep.reduce(what, dict(rows), dict(columns), dict(shared or {}))
 
 
@@ -161,13 +164,16 @@ def total(
   rows: Mapping[str, jax.Array],
   columns: Mapping[str, jax.Array],
   shared: Mapping[str, Any] | None = None,
+  *,
+  fixed: Collection[str] = (),
 ) -> jax.Array:
   """[]: the sum of all entries of a matrix that is never whole; `tile` returns {name: [n, m]}, all
   of which are added. Value and gradient are made in one pass. Otherwise as `reduce`."""
   plan, tile = _plan(rows, columns), _bound(tile)
   if plan is None:
-    return sweep.dense_total(tile, _whole(rows), _whole(columns), dict(shared or {}))
-  what = sweep.What(tile, (), plan)
+    rows, columns = (_whole(x, fixed) for x in (rows, columns))
+    return sweep.dense_total(tile, rows, columns, dict(shared or {}))
+  what = sweep.What(tile, (), frozenset(fixed), plan)
   return sweep.total(what, dict(rows), dict(columns), dict(shared or {}))
 
 
@@ -182,9 +188,10 @@ def _bound(tile: Tile) -> Tile:
   return bound
 
 
-def _whole(arrays: Mapping[str, jax.Array]) -> Arrays:
-  """As the products would see them from the wire."""
-  return {k: _rounded(x) if _travels(x) else x for k, x in arrays.items()}
+def _whole(arrays: Mapping[str, jax.Array], fixed: Collection[str]) -> Arrays:
+  """As the tiles would see them from the wire."""
+  seen = {k: _rounded(x) if _travels(x) else x for k, x in arrays.items()}
+  return {k: jax.lax.stop_gradient(x) if k in fixed else x for k, x in seen.items()}
 
 
 def _travels(x: jax.Array) -> bool:

@@ -49,10 +49,12 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class What:
-  """A tile, its reductions as (name, kind) pairs, and the plan; none: the sum of all."""
+  """A tile, its reductions as (name, kind) pairs (none: the sum of all), rows and columns that have
+  no gradient, and the plan."""
 
   tile: Tile
   outputs: tuple[tuple[str, str], ...]
+  fixed: frozenset[str]
   plan: Plan
 
 
@@ -142,7 +144,7 @@ def _backward_block(
   def step(sums: Sums, tiles: dict[str, Arrays]) -> tuple[Sums, Arrays]:
     d_rows, d_shared, value = sums
     col = _wide(tiles["columns"])
-    (row_in, row_rest), (col_in, col_rest) = _split(rows), _split(col)
+    (row_in, row_rest), (col_in, col_rest) = _split(rows, what.fixed), _split(col, what.fixed)
     shared_in, shared_rest = _split(shared)
     values, pull = jax.vjp(
       lambda r, c, s: what.tile(r | row_rest, c | col_rest, s | shared_rest),
@@ -158,9 +160,13 @@ def _backward_block(
   return _in_tiles(what.plan, block, step, sums)
 
 
-def _split(arrays: Arrays) -> tuple[Arrays, Arrays]:
+def _split(
+  arrays: Arrays, fixed: frozenset[str] = frozenset()
+) -> tuple[Arrays, Arrays]:
   """Those that have a gradient, and the others."""
-  real = {k: x for k, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+  real = {
+    k: x for k, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact) and k not in fixed
+  }
   return real, {k: x for k, x in arrays.items() if k not in real}
 
 
@@ -316,12 +322,12 @@ def _local_backward(
       else _add(carried, d_block)
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-  row_in = _split(rows)[0]
+  row_in = _split(rows, what.fixed)[0]
   value = jnp.zeros((), jnp.result_type(*row_in.values()))
   (d_rows, d_shared, value), d_columns = _visits(
     plan, {"columns": own_columns, **side("col")},
     lambda sums, block: _backward_block(what, rows, shared, side("row"), block, sums),
-    (zeros(row_in), zeros(_split(shared)[0]), value), zeros(_split(columns)[0]), home,
+    (zeros(row_in), zeros(_split(shared)[0]), value), zeros(_split(columns, what.fixed)[0]), home,
   )
   if plan.axes:
     d_shared, value = jax.lax.psum((d_shared, value), plan.axes)
@@ -396,11 +402,13 @@ def _fit_each(plan: Plan, arrays: Arrays) -> Arrays:
 
 
 def _all_of(arrays: Arrays, gradients: Arrays) -> dict[str, Any]:
-  """Gradients of all, with JAX's own kind of zero for integers."""
-  return {
-    k: gradients[k] if k in gradients else np.zeros(x.shape, jax.dtypes.float0)
-    for k, x in arrays.items()
-  }
+  """Gradients of all: zeros for what is fixed, JAX's own kind of zero for integers."""
+
+  def zeros(x: jax.Array) -> Any:
+    real = jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.zeros_like(x) if real else np.zeros(x.shape, jax.dtypes.float0)
+
+  return {k: gradients[k] if k in gradients else zeros(x) for k, x in arrays.items()}
 
 
 reduce.defvjp(_reduce_forward, _reduce_backward)
