@@ -1,0 +1,96 @@
+"""Collectives and FLOPs as read from programs whose counts are known."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from bigalign import flops, hlo, sharding
+from bigalign.losses import pairwise
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+  mesh = sharding.make_mesh(data=8)
+
+  def local(x):  # [4, 16] on each device
+    def body(carry, _):
+      every = jax.lax.all_gather(carry, "data", tiled=True)  # [32, 16]
+      part = jax.lax.psum_scatter(jnp.sin(every), "data", tiled=True)  # [4, 16]
+      return jax.lax.ppermute(part, "data", [(i, (i + 1) % 8) for i in range(8)]), None
+
+    x, _ = jax.lax.scan(body, x, length=5)
+    return x, jax.lax.psum(x.sum(0), "data")
+
+  with jax.set_mesh(mesh):
+    f = jax.jit(jax.shard_map(local, in_specs=P("data"), out_specs=(P("data"), P())))
+    text = f.lower(jax.ShapeDtypeStruct((32, 16), jnp.float32)).compile().as_text()
+  whole, part = 32 * 16 * 4, 4 * 16 * 4
+  assert hlo.collectives(text) == {
+    "all-gather": (5, 5 * whole),
+    "reduce-scatter": (5, 5 * whole),
+    "collective-permute": (5, 5 * part),
+    "all-reduce": (1, 2 * 16 * 4),
+  }
+
+
+def test_what_a_tpu_writes():
+  """A fusion that scatters, an asynchronous gather, a loop whose trips only its condition tells."""
+  text = """
+%all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {
+  %all-reduce.1 = f32[64,8]{1,0:T(8,128)} all-reduce(%input), replica_groups={{0,1,2,3}}
+}
+
+%body (p: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %ag = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x), replica_groups=[4,4]<=[16]
+  %fusion.1 = f32[16,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+%condition (p: (s32[], f32[16,8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12)
+}
+
+ENTRY %main (p: f32[16,8]) -> f32[16,8] {
+  %while.1 = (s32[], f32[16,8]{1,0}) while(%t), condition=%condition, body=%body
+  %rs = f32[2,8]{1,0} reduce-scatter(%z), replica_groups=[2,8]<=[16], dimensions={0}
+}
+"""
+  assert hlo.collectives(text) == {
+    "all-gather": (12, 12 * 16 * 8 * 2), "reduce-scatter": (13, (12 * 64 * 8 + 8 * 2 * 8) * 4),
+  }
+
+
+def test_a_sharded_product_counts_for_all_devices():
+  mesh = sharding.make_mesh(data=8)
+  z = jax.ShapeDtypeStruct((64, 16), jnp.float32)
+
+  def value(x, y):
+    def tile(row, col, shared):
+      return {"i2t": pairwise.products(row["z"], col["z"])}
+
+    return pairwise.reduce(tile, {"z": x}, {"z": y}, outputs={"i2t": "row_lse"})["i2t"].sum()
+
+  with jax.set_mesh(mesh):
+    assert flops.count(value, z, z) == 2 * 64 * 64 * 16
+    assert flops.count(jax.grad(value, (0, 1)), z, z) == 8 * 64 * 64 * 16
+
+
+def test_fixed_columns_send_no_gradient():
+  """A teacher's rows are gathered twice; only the student's gradient is scattered."""
+  mesh = sharding.make_mesh(data=8)
+  z = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=sharding.batch_sharding(mesh))
+  t = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=sharding.batch_sharding(mesh))
+
+  def value(z, t):
+    def tile(row, col, shared):
+      student, teacher = (pairwise.products(row[k], col[k]) for k in ("z", "t"))
+      return {"loss": jnp.exp(student) * teacher}
+
+    with pairwise.engine(pairwise.Engine("gather")):
+      return pairwise.total(tile, {"z": z, "t": t}, {"z": z, "t": t}, fixed={"t"})
+
+  with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(value)).lower(z, t).compile().as_text()
+  moved = hlo.collectives(text)
+  assert moved["reduce-scatter"].bytes == 64 * 16 * 4
+  assert moved["all-gather"].bytes <= 64 * (16 + 48 + 1) * 4
