@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from bigalign.losses import schedules
 ETA = dict(const="constant", cosine="cosine", exp="exponential")
 
 
-def sogclr_options(p, step):
+def sogclr_options(p):
   assert p["include_diag"] != p["init_first_visit"], "neither the paper nor the release"
   options = dict(
     gamma=p["gamma"], eps=p["eps"], variant="released" if p["include_diag"] else "paper"
@@ -28,48 +30,41 @@ def sogclr_options(p, step):
   )
 
 
-def fastclip_options(p, step):
+def fastclip_options(p):
   common = dict(
     eps=p["eps"], gamma=p["gamma"], gamma_schedule=p["gamma_schedule"],
     gamma_over=f"{p['gamma_decay_epochs']} epochs",
   )
-  if p.get("version") == "v1":
-    return common | dict(tau=float(np.exp(-p["log_scales"][step])))
   if p.get("version"):
     return common | (dict(rho=p["rho"]) if p["version"] == "v3" else {})
   same = ("rho", "tau_init", "lr_tau", "eps_tau", "grad_clip", "tau_min", "tau_max")
   return common | {k: p[k] for k in same} | dict(b1=p["beta1"], b2=p["beta2"])
 
 
-def one_step(loss, case, step, dtype, state, t):
-  """Gradients, state and metrics of a step of a trajectory."""
-  inputs = floats(oracles().inputs(case, step=step), dtype)
-  batch = {"image_id": ids(inputs["img_ids"]), "text_id": ids(inputs["txt_ids"])}
+@functools.cache
+def compiled(name, options, normalize):
+  """One step, for all trajectories with these options: (z, params, state, batch, step, tau)."""
 
-  def value(z, params):
-    feats = {ours: unit(z[k]) if case["normalize"] else z[k]
-             for k, ours in (("img", "zimg"), ("txt", "ztxt"))}
-    objective, out = loss.apply(params, state, feats, batch, at(step, epochs=step))
-    return objective, out
+  def value(z, params, state, batch, step, tau):
+    loss = make(name, dict(options) | tau)
+    feats = {ours: unit(z[k]) if normalize else z[k] for k, ours in (("img", "zimg"), ("txt", "ztxt"))}
+    return loss.apply(params, state, feats, batch, at(step, epochs=step))
 
-  params = {} if t is None else {"t": jnp.asarray(t, dtype)}
-  z = {k: inputs[k] for k in ("img", "txt")}
-  (_, (state, metrics)), (dz, dp) = jax.jit(
-    jax.value_and_grad(value, (0, 1), has_aux=True)
-  )(z, params)
-  return dz, dp, state, metrics
+  return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))
 
 
 def trajectory(case, precision, options, names, learned=False):
-  """All steps of a case; names: (step, dz, dp, state, metrics) -> what the oracle calls them."""
-  state, dtype = None, precision
+  """All steps of a case; names: (dz, dp, state, metrics) -> what the oracle calls them."""
+  n, scales = case["data_size"], case["params"].get("log_scales")
+  state = make(case["loss"], options).init({"image": n, "text": n})[1]
+  step_of = compiled(case["loss"], tuple(options.items()), case["normalize"])
   for step in range(len(case["steps"])):
-    loss = make(case["loss"], options(case["params"], step))
-    if state is None:
-      n = case["data_size"]
-      state = loss.init({"image": n, "text": n})[1]
-    t = case["params"]["log_scales"][step] if learned else None
-    dz, dp, state, metrics = one_step(loss, case, step, dtype, state, t)
+    inputs = floats(oracles().inputs(case, step=step), precision)
+    batch = {"image_id": ids(inputs["img_ids"]), "text_id": ids(inputs["txt_ids"])}
+    params = {"t": jnp.asarray(scales[step], precision)} if learned else {}
+    tau = {"tau": np.exp(-scales[step])} if scales and not learned else {}
+    z = {k: inputs[k] for k in ("img", "txt")}
+    (_, (state, metrics)), (dz, dp) = step_of(z, params, state, batch, step, tau)
     got, required = names(dz, dp, state, metrics)
     rtol = 1e-9 if precision == "float64" else 1e-4
     taus = {k: got.pop(k) for k in [*got] if "tau" in k}
@@ -104,11 +99,9 @@ def test_sogclr(case, precision):
   def names(dz, dp, state, metrics):
     got = {k: metrics[k] for k in ("loss", "objective", "eta") if k in metrics}
     got |= {f"d_{k}": x for k, x in dz.items()} | clean(state_names(case, state), case)
-    tables = ["log_u", *(["m"] if "eta" in got else []), *(["s", "b"] if case["params"]["eps"] else [])]
-    return got, ["loss", "objective", "d_img", "d_txt",
-                 *(f"state_{k}_{side}" for k in tables for side in ("img", "txt"))]
+    return got, ["loss", "objective", "d_img", "d_txt", *(k for k in got if "log_u" in k)]
 
-  trajectory(case, precision, sogclr_options, names)
+  trajectory(case, precision, sogclr_options(case["params"]), names)
 
 
 @both_precisions
@@ -119,7 +112,7 @@ def test_sogclr_unimodal(case, precision):
     got = {"loss": metrics["loss"], "d_img": dz["img"], "d_txt": dz["txt"], "state_u": u}
     return got, [*got]
 
-  trajectory(case, precision, lambda p, step: dict(tau=p["tau"], gamma=p["gamma"]), names)
+  trajectory(case, precision, case["params"], names)
 
 
 @both_precisions
@@ -129,9 +122,8 @@ def test_sogclr_unimodal(case, precision):
 )
 def test_fastclip(case, precision, tau_gradient):
   learned = case["loss"] != "fastclip_v1"
-
-  def options(p, step):
-    return fastclip_options(p, step) | (dict(tau_gradient=tau_gradient) if learned else {})
+  options = fastclip_options(case["params"])
+  options |= dict(tau_gradient=tau_gradient) if learned else {}
 
   def names(dz, dp, state, metrics):
     got = {"loss_reported": metrics["loss"]} | {k: metrics[k] for k in ("objective", "gamma")}
@@ -157,9 +149,8 @@ def test_fastclip_v2(case, precision, weighting):
     got |= clean(tables, case)
     return got, [k for k in got if "tau" not in k]
 
-  trajectory(
-    case, precision, lambda p, step: fastclip_options(p, step) | dict(weighting=weighting), names
-  )
+  options = fastclip_options(case["params"]) | dict(weighting=weighting)
+  trajectory(case, precision, options, names)
 
 
 @both_precisions

@@ -109,11 +109,13 @@ def _fit(x: jax.Array, devices: int) -> jax.Array:
   if not pad:
     return x
   fill = np.iinfo(np.uint32).max if x.ndim == 2 else 0
-  return jnp.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)], constant_values=fill)
+  return jnp.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)], constant_values=np.asarray(fill, x.dtype))
 
 
 def _gather(axes: tuple[str, ...], x: jax.Array, axis: int = 0) -> jax.Array:
-  return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+  for name in reversed(axes):
+    x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+  return x
 
 
 def _local_read(axes: tuple[str, ...], devices: int, tables: Tables, ids: jax.Array) -> Tables:
