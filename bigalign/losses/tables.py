@@ -16,7 +16,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -136,16 +135,15 @@ def _local_write(
   own = ids.shape[0]
   ids = _gather(axes, ids)
   every = _gather(axes, jnp.stack([values[name] for name in tables]), 1)  # [K, B]
-  ids, place, last = in_order(ids)
   row, hit = local_row(ids, _first(axes, devices, rows), rows)
+  winner, place = last_equal(ids), jnp.arange(ids.shape[0], dtype=jnp.int32)
   # What is not to be written goes past the end, each to its own row: they must be unique.
-  past = rows + jnp.arange(ids.shape[0], dtype=jnp.uint32)
-  row = jnp.where(hit & last, row, past)
+  row = jnp.where(hit & (winner == place), row, rows + place.astype(jnp.uint32))
   new = {
-    name: x.at[row].set(value[place].astype(x.dtype), mode="drop", unique_indices=True)
+    name: x.at[row].set(value.astype(x.dtype), mode="drop", unique_indices=True)
     for (name, x), value in zip(tables.items(), every, strict=True)
   }
-  seen = every[:, winners(place, last)]
+  seen = every[:, winner]
   if axes:
     seen = jax.lax.dynamic_slice_in_dim(seen, jax.lax.axis_index(axes) * own, own, 1)
   return new, dict(zip(tables, seen, strict=True))
@@ -166,17 +164,11 @@ def local_row(ids: jax.Array, first: jax.Array, rows: int) -> tuple[jax.Array, j
   return low, (high == 0) & (low < rows)
 
 
-def in_order(ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """[B, 2] -> the ids sorted, [B] int32 their places in the batch, [B] bool last of its equals."""
-  place = jnp.arange(ids.shape[0], dtype=jnp.int32)
-  high, low, place = jax.lax.sort((ids[:, 0], ids[:, 1], place), num_keys=2, is_stable=True)
+def last_equal(ids: jax.Array) -> jax.Array:
+  """[B, 2] -> [B] int32: for each place of the batch the last one with the same id."""
+  order = jnp.arange(ids.shape[0], dtype=jnp.int32)
+  high, low, place = jax.lax.sort((ids[:, 0], ids[:, 1], order), num_keys=2, is_stable=True)
   changes = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
   last = jnp.concatenate([changes, jnp.ones(1, bool)])
-  return rearrange([high, low], "w b -> b w"), place, last
-
-
-def winners(place: jax.Array, last: jax.Array) -> jax.Array:
-  """What `in_order` found -> [B] int32, for each place of the batch the last one with its id."""
-  order = jnp.arange(place.shape[0], dtype=jnp.int32)
-  end = jax.lax.cummin(jnp.where(last, order, place.shape[0]), reverse=True)
+  end = jax.lax.cummin(jnp.where(last, order, ids.shape[0]), reverse=True)
   return jnp.zeros_like(place).at[place].set(place[end], unique_indices=True)
