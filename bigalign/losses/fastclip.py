@@ -156,17 +156,17 @@ def fastclip_v2(
     weight = averaged(at)
     old = gcl.recall(state, batch)
     taus = gcl.each(lambda x: x["tau"], old)
-    log_g, top = gcl.means(zimg, ztxt, taus, positive=False)
+    log_g, top = gcl.means(zimg, ztxt, taus)
     now = gcl.each(lambda *args: visited(*args, weight), old, log_g, top)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x["b"]), now)
-    pulls = gcl.weighted(zimg, ztxt, taus, log_den)
+    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g)
     new = gcl.each(
       lambda now, *args: now | moved(*args, at), now, old, log_den, jax.lax.stop_gradient(pulls)
     )
     state, _ = gcl.update(state, batch, new)
     divisors = taus if weighting == "released" else gcl.each(jnp.ones_like, taus)
     surrogate = gcl.both(gcl.each(lambda pull, by: pull / (2 * by), pulls, divisors))
-    loss = gcl.both(gcl.each(lambda g, d: jnp.exp(g - d), log_g, log_den))
+    loss = gcl.both(gcl.mass(log_g, log_den))
     objective = gcl.both(gcl.each(lambda t, d: t * (d + rho), taus, log_den)) / 2
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
     return surrogate, (state, {"loss": loss, "objective": objective, "gamma": weight, **logs})
@@ -190,16 +190,16 @@ def _one_temperature(
     weight = averaged(at)
     old = gcl.each(lambda x: x["log_u"], gcl.recall(state, batch))
     taus = gcl.each(lambda x: jnp.full_like(x, tau), old)
-    log_g, _ = gcl.means(zimg, ztxt, taus, positive=False)
+    log_g, _ = gcl.means(zimg, ztxt, taus)
     log_u = gcl.each(lambda u, g: gcl.average(u, g, weight, _lost(u)), old, log_g)
     state, _ = gcl.update(state, batch, gcl.each(lambda u: {"log_u": u}, log_u))
     log_den = gcl.each(lambda u: gcl.with_eps(u, eps), log_u)
-    pull = gcl.weighted_both(zimg, ztxt, taus, log_den)
+    pull = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g)
     found = {
       "h": jax.lax.stop_gradient(pull) / tau, "log_u": gcl.both(log_u),
       "log_den": gcl.both(log_den),
     }
-    loss = gcl.both(gcl.each(lambda g, d: jnp.exp(g - d), log_g, log_den))
+    loss = gcl.both(gcl.mass(log_g, log_den))
     objective = found["log_den"] / 2
     surrogate = pull / (2 * tau) if rho is None else pull / 2
     if rho is not None:

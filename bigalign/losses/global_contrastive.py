@@ -57,20 +57,15 @@ def update(
   return each(lambda x: x[0], done), each(lambda x: x[1], done)
 
 
-def means(
-  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, *, positive: bool
-) -> tuple[Anchors, Anchors]:
-  """log g and the largest exponent of each anchor; not differentiated.
-
-  positive: adds the anchor's own exp(0) to the sum, whose divisor stays B - 1.
-  """
+def means(zimg: jax.Array, ztxt: jax.Array, tau: Anchors) -> tuple[Anchors, Anchors]:
+  """log g and the largest exponent of each anchor; not differentiated."""
   zimg, ztxt = jax.lax.stop_gradient((zimg, ztxt))
 
   def tile(row, col, shared):
     other = ~pairwise.same(row, col)
-    fill = 0.0 if positive else -jnp.inf
-    a = {k: jnp.where(other, x, fill) for k, x in _exponents(row, col).items()}
-    return a | {f"{k}_top": x for k, x in a.items()}
+    (img, txt), (scale_img, scale_txt) = _differences(row, col), _scales(row, col)
+    img, txt = (jnp.where(other, x, -jnp.inf) for x in (scale_img * img, scale_txt * txt))
+    return {"img": img, "txt": txt, "img_top": img, "txt_top": txt}
 
   found = pairwise.reduce(
     tile, *_rows_and_columns(zimg, ztxt, tau),
@@ -91,10 +86,15 @@ def with_eps(log_u: jax.Array, eps: float, b: jax.Array | float = 0.0) -> jax.Ar
   return jnp.logaddexp(log_u, math.log(eps) + b) if eps else log_u
 
 
+def mass(log_g: Anchors, log_den: Anchors) -> Anchors:
+  """[B] per anchor: g / exp(log_den), the mean of its weights."""
+  return each(lambda g, den: jnp.exp(g - den), log_g, log_den)
+
+
 def weighted(
-  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors
+  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors, log_g: Anchors
 ) -> Anchors:
-  """[B] per anchor: sum over k of w_ik A_ik / (B - 1), with w a constant.
+  """[B] per anchor: sum over k of w_ik A_ik / (B - 1), where w is constant.
 
   A mean of it is a surrogate whose gradient is that of tau_i g_i / exp(log_den_i).
   """
@@ -102,15 +102,48 @@ def weighted(
     _pull, *_rows_and_columns(zimg, ztxt, tau, log_den),
     outputs=dict(img="row_sum", txt="col_sum"),
   )
-  return {k: x / (len(zimg) - 1) for k, x in found.items()}
+  others = len(zimg) - 1
+  return each(lambda x, base: x / others + base, found, _bases(tau, log_den, log_g))
 
 
 def weighted_both(
-  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors
+  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors, log_g: Anchors
 ) -> jax.Array:
   """[]: `both(weighted(...))`, in one pass over the products less."""
   b = len(zimg)
-  return pairwise.total(_pull, *_rows_and_columns(zimg, ztxt, tau, log_den)) / (b * (b - 1))
+  sums = pairwise.total(_pull, *_rows_and_columns(zimg, ztxt, tau, log_den))
+  return sums / (b * (b - 1)) + both(_bases(tau, log_den, log_g))
+
+
+def _bases(tau: Anchors, log_den: Anchors, log_g: Anchors) -> Anchors:
+  """What `_pull` leaves out: its exponents are relative to log_den. An error of the weights is then
+  not multiplied by exponents of a hundred."""
+  return each(lambda t, den, m: t * den * m, tau, log_den, mass(log_g, log_den))
+
+
+def _pull(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
+  other = ~pairwise.same(row, col)
+
+  def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array) -> jax.Array:
+    exponent = scale * a - log_den
+    w = jnp.where(other, jnp.exp(exponent), 0)
+    return jax.lax.stop_gradient(w / scale) * exponent
+
+  (img, txt), (scale_img, scale_txt) = _differences(row, col), _scales(row, col)
+  return {
+    "img": pulled(img, scale_img, row["log_den"][:, None]),
+    "txt": pulled(txt, scale_txt, col["log_den"][None, :]),
+  }
+
+
+def _differences(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:
+  """A of a tile's images and of its texts."""
+  z = pairwise.products(row["z"], col["z"])
+  return z - row["positive"][:, None], z - col["positive"][None, :]
+
+
+def _scales(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:
+  return row["scale"][:, None], col["scale"][None, :]
 
 
 def _rows_and_columns(
@@ -124,27 +157,3 @@ def _rows_and_columns(
     return {"z": z, "positive": positive, **known}
 
   return side(zimg, "img"), side(ztxt, "txt")
-
-
-def _differences(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:
-  z = pairwise.products(row["z"], col["z"])
-  return z - row["positive"][:, None], z - col["positive"][None, :]
-
-
-def _exponents(row: Any, col: Any) -> dict[str, jax.Array]:
-  img, txt = _differences(row, col)
-  return {"img": row["scale"][:, None] * img, "txt": col["scale"][None, :] * txt}
-
-
-def _pull(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
-  img, txt = _differences(row, col)
-  other = ~pairwise.same(row, col)
-
-  def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array) -> jax.Array:
-    w = jnp.where(other, jnp.exp(scale * a - log_den), 0)
-    return jax.lax.stop_gradient(w) * a
-
-  return {
-    "img": pulled(img, row["scale"][:, None], row["log_den"][:, None]),
-    "txt": pulled(txt, col["scale"][None, :], col["log_den"][None, :]),
-  }

@@ -49,9 +49,10 @@ def sogclr(
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     old = gcl.recall(state, batch)
     taus = gcl.each(lambda x: jnp.full_like(x["log_u"], tau), old)
-    state, now = _visit(state, batch, old, zimg, ztxt, taus, gamma, variant)
+    log_g, top = gcl.means(zimg, ztxt, taus)
+    state, now = _visit(state, batch, old, log_g, top, gamma, variant)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
-    loss = gcl.weighted_both(zimg, ztxt, taus, log_den)
+    loss = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g)
     objective = tau * gcl.both(gcl.each(lambda x: x["log_u"], now))
     return loss, (state, {"loss": loss, "objective": objective})
 
@@ -114,10 +115,11 @@ def isogclr(
     rate = schedules.eta(eta_schedule, eta, eta_min, over, eta_decay, at)
     old = gcl.recall(state, batch)
     taus = gcl.each(lambda x: x["tau"], old)
-    state, now = _visit(state, batch, old, zimg, ztxt, taus, gamma, variant)
+    log_g, top = gcl.means(zimg, ztxt, taus)
+    state, now = _visit(state, batch, old, log_g, top, gamma, variant)
     log_u = gcl.each(lambda x: x["log_u"], now)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
-    pulls = gcl.weighted(zimg, ztxt, taus, log_den)
+    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g)
     new = gcl.each(lambda *args: moved(*args, rate), old, log_u, jax.lax.stop_gradient(pulls))
     state, _ = gcl.update(state, batch, new)
     loss = gcl.both(pulls)
@@ -206,16 +208,19 @@ def _checked(name: str, variant: str, eps: float | None) -> float:
 
 
 def _visit(
-  state: Any, batch: Mapping[str, jax.Array], old: Any, zimg: jax.Array, ztxt: jax.Array,
-  tau: gcl.Anchors, gamma: float, variant: str,
+  state: Any, batch: Mapping[str, jax.Array], old: Any, log_g: gcl.Anchors, top: gcl.Anchors,
+  gamma: float, variant: str,
 ) -> tuple[Any, Any]:
   """Averages the batch into u, and into b where there is one; returns the state and what every
   occurrence of an id sees from then on, that of its last."""
-  log_g, top = gcl.means(zimg, ztxt, tau, positive=variant == "released")
+  positive = -math.log(len(log_g["img"]) - 1)  # log of exp(0) / (B - 1)
 
   def visited(old, log_g, top):
-    fresh = jnp.isneginf(old["log_u"]) if variant == "paper" else None
-    new = {"log_u": gcl.average(old["log_u"], log_g, gamma, fresh)}
+    if variant == "released":
+      new = {"log_u": gcl.average(old["log_u"], jnp.logaddexp(log_g, positive), gamma, None)}
+    else:
+      fresh = jnp.isneginf(old["log_u"])
+      new = {"log_u": gcl.average(old["log_u"], log_g, gamma, fresh)}
     return new | ({"b": jnp.maximum(old["b"], top)} if "b" in old else {})
 
   return gcl.update(state, batch, gcl.each(visited, old, log_g, top))
