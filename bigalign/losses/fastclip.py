@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -136,7 +137,7 @@ def fastclip_v2(
     fills = dict(log_u=-math.inf, b=0.0, tau=tau_init, m=0.0, v=0.0)
     return {}, gcl.remember(sizes, **fills)
 
-  def moved(old, log_den, pull, at):
+  def moved(at, old, log_den, pull):
     """The next moments and temperature of each anchor."""
     q = jnp.clip(log_den + rho - pull / old["tau"], -grad_clip, grad_clip)
     visits = jnp.floor(at.epochs).astype(q.dtype) + 1
@@ -146,7 +147,7 @@ def fastclip_v2(
     tau = old["tau"] - lr_tau * mhat / (jnp.sqrt(vhat) + eps_tau)
     return {"m": m, "v": v, "tau": jnp.clip(tau, tau_min, tau_max)}
 
-  def visited(old, log_g, top, weight):
+  def visited(weight, old, log_g, top):
     fresh = _lost(old["log_u"] - old["b"])
     b = jnp.maximum(old["b"], top)
     return {"log_u": gcl.average(old["log_u"], log_g, weight, fresh), "b": b}
@@ -157,19 +158,18 @@ def fastclip_v2(
     old = gcl.recall(state, batch)
     taus = gcl.each(lambda x: x["tau"], old)
     log_g, top = gcl.means(zimg, ztxt, taus)
-    now = gcl.each(lambda *args: visited(*args, weight), old, log_g, top)
+    now = gcl.each(functools.partial(visited, weight), old, log_g, top)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x["b"]), now)
     pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g)
-    new = gcl.each(
-      lambda now, *args: now | moved(*args, at), now, old, log_den, jax.lax.stop_gradient(pulls)
-    )
-    state, _ = gcl.update(state, batch, new)
+    steps = gcl.each(functools.partial(moved, at), old, log_den, jax.lax.stop_gradient(pulls))
+    state, _ = gcl.update(state, batch, gcl.each(lambda a, b: a | b, now, steps))
     divisors = taus if weighting == "released" else gcl.each(jnp.ones_like, taus)
     surrogate = gcl.both(gcl.each(lambda pull, by: pull / (2 * by), pulls, divisors))
     loss = gcl.both(gcl.mass(log_g, log_den))
     objective = gcl.both(gcl.each(lambda t, d: t * (d + rho), taus, log_den)) / 2
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
-    return surrogate, (state, {"loss": loss, "objective": objective, "gamma": weight, **logs})
+    logs |= {"loss": loss, "objective": objective, "gamma": weight}
+    return gcl.with_slope(loss, surrogate), (state, logs)
 
   return Loss(frozenset({"ids"}), init, apply)
 
@@ -205,10 +205,9 @@ def _one_temperature(
     if rho is not None:
       loss, objective = tau * (loss + rho + found["log_u"] / 2), tau * (objective + rho)
     if gradient is not None:
-      # Worth nothing; its slope is the temperature's gradient, which is not the surrogate's.
-      surrogate += gradient(tau, found) * (params["t"] - jax.lax.stop_gradient(params["t"]))
-    logs = {"objective": objective, "gamma": weight, "logit_scale": 1 / tau}
-    return surrogate, (state, {"loss": loss, **logs})
+      surrogate += gradient(tau, found) * params["t"]
+    logs = {"loss": loss, "objective": objective, "gamma": weight, "logit_scale": 1 / tau}
+    return gcl.with_slope(loss, surrogate), (state, logs)
 
   def constrain(params):
     return {name: jnp.clip(x, 0.0, math.log(100)) for name, x in params.items()}

@@ -86,6 +86,11 @@ def with_eps(log_u: jax.Array, eps: float, b: jax.Array | float = 0.0) -> jax.Ar
   return jnp.logaddexp(log_u, math.log(eps) + b) if eps else log_u
 
 
+def with_slope(value: jax.Array, surrogate: jax.Array) -> jax.Array:
+  """[]: worth `value`, with the gradient of `surrogate`."""
+  return jax.lax.stop_gradient(value) + (surrogate - jax.lax.stop_gradient(surrogate))
+
+
 def mass(log_g: Anchors, log_den: Anchors) -> Anchors:
   """[B] per anchor: g / exp(log_den), the mean of its weights."""
   return each(lambda g, den: jnp.exp(g - den), log_g, log_den)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -104,7 +105,7 @@ def isogclr(
     fills = {"b": 0.0} if eps else {}
     return {}, gcl.remember(sizes, log_u=-math.inf, tau=tau_init, m=0.0, **fills)
 
-  def moved(old, log_u, pull, rate):
+  def moved(rate, old, log_u, pull):
     """The next momentum and temperature of each anchor."""
     q = jnp.clip(log_u + rho - pull / old["tau"], -grad_clip, grad_clip)
     m = (1 - beta) * old["m"] + beta * q
@@ -120,7 +121,7 @@ def isogclr(
     log_u = gcl.each(lambda x: x["log_u"], now)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
     pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g)
-    new = gcl.each(lambda *args: moved(*args, rate), old, log_u, jax.lax.stop_gradient(pulls))
+    new = gcl.each(functools.partial(moved, rate), old, log_u, jax.lax.stop_gradient(pulls))
     state, _ = gcl.update(state, batch, new)
     loss = gcl.both(pulls)
     objective = gcl.both(gcl.each(lambda t, u: t * (u + rho), taus, log_u))
@@ -177,7 +178,9 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
 
 
 def _view_products(row: Any, col: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-  return tuple(pairwise.products(row[a], col[b]) for a, b in ("xy", "xx", "yy"))
+  """Between the views, and within each."""
+  xy, xx, yy = (pairwise.products(row[a], col[b]) for a, b in ("xy", "xx", "yy"))
+  return xy, xx, yy
 
 
 def _view_means(x: jax.Array, y: jax.Array, tau: float) -> dict[str, jax.Array]:

@@ -90,8 +90,8 @@ def _mesh(tables: Mapping[str, jax.Array]) -> tuple[tuple[str, ...], int]:
   for name, x in tables.items():
     if x.shape[0] % devices:
       raise ValueError(
-        f"config.mesh: {devices} devices do not divide the {x.shape[0]} rows that the loss remembers"
-        f" in {name!r}; a number of devices that divides {ROWS} does"
+        f"config.mesh: {devices} devices do not divide the {x.shape[0]} rows of {name!r}, which the"
+        f" loss remembers; a number of devices that divides {ROWS} does"
       )
   return axes, devices
 
