@@ -15,7 +15,7 @@ from bigalign import config as configs
 from bigalign import sharding, tree
 from bigalign.checkpoint import Checkpoints
 from bigalign.data import pipeline
-from bigalign.losses import Loss, make_loss, pairwise
+from bigalign.losses import Loss, make_loss, pairwise, tables
 from bigalign.model import DualEncoder, make_model
 from bigalign.optim import Schedule, make_optimizer
 
@@ -116,7 +116,7 @@ def state_shardings(state: State, mesh: jax.sharding.Mesh, rules: Sequence[Any])
     frozen={path: placed[path] for path in state.frozen},
     ema={path: placed[path] for path in state.ema},
     opt=sharding.like(state.opt, placed, shapes),
-    loss=jax.tree.map(lambda _: whole, state.loss),
+    loss=jax.tree.map(lambda x: tables.placed(x, mesh), state.loss),
   )
 
 

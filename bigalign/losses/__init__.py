@@ -11,6 +11,7 @@ from bigalign.losses.base import At, Loss, weighted_sum
 from bigalign.losses.clip import clip
 from bigalign.losses.clip_gap import clip_gap
 from bigalign.losses.distill import clip_distill, mobileclip_dr, siglip_distill
+from bigalign.losses.fastclip import fastclip_v0, fastclip_v1, fastclip_v2, fastclip_v3
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
@@ -19,6 +20,7 @@ from bigalign.losses.mixup import m2mix, m3mix
 from bigalign.losses.nitc import nitc
 from bigalign.losses.sail import sail
 from bigalign.losses.siglip import siglip
+from bigalign.losses.sogclr import isogclr, sogclr, sogclr_unimodal
 from bigalign.losses.sparc import sparc
 from bigalign.losses.unicl import unicl
 
@@ -32,7 +34,12 @@ LOSSES = dict(
   clip_gap=clip_gap,
   clip_intra_neg=clip_intra_neg,
   cyclip=cyclip,
+  fastclip_v0=fastclip_v0,
+  fastclip_v1=fastclip_v1,
+  fastclip_v2=fastclip_v2,
+  fastclip_v3=fastclip_v3,
   focal_itc=focal_itc,
+  isogclr=isogclr,
   m2mix=m2mix,
   m3co=m3co,
   m3mix=m3mix,
@@ -43,6 +50,8 @@ LOSSES = dict(
   siglip=siglip,
   siglip_distill=siglip_distill,
   softclip_m3co=softclip_m3co,
+  sogclr=sogclr,
+  sogclr_unimodal=sogclr_unimodal,
   sparc=sparc,
   unicl=unicl,
 )

@@ -1,0 +1,78 @@
+"""Numbers that change while a loss is trained, and the durations they are given in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses.base import At
+
+
+class Duration(NamedTuple):
+  """A stretch of training: 18 of unit "epoch", or "step", "sample", "%" of all updates."""
+
+  number: float
+  unit: str
+
+
+def duration(value: int | str, where: str) -> Duration:
+  """500, "500 steps", "1e9 samples", "18 epochs" or "50%", as a Duration.
+
+  Raises:
+    ValueError: for any other text, or for a length that is not above 0.
+  """
+  found = re.fullmatch(r"\s*([0-9_.eE+]+)\s*(steps?|samples?|epochs?|%)?\s*", str(value))
+  if not found or not float(found.group(1)) > 0:
+    raise ValueError(
+      f"{where}: {value!r} is no duration; write a number of steps, '1e9 samples', '18 epochs' or"
+      " '50%'"
+    )
+  return Duration(float(found.group(1)), (found.group(2) or "step").rstrip("s"))
+
+
+def elapsed(length: Duration, at: At) -> jax.Array:
+  """[]: how many times `length` has passed, from 0 on; in epochs only whole ones count, as the
+  published schedules do, which change between epochs."""
+  done = {
+    "step": at.step, "sample": at.samples, "epoch": jnp.floor(at.epochs), "%": at.progress * 100
+  }[length.unit]
+  return done.astype(float) / length.number
+
+
+def gamma(name: str, end: float, over: Duration, at: At) -> jax.Array:
+  """Weight of what is new in FastCLIP's moving average, https://arxiv.org/abs/2407.01445.
+
+  1 in the first epoch, when nothing has been seen before (the released code does so for "constant"
+  too); then a half cosine from 1 to `end`, which it reaches after `over`, or `end` at once.
+  """
+  share = jnp.minimum(elapsed(over, at), 1)
+  later = {
+    "cosine": 0.5 * (1 + jnp.cos(jnp.pi * share)) * (1 - end) + end,
+    "constant": jnp.full_like(share, end),
+  }[name]
+  return jnp.where(at.epochs < 1, 1, later)
+
+
+def eta(name: str, start: float, end: float, over: Duration, decay: float, at: At) -> jax.Array:
+  """Step size of iSogCLR's temperatures, https://arxiv.org/abs/2305.11965.
+
+  "constant"; "cosine", a quarter of a wave from `start` to `end` in `over`; "exponential", whose
+  part above `end` shrinks by `decay` in each `over`, and is `start / decay` at first: the released
+  code counts from one before its first epoch.
+  """
+  share = elapsed(over, at)
+  return {
+    "constant": jnp.full_like(share, start),
+    "cosine": end + (start - end) * jnp.cos(jnp.pi / 2 * jnp.minimum(share, 1)),
+    "exponential": end + (start - end) * decay ** (share - 1),
+  }[name]
+
+
+def known(where: str, value: Any, names: Sequence[str]) -> None:
+  """Raises ValueError, naming `where`, unless `value` is one of `names`."""
+  if value not in names:
+    raise ValueError(f"{where}: unknown {value!r}; known: {tuple(names)}")
