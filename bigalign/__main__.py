@@ -9,6 +9,7 @@ PROGRAMS = {
   "train": "trains a model from a config file",
   "evaluate": "runs the evaluators on a run's checkpoint",
   "report": "makes one HTML page of a run",
+  "costs": "what losses cost per device: memory, products, bytes on the wires",
 }
 
 

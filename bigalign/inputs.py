@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bigalign import config as configs
-from bigalign.data import order, transforms
+from bigalign.data import order, pipeline, transforms
 from bigalign.data.sources import Source, open_source
 from bigalign.data.tokenizers import TOKENIZERS, Tokenizer
 
@@ -21,6 +21,7 @@ def open_data(
   augment: Mapping[str, Any] | None = None,
   resize: str = "squash",
   captions: Sequence[str] | None = None,
+  captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
   shuffle: bool = True,
   workers: int = 0,
 ) -> tuple[Source, dict[str, Any]]:
@@ -33,6 +34,7 @@ def open_data(
     augment: options of transforms.train_image.
     resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
     captions: fields to take captions from, the first that a record has; the source's own if None.
+    captions_per_image: room for captions in the ids of texts, and in what a loss remembers of each.
     shuffle: another order in each epoch; without, that of the source.
     workers: processes that read and decode; they have no influence on the batches.
   """
@@ -46,7 +48,8 @@ def open_data(
   if not len(opened):
     raise ValueError(f"config.data.source={source!r} holds no sample")
   return opened, dict(
-    image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, workers=workers
+    image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, workers=workers,
+    captions_per_image=captions_per_image,
   )
 
 

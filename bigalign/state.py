@@ -134,6 +134,7 @@ def make_program(
   microbatches: int = 1,
   logits: Mapping[str, Any] | None = None,
   dataset_size: int = 0,
+  captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
   **elsewhere: Any,
 ) -> Program:
   """A config's objects; reads no data and touches no device. See `train` for the arguments."""
@@ -147,8 +148,9 @@ def make_program(
   )
   built = configs.call(make_model, model, "config.model")
   terms = make_loss(loss)
-  sizes = {"image": dataset_size, "text": dataset_size * pipeline.CAPTIONS_PER_IMAGE}
-  sizes |= {"embed": model["embed_dim"]}
+  sizes = {
+    "image": dataset_size, "text": dataset_size * captions_per_image, "embed": model["embed_dim"]
+  }
   engine = configs.call(pairwise.Engine, logits or {}, "config.logits")
   program = Program(
     built, terms, optax.identity(), lambda step: step, spec, sizes, frozen, ema, seed, total,

@@ -14,7 +14,7 @@ import optax
 
 from bigalign import flops, gradcache, tree
 from bigalign.data.rejects import REASONS
-from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise
+from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise, tables
 from bigalign.model import without_remat
 from bigalign.state import Arrays, Program, State
 
@@ -24,7 +24,8 @@ def train_step(
 ) -> tuple[State, dict[str, jax.Array]]:
   """One update on a global batch.
 
-  A step whose loss or gradient is not finite leaves the state as it was, but for `step`.
+  A step whose loss or gradient is not finite leaves the state as it was, but for `step` and for
+  what the loss remembers of each sample.
 
   Args:
     batch: as pipeline.train_batches makes it, [B, …] over the batch axes.
@@ -61,6 +62,11 @@ def train_step(
   def keep(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
 
+  def keep_small(new: jax.Array, old: jax.Array) -> jax.Array:
+    # A table is written in place: a choice between two would need both. After an unsound step the
+    # run stops and goes on from a checkpoint, so what stands in it is never read.
+    return new if tables.is_table(new) else keep(new, old)
+
   rejects = batch["rejects"].sum(0)
   metrics = {
     **logs,
@@ -76,7 +82,7 @@ def train_step(
     frozen=state.frozen,
     ema=keep(ema, state.ema),
     opt=keep(opt, state.opt),
-    loss=keep(remembered, state.loss),
+    loss=jax.tree.map(keep_small, remembered, state.loss),
   ), metrics
 
 

@@ -26,7 +26,7 @@ from bigalign.data import pipeline
 from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, same_data, same_on_all_hosts
 from bigalign.inputs import check_tokenizer, open_data
-from bigalign.losses import check_needs
+from bigalign.losses import check_ids, check_needs, summary
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import FEATURES
 from bigalign.state import State
@@ -100,7 +100,9 @@ def train(
     raise ValueError(f"--workdir={workdir}: a run's folder must be a local path or a mount")
   workdir = pathlib.Path(workdir).absolute()
   source, reading = configs.call(open_data, data, "config.data")
-  program = states.make_program(**config, dataset_size=len(source))
+  program = states.make_program(
+    **config, dataset_size=len(source), captions_per_image=reading["captions_per_image"]
+  )
   check_needs(program.loss, {*program.spec, *FEATURES}, ema=ema > 0)
   check_tokenizer(program.model.text_tower, data["tokenizer"])
   total = program.total_steps
@@ -120,6 +122,7 @@ def train(
     "dataset_size": len(source), "hardware": machine.describe(),
   }
   same_on_all_hosts(meta)
+  logging.info("The loss: %s", summary(program.loss, program.sizes))
 
   grid = configs.call(sharding.make_mesh, mesh or {}, "config.mesh")
   rows = sharding.host_rows(grid, batch_size)
@@ -190,6 +193,7 @@ def train(
         clu.profiler.start(str(workdir / "profile"))
       with clock.waiting_for_data():
         host_batch = next(batches)
+      check_ids(program.loss, host_batch, program.sizes)
       batch = sharding.global_batch(grid, host_batch, rows, batch_size)
       place = seen(samples_seen, len(source))
       if compiled is None:

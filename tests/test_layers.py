@@ -21,7 +21,7 @@ LAYERS = [
   },
   {"model", "optim", "checkpoint"},
   {"evals", "state", "step"},
-  {"train", "evaluate", "report", "report_html", "__main__"},
+  {"train", "evaluate", "report", "costs", "report_html", "__main__"},
 ]
 # What takes seconds or gigabytes to import, or may be replaced one day, has its few places.
 PLACES = {

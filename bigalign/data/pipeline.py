@@ -22,8 +22,7 @@ from bigalign.data.workers import Batches, iterate
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8
-# text_id = image_id * CAPTIONS_PER_IMAGE + ordinal of the caption
-CAPTIONS_PER_IMAGE = 64
+CAPTIONS_PER_IMAGE = 8  # text_id = image_id * captions_per_image + ordinal of the caption
 
 
 def batch_spec(*, batch_size: int, image_size: int,
@@ -53,6 +52,7 @@ def train_batches(
     augment: Mapping[str, Any] | None = None,
     shuffle: bool = True,
     workers: int = 0,
+    captions_per_image: int = CAPTIONS_PER_IMAGE,
     stop: int | None = None,
 ) -> Batches:
   """This host's rows of the global batches from position `start` on; endless without `stop`.
@@ -62,6 +62,7 @@ def train_batches(
   stop        the last batch is the last one that lies wholly below this position
   augment     options of transforms.train_image
   workers     processes; 0 works in a thread of this one. Has no influence on the batches.
+  captions_per_image  room for text ids; an image with more captions is an error
 
   A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
   by reason, one count per sample tried. Close the iterator (`.close()`) to end the workers.
@@ -69,7 +70,7 @@ def train_batches(
   batches = _TrainBatches(
       source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size), seed=seed,
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
-      shuffle=shuffle, stop=stop)
+      shuffle=shuffle, captions_per_image=captions_per_image, stop=stop)
   return iterate(batches, workers=workers)
 
 
@@ -143,7 +144,7 @@ class _TrainBatches(_Batches):
 
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
                tokenizer, start: int, augment: Mapping[str, Any], shuffle: bool,
-               stop: int | None):
+               captions_per_image: int, stop: int | None):
     super().__init__(source, image_size=image_size, tokenizer=tokenizer)
     self._batch_size = batch_size
     self._rows = rows
@@ -153,6 +154,7 @@ class _TrainBatches(_Batches):
     # A wrong option is better heard of here than from a worker.
     transforms.train_image(np.zeros((2, 2, 3), np.uint8), order.philox(0, 0), size=2, **augment)
     self._shuffle = shuffle
+    self._captions_per_image = captions_per_image
     # Positions are int64; grain wants a length even of what does not end.
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
 
@@ -181,7 +183,7 @@ class _TrainBatches(_Batches):
       images[r] = transforms.train_image(record["image"], rng, size=size, **self._augment)
       texts.append(captions[ordinal])
       labels[r] = record["label"]
-      image_ids[r], text_ids[r] = index, index * CAPTIONS_PER_IMAGE + ordinal
+      image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
     text, mask = self._tokenizer.encode_batch(texts)
     return dict(image=images, text=text, text_mask=mask, image_id=_words(image_ids),
                 text_id=_words(text_ids), label=labels, rejects=rejects)
@@ -198,9 +200,10 @@ class _TrainBatches(_Batches):
       if not record["captions"]:
         self._reject(index, record["key"], Rejected("no_caption"), rejects=rejects)
         continue
-      if len(record["captions"]) > CAPTIONS_PER_IMAGE:
-        raise ValueError(f"{record['key']} has {len(record['captions'])} captions; text ids have "
-                         f"room for {CAPTIONS_PER_IMAGE} per image")
+      if len(record["captions"]) > self._captions_per_image:
+        raise ValueError(f"{record['key']} has {len(record['captions'])} captions; set "
+                         "config.data.captions_per_image to the largest number of an image, now "
+                         f"{self._captions_per_image}")
       return index, record
     counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
     raise ValueError(

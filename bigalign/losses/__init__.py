@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from bigalign import config
+from bigalign.losses import tables
 from bigalign.losses.albef import albef_itc
 from bigalign.losses.base import At, Loss, weighted_sum
 from bigalign.losses.clip import clip
@@ -109,3 +113,22 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
           f"config.loss needs {need!r}, but the data has no field {field!r}; it has"
           f" {sorted(fields)}"
         )
+
+
+def check_ids(loss: Loss, batch: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+  """Raises ValueError if the loss remembers samples and a host batch names one that it cannot."""
+  if "ids" in loss.needs:
+    for side in ("image", "text"):
+      tables.check_ids(batch[f"{side}_id"], sizes[side], f"{side}_id")
+
+
+def summary(loss: Loss, sizes: Mapping[str, int]) -> str:
+  """What a run with this loss needs, in a line: fields, and bytes that it remembers."""
+  _, state = jax.eval_shape(lambda: loss.init(sizes))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  needs = [f"{need} ({', '.join(PROVIDES[need])})" for need in sorted(loss.needs)]
+  terms = " + ".join(f"{weight:g} {name}" for name, (weight, _) in loss.terms.items())
+  return (
+    f"{terms}; beyond the two embeddings it reads {', '.join(needs) or 'nothing'} and remembers"
+    f" {size / 1e6:,.1f} MB over all devices"
+  )

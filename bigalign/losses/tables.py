@@ -36,6 +36,11 @@ def placed(x: jax.Array, mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(mesh.axis_names) if long else P())
 
 
+def is_table(x: jax.Array) -> bool:
+  """Whether an array of a loss's state is one that `make` made."""
+  return x.ndim == 1 and x.shape[0] % ROWS == 0
+
+
 def check_ids(ids: np.ndarray, n: int, name: str) -> None:
   """Raises ValueError if one of `ids` [b, 2] uint32, on the host, is not below n."""
   words = np.asarray(ids).astype(np.uint64)
