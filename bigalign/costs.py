@@ -81,7 +81,8 @@ def measure(
   feats = {k: placed(abstract.pop(k), rows) for k in differentiable}
   rest = {k: placed(x, rows) for k, x in abstract.items()}
   found: dict[str, Any] = {
-    "loss": name, "way": way, "needs": sorted(loss.needs),
+    "loss": name, "way": way, "needs": sorted(loss.needs), "batch": batch, "width": width,
+    "devices": mesh.size,
     "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
   }
   with jax.set_mesh(mesh):
@@ -102,19 +103,19 @@ def measure(
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, markdown: bool) -> rich.table.Table:
-  """The rows for a person."""
+  """The rows for a person; products also as multiples of B B E / devices."""
   made = rich.table.Table(box=rich.box.MARKDOWN if markdown else rich.box.SIMPLE)
   for heading in ("loss", "way", "needs", "state", "temporaries", "products", "wires"):
     made.add_column(heading, justify="left" if heading in ("loss", "way", "needs") else "right")
   for row in rows:
     start = (row["loss"], row["way"], " ".join(row["needs"]), _size(row["state_bytes"]))
+    whole = row["batch"] ** 2 * row["width"] / row["devices"]
+    work = f"{row['flops'] / 1e9:,.0f} GF = {row['flops'] / whole:.1f}"
     if "error" in row:
-      made.add_row(*start, "does not fit", f"{row['flops'] / 1e9:,.0f} GF", "")
+      made.add_row(*start, "does not fit", work, "")
     else:
-      made.add_row(
-        *start, _size(row["temporary_bytes"]), f"{row['flops'] / 1e9:,.0f} GF",
-        _size(sum(row["wire_bytes"].values())),
-      )
+      wires = sum(row["wire_bytes"].values())
+      made.add_row(*start, _size(row["temporary_bytes"]), work, _size(wires))
   return made
 
 

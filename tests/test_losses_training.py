@@ -18,7 +18,7 @@ from bigalign.metrics import read_metrics
 
 STATEFUL = {
   "isogclr": dict(isogclr=dict(tau_init=0.07)),
-  "fastclip_v2": dict(fastclip_v2=dict(gamma_decay="4 steps")),
+  "fastclip_v2": dict(fastclip_v2=dict(gamma_over="4 steps")),
   "albef_itc": dict(albef_itc=dict(queue_size=64)),
 }
 
@@ -58,7 +58,7 @@ def test_tables_are_spread_over_the_mesh_and_visited_by_id(tiny, tmp_path):  # n
   }
   for name, x in arrays.items():
     assert x.sharding.shard_shape(x.shape)[0] * 8 == x.shape[0], name
-  seen = np.isfinite(np.asarray(arrays["sogclr/log_u_img"])).sum()
+  seen = np.isfinite(np.asarray(arrays["sogclr/img/log_u"])).sum()
   assert seen == 2 * 16, "as many images as two batches hold"
 
 
@@ -101,7 +101,10 @@ def test_hardest_negatives_and_saturation_by_hand():
 def test_an_id_out_of_range_stops_the_run(tiny, tmp_path, monkeypatch):  # noqa: F811
   tiny.loss = dict(sogclr={})
   words = pipeline._words
-  monkeypatch.setattr(pipeline, "_words", lambda ids: words(np.where(ids == ids.max(), 1 << 40, ids)))
+  beyond = 1 << 40
+  monkeypatch.setattr(
+    pipeline, "_words", lambda ids: words(np.where(ids == ids.max(), beyond, ids))
+  )
   with pytest.raises(ValueError, match=r"image_id: id 1099511627776 in row \d+ .*with ids 0 to"):
     run(tmp_path, tiny)
 

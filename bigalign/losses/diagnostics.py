@@ -12,7 +12,7 @@ from bigalign.losses import pairwise, tables
 from bigalign.losses.base import At, Loss
 
 QUANTILES = (5, 50, 95)
-TABLES = dict(tau_img="image", tau_txt="text")  # temperatures per sample, and whose ids find them
+SIDES = dict(img="image", txt="text")  # of a loss's tables, and whose ids find their rows
 
 
 def diagnose(
@@ -81,12 +81,12 @@ def _gradient_norm(
 
 
 def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Quantiles of the temperatures that are kept per sample, tau_img and tau_txt, of this batch."""
+  """Quantiles over this batch of the temperatures that losses keep per sample, <side>/tau."""
   found = {}
   for path, table in jax.tree_util.tree_leaves_with_path(state):
-    side = TABLES.get(jax.tree_util.keystr(path[-1:], simple=True))
-    if side:
-      taus = tables.read({side: table}, batch[f"{side}_id"])[side]
+    side, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2:]
+    if name == "tau":
+      taus = tables.read({name: table}, batch[f"{SIDES[side]}_id"])[name]
       for q in QUANTILES:
-        found[f"temperature/{side}/p{q}"] = jnp.quantile(taus, q / 100)
+        found[f"temperature/{SIDES[side]}/p{q}"] = jnp.quantile(taus, q / 100)
   return found

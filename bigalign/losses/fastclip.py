@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -69,7 +70,7 @@ def fastclip_v1(
 def fastclip_v3(
   *,
   tau_init: float = 0.07,
-  rho: float = 6.5,
+  rho: float | Mapping[str, Any] = 6.5,
   tau_gradient: str = "released",
   gamma: float = 0.2,
   gamma_schedule: str = "cosine",
@@ -84,18 +85,20 @@ def fastclip_v3(
 
   Args:
     rho: 6.5 for CC3M, 8.5 for CC12M, 16 for LAION; found with the "released" gradient, which is
-      the default for that reason.
+      the default for that reason. A number, or a schedules.ramp.
     others: as in `fastclip_v0`.
   """
   schedules.known("config.loss.fastclip_v3.tau_gradient", tau_gradient, GRADIENTS)
 
   def gradient(tau, found):
+    rho = found["rho"]
     if tau_gradient == "released":
       return -tau / 2 * (found["log_u"] + 2 * rho - 2 * found["h"])
     return -tau / 2 * (found["log_den"] + 2 * rho - found["h"])
 
   averaged = _schedule("fastclip_v3", gamma_schedule, gamma, gamma_over)
-  return _one_temperature(tau_init, gradient, averaged, eps, rho)
+  robust = schedules.ramp(rho, "config.loss.fastclip_v3.rho")
+  return _one_temperature(tau_init, gradient, averaged, eps, robust)
 
 
 def fastclip_v2(
@@ -103,8 +106,8 @@ def fastclip_v2(
   tau_init: float = 0.03,
   tau_min: float = 0.01,
   tau_max: float = 1.0,
-  rho: float = 7.0,
-  lr_tau: float = 0.0133,
+  rho: float | Mapping[str, Any] = 7.0,
+  lr_tau: float | Mapping[str, Any] = 0.0133,
   b1: float = 0.9,
   b2: float = 0.98,
   eps_tau: float = 1e-6,
@@ -122,8 +125,8 @@ def fastclip_v2(
 
   Args:
     tau_init, tau_min, tau_max: first temperature of every sample and its bounds.
-    rho: how far from uniform the weights of the negatives may be.
-    lr_tau, b1, b2, eps_tau: of the temperatures' Adam. As released, its bias correction counts
+    rho: how far from uniform the weights of the negatives may be; a number, or a schedules.ramp.
+    lr_tau, b1, b2, eps_tau: of the temperatures' Adam; lr_tau may be a ramp too. As released, its bias correction counts
       epochs, and the first epoch has no memory: steps of lr_tau by sign.
     grad_clip: bound of a temperature's gradient before Adam.
     weighting: "released" divides each anchor's term by 2 tau_i; "rgcl" by 2, which is the gradient
@@ -132,6 +135,8 @@ def fastclip_v2(
   """
   schedules.known("config.loss.fastclip_v2.weighting", weighting, WEIGHTINGS)
   averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over)
+  robust = schedules.ramp(rho, "config.loss.fastclip_v2.rho")
+  rate = schedules.ramp(lr_tau, "config.loss.fastclip_v2.lr_tau")
 
   def init(sizes):
     fills = dict(log_u=-math.inf, b=0.0, tau=tau_init, m=0.0, v=0.0)
@@ -139,12 +144,12 @@ def fastclip_v2(
 
   def moved(at, old, log_den, pull):
     """The next moments and temperature of each anchor."""
-    q = jnp.clip(log_den + rho - pull / old["tau"], -grad_clip, grad_clip)
+    q = jnp.clip(log_den + robust(at) - pull / old["tau"], -grad_clip, grad_clip)
     visits = jnp.floor(at.epochs).astype(q.dtype) + 1
     beta1, beta2 = (jnp.where(visits > 1, b, 0.0).astype(q.dtype) for b in (b1, b2))
     m, v = beta1 * old["m"] + (1 - beta1) * q, beta2 * old["v"] + (1 - beta2) * q**2
     mhat, vhat = m / (1 - beta1**visits), v / (1 - beta2**visits)
-    tau = old["tau"] - lr_tau * mhat / (jnp.sqrt(vhat) + eps_tau)
+    tau = old["tau"] - rate(at) * mhat / (jnp.sqrt(vhat) + eps_tau)
     return {"m": m, "v": v, "tau": jnp.clip(tau, tau_min, tau_max)}
 
   def visited(weight, old, log_g, top):
@@ -166,7 +171,7 @@ def fastclip_v2(
     divisors = taus if weighting == "released" else gcl.each(jnp.ones_like, taus)
     surrogate = gcl.both(gcl.each(lambda pull, by: pull / (2 * by), pulls, divisors))
     loss = gcl.both(gcl.mass(log_g, log_den))
-    objective = gcl.both(gcl.each(lambda t, d: t * (d + rho), taus, log_den)) / 2
+    objective = gcl.both(gcl.each(lambda t, d: t * (d + robust(at)), taus, log_den)) / 2
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
     logs |= {"loss": loss, "objective": objective, "gamma": weight}
     return gcl.with_slope(loss, surrogate), (state, logs)
@@ -175,10 +180,10 @@ def fastclip_v2(
 
 
 def _one_temperature(
-  tau_init: float, gradient: Any, averaged: Any, eps: float, rho: float | None = None
+  tau_init: float, gradient: Any, averaged: Any, eps: float, robust: Any = None
 ) -> Loss:
   """v0, v1 and v3. gradient: (tau, sums over both sides of means) -> d / dt, None: tau is constant.
-  rho: makes it robust (v3)."""
+  robust: (at) -> rho (v3)."""
 
   def init(sizes):
     params = {} if gradient is None else {"t": jnp.asarray(-math.log(tau_init), jnp.float32)}
@@ -201,8 +206,9 @@ def _one_temperature(
     }
     loss = gcl.both(gcl.mass(log_g, log_den))
     objective = found["log_den"] / 2
-    surrogate = pull / (2 * tau) if rho is None else pull / 2
-    if rho is not None:
+    surrogate = pull / (2 * tau) if robust is None else pull / 2
+    if robust is not None:
+      rho = found["rho"] = robust(at)
       loss, objective = tau * (loss + rho + found["log_u"] / 2), tau * (objective + rho)
     if gradient is not None:
       surrogate += gradient(tau, found) * params["t"]

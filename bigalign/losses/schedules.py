@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bigalign import config
 from bigalign.losses.base import At
 
 
@@ -41,6 +42,34 @@ def elapsed(length: Duration, at: At) -> jax.Array:
     "step": at.step, "sample": at.samples, "epoch": jnp.floor(at.epochs), "%": at.progress * 100
   }[length.unit]
   return done.astype(float) / length.number
+
+
+def ramp(value: float | Mapping[str, Any], where: str) -> Callable[[At], Any]:
+  """A number of a config, or dict(start=8.0, end=6.0, over="50%", shape="cosine"), by place.
+
+  From `start` it goes to `end` in the duration `over`, by half a cosine or in a "linear" way.
+
+  Raises:
+    TypeError, ValueError: for a dict with other keys, a duration or a shape that is none.
+  """
+  if not isinstance(value, Mapping):
+    return lambda at: value
+  return config.call(_ramp, value, where, where=where)
+
+
+def _ramp(
+  *, where: str, start: float, end: float, over: int | str, shape: str = "cosine"
+) -> Callable[[At], jax.Array]:
+  known(f"{where}.shape", shape, ("cosine", "linear"))
+  length = duration(over, f"{where}.over")
+
+  def at_place(at: At) -> jax.Array:
+    share = jnp.minimum(elapsed(length, at), 1)
+    if shape == "cosine":
+      share = (1 - jnp.cos(jnp.pi * share)) / 2
+    return start + (end - start) * share
+
+  return at_place
 
 
 def gamma(name: str, end: float, over: Duration, at: At) -> jax.Array:

@@ -65,7 +65,7 @@ def isogclr(
   tau_init: float = 0.01,
   tau_min: float = 0.005,
   tau_max: float = 1.0,
-  rho: float = 6.0,
+  rho: float | Mapping[str, Any] = 6.0,
   gamma: float = 0.8,
   eta: float = 0.03,
   eta_min: float = 1e-4,
@@ -86,7 +86,8 @@ def isogclr(
     tau_init, tau_min, tau_max: first temperature of every sample and its bounds; the script's (the
       class of the release begins at 0.07).
     rho: how far from uniform the weights of the negatives may be; larger keeps tau smaller. 6 is
-      the script's; the command line's default is 8, the class's 0.1.
+      the script's; the command line's default is 8, the class's 0.1. A number, or a
+      schedules.ramp.
     gamma, variant, eps: as in `sogclr`.
     eta, eta_min, eta_schedule, eta_over, eta_decay: step size of the temperatures; "constant",
       "cosine" or "exponential", see schedules.eta. `eta_over` is a duration, by default all of the
@@ -100,12 +101,13 @@ def isogclr(
   periods = {"constant": "100%", "cosine": "100%", "exponential": "1 epoch"}
   schedules.known(f"{where}.eta_schedule", eta_schedule, tuple(periods))
   over = schedules.duration(eta_over or periods[eta_schedule], f"{where}.eta_over")
+  robust = schedules.ramp(rho, f"{where}.rho")
 
   def init(sizes):
     fills = {"b": 0.0} if eps else {}
     return {}, gcl.remember(sizes, log_u=-math.inf, tau=tau_init, m=0.0, **fills)
 
-  def moved(rate, old, log_u, pull):
+  def moved(rate, rho, old, log_u, pull):
     """The next momentum and temperature of each anchor."""
     q = jnp.clip(log_u + rho - pull / old["tau"], -grad_clip, grad_clip)
     m = (1 - beta) * old["m"] + beta * q
@@ -121,10 +123,10 @@ def isogclr(
     log_u = gcl.each(lambda x: x["log_u"], now)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
     pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g)
-    new = gcl.each(functools.partial(moved, rate), old, log_u, jax.lax.stop_gradient(pulls))
+    new = gcl.each(functools.partial(moved, rate, robust(at)), old, log_u, jax.lax.stop_gradient(pulls))
     state, _ = gcl.update(state, batch, new)
     loss = gcl.both(pulls)
-    objective = gcl.both(gcl.each(lambda t, u: t * (u + rho), taus, log_u))
+    objective = gcl.both(gcl.each(lambda t, u: t * (u + robust(at)), taus, log_u))
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
     return loss, (state, {"loss": loss, "objective": objective, "eta": rate, **logs})
 
