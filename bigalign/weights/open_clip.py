@@ -1,0 +1,251 @@
+"""open_clip's CLIP and CustomTextCLIP, from open_clip_config.json or a model JSON of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from bigalign.weights import bert, table, timm
+from bigalign.weights.clip import start
+from bigalign.weights.layout import Layout, Shapes, call, join, sizes
+from bigalign.weights.table import Row
+
+UNUSED = r"(^|\.)attn_mask$|position_ids$"
+
+
+def open_clip(
+  shapes: Shapes,
+  where: str,
+  prefix: str,
+  *,
+  embed_dim: int,
+  vision_cfg: Any,
+  text_cfg: Any,
+  quick_gelu: bool = False,
+  **_: Any,
+) -> Layout:
+  """A model_cfg; unlike Hugging Face's it does not name its class, so the keys decide."""
+  act = "quick_gelu" if quick_gelu else "gelu"
+  timm_tower = isinstance(vision_cfg, Mapping) and "timm_model_name" in vision_cfg
+  vision = timm.trunk if timm_tower else _vision
+  # The text of a CustomTextCLIP is a module of its own.
+  inside = start(shapes, "text.")
+  hf = isinstance(text_cfg, Mapping) and "hf_model_name" in text_cfg
+  text = _hugging_face if hf else _text
+  scalars = [Row("t", "logit_scale")]
+  if "logit_bias" in shapes:
+    scalars.append(Row("b", "logit_bias"))
+  return join(
+    call(vision, vision_cfg, f"{where}: vision_cfg", shapes, act),
+    call(text, text_cfg, f"{where}: text_cfg", shapes, inside, act),
+    Layout({}, tuple(scalars)),
+    embed_dim=embed_dim,
+  )
+
+
+def _blocks(ours: str, theirs: str, layers: int) -> list[Row]:
+  """torch's MultiheadAttention in residual blocks."""
+  block, other = f"{ours}encoder/block_{{}}/", f"{theirs}resblocks.{{}}."
+  qkv = tuple(f"{block}attn/{name}" for name in ("query", "key", "value"))
+  return [
+    *table.norm(f"{block}ln1", f"{other}ln_1", layers),
+    *table.fused(qkv, f"{other}attn.in_proj_weight", f"{other}attn.in_proj_bias", layers),
+    Row(f"{block}attn/out/kernel", f"{other}attn.out_proj.weight", "d (h k) -> h k d", layers),
+    Row(f"{block}attn/out/bias", f"{other}attn.out_proj.bias", "", layers),
+    *table.norm(f"{block}ln2", f"{other}ln_2", layers),
+    *table.dense(f"{block}mlp/fc1", f"{other}mlp.c_fc", layers),
+    *table.dense(f"{block}mlp/fc2", f"{other}mlp.c_proj", layers),
+  ]
+
+
+def _scales(ours: str, theirs: str, layers: int, value: float | None) -> list[Row]:
+  if value is None:
+    return []
+  block, other = f"{ours}encoder/block_{{}}/scale", f"{theirs}resblocks.{{}}.ls_"
+  return [Row(f"{block}{i}", f"{other}{i}.gamma", layers=layers) for i in (1, 2)]
+
+
+def _epsilon(default: float, kwargs: Any) -> float:
+  return float((kwargs or {}).get("eps", default))
+
+
+def _activation(act: str, kwargs: Any) -> str:
+  if not kwargs:
+    return act
+  if act != "gelu" or dict(kwargs) != {"approximate": "tanh"}:
+    raise ValueError(f"act_kwargs: {kwargs}; known: {{'approximate': 'tanh'}}, without quick_gelu")
+  return "gelu_tanh"
+
+
+def _refuse(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+  """Options that change what is computed, and that no tower here has."""
+  for name, value in options.items():
+    if value != known[name]:
+      raise ValueError(f"{name}: {value!r} is not read; only {known[name]!r}")
+
+
+def _vision(
+  shapes: Shapes,
+  act: str,
+  *,
+  layers: Any = 12,
+  width: int = 768,
+  head_width: int = 64,
+  mlp_ratio: float = 4.0,
+  patch_size: int = 16,
+  image_size: Any = 224,
+  ls_init_value: float | None = None,
+  no_ln_pre: bool = False,
+  pool_type: str = "tok",
+  norm_kwargs: Any = None,
+  act_kwargs: Any = None,
+  pos_embed_type: str = "learnable",
+  final_ln_after_pool: bool = False,
+  attentional_pool: Any = False,
+  output_tokens: bool = False,
+  **_: Any,
+) -> Layout:
+  """open_clip's own ViT."""
+  if type(layers) is not int:
+    raise ValueError(f"layers: {str(layers)[:80]}; a ResNet is not read, only a ViT")
+  _refuse(
+    dict(pool_type=pool_type, pos_embed_type=pos_embed_type, attentional_pool=attentional_pool,
+         final_ln_after_pool=final_ln_after_pool),
+    dict(pool_type="tok", pos_embed_type="learnable", attentional_pool=False,
+         final_ln_after_pool=False),
+  )
+  ours, theirs = "image_tower/", "visual."
+  options = dict(
+    name="vit", patch=patch_size, patch_bias=False, pool="cls", class_position=True,
+    pre_norm=not no_ln_pre, activation=_activation(act, act_kwargs),
+    epsilon=_epsilon(1e-5, norm_kwargs), layer_scale=ls_init_value,
+    **sizes(width, layers, width // max(head_width, 1), int(width * mlp_ratio)),
+  )
+  rows = (
+    Row(f"{ours}extra_tokens", f"{theirs}class_embedding", "d -> 1 1 d"),
+    *table.conv(f"{ours}embedding", f"{theirs}conv1", bias=False),
+    Row(
+      (f"{ours}class_position", f"{ours}positions"), f"{theirs}positional_embedding",
+      "n d -> 1 n d", resize="bicubic_antialias",
+    ),
+    *([] if no_ln_pre else table.norm(f"{ours}ln_pre", f"{theirs}ln_pre")),
+    *_blocks(ours, f"{theirs}transformer.", layers),
+    *_scales(ours, f"{theirs}transformer.", layers, ls_init_value),
+    *table.norm(f"{ours}encoder/ln", f"{theirs}ln_post"),
+    Row("image_projector/out/kernel", f"{theirs}proj"),
+  )
+  return Layout(
+    {"image": options, "image_projector": dict(name="linear"), "pixels": "clip"}, rows, UNUSED,
+    data={"image_size": image_size},
+  )
+
+
+def _text(
+  shapes: Shapes,
+  inside: str,
+  act: str,
+  *,
+  context_length: int = 77,
+  vocab_size: int = 49408,
+  width: int = 512,
+  heads: int = 8,
+  layers: int = 12,
+  mlp_ratio: float = 4.0,
+  ls_init_value: float | None = None,
+  no_causal_mask: bool = False,
+  proj_bias: bool = False,
+  proj_type: str = "linear",
+  pool_type: str = "argmax",
+  eos_id: int | None = None,
+  norm_kwargs: Any = None,
+  act_kwargs: Any = None,
+  embed_cls: bool = False,
+  final_ln_after_pool: bool = False,
+  **_: Any,
+) -> Layout:
+  """open_clip's own text transformer."""
+  _refuse(
+    dict(embed_cls=embed_cls, final_ln_after_pool=final_ln_after_pool, proj_type=proj_type),
+    dict(embed_cls=False, final_ln_after_pool=False, proj_type="linear"),
+  )
+  pools = {
+    "argmax": dict(pool="argmax"), "last": dict(pool="last"), "eos": dict(pool="eos", eos=eos_id)
+  }
+  if pool_type not in pools or (pool_type == "eos" and eos_id is None):
+    raise ValueError(f"pool_type: {pool_type!r}; known: {sorted(pools)}, and eos with an eos_id")
+  ours = "text_tower/"
+  options = dict(
+    name="text", vocab_size=vocab_size, length=context_length, causal=not no_causal_mask,
+    mask_padding=False, activation=_activation(act, act_kwargs),
+    epsilon=_epsilon(1e-5, norm_kwargs), **pools[pool_type],
+    **sizes(width, layers, heads, int(width * mlp_ratio)),
+  )
+  if ls_init_value is not None:
+    raise ValueError("ls_init_value: a text tower with layer scale is not read")
+  key = f"{inside}text_projection"
+  rows = (
+    Row(f"{ours}embedding", f"{inside}token_embedding.weight"),
+    Row(f"{ours}positions", f"{inside}positional_embedding", "n d -> 1 n d"),
+    *_blocks(ours, f"{inside}transformer.", layers),
+    *table.norm(f"{ours}encoder/ln", f"{inside}ln_final"),
+    *(
+      table.dense("text_projector/out", key) if proj_bias
+      else [Row("text_projector/out/kernel", key)]
+    ),
+  )
+  projector = dict(name="linear", bias=proj_bias)
+  return Layout(
+    {"text": options, "text_projector": projector}, rows, UNUSED, data={"length": context_length}
+  )
+
+
+# Hugging Face towers by name: (layout, layer norm's epsilon, heads by width if not width / 64).
+_FAMILIES = (
+  (r"mpnet", bert.mpnet, 1e-5), (r"roberta", bert.roberta, 1e-5), (r"bert|MiniLM", bert.bert, 1e-12)
+)
+_POOLERS = {
+  "mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "cls"
+}
+
+
+def _hugging_face(
+  shapes: Shapes,
+  inside: str,
+  act: str,
+  *,
+  hf_model_name: str,
+  hf_pooler_type: str = "mean_pooler",
+  hf_proj_type: str | None = "mlp",
+  context_length: int = 77,
+  heads: int | None = None,
+  **_: Any,
+) -> Layout:
+  """A Hugging Face text tower. Its config is not in the file: sizes are those of its tensors."""
+  family = next((x for x in _FAMILIES if re.search(x[0], hf_model_name)), None)
+  if family is None or hf_pooler_type not in _POOLERS:
+    raise ValueError(
+      f"hf_model_name, hf_pooler_type: {hf_model_name!r}, {hf_pooler_type!r}; names with"
+      f" {[x[0] for x in _FAMILIES]} and the poolers {sorted(_POOLERS)} are read"
+    )
+  _, layout, epsilon = family
+  prefix = f"{inside}transformer."
+  vocab, width = timm.dims(shapes, f"{prefix}embeddings.word_embeddings.weight", 2)
+  rows, _ = timm.dims(shapes, f"{prefix}embeddings.position_embeddings.weight", 2)
+  hidden, _ = timm.dims(shapes, f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)
+  types = shapes.get(f"{prefix}embeddings.token_type_embeddings.weight")
+  config = dict(
+    vocab_size=vocab, hidden_size=width, intermediate_size=hidden, max_position_embeddings=rows,
+    num_hidden_layers=timm.depth(shapes, f"{prefix}encoder.layer."),
+    num_attention_heads=timm.count_heads(width, heads), layer_norm_eps=epsilon,
+    type_vocab_size=timm.dims(shapes, f"{prefix}embeddings.token_type_embeddings.weight", 2)[0]
+    if types else 0,
+  )
+  part = call(layout, config, f"hf_model_name={hf_model_name!r}", shapes, "", prefix)
+  part.model["text"]["pool"] = _POOLERS[hf_pooler_type]  # type: ignore[index]
+  projector, projection = timm.projector("text", {
+    "linear": {"out": (f"{inside}proj", False)},
+    "mlp": {"fc1": (f"{inside}proj.0", False), "fc2": (f"{inside}proj.2", False)},
+    None: {},
+  }, hf_proj_type, "hf_proj_type", shapes)
+  return join(part, Layout({"text_projector": projector}, projection, UNUSED))
