@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import einops
@@ -192,7 +193,7 @@ class Encoder(nn.Module):
   """
 
   depth: int
-  block: dict[str, Any]  # arguments of `kind`
+  block: Mapping[str, Any]  # arguments of `kind`
   scan: bool = True
   remat: str = "none"
   kind: Any = Block

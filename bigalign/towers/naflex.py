@@ -125,7 +125,7 @@ def naflex(
     if value not in known:
       raise ValueError(f"config.model.image.{name}: unknown {value!r}; known: {sorted(known)}")
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
-  block = flax.core.FrozenDict(
+  block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
     heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
     dtype=jnp.dtype(dtype), implementation=attention,
   )

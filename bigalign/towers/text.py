@@ -121,7 +121,7 @@ def text(
     if value not in known:
       raise ValueError(f"config.model.text.{name}: unknown {value!r}; known: {sorted(known)}")
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
-  block = flax.core.FrozenDict(
+  block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
     heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
     causal=causal, dtype=jnp.dtype(dtype), implementation=attention,
   )

@@ -266,7 +266,7 @@ def vit(
   if positions == "rope" and patch_dropout:
     raise ValueError("config.model.image.patch_dropout: not with positions='rope'")
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
-  block = flax.core.FrozenDict(
+  block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
     heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
     dtype=jnp.dtype(dtype), implementation=attention, biases=biases, gated=gated,
     mlp_bias=mlp_bias, layer_scale=layer_scale,

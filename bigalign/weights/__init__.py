@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from bigalign import config as configs
 from bigalign.weights import bert, big_vision, clip, dual, files, load, open_clip, siglip, vision
 from bigalign.weights.layout import Layout, call
 
@@ -27,7 +26,8 @@ _HUGGING_FACE: dict[str, Callable[..., Layout]] = dict(
   siglip2_vision_model=siglip.siglip2_vision, siglip2_text_model=siglip.siglip_text,
   vit=vision.vit, dinov2=vision.dinov2, dinov2_with_registers=vision.dinov2_with_registers,
   dinov3_vit=vision.dinov3, bert=bert.bert, roberta=bert.roberta, mpnet=bert.mpnet,
-) | {"xlm-roberta": bert.roberta}
+)
+_HUGGING_FACE["xlm-roberta"] = bert.roberta
 LAYOUTS: dict[str, Callable[..., Layout]] = _HUGGING_FACE | {
   "vision-text-dual-encoder": functools.partial(dual.vision_text, _HUGGING_FACE),
   "open_clip": open_clip.open_clip,

@@ -48,7 +48,9 @@ def _bert(
   prefix = prefix or start(shapes, "bert.", "roberta.", "mpnet.")
   pad = pad_token_id or 0
   other, n = f"{prefix}encoder.layer.{{}}.", num_hidden_layers
-  qkvo, first = (_MPNET, "attention.LayerNorm") if buckets else (_BERT, "attention.output.LayerNorm")
+  qkvo, first = (
+    (_MPNET, "attention.LayerNorm") if buckets else (_BERT, "attention.output.LayerNorm")
+  )
   pooled = f"{prefix}pooler.dense.weight" in shapes
   rows = [
     Row(f"{OURS}embedding", f"{prefix}embeddings.word_embeddings.weight"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from bigalign.weights import table
 from bigalign.weights.layout import Layout, Shapes, call, join, sizes
 from bigalign.weights.table import Row
 from bigalign.weights.timm import depth, dims

@@ -125,20 +125,25 @@ def clip_vision(
   shapes: Shapes, where: str, prefix: str, *, projection_dim: int = 512, **config: Any
 ) -> Layout:
   """CLIPVisionModel, with its projection or without."""
-  layout = call(vision, config, where, prefix or start(shapes, "vision_model."))
-  return _projected(layout, shapes, "image", "visual_projection", projection_dim)
+  inner = start(shapes, f"{prefix}vision_model.") or prefix
+  layout = call(vision, config, where, inner)
+  return _projected(layout, shapes, prefix, "image", "visual_projection", projection_dim)
 
 
 def clip_text(
   shapes: Shapes, where: str, prefix: str, *, projection_dim: int = 512, **config: Any
 ) -> Layout:
   """CLIPTextModel, with its projection or without."""
-  layout = call(text, config, where, prefix or start(shapes, "text_model."))
-  return _projected(layout, shapes, "text", "text_projection", projection_dim)
+  inner = start(shapes, f"{prefix}text_model.") or prefix
+  layout = call(text, config, where, inner)
+  return _projected(layout, shapes, prefix, "text", "text_projection", projection_dim)
 
 
-def _projected(layout: Layout, shapes: Shapes, side: str, key: str, dim: int) -> Layout:
-  if f"{key}.weight" not in shapes:
+def _projected(
+  layout: Layout, shapes: Shapes, prefix: str, side: str, key: str, dim: int
+) -> Layout:
+  """With the tower's own projection; inside of a pair, under a prefix, the pair has one."""
+  if prefix or f"{key}.weight" not in shapes:
     return layout
   rows = tuple(table.dense(f"{side}_projector/out", key, bias=False))
   return join(

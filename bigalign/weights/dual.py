@@ -26,8 +26,6 @@ def vision_text(
   parts = []
   for name, config in (("vision", vision_config), ("text", text_config)):
     kind = config.get("model_type") if isinstance(config, Mapping) else None
-    if kind == f"clip_{name}_model":
-      raise ValueError(f"{name}_config: model_type: a CLIP tower in a pair is not read")
     if not isinstance(kind, str) or kind not in layouts:
       raise ValueError(f"{name}_config: model_type: unknown {kind!r}; known: {sorted(layouts)}")
     part = call(layouts[kind], config, f"{where}: {name}_config", shapes, where, f"{name}_model.")

@@ -6,6 +6,7 @@ taken, and every error names the file and the key.
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import pathlib
@@ -210,10 +211,10 @@ def _described(found: Any, size: int) -> tuple[tuple[int, ...], np.dtype, tuple[
   return tuple(shape), dtype, (offsets[0], offsets[1])
 
 
-# What zipfile and numpy raise for damaged files.
+# What zipfile and ast raise for damaged files.
 _DAMAGE = (
   zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError, OSError,
-  struct.error, KeyError, SyntaxError, TypeError, OverflowError, RecursionError,
+  struct.error, KeyError, SyntaxError, TypeError, OverflowError, MemoryError,
 )
 
 
@@ -239,23 +240,31 @@ def _npz(file: pathlib.Path) -> dict[str, Entry]:
   return entries
 
 
+# Types of npy headers; numpy writes bfloat16, which it does not know, as two bytes of anything.
+_NPY = {np.dtype(x).str: np.dtype(x) for x in DTYPES.values() if x is not ml_dtypes.bfloat16}
+_NPY |= {"|V2": np.dtype(ml_dtypes.bfloat16), "<V2": np.dtype(ml_dtypes.bfloat16)}
+
+
 def _npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
   """(shape, whether columns come first, dtype) of an array in a file; never one of objects."""
-  version = np.lib.format.read_magic(f)
-  if version not in ((1, 0), (2, 0)):
-    raise ValueError(f"array format {version}")
-  read = (
-    np.lib.format.read_array_header_1_0 if version == (1, 0)
-    else np.lib.format.read_array_header_2_0
-  )
-  shape, columns, dtype = read(f)
-  if dtype == np.dtype("V2"):  # numpy has no bfloat16 of its own
-    dtype = np.dtype(ml_dtypes.bfloat16)
-  if dtype.hasobject or dtype not in [np.dtype(x) for x in DTYPES.values()]:
-    raise ValueError(f"dtype {dtype}; known: {sorted(DTYPES)}")
-  if len(shape) > _DIMENSIONS or any(n < 0 for n in shape):
+  magic = f.read(8)
+  if magic not in (b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00"):
+    raise ValueError(f"no array: it begins with {magic!r}")
+  long = magic[6] == 2
+  length = struct.unpack("<I" if long else "<H", f.read(4 if long else 2))[0]
+  if length > 10_000:
+    raise ValueError(f"a header of {length} bytes")
+  header = ast.literal_eval(f.read(length).decode("latin1"))
+  if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
+    raise ValueError(f"header {str(header)[:80]}")
+  kind, columns, shape = header["descr"], header["fortran_order"], header["shape"]
+  if not isinstance(kind, str) or kind not in _NPY:
+    raise ValueError(f"dtype {str(kind)[:80]!r}; known: {sorted(_NPY)}")
+  if not isinstance(columns, bool) or not isinstance(shape, tuple) or len(shape) > _DIMENSIONS:
+    raise ValueError(f"header {str(header)[:80]}")
+  if not all(type(n) is int and n >= 0 for n in shape):
     raise ValueError(f"shape {str(shape)[:80]}")
-  return shape, columns, dtype
+  return shape, columns, _NPY[kind]
 
 
 def _read_npz(entry: Entry, key: str) -> np.ndarray:
@@ -264,7 +273,9 @@ def _read_npz(entry: Entry, key: str) -> np.ndarray:
   try:
     with zipfile.ZipFile(entry.file) as archive, archive.open(entry.member) as f:
       shape, columns, dtype = _npy_header(f)
-      data = f.read(size + 1)
+      data = bytearray()
+      while len(data) <= size and (part := f.read(2**20)):  # to the end, where the checksum is
+        data += part
   except _DAMAGE as error:
     raise ValueError(f"{entry.file}: {key}: {error}") from error
   if shape != entry.shape or dtype != entry.dtype or len(data) != size:

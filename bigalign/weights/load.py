@@ -153,13 +153,16 @@ def _read(
       parts = table.to_ours(_source(tensors, step), theirs)
       if step.row.resize:
         parts[-1] = _resized(tensors, step, parts[-1], grid)
+      # Views of a mapped file are copied: the file may change.
+      copy = None if tensors[step.theirs[0]].member else True
       for path, part in zip(step.ours, parts):
-        if path not in arrays:
-          arrays[path] = np.empty(shapes[path].shape, shapes[path].dtype)
+        dtype = shapes[path].dtype
         if step.layer is None:
-          arrays[path][...] = part
-        else:
-          arrays[path][step.layer] = part
+          arrays[path] = np.array(part, dtype, order="C", copy=copy)
+          continue
+        if path not in arrays:
+          arrays[path] = np.empty(shapes[path].shape, dtype)
+        arrays[path][step.layer] = part
     yield from arrays.items()
 
 

@@ -169,7 +169,7 @@ def _text(
     dict(embed_cls=embed_cls, final_ln_after_pool=final_ln_after_pool, proj_type=proj_type),
     dict(embed_cls=False, final_ln_after_pool=False, proj_type="linear"),
   )
-  pools = {
+  pools: dict[str, dict[str, Any]] = {
     "argmax": dict(pool="argmax"), "last": dict(pool="last"), "eos": dict(pool="eos", eos=eos_id)
   }
   if pool_type not in pools or (pool_type == "eos" and eos_id is None):
@@ -201,7 +201,7 @@ def _text(
 
 
 # Hugging Face towers by name: (layout, layer norm's epsilon, heads by width if not width / 64).
-_FAMILIES = (
+_FAMILIES: tuple[tuple[str, Any, float], ...] = (
   (r"mpnet", bert.mpnet, 1e-5), (r"roberta", bert.roberta, 1e-5), (r"bert|MiniLM", bert.bert, 1e-12)
 )
 _POOLERS = {
@@ -228,24 +228,23 @@ def _hugging_face(
       f"hf_model_name, hf_pooler_type: {hf_model_name!r}, {hf_pooler_type!r}; names with"
       f" {[x[0] for x in _FAMILIES]} and the poolers {sorted(_POOLERS)} are read"
     )
-  _, layout, epsilon = family
+  layout, epsilon = family[1:]
   prefix = f"{inside}transformer."
   vocab, width = timm.dims(shapes, f"{prefix}embeddings.word_embeddings.weight", 2)
-  rows, _ = timm.dims(shapes, f"{prefix}embeddings.position_embeddings.weight", 2)
-  hidden, _ = timm.dims(shapes, f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)
-  types = shapes.get(f"{prefix}embeddings.token_type_embeddings.weight")
+  rows = timm.dims(shapes, f"{prefix}embeddings.position_embeddings.weight", 2)[0]
+  hidden = timm.dims(shapes, f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)[0]
+  types = f"{prefix}embeddings.token_type_embeddings.weight"
   config = dict(
     vocab_size=vocab, hidden_size=width, intermediate_size=hidden, max_position_embeddings=rows,
     num_hidden_layers=timm.depth(shapes, f"{prefix}encoder.layer."),
     num_attention_heads=timm.count_heads(width, heads), layer_norm_eps=epsilon,
-    type_vocab_size=timm.dims(shapes, f"{prefix}embeddings.token_type_embeddings.weight", 2)[0]
-    if types else 0,
+    type_vocab_size=timm.dims(shapes, types, 2)[0] if types in shapes else 0,
   )
   part = call(layout, config, f"hf_model_name={hf_model_name!r}", shapes, "", prefix)
-  part.model["text"]["pool"] = _POOLERS[hf_pooler_type]  # type: ignore[index]
+  text = {**part.model["text"], "pool": _POOLERS[hf_pooler_type]}
   projector, projection = timm.projector("text", {
     "linear": {"out": (f"{inside}proj", False)},
     "mlp": {"fc1": (f"{inside}proj.0", False), "fc2": (f"{inside}proj.2", False)},
     None: {},
   }, hf_proj_type, "hf_proj_type", shapes)
-  return join(part, Layout({"text_projector": projector}, projection, UNUSED))
+  return join(part, Layout({"text": text, "text_projector": projector}, projection, UNUSED))

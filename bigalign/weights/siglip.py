@@ -130,12 +130,13 @@ def _siglip(
 
 
 def _vision(naflex: bool, shapes: Shapes, where: str, prefix: str, **config: Any) -> Layout:
-  return call(vision, config, where, naflex, prefix or clip.start(shapes, "vision_model."))
+  inner = clip.start(shapes, f"{prefix}vision_model.") or prefix
+  return call(vision, config, where, naflex, inner)
 
 
 def siglip_text(shapes: Shapes, where: str, prefix: str, **config: Any) -> Layout:
   """SiglipTextModel, also of SigLIP 2."""
-  return call(text, config, where, prefix or clip.start(shapes, "text_model."))
+  return call(text, config, where, clip.start(shapes, f"{prefix}text_model.") or prefix)
 
 
 # SigLIP 2 of a fixed resolution is saved as a SiglipModel.

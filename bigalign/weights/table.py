@@ -38,7 +38,9 @@ class Row(NamedTuple):
   resize: str = ""
 
 
-def rows(ours: str, theirs: str, names: Mapping[str, tuple[str, str]], layers: int = 0) -> list[Row]:
+def rows(
+  ours: str, theirs: str, names: Mapping[str, tuple[str, str]], layers: int = 0
+) -> list[Row]:
   """Rows of one module: {our name: (their name, rule)}, with a prefix for each side."""
   return [
     Row(ours + name, theirs + other, rule, layers) for name, (other, rule) in names.items()

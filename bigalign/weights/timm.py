@@ -81,7 +81,7 @@ def trunk(
 ) -> Layout:
   """A vision_cfg with a timm model: SigLIP's (attention pooling) or DINOv2's (class token) kind."""
   p = "visual.trunk."
-  width, _, patch, _ = dims(shapes, f"{p}patch_embed.proj.weight", 4)
+  width, patch = dims(shapes, f"{p}patch_embed.proj.weight", 4)[::2]
   hidden = dims(shapes, f"{p}blocks.0.mlp.fc1.weight", 2)[0]
   gated = hidden == 2 * dims(shapes, f"{p}blocks.0.mlp.fc2.weight", 2)[1]
   hidden //= 1 + gated
@@ -93,7 +93,7 @@ def trunk(
   act = _activation(timm_model_kwargs)
   scaled = f"{p}blocks.0.ls1.gamma" in shapes
   biases = "qkvo" if f"{p}blocks.0.attn.qkv.bias" in shapes else "o"
-  options = dict(
+  options: dict[str, Any] = dict(
     name="vit", patch=patch, pool=pool, class_token=has_class,
     class_position=has_class and not registers, registers=registers, biases=biases, gated=gated,
     activation="silu" if gated else act, layer_scale=1.0 if scaled else None,

@@ -189,7 +189,7 @@ def dinov3(
   use_gated_mlp: bool = False,
   **_: Any,
 ) -> Layout:
-  """DINOv3ViTModel; its layers are on disk as "layer.0" or, from newer versions, "model.layer.0"."""
+  """DINOv3ViTModel; its layers are "layer.0" on disk, "model.layer.0" in some files."""
   given = zip("qkvo", (query_bias, key_bias, value_bias, proj_bias))
   biases = "".join(name for name, there in given if there)
   layer = start(shapes, f"{prefix}model.layer.", f"{prefix}layer.") or f"{prefix}layer."

@@ -1,0 +1,352 @@
+"""Files that somebody damaged, or made to do harm: each is refused, by its name and key.
+
+None takes more memory than twice its true size; none runs code.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import random
+import tracemalloc
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_weights_strict import CLIP, IDS, PICTURE, clip_keys, folder
+from tower_oracles import Side, save
+
+from bigalign import tree, weights
+from bigalign.towers import TOWERS
+from bigalign.weights import load
+
+HUGE = 2**40
+PYTHON = 100_000  # bytes that Python itself takes to look at the names of a file
+
+
+class Harm:
+  """Makes a folder when it is unpickled."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    import os
+
+    return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  """A CLIP of 1.5 MB: what Python itself needs to look at it is small beside that."""
+  arrays = clip_keys()
+  key = "text_model.embeddings.token_embedding.weight"
+  arrays[key] = np.random.default_rng(0).standard_normal((48_000, 8)).astype(np.float32)
+  config = copy.deepcopy(CLIP)
+  config["text_config"]["vocab_size"] = 48_000
+  return folder(tmp_path_factory.mktemp("clip"), config, arrays), config
+
+
+def shapes_of(checkpoint):
+  """Of both towers."""
+  shapes = {}
+  for side, example in (("image", PICTURE), ("text", IDS)):
+    given = dict(checkpoint.model[side])
+    tower = TOWERS[given.pop("name")](**given)
+    made = jax.eval_shape(tower.init, jax.random.key(0), example)["params"]
+    shapes |= tree.flatten(made, f"{side}_tower/")
+  return shapes
+
+
+def refused(path, shapes=None):
+  """The message with which reading it all is refused."""
+  size = sum(x.stat().st_size for x in (path.iterdir() if path.is_dir() else [path]))
+  tracemalloc.start()
+  try:
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+      checkpoint = weights.describe(path)
+      checkpoint.load(shapes or shapes_of(checkpoint))
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < 2 * size + PYTHON, (peak, size, str(error.value))
+  return str(error.value)
+
+
+def header_of(file):
+  data = file.read_bytes()
+  length = int.from_bytes(data[:8], "little")
+  return json.loads(data[8:8 + length]), data[8 + length:]
+
+
+def put(file, header, data):
+  text = header if isinstance(header, bytes) else json.dumps(header).encode()
+  file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+# What to do to one entry of a safetensors header.
+ENTRIES = [
+  lambda e, rng: e.update(dtype=rng.choice(["F99", "f32", "O", "F64", "F16", 3, None, ["F32"]])),
+  lambda e, rng: e.update(shape=rng.choice([
+    [HUGE], [-1, -8], [2**62, 2**62], "8", [1.5], [True], [[8]], None, [10**400], [0], [1] * 99,
+  ])),
+  lambda e, rng: e.update(data_offsets=rng.choice([
+    [0, HUGE], [-8, 0], [8, 0], [0], [0, 1, 2], "0", [0.0, 8.0], None, [HUGE, HUGE], [True, 9],
+  ])),
+  lambda e, rng: e["data_offsets"].__setitem__(0, e["data_offsets"][0] + rng.choice([-4, 4, 1])),
+  lambda e, rng: e["data_offsets"].__setitem__(1, e["data_offsets"][1] + rng.choice([-4, 4, 1])),
+  lambda e, rng: e["shape"].insert(0, rng.choice([2, HUGE, 0])),
+  lambda e, rng: e.update(more=1),
+  lambda e, rng: e.pop(rng.choice(sorted(e))),
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_safetensors_are_refused(clip, tmp_path, seed):
+  """30 of each seed: entries that lie, and bytes of the header turned over."""
+  good, config = clip
+  rng = random.Random(seed)
+  shapes = shapes_of(weights.describe(good))
+  header, data = header_of(good / "model.safetensors")
+  path = folder(tmp_path / "bad", config, {})
+  file = path / "model.safetensors"
+  for i in range(30):
+    bad, key = copy.deepcopy(header), rng.choice(sorted(header.keys() - {"__metadata__"}))
+    if i < 20:
+      ENTRIES[i % len(ENTRIES)](bad[key], rng)
+      put(file, bad, data)
+      message = refused(path, shapes)
+      assert str(file) in message, message
+      # A tensor that ends elsewhere is seen at the next one.
+      assert any(name in message for name in header) or "its header says" in message, message
+    else:
+      header_only = {k: v for k, v in header.items() if k != "__metadata__"}
+      text = bytearray(json.dumps(header_only).encode())
+      text[rng.randrange(len(text))] ^= 1 << rng.randrange(7)
+      put(file, bytes(text), data)
+      assert str(file) in refused(path, shapes)
+
+
+def test_files_that_are_no_safetensors_are_refused(clip, tmp_path):
+  good, config = clip
+  whole = (good / "model.safetensors").read_bytes()
+  header, data = header_of(good / "model.safetensors")
+  path = folder(tmp_path / "bad", config, {})
+  file = path / "model.safetensors"
+  shapes = shapes_of(weights.describe(good))
+  trap = tmp_path / "harm"
+  twice = json.dumps(header).encode()
+  twice = twice[:-1] + b"," + twice[1:]
+  for content in (
+    *(whole[:n] for n in (7, 8, 100, len(whole) // 2, len(whole) - 1)), whole + b"\0",
+    *((n).to_bytes(8, "little") + whole[8:] for n in (0, 1, HUGE, 2**64 - 1, len(whole))),
+    pickle.dumps(Harm(trap)) + bytes(4_000), b"\x80\x04" + whole,
+    *(len(x).to_bytes(8, "little") + x + data for x in (
+      twice, b"[" * 3_000, b"[]", b"null", b'{"__metadata__": 3}', b"\xff\xfe", b"",
+      b'{"__metadata__": {"a": 1}}', b'{"a":' * 2_000,
+    )),
+  ):
+    file.write_bytes(content)
+    assert str(file) in refused(path, shapes)
+  assert not trap.exists()
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+  """A big_vision npz of 1.6 MB: (file, {key: array}, shapes of what is read)."""
+  size = dict(width=8, depth=2, heads=2, mlp_ratio=2.0)
+  model = dict(
+    image=dict(name="vit", patch=4, pool="map", **size),
+    text=dict(name="text", vocab_size=48_000, length=6, mask_padding=False, **size),
+  )
+  arrays, shapes = {}, {}
+  rng = np.random.default_rng(0)
+  for side, example in (("image", PICTURE), ("text", IDS)):
+    given = dict(model[side])
+    tower = TOWERS[given.pop("name")](**given)
+    made = jax.eval_shape(tower.init, jax.random.key(0), example)["params"]
+    shapes |= tree.flatten(made, f"{side}_tower/")
+  arrays = {k: rng.standard_normal(x.shape).astype(np.float32) for k, x in shapes.items()}
+  names = {
+    "encoder/ln": "encoder_norm", "encoder/blocks": "encoderblock", "positions": "pos_embedding",
+    "ln1": "LayerNorm_0", "ln2": "LayerNorm_1", "/ln/": "/LayerNorm_0/",
+    "attn": "MultiHeadDotProductAttention_0", "mlp/fc1": "MlpBlock_0/Dense_0",
+    "mlp/fc2": "MlpBlock_0/Dense_1", "map_head": "MAPHead_0",
+  }
+  theirs = {}
+  for path, x in arrays.items():
+    for ours, other in names.items():
+      path = path.replace(ours, other)
+    path = path.replace("image_tower/encoder", "img/Transformer/encoder")
+    path = path.replace("text_tower/encoder", "txt/Encoder_0/encoder")
+    path = path.replace("text_tower/embedding", "txt/Embed_0/embedding")
+    theirs["params/" + path.replace("image_tower", "img").replace("text_tower", "txt")] = x
+  theirs |= {"params/txt/head/kernel": np.zeros((8, 8), np.float32),
+             "params/txt/head/bias": np.zeros(8, np.float32)}
+  file = tmp_path_factory.mktemp("npz") / "siglip.npz"
+  np.savez(file, **theirs)
+  return file, theirs, shapes, arrays
+
+
+def test_an_npz_with_stacked_layers_is_read(siglip):
+  """As SigLIP 2's are; theirs -> ours -> theirs."""
+  file, theirs, shapes, arrays = siglip
+  checkpoint = weights.describe(file)
+  found = checkpoint.load(shapes)
+  for path, x in arrays.items():
+    np.testing.assert_array_equal(found[path], x, err_msg=path)
+  head = checkpoint.load({
+    f"text_projector/out/{name}": jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name, shape in (("kernel", (8, 8)), ("bias", (8,)))
+  })
+  back = dict(load.write(checkpoint.layout, found | head))
+  assert back.keys() == theirs.keys()
+  for key, x in theirs.items():
+    np.testing.assert_array_equal(back[key], x, err_msg=key)
+
+
+def members(file):
+  """{name: bytes} of an npz."""
+  with zipfile.ZipFile(file) as archive:
+    return {x.filename: archive.read(x) for x in archive.infolist()}
+
+
+def array_bytes(descr, shape, data=b"", columns=False):
+  """An npy file whose header need not be true."""
+  text = repr(dict(descr=descr, fortran_order=columns, shape=shape)).encode()
+  return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_npz_are_refused(siglip, tmp_path, seed):
+  """30 of each seed: arrays that lie or hold objects, and bytes turned over."""
+  good, theirs, shapes, _ = siglip
+  rng = random.Random(seed)
+  content = members(good)
+  whole = good.read_bytes()
+  trap = tmp_path / "harm"
+  objects = io.BytesIO()
+  np.save(objects, np.array([Harm(trap)], object), allow_pickle=True)
+  file = tmp_path / "bad.npz"
+  for i in range(30):
+    # A key that the image tower or the text tower is made of.
+    key = rng.choice([x for x in sorted(theirs) if "head" not in x])
+    true = theirs[key]
+    lies = [
+      objects.getvalue(),
+      array_bytes("|O", true.shape, pickle.dumps(Harm(trap))),
+      array_bytes("<f4", (HUGE,), true.tobytes()),
+      array_bytes("<f4", (2**62, 2**62), true.tobytes()),
+      array_bytes("<f4", (-1, 4), true.tobytes()),
+      array_bytes("<f4", (1.5,), true.tobytes()),
+      array_bytes("<f4", true.shape, true.tobytes()[:-4]),
+      array_bytes("<f4", true.shape, true.tobytes() + b"\0"),
+      array_bytes("<f4", (*true.shape, 1), true.tobytes()),
+      array_bytes("<i4", true.shape, true.tobytes()),
+      array_bytes([("a", "<f4")], true.shape, true.tobytes()),
+      array_bytes(",f4,O", true.shape, true.tobytes()),
+      content[f"{key}.npy"][:20], b"", b"\x93NUMPY\x09\x00", pickle.dumps(Harm(trap)),
+      b"\x93NUMPY\x02\x00" + b"\xff" * 4 + content[f"{key}.npy"][10:],
+      b"\x93NUMPY\x01\x00\x20\x00__import__('os').mkdir('harm')  " + true.tobytes(),
+    ]
+    if i < len(lies):
+      with zipfile.ZipFile(file, "w") as archive:
+        for name, data in content.items():
+          archive.writestr(name, lies[i] if name == f"{key}.npy" else data)
+      message = refused(file, shapes)
+      assert str(file) in message and key in message, (i, message)
+    elif i < len(lies) + 3:
+      file.write_bytes(whole[:rng.randrange(len(whole))])
+      assert str(file) in refused(file, shapes)
+    else:  # a byte of an array that is read, or of its header: the archive has a checksum
+      start = whole.index(content[f"{key}.npy"])
+      at = start + rng.randrange(len(content[f"{key}.npy"]))
+      file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
+      message = refused(file, shapes)
+      assert str(file) in message and key in message, message
+  assert not trap.exists()
+
+
+# Sizes that no tensor can have, for every size in a config; a size that another tensor has.
+WRONG = ["12", -1, 0, HUGE, 1e9, None, [], {}, True, float("nan"), 0.5]
+SIZES = [
+  "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+]
+
+
+@pytest.mark.parametrize("side,keys", [
+  ("vision_config", [*SIZES, "patch_size", "layer_norm_eps", "hidden_act"]),
+  ("text_config", [*SIZES, "vocab_size", "max_position_embeddings", "eos_token_id"]),
+])
+def test_damaged_configs_are_refused(clip, tmp_path, side, keys):
+  """A value of another kind, with the file and the key; a text that is cut."""
+  good, config = clip
+  path = tmp_path / "bad"
+  path.mkdir()
+  (path / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes())
+  file = path / "config.json"
+  fine = {("layer_norm_eps", "0"), ("eos_token_id", "0"), ("eos_token_id", "None"),
+          ("layer_norm_eps", "0.5"), ("layer_norm_eps", repr(HUGE))}
+  for key in keys:
+    for value in WRONG:
+      if (key, repr(value)) in fine:
+        continue
+      bad = copy.deepcopy(config)
+      bad[side][key] = value
+      file.write_text(json.dumps(bad))
+      message = refused(path, {"t": jax.ShapeDtypeStruct((), jnp.float32)})
+      assert str(file) in message and key in message, (key, value, message)
+  text = json.dumps(config)
+  for n in range(0, len(text) - 1, 80):
+    file.write_text(text[:n])
+    assert str(file) in refused(path, {"t": jax.ShapeDtypeStruct((), jnp.float32)})
+
+
+@pytest.mark.parametrize("side,key,value,tensor", [
+  ("vision_config", "hidden_size", 24, "vision_model.pre_layrnorm.weight [12]"),
+  ("vision_config", "intermediate_size", 21, "layers.0.mlp.fc1.weight [20, 12]"),
+  ("vision_config", "num_hidden_layers", 3, "vision_model.encoder.layers.2.mlp.fc1.weight"),
+  ("vision_config", "num_hidden_layers", 1, "vision_model.encoder.layers.1.mlp.fc1.weight"),
+  ("vision_config", "patch_size", 8, "patch_embedding.weight [12, 3, 4, 4]"),
+  ("text_config", "vocab_size", 2**24, "token_embedding.weight [48000, 8]"),
+  ("text_config", "max_position_embeddings", 7, "position_embedding.weight [6, 8]"),
+])
+def test_a_config_of_another_geometry_is_refused(clip, tmp_path, side, key, value, tensor):
+  """Before memory is taken, by the tensors that differ."""
+  good, config = clip
+  path = tmp_path / "bad"
+  path.mkdir()
+  (path / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes())
+  bad = copy.deepcopy(config)
+  bad[side][key] = value
+  (path / "config.json").write_text(json.dumps(bad))
+  shapes = shapes_of(weights.describe(path))
+  message = refused(path, shapes)
+  assert str(path / "model.safetensors") in message and tensor in message, message
+
+
+def test_a_whole_file_is_read_within_its_size(clip):
+  """Beside the arrays that it becomes, reading takes little: tensors come one by one."""
+  good, _ = clip
+  checkpoint = weights.describe(good)
+  shapes = shapes_of(checkpoint)
+  tracemalloc.start()
+  found = checkpoint.load(shapes)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 1.3 * sum(x.nbytes for x in found.values())
+
+
+def test_save_and_side_agree(clip, tmp_path):
+  """The writer of these tests is no source of faults: what it wrote is read to the bit."""
+  good, config = clip
+  checkpoint = weights.describe(good)
+  arrays = {key: np.array(checkpoint.tensors.read(key)) for key in checkpoint.tensors}
+  save(tmp_path / "model.safetensors", arrays)
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  one, two = (Side(weights.describe(x), "image", (PICTURE,)).flat for x in (good, tmp_path))
+  assert all(np.array_equal(one[path], two[path]) for path in one)

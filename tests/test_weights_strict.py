@@ -1,0 +1,273 @@
+"""Reading weights: what must agree, what may be left out, other sizes, shards, old names."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from tower_oracles import Side, save
+
+from bigalign import tree, weights
+from bigalign.towers import TOWERS
+from bigalign.weights import load, positions
+
+TEXT = dict(
+  hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+  max_position_embeddings=6, vocab_size=11, projection_dim=4,
+)
+VISION = dict(
+  hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3, image_size=16,
+  patch_size=4,
+)
+CLIP = dict(model_type="clip", projection_dim=4, text_config=TEXT, vision_config=VISION)
+BERT = dict(TEXT, model_type="bert")
+SIGLIP = dict(VISION, model_type="siglip_vision_model")
+PICTURE = jnp.zeros((1, 16, 16, 3))
+IDS = jnp.zeros((1, 6), jnp.int32)
+RNG = np.random.default_rng(0)
+
+
+def clip_keys():
+  """A CLIP as Hugging Face saves it, of random numbers."""
+  def block(p, d, h):
+    names = {f"{p}layer_norm{i}.{x}": (d,) for i in (1, 2) for x in ("weight", "bias")}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+      names |= {f"{p}self_attn.{name}.weight": (d, d), f"{p}self_attn.{name}.bias": (d,)}
+    return names | {
+      f"{p}mlp.fc1.weight": (h, d), f"{p}mlp.fc1.bias": (h,),
+      f"{p}mlp.fc2.weight": (d, h), f"{p}mlp.fc2.bias": (d,),
+    }
+
+  def norm(p, d):
+    return {f"{p}.weight": (d,), f"{p}.bias": (d,)}
+
+  v, t = "vision_model.", "text_model."
+  shapes = {
+    f"{v}embeddings.class_embedding": (12,),
+    f"{v}embeddings.patch_embedding.weight": (12, 3, 4, 4),
+    f"{v}embeddings.position_embedding.weight": (17, 12),
+    f"{t}embeddings.token_embedding.weight": (11, 8),
+    f"{t}embeddings.position_embedding.weight": (6, 8),
+    "visual_projection.weight": (4, 12), "text_projection.weight": (4, 8), "logit_scale": (),
+    **norm(f"{v}pre_layrnorm", 12), **norm(f"{v}post_layernorm", 12),
+    **norm(f"{t}final_layer_norm", 8),
+  }
+  for i in range(2):
+    shapes |= block(f"{v}encoder.layers.{i}.", 12, 20) | block(f"{t}encoder.layers.{i}.", 8, 12)
+  return {k: RNG.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+
+
+def folder(path, config, arrays):
+  path.mkdir(exist_ok=True)
+  (path / "config.json").write_text(json.dumps(config))
+  save(path / "model.safetensors", arrays, format="pt")
+  return path
+
+
+@pytest.fixture
+def clip(tmp_path):
+  """(folder, tensors)."""
+  arrays = clip_keys()
+  return folder(tmp_path / "clip", CLIP, arrays), arrays
+
+
+def image(path, picture=PICTURE, *, tower=None, **options):
+  return Side(weights.describe(path), "image", (picture,), tower, **options)
+
+
+def test_one_tower_of_two_is_read(clip):
+  """The text of a CLIP is known, though nothing asks for it; positions of tokens are buffers."""
+  path, arrays = clip
+  ids = np.arange(6, dtype=np.int64)[None]
+  save(path / "model.safetensors", arrays | {"text_model.embeddings.position_ids": ids})
+  flat = image(path).flat
+  assert all(x.startswith("image_") for x in flat)
+  kernel = flat["image_tower/encoder/blocks/attn/query/kernel"][1]
+  theirs = arrays["vision_model.encoder.layers.1.self_attn.q_proj.weight"]
+  np.testing.assert_array_equal(kernel[:, 2], theirs[8:12].T)  # the third of three heads
+
+
+@pytest.mark.parametrize("change,message", [
+  (lambda x: x.pop("vision_model.post_layernorm.bias"), "missing keys.*post_layernorm.bias"),
+  (lambda x: x.update(extra=np.zeros(2, np.float32)), "does not have: extra"),
+  (lambda x: x.update(logit_scale=np.zeros(1, np.float32)), "logit_scale .1., the model's: .."),
+  (lambda x: x.update(logit_scale=np.zeros((), np.int32)), "a type that is.*: logit_scale int32"),
+])
+def test_what_does_not_agree_is_named(clip, change, message):
+  path, arrays = clip
+  change(arrays)
+  save(path / "model.safetensors", arrays)
+  checkpoint = weights.describe(path)
+  with pytest.raises(ValueError, match=f"(?s)clip/model.safetensors: .*{message}"):
+    image(path)
+    checkpoint.load({"t": jax.ShapeDtypeStruct((), jnp.float32)})
+
+
+def test_another_geometry_lists_the_differing_tensors(clip):
+  path, _ = clip
+  checkpoint = weights.describe(path, image=dict(mlp_ratio=2.0, patch=8))
+  with pytest.raises(ValueError, match="another shape") as error:
+    Side(checkpoint, "image", (PICTURE,))
+  for text in (
+    "vision_model.encoder.layers.1.mlp.fc1.weight [20, 12], the model's: [24, 12]",
+    "vision_model.embeddings.patch_embedding.weight [12, 3, 4, 4], the model's: [12, 3, 8, 8]",
+  ):
+    assert text in str(error.value)
+  assert "self_attn" not in str(error.value)
+
+
+def test_a_fresh_part_is_asked_for_by_name(clip):
+  """Attention pooling on a CLIP: nothing fills it, and the class token's place is kept."""
+  path, _ = clip
+  tower = dict(pool="map", class_token=True)
+  with pytest.raises(ValueError, match=r"nothing fills.*image_tower/map_head/attn/key/bias"):
+    image(path, tower=tower)
+  flat = image(path, tower=tower, fresh="map_head/").flat
+  assert "image_tower/extra_tokens" in flat and not any("map_head" in x for x in flat)
+  with pytest.raises(ValueError, match=r"fresh: 'maphead/' matches none of"):
+    image(path, tower=tower, fresh="maphead/")
+
+
+def test_a_tensor_without_a_place_is_dropped_by_name(clip):
+  path, _ = clip
+  tower = dict(pre_norm=False)
+  with pytest.raises(ValueError, match=r"no place for.*: vision_model.pre_layrnorm.weight"):
+    image(path, tower=tower)
+  flat = image(path, tower=tower, drop=r"pre_layrnorm").flat
+  assert "image_tower/ln_pre/scale" not in flat
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_read_as_it_is(clip, dtype):
+  path, arrays = clip
+  save(path / "model.safetensors", {k: x.astype(dtype) for k, x in arrays.items()})
+  kernel = image(path).flat["image_tower/embedding/kernel"]
+  theirs = arrays["vision_model.embeddings.patch_embedding.weight"].astype(dtype)
+  assert kernel.dtype == np.float32
+  np.testing.assert_array_equal(kernel, theirs.astype(np.float32).transpose(2, 3, 1, 0))
+
+
+def test_shards_are_one_checkpoint(clip):
+  """By their index, found in the folder or named."""
+  path, arrays = clip
+  whole = image(path).flat
+  (path / "model.safetensors").unlink()
+  names = {key: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, key in enumerate(arrays)}
+  for name in set(names.values()):
+    save(path / name, {k: x for k, x in arrays.items() if names[k] == name})
+  index = path / "model.safetensors.index.json"
+  index.write_text(json.dumps(dict(metadata=dict(total_size=1), weight_map=names)))
+  for place in (path, index):
+    shards = image(place).flat
+    assert all(np.array_equal(x, shards[k]) for k, x in whole.items())
+  first = next(iter(names))
+  for wrong, message in (
+    ({first: "../x.safetensors"}, "no file beside the index"), ({first: "none"}, "no such file"),
+    ({"nothing": names[first]}, "nothing: is not in"),
+  ):
+    index.write_text(json.dumps(dict(weight_map=names | wrong)))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      weights.describe(path)
+  index.write_text(json.dumps(dict(weight_map={k: v for k, v in names.items() if k != first})))
+  with pytest.raises(ValueError, match="is in this file, not in the index"):
+    weights.describe(path)
+
+
+def test_positions_follow_the_pictures_size(clip):
+  """A wider grid; a grid that is no square must be named; the class token's is untouched."""
+  path, arrays = clip
+  theirs = arrays["vision_model.embeddings.position_embedding.weight"]
+  larger = image(path, jnp.zeros((1, 24, 24, 3))).flat
+  assert larger["image_tower/positions"].shape == (1, 36, 12)
+  np.testing.assert_array_equal(larger["image_tower/class_position"][0], theirs[:1])
+  wide = jnp.zeros((1, 8, 24, 3))
+  assert image(path, wide, grid=(2, 6)).flat["image_tower/positions"].shape == (1, 12, 12)
+  with pytest.raises(ValueError, match="has 12 positions; say grid="):
+    image(path, wide)
+
+
+@pytest.mark.parametrize("method,ours", [
+  ("bicubic_antialias", "cubic"), ("bilinear_antialias", "linear"),
+])
+@pytest.mark.parametrize("grid", [(3, 9), (7, 7), (2, 2)])
+def test_antialiased_positions_are_those_of_jax(method, ours, grid):
+  """jax.image.resize has torch's filters, where these are antialiased."""
+  table = RNG.standard_normal((1, 36, 5)).astype(np.float32)
+  expected = jax.image.resize(table.reshape(6, 6, 5), (*grid, 5), ours, antialias=True)
+  found = positions.resize(table, grid, method)
+  np.testing.assert_allclose(found.reshape(*grid, 5), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("method", sorted(positions.METHODS))
+def test_resized_constants_stay_constant(method):
+  for n_in, n_out in ((4, 4), (4, 7), (7, 3)):
+    matrix = positions.METHODS[method](n_in, n_out)
+    np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-12)
+    if n_in == n_out:
+      np.testing.assert_allclose(matrix, np.eye(n_in), atol=1e-12)
+
+
+def bert_keys(config, prefix="", norm=("weight", "bias")):
+  """A BERT as written from a table of our own towers, with the old names of norms."""
+  canonical = weights.LAYOUTS["bert"]({}, "", "", **{k: v for k, v in config.items()
+                                                     if k not in ("model_type", "projection_dim")})
+  tower = dict(canonical.model["text"])
+  made = TOWERS[tower.pop("name")](**tower, dtype="float32")
+  params = jax.jit(made.init)(jax.random.key(1), IDS)["params"]
+  ours = tree.flatten(params, "text_tower/")
+  keys = dict(load.write(canonical, ours))
+  return ours, {
+    prefix + (k.replace("LayerNorm.weight", f"LayerNorm.{norm[0]}")
+              .replace("LayerNorm.bias", f"LayerNorm.{norm[1]}")): x for k, x in keys.items()
+  }
+
+
+@pytest.mark.parametrize("prefix,norm", [
+  ("", ("weight", "bias")), ("bert.", ("gamma", "beta")),
+])
+def test_names_of_old_and_of_headed_models(tmp_path, prefix, norm):
+  """bert-base-uncased is a BertForPreTraining with gamma and beta: its head is left out."""
+  ours, keys = bert_keys(BERT, prefix, norm)
+  head = {"cls.predictions.bias": np.zeros(11, np.float32)} if prefix else {}
+  ids = {f"{prefix}embeddings.position_ids": np.arange(6)[None]}
+  path = folder(tmp_path / "bert", BERT, keys | head | ids)
+  flat = Side(weights.describe(path), "text", (IDS,)).flat
+  assert flat.keys() == ours.keys()
+  for name, x in flat.items():
+    np.testing.assert_array_equal(x, ours[name])
+
+
+@pytest.mark.parametrize("config,files,message", [
+  (dict(CLIP, model_type="clop"), {}, "config.json: model_type: unknown 'clop'; known"),
+  (dict(CLIP, vision_config=dict(VISION, hidden_act="relu9")), {}, "vision_config: hidden_act"),
+  (dict(BERT, position_embedding_type="relative_key"), {}, "position_embedding_type"),
+  (BERT, {"modules.json": [dict(type="x.Transformer", path=""), dict(type="x.Dense", path="2")]},
+   "modules.json: module 1 is 'Dense'"),
+  (BERT, {"modules.json": [dict(type="x.Pooling", path="../..")]}, "no folder beside the file"),
+  (BERT, {"modules.json": [dict(type="x.Pooling", path="1")],
+          "1/config.json": dict(pooling_mode_max_tokens=True)}, "pooling_mode: .'max_tokens'"),
+  (BERT, {"modules.json": [], "sentence_bert_config.json": dict(max_seq_length=7)},
+   "max_seq_length: 7 for a table of 6"),
+])
+def test_configs_that_cannot_be_read_are_named(tmp_path, config, files, message):
+  path = folder(tmp_path / "some", config, {x: np.zeros(1, np.float32) for x in "xyz"})
+  for name, content in files.items():
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=message):
+    weights.describe(path)
+
+
+def test_no_config_and_no_weights_are_named(tmp_path):
+  save(tmp_path / "a.safetensors", {})
+  with pytest.raises(FileNotFoundError, match=r"config\.json or open_clip_config.json must lie"):
+    weights.describe(tmp_path / "a.safetensors")
+  (tmp_path / "a.safetensors").rename(tmp_path / "pytorch_model.bin")
+  with pytest.raises(FileNotFoundError, match=r"There is: .'pytorch_model.bin'"):
+    weights.describe(tmp_path)
+  with pytest.raises(ValueError, match="holds a pickle, which can run code"):
+    weights.describe(tmp_path / "pytorch_model.bin")
