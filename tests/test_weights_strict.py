@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tower_oracles import Side, save
 
-from bigalign import tree, weights
+from bigalign import sharding, tree, weights
 from bigalign.towers import TOWERS
 from bigalign.weights import load, positions
 
@@ -177,6 +177,25 @@ def test_shards_are_one_checkpoint(clip):
     weights.describe(path)
 
 
+def test_each_device_is_given_its_part(clip):
+  """Straight into sharded arrays, stacked layers and fused matrices included."""
+  path, _ = clip
+  checkpoint = weights.describe(path)
+  side = Side(checkpoint, "image", (PICTURE,))
+  mesh = sharding.make_mesh(fsdp=2, tensor=1)
+  for axis in (0, 1):
+    places = {
+      name: jax.NamedSharding(mesh, jax.P(*[None] * axis, "fsdp"))
+      if x.ndim > axis and x.shape[axis] % 2 == 0 else jax.NamedSharding(mesh, jax.P())
+      for name, x in side.flat.items()
+    }
+    arrays = checkpoint.load(side.flat, shardings=places)
+    for name, x in arrays.items():
+      assert x.sharding == places[name]
+      np.testing.assert_array_equal(x, side.flat[name], err_msg=name)
+    assert any(x.sharding.shard_shape(x.shape) != x.shape for x in arrays.values())
+
+
 def test_positions_follow_the_pictures_size(clip):
   """A wider grid; a grid that is no square must be named; the class token's is untouched."""
   path, arrays = clip
@@ -260,6 +279,34 @@ def test_configs_that_cannot_be_read_are_named(tmp_path, config, files, message)
     (path / name).write_text(json.dumps(content))
   with pytest.raises(ValueError, match=message):
     weights.describe(path)
+
+
+def test_two_libraries_in_one_folder(clip):
+  """The weights that are read choose the config."""
+  path, arrays = clip
+  (path / "open_clip_config.json").write_text("{}")
+  assert weights.describe(path).kind == "clip"
+  save(path / "open_clip_model.safetensors", arrays)
+  (path / "model.safetensors").unlink()
+  with pytest.raises(ValueError, match=r"open_clip_config\.json: model_cfg: must be an object"):
+    weights.describe(path)
+
+
+def test_an_old_sentence_transformers_folder(tmp_path):
+  """With the encoder in a folder of its own."""
+  ours, keys = bert_keys(BERT)
+  top = tmp_path / "old"
+  top.mkdir()
+  folder(top / "0_Transformer", BERT, keys)
+  modules = [dict(type="a.Transformer", path="0_Transformer"), dict(type="a.Pooling", path="1")]
+  (top / "modules.json").write_text(json.dumps(modules))
+  (top / "1").mkdir()
+  (top / "1/config.json").write_text(json.dumps(dict(pooling_mode_cls_token=True)))
+  (top / "0_Transformer/sentence_bert_config.json").write_text('{"max_seq_length": 4}')
+  checkpoint = weights.describe(top)
+  assert checkpoint.model["text"]["pool"] == "cls" and checkpoint.layout.data == {"length": 4}
+  flat = Side(checkpoint, "text", (IDS,)).flat
+  np.testing.assert_array_equal(flat["text_tower/embedding"], ours["text_tower/embedding"])
 
 
 def test_no_config_and_no_weights_are_named(tmp_path):

@@ -13,8 +13,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from bigalign.weights import bert, big_vision, clip, dual, files, load, open_clip, siglip, vision
 from bigalign.weights.layout import Layout, call
 
@@ -52,7 +50,7 @@ class Checkpoint:
     """As config.model: "image", "text", "embed_dim" … as far as the checkpoint has them."""
     return self.layout.model
 
-  def load(self, shapes: Mapping[str, Any], **options: Any) -> dict[str, np.ndarray]:
+  def load(self, shapes: Mapping[str, Any], **options: Any) -> dict[str, Any]:
     """{path: array} for each of `shapes`; see load.read for the options and the errors."""
     return dict(load.read(self.tensors, self.layout, shapes, **options))
 
@@ -73,16 +71,18 @@ def describe(
     FileNotFoundError: if there is no such file, or no config beside it.
     ValueError: for what cannot be read, with the file and the key.
   """
-  tensors = files.open_tensors(path)
   path = pathlib.Path(path)
   folder = path if path.is_dir() else path.parent
-  kind, where, config = _config(folder, tensors.path)
+  sentence = (folder / "modules.json").is_file()
+  inside = folder / dual.transformer(folder) if sentence else folder
+  tensors = files.open_tensors(inside if path.is_dir() else path)
+  kind, where, config = _config(inside, tensors.path)
   extra = dict(image=dict(image or {}), text=dict(text or {}))
   if kind == "open_clip":
     config = _with_heads(config, where, extra)
   layout = call(LAYOUTS[kind], config, where, tensors, where, "")
   _check_depth(layout, tensors, where)
-  if (folder / "modules.json").is_file() and "text" in layout.model:
+  if sentence and "text" in layout.model:
     layout = dual.sentence(folder, layout)
   model = dict(layout.model)
   for side, options in extra.items():
@@ -97,8 +97,10 @@ def _config(folder: pathlib.Path, file: pathlib.Path) -> tuple[str, str, Mapping
   """(name in LAYOUTS, the config's file for errors, the config)."""
   if file.suffix == ".npz":
     return "big_vision", str(file), {}
-  if (folder / "open_clip_config.json").is_file():
-    where = folder / "open_clip_config.json"
+  where = folder / "open_clip_config.json"
+  both = (folder / "config.json").is_file()
+  # Some folders hold the same weights twice, under the names of both libraries.
+  if where.is_file() and (file.name.startswith("open_clip") or not both):
     config = files.read_json(where).get("model_cfg")
     return "open_clip", f"{where}: model_cfg", config
   where = folder / "config.json"

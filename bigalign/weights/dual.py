@@ -55,7 +55,7 @@ def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
         " Normalize"
       )
   data = {}
-  file = folder / "sentence_bert_config.json"
+  file = folder / transformer(folder) / "sentence_bert_config.json"
   if file.is_file():
     length = read_json(file).get("max_seq_length")
     if length is not None and (type(length) is not int or not 1 < length <= options["length"]):
@@ -64,6 +64,11 @@ def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
       )
     data = {"length": length or options["length"]}
   return join(layout, Layout({"text": options}, (), data=data))
+
+
+def transformer(folder: pathlib.Path) -> str:
+  """The folder of the encoder, "" in all but the oldest sentence-transformers."""
+  return next((path for _, kind, path in _modules(folder) if kind == "Transformer"), "")
 
 
 def _modules(folder: pathlib.Path) -> list[tuple[int, str, str]]:

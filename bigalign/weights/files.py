@@ -50,6 +50,7 @@ class Tensors(Mapping[str, Entry]):
   def __init__(self, path: pathlib.Path, entries: Mapping[str, Entry]):
     self.path = path
     self._entries = dict(entries)
+    self._last: tuple[str, np.ndarray] | None = None
 
   def __getitem__(self, key: str) -> Entry:
     return self._entries[key]
@@ -63,8 +64,11 @@ class Tensors(Mapping[str, Entry]):
   def read(self, key: str) -> np.ndarray:
     """The tensor; that of a safetensors file is a view of the mapped file."""
     entry = self._entries[key]
-    if entry.member:
-      return _read_npz(entry, key)
+    if entry.member:  # rows that make several arrays of one tensor ask for it again
+      if self._last is None or self._last[0] != key:
+        self._last = None
+        self._last = (key, _read_npz(entry, key))
+      return self._last[1]
     if not math.prod(entry.shape):
       return np.empty(entry.shape, entry.dtype)
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from bigalign.weights import positions, table
@@ -24,10 +26,11 @@ def read(
   layout: Layout,
   shapes: Mapping[str, Any],
   *,
+  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
   grid: tuple[int, int] | None = None,
   fresh: str = "",
   drop: str = "",
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, Any]]:
   """(path, array) for each of `shapes`, one by one: nobody needs to hold them all.
 
   Nothing is read before all keys, shapes and dtypes of both sides are found to agree.
@@ -35,6 +38,8 @@ def read(
   Args:
     shapes: {path: something with a shape and a dtype}, as of jax.eval_shape, "image_tower/…". Of
       a checkpoint with two towers the one that has no path here is left out.
+    shardings: {path: where it lies}. Each device is then given its part of each array, and the
+      host holds no more than one such part at a time; without, the arrays are numpy's.
     grid: rows and columns of patches, if position embeddings must be resized to no square.
     fresh: regular expression of paths that are not read: they keep their random start.
     drop: regular expression of keys that are left out, though the model has no place for them.
@@ -42,9 +47,11 @@ def read(
   Raises:
     ValueError: with all that is missing, that has no place or another shape or type.
   """
-  taken = _plan(tensors, layout, shapes, fresh, drop)
-  _compare(tensors, taken)
-  return _read(tensors, taken, shapes, grid)
+  plan = _plan(tensors, layout, shapes, fresh, drop)
+  _compare(tensors, plan)
+  for path, pieces in _pieces(plan).items():
+    make = functools.partial(_array, tensors, pieces, shapes[path], grid)
+    yield path, _placed(make, shapes[path].shape, shardings[path]) if shardings else make()
 
 
 def write(layout: Layout, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
@@ -140,30 +147,61 @@ def _source(tensors: Tensors, step: Step) -> Step:
   )
 
 
-def _read(
-  tensors: Tensors, plan: list[list[Step]], shapes: Mapping[str, Any],
-  grid: tuple[int, int] | None,
-) -> Iterator[tuple[str, np.ndarray]]:
-  for steps in plan:
-    arrays: dict[str, np.ndarray] = {}
-    for step in steps:
-      theirs = [tensors.read(key) for key in step.theirs]
-      if step.slot is not None:
-        theirs = [x[step.slot] for x in theirs]
-      parts = table.to_ours(_source(tensors, step), theirs)
-      if step.row.resize:
-        parts[-1] = _resized(tensors, step, parts[-1], grid)
-      # Views of a mapped file are copied: the file may change.
-      copy = None if tensors[step.theirs[0]].member else True
-      for path, part in zip(step.ours, parts):
-        dtype = shapes[path].dtype
-        if step.layer is None:
-          arrays[path] = np.array(part, dtype, order="C", copy=copy)
-          continue
-        if path not in arrays:
-          arrays[path] = np.empty(shapes[path].shape, dtype)
-        arrays[path][step.layer] = part
-    yield from arrays.items()
+Piece = tuple[Step, int]  # a step, and which of its arrays
+
+
+def _pieces(plan: list[list[Step]]) -> dict[str, list[Piece]]:
+  """{path: where its layers come from, or the whole}."""
+  found: dict[str, list[Piece]] = {}
+  for step in (step for steps in plan for step in steps):
+    for i, path in enumerate(step.ours):
+      found.setdefault(path, []).append((step, i))
+  return found
+
+
+def _array(
+  tensors: Tensors, pieces: list[Piece], spec: Any, grid: tuple[int, int] | None,
+  index: tuple[slice, ...] = (),
+) -> np.ndarray:
+  """An array, or what `index` cuts out of it."""
+  if pieces[0][0].layer is None:
+    # Views of a mapped file are copied: the file may change.
+    copy = None if tensors[pieces[0][0].theirs[0]].member and not index else True
+    return np.array(_part(tensors, *pieces[0], grid)[index], spec.dtype, order="C", copy=copy)
+  index = index or (slice(None),) * len(spec.shape)
+  layers = pieces[index[0]]
+  out = None
+  for i, (step, which) in enumerate(layers):
+    part = _part(tensors, step, which, grid)[index[1:]]
+    out = np.empty((len(layers), *part.shape), spec.dtype) if out is None else out
+    out[i] = part
+  assert out is not None
+  return out
+
+
+def _part(
+  tensors: Tensors, step: Step, which: int, grid: tuple[int, int] | None
+) -> np.ndarray:
+  """One array of ours of one step, a view where that can be."""
+  theirs = [tensors.read(key) for key in step.theirs]
+  if step.slot is not None:
+    theirs = [x[step.slot] for x in theirs]
+  part = table.to_ours(_source(tensors, step), theirs)[which]
+  if step.row.resize and which == len(step.ours) - 1:
+    return _resized(tensors, step, part, grid)
+  return part
+
+
+def _placed(
+  make: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...],
+  sharding: jax.sharding.Sharding,
+) -> jax.Array:
+  """Not jax.make_array_from_callback, which holds the parts of all devices at once."""
+  parts = [
+    jax.block_until_ready(jax.device_put(make(index or ()), device))
+    for device, index in sharding.addressable_devices_indices_map(shape).items()
+  ]
+  return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _resized(

@@ -237,7 +237,7 @@ def _hugging_face(
   config = dict(
     vocab_size=vocab, hidden_size=width, intermediate_size=hidden, max_position_embeddings=rows,
     num_hidden_layers=timm.depth(shapes, f"{prefix}encoder.layer."),
-    num_attention_heads=timm.count_heads(width, heads), layer_norm_eps=epsilon,
+    num_attention_heads=timm.count_heads(width, heads, hf_model_name), layer_norm_eps=epsilon,
     type_vocab_size=timm.dims(shapes, types, 2)[0] if types in shapes else 0,
   )
   part = call(layout, config, f"hf_model_name={hf_model_name!r}", shapes, "", prefix)

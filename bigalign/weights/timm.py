@@ -14,8 +14,8 @@ from bigalign.weights.layout import Layout, Shapes, sizes
 from bigalign.weights.table import Row
 
 OURS = "image_tower/"
-# Heads of models whose heads are not 64 wide.
-_HEADS = {r"so400m": 16, r"^vit_tiny": 3, r"giant_patch14_clip|^vit_gigantic": 16}
+# Heads of models whose heads are not 64 wide, timm's and Hugging Face's.
+_HEADS = {r"so400m|giantopt|huge|gigantic|giant_patch14_clip": 16, r"MiniLM": 12}
 
 
 def dims(shapes: Shapes, key: str, count: int) -> tuple[int, ...]:
