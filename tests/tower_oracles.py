@@ -15,7 +15,6 @@ import pytest
 from bigalign import tree, weights
 from bigalign.model import make_model, unit
 from bigalign.towers import TOWERS
-from bigalign.weights import files
 
 ROOT = pathlib.Path(os.environ.get("BIGALIGN_TOWER_ORACLES", "../shared/oracles/towers"))
 INDEX = json.loads((ROOT / "index.json").read_text()) if (ROOT / "index.json").is_file() else {}
@@ -201,15 +200,3 @@ def scalars(checkpoint):
   """The learned scalars of the loss."""
   names = {row.ours for row in checkpoint.layout.rows} & {"t", "b"}
   return checkpoint.load({name: jax.ShapeDtypeStruct((), jnp.float32) for name in names})
-
-
-def save(file, arrays, **about):
-  """A safetensors file."""
-  header, data = ({"__metadata__": about} if about else {}), b""
-  for key, x in arrays.items():
-    kind = {np.dtype(v): k for k, v in files.DTYPES.items()}[x.dtype]
-    start = len(data)
-    data += np.ascontiguousarray(x).tobytes()
-    header[key] = dict(dtype=kind, shape=list(x.shape), data_offsets=[start, len(data)])
-  text = json.dumps(header).encode()
-  file.write_bytes(len(text).to_bytes(8, "little") + text + data)
