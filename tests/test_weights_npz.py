@@ -133,3 +133,18 @@ def test_damaged_npz_are_refused(siglip, tmp_path, seed):
       message = refused(file, shapes)
       assert str(file) in message and key in message, message
   assert not trap.exists()
+
+
+def test_a_small_file_that_unpacks_to_much_is_refused(siglip, tmp_path):
+  """Its header is believed no further than the archive's own sizes, and those than the data."""
+  good, _, shapes, _ = siglip
+  content = members(good)
+  file = tmp_path / "bomb.npz"
+  key = "params/txt/Embed_0/embedding"
+  for claim in ((HUGE, 8), (48_000 * 20, 8)):
+    bomb = array_bytes("<f4", claim, bytes(48_000 * 8 * 4 * 20))
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+      for name, data in content.items():
+        archive.writestr(name, bomb if name == f"{key}.npy" else data)
+    message = refused(file, shapes)
+    assert str(file) in message and key in message

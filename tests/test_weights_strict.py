@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ import pytest
 from checkpoints import BERT, CLIP, IDS, PICTURE, VISION, bert_keys, clip_keys, folder, save
 from tower_oracles import Side
 
-from bigalign import sharding, weights
+from bigalign import sharding, tree, weights
+from bigalign.model import make_model
 from bigalign.weights import positions
 
 RNG = np.random.default_rng(0)
@@ -144,6 +147,50 @@ def test_each_device_is_given_its_part(clip):
       assert x.sharding == places[name]
       np.testing.assert_array_equal(x, side.flat[name], err_msg=name)
     assert any(x.sharding.shard_shape(x.shape) != x.shape for x in arrays.values())
+
+
+def test_a_checkpoint_is_a_config_and_its_arrays(clip):
+  """What it says of itself makes the model, whose own paths are those that are read."""
+  path, arrays = clip
+  checkpoint = weights.describe(path, image=dict(dtype="float32"), text=dict(scan=False))
+  model = make_model(**checkpoint.model)
+  made = jax.eval_shape(model.init, jax.random.key(0), PICTURE.astype(jnp.uint8), IDS)
+  params = checkpoint.load(tree.flatten(made["params"]))
+  kernel = params["text_projector/out/kernel"]
+  np.testing.assert_array_equal(kernel, arrays["text_projection.weight"].T)
+  variables = {"params": tree.unflatten(params)}
+  out = model.apply(variables, PICTURE.astype(jnp.uint8), IDS)
+  assert out["zimg"].shape == out["ztxt"].shape == (1, 4)
+
+
+def test_shards_are_read_with_little_more_than_their_arrays(tmp_path):
+  """1.3 times the largest shard at most, though layers of all shards make one array."""
+  names = {}
+  keys = bert_keys(dict(BERT, hidden_size=64, intermediate_size=1024, num_hidden_layers=8))[1]
+  path = folder(tmp_path / "big", dict(
+    BERT, hidden_size=64, intermediate_size=1024, num_hidden_layers=8), {})
+  (path / "model.safetensors").unlink()
+  for key in keys:
+    layer = re.search(r"layer\.(\d)", key)
+    names[key] = f"model-{layer[1] if layer else 8}.safetensors"
+  for name in set(names.values()):
+    save(path / name, {k: x for k, x in keys.items() if names[k] == name})
+  largest = max(file.stat().st_size for file in path.glob("*.safetensors"))
+  (path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=names)))
+  checkpoint = weights.describe(path)
+  shapes = Side(checkpoint, "text", (IDS,)).flat
+  shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in shapes.items()}
+  mesh = sharding.make_mesh(fsdp=8, data=1)
+  places = {
+    name: jax.NamedSharding(mesh, jax.P(*["fsdp" if n % 8 == 0 else None for n in x.shape[:1]]))
+    for name, x in shapes.items()
+  }
+  for options in ({}, {"shardings": places}):
+    tracemalloc.start()
+    arrays = checkpoint.load(shapes, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sum(x.nbytes for x in arrays.values()) + 1.3 * largest
 
 
 def test_positions_follow_the_pictures_size(clip):

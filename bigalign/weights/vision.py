@@ -216,7 +216,9 @@ def dinov3(
     layer_scale=layerscale_value, activation=activation(hidden_act), epsilon=layer_norm_eps,
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size),
   )
+  zeros = {f"{prefix}embeddings.mask_token": (1, 1, hidden_size)}
+  if not num_register_tokens:
+    zeros[f"{prefix}embeddings.register_tokens"] = (1, 0, hidden_size)
   return Layout(
-    {"image": options, "pixels": "imagenet"}, rows, "",
-    {f"{prefix}embeddings.mask_token": (1, 1, hidden_size)}, {"image_size": image_size},
+    {"image": options, "pixels": "imagenet"}, rows, "", zeros, {"image_size": image_size}
   )
