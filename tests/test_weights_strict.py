@@ -73,6 +73,14 @@ def test_another_geometry_lists_the_differing_tensors(clip):
   assert "self_attn" not in str(error.value)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_another_depth_is_named(clip, scan, depth):
+  path, _ = clip
+  with pytest.raises(ValueError, match=r"(?s)model\.safetensors: .*(layers|block_2|layers\.0)"):
+    image(path, tower=dict(depth=depth, scan=scan))
+
+
 def test_a_fresh_part_is_asked_for_by_name(clip):
   """Attention pooling on a CLIP: nothing fills it, and the class token's place is kept."""
   path, _ = clip
@@ -81,6 +89,8 @@ def test_a_fresh_part_is_asked_for_by_name(clip):
     image(path, tower=tower)
   flat = image(path, tower=tower, fresh="map_head/").flat
   assert "image_tower/extra_tokens" in flat and not any("map_head" in x for x in flat)
+  only = image(path, fresh="positions$").flat  # theirs is one tensor with the class token's
+  assert "image_tower/class_position" in only and "image_tower/positions" not in only
   with pytest.raises(ValueError, match=r"fresh: 'maphead/' matches none of"):
     image(path, tower=tower, fresh="maphead/")
 

@@ -175,7 +175,7 @@ class ViT(nn.Module):
   def _extra_tokens(self, x: jax.Array, extra: int) -> jax.Array:
     """[B, extra, D]: the class token, which alone can have a position, and the registers."""
     tokens = self.param("extra_tokens", nn.initializers.normal(0.02), (1, extra, self.width))
-    tokens = tokens.astype(self.dtype)
+    tokens = jnp.asarray(tokens, self.dtype)
     if self.class_position:
       position = self.param("class_position", nn.initializers.zeros, (1, 1, self.width))
       tokens = tokens.at[:, :1].add(position.astype(self.dtype))

@@ -48,8 +48,10 @@ def read(
     ValueError: with all that is missing, that has no place or another shape or type.
   """
   plan = _plan(tensors, layout, shapes, fresh, drop)
-  _compare(tensors, plan)
+  _compare(tensors, plan, shapes)
   for path, pieces in _pieces(plan).items():
+    if _matches(fresh, path):
+      continue
     make = functools.partial(_array, tensors, pieces, shapes[path], grid)
     yield path, _placed(make, shapes[path].shape, shardings[path]) if shardings else make()
 
@@ -66,7 +68,7 @@ def write(layout: Layout, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[st
       parts = table.to_theirs(step, [x if step.layer is None else x[step.layer] for x in ours])
       for key, part in zip(step.theirs, parts):
         if step.slot is None:
-          yield key, np.ascontiguousarray(part).reshape(part.shape)
+          yield key, np.array(part, order="C")
         else:
           stacked.setdefault(key, []).append(part)
     for key, layers in stacked.items():
@@ -95,8 +97,7 @@ def _plan(
       continue
     steps = table.steps(row, shapes)
     if steps:
-      steps = [step for step in steps if not any(_matches(fresh, path) for path in step.ours)]
-      plan.append(steps)
+      plan.append([x for x in steps if not all(_matches(fresh, path) for path in x.ours)])
     elif not row.optional:
       homeless += [key for key in table.keys(row) if not _matches(drop, key)]
   filled = {path for steps in plan for step in steps for path in step.ours}
@@ -113,9 +114,14 @@ def _plan(
   return plan
 
 
-def _compare(tensors: Tensors, plan: list[list[Step]]) -> None:
+def _compare(tensors: Tensors, plan: list[list[Step]], ours: Mapping[str, Any]) -> None:
   shapes, dtypes = [], []
   for step in (step for steps in plan for step in steps):
+    if step.layer == 0 and ours[step.ours[0]].shape[0] != step.row.layers:
+      shapes.append(
+        f"{step.row.theirs} has {step.row.layers} layers, {step.ours[0]}"
+        f" {ours[step.ours[0]].shape[0]}"
+      )
     for key, shape in zip(step.theirs, table.expected(_source(tensors, step))):
       entry = tensors[key]
       found = entry.shape if step.slot is None else entry.shape[1:]
