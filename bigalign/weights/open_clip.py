@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from bigalign import config as configs
 from bigalign.weights import bert, table, timm
 from bigalign.weights.clip import start
+from bigalign.weights.files import read_json
 from bigalign.weights.layout import Layout, Shapes, call, join, sizes
 from bigalign.weights.table import Row
 
@@ -23,9 +27,12 @@ def open_clip(
   vision_cfg: Any,
   text_cfg: Any,
   quick_gelu: bool = False,
+  multimodal_cfg: Any = None,
   **_: Any,
 ) -> Layout:
   """A model_cfg; unlike Hugging Face's it does not name its class, so the keys decide."""
+  if multimodal_cfg is not None:
+    raise ValueError("multimodal_cfg: a CoCa is not read, only a dual encoder")
   act = "quick_gelu" if quick_gelu else "gelu"
   timm_tower = isinstance(vision_cfg, Mapping) and "timm_model_name" in vision_cfg
   vision = timm.trunk if timm_tower else _vision
@@ -93,7 +100,7 @@ def _vision(
   width: int = 768,
   head_width: int = 64,
   mlp_ratio: float = 4.0,
-  patch_size: int = 16,
+  patch_size: int | None = 16,
   image_size: Any = 224,
   ls_init_value: float | None = None,
   no_ln_pre: bool = False,
@@ -157,7 +164,7 @@ def _text(
   proj_bias: bool = False,
   proj_type: str = "linear",
   pool_type: str = "argmax",
-  eos_id: int | None = None,
+  eos_id: int = 2,
   norm_kwargs: Any = None,
   act_kwargs: Any = None,
   embed_cls: bool = False,
@@ -166,14 +173,14 @@ def _text(
 ) -> Layout:
   """open_clip's own text transformer."""
   _refuse(
-    dict(embed_cls=embed_cls, final_ln_after_pool=final_ln_after_pool, proj_type=proj_type),
-    dict(embed_cls=False, final_ln_after_pool=False, proj_type="linear"),
+    dict(embed_cls=embed_cls, final_ln_after_pool=final_ln_after_pool),
+    dict(embed_cls=False, final_ln_after_pool=False),
   )
   pools: dict[str, dict[str, Any]] = {
     "argmax": dict(pool="argmax"), "last": dict(pool="last"), "eos": dict(pool="eos", eos=eos_id)
   }
-  if pool_type not in pools or (pool_type == "eos" and eos_id is None):
-    raise ValueError(f"pool_type: {pool_type!r}; known: {sorted(pools)}, and eos with an eos_id")
+  if pool_type not in pools:
+    raise ValueError(f"pool_type: {pool_type!r}; known: {sorted(pools)}")
   ours = "text_tower/"
   options = dict(
     name="text", vocab_size=vocab_size, length=context_length, causal=not no_causal_mask,
@@ -183,24 +190,34 @@ def _text(
   )
   if ls_init_value is not None:
     raise ValueError("ls_init_value: a text tower with layer scale is not read")
-  key = f"{inside}text_projection"
+  projector, projection = timm.projector("text", {
+    "linear": {"out": (f"{inside}text_projection", proj_bias)}, "none": {},
+  }, proj_type, "proj_type", shapes)
+  if projection and not proj_bias:  # a bare matrix, as it is applied
+    projection = (Row("text_projector/out/kernel", f"{inside}text_projection"),)
   rows = (
     Row(f"{ours}embedding", f"{inside}token_embedding.weight"),
     Row(f"{ours}positions", f"{inside}positional_embedding", "n d -> 1 n d"),
     *_blocks(ours, f"{inside}transformer.", layers),
     *table.norm(f"{ours}encoder/ln", f"{inside}ln_final"),
-    *(
-      table.dense("text_projector/out", key) if proj_bias
-      else [Row("text_projector/out/kernel", key)]
-    ),
+    *projection,
   )
-  projector = dict(name="linear", bias=proj_bias)
   return Layout(
     {"text": options, "text_projector": projector}, rows, UNUSED, data={"length": context_length}
   )
 
 
-# Hugging Face towers by name: (layout, layer norm's epsilon, heads by width if not width / 64).
+# Sizes of Hugging Face's models, for descriptions without weights:
+# (vocabulary, width, layers, hidden, positions, token types)
+_SIZES = {
+  "bert-base-uncased": (30522, 768, 12, 3072, 512, 2),
+  "bert-large-uncased": (30522, 1024, 24, 4096, 512, 2),
+  "roberta-base": (50265, 768, 12, 3072, 514, 1),
+  "roberta-large": (50265, 1024, 24, 4096, 514, 1),
+  "xlm-roberta-base": (250002, 768, 12, 3072, 514, 1),
+  "xlm-roberta-large": (250002, 1024, 24, 4096, 514, 1),
+}
+# Hugging Face towers by name: (pattern, layout, epsilon of norms)
 _FAMILIES: tuple[tuple[str, Any, float], ...] = (
   (r"mpnet", bert.mpnet, 1e-5), (r"roberta", bert.roberta, 1e-5), (r"bert|MiniLM", bert.bert, 1e-12)
 )
@@ -230,15 +247,11 @@ def _hugging_face(
     )
   layout, epsilon = family[1:]
   prefix = f"{inside}transformer."
-  vocab, width = timm.dims(shapes, f"{prefix}embeddings.word_embeddings.weight", 2)
-  rows = timm.dims(shapes, f"{prefix}embeddings.position_embeddings.weight", 2)[0]
-  hidden = timm.dims(shapes, f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)[0]
-  types = f"{prefix}embeddings.token_type_embeddings.weight"
+  vocab, width, depth, hidden, rows, types = _sizes(shapes, prefix, hf_model_name)
   config = dict(
     vocab_size=vocab, hidden_size=width, intermediate_size=hidden, max_position_embeddings=rows,
-    num_hidden_layers=timm.depth(shapes, f"{prefix}encoder.layer."),
-    num_attention_heads=timm.count_heads(width, heads, hf_model_name), layer_norm_eps=epsilon,
-    type_vocab_size=timm.dims(shapes, types, 2)[0] if types in shapes else 0,
+    num_hidden_layers=depth, num_attention_heads=timm.count_heads(width, heads, hf_model_name),
+    layer_norm_eps=epsilon, type_vocab_size=types,
   )
   part = call(layout, config, f"hf_model_name={hf_model_name!r}", shapes, "", prefix)
   text = {**part.model["text"], "pool": _POOLERS[hf_pooler_type]}
@@ -248,3 +261,39 @@ def _hugging_face(
     None: {},
   }, hf_proj_type, "hf_proj_type", shapes)
   return join(part, Layout({"text": text, "text_projector": projector}, projection, UNUSED))
+
+
+def _sizes(shapes: Shapes, prefix: str, name: str) -> tuple[int, ...]:
+  """As in _SIZES; of the tensors, if there are any."""
+  if not shapes:
+    return configs.choose(_SIZES, name, "hf_model_name, without weights")
+  tables = f"{prefix}embeddings."
+  vocab, width = timm.dims(shapes, f"{tables}word_embeddings.weight", 2)
+  types = f"{tables}token_type_embeddings.weight"
+  return (
+    vocab, width, timm.depth(shapes, f"{prefix}encoder.layer."),
+    timm.dims(shapes, f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)[0],
+    timm.dims(shapes, f"{tables}position_embeddings.weight", 2)[0],
+    timm.dims(shapes, types, 2)[0] if types in shapes else 0,
+  )
+
+
+def model(name: str) -> Mapping[str, Any]:
+  """config.model of one of open_clip's models: a name ("ViT-B-16"), or a JSON file of its kind.
+
+  Names are those of an installed open_clip_torch, whose files are read without importing it.
+
+  Raises:
+    FileNotFoundError: for an unknown name.
+    ValueError: for a model that has no tower here, with the option that says so.
+  """
+  file = pathlib.Path(name)
+  if file.suffix != ".json":
+    spec = importlib.util.find_spec("open_clip")
+    folder = pathlib.Path(spec.origin).parent if spec and spec.origin else pathlib.Path()
+    file = folder / f"model_configs/{name.replace('/', '-')}.json"
+    if not file.is_file():
+      raise FileNotFoundError(
+        f"{name!r} is no JSON file and no model of an installed open_clip_torch ({file})"
+      )
+  return call(open_clip, read_json(file), str(file), {}, str(file), "").model
