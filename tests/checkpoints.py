@@ -10,7 +10,7 @@ import numpy as np
 
 from bigalign import tree, weights
 from bigalign.towers import TOWERS
-from bigalign.weights import files, load
+from bigalign.weights import files, transfer
 
 TEXT = dict(
   hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
@@ -85,7 +85,7 @@ def bert_keys(config, prefix="", norm=("weight", "bias")):
   made = TOWERS[tower.pop("name")](**tower, dtype="float32")
   params = jax.jit(made.init)(jax.random.key(1), IDS)["params"]
   ours = tree.flatten(params, "text_tower/")
-  keys = dict(load.write(canonical, ours))
+  keys = dict(transfer.write(canonical, ours))
   return ours, {
     prefix + (k.replace("LayerNorm.weight", f"LayerNorm.{norm[0]}")
               .replace("LayerNorm.bias", f"LayerNorm.{norm[1]}")): x for k, x in keys.items()

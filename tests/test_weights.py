@@ -26,7 +26,7 @@ from tower_oracles import (
 
 from bigalign import weights
 from bigalign.data.tokenizers import make_tokenizer
-from bigalign.weights import load
+from bigalign.weights import transfer
 
 TOLERANCE = 2e-5  # relative to the largest output
 cases = pytest.mark.parametrize("case", CASES or ["none"])
@@ -63,7 +63,7 @@ def test_tower_oracle_round_trip(case):
   A pooler that the sentence encoder does not read is left out, as Hugging Face's own writer may.
   """
   checkpoint, arrays = read(case)
-  back = dict(load.write(checkpoint.layout, arrays))
+  back = dict(transfer.write(checkpoint.layout, arrays))
   spare = {row.theirs for row in checkpoint.layout.rows if row.optional} - back.keys()
   for key in checkpoint.tensors.keys() - spare:
     theirs = checkpoint.tensors.read(key)
@@ -82,7 +82,7 @@ def test_tower_oracle_layers_are_stacked_alike(case):
   checkpoint, stacked = read(case, scan=True)
   _, separate = read(case, scan=False)
   assert any("/block_1/" in path for path in separate)
-  both = (dict(load.write(checkpoint.layout, x)) for x in (stacked, separate))
+  both = (dict(transfer.write(checkpoint.layout, x)) for x in (stacked, separate))
   jax.tree.map(np.testing.assert_array_equal, *both)
   for path, x in separate.items():
     i = re.search(r"block_(\d+)", path)

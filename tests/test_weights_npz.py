@@ -16,7 +16,7 @@ from damage import HUGE, Harm, refused
 
 from bigalign import tree, weights
 from bigalign.towers import TOWERS
-from bigalign.weights import load
+from bigalign.weights import transfer
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_an_npz_with_stacked_layers_is_read(siglip):
     f"text_projector/out/{name}": jax.ShapeDtypeStruct(shape, jnp.float32)
     for name, shape in (("kernel", (8, 8)), ("bias", (8,)))
   })
-  back = dict(load.write(checkpoint.layout, found | head))
+  back = dict(transfer.write(checkpoint.layout, found | head))
   assert back.keys() == theirs.keys()
   for key, x in theirs.items():
     np.testing.assert_array_equal(back[key], x, err_msg=key)

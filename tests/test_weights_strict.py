@@ -165,7 +165,7 @@ def test_a_checkpoint_is_a_config_and_its_arrays(clip):
   checkpoint = weights.describe(path, image=dict(dtype="float32"), text=dict(scan=False))
   model = make_model(**checkpoint.model)
   made = jax.eval_shape(model.init, jax.random.key(0), PICTURE.astype(jnp.uint8), IDS)
-  params = checkpoint.load(tree.flatten(made["params"]))
+  params = weights.load(path, tree.flatten(made["params"]))
   kernel = params["text_projector/out/kernel"]
   np.testing.assert_array_equal(kernel, arrays["text_projection.weight"].T)
   variables = {"params": tree.unflatten(params)}

@@ -2,7 +2,8 @@
 
   checkpoint = weights.describe("…/siglip-base-patch16-224")
   model = make_model(**checkpoint.model)
-  params = checkpoint.load(jax.eval_shape(model.init, …))
+  shapes = tree.flatten(jax.eval_shape(model.init, …)["params"])
+  params = checkpoint.load(shapes)
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bigalign.weights import bert, big_vision, clip, dual, files, load, open_clip, siglip, vision
+from bigalign.weights import (
+  bert,
+  big_vision,
+  clip,
+  dual,
+  files,
+  open_clip,
+  siglip,
+  transfer,
+  vision,
+)
 from bigalign.weights.layout import Layout, call
 
 # By model_type of a Hugging Face config.
@@ -51,8 +62,8 @@ class Checkpoint:
     return self.layout.model
 
   def load(self, shapes: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """{path: array} for each of `shapes`; see load.read for the options and the errors."""
-    return dict(load.read(self.tensors, self.layout, shapes, **options))
+    """{path: array} for each of `shapes`; see transfer.read for the options and the errors."""
+    return dict(transfer.read(self.tensors, self.layout, shapes, **options))
 
 
 def describe(
@@ -91,6 +102,14 @@ def describe(
     if side in model:
       model[side] = {**model[side], **options}
   return Checkpoint(path, kind, tensors, dataclasses.replace(layout, model=model))
+
+
+def load(
+  path: str | pathlib.Path, shapes: Mapping[str, Any], *,
+  image: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **options: Any,
+) -> dict[str, Any]:
+  """{path: array} for each of `shapes` from a checkpoint; see `describe` and transfer.read."""
+  return describe(path, image=image, text=text).load(shapes, **options)
 
 
 def _config(folder: pathlib.Path, file: pathlib.Path) -> tuple[str, str, Mapping[str, Any]]:
