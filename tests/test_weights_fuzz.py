@@ -6,9 +6,11 @@ None takes more memory than twice its true size; none runs code.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import random
+import shutil
 import tracemalloc
 
 import jax
@@ -17,9 +19,10 @@ import numpy as np
 import pytest
 from checkpoints import CLIP, PICTURE, clip_keys, folder, save
 from damage import HUGE, Harm, refused, shapes_of
-from tower_oracles import Side
+from tower_oracles import CASES, ROOT, Side, needed
 
 from bigalign import weights
+from bigalign.towers import TOWERS
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +193,38 @@ def test_save_and_side_agree(clip, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config))
   one, two = (Side(weights.describe(x), "image", (PICTURE,)).flat for x in (good, tmp_path))
   assert all(np.array_equal(one[path], two[path]) for path in one)
+
+
+def places(config, path=()):
+  """The path of every value in a nest."""
+  items = config.items() if isinstance(config, dict) else enumerate(config)
+  for key, value in items:
+    yield (*path, key)
+    if isinstance(value, dict | list):
+      yield from places(value, (*path, key))
+
+
+@needed
+@pytest.mark.parametrize("case", [x for x in CASES if not (ROOT / x / "weights.npz").is_file()])
+def test_any_config_is_read_or_refused_by_name(case, tmp_path):
+  """20 changes of each kind of checkpoint, in all of its JSON files."""
+  rng = random.Random(case)
+  path = tmp_path / "bad"
+  shutil.copytree(ROOT / case, path)
+  configs = [x for x in sorted(path.rglob("*.json")) if x.name != "meta.json"]
+  for _ in range(20):
+    file = rng.choice(configs)
+    good = file.read_text()
+    bad = json.loads(good)
+    *way, last = rng.choice(list(places(bad)))
+    node = functools.reduce(lambda x, key: x[key], way, bad)
+    node[last] = rng.choice([*WRONG, [1, 2], {"a": 1}, -10.5, "\0" * 300])
+    file.write_text(json.dumps(bad))
+    try:
+      checkpoint = weights.describe(path)
+      for side in checkpoint.model.keys() & {"image", "text"}:
+        given = dict(checkpoint.model[side])
+        TOWERS[given.pop("name")](**given)
+    except (ValueError, FileNotFoundError) as error:
+      assert str(path) in str(error), (bad, error)
+    file.write_text(good)

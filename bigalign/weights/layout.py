@@ -77,6 +77,15 @@ def call(function: Callable[..., Any], given: Any, where: str, *fixed: Any) -> A
     raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
+def option(given: Any, name: str, key: str, default: Any) -> Any:
+  """given[key], where `given` is the object `name` of a config, or None."""
+  if given is None:
+    return default
+  if not isinstance(given, Mapping):
+    raise ValueError(f"{name}: must be an object, not {str(given)[:80]!r}")
+  return given.get(key, default)
+
+
 def activation(name: str) -> str:
   """Our name of an activation in a Hugging Face config."""
   return configs.choose(ACTIVATIONS, name, "hidden_act")

@@ -12,7 +12,7 @@ from bigalign import config as configs
 from bigalign.weights import bert, table, timm
 from bigalign.weights.clip import start
 from bigalign.weights.files import read_json
-from bigalign.weights.layout import Layout, Shapes, call, join, sizes
+from bigalign.weights.layout import Layout, Shapes, call, join, option, sizes
 from bigalign.weights.table import Row
 
 UNUSED = r"(^|\.)attn_mask$|position_ids$"
@@ -74,13 +74,16 @@ def _scales(ours: str, theirs: str, layers: int, value: float | None) -> list[Ro
 
 
 def _epsilon(default: float, kwargs: Any) -> float:
-  return float((kwargs or {}).get("eps", default))
+  epsilon = option(kwargs, "norm_kwargs", "eps", default)
+  if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+    raise ValueError(f"norm_kwargs: eps: {str(epsilon)[:80]}")
+  return epsilon
 
 
 def _activation(act: str, kwargs: Any) -> str:
   if not kwargs:
     return act
-  if act != "gelu" or dict(kwargs) != {"approximate": "tanh"}:
+  if act != "gelu" or kwargs != {"approximate": "tanh"}:
     raise ValueError(f"act_kwargs: {kwargs}; known: {{'approximate': 'tanh'}}, without quick_gelu")
   return "gelu_tanh"
 
@@ -110,7 +113,6 @@ def _vision(
   pos_embed_type: str = "learnable",
   final_ln_after_pool: bool = False,
   attentional_pool: Any = False,
-  output_tokens: bool = False,
   **_: Any,
 ) -> Layout:
   """open_clip's own ViT."""
@@ -173,8 +175,8 @@ def _text(
 ) -> Layout:
   """open_clip's own text transformer."""
   _refuse(
-    dict(embed_cls=embed_cls, final_ln_after_pool=final_ln_after_pool),
-    dict(embed_cls=False, final_ln_after_pool=False),
+    dict(embed_cls=embed_cls, final_ln_after_pool=final_ln_after_pool, ls_init_value=ls_init_value),
+    dict(embed_cls=False, final_ln_after_pool=False, ls_init_value=None),
   )
   pools: dict[str, dict[str, Any]] = {
     "argmax": dict(pool="argmax"), "last": dict(pool="last"), "eos": dict(pool="eos", eos=eos_id)
@@ -188,8 +190,6 @@ def _text(
     epsilon=_epsilon(1e-5, norm_kwargs), **pools[pool_type],
     **sizes(width, layers, heads, int(width * mlp_ratio)),
   )
-  if ls_init_value is not None:
-    raise ValueError("ls_init_value: a text tower with layer scale is not read")
   projector, projection = timm.projector("text", {
     "linear": {"out": (f"{inside}text_projection", proj_bias)}, "none": {},
   }, proj_type, "proj_type", shapes)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bigalign.weights import table
-from bigalign.weights.layout import Layout, Shapes, sizes
+from bigalign.weights.layout import Layout, Shapes, option, sizes
 from bigalign.weights.table import Row
 
 OURS, THEIRS = "image_tower/", "visual.trunk."
@@ -202,7 +202,7 @@ def _pool(timm_pool: str, has_class: bool, has_map: bool) -> str:
 def _activation(model: str, kwargs: Any) -> str:
   """What the config asks for, else what timm gives a model of this name."""
   default = next((x for pattern, x in _ACTIVATIONS.items() if re.search(pattern, model)), "gelu")
-  name = (kwargs or {}).get("act_layer", default)
+  name = option(kwargs, "timm_model_kwargs", "act_layer", default)
   if name not in ("gelu", "gelu_tanh", "quick_gelu"):
     raise ValueError(f"timm_model_kwargs: act_layer: {name!r}; known: gelu, gelu_tanh, quick_gelu")
   return str(name)
