@@ -23,11 +23,15 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Linear, GELU, linear; `hidden` units between, (D + E) // 2 if None."""
+  """Linear, GELU, linear; `hidden` units between, (D + E) // 2 if None.
+
+  bias: of both layers, or of the first if `out_bias` says another thing of the last.
+  """
 
   dim: int
   hidden: int | None = None
   bias: bool = False
+  out_bias: bool | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -36,7 +40,8 @@ class Mlp(nn.Module):
     hidden = self.hidden or (x.shape[-1] + self.dim) // 2
     x = nn.Dense(hidden, use_bias=self.bias, dtype=self.dtype, name="fc1")(x)
     x = nn.gelu(x, approximate=False)
-    return nn.Dense(self.dim, use_bias=self.bias, dtype=self.dtype, name="fc2")(x)
+    out_bias = self.bias if self.out_bias is None else self.out_bias
+    return nn.Dense(self.dim, use_bias=out_bias, dtype=self.dtype, name="fc2")(x)
 
 
 class Identity(nn.Module):

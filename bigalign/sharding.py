@@ -22,8 +22,8 @@ RULES: tuple[tuple[str, Any], ...] = (
   (r"attn/(query|key|value)/kernel$", (None, "tensor", None)),
   (r"attn/(query|key|value)/bias$", ("tensor", None)),
   (r"attn/out/kernel$", ("tensor", None, None)),
-  (r"mlp/fc1/kernel$", (None, "tensor")),
-  (r"mlp/fc1/bias$", ("tensor",)),
+  (r"mlp/(fc1|gate)/kernel$", (None, "tensor")),
+  (r"mlp/(fc1|gate)/bias$", ("tensor",)),
   (r"mlp/fc2/kernel$", ("tensor", None)),
   (r"", ()),
 )

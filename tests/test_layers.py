@@ -19,7 +19,7 @@ LAYERS = [
     "metrics", "projectors", "losses", "towers", "data", "inputs", "throughput", "pictures",
     "identity",
   },
-  {"model", "optim", "checkpoint"},
+  {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step"},
   {"train", "evaluate", "report", "costs", "report_html", "__main__"},
 ]

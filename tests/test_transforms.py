@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import pathlib
 import time
@@ -12,11 +14,12 @@ import pytest
 from PIL import Image
 from shards import picture
 
-from bigalign.data import transforms
+from bigalign.data import naflex, transforms
 from bigalign.data.decode import decode
 from bigalign.data.order import philox
 from bigalign.data.rejects import REASONS, Rejected
 from bigalign.data.transforms import eval_image, train_image
+from bigalign.model import PIXELS
 
 
 def encoded(image: Image.Image, kind: str, **save) -> bytes:
@@ -120,30 +123,65 @@ def test_grey_arrays_become_colour():
   np.testing.assert_array_equal(decode(grey[:, :, None]), np.stack([grey] * 3, axis=-1))
 
 
-@pytest.mark.parametrize("shape", [(61, 83), (97, 45), (32, 32), (19, 27), (1, 30), (33, 32)])
+@pytest.mark.parametrize("shape", [(61, 83), (97, 45), (32, 32), (19, 27), (1, 300), (33, 32)])
 def test_eval_image_is_pillow(shape):
   image = pixels(0, *shape)
   squash = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(eval_image(image, size=32), np.asarray(squash))
-  out = eval_image(image, size=32, resize="shortest")
-  assert out.shape == (32, 32, 3) and out.dtype == np.uint8
+  for resize in ("shortest", "longest"):
+    out = eval_image(image, size=32, resize=resize)
+    assert out.shape == (32, 32, 3) and out.dtype == np.uint8
 
 
-def test_eval_image_oracles():
+@pytest.fixture(scope="module")
+def vectors():
   root = pathlib.Path(os.environ.get("BIGALIGN_TOWER_ORACLES", "../shared/oracles/towers"))
   if not (root / "preprocess/io.npz").is_file():
     pytest.skip("BIGALIGN_TOWER_ORACLES names no folder with preprocess/io.npz")
-  vectors = np.load(root / "preprocess/io.npz")
-  mean = dict(squash=[0.5] * 3, shortest=[0.48145466, 0.4578275, 0.40821073])
-  std = dict(squash=[0.5] * 3, shortest=[0.26862954, 0.26130258, 0.27577711])
-  for i in range(4):
-    for resize in ("squash", "shortest"):
-      out = eval_image(vectors[f"image_{i}"], size=32, resize=resize) / 255
-      out = ((out - mean[resize]) / std[resize]).transpose(2, 0, 1)
-      # A level is 1/255/0.27; float32 rounding is far below it, another crop far above.
-      np.testing.assert_allclose(out, vectors[f"out_oc_{resize}_{i}"], atol=1e-5)
-  out = eval_image(decode(vectors["gray_image"]), size=32) / 127.5 - 1
-  np.testing.assert_allclose(out.transpose(2, 0, 1), vectors["out_oc_squash_gray"], atol=1e-5)
+  meta = json.loads((root / "preprocess/meta.json").read_text())
+  return np.load(root / "preprocess/io.npz"), meta["size"], meta["dinov2_resize"]
+
+
+@pytest.mark.parametrize("name,statistics,options", [
+    ("oc_squash", "half", {}), ("hf_siglip", "half", {}),
+    ("hf_vit", "half", dict(bilinear=True)),
+    ("oc_shortest", "clip", dict(resize="shortest")),
+    ("oc_longest", "clip", dict(resize="longest")),
+    ("hf_clip", "clip", dict(resize="shortest", margin="floor")),
+    ("hf_dinov2", "imagenet", dict(resize="shortest", margin="floor", edge=True))])
+def test_eval_image_oracles(vectors, name, statistics, options):
+  """The crops of uneven margins included, where open_clip and Hugging Face part."""
+  arrays, size, edge = vectors
+  if "edge" in options:
+    options = options | dict(edge=edge)
+  mean, std = (np.array(x) for x in PIXELS[statistics])
+  images = [x for x in arrays.files if x.startswith("image_")]
+  for image in images:
+    out = eval_image(arrays[image], size=size, **options) / 255
+    # A level is 1/255/0.27; float32 rounding is far below it, another crop far above.
+    np.testing.assert_allclose(
+        ((out - mean) / std).transpose(2, 0, 1), arrays[image.replace("image", f"out_{name}")],
+        atol=1e-5, err_msg=image)
+  assert len(images) >= 4
+
+
+def test_eval_image_oracle_of_grey(vectors):
+  arrays, size, _ = vectors
+  out = eval_image(decode(arrays["gray_image"]), size=size) / 127.5 - 1
+  np.testing.assert_allclose(out.transpose(2, 0, 1), arrays["out_oc_squash_gray"], atol=1e-5)
+
+
+def test_naflex_oracle(vectors):
+  """Patches of pictures of four aspects; padding is zero after normalisation."""
+  arrays, _, _ = vectors
+  images = [x for x in arrays.files if x.startswith("image_")]
+  for i in (x.removeprefix("image_") for x in images):
+    expected = arrays[f"out_hf_siglip2_pixel_values_{i}"]
+    most, patch = len(expected), math.isqrt(expected.shape[1] // 3)
+    flat, mask, shape = naflex.patches(arrays[f"image_{i}"], patch=patch, most=most)
+    np.testing.assert_array_equal(shape, arrays[f"out_hf_siglip2_spatial_shapes_{i}"])
+    np.testing.assert_array_equal(mask, arrays[f"out_hf_siglip2_pixel_attention_mask_{i}"])
+    np.testing.assert_allclose((flat / 127.5 - 1) * mask[:, None], expected, atol=1e-5)
 
 
 def test_train_image_is_a_function_of_its_generator():
@@ -211,7 +249,9 @@ def test_shift_and_rotation_move_the_middle_where_they_say():
 def test_unknown_options_are_named():
   with pytest.raises(ValueError, match=r"Unknown crop 'centre'.*'center'"):
     train_image(pixels(0, 8, 8), philox(0, 0), size=8, crop="centre")
-  with pytest.raises(ValueError, match=r"Unknown resize 'longest'.*'shortest'"):
-    eval_image(pixels(0, 8, 8), size=8, resize="longest")
+  with pytest.raises(ValueError, match=r"Unknown resize 'tallest'.*'shortest'"):
+    eval_image(pixels(0, 8, 8), size=8, resize="tallest")
+  with pytest.raises(ValueError, match=r"Unknown margin 'ceil'"):
+    eval_image(pixels(0, 8, 8), size=8, resize="shortest", margin="ceil")
   with pytest.raises(TypeError, match="flop"):
     train_image(pixels(0, 8, 8), philox(0, 0), size=8, flop=0.5)

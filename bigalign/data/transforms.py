@@ -61,25 +61,53 @@ def train_image(
   return image
 
 
-def eval_image(image: np.ndarray, *, size: int, resize: str = "squash") -> np.ndarray:
-  """[H, W, 3] uint8 → [size, size, 3] uint8; Pillow's antialiased bicubic to the bit.
+def eval_image(
+    image: np.ndarray,
+    *,
+    size: int,
+    resize: str = "squash",
+    edge: int | None = None,
+    bilinear: bool = False,
+    margin: str = "round",
+) -> np.ndarray:
+  """[H, W, 3] uint8 → [size, size, 3] uint8; Pillow's antialiased filters to the bit.
 
-  resize  "squash": straight to the square, as SigLIP does; "shortest": the shorter edge to
-          `size`, then the centre, as CLIP does (margins rounded half to even, as torchvision)
+  resize    "squash": straight to the square, as SigLIP does; "shortest": the shorter edge to
+            `edge`, then the centre, as CLIP does; "longest": the longer edge to `size`, then black
+            bars, as open_clip offers
+  edge      `size` if None; DINOv2: 256 for a size of 224
+  bilinear  in the place of bicubic, as Hugging Face's ViT
+  margin    of the centre: "round" half to even, as torchvision; "floor", as Hugging Face
   """
   height, width = image.shape[:2]
   pixels = Image.fromarray(image)
+  kernel = Image.Resampling.BILINEAR if bilinear else _BICUBIC
   if resize == "squash":
-    return np.asarray(pixels.resize((size, size), _BICUBIC))
+    return np.asarray(pixels.resize((size, size), kernel))
+  if resize == "longest":
+    inner = tuple(max(1, round(side * size / max(height, width))) for side in (width, height))
+    return _padded(pixels.resize(inner, kernel), size)
   if resize != "shortest":
-    raise ValueError(f"Unknown resize {resize!r}; known: 'squash', 'shortest'")
+    raise ValueError(f"Unknown resize {resize!r}; known: 'squash', 'shortest', 'longest'")
+  if margin not in ("round", "floor"):
+    raise ValueError(f"Unknown margin {margin!r}; known: 'round', 'floor'")
+  edge = edge or size
   if height < width:
-    height, width = size, int(size * width / height)
+    height, width = edge, int(edge * width / height)
   else:
-    height, width = int(size * height / width), size
-  top, left = round((height - size) / 2), round((width - size) / 2)
-  pixels = pixels.resize((width, height), _BICUBIC)
+    height, width = int(edge * height / width), edge
+  half = round if margin == "round" else math.floor
+  top, left = half((height - size) / 2), half((width - size) / 2)
+  pixels = pixels.resize((width, height), kernel)
   return np.asarray(pixels.crop((left, top, left + size, top + size)))
+
+
+def _padded(pixels: Image.Image, size: int) -> np.ndarray:
+  """In the middle of a black square; the larger half of an odd margin is below and right."""
+  square = np.zeros((size, size, 3), np.uint8)
+  top, left = (size - pixels.height) // 2, (size - pixels.width) // 2
+  square[top:top + pixels.height, left:left + pixels.width] = np.asarray(pixels)
+  return square
 
 
 def _random_box(rng: np.random.Generator, *, height: int, width: int, scale, ratio):

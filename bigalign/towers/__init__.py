@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bigalign.towers.base import TowerOutput
+from bigalign.towers.bert import bert
+from bigalign.towers.naflex import naflex
 from bigalign.towers.text import text
 from bigalign.towers.vit import vit
 
 __all__ = ["TOWERS", "TowerOutput"]
 
-TOWERS = dict(vit=vit, text=text)
+TOWERS = dict(vit=vit, naflex=naflex, text=text, bert=bert)

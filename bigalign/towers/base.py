@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import einops
@@ -29,6 +30,7 @@ ACTIVATIONS = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
   "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+  "silu": nn.silu,
 }
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -48,32 +50,54 @@ class TowerOutput(NamedTuple):
   mask: jax.Array | None = None
 
 
+def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
+  """Turns each half of a head against the other: x [B, N, H, K], rotation [2, N, K] cos and sin."""
+  cos, sin = rotation[:, None, :, None, :]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return (x * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
+
+
 class Attention(nn.Module):
-  """Multi-head attention with biases."""
+  """Multi-head attention; `biases`: which of q, k, v and o(ut) have one."""
 
   heads: int
   dtype: Any = jnp.float32
   implementation: Any = None  # see vit
+  biases: str = "qkvo"
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None, causal: bool = False
+    self,
+    x: jax.Array,
+    memory: jax.Array,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+    rotation: jax.Array | None = None,
+    bias: jax.Array | None = None,
   ) -> jax.Array:
-    """Queries [B, N, D] from x, keys and values from memory [B, M, D]; mask [B, M], True = seen."""
+    """Queries [B, N, D] from x, keys and values from memory [B, M, D]; mask [B, M], True = seen.
+
+    rotation [2, N, K] of queries and keys; bias [1, H, N, M] is added to the logits.
+    """
     width = x.shape[-1]
 
     def project(name: str, inputs: jax.Array) -> jax.Array:
       return nn.DenseGeneral(
         (self.heads, width // self.heads),
+        use_bias=name[0] in self.biases,
         dtype=self.dtype,
         kernel_init=nn.initializers.xavier_uniform(),
         name=name,
       )(inputs)
 
+    query, key, value = project("query", x), project("key", memory), project("value", memory)
+    if rotation is not None:
+      query, key = rotate(query, rotation), rotate(key, rotation)
     y = jax.nn.dot_product_attention(
-      project("query", x),
-      project("key", memory),
-      project("value", memory),
+      query,
+      key,
+      value,
+      bias=bias,
       mask=None if mask is None else mask[:, None, None, :],
       is_causal=causal,
       implementation=self.implementation,
@@ -81,6 +105,7 @@ class Attention(nn.Module):
     return nn.DenseGeneral(
       width,
       axis=(-2, -1),
+      use_bias="o" in self.biases,
       dtype=self.dtype,
       kernel_init=nn.initializers.xavier_uniform(),
       name="out",
@@ -88,22 +113,27 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two layers with an activation between."""
+  """Two layers with an activation between; gated: https://arxiv.org/abs/2002.05202."""
 
   hidden: int
   activation: str = "gelu_tanh"
   dropout: float = 0.0
   dtype: Any = jnp.float32
+  gated: bool = False
+  bias: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
     """[..., D] -> [..., D]."""
     kwargs: dict[str, Any] = dict(
+      use_bias=self.bias,
       dtype=self.dtype,
       kernel_init=nn.initializers.xavier_uniform(),
       bias_init=nn.initializers.normal(1e-6),
     )
-    y = ACTIVATIONS[self.activation](nn.Dense(self.hidden, name="fc1", **kwargs)(x))
+    y = nn.Dense(self.hidden, name="fc1", **kwargs)(x)
+    act = ACTIVATIONS[self.activation]
+    y = act(nn.Dense(self.hidden, name="gate", **kwargs)(x)) * y if self.gated else act(y)
     y = nn.Dropout(self.dropout, name="dropout")(y, deterministic)
     return nn.Dense(x.shape[-1], name="fc2", **kwargs)(y)
 
@@ -119,22 +149,39 @@ class Block(nn.Module):
   causal: bool = False
   dtype: Any = jnp.float32
   implementation: str | None = None
+  biases: str = "qkvo"
+  gated: bool = False
+  mlp_bias: bool = True
+  layer_scale: float | None = None
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, mask: jax.Array | None = None, deterministic: bool = True
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    deterministic: bool = True,
+    rotation: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
     """[B, N, D] -> [B, N, D], and None: the second half of a scan's pair."""
     norm = {"epsilon": self.epsilon, "dtype": self.dtype}
     y = nn.LayerNorm(name="ln1", **norm)(x)
-    y = Attention(self.heads, self.dtype, self.implementation, name="attn")(
-      y, y, mask, self.causal
+    y = Attention(self.heads, self.dtype, self.implementation, self.biases, name="attn")(
+      y, y, mask, self.causal, rotation
     )
-    x = x + nn.Dropout(self.dropout, name="attn_dropout")(y, deterministic)
+    x = x + nn.Dropout(self.dropout, name="attn_dropout")(self._scaled("scale1", y), deterministic)
     y = nn.LayerNorm(name="ln2", **norm)(x)
-    y = Mlp(self.hidden, self.activation, self.dropout, self.dtype, name="mlp")(y, deterministic)
-    x = x + nn.Dropout(self.dropout, name="mlp_dropout")(y, deterministic)
+    y = Mlp(
+      self.hidden, self.activation, self.dropout, self.dtype, self.gated, self.mlp_bias, name="mlp"
+    )(y, deterministic)
+    x = x + nn.Dropout(self.dropout, name="mlp_dropout")(self._scaled("scale2", y), deterministic)
     return sharding.pin(x), None
+
+  def _scaled(self, name: str, y: jax.Array) -> jax.Array:
+    """LayerScale, https://arxiv.org/abs/2103.17239."""
+    if self.layer_scale is None:
+      return y
+    scale = self.param(name, nn.initializers.constant(self.layer_scale), (y.shape[-1],))
+    return y * scale.astype(self.dtype)[None, None]
 
 
 class Encoder(nn.Module):
@@ -146,20 +193,29 @@ class Encoder(nn.Module):
   """
 
   depth: int
-  block: dict[str, Any]  # arguments of Block
+  block: Mapping[str, Any]  # arguments of `kind`
   scan: bool = True
   remat: str = "none"
+  kind: Any = Block
+  norm: bool = True
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, mask: jax.Array | None = None, train: bool = False
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    train: bool = False,
+    relation: jax.Array | None = None,
   ) -> jax.Array:
-    """[B, N, D] -> [B, N, D], normed; mask [B, N], True = a key that is seen."""
-    block: Any = Block
+    """[B, N, D] -> [B, N, D], normed; mask [B, N], True = a key that is seen.
+
+    relation: how tokens lie to each other, for every block: a rotation, or a bias of attention.
+    """
+    block: Any = self.kind
     policy = config.choose(REMAT, self.remat, "remat")
     if policy is not None:
       # Inside a scan the compiler cannot undo the remat, and the guards against it cost fusions.
-      block = nn.remat(Block, policy=policy, prevent_cse=not self.scan, static_argnums=(3,))
+      block = nn.remat(block, policy=policy, prevent_cse=not self.scan, static_argnums=(3,))
     if self.scan:
       stack = nn.scan(
         block,
@@ -168,10 +224,12 @@ class Encoder(nn.Module):
         in_axes=nn.broadcast,
         length=self.depth,
       )
-      x, _ = stack(name="blocks", **self.block)(x, mask, not train)
+      x, _ = stack(name="blocks", **self.block)(x, mask, not train, relation)
     else:
       for i in range(self.depth):
-        x, _ = block(name=f"block_{i}", **self.block)(x, mask, not train)
+        x, _ = block(name=f"block_{i}", **self.block)(x, mask, not train, relation)
+    if not self.norm:
+      return x
     return nn.LayerNorm(
       epsilon=self.block["epsilon"], dtype=self.block["dtype"], name="ln"
     )(x)

@@ -1,9 +1,10 @@
-"""Text transformer: bidirectional with attention pooling, or causal with the last token."""
+"""Text transformer, pre-norm: bidirectional as in SigLIP, or causal as in CLIP."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from bigalign import sharding
 from bigalign.towers import base
 
-POOLS = ("last", "eos", "map", "mean")
+POOLS = ("last", "eos", "argmax", "map", "mean")
 
 
 class Text(nn.Module):
@@ -24,14 +25,13 @@ class Text(nn.Module):
   heads: int
   hidden: int
   pool: str
-  causal: bool
+  eos: int | None
   mask_padding: bool
   dropout: float
-  activation: str
   scan: bool
   remat: str
+  block: flax.core.FrozenDict[str, Any]  # arguments of base.Block
   dtype: Any
-  attention: str | None
 
   @nn.compact
   def __call__(
@@ -53,25 +53,30 @@ class Text(nn.Module):
     x = sharding.whole(table.astype(self.dtype))[ids] + positions.astype(self.dtype)[:, :length]
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
     seen = mask if self.mask_padding else None
-    block = dict(
-      heads=self.heads, hidden=self.hidden, activation=self.activation, dropout=self.dropout,
-      epsilon=1e-6, causal=self.causal, dtype=self.dtype, implementation=self.attention,
-    )
-    x = base.Encoder(self.depth, block, self.scan, self.remat, name="encoder")(
+    x = base.Encoder(self.depth, self.block, self.scan, self.remat, name="encoder")(
       sharding.pin(x), seen, train=train
     )
     if self.pool == "map":
       pooled = base.MapHead(
-        self.heads, self.hidden, self.activation, dtype=self.dtype, name="map_head"
+        self.heads, self.hidden, self.block["activation"], self.block["epsilon"], self.dtype,
+        name="map_head",
       )(x, seen)
     elif self.pool == "mean":
       pooled = base.masked_mean(x, seen)
-    elif self.pool == "last" or mask is None:
-      pooled = x[:, -1]
     else:
-      last = jnp.maximum(mask.sum(1) - 1, 0)
-      pooled = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+      at = self._last(ids, mask)
+      pooled = jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
     return base.TowerOutput(pooled, x, mask)
+
+  def _last(self, ids: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """[B] int32: the position of the token that stands for the text."""
+    if self.pool == "argmax":
+      return jnp.argmax(ids, 1)
+    if self.pool == "eos" and self.eos is not None:
+      return jnp.argmax(ids == self.eos, 1)
+    if self.pool == "last" or mask is None:
+      return jnp.full(ids.shape[:1], ids.shape[1] - 1)
+    return jnp.maximum(mask.sum(1) - 1, 0)
 
 
 def text(
@@ -84,10 +89,12 @@ def text(
   heads: int | None = None,
   mlp_ratio: float | None = None,
   pool: str = "last",
+  eos: int | None = None,
   causal: bool = False,
   mask_padding: bool = True,
   dropout: float = 0.0,
   activation: str = "gelu_tanh",
+  epsilon: float = 1e-6,
   scan: bool = True,
   remat: str = "none",
   dtype: str = "bfloat16",
@@ -98,8 +105,9 @@ def text(
   Args:
     vocab_size: rows of the token table; at least the tokenizer's.
     length: longest text in tokens.
-    pool: "last" position whatever is there (SigLIP), "eos": the last token that is no padding
-      (CLIP), "map" (attention pooling) or "mean".
+    pool: "last" position whatever is there (SigLIP), "eos": the first token `eos`, or without one
+      the last token that is no padding (CLIP), "argmax": the highest id (open_clip), "map"
+      (attention pooling) or "mean".
     causal: a token sees only those before it (CLIP).
     mask_padding: padding is not seen by attention or pooling. SigLIP attends to it.
 
@@ -113,7 +121,11 @@ def text(
     if value not in known:
       raise ValueError(f"config.model.text.{name}: unknown {value!r}; known: {sorted(known)}")
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
+  block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
+    heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
+    causal=causal, dtype=jnp.dtype(dtype), implementation=attention,
+  )
   return Text(
-    vocab_size, length, width, depth, heads, hidden, pool, causal, mask_padding, dropout,
-    activation, scan, remat, jnp.dtype(dtype), attention,
+    vocab_size, length, width, depth, heads, hidden, pool, eos, mask_padding, dropout, scan, remat,
+    block, jnp.dtype(dtype),
   )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import einops
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ import numpy as np
 from bigalign import sharding
 from bigalign.towers import base
 
-POOLS = ("map", "cls", "mean")
-POSITIONS = ("learned", "sincos2d")
+POOLS = ("map", "cls", "pooler", "mean")
+POSITIONS = ("learned", "sincos2d", "rope")
 
 
 def sincos2d(rows: int, cols: int, width: int, temperature: float = 10_000.0) -> np.ndarray:
@@ -27,12 +28,29 @@ def sincos2d(rows: int, cols: int, width: int, temperature: float = 10_000.0) ->
   return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
+def rope(rows: int, cols: int, before: int, width: int, theta: float) -> np.ndarray:
+  """[2, before + rows * cols, width] float32: cos and sin of patch centres, as in DINOv3.
+
+  Centres lie in [-1, 1] on both axes whatever the grid; the tokens `before` are not turned.
+  https://arxiv.org/abs/2508.10104
+  """
+  if width % 4:
+    raise ValueError(f"positions='rope' needs heads of a width that 4 divides, not {width}")
+  centers = [2 * (np.arange(n) + 0.5) / n - 1 for n in (rows, cols)]
+  frequency = 2 * np.pi * theta ** -np.arange(0, 1, 4 / width)
+  angles = np.stack(np.meshgrid(*centers, indexing="ij"), -1)[..., None] * frequency
+  angles = np.tile(angles.reshape(rows * cols, -1), 2)
+  angles = np.concatenate([np.zeros((before, width)), angles])
+  return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+
+
 class PatchEmbed(nn.Module):
   """Non-overlapping patches through one linear map, as a product: a strided convolution."""
 
   patch: int
   width: int
   dtype: Any
+  bias: bool = True
 
   @nn.compact
   def __call__(self, image: jax.Array) -> jax.Array:
@@ -43,11 +61,13 @@ class PatchEmbed(nn.Module):
       nn.initializers.lecun_normal(in_axis=(0, 1, 2)),
       (p, p, image.shape[-1], self.width),
     )
-    bias = self.param("bias", nn.initializers.zeros, (self.width,))
     patches = einops.rearrange(image, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
     flat = einops.rearrange(kernel, "p q c d -> (p q c) d")
-    bias = bias.astype(self.dtype)[None, None, None]
-    return patches.astype(self.dtype) @ flat.astype(self.dtype) + bias
+    x = patches.astype(self.dtype) @ flat.astype(self.dtype)
+    if not self.bias:
+      return x
+    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    return x + bias.astype(self.dtype)[None, None, None]
 
 
 class ConvStem(nn.Module):
@@ -82,16 +102,20 @@ class ViT(nn.Module):
   heads: int
   hidden: int
   stem: str
+  patch_bias: bool
   pool: str
   positions: str
+  rope_theta: float
+  class_token: bool
+  class_position: bool
   registers: int
   patch_dropout: float
   dropout: float
-  activation: str
+  pre_norm: bool
   scan: bool
   remat: str
+  block: flax.core.FrozenDict[str, Any]  # arguments of base.Block
   dtype: Any
-  attention: str | None
 
   @nn.compact
   def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
@@ -99,39 +123,44 @@ class ViT(nn.Module):
 
     Random keys in training: "dropout" for dropout, "patch_dropout" for patch dropout.
     """
-    batch, height, width, _ = image.shape
+    _, height, width, _ = image.shape
     if height % self.patch or width % self.patch:
       raise ValueError(
         f"model.image.patch={self.patch} does not divide the image of {height} x {width} pixels"
       )
-    x = STEMS[self.stem](self.patch, self.width, self.dtype, name="embedding")(image)
+    options = {} if self.patch_bias else {"bias": False}
+    x = STEMS[self.stem](self.patch, self.width, self.dtype, name="embedding", **options)(image)
     rows, cols = x.shape[1:3]
     x = einops.rearrange(x, "b h w d -> b (h w) d")
-    x = x + self._positions(rows, cols).astype(self.dtype)
+    rotation = None
+    extra = self.class_token + self.registers
+    if self.positions == "rope":
+      rotation = jnp.asarray(
+        rope(rows, cols, extra, self.width // self.heads, self.rope_theta)
+      )
+    else:
+      x = x + self._positions(rows, cols).astype(self.dtype)
     if train and self.patch_dropout:
       x = self._keep_some(x)
-
-    extra = (self.pool == "cls") + self.registers
     if extra:
-      tokens = self.param("extra_tokens", nn.initializers.normal(0.02), (1, extra, self.width))
-      tokens = jnp.broadcast_to(tokens.astype(self.dtype), (batch, extra, self.width))
-      x = jnp.concatenate([tokens, x], 1)
+      x = jnp.concatenate([self._extra_tokens(x, extra), x], 1)
+    if self.pre_norm:
+      x = nn.LayerNorm(epsilon=self.block["epsilon"], dtype=self.dtype, name="ln_pre")(x)
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
-    block = dict(
-      heads=self.heads, hidden=self.hidden, activation=self.activation, dropout=self.dropout,
-      epsilon=1e-6, dtype=self.dtype, implementation=self.attention,
-    )
-    x = base.Encoder(self.depth, block, self.scan, self.remat, name="encoder")(
-      sharding.pin(x), train=train
+    x = base.Encoder(self.depth, self.block, self.scan, self.remat, name="encoder")(
+      sharding.pin(x), train=train, relation=rotation
     )
     patches = x[:, extra:]
     if self.pool == "cls":
       pooled = x[:, 0]
+    elif self.pool == "pooler":
+      pooled = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
     elif self.pool == "mean":
       pooled = base.masked_mean(patches, None)
     else:
       pooled = base.MapHead(
-        self.heads, self.hidden, self.activation, dtype=self.dtype, name="map_head"
+        self.heads, self.hidden, self.block["activation"], self.block["epsilon"], self.dtype,
+        name="map_head",
       )(x)
     return base.TowerOutput(pooled, patches)
 
@@ -142,6 +171,15 @@ class ViT(nn.Module):
     return self.param(
       "positions", nn.initializers.normal(1 / np.sqrt(self.width)), (1, rows * cols, self.width)
     )
+
+  def _extra_tokens(self, x: jax.Array, extra: int) -> jax.Array:
+    """[B, extra, D]: the class token, which alone can have a position, and the registers."""
+    tokens = self.param("extra_tokens", nn.initializers.normal(0.02), (1, extra, self.width))
+    tokens = jnp.asarray(tokens, self.dtype)
+    if self.class_position:
+      position = self.param("class_position", nn.initializers.zeros, (1, 1, self.width))
+      tokens = tokens.at[:, :1].add(position.astype(self.dtype))
+    return jnp.broadcast_to(tokens, (x.shape[0], extra, self.width))
 
   def _keep_some(self, x: jax.Array) -> jax.Array:
     """[B, N, D] -> [B, n, D]: another random subset for each image, in the patches' order."""
@@ -161,12 +199,22 @@ def vit(
   heads: int | None = None,
   mlp_ratio: float | None = None,
   stem: str = "patch",
+  patch_bias: bool = True,
   pool: str = "map",
   positions: str = "learned",
+  rope_theta: float = 100.0,
+  class_token: bool | None = None,
+  class_position: bool = False,
   registers: int = 0,
   patch_dropout: float = 0.0,
   dropout: float = 0.0,
   activation: str = "gelu_tanh",
+  epsilon: float = 1e-6,
+  pre_norm: bool = False,
+  biases: str = "qkvo",
+  gated: bool = False,
+  mlp_bias: bool = True,
+  layer_scale: float | None = None,
   scan: bool = True,
   remat: str = "none",
   dtype: str = "bfloat16",
@@ -179,18 +227,28 @@ def vit(
       be given in its place.
     patch: pixels per side of a patch; must divide the image.
     stem: "patch", or "conv": 3 x 3 convolutions of stride 2 (patch must be a power of 2).
-    pool: "map" (attention pooling, SigLIP), "cls" (a class token), "mean" of the patches.
-    positions: "learned" (for one image size) or "sincos2d" (fixed).
+    patch_bias: of the patch stem; CLIP has none.
+    pool: "map" (attention pooling, SigLIP), "cls" (a class token), "pooler" (tanh of a linear map
+      of it), "mean" of the patches.
+    positions: "learned" (for one image size), "sincos2d" (fixed) or "rope" (DINOv3), with
+      frequencies from 1 down to 1 / rope_theta.
+    class_token: whether there is one; None: where `pool` reads it.
+    class_position: it has a learned position of its own.
     registers: extra tokens without a position, https://arxiv.org/abs/2309.16588.
     patch_dropout: share of the patches left out in training, https://arxiv.org/abs/2212.00794.
     dropout: on the embedding and both branches of each block.
+    epsilon: of every layer norm.
+    pre_norm: a layer norm before the first block (CLIP).
+    biases: which of the q, k, v and o(ut) maps have one; mlp_bias: whether the MLP's have.
+    gated: a gated MLP; SwiGLU with activation="silu".
+    layer_scale: first value of a factor per channel on each branch; None: no such factor.
     scan: one program for all layers; False gives each layer its own parameters.
     remat: "none", "dots" or "full": activations kept, kept for weight matmuls, recomputed.
     dtype: of the computation; parameters are float32.
     attention: implementation in jax.nn.dot_product_attention: None (its choice), "xla", "cudnn".
 
   Raises:
-    ValueError: for an unknown name, with the known ones.
+    ValueError: for an unknown name, with the known ones, or options that exclude each other.
   """
   for name, value, known in (
     ("stem", stem, STEMS), ("pool", pool, POOLS), ("positions", positions, POSITIONS),
@@ -199,10 +257,22 @@ def vit(
   ):
     if value not in known:
       raise ValueError(f"config.model.image.{name}: unknown {value!r}; known: {sorted(known)}")
-  if stem == "conv" and patch & (patch - 1):
-    raise ValueError(f"config.model.image.patch={patch}: a conv stem needs a power of 2")
+  if stem == "conv" and (patch & (patch - 1) or not patch_bias):
+    raise ValueError(f"config.model.image.patch={patch}: a conv stem needs a power of 2, and bias")
+  needs_class = pool in ("cls", "pooler")
+  class_token = needs_class if class_token is None else class_token
+  if not class_token and (needs_class or class_position):
+    raise ValueError(f"config.model.image.class_token=False: pool={pool!r} or a position needs it")
+  if positions == "rope" and patch_dropout:
+    raise ValueError("config.model.image.patch_dropout: not with positions='rope'")
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
+  block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
+    heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
+    dtype=jnp.dtype(dtype), implementation=attention, biases=biases, gated=gated,
+    mlp_bias=mlp_bias, layer_scale=layer_scale,
+  )
   return ViT(
-    patch, width, depth, heads, hidden, stem, pool, positions, registers, patch_dropout, dropout,
-    activation, scan, remat, jnp.dtype(dtype), attention,
+    patch, width, depth, heads, hidden, stem, patch_bias, pool, positions, rope_theta,
+    class_token, class_position, registers, patch_dropout, dropout, pre_norm, scan, remat, block,
+    jnp.dtype(dtype),
   )

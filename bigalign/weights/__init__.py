@@ -1,0 +1,154 @@
+"""Pretrained towers: a checkpoint of another project as our model's options and arrays.
+
+  checkpoint = weights.describe("…/siglip-base-patch16-224")
+  model = make_model(**checkpoint.model)
+  shapes = tree.flatten(jax.eval_shape(model.init, …)["params"])
+  params = checkpoint.load(shapes)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bigalign.weights import (
+  bert,
+  big_vision,
+  clip,
+  dual,
+  files,
+  open_clip,
+  siglip,
+  transfer,
+  vision,
+)
+from bigalign.weights.layout import Layout, call
+
+# By model_type of a Hugging Face config.
+_HUGGING_FACE: dict[str, Callable[..., Layout]] = dict(
+  clip=clip.clip, clip_vision_model=clip.clip_vision, clip_text_model=clip.clip_text,
+  siglip=siglip.siglip, siglip_vision_model=siglip.siglip_vision,
+  siglip_text_model=siglip.siglip_text, siglip2=siglip.siglip2,
+  siglip2_vision_model=siglip.siglip2_vision, siglip2_text_model=siglip.siglip_text,
+  vit=vision.vit, dinov2=vision.dinov2, dinov2_with_registers=vision.dinov2_with_registers,
+  dinov3_vit=vision.dinov3, bert=bert.bert, roberta=bert.roberta, mpnet=bert.mpnet,
+)
+_HUGGING_FACE["xlm-roberta"] = bert.roberta
+LAYOUTS: dict[str, Callable[..., Layout]] = _HUGGING_FACE | {
+  "vision-text-dual-encoder": functools.partial(dual.vision_text, _HUGGING_FACE),
+  "open_clip": open_clip.open_clip,
+  "big_vision": big_vision.big_vision,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A checkpoint that was looked at, not read.
+
+  kind: its name in LAYOUTS. tensors: {key: shape, dtype and place}. layout: its table.
+  """
+
+  path: pathlib.Path
+  kind: str
+  tensors: files.Tensors
+  layout: Layout
+
+  @property
+  def model(self) -> Mapping[str, Any]:
+    """As config.model: "image", "text", "embed_dim" … as far as the checkpoint has them."""
+    return self.layout.model
+
+  def load(self, shapes: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """{path: array} for each of `shapes`; see transfer.read for the options and the errors."""
+    return dict(transfer.read(self.tensors, self.layout, shapes, **options))
+
+
+def describe(
+  path: str | pathlib.Path, *, image: Mapping[str, Any] | None = None,
+  text: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+  """What a folder or file of weights is. Reads names and configs, no tensor.
+
+  Args:
+    path: a folder of Hugging Face, sentence-transformers or open_clip; a .safetensors file or the
+      index of its shards, with the config beside it; a .npz file of big_vision.
+    image, text: options of a tower in the place of the checkpoint's, as dict(pool="mean"). Also
+      what the checkpoint does not say: dict(heads=3) for open_clip's timm and Hugging Face towers.
+
+  Raises:
+    FileNotFoundError: if there is no such file, or no config beside it.
+    ValueError: for what cannot be read, with the file and the key.
+  """
+  path = pathlib.Path(path)
+  folder = path if path.is_dir() else path.parent
+  sentence = (folder / "modules.json").is_file()
+  inside = folder / dual.transformer(folder) if sentence else folder
+  tensors = files.open_tensors(inside if path.is_dir() else path)
+  kind, where, config = _config(inside, tensors.path)
+  extra = dict(image=dict(image or {}), text=dict(text or {}))
+  if kind == "open_clip":
+    config = _with_heads(config, where, extra)
+  layout = call(LAYOUTS[kind], config, where, tensors, where, "")
+  _check_depth(layout, tensors, where)
+  if sentence and "text" in layout.model:
+    layout = dual.sentence(folder, layout)
+  model = dict(layout.model)
+  for side, options in extra.items():
+    if options and side not in model:
+      raise ValueError(f"{where}: {side}={options}: the checkpoint has no {side} tower")
+    if side in model:
+      model[side] = {**model[side], **options}
+  return Checkpoint(path, kind, tensors, dataclasses.replace(layout, model=model))
+
+
+def load(
+  path: str | pathlib.Path, shapes: Mapping[str, Any], *,
+  image: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **options: Any,
+) -> dict[str, Any]:
+  """{path: array} for each of `shapes` from a checkpoint; see `describe` and transfer.read."""
+  return describe(path, image=image, text=text).load(shapes, **options)
+
+
+def _config(folder: pathlib.Path, file: pathlib.Path) -> tuple[str, str, Mapping[str, Any]]:
+  """(name in LAYOUTS, the config's file for errors, the config)."""
+  if file.suffix == ".npz":
+    return "big_vision", str(file), {}
+  where = folder / "open_clip_config.json"
+  both = (folder / "config.json").is_file()
+  # Some folders hold the same weights twice, under the names of both libraries.
+  if where.is_file() and (file.name.startswith("open_clip") or not both):
+    config = files.read_json(where).get("model_cfg")
+    return "open_clip", f"{where}: model_cfg", config
+  where = folder / "config.json"
+  if not where.is_file():
+    raise FileNotFoundError(
+      f"{where}: no such file; {file.name} does not say what it is, its config.json or"
+      " open_clip_config.json must lie beside it"
+    )
+  config = files.read_json(where)
+  kind = config.get("model_type")
+  if not isinstance(kind, str) or kind not in _HUGGING_FACE | LAYOUTS:
+    raise ValueError(f"{where}: model_type: unknown {str(kind)[:80]!r}; known: {sorted(LAYOUTS)}")
+  return kind, str(where), config
+
+
+def _with_heads(config: Any, where: str, extra: dict[str, dict[str, Any]]) -> Any:
+  """open_clip's config with the heads that the caller knows."""
+  if not isinstance(config, Mapping):
+    raise ValueError(f"{where}: must be an object")
+  config = dict(config)
+  for side, name in (("image", "vision_cfg"), ("text", "text_cfg")):
+    given = config.get(name)
+    if "heads" in extra[side] and isinstance(given, Mapping):
+      config[name] = {**given, "heads": extra[side]["heads"]}
+  return config
+
+
+def _check_depth(layout: Layout, tensors: files.Tensors, where: str) -> None:
+  """No table longer than the file: a config may ask for millions of layers."""
+  deepest = max((row.layers for row in layout.rows), default=0)
+  if deepest > max(len(tensors), max((x.shape[0] for x in tensors.values() if x.shape), default=0)):
+    raise ValueError(f"{where}: num_hidden_layers: {deepest}, for a file of {len(tensors)} tensors")
