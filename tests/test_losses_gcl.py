@@ -298,3 +298,15 @@ def test_durations_pass(value, place, share):
 def test_errors_name_the_option(name, options, message):
   with pytest.raises(ValueError, match=message):
     losses.make_loss({name: options})
+
+
+def test_a_ramp_goes_from_start_to_end_in_its_duration():
+  linear = schedules.ramp(dict(start=8.0, end=6.0, over="10 steps", shape="linear"), "x")
+  cosine = schedules.ramp(dict(start=8.0, end=6.0, over="10 steps"), "x")
+  assert [float(linear(at(step=k))) for k in (0, 5, 10, 99)] == [8.0, 7.0, 6.0, 6.0]
+  np.testing.assert_allclose([float(cosine(at(step=k))) for k in (0, 5, 10)], [8, 7, 6], rtol=1e-6)
+  assert schedules.ramp(6.5, "x")(at()) == 6.5
+  with pytest.raises(ValueError, match=r"rho\.shape: unknown 'quadratic'"):
+    schedules.ramp(dict(start=1.0, end=2.0, over="5%", shape="quadratic"), "rho")
+  with pytest.raises(TypeError, match="'end' is missing"):
+    schedules.ramp(dict(start=1.0, over="5%"), "rho")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
-from bigalign.losses.sweep import Arrays
+from bigalign.losses.tiles import Arrays
 
 
 def above_positives(z: jax.Array, row: Arrays, col: Arrays, scale: jax.Array) -> Arrays:

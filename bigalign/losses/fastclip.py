@@ -126,8 +126,8 @@ def fastclip_v2(
   Args:
     tau_init, tau_min, tau_max: first temperature of every sample and its bounds.
     rho: how far from uniform the weights of the negatives may be; a number, or a schedules.ramp.
-    lr_tau, b1, b2, eps_tau: of the temperatures' Adam; lr_tau may be a ramp too. As released, its bias correction counts
-      epochs, and the first epoch has no memory: steps of lr_tau by sign.
+    lr_tau, b1, b2, eps_tau: of the temperatures' Adam; lr_tau may be a ramp too. As released, its
+      bias correction counts epochs, and the first epoch has no memory: steps of lr_tau by sign.
     grad_clip: bound of a temperature's gradient before Adam.
     weighting: "released" divides each anchor's term by 2 tau_i; "rgcl" by 2, which is the gradient
       of the robust objective. Published numbers are of the former, the default.

@@ -36,8 +36,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import sweep
-from bigalign.losses.sweep import Arrays, Tile
+from bigalign.losses import sweep, tiles
+from bigalign.losses.tiles import Arrays, Tile
 
 WAYS = ("auto", "dense", "gather", "segment", "ring")
 
@@ -154,8 +154,8 @@ def reduce(
   plan, tile = _plan(rows, columns), _bound(tile)
   if plan is None:
     rows, columns = (_whole(x, fixed) for x in (rows, columns))
-    return sweep.dense(tile, dict(outputs), rows, columns, dict(shared or {}))
-  what = sweep.What(tile, tuple(outputs.items()), frozenset(fixed), plan)
+    return tiles.dense(tile, dict(outputs), rows, columns, dict(shared or {}))
+  what = tiles.What(tile, tuple(outputs.items()), frozenset(fixed), plan)
   return sweep.reduce(what, dict(rows), dict(columns), dict(shared or {}))
 
 
@@ -172,8 +172,8 @@ def total(
   plan, tile = _plan(rows, columns), _bound(tile)
   if plan is None:
     rows, columns = (_whole(x, fixed) for x in (rows, columns))
-    return sweep.dense_total(tile, rows, columns, dict(shared or {}))
-  what = sweep.What(tile, (), frozenset(fixed), plan)
+    return tiles.dense_total(tile, rows, columns, dict(shared or {}))
+  what = tiles.What(tile, (), frozenset(fixed), plan)
   return sweep.total(what, dict(rows), dict(columns), dict(shared or {}))
 
 
@@ -200,7 +200,7 @@ def _travels(x: jax.Array) -> bool:
 
 def _plan(
   rows: Mapping[str, jax.Array], columns: Mapping[str, jax.Array]
-) -> sweep.Plan | None:
+) -> tiles.Plan | None:
   """How this matrix is formed here; None: dense."""
   chosen = _ENGINE.get()
   if chosen.way == "dense":
@@ -219,7 +219,7 @@ def _plan(
     segments = max(2, segments)
   segments = 1 if chosen.way == "gather" else min(segments, own_columns)
   chunk = max(1, int(chosen.tile_mb * 1e6 / (4 * own_rows)))
-  return sweep.Plan(axes, chosen.way == "ring", segments, chunk, chosen.dtype, n, m)
+  return tiles.Plan(axes, chosen.way == "ring", segments, chunk, chosen.dtype, n, m)
 
 
 def _power_of_two(x: float) -> int:

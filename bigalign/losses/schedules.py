@@ -54,14 +54,14 @@ def ramp(value: float | Mapping[str, Any], where: str) -> Callable[[At], Any]:
   """
   if not isinstance(value, Mapping):
     return lambda at: value
-  return config.call(_ramp, value, where, where=where)
+  return config.call(_ramp, value, where, name=where)
 
 
 def _ramp(
-  *, where: str, start: float, end: float, over: int | str, shape: str = "cosine"
+  *, name: str, start: float, end: float, over: int | str, shape: str = "cosine"
 ) -> Callable[[At], jax.Array]:
-  known(f"{where}.shape", shape, ("cosine", "linear"))
-  length = duration(over, f"{where}.over")
+  known(f"{name}.shape", shape, ("cosine", "linear"))
+  length = duration(over, f"{name}.over")
 
   def at_place(at: At) -> jax.Array:
     share = jnp.minimum(elapsed(length, at), 1)

@@ -18,161 +18,9 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
 
-from bigalign import sharding
-from bigalign.losses import statistics
+from bigalign.losses import statistics, tiles
 from bigalign.losses.statistics import Stat
-
-Arrays = dict[str, jax.Array]
-Tile = Callable[[Arrays, Arrays, dict[str, Any]], Arrays]
-Sums = tuple[Arrays, Arrays, jax.Array]  # gradients of rows and of what is shared, and the value
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """How the columns come to the rows.
-
-  axes: mesh axes that split rows and columns; none outside of a mesh.
-  ring: block by block from the neighbour; else gathered in `segments` parts.
-  chunk: columns of one tile.
-  dtype: of the features on the wires.
-  rows, columns: N and M, before padding to the devices.
-  """
-
-  axes: tuple[str, ...]
-  ring: bool
-  segments: int
-  chunk: int
-  dtype: str
-  rows: int
-  columns: int
-
-
-@dataclasses.dataclass(frozen=True)
-class What:
-  """A tile, its reductions as (name, kind) pairs (none: the sum of all), rows and columns that have
-  no gradient, and the plan."""
-
-  tile: Tile
-  outputs: tuple[tuple[str, str], ...]
-  fixed: frozenset[str]
-  plan: Plan
-
-
-# --- one block of columns against the device's rows -----------------------------------------------
-
-
-def _masked(values: Arrays, row: Arrays, col: Arrays, fills: dict[str, float]) -> Arrays:
-  """Padding has the place -1 and takes no part."""
-  real = (row["at"] >= 0)[:, None] & (col["at"] >= 0)[None, :]
-  return {name: jnp.where(real, v, fills[name]) for name, v in values.items()}
-
-
-def _in_tiles(
-  plan: Plan, block: Any, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any
-) -> tuple[Any, Any]:
-  """Scans `step` over a block's columns, at most `chunk` at a time; what it returns besides is
-  joined."""
-  g = jax.tree.leaves(block)[0].shape[0]
-  least = -(-g // plan.chunk)
-  if least == 1:
-    return step(carry, block)
-  # Equal tiles if up to twice as many make them so, else a padded last one.
-  k = next((k for k in range(least, 2 * least) if g % k == 0), least)
-  width = -(-g // k)
-  if k * width > g:
-    block = {part: _pad(x, k * width) for part, x in block.items()}
-  tiles = jax.tree.map(lambda x: rearrange(x, "(k c) ... -> k c ...", k=k), block)
-  carry, found = jax.lax.scan(step, carry, tiles)
-  return carry, jax.tree.map(lambda x: rearrange(x, "k c ... -> (k c) ...")[:g], found)
-
-
-def _pad(columns: Arrays, size: int) -> Arrays:
-  """Columns repeated up to `size`, with the place -1: a copy is a safe thing to compute with."""
-
-  def pad(name: str, x: jax.Array) -> jax.Array:
-    ends = [(0, size - x.shape[0]), *[(0, 0)] * (x.ndim - 1)]
-    return jnp.pad(x, ends, constant_values=-1) if name == "at" else jnp.pad(x, ends, mode="edge")
-
-  return {name: pad(name, x) for name, x in columns.items()}
-
-
-def _wide(arrays: Arrays) -> Arrays:
-  """Features off the wire, in float32 again."""
-  return {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in arrays.items()}
-
-
-def _forward_block(
-  what: What, rows: Arrays, shared: Arrays, block: dict[str, Arrays], stats: dict[str, Stat]
-) -> tuple[dict[str, Stat], dict[str, Stat]]:
-  """Joins a block into the rows' statistics, and the statistics of its columns over these rows."""
-  kinds = {name: kind.split("_") for name, kind in what.outputs}
-  fills = {name: 0.0 if kind == "sum" else -np.inf for name, (_, kind) in kinds.items()}
-
-  def step(stats: dict[str, Stat], tiles: dict[str, Arrays]) -> tuple[Any, Any]:
-    col = _wide(tiles["columns"])
-    values = _masked(what.tile(rows, col, shared), rows, col, fills)
-    new, own = {}, {}
-    for name, (side, kind) in kinds.items():
-      if side == "row":
-        new[name] = statistics.join(kind, stats[name], statistics.of(kind, values[name], 1))
-      else:
-        own[name] = statistics.of(kind, values[name], 0)
-    return new, own
-
-  return _in_tiles(what.plan, block, step, stats)
-
-
-def _backward_block(
-  what: What, rows: Arrays, shared: Arrays, row: dict[str, Arrays], block: dict[str, Arrays],
-  sums: Sums,
-) -> tuple[Sums, Arrays]:
-  """Adds a block's part to (d rows, d shared, value) and returns d columns.
-
-  row: "ct" and "found", cotangents and values of the rows' statistics; block: the same for its
-  columns, and "columns".
-  """
-  kinds = {name: kind.split("_") for name, kind in what.outputs}
-
-  def cotangent(name: str, v: jax.Array, col: dict[str, Arrays]) -> jax.Array:
-    if not kinds:
-      return jnp.ones_like(v)
-    side, kind = kinds[name]
-    of, axis = (row, 1) if side == "row" else (col, 0)
-    ct, found = (jnp.expand_dims(of[part][name], axis) for part in ("ct", "found"))
-    return statistics.pull(kind, v, ct, found)
-
-  def step(sums: Sums, tiles: dict[str, Arrays]) -> tuple[Sums, Arrays]:
-    d_rows, d_shared, value = sums
-    col = _wide(tiles["columns"])
-    (row_in, row_rest), (col_in, col_rest) = _split(rows, what.fixed), _split(col, what.fixed)
-    shared_in, shared_rest = _split(shared)
-    values, pull = jax.vjp(
-      lambda r, c, s: what.tile(r | row_rest, c | col_rest, s | shared_rest),
-      row_in, col_in, shared_in,
-    )
-    none = dict.fromkeys(values, 0.0)
-    cts = {name: cotangent(name, v, tiles) for name, v in values.items()}
-    more_rows, d_col, more_shared = pull(_masked(cts, rows, col, none))
-    if not kinds:
-      value += sum(v.sum() for v in _masked(values, rows, col, none).values())
-    return (_add(d_rows, more_rows), _add(d_shared, more_shared), value), d_col
-
-  return _in_tiles(what.plan, block, step, sums)
-
-
-def _split(
-  arrays: Arrays, fixed: frozenset[str] = frozenset()
-) -> tuple[Arrays, Arrays]:
-  """Those that have a gradient, and the others."""
-  real = {
-    k: x for k, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact) and k not in fixed
-  }
-  return real, {k: x for k, x in arrays.items() if k not in real}
-
-
-def _add(a: Any, b: Any) -> Any:
-  return jax.tree.map(jnp.add, a, b)
-
+from bigalign.losses.tiles import Arrays, Plan, What
 
 # --- over the mesh --------------------------------------------------------------------------------
 
@@ -247,7 +95,7 @@ def _segments(plan: Plan, own: dict[str, Arrays]) -> Any:
   m = own["columns"]["at"].shape[0]
   size = -(-m // plan.segments) * plan.segments
   if size > m:
-    own = {part: _pad(x, size) for part, x in own.items()}
+    own = {part: tiles.padded(x, size) for part, x in own.items()}
   return jax.tree.map(lambda x: rearrange(x, "(s k) ... -> s k ...", s=plan.segments), own)
 
 
@@ -286,9 +134,9 @@ def _visits(plan: Plan, own: dict[str, Arrays], visit: Callable[[Any, Any], tupl
 
 def _local_forward(what: What, rows: Arrays, columns: Arrays, shared: Arrays) -> Arrays:
   plan, kinds = what.plan, {name: kind.split("_") for name, kind in what.outputs}
-  rows = _placed(plan, _wide(_wired(plan, rows)), plan.rows)
+  rows = _placed(plan, tiles.wide(_wired(plan, rows)), plan.rows)
   own = {"columns": _placed(plan, _wired(plan, columns), plan.columns)}
-  dtype = jnp.result_type(*(x for x in _split(rows)[0].values()))
+  dtype = jnp.result_type(*(x for x in tiles.split(rows)[0].values()))
   n, m = (x["at"].shape[0] for x in (rows, own["columns"]))
 
   def home(carried: Any, found: dict[str, Stat]) -> dict[str, Stat]:
@@ -297,7 +145,7 @@ def _local_forward(what: What, rows: Arrays, columns: Arrays, shared: Arrays) ->
     return {k: statistics.join(kinds[k][1], carried[k], x) for k, x in found.items()}
 
   found, col = _visits(
-    plan, own, lambda stats, block: _forward_block(what, rows, shared, block, stats),
+    plan, own, lambda stats, block: tiles.forward(what, rows, shared, block, stats),
     {k: statistics.empty(kind, n, dtype) for k, (side, kind) in kinds.items() if side == "row"},
     {k: statistics.empty(kind, m, dtype) for k, (side, kind) in kinds.items() if side == "col"},
     home,
@@ -310,7 +158,7 @@ def _local_backward(
 ) -> tuple[Arrays, Arrays, Arrays, jax.Array]:
   """d rows, d columns, d shared, and the sum of all entries if there are no outputs."""
   plan = what.plan
-  rows = _placed(plan, _wide(_wired(plan, rows)), plan.rows)
+  rows = _placed(plan, tiles.wide(_wired(plan, rows)), plan.rows)
   own_columns = _placed(plan, _wired(plan, columns), plan.columns)
 
   def side(name: str) -> dict[str, Arrays]:
@@ -319,15 +167,16 @@ def _local_backward(
 
   def home(carried: Any, d_block: Arrays) -> Arrays:
     return jax.tree.map(lambda x: _scatter(plan, x), d_block) if carried is None \
-      else _add(carried, d_block)
+      else tiles.add(carried, d_block)
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-  row_in = _split(rows, what.fixed)[0]
+  row_in = tiles.split(rows, what.fixed)[0]
   value = jnp.zeros((), jnp.result_type(*row_in.values()))
   (d_rows, d_shared, value), d_columns = _visits(
     plan, {"columns": own_columns, **side("col")},
-    lambda sums, block: _backward_block(what, rows, shared, side("row"), block, sums),
-    (zeros(row_in), zeros(_split(shared)[0]), value), zeros(_split(columns, what.fixed)[0]), home,
+    lambda sums, block: tiles.backward(what, rows, shared, side("row"), block, sums),
+    (zeros(row_in), zeros(tiles.split(shared)[0]), value),
+    zeros(tiles.split(columns, what.fixed)[0]), home,
   )
   if plan.axes:
     d_shared, value = jax.lax.psum((d_shared, value), plan.axes)
@@ -351,7 +200,7 @@ def _fit(plan: Plan, arrays: Arrays) -> Arrays:
   n = next(iter(arrays.values())).shape[0]
   parts = int(np.prod([jax.sharding.get_abstract_mesh().shape[a] for a in plan.axes], dtype=int))
   size = -(-n // parts) * parts
-  return _pad(arrays, size) if size > n else arrays
+  return tiles.padded(arrays, size) if size > n else arrays
 
 
 def _cut(arrays: Arrays, like: Arrays) -> Arrays:
@@ -442,36 +291,3 @@ def _total_backward(what: What, saved: Any, ct: jax.Array) -> Any:
 
 
 total.defvjp(_total_forward, _total_backward)
-
-
-# --- one matrix -----------------------------------------------------------------------------------
-
-
-def dense(
-  tile: Tile, outputs: dict[str, str], rows: Arrays, columns: Arrays, shared: Arrays
-) -> Arrays:
-  """The whole matrix, in the compiler's hands."""
-  values = _dense_tile(tile, rows, columns, shared)
-  found = {}
-  for name, kind in outputs.items():
-    side, what = kind.split("_")
-    stat = statistics.of(what, values[name], 1 if side == "row" else 0)
-    found[name] = statistics.done(what, stat)
-  return found
-
-
-def dense_total(tile: Tile, rows: Arrays, columns: Arrays, shared: Arrays) -> jax.Array:
-  """The sum of the whole matrix."""
-  return functools.reduce(
-    jnp.add, (v.sum() for v in _dense_tile(tile, rows, columns, shared).values())
-  )
-
-
-def _dense_tile(tile: Tile, rows: Arrays, columns: Arrays, shared: Arrays) -> Arrays:
-  def placed(x: Arrays) -> Arrays:
-    n = next(iter(x.values())).shape[0]
-    return {**x, "at": jnp.arange(n, dtype=jnp.int32)}
-
-  # Pinned rows make it one-sided: columns are gathered, rows stay.
-  values = tile(placed(rows), placed(columns), shared)
-  return {name: sharding.pin(v) for name, v in values.items()}
