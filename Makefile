@@ -4,12 +4,14 @@
 # EXTRAS=cuda         or tpu: also installs JAX for that device
 # RUN=runs/again      the folder of the quickstart
 # ARGS="-k sharding"  what pytest is told besides
+# JOBS=4              processes of the tests
 
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?=
 RUN ?= runs/quickstart
 ARGS ?=
+JOBS ?= 2
 
 space := $(subst ,, )
 comma := ,
@@ -36,11 +38,11 @@ quickstart: $(BASE)  ## trains on glyphs in minutes, evaluates, writes a report 
 install: $(TEST)  ## makes .venv with all that the tests need
 
 test: $(TEST)  ## the fast tests, 8 minutes on two cores at most
-	@$(BIN)/python -m pytest -m "not slow and not long" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not long" $(ARGS)
 
 # The fast tests compile without most optimizations; these run what users run.
 test-slow: $(TEST)  ## the slow ones alone
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m "slow and not long" $(ARGS)
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) -m "slow and not long" $(ARGS)
 
 test-all: test test-slow  ## fast and slow, half an hour at most
 

@@ -109,8 +109,10 @@ def check(case, got, precision):
 
 
 def both_precisions(function):
-  """Runs a test in float64 and in float32."""
-  @pytest.mark.parametrize("precision", ["float64", "float32"])
+  """Runs a test in float64 and, among the slow ones, in float32."""
+  @pytest.mark.parametrize(
+    "precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)]
+  )
   @functools.wraps(function)
   def test(precision, **kwargs):
     with jax.enable_x64(precision == "float64"):

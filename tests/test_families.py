@@ -46,6 +46,7 @@ def build(family, **options):
   pytest.param(x, marks=[] if x in ("dinov2", "dinov3", "mpnet") else [pytest.mark.slow])
   for x in FAMILIES
 ])
+@pytest.mark.slow
 def test_scan_and_remat_do_not_change_values(family):
   """Outputs and gradients, with what all blocks share: a rotation or a bias of attention."""
   plain, inputs = build(family, scan=False)
@@ -90,6 +91,7 @@ def test_half_precision_stays_near(family):
   assert np.abs(a - b).max() < 0.1 * np.abs(a).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_padding_does_not_move_the_embedding(family):
   tower, (ids, mask) = build(family)
@@ -102,6 +104,7 @@ def test_padding_does_not_move_the_embedding(family):
   np.testing.assert_allclose(first.pooled, unmasked.pooled, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_naflex_takes_pictures_of_any_aspect():
   """A picture is its patches; padding does not matter, the aspect does."""
   tower, _ = build("naflex")

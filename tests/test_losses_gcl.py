@@ -249,6 +249,7 @@ def test_the_order_of_the_batch_does_not_matter(name):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **same), (dp, new, metrics), moved[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["isogclr", "sogclr_unimodal", "fastclip_v2", "fastclip_v3"])
 def test_eight_devices_remember_what_one_does(name):
   """Two steps by ring with repeated ids and a batch that does not divide."""

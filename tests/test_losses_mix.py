@@ -128,6 +128,7 @@ def scaled(x, factor):
   return jax.tree.map(lambda a: factor * a, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name,options,factor",
   [
@@ -165,6 +166,7 @@ def test_sail_row_sum_is_the_sum_of_siglip_over_both_kinds():
     np.testing.assert_allclose(rows, sum(each), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name,options",
   [
@@ -218,6 +220,7 @@ def cross_entropy(targets, logits):
   return -np.mean(np.sum(targets * np.asarray(jax.nn.log_softmax(logits)), -1))
 
 
+@pytest.mark.slow
 def test_an_odd_batch_mixes_its_middle_with_itself():
   with jax.enable_x64(True):
     feats, _ = pairs(7)
@@ -272,6 +275,7 @@ def test_a_short_arc_has_a_finite_gradient(angle):
   np.testing.assert_allclose([g[0, 1] for g in gradient], [0.25, 0.75], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["m2mix", "m3mix", "m3co"])
 def test_mixtures_are_drawn_from_the_step_alone(name):
   feats, _ = pairs(dtype=np.float32)
@@ -306,6 +310,7 @@ def test_m3co_hands_over_to_soft_targets():
   np.testing.assert_array_equal(at(0.9, soft_after=None), mixed)
 
 
+@pytest.mark.slow
 def test_detached_targets_have_the_value_and_no_gradient():
   with jax.enable_x64(True):
     feats, _ = pairs()
@@ -342,6 +347,7 @@ def test_a_permutation_within_shards_moves_nothing_between_them():
     assert f" {collective}(" not in program.as_text()
 
 
+@pytest.mark.slow
 def test_scope_shard_runs_on_a_mesh_of_any_size():
   loss = make("m3co", dict(perm_scope="shard"))
   feats, _ = pairs(32, dtype=np.float32)

@@ -47,6 +47,7 @@ def test_what_a_loss_remembers_is_resumed(tiny, tmp_path, name):  # noqa: F811
   assert changed, "nothing was remembered"
 
 
+@pytest.mark.slow
 def test_tables_are_spread_over_the_mesh_and_visited_by_id(tiny, tmp_path):  # noqa: F811
   tiny.loss = dict(sogclr={})
   tiny.total_steps, tiny.checkpoint_every = 2, 0
@@ -62,6 +63,7 @@ def test_tables_are_spread_over_the_mesh_and_visited_by_id(tiny, tmp_path):  # n
   assert seen == 2 * 16, "as many images as two batches hold"
 
 
+@pytest.mark.slow
 def test_diagnostics_are_logged_now_and_then(tiny, tmp_path):  # noqa: F811
   tiny.loss = dict(clip={}, isogclr=dict(tau_init=0.07), clip_gap=dict(weight=0.1))
   tiny.total_steps, tiny.checkpoint_every, tiny.diagnose_every = 4, 0, 2

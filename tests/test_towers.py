@@ -190,3 +190,26 @@ def test_variants_have_the_published_sizes():
 def test_mistakes_are_named(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_gradients_of_bfloat16_kernels_are_summed_in_float32():
+  """Of every kernel of a block: the sum over the batch, and so over the mesh, is not rounded."""
+  block = base.Block(heads=2, hidden=32, dtype=jnp.bfloat16)
+  x = jax.random.normal(jax.random.key(0), (8, 6, 16), jnp.bfloat16)
+  params = block.init(jax.random.key(1), x, None, True)
+
+  def value(params):
+    return jnp.sum(block.apply(params, x, None, True)[0].astype(jnp.float32) ** 2)
+
+  grads = tree.flatten(jax.grad(value)(params)["params"])
+  kernels = {path: g for path, g in grads.items() if path.endswith("kernel")}
+  assert len(kernels) == 6
+  for path, g in kernels.items():
+    assert g.dtype == jnp.float32, path
+    assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16), np.float32)), path
+  exact = base.Block(heads=2, hidden=32, dtype=jnp.float32)
+  wanted = tree.flatten(jax.grad(
+    lambda p: jnp.sum(exact.apply(p, x.astype(jnp.float32), None, True)[0] ** 2))(params)["params"])
+  for path, g in kernels.items():
+    error = np.linalg.norm(g - wanted[path]) / np.linalg.norm(wanted[path])
+    assert error < 0.05, (path, error)

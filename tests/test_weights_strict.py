@@ -158,6 +158,7 @@ def test_each_device_is_given_its_part(clip):
     assert any(x.sharding.shard_shape(x.shape) != x.shape for x in arrays.values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_a_config_and_its_arrays(clip):
   """What it says of itself makes the model, whose own paths are those that are read."""
   path, arrays = clip

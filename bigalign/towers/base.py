@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import config, sharding
+from bigalign.towers.linear import WIDE_GRADIENT
 
 # name: (width, depth, heads, hidden units per width). ViT and scaling-ViT sizes,
 # https://arxiv.org/abs/2010.11929, 2106.04560; So400m https://arxiv.org/abs/2305.13035.
@@ -86,6 +87,7 @@ class Attention(nn.Module):
         (self.heads, width // self.heads),
         use_bias=name[0] in self.biases,
         dtype=self.dtype,
+        **WIDE_GRADIENT,
         kernel_init=nn.initializers.xavier_uniform(),
         name=name,
       )(inputs)
@@ -107,6 +109,7 @@ class Attention(nn.Module):
       axis=(-2, -1),
       use_bias="o" in self.biases,
       dtype=self.dtype,
+      **WIDE_GRADIENT,
       kernel_init=nn.initializers.xavier_uniform(),
       name="out",
     )(y)
@@ -130,6 +133,7 @@ class Mlp(nn.Module):
       dtype=self.dtype,
       kernel_init=nn.initializers.xavier_uniform(),
       bias_init=nn.initializers.normal(1e-6),
+      **WIDE_GRADIENT,
     )
     y = nn.Dense(self.hidden, name="fc1", **kwargs)(x)
     act = ACTIVATIONS[self.activation]
