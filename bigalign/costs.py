@@ -23,6 +23,7 @@ from bigalign import config, flops, hlo, losses, pods, runtime, sharding
 from bigalign.losses import pairwise, tables
 
 TOKENS = (16, 16)  # of an image and of a text, for the losses that read tokens
+LEARNED = ("z", "raw_", "tokens_")  # how the features that have a gradient begin
 WAYS = [way for way in pairwise.WAYS if way != "auto"]
 
 
@@ -62,8 +63,9 @@ def measure(
   loss = losses.make_loss({name: dict(options or {})})
   sizes = {"image": samples or batch, "text": samples or batch, "embed": width}
   params, state = jax.eval_shape(lambda: loss.init(sizes))
-  abstract = fields(batch, width)
-  differentiable = ("zimg", "ztxt", "ztxt_second", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
+  names = {"zimg", "ztxt", *(name for need in loss.needs for name in losses.PROVIDES[need])}
+  names |= {"mask_txt"} if "tokens" in loss.needs else set()
+  abstract = {name: x for name, x in fields(batch, width).items() if name in names}
 
   def value(params: Any, feats: Any, state: Any, rest: Any) -> Any:
     zero = jnp.zeros(())
@@ -78,21 +80,25 @@ def measure(
   rows = sharding.batch_sharding(mesh)
   params = jax.tree.map(lambda x: placed(x, sharding.replicated(mesh)), params)
   state = jax.tree.map(lambda x: placed(x, tables.placed(x, mesh)), state)
-  feats = {k: placed(abstract.pop(k), rows) for k in differentiable}
-  rest = {k: placed(x, rows) for k, x in abstract.items()}
+  feats = {k: placed(x, rows) for k, x in abstract.items() if k.startswith(LEARNED)}
+  rest = {k: placed(x, rows) for k, x in abstract.items() if k not in feats}
+  places = jax.tree.map(lambda x: x.sharding, ((None, state), (params, feats)))
   found: dict[str, Any] = {
     "loss": name, "way": way, "needs": sorted(loss.needs), "batch": batch, "width": width,
     "devices": mesh.size,
     "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
   }
   with jax.set_mesh(mesh):
-    traced = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True), donate_argnums=2).trace(
+    both = jax.value_and_grad(value, (0, 1), has_aux=True)
+    traced = jax.jit(both, donate_argnums=2, out_shardings=places).trace(
       params, feats, state, rest
     )
     found["flops"] = flops.of_jaxpr(traced.jaxpr) / mesh.size
     try:
       compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:  # the compiler's verdict: it does not fit
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
       return {**found, "error": str(error).splitlines()[0]}
   moved = hlo.collectives(compiled.as_text())
   return {
@@ -157,7 +163,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         name, way, mesh, batch=args.batch, width=args.width, samples=args.samples,
         dtype=args.dtype,
       ))
-  where = args.topology or runtime.describe()
+  where = args.topology or f"{mesh.size} x {held[0].device_kind}"
   console = rich.console.Console(width=160 if args.markdown else None)
   console.print(f"B = {args.batch:,}, E = {args.width}, {args.dtype}, {where}; per device")
   console.print(table(rows, markdown=args.markdown))

@@ -1,0 +1,45 @@
+"""bigalign costs: what it measures, prints and writes."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from bigalign import costs, losses
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs" / "losses.md"
+
+
+def test_the_table_is_that_of_the_compiled_programs(tmp_path, capsys):
+  rows = costs.main([
+    "--losses=clip,sogclr", "--ways=gather,ring", "--batch=64", "--width=16", "--samples=100000",
+    "--json", str(tmp_path / "costs.json"),
+  ])
+  assert json.loads((tmp_path / "costs.json").read_text()) == rows
+  found = {(row["loss"], row["way"]): row for row in rows}
+  for way in ("gather", "ring"):
+    clip, sogclr = found["clip", way], found["sogclr", way]
+    assert clip["flops"] == pytest.approx(8 * 64 * 64 * 16 / 8, rel=0.01)
+    assert (clip["needs"], clip["state_bytes"]) == ([], 0)
+    assert sogclr["needs"] == ["ids"] and sogclr["state_bytes"] >= 2 * 4 * 100_000
+  assert found["clip", "gather"]["wire_bytes"]["all-gather"] >= 2 * 64 * 16 * 4
+  assert found["clip", "ring"]["wire_bytes"]["collective-permute"] >= 4 * 64 * 16 * 4
+  printed = capsys.readouterr().out
+  assert "sogclr" in printed and "8.0" in printed
+
+
+def test_every_field_that_a_loss_can_need_has_a_shape():
+  wanted = {name for names in losses.PROVIDES.values() for name in names}
+  assert wanted <= set(costs.fields(8, 4))
+
+
+def test_every_loss_is_in_the_document():
+  text = DOCS.read_text()
+  assert [name for name in losses.LOSSES if f"`{name}`" not in text] == []
+
+
+def test_an_unknown_loss_names_the_nearest():
+  with pytest.raises(ValueError, match="'siglip'"):
+    costs.main(["--losses=sigclip"])
