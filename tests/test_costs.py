@@ -24,8 +24,8 @@ def test_the_table_is_that_of_the_compiled_programs(tmp_path, capsys):
     assert clip["flops"] == pytest.approx(8 * 64 * 64 * 16 / 8, rel=0.01)
     assert (clip["needs"], clip["state_bytes"]) == ([], 0)
     assert sogclr["needs"] == ["ids"] and sogclr["state_bytes"] >= 2 * 4 * 100_000
-  assert found["clip", "gather"]["wire_bytes"]["all-gather"] >= 2 * 64 * 16 * 4
-  assert found["clip", "ring"]["wire_bytes"]["collective-permute"] >= 4 * 64 * 16 * 4
+  assert found["clip", "gather"]["wire_bytes"]["all-gather"] >= 64 * 16 * 4
+  assert found["clip", "ring"]["wire_bytes"]["collective-permute"] >= 3 * 64 * 16 * 4
   printed = capsys.readouterr().out
   assert "sogclr" in printed and "8.0" in printed
 
