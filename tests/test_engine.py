@@ -12,7 +12,7 @@ import pytest
 from loss_oracles import at, ids, unit
 
 from bigalign import gradcache, losses, sharding
-from bigalign.losses import pairwise
+from bigalign.losses import pairwise, sweep
 
 B, E = 160, 16
 SIZES = {"image": 300, "text": 400, "embed": E}
@@ -153,6 +153,12 @@ def test_equal_in_every_way(name, way, devices, microbatches):
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_equal_over_the_mesh_in_microbatches(name, way):
   same(step(name, {}, jnp.float32, way, grid(), 4), truth(name))
+
+
+def test_a_long_axis_is_summed_over_in_two_stages(monkeypatch):
+  monkeypatch.setattr(sweep, "STAGED", 8)
+  mesh = sharding.make_mesh(data=8)
+  same(step("clip", {}, jnp.float32, "segment", mesh, 1), truth("clip"))
 
 
 def test_dropout_is_drawn_again_in_the_second_pass():

@@ -69,12 +69,12 @@ def moments(zimg: jax.Array, ztxt: jax.Array, valid: jax.Array) -> dict[str, jax
   cka = jnp.sum(products(xc, yc) ** 2) / (jnp.linalg.norm(cxx) * jnp.linalg.norm(cyy))
   return {
     "centroid_distance": jnp.linalg.norm(mx - my),
-    "centroid_cosine": mx @ my / (jnp.linalg.norm(mx) * jnp.linalg.norm(my)),
+    "centroid_cosine": jnp.sum(mx * my) / (jnp.linalg.norm(mx) * jnp.linalg.norm(my)),
     "mean_pair_distance": jnp.sqrt(square).sum() / n,
     "mean_pair_cosine": jnp.sum(zimg * ztxt) / n,
     "alignment": square.sum() / n,
-    "mean_offdiag_cosine_img": (n * (mx @ mx) - 1) / (n - 1),
-    "mean_offdiag_cosine_txt": (n * (my @ my) - 1) / (n - 1),
+    "mean_offdiag_cosine_img": (n * jnp.sum(mx * mx) - 1) / (n - 1),
+    "mean_offdiag_cosine_txt": (n * jnp.sum(my * my) - 1) / (n - 1),
     "effective_rank_img": effective_rank(xx, n),
     "effective_rank_txt": effective_rank(yy, n),
     "effective_rank_joint": effective_rank(xx + yy, 2 * n),

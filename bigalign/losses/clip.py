@@ -70,9 +70,9 @@ def clip(
   def apply(params, state, feats, batch, at):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     scale = jnp.exp(params["t"])
-    # The mean of all logits above that of the positives.
-    even = scale * (zimg.mean(0) @ ztxt.mean(0) - pairwise.paired(zimg, ztxt).mean())
-    loss = contrast(zimg, ztxt, scale) - label_smoothing * even
+    # The mean of all cosines above that of the positives.
+    even = jnp.sum(zimg.mean(0) * ztxt.mean(0)) - pairwise.paired(zimg, ztxt).mean()
+    loss = contrast(zimg, ztxt, scale) - label_smoothing * scale * even
     return loss, (state, {"loss": loss, "contrastive_loss": loss, "logit_scale": scale})
 
   return Loss(frozenset(), init, apply, temperature.clamped(t_max))
