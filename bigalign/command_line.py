@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, FieldReference
 
 # Steps as a number, or text such as "3 epochs".
-DURATIONS = ("total_steps", "checkpoint_every", "eval_every")
+DURATIONS = ("total_steps", "checkpoint_every", "eval_every", "diagnose_every")
 DURATIONS_OF_THE_OPTIMIZER = ("warmup", "cooldown")
 
 

@@ -18,6 +18,7 @@ def get_config():
   c.batch_size = 32_768
   c.log_every = 50
   c.checkpoint_every = 1_000
+  c.diagnose_every = 0
   c.eval_every = 10_000
   c.ema = 0.0
   c.frozen = ""
@@ -44,6 +45,8 @@ def get_config():
     pixels="clip",
   )
   c.loss = dict(clip=dict(weight=1.0))
+  c.logits = dict(way="auto", dtype="float32")
+  c.microbatches = 1
   c.optimizer = dict(
     name="adamw", lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, schedule="cosine", warmup=10_000,
     weight_decay=0.2, clip_norm=1.0,

@@ -17,6 +17,7 @@ def get_config():
   c.batch_size = 16_384
   c.log_every = 50
   c.checkpoint_every = 1_000
+  c.diagnose_every = 0
   c.eval_every = 5_000
   c.ema = 0.0
   c.frozen = ""
@@ -41,6 +42,8 @@ def get_config():
     pixels="half",
   )
   c.loss = dict(siglip=dict(weight=1.0))
+  c.logits = dict(way="auto", dtype="float32")
+  c.microbatches = 1
   c.optimizer = dict(
     name="adafactor", lr=1e-3, b2=0.95, schedule="cosine", warmup="5%", weight_decay=0.1,
     clip_norm=1.0,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loss_oracles import AT, both_precisions, cases, check, ids, make, oracles, run
+from loss_oracles import AT, ROOT, both_precisions, cases, check, ids, make, oracles, run
 
 from bigalign import losses
 
@@ -63,3 +65,11 @@ def test_missing_field_is_named():
   loss = losses.make_loss(dict(siglip=dict(positives="ids")))
   with pytest.raises(ValueError, match="image_id"):
     losses.check_needs(loss, {"image", "text"})
+
+
+def test_no_loss_of_the_oracles_is_left_out():
+  if not (ROOT / "oracles.json").exists():
+    pytest.skip("BIGALIGN_LOSS_ORACLES is not set: the folder of the loss oracles")
+  tests = "".join(path.read_text() for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+  names = {case["loss"] for case in oracles().cases()}
+  assert [name for name in sorted(names) if f'"{name}"' not in tests] == []
