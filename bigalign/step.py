@@ -33,7 +33,8 @@ def train_step(
 
   Returns:
     The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
-    of every step: "finite_loss", "finite_grad_norm" (bool) and "rejected_<reason>" (int32).
+    of every step: "finite_loss", "finite_grad_norm", of losses that remember samples "finite_state"
+    (bool), and "rejected_<reason>" (int32).
   """
   at, drops = _at(program, state, seen)
 
@@ -57,6 +58,9 @@ def train_step(
     "finite_loss": jnp.isfinite(value) & jnp.isfinite(logs["loss"]),
     "finite_grad_norm": jnp.isfinite(grad_norm),
   }
+  states = [logs.pop(name) for name in [*logs] if name.endswith("finite_state")]
+  if states:
+    finite["finite_state"] = jnp.stack(states).all()
   sound = jnp.stack([*finite.values()]).all()
 
   def keep(new: Any, old: Any) -> Any:

@@ -267,6 +267,7 @@ def stop_if_not_finite(since: Sequence[Mapping[str, Any]], step: int) -> None:
         f"step {step - len(since) + i + 1}: {' and '.join(bad)} not finite; the step was not"
         " applied, and the last checkpoint is sound. Lower config.optimizer.lr, lengthen its"
         " warmup, or set its clip_norm."
+        + (" The state is what the loss remembers of samples." if "state" in bad else "")
       )
 
 

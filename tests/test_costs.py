@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from bigalign import costs, losses
+from bigalign import costs, losses, sharding
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "losses.md"
 
@@ -43,3 +43,11 @@ def test_every_loss_is_in_the_document():
 def test_an_unknown_loss_names_the_nearest():
   with pytest.raises(ValueError, match="'siglip'"):
     costs.main(["--losses=sigclip"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_every_loss_has_costs_at_any_batch(name):
+  """No loss's defaults stop the table, at a batch that divides nothing."""
+  row = costs.measure(name, "gather", sharding.make_mesh(data=8), batch=24, width=8)
+  assert row["flops"] > 0 and row["wire_bytes"]

@@ -161,24 +161,90 @@ def test_a_long_axis_is_summed_over_in_two_stages(monkeypatch):
   same(step("clip", {}, jnp.float32, "segment", mesh, 1), truth("clip"))
 
 
-def test_dropout_is_drawn_again_in_the_second_pass():
-  """In microbatches with dropout: the gradient of the whole batch under the same masks."""
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("way", ["gather", "segment", "ring"])
+def test_uneven_rows_columns_and_tiles(way, devices):
+  """13 rows and 11 columns: padded devices, segments and last tiles take no part."""
+  rng = np.random.default_rng(0)
+  x, y = (jnp.asarray(rng.normal(size=(n, 5)), jnp.float32) for n in (13, 11))
+  outputs = {f"{side}_{kind}": f"{side}_{kind}" for side in ("row", "col")
+             for kind in ("lse", "sum", "max")}
+
+  def tile(row, col, shared):
+    return dict.fromkeys(outputs, shared["scale"] * pairwise.products(row["z"], col["z"]))
+
+  def value(x, y, scale):
+    # Two columns in a tile of 11, or of the 2 to 16 of a block: the last one is padded.
+    with pairwise.engine(pairwise.Engine(way, tile_mb=8.5 * 13 / devices / 1e6, budget_mb=1e-4)):
+      found = pairwise.reduce(tile, {"z": x}, {"z": y}, {"scale": scale}, outputs=outputs)
+      cubes = pairwise.total(
+        lambda row, col, shared: {k: v**3 for k, v in [*tile(row, col, shared).items()][:1]},
+        {"z": x}, {"z": y}, {"scale": scale},
+      )
+    return sum((v**2).sum() for v in found.values()) + cubes, found
+
+  def wanted(x, y, scale):
+    s = scale * x @ y.T
+    found = {}
+    for side, axis in (("row", 1), ("col", 0)):
+      found[f"{side}_lse"] = jax.nn.logsumexp(s, axis)
+      found[f"{side}_sum"] = s.sum(axis)
+      found[f"{side}_max"] = jax.lax.stop_gradient(s.max(axis))
+    return sum((v**2).sum() for v in found.values()) + (s**3).sum(), found
+
+  grads = functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+  with jax.set_mesh(sharding.make_mesh(data=8)) if devices == 8 else contextlib.nullcontext():
+    found = jax.jit(grads(value))(x, y, jnp.float32(0.5))
+  expected = jax.jit(grads(wanted))(x, y, jnp.float32(0.5))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected
+  )
+
+
+def test_bfloat16_is_the_same_in_every_way_and_near_float32():
   towers, batch = example(jnp.float32)
-  parts = [{k: gradcache.split(x, 4)[i] for k, x in batch.items()} for i in range(4)]
+  feats = embed(towers, batch, jax.random.key(0))
+  loss = losses.make_loss({"clip": {}})
+  params, state = loss.init(SIZES)
+
+  def grads(way, dtype, mesh):
+    def value(zimg, ztxt):
+      with pairwise.engine(pairwise.Engine(way, dtype)):
+        return loss.apply(params, state, {"zimg": zimg, "ztxt": ztxt}, {}, at())[0]
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+      return jax.jit(jax.value_and_grad(value, (0, 1)))(feats["zimg"], feats["ztxt"])
+
+  exact, rounded = (grads("dense", dtype, None) for dtype in ("float32", "bfloat16"))
+  for way in ("gather", "segment", "ring"):
+    for a, b, c in zip(*map(jax.tree.leaves, (grads(way, "bfloat16", grid()), rounded, exact))):
+      assert a.dtype == jnp.float32
+      assert jnp.abs(a - b).max() < 4e-3 * jnp.abs(b).max()
+      assert 0 < jnp.abs(a - c).max() < 2e-2 * jnp.abs(c).max()
+
+
+@pytest.mark.parametrize("mesh", [None, "grid"])
+def test_dropout_is_drawn_again_in_the_second_pass(mesh):
+  """In microbatches with dropout: the gradient of the whole batch under the same masks."""
+  mesh = mesh and grid()
+  towers, batch = example(jnp.float32)
   loss = losses.make_loss({"clip": {}})
   own, _ = loss.init(SIZES)
 
   def whole(params):
-    keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(4)]
-    feats = [embed(params["towers"], part, key, 0.5) for part, key in zip(parts, keys)]
+    feats = []
+    for i in range(4):
+      part = {k: gradcache.split(x, 4)[i] for k, x in batch.items()}
+      feats.append(embed(params["towers"], part, jax.random.fold_in(jax.random.key(1), i), 0.5))
     feats = {k: gradcache.merge(jnp.stack([f[k] for f in feats])) for k in feats[0]}
     return loss.apply(params["loss"], {"clip": {}}, feats, batch, at())[0]
 
-  value, grads = jax.jit(jax.value_and_grad(whole))({"towers": towers, "loss": own})
-  found = step("clip", {}, jnp.float32, "auto", None, 4, dropout=0.5)
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    value, grads = jax.jit(jax.value_and_grad(whole))({"towers": towers, "loss": own})
+  found = step("clip", {}, jnp.float32, "auto", mesh, 4, dropout=0.5)
   np.testing.assert_allclose(found[0], value, rtol=1e-6)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[3], grads)
-  other = step("clip", {}, jnp.float32, "auto", None, 1, dropout=0.5)
+  other = step("clip", {}, jnp.float32, "auto", mesh, 1, dropout=0.5)
   assert abs(float(other[0]) - float(value)) > 1e-4, "another number of microbatches, other masks"
 
 
@@ -221,3 +287,18 @@ def test_saturated_logits_keep_their_digits(name, way):
 def test_errors_of_the_engine(options, message):
   with pytest.raises(ValueError, match=message):
     pairwise.Engine(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_a_feature_that_is_not_finite_is_seen_in_the_loss(name):
+  """Else a step would log a loss that looks well."""
+  towers, batch = example(jnp.float32)
+  loss = losses.make_loss({name: OPTIONS.get(name, {})})
+  params, state = loss.init(SIZES)
+  feats = {
+    k: x.at[3].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    for k, x in embed(towers, batch, jax.random.key(0)).items()
+  }
+  _, (_, logs) = loss.apply(params, state, feats, {**batch, **feats}, at(step=3, epochs=1.25))
+  assert not np.isfinite(logs["loss"])

@@ -174,6 +174,7 @@ def fastclip_v2(
     objective = gcl.both(gcl.each(lambda t, d: t * (d + robust(at)), taus, log_den)) / 2
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
     logs |= {"loss": loss, "objective": objective, "gamma": weight}
+    logs["finite_state"] = gcl.sound(now, steps)
     return gcl.with_slope(loss, surrogate), (state, logs)
 
   return Loss(frozenset({"ids"}), init, apply)
@@ -213,6 +214,7 @@ def _one_temperature(
     if gradient is not None:
       surrogate += gradient(tau, found) * params["t"]
     logs = {"loss": loss, "objective": objective, "gamma": weight, "logit_scale": 1 / tau}
+    logs["finite_state"] = gcl.sound(log_u)
     return gcl.with_slope(loss, surrogate), (state, logs)
 
   def constrain(params):

@@ -22,6 +22,7 @@ from bigalign.losses import pairwise, tables
 
 Anchors = dict[str, jax.Array]  # "img", "txt": [B]
 IDS = {"img": "image", "txt": "text"}
+FIXED = frozenset({"scale", "log_den"})  # of the rows and columns: no gradient
 
 
 def each(function: Callable[..., Any], *anchors: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,6 +56,11 @@ def update(
     side: tables.write(state[side], batch[f"{ids}_id"], values[side]) for side, ids in IDS.items()
   }
   return each(lambda x: x[0], done), each(lambda x: x[1], done)
+
+
+def sound(*remembered: Mapping[str, Any]) -> jax.Array:
+  """[] bool: nothing of {side: {name: [B]}} is NaN or above all numbers; log u may be -inf."""
+  return jnp.stack([jnp.all(x < jnp.inf) for x in jax.tree.leaves(remembered)]).all()
 
 
 def means(zimg: jax.Array, ztxt: jax.Array, tau: Anchors) -> tuple[Anchors, Anchors]:
@@ -105,7 +111,7 @@ def weighted(
   """
   found = pairwise.reduce(
     _pull, *_rows_and_columns(zimg, ztxt, tau, log_den),
-    outputs=dict(img="row_sum", txt="col_sum"),
+    outputs=dict(img="row_sum", txt="col_sum"), fixed=FIXED,
   )
   others = len(zimg) - 1
   return each(lambda x, base: x / others + base, found, _bases(tau, log_den, log_g))
@@ -116,7 +122,7 @@ def weighted_both(
 ) -> jax.Array:
   """[]: `both(weighted(...))`, in one pass over the products less."""
   b = len(zimg)
-  sums = pairwise.total(_pull, *_rows_and_columns(zimg, ztxt, tau, log_den))
+  sums = pairwise.total(_pull, *_rows_and_columns(zimg, ztxt, tau, log_den), fixed=FIXED)
   return sums / (b * (b - 1)) + both(_bases(tau, log_den, log_g))
 
 
@@ -131,7 +137,8 @@ def _pull(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
 
   def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array) -> jax.Array:
     exponent = scale * a - log_den
-    w = jnp.where(other, jnp.exp(exponent), 0)
+    # Of unlike samples with one id, the losers' weights are relative to the winner's u.
+    w = jnp.where(other, jnp.exp(jnp.minimum(exponent, _largest(exponent.dtype))), 0)
     return jax.lax.stop_gradient(w / scale) * exponent
 
   (img, txt), (scale_img, scale_txt) = _differences(row, col), _scales(row, col)
@@ -139,6 +146,11 @@ def _pull(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
     "img": pulled(img, scale_img, row["log_den"][:, None]),
     "txt": pulled(txt, scale_txt, col["log_den"][None, :]),
   }
+
+
+def _largest(dtype: Any) -> float:
+  """An exponent whose exponential can still be multiplied."""
+  return math.log(jnp.finfo(dtype).max) - 8
 
 
 def _differences(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:

@@ -47,9 +47,9 @@ class Engine:
   """How logits are formed. A config's `logits`.
 
   way: auto, dense, gather, segment or ring.
-  dtype: of the features on the wires and in the products, "float32" or "bfloat16"; sums, statistics
-    and gradients are float32. bfloat16 moves a logit by up to 0.4 at a scale of 100; it halves the
-    traffic, and on TPUs the products of float32 take six passes.
+  dtype: of the features on the wires and of the factors of all products, "float32" or "bfloat16";
+    sums, statistics and gradients are added up in float32. bfloat16 moves a logit by up to 0.4 at a
+    scale of 100; it halves the traffic, and on TPUs the products of float32 take six passes.
   budget_mb: of gathered columns and their gradients per device; sizes the segments.
   tile_mb: of one float32 tile, of which a few live at a time; 17 is 16 MiB.
   """
@@ -92,7 +92,8 @@ def products(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _matmul(dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-  return jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+  found = jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+  return found.astype(x.dtype)
 
 
 def _products_forward(dtype: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -146,7 +147,8 @@ def reduce(
     shared: what all tiles see: scalars, any tree of arrays.
     outputs: name -> "row_lse", "row_sum", "row_max" over the columns, [N], or "col_lse", "col_sum",
       "col_max" over the rows, [M]. A maximum has no gradient.
-    fixed: names among rows and columns that have no gradient, a teacher's; none crosses the wires.
+    fixed: names among rows and columns that have no gradient, a teacher's; none is sent back. They
+      are names of both sides.
 
   Returns:
     {name: [N] or [M]}. An lse over nothing is -inf, with gradient 0.

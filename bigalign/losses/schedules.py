@@ -26,7 +26,8 @@ def duration(value: int | str, where: str) -> Duration:
   Raises:
     ValueError: for any other text, or for a length that is not above 0.
   """
-  found = re.fullmatch(r"\s*([0-9_.eE+]+)\s*(steps?|samples?|epochs?|%)?\s*", str(value))
+  found = re.fullmatch(r"\s*(\d[\d_]*\.?\d*(?:[eE]\+?\d+)?)\s*(steps?|samples?|epochs?|%)?\s*",
+                       str(value))
   if not found or not float(found.group(1)) > 0:
     raise ValueError(
       f"{where}: {value!r} is no duration; write a number of steps, '1e9 samples', '18 epochs' or"
@@ -52,8 +53,10 @@ def ramp(value: float | Mapping[str, Any], where: str) -> Callable[[At], Any]:
   Raises:
     TypeError, ValueError: for a dict with other keys, a duration or a shape that is none.
   """
-  if not isinstance(value, Mapping):
+  if isinstance(value, int | float):
     return lambda at: value
+  if not isinstance(value, Mapping):
+    raise TypeError(f"{where}={value!r} must be a number, or dict(start=…, end=…, over=…)")
   return config.call(_ramp, value, where, name=where)
 
 
@@ -90,8 +93,8 @@ def eta(name: str, start: float, end: float, over: Duration, decay: float, at: A
   """Step size of iSogCLR's temperatures, https://arxiv.org/abs/2305.11965.
 
   "constant"; "cosine", a quarter of a wave from `start` to `end` in `over`; "exponential", whose
-  part above `end` shrinks by `decay` in each `over`, and is `start / decay` at first: the released
-  code counts from one before its first epoch.
+  part above `end` shrinks by `decay` in each `over`, and is larger by 1 / `decay` at first: the
+  released code counts from one before its first epoch.
   """
   share = elapsed(over, at)
   return {

@@ -55,7 +55,8 @@ def sogclr(
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
     loss = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g)
     objective = tau * gcl.both(gcl.each(lambda x: x["log_u"], now))
-    return loss, (state, {"loss": loss, "objective": objective})
+    logs = {"loss": loss, "objective": objective, "finite_state": gcl.sound(now)}
+    return loss, (state, logs)
 
   return Loss(frozenset({"ids"}), init, apply)
 
@@ -129,6 +130,7 @@ def isogclr(
     loss = gcl.both(pulls)
     objective = gcl.both(gcl.each(lambda t, u: t * (u + robust(at)), taus, log_u))
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
+    logs["finite_state"] = gcl.sound(now, new)
     return loss, (state, {"loss": loss, "objective": objective, "eta": rate, **logs})
 
   return Loss(frozenset({"ids"}), init, apply)

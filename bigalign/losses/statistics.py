@@ -41,7 +41,8 @@ def done(kind: str, a: Stat) -> jax.Array:
   """[n]: the value; an lse over nothing is -inf, with gradient 0."""
   if kind != "lse":
     return a[0]
-  seen = a[1] > 0  # twice, since a gradient passes through both branches of a where
+  # A gradient passes through both branches of a where. NaN is not nothing: it stays NaN.
+  seen = a[1] != 0
   return jnp.where(seen, jnp.log(jnp.where(seen, a[1], 1)) + finite(a[0]), -jnp.inf)
 
 

@@ -136,7 +136,7 @@ def _local_forward(what: What, rows: Arrays, columns: Arrays, shared: Arrays) ->
   plan, kinds = what.plan, {name: kind.split("_") for name, kind in what.outputs}
   rows = _placed(plan, tiles.wide(_wired(plan, rows)), plan.rows)
   own = {"columns": _placed(plan, _wired(plan, columns), plan.columns)}
-  dtype = jnp.result_type(*(x for x in tiles.split(rows)[0].values()))
+  dtype = jnp.result_type(jnp.float32, *tiles.split(rows)[0].values())
   n, m = (x["at"].shape[0] for x in (rows, own["columns"]))
 
   def home(carried: Any, found: dict[str, Stat]) -> dict[str, Stat]:
@@ -171,7 +171,7 @@ def _local_backward(
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
   row_in = tiles.split(rows, what.fixed)[0]
-  value = jnp.zeros((), jnp.result_type(*row_in.values()))
+  value = jnp.zeros((), jnp.result_type(jnp.float32, *row_in.values()))
   (d_rows, d_shared, value), d_columns = _visits(
     plan, {"columns": own_columns, **side("col")},
     lambda sums, block: tiles.backward(what, rows, shared, side("row"), block, sums),
