@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -103,6 +104,39 @@ def choose(registry: Mapping[str, Any], name: str, where: str) -> Any:
   return registry[name]
 
 
+def above_zero(where: str, most: float = math.inf, **numbers: float) -> None:
+  """Raises ValueError, naming `where` and the option, for a number not in (0, most]."""
+  for name, value in numbers.items():
+    # What is traced has no value yet.
+    if isinstance(value, int | float) and not 0 < value <= most:
+      bound = "" if most == math.inf else f" and at most {most:g}"
+      raise ValueError(f"{where}.{name}={value!r} must be above 0{bound}")
+
+
+class Duration(NamedTuple):
+  """A stretch of training: 18 of unit "epoch", or "step", "sample", "%" of all updates."""
+
+  number: float
+  unit: str
+
+
+def duration(value: int | str, where: str) -> Duration:
+  """500, "500 steps", "1e9 samples", "18 epochs" or "50%", as a Duration.
+
+  Raises:
+    ValueError: for any other text.
+  """
+  found = re.fullmatch(
+    r"\s*(\d[\d_]*\.?\d*(?:[eE]\+?\d+)?)\s*(steps?|samples?|epochs?|%)?\s*", str(value)
+  )
+  if not found:
+    raise ValueError(
+      f"{where}: {value!r} is no duration; write a number of steps, '1e9 samples', '3 epochs' or"
+      " '2%'"
+    )
+  return Duration(float(found.group(1)), (found.group(2) or "step").rstrip("s"))
+
+
 def steps(
   value: int | str, where: str, *, batch_size: int, dataset_size: int, total_steps: int = 0
 ) -> int:
@@ -115,16 +149,11 @@ def steps(
   """
   if isinstance(value, int):
     return value
-  found = re.fullmatch(r"\s*([0-9_.eE+]+)\s*(steps?|samples?|epochs?|%)?\s*", str(value))
-  unit = (found.group(2) or "step").rstrip("s") if found else ""
+  number, unit = duration(value, where)
   length = {
     "step": 1.0, "sample": 1 / batch_size, "epoch": dataset_size / batch_size,
     "%": total_steps / 100,
-  }.get(unit, 0.0)
-  if not found or not length:
-    raise ValueError(
-      f"{where}: {value!r} is no duration; write a number of steps, '1e9 samples', '3 epochs'"
-      + (" or '2%'" if total_steps else "")
-    )
-  number = float(found.group(1))
+  }[unit]
+  if not length:
+    raise ValueError(f"{where}: {value!r} is a share of the steps in all, which are not known here")
   return max(1, round(number * length)) if number else 0

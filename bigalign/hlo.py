@@ -43,6 +43,8 @@ def collectives(text: str) -> dict[str, Collective]:
   own: dict[str, list[tuple[str, float]]] = {}
   called: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
   limits = _limits(text)
+  parts = re.search(r"num_partitions=(\d+)", text)
+  devices = int(parts.group(1)) if parts else 1
   entry = name = ""
   for line in text.splitlines():
     if head := _COMPUTATION.match(line):
@@ -50,7 +52,7 @@ def collectives(text: str) -> dict[str, Collective]:
       own[name] = []
       entry = name if line.startswith("ENTRY") else entry
     elif name:
-      if found := _collective(line):
+      if found := _collective(line, devices):
         # TPUs run a reduce-scatter as a fusion of this name, with an all-reduce written inside.
         if name.startswith("all-reduce-scatter"):
           found = ("reduce-scatter", found[1] / 2)
@@ -94,7 +96,7 @@ def _trips(line: str, limits: dict[str, int]) -> int:
   return limits.get(loop.group(1), 1) if loop else 1
 
 
-def _collective(line: str) -> tuple[str, float] | None:
+def _collective(line: str, devices: int) -> tuple[str, float] | None:
   """(kind, bytes) of one line of HLO, if it is a collective."""
   found = _COLLECTIVE.search(line)
   if not found:
@@ -104,13 +106,14 @@ def _collective(line: str) -> tuple[str, float] | None:
     math.prod(int(d) for d in dims.split(",") if d) * _width(dtype)
     for dtype, dims in _SHAPE.findall(shapes)
   ]
-  if start and kind == "all-gather":
-    size = sum(sizes[len(sizes) // 2 :])  # the operands come before the results
-  elif start and kind == "collective-permute":
-    size = sizes[0]
+  if start and kind in ("all-gather", "collective-permute"):
+    # Operands, as many results and, of a permute, words of context.
+    context = shapes.count("u32[]") if kind == "collective-permute" else 0
+    sizes = sizes[: len(sizes) - context]
+    size = sum(sizes[len(sizes) // 2 :])
   else:
     size = sum(sizes)
-  factor = {"all-reduce": 2, "reduce-scatter": _group(line)}.get(kind, 1)
+  factor = {"all-reduce": 2, "reduce-scatter": _group(line, devices)}.get(kind, 1)
   return kind, factor * size
 
 
@@ -118,9 +121,9 @@ def _width(dtype: str) -> float:
   return _WIDTH.get(dtype) or int(dtype[1:]) / 8
 
 
-def _group(line: str) -> int:
-  """Devices that take part in one group of a collective."""
+def _group(line: str, devices: int) -> int:
+  """Devices that take part in one group of a collective; all of them if it names none."""
   if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
     return int(found.group(1))
   found = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-  return found.group(1).count(",") + 1 if found else 1
+  return found.group(1).count(",") + 1 if found else devices

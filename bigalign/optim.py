@@ -170,6 +170,7 @@ def make_optimizer(
   decay: str = r"/kernel$",
   clip_norm: float | None = 1.0,
   multipliers: Sequence[tuple[str, float]] = (),
+  rates: Sequence[tuple[str, float | Mapping[str, Any]]] = (),
   **options: Any,
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The chain clip -> name -> weight decay -> multipliers -> -learning rate, and the schedule.
@@ -188,6 +189,8 @@ def make_optimizer(
       table or temperature.
     clip_norm: the largest global norm of the gradient; None does not clip.
     multipliers: (regular expression, factor) pairs, the first that matches; 1 for the rest.
+    rates: (regular expression, learning rate) pairs of what has a learning rate of its own, without
+      warmup or schedule: a number, or dict(start=2e-4, end=5e-5, over="1e9 samples"), a line.
 
   Raises:
     ValueError, TypeError: for unknown names and options, and for patterns that match nothing.
@@ -218,5 +221,24 @@ def make_optimizer(
     chain.append(
       optax.stateless(lambda updates, _: {p: u * factors[p] for p, u in updates.items()})
     )
-  chain.append(optax.scale_by_learning_rate(rate))
+  own: dict[str, float | optax.Schedule] = {}
+  for pattern, given in reversed(rates):
+    hit, _ = tree.partition(params, pattern, f"{where}.rates")
+    own |= dict.fromkeys(hit, _own_rate(given, f"{where}.rates {pattern!r}", to_steps))
+  descents = {
+    path: optax.scale_by_learning_rate(x) for path, x in {"schedule": rate, **own}.items()
+  }
+  labels = {path: path if path in own else "schedule" for path in params}
+  chain.append(optax.partition(descents, labels) if own else descents["schedule"])
   return optax.chain(*chain), rate
+
+
+def _own_rate(
+  given: float | Mapping[str, Any], where: str, to_steps: Callable[[int | str, str], int]
+) -> float | optax.Schedule:
+  """A constant, or a line from one learning rate to another."""
+
+  def line(*, start: float, end: float, over: int | str) -> optax.Schedule:
+    return optax.linear_schedule(start, end, to_steps(over, f"{where}.over"))
+
+  return config.call(line, given, where) if isinstance(given, Mapping) else given

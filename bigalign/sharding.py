@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,6 +128,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Axis 0 over data and fsdp; equal on all devices of the tensor axis."""
   return NamedSharding(mesh, P(BATCH))
+
+
+def devices() -> tuple[tuple[str, ...], int]:
+  """All axes of this mesh, and how many devices it has; () and 1 outside of a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = () if mesh.empty else tuple(mesh.axis_names)
+  return axes, math.prod(mesh.shape[axis] for axis in axes)
+
+
+def on_each_device(function: Callable[..., Any], specs: Any, out: Any) -> Callable[..., Any]:
+  """`function` of each device's part of the arguments; of the whole outside of a mesh."""
+  if not devices()[0]:
+    return function
+  return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)
 
 
 def batch_parts() -> int:

@@ -139,6 +139,8 @@ def make_program(
 ) -> Program:
   """A config's objects; reads no data and touches no device. See `train` for the arguments."""
   del elsewhere  # what only the loop reads
+  if batch_size < 2:
+    raise ValueError(f"config.batch_size={batch_size}: contrast needs two pairs at least")
   duration = functools.partial(configs.steps, batch_size=batch_size, dataset_size=dataset_size)
   total = duration(total_steps, "config.total_steps")
   if total < 1:

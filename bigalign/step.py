@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bigalign import flops, gradcache, tree
+from bigalign import flops, gradcache, losses, tree
 from bigalign.data.rejects import REASONS
 from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise, tables
 from bigalign.model import without_remat
@@ -49,7 +49,7 @@ def train_step(
   )
   grad_norm = optax.tree.norm(grads)
   updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
-  trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state.frozen)
+  trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state)
   ema = {
     path: program.ema * old + (1 - program.ema) * trainable[path]
     for path, old in state.ema.items()
@@ -141,11 +141,24 @@ def features(
   return found
 
 
-def constrain(loss: Loss, trainable: Arrays, frozen: Arrays) -> Arrays:
-  """The trainable parameters with the loss's bounds applied to its own."""
-  scalars = tree.unflatten(tree.subtree({**trainable, **frozen}, "loss/"))
-  bounded = tree.flatten(loss.constrain(scalars), "loss/")
-  return {path: bounded.get(path, x) for path, x in trainable.items()}
+def summary(program: Program, abstract: State) -> str:
+  """losses.summary of a run whose state has these shapes."""
+  batch: Any = {name: jax.ShapeDtypeStruct(*shape) for name, shape in program.spec.items()}
+  feats = jax.eval_shape(
+    functools.partial(features, program), abstract, abstract.trainable, _inputs(batch),
+    jax.random.key(0),
+  )
+  return losses.summary(program.loss, program.sizes, feats, batch)
+
+
+def constrain(loss: Loss, trainable: Arrays, before: State) -> Arrays:
+  """The updated parameters with the loss's bounds applied to its own."""
+
+  def scalars(learned: Arrays) -> Any:
+    return tree.unflatten(tree.subtree({**learned, **before.frozen}, "loss/"))
+
+  bounded = loss.constrain(scalars(trainable), scalars(before.trainable))
+  return {path: tree.flatten(bounded, "loss/").get(path, x) for path, x in trainable.items()}
 
 
 def seen(samples: int, dataset_size: int) -> np.ndarray:

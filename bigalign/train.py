@@ -26,11 +26,11 @@ from bigalign.data import pipeline
 from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, same_data, same_on_all_hosts
 from bigalign.inputs import check_tokenizer, open_data
-from bigalign.losses import check_ids, check_needs, summary
+from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import FEATURES
 from bigalign.state import State
-from bigalign.step import diagnose, seen, train_step, useful_work
+from bigalign.step import diagnose, seen, summary, train_step, useful_work
 from bigalign.throughput import Clock
 
 
@@ -122,12 +122,13 @@ def train(
     "dataset_size": len(source), "hardware": machine.describe(),
   }
   same_on_all_hosts(meta)
-  logging.info("The loss: %s", summary(program.loss, program.sizes))
 
   grid = configs.call(sharding.make_mesh, mesh or {}, "config.mesh")
   rows = sharding.host_rows(grid, batch_size)
   gradcache.check(grid, batch_size, microbatches)
   abstract, placed = states.layout(program, grid, rules)
+  logging.info("The loss: %s", summary(program, abstract))
+  remembered = remembers(program.loss, program.sizes)
   embed = states.make_embed(program.model)
   evaluators = make_evaluators(evals or {}, mesh=grid, data=data, **embed)
 
@@ -193,7 +194,8 @@ def train(
         clu.profiler.start(str(workdir / "profile"))
       with clock.waiting_for_data():
         host_batch = next(batches)
-      check_ids(program.loss, host_batch, program.sizes)
+      if remembered:
+        check_ids(host_batch, program.sizes)
       batch = sharding.global_batch(grid, host_batch, rows, batch_size)
       place = seen(samples_seen, len(source))
       if compiled is None:

@@ -60,6 +60,21 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
   }
 
 
+def test_collectives_that_were_combined_and_groups_that_are_not_named():
+  """Several arrays in one permute, with its two words of context; a scatter over every device."""
+  text = """HloModule jit_f, is_scheduled=true, num_partitions=16
+
+ENTRY %main (p: f32[16,8]) -> f32[16,8] {
+  %p1 = ((f32[2,8], bf16[4]), (f32[2,8], bf16[4]), u32[]{:S(2)}, u32[]) collective-permute-start(%x)
+  %p2 = (f32[2,8], f32[2,8], u32[], u32[]) collective-permute-start(%y), source_target_pairs={{0,1}}
+  %rs = f32[2,8]{1,0} reduce-scatter(%z), replica_groups={}, dimensions={0}
+}
+"""
+  assert hlo.collectives(text) == {
+    "collective-permute": (2, 2 * 2 * 8 * 4 + 4 * 2), "reduce-scatter": (1, 16 * 2 * 8 * 4),
+  }
+
+
 def test_a_sharded_product_counts_for_all_devices():
   mesh = sharding.make_mesh(data=8)
   z = jax.ShapeDtypeStruct((64, 16), jnp.float32)

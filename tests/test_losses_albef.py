@@ -16,7 +16,7 @@ from bigalign.losses import pairwise
 
 def one_step(loss, params, state, feats, batch, where):
   """Gradients of features and temperature, the new state and the metrics."""
-  params = loss.constrain(params)  # as after the update before
+  params = loss.constrain(params, params)  # as after the update before
   return of_apply(loss.apply, params, state, feats, batch, where)
 
 
@@ -144,7 +144,8 @@ def test_the_truth_gives_way_to_the_average_within_the_first_epoch():
 def test_the_temperature_stays_in_its_bounds():
   loss = make("albef_itc", {})
   for given, kept in ((0.7, 0.5), (1e-5, 0.001), (0.02, 0.02)):
-    clamped = loss.constrain({"temperature": jnp.asarray(given)})
+    params = {"temperature": jnp.asarray(given)}
+    clamped = loss.constrain(params, params)
     np.testing.assert_allclose(clamped["temperature"], kept, rtol=1e-6)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -295,10 +296,23 @@ def test_durations_pass(value, place, share):
   ("fastclip_v1", dict(gamma_schedule="step"), r"config.loss.fastclip_v1.gamma_schedule.*constant"),
   ("fastclip_v2", dict(weighting="none"), r"config.loss.fastclip_v2.weighting.*rgcl"),
   ("fastclip_v3", dict(gamma_over="0 epochs"), r"config.loss.fastclip_v3.gamma_over: '0 epochs'"),
+  ("sogclr", dict(gamma=1.5), r"config.loss.sogclr.gamma=1.5 must be above 0 and at most 1"),
+  ("sogclr_unimodal", dict(gamma=0.0), r"config.loss.sogclr_unimodal.gamma=0.0 must be above 0"),
+  ("isogclr", dict(tau_min=0.0), r"config.loss.isogclr.tau_min=0.0 must be above 0"),
+  ("fastclip_v2", dict(gamma=-0.1), r"config.loss.fastclip_v2.gamma=-0.1 must be above 0"),
 ])
 def test_errors_name_the_option(name, options, message):
   with pytest.raises(ValueError, match=message):
     losses.make_loss({name: options})
+
+
+@pytest.mark.parametrize("tau,share", [(0.07, 1.0), (0.02, 1 / 3)])
+def test_a_small_temperature_of_fastclip_v3_moves_a_third_as_far(tau, share):
+  loss = make("fastclip_v3", {})
+  before = {"t": jnp.asarray(-math.log(tau))}
+  after = loss.constrain({"t": before["t"] + 0.03}, before)
+  np.testing.assert_allclose(after["t"] - before["t"], 0.03 * share, rtol=1e-4)
+  np.testing.assert_allclose(loss.constrain({"t": before["t"] + 99}, before)["t"], math.log(100))
 
 
 def test_a_ramp_goes_from_start_to_end_in_its_duration():

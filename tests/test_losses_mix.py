@@ -378,7 +378,7 @@ def test_each_width_has_its_own_state_and_scalars(monkeypatch):
     def init(sizes):
       return {"t": jnp.asarray(5.0)}, {"seen": jnp.zeros(())}
 
-    return Loss(frozenset({"ids"}), init, apply, lambda p: {"t": jnp.minimum(p["t"], 1.0)})
+    return Loss(frozenset({"ids"}), init, apply, lambda p, _: {"t": jnp.minimum(p["t"], 1.0)})
 
   monkeypatch.setitem(losses.LOSSES, "counting", counting)
   options = dict(base="counting", dims=(4, 16), weights=(0.25, 0.75), shared=False)
@@ -386,7 +386,7 @@ def test_each_width_has_its_own_state_and_scalars(monkeypatch):
   assert loss.needs == {"ids", "raw"}
   params, state = loss.init({})
   assert set(params) == set(state) == {"d4", "d16"}
-  params = loss.constrain(params)
+  params = loss.constrain(params, params)
   np.testing.assert_array_equal(params["d16"]["t"], 1.0)
   feats, _ = pairs(dtype=np.float32)
   for n in (1, 2):

@@ -3,6 +3,8 @@ then; what stops a run."""
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 
 import jax
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 from test_train import assert_same_bits, exact, run, tiny  # noqa: F401
 
-from bigalign import losses
+from bigalign import costs, losses, sharding
+from bigalign import state as states
 from bigalign.data import pipeline
 from bigalign.losses import tables
 from bigalign.metrics import read_metrics
+from bigalign.step import train_step
 
 STATEFUL = {
   "isogclr": dict(isogclr=dict(tau_init=0.07)),
@@ -77,6 +81,15 @@ def test_diagnostics_are_logged_now_and_then(tiny, tmp_path):  # noqa: F811
     assert -1 <= row["train/hardest_negative/text"] <= 1
     assert 0 <= row["train/rank_1/image"] <= 1 and 0 <= row["train/saturation/text"] <= 1
     assert row["train/temperature/image/p5"] <= row["train/temperature/image/p95"]
+    histogram = {k: x for k, x in row.items() if re.search(r"temperature/text/\d", k)}
+    np.testing.assert_allclose(sum(histogram.values()), 1, rtol=1e-6)
+    median, shares = row["train/temperature/text/p50"], 0.0
+    for name in sorted(histogram, key=lambda k: float(k.split("-")[-1])):
+      shares += histogram[name]
+      if median < float(name.split("-")[-1]):
+        break
+    assert shares >= 0.5 and histogram[name] > 0, "the median lies in this bin"
+
 
 
 def test_hardest_negatives_and_saturation_by_hand():
@@ -111,6 +124,40 @@ def test_an_id_out_of_range_stops_the_run(tiny, tmp_path, monkeypatch):  # noqa:
     run(tmp_path, tiny)
 
 
+def test_only_a_loss_with_a_memory_bounds_the_ids(tiny, tmp_path, monkeypatch):  # noqa: F811
+  """SigLIP compares ids and keeps nothing of them: any 64 bits will do."""
+  tiny.loss, tiny.total_steps, tiny.checkpoint_every = dict(siglip=dict(positives="ids")), 1, 0
+  words = pipeline._words
+  monkeypatch.setattr(pipeline, "_words", lambda ids: words(ids + (1 << 40)))
+  assert int(run(tmp_path, tiny).step) == 1
+
+
+def test_a_step_writes_what_it_remembers_in_place(tiny):  # noqa: F811
+  """The whole step, compiled for 10^8 images: no second table, whatever a step decides."""
+  tiny.loss = dict(isogclr={})
+  grid = sharding.make_mesh(data=4, fsdp=2)
+  program = states.make_program(**tiny.to_dict(), dataset_size=10**8, captions_per_image=1)
+  abstract, placed = states.layout(program, grid)
+
+  def array(x, place):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+  state = jax.tree.map(array, abstract, placed)
+  batch = {
+    name: array(jax.ShapeDtypeStruct(*shape), sharding.batch_sharding(grid))
+    for name, shape in program.spec.items()
+  }
+  with jax.set_mesh(grid):
+    compiled = jax.jit(
+      functools.partial(train_step, program=program), donate_argnums=0,
+      out_shardings=(placed, sharding.replicated(grid)),
+    ).lower(state, batch, jax.ShapeDtypeStruct((2,), jnp.float32)).compile()
+  memory = compiled.memory_analysis()
+  tables_of_a_device = 6 * 4 * 10**8 / 8  # u, tau and momentum, of images and texts
+  assert memory.alias_size_in_bytes >= tables_of_a_device
+  assert memory.temp_size_in_bytes < 0.1 * tables_of_a_device / 6
+
+
 def test_a_state_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):  # noqa: F811
   """A table of NaNs, as a damaged disk could leave it: the first batch that reads it is named.
 
@@ -134,8 +181,12 @@ def test_a_field_that_the_data_lacks_is_named_before_the_first_step(tiny, tmp_pa
 
 
 def test_the_need_of_a_loss_is_told_before_the_run():
-  text = losses.summary(
-    losses.make_loss(dict(sogclr={}, clip=dict(weight=0.5))), {"image": 10**9, "text": 10**9}
-  )
-  assert "1 sogclr + 0.5 clip" in text and "image_id" in text and "MB over all devices" in text
+  """SogCLR: a matrix for g, a matrix for the weights, whose columns bring their own scalars."""
+  sizes = {"image": 10**9, "text": 10**9}
+  loss = losses.make_loss(dict(sogclr={}, clip=dict(weight=0.5)))
+  batch = costs.fields(64, 16)
+  text = losses.summary(loss, sizes, batch, batch)
+  assert "1 sogclr + 0.5 clip" in text and "image_id" in text
+  assert "remembers 8,000.5 MB over all devices" in text
+  assert "forms 3 matrices, for which 18, 19, 17 numbers of each pair travel" in text
 

@@ -67,13 +67,12 @@ def _launch(*words, timeout=400):
   return found.stdout
 
 
-def _launch_training(workdir, mesh, eval_batch=64):
+def _launch_training(workdir, mesh, *flags, config=ROOT / "configs/tiny.py"):
   """`bigalign train` of the very config that _train gets."""
   options = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
-  options.append(f"--config.evals.val.batch_size={eval_batch}")
   _launch(
-    sys.executable, "-m", "bigalign.train", f"--config={ROOT}/configs/tiny.py",
-    f"--workdir={workdir}", "--config.log_every=1", *options,
+    sys.executable, "-m", "bigalign.train", f"--config={config}", f"--workdir={workdir}",
+    "--config.log_every=1", *options, *flags,
   )
   return _losses(workdir)
 
@@ -119,7 +118,7 @@ def two(tmp_path_factory):
   """(workdir, losses) of the same on two processes, whose evaluation is of 42 small batches: calls
   that wait for each other on more devices than there are threads once came to a deadlock."""
   workdir = tmp_path_factory.mktemp("two") / "run"
-  return workdir, _launch_training(workdir, MIXED)
+  return workdir, _launch_training(workdir, MIXED, "--config.evals.val.batch_size=64")
 
 
 @pytest.mark.slow
@@ -136,9 +135,32 @@ def test_two_processes_learn_what_one_learns(whole, two):
 
 
 @pytest.mark.slow
+def test_two_processes_remember_what_one_remembers(tmp_path):
+  """Tables by id range over the devices of both; the temperatures' quantiles are read from them."""
+  changes = {**SMALL, "diagnose_every": 5, "checkpoint_every": 0}
+  changes["loss"] = {"isogclr": {"tau_init": 0.07}}
+  runs, config = [tmp_path / "two", tmp_path / "one"], tmp_path / "config.py"
+  config.write_text(
+    "from ml_collections import ConfigDict\n\ndef get_config():\n"
+    f"  return ConfigDict({_config(MIXED, **changes).to_dict()!r})\n"
+  )
+  _assert_close(
+    _launch_training(runs[0], MIXED, config=config), _train(runs[1], MIXED, **changes)
+  )
+  found, wanted = (
+    {(row["step"], k): x for row in read_metrics(run) for k, x in row.items() if "e/image/p" in k}
+    for run in runs
+  )
+  assert {step for step, _ in found} == {5, 10} and len(found) == 6
+  for name, value in wanted.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=str(name))
+
+
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(whole, tmp_path):
   workdir = _upto(20, whole[0], tmp_path / "run")
-  _assert_close(_launch_training(workdir, _mesh((1, 4, 2)), eval_batch=512), whole[1])
+  flag = "--config.evals.val.batch_size=512"
+  _assert_close(_launch_training(workdir, _mesh((1, 4, 2)), flag), whole[1])
 
 
 @pytest.mark.slow

@@ -70,6 +70,24 @@ def test_weight_decay_only_on_matrices():
   np.testing.assert_allclose(update(weight_decay=0.1)["model/encoder/block_0/mlp/fc1/kernel"], -0.1)
 
 
+def test_what_has_a_learning_rate_of_its_own_leaves_the_schedule_alone():
+  """A constant, and a line that is given in samples; the first pattern that matches counts."""
+  rates = [("query", 0.5), ("fc1/kernel$", dict(start=0.25, end=0.75, over=4)), ("block_0", 3.0)]
+  optimizer, _ = make(name="sgd", momentum=0.0, warmup=10, rates=rates)
+  grads = {path: jnp.ones_like(x) for path, x in PARAMS.items()}
+  state = optimizer.init(PARAMS)
+  for step in range(3):
+    updates, state = optimizer.update(grads, state, PARAMS)
+    for path, u in updates.items():
+      own = [0.5] * ("query" in path) + [0.25 + step / 8] * path.endswith("fc1/kernel")
+      own += [3.0] * ("block_0" in path) + [(step + 1) / 10]
+      np.testing.assert_allclose(u, -own[0], rtol=1e-6, err_msg=path)
+  with pytest.raises(ValueError, match=r"config.optimizer.rates: 'qeury' matches no path"):
+    make(rates=[("qeury", 0.1)])
+  with pytest.raises(TypeError, match=r"config.optimizer.rates 'query': unknown option 'stop'"):
+    make(rates=[("query", dict(start=1.0, stop=0.0, over=4))])
+
+
 def test_multipliers_first_match_wins_and_typing_errors_raise():
   plain, changed = update(1.0, name="sgd"), update(
     1.0, name="sgd", multipliers=[("query", 0.0), ("block_0", 0.5)]

@@ -272,6 +272,8 @@ def test_keep_last_every_and_best(tmp_path):
     (dict(frozen="image_towr"), ValueError, "config.frozen: 'image_towr' matches no path"),
     (dict(rules=[("attn", ())]), ValueError, "config.rules: no rule matches"),
     (dict(total_steps="3 weeks"), ValueError, "config.total_steps: '3 weeks' is no duration"),
+    (dict(total_steps="2%"), ValueError, "config.total_steps: '2%' is a share of the steps"),
+    (dict(batch_size=1), ValueError, "config.batch_size=1: contrast needs two pairs"),
     (dict(optimizer=dict(name="adamm", lr=1.0)), ValueError, "Did you mean 'adamw'"),
     (dict(optimizer=dict(lr=1.0, b3=1.0)), TypeError, "config.optimizer: unknown option 'b3'"),
   ],

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bigalign import config
-from bigalign.losses import tables
+from bigalign.losses import pairwise, tables
 from bigalign.losses.albef import albef_itc
 from bigalign.losses.base import At, Loss, weighted_sum
 from bigalign.losses.clip import clip
@@ -106,29 +107,47 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
       "config.loss needs the features of averaged parameters, but config.ema is 0; set it, to 0.995"
       " for example"
     )
-  for need in sorted(loss.needs - {"ema_teacher"}):
-    for field in PROVIDES[need]:
-      if field not in fields:
-        raise ValueError(
-          f"config.loss needs {need!r}, but the data has no field {field!r}; it has"
-          f" {sorted(fields)}"
-        )
+  for name, (_, term) in loss.terms.items():
+    for need in sorted(term.needs - {"ema_teacher"}):
+      for field in PROVIDES[need]:
+        if field not in fields:
+          raise ValueError(
+            f"config.loss.{name} needs {need!r}, but neither the data nor the model has a field"
+            f" {field!r}; there are {sorted(fields)}"
+          )
 
 
-def check_ids(loss: Loss, batch: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
-  """Raises ValueError if the loss remembers samples and a host batch names one that it cannot."""
-  if "ids" in loss.needs:
-    for side in ("image", "text"):
-      tables.check_ids(batch[f"{side}_id"], sizes[side], f"{side}_id")
-
-
-def summary(loss: Loss, sizes: Mapping[str, int]) -> str:
-  """What a run with this loss needs, in a line: fields, and bytes that it remembers."""
+def remembers(loss: Loss, sizes: Mapping[str, int]) -> bool:
+  """Whether the loss keeps something for each sample, so that `check_ids` has a bound to hold."""
   _, state = jax.eval_shape(lambda: loss.init(sizes))
+  return any(tables.is_table(x) for x in jax.tree.leaves(state))
+
+
+def summary(
+  loss: Loss, sizes: Mapping[str, int], feats: Mapping[str, Any], batch: Mapping[str, Any]
+) -> str:
+  """What a run with this loss needs, in a line: fields, what its logits bring by, and bytes that it
+  remembers. feats, batch: shapes of what `loss.apply` gets."""
+  params, state = jax.eval_shape(lambda: loss.init(sizes))
+  zero = jnp.zeros(())
+  at = At(jnp.zeros((), jnp.int32), zero, zero, zero, jax.random.key(0))
+
+  def value(params: Any, state: Any, feats: Any, batch: Any) -> Any:
+    return loss.apply(params, state, feats, batch, at)
+
+  with pairwise.watched() as columns:
+    jax.eval_shape(value, params, state, feats, batch)
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   needs = [f"{need} ({', '.join(PROVIDES[need])})" for need in sorted(loss.needs)]
   terms = " + ".join(f"{weight:g} {name}" for name, (weight, _) in loss.terms.items())
   return (
     f"{terms}; beyond the two embeddings it reads {', '.join(needs) or 'nothing'} and remembers"
-    f" {size / 1e6:,.1f} MB over all devices"
+    f" {size / 1e6:,.1f} MB over all devices; it forms {len(columns)} matrices, for which"
+    f" {', '.join(map(str, columns)) or 0} numbers of each pair travel"
   )
+
+
+def check_ids(batch: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
+  """Raises ValueError if a host batch names a sample that a loss with a memory has no room for."""
+  for side in ("image", "text"):
+    tables.check_ids(batch[f"{side}_id"], sizes[side], f"{side}_id")

@@ -80,7 +80,7 @@ def albef_itc(
     logs = {"i2t": i2t, "t2i": t2i, **shared}
     return loss, (_enqueue(state, new), {"loss": loss, "contrastive_loss": loss, **logs})
 
-  def constrain(params):
+  def constrain(params, before):
     return {**params, "temperature": jnp.clip(params["temperature"], 0.001, 0.5)}
 
   needs = {"ema_teacher", *(("ids",) if positives == "ids" else ())}

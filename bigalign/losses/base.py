@@ -39,14 +39,14 @@ class Loss(NamedTuple):
     "noise" noise_prob [B], the probability that a pair does not belong together.
     objective: [] float32, what is differentiated (it may be a surrogate);
     metrics["loss"]: [] float32, the value to log.
-  constrain: params -> params, applied after each update (clamped temperatures).
+  constrain: (params, params before the update) -> params, after each update: clamped temperatures.
   terms: of a weighted sum, {name: (weight, loss)}.
   """
 
   needs: frozenset[str]
   init: Callable[[Mapping[str, int]], tuple[Params, State]]
   apply: Callable[[Params, State, Features, Mapping[str, jax.Array], At], tuple[jax.Array, Any]]
-  constrain: Callable[[Params], Params] = lambda params: params
+  constrain: Callable[[Params, Params], Params] = lambda params, before: params
   terms: Mapping[str, tuple[float, Loss]] = {}
 
 
@@ -76,8 +76,11 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
       metrics |= {own + key: x for key, x in logs.items() if key != "loss" or own}
     return objective, (states, {"loss": value, **metrics})
 
-  def constrain(params: Params) -> Params:
-    return {name: loss.constrain(params.get(name, {})) for name, (_, loss) in terms.items()}
+  def constrain(params: Params, before: Params) -> Params:
+    return {
+      name: loss.constrain(params.get(name, {}), before.get(name, {}))
+      for name, (_, loss) in terms.items()
+    }
 
   needs = frozenset().union(*(loss.needs for _, loss in terms.values()))
   return Loss(needs, init, apply, constrain, terms)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bigalign.losses import global_contrastive as gcl
 from bigalign.losses import pairwise, tables
 from bigalign.losses.base import At, Loss
 
 QUANTILES = (5, 50, 95)
-SIDES = dict(img="image", txt="text")  # of a loss's tables, and whose ids find their rows
+EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, math.inf)  # of a histogram of temperatures
 
 
 def diagnose(
@@ -30,7 +33,8 @@ def diagnose(
     "gradient_share/<term>": of several terms, the norm of each one's weighted gradient with respect
       to the features, divided by the sum of these norms.
     "temperature/image/p5", "/p50", "/p95", "temperature/text/…": quantiles over the batch of
-      temperatures that are kept per sample.
+      temperatures that are kept per sample; "temperature/image/0.01-0.02", …: a histogram of them,
+      the share of the batch that lies there.
   """
   found = {**_negatives(loss, params, feats), **_temperatures(state, batch)}
   if len(loss.terms) > 1:
@@ -86,7 +90,10 @@ def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.A
   for path, table in jax.tree_util.tree_leaves_with_path(state):
     side, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2:]
     if name == "tau":
-      taus = tables.read({name: table}, batch[f"{SIDES[side]}_id"])[name]
+      ids = gcl.IDS[side]
+      taus = tables.read({name: table}, batch[f"{ids}_id"])[name]
       for q in QUANTILES:
-        found[f"temperature/{SIDES[side]}/p{q}"] = jnp.quantile(taus, q / 100)
+        found[f"temperature/{ids}/p{q}"] = jnp.quantile(taus, q / 100)
+      for low, high in itertools.pairwise(EDGES):
+        found[f"temperature/{ids}/{low:g}-{high:g}"] = ((low <= taus) & (taus < high)).mean()
   return found

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigalign import config
 from bigalign.losses import global_contrastive as gcl
 from bigalign.losses import schedules
 from bigalign.losses.base import Loss
@@ -50,6 +51,7 @@ def fastclip_v0(
   def gradient(tau, found):
     return found["h"] if tau_gradient == "released" else found["h"] / 2
 
+  config.above_zero("config.loss.fastclip_v0", tau_init=tau_init)
   averaged = _schedule("fastclip_v0", gamma_schedule, gamma, gamma_over)
   return _one_temperature(tau_init, gradient, averaged, eps)
 
@@ -63,6 +65,7 @@ def fastclip_v1(
   eps: float = 1e-14,
 ) -> Loss:
   """`fastclip_v0` with a constant temperature `tau`; the gradient is SogCLR's / (2 tau)."""
+  config.above_zero("config.loss.fastclip_v1", tau=tau)
   averaged = _schedule("fastclip_v1", gamma_schedule, gamma, gamma_over)
   return _one_temperature(tau, None, averaged, eps)
 
@@ -71,6 +74,7 @@ def fastclip_v3(
   *,
   tau_init: float = 0.07,
   rho: float | Mapping[str, Any] = 6.5,
+  slow_below: float = 0.03,
   tau_gradient: str = "released",
   gamma: float = 0.2,
   gamma_schedule: str = "cosine",
@@ -80,10 +84,11 @@ def fastclip_v3(
   """Robust global contrastive loss, one learned temperature: https://arxiv.org/abs/2407.01445.
 
   "loss" is what the released code prints; "objective" is tau / 2 times the mean of
-  log(u + eps) + rho of both sides. The release gives the temperature a learning rate of its own
-  (2e-4 to 5e-5, a third of it below 0.03): `optimizer.multipliers` with "loss/fastclip_v3/t$".
+  log(u + eps) + rho of both sides. The release gives the temperature a constant learning rate of
+  its own, 2e-4 to 5e-5: `optimizer.rates=(("loss/fastclip_v3/t$", 2e-4),)`.
 
   Args:
+    slow_below: from this temperature down it moves a third as far, as the release does; 0: never.
     rho: 6.5 for CC3M, 8.5 for CC12M, 16 for LAION; found with the "released" gradient, which is
       the default for that reason. A number, or a schedules.ramp.
     others: as in `fastclip_v0`.
@@ -96,9 +101,10 @@ def fastclip_v3(
       return -tau / 2 * (found["log_u"] + 2 * rho - 2 * found["h"])
     return -tau / 2 * (found["log_den"] + 2 * rho - found["h"])
 
+  config.above_zero("config.loss.fastclip_v3", tau_init=tau_init)
   averaged = _schedule("fastclip_v3", gamma_schedule, gamma, gamma_over)
   robust = schedules.ramp(rho, "config.loss.fastclip_v3.rho")
-  return _one_temperature(tau_init, gradient, averaged, eps, robust)
+  return _one_temperature(tau_init, gradient, averaged, eps, robust, slow_below)
 
 
 def fastclip_v2(
@@ -134,6 +140,7 @@ def fastclip_v2(
     others: as in `fastclip_v0`, with eps in units of exp(b), the largest exponent met.
   """
   schedules.known("config.loss.fastclip_v2.weighting", weighting, WEIGHTINGS)
+  config.above_zero("config.loss.fastclip_v2", tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
   averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over)
   robust = schedules.ramp(rho, "config.loss.fastclip_v2.rho")
   rate = schedules.ramp(lr_tau, "config.loss.fastclip_v2.lr_tau")
@@ -181,10 +188,11 @@ def fastclip_v2(
 
 
 def _one_temperature(
-  tau_init: float, gradient: Any, averaged: Any, eps: float, robust: Any = None
+  tau_init: float, gradient: Any, averaged: Any, eps: float, robust: Any = None,
+  slow_below: float = 0.0,
 ) -> Loss:
   """v0, v1 and v3. gradient: (tau, sums over both sides of means) -> d / dt, None: tau is constant.
-  robust: (at) -> rho (v3)."""
+  robust: (at) -> rho (v3). slow_below: where tau moves a third as far."""
 
   def init(sizes):
     params = {} if gradient is None else {"t": jnp.asarray(-math.log(tau_init), jnp.float32)}
@@ -217,8 +225,13 @@ def _one_temperature(
     logs["finite_state"] = gcl.sound(log_u)
     return gcl.with_slope(loss, surrogate), (state, logs)
 
-  def constrain(params):
-    return {name: jnp.clip(x, 0.0, math.log(100)) for name, x in params.items()}
+  def constrain(params, before):
+    if not params:
+      return params
+    step = params["t"] - before["t"]
+    # tau = exp(-t) is small where t is large.
+    step = jnp.where(before["t"] >= -math.log(slow_below), step / 3, step) if slow_below else step
+    return {"t": jnp.clip(before["t"] + step, 0.0, math.log(100))}
 
   return Loss(frozenset({"ids"}), init, apply, constrain)
 
@@ -226,6 +239,7 @@ def _one_temperature(
 def _schedule(name: str, schedule: str, end: float, over: int | str) -> Any:
   """(at) -> the weight of the new value in the moving average."""
   where = f"config.loss.{name}"
+  config.above_zero(where, most=1.0, gamma=end)
   schedules.known(f"{where}.gamma_schedule", schedule, ("cosine", "constant"))
   length = schedules.duration(over, f"{where}.gamma_over")
   return lambda at: schedules.gamma(schedule, end, length, at)

@@ -80,10 +80,10 @@ def matryoshka(
       objective, value = objective + weight * term, value + weight * last["loss"]
     return objective, (states, {**last, **logs, "loss": value})
 
-  def constrain(params):
+  def constrain(params, before):
     if shared:
-      return loss.constrain(params)
-    return {name: loss.constrain(own) for name, own in params.items()}
+      return loss.constrain(params, before)
+    return {name: loss.constrain(own, before[name]) for name, own in params.items()}
 
   return Loss(loss.needs | {"raw"}, init, apply, constrain)
 

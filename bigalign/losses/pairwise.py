@@ -36,6 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigalign import sharding
 from bigalign.losses import sweep, tiles
 from bigalign.losses.tiles import Arrays, Tile
 
@@ -80,6 +81,21 @@ def engine(chosen: Engine) -> Iterator[Engine]:
     yield chosen
   finally:
     _ENGINE.reset(token)
+
+
+_WATCHED: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("watched", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[int]]:
+  """A list that grows by one entry for each matrix formed inside: the numbers that come by of one
+  of its columns."""
+  seen: list[int] = []
+  token = _WATCHED.set(seen)
+  try:
+    yield seen
+  finally:
+    _WATCHED.reset(token)
 
 
 def products(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -204,12 +220,12 @@ def _plan(
   rows: Mapping[str, jax.Array], columns: Mapping[str, jax.Array]
 ) -> tiles.Plan | None:
   """How this matrix is formed here; None: dense."""
-  chosen = _ENGINE.get()
+  chosen, watch = _ENGINE.get(), _WATCHED.get()
+  if watch is not None:
+    watch.append(sum(x.size // x.shape[0] for x in columns.values()))
   if chosen.way == "dense":
     return None
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = () if mesh.empty else tuple(mesh.axis_names)
-  devices = math.prod(mesh.shape[axis] for axis in axes)
+  axes, devices = sharding.devices()
   n, m = (next(iter(x.values())).shape[0] for x in (rows, columns))
   own_rows, own_columns = -(-n // devices), -(-m // devices)
   # A gathered column and its float32 gradient.

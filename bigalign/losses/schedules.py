@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +12,15 @@ from bigalign import config
 from bigalign.losses.base import At
 
 
-class Duration(NamedTuple):
-  """A stretch of training: 18 of unit "epoch", or "step", "sample", "%" of all updates."""
-
-  number: float
-  unit: str
-
-
-def duration(value: int | str, where: str) -> Duration:
-  """500, "500 steps", "1e9 samples", "18 epochs" or "50%", as a Duration.
-
-  Raises:
-    ValueError: for any other text, or for a length that is not above 0.
-  """
-  found = re.fullmatch(r"\s*(\d[\d_]*\.?\d*(?:[eE]\+?\d+)?)\s*(steps?|samples?|epochs?|%)?\s*",
-                       str(value))
-  if not found or not float(found.group(1)) > 0:
-    raise ValueError(
-      f"{where}: {value!r} is no duration; write a number of steps, '1e9 samples', '18 epochs' or"
-      " '50%'"
-    )
-  return Duration(float(found.group(1)), (found.group(2) or "step").rstrip("s"))
+def duration(value: int | str, where: str) -> config.Duration:
+  """A config.duration that has a length; ValueError for one of 0."""
+  length = config.duration(value, where)
+  if not length.number:
+    raise ValueError(f"{where}: {value!r} is no duration to divide by; it must be above 0")
+  return length
 
 
-def elapsed(length: Duration, at: At) -> jax.Array:
+def elapsed(length: config.Duration, at: At) -> jax.Array:
   """[]: how many times `length` has passed, from 0 on; in epochs only whole ones count, as the
   published schedules do, which change between epochs."""
   done = {
@@ -75,7 +59,7 @@ def _ramp(
   return at_place
 
 
-def gamma(name: str, end: float, over: Duration, at: At) -> jax.Array:
+def gamma(name: str, end: float, over: config.Duration, at: At) -> jax.Array:
   """Weight of what is new in FastCLIP's moving average, https://arxiv.org/abs/2407.01445.
 
   1 in the first epoch, when nothing has been seen before (the released code does so for "constant"
@@ -89,7 +73,9 @@ def gamma(name: str, end: float, over: Duration, at: At) -> jax.Array:
   return jnp.where(at.epochs < 1, 1, later)
 
 
-def eta(name: str, start: float, end: float, over: Duration, decay: float, at: At) -> jax.Array:
+def eta(
+  name: str, start: float, end: float, over: config.Duration, decay: float, at: At
+) -> jax.Array:
   """Step size of iSogCLR's temperatures, https://arxiv.org/abs/2305.11965.
 
   "constant"; "cosine", a quarter of a wave from `start` to `end` in `over`; "exponential", whose

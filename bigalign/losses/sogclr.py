@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigalign import config
 from bigalign.losses import global_contrastive as gcl
 from bigalign.losses import pairwise, schedules, tables
 from bigalign.losses.base import Loss
@@ -41,7 +42,8 @@ def sogclr(
     eps: guards the division, in units of exp(b), the largest exponent met, which is then also
       remembered, a float per sample. None: 0 for "paper", 1e-10 for "released".
   """
-  eps = _checked("sogclr", variant, eps)
+  eps = _checked("sogclr", variant, gamma, eps)
+  config.above_zero("config.loss.sogclr", tau=tau)
 
   def init(sizes):
     return {}, gcl.remember(sizes, log_u=-math.inf, **({"b": 0.0} if eps else {}))
@@ -97,8 +99,9 @@ def isogclr(
     beta: weight of the *new* gradient in a temperature's momentum, contrary to custom.
     grad_clip: bound of a temperature's gradient.
   """
-  eps = _checked("isogclr", variant, eps)
+  eps = _checked("isogclr", variant, gamma, eps)
   where = "config.loss.isogclr"
+  config.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
   periods = {"constant": "100%", "cosine": "100%", "exponential": "1 epoch"}
   schedules.known(f"{where}.eta_schedule", eta_schedule, tuple(periods))
   over = schedules.duration(eta_over or periods[eta_schedule], f"{where}.eta_over")
@@ -148,6 +151,8 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
     gamma: weight of the new value in the moving average of u; tune it in 0.1 to 0.99. A batch of
       which nothing has been seen before uses 1.
   """
+  config.above_zero("config.loss.sogclr_unimodal", tau=tau)
+  config.above_zero("config.loss.sogclr_unimodal", most=1.0, gamma=gamma)
 
   def init(sizes):
     return {}, {"log_u": tables.make(sizes["image"], -math.inf)}
@@ -175,7 +180,8 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
 
     views = {"x": x, "y": y, **{f"{k}_log_u": u for k, u in log_u.items()}}
     b = len(x)
-    pull = pairwise.total(tile, views, views) / (2 * b * (b - 1))
+    fixed = ("x_log_u", "y_log_u")
+    pull = pairwise.total(tile, views, views, fixed=fixed) / (2 * b * (b - 1))
     loss = pull - 2 * pairwise.paired(x, y).mean()
     return loss, (state, {"loss": loss})
 
@@ -207,9 +213,10 @@ def _view_means(x: jax.Array, y: jax.Array, tau: float) -> dict[str, jax.Array]:
   }
 
 
-def _checked(name: str, variant: str, eps: float | None) -> float:
+def _checked(name: str, variant: str, gamma: float, eps: float | None) -> float:
   """The variant's eps, or the given one."""
   schedules.known(f"config.loss.{name}.variant", variant, VARIANTS)
+  config.above_zero(f"config.loss.{name}", most=1.0, gamma=gamma)
   if eps is None:
     return RELEASED_EPS if variant == "released" else 0.0
   return eps

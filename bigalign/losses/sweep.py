@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
 
+from bigalign import sharding
 from bigalign.losses import statistics, tiles
 from bigalign.losses.statistics import Stat
 from bigalign.losses.tiles import Arrays, Plan, What
@@ -186,19 +187,10 @@ def _local_backward(
 # --- global view ----------------------------------------------------------------------------------
 
 
-def _everywhere(
-  plan: Plan, function: Callable[..., Any], specs: Any, out: Any
-) -> Callable[..., Any]:
-  """`function` on each device's part; the function itself outside of a mesh."""
-  if not plan.axes:
-    return function
-  return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)
-
-
-def _fit(plan: Plan, arrays: Arrays) -> Arrays:
+def _fit(arrays: Arrays) -> Arrays:
   """Padded so that every device has as many."""
   n = next(iter(arrays.values())).shape[0]
-  parts = int(np.prod([jax.sharding.get_abstract_mesh().shape[a] for a in plan.axes], dtype=int))
+  _, parts = sharding.devices()
   size = -(-n // parts) * parts
   return tiles.padded(arrays, size) if size > n else arrays
 
@@ -212,9 +204,9 @@ def _cut(arrays: Arrays, like: Arrays) -> Arrays:
 def reduce(what: What, rows: Arrays, columns: Arrays, shared: Arrays) -> Arrays:
   """See pairwise.reduce."""
   split = P(what.plan.axes)
-  found = _everywhere(
-    what.plan, functools.partial(_local_forward, what), (split, split, P()), split
-  )(_fit(what.plan, rows), _fit(what.plan, columns), shared)
+  found = sharding.on_each_device(
+    functools.partial(_local_forward, what), (split, split, P()), split
+  )(_fit(rows), _fit(columns), shared)
   return {
     k: found[k][: what.plan.rows if kind.startswith("row") else what.plan.columns]
     for k, kind in what.outputs
@@ -235,19 +227,19 @@ def _reduce_backward(what: What, saved: Any, cts: Arrays) -> Any:
 def _gradients(
   what: What, rows: Arrays, columns: Arrays, shared: Arrays, cts: Arrays, found: Arrays
 ) -> tuple[Arrays, Arrays, Arrays, jax.Array]:
-  plan, split = what.plan, P(what.plan.axes)
-  d_rows, d_columns, d_shared, value = _everywhere(
-    plan, functools.partial(_local_backward, what), (split, split, P(), split, split),
+  split = P(what.plan.axes)
+  d_rows, d_columns, d_shared, value = sharding.on_each_device(
+    functools.partial(_local_backward, what), (split, split, P(), split, split),
     (split, split, P(), P()),
-  )(_fit(plan, rows), _fit(plan, columns), shared, *(_fit_each(plan, x) for x in (cts, found)))
+  )(_fit(rows), _fit(columns), shared, *(_fit_each(x) for x in (cts, found)))
   return (
     _all_of(rows, _cut(d_rows, rows)), _all_of(columns, _cut(d_columns, columns)),
     _all_of(shared, d_shared), value,
   )
 
 
-def _fit_each(plan: Plan, arrays: Arrays) -> Arrays:
-  return {k: _fit(plan, {k: x})[k] for k, x in arrays.items()}
+def _fit_each(arrays: Arrays) -> Arrays:
+  return {k: _fit({k: x})[k] for k, x in arrays.items()}
 
 
 def _all_of(arrays: Arrays, gradients: Arrays) -> dict[str, Any]:
@@ -266,13 +258,12 @@ reduce.defvjp(_reduce_forward, _reduce_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def total(what: What, rows: Arrays, columns: Arrays, shared: Arrays) -> jax.Array:
   """See pairwise.total."""
-  each = dataclasses.replace(what, outputs=(("row", "row_sum"),))
 
   def tile(row: Arrays, col: Arrays, shared: Arrays) -> Arrays:
     values = list(what.tile(row, col, shared).values())
     return {"row": functools.reduce(jnp.add, values)}
 
-  each = dataclasses.replace(each, tile=tile)
+  each = dataclasses.replace(what, tile=tile, outputs=(("row", "row_sum"),))
   return reduce(each, rows, columns, shared)["row"].sum()
 
 

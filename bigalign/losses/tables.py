@@ -10,7 +10,6 @@ On the wire, for B ids and K tables of one call: 8 B bytes for the ids and 4 K B
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -18,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from bigalign import sharding
 
 # A table's length is a multiple of it, on every mesh: 2^12 x 3 x 5, for slices of 192 chips too.
 ROWS = 61_440
@@ -62,7 +63,7 @@ def read(tables: Mapping[str, jax.Array], ids: jax.Array) -> Tables:
   axes, devices = _mesh(tables)
   b, split = ids.shape[0], P(axes)
   local = functools.partial(_local_read, axes, devices)
-  found = _everywhere(axes, local, (split, split), split)(dict(tables), _fit(ids, devices))
+  found = sharding.on_each_device(local, (split, split), split)(dict(tables), _fit(ids, devices))
   return {name: x[:b] for name, x in found.items()}
 
 
@@ -81,7 +82,7 @@ def write(
   old = {name: tables[name] for name in values}
   fitted = {name: _fit(x, devices) for name, x in values.items()}
   local = functools.partial(_local_write, axes, devices)
-  new, seen = _everywhere(axes, local, (split, split, split), (split, split))(
+  new, seen = sharding.on_each_device(local, (split, split, split), (split, split))(
     old, _fit(ids, devices), fitted
   )
   return {**tables, **new}, {name: x[:b] for name, x in seen.items()}
@@ -89,9 +90,7 @@ def write(
 
 def _mesh(tables: Mapping[str, jax.Array]) -> tuple[tuple[str, ...], int]:
   """All axes of the mesh and the number of its devices; none and 1 outside of one."""
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = () if mesh.empty else tuple(mesh.axis_names)
-  devices = math.prod(mesh.shape[axis] for axis in axes)
+  axes, devices = sharding.devices()
   for name, x in tables.items():
     if x.shape[0] % devices:
       raise ValueError(
@@ -99,12 +98,6 @@ def _mesh(tables: Mapping[str, jax.Array]) -> tuple[tuple[str, ...], int]:
         f" loss remembers; a number of devices that divides {ROWS} does"
       )
   return axes, devices
-
-
-def _everywhere(axes, function, specs, out):
-  if not axes:
-    return function
-  return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)
 
 
 def _fit(x: jax.Array, devices: int) -> jax.Array:

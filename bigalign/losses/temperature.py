@@ -24,10 +24,11 @@ def scale(params: Params, t_init: float, like: jax.Array) -> jax.Array:
   return jnp.exp(params["t"]) if "t" in params else jnp.asarray(t_init, like.dtype)
 
 
-def clamped(t_max: float | None) -> Callable[[Params], Params]:
+def clamped(t_max: float | None) -> Callable[[Params, Params], Params]:
   """A loss's `constrain`: the scale stays in [1, t_max]; None leaves it free."""
 
-  def constrain(params: Params) -> Params:
+  def constrain(params: Params, before: Params) -> Params:
+    del before
     if t_max is None or "t" not in params:
       return params
     return {**params, "t": jnp.clip(params["t"], 0.0, math.log(t_max))}
