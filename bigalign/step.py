@@ -157,8 +157,8 @@ def constrain(loss: Loss, trainable: Arrays, before: State) -> Arrays:
   def scalars(learned: Arrays) -> Any:
     return tree.unflatten(tree.subtree({**learned, **before.frozen}, "loss/"))
 
-  bounded = loss.constrain(scalars(trainable), scalars(before.trainable))
-  return {path: tree.flatten(bounded, "loss/").get(path, x) for path, x in trainable.items()}
+  bounded = tree.flatten(loss.constrain(scalars(trainable), scalars(before.trainable)), "loss/")
+  return {path: bounded.get(path, x) for path, x in trainable.items()}
 
 
 def seen(samples: int, dataset_size: int) -> np.ndarray:
