@@ -27,6 +27,12 @@ def digest(options: Mapping[str, Any]) -> str:
   return found.hexdigest()[:16]
 
 
+def record(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """What config.json says of the run that is in a folder; None if there is none."""
+  path = workdir / "config.json"
+  return json.loads(path.read_text()) if path.exists() else None
+
+
 def check(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: bool) -> None:
   """Makes the folder of the run, or compares with the run that is in it; changes nothing there.
 
@@ -34,11 +40,12 @@ def check(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: b
     ValueError: if the workdir belongs to a run that learns something else; lists the differences.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  path = workdir / "config.json"
-  if not path.exists():
+  before = record(workdir)
+  if before is None:
     return
-  before = json.loads(path.read_text())
-  changed = configs.differences(before["config"], meta["config"])
+  # As they were written: a checkpoint's own options are no matter of the config.
+  was, now = ({**x["config"], "model": x["model"]} for x in (before, meta))
+  changed = configs.differences(was, now)
   if changed and not allow_config_change:
     listed = "\n".join(f"  config.{k}: was {a!r}, now {b!r}" for k, (a, b) in changed.items())
     raise ValueError(

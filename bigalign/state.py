@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
 from bigalign import config as configs
 from bigalign import sharding, tree
@@ -75,9 +79,13 @@ def compute_dtype(model: DualEncoder, path: str) -> Any:
   return getattr(getattr(model, part, None), "dtype", jnp.float32)
 
 
-def init_state(program: Program, key: jax.Array) -> State:
-  """A state of zero updates; under jit with `state_shardings` its arrays are born in place."""
-  frozen, trainable = tree.partition(init_params(program, key), program.frozen, "config.frozen")
+def init_state(program: Program, key: jax.Array, loaded: Arrays | None = None) -> State:
+  """A state of zero updates; under jit with `state_shardings` its arrays are born in place.
+
+  loaded: parameters that are there already, in the place of random ones.
+  """
+  params = {**init_params(program, key), **(loaded or {})}
+  frozen, trainable = tree.partition(params, program.frozen, "config.frozen")
   # What does not learn needs no more digits than it is used with.
   frozen = {path: x.astype(compute_dtype(program.model, path)) for path, x in frozen.items()}
   _, remembered = program.loss.init(program.sizes)
@@ -91,10 +99,15 @@ def init_state(program: Program, key: jax.Array) -> State:
   )
 
 
-def born(program: Program, placed: State) -> State:
-  """The state of zero updates, each array born where it lies."""
-  init = jax.jit(functools.partial(init_state, program), out_shardings=placed)
-  return init(jax.random.key(program.seed))
+def born(program: Program, placed: State, loaded: Arrays | None = None) -> State:
+  """The state of zero updates, each array born where it lies.
+
+  The arrays of `loaded` become the state's own; nothing random is made in their place.
+  """
+  init = jax.jit(
+    functools.partial(init_state, program), out_shardings=placed, donate_argnames="loaded"
+  )
+  return init(jax.random.key(program.seed), loaded=loaded or {})
 
 
 def layout(
@@ -181,6 +194,24 @@ def make_embed(model: DualEncoder) -> dict[str, Callable[..., jax.Array]]:
     return lambda *args: sharding.in_turn(jitted(*args))
 
   return {method: compiled(method) for method in ("embed_image", "embed_text")}
+
+
+def describe(state: State, workdir: pathlib.Path) -> None:
+  """Lists the parameters in workdir/parameters.txt and logs their number, and which are frozen."""
+  if jax.process_index() == 0:
+    parameters = {**state.trainable, **state.frozen}
+    overview = clu.parameter_overview.get_parameter_overview(parameters, include_stats=False)
+    (workdir / "parameters.txt").write_text(overview + "\n")
+    logging.info(
+      "%d parameters, %d of them trainable; list in %s", sum(x.size for x in parameters.values()),
+      sum(x.size for x in state.trainable.values()), workdir / "parameters.txt",
+    )
+    every, still = (
+      collections.Counter("/".join(path.split("/")[:2]) for path in x)
+      for x in (parameters, state.frozen)
+    )
+    for part, count in still.items():
+      logging.info("Frozen: %d of the %d arrays of %s", count, every[part], part)
 
 
 def parts(state: State) -> dict[str, Arrays]:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import clu.parameter_overview
 import clu.profiler
 import jax
 from absl import app, flags, logging
@@ -24,7 +23,7 @@ from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data import pipeline
 from bigalign.evals import make_evaluators
-from bigalign.identity import check, claim, digest, same_data, same_on_all_hosts
+from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
 from bigalign.inputs import check_tokenizer, open_data
 from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
@@ -32,6 +31,7 @@ from bigalign.model import FEATURES
 from bigalign.state import State
 from bigalign.step import diagnose, seen, summary, train_step, useful_work
 from bigalign.throughput import Clock
+from bigalign.weights import start as beginnings
 
 
 def train(
@@ -71,7 +71,7 @@ def train(
     log_every: steps; the only times at which the loop waits for the device.
     checkpoint_every: steps, or a duration; 0: only at the end, where one is always written.
     data: options of open_data.
-    model: options of make_model.
+    model: options of make_model, and where the towers begin: weights/start.py.
     loss: {name: options, weight among them}.
     optimizer: options of make_optimizer.
     eval_every: steps, or a duration; 0: only at the start and the end.
@@ -99,6 +99,8 @@ def train(
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir}: a run's folder must be a local path or a mount")
   workdir = pathlib.Path(workdir).absolute()
+  given = configs.plain(model)
+  config["model"] = beginnings.options(given, record(workdir))
   source, reading = configs.call(open_data, data, "config.data")
   program = states.make_program(
     **config, dataset_size=len(source), captions_per_image=reading["captions_per_image"]
@@ -117,9 +119,10 @@ def train(
   eval_every = duration(eval_every, "config.eval_every")
   diagnose_every = duration(diagnose_every, "config.diagnose_every")
   meta = {
-    "config": configs.plain(config), "revision": revision(), "versions": machine.versions(),
+    "config": configs.plain(config), "model": given, "revision": revision(),
+    "versions": machine.versions(), "hardware": machine.describe(),
     "data": source.fingerprint, "tokenizer": digest(data["tokenizer"]),
-    "dataset_size": len(source), "hardware": machine.describe(),
+    "dataset_size": len(source),
   }
   same_on_all_hosts(meta)
 
@@ -138,10 +141,13 @@ def train(
   same_on_all_hosts({"newest checkpoint": start})
   rejected: collections.Counter[str] = collections.Counter()
   if start is None:
-    state = states.born(program, placed)
+    loaded = beginnings.load(
+      given, loss, {**abstract.trainable, **abstract.frozen}, {**placed.trainable, **placed.frozen}
+    )
+    state = states.born(program, placed, loaded)
     checkpoints.save_frozen(state.frozen)
     samples_seen = 0
-    describe(state, workdir)
+    states.describe(state, workdir)
   else:
     before = checkpoints.meta(start)
     same_data(before, meta, workdir, allow_config_change)
@@ -245,18 +251,6 @@ def train(
         with clock.paused():
           checkpoints.save(step, states.parts(state), {**meta, **now}, found)
   return state
-
-
-def describe(state: State, workdir: pathlib.Path) -> None:
-  """Lists the parameters in workdir/parameters.txt and logs their number."""
-  if jax.process_index() == 0:
-    parameters = {**state.trainable, **state.frozen}
-    overview = clu.parameter_overview.get_parameter_overview(parameters, include_stats=False)
-    (workdir / "parameters.txt").write_text(overview + "\n")
-    logging.info(
-      "%d parameters, %d of them trainable; list in %s", sum(x.size for x in parameters.values()),
-      sum(x.size for x in state.trainable.values()), workdir / "parameters.txt",
-    )
 
 
 def stop_if_not_finite(since: Sequence[Mapping[str, Any]], step: int) -> None:

@@ -43,19 +43,33 @@ def partition(
 ) -> tuple[dict[str, T], dict[str, T]]:
   """Splits by a regular expression searched in the path: (matching, rest).
 
-  The empty pattern matches nothing. A pattern that matches no path raises ValueError: it is a
-  typing error, or it names one layer of a scanned tower, whose layers are one stacked array.
+  The empty pattern matches nothing.
+
+  Raises:
+    ValueError: for a pattern that matches no path, or that means some layers of a scanned tower,
+      whose layers are one stacked array.
   """
   if not pattern:
     return {}, dict(flat)
   hit = {path: x for path, x in flat.items() if re.search(pattern, path)}
-  if not hit:
+  apart = [path for path, x in flat.items() if _tells_layers_apart(pattern, path, x)]
+  if apart or not hit:
+    found = f"tells the layers of {apart[0]} apart" if apart else "matches no path"
     raise ValueError(
-      f"{what}: {pattern!r} matches no path. A tower with scan=True holds all its layers in one"
+      f"{what}: {pattern!r} {found}. A tower with scan=True holds all its layers in one"
       f" array per parameter (…/blocks/…); scan=False gives each its own (…/block_3/…)."
       f" Paths: {sorted(flat)}"
     )
   return hit, {path: x for path, x in flat.items() if path not in hit}
+
+
+def _tells_layers_apart(pattern: str, path: str, stack: Any) -> bool:
+  """Whether the pattern would take some layers of a stack but not all, or all but not the stack."""
+  if "/blocks/" not in path:
+    return False
+  layers = (path.replace("/blocks/", f"/block_{i}/") for i in range(stack.shape[0]))
+  taken = {bool(re.search(pattern, layer)) for layer in layers}
+  return taken == {True, False} or (taken == {True} and not re.search(pattern, path))
 
 
 def match(

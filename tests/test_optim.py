@@ -16,7 +16,7 @@ PARAMS = {
   "model/encoder/block_0/attn/query/kernel": jnp.ones((4, 2, 2)),
   "model/encoder/block_0/attn/query/bias": jnp.ones((2, 2)),
   "model/encoder/block_0/attn/out/kernel": jnp.ones((2, 2, 4)),
-  "model/encoder/blocks/mlp/fc1/kernel": jnp.ones((3, 4, 8)),
+  "model/image_tower/encoder/blocks/mlp/fc1/kernel": jnp.ones((3, 4, 8)),
   "model/embedding": jnp.ones((5, 4)),
   "loss/clip/t": jnp.ones(()),
 }
@@ -90,13 +90,16 @@ def test_what_has_a_learning_rate_of_its_own_leaves_the_schedule_alone():
 
 def test_multipliers_first_match_wins_and_typing_errors_raise():
   plain, changed = update(1.0, name="sgd"), update(
-    1.0, name="sgd", multipliers=[("query", 0.0), ("block_0", 0.5)]
+    1.0, name="sgd", multipliers=[("query", 0.0), ("model/encoder/block_0", 0.5)]
   )
   for path, u in plain.items():
     factor = 0.0 if "query" in path else 0.5 if "block_0" in path else 1.0
     np.testing.assert_allclose(changed[path], factor * u)
   with pytest.raises(ValueError, match=r"config.optimizer.multipliers: 'blokc' matches no path"):
     make(multipliers=[("blokc", 0.0)])
+  for some in ("block_0", r"encoder/(?!block_2/)", r"(encoder|image_tower/encoder)/block_\d"):
+    with pytest.raises(ValueError, match="tells the layers of model/image_tower/.* apart"):
+      make(multipliers=[(some, 0.0)])
 
 
 def test_clip_norm():
@@ -134,7 +137,7 @@ def test_muon_orthogonalises_each_layer_of_a_stack():
   optimizer, _ = make(name="muon")
   updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
   for matrix in (
-    *updates["model/encoder/blocks/mlp/fc1/kernel"],
+    *updates["model/image_tower/encoder/blocks/mlp/fc1/kernel"],
     updates["model/encoder/block_0/attn/query/kernel"].reshape(4, 4),
     updates["model/encoder/block_0/attn/out/kernel"].reshape(4, 4),
   ):

@@ -21,6 +21,7 @@ from bigalign.weights import (
   dual,
   files,
   open_clip,
+  pixels,
   siglip,
   transfer,
   vision,
@@ -96,6 +97,8 @@ def describe(
   if sentence and "text" in layout.model:
     layout = dual.sentence(folder, layout)
   model = dict(layout.model)
+  if "pixels" in model:
+    model["pixels"] = pixels.stated(inside, kind) or model["pixels"]
   for side, options in extra.items():
     if options and side not in model:
       raise ValueError(f"{where}: {side}={options}: the checkpoint has no {side} tower")

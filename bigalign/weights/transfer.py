@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import math
+import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from bigalign.weights import positions, table
+from bigalign.weights import reading, table
 from bigalign.weights.files import Tensors
 from bigalign.weights.layout import Layout
 from bigalign.weights.table import Step
@@ -21,25 +20,60 @@ FLOATS = ("float32", "float16", "bfloat16")
 _SHOWN = 20
 
 
-def read(
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is read of a checkpoint, after all keys, shapes and dtypes are found to agree."""
+
+  tensors: Tensors
+  shapes: Mapping[str, Any]
+  steps: list[Step]
+  grid: tuple[int, int] | None
+
+  @property
+  def keys(self) -> list[str]:
+    """Those of the tensors that are read."""
+    return list(dict.fromkeys(key for step in self.steps for key in step.theirs))
+
+  @property
+  def resized(self) -> dict[str, tuple[int, int, str]]:
+    """{path: (positions in the file, positions of the model, method)} where the two differ."""
+    found = {}
+    for step in (x for x in self.steps if x.row.resize):
+      theirs, ours = (x.shapes[-1][1] for x in (reading.source(self.tensors, step), step))
+      if theirs != ours:
+        found[step.ours[-1]] = (theirs, ours, step.row.resize)
+    return found
+
+  def arrays(
+    self, shardings: Mapping[str, NamedSharding] | None = None
+  ) -> Iterator[tuple[str, Any]]:
+    """(path, array), one by one: nobody needs to hold them all.
+
+    shardings: {path: where it lies}. Each device is then given its part of each array, and the
+    host holds no more than one tensor at a time; without, the arrays are numpy's.
+    """
+    for path, pieces in _pieces(self).items():
+      spec = self.shapes[path]
+      if shardings:
+        yield path, reading.placed(self.tensors, pieces, spec, self.grid, shardings[path])
+      else:
+        yield path, reading.host(self.tensors, pieces, spec, self.grid)
+
+
+def plan(
   tensors: Tensors,
   layout: Layout,
   shapes: Mapping[str, Any],
   *,
-  shardings: Mapping[str, jax.sharding.Sharding] | None = None,
   grid: tuple[int, int] | None = None,
   fresh: str = "",
   drop: str = "",
-) -> Iterator[tuple[str, Any]]:
-  """(path, array) for each of `shapes`, one by one: nobody needs to hold them all.
-
-  Nothing is read before all keys, shapes and dtypes of both sides are found to agree.
+) -> Plan:
+  """How `shapes` are made of a checkpoint; reads no tensor.
 
   Args:
     shapes: {path: something with a shape and a dtype}, as of jax.eval_shape, "image_tower/…". Of
       a checkpoint with two towers the one that has no path here is left out.
-    shardings: {path: where it lies}. Each device is then given its part of each array, and the
-      host holds no more than one such part at a time; without, the arrays are numpy's.
     grid: rows and columns of patches, if position embeddings must be resized to no square.
     fresh: regular expression of paths that are not read: they keep their random start.
     drop: regular expression of keys that are left out, though the model has no place for them.
@@ -47,13 +81,22 @@ def read(
   Raises:
     ValueError: with all that is missing, that has no place or another shape or type.
   """
-  plan = _plan(tensors, layout, shapes, fresh, drop)
-  _compare(tensors, plan, shapes)
-  for path, pieces in _pieces(plan).items():
-    if _matches(fresh, path):
-      continue
-    make = functools.partial(_array, tensors, pieces, shapes[path], grid)
-    yield path, _placed(make, shapes[path].shape, shardings[path]) if shardings else make()
+  steps = _steps(tensors, layout, shapes, fresh, drop)
+  _compare(tensors, steps, shapes)
+  wanted = {path: x for path, x in shapes.items() if not _matches(fresh, path)}
+  return Plan(tensors, wanted, steps, grid)
+
+
+def read(
+  tensors: Tensors,
+  layout: Layout,
+  shapes: Mapping[str, Any],
+  *,
+  shardings: Mapping[str, NamedSharding] | None = None,
+  **options: Any,
+) -> Iterator[tuple[str, Any]]:
+  """(path, array) for each of `shapes`; options and errors as of `plan` and Plan.arrays."""
+  return plan(tensors, layout, shapes, **options).arrays(shardings)
 
 
 def write(layout: Layout, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
@@ -77,10 +120,10 @@ def write(layout: Layout, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[st
     yield key, np.zeros(shape, np.float32)
 
 
-def _plan(
+def _steps(
   tensors: Tensors, layout: Layout, shapes: Mapping[str, Any], fresh: str, drop: str
-) -> list[list[Step]]:
-  """The steps of each row that is read."""
+) -> list[Step]:
+  """The steps of all rows that are read."""
   for what, pattern, names in (("fresh", fresh, shapes), ("drop", drop, tensors)):
     if pattern and not any(re.search(pattern, name) for name in names):
       raise ValueError(f"{what}: {pattern!r} matches none of {sorted(names)[:_SHOWN]}")
@@ -90,19 +133,20 @@ def _plan(
     if key not in known and not _matches(layout.unused, key) and not _matches(drop, key)
   ]
   tops = {path.split("/")[0] for path in shapes}
-  plan, homeless = [], []
+  chosen: list[Step] = []
+  homeless = []
   for row in layout.rows:
     paths = row.ours if isinstance(row.ours, tuple) else (row.ours,)
     if paths[0].split("/")[0] not in tops:
       continue
     steps = table.steps(row, shapes)
     if steps:
-      plan.append([x for x in steps if not all(_matches(fresh, path) for path in x.ours)])
+      chosen += [x for x in steps if not all(_matches(fresh, path) for path in x.ours)]
     elif not row.optional:
       homeless += [key for key in table.keys(row) if not _matches(drop, key)]
-  filled = {path for steps in plan for step in steps for path in step.ours}
+  filled = {path for step in chosen for path in step.ours}
   empty = [path for path in shapes if path not in filled and not _matches(fresh, path)]
-  wanted = [key for steps in plan for step in steps for key in step.theirs]
+  wanted = [key for step in chosen for key in step.theirs]
   missing = [key for key in dict.fromkeys(wanted) if key not in tensors]
   problems = [
     ("keys that this kind of checkpoint does not have", unknown),
@@ -111,18 +155,18 @@ def _plan(
     ("paths that nothing fills (another option, or fresh=)", empty),
   ]
   _raise(tensors, problems)
-  return plan
+  return chosen
 
 
-def _compare(tensors: Tensors, plan: list[list[Step]], ours: Mapping[str, Any]) -> None:
+def _compare(tensors: Tensors, steps: list[Step], ours: Mapping[str, Any]) -> None:
   shapes, dtypes = [], []
-  for step in (step for steps in plan for step in steps):
+  for step in steps:
     if step.layer == 0 and ours[step.ours[0]].shape[0] != step.row.layers:
       shapes.append(
         f"{step.row.theirs} has {step.row.layers} layers, {step.ours[0]}"
         f" {ours[step.ours[0]].shape[0]}"
       )
-    for key, shape in zip(step.theirs, table.expected(_source(tensors, step))):
+    for key, shape in zip(step.theirs, table.expected(reading.source(tensors, step))):
       entry = tensors[key]
       found = entry.shape if step.slot is None else entry.shape[1:]
       if step.slot is not None and entry.shape[:1] != (step.row.layers,):
@@ -137,96 +181,14 @@ def _compare(tensors: Tensors, plan: list[list[Step]], ours: Mapping[str, Any]) 
   ])
 
 
-def _source(tensors: Tensors, step: Step) -> Step:
-  """The step with as many positions as the file has, where they can be resized."""
-  if not step.row.resize:
-    return step
-  left, _ = table.sides(step.row.rule)
-  key, shape = step.theirs[0], table.expected(step)[0]
-  found = tensors[key].shape
-  axis = left.index(("n",))
-  if len(found) != len(shape) or found[axis] < len(step.ours):
-    return step
-  first, n, last = step.shapes[-1]
-  return step._replace(
-    shapes=(*step.shapes[:-1], (first, n + found[axis] - shape[axis], last))
-  )
-
-
-Piece = tuple[Step, int]  # a step, and which of its arrays
-
-
-def _pieces(plan: list[list[Step]]) -> dict[str, list[Piece]]:
+def _pieces(plan: Plan) -> dict[str, list[reading.Piece]]:
   """{path: where its layers come from, or the whole}."""
-  found: dict[str, list[Piece]] = {}
-  for step in (step for steps in plan for step in steps):
+  found: dict[str, list[reading.Piece]] = {}
+  for step in plan.steps:
     for i, path in enumerate(step.ours):
-      found.setdefault(path, []).append((step, i))
+      if path in plan.shapes:
+        found.setdefault(path, []).append((step, i))
   return found
-
-
-def _array(
-  tensors: Tensors, pieces: list[Piece], spec: Any, grid: tuple[int, int] | None,
-  index: tuple[slice, ...] = (),
-) -> np.ndarray:
-  """An array, or what `index` cuts out of it."""
-  if pieces[0][0].layer is None:
-    # Views of a mapped file are copied: the file may change.
-    copy = None if tensors[pieces[0][0].theirs[0]].member and not index else True
-    return np.array(_part(tensors, *pieces[0], grid)[index], spec.dtype, order="C", copy=copy)
-  index = index or (slice(None),) * len(spec.shape)
-  layers = pieces[index[0]]
-  out = None
-  for i, (step, which) in enumerate(layers):
-    part = _part(tensors, step, which, grid)[index[1:]]
-    out = np.empty((len(layers), *part.shape), spec.dtype) if out is None else out
-    out[i] = part
-  assert out is not None
-  return out
-
-
-def _part(
-  tensors: Tensors, step: Step, which: int, grid: tuple[int, int] | None
-) -> np.ndarray:
-  """One array of ours of one step, a view where that can be."""
-  theirs = [tensors.read(key) for key in step.theirs]
-  if step.slot is not None:
-    theirs = [x[step.slot] for x in theirs]
-  part = table.to_ours(_source(tensors, step), theirs)[which]
-  if step.row.resize and which == len(step.ours) - 1:
-    return _resized(tensors, step, part, grid)
-  return part
-
-
-def _placed(
-  make: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...],
-  sharding: jax.sharding.Sharding,
-) -> jax.Array:
-  """Not jax.make_array_from_callback, which holds the parts of all devices at once."""
-  parts = [
-    jax.block_until_ready(jax.device_put(make(index or ()), device))
-    for device, index in sharding.addressable_devices_indices_map(shape).items()
-  ]
-  return jax.make_array_from_single_device_arrays(shape, sharding, parts)
-
-
-def _resized(
-  tensors: Tensors, step: Step, part: np.ndarray, grid: tuple[int, int] | None
-) -> np.ndarray:
-  count = step.shapes[-1][1]
-  side = math.isqrt(count)
-  if part.shape[1] == count and grid in (None, (side, side)):
-    return part
-  rows, cols = grid or (side, side)
-  if rows * cols != count:
-    raise ValueError(
-      f"{tensors.path}: {step.theirs[0]}: {step.ours[-1]} has {count} positions; say grid=(rows,"
-      f" columns) of that many patches, not {grid}"
-    )
-  try:
-    return positions.resize(np.asarray(part), (rows, cols), step.row.resize)
-  except ValueError as error:
-    raise ValueError(f"{tensors.path}: {step.theirs[0]}: {error}") from error
 
 
 def _matches(pattern: str, name: str) -> bool:
