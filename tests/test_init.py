@@ -16,8 +16,8 @@ import tokenizers
 from checkpoints import BERT, CLIP, bert_keys, clip_keys, folder, save
 from shards import samples, write_tar
 from tests_support import ROOT, load
+from tower_oracles import CASES, describe, error, images, needed, stored
 from tower_oracles import ROOT as ORACLES
-from tower_oracles import error, images, needed, stored
 
 from bigalign import sharding, train, tree
 from bigalign import state as states
@@ -28,6 +28,8 @@ from bigalign.weights import LAYOUTS, files, reading, start, table
 
 TOLERANCE = 2e-5  # relative to the largest output
 FLOAT32 = dict(dtype="float32")
+IMAGE = dict(name="vit", patch=7, width=16, depth=1, heads=2)
+TEXT = dict(name="text", vocab_size=259, length=12, width=16, depth=1, heads=2)
 
 
 @pytest.fixture
@@ -188,6 +190,30 @@ def test_stacks_are_loaded_where_they_lie(clip, small, monkeypatch):
     assert x.sharding == {**places.trainable, **places.frozen}[path], path
 
 
+@needed
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES or ["none"])
+def test_tower_oracle_every_family_begins_a_run(case, monkeypatch):
+  """Whole models and single towers, in place on eight devices, are what is read on the host."""
+  monkeypatch.setattr(reading, "_SMALL", 0)
+  checkpoint = describe(case)
+  both = {"image", "text"} <= checkpoint.model.keys()
+  given = {} if both else {"embed_dim": 24}
+  for side, tower in (("image", IMAGE), ("text", TEXT)):
+    known = checkpoint.model.get(side)
+    # Heads, which open_clip does not always save, are said; what there is no tower for is new.
+    given[side] = {"heads": known["heads"]} if known else dict(tower)
+  side = "image" if "image" in checkpoint.model else "text"
+  (given if both else given[side])["init"] = str(checkpoint.path)
+  _, loaded = load_all(given, image_size=28, length=12)
+  part = "model/" if both else f"model/{side}_tower/"
+  shapes = {p: x for p, x in loaded.items() if p.startswith(part)}
+  plain = checkpoint.load(tree.subtree(shapes, "model/"))
+  assert len(plain) == len(shapes) > 15
+  for path, x in shapes.items():
+    np.testing.assert_array_equal(x, plain[path.removeprefix("model/")], err_msg=path)
+
+
 def test_what_is_new_is_what_a_run_from_scratch_draws(clip):
   """Only the projectors of two towers; with the same seed they are the same."""
   given = dict(image=dict(init=str(clip)), text=dict(init=str(clip)), embed_dim=4)
@@ -231,18 +257,16 @@ def test_what_does_not_fit_is_never_drawn_at_random(clip, tmp_path, given, messa
   cut = weights_of(clip)
   cut.pop("vision_model.post_layernorm.bias")
   folder(tmp_path / "cut", CLIP, cut)
-  text = dict(name="text", vocab_size=259, length=6, width=16, depth=1, heads=2)
   given = json.loads(json.dumps(given).replace("{clip}", str(clip)).replace(
-    '"{text}"', json.dumps(text)).replace("{cut}", str(tmp_path / "cut")))
+    '"{text}"', json.dumps(TEXT)).replace("{cut}", str(tmp_path / "cut")))
   with pytest.raises(ValueError, match=message):
     load_all(given)
 
 
 def test_what_is_asked_for_by_name_is_new(clip, tmp_path):
   """A head that the checkpoint lacks, a tensor that is lost, one that is not wanted."""
-  text = dict(name="text", vocab_size=259, length=6, width=16, depth=1, heads=2)
   head = dict(init=str(clip), pool="map", class_token=True, fresh="map_head/")
-  _, loaded = load_all(dict(image=head, text=text, embed_dim=4))
+  _, loaded = load_all(dict(image=head, text=TEXT, embed_dim=4))
   assert "model/image_tower/extra_tokens" in loaded
   assert not any("map_head" in path or "text" in path for path in loaded)
   tensors = weights_of(clip)

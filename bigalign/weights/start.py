@@ -60,7 +60,7 @@ def options(
   """
   if record and record["model"] == given:
     return dict(record["config"]["model"])
-  model = _unworded(given) | {s: _unworded(given[s]) for s in SIDES if _is_tower(given, s)}
+  model = _beside_init(given) | {s: _beside_init(given[s]) for s in SIDES if _is_tower(given, s)}
   starts = _starts(given)
   if "open_clip" in model:
     if starts:
@@ -112,8 +112,8 @@ def _is_tower(given: Mapping[str, Any], side: str) -> bool:
   return isinstance(given.get(side), Mapping)
 
 
-def _unworded(given: Mapping[str, Any]) -> dict[str, Any]:
-  """What is written beside `init`; without it, `fresh` and `drop` are options that nobody knows."""
+def _beside_init(given: Mapping[str, Any]) -> dict[str, Any]:
+  """The options of the model; without an init, `fresh` and `drop` are some that nobody knows."""
   return {k: v for k, v in given.items() if "init" not in given or k not in _WORDS}
 
 
@@ -144,7 +144,7 @@ def _start(given: Mapping[str, Any], side: str, towers: Mapping[str, Any]) -> St
   if not path.exists():
     raise FileNotFoundError(f"{where}.init={given['init']!r}: no such file or folder: {path}")
   sides = (side,) if side else SIDES
-  checkpoint = describe(path, **{x: _unworded(towers[x]) for x in sides if x in towers})
+  checkpoint = describe(path, **{x: _beside_init(towers[x]) for x in sides if x in towers})
   lacking = [x for x in sides if x not in checkpoint.model]
   if lacking:
     raise ValueError(
