@@ -120,9 +120,8 @@ def train(
   diagnose_every = duration(diagnose_every, "config.diagnose_every")
   meta = {
     "config": configs.plain(config), "model": given, "revision": revision(),
-    "versions": machine.versions(), "hardware": machine.describe(),
+    "versions": machine.versions(), "hardware": machine.describe(), "dataset_size": len(source),
     "data": source.fingerprint, "tokenizer": digest(data["tokenizer"]),
-    "dataset_size": len(source),
   }
   same_on_all_hosts(meta)
 
