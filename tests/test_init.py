@@ -323,6 +323,7 @@ def test_names_of_open_clip_are_sizes(tmp_path):
   assert not loaded and program.model.image_tower.width == 128
 
 
+@pytest.mark.slow
 def test_the_shipped_config(clip, tmp_path, monkeypatch):
   """configs/lit.py with small towers and data, and what it says where it has none."""
   c = load("lit").to_dict()
