@@ -9,6 +9,7 @@ PROGRAMS = {
   "train": "trains a model from a config file",
   "evaluate": "runs the evaluators on a run's checkpoint",
   "report": "makes one HTML page of a run",
+  "export": "writes a run as a folder that PyTorch's libraries load",
   "costs": "what losses cost per device: memory, products, bytes on the wires",
 }
 

@@ -18,8 +18,6 @@ import numpy as np
 import rich.console
 import rich.progress
 from absl import logging
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
 
 FILE = "metrics.jsonl"
 _NON_FINITE: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -138,7 +136,7 @@ class MetricWriter:
     resume_step: int | None = None,
   ):
     self._file: TextIO | None = None
-    self._board: SummaryWriter | None = None
+    self._board: Any = None
     self._wandb: Any = None
     if jax.process_index() != 0:
       return
@@ -149,6 +147,9 @@ class MetricWriter:
     _rewind(folder / FILE, resume_step)
     self._file = (folder / FILE).open("a", encoding="utf-8")
     if tensorboard:
+      # It imports torch, where there is one, which takes seconds.
+      from tensorboardX import SummaryWriter
+
       # TensorBoard hides what an earlier start wrote at purge_step and later.
       purge = 0 if resume_step is None else resume_step + 1
       self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
@@ -164,6 +165,8 @@ class MetricWriter:
       self._file.write(_line(step, row))
       self._file.flush()
     if self._board is not None:
+      from tensorboardX.proto.summary_pb2 import Summary
+
       # add_scalar would write R@1 as R_1.
       values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
       self._board.file_writer.add_summary(Summary(value=values), step)

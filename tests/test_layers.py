@@ -21,7 +21,10 @@ LAYERS = [
   },
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step"},
-  {"train", "evaluate", "report", "costs", "report_html", "__main__"},
+  {
+    "train", "evaluate", "report", "costs", "report_html", "__main__", "export", "export_card",
+    "export_check", "export_formats",
+  },
 ]
 # What takes seconds or gigabytes to import, or may be replaced one day, has its few places.
 PLACES = {
@@ -99,7 +102,7 @@ def test_configs_are_read_without_starting_jax(path):
 def test_programs_import_neither_tensorflow_nor_torch():
   code = """
 import sys
-from bigalign import evaluate, report, train
+from bigalign import evaluate, export, report, train
 print(sorted({"tensorflow", "torch"} & {name.split(".")[0] for name in sys.modules}))
 """
   found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,7 +20,7 @@ from tokenizers import models, pre_tokenizers, processors
 try:
   import ftfy
 except ImportError:
-  ftfy = None
+  ftfy = None  # type: ignore[assignment]
 
 _START, _END = "<start_of_text>", "<end_of_text>"
 _SIZE = 49408

@@ -84,11 +84,11 @@ class Words(Tokenizer):
       words = importlib.import_module("bigalign.data.glyphs").vocabulary()
     else:
       words = _file(vocabulary, option="vocabulary").read_text("utf-8").split()
-    self._ids = {word: i + 3 for i, word in enumerate(dict.fromkeys(words))}
-    self.vocab_size = len(self._ids) + 3
+    self.ids = {word: i + 3 for i, word in enumerate(dict.fromkeys(words))}
+    self.vocab_size = len(self.ids) + 3
 
   def _encode(self, texts):
-    every = ([self._ids.get(word, 1) for word in self._split(text)] for text in texts)
+    every = ([self.ids.get(word, 1) for word in self._split(text)] for text in texts)
     return [[i for i in ids if i != 1 or not self._drop_unknown] + [2] for ids in every]
 
   def _split(self, text: str) -> list[str]:
@@ -109,12 +109,12 @@ class SentencePiece(Tokenizer):
                      canonicalize=canonicalize, pad=pad, eos=eos)
     file = _file(path, option="path")
     try:
-      self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+      self.model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
       raise ValueError(f"tokenizer path={path!r}: not a SentencePiece model: {error}") from error
-    self.vocab_size = self._model.get_piece_size()
-    self.eos = _token_id(eos, self._model.eos_id(), option="eos", path=path)
-    self.pad = _token_id(pad, self._model.pad_id() if self._model.pad_id() >= 0 else self.eos,
+    self.vocab_size = self.model.get_piece_size()
+    self.eos = _token_id(eos, self.model.eos_id(), option="eos", path=path)
+    self.pad = _token_id(pad, self.model.pad_id() if self.model.pad_id() >= 0 else self.eos,
                          option="pad", path=path)
     self._lower, self._canonicalize = lower, canonicalize
 
@@ -123,21 +123,21 @@ class SentencePiece(Tokenizer):
       texts = [clip_text.canonicalize(text) for text in texts]
     elif self._lower:
       texts = [text.lower() for text in texts]
-    return [[*tokens, self.eos] for tokens in self._model.encode(list(texts))]
+    return [[*tokens, self.eos] for tokens in self.model.encode(list(texts))]
 
 
 class Rust(Tokenizer):
   """A tokenizer of the Rust library, which adds the special tokens and cuts between them."""
 
   def _set(self, model: tokenizers.Tokenizer, *, pad: int) -> None:
-    self._model = model
+    self.model = model
     model.enable_truncation(self.length)
     model.no_padding()
     self.pad, self.eos = pad, None
     self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
 
   def _encode(self, texts):
-    return [encoding.ids for encoding in self._model.encode_batch_fast(list(texts))]
+    return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts))]
 
 
 class WordPiece(Rust):

@@ -152,7 +152,8 @@ def trunk(
 ) -> Layout:
   """A vision_cfg with a timm model."""
   p = THEIRS
-  x = measured(shapes, timm_model_name, heads) if shapes else named(timm_model_name)
+  has_trunk = any(key.startswith(p) for key in shapes)
+  x = measured(shapes, timm_model_name, heads) if has_trunk else named(timm_model_name)
   options: dict[str, Any] = dict(
     name="vit", patch=x.patch, patch_bias=x.patch_bias,
     pool=_pool(timm_pool, x.class_token, x.map_pool), class_token=x.class_token,

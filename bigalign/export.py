@@ -1,0 +1,193 @@
+"""Writes a run as a folder that others load: bigalign export runs/clip --format=hf --out=clip-b16
+
+bigalign export --check clip-b16 compares the folder's logits with the run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from bigalign import config as configs
+from bigalign import export_card as card
+from bigalign import export_check, runtime, tree
+from bigalign.data import transforms
+from bigalign.evaluate import Run, open_run
+from bigalign.export_formats import FORMATS, Files, prepare
+from bigalign.inputs import open_tokenizer
+from bigalign.model import make_model
+from bigalign.weights import safetensors, transfer
+from bigalign.weights.fit import Subject
+from bigalign.weights.tokenizer_files import SAMPLES
+
+ABOUT, CARD = "bigalign.json", "README.md"
+_SIDE = 61  # pixels of the sample pictures' shorter side
+
+
+def scalars(params: Mapping[str, Any], terms: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """"t", the log of the logit scale, and "b", a bias, of the first term of the loss that learns it.
+
+  A loss with a fixed temperature gives t = 0: logits are cosines.
+  """
+  for name in terms:
+    learned = tree.subtree(params, f"loss/{name}/")
+    if "temperature" in learned:
+      return {"t": -np.log(np.asarray(learned["temperature"], np.float32))}
+    if "t" in learned:
+      return {k: np.asarray(learned[k], np.float32) for k in ("t", "b") if k in learned}
+  return {"t": np.zeros((), np.float32)}
+
+
+def subject(run: Run, ema: bool = False) -> Subject:
+  """What of a run is exported: the model in float32, its parameters or their averages.
+
+  Raises:
+    ValueError: if the averages are asked for, and the run has none.
+  """
+  if ema and not run.ema:
+    raise ValueError(f"--ema: {run.workdir} keeps no averages (config.ema)")
+  params = run.ema if ema else run.params
+  model = dict(run.config["model"])
+  for side in ("image", "text"):
+    model[side] = {**model[side], "dtype": "float32"}
+  arrays = {k: np.asarray(x).astype(np.float32) for k, x in tree.subtree(params, "model/").items()}
+  return Subject(
+    configs.call(make_model, model, "config.model"),
+    arrays | scalars(params, run.config["loss"]),
+    run.config["data"],
+    open_tokenizer(run.config["data"]["tokenizer"]),
+  )
+
+
+def pictures() -> list[np.ndarray]:
+  """uint8 [H, W, 3]: smooth colours, upright, lying and square, whose centres nobody rounds."""
+  rng = np.random.default_rng(0)
+  found = []
+  for height, width in ((1, 1), (2, 1), (1, 2), (1, 1)):
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+    size = _SIDE * width, _SIDE * height
+    found.append(np.asarray(small.resize(size, Image.Resampling.BICUBIC)))
+  return found
+
+
+def logits(it: Subject, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
+  """[N, M] float32: of N pictures and M texts, by our own way from pixels and letters."""
+  size, resize = it.data["image_size"], it.data.get("resize", "squash")
+  image = np.stack([transforms.eval_image(x, size=size, resize=resize) for x in images])
+  ids, mask = it.tokenizer.encode_batch(texts)
+  variables = {"params": tree.unflatten({k: x for k, x in it.arrays.items() if "/" in k})}
+  with jax.default_matmul_precision("highest"):
+    feats = jax.jit(it.model.apply)(variables, image, ids, mask)
+  cosines = np.asarray(feats["zimg"]) @ np.asarray(feats["ztxt"]).T
+  return np.exp(it.arrays["t"]) * cosines + it.arrays.get("b", np.float32(0))
+
+
+def export(
+  run: Run, kind: str, out: str | pathlib.Path, *, ema: bool = False, license: str = "unknown"
+) -> tuple[pathlib.Path, float | None]:
+  """Writes the folder; (its path, largest difference of logits, None where nothing can compute it).
+
+  The folder appears whole, after it was compared, or not at all.
+
+  Raises:
+    FileExistsError: if there is something in `out`.
+    ValueError: if the format cannot hold the model, with the keys of the config that say so and the
+      formats that can; if the folder's logits are not the run's.
+  """
+  out = pathlib.Path(out).absolute()
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise FileExistsError(f"--out={out} is there already; name another folder")
+  it = subject(run, ema)
+  made = prepare(kind, it)
+  about = card.facts(run, kind, made.family, ema)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+  try:
+    _write(part, made, it)
+    (part / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    found = export_check.difference(part) if export_check.possible(kind) else None
+    if found is not None and not found <= export_check.TOLERANCE:
+      raise ValueError(
+        f"--format={kind}: the logits of {made.family} differ from the run's by {found:.1e} of the"
+        f" largest, more than {export_check.TOLERANCE}; nothing was written"
+      )
+    (part / CARD).write_text(card.text(about, made, it, license, found))
+    part.chmod(0o755)
+    part.replace(out)
+  except BaseException:
+    shutil.rmtree(part)
+    raise
+  return out, found
+
+
+def _write(folder: pathlib.Path, made: Files, it: Subject) -> None:
+  for name, content in made.files.items():
+    (folder / name).write_text(
+      content if isinstance(content, str)
+      else json.dumps(content, indent=None if name == "tokenizer.json" else 1, ensure_ascii=False)
+    )
+  arrays: dict[str, Any] = dict(transfer.write(made.layout, made.arrays))
+  if made.weights.endswith(".npz"):
+    np.savez(folder / made.weights, **arrays)
+  else:
+    safetensors.save(folder / made.weights, arrays.items(), format="pt")
+  images = pictures()
+  samples: dict[str, Any] = {f"image_{i}": x for i, x in enumerate(images)}
+  samples |= dict(texts=np.asarray(SAMPLES), logits=logits(it, images, SAMPLES))
+  np.savez(folder / export_check.SAMPLES, **samples)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The program; returns its exit status."""
+  parser = argparse.ArgumentParser(
+    prog="bigalign export",
+    description="Writes a checkpoint of a run as a folder for PyTorch, or compares such a folder's"
+    " logits with those that the run gave for some pictures and texts.",
+  )
+  parser.add_argument("run", nargs="?", help="the --workdir of a training run")
+  parser.add_argument("--format", choices=sorted(FORMATS), help="whose folder")
+  parser.add_argument("--out", metavar="DIR", help="the folder; must be new or empty")
+  parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
+  parser.add_argument("--ema", action="store_true", help="the averages of the parameters")
+  parser.add_argument(
+    "--license", default="unknown", help="of the weights, for the model card (%(default)s)"
+  )
+  parser.add_argument("--check", metavar="DIR", help="compare the logits of an exported folder")
+  args = parser.parse_args(argv)
+  if args.check:
+    checked = export_check.difference(pathlib.Path(args.check))
+    print(f"{args.check}: {_told(checked)}")
+    return int(not checked <= export_check.TOLERANCE)
+  if not (args.run and args.format and args.out):
+    parser.error("RUN, --format and --out are needed, or --check DIR")
+  runtime.setup()
+  try:
+    run_ = open_run(args.run, args.step)
+    out, found = export(run_, args.format, args.out, ema=args.ema, license=args.license)
+  except (ValueError, OSError) as error:
+    parser.exit(1, f"bigalign export: {error}\n")
+  needed = " and ".join(export_check.missing(args.format))
+  print(f"{out}: {_told(found) if found is not None else f'not compared, for want of {needed}'}")
+  return 0
+
+
+def _told(found: float) -> str:
+  return f"logits differ from the run's by {found:.1e} of the largest at most"
+
+
+def run() -> None:
+  """The program `bigalign export`."""
+  raise SystemExit(main())
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,267 @@
+"""Folders for other libraries, written and read back with none of them; what they cannot hold."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from bigalign import config as configs
+from bigalign import export, export_check, tree, weights
+from bigalign.data.tokenizers import make_tokenizer
+from bigalign.evaluate import Run
+from bigalign.export_formats import prepare
+from bigalign.model import make_model
+from bigalign.weights import tokenizer_files
+
+SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
+# CLIP as Hugging Face knows it; a plain ViT beside CLIP's text, as configs/clip_b16.py; SigLIP.
+CLIP = dict(
+  image=dict(name="vit", patch=8, pool="cls", class_position=True, pre_norm=True, patch_bias=False,
+             activation="quick_gelu", epsilon=1e-5, **SIZE),
+  text=dict(name="text", vocab_size=9, length=8, causal=True, pool="eos", activation="quick_gelu",
+            epsilon=1e-5, **SIZE),
+  embed_dim=12, pixels="clip",
+)
+PLAIN = dict(
+  image=dict(name="vit", patch=8, pool="cls", activation="gelu", **SIZE),
+  text=dict(CLIP["text"], activation="gelu", scan=False), embed_dim=12, pixels="clip",
+)
+SIGLIP = dict(
+  image=dict(name="vit", patch=8, pool="map", **SIZE),
+  text=dict(name="text", vocab_size=259, length=16, pool="last", mask_padding=False, **SIZE),
+  embed_dim=16, image_projector=dict(name="identity"),
+  text_projector=dict(name="linear", bias=True),
+)
+CLIP_LOSS, SIGLIP_LOSS = dict(clip=dict(weight=1.0)), dict(siglip=dict(weight=1.0))
+
+
+@pytest.fixture
+def pieces(tmp_path):
+  """A WordPiece vocabulary whose end has the highest id."""
+  file = tmp_path / "vocab.txt"
+  file.write_text("[PAD]\n[UNK]\n[CLS]\na\ncat\ndog\nphoto\nof\n[SEP]\n")
+  return dict(name="wordpiece", path=str(file), length=8)
+
+
+def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0):
+  """A run at step 3, with parameters of random numbers."""
+  data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize=resize)
+  config = configs.plain(dict(seed=0, batch_size=4, data=data, model=model, loss=loss, evals={}))
+  made = make_model(**model)
+  ids = jnp.zeros((1, tokenizer["length"]), jnp.int32)
+  shapes = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8), ids)
+  rng = np.random.default_rng(seed)
+  params = {
+    path: 0.3 * rng.standard_normal(x.shape).astype(np.float32) + path.endswith("/scale")
+    for path, x in tree.flatten(shapes["params"], "model/").items()
+  }
+  for name in loss:
+    params[f"loss/{name}/t"] = np.float32(2.3)
+    if name == "siglip":
+      params[f"loss/{name}/b"] = np.float32(-7)
+  (tmp_path / "run").mkdir(exist_ok=True)
+  rows = [{"step": 2, "val/x": 0.5}, {"step": 3, "val/x": 0.625, "train/loss": 1.0}]
+  (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+  meta = dict(samples_seen=12, dataset_size=1000, data="f" * 16, revision="abc", versions={})
+  return Run(tmp_path / "run", 3, config, meta, None, params, {}, {})
+
+
+def read_logits(path, it, images, texts):
+  """What `weights` reads from a folder, on our own pixels and ids."""
+  checkpoint = weights.describe(path)
+  sides = {k: {**checkpoint.model[k], "dtype": "float32"} for k in ("image", "text")}
+  model = make_model(**{**checkpoint.model, **sides, "pixels": it.model.pixels})
+  image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.uint8)
+  ids = jax.ShapeDtypeStruct((1, it.tokenizer.length), jnp.int32)
+  shapes = tree.flatten(jax.eval_shape(model.init, jax.random.key(0), image, ids)["params"])
+  found = {row.ours for row in checkpoint.layout.rows} & {"t", "b"}
+  arrays = checkpoint.load(shapes | {x: jax.ShapeDtypeStruct((), jnp.float32) for x in found})
+  return export.logits(it._replace(model=model, arrays=arrays), images, texts)
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+  monkeypatch.setattr(export_check, "missing", lambda kind: ["torch"] if kind != "npz" else [])
+
+
+@pytest.mark.parametrize("kind, model, loss, family", [
+  ("hf", CLIP, CLIP_LOSS, "CLIPModel"),
+  ("hf", PLAIN, CLIP_LOSS, "VisionTextDualEncoderModel"),
+  ("hf", SIGLIP, SIGLIP_LOSS, "SiglipModel"),
+  ("open_clip", CLIP, CLIP_LOSS, "open_clip's CLIP"),
+  ("open_clip", PLAIN, SIGLIP_LOSS, "open_clip's CLIP"),
+  ("npz", SIGLIP, SIGLIP_LOSS, "big_vision's two_towers"),
+])
+def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, pieces, no_torch):
+  """Read back without the library that it is for, it gives the run's logits."""
+  tokenizer = pieces if model is not SIGLIP else dict(name="byte", length=16)
+  run = make_run(tmp_path, model, loss, tokenizer)
+  out, _ = export.export(run, kind, tmp_path / "out/folder", license="cc0-1.0")
+  assert json.loads((out / "bigalign.json").read_text())["family"] == family
+  it = export.subject(run)
+  images, texts = export.pictures(), ["a cat", "photo of a dog", "x" * 30]
+  ours = export.logits(it, images, texts)
+  assert np.ptp(ours, 0).min() > 1e-2 and np.ptp(ours, 1).min() > 1e-2, "inputs are told apart"
+  theirs = read_logits(out / "model.npz" if kind == "npz" else out, it, images, texts)
+  np.testing.assert_allclose(theirs, ours, atol=2e-5 * np.abs(ours).max())
+  made = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+  for text, row, real in zip(texts[:2], *it.tokenizer.encode_batch(texts)):
+    assert made.encode(text).ids == row[real].tolist()
+  card = (out / "README.md").read_text()
+  for words in ("license: cc0-1.0", "samples seen | 12 ", "| val/x | 0.625 |", '"glyphs"'):
+    assert words in card
+  assert not list(out.parent.glob(".*")), "the temporary folder is gone"
+
+
+def test_masked_padding_is_asked_for_by_the_tokenizer(tmp_path, no_torch):
+  """SigLIP's classes hide padding where there is a mask, and only there."""
+  for masked in (False, True):
+    model = {**SIGLIP, "text": {**SIGLIP["text"], "mask_padding": masked}}
+    run = make_run(tmp_path, model, SIGLIP_LOSS, dict(name="byte", length=16))
+    made = prepare("hf", export.subject(run))
+    asked = made.files["tokenizer_config.json"]["model_input_names"]
+    assert asked == ["input_ids", "attention_mask"][: 1 + masked]
+
+
+REFUSED = [
+  ("hf", {}, SIGLIP_LOSS, "its logit bias", "open_clip"),
+  ("hf", {"text/pool": "mean"}, CLIP_LOSS, "config.model.text.pool='mean', there 'eos'", ""),
+  ("hf", {"image_projector/name": "mlp"}, CLIP_LOSS, "config.model.image_projector.name='mlp'", ""),
+  ("hf", {"text/causal": False}, CLIP_LOSS, "config.model.text.causal=False", ""),
+  ("open_clip", {"image/activation": "gelu"}, CLIP_LOSS, "config.model.text.activation", "hf"),
+  ("open_clip", {"text/mask_padding": True, "text/causal": False}, CLIP_LOSS,
+   "config.model.text.mask_padding=True", ""),
+  ("npz", {}, CLIP_LOSS, "config.model.image.pool='cls', there 'map'", "hf, open_clip"),
+]
+
+
+@pytest.mark.parametrize("kind, changes, loss, reason, others", REFUSED)
+def test_what_a_format_cannot_hold(kind, changes, loss, reason, others, tmp_path, pieces):
+  """The config's key, and the formats that can."""
+  model = tree.unflatten({**tree.flatten(CLIP), **changes})
+  run = make_run(tmp_path, model, loss, pieces)
+  with pytest.raises(ValueError) as error:
+    export.export(run, kind, tmp_path / "out")
+  lines = str(error.value).splitlines()
+  assert reason in str(error.value) and f"--format={kind}" in lines[0]
+  assert lines[-1] == (f"Formats that can: {others}" if others else "No other format can.")
+  assert not (tmp_path / "out").exists()
+
+
+def test_an_end_that_clip_models_take_for_another_is_refused(tmp_path):
+  """CLIPModel reads the highest id where eos_token_id is 2, as the byte tokenizer's is."""
+  model = {**CLIP, "text": {**CLIP["text"], "vocab_size": 259}}
+  run = make_run(tmp_path, model, CLIP_LOSS, dict(name="byte", length=8))
+  with pytest.raises(ValueError, match=r"text\.pool='eos', there 'argmax'"):
+    export.export(run, "hf", tmp_path / "out")
+
+
+def test_a_bias_is_put_where_it_has_a_place(tmp_path, pieces):
+  """The bias of patches is added to their positions; what only they have is zeros and ones."""
+  it = export.subject(make_run(tmp_path, PLAIN, CLIP_LOSS, pieces))
+  made = prepare("open_clip", it)
+  assert "image_tower/embedding/bias" not in made.arrays
+  expected = it.arrays["image_tower/positions"] + it.arrays["image_tower/embedding/bias"]
+  np.testing.assert_array_equal(made.arrays["image_tower/positions"], expected)
+  assert not made.arrays["image_tower/class_position"].any()
+  scale = prepare("hf", it).arrays["image_tower/encoder/blocks/scale1"]
+  np.testing.assert_array_equal(scale, np.ones_like(scale))
+
+
+def test_no_folder_is_left_where_logits_differ(tmp_path, pieces, monkeypatch):
+  run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
+  monkeypatch.setattr(export_check, "possible", lambda kind: True)
+  for wrong in (1e-3, float("nan")):
+    monkeypatch.setattr(export_check, "difference", lambda folder, x=wrong: x)
+    with pytest.raises(ValueError, match="differ from the run's"):
+      export.export(run, "hf", tmp_path / "out/folder")
+  assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_holds_something_is_not_touched(tmp_path, pieces):
+  run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full/thesis.txt").write_text("mine")
+  with pytest.raises(FileExistsError, match="full"):
+    export.export(run, "hf", tmp_path / "full")
+  assert (tmp_path / "full/thesis.txt").read_text() == "mine"
+  with pytest.raises(ValueError, match=r"--ema.*config\.ema"):
+    export.export(run, "hf", tmp_path / "other", ema=True)
+
+
+def test_a_folder_of_another_hand_is_not_compared(tmp_path, capsys):
+  with pytest.raises(FileNotFoundError, match=r"bigalign\.json"):
+    export.main(["--check", str(tmp_path)])
+
+
+def test_averages_are_another_model(tmp_path, pieces, no_torch):
+  run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
+  other = make_run(tmp_path, CLIP, CLIP_LOSS, pieces, seed=1)
+  out, _ = export.export(run._replace(ema=other.params), "hf", tmp_path / "out", ema=True)
+  it, images, texts = export.subject(other), export.pictures(), ["a cat", "a dog"]
+  expected = export.logits(it, images, texts)
+  found = read_logits(out, it, images, texts)
+  np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_the_scale_is_that_of_the_first_term_that_learns_one():
+  params = {"loss/b/t": np.float32(1), "loss/b/b": np.float32(-3), "loss/c/t": np.float32(2)}
+  found = export.scalars(params, {"a": {}, "b": {}, "c": {}})
+  assert found == {"t": 1, "b": -3}
+  assert export.scalars({}, {"a": {}}) == {"t": 0}
+  found = export.scalars({"loss/albef_itc/temperature": np.float32(0.1)}, {"albef_itc": {}})
+  np.testing.assert_allclose(np.exp(found["t"]), 10, rtol=1e-6)
+
+
+TEXTS = [
+  "Hello, World_3! it's fine", "naïve CAFÉ — “quoted” 10°C", "中文 and العربية", "a", " ",
+  "\n\n a b", "e\u0301 combined", "emoji 👍🏽 ok", "x" * 300, "one two " * 100,
+]
+
+
+@pytest.mark.parametrize("options", [
+  dict(name="clip", path="clip_bpe_simple_vocab_16e6.txt.gz", length=20),
+  dict(name="clip", path="clip_bpe_simple_vocab_16e6.txt.gz", length=20, canonicalize=True),
+  dict(name="wordpiece", path="bert_base_uncased_vocab.txt", length=20),
+  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20),
+  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20, lower=True),
+  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20, canonicalize=True),
+], ids=lambda x: x["name"])
+def test_real_tokenizers_as_files(options, data_root):
+  same_ids({**options, "path": str(data_root / "tokenizers" / options["path"])})
+
+
+@pytest.mark.parametrize("options", [
+  dict(name="byte", length=40), dict(name="byte", length=40, lower=True),
+  dict(name="words", length=12, vocabulary="glyphs"),
+], ids=lambda x: x["name"])
+def test_own_tokenizers_as_files(options):
+  same_ids(options)
+
+
+def same_ids(options):
+  """tokenizer.json gives what ours gives, and its configuration pads and cuts alike."""
+  tokenizer = make_tokenizer(**options)
+  found = tokenizer_files.files(tokenizer, pads_unseen=True, mask=False)
+  made = tokenizers.Tokenizer.from_str(json.dumps(found["tokenizer.json"]))
+  made.enable_truncation(found["tokenizer_config.json"]["model_max_length"])
+  for text, row, real in zip(TEXTS, *tokenizer.encode_batch(TEXTS)):
+    assert made.encode(text).ids == row[real].tolist(), text
+
+
+def test_tokenizers_that_no_file_describes(tmp_path, data_root):
+  (tmp_path / "words.txt").write_text("cat dog")
+  words = make_tokenizer("words", length=4, vocabulary=str(tmp_path / "words.txt"),
+                         drop_unknown=True)
+  with pytest.raises(ValueError, match="drop_unknown"):
+    tokenizer_files.files(words, pads_unseen=True, mask=False)
+  clip = make_tokenizer(
+    "clip", length=8, path=str(data_root / "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz")
+  )
+  with pytest.raises(ValueError, match="pads with '!'"):
+    tokenizer_files.files(clip, pads_unseen=False, mask=False)
