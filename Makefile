@@ -17,8 +17,8 @@ space := $(subst ,, )
 comma := ,
 # .installed, .installed-test, .installed-cuda, .installed-test-cuda, ...: empty files that say what
 # .venv holds already.
-BASE := $(VENV)/.installed$(addprefix -,$(EXTRAS))
-TEST := $(VENV)/.installed-test$(addprefix -,$(EXTRAS))
+BASE := $(VENV)/.installed$(subst $(space),,$(addprefix -,$(EXTRAS)))
+TEST := $(VENV)/.installed-test$(subst $(space),,$(addprefix -,$(EXTRAS)))
 list = $(subst $(space),$(comma),$(strip $(1)))
 
 .DEFAULT_GOAL := help

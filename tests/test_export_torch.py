@@ -1,0 +1,177 @@
+"""Runs trained here, exported, and loaded by transformers and open_clip as their users would."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torchvision_beside_cpu_torch
+from PIL import Image
+from shards import samples, write_tar
+from tests_support import load
+
+from bigalign import config as configs
+from bigalign import evaluate, export
+from bigalign.train import train
+from bigalign.weights import safetensors
+from bigalign.weights.files import open_tensors
+
+_FOUND = {x: importlib.util.find_spec(x) for x in ("torch", "transformers", "open_clip")}
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    not all(_FOUND.values()),
+    reason="torch, transformers or open_clip is not installed: the extra interop",
+  ),
+]
+TOLERANCE = 2e-5  # relative to the largest logit
+SIZE = dict(width=32, depth=2, heads=4, mlp_ratio=2.0, scan=True)
+TEXTS = ["picture number 3", "A red disc, on the left!", "café", "two words " * 50]
+
+
+def models(tokenizers):
+  """{name: what tiny.py is changed to}."""
+  clip = dict(
+    tokenizer=dict(name="clip", path=str(tokenizers / "clip_bpe_simple_vocab_16e6.txt.gz"),
+                   length=16),
+    resize="shortest",
+    image=dict(name="vit", patch=8, pool="cls", class_position=True, pre_norm=True,
+               patch_bias=False, activation="quick_gelu", epsilon=1e-5, **SIZE),
+    text=dict(name="text", vocab_size=49408, length=16, causal=True, pool="eos",
+              activation="quick_gelu", epsilon=1e-5, **SIZE),
+    embed_dim=24, pixels="clip", loss=dict(clip=dict(weight=1.0)),
+  )
+  plain = dict(
+    clip, loss=dict(siglip=dict(weight=1.0)),
+    image=dict(name="vit", patch=8, pool="cls", activation="gelu", **SIZE),
+    text=dict(clip["text"], activation="gelu"),
+  )
+  siglip = dict(
+    tokenizer=dict(name="sentencepiece", path=str(tokenizers / "maxtext_default_32768.spm.model"),
+                   length=64, lower=True),
+    resize="squash", embed_dim=32, pixels="half", loss=dict(siglip=dict(weight=1.0)),
+    image=dict(name="vit", patch=8, pool="map", **SIZE),
+    text=dict(name="text", vocab_size=32768, length=64, mask_padding=False, **SIZE),
+    image_projector=dict(name="identity"), text_projector=dict(name="linear", bias=True),
+  )
+  return dict(clip=clip, plain=plain, siglip=siglip)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """name -> the folder of a run of four steps; trained once."""
+  root, made = tmp_path_factory.mktemp("runs"), {}
+
+  def run(name, data_root):
+    if name not in made:
+      given = models(data_root / "tokenizers")[name]
+      c = load("tiny")
+      c.total_steps, c.log_every, c.checkpoint_every, c.batch_size = 4, 4, 4, 16
+      c.ema = 0.0
+      c.optimizer.lr = 0.01
+      c.data.source = write_tar(root / f"{name}/train.tar", samples(0, 32))
+      c.data.tokenizer, c.data.resize = given.pop("tokenizer"), given.pop("resize")
+      c.loss, c.evals, c.writer = given.pop("loss"), {}, dict(tensorboard=False)
+      c.model = given
+      train(root / name / "run", **configs.plain(c))
+      made[name] = root / name / "run"
+    return made[name]
+
+  return run
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+  """One thread, no network, torchvision if only its Python part can be had."""
+  import torch
+
+  torchvision_beside_cpu_torch.enable()
+  torch.set_num_threads(1)
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def ours(run):
+  """(pictures, the run's logits of them and TEXTS)."""
+  images = export.pictures()[:3]
+  return images, export.logits(export.subject(evaluate.open_run(run)), images, TEXTS)
+
+
+def near(found, expected):
+  assert found.shape == expected.shape and np.ptp(expected, 1).min() > 1e-3
+  assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_transformers_loads_a_run(name, runs, libraries, data_root, tmp_path, capsys):
+  """AutoModel with no key too many or too few, AutoProcessor, and the zero-shot pipeline."""
+  import torch
+  import transformers
+
+  run, out = runs(name, data_root), tmp_path / "hf"
+  assert export.main([str(run), "--format=hf", f"--out={out}"]) == 0
+  assert export.main(["--check", str(out)]) == 0 and "logits differ" in capsys.readouterr().out
+  model, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+  assert not info["missing_keys"] and not info["unexpected_keys"]
+  processor = transformers.AutoProcessor.from_pretrained(out, backend="pil")
+  images, expected = ours(run)
+  inputs = processor(
+    text=TEXTS, images=[Image.fromarray(x) for x in images], padding="max_length",
+    truncation=True, return_tensors="pt",
+  )
+  with torch.inference_mode():
+    near(model(**inputs).logits_per_image.numpy(), expected)
+
+  guess = transformers.pipeline(
+    "zero-shot-image-classification", model=str(out), image_processor=processor.image_processor
+  )
+  found = guess(Image.fromarray(images[0]), candidate_labels=TEXTS[:3], hypothesis_template="{}")
+  scores = {x["label"]: x["score"] for x in found}
+  logits = expected[0, :3].astype(np.float64)
+  scale = 1 / (1 + np.exp(-logits)) if name == "siglip" else np.exp(logits) / np.exp(logits).sum()
+  np.testing.assert_allclose([scores[x] for x in TEXTS[:3]], scale, rtol=1e-3)
+
+
+def test_transformers_loads_a_plain_vit_beside_clip_text(runs, libraries, data_root, tmp_path):
+  """VisionTextDualEncoderModel has no bias of logits, so a sigmoid loss is refused there."""
+  run = evaluate.open_run(runs("plain", data_root))
+  with pytest.raises(ValueError, match=r"config\.loss.*bias"):
+    export.export(run, "hf", tmp_path / "no")
+  params = {k: x for k, x in run.params.items() if k != "loss/siglip/b"}
+  _, found = export.export(run._replace(params=params), "hf", tmp_path / "hf")
+  assert found is not None and found <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["clip", "plain"])
+def test_open_clip_loads_a_run(name, runs, libraries, data_root, tmp_path):
+  """With the bias of a sigmoid loss, without the norm before the blocks, by its own tokenizer."""
+  import open_clip
+  import torch
+
+  run, out = runs(name, data_root), tmp_path / "open_clip"
+  assert export.main([str(run), "--format=open_clip", f"--out={out}"]) == 0
+  model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
+  tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
+  images, expected = ours(run)
+  pixels = torch.stack([preprocess(Image.fromarray(x)) for x in images])
+  with torch.inference_mode():
+    near(model.eval().get_logits(pixels, tokenizer(TEXTS))[0].numpy(), expected)
+
+
+def test_the_check_sees_what_was_changed(runs, libraries, data_root, tmp_path):
+  """A weight; the mask that tokenizers make by default, under which SigLIP differs."""
+  out = tmp_path / "hf"
+  assert export.main([str(runs("siglip", data_root)), "--format=hf", f"--out={out}"]) == 0
+  kept = tmp_path / "kept"
+  shutil.copytree(out, kept)
+  about = json.loads((out / "tokenizer_config.json").read_text())
+  about["model_input_names"] = ["input_ids", "attention_mask"]
+  (out / "tokenizer_config.json").write_text(json.dumps(about))
+  assert export.main(["--check", str(out)]) == 1
+  tensors = open_tensors(kept)
+  arrays = {key: np.array(tensors.read(key)) for key in tensors}
+  arrays["text_model.head.bias"][0] += 0.01
+  safetensors.save(kept / "model.safetensors", arrays.items(), format="pt")
+  assert export.main(["--check", str(kept)]) == 1
