@@ -25,7 +25,7 @@ from bigalign.evaluate import Run, open_run
 from bigalign.export_formats import FORMATS, Files, prepare
 from bigalign.inputs import open_tokenizer
 from bigalign.model import make_model
-from bigalign.weights import safetensors, transfer
+from bigalign.weights import safetensors
 from bigalign.weights.fit import Subject
 from bigalign.weights.tokenizer_files import SAMPLES
 
@@ -135,7 +135,7 @@ def _write(folder: pathlib.Path, made: Files, it: Subject) -> None:
       content if isinstance(content, str)
       else json.dumps(content, indent=None if name == "tokenizer.json" else 1, ensure_ascii=False)
     )
-  arrays: dict[str, Any] = dict(transfer.write(made.layout, made.arrays))
+  arrays: dict[str, Any] = made.tensors()
   if made.weights.endswith(".npz"):
     np.savez(folder / made.weights, **arrays)
   else:

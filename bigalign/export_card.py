@@ -38,7 +38,21 @@ logits, _ = model.eval().get_logits(preprocess(Image.open("x.jpg"))[None], token
 _NPZ = """`model.npz` has big_vision's names for `two_towers`: `img/…`, `txt/…`, `t`, `b`.
 big_vision and `bigalign.weights` read it; `tokenizer.json` is for the `tokenizers` library.
 """
-_USE = {"hf": ("transformers", _HF), "open_clip": ("open_clip", _OPEN_CLIP), "npz": ("", _NPZ)}
+_TORCH = """`model.py` is the model in PyTorch, to be read and changed. It needs torch,
+safetensors, tokenizers and Pillow.
+
+```python
+from PIL import Image
+
+from model import load
+
+logits = load("DIR").logits([Image.open("x.jpg")], ["a cat", "a dog"])
+```
+"""
+_USE = {
+  "hf": ("transformers", _HF), "open_clip": ("open_clip", _OPEN_CLIP), "npz": ("", _NPZ),
+  "torch": ("", _TORCH),
+}
 
 
 def facts(run: Run, kind: str, family: str, ema: bool) -> dict[str, Any]:

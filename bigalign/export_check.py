@@ -16,6 +16,7 @@ from PIL import Image
 from bigalign import tree, weights
 from bigalign.data import transforms
 from bigalign.model import make_model
+from bigalign.weights import torch_module
 from bigalign.weights.files import read_json
 
 TOLERANCE = 2e-5  # of the largest logit
@@ -86,6 +87,18 @@ def _open_clip(folder: pathlib.Path, images: list[Image.Image], texts: list[str]
   return logits.numpy()
 
 
+def _torch(folder: pathlib.Path, images: list[Image.Image], texts: list[str]) -> np.ndarray:
+  """By the folder's own model.py, which is run: only if it is the one that bigalign writes."""
+  source = folder / "model.py"
+  if source.read_text() != torch_module.SOURCE.read_text():
+    raise ValueError(f"{source}: not as this bigalign writes it, so it is not run to be compared")
+  spec = importlib.util.spec_from_file_location("model", source)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.load(folder).logits(images, texts).numpy()
+
+
 def _big_vision(folder: pathlib.Path, images: list[Image.Image], texts: list[str]) -> np.ndarray:
   """big_vision is no package: the file is read by `weights`, the texts by `tokenizers`."""
   data = read_json(folder / "bigalign.json")["config"]["data"]
@@ -130,5 +143,6 @@ class Reader(NamedTuple):
 READERS = {
   "hf": Reader(_hugging_face, ("torch", "transformers")),
   "open_clip": Reader(_open_clip, ("torch", "torchvision", "open_clip")),
+  "torch": Reader(_torch, ("torch", "safetensors")),
   "npz": Reader(_big_vision, ()),
 }

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bigalign.model import PIXELS
-from bigalign.weights import hugging_face, tokenizer_files, two_towers
+from bigalign.weights import hugging_face, tokenizer_files, torch_module, two_towers
 from bigalign.weights.fit import Family, Fitted, Subject, fit, pads_unseen
-from bigalign.weights.layout import Layout
 
 
 class Files(NamedTuple):
   """What goes into a folder.
 
-  family: whose model it is. weights: the file that transfer.write(layout, arrays) fills. files:
-  {name: text, or JSON} of the others.
+  family: whose model it is. weights: the file that holds `tensors`. files: {name: text, or JSON} of
+  the others.
   """
 
   family: str
   weights: str
-  layout: Layout
-  arrays: dict[str, np.ndarray]
+  tensors: Callable[[], dict[str, np.ndarray]]
   files: dict[str, Any]
 
 
-class Format(NamedTuple):
-  """One --format: the families that are tried in turn, and what lies beside the weights."""
-
-  families: tuple[Family, ...]
-  weights: str
-  files: Callable[[Fitted, Subject], dict[str, Any]]
+Reasons = dict[str, list[str]]  # {family: why it is not the model}
 
 
-def _tokenizer(fitted: Fitted, it: Subject) -> dict[str, Any]:
+def _tokenizer(it: Subject) -> dict[str, Any]:
   unseen = pads_unseen(it)
   mask = it.model.text_tower.mask_padding and not unseen
   return tokenizer_files.files(it.tokenizer, pads_unseen=unseen, mask=mask)
@@ -58,7 +52,7 @@ def _hf(fitted: Fitted, it: Subject) -> dict[str, Any]:
     do_normalize=True, image_mean=mean, image_std=std, **kinds[resize],
   )
   return {
-    "config.json": fitted.config, "preprocessor_config.json": images, **_tokenizer(fitted, it)
+    "config.json": fitted.config, "preprocessor_config.json": images, **_tokenizer(it)
   }
 
 
@@ -70,14 +64,60 @@ def _open_clip(fitted: Fitted, it: Subject) -> dict[str, Any]:
     resize_mode=it.data.get("resize", "squash"), fill_color=0,
   )
   config = {"model_cfg": fitted.config, "preprocess_cfg": images}
-  own = {} if it.tokenizer.spec["name"] == "clip" else _tokenizer(fitted, it)
+  own = {} if it.tokenizer.spec["name"] == "clip" else _tokenizer(it)
+  spaced, plain = it.tokenizer.encode_batch(["  a \t b ", "a b"])[0]
+  if (spaced != plain).any():
+    raise ValueError(
+      f"config.data.tokenizer {it.tokenizer.spec['name']!r} tells white space apart, of which"
+      " open_clip makes single spaces first"
+    )
   return {"open_clip_config.json": config, **own}
 
 
-FORMATS = {
-  "hf": Format(hugging_face.FAMILIES, "model.safetensors", _hf),
-  "open_clip": Format(two_towers.OPEN_CLIP, "open_clip_model.safetensors", _open_clip),
-  "npz": Format(two_towers.BIG_VISION, "model.npz", _tokenizer),
+def _torch(it: Subject) -> Files | Reasons:
+  family = "the PyTorch module in model.py"
+  wrong = torch_module.reasons(it)
+  if wrong:
+    return {family: wrong}
+  try:
+    tokenizer = _tokenizer(it)
+  except ValueError as error:
+    return {family: [str(error)]}
+  files = {
+    "model.py": torch_module.SOURCE.read_text(), "config.json": torch_module.config(it), **tokenizer
+  }
+  return Files(family, "model.safetensors", functools.partial(torch_module.state, it), files)
+
+
+def _fitted(
+  families: tuple[Family, ...], weights: str,
+  describe: Callable[[Fitted, Subject], dict[str, Any]], it: Subject,
+) -> Files | Reasons:
+  """The first of the families that the model fits, or why it fits none."""
+  reasons = {}
+  for family in families:
+    fitted = fit(family, it)
+    if isinstance(fitted, list):
+      reasons[family.name] = fitted
+      continue
+    try:
+      files = describe(fitted, it)
+    except ValueError as error:
+      reasons[family.name] = [str(error)]
+      continue
+    return Files(family.name, weights, fitted.tensors, files)
+  return reasons
+
+
+FORMATS: dict[str, Callable[[Subject], Files | Reasons]] = {
+  "hf": functools.partial(_fitted, hugging_face.FAMILIES, "model.safetensors", _hf),
+  "open_clip": functools.partial(
+    _fitted, two_towers.OPEN_CLIP, "open_clip_model.safetensors", _open_clip
+  ),
+  "npz": functools.partial(
+    _fitted, two_towers.BIG_VISION, "model.npz", lambda fitted, it: _tokenizer(it)
+  ),
+  "torch": _torch,
 }
 
 
@@ -88,29 +128,12 @@ def prepare(name: str, it: Subject) -> Files:
     ValueError: if no family of the format is this model; with each one's reasons, the keys of the
       config, and the formats that can.
   """
-  found = _prepared(name, it)
+  found = FORMATS[name](it)
   if isinstance(found, Files):
     return found
-  others = [x for x in FORMATS if x != name and isinstance(_prepared(x, it), Files)]
+  others = [x for x in FORMATS if x != name and isinstance(FORMATS[x](it), Files)]
   reasons = "\n".join(f"  {family}: {'; '.join(why)}" for family, why in found.items())
   raise ValueError(
     f"--format={name} cannot hold this model.\n{reasons}\n"
     + (f"Formats that can: {', '.join(others)}" if others else "No other format can.")
   )
-
-
-def _prepared(name: str, it: Subject) -> Files | dict[str, list[str]]:
-  """The content, or {family: reasons}."""
-  format_, reasons = FORMATS[name], {}
-  for family in format_.families:
-    fitted = fit(family, it)
-    if isinstance(fitted, list):
-      reasons[family.name] = fitted
-      continue
-    try:
-      files = format_.files(fitted, it)
-    except ValueError as error:
-      reasons[family.name] = [str(error)]
-      continue
-    return Files(family.name, format_.weights, fitted.layout, fitted.arrays, files)
-  return reasons

@@ -16,7 +16,8 @@ from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evaluate import Run
 from bigalign.export_formats import prepare
 from bigalign.model import make_model
-from bigalign.weights import tokenizer_files
+from bigalign.weights import hugging_face, tokenizer_files, two_towers
+from bigalign.weights.fit import fit
 
 SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
 # CLIP as Hugging Face knows it; a plain ViT beside CLIP's text, as configs/clip_b16.py; SigLIP.
@@ -129,14 +130,18 @@ def test_masked_padding_is_asked_for_by_the_tokenizer(tmp_path, no_torch):
 
 
 REFUSED = [
-  ("hf", {}, SIGLIP_LOSS, "its logit bias", "open_clip"),
-  ("hf", {"text/pool": "mean"}, CLIP_LOSS, "config.model.text.pool='mean', there 'eos'", ""),
-  ("hf", {"image_projector/name": "mlp"}, CLIP_LOSS, "config.model.image_projector.name='mlp'", ""),
-  ("hf", {"text/causal": False}, CLIP_LOSS, "config.model.text.causal=False", ""),
-  ("open_clip", {"image/activation": "gelu"}, CLIP_LOSS, "config.model.text.activation", "hf"),
+  ("hf", {}, SIGLIP_LOSS, "its logit bias", "open_clip, torch"),
+  ("hf", {"text/pool": "mean"}, CLIP_LOSS, "config.model.text.pool='mean', there 'eos'", "torch"),
+  ("hf", {"image_projector/name": "mlp"}, CLIP_LOSS, "config.model.image_projector.name='mlp'",
+   "torch"),
+  ("hf", {"text/causal": False}, CLIP_LOSS, "config.model.text.causal=False", "torch"),
+  ("open_clip", {"image/activation": "gelu"}, CLIP_LOSS, "config.model.text.activation",
+   "hf, torch"),
   ("open_clip", {"text/mask_padding": True, "text/causal": False}, CLIP_LOSS,
-   "config.model.text.mask_padding=True", ""),
-  ("npz", {}, CLIP_LOSS, "config.model.image.pool='cls', there 'map'", "hf, open_clip"),
+   "config.model.text.mask_padding=True", "torch"),
+  ("npz", {}, CLIP_LOSS, "config.model.image.pool='cls', there 'map'", "hf, open_clip, torch"),
+  ("torch", {"image/positions": "rope", "image/class_position": False}, CLIP_LOSS,
+   "config.model.image.positions='rope'", ""),
 ]
 
 
@@ -161,15 +166,22 @@ def test_an_end_that_clip_models_take_for_another_is_refused(tmp_path):
     export.export(run, "hf", tmp_path / "out")
 
 
+def test_open_clip_cleans_texts_before_a_tokenizer_sees_them(tmp_path):
+  model = {**CLIP, "text": {**CLIP["text"], "vocab_size": 259}}
+  run = make_run(tmp_path, model, CLIP_LOSS, dict(name="byte", length=8))
+  with pytest.raises(ValueError, match="'byte' tells white space apart"):
+    export.export(run, "open_clip", tmp_path / "out")
+
+
 def test_a_bias_is_put_where_it_has_a_place(tmp_path, pieces):
   """The bias of patches is added to their positions; what only they have is zeros and ones."""
   it = export.subject(make_run(tmp_path, PLAIN, CLIP_LOSS, pieces))
-  made = prepare("open_clip", it)
+  made = fit(two_towers.OPEN_CLIP[0], it)
   assert "image_tower/embedding/bias" not in made.arrays
   expected = it.arrays["image_tower/positions"] + it.arrays["image_tower/embedding/bias"]
   np.testing.assert_array_equal(made.arrays["image_tower/positions"], expected)
   assert not made.arrays["image_tower/class_position"].any()
-  scale = prepare("hf", it).arrays["image_tower/encoder/blocks/scale1"]
+  scale = fit(hugging_face.FAMILIES[2], it).arrays["image_tower/encoder/blocks/scale1"]
   np.testing.assert_array_equal(scale, np.ones_like(scale))
 
 

@@ -8,13 +8,14 @@ import shutil
 
 import numpy as np
 import pytest
+import test_export
 import torchvision_beside_cpu_torch
 from PIL import Image
 from shards import samples, write_tar
 from tests_support import load
 
 from bigalign import config as configs
-from bigalign import evaluate, export
+from bigalign import evaluate, export, tree
 from bigalign.train import train
 from bigalign.weights import safetensors
 from bigalign.weights.files import open_tensors
@@ -44,11 +45,6 @@ def models(tokenizers):
               activation="quick_gelu", epsilon=1e-5, **SIZE),
     embed_dim=24, pixels="clip", loss=dict(clip=dict(weight=1.0)),
   )
-  plain = dict(
-    clip, loss=dict(siglip=dict(weight=1.0)),
-    image=dict(name="vit", patch=8, pool="cls", activation="gelu", **SIZE),
-    text=dict(clip["text"], activation="gelu"),
-  )
   siglip = dict(
     tokenizer=dict(name="sentencepiece", path=str(tokenizers / "maxtext_default_32768.spm.model"),
                    length=64, lower=True),
@@ -57,7 +53,7 @@ def models(tokenizers):
     text=dict(name="text", vocab_size=32768, length=64, mask_padding=False, **SIZE),
     image_projector=dict(name="identity"), text_projector=dict(name="linear", bias=True),
   )
-  return dict(clip=clip, plain=plain, siglip=siglip)
+  return dict(clip=clip, siglip=siglip)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +89,21 @@ def libraries(monkeypatch):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture
+def plain(data_root, tmp_path):
+  """A run as configs/clip_b16.py, by name of its loss; not trained."""
+  path = data_root / "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz"
+  model = tree.unflatten({**tree.flatten(test_export.PLAIN), "text/vocab_size": 49408})
+  return lambda loss: test_export.make_run(
+    tmp_path, model, {loss: dict(weight=1.0)}, dict(name="clip", path=str(path), length=8),
+    resize="shortest",
+  )
+
+
 def ours(run):
   """(pictures, the run's logits of them and TEXTS)."""
   images = export.pictures()[:3]
-  return images, export.logits(export.subject(evaluate.open_run(run)), images, TEXTS)
+  return images, export.logits(export.subject(run), images, TEXTS)
 
 
 def near(found, expected):
@@ -116,7 +123,7 @@ def test_transformers_loads_a_run(name, runs, libraries, data_root, tmp_path, ca
   model, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"]
   processor = transformers.AutoProcessor.from_pretrained(out, backend="pil")
-  images, expected = ours(run)
+  images, expected = ours(evaluate.open_run(run))
   inputs = processor(
     text=TEXTS, images=[Image.fromarray(x) for x in images], padding="max_length",
     truncation=True, return_tensors="pt",
@@ -134,24 +141,53 @@ def test_transformers_loads_a_run(name, runs, libraries, data_root, tmp_path, ca
   np.testing.assert_allclose([scores[x] for x in TEXTS[:3]], scale, rtol=1e-3)
 
 
-def test_transformers_loads_a_plain_vit_beside_clip_text(runs, libraries, data_root, tmp_path):
-  """VisionTextDualEncoderModel has no bias of logits, so a sigmoid loss is refused there."""
-  run = evaluate.open_run(runs("plain", data_root))
-  with pytest.raises(ValueError, match=r"config\.loss.*bias"):
-    export.export(run, "hf", tmp_path / "no")
-  params = {k: x for k, x in run.params.items() if k != "loss/siglip/b"}
-  _, found = export.export(run._replace(params=params), "hf", tmp_path / "hf")
+def test_transformers_loads_a_plain_vit_beside_clip_text(plain, libraries, tmp_path):
+  """VisionTextDualEncoderModel."""
+  _, found = export.export(plain("clip"), "hf", tmp_path / "hf")
   assert found is not None and found <= TOLERANCE
 
 
+# Each option of the towers that the module knows, in one of these.
+ODD = {
+  "mean": (dict(pool="mean", positions="sincos2d"), dict(pool="mean"), "linear", "mlp"),
+  "gated": (dict(pool="cls", class_position=True, registers=2, gated=True, activation="silu",
+                 layer_scale=0.1, biases="qvo", mlp_bias=False),
+            dict(pool="map", mask_padding=False, activation="gelu"), "mlp", "linear"),
+  "pooler": (dict(pool="pooler", pre_norm=True, patch_bias=False),
+             dict(pool="argmax", causal=True), "linear", "identity"),
+  "eos": (dict(pool="map", registers=1, scan=False), dict(pool="eos", scan=False),
+          "identity", "linear"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_torch_module_holds_what_others_cannot(name, libraries, tmp_path):
+  image, text, *projectors = ODD[name]
+  model = dict(
+    image=dict(name="vit", patch=8, **{**test_export.SIZE, **image}),
+    text=dict(name="text", vocab_size=259, length=16, **{**test_export.SIZE, **text}),
+    embed_dim=16,
+    **{f"{side}_projector": dict(name=x) for side, x in zip(("image", "text"), projectors)},
+  )
+  run = test_export.make_run(
+    tmp_path, model, test_export.SIGLIP_LOSS, dict(name="byte", length=16), resize="shortest"
+  )
+  out, found = export.export(run, "torch", tmp_path / "out")
+  assert found is not None and found <= TOLERANCE
+  with (out / "model.py").open("a") as file:
+    file.write("# changed\n")
+  with pytest.raises(ValueError, match=r"model\.py: not as this bigalign writes it"):
+    export.main(["--check", str(out)])
+
+
 @pytest.mark.parametrize("name", ["clip", "plain"])
-def test_open_clip_loads_a_run(name, runs, libraries, data_root, tmp_path):
+def test_open_clip_loads_a_run(name, runs, plain, libraries, data_root, tmp_path):
   """With the bias of a sigmoid loss, without the norm before the blocks, by its own tokenizer."""
   import open_clip
   import torch
 
-  run, out = runs(name, data_root), tmp_path / "open_clip"
-  assert export.main([str(run), "--format=open_clip", f"--out={out}"]) == 0
+  run = plain("siglip") if name == "plain" else evaluate.open_run(runs(name, data_root))
+  out, _ = export.export(run, "open_clip", tmp_path / "open_clip")
   model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
   tokenizer = open_clip.get_tokenizer(f"local-dir:{out}")
   images, expected = ours(run)

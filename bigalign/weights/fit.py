@@ -14,6 +14,7 @@ from bigalign import config as configs
 from bigalign import tree, weights
 from bigalign.data.tokenizers import Tokenizer
 from bigalign.model import DualEncoder, make_model
+from bigalign.weights import transfer
 from bigalign.weights.layout import ACTIVATIONS, Layout
 
 Arrays = dict[str, np.ndarray]
@@ -63,12 +64,16 @@ class Family(NamedTuple):
 
 
 class Fitted(NamedTuple):
-  """A subject in the words of a family: ready for transfer.write(layout, arrays)."""
+  """A subject in the words of a family."""
 
   family: Family
   config: dict[str, Any]
   layout: Layout
   arrays: Arrays
+
+  def tensors(self) -> Arrays:
+    """Theirs."""
+    return dict(transfer.write(self.layout, self.arrays))
 
 
 def pads_unseen(subject: Subject) -> bool:
