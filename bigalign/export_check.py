@@ -34,7 +34,13 @@ def difference(folder: pathlib.Path) -> float:
   about = folder / "bigalign.json"
   if not about.is_file():
     raise FileNotFoundError(f"{about}: no such file; was {folder} written by bigalign export?")
-  reader = READERS[read_json(about)["format"]]
+  kind = read_json(about)["format"]
+  if missing(kind):
+    raise ModuleNotFoundError(
+      f"comparing a folder of the format {kind} needs {' and '.join(missing(kind))}:"
+      " pip install 'bigalign[interop]', for open_clip also open_clip_torch"
+    )
+  reader = READERS[kind]
   with np.load(folder / SAMPLES) as stored:
     texts, expected = stored["texts"].tolist(), stored["logits"]
     count = sum(name.startswith("image_") for name in stored.files)

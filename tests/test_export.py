@@ -93,8 +93,8 @@ def no_torch(monkeypatch):
 @pytest.mark.parametrize("kind, model, loss, family", [
   ("hf", CLIP, CLIP_LOSS, "CLIPModel"),
   ("hf", PLAIN, CLIP_LOSS, "VisionTextDualEncoderModel"),
-  ("hf", SIGLIP, SIGLIP_LOSS, "SiglipModel"),
-  ("open_clip", CLIP, CLIP_LOSS, "open_clip's CLIP"),
+  pytest.param("hf", SIGLIP, SIGLIP_LOSS, "SiglipModel", marks=pytest.mark.slow),
+  pytest.param("open_clip", CLIP, CLIP_LOSS, "open_clip's CLIP", marks=pytest.mark.slow),
   ("open_clip", PLAIN, SIGLIP_LOSS, "open_clip's CLIP"),
   ("npz", SIGLIP, SIGLIP_LOSS, "big_vision's two_towers"),
 ])
@@ -207,8 +207,15 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path, pieces):
 
 
 def test_a_folder_of_another_hand_is_not_compared(tmp_path, capsys):
-  with pytest.raises(FileNotFoundError, match=r"bigalign\.json"):
+  with pytest.raises(SystemExit) as left:
     export.main(["--check", str(tmp_path)])
+  assert left.value.code == 1 and "bigalign.json: no such file" in capsys.readouterr().err
+
+
+def test_a_check_without_its_library_says_what_to_install(tmp_path, no_torch):
+  (tmp_path / "bigalign.json").write_text('{"format": "hf"}')
+  with pytest.raises(ModuleNotFoundError, match=r"needs torch: pip install 'bigalign\[interop\]'"):
+    export_check.difference(tmp_path)
 
 
 def test_averages_are_another_model(tmp_path, pieces, no_torch):

@@ -15,7 +15,7 @@ from shards import samples, write_tar
 from tests_support import load
 
 from bigalign import config as configs
-from bigalign import evaluate, export, tree
+from bigalign import evaluate, export, export_check, tree
 from bigalign.train import train
 from bigalign.weights import safetensors
 from bigalign.weights.files import open_tensors
@@ -177,7 +177,7 @@ def test_the_torch_module_holds_what_others_cannot(name, libraries, tmp_path):
   with (out / "model.py").open("a") as file:
     file.write("# changed\n")
   with pytest.raises(ValueError, match=r"model\.py: not as this bigalign writes it"):
-    export.main(["--check", str(out)])
+    export_check.difference(out)
 
 
 @pytest.mark.parametrize("name", ["clip", "plain"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from tower_oracles import CASES, ROOT, describe, needed
@@ -75,6 +76,7 @@ def test_names_are_those_of_an_installed_open_clip(tmp_path, monkeypatch):
   (package / "__init__.py").write_text("raise ImportError('no torch')")
   write(package / "model_configs/ViT-S-7.json", layers=2, width=128, patch_size=7)
   monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, "open_clip", raising=False)
   model = open_clip.model("ViT-S-7")
   assert model["image"]["heads"] == 2 and model["text"]["causal"] and model["embed_dim"] == 512
   with pytest.raises(FileNotFoundError, match="'ViT-S-8' is no JSON file and no model of an"):

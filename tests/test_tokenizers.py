@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -182,6 +183,7 @@ def test_clip_finds_the_vocabulary_of_open_clip_without_importing_it(tmp_path, d
   package.mkdir()
   (package / "__init__.py").write_text("raise ImportError('needs torch')")
   monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "open_clip", raising=False)
   with pytest.raises(FileNotFoundError, match="open_clip_torch"):
     make_tokenizer("clip", length=8)
   file = data_root / "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz"
