@@ -11,7 +11,7 @@ from bigalign.losses import pairwise
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
 from bigalign.losses.mixup import two_positives
-from bigalign.losses.vectors import unit
+from bigalign.vectors import unit
 
 PERM_SCOPES = ("global", "shard")
 
