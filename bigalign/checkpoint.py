@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bigalign import tree
+from bigalign import config, tree
 
 # orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is
 # meant, and of a file that the parts of a checkpoint do not have. Other warnings come through.
@@ -61,8 +61,7 @@ class Checkpoints:
       mode: "max" or "min": which value of it is best.
       read_only: for programs that only look: nothing is created or deleted.
     """
-    if mode not in ("max", "min"):
-      raise ValueError(f"config.keep.mode: unknown {mode!r}; known: 'max', 'min'")
+    config.known("config.keep.mode", mode, ("max", "min"))
     self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
     self._frozen = self.folder.parent / "frozen"
     self._best = best

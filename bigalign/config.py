@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -102,6 +102,13 @@ def choose(registry: Mapping[str, Any], name: str, where: str) -> Any:
       f"{where}: unknown {name!r}.{tree.nearest(name, registry)} Known: {sorted(registry)}"
     )
   return registry[name]
+
+
+def known(where: str, value: Any, names: Iterable[str]) -> None:
+  """Raises ValueError, naming `where`, unless `value` is one of `names`."""
+  names = list(names)
+  if value not in names:
+    raise ValueError(f"{where}: unknown {value!r}; known: {sorted(names)}")
 
 
 def above_zero(where: str, most: float = math.inf, **numbers: float) -> None:

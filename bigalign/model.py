@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import config, sharding
+from bigalign import config, sharding, vectors
 from bigalign.projectors import PROJECTORS
 from bigalign.towers import TOWERS, TowerOutput
 
@@ -27,9 +27,7 @@ FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
 
 def unit(x: jax.Array) -> jax.Array:
   """[..., E] -> unit L2 norm, float32; zero stays zero, with a finite gradient."""
-  x = x.astype(jnp.float32)
-  square = jnp.sum(x * x, -1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+  return vectors.unit(x.astype(jnp.float32))
 
 
 class DualEncoder(nn.Module):

@@ -32,10 +32,7 @@ def learning_rate(
     warmup, cooldown: steps.
     end: the last learning rate.
   """
-  if name not in ("cosine", "linear", "constant", "rsqrt"):
-    raise ValueError(
-      f"config.optimizer.schedule: unknown {name!r}; known: constant, cosine, linear, rsqrt"
-    )
+  config.known("config.optimizer.schedule", name, ("cosine", "linear", "constant", "rsqrt"))
   if warmup + cooldown > total_steps:
     raise ValueError(
       f"config.optimizer: warmup ({warmup}) and cooldown ({cooldown}) exceed total_steps"

@@ -136,7 +136,9 @@ def test_rope_does_not_know_the_size_of_the_grid():
   (lambda: TOWERS["vit"](positions="rope", patch_dropout=0.5), "not with positions='rope'"),
   (lambda: TOWERS["vit"](stem="conv", patch_bias=False), "a conv stem needs"),
   (lambda: TOWERS["bert"](vocab_size=9, length=4, pool="last"), "pool: unknown 'last'"),
+  (lambda: TOWERS["bert"](vocab_size=9, length=4, dtype="half"), "text.dtype: unknown 'half'"),
   (lambda: TOWERS["naflex"](activation="relu"), "activation: unknown 'relu'"),
+  (lambda: TOWERS["naflex"](dtype="bf16"), "image.dtype: unknown 'bf16'"),
   (lambda: TOWERS["text"](vocab_size=9, length=4, pool="first"), "known: .'argmax'"),
 ])
 def test_mistakes_are_named(make, message):

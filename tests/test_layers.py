@@ -14,7 +14,10 @@ FILES = sorted((ROOT / "bigalign").rglob("*.py"))
 
 # From the bottom; a file imports from its own layer and from those below it.
 LAYERS = [
-  {"tree", "sharding", "config", "flops", "hlo", "pods", "runtime", "gradcache", "command_line"},
+  {
+    "tree", "sharding", "config", "vectors", "flops", "hlo", "pods", "runtime", "gradcache",
+    "command_line",
+  },
   {
     "metrics", "projectors", "losses", "towers", "data", "inputs", "throughput", "pictures",
     "identity",

@@ -12,7 +12,7 @@ from bigalign import losses, sharding
 from bigalign.losses.base import Loss
 from bigalign.losses.m3co import draw, mixed_direction, permuted
 from bigalign.losses.mixup import mixture
-from bigalign.losses.vectors import geodesic
+from bigalign.vectors import geodesic
 
 
 def compare(loss, case, precision):

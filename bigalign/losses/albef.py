@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bigalign import config
 from bigalign.losses import pairwise
 from bigalign.losses.base import Loss
 
@@ -36,10 +37,7 @@ def albef_itc(
     local_keys: None: the keys of the whole batch. The release sees those of one worker only: so
       many neighbours of the batch (and the queue); the larger set of negatives is our default.
   """
-  if positives not in ("pair", "ids"):
-    raise ValueError(
-      f"config.loss.albef_itc.positives: unknown {positives!r}; known: ('pair', 'ids')"
-    )
+  config.known("config.loss.albef_itc.positives", positives, ("pair", "ids"))
   for name, value in (("queue_size", queue_size), ("local_keys", local_keys)):
     if value is not None and value < 1:
       raise ValueError(f"config.loss.albef_itc.{name}={value} must be at least 1")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bigalign import config
 from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
@@ -140,8 +141,7 @@ def siglip_distill(
       softplus(-(2q - 1) logit), which MobileCLIP2 released (https://arxiv.org/abs/2508.20691); its
       optimum is at an infinite logit unless q is 1/2, so the default is "bce".
   """
-  if form not in ("bce", "signed"):
-    raise ValueError(f"config.loss.siglip_distill.form: unknown {form!r}; known: ('bce', 'signed')")
+  config.known("config.loss.siglip_distill.form", form, ("bce", "signed"))
   if not 0 <= soft_share <= 1:
     raise ValueError(f"config.loss.siglip_distill.soft_share={soft_share} must be between 0 and 1")
   _check_teachers("siglip_distill", teacher_dims, teacher_scales, teacher_biases)

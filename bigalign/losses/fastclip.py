@@ -46,7 +46,7 @@ def fastclip_v0(
     eps: added to u; 1e-6 at LAION's scale. It is no guard against rounding: anchors with a u far
       below it have no weight.
   """
-  schedules.known("config.loss.fastclip_v0.tau_gradient", tau_gradient, GRADIENTS)
+  config.known("config.loss.fastclip_v0.tau_gradient", tau_gradient, GRADIENTS)
 
   def gradient(tau, found):
     return found["h"] if tau_gradient == "released" else found["h"] / 2
@@ -93,7 +93,7 @@ def fastclip_v3(
       the default for that reason. A number, or a schedules.ramp.
     others: as in `fastclip_v0`.
   """
-  schedules.known("config.loss.fastclip_v3.tau_gradient", tau_gradient, GRADIENTS)
+  config.known("config.loss.fastclip_v3.tau_gradient", tau_gradient, GRADIENTS)
 
   def gradient(tau, found):
     rho = found["rho"]
@@ -139,7 +139,7 @@ def fastclip_v2(
       of the robust objective. Published numbers are of the former, the default.
     others: as in `fastclip_v0`, with eps in units of exp(b), the largest exponent met.
   """
-  schedules.known("config.loss.fastclip_v2.weighting", weighting, WEIGHTINGS)
+  config.known("config.loss.fastclip_v2.weighting", weighting, WEIGHTINGS)
   config.above_zero("config.loss.fastclip_v2", tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
   averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over)
   robust = schedules.ramp(rho, "config.loss.fastclip_v2.rho")
@@ -240,7 +240,7 @@ def _schedule(name: str, schedule: str, end: float, over: int | str) -> Any:
   """(at) -> the weight of the new value in the moving average."""
   where = f"config.loss.{name}"
   config.above_zero(where, most=1.0, gamma=end)
-  schedules.known(f"{where}.gamma_schedule", schedule, ("cosine", "constant"))
+  config.known(f"{where}.gamma_schedule", schedule, ("cosine", "constant"))
   length = schedules.duration(over, f"{where}.gamma_over")
   return lambda at: schedules.gamma(schedule, end, length, at)
 

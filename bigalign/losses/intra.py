@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
-from bigalign.losses.vectors import unit
+from bigalign.vectors import unit
 
 BOTH = {"i2t": "row_lse", "t2i": "col_lse"}
 

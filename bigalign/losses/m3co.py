@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bigalign import sharding
+from bigalign import config, sharding
 from bigalign.losses import pairwise
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
 from bigalign.losses.mixup import two_positives
-from bigalign.losses.vectors import unit
+from bigalign.vectors import unit
 
 PERM_SCOPES = ("global", "shard")
 
@@ -112,8 +112,7 @@ def m3co(
       detach_targets; the authors' 0.33. None: never.
   """
   where = "config.loss.m3co"
-  if perm_scope not in PERM_SCOPES:
-    raise ValueError(f"{where}.perm_scope: unknown {perm_scope!r}; known: {PERM_SCOPES}")
+  config.known(f"{where}.perm_scope", perm_scope, PERM_SCOPES)
   if not alpha > 0:
     raise ValueError(f"{where}.alpha={alpha!r} of a Beta distribution: above 0")
 

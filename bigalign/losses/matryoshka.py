@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bigalign import config
 from bigalign.losses.base import Loss
-from bigalign.losses.vectors import unit
+from bigalign.vectors import unit
 
 REDUCTIONS = ("sum", "mean")
 
@@ -44,8 +44,7 @@ def matryoshka(
   loss = config.call(
     config.choose(LOSSES, base, f"{where}.base"), base_options or {}, f"{where}.base_options"
   )
-  if reduction not in REDUCTIONS:
-    raise ValueError(f"{where}.reduction: unknown {reduction!r}; known: {REDUCTIONS}")
+  config.known(f"{where}.reduction", reduction, REDUCTIONS)
   if dims is not None and (not dims or list(dims) != sorted({*dims}) or dims[0] < 1):
     raise ValueError(f"{where}.dims={tuple(dims)} must be ascending widths, such as (64, 128, 256)")
   if weights is not None and (dims is None or len(weights) != len(dims)):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives, contrast
-from bigalign.losses.vectors import geodesic
+from bigalign.vectors import geodesic
 
 TERMS = ("v", "l", "vl", "m2")
 

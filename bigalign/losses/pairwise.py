@@ -36,7 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigalign import sharding
+from bigalign import config, sharding
 from bigalign.losses import sweep, tiles
 from bigalign.losses.tiles import Arrays, Tile
 
@@ -61,9 +61,8 @@ class Engine:
   tile_mb: float = 17.0
 
   def __post_init__(self) -> None:
-    for name, known in (("way", WAYS), ("dtype", ("float32", "bfloat16"))):
-      if getattr(self, name) not in known:
-        raise ValueError(f"config.logits.{name}={getattr(self, name)!r}; known: {known}")
+    config.known("config.logits.way", self.way, WAYS)
+    config.known("config.logits.dtype", self.dtype, ("float32", "bfloat16"))
     for name in ("budget_mb", "tile_mb"):
       if not getattr(self, name) > 0:
         raise ValueError(f"config.logits.{name}={getattr(self, name)!r} must be above 0")

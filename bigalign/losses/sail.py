@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from bigalign import config
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.siglip import binary
@@ -29,10 +30,7 @@ def sail(
       tuned with it; "row_sum" by the B images: the sigmoid losses of both kinds added, 2 B times as
       much. Optimizers that ignore the scale of gradients differ by clipping only.
   """
-  if reduction not in REDUCTIONS:
-    raise ValueError(
-      f"config.loss.sail.reduction: unknown {reduction!r}; known: {REDUCTIONS}"
-    )
+  config.known("config.loss.sail.reduction", reduction, REDUCTIONS)
 
   def init(sizes):
     return temperature.init(t_init, b_init=b_init), {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def ramp(value: float | Mapping[str, Any], where: str) -> Callable[[At], Any]:
 def _ramp(
   *, name: str, start: float, end: float, over: int | str, shape: str = "cosine"
 ) -> Callable[[At], jax.Array]:
-  known(f"{name}.shape", shape, ("cosine", "linear"))
+  config.known(f"{name}.shape", shape, ("cosine", "linear"))
   length = duration(over, f"{name}.over")
 
   def at_place(at: At) -> jax.Array:
@@ -88,9 +88,3 @@ def eta(
     "cosine": end + (start - end) * jnp.cos(jnp.pi / 2 * jnp.minimum(share, 1)),
     "exponential": end + (start - end) * decay ** (share - 1),
   }[name]
-
-
-def known(where: str, value: Any, names: Sequence[str]) -> None:
-  """Raises ValueError, naming `where`, unless `value` is one of `names`."""
-  if value not in names:
-    raise ValueError(f"{where}: unknown {value!r}; known: {tuple(names)}")

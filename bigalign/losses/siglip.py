@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bigalign import config
 from bigalign.losses import pairwise, temperature
 from bigalign.losses.base import Loss
 
@@ -57,12 +58,8 @@ def siglip(
       text's (`image_id` [B, 2], `owner_id` [M, 2] uint32).
     reduction: "row_sum" divides by the number of images, "mean_all" by the number of pairs.
   """
-  for name, value, known in (
-    ("positives", positives, ("pair", "ids")),
-    ("reduction", reduction, ("row_sum", "mean_all")),
-  ):
-    if value not in known:
-      raise ValueError(f"config.loss.siglip.{name}: unknown {value!r}; known: {known}")
+  config.known("config.loss.siglip.positives", positives, ("pair", "ids"))
+  config.known("config.loss.siglip.reduction", reduction, ("row_sum", "mean_all"))
 
   def init(sizes):
     return temperature.init(t_init, b_init=b_init), {}

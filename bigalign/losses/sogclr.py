@@ -103,7 +103,7 @@ def isogclr(
   where = "config.loss.isogclr"
   config.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
   periods = {"constant": "100%", "cosine": "100%", "exponential": "1 epoch"}
-  schedules.known(f"{where}.eta_schedule", eta_schedule, tuple(periods))
+  config.known(f"{where}.eta_schedule", eta_schedule, periods)
   over = schedules.duration(eta_over or periods[eta_schedule], f"{where}.eta_over")
   robust = schedules.ramp(rho, f"{where}.rho")
 
@@ -215,7 +215,7 @@ def _view_means(x: jax.Array, y: jax.Array, tau: float) -> dict[str, jax.Array]:
 
 def _checked(name: str, variant: str, gamma: float, eps: float | None) -> float:
   """The variant's eps, or the given one."""
-  schedules.known(f"config.loss.{name}.variant", variant, VARIANTS)
+  config.known(f"config.loss.{name}.variant", variant, VARIANTS)
   config.above_zero(f"config.loss.{name}", most=1.0, gamma=gamma)
   if eps is None:
     return RELEASED_EPS if variant == "released" else 0.0

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import sharding
+from bigalign import config, sharding, vectors
 from bigalign.towers import base
 
 POOLS = ("cls", "pooler", "mean")
@@ -112,7 +112,8 @@ class Bert(nn.Module):
     return base.TowerOutput(self._pooled(x, mask), x, mask)
 
   def _table(self, name: str, rows: int) -> jax.Array:
-    return self.param(name, nn.initializers.normal(0.02), (rows, self.width)).astype(self.dtype)
+    table = self.param(name, nn.initializers.normal(0.02), (rows, self.width))
+    return sharding.whole(table.astype(self.dtype))
 
   def _positions(self, ids: jax.Array) -> jax.Array:
     """[B, L, D] or [1, L, D]; with skip_padding the first token stands at row pad + 1."""
@@ -140,11 +141,7 @@ class Bert(nn.Module):
       pooled = x[:, 0]
     else:
       pooled = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
-    if not self.unit:
-      return pooled
-    pooled = pooled.astype(jnp.float32)
-    square = jnp.square(pooled).sum(-1, keepdims=True)
-    return pooled * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+    return vectors.unit(pooled.astype(jnp.float32)) if self.unit else pooled
 
 
 def bert(
@@ -185,12 +182,11 @@ def bert(
   Raises:
     ValueError: for an unknown name, with the known ones.
   """
-  for name, value, known in (
+  for name, value, names in (
     ("pool", pool, POOLS), ("activation", activation, base.ACTIVATIONS),
-    ("remat", remat, base.REMAT),
+    ("remat", remat, base.REMAT), ("dtype", dtype, base.DTYPES),
   ):
-    if value not in known:
-      raise ValueError(f"config.model.text.{name}: unknown {value!r}; known: {sorted(known)}")
+    config.known(f"config.model.text.{name}", value, names)
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
   block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
     heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import sharding
+from bigalign import config, sharding
 from bigalign.towers import base, vit
 
 
@@ -119,11 +119,11 @@ def naflex(
   Raises:
     ValueError: for an unknown name, with the known ones.
   """
-  for name, value, known in (
+  for name, value, names in (
     ("activation", activation, base.ACTIVATIONS), ("remat", remat, base.REMAT),
+    ("dtype", dtype, base.DTYPES),
   ):
-    if value not in known:
-      raise ValueError(f"config.model.image.{name}: unknown {value!r}; known: {sorted(known)}")
+    config.known(f"config.model.image.{name}", value, names)
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
   block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
     heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,

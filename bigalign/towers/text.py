@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bigalign import sharding
+from bigalign import config, sharding
 from bigalign.towers import base
 
 POOLS = ("last", "eos", "argmax", "map", "mean")
@@ -114,12 +114,11 @@ def text(
   Raises:
     ValueError: for an unknown name, with the known ones.
   """
-  for name, value, known in (
+  for name, value, names in (
     ("pool", pool, POOLS), ("activation", activation, base.ACTIVATIONS),
     ("remat", remat, base.REMAT), ("dtype", dtype, base.DTYPES),
   ):
-    if value not in known:
-      raise ValueError(f"config.model.text.{name}: unknown {value!r}; known: {sorted(known)}")
+    config.known(f"config.model.text.{name}", value, names)
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
   block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
     heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import sharding
+from bigalign import config, sharding
 from bigalign.towers import base
 
 POOLS = ("map", "cls", "pooler", "mean")
@@ -250,13 +250,12 @@ def vit(
   Raises:
     ValueError: for an unknown name, with the known ones, or options that exclude each other.
   """
-  for name, value, known in (
+  for name, value, names in (
     ("stem", stem, STEMS), ("pool", pool, POOLS), ("positions", positions, POSITIONS),
     ("activation", activation, base.ACTIVATIONS), ("remat", remat, base.REMAT),
     ("dtype", dtype, base.DTYPES),
   ):
-    if value not in known:
-      raise ValueError(f"config.model.image.{name}: unknown {value!r}; known: {sorted(known)}")
+    config.known(f"config.model.image.{name}", value, names)
   if stem == "conv" and (patch & (patch - 1) or not patch_bias):
     raise ValueError(f"config.model.image.patch={patch}: a conv stem needs a power of 2, and bias")
   needs_class = pool in ("cls", "pooler")

@@ -18,6 +18,7 @@ from bigalign.weights import (
   bert,
   big_vision,
   clip,
+  conv,
   dual,
   files,
   open_clip,
@@ -42,6 +43,8 @@ LAYOUTS: dict[str, Callable[..., Layout]] = _HUGGING_FACE | {
   "vision-text-dual-encoder": functools.partial(dual.vision_text, _HUGGING_FACE),
   "open_clip": open_clip.open_clip,
   "big_vision": big_vision.big_vision,
+  "resnet_cifar": conv.resnet_cifar,
+  "mobilenet_v2": conv.mobilenet_v2,
 }
 
 
@@ -75,7 +78,8 @@ def describe(
 
   Args:
     path: a folder of Hugging Face, sentence-transformers or open_clip; a .safetensors file or the
-      index of its shards, with the config beside it; a .npz file of big_vision.
+      index of its shards, with the config beside it; a .npz file of big_vision, of a ResNet for
+      CIFAR or of MobileNetV2, told by its keys.
     image, text: options of a tower in the place of the checkpoint's, as dict(pool="mean"). Also
       what the checkpoint does not say: dict(heads=3) for open_clip's timm and Hugging Face towers.
 
@@ -88,7 +92,7 @@ def describe(
   sentence = (folder / "modules.json").is_file()
   inside = folder / dual.transformer(folder) if sentence else folder
   tensors = files.open_tensors(inside if path.is_dir() else path)
-  kind, where, config = _config(inside, tensors.path)
+  kind, where, config = _config(inside, tensors)
   extra = dict(image=dict(image or {}), text=dict(text or {}))
   if kind == "open_clip":
     config = _with_heads(config, where, extra)
@@ -115,10 +119,11 @@ def load(
   return describe(path, image=image, text=text).load(shapes, **options)
 
 
-def _config(folder: pathlib.Path, file: pathlib.Path) -> tuple[str, str, Mapping[str, Any]]:
+def _config(folder: pathlib.Path, tensors: files.Tensors) -> tuple[str, str, Mapping[str, Any]]:
   """(name in LAYOUTS, the config's file for errors, the config)."""
+  file = tensors.path
   if file.suffix == ".npz":
-    return "big_vision", str(file), {}
+    return conv.npz_kind(tensors), str(file), {}
   where = folder / "open_clip_config.json"
   both = (folder / "config.json").is_file()
   # Some folders hold the same weights twice, under the names of both libraries.

@@ -1,0 +1,113 @@
+"""MobileNetV2, https://arxiv.org/abs/1801.04381, of width 1.0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bigalign import config, sharding
+from bigalign.towers import base
+from bigalign.towers.linear import WIDE_GRADIENT
+
+# The paper's table 2: (expansion, channels, blocks, stride of the first).
+STAGES = (
+  (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+  (6, 320, 1, 1),
+)
+STEM, WIDTH = 32, 1280
+
+
+def pointwise(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
+  """A 1 x 1 convolution with a bias: a product."""
+  return nn.Dense(features, dtype=dtype, name=name, **WIDE_GRADIENT)(x)
+
+
+class Depthwise(nn.Module):
+  """3 x 3 within each channel, with a bias and TensorFlow's padding.
+
+  As nine products: XLA's grouped convolutions take 5 to 13 times as long on CPUs.
+  """
+
+  stride: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H / stride, W / stride, C], rounded up."""
+    kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1]))
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    strides = (self.stride, self.stride)
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], (3, 3), strides, "SAME")
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    rows, cols = ((n - 3) // self.stride * self.stride + 1 for n in x.shape[1:3])
+    y = sum(
+      x[:, i : i + rows : self.stride, j : j + cols : self.stride] * kernel[i, j][None, None, None]
+      for i in range(3) for j in range(3)
+    )  # in float32, the kernel's dtype
+    return (y + bias[None, None, None]).astype(self.dtype)
+
+
+class Bottleneck(nn.Module):
+  """Inverted residual: wide and depthwise inside, narrow and linear at its ends."""
+
+  expansion: int
+  features: int
+  stride: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H / stride, W / stride, features], rounded up."""
+    y = x
+    if self.expansion > 1:
+      y = nn.relu6(pointwise(y, self.expansion * x.shape[-1], self.dtype, "expand"))
+    y = nn.relu6(Depthwise(self.stride, self.dtype, name="depthwise")(y))
+    y = pointwise(y, self.features, self.dtype, "project")
+    return sharding.pin(x + y if x.shape == y.shape else y)
+
+
+class MobileNetV2(nn.Module):
+  """See `mobilenet_v2` for the options."""
+
+  remat: str
+  dtype: Any
+  width: int = WIDTH
+
+  @nn.compact
+  def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
+    """[B, H, W, 3] normalised -> pooled [B, 1280], tokens [B, N, 1280]: the last map's pixels.
+
+    N = H / 32 * W / 32, each rounded up: 49 for images of 224 x 224. `train` changes nothing.
+    """
+    x = nn.Conv(
+      STEM, (3, 3), 2, "SAME", dtype=self.dtype, kernel_init=nn.initializers.he_normal(),
+      name="stem",
+    )(image.astype(self.dtype))
+    x = nn.relu6(x)
+    bottleneck: Any = Bottleneck
+    if base.REMAT[self.remat] is not None:
+      bottleneck = nn.remat(Bottleneck, policy=base.REMAT[self.remat])
+    blocks = ((t, c, s if i == 0 else 1) for t, c, n, s in STAGES for i in range(n))
+    for i, (expansion, features, stride) in enumerate(blocks, 1):
+      x = bottleneck(expansion, features, stride, self.dtype, name=f"bottleneck_{i}")(x)
+    x = nn.relu6(pointwise(x, self.width, self.dtype, "head"))
+    tokens = einops.rearrange(x, "b h w d -> b (h w) d")
+    return base.TowerOutput(base.masked_mean(tokens, None), tokens)
+
+
+def mobilenet_v2(*, remat: str = "none", dtype: str = "bfloat16") -> MobileNetV2:
+  """MobileNetV2 with batch norm folded into its convolutions, to start from pretrained weights.
+
+  Args:
+    remat, dtype: as in `vit`, for each block.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  config.known("config.model.image.remat", remat, base.REMAT)
+  config.known("config.model.image.dtype", dtype, base.DTYPES)
+  return MobileNetV2(remat, jnp.dtype(dtype))
