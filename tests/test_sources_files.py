@@ -49,6 +49,7 @@ def test_every_record_by_random_access(tmp_path, version):
   for i in (24, 0, 13, 12, 7, 8, 24):
     record = source[i]
     assert isinstance(record.pop("key"), str)
+    assert records[i]["captions"] in record.pop("texts").values()
     assert record == records[i]
   assert len({source[i]["key"] for i in range(25)}) == 25
   for i in (-1, 25):
@@ -246,7 +247,9 @@ def test_array_record_features(tmp_path):
       example(txt=[b"no image"]), b"no example", example(jpg=[picture(3)]),
       example(jpg=[picture(4)], txt=[b"caf\xe9"])])
   source = open_source(f"arrayrecord:{path}", label="cls")
-  assert source[0] == dict(image=picture(0), captions=("zwölf",), label=3, key="0.array_record/0")
+  assert source[0] == dict(image=picture(0), captions=("zwölf",), label=3, key="0.array_record/0",
+                           texts=source[0]["texts"])
+  assert {path for path, texts in source[0]["texts"].items() if texts} == {"txt"}
   assert source[3]["captions"] == () and source[3]["label"] == -1
   assert source[4]["captions"] == ("caf\N{REPLACEMENT CHARACTER}",)
   for i, reason in ((1, "no_image"), (2, "bad_metadata")):
@@ -302,7 +305,8 @@ def test_parquet_columns(tmp_path):
   pq.write_table(table, tmp_path / "0.parquet")
   source = open_source(f"{tmp_path}/0.parquet")
   assert source.classnames == ("cat", "dog")
-  assert source[0] == dict(image=picture(0), captions=("a",), label=1, key="0.parquet/0.0")
+  assert source[0] == dict(image=picture(0), captions=("a",), label=1, key="0.parquet/0.0",
+                           texts=source[0]["texts"])
   assert source[2]["captions"] == ()
   with pytest.raises(Rejected, match=r"no_image: 0\.parquet/0\.1"):
     source[1]

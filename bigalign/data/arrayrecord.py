@@ -58,7 +58,7 @@ class ArrayRecord:
     image = features.get(self._image)
     if not image:
       raise Rejected("no_image", f"{key} has {sorted(features)}")
-    return dict(image=image[0], captions=columns.texts(features, self.captions), key=key,
+    return dict(image=image[0], key=key, **columns.texts(features, self.captions),
                 label=columns.label(features.get(self._label), column=self._label, key=key))
 
   def _features(self, i: int) -> tuple[str, dict[str, list[Any]]]:

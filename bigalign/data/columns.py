@@ -11,13 +11,14 @@ from bigalign.data.rejects import Rejected
 from bigalign.data.webdataset import IMAGES
 
 
-def texts(row: Mapping[str, Any], paths: Iterable[str]) -> tuple[str, ...]:
-  """The captions at the first of the paths that has any that is not blank; () if none has.
+def texts(row: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+  """`captions` of a record, the first of the paths' texts that are not blank, and all its `texts`.
 
   A path is a column, or "a.b" for the entry b of the mapping in column a. It holds a string, UTF-8
   bytes, or a nest of sequences of them.
   """
-  return next(filter(None, (_stripped(_at(row, path)) for path in paths)), ())
+  found = {path: _stripped(_at(row, path)) for path in paths}
+  return dict(captions=next(filter(None, found.values()), ()), texts=found)
 
 
 def _at(row: Any, path: str) -> Any:

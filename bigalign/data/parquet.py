@@ -77,7 +77,7 @@ class Parquet:
       image = image.get("bytes")
     if image is None:
       raise Rejected("no_image", f"{key}: no bytes in the column {self._image!r}")
-    return dict(image=image, captions=columns.texts(row, self.captions), key=key,
+    return dict(image=image, key=key, **columns.texts(row, self.captions),
                 label=columns.label(row.get(self._label), column=self._label, key=key))
 
   def _read(self, group: int) -> tuple[Any, int]:

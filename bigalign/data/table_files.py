@@ -66,7 +66,7 @@ class TableFiles:
       raise Rejected("no_image", f"{table}: row {i} has no {self._image!r}")
     key = f"{table}/{name}"
     return dict(image=_read_image(os.path.join(os.path.dirname(path), name), key=key),
-                captions=columns.texts(row, self.captions), key=key,
+                key=key, **columns.texts(row, self.captions),
                 label=columns.label(row.get(self._label), column=self._label, key=key))
 
   def _row(self, i: int) -> tuple[str, dict[str, Any]]:

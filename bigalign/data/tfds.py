@@ -63,10 +63,10 @@ class Tfds:
       self._data = self._open()
     example = self._data[i]
     label = int(example[self._label]) if self._has_label else -1
-    captions = columns.texts(example, self._captions)
+    texts = columns.texts(example, self._captions)
     if not self._captions and self.classnames and label >= 0:
-      captions = (self.classnames[label].replace("_", " "),)
-    return dict(image=example[self._image], captions=captions, label=label,
+      texts["captions"] = (self.classnames[label].replace("_", " "),)
+    return dict(image=example[self._image], label=label, **texts,
                 key=f"{self.name}:{self.split}/{i}")
 
   def __getstate__(self) -> dict[str, Any]:
