@@ -21,6 +21,7 @@ def open_data(
   augment: Mapping[str, Any] | None = None,
   resize: str = "squash",
   captions: Sequence[str] | None = None,
+  source_options: Mapping[str, Any] | None = None,
   captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
   shuffle: bool = True,
   workers: int = 0,
@@ -28,12 +29,15 @@ def open_data(
   """What config.data says: the source, and how training reads it.
 
   Args:
-    source: "glyphs", shards ("DIR/{00000..00099}.tar"), "tfds:NAME:SPLIT"; lists joined by "::".
+    source: "glyphs", shards ("DIR/{00000..00099}.tar"), Parquet, ArrayRecord, tables of image
+      files, "tfds:NAME:SPLIT"; lists joined by "::".
     image_size: pixels per side.
     tokenizer: name, length and options of a tokenizer.
     augment: options of transforms.train_image.
     resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
     captions: fields to take captions from, the first that a record has; the source's own if None.
+    source_options: others of the source, such as image= for the column of the images, or data_dir=
+      of TFDS.
     captions_per_image: room for captions in the ids of texts, and in what a loss remembers of each.
     shuffle: another order in each epoch; without, that of the source.
     workers: processes that read and decode; they have no influence on the batches.
@@ -44,7 +48,7 @@ def open_data(
     transforms.train_image, augment or {}, "config.data.augment",
     image=np.zeros((2, 2, 3), np.uint8), rng=order.philox(0, 0), size=2,
   )
-  opened = open_source(source, captions=captions)
+  opened = open_source(source, captions=captions, **source_options or {})
   if not len(opened):
     raise ValueError(f"config.data.source={source!r} holds no sample")
   return opened, dict(

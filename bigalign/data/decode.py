@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -19,13 +20,17 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, str
            ZeroDivisionError, AssertionError)
 
 
-def decode(data: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> np.ndarray:
+def decode(data: bytes | np.ndarray, *, max_pixels: int = 64_000_000,
+           shrink: Callable[[int, int], int] | None = None) -> np.ndarray:
   """One image → uint8 [H, W, 3], RGB; raises Rejected for anything that is not a whole image.
 
   The kind is told by the content, not by a file name; the size by the header, before any pixel
   is decoded. Transparency is laid on white, 16 bits are scaled to 8, of an animation the first
   frame is taken, EXIF orientation is ignored (as img2dataset, open_clip and big_vision do).
   Arrays pass through: uint8 [H, W], [H, W, 1], [H, W, 3].
+
+  shrink  (H, W) → 1, 2, 4 or 8: of a JPEG's DCT only what a picture that much smaller needs is
+          turned into pixels, [ceil(H / 8), ceil(W / 8), 3] for 8; other kinds stay as they are
   """
   if isinstance(data, np.ndarray):
     return _from_array(data)
@@ -35,8 +40,10 @@ def decode(data: bytes | np.ndarray, *, max_pixels: int = 64_000_000) -> np.ndar
     try:
       height, width, _, _ = simplejpeg.decode_jpeg_header(data)
       _check_pixels(width, height, max_pixels=max_pixels)
+      factor = shrink(height, width) if shrink else 1
       # Without strict a truncated file comes back half grey and nobody knows.
-      return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+      return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, min_factor=factor,
+                                    min_height=-(-height // factor), min_width=-(-width // factor))
     except ValueError:
       pass  # Pillow reads a few that libjpeg-turbo only warns about, and says better what is wrong.
   return _decode_pillow(data, max_pixels=max_pixels)

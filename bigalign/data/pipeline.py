@@ -6,8 +6,9 @@ workers nor the place of a restart can change what is in it.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ class _Batches:
     self._image_size = image_size
     self._tokenizer: Tokenizer = make_tokenizer(**tokenizer)
     self._logged: set[int] = set()
+    self._shrink: Callable[[int, int], int] | None = None
 
   def _sample(self, index: int, *, rejects: np.ndarray) -> dict[str, Any] | None:
     """The record with its image decoded; None if rejected, which is counted in `rejects` [R]."""
@@ -127,7 +129,7 @@ class _Batches:
     try:
       record = self._source[index]
       key = record["key"]
-      return {**record, "image": decode(record["image"])}
+      return {**record, "image": decode(record["image"], shrink=self._shrink)}
     except Rejected as rejected:
       self._reject(index, key, rejected, rejects=rejects)
       return None
@@ -151,6 +153,7 @@ class _TrainBatches(_Batches):
     self._seed = seed
     self._start = start
     self._augment = dict(augment)
+    self._shrink = functools.partial(transforms.shrink, size=image_size, **augment)
     # A wrong option is better heard of here than from a worker.
     transforms.train_image(np.zeros((2, 2, 3), np.uint8), order.philox(0, 0), size=2, **augment)
     self._shuffle = shuffle

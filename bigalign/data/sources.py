@@ -1,7 +1,9 @@
-"""Things with __len__ and __getitem__(i) → record: glyphs, webdataset shards, TFDS, and lists.
+"""Things with __len__ and __getitem__(i) → record: glyphs, shards, tables, TFDS, and lists of them.
 
 A record is dict(image=bytes | uint8 [H, W, 3], captions=tuple[str, ...], key=str, label=int);
-label is -1 where there is none. A source knows no order: that belongs to order.py.
+label is -1 where there is none. Sources of columns add texts={column: captions} of all columns that
+were asked for; `captions` are those of the first that is not blank. A source knows no order: that
+belongs to order.py.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import importlib
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from bigalign.data.arrayrecord import ArrayRecord
+from bigalign.data.parquet import Parquet
+from bigalign.data.table_files import TableFiles
 from bigalign.data.tfds import Tfds
 from bigalign.data.webdataset import WebDataset
 
@@ -22,7 +27,8 @@ from bigalign.data.webdataset import WebDataset
 class Source(Protocol):
   """Random access to records. Picklable: paths only, files are opened lazily per process.
 
-  May have `classnames`, a tuple in the order of the labels. __getitem__ may raise Rejected.
+  May have `classnames`, a tuple in the order of the labels, and `block`, how many consecutive
+  samples it reads at once if not one. __getitem__ may raise Rejected.
   """
   fingerprint: str  # hex; changes if the data changed
 
@@ -30,14 +36,30 @@ class Source(Protocol):
   def __getitem__(self, i: int, /) -> dict[str, Any]: ...
 
 
+def _glyphs(split: str, **options: Any) -> Source:
+  # Looked up late: drawing needs FreeType, which readers of shards do not.
+  glyphs = importlib.import_module("bigalign.data.glyphs")
+  return glyphs.Glyphs(split=split or "train", **options)
+
+
+SOURCES: dict[str, Callable[..., Source]] = dict(
+    glyphs=_glyphs, tar=WebDataset, parquet=Parquet, arrayrecord=ArrayRecord, table=TableFiles,
+    tfds=Tfds)
+_ENDINGS = {".tar": "tar", ".parquet": "parquet", ".array_record": "arrayrecord",
+            ".csv": "table", ".tsv": "table", ".jsonl": "table"}
+
+
 def open_source(spec: str, *, captions: Sequence[str] | None = None, **options) -> Source:
   """Open what a spec names; parts joined by "::" are read as one, each sample once per epoch.
 
     glyphs, glyphs:heldout                  the embedded dataset and its splits
     DIR/{00000..00005}.tar, DIR/*.tar       webdataset shards
+    DIR/*.parquet, DIR/*.array_record       encoded images beside their captions
+    DIR/train.tsv, .csv, .jsonl             paths of image files beside their captions
     tfds:cifar10:train                      a TFDS dataset prepared as array_record
-  $NAME in a spec is an environment variable. `captions` names the fields to take captions from
-  (WebDataset, Tfds; glyphs have their own); `options` go to every part.
+  KIND: before a pattern says what its ending does not. $NAME in a spec is an environment variable.
+  `captions` names the fields to take captions from (all but glyphs, which have their own);
+  `options` go to every part.
   """
   parts = [part.strip() for part in expand_variables(spec, what="source").split("::")]
   sources = [_open_part(part, spec=spec, captions=captions, options=options) for part in parts]
@@ -47,18 +69,15 @@ def open_source(spec: str, *, captions: Sequence[str] | None = None, **options) 
 def _open_part(part: str, *, spec: str, captions: Sequence[str] | None,
                options: Mapping[str, Any]) -> Source:
   kind, _, rest = part.partition(":")
-  if kind == "glyphs":
-    # Looked up late: drawing needs FreeType, which readers of shards do not.
-    glyphs = importlib.import_module("bigalign.data.glyphs")
-    return glyphs.Glyphs(split=rest or "train", **options)
-  chosen: dict[str, Any] = {} if captions is None else {"captions": tuple(captions)}
-  if kind == "tfds":
-    return Tfds(rest, **chosen, **options)
-  if ".tar" in part:
-    return WebDataset(part, **chosen, **options)
-  raise ValueError(
-      f"Unknown source {part!r} in {spec!r}; known: 'glyphs[:SPLIT]', a pattern of .tar shards such"
-      " as 'DIR/{00000..00005}.tar' or 'DIR/*.tar', 'tfds:NAME:SPLIT', and lists joined by '::'")
+  if kind not in SOURCES:
+    kind, rest = next((kind for ending, kind in _ENDINGS.items() if ending in part), kind), part
+  if kind not in SOURCES:
+    raise ValueError(
+        f"Unknown source {part!r} in {spec!r}; known: 'glyphs[:SPLIT]', 'tfds:NAME:SPLIT', patterns"
+        f" of files that end in {', '.join(_ENDINGS)}, such as 'DIR/{{00000..00005}}.tar' or"
+        f" 'DIR/*.tar', KIND:PATTERN with a KIND of {sorted(SOURCES)}, and lists joined by '::'")
+  chosen = {} if captions is None or kind == "glyphs" else {"captions": tuple(captions)}
+  return SOURCES[kind](rest, **chosen, **options)
 
 
 def expand_variables(text: str, *, what: str) -> str:
@@ -83,6 +102,7 @@ class Concatenation:
     names = {getattr(source, "classnames", ()) for source in sources}
     # Labels of different class lists must not meet in one column.
     self.classnames = names.pop() if len(names) == 1 else ()
+    self.block = max(getattr(source, "block", 1) for source in self.sources)
 
   def __repr__(self) -> str:
     return f"Concatenation({', '.join(map(repr, self.sources))})"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from bigalign.data import columns
 
 # TFDS writes Parquet too, but loses every other slice of records in doing so (4.9.10).
 _FORMAT = "array_record"
@@ -63,10 +63,10 @@ class Tfds:
       self._data = self._open()
     example = self._data[i]
     label = int(example[self._label]) if self._has_label else -1
-    captions = next(filter(None, (_texts(example, path) for path in self._captions)), ())
+    texts = columns.texts(example, self._captions)
     if not self._captions and self.classnames and label >= 0:
-      captions = (self.classnames[label].replace("_", " "),)
-    return dict(image=example[self._image], captions=captions, label=label,
+      texts["captions"] = (self.classnames[label].replace("_", " "),)
+    return dict(image=example[self._image], label=label, **texts,
                 key=f"{self.name}:{self.split}/{i}")
 
   def __getstate__(self) -> dict[str, Any]:
@@ -102,14 +102,3 @@ class Tfds:
     if absent:
       raise ValueError(f"tfds:{self.name} has no feature {absent}; it has {sorted(features)}. Set "
                        "image= and captions= to the ones that hold them.")
-
-
-def _texts(example: Any, path: str) -> tuple[str, ...]:
-  """The strings at "a.b" of an example: one, or a sequence of them."""
-  for part in path.split("."):
-    if not isinstance(example, dict) or part not in example:
-      return ()
-    example = example[part]
-  texts = np.ravel(np.asarray(example, object)).tolist()
-  texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
-  return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())

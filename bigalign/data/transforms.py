@@ -61,6 +61,28 @@ def train_image(
   return image
 
 
+def shrink(
+    height: int,
+    width: int,
+    *,
+    size: int,
+    crop: str = "random_resized",
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    **_: Any,
+) -> int:
+  """8, 4, 2 or 1: how much smaller a JPEG may be decoded before `train_image` with these options.
+
+  Every box that can be drawn keeps twice the pixels per side that the view has, so what the DCT
+  cuts off lies in what the bicubic filter removes.
+  """
+  smallest: float = min(height, width)
+  if crop == "random_resized":
+    side = math.sqrt(height * width * scale[0])
+    smallest = min(smallest, side * math.sqrt(ratio[0]), side / math.sqrt(ratio[1]))
+  return next((factor for factor in (8, 4, 2) if smallest >= 2 * size * factor), 1)
+
+
 def eval_image(
     image: np.ndarray,
     *,

@@ -1,0 +1,288 @@
+"""The loader against open_clip's get_wds_dataset: python benchmarks/loader.py, with BIGALIGN_DATA
+
+Both read the same shards with two workers, in processes of their own that take turns; what counts
+is the CPU time of such a process and all its children from one idle moment to the next, which other
+programs on the machine hardly move. The images are photos of $BIGALIGN_DATA, resized and encoded
+again. Exit status 1 if a bar is missed. The rival needs the extra `bench`, and a torchvision that
+open_clip can import; without it there is nothing to compare with, which is status 1 too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAYON_NUM_THREADS"] = "1"
+
+import numpy as np
+from PIL import Image
+
+from bigalign.data import decode, order, pipeline, transforms, workers
+from bigalign.data.sources import Source, open_source
+
+BATCH, SIZE, SCALE, WORKERS = 128, 224, (0.9, 1.0), 2
+# Sets of images: the length of an edge in pixels, whether it is the shorter one, and the quality.
+SETS = {"500px": (500, False, 96), "256px": (256, True, 95)}
+# images per CPU-second, ours / theirs
+BARS = {("bigalign", "500px"): 1.9, ("bigalign", "256px"): 2.2,
+        ("pillow", "500px"): 1.35, ("pillow", "256px"): 1.35}
+MAE = 0.1  # of 255 levels, from Pillow's bicubic
+OVERHEAD = 0.15  # of the loader's CPU at 500px, beyond decoding and resizing
+
+Epoch = Callable[[], int]  # goes once through the shards; the number of images
+
+
+def make_shards(root: pathlib.Path, name: str, shards: list[str]) -> str:
+  """Re-encoded copies of some shards; their pattern."""
+  edge, shorter, quality = SETS[name]
+  (root / name).mkdir()
+  for s, shard in enumerate(shards):
+    source = open_source(shard)
+    with tarfile.open(root / name / f"{s:05d}.tar", "w") as tar:
+      for i in range(len(source)):
+        record = source[i]
+        image = Image.open(io.BytesIO(record["image"])).convert("RGB")
+        factor = edge / (min if shorter else max)(image.size)
+        size = [round(side * factor) for side in image.size]
+        image = image.resize(size, Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        image.save(file, "jpeg", quality=quality)
+        for kind, data in (("jpg", file.getvalue()), ("txt", record["captions"][0].encode())):
+          member = tarfile.TarInfo(f"{i:06d}.{kind}")
+          member.size = len(data)
+          tar.addfile(member, io.BytesIO(data))
+  return f"{root}/{name}/{{00000..{len(shards) - 1:05d}}}.tar"
+
+
+class PillowAlone:
+  """A source in whose process neither simplejpeg nor kornia-rs is used, a data worker included."""
+
+  def __init__(self, source: Source):
+    self.__setstate__(dict(_source=source, fingerprint=source.fingerprint))
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    transforms._kornia, decode._JPEG = None, b"no file begins like this"
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    return self._source[i]
+
+
+def ours(pattern: str, *, pillow: bool = False) -> Epoch:
+  """bigalign's loader; `pillow`: with nothing but Pillow for images."""
+  source: Source = open_source(pattern)
+  batches = pipeline.train_batches(
+      PillowAlone(source) if pillow else source, batch_size=BATCH, rows=np.arange(BATCH), seed=0,
+      image_size=SIZE, tokenizer=dict(name="clip", length=77), augment=dict(scale=SCALE),
+      workers=WORKERS)
+  return lambda: sum(len(next(batches)["image"]) for _ in range(len(source) // BATCH))
+
+
+def theirs(pattern: str) -> Epoch:
+  """open_clip's: a shuffle buffer, its own transform and tokenizer, workers that stay."""
+  from step import import_open_clip
+  import_open_clip()
+  multiprocessing.set_start_method("fork", force=True)  # PyTorch's own choice on Linux
+  import open_clip
+  from open_clip_train.data import get_wds_dataset
+
+  samples = len(open_source(pattern))
+  transform = open_clip.image_transform(SIZE, is_train=True, aug_cfg=dict(scale=SCALE))
+  args = types.SimpleNamespace(
+      train_data=pattern, train_num_samples=samples, train_data_upsampling_factors=None, seed=0,
+      batch_size=BATCH, workers=WORKERS, world_size=1)
+  data = get_wds_dataset(args, transform, is_train=True, floor=True,
+                         tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+  return lambda: sum(len(images) for images, _ in data.dataloader)
+
+
+class Decoding:
+  """What no loader of ours can do without: bytes in memory → pixels, which go nowhere."""
+
+  def __init__(self, images: list[bytes]):
+    self._images = images
+
+  def __len__(self) -> int:
+    return 1 << 62
+
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    for r in range(BATCH):
+      i = (k * BATCH + r) % len(self._images)
+      transforms.train_image(
+          decode.decode(self._images[i]), order.philox(0, i), size=SIZE, scale=SCALE)
+    return dict(number=np.asarray([k]))
+
+
+def decoding(pattern: str) -> Epoch:
+  """In as many processes, so that they share the cores as the loader's do."""
+  source = open_source(pattern)
+  images = [source[i]["image"] for i in range(len(source))]
+  batches = workers.iterate(Decoding(images), workers=WORKERS)
+  return lambda: sum(BATCH for _ in range(len(images) // BATCH) if next(batches))
+
+
+LOADERS: dict[str, Callable[[str], Epoch]] = dict(
+    bigalign=ours, pillow=lambda pattern: ours(pattern, pillow=True), open_clip=theirs,
+    decoding=decoding)
+
+
+def family() -> list[int]:
+  """This process and all that it started, and those that they started."""
+  found = [os.getpid()]
+  for pid in found:
+    for children in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+      found += [int(child) for child in children.read_text().split()]
+  return found
+
+
+def cpu_seconds() -> float:
+  """Of the family, user and system, once none of it wants to run any more."""
+  quiet = 0
+  while quiet < 5:
+    time.sleep(0.05)
+    states = [stat.read_text().rpartition(") ")[2][0] for pid in family()
+              for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat")]
+    # The one that runs is this thread.
+    quiet = quiet + 1 if sum(state in "RD" for state in states) <= 1 else 0
+  ticks = sum(int(x) for pid in family() for x in pathlib.Path(
+      f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:15])
+  return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def serve(name: str, pattern: str, connection: Connection) -> None:
+  """In a process of its own: CPU-seconds and wall seconds per image of an epoch, when asked."""
+  epoch = LOADERS[name](pattern)
+  epoch()  # starts workers, fills caches
+  connection.send("ready")
+  while _asked(connection):
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    images = epoch()
+    wall = time.perf_counter() - wall
+    connection.send(((cpu_seconds() - cpu) / images, wall / images))
+
+
+def _asked(connection: Connection) -> bool:
+  try:
+    return connection.recv() == "go"
+  except EOFError:
+    return False
+
+
+def measure(pattern: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
+  """{loader: [(CPU-seconds, wall seconds) per image, of each round]}, taking turns."""
+  context = multiprocessing.get_context("spawn")
+  connections = {}
+  found: dict[str, list[tuple[float, float]]] = {name: [] for name in LOADERS}
+  for name in LOADERS:
+    connections[name], theirs = context.Pipe()
+    context.Process(target=serve, args=(name, pattern, theirs)).start()
+    theirs.close()
+  try:
+    for connection in connections.values():
+      connection.recv()
+    for _ in range(rounds):
+      for name, connection in connections.items():
+        connection.send("go")
+        found[name].append(connection.recv())
+  finally:  # without a connection they end
+    for connection in connections.values():
+      connection.close()
+  return found
+
+
+def error_of_fast_resize(pattern: str, *, images: int = 200) -> float:
+  """Mean absolute difference in levels between what the loader makes and Pillow alone."""
+  source = open_source(pattern)
+  differences = []
+  for i in range(0, len(source), -(-len(source) // images)):
+    data = source[i]["image"]
+    ours = transforms.train_image(decode.decode(data), order.philox(0, i), size=SIZE, scale=SCALE)
+    pixels = Image.open(io.BytesIO(data)).convert("RGB")
+    top, left, height, width = transforms._random_box(
+        order.philox(0, i), height=pixels.height, width=pixels.width, scale=SCALE,
+        ratio=(3 / 4, 4 / 3))
+    box = (left, top, left + width, top + height)
+    exact = pixels.crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    differences.append(np.abs(ours.astype(int) - np.asarray(exact)).mean())
+  return float(np.mean(differences))
+
+
+def compare(pattern: str, name: str, rounds: int) -> tuple[dict[str, Any], list[str]]:
+  """The figures of one set of images, and the bars that they miss."""
+  found = measure(pattern, rounds)
+  median = {loader: statistics.median(cpu for cpu, _ in turns) for loader, turns in found.items()}
+  ratios = {loader: [theirs[0] / ours[0] for ours, theirs in zip(found[loader], found["open_clip"])]
+            for loader in ("bigalign", "pillow")}
+  source = open_source(pattern)
+  row: dict[str, Any] = dict(
+      images=len(source), mean_bytes=np.mean([len(source[i]["image"]) for i in range(len(source))]),
+      milliseconds_per_image={loader: round(1000 * x, 4) for loader, x in median.items()},
+      ratio={loader: statistics.median(each) for loader, each in ratios.items()}, ratios=ratios,
+      overhead=statistics.median(1 - decoding[0] / ours[0] for ours, decoding in zip(
+          found["bigalign"], found["decoding"])),
+      mean_absolute_error=error_of_fast_resize(pattern), rounds=found)
+  missed = [f"{loader} is {row['ratio'][loader]:.2f}x open_clip at {name}, the bar is {bar}"
+            for (loader, size), bar in BARS.items() if size == name and row["ratio"][loader] < bar]
+  if row["mean_absolute_error"] > MAE:
+    missed.append(f"{row['mean_absolute_error']:.3f} levels from Pillow at {name}, at most {MAE}")
+  if name == "500px" and row["overhead"] > OVERHEAD:
+    missed.append(f"overhead {row['overhead']:.3f} of the CPU at {name}, at most {OVERHEAD}")
+  for loader, seconds in median.items():
+    print(f"{name} {loader:<10} {1 / seconds:6.0f} images per CPU-second"
+          + (f"  {row['ratio'][loader]:.2f}x ({min(ratios[loader]):.2f} to"
+             f" {max(ratios[loader]):.2f})" if loader in ratios else ""))
+  print(f"{name} overhead {row['overhead']:.3f},"
+        f" {row['mean_absolute_error']:.3f} levels from Pillow")
+  return row, missed
+
+
+def main() -> int:
+  """Prints a table, writes the JSON; the exit status is that of the bars."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rounds", type=int, default=3, help="turns of each; the median counts")
+  parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+  parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/loader.json"))
+  args = parser.parse_args()
+  # Only now: the loaders' processes import this file, and JAX is not theirs to start.
+  from step import machine
+
+  from bigalign.checkpoint import revision
+  data = pathlib.Path(os.environ["BIGALIGN_DATA"])
+  shards = [str(path) for name in ("coco2k", "flickr8k")
+            for path in sorted((data / name / "train").glob("*.tar"))]
+  versions = {name: importlib.metadata.version(name) for name in (
+      "grain", "simplejpeg", "kornia_rs", "pillow", "torch", "open_clip_torch", "webdataset")}
+  rows, missed = {}, []
+  with tempfile.TemporaryDirectory() as folder:
+    for name in args.sets:
+      pattern = make_shards(pathlib.Path(folder), name, shards)
+      rows[name], more = compare(pattern, name, args.rounds)
+      missed += more
+  print("\n".join(missed or ["all bars are met"]))
+  result = dict(revision=revision(), machine=machine(), versions=versions, bars=missed, **rows)
+  args.json.parent.mkdir(parents=True, exist_ok=True)
+  args.json.write_text(json.dumps(result, indent=1) + "\n")
+  return int(bool(missed))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

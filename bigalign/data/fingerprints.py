@@ -1,0 +1,22 @@
+"""Whether files are still those that they were, without reading them through."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+
+_TAIL = 1 << 16  # bytes
+
+
+def of_files(paths: Iterable[str], *more: bytes) -> str:
+  """32 hex digits of names, sizes, and the ends, where Parquet and ArrayRecord keep their index."""
+  digest = hashlib.sha256()
+  for path in paths:
+    with open(path, "rb") as file:
+      size = file.seek(0, os.SEEK_END)
+      file.seek(max(size - _TAIL, 0))
+      digest.update(f"{os.path.basename(path)}\n{size}\n".encode() + file.read())
+  for each in more:
+    digest.update(each)
+  return digest.hexdigest()[:32]

@@ -1,0 +1,106 @@
+"""Random access to Parquet files that hold encoded images, as the Hugging Face hub has them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bigalign.data import columns, fingerprints
+from bigalign.data.recent import Recent
+from bigalign.data.rejects import Rejected
+from bigalign.data.webdataset import expand_shards
+
+_ROOM = 1 << 29  # bytes of row groups that a process keeps
+_CAPTIONS = ("caption", "captions", "text", "txt", "title")
+
+
+class Parquet:
+  """One row per sample in Parquet files. A whole row group is read at once and kept for a while.
+
+  image     the column of the encoded images, bytes or Hugging Face's struct of bytes and path; by
+            default image, or jpg, png, … as img2dataset writes them
+  captions  columns of strings or lists of them, in order of preference; "a.b" is a struct's field
+  label     the column of the integer class, used if it is there; Hugging Face's ClassLabel brings
+            the names of the classes
+  block     how many consecutive samples are read at once: the largest row group. An order that
+            jumps from sample to sample reads a row group for each; one that shuffles blocks of
+            this many reads each about once.
+
+  Row groups of up to 512 MiB in all are kept by each process, always at least one.
+  """
+
+  def __init__(self, pattern: str, *, image: str | None = None,
+               captions: Sequence[str] = _CAPTIONS, label: str = "label"):
+    self.pattern = pattern
+    self._paths = expand_shards(pattern)
+    self._label = label
+    metadata = [_open(path, "metadata") for path in self._paths]
+    schema = metadata[0].schema.to_arrow_schema()
+    what = repr(pattern)
+    self._image = columns.image_column(schema.names, image, what=what)
+    columns.check_captions(schema.names, captions, label=label, what=what)
+    self.captions = tuple(captions)
+    wanted = {self._image, label, *captions, *(path.partition(".")[0] for path in captions)}
+    self._columns = [name for name in schema.names if name in wanted]
+    rows = [[each.row_group(g).num_rows for g in range(each.num_row_groups)] for each in metadata]
+    # Row group g of all: its file, its place there, and its first sample.
+    self._files = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
+    self._places = np.concatenate([np.arange(len(each)) for each in rows])
+    self._firsts = np.cumsum(np.concatenate([[0], *rows]).astype(np.int64))
+    if not len(self):
+      raise ValueError(f"{pattern!r}: no rows in {len(self._paths)} files")
+    self.block = max(max(each, default=0) for each in rows)
+    self.classnames = _classnames(schema, label)
+    self.fingerprint = fingerprints.of_files(self._paths)
+    self._groups = Recent(self._read, room=_ROOM)
+
+  def __repr__(self) -> str:
+    return f"Parquet({self.pattern!r})"
+
+  def __len__(self) -> int:
+    return int(self._firsts[-1])
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    if not 0 <= i < len(self):
+      raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
+    group = int(np.searchsorted(self._firsts, i, side="right")) - 1
+    table = self._groups[group]
+    place = i - int(self._firsts[group])
+    row = {name: table.column(name)[place].as_py() for name in self._columns}
+    key = f"{os.path.basename(self._paths[self._files[group]])}/{self._places[group]}.{place}"
+    image = row[self._image]
+    if isinstance(image, dict):
+      image = image.get("bytes")
+    if image is None:
+      raise Rejected("no_image", f"{key}: no bytes in the column {self._image!r}")
+    return dict(image=image, key=key, **columns.texts(row, self.captions),
+                label=columns.label(row.get(self._label), column=self._label, key=key))
+
+  def _read(self, group: int) -> tuple[Any, int]:
+    path = self._paths[self._files[group]]
+    with _open(path, "ParquetFile") as file:
+      # One thread: the workers are the parallelism.
+      table = file.read_row_group(int(self._places[group]), columns=self._columns,
+                                  use_threads=False).combine_chunks()
+    return table, table.nbytes
+
+
+def _open(path: str, kind: str) -> Any:
+  """pyarrow's view of a file: "metadata", or a "ParquetFile" to read from."""
+  import pyarrow  # a tenth of a second that other sources need not wait
+  from pyarrow import parquet
+  try:
+    return parquet.read_metadata(path) if kind == "metadata" else parquet.ParquetFile(path)
+  except pyarrow.ArrowInvalid as error:
+    raise ValueError(f"{path}: not a whole Parquet file ({os.path.getsize(path)} bytes): {error}. "
+                     "Fetch it again.") from error
+
+
+def _classnames(schema: Any, label: str) -> tuple[str, ...]:
+  """The names that Hugging Face's datasets library leaves in the schema."""
+  metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+  return tuple(metadata.get("info", {}).get("features", {}).get(label, {}).get("names") or ())
