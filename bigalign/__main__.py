@@ -9,6 +9,7 @@ PROGRAMS = {
   "train": "trains a model from a config file",
   "evaluate": "runs the evaluators on a run's checkpoint",
   "report": "makes one HTML page of a run",
+  "index": "makes shards ready for training: where each of their samples lies",
   "costs": "what losses cost per device: memory, products, bytes on the wires",
 }
 

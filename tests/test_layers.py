@@ -21,7 +21,7 @@ LAYERS = [
   },
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step"},
-  {"train", "evaluate", "report", "costs", "report_html", "__main__"},
+  {"train", "evaluate", "report", "costs", "index", "report_html", "__main__"},
 ]
 # What takes seconds or gigabytes to import, or may be replaced one day, has its few places.
 PLACES = {
