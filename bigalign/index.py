@@ -19,18 +19,18 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from bigalign.data import index, storage
+from bigalign.data import index, stats, storage
 from bigalign.data.patterns import expand_shards
 from bigalign.data.sources import expand_variables
-
 
 STATES = ("indexed", "current", "failed")
 
 
 class Task(NamedTuple):
-  """A shard to be indexed, and the place of the index."""
+  """What is to be done with a shard, and the place of its index."""
   path: str
   place: str
+  captions: tuple[str, ...] | None  # the fields whose lengths go into stats; None: no stats
 
 
 class Outcome(NamedTuple):
@@ -44,18 +44,22 @@ class Outcome(NamedTuple):
 def process_shard(task: Task) -> Outcome:
   """Indexes one shard. May run anywhere and any number of times: what it writes is whole."""
   try:
-    part = index.index_shard(task.path, task.place)
+    part = index.current([task.path], task.place).get(task.path)
+    part = part or index.index_shard(task.path, task.place)
+    if task.captions is not None:
+      stats.write(task.path, task.place, captions=task.captions)
   except (ValueError, OSError) as error:
     return Outcome(task.path, 0, str(error), "failed")
   return Outcome(task.path, part.entries - 1, part.problem, "indexed")
 
 
 def build(patterns: Sequence[str], run: Callable[[Sequence[Task]], Iterable[Outcome]], *,
-          out: str | None = None) -> list[Outcome]:
+          out: str | None = None, captions: tuple[str, ...] | None = None) -> list[Outcome]:
   """Indexes the shards that need it with `run`, then merges; an outcome per shard, in order.
 
   out  the folder for indexes of shards whose own folder is not to be written, which readers look
        for in $BIGALIGN_INDEX
+  captions  the fields whose lengths go into stats; None: no stats
   """
   parts = [part.strip() for pattern in patterns
            for part in expand_variables(pattern, what="pattern").split("::")]
@@ -68,8 +72,9 @@ def build(patterns: Sequence[str], run: Callable[[Sequence[Task]], Iterable[Outc
     place = _place(folder, out)
     current = index.current(paths, place)
     outcomes |= {path: Outcome(path, part.entries - 1, part.problem, "current")
-                 for path, part in current.items()}
-    tasks += [Task(path, place) for path in paths if path not in current]
+                 for path, part in current.items() if captions is None
+                 or stats.is_current(part.name, place, part.stat, captions)}
+    tasks += [Task(path, place, captions) for path in paths if path not in outcomes]
   outcomes |= {outcome.path: outcome for outcome in run(tasks)}
   for folder in of_folder:
     index.merge(folder, _place(folder, out))
@@ -113,10 +118,15 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("shards", nargs="+", help="patterns of .tar files; lists joined by ::")
   parser.add_argument("--out", metavar="DIR", help="write there, not beside the shards; readers "
                       "find it with\nBIGALIGN_INDEX=DIR")
+  parser.add_argument("--stats", action="store_true", help="also write the columns that filters "
+                      "need: width, height,\nsha256, caption length, numbers of .json")
+  parser.add_argument("--captions", metavar="A,B", default="txt", help="fields for --stats: txt, "
+                      "json.caption (%(default)s)")
   parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
                       help="processes (%(default)s)")
   args = parser.parse_args(argv)
-  outcomes = build(args.shards, functools.partial(run_local, workers=args.workers), out=args.out)
+  outcomes = build(args.shards, functools.partial(run_local, workers=args.workers), out=args.out,
+                   captions=tuple(args.captions.split(",")) if args.stats else None)
   print(report(outcomes))
   for place in sorted({_place(os.path.dirname(outcome.path), args.out) for outcome in outcomes}):
     print(os.path.join(place, index.FILE))

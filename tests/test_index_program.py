@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
+import json
 import os
 import pathlib
 
+import numpy as np
 import pytest
-from shards import samples, write_tar
+from PIL import Image
+from shards import picture, samples, write_tar
 
 from bigalign import index as program
 from bigalign.data import index
@@ -85,3 +90,49 @@ def test_lists_and_variables(tmp_path, monkeypatch):
   monkeypatch.setenv("BIGALIGN_TEST_ROOT", str(tmp_path))
   assert program.main(["$BIGALIGN_TEST_ROOT/a/*.tar::$BIGALIGN_TEST_ROOT/b/00000.tar"]) == 0
   assert (tmp_path / "a" / index.FILE).exists() and (tmp_path / "b" / index.FILE).exists()
+
+
+def test_stats_are_rows_of_the_samples(tmp_path, monkeypatch):
+  bomb = io.BytesIO()
+  Image.new("L", (30, 40)).save(bomb, "png")
+  header = bytearray(bomb.getvalue())
+  header[16:24] = (60_000).to_bytes(4) * 2
+  pictures = [picture(0, size=(20, 24)), picture(1, size=(7, 9), kind="png"), bytes(header),
+              picture(3, size=(5, 6), kind="webp"), b"<html>"]
+  members = []
+  for i, data in enumerate(pictures):
+    members += [(f"{i}.jpg", data), (f"{i}.txt", b" a caption \n"[i:]),
+                (f"{i}.json", json.dumps(dict(caption="x" * i, nsfw=i == 1, url="u")).encode())]
+  members[2] = ("0.json", b"{oops")
+  members[5] = ("1.json", b'{"caption": "y", "similarity": 0.25, "id": 9007199254740991}')
+  write_tar(tmp_path / "0.tar", members)
+  write_tar(tmp_path / "1.tar", [("9.txt", "no image, ünicode".encode())])
+  argv = [f"{tmp_path}/*.tar", "--stats", "--captions=txt,json.caption", "--workers=1"]
+  assert program.main(argv) == 0
+  first, second = open_source(f"{tmp_path}/{{0,1}}.tar").columns()
+  sizes = list(zip(first["width"].tolist(), first["height"].tolist()))
+  assert sizes == [(24, 20), (9, 7), (60_000, 60_000), (6, 5), (0, 0)]
+  assert first["image_bytes"].tolist() == [len(data) for data in pictures]
+  assert [row.tobytes() for row in first["sha256"]] == [
+      hashlib.sha256(data).digest() for data in pictures]
+  assert first["length.txt"].tolist() == [9, 9, 7, 7, 6]
+  assert first["length.json.caption"].tolist() == [0, 1, 2, 3, 4]
+  assert [name for name in first.dtype.names if name.startswith("json.")] == [
+      "json.id", "json.nsfw", "json.similarity"]
+  np.testing.assert_array_equal(first["json.nsfw"], [np.nan, np.nan, 0, 0, 0])
+  assert first["json.id"][1] == 9007199254740991
+  assert second["length.txt"].tolist() == [17] and not second["sha256"].any()
+  monkeypatch.setattr(index.tar, "members", None)  # would fail if called
+  assert program.main(argv) == 0
+
+
+def test_stats_of_a_shard_that_changed_are_asked_for(tmp_path):
+  pattern = _shards(tmp_path, 1)
+  with pytest.raises(FileNotFoundError, match=r"00000\.tar has no stats .*index --stats"):
+    list(open_source(pattern).columns())
+  assert program.main([pattern, "--stats", "--workers=1"]) == 0
+  assert [len(rows) for rows in open_source(pattern).columns()] == [3]
+  os.utime(tmp_path / "00000.tar", (1, 1))
+  assert program.main([pattern, "--workers=1"]) == 0
+  with pytest.raises(FileNotFoundError, match="no stats"):
+    list(open_source(pattern).columns())

@@ -149,21 +149,27 @@ def _buffer(path: str) -> Iterator[tar.Buffer]:
     yield buffer
 
 
+def locate(name: str, place: str) -> tuple[Index, int] | None:
+  """Where the index in `place` tells of a shard: (Index, row); a part goes before the whole."""
+  for path in (os.path.join(place, PARTS, f"{name}.index"), os.path.join(place, FILE)):
+    if os.path.exists(path):
+      found = Index(path)
+      if name in found.rows:
+        return found, found.rows[name]
+  return None
+
+
 def current(paths: Sequence[str], place: str) -> dict[str, Part]:
   """The shards that need no scan: path → what the index in `place` or its part says."""
-  whole = os.path.join(place, FILE)
-  index = Index(whole) if os.path.exists(whole) else None
-  found: dict[str, Part] = {}
-  for path in paths:
-    name = os.path.basename(path)
-    own = os.path.join(place, PARTS, f"{name}.index")
-    parts = [Index(own).part(0)] if os.path.exists(own) else []
-    if index and name in index.rows:
-      parts.append(index.part(index.rows[name]))
-    for part in parts:
-      if part.stat == storage.stat(path):
-        found[path] = part
-  return found
+  known: dict[str, Part] = {}
+  parts = os.path.join(place, PARTS)
+  own = sorted(os.listdir(parts)) if os.path.isdir(parts) else []
+  for path in (os.path.join(place, FILE), *(os.path.join(parts, name) for name in own)):
+    if path.endswith(".index") and os.path.exists(path):
+      found = Index(path)
+      known |= {name: found.part(row) for name, row in found.rows.items()}
+  pairs = [(path, known.get(os.path.basename(path))) for path in paths]
+  return {path: part for path, part in pairs if part and part.stat == storage.stat(path)}
 
 
 def merge(folder: str, place: str) -> None:
@@ -195,18 +201,27 @@ def merge(folder: str, place: str) -> None:
 
 
 def _write(path: str, parts: Sequence[Part], write_starts: Callable[[IO[bytes]], Any]) -> None:
-  """An index file, which appears whole or not at all."""
+  """An index file."""
   fields = sorted({part.fields for part in parts})
   table = np.array([(*part.stat, part.digest, part.entries, fields.index(part.fields))
                     for part in parts], TABLE)
   problems = {part.name: part.problem for part in parts if part.problem}
   tail = json.dumps([[part.name for part in parts], fields, problems],
                     separators=(",", ":")).encode()
-  half = f"{path}.{os.uname().nodename}-{os.getpid()}.tmp"
-  with open(half, "wb") as file:
+
+  def write(file: IO[bytes]) -> None:
     file.write(HEADER.pack(MAGIC, len(parts), len(tail), sum(part.entries for part in parts)))
     write_starts(file)
     file.write(table.tobytes() + tail)
+
+  write_whole(path, write)
+
+
+def write_whole(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+  """A file that appears whole or not at all."""
+  half = f"{path}.{os.uname().nodename}-{os.getpid()}.tmp"
+  with open(half, "wb") as file:
+    write(file)
     file.flush()
     os.fsync(file.fileno())
   os.replace(half, path)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bigalign.data import storage, tar
+import numpy as np
+
+from bigalign.data import fields, stats, storage, tar
 from bigalign.data.patterns import expand_shards
 from bigalign.data.rejects import Rejected
 from bigalign.data.shards import Shards
-
-logger = logging.getLogger(__name__)
-
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 
 
 class WebDataset:
@@ -51,12 +48,18 @@ class WebDataset:
     shard, members = self._members(i)
     name = os.path.basename(self.shards.paths[shard])
     key = f"{name}/{next(iter(members))[0]}"
-    fields = {field: data for (_, field), data in members.items()}
-    image = next((fields[kind] for kind in IMAGES if kind in fields), None)
+    found = {field: data for (_, field), data in members.items()}
+    image = fields.image(found)
     if image is None:
-      raise Rejected("no_image", f"{key} has {sorted(fields)}")
-    return dict(image=image, captions=_captions(fields, self.captions, key=key), key=key,
-                label=_label(fields, key=key))
+      raise Rejected("no_image", f"{key} has {sorted(found)}")
+    return dict(image=image, captions=fields.captions(found, self.captions, key=key), key=key,
+                label=fields.label(found, key=key))
+
+  def columns(self) -> Iterator[np.ndarray]:
+    """The columns for filters (stats.py) of each shard in order, [N] each, mapped into memory."""
+    for shard, path in enumerate(self.shards.paths):
+      yield stats.load(os.path.basename(path), self.shards.place(shard), self.shards.stat(shard),
+                       pattern=self.pattern)
 
   def _members(self, i: int) -> tuple[int, dict[tuple[str, str], bytes]]:
     """The shard of sample i, and its members by (key, field)."""
@@ -85,7 +88,8 @@ class WebDataset:
         _, members = self._members(i)
         for (_, field), data in members.items():
           if field == "json":
-            have |= {f"json.{key}" for key in _json(data, key="")}
+            with contextlib.suppress(Rejected):  # a broken one is counted when it is drawn
+              have |= {f"json.{key}" for key in fields.read_json(data, key="")}
     if not have.intersection(self.captions):
       raise ValueError(f"{self.pattern!r}: no caption field {list(self.captions)} in these shards; "
                        f"the fields there are: {sorted(have)}. Set captions=(...) to one of them.")
@@ -111,45 +115,3 @@ def read_classnames(path: pathlib.Path) -> tuple[str, ...]:
                      "label; write the name of that class there, or take the line out if none is "
                      "missing")
   return names
-
-
-def _label(fields: Mapping[str, bytes], *, key: str) -> int:
-  if "cls" not in fields:
-    return -1
-  try:
-    return int(fields["cls"])
-  except ValueError:
-    raise Rejected("bad_metadata", f"{key}.cls holds {fields['cls'][:32]!r}") from None
-
-
-def _json(data: bytes, *, key: str) -> dict[str, Any]:
-  try:
-    value = json.loads(data)
-  except ValueError as error:
-    raise Rejected("bad_metadata", f"{key}.json: {error}") from None
-  if not isinstance(value, dict):
-    raise Rejected("bad_metadata", f"{key}.json holds a {type(value).__name__}, expected an object")
-  return value
-
-
-def _captions(fields: Mapping[str, bytes], names: Sequence[str], *, key: str) -> tuple[str, ...]:
-  for name in names:
-    field, _, entry = name.partition(".")
-    value: Any = None
-    if field == "json" and entry:
-      value = _json(fields["json"], key=key).get(entry) if "json" in fields else None
-    elif name in fields:
-      value = _decode_text(fields[name], key=f"{key}.{name}")
-    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    captions = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
-    if captions:
-      return captions
-  return ()
-
-
-def _decode_text(data: bytes, *, key: str) -> str:
-  try:
-    return data.decode("utf-8")
-  except UnicodeDecodeError as error:
-    logger.warning("%s: not UTF-8 (%s); the bytes in question are replaced", key, error.reason)
-    return data.decode("utf-8", "replace")
