@@ -41,19 +41,20 @@ def read_json(data: bytes, *, key: str) -> dict[str, Any]:
 
 
 def captions(fields: Mapping[str, bytes], names: Sequence[str], *, key: str) -> tuple[str, ...]:
-  """Those of the first of `names` that is there and not blank, stripped."""
-  for name in names:
-    field, _, entry = name.partition(".")
-    value: Any = None
-    if field == "json" and entry:
-      value = read_json(fields["json"], key=key).get(entry) if "json" in fields else None
-    elif name in fields:
-      value = _decode_text(fields[name], key=f"{key}.{name}")
-    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    found = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
-    if found:
-      return found
-  return ()
+  """Those of the first of `names` that is there and not blank."""
+  return next(filter(None, (field_texts(fields, name, key=key) for name in names)), ())
+
+
+def field_texts(fields: Mapping[str, bytes], name: str, *, key: str) -> tuple[str, ...]:
+  """The texts of one caption field that are not blank, stripped."""
+  field, _, entry = name.partition(".")
+  value: Any = None
+  if field == "json" and entry:
+    value = read_json(fields["json"], key=key).get(entry) if "json" in fields else None
+  elif name in fields:
+    value = _decode_text(fields[name], key=f"{key}.{name}")
+  texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+  return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
 def _decode_text(data: bytes, *, key: str) -> str:

@@ -107,7 +107,7 @@ def _row(found: Mapping[str, bytes], captions: Sequence[str]) -> dict[str, Any]:
     entries = {}
     found = {name: data for name, data in found.items() if name != "json"}
   for field in captions:
-    row[f"length.{field}"] = len(next(iter(fields.captions(found, [field], key="")), ""))
+    row[f"length.{field}"] = len(next(iter(fields.field_texts(found, field, key="")), ""))
   return row | {f"json.{key}": value for key, value in entries.items()
                 if isinstance(value, int | float)}
 

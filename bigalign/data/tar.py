@@ -65,7 +65,7 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
       raise BrokenTar(offset, "wrong header checksum")
     size = _number(header[124:136], offset=offset)
     if kind in _REGULAR and b"size" in pax:
-      size = int(pax[b"size"])
+      size = _number(pax[b"size"], offset=offset, base=10)
     elif kind in b"123456":  # links, devices and folders have no data, whatever the field says
       size = 0
     start = offset + BLOCK
@@ -171,14 +171,18 @@ def _check_adjacent(groups: list[_Group], *, path: str) -> None:
     seen.add(group.key)
 
 
-def _number(field: bytes, *, offset: int) -> int:
-  """Octal text, or base 256 if the first bit is set (GNU, for sizes above 8 GiB)."""
-  if field[0] & 0x80:
+def _number(field: bytes, *, offset: int, base: int = 8) -> int:
+  """Text up to the first zero byte, or base 256 if the first bit is set (GNU, above 8 GiB)."""
+  if field[:1] >= b"\x80":
     return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+  digits = field.partition(b"\0")[0].strip() or b"0"
   try:
-    return int(field.strip(b" \0") or b"0", 8)
+    number = int(digits, base)
   except ValueError:
-    raise BrokenTar(offset, "wrong number in a header") from None
+    number = -1
+  if number < 0:  # would lead backwards, in a circle
+    raise BrokenTar(offset, "wrong number in a header")
+  return number
 
 
 def _text(field: bytes) -> str:
