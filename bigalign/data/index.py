@@ -46,7 +46,7 @@ HEADER = struct.Struct("<8sIIQ")
 TABLE = np.dtype([
   ("size", "<i8"),      # bytes of the shard, -1 of a remote one
   ("stamp", "<u8"),     # storage.Stat.stamp
-  ("digest", "<u8"),    # the first bytes of the SHA-256 of its entries
+  ("digest", "<u8"),    # the first bytes of the SHA-256 of its name and entries
   ("entries", "<u4"),   # samples + 1
   ("fields", "<u2"),
 ])
@@ -130,9 +130,9 @@ def index_shard(path: str, place: str) -> Part:
   with _buffer(path) as buffer:
     found = tar.scan(buffer, path=path)
   storage.check(path, stat)  # not written while it was read
-  starts = found.starts.astype("<u4")
-  digest = hashlib.sha256(starts.tobytes()).digest()
-  part = Part(os.path.basename(path), stat, int.from_bytes(digest[:8], "little"), len(starts),
+  name, starts = os.path.basename(path), found.starts.astype("<u4")
+  digest = hashlib.sha256(name.encode() + b"/" + starts.tobytes()).digest()
+  part = Part(name, stat, int.from_bytes(digest[:8], "little"), len(starts),
               found.fields, found.problem)
   folder = os.path.join(place, PARTS)
   os.makedirs(folder, exist_ok=True)

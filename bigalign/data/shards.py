@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bigalign.data import index, storage
+from bigalign.data import index, patterns, storage
 
 logger = logging.getLogger(__name__)
 
@@ -29,32 +29,29 @@ class Shards:
   def __init__(self, paths: Sequence[str], *, pattern: str):
     self.paths = list(paths)
     self._pattern = pattern
-    of_folder: dict[str, list[int]] = {}
-    for n, path in enumerate(self.paths):
-      folder, slash, _ = path.rpartition("/")
-      of_folder.setdefault(folder or slash, []).append(n)
     self._indexes: list[index.Index] = [None] * len(self.paths)  # type: ignore[list-item]
     table, first = np.empty(len(self.paths), index.TABLE), np.empty(len(self.paths), np.int64)
     self.fields: set[str] = set()
+    self.remote = False
     self._problems: dict[int, str] = {}
-    for folder, chosen in of_folder.items():
-      names = [self.paths[n].rpartition("/")[2] for n in chosen]
+    for folder, (chosen, names) in patterns.by_folder(self.paths).items():
       found = self._open(folder, names)
       rows = [found.rows[name] for name in names]
       table[chosen], first[chosen] = found.table[rows], found.first[rows]
       self.fields.update(*(found.fields[k] for k in set(found.table["fields"][rows].tolist())))
-      for n, name in zip(chosen, names):
+      for n in chosen:
         self._indexes[n] = found
-        if name in found.problems:
-          self._problems[n] = found.problems[name]
+      if found.problems:
+        self._problems |= {n: found.problems[name] for n, name in zip(chosen, names)
+                           if name in found.problems}
+      self.remote = self.remote or storage.is_remote(folder)
     # Arrays of Python's own: bisect and indexing are several times faster than with numpy.
     counts = table["entries"].astype(np.int64) - 1
     self.firsts = array.array("q", np.cumsum(np.append(0, counts)).tobytes())
     self._entries = array.array("q", first.tobytes())
     self._stats = [array.array(code, table[name].tobytes())
                    for code, name in (("q", "size"), ("Q", "stamp"))]
-    text = "/".join(path.rpartition("/")[2] for path in self.paths)
-    self.fingerprint = hashlib.sha256(text.encode() + table["digest"].tobytes()).hexdigest()[:32]
+    self.fingerprint = hashlib.sha256(table["digest"].tobytes()).hexdigest()[:32]
     self._check()
     self._warn()
 

