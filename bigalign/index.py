@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from bigalign.data import index, stats, storage
+from bigalign.data import beam, index, stats, storage
 from bigalign.data.patterns import expand_shards
 from bigalign.data.sources import expand_variables
 
@@ -44,13 +44,20 @@ class Outcome(NamedTuple):
 def process_shard(task: Task) -> Outcome:
   """Indexes one shard. May run anywhere and any number of times: what it writes is whole."""
   try:
-    part = index.current([task.path], task.place).get(task.path)
-    part = part or index.index_shard(task.path, task.place)
-    if task.captions is not None:
+    part = _known(task) or index.index_shard(task.path, task.place)
+    if task.captions is not None and not stats.is_current(part.name, task.place, part.stat,
+                                                          task.captions):
       stats.write(task.path, task.place, captions=task.captions)
   except (ValueError, OSError) as error:
     return Outcome(task.path, 0, str(error), "failed")
   return Outcome(task.path, part.entries - 1, part.problem, "indexed")
+
+
+def _known(task: Task) -> index.Part | None:
+  """What the index says of the shard, if that is current."""
+  located = index.locate(os.path.basename(task.path), task.place)
+  part = located[0].part(located[1]) if located else None
+  return part if part and part.stat == storage.stat(task.path) else None
 
 
 def build(patterns: Sequence[str], run: Callable[[Sequence[Task]], Iterable[Outcome]], *,
@@ -124,8 +131,15 @@ def main(argv: list[str] | None = None) -> int:
                       "json.caption (%(default)s)")
   parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
                       help="processes (%(default)s)")
-  args = parser.parse_args(argv)
-  outcomes = build(args.shards, functools.partial(run_local, workers=args.workers), out=args.out,
+  parser.add_argument("--runner", help="Apache Beam's: DirectRunner, DataflowRunner, …; flags that "
+                      "are not\nabove go to Beam")
+  args, flags = parser.parse_known_args(argv)
+  if flags and not args.runner:
+    parser.error(f"unknown arguments: {' '.join(flags)}")
+  run = functools.partial(run_local, workers=args.workers)
+  if args.runner:
+    run = functools.partial(beam.run, process_shard, flags=[f"--runner={args.runner}", *flags])
+  outcomes = build(args.shards, run, out=args.out,
                    captions=tuple(args.captions.split(",")) if args.stats else None)
   print(report(outcomes))
   for place in sorted({_place(os.path.dirname(outcome.path), args.out) for outcome in outcomes}):

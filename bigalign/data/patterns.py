@@ -59,7 +59,8 @@ def _check_present(paths: list[str], *, pattern: str) -> None:
   for folder, (places, names) in by_folder(paths).items():
     if not storage.is_remote(folder):  # found missing when read: a request each would take hours
       present = set(storage.names(folder)) if os.path.isdir(folder or os.curdir) else set()
-      missing += [paths[n] for n, name in zip(places, names) if name not in present]
+      if not present.issuperset(names):
+        missing += [paths[n] for n, name in zip(places, names) if name not in present]
   if missing:
     more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     raise FileNotFoundError(
