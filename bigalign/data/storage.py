@@ -128,7 +128,8 @@ class _Files:
         while len(self._open) >= self._limit:
           os.close(self._open.popitem(last=False)[1])
         self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-      self._open.move_to_end(path)
+      else:
+        self._open.move_to_end(path)
       descriptor = self._open[path]
       return os.pread(descriptor, end - start, start), _local(os.fstat(descriptor))
 

@@ -7,6 +7,7 @@ first dot. Shards are not converted or unpacked.
 from __future__ import annotations
 
 import dataclasses
+import struct
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -16,6 +17,8 @@ import numpy as np
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _ZEROS = bytes(BLOCK)
+# name, size, checksum, type, magic, prefix
+_HEADER = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
 
 
 class BrokenTar(ValueError):
@@ -61,10 +64,13 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
       return
     if len(header) < BLOCK:
       raise BrokenTar(offset, "a header is cut off")
-    kind = header[156:157]
-    if not _checksum_holds(header, _number(header[148:156], offset=offset)):
+    name, digits, checksum, kind, magic, prefix = _HEADER.unpack(header)
+    # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65521, ten times as fast as
+    # sum; the checksum counts its own bytes as spaces.
+    total = _number(checksum, offset=offset) + sum(checksum) - 8 * 32 + 1
+    if (total - zlib.adler32(header) % 65536) % 65521:
       raise BrokenTar(offset, "wrong header checksum")
-    size = _number(header[124:136], offset=offset)
+    size = _number(digits, offset=offset)
     if kind in _REGULAR and b"size" in pax:
       size = _number(pax[b"size"], offset=offset, base=10)
     elif kind in b"123456":  # links, devices and folders have no data, whatever the field says
@@ -80,8 +86,11 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
       pax |= _pax(buffer[start:start + size], offset=start)
     elif kind not in (b"g", b"K"):
       if kind in _REGULAR:
-        name = long_name or (_text(pax[b"path"]) if b"path" in pax else _ustar_name(header))
-        yield Member(name, first, start, size, end)
+        text = long_name or _text(pax.get(b"path", name))
+        # Old GNU tars keep times where POSIX ustar has the prefix.
+        if magic == b"ustar\0" and prefix[0] and not (long_name or b"path" in pax):
+          text = f"{_text(prefix)}/{text}"
+        yield Member(text, first, start, size, end)
       first, long_name, pax = None, None, {}
     offset = end
 
@@ -172,13 +181,6 @@ def _check_adjacent(groups: list[_Group], *, path: str) -> None:
     seen.add(group.key)
 
 
-def _checksum_holds(header: bytes, expected: int) -> bool:
-  """Whether the bytes add up to `expected`, with spaces in the place of the checksum."""
-  total = expected + sum(header[148:156]) - 8 * ord(" ")
-  # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65521, ten times as fast as sum.
-  return (total + 1 - (zlib.adler32(header) & 0xFFFF)) % 65521 == 0
-
-
 def _number(field: bytes, *, offset: int, base: int = 8) -> int:
   """Text up to the first zero byte, or base 256 if the first bit is set (GNU, above 8 GiB)."""
   if field[:1] >= b"\x80":
@@ -195,14 +197,6 @@ def _number(field: bytes, *, offset: int, base: int = 8) -> int:
 
 def _text(field: bytes) -> str:
   return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _ustar_name(header: bytes) -> str:
-  name = _text(header[:100])
-  # Old GNU tars keep times where POSIX ustar ("ustar\0") has the prefix.
-  if header[257:263] == b"ustar\0" and header[345]:
-    return f"{_text(header[345:500])}/{name}"
-  return name
 
 
 def _pax(data: bytes, *, offset: int) -> dict[bytes, bytes]:
