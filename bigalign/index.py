@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                       "need: width, height,\nsha256, caption length, numbers of .json")
   parser.add_argument("--captions", metavar="A,B", default="txt", help="fields for --stats: txt, "
                       "json.caption (%(default)s)")
-  parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)),
+  parser.add_argument("--workers", type=int, default=os.cpu_count(),
                       help="processes (%(default)s)")
   parser.add_argument("--runner", help="Apache Beam's: DirectRunner, DataflowRunner, …; flags that "
                       "are not\nabove go to Beam")

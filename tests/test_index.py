@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import pickle
+import resource
 import tarfile
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_an_index_that_grows_is_still_that_of_its_shards(tmp_path):
   asleep = pickle.dumps(source)
   write_tar(tmp_path / "0.tar", samples(5, 2))
   open_source(f"{folder}/0.tar")  # adds to the same file, before 1.tar
-  assert source[0]["captions"] == ("picture number 0",)  # the old map is still there
+  assert source[0]["captions"] == ("picture number 0",)  # the old file is still open
   assert pickle.loads(asleep)[0] == source[0]
   write_tar(tmp_path / "1.tar", samples(0, 4))
   index.index_shard(path, index.home(folder))
@@ -131,8 +132,26 @@ def test_merging_keeps_what_is_there_and_drops_what_is_not(tmp_path):
   assert os.listdir(place) == [index.FILE]
 
 
+def test_more_parts_than_open_files(tmp_path):
+  folder = str(tmp_path)
+  write_tar(tmp_path / "000.tar", samples(0, 1))
+  for i in range(80):
+    if i:
+      os.link(tmp_path / "000.tar", tmp_path / f"{i:03d}.tar")
+    index.index_shard(f"{folder}/{i:03d}.tar", folder)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40,
+                                              limits[1]))
+  try:
+    assert len(index.current([f"{folder}/{i:03d}.tar" for i in range(80)], folder)) == 80
+    index.merge(folder, folder)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+  assert len(open_source(f"{folder}/*.tar")) == 80
+
+
 def test_thousands_of_shards_need_no_look_at_each(tmp_path):
-  """Opening maps the entries; what it reads and holds grows with the shards."""
+  """What opening reads and holds grows with the shards."""
   path = _many(tmp_path / "00000.tar", 1000)
   part = index.index_shard(path, str(tmp_path))
   starts = index.Index(str(tmp_path / index.PARTS / "00000.tar.index")).starts(0)

@@ -1,4 +1,4 @@
-"""A sidecar of tar shards: where each sample lies, 4 bytes a sample, mapped into memory.
+"""A sidecar of tar shards: where each sample lies, 4 bytes a sample, read as they are asked for.
 
 One file per folder of shards, for those of them that were indexed, sorted by name:
 
@@ -31,6 +31,7 @@ import logging
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -64,23 +65,21 @@ class Part(NamedTuple):
 
 
 class Index:
-  """An index file, its entries mapped into memory."""
+  """An index file: the table in memory, the entries on the disk, held open until `close`."""
 
   def __init__(self, path: str):
     self.path = path
-    with open(path, "rb") as file:
-      header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
-      magic, shards, tail, self.entries = HEADER.unpack(header)
-      expected = HEADER.size + 4 * self.entries + TABLE.itemsize * shards + tail
-      if magic != MAGIC or os.fstat(file.fileno()).st_size != expected:
-        raise ValueError(f"{path}: not a whole index of this version ({magic!r}); remove it, and "
-                         "run bigalign index again")
-      file.seek(HEADER.size + 4 * self.entries)
-      self.table = np.frombuffer(file.read(TABLE.itemsize * shards), TABLE)
-      text = file.read(tail)
-      self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # Reading ahead would fill the memory with what a shuffled order does not ask for.
-    self._map.madvise(mmap.MADV_RANDOM)
+    self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    self.close = weakref.finalize(self, os.close, self._descriptor)
+    header = os.pread(self._descriptor, HEADER.size, 0).ljust(HEADER.size, b"\0")
+    magic, shards, tail, self.entries = HEADER.unpack(header)
+    after = HEADER.size + 4 * self.entries
+    size = TABLE.itemsize * shards + tail
+    if magic != MAGIC or os.fstat(self._descriptor).st_size != after + size:
+      raise ValueError(f"{path}: not a whole index of this version ({magic!r}); remove it, and "
+                       "run bigalign index again")
+    rest = os.pread(self._descriptor, size, after)
+    self.table, text = np.frombuffer(rest, TABLE, shards), rest[len(rest) - tail:]
     self.names, self.fields, self.problems = json.loads(text)
     self.rows = {name: row for row, name in enumerate(self.names)}
     # Entry first[row] is the first of a shard.
@@ -95,13 +94,15 @@ class Index:
 
   def span(self, entry: int) -> tuple[int, int]:
     """(first byte, byte after the last) of the sample with this entry."""
-    start, end = _PAIR.unpack_from(self._map, HEADER.size + 4 * entry)
+    # A map would cost no call, but the kernel maps 16 pages around each, and an hour of random
+    # reads would count the whole index as memory of every worker.
+    start, end = _PAIR.unpack(os.pread(self._descriptor, 8, HEADER.size + 4 * entry))
     return start * tar.BLOCK, end * tar.BLOCK
 
   def starts(self, row: int) -> np.ndarray:
-    """[entries] uint32, a view of the map."""
-    return np.frombuffer(self._map, "<u4", self.table["entries"][row],
-                         HEADER.size + 4 * int(self.first[row]))
+    """[entries] uint32; works after `close`."""
+    return np.fromfile(self.path, "<u4", int(self.table["entries"][row]),
+                       offset=HEADER.size + 4 * int(self.first[row]))
 
 
 def home(folder: str, root: str | None = None) -> str:
@@ -185,6 +186,7 @@ def merge(folder: str, place: str) -> None:
     chosen: dict[str, tuple[Index, int]] = {}
     for path in ([whole] if os.path.exists(whole) else []) + fresh:
       index = Index(path)
+      index.close()  # there may be more parts than files can be open
       chosen |= {name: (index, row) for name, row in index.rows.items()
                  if there is None or name in there}
     order = [chosen[name] for name in sorted(chosen)]

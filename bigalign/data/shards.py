@@ -23,7 +23,7 @@ UNASKED = 50e9  # bytes of local shards that opening indexes by itself: a minute
 class Shards:
   """Where sample i of these shards lies. Memory grows with the shards, not with the samples.
 
-  Pickles as the paths; another process maps the indexes for itself.
+  Pickles as the paths; another process opens the indexes for itself.
   """
 
   def __init__(self, paths: Sequence[str], *, pattern: str):
