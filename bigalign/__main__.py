@@ -10,6 +10,7 @@ PROGRAMS = {
   "evaluate": "runs the evaluators on a run's checkpoint",
   "report": "makes one HTML page of a run",
   "export": "writes a run as a folder that PyTorch's libraries load",
+  "index": "makes shards ready for training: where each of their samples lies",
   "costs": "what losses cost per device: memory, products, bytes on the wires",
 }
 

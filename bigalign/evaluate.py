@@ -18,7 +18,7 @@ from bigalign import config as configs
 from bigalign import runtime, sharding
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints
-from bigalign.data.webdataset import expand_shards
+from bigalign.data.patterns import expand_shards
 from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
 

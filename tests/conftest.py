@@ -13,6 +13,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Programs are compiled once per session, by whichever process of a test comes first.
 _CACHE = tempfile.TemporaryDirectory(prefix="bigalign-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+# Indexes of the shards that tests write.
+os.environ["BIGALIGN_INDEX"] = os.path.join(_CACHE.name, "index")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

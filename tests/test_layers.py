@@ -25,7 +25,7 @@ LAYERS = [
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step"},
   {
-    "train", "evaluate", "report", "costs", "report_html", "__main__", "export", "export_card",
+    "train", "evaluate", "report", "costs", "index", "report_html", "__main__", "export", "export_card",
     "export_check", "export_formats",
   },
 ]

@@ -1,214 +1,240 @@
-"""Where the samples of a webdataset shard lie: one uint32 each, found by one pass over headers.
+"""A sidecar of tar shards: where each sample lies, 4 bytes a sample, read as they are asked for.
 
-A tar is a line of 512-byte blocks; a sample is a run of members with the same name up to the
-first dot. Shards are not converted or unpacked.
+One file per folder of shards, for those of them that were indexed, sorted by name:
+
+  FOLDER/bigalign.index          beside the shards, which `bigalign index` writes
+  ROOT/NAME-HASH/bigalign.index  of a folder that cannot be written, a remote one, or one that was
+                                 indexed when it was opened; ROOT is $BIGALIGN_INDEX or
+                                 ~/.cache/bigalign/index, HASH that of the folder's absolute path
+
+All numbers are little-endian:
+
+  8 bytes     b"BAINDEX1"
+  8 bytes     S, the shards (uint32), and the bytes of the JSON text at the end (uint32)
+  8 bytes     E, the entries (uint64): samples + S
+  4 E bytes   uint32 entries: the first block of 512 bytes of each sample of a shard in order, then
+              the block after its last sample; then the next shard
+  30 S bytes  TABLE, a row per shard
+  JSON        [names, lists of member extensions that TABLE's `fields` counts, {name: what broke
+              the tar off}]
+While shards are indexed, each has such a file of its own in bigalign.index.parts/, so that any
+number of processes or machines can work and stop and go on; they are merged at the end.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
+import contextlib
+import fcntl
+import hashlib
+import json
 import logging
 import mmap
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+import struct
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from bigalign.data import storage, tar
+
 logger = logging.getLogger(__name__)
 
-BLOCK = 512
-_REGULAR = (b"0", b"\0", b"7")
-_ZEROS = bytes(BLOCK)
+FILE, PARTS = "bigalign.index", "bigalign.index.parts"
+MAGIC = b"BAINDEX1"
+HEADER = struct.Struct("<8sIIQ")
+TABLE = np.dtype([
+  ("size", "<i8"),      # bytes of the shard, -1 of a remote one
+  ("stamp", "<u8"),     # storage.Stat.stamp
+  ("digest", "<u8"),    # the first bytes of the SHA-256 of its name and entries
+  ("entries", "<u4"),   # samples + 1
+  ("fields", "<u2"),
+])
+_PAIR = struct.Struct("<II")
 
 
-class BrokenTar(ValueError):
-  """The bytes at `offset` are no tar header, or the data ends before the member does."""
-
-  def __init__(self, offset: int, what: str):
-    super().__init__(offset, what)
-    self.offset = offset
-    self.what = what
-
-  def __str__(self) -> str:
-    return f"{self.what} at byte {self.offset}"
-
-
-class Member(NamedTuple):
-  """A regular file in a tar."""
+class Part(NamedTuple):
+  """What the index says of one shard."""
   name: str
-  header: int  # byte offset of its first header, long-name headers included
-  start: int  # byte offset of its data
-  size: int  # bytes
-  end: int  # byte offset of the next header
+  stat: storage.Stat
+  digest: int
+  entries: int  # samples + 1
+  fields: tuple[str, ...]
+  problem: str
 
 
-def members(buffer: bytes | mmap.mmap, *, offset: int = 0) -> Iterator[Member | None]:
-  """The regular files of a tar; a None at the end if an end mark (a block of zeros) was met.
+class Index:
+  """An index file: the table in memory, the entries on the disk, held open until `close`."""
 
-  Understands ustar prefixes, GNU long names and pax paths and sizes. Raises BrokenTar at the
-  first wrong header checksum and where the data ends inside a member.
+  def __init__(self, path: str):
+    self.path = path
+    self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    self.close = weakref.finalize(self, os.close, self._descriptor)
+    header = os.pread(self._descriptor, HEADER.size, 0).ljust(HEADER.size, b"\0")
+    magic, shards, tail, self.entries = HEADER.unpack(header)
+    after = HEADER.size + 4 * self.entries
+    size = TABLE.itemsize * shards + tail
+    if magic != MAGIC or os.fstat(self._descriptor).st_size != after + size:
+      raise ValueError(f"{path}: not a whole index of this version ({magic!r}); remove it, and "
+                       "run bigalign index again")
+    rest = os.pread(self._descriptor, size, after)
+    self.table, text = np.frombuffer(rest, TABLE, shards), rest[len(rest) - tail:]
+    self.names, self.fields, self.problems = json.loads(text)
+    self.rows = {name: row for row, name in enumerate(self.names)}
+    # Entry first[row] is the first of a shard.
+    self.first = np.cumsum(self.table["entries"], dtype=np.int64) - self.table["entries"]
+
+  def part(self, row: int) -> Part:
+    """What it says of a shard."""
+    size, stamp, digest, entries, fields = self.table[row].tolist()
+    name = self.names[row]
+    return Part(name, storage.Stat(size, stamp), digest, entries, tuple(self.fields[fields]),
+                self.problems.get(name, ""))
+
+  def span(self, entry: int) -> tuple[int, int]:
+    """(first byte, byte after the last) of the sample with this entry."""
+    # A map would cost no call, but the kernel maps 16 pages around each, and an hour of random
+    # reads would count the whole index as memory of every worker.
+    start, end = _PAIR.unpack(os.pread(self._descriptor, 8, HEADER.size + 4 * entry))
+    return start * tar.BLOCK, end * tar.BLOCK
+
+  def starts(self, row: int) -> np.ndarray:
+    """[entries] uint32; works after `close`."""
+    return np.fromfile(self.path, "<u4", int(self.table["entries"][row]),
+                       offset=HEADER.size + 4 * int(self.first[row]))
+
+
+def home(folder: str, root: str | None = None) -> str:
+  """Where the index of a folder goes if not beside the shards; under `root` if it is given."""
+  root = root or os.environ.get("BIGALIGN_INDEX") or "~/.cache/bigalign/index"
+  where = folder.rstrip("/") if storage.is_remote(folder) else os.path.abspath(folder)
+  name = f"{os.path.basename(where)}-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
+  return os.path.join(os.path.expanduser(root), name)
+
+
+def find(folder: str, root: str | None = None) -> str | None:
+  """The place of a folder's index: beside the shards, or its `home`; None if there is none."""
+  places = [home(folder, root)] if root or storage.is_remote(folder) else [folder, home(folder)]
+  return next((place for place in places if os.path.exists(os.path.join(place, FILE))), None)
+
+
+def index_shard(path: str, place: str) -> Part:
+  """Scans a shard and writes its part of the index that lies in `place`.
+
+  Raises ValueError if it is no tar or its samples lie apart; a shard that breaks off keeps its
+  whole samples, and the part tells the problem.
   """
-  total = len(buffer)
-  first: int | None = None  # where the extended headers of the coming member began
-  long_name: str | None = None
-  pax: dict[bytes, bytes] = {}
-  while offset < total:
-    header = buffer[offset:offset + BLOCK]
-    if header == _ZEROS:
-      yield None
-      return
-    if len(header) < BLOCK:
-      raise BrokenTar(offset, "a header is cut off")
-    kind = header[156:157]
-    if sum(header) - sum(header[148:156]) + 256 != _number(header[148:156], offset=offset):
-      raise BrokenTar(offset, "wrong header checksum")
-    size = _number(header[124:136], offset=offset)
-    if kind in _REGULAR and b"size" in pax:
-      size = int(pax[b"size"])
-    elif kind in b"123456":  # links, devices and folders have no data, whatever the field says
-      size = 0
-    start = offset + BLOCK
-    end = start + -(-size // BLOCK) * BLOCK
-    if start + size > total:
-      raise BrokenTar(offset, f"the data ends inside a member of {size} bytes")
-    first = offset if first is None else first
-    if kind == b"L":
-      long_name = _text(buffer[start:start + size])
-    elif kind == b"x":
-      pax |= _pax(buffer[start:start + size], offset=start)
-    elif kind not in (b"g", b"K"):
-      if kind in _REGULAR:
-        name = long_name or (_text(pax[b"path"]) if b"path" in pax else _ustar_name(header))
-        yield Member(name, first, start, size, end)
-      first, long_name, pax = None, None, {}
-    offset = end
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-  """"./a/b.seg.png" → ("a/b", "seg.png"); None for what is no member of a sample.
-
-  No members: names without a dot, and those that start with one, as macOS writes ("._x.jpg").
-  """
-  name = name.removeprefix("./")
-  folder, slash, base = name.rpartition("/")
-  stem, _, extension = base.partition(".")
-  return (folder + slash + stem, extension.lower()) if stem and extension else None
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardIndex:
-  """Sample i of the shard lies in blocks starts[i] to starts[i + 1]."""
-  starts: np.ndarray  # [N + 1] uint32, in blocks of 512 bytes
-  size: int  # bytes of the shard when it was scanned
-  fields: dict[str, int]  # extension → how many samples have it
-
-
-def scan(path: str) -> ShardIndex:
-  """Index a shard. A shard that breaks off keeps its whole samples, with a warning in the log.
-
-  Raises ValueError if the file is no tar at all, or if members of a sample lie apart.
-  """
-  size = os.path.getsize(path)
-  if not size:
+  stat = storage.stat(path)
+  if not stat.size:
     raise ValueError(f"{path}: the shard is an empty file (0 bytes); fetch it again")
+  with _buffer(path) as buffer:
+    found = tar.scan(buffer, path=path)
+  storage.check(path, stat)  # not written while it was read
+  name, starts = os.path.basename(path), found.starts.astype("<u4")
+  digest = hashlib.sha256(name.encode() + b"/" + starts.tobytes()).digest()
+  part = Part(name, stat, int.from_bytes(digest[:8], "little"), len(starts),
+              found.fields, found.problem)
+  folder = os.path.join(place, PARTS)
+  os.makedirs(folder, exist_ok=True)
+  _write(os.path.join(folder, f"{part.name}.index"), [part], lambda file: file.write(starts.data))
+  return part
+
+
+@contextlib.contextmanager
+def _buffer(path: str) -> Iterator[tar.Buffer]:
+  if storage.is_remote(path):
+    yield storage.Blocks(path)
+    return
   with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-    groups, problem = _groups(buffer, path=path)
-  if not groups and problem:
-    with open(path, "rb") as file:
-      head = file.read(16)
-    raise ValueError(
-        f"{path}: not an uncompressed tar ({problem}); it starts with {head!r}. Random access needs"
-        " plain .tar: gunzip a .tar.gz, and fetch again what was saved as an error page.")
-  if problem:
-    # Its members may be missing: it is whole only if it has what the sample before it has.
-    if len(groups) > 1 and groups[-1].fields < groups[-2].fields:
-      groups.pop()
-    logger.warning("%s: %s; the %d whole samples before it are used, what follows is lost",
-                   path, problem, len(groups))
-  _check_adjacent(groups, path=path)
-  ends = [groups[-1].end] if groups else [0]
-  starts = np.array([group.start for group in groups] + ends, np.int64) // BLOCK
-  if starts[-1] > np.iinfo(np.uint32).max:
-    raise ValueError(f"{path}: shards above 2 TiB cannot be indexed; split it")
-  fields = collections.Counter(field for group in groups for field in group.fields)
-  return ShardIndex(starts.astype(np.uint32), size, dict(fields))
+    yield buffer
 
 
-@dataclasses.dataclass
-class _Group:
-  key: str
-  start: int
-  end: int
-  fields: set[str]
+def locate(name: str, place: str) -> tuple[Index, int] | None:
+  """Where the index in `place` tells of a shard: (Index, row); a part goes before the whole."""
+  for path in (os.path.join(place, PARTS, f"{name}.index"), os.path.join(place, FILE)):
+    if os.path.exists(path):
+      found = Index(path)
+      if name in found.rows:
+        return found, found.rows[name]
+  return None
 
 
-def _groups(buffer, *, path: str) -> tuple[list[_Group], str]:
-  """The samples in order, and what broke the tar off ("" if nothing did)."""
-  groups: list[_Group] = []
-  end_mark = False
+def current(paths: Sequence[str], place: str) -> dict[str, Part]:
+  """The shards that need no scan: path → what the index in `place` or its part says."""
+  known: dict[str, Part] = {}
+  parts = os.path.join(place, PARTS)
+  own = sorted(os.listdir(parts)) if os.path.isdir(parts) else []
+  for path in (os.path.join(place, FILE), *(os.path.join(parts, name) for name in own)):
+    if path.endswith(".index") and os.path.exists(path):
+      found = Index(path)
+      known |= {name: found.part(row) for name, row in found.rows.items()}
+  pairs = [(path, known.get(os.path.basename(path))) for path in paths]
+  return {path: part for path, part in pairs if part and part.stat == storage.stat(path)}
+
+
+def merge(folder: str, place: str) -> None:
+  """Puts the parts into the index in `place`, and leaves out the shards that are there no more."""
+  parts = os.path.join(place, PARTS)
+  if not os.path.isdir(parts):
+    return
+  with _locked(parts):
+    whole = os.path.join(place, FILE)
+    fresh = sorted(os.path.join(parts, name) for name in os.listdir(parts)
+                   if name.endswith(".index"))
+    there = None if storage.is_remote(folder) else set(storage.names(folder))
+    chosen: dict[str, tuple[Index, int]] = {}
+    for path in ([whole] if os.path.exists(whole) else []) + fresh:
+      index = Index(path)
+      index.close()  # there may be more parts than files can be open
+      chosen |= {name: (index, row) for name, row in index.rows.items()
+                 if there is None or name in there}
+    order = [chosen[name] for name in sorted(chosen)]
+
+    def write_starts(file: IO[bytes]) -> None:
+      for index, row in order:
+        file.write(index.starts(row).data)
+
+    _write(whole, [index.part(row) for index, row in order], write_starts)
+    for path in fresh:
+      os.unlink(path)
+  with contextlib.suppress(OSError):  # another process may have begun a part
+    os.rmdir(parts)
+
+
+def _write(path: str, parts: Sequence[Part], write_starts: Callable[[IO[bytes]], Any]) -> None:
+  """An index file."""
+  fields = sorted({part.fields for part in parts})
+  table = np.array([(*part.stat, part.digest, part.entries, fields.index(part.fields))
+                    for part in parts], TABLE)
+  problems = {part.name: part.problem for part in parts if part.problem}
+  tail = json.dumps([[part.name for part in parts], fields, problems],
+                    separators=(",", ":")).encode()
+
+  def write(file: IO[bytes]) -> None:
+    file.write(HEADER.pack(MAGIC, len(parts), len(tail), sum(part.entries for part in parts)))
+    write_starts(file)
+    file.write(table.tobytes() + tail)
+
+  write_whole(path, write)
+
+
+def write_whole(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+  """A file that appears whole or not at all."""
+  half = f"{path}.{os.uname().nodename}-{os.getpid()}.tmp"
+  with open(half, "wb") as file:
+    write(file)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(half, path)
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+  """One process at a time; ends with the process that holds it."""
+  descriptor = os.open(folder, os.O_RDONLY)
   try:
-    for member in members(buffer):
-      if member is None:
-        end_mark = True
-        break
-      name = split_name(member.name)
-      if name is None:
-        continue
-      key, field = name
-      if groups and groups[-1].key == key:
-        if field in groups[-1].fields:
-          raise ValueError(f"{path}: {member.name!r} occurs twice in one sample")
-        groups[-1].fields.add(field)
-        groups[-1].end = member.end
-      else:
-        groups.append(_Group(key, member.header, member.end, {field}))
-  except BrokenTar as error:
-    return groups, str(error)
-  return groups, "" if end_mark else f"the tar has no end mark at byte {len(buffer)}"
-
-
-def _check_adjacent(groups: list[_Group], *, path: str) -> None:
-  seen: set[str] = set()
-  for group in groups:
-    if group.key in seen:
-      raise ValueError(
-          f"{path}: members of sample {group.key!r} lie apart; webdataset wants the members of a"
-          " sample side by side. Rewrite the shard in order: tar --sort=name -cf NEW.tar FOLDER")
-    seen.add(group.key)
-
-
-def _number(field: bytes, *, offset: int) -> int:
-  """Octal text, or base 256 if the first bit is set (GNU, for sizes above 8 GiB)."""
-  if field[0] & 0x80:
-    return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-  try:
-    return int(field.strip(b" \0") or b"0", 8)
-  except ValueError:
-    raise BrokenTar(offset, "wrong number in a header") from None
-
-
-def _text(field: bytes) -> str:
-  return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _ustar_name(header: bytes) -> str:
-  name = _text(header[:100])
-  # Old GNU tars keep times where POSIX ustar ("ustar\0") has the prefix.
-  if header[257:263] == b"ustar\0" and header[345]:
-    return f"{_text(header[345:500])}/{name}"
-  return name
-
-
-def _pax(data: bytes, *, offset: int) -> dict[bytes, bytes]:
-  """Records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record."""
-  records = {}
-  while data.strip(b"\0"):
-    length, space, _ = data.partition(b" ")
-    if not space or not length.isdigit() or not 0 < int(length) <= len(data):
-      raise BrokenTar(offset, "wrong pax record")
-    key, _, value = data[len(length) + 1:int(length) - 1].partition(b"=")
-    records[key] = value
-    data = data[int(length):]
-  return records
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)

@@ -1,0 +1,190 @@
+"""Bytes out of files: local ones, and objects under gs://, s3://, http:// and https://.
+
+What is remote goes through tensorstore's key-value stores, which bring the credentials and the
+pools of connections; it is imported when the first remote path is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+TRIES = 8  # of a request, over 40 s at least
+FIRST_WAIT = 0.25  # seconds after the first failure, doubled after each
+_TRANSIENT = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+_DRIVERS = ("gs", "s3", "http", "https")
+
+
+class Stat(NamedTuple):
+  """What tells that a file is another one than before."""
+  size: int  # bytes; of a remote file -1, as stores do not tell it with every read
+  stamp: int  # time of change in ns of a local file, hash of the generation or ETag of a remote one
+
+
+class Changed(OSError):
+  """The file is not the one that was indexed."""
+
+
+def is_remote(path: str) -> bool:
+  """Whether the path is a URL of an object store."""
+  scheme, found, _ = path.partition("://")
+  if found and scheme not in _DRIVERS:
+    raise ValueError(f"{path!r}: unknown store {scheme}://; known: a local path, "
+                     + ", ".join(f"{name}://" for name in _DRIVERS))
+  return bool(found)
+
+
+def read(path: str, start: int, end: int, *, expect: Stat | None = None) -> bytes:
+  """Bytes [start, end) of a file, fewer where it ends before.
+
+  Raises FileNotFoundError, and Changed if the file is not the one that `expect` was taken of.
+  """
+  if is_remote(path):
+    data, found = _read_remote(path, start, end)
+  else:
+    data, found = _FILES.read(path, start, end)
+  if expect is not None and found != expect:
+    raise Changed(f"{path}: {_difference(expect, found)}")
+  return data
+
+
+def stat(path: str) -> Stat:
+  """Size and stamp as they are now."""
+  return _read_remote(path, 0, 0)[1] if is_remote(path) else _local(os.stat(path))
+
+
+def check(path: str, expect: Stat) -> None:
+  """Raises Changed if the file is not the one that `expect` was taken of."""
+  found = stat(path)
+  if found != expect:
+    raise Changed(f"{path}: {_difference(expect, found)}")
+
+
+def names(folder: str) -> list[str]:
+  """What a folder holds, in no order."""
+  if not is_remote(folder):
+    return os.listdir(folder or os.curdir)
+  try:
+    found = _request(folder, lambda: _store(folder).list().result())
+  except NotImplementedError:
+    raise ValueError(f"{folder}: this store cannot list its files; write the names out, as in "
+                     "{00000..00099}.tar") from None
+  return [key.decode() for key in found if b"/" not in key]
+
+
+class Blocks:
+  """A file that is read once from front to back, sliced like bytes; holds two blocks of it."""
+
+  def __init__(self, path: str, *, block: int = 1 << 23):
+    self._path = path
+    self._block = block
+    self._held: collections.OrderedDict[int, bytes] = collections.OrderedDict()
+
+  def __getitem__(self, part: slice) -> bytes:
+    """buffer[start:end], cut where the file ends."""
+    parts = []
+    for n in range(part.start // self._block, -(-part.stop // self._block)):
+      if n not in self._held:
+        while len(self._held) > 1:
+          self._held.popitem(last=False)
+        self._held[n] = read(self._path, n * self._block, (n + 1) * self._block)
+      block, first = self._held[n], n * self._block
+      parts.append(block[max(part.start - first, 0):part.stop - first])
+    return b"".join(parts)
+
+
+def _difference(expect: Stat, found: Stat) -> str:
+  if expect.size != found.size:
+    return f"the shard changed since it was indexed: {expect.size} bytes then, {found.size} now"
+  return "the shard changed since it was indexed: it was written again, to the same size"
+
+
+def _local(status: os.stat_result) -> Stat:
+  return Stat(status.st_size, status.st_mtime_ns)
+
+
+class _Files:
+  """Local files opened on first use, the least recently used closed."""
+
+  def __init__(self, limit: int = 128):
+    self._limit = limit
+    self._open: collections.OrderedDict[str, int] = collections.OrderedDict()
+    self._lock = threading.Lock()
+
+  def read(self, path: str, start: int, end: int) -> tuple[bytes, Stat]:
+    with self._lock:  # else another thread could close the file under the read
+      if path not in self._open:
+        while len(self._open) >= self._limit:
+          os.close(self._open.popitem(last=False)[1])
+        self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+      else:
+        self._open.move_to_end(path)
+      descriptor = self._open[path]
+      return os.pread(descriptor, end - start, start), _local(os.fstat(descriptor))
+
+
+_FILES = _Files()
+
+
+@functools.cache
+def _store(folder: str) -> Any:
+  """tensorstore's key-value store of a remote folder; what fails is tried again here, not there."""
+  import tensorstore
+
+  retries = {f"{driver}_request_retries": {"max_retries": 0} for driver in ("http", "gcs", "s3")}
+  return tensorstore.KvStore.open(folder.rstrip("/") + "/", context=tensorstore.Context(retries)
+                                  ).result()
+
+
+def _read_remote(path: str, start: int, end: int) -> tuple[bytes, Stat]:
+  folder, _, name = path.rpartition("/")
+  store = _store(folder)
+  try:
+    found = _request(path, lambda: store.read(name, byte_range=slice(start, end)).result())
+  except ValueError as error:
+    # Stores answer a range past the end with an error, and do not tell the size beforehand.
+    if not _status(error) == "OUT_OF_RANGE":
+      raise
+    try:
+      found = _request(path, lambda: store.read(name, byte_range=slice(start, None)).result())
+    except ValueError as past:
+      if not _status(past) == "OUT_OF_RANGE":
+        raise
+      return b"", stat(path)
+  if found.state == "missing":
+    raise FileNotFoundError(f"{path}: there is no such object")
+  generation = hashlib.sha256(found.stamp.generation).digest()
+  return found.value, Stat(-1, int.from_bytes(generation[:8], "little"))
+
+
+def _request(path: str, send: Callable[[], Any]) -> Any:
+  """The answer, asked for again after 429, 5xx and broken connections."""
+  for attempt in range(1, TRIES + 1):
+    try:
+      return send()
+    except ValueError as error:
+      if _status(error) not in _TRANSIENT:
+        raise
+      if attempt == TRIES:
+        raise OSError(f"{path}: given up after {TRIES} tries: {error}") from error
+      # Jitter, so that workers that failed together do not come back together.
+      wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+      logger.warning("%s: %s; try %d of %d in %.1f s", path, error, attempt + 1, TRIES, wait)
+      time.sleep(wait)
+
+
+def _status(error: ValueError) -> str:
+  """tensorstore puts the status before its message: "UNAVAILABLE: Too Many Requests …"."""
+  found = re.match(r"[A-Z_]+(?=: )", str(error))
+  return found[0] if found else ""
