@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import columns, fingerprints
+from bigalign.data.patterns import expand_shards
 from bigalign.data.recent import Recent
 from bigalign.data.rejects import Rejected
-from bigalign.data.webdataset import expand_shards
 
 _OPEN = 128  # files
 _CAPTIONS = ("caption", "captions", "captions/text", "text", "txt", "title")

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from bigalign.data.fields import IMAGES
 from bigalign.data.rejects import Rejected
-from bigalign.data.webdataset import IMAGES
 
 
 def texts(row: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:

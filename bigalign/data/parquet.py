@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import columns, fingerprints
+from bigalign.data.patterns import expand_shards
 from bigalign.data.recent import Recent
 from bigalign.data.rejects import Rejected
-from bigalign.data.webdataset import expand_shards
 
 _ROOM = 1 << 29  # bytes of row groups that a process keeps
 _CAPTIONS = ("caption", "captions", "text", "txt", "title")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import columns, fingerprints
+from bigalign.data.patterns import expand_shards
 from bigalign.data.rejects import Rejected
-from bigalign.data.webdataset import expand_shards
 
 _CHUNK = 1 << 24  # bytes
 # The row is wrong, not the disk.
