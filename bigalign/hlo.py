@@ -41,6 +41,7 @@ def collectives(text: str) -> dict[str, Collective]:
   reduce-scatter, twice the operand of an all-reduce, what a permute or an all-to-all sends.
   """
   own: dict[str, list[tuple[str, float]]] = {}
+  seen_before: set[str] = set()
   called: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
   limits = _limits(text)
   parts = re.search(r"num_partitions=(\d+)", text)
@@ -52,6 +53,10 @@ def collectives(text: str) -> dict[str, Collective]:
       own[name] = []
       entry = name if line.startswith("ENTRY") else entry
     elif name:
+      # A collective that TPUs run beside other work is written where it starts, in each of these
+      # works and where it ends.
+      if name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in line:
+        seen_before.add(name)
       if found := _collective(line, devices):
         # TPUs run a reduce-scatter as a fusion of this name, with an all-reduce written inside.
         if name.startswith("all-reduce-scatter"):
@@ -70,7 +75,8 @@ def collectives(text: str) -> dict[str, Collective]:
 
   visit(entry, 1)
   total: dict[str, Collective] = {}
-  for computation, n in times.items():
+  for computation in times.keys() - seen_before:
+    n = times[computation]
     for kind, size in own[computation]:
       before = total.get(kind, Collective(0, 0.0))
       total[kind] = Collective(before.runs + n, before.bytes + n * size)

@@ -75,6 +75,39 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
   }
 
 
+def test_a_collective_that_runs_beside_a_loop_counts_once():
+  text = """
+%fused.1 (p: f32[2,8]) -> (f32[2,8], f32[16,8], u32[]) {
+  %ag.1 = f32[16,8] all-gather(%p), channel_id=28, replica_groups=[1,8]<=[8], dimensions={0}
+  %s = (f32[2,8], f32[16,8], u32[]) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (p: f32[2,8], q: f32[16,8]) -> (f32[16,8]) {
+  %ag.2 = f32[16,8] all-gather(%p), channel_id=28, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%fused.2 (p: f32[2,8], q: f32[16,8]) -> f32[16,8] {
+  %ag.3 = f32[16,8] all-gather(%p), channel_id=28, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %done = f32[16,8] custom-call(%ag.3, %q), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (p: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %w = (f32[16,8]) fusion(%y), kind=kCustom, calls=%async_collective_fusion.1
+}
+
+%condition (p: (s32[], f32[16,8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12)
+}
+
+ENTRY %main (p: f32[2,8]) -> f32[16,8] {
+  %f1 = (f32[2,8], f32[16,8], u32[]) fusion(%p), kind=kCustom, calls=%fused.1
+  %while.1 = (s32[], f32[16,8]) while(%f1), condition=%condition, body=%body
+  %f2 = f32[16,8] fusion(%while.1), kind=kCustom, calls=%fused.2
+}
+"""
+  assert hlo.collectives(text) == {"all-gather": (1, 16 * 8 * 4)}
+
+
 def test_a_sharded_product_counts_for_all_devices():
   mesh = sharding.make_mesh(data=8)
   z = jax.ShapeDtypeStruct((64, 16), jnp.float32)
