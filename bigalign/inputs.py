@@ -9,6 +9,7 @@ import numpy as np
 
 from bigalign import config as configs
 from bigalign.data import order, pipeline, transforms
+from bigalign.data.captions import columns, fields
 from bigalign.data.sources import Source, open_source
 from bigalign.data.tokenizers import TOKENIZERS, Tokenizer
 
@@ -20,7 +21,8 @@ def open_data(
   tokenizer: Mapping[str, Any],
   augment: Mapping[str, Any] | None = None,
   resize: str = "squash",
-  captions: Sequence[str] | None = None,
+  captions: Sequence[Any] | None = None,
+  second_captions: Sequence[Any] = (),
   source_options: Mapping[str, Any] | None = None,
   captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
   shuffle: bool = True,
@@ -36,6 +38,9 @@ def open_data(
     augment: options of transforms.train_image.
     resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
     captions: fields to take captions from, the first that a record has; the source's own if None.
+      With weights, (("json.recap", 3), ("txt", 1)), they are drawn: see data/captions.py.
+    second_captions: fields of a second caption of each image, another one than the first where
+      there is another, for losses that read two; written as `captions` is, which must be given too.
     source_options: others of the source, such as image= for the column of the images, or data_dir=
       of TFDS.
     captions_per_image: room for captions in the ids of texts, and in what a loss remembers of each.
@@ -48,12 +53,18 @@ def open_data(
     transforms.train_image, augment or {}, "config.data.augment",
     image=np.zeros((2, 2, 3), np.uint8), rng=order.philox(0, 0), size=2,
   )
-  opened = open_source(source, captions=captions, **source_options or {})
+  first = columns(captions, "config.data.captions")
+  second = columns(second_captions, "config.data.second_captions")
+  if second and captions is None:
+    raise ValueError(f"config.data.second_captions={second_captions}: name the fields of the first"
+                     " in config.data.captions too")
+  opened = open_source(source, captions=None if captions is None else fields(first, second),
+                       **source_options or {})
   if not len(opened):
     raise ValueError(f"config.data.source={source!r} holds no sample")
   return opened, dict(
     image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, workers=workers,
-    captions_per_image=captions_per_image,
+    captions=first, second_captions=second, captions_per_image=captions_per_image,
   )
 
 

@@ -27,7 +27,7 @@ from bigalign.identity import check, claim, digest, record, same_data, same_on_a
 from bigalign.inputs import check_tokenizer, open_data
 from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
-from bigalign.model import FEATURES
+from bigalign.model import provided
 from bigalign.state import State
 from bigalign.step import diagnose, seen, summary, train_step, useful_work
 from bigalign.throughput import Clock
@@ -105,7 +105,7 @@ def train(
   program = states.make_program(
     **config, dataset_size=len(source), captions_per_image=reading["captions_per_image"]
   )
-  check_needs(program.loss, {*program.spec, *FEATURES}, ema=ema > 0)
+  check_needs(program.loss, provided(program.spec), ema=ema > 0)
   check_tokenizer(program.model.text_tower, data["tokenizer"])
   total = program.total_steps
   duration = functools.partial(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import order, transforms
+from bigalign.data.captions import ANY, Columns, by_field, choose, lacks
 from bigalign.data.decode import decode
 from bigalign.data.rejects import REASONS, Rejected
 from bigalign.data.sources import Source
@@ -26,14 +27,16 @@ ATTEMPTS = 8
 CAPTIONS_PER_IMAGE = 8  # text_id = image_id * captions_per_image + ordinal of the caption
 
 
-def batch_spec(*, batch_size: int, image_size: int,
-               tokenizer: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], type]]:
+def batch_spec(*, batch_size: int, image_size: int, tokenizer: Mapping[str, Any],
+               second_text: bool = False) -> dict[str, tuple[tuple[int, ...], type]]:
   """Name → (shape, dtype) of a global train batch; reads no data."""
   b, length = batch_size, tokenizer["length"]
+  text: dict[str, Any] = dict(text=((b, length), np.int32), text_mask=((b, length), np.bool_))
+  second = {name.replace("text", "text_second"): spec for name, spec in text.items()}
   return dict(
       image=((b, image_size, image_size, 3), np.uint8),
-      text=((b, length), np.int32),
-      text_mask=((b, length), np.bool_),
+      **text,
+      **(second if second_text else {}),
       image_id=((b, 2), np.uint32),
       text_id=((b, 2), np.uint32),
       label=((b,), np.int32),
@@ -53,6 +56,8 @@ def train_batches(
     augment: Mapping[str, Any] | None = None,
     shuffle: bool = True,
     workers: int = 0,
+    captions: Columns = ANY,
+    second_captions: Columns = (),
     captions_per_image: int = CAPTIONS_PER_IMAGE,
     stop: int | None = None,
 ) -> Batches:
@@ -63,6 +68,8 @@ def train_batches(
   stop        the last batch is the last one that lies wholly below this position
   augment     options of transforms.train_image
   workers     processes; 0 works in a thread of this one. Has no influence on the batches.
+  captions    the fields that captions are taken from, as captions.columns gives them
+  second_captions     those of a second caption of each image, `text_second`; () for none
   captions_per_image  room for text ids; an image with more captions is an error
 
   A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
@@ -71,7 +78,8 @@ def train_batches(
   batches = _TrainBatches(
       source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size), seed=seed,
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
-      shuffle=shuffle, captions_per_image=captions_per_image, stop=stop)
+      shuffle=shuffle, captions=captions, second_captions=second_captions,
+      captions_per_image=captions_per_image, stop=stop)
   return iterate(batches, workers=workers)
 
 
@@ -146,7 +154,8 @@ class _TrainBatches(_Batches):
 
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
                tokenizer, start: int, augment: Mapping[str, Any], shuffle: bool,
-               captions_per_image: int, stop: int | None):
+               captions: Columns, second_captions: Columns, captions_per_image: int,
+               stop: int | None):
     super().__init__(source, image_size=image_size, tokenizer=tokenizer)
     self._batch_size = batch_size
     self._rows = rows
@@ -157,6 +166,7 @@ class _TrainBatches(_Batches):
     # A wrong option is better heard of here than from a worker.
     transforms.train_image(np.zeros((2, 2, 3), np.uint8), order.philox(0, 0), size=2, **augment)
     self._shuffle = shuffle
+    self._captions, self._second_captions = captions, second_captions
     self._captions_per_image = captions_per_image
     # Positions are int64; grain wants a length even of what does not end.
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
@@ -176,38 +186,46 @@ class _TrainBatches(_Batches):
     labels = np.empty(b, np.int32)
     image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
     rejects = np.zeros((b, len(REASONS)), np.int32)
-    texts = []
+    texts: list[str] = []
+    seconds: list[str] = []
     for r in range(b):
       position = int(positions[r])
-      index, record = self._usable(position, int(indices[r]), rejects=rejects[r])
+      index, record, captions = self._usable(position, int(indices[r]), rejects=rejects[r])
       rng = order.philox(self._seed, position)
-      captions = record["captions"]
-      ordinal = int(rng.integers(len(captions))) if len(captions) > 1 else 0
+      every = [text for column in captions.values() for text in column]
+      ordinal = choose(captions, self._captions, rng)
       images[r] = transforms.train_image(record["image"], rng, size=size, **self._augment)
-      texts.append(captions[ordinal])
+      texts.append(every[ordinal])
+      if self._second_captions:
+        seconds.append(every[choose(captions, self._second_captions, rng, but=ordinal)])
       labels[r] = record["label"]
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
     text, mask = self._tokenizer.encode_batch(texts)
-    return dict(image=images, text=text, text_mask=mask, image_id=_words(image_ids),
-                text_id=_words(text_ids), label=labels, rejects=rejects)
+    batch = dict(image=images, text=text, text_mask=mask, image_id=_words(image_ids),
+                 text_id=_words(text_ids), label=labels, rejects=rejects)
+    if self._second_captions:
+      batch["text_second"], batch["text_second_mask"] = self._tokenizer.encode_batch(seconds)
+    return batch
 
   def _usable(self, position: int, index: int, *,
-              rejects: np.ndarray) -> tuple[int, dict[str, Any]]:
-    """The sample, or the first of its substitutes that can be used."""
+              rejects: np.ndarray) -> tuple[int, dict[str, Any], dict[str, tuple[str, ...]]]:
+    """The sample, or the first of its substitutes that can be used, and its captions by field."""
     for attempt in range(ATTEMPTS + 1):
       if attempt:
         index = order.substitute(position, attempt, len(self._source), self._seed)
       record = self._sample(index, rejects=rejects)
       if record is None:
         continue
-      if not record["captions"]:
+      captions = by_field(record, self._captions, self._second_captions)
+      if lacks(captions, self._captions) or lacks(captions, self._second_captions):
         self._reject(index, record["key"], Rejected("no_caption"), rejects=rejects)
         continue
-      if len(record["captions"]) > self._captions_per_image:
-        raise ValueError(f"{record['key']} has {len(record['captions'])} captions; set "
+      count = sum(len(column) for column in captions.values())
+      if count > self._captions_per_image:
+        raise ValueError(f"{record['key']} has {count} captions; set "
                          "config.data.captions_per_image to the largest number of an image, now "
                          f"{self._captions_per_image}")
-      return index, record
+      return index, record, captions
     counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
     raise ValueError(
         f"{self._source!r}: position {position} and its {ATTEMPTS} substitutes are all rejected "

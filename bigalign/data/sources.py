@@ -1,7 +1,7 @@
 """Things with __len__ and __getitem__(i) → record: glyphs, shards, tables, TFDS, and lists of them.
 
 A record is dict(image=bytes | uint8 [H, W, 3], captions=tuple[str, ...], key=str, label=int);
-label is -1 where there is none. Sources of columns add texts={column: captions} of all columns that
+label is -1 where there is none. Sources add texts={field: captions} of all fields that
 were asked for; `captions` are those of the first that is not blank. A source knows no order: that
 belongs to order.py.
 """

@@ -58,8 +58,8 @@ class WebDataset:
     image = fields.image(found)
     if image is None:
       raise Rejected("no_image", f"{key} has {sorted(found)}")
-    return dict(image=image, captions=fields.captions(found, self.captions, key=key), key=key,
-                label=fields.label(found, key=key))
+    return dict(image=image, key=key, label=fields.label(found, key=key),
+                **fields.captions(found, self.captions, key=key))
 
   def prefetch(self, ids: Iterable[int]) -> None:
     """Begins to fetch the blocks of samples that will be read soon; of no use on local disks."""
