@@ -54,7 +54,8 @@ def held_out(config: Mapping[str, Any]) -> tuple[str, Sequence[str] | None, str]
     if options["type"] in ("retrieval", "zeroshot"):
       return options["source"], fields, f"held-out samples of config.evals.{name}"
   fields = names(config["data"].get("captions"))
-  return config["data"]["source"], fields, "TRAINING samples: the config evaluates on nothing"
+  source = config["data"].get("source") or config["data"]["mixture"][0]["source"]
+  return source, fields, "TRAINING samples: the config evaluates on nothing"
 
 
 def embed_pairs(run: Run) -> Pairs:

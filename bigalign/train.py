@@ -22,6 +22,7 @@ from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data import pipeline
+from bigalign.data.mixture import check_sizes, epochs
 from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
 from bigalign.inputs import check_tokenizer, open_data
@@ -102,6 +103,7 @@ def train(
   given = configs.plain(model)
   config["model"] = beginnings.options(given, record(workdir))
   source, reading = configs.call(open_data, data, "config.data")
+  check_sizes(source, batch_size=batch_size)
   program = states.make_program(
     **config, dataset_size=len(source), captions_per_image=reading["captions_per_image"]
   )
@@ -145,13 +147,14 @@ def train(
     )
     state = states.born(program, placed, loaded)
     checkpoints.save_frozen(state.frozen)
-    samples_seen = 0
+    samples_seen, lane_rows = 0, batch_size
     states.describe(state, workdir)
   else:
     before = checkpoints.meta(start)
     same_data(before, meta, workdir, allow_config_change)
     state = states.restore(checkpoints, start, abstract, placed)
     samples_seen = before["samples_seen"]
+    lane_rows = before.get("lane_rows", batch_size)
     rejected.update(before["rejected"])
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
   claim(workdir, meta)
@@ -161,7 +164,7 @@ def train(
 
   batches = pipeline.train_batches(
     source, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
-    stop=samples_seen + (total - step) * batch_size, **reading,
+    stop=samples_seen + (total - step) * batch_size, lane_rows=lane_rows, **reading,
   )
   step_fn = jax.jit(
     functools.partial(train_step, program=program), donate_argnums=0,
@@ -232,6 +235,8 @@ def train(
       if logs:
         row = {f"train/{name}": x for name, x in [*scalars.items(), *rejected.items()]}
         row |= {"train/samples_seen": samples_seen, "train/epoch": samples_seen / len(source)}
+        passes = epochs(source, samples_seen, batch_size=lane_rows)
+        row |= {f"train/epoch_{name}": x for name, x in passes.items()}
         row |= clock.read(step, work)
         board.write(step, row)
         progress.log(step, row)
@@ -246,7 +251,8 @@ def train(
         with clock.paused():
           found = evaluate()
       if saves:
-        now = {"samples_seen": samples_seen, "step": step, "rejected": dict(rejected)}
+        now = {"samples_seen": samples_seen, "step": step, "rejected": dict(rejected),
+               "lane_rows": lane_rows}
         with clock.paused():
           checkpoints.save(step, states.parts(state), {**meta, **now}, found)
   return state

@@ -16,6 +16,7 @@ import numpy as np
 from bigalign.data import order, transforms
 from bigalign.data.captions import ANY, Columns, by_field, choose, lacks
 from bigalign.data.decode import decode
+from bigalign.data.mixture import Order
 from bigalign.data.rejects import REASONS, Rejected
 from bigalign.data.sources import Source
 from bigalign.data.tokenizers import Tokenizer, make_tokenizer
@@ -55,6 +56,8 @@ def train_batches(
     start: int = 0,
     augment: Mapping[str, Any] | None = None,
     shuffle: bool = True,
+    kind: str = "auto",
+    lane_rows: int = 0,
     workers: int = 0,
     captions: Columns = ANY,
     second_captions: Columns = (),
@@ -67,6 +70,7 @@ def train_batches(
   start       samples seen: the position of row 0 of the first batch
   stop        the last batch is the last one that lies wholly below this position
   augment     options of transforms.train_image
+  kind, lane_rows     of mixture.Order; lane_rows is the batch size if 0
   workers     processes; 0 works in a thread of this one. Has no influence on the batches.
   captions    the fields that captions are taken from, as captions.columns gives them
   second_captions     those of a second caption of each image, `text_second`; () for none
@@ -75,10 +79,11 @@ def train_batches(
   A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
   by reason, one count per sample tried. Close the iterator (`.close()`) to end the workers.
   """
+  places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
   batches = _TrainBatches(
       source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size), seed=seed,
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
-      shuffle=shuffle, captions=captions, second_captions=second_captions,
+      places=places, captions=captions, second_captions=second_captions,
       captions_per_image=captions_per_image, stop=stop)
   return iterate(batches, workers=workers)
 
@@ -153,7 +158,7 @@ class _TrainBatches(_Batches):
   """Element k is this host's part of batch k after `start`."""
 
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
-               tokenizer, start: int, augment: Mapping[str, Any], shuffle: bool,
+               tokenizer, start: int, augment: Mapping[str, Any], places: Order,
                captions: Columns, second_captions: Columns, captions_per_image: int,
                stop: int | None):
     super().__init__(source, image_size=image_size, tokenizer=tokenizer)
@@ -165,7 +170,7 @@ class _TrainBatches(_Batches):
     self._shrink = functools.partial(transforms.shrink, size=image_size, **augment)
     # A wrong option is better heard of here than from a worker.
     transforms.train_image(np.zeros((2, 2, 3), np.uint8), order.philox(0, 0), size=2, **augment)
-    self._shuffle = shuffle
+    self._places = places
     self._captions, self._second_captions = captions, second_captions
     self._captions_per_image = captions_per_image
     # Positions are int64; grain wants a length even of what does not end.
@@ -179,8 +184,7 @@ class _TrainBatches(_Batches):
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     positions = self._start + k * self._batch_size + self._rows
-    indices = order.sample_index(positions, size=len(self._source), seed=self._seed,
-                                 shuffle=self._shuffle)
+    indices = self._places(positions)
     b, size = len(positions), self._image_size
     images = np.empty((b, size, size, 3), np.uint8)
     labels = np.empty(b, np.int32)
@@ -212,7 +216,7 @@ class _TrainBatches(_Batches):
     """The sample, or the first of its substitutes that can be used, and its captions by field."""
     for attempt in range(ATTEMPTS + 1):
       if attempt:
-        index = order.substitute(position, attempt, len(self._source), self._seed)
+        index = self._places.substitute(position, attempt, index)
       record = self._sample(index, rejects=rejects)
       if record is None:
         continue
