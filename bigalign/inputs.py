@@ -14,6 +14,7 @@ from bigalign.data.mixture import Mixture, Prefixed
 from bigalign.data.order import philox
 from bigalign.data.sources import Source, open_source
 from bigalign.data.tokenizers import TOKENIZERS, Tokenizer
+from bigalign.data.views import View
 
 
 def open_data(
@@ -23,6 +24,7 @@ def open_data(
   tokenizer: Mapping[str, Any],
   mixture: Sequence[Mapping[str, Any]] = (),
   schedule: Sequence[Any] = (),
+  view: str = "",
   augment: Mapping[str, Any] | None = None,
   resize: str = "squash",
   captions: Sequence[Any] | None = None,
@@ -43,6 +45,7 @@ def open_data(
       "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
     image_size: pixels per side.
     tokenizer: name, length and options of a tokenizer.
+    view: of the source, made by `bigalign view`: only the samples that it keeps.
     augment: options of transforms.train_image.
     resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
     captions: fields to take captions from, the first that a record has; the source's own if None.
@@ -74,12 +77,16 @@ def open_data(
   opened: Source
   if mixture and source_options:
     raise ValueError("config.data.source_options are of one source; in a mixture each has its own")
+  if mixture and view:
+    raise ValueError("config.data.view is of one source; in a mixture each part names its own")
   if mixture:
     opened = open_mixture(mixture, schedule, captions=wanted)
   else:
     opened = open_source(source, captions=wanted, **source_options or {})
     if schedule:
       raise ValueError("config.data.schedule is of the weights of a mixture; there is none")
+    if view:
+      opened = View(opened, view)
     if not len(opened):
       raise ValueError(f"config.data.source={source!r} holds no sample")
   return opened, dict(
@@ -112,6 +119,7 @@ def mixture_part(
   source: str,
   weight: float | None = None,
   upsampling: float | None = None,
+  view: str = "",
   prefix: str = "",
   captions: Sequence[str] | None = None,
   source_options: Mapping[str, Any] | None = None,
@@ -125,6 +133,7 @@ def mixture_part(
     weight: share of the stream, relative to the other weights.
     upsampling: instead of a weight, passes over this source while one with 1 is passed over once:
       open_clip's --train-data-upsampling-factors. 1 where neither is given.
+    view: of this source, as config.data.view.
     prefix: begins each of its captions: a language, "de: ".
     captions: fields of its captions by preference, in place of config.data.captions.
     source_options: as config.data.source_options.
@@ -139,6 +148,8 @@ def mixture_part(
                        **source_options or {})
   if not len(opened):
     raise ValueError(f"config.data.mixture: {name!r}, source={source!r}, holds no sample")
+  if view:
+    opened = View(opened, view)
   if prefix:
     opened = Prefixed(opened, prefix)
   factor = 1.0 if upsampling is None else upsampling
