@@ -34,6 +34,8 @@ def open_data(
   shuffle: bool = True,
   order: str = "auto",
   workers: int = 0,
+  rejects: Mapping[str, Any] | None = None,
+  stop_at_bad_shard: bool = True,
 ) -> tuple[Source, dict[str, Any]]:
   """What config.data says: the source, and how training reads it.
 
@@ -59,8 +61,10 @@ def open_data(
     order: "exact", a shuffle of all samples; "block", of blocks of consecutive ones, for stores
       that read many at a time; "auto": "block" for sources that say so.
     workers: processes that read and decode; they have no influence on the batches.
+    rejects: options of rejects.Watch: shares of bad samples at which to warn and to stop.
+    stop_at_bad_shard: stop where no sample of a shard seems to be usable.
   """
-  del resize  # the evaluators'
+  del resize, rejects  # the evaluators', the loop's
   open_tokenizer(tokenizer)  # a wrong option is better heard of here than from a worker
   configs.call(
     transforms.train_image, augment or {}, "config.data.augment",
@@ -92,6 +96,7 @@ def open_data(
   return opened, dict(
     image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, kind=order,
     workers=workers, captions=first, second_captions=second, captions_per_image=captions_per_image,
+    stop_at_bad_shard=stop_at_bad_shard,
   )
 
 

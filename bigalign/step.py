@@ -36,7 +36,7 @@ def train_step(
   Returns:
     The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
     of every step: "finite_loss", "finite_grad_norm", of losses that remember samples "finite_state"
-    (bool), and "rejected_<reason>" (int32).
+    (bool), "rejected_<reason>" and "rejects_by_row" [B] (int32).
   """
   at, drops = _at(program, state, seen)
 
@@ -81,6 +81,7 @@ def train_step(
     "lr": program.rate(state.step),
     **finite,
     **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
+    "rejects_by_row": batch["rejects"].sum(1),
   }
   return State(
     step=state.step + 1,

@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   given = parser.parse_args(words)
   ids = _read_ids(given.ids) if given.ids else None
   found = views.make_view(
-      open_source(given.source), given.out, spec=given.source, where=given.where,
+      open_source(given.source), given.out, spec=given.source, rule=given.where,
       unique=given.unique, ids=ids)
   print(json.dumps({name: found[name] for name in ("samples", "kept", "left_out")}, indent=1))
   return found

@@ -68,20 +68,20 @@ def kept(tmp_path, **rule):
   ("height / (width - 100) > 19", [10, 11]),  # 200 / 0 is infinite, and no error
 ])
 def test_rules(tmp_path, where, wanted):
-  found, _ = kept(tmp_path, where=where)
+  found, _ = kept(tmp_path, rule=where)
   assert found == [*wanted]
 
 
 def test_each_part_of_a_rule_has_its_count(tmp_path):
   found, taken = kept(
-    tmp_path, where="width >= 200 and json.score > 0.5", unique="sha256", ids=np.arange(0, 70, 1))
+    tmp_path, rule="width >= 200 and json.score > 0.5", unique="sha256", ids=np.arange(0, 70, 1))
   assert found == [i for i in range(51, 70) if i % 10 != 9]
   assert taken == {"not width >= 200": 20, "not json.score > 0.5": 31, "not in the list": 0,
                    "sha256 of a sample before": 2}
 
 
 def test_of_equal_ones_the_first_that_is_left_stays(tmp_path):
-  found, _ = kept(tmp_path, where="width != 180", unique="sha256")
+  found, _ = kept(tmp_path, rule="width != 180", unique="sha256")
   assert 19 in found and 18 not in found and 29 not in found and len(found) == 70 - 1 - 6
 
 
@@ -108,7 +108,7 @@ def test_a_list_is_a_view(tmp_path):
 ])
 def test_what_is_no_rule_is_said(tmp_path, where, message):
   with pytest.raises(ValueError, match=message):
-    kept(tmp_path, where=where)
+    kept(tmp_path, rule=where)
 
 
 def test_places_beyond_32_bits(tmp_path):
@@ -152,7 +152,7 @@ def test_a_run_reads_a_view_and_knows_it(tmp_path, capsys):
   with pytest.raises(FileNotFoundError, match=r"no .*odd\.json; make it with bigalign view"):
     View(other, f"{tmp_path}/odd")
   with pytest.raises(ValueError, match=r"no columns to filter by.*bigalign index --stats"):
-    make_view(other, f"{tmp_path}/none", where="width > 1")
+    make_view(other, f"{tmp_path}/none", rule="width > 1")
   view.main([shard, "--ids", str(tmp_path / "ids.txt"), "--out", str(tmp_path / "more")])
   again = View(open_source(shard), f"{tmp_path}/more")
   assert again.fingerprint == View(open_source(shard), f"{tmp_path}/even").fingerprint

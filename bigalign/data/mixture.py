@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import blocks, order
-from bigalign.data.sources import Concatenation, Source
+from bigalign.data.sources import Concatenation, Source, where
 
 SHARES = 1 << 30  # shares are multiples of its inverse
 UNITS = ("samples", "steps", "epochs")
@@ -74,6 +74,9 @@ class Prefixed:
     if "texts" in record:
       found["texts"] = {name: self._with_prefix(x) for name, x in record["texts"].items()}
     return found
+
+  def where(self, i: int) -> tuple[str, int, int]:
+    return where(self._source, i)
 
   def _with_prefix(self, captions: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(self._prefix + caption for caption in captions)
@@ -182,6 +185,18 @@ def epochs(source: Source, position: int, *, batch_size: int) -> dict[str, float
   counts = Split(source, batch_size=batch_size).before(position)
   return {name: count / len(part)
           for name, part, count in zip(source.names, source.sources, counts.tolist())}
+
+
+def sources_of(source: Source, positions: np.ndarray, *, batch_size: int) -> np.ndarray:
+  """[N] positions → the place of each one's source in `names`, [N]; 0 without a mixture."""
+  if not isinstance(source, Mixture):
+    return np.zeros(positions.shape, int)
+  return Split(source, batch_size=batch_size)(positions)[0]
+
+
+def names(source: Source) -> tuple[str, ...]:
+  """Of the sources of a mixture; of another source, what it calls itself."""
+  return source.names if isinstance(source, Mixture) else (repr(source),)
 
 
 def check_sizes(source: Source, *, batch_size: int) -> None:

@@ -17,14 +17,15 @@ from bigalign.data import order, transforms
 from bigalign.data.captions import ANY, Columns, by_field, choose, lacks
 from bigalign.data.decode import decode
 from bigalign.data.mixture import Order
-from bigalign.data.rejects import REASONS, Rejected
-from bigalign.data.sources import Source
+from bigalign.data.rejects import REASONS, Rejected, write_down
+from bigalign.data.sources import Source, where
 from bigalign.data.tokenizers import Tokenizer, make_tokenizer
 from bigalign.data.workers import Batches, iterate
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8
+PROBES = 8
 CAPTIONS_PER_IMAGE = 8  # text_id = image_id * captions_per_image + ordinal of the caption
 
 
@@ -63,6 +64,8 @@ def train_batches(
     second_captions: Columns = (),
     captions_per_image: int = CAPTIONS_PER_IMAGE,
     stop: int | None = None,
+    rejected_log: str = "",
+    stop_at_bad_shard: bool = True,
 ) -> Batches:
   """This host's rows of the global batches from position `start` on; endless without `stop`.
 
@@ -76,6 +79,9 @@ def train_batches(
   second_captions     those of a second caption of each image, `text_second`; () for none
   captions_per_image  room for text ids; an image with more captions is an error
 
+  rejected_log        a file to which each rejected sample is appended, a line of JSON; "" for none
+  stop_at_bad_shard   raise if a sample of a shard and PROBES others spread over it are all rejected
+
   A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
   by reason, one count per sample tried. Close the iterator (`.close()`) to end the workers.
   """
@@ -84,7 +90,8 @@ def train_batches(
       source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size), seed=seed,
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
       places=places, captions=captions, second_captions=second_captions,
-      captions_per_image=captions_per_image, stop=stop)
+      captions_per_image=captions_per_image, stop=stop, rejected_log=rejected_log,
+      stop_at_bad_shard=stop_at_bad_shard)
   return iterate(batches, workers=workers)
 
 
@@ -129,8 +136,10 @@ def _words(ids: np.ndarray) -> np.ndarray:
 class _Batches:
   """What train and eval batches share: one decoded sample, and the log of the bad ones."""
 
-  def __init__(self, source: Source, *, image_size: int, tokenizer: Mapping[str, Any]):
+  def __init__(self, source: Source, *, image_size: int, tokenizer: Mapping[str, Any],
+               rejected_log: str = ""):
     self._source = source
+    self._rejected_log = rejected_log
     self._image_size = image_size
     self._tokenizer: Tokenizer = make_tokenizer(**tokenizer)
     self._logged: set[int] = set()
@@ -152,6 +161,10 @@ class _Batches:
     if index not in self._logged:
       self._logged.add(index)
       logger.warning("Rejected %s (index %d): %s", key, index, rejected)
+      if self._rejected_log:
+        shard, ordinal, _ = where(self._source, index)
+        write_down(self._rejected_log, shard=shard, ordinal=ordinal, index=index, key=key,
+                   reason=rejected.reason, detail=rejected.detail)
 
 
 class _TrainBatches(_Batches):
@@ -160,8 +173,10 @@ class _TrainBatches(_Batches):
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
                tokenizer, start: int, augment: Mapping[str, Any], places: Order,
                captions: Columns, second_captions: Columns, captions_per_image: int,
-               stop: int | None):
-    super().__init__(source, image_size=image_size, tokenizer=tokenizer)
+               stop: int | None, rejected_log: str, stop_at_bad_shard: bool):
+    super().__init__(source, image_size=image_size, tokenizer=tokenizer, rejected_log=rejected_log)
+    self._stop_at_bad_shard = stop_at_bad_shard
+    self._probed: set[str] = set()
     self._batch_size = batch_size
     self._rows = rows
     self._seed = seed
@@ -217,25 +232,52 @@ class _TrainBatches(_Batches):
     for attempt in range(ATTEMPTS + 1):
       if attempt:
         index = self._places.substitute(position, attempt, index)
-      record = self._sample(index, rejects=rejects)
-      if record is None:
-        continue
-      captions = by_field(record, self._captions, self._second_captions)
-      if lacks(captions, self._captions) or lacks(captions, self._second_captions):
-        self._reject(index, record["key"], Rejected("no_caption"), rejects=rejects)
-        continue
-      count = sum(len(column) for column in captions.values())
-      if count > self._captions_per_image:
-        raise ValueError(f"{record['key']} has {count} captions; set "
-                         "config.data.captions_per_image to the largest number of an image, now "
-                         f"{self._captions_per_image}")
-      return index, record, captions
+      found = self._with_captions(index, rejects=rejects)
+      if found is not None:
+        return index, *found
+      self._probe_shard(index)
     counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
     raise ValueError(
         f"{self._source!r}: position {position} and its {ATTEMPTS} substitutes are all rejected "
         f"({counts}), so most of this source is unusable; the log names samples and reasons"
         + (". Set captions=(...) to fields that these samples have." if "no_caption" in counts
            else "."))
+
+
+  def _with_captions(
+      self, index: int, *, rejects: np.ndarray,
+  ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]] | None:
+    """The record, decoded, and its captions by field; None if rejected."""
+    record = self._sample(index, rejects=rejects)
+    if record is None:
+      return None
+    captions = by_field(record, self._captions, self._second_captions)
+    if lacks(captions, self._captions) or lacks(captions, self._second_captions):
+      self._reject(index, record["key"], Rejected("no_caption"), rejects=rejects)
+      return None
+    count = sum(len(column) for column in captions.values())
+    if count > self._captions_per_image:
+      raise ValueError(f"{record['key']} has {count} captions; set "
+                       "config.data.captions_per_image to the largest number of an image, now "
+                       f"{self._captions_per_image}")
+    return record, captions
+
+  def _probe_shard(self, index: int) -> None:
+    """Raises ValueError if nothing in the shard of a rejected sample seems to be usable."""
+    shard, ordinal, size = where(self._source, index)
+    if not self._stop_at_bad_shard or size <= PROBES or shard in self._probed:
+      return
+    self._probed.add(shard)
+    aside = np.zeros(len(REASONS), np.int32)  # probes are no samples of the batch
+    others = [index - ordinal + (2 * i + 1) * size // (2 * PROBES) for i in range(PROBES)]
+    # In a view the samples of a shard lie elsewhere; most of what it left out would be bad too.
+    here = [0 <= i < len(self._source) and where(self._source, i)[0] == shard for i in others]
+    if all(here) and all(self._with_captions(other, rejects=aside) is None for other in others):
+      counts = {reason: int(n) for reason, n in zip(REASONS, aside) if n}
+      raise ValueError(
+          f"{shard}: sample {ordinal} and {PROBES} others spread over its {size} cannot be used"
+          f" ({counts}), so the whole shard seems to be bad; mend it, leave it out, or set"
+          " config.data.stop_at_bad_shard=False")
 
 
 class _EvalBatches(_Batches):

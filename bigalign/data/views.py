@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data.sources import Source, expand_variables
+from bigalign.data.sources import Source, expand_variables, where
 
 Columns = Mapping[str, np.ndarray]
 
@@ -68,24 +68,30 @@ class View:
   def __getitem__(self, i: int) -> dict[str, Any]:
     if not 0 <= i < len(self):
       raise IndexError(f"{self!r} has {len(self)} samples; asked for {i}")
+    return self._source[self._place(i)]
+
+  def where(self, i: int) -> tuple[str, int, int]:
+    return where(self._source, self._place(i))
+
+  def _place(self, i: int) -> int:
     high = int(np.searchsorted(self._ends, i, side="right"))
-    return self._source[(high << 32) + int(self._low[i])]
+    return (high << 32) + int(self._low[i])
 
 
 def make_view(
-    source: Source, out: str, *, spec: str = "", where: str = "", unique: str = "",
+    source: Source, out: str, *, spec: str = "", rule: str = "", unique: str = "",
     ids: np.ndarray | None = None,
 ) -> dict[str, Any]:
   """Writes out.npy and out.json, and returns the manifest.
 
   spec    the text that names the source, for those who read the manifest
-  where   a comparison of columns and numbers with and, or, not, + - * /; a value that a sample does
+  rule    a comparison of columns and numbers with and, or, not, + - * /; a value that a sample does
           not have is unlike every number, so that a comparison with it does not hold
   unique  a column; of equal values the first sample that is left stays. Hashes are compared by
           their first 64 bits, and all of them are held in memory, 8 bytes each
   ids     places of samples to choose from
   """
-  kept, taken = _filtered(source, where) if where else (np.arange(len(source)), {})
+  kept, taken = _filtered(source, rule) if rule else (np.arange(len(source)), {})
   if ids is not None:
     ids = np.unique(np.asarray(ids, np.int64))
     if ids.size and (ids[0] < 0 or ids[-1] >= len(source)):
@@ -101,12 +107,12 @@ def make_view(
     kept = kept[np.sort(first)]
   if not len(kept):
     raise ValueError(f"{source!r}: no sample is left of {len(source)}: {taken}")
-  return _write(kept, taken, source, out, dict(source=spec, where=where, unique=unique))
+  return _write(kept, taken, source, out, dict(source=spec, where=rule, unique=unique))
 
 
-def _filtered(source: Source, where: str) -> tuple[np.ndarray, dict[str, int]]:
-  """The places of the samples for which `where` holds; what its parts took, one after the other."""
-  tree = _parse(where)
+def _filtered(source: Source, rule: str) -> tuple[np.ndarray, dict[str, int]]:
+  """The places of the samples for which `rule` holds; what its parts took, one after the other."""
+  tree = _parse(rule)
   top = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
   found, first = [], 0
   taken = {f"not {ast.unparse(part)}": 0 for part in top}
@@ -192,10 +198,10 @@ def _evaluate(node: Any, column: Callable[[str], np.ndarray]) -> Any:
 
 
 def _write(kept: np.ndarray, taken: Mapping[str, int], source: Source, out: str,
-           rule: Mapping[str, str]) -> dict[str, Any]:
+           made_by: Mapping[str, str]) -> dict[str, Any]:
   low = (kept & 0xFFFFFFFF).astype("<u4")
   manifest = dict(
-      **rule, fingerprint=source.fingerprint, samples=len(source), kept=len(kept),
+      **made_by, fingerprint=source.fingerprint, samples=len(source), kept=len(kept),
       left_out=dict(taken), kept_sha256=hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest(),
       **{"kept_per_2**32": np.bincount(kept >> 32).tolist()})
   pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)

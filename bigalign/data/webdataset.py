@@ -72,6 +72,12 @@ class WebDataset:
       yield stats.load(os.path.basename(path), self.shards.place(shard), self.shards.stat(shard),
                        pattern=self.pattern)
 
+  def where(self, i: int) -> tuple[str, int, int]:
+    """The path of the shard of sample i, the place of i in it, and how many samples it holds."""
+    shard = self.shards.shard(i)
+    first = self.shards.firsts[shard]
+    return self.shards.paths[shard], i - first, self.shards.firsts[shard + 1] - first
+
   def _members(self, i: int) -> tuple[int, dict[tuple[str, str], bytes]]:
     """The shard of sample i, and its members by (key, field)."""
     if not 0 <= i < len(self):
