@@ -84,7 +84,8 @@ def test_a_run_counts_writes_down_and_stops(tmp_path):
   assert len(found) == 8 == len({line["ordinal"] for line in found})
   for line in found:
     assert line["shard"] == bad and line["index"] == 30 + line["ordinal"]
-    assert line["ordinal"] % 5 == 0 and line["reason"] == "undecodable" and "<html>" in line["detail"]
+    assert line["ordinal"] % 5 == 0
+    assert line["reason"] == "undecodable" and "<html>" in line["detail"]
     assert line["key"] == f"bad.tar/{100 + line['ordinal']:06d}"
 
 
