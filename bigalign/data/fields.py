@@ -41,8 +41,7 @@ def read_json(data: bytes, *, key: str) -> dict[str, Any]:
 
 
 def captions(fields: Mapping[str, bytes], names: Sequence[str], *, key: str) -> dict[str, Any]:
-  """`captions` of a record, those of the first of `names` that is not blank; of several all `texts`.
-  """
+  """`captions`, those of the first of `names` that is not blank; of several `texts` too."""
   texts = {name: field_texts(fields, name, key=key) for name in names}
   found = next(filter(None, texts.values()), ())
   return dict(captions=found, texts=texts) if len(texts) > 1 else dict(captions=found)

@@ -27,9 +27,9 @@ from bigalign.data.webdataset import WebDataset
 class Source(Protocol):
   """Random access to records. Picklable: paths only, files are opened lazily per process.
 
-  May have `classnames`, a tuple in the order of the labels; `block`, how many consecutive samples it
-  reads at once if not one; `where`(i) -> (file of sample i, its place there, samples in that file).
-  __getitem__ may raise Rejected.
+  May have `classnames`, a tuple in the order of the labels; `block`, how many consecutive samples
+  it reads at once if not one; `where`(i) → (file of sample i, its place there, samples in that
+  file). __getitem__ may raise Rejected.
   """
   fingerprint: str  # hex; changes if the data changed
 
