@@ -10,9 +10,9 @@ import pickle
 
 import numpy as np
 import pytest
-from shards import samples, write_tar
+from shards import picture, samples, write_tar
 
-from bigalign import inputs, view
+from bigalign import index, inputs, view
 from bigalign.data import views
 from bigalign.data.pipeline import train_batches
 from bigalign.data.sources import open_source
@@ -151,10 +151,28 @@ def test_a_run_reads_a_view_and_knows_it(tmp_path, capsys):
     View(other, f"{tmp_path}/even")
   with pytest.raises(FileNotFoundError, match=r"no .*odd\.json; make it with bigalign view"):
     View(other, f"{tmp_path}/odd")
-  with pytest.raises(ValueError, match=r"no columns to filter by.*bigalign index --stats"):
+  with pytest.raises(FileNotFoundError, match="write them: bigalign index --stats"):
     make_view(other, f"{tmp_path}/none", rule="width > 1")
+  with pytest.raises(ValueError, match=r"no columns to filter by.*bigalign index --stats"):
+    make_view(open_source("glyphs"), f"{tmp_path}/none", rule="width > 1")
   view.main([shard, "--ids", str(tmp_path / "ids.txt"), "--out", str(tmp_path / "more")])
   again = View(open_source(shard), f"{tmp_path}/more")
   assert again.fingerprint == View(open_source(shard), f"{tmp_path}/even").fingerprint
   assert again.fingerprint != open_source(shard).fingerprint
   assert pickle.loads(pickle.dumps(again))[7]["key"] == again[7]["key"] == "0.tar/000014"
+
+
+def test_the_columns_of_shards(tmp_path, capsys):
+  """From tars to a view: what bigalign index --stats writes is what rules read."""
+  members = []
+  for i in range(12):
+    members += [(f"{i:03}.jpg", picture(i % 9, size=(20, 20 + i % 9))), (f"{i:03}.txt", b"x" * i),
+                (f"{i:03}.json", json.dumps(dict(score=i / 10)).encode())]
+  shard = write_tar(tmp_path / "0.tar", members)
+  assert index.main([shard, "--stats", "--workers", "1"]) == 0
+  rule = ["--where", "json.score >= 0.2 and length.txt < 12 and width != 27", "--unique", "sha256"]
+  found = view.main([shard, *rule, "--out", str(tmp_path / "good")])
+  # Samples 9, 10 and 11 are the pictures of 0, 1 and 2; 7 is 27 pixels wide.
+  assert found["kept"] == 8 and found["left_out"]["sha256 of a sample before"] == 1
+  source = View(open_source(shard, captions=("txt",)), f"{tmp_path}/good")
+  assert [source.where(i)[1] for i in range(8)] == [2, 3, 4, 5, 6, 8, 9, 10]
