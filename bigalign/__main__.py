@@ -11,6 +11,7 @@ PROGRAMS = {
   "report": "makes one HTML page of a run",
   "export": "writes a run as a folder that PyTorch's libraries load",
   "index": "makes shards ready for training: where each of their samples lies",
+  "view": "keeps the samples of a source that a rule or a list leaves",
   "costs": "what losses cost per device: memory, products, bytes on the wires",
 }
 

@@ -8,53 +8,157 @@ from typing import Any
 import numpy as np
 
 from bigalign import config as configs
-from bigalign.data import order, pipeline, transforms
+from bigalign.data import pipeline, transforms
+from bigalign.data.captions import columns, fields
+from bigalign.data.mixture import Mixture, Prefixed
+from bigalign.data.order import philox
 from bigalign.data.sources import Source, open_source
 from bigalign.data.tokenizers import TOKENIZERS, Tokenizer
+from bigalign.data.views import View
 
 
 def open_data(
   *,
-  source: str,
+  source: str = "",
   image_size: int,
   tokenizer: Mapping[str, Any],
+  mixture: Sequence[Mapping[str, Any]] = (),
+  schedule: Sequence[Any] = (),
+  view: str = "",
   augment: Mapping[str, Any] | None = None,
   resize: str = "squash",
-  captions: Sequence[str] | None = None,
+  captions: Sequence[Any] | None = None,
+  second_captions: Sequence[Any] = (),
   source_options: Mapping[str, Any] | None = None,
   captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
   shuffle: bool = True,
+  order: str = "auto",
   workers: int = 0,
+  rejects: Mapping[str, Any] | None = None,
+  stop_at_bad_shard: bool = True,
 ) -> tuple[Source, dict[str, Any]]:
   """What config.data says: the source, and how training reads it.
 
   Args:
     source: "glyphs", shards ("DIR/{00000..00099}.tar"), Parquet, ArrayRecord, tables of image
-      files, "tfds:NAME:SPLIT"; lists joined by "::".
+      files, "tfds:NAME:SPLIT"; lists joined by "::", of which an epoch holds each sample once.
+    mixture: instead of `source`, several by their shares: options of mixture_part each.
+    schedule: ((start, {name: weight}), …): other weights for a mixture from there on; start is
+      "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
     image_size: pixels per side.
     tokenizer: name, length and options of a tokenizer.
+    view: of the source, made by `bigalign view`: only the samples that it keeps.
     augment: options of transforms.train_image.
     resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
     captions: fields to take captions from, the first that a record has; the source's own if None.
+      With weights, (("json.recap", 3), ("txt", 1)), they are drawn: see data/captions.py.
+    second_captions: fields of a second caption of each image, another one than the first where
+      there is another, for losses that read two; written as `captions` is, which must be given too.
     source_options: others of the source, such as image= for the column of the images, or data_dir=
       of TFDS.
     captions_per_image: room for captions in the ids of texts, and in what a loss remembers of each.
     shuffle: another order in each epoch; without, that of the source.
+    order: "exact", a shuffle of all samples; "block", of blocks of consecutive ones, for stores
+      that read many at a time; "auto": "block" for sources that say so.
     workers: processes that read and decode; they have no influence on the batches.
+    rejects: options of rejects.Watch: shares of bad samples at which to warn and to stop.
+    stop_at_bad_shard: stop where no sample of a shard seems to be usable.
   """
-  del resize  # the evaluators'
+  del resize, rejects  # the evaluators', the loop's
   open_tokenizer(tokenizer)  # a wrong option is better heard of here than from a worker
   configs.call(
     transforms.train_image, augment or {}, "config.data.augment",
-    image=np.zeros((2, 2, 3), np.uint8), rng=order.philox(0, 0), size=2,
+    image=np.zeros((2, 2, 3), np.uint8), rng=philox(0, 0), size=2,
   )
-  opened = open_source(source, captions=captions, **source_options or {})
-  if not len(opened):
-    raise ValueError(f"config.data.source={source!r} holds no sample")
+  first = columns(captions, "config.data.captions")
+  second = columns(second_captions, "config.data.second_captions")
+  if second and captions is None:
+    raise ValueError(f"config.data.second_captions={second_captions}: name the fields of the first"
+                     " in config.data.captions too")
+  if bool(source) == bool(mixture):
+    raise ValueError("config.data needs either source or mixture, and not both")
+  wanted = None if captions is None else fields(first, second)
+  opened: Source
+  if mixture and source_options:
+    raise ValueError("config.data.source_options are of one source; in a mixture each has its own")
+  if mixture and view:
+    raise ValueError("config.data.view is of one source; in a mixture each part names its own")
+  if mixture:
+    opened = open_mixture(mixture, schedule, captions=wanted)
+  else:
+    opened = open_source(source, captions=wanted, **source_options or {})
+    if schedule:
+      raise ValueError("config.data.schedule is of the weights of a mixture; there is none")
+    if view:
+      opened = View(opened, view)
+    if not len(opened):
+      raise ValueError(f"config.data.source={source!r} holds no sample")
   return opened, dict(
-    image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, workers=workers,
-    captions_per_image=captions_per_image,
+    image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, kind=order,
+    workers=workers, captions=first, second_captions=second, captions_per_image=captions_per_image,
+    stop_at_bad_shard=stop_at_bad_shard,
   )
+
+
+def open_mixture(
+  mixture: Sequence[Mapping[str, Any]], schedule: Sequence[Any], *, captions: Sequence[str] | None
+) -> Mixture:
+  """The sources of config.data.mixture, and their weights over time."""
+  sources: dict[str, Source] = {}
+  weights: dict[str, float] = {}
+  for i, options in enumerate(mixture):
+    where = f"config.data.mixture[{i}]"
+    name, opened, weight = configs.call(mixture_part, options, where, shared_captions=captions)
+    if name in sources:
+      raise ValueError(f"{where}.name={name!r}: the name of another source too")
+    sources[name], weights[name] = opened, weight
+  phases = [(start, dict(some)) for start, some in schedule]
+  # A schedule may say itself how it begins.
+  at_start = [start for start, _ in phases if str(start).split()[0] == "0"]
+  return Mixture(sources, [*([] if at_start else [(0, weights)]), *phases])
+
+
+def mixture_part(
+  *,
+  name: str,
+  source: str,
+  weight: float | None = None,
+  upsampling: float | None = None,
+  view: str = "",
+  prefix: str = "",
+  captions: Sequence[str] | None = None,
+  source_options: Mapping[str, Any] | None = None,
+  shared_captions: Sequence[str] | None,
+) -> tuple[str, Source, float]:
+  """One source of a mixture: its name, itself and its weight.
+
+  Args:
+    name: of the source, in schedules, metrics and errors.
+    source: as config.data.source.
+    weight: share of the stream, relative to the other weights.
+    upsampling: instead of a weight, passes over this source while one with 1 is passed over once:
+      open_clip's --train-data-upsampling-factors. 1 where neither is given.
+    view: of this source, as config.data.view.
+    prefix: begins each of its captions: a language, "de: ".
+    captions: fields of its captions by preference, in place of config.data.captions.
+    source_options: as config.data.source_options.
+    shared_captions: those of config.data.captions.
+  """
+  if weight is not None and upsampling is not None:
+    raise ValueError(f"config.data.mixture: {name!r} has both a weight and an upsampling; give one")
+  if captions is not None and shared_captions is not None:
+    raise ValueError(f"config.data.mixture: {name!r} names captions, and config.data.captions does"
+                     " too; give one")
+  opened = open_source(source, captions=shared_captions if captions is None else captions,
+                       **source_options or {})
+  if not len(opened):
+    raise ValueError(f"config.data.mixture: {name!r}, source={source!r}, holds no sample")
+  if view:
+    opened = View(opened, view)
+  if prefix:
+    opened = Prefixed(opened, prefix)
+  factor = 1.0 if upsampling is None else upsampling
+  return name, opened, len(opened) * factor if weight is None else weight
 
 
 def open_tokenizer(options: Mapping[str, Any]) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +25,12 @@ PIXELS = {
 FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
 
 
+def provided(batch: Iterable[str]) -> set[str]:
+  """Fields of a batch -> those, and the features that a model makes of them."""
+  fields = {*batch, *FEATURES}
+  return fields | {"ztxt_second"} if "text_second" in fields else fields
+
+
 def unit(x: jax.Array) -> jax.Array:
   """[..., E] -> unit L2 norm, float32; zero stays zero, with a finite gradient."""
   return vectors.unit(x.astype(jnp.float32))
@@ -40,15 +46,21 @@ class DualEncoder(nn.Module):
   pixels: str
 
   def __call__(
-    self, image: jax.Array, text: jax.Array, mask: jax.Array | None = None, train: bool = False
+    self, image: jax.Array, text: jax.Array, mask: jax.Array | None = None, train: bool = False,
+    second: tuple[jax.Array, jax.Array] | None = None,
   ) -> dict[str, jax.Array]:
-    """What losses read: zimg, ztxt [B, E]; raw_*, the same before the norm; tokens_*, mask_txt."""
+    """What losses read: zimg, ztxt [B, E]; raw_*, the same before the norm; tokens_*, mask_txt.
+
+    With `second`, other texts [B, L] and their mask, also ztxt_second [B, E].
+    """
     raw_img, img = self._image(image, train)
     raw_txt, txt = self._text(text, mask, train)
     feats = {
       "zimg": unit(raw_img), "ztxt": unit(raw_txt), "raw_img": raw_img, "raw_txt": raw_txt,
       "tokens_img": img.tokens, "tokens_txt": txt.tokens,
     }
+    if second is not None:
+      feats["ztxt_second"] = self.embed_text(*second, train=train)
     return feats if txt.mask is None else {**feats, "mask_txt": txt.mask}
 
   def embed_image(self, image: jax.Array, train: bool = False) -> jax.Array:

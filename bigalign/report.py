@@ -15,6 +15,7 @@ import numpy as np
 from bigalign import report_html as html
 from bigalign import runtime
 from bigalign.data import pipeline
+from bigalign.data.captions import names
 from bigalign.data.sources import open_source
 from bigalign.evals.chance import chance
 from bigalign.evals.embed import Context, EvalData, embedder, to_host
@@ -46,14 +47,15 @@ class _Picked:
 def held_out(config: Mapping[str, Any]) -> tuple[str, Sequence[str] | None, str]:
   """(source, caption fields, words for the reader) of what the config evaluates on."""
   for name, options in (config["evals"] or {}).items():
-    fields = options.get("fields") or config["data"].get("captions")
+    fields = options.get("fields") or names(config["data"].get("captions"))
     if options["type"] == "glyphs":
       split = options.get("split", "heldout")
       return f"glyphs:{split}", None, "pictures of characters that training shows in no font"
     if options["type"] in ("retrieval", "zeroshot"):
       return options["source"], fields, f"held-out samples of config.evals.{name}"
-  source = config["data"]["source"]
-  return source, config["data"].get("captions"), "TRAINING samples: the config evaluates on nothing"
+  fields = names(config["data"].get("captions"))
+  source = config["data"].get("source") or config["data"]["mixture"][0]["source"]
+  return source, fields, "TRAINING samples: the config evaluates on nothing"
 
 
 def embed_pairs(run: Run) -> Pairs:

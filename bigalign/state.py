@@ -159,7 +159,8 @@ def make_program(
   if total < 1:
     raise ValueError(f"config.total_steps={total_steps!r} is no step at all")
   spec = pipeline.batch_spec(
-    batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"]
+    batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"],
+    second_text=bool(data.get("second_captions")),
   )
   built = configs.call(make_model, model, "config.model")
   terms = make_loss(loss)

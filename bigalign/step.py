@@ -18,6 +18,8 @@ from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise, tables
 from bigalign.model import without_remat
 from bigalign.state import Arrays, Program, State
 
+SECOND = ("text_second", "text_second_mask")  # fields of the batch, for losses that read two texts
+
 
 def train_step(
   state: State, batch: Mapping[str, jax.Array], seen: jax.Array, *, program: Program
@@ -34,7 +36,7 @@ def train_step(
   Returns:
     The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
     of every step: "finite_loss", "finite_grad_norm", of losses that remember samples "finite_state"
-    (bool), and "rejected_<reason>" (int32).
+    (bool), "rejected_<reason>" and "rejects_by_row" [B] (int32).
   """
   at, drops = _at(program, state, seen)
 
@@ -44,8 +46,8 @@ def train_step(
       return program.loss.apply(scalars, state.loss, feats, batch, at)
 
   (value, (remembered, logs)), grads = gradcache.value_and_grad(
-    functools.partial(features, program, state), objective, state.trainable, _inputs(batch), drops,
-    microbatches=program.microbatches,
+    functools.partial(features, program, state), objective, state.trainable,
+    _inputs(program, batch), drops, microbatches=program.microbatches,
   )
   grad_norm = optax.tree.norm(grads)
   updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
@@ -79,6 +81,7 @@ def train_step(
     "lr": program.rate(state.step),
     **finite,
     **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
+    "rejects_by_row": batch["rejects"].sum(1),
   }
   return State(
     step=state.step + 1,
@@ -97,7 +100,7 @@ def diagnose(
   at, drops = _at(program, state, seen)
   scalars = tree.unflatten(tree.subtree({**state.trainable, **state.frozen}, "loss/"))
   feats = gradcache.embedded(
-    functools.partial(features, program, state), state.trainable, _inputs(batch), drops,
+    functools.partial(features, program, state), state.trainable, _inputs(program, batch), drops,
     microbatches=program.microbatches,
   )
   with pairwise.engine(program.logits):
@@ -111,8 +114,9 @@ def _at(program: Program, state: State, seen: jax.Array) -> tuple[At, jax.Array]
   return At(state.step, state.step / program.total_steps, seen[0], seen[1], draws), drops
 
 
-def _inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: batch[name] for name in ("image", "text", "text_mask")}
+def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  second = SECOND if "second_text" in program.loss.needs else ()
+  return {name: batch[name] for name in ("image", "text", "text_mask", *second)}
 
 
 def features(
@@ -127,8 +131,10 @@ def features(
     found: Any = program.model.apply(variables, *inputs, **options)
     return found
 
+  second = tuple(part[name] for name in SECOND if name in part)
   found = apply(
-    trainable, train=True, rngs={"dropout": dropout, "patch_dropout": patch_dropout}
+    trainable, train=True, second=second or None,
+    rngs={"dropout": dropout, "patch_dropout": patch_dropout},
   )
   wanted = {"zimg", "ztxt", *(name for need in program.loss.needs for name in PROVIDES[need])}
   if "tokens" in program.loss.needs:
@@ -145,7 +151,7 @@ def summary(program: Program, abstract: State) -> str:
   """losses.summary of a run whose state has these shapes."""
   batch: Any = {name: jax.ShapeDtypeStruct(*shape) for name, shape in program.spec.items()}
   feats = jax.eval_shape(
-    functools.partial(features, program), abstract, abstract.trainable, _inputs(batch),
+    functools.partial(features, program), abstract, abstract.trainable, _inputs(program, batch),
     jax.random.key(0),
   )
   return losses.summary(program.loss, program.sizes, feats, batch)

@@ -14,6 +14,7 @@ from typing import Any
 
 import clu.profiler
 import jax
+import numpy as np
 from absl import app, flags, logging
 
 from bigalign import command_line, gradcache, sharding
@@ -22,12 +23,14 @@ from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data import pipeline
+from bigalign.data.mixture import check_sizes, epochs, names, sources_of
+from bigalign.data.rejects import Watch
 from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
 from bigalign.inputs import check_tokenizer, open_data
 from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
-from bigalign.model import FEATURES
+from bigalign.model import provided
 from bigalign.state import State
 from bigalign.step import diagnose, seen, summary, train_step, useful_work
 from bigalign.throughput import Clock
@@ -102,10 +105,11 @@ def train(
   given = configs.plain(model)
   config["model"] = beginnings.options(given, record(workdir))
   source, reading = configs.call(open_data, data, "config.data")
+  check_sizes(source, batch_size=batch_size)
   program = states.make_program(
     **config, dataset_size=len(source), captions_per_image=reading["captions_per_image"]
   )
-  check_needs(program.loss, {*program.spec, *FEATURES}, ema=ema > 0)
+  check_needs(program.loss, provided(program.spec), ema=ema > 0)
   check_tokenizer(program.model.text_tower, data["tokenizer"])
   total = program.total_steps
   duration = functools.partial(
@@ -145,23 +149,26 @@ def train(
     )
     state = states.born(program, placed, loaded)
     checkpoints.save_frozen(state.frozen)
-    samples_seen = 0
+    samples_seen, lane_rows = 0, batch_size
     states.describe(state, workdir)
   else:
     before = checkpoints.meta(start)
     same_data(before, meta, workdir, allow_config_change)
     state = states.restore(checkpoints, start, abstract, placed)
     samples_seen = before["samples_seen"]
+    lane_rows = before.get("lane_rows", batch_size)
     rejected.update(before["rejected"])
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
   claim(workdir, meta)
+  watch = configs.call(Watch, data.get("rejects") or {}, "config.data.rejects", names=names(source))
   step = start or 0
   # A run that continues behind the first step traces nothing.
   trace_from, trace_to = profile if profile and step <= profile[0] else (-1, -1)
 
   batches = pipeline.train_batches(
     source, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
-    stop=samples_seen + (total - step) * batch_size, **reading,
+    stop=samples_seen + (total - step) * batch_size, lane_rows=lane_rows,
+    rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"), **reading,
   )
   step_fn = jax.jit(
     functools.partial(train_step, program=program), donate_argnums=0,
@@ -213,7 +220,7 @@ def train(
       state, metrics = compiled(state, batch, place)
       step += 1
       samples_seen += batch_size
-      seldom = [name for name in metrics if name.startswith(("finite_", "rejected_"))]
+      seldom = [name for name in metrics if name.startswith(("finite_", "reject"))]
       window.append({name: metrics.pop(name) for name in seldom})
       progress.advance(step)
       if step == trace_to:
@@ -227,16 +234,24 @@ def train(
         with clock.waiting_for_device():  # the loop's only wait
           scalars, since = jax.device_get((metrics, window))
         window = []
-        for one in since:
+        for i, one in enumerate(since):
+          positions = samples_seen + (i - len(since)) * batch_size + np.arange(batch_size)
+          rows_of = sources_of(source, positions, batch_size=lane_rows)
+          counted = watch.add(rows_of, one["rejects_by_row"])
+          if len(counted) > 1:
+            rejected.update({f"rejects_of_{name}": n for name, n in counted.items()})
           rejected.update({k: int(n) for k, n in one.items() if k.startswith("rejected_")})
       if logs:
         row = {f"train/{name}": x for name, x in [*scalars.items(), *rejected.items()]}
         row |= {"train/samples_seen": samples_seen, "train/epoch": samples_seen / len(source)}
+        passes = epochs(source, samples_seen, batch_size=lane_rows)
+        row |= {f"train/epoch_{name}": x for name, x in passes.items()}
         row |= clock.read(step, work)
         board.write(step, row)
         progress.log(step, row)
       if logs or saves:
         stop_if_not_finite(since, step)
+        watch.check()
       if diagnose_every and step % diagnose_every == 0:
         with clock.paused():
           findings = jax.device_get(sharding.in_turn(look(state, batch, place)))
@@ -246,7 +261,8 @@ def train(
         with clock.paused():
           found = evaluate()
       if saves:
-        now = {"samples_seen": samples_seen, "step": step, "rejected": dict(rejected)}
+        now = {"samples_seen": samples_seen, "step": step, "rejected": dict(rejected),
+               "lane_rows": lane_rows}
         with clock.paused():
           checkpoints.save(step, states.parts(state), {**meta, **now}, found)
   return state

@@ -19,7 +19,7 @@ from bigalign import state as states
 from bigalign.data import pipeline
 from bigalign.data.sources import open_source
 from bigalign.losses import check_needs
-from bigalign.model import FEATURES
+from bigalign.model import provided
 from bigalign.step import seen, train_step
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -111,7 +111,7 @@ def test_one_real_step(name, tmp_path):
 
   source = open_source(small["data"]["source"], captions=small["data"].get("captions"))
   program = states.make_program(**small, dataset_size=len(source))
-  check_needs(program.loss, {*program.spec, *FEATURES})
+  check_needs(program.loss, provided(program.spec))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   rows = sharding.host_rows(mesh, 8)
   options = {k: x for k, x in small["data"].items() if k not in ("source", "captions", "resize")}

@@ -25,8 +25,8 @@ LAYERS = [
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step"},
   {
-    "train", "evaluate", "report", "costs", "index", "report_html", "__main__", "export",
-    "export_card", "export_check", "export_formats",
+    "train", "evaluate", "report", "costs", "index", "view", "report_html", "__main__",
+    "export", "export_card", "export_check", "export_formats",
   },
 ]
 # What takes seconds or gigabytes to import, or may be replaced one day, has its few places.

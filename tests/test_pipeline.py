@@ -312,6 +312,25 @@ def test_workers_end_with_a_killed_program(shards, tmp_path):
   process.communicate(timeout=20)
 
 
+KILL = """
+  import os, signal, time
+  os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+  begin = time.monotonic()
+  try:
+    while True:
+      next(batches)
+  except RuntimeError as error:
+    print(time.monotonic() - begin, error, flush=True)
+
+"""
+
+
+def test_a_killed_worker_is_noticed_within_seconds(shards, tmp_path):
+  out, _ = start(tmp_path, KILL + GUARD, shards).communicate(timeout=120)
+  seconds, said = out.splitlines()[1].split(" ", 1)
+  assert float(seconds) < 10 and "exit code -9" in said
+
+
 @pytest.mark.parametrize("source", ["cifar10/train/{0..4}.tar", "emoji/train/*.tar",
                                     "coco2k/train/*.tar"])
 def test_real_shards_have_no_bad_samples(data_root, source):

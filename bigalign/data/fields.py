@@ -40,9 +40,11 @@ def read_json(data: bytes, *, key: str) -> dict[str, Any]:
   return value
 
 
-def captions(fields: Mapping[str, bytes], names: Sequence[str], *, key: str) -> tuple[str, ...]:
-  """Those of the first of `names` that is there and not blank."""
-  return next(filter(None, (field_texts(fields, name, key=key) for name in names)), ())
+def captions(fields: Mapping[str, bytes], names: Sequence[str], *, key: str) -> dict[str, Any]:
+  """`captions`, those of the first of `names` that is not blank; of several `texts` too."""
+  texts = {name: field_texts(fields, name, key=key) for name in names}
+  found = next(filter(None, texts.values()), ())
+  return dict(captions=found, texts=texts) if len(texts) > 1 else dict(captions=found)
 
 
 def field_texts(fields: Mapping[str, bytes], name: str, *, key: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Which sample stands at a position: pure functions, no state, any epoch in constant memory.
 
-Words used here and in pipeline.py:
+Words used here, in blocks.py, mixture.py and pipeline.py:
   position   place in the endless stream of training samples; row r of a global batch is
              position samples_seen + r
   index      place of a sample in its source, 0 <= index < size
@@ -17,7 +17,7 @@ import numpy as np
 
 _ROUNDS = 8
 # Keeps the hashes of different purposes apart when seed and position agree.
-_ORDER, _SUBSTITUTE, _DRAWS = 1, 2, 3
+_ORDER, _SUBSTITUTE, _DRAWS, BLOCK, WINDOW, SOURCE = range(1, 7)
 _MASK = (1 << 64) - 1
 
 
@@ -28,7 +28,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
   return x ^ (x >> np.uint64(31))
 
 
-def _hash(*words: int | np.ndarray) -> np.ndarray:
+def hash_words(*words: int | np.ndarray) -> np.ndarray:
   """A uint64 hash of a sequence of 64-bit words, vectorised: at least one dimension."""
   state = np.full(1, 0x9E3779B97F4A7C15, np.uint64)
   for word in words:
@@ -39,26 +39,31 @@ def _hash(*words: int | np.ndarray) -> np.ndarray:
   return state
 
 
-def _permute(x: np.ndarray, *, size: int, key: np.ndarray) -> np.ndarray:
+def permute(x: np.ndarray, *, size: int | np.ndarray, key: np.ndarray) -> np.ndarray:
   """[N] uint64 below `size` → [N] uint64 below `size`; a bijection for every value of `key` [N].
+
+  `size` may differ between places, [N]; `key` then tells the bijections apart.
 
   A Feistel network on the rectangle Z_a x Z_b with a * b >= size, so that hardly any point falls
   outside; those that do are walked along their cycle until they come back in.
   """
-  a = math.isqrt(size - 1) + 1
-  b = -(-size // a)
-  a64, b64 = np.uint64(a), np.uint64(b)
+  sizes, which = np.unique(np.asarray(size, np.int64), return_inverse=True)
+  sides = np.array([math.isqrt(int(n) - 1) + 1 for n in sizes])
+  a_of = np.broadcast_to(sides.astype(np.uint64)[which], x.shape)
+  b_of = np.broadcast_to((-(-sizes // sides)).astype(np.uint64)[which], x.shape)
+  limit = np.broadcast_to(sizes.astype(np.uint64)[which], x.shape)
   out = x.copy()
   todo = np.arange(len(x))
   while len(todo):
-    left: np.ndarray = out[todo] // b64
-    right: np.ndarray = out[todo] % b64
+    a, b = a_of[todo], b_of[todo]
+    left: np.ndarray = out[todo] // b
+    right: np.ndarray = out[todo] % b
     for r in range(0, _ROUNDS, 2):
       round_key = key[todo] + np.uint64(r)
-      left = (left + _mix(_mix(round_key) ^ right) % a64) % a64
-      right = (right + _mix(_mix(round_key + np.uint64(1)) ^ left) % b64) % b64
-    out[todo] = left * b64 + right
-    todo = todo[out[todo] >= np.uint64(size)]
+      left = (left + _mix(_mix(round_key) ^ right) % a) % a
+      right = (right + _mix(_mix(round_key + np.uint64(1)) ^ left) % b) % b
+    out[todo] = left * b + right
+    todo = todo[out[todo] >= limit[todo]]
   return out
 
 
@@ -80,7 +85,7 @@ def sample_index(position, *, size, seed, shuffle=True):
   flat = positions.reshape(-1).astype(np.uint64)
   index: np.ndarray = flat % np.uint64(size)
   if shuffle:
-    index = _permute(index, size=size, key=_hash(_ORDER, seed, flat // np.uint64(size)))
+    index = permute(index, size=size, key=hash_words(_ORDER, seed, flat // np.uint64(size)))
   index = index.astype(np.int64).reshape(positions.shape)
   return index if isinstance(position, np.ndarray) else int(index)
 
@@ -91,9 +96,9 @@ def substitute(position: int, attempt: int, size: int, seed: int) -> int:
   The attempts are the start of a permutation of their own, so they never repeat before every
   sample was tried.
   """
-  key = _hash(_SUBSTITUTE, seed, position)
+  key = hash_words(_SUBSTITUTE, seed, position)
   first = np.full(1, (attempt - 1) % size, np.uint64)
-  return int(_permute(first, size=size, key=key)[0])
+  return int(permute(first, size=size, key=key)[0])
 
 
 def philox(seed: int, position: int) -> np.random.Generator:
@@ -104,4 +109,4 @@ def philox(seed: int, position: int) -> np.random.Generator:
 
 @functools.cache
 def _draws_key(seed: int) -> int:
-  return int(_hash(_DRAWS, seed)[0])
+  return int(hash_words(_DRAWS, seed)[0])

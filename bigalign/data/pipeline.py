@@ -14,26 +14,31 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import order, transforms
+from bigalign.data.captions import ANY, Columns, by_field, choose, lacks
 from bigalign.data.decode import decode
-from bigalign.data.rejects import REASONS, Rejected
-from bigalign.data.sources import Source
+from bigalign.data.mixture import Order
+from bigalign.data.rejects import REASONS, Rejected, write_down
+from bigalign.data.sources import Source, where
 from bigalign.data.tokenizers import Tokenizer, make_tokenizer
 from bigalign.data.workers import Batches, iterate
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8
+PROBES = 8
 CAPTIONS_PER_IMAGE = 8  # text_id = image_id * captions_per_image + ordinal of the caption
 
 
-def batch_spec(*, batch_size: int, image_size: int,
-               tokenizer: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], type]]:
+def batch_spec(*, batch_size: int, image_size: int, tokenizer: Mapping[str, Any],
+               second_text: bool = False) -> dict[str, tuple[tuple[int, ...], type]]:
   """Name → (shape, dtype) of a global train batch; reads no data."""
   b, length = batch_size, tokenizer["length"]
+  text: dict[str, Any] = dict(text=((b, length), np.int32), text_mask=((b, length), np.bool_))
+  second = {name.replace("text", "text_second"): spec for name, spec in text.items()}
   return dict(
       image=((b, image_size, image_size, 3), np.uint8),
-      text=((b, length), np.int32),
-      text_mask=((b, length), np.bool_),
+      **text,
+      **(second if second_text else {}),
       image_id=((b, 2), np.uint32),
       text_id=((b, 2), np.uint32),
       label=((b,), np.int32),
@@ -52,9 +57,15 @@ def train_batches(
     start: int = 0,
     augment: Mapping[str, Any] | None = None,
     shuffle: bool = True,
+    kind: str = "auto",
+    lane_rows: int = 0,
     workers: int = 0,
+    captions: Columns = ANY,
+    second_captions: Columns = (),
     captions_per_image: int = CAPTIONS_PER_IMAGE,
     stop: int | None = None,
+    rejected_log: str = "",
+    stop_at_bad_shard: bool = True,
 ) -> Batches:
   """This host's rows of the global batches from position `start` on; endless without `stop`.
 
@@ -62,16 +73,25 @@ def train_batches(
   start       samples seen: the position of row 0 of the first batch
   stop        the last batch is the last one that lies wholly below this position
   augment     options of transforms.train_image
+  kind, lane_rows     of mixture.Order; lane_rows is the batch size if 0
   workers     processes; 0 works in a thread of this one. Has no influence on the batches.
+  captions    the fields that captions are taken from, as captions.columns gives them
+  second_captions     those of a second caption of each image, `text_second`; () for none
   captions_per_image  room for text ids; an image with more captions is an error
+
+  rejected_log        a file to which each rejected sample is appended, a line of JSON; "" for none
+  stop_at_bad_shard   raise if a sample of a shard and PROBES others spread over it are all rejected
 
   A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
   by reason, one count per sample tried. Close the iterator (`.close()`) to end the workers.
   """
+  places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
   batches = _TrainBatches(
       source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size), seed=seed,
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
-      shuffle=shuffle, captions_per_image=captions_per_image, stop=stop)
+      places=places, captions=captions, second_captions=second_captions,
+      captions_per_image=captions_per_image, stop=stop, rejected_log=rejected_log,
+      stop_at_bad_shard=stop_at_bad_shard)
   return iterate(batches, workers=workers)
 
 
@@ -116,8 +136,10 @@ def _words(ids: np.ndarray) -> np.ndarray:
 class _Batches:
   """What train and eval batches share: one decoded sample, and the log of the bad ones."""
 
-  def __init__(self, source: Source, *, image_size: int, tokenizer: Mapping[str, Any]):
+  def __init__(self, source: Source, *, image_size: int, tokenizer: Mapping[str, Any],
+               rejected_log: str = ""):
     self._source = source
+    self._rejected_log = rejected_log
     self._image_size = image_size
     self._tokenizer: Tokenizer = make_tokenizer(**tokenizer)
     self._logged: set[int] = set()
@@ -139,15 +161,22 @@ class _Batches:
     if index not in self._logged:
       self._logged.add(index)
       logger.warning("Rejected %s (index %d): %s", key, index, rejected)
+      if self._rejected_log:
+        shard, ordinal, _ = where(self._source, index)
+        write_down(self._rejected_log, shard=shard, ordinal=ordinal, index=index, key=key,
+                   reason=rejected.reason, detail=rejected.detail)
 
 
 class _TrainBatches(_Batches):
   """Element k is this host's part of batch k after `start`."""
 
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
-               tokenizer, start: int, augment: Mapping[str, Any], shuffle: bool,
-               captions_per_image: int, stop: int | None):
-    super().__init__(source, image_size=image_size, tokenizer=tokenizer)
+               tokenizer, start: int, augment: Mapping[str, Any], places: Order,
+               captions: Columns, second_captions: Columns, captions_per_image: int,
+               stop: int | None, rejected_log: str, stop_at_bad_shard: bool):
+    super().__init__(source, image_size=image_size, tokenizer=tokenizer, rejected_log=rejected_log)
+    self._stop_at_bad_shard = stop_at_bad_shard
+    self._probed: set[str] = set()
     self._batch_size = batch_size
     self._rows = rows
     self._seed = seed
@@ -156,7 +185,8 @@ class _TrainBatches(_Batches):
     self._shrink = functools.partial(transforms.shrink, size=image_size, **augment)
     # A wrong option is better heard of here than from a worker.
     transforms.train_image(np.zeros((2, 2, 3), np.uint8), order.philox(0, 0), size=2, **augment)
-    self._shuffle = shuffle
+    self._places = places
+    self._captions, self._second_captions = captions, second_captions
     self._captions_per_image = captions_per_image
     # Positions are int64; grain wants a length even of what does not end.
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
@@ -169,51 +199,85 @@ class _TrainBatches(_Batches):
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     positions = self._start + k * self._batch_size + self._rows
-    indices = order.sample_index(positions, size=len(self._source), seed=self._seed,
-                                 shuffle=self._shuffle)
+    indices = self._places(positions)
     b, size = len(positions), self._image_size
     images = np.empty((b, size, size, 3), np.uint8)
     labels = np.empty(b, np.int32)
     image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
     rejects = np.zeros((b, len(REASONS)), np.int32)
-    texts = []
+    texts: list[str] = []
+    seconds: list[str] = []
     for r in range(b):
       position = int(positions[r])
-      index, record = self._usable(position, int(indices[r]), rejects=rejects[r])
+      index, record, captions = self._usable(position, int(indices[r]), rejects=rejects[r])
       rng = order.philox(self._seed, position)
-      captions = record["captions"]
-      ordinal = int(rng.integers(len(captions))) if len(captions) > 1 else 0
+      every = [text for column in captions.values() for text in column]
+      ordinal = choose(captions, self._captions, rng)
       images[r] = transforms.train_image(record["image"], rng, size=size, **self._augment)
-      texts.append(captions[ordinal])
+      texts.append(every[ordinal])
+      if self._second_captions:
+        seconds.append(every[choose(captions, self._second_captions, rng, but=ordinal)])
       labels[r] = record["label"]
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
     text, mask = self._tokenizer.encode_batch(texts)
-    return dict(image=images, text=text, text_mask=mask, image_id=_words(image_ids),
-                text_id=_words(text_ids), label=labels, rejects=rejects)
+    batch = dict(image=images, text=text, text_mask=mask, image_id=_words(image_ids),
+                 text_id=_words(text_ids), label=labels, rejects=rejects)
+    if self._second_captions:
+      batch["text_second"], batch["text_second_mask"] = self._tokenizer.encode_batch(seconds)
+    return batch
 
   def _usable(self, position: int, index: int, *,
-              rejects: np.ndarray) -> tuple[int, dict[str, Any]]:
-    """The sample, or the first of its substitutes that can be used."""
+              rejects: np.ndarray) -> tuple[int, dict[str, Any], dict[str, tuple[str, ...]]]:
+    """The sample, or the first of its substitutes that can be used, and its captions by field."""
     for attempt in range(ATTEMPTS + 1):
       if attempt:
-        index = order.substitute(position, attempt, len(self._source), self._seed)
-      record = self._sample(index, rejects=rejects)
-      if record is None:
-        continue
-      if not record["captions"]:
-        self._reject(index, record["key"], Rejected("no_caption"), rejects=rejects)
-        continue
-      if len(record["captions"]) > self._captions_per_image:
-        raise ValueError(f"{record['key']} has {len(record['captions'])} captions; set "
-                         "config.data.captions_per_image to the largest number of an image, now "
-                         f"{self._captions_per_image}")
-      return index, record
+        index = self._places.substitute(position, attempt, index)
+      found = self._with_captions(index, rejects=rejects)
+      if found is not None:
+        return index, *found
+      self._probe_shard(index)
     counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
     raise ValueError(
         f"{self._source!r}: position {position} and its {ATTEMPTS} substitutes are all rejected "
         f"({counts}), so most of this source is unusable; the log names samples and reasons"
         + (". Set captions=(...) to fields that these samples have." if "no_caption" in counts
            else "."))
+
+
+  def _with_captions(
+      self, index: int, *, rejects: np.ndarray,
+  ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]] | None:
+    """The record, decoded, and its captions by field; None if rejected."""
+    record = self._sample(index, rejects=rejects)
+    if record is None:
+      return None
+    captions = by_field(record, self._captions, self._second_captions)
+    if lacks(captions, self._captions) or lacks(captions, self._second_captions):
+      self._reject(index, record["key"], Rejected("no_caption"), rejects=rejects)
+      return None
+    count = sum(len(column) for column in captions.values())
+    if count > self._captions_per_image:
+      raise ValueError(f"{record['key']} has {count} captions; set "
+                       "config.data.captions_per_image to the largest number of an image, now "
+                       f"{self._captions_per_image}")
+    return record, captions
+
+  def _probe_shard(self, index: int) -> None:
+    """Raises ValueError if nothing in the shard of a rejected sample seems to be usable."""
+    shard, ordinal, size = where(self._source, index)
+    if not self._stop_at_bad_shard or size <= PROBES or shard in self._probed:
+      return
+    self._probed.add(shard)
+    aside = np.zeros(len(REASONS), np.int32)  # probes are no samples of the batch
+    others = [index - ordinal + (2 * i + 1) * size // (2 * PROBES) for i in range(PROBES)]
+    # In a view the samples of a shard lie elsewhere; most of what it left out would be bad too.
+    here = [0 <= i < len(self._source) and where(self._source, i)[0] == shard for i in others]
+    if all(here) and all(self._with_captions(other, rejects=aside) is None for other in others):
+      counts = {reason: int(n) for reason, n in zip(REASONS, aside) if n}
+      raise ValueError(
+          f"{shard}: sample {ordinal} and {PROBES} others spread over its {size} cannot be used"
+          f" ({counts}), so the whole shard seems to be bad; mend it, leave it out, or set"
+          " config.data.stop_at_bad_shard=False")
 
 
 class _EvalBatches(_Batches):

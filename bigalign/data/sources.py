@@ -1,7 +1,7 @@
 """Things with __len__ and __getitem__(i) → record: glyphs, shards, tables, TFDS, and lists of them.
 
 A record is dict(image=bytes | uint8 [H, W, 3], captions=tuple[str, ...], key=str, label=int);
-label is -1 where there is none. Sources of columns add texts={column: captions} of all columns that
+label is -1 where there is none. Sources add texts={field: captions} of all fields that
 were asked for; `captions` are those of the first that is not blank. A source knows no order: that
 belongs to order.py.
 """
@@ -27,8 +27,9 @@ from bigalign.data.webdataset import WebDataset
 class Source(Protocol):
   """Random access to records. Picklable: paths only, files are opened lazily per process.
 
-  May have `classnames`, a tuple in the order of the labels, and `block`, how many consecutive
-  samples it reads at once if not one. __getitem__ may raise Rejected.
+  May have `classnames`, a tuple in the order of the labels; `block`, how many consecutive samples
+  it reads at once if not one; `where`(i) → (file of sample i, its place there, samples in that
+  file). __getitem__ may raise Rejected.
   """
   fingerprint: str  # hex; changes if the data changed
 
@@ -115,3 +116,16 @@ class Concatenation:
       raise IndexError(f"The sources hold {len(self)} samples; asked for {i}")
     which = bisect.bisect_right(self._firsts, i) - 1
     return self.sources[which][i - self._firsts[which]]
+
+  def where(self, i: int) -> tuple[str, int, int]:
+    which = bisect.bisect_right(self._firsts, i) - 1
+    return where(self.sources[which], i - self._firsts[which])
+
+
+def where(source: Source, i: int) -> tuple[str, int, int]:
+  """The file of sample i, its place there, and how many samples it holds; of a source that does not
+  tell, all of it."""
+  if hasattr(source, "where"):
+    found: tuple[str, int, int] = source.where(i)
+    return found
+  return repr(source), i, len(source)

@@ -58,8 +58,8 @@ class WebDataset:
     image = fields.image(found)
     if image is None:
       raise Rejected("no_image", f"{key} has {sorted(found)}")
-    return dict(image=image, captions=fields.captions(found, self.captions, key=key), key=key,
-                label=fields.label(found, key=key))
+    return dict(image=image, key=key, label=fields.label(found, key=key),
+                **fields.captions(found, self.captions, key=key))
 
   def prefetch(self, ids: Iterable[int]) -> None:
     """Begins to fetch the blocks of samples that will be read soon; of no use on local disks."""
@@ -71,6 +71,12 @@ class WebDataset:
     for shard, path in enumerate(self.shards.paths):
       yield stats.load(os.path.basename(path), self.shards.place(shard), self.shards.stat(shard),
                        pattern=self.pattern)
+
+  def where(self, i: int) -> tuple[str, int, int]:
+    """The path of the shard of sample i, the place of i in it, and how many samples it holds."""
+    shard = self.shards.shard(i)
+    first = self.shards.firsts[shard]
+    return self.shards.paths[shard], i - first, self.shards.firsts[shard + 1] - first
 
   def _members(self, i: int) -> tuple[int, dict[tuple[str, str], bytes]]:
     """The shard of sample i, and its members by (key, field)."""

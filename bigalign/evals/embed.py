@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding
 from bigalign.data import pipeline
+from bigalign.data.captions import names
 from bigalign.data.rejects import REASONS, Rejected
 from bigalign.data.sources import open_source
 
@@ -93,7 +94,7 @@ def open_data(
   if captions == 0:
     fields = ()
   elif fields is None and "captions" in context.data:
-    fields = context.data["captions"]
+    fields = names(context.data["captions"])
   opened = open_source(source, captions=fields)
   if not len(opened):
     raise ValueError(f"config.evals.{context.name}.source={source!r} holds no sample")

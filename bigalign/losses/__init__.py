@@ -114,6 +114,7 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
           raise ValueError(
             f"config.loss.{name} needs {need!r}, but neither the data nor the model has a field"
             f" {field!r}; there are {sorted(fields)}"
+            + (". Set config.data.second_captions" if need == "second_text" else "")
           )
 
 
