@@ -14,7 +14,7 @@ import numpy as np
 
 from bigalign import report_html as html
 from bigalign import runtime
-from bigalign.data import pipeline
+from bigalign.data import evaluation
 from bigalign.data.captions import names
 from bigalign.data.sources import open_source
 from bigalign.evals.chance import chance
@@ -66,7 +66,7 @@ def embed_pairs(run: Run) -> Pairs:
   size = len(jax.devices()) * 16
   data = run.config["data"]
   options = {name: data[name] for name in ("image_size", "tokenizer", "resize") if name in data}
-  batches = list(pipeline.eval_batches(
+  batches = list(evaluation.eval_batches(
     picked, batch_size=size, rows=np.arange(size), captions=1, **options
   ))
   context = Context("report", mesh=run.mesh, data=data, **run.embed)

@@ -12,7 +12,8 @@ from shards import picture, samples, write_tar
 
 from bigalign.data import order, transforms
 from bigalign.data.decode import decode
-from bigalign.data.pipeline import eval_batches, train_batches
+from bigalign.data.evaluation import eval_batches
+from bigalign.data.pipeline import train_batches
 from bigalign.data.rejects import REASONS
 from bigalign.data.sources import open_source
 

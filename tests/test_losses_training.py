@@ -115,10 +115,10 @@ def test_hardest_negatives_and_saturation_by_hand():
 
 def test_an_id_out_of_range_stops_the_run(tiny, tmp_path, monkeypatch):  # noqa: F811
   tiny.loss = dict(sogclr={})
-  words = pipeline._words
+  words = pipeline.words
   beyond = 1 << 40
   monkeypatch.setattr(
-    pipeline, "_words", lambda ids: words(np.where(ids == ids.max(), beyond, ids))
+    pipeline, "words", lambda ids: words(np.where(ids == ids.max(), beyond, ids))
   )
   with pytest.raises(ValueError, match=r"image_id: id 1099511627776 in row \d+ .*with ids 0 to"):
     run(tmp_path, tiny)
@@ -127,8 +127,8 @@ def test_an_id_out_of_range_stops_the_run(tiny, tmp_path, monkeypatch):  # noqa:
 def test_only_a_loss_with_a_memory_bounds_the_ids(tiny, tmp_path, monkeypatch):  # noqa: F811
   """SigLIP compares ids and keeps nothing of them: any 64 bits will do."""
   tiny.loss, tiny.total_steps, tiny.checkpoint_every = dict(siglip=dict(positives="ids")), 1, 0
-  words = pipeline._words
-  monkeypatch.setattr(pipeline, "_words", lambda ids: words(ids + (1 << 40)))
+  words = pipeline.words
+  monkeypatch.setattr(pipeline, "words", lambda ids: words(ids + (1 << 40)))
   assert int(run(tmp_path, tiny).step) == 1
 
 

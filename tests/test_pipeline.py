@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from shards import picture, samples, write_tar
 
-from bigalign.data.pipeline import batch_spec, eval_batches, train_batches
+from bigalign.data.evaluation import eval_batches
+from bigalign.data.pipeline import batch_spec, train_batches
 from bigalign.data.rejects import REASONS
 from bigalign.data.sources import open_source
 from bigalign.data.transforms import eval_image

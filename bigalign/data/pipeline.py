@@ -87,7 +87,7 @@ def train_batches(
   """
   places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
   batches = _TrainBatches(
-      source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size), seed=seed,
+      source, batch_size=batch_size, rows=checked_rows(rows, batch_size=batch_size), seed=seed,
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
       places=places, captions=captions, second_captions=second_captions,
       captions_per_image=captions_per_image, stop=stop, rejected_log=rejected_log,
@@ -95,31 +95,8 @@ def train_batches(
   return iterate(batches, workers=workers)
 
 
-def eval_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    rows: np.ndarray | Sequence[int],
-    image_size: int,
-    tokenizer: Mapping[str, Any],
-    resize: str = "squash",
-    captions: int = 1,
-    workers: int = 0,
-) -> Batches:
-  """Every sample once, in order, in ceil(n / batch_size) batches on every host.
-
-  captions  C, the room for captions of one image. A record with more of them is an error, so that
-            none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
-  Rows past the end and rejected samples have valid=False. An image without captions stays valid,
-  with texts_valid all False.
-  """
-  batches = _EvalBatches(
-      source, batch_size=batch_size, rows=_rows(rows, batch_size=batch_size),
-      image_size=image_size, tokenizer=tokenizer, resize=resize, captions=captions)
-  return iterate(batches, workers=workers)
-
-
-def _rows(rows, *, batch_size: int) -> np.ndarray:
+def checked_rows(rows, *, batch_size: int) -> np.ndarray:
+  """[b] int64; ValueError unless they are rows of the global batch."""
   rows = np.asarray(rows, np.int64)
   if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= batch_size:
     raise ValueError(f"rows must be a line of row numbers below batch_size={batch_size}; found an "
@@ -127,13 +104,13 @@ def _rows(rows, *, batch_size: int) -> np.ndarray:
   return rows
 
 
-def _words(ids: np.ndarray) -> np.ndarray:
+def words(ids: np.ndarray) -> np.ndarray:
   """[N] 64-bit ids → [N, 2] uint32, (high, low): x64 is off on the device."""
   ids = ids.astype(np.uint64)
   return np.stack([ids >> np.uint64(32), ids & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
 
 
-class _Batches:
+class Decoded:
   """What train and eval batches share: one decoded sample, and the log of the bad ones."""
 
   def __init__(self, source: Source, *, image_size: int, tokenizer: Mapping[str, Any],
@@ -167,7 +144,7 @@ class _Batches:
                    reason=rejected.reason, detail=rejected.detail)
 
 
-class _TrainBatches(_Batches):
+class _TrainBatches(Decoded):
   """Element k is this host's part of batch k after `start`."""
 
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
@@ -220,8 +197,8 @@ class _TrainBatches(_Batches):
       labels[r] = record["label"]
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
     text, mask = self._tokenizer.encode_batch(texts)
-    batch = dict(image=images, text=text, text_mask=mask, image_id=_words(image_ids),
-                 text_id=_words(text_ids), label=labels, rejects=rejects)
+    batch = dict(image=images, text=text, text_mask=mask, image_id=words(image_ids),
+                 text_id=words(text_ids), label=labels, rejects=rejects)
     if self._second_captions:
       batch["text_second"], batch["text_second_mask"] = self._tokenizer.encode_batch(seconds)
     return batch
@@ -278,52 +255,3 @@ class _TrainBatches(_Batches):
           f"{shard}: sample {ordinal} and {PROBES} others spread over its {size} cannot be used"
           f" ({counts}), so the whole shard seems to be bad; mend it, leave it out, or set"
           " config.data.stop_at_bad_shard=False")
-
-
-class _EvalBatches(_Batches):
-  """Element k is this host's part of the k-th batch in source order."""
-
-  def __init__(self, source, *, batch_size: int, rows: np.ndarray, image_size: int, tokenizer,
-               resize: str, captions: int):
-    super().__init__(source, image_size=image_size, tokenizer=tokenizer)
-    self._batch_size = batch_size
-    self._rows = rows
-    self._resize = resize
-    transforms.eval_image(np.zeros((2, 2, 3), np.uint8), size=2, resize=resize)
-    self._captions = captions
-
-  def __len__(self) -> int:
-    return -(-len(self._source) // self._batch_size)
-
-  def __repr__(self) -> str:
-    return f"eval batches of {self._source!r}"
-
-  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
-    indices = k * self._batch_size + self._rows
-    b, c, size = len(indices), self._captions, self._image_size
-    images = np.zeros((b, size, size, 3), np.uint8)
-    labels = np.full(b, -1, np.int32)
-    valid = np.zeros(b, bool)
-    texts_valid = np.zeros((b, c), bool)
-    rejects = np.zeros((b, len(REASONS)), np.int32)
-    texts: list[str] = []
-    for r in np.flatnonzero(indices < len(self._source)):
-      record = self._sample(int(indices[r]), rejects=rejects[r])
-      if record is None:
-        continue
-      captions = record["captions"] if c else ()
-      if len(captions) > c:
-        raise ValueError(f"{record['key']} has {len(captions)} captions, but captions={c}; set "
-                         "captions to the largest number of captions of an image (0: none)")
-      images[r] = transforms.eval_image(record["image"], size=size, resize=self._resize)
-      labels[r] = record["label"]
-      valid[r] = True
-      texts_valid[r, :len(captions)] = True
-      texts += captions
-    text, mask = self._tokenizer.encode_batch(texts)
-    ids = np.zeros((b, c, text.shape[1]), np.int32)
-    ids_mask = np.zeros((b, c, text.shape[1]), bool)
-    ids[texts_valid], ids_mask[texts_valid] = text, mask
-    return dict(image=images, texts=ids, texts_mask=ids_mask, texts_valid=texts_valid,
-                label=labels, image_id=_words(indices), index=indices.astype(np.int32),
-                valid=valid, rejects=rejects)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding
-from bigalign.data import pipeline
+from bigalign.data import evaluation
 from bigalign.data.captions import names
 from bigalign.data.rejects import REASONS, Rejected
 from bigalign.data.sources import open_source
@@ -106,7 +106,7 @@ def open_data(
   rows = sharding.host_rows(context.mesh, size)
 
   def batches() -> Iterable[Mapping[str, np.ndarray]]:
-    return pipeline.eval_batches(opened, batch_size=size, rows=rows, captions=captions, **options)
+    return evaluation.eval_batches(opened, batch_size=size, rows=rows, captions=captions, **options)
 
   return EvalData(opened, size, batches)
 

@@ -1,0 +1,87 @@
+"""Batches for evaluation: every sample once, in order, rows past the end marked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bigalign.data import transforms
+from bigalign.data.pipeline import Decoded, checked_rows, words
+from bigalign.data.rejects import REASONS
+from bigalign.data.sources import Source
+from bigalign.data.workers import Batches, iterate
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    rows: np.ndarray | Sequence[int],
+    image_size: int,
+    tokenizer: Mapping[str, Any],
+    resize: str = "squash",
+    captions: int = 1,
+    workers: int = 0,
+) -> Batches:
+  """Every sample once, in order, in ceil(n / batch_size) batches on every host.
+
+  captions  C, the room for captions of one image. A record with more of them is an error, so that
+            none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
+  Rows past the end and rejected samples have valid=False. An image without captions stays valid,
+  with texts_valid all False.
+  """
+  batches = _EvalBatches(
+      source, batch_size=batch_size, rows=checked_rows(rows, batch_size=batch_size),
+      image_size=image_size, tokenizer=tokenizer, resize=resize, captions=captions)
+  return iterate(batches, workers=workers)
+
+
+class _EvalBatches(Decoded):
+  """Element k is this host's part of the k-th batch in source order."""
+
+  def __init__(self, source, *, batch_size: int, rows: np.ndarray, image_size: int, tokenizer,
+               resize: str, captions: int):
+    super().__init__(source, image_size=image_size, tokenizer=tokenizer)
+    self._batch_size = batch_size
+    self._rows = rows
+    self._resize = resize
+    transforms.eval_image(np.zeros((2, 2, 3), np.uint8), size=2, resize=resize)
+    self._captions = captions
+
+  def __len__(self) -> int:
+    return -(-len(self._source) // self._batch_size)
+
+  def __repr__(self) -> str:
+    return f"eval batches of {self._source!r}"
+
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    indices = k * self._batch_size + self._rows
+    b, c, size = len(indices), self._captions, self._image_size
+    images = np.zeros((b, size, size, 3), np.uint8)
+    labels = np.full(b, -1, np.int32)
+    valid = np.zeros(b, bool)
+    texts_valid = np.zeros((b, c), bool)
+    rejects = np.zeros((b, len(REASONS)), np.int32)
+    texts: list[str] = []
+    for r in np.flatnonzero(indices < len(self._source)):
+      record = self._sample(int(indices[r]), rejects=rejects[r])
+      if record is None:
+        continue
+      captions = record["captions"] if c else ()
+      if len(captions) > c:
+        raise ValueError(f"{record['key']} has {len(captions)} captions, but captions={c}; set "
+                         "captions to the largest number of captions of an image (0: none)")
+      images[r] = transforms.eval_image(record["image"], size=size, resize=self._resize)
+      labels[r] = record["label"]
+      valid[r] = True
+      texts_valid[r, :len(captions)] = True
+      texts += captions
+    text, mask = self._tokenizer.encode_batch(texts)
+    ids = np.zeros((b, c, text.shape[1]), np.int32)
+    ids_mask = np.zeros((b, c, text.shape[1]), bool)
+    ids[texts_valid], ids_mask[texts_valid] = text, mask
+    return dict(image=images, texts=ids, texts_mask=ids_mask, texts_valid=texts_valid,
+                label=labels, image_id=words(indices), index=indices.astype(np.int32),
+                valid=valid, rejects=rejects)
