@@ -55,7 +55,8 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
     image=random.integers(0, 256, (BATCH, IMAGE, IMAGE, 3), dtype=np.uint8),
     text=np.where(mask, text, 0), text_mask=mask,
     image_id=np.zeros((BATCH, 2), np.uint32), text_id=np.zeros((BATCH, 2), np.uint32),
-    label=np.zeros(BATCH, np.int32), rejects=np.zeros((BATCH, len(REASONS)), np.int32),
+    label=np.zeros(BATCH, np.int32), source=np.zeros(BATCH, np.int32),
+    rejects=np.zeros((BATCH, len(REASONS)), np.int32),
   )
 
 

@@ -56,6 +56,7 @@ class Program:
   optimizer: optax.GradientTransformation
   rate: Schedule
   spec: Mapping[str, tuple[tuple[int, ...], Any]]  # name: (shape, dtype) of a global batch
+  sources: int  # how many the data mixes
   sizes: Mapping[str, int]  # number of ids, {"image": n, "text": m}, and "embed", their width
   frozen: str
   ema: float
@@ -169,8 +170,8 @@ def make_program(
   }
   engine = configs.call(pairwise.Engine, logits or {}, "config.logits")
   program = Program(
-    built, terms, optax.identity(), lambda step: step, spec, sizes, frozen, ema, seed, total,
-    microbatches, engine,
+    built, terms, optax.identity(), lambda step: step, spec, max(1, len(data.get("mixture", ()))),
+    sizes, frozen, ema, seed, total, microbatches, engine,
   )
   shapes = jax.eval_shape(functools.partial(init_params, program), jax.random.key(seed))
   _, trainable = tree.partition(shapes, frozen, "config.frozen")

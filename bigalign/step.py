@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,8 @@ def train_step(
   Returns:
     The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
     of every step: "finite_loss", "finite_grad_norm", of losses that remember samples "finite_state"
-    (bool), "rejected_<reason>" and "rejects_by_row" [B] (int32).
+    (bool), "rejected_<reason>" and "tally" [sources, 2] (int32): rows, and samples rejected for
+    them, of each source.
   """
   at, drops = _at(program, state, seen)
 
@@ -81,7 +82,9 @@ def train_step(
     "lr": program.rate(state.step),
     **finite,
     **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
-    "rejects_by_row": batch["rejects"].sum(1),
+    "tally": jnp.zeros((program.sources, 2), jnp.int32).at[batch["source"]].add(
+      jnp.stack([jnp.ones_like(batch["source"]), batch["rejects"].sum(1)], 1)
+    ),
   }
   return State(
     step=state.step + 1,
@@ -165,6 +168,20 @@ def constrain(loss: Loss, trainable: Arrays, before: State) -> Arrays:
 
   bounded = tree.flatten(loss.constrain(scalars(trainable), scalars(before.trainable)), "loss/")
   return {path: bounded.get(path, x) for path, x in trainable.items()}
+
+
+def stop_if_not_finite(since: Sequence[Mapping[str, Any]], step: int) -> None:
+  """Raises FloatingPointError naming the first step of these, the last being `step`, that was not
+  applied, and what was not finite in it."""
+  for i, one in enumerate(since):
+    bad = [name.removeprefix("finite_") for name, ok in one.items() if "finite_" in name and not ok]
+    if bad:
+      raise FloatingPointError(
+        f"step {step - len(since) + i + 1}: {' and '.join(bad)} not finite; the step was not"
+        " applied, and the last checkpoint is sound. Lower config.optimizer.lr, lengthen its"
+        " warmup, or set its clip_norm."
+        + (" The state is what the loss remembers of samples." if "state" in bad else "")
+      )
 
 
 def seen(samples: int, dataset_size: int) -> np.ndarray:

@@ -14,7 +14,6 @@ from typing import Any
 
 import clu.profiler
 import jax
-import numpy as np
 from absl import app, flags, logging
 
 from bigalign import command_line, gradcache, sharding
@@ -23,7 +22,7 @@ from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data import pipeline
-from bigalign.data.mixture import check_sizes, epochs, names, sources_of
+from bigalign.data.mixture import check_sizes, epochs, names
 from bigalign.data.rejects import Watch
 from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
@@ -32,7 +31,7 @@ from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided
 from bigalign.state import State
-from bigalign.step import diagnose, seen, summary, train_step, useful_work
+from bigalign.step import diagnose, seen, stop_if_not_finite, summary, train_step, useful_work
 from bigalign.throughput import Clock
 from bigalign.weights import start as beginnings
 
@@ -156,7 +155,7 @@ def train(
     same_data(before, meta, workdir, allow_config_change)
     state = states.restore(checkpoints, start, abstract, placed)
     samples_seen = before["samples_seen"]
-    lane_rows = before.get("lane_rows", batch_size)
+    lane_rows = before["lane_rows"]
     rejected.update(before["rejected"])
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
   claim(workdir, meta)
@@ -220,7 +219,7 @@ def train(
       state, metrics = compiled(state, batch, place)
       step += 1
       samples_seen += batch_size
-      seldom = [name for name in metrics if name.startswith(("finite_", "reject"))]
+      seldom = [name for name in metrics if name.startswith(("finite_", "rejected_", "tally"))]
       window.append({name: metrics.pop(name) for name in seldom})
       progress.advance(step)
       if step == trace_to:
@@ -234,12 +233,9 @@ def train(
         with clock.waiting_for_device():  # the loop's only wait
           scalars, since = jax.device_get((metrics, window))
         window = []
-        for i, one in enumerate(since):
-          positions = samples_seen + (i - len(since)) * batch_size + np.arange(batch_size)
-          rows_of = sources_of(source, positions, batch_size=lane_rows)
-          counted = watch.add(rows_of, one["rejects_by_row"])
-          if len(counted) > 1:
-            rejected.update({f"rejects_of_{name}": n for name, n in counted.items()})
+        for one in since:
+          counted = watch.add(one["tally"])
+          rejected.update({f"rejects_of_{name}": n for name, n in counted.items()})
           rejected.update({k: int(n) for k, n in one.items() if k.startswith("rejected_")})
       if logs:
         row = {f"train/{name}": x for name, x in [*scalars.items(), *rejected.items()]}
@@ -266,20 +262,6 @@ def train(
         with clock.paused():
           checkpoints.save(step, states.parts(state), {**meta, **now}, found)
   return state
-
-
-def stop_if_not_finite(since: Sequence[Mapping[str, Any]], step: int) -> None:
-  """Raises FloatingPointError naming the first step of these, the last being `step`, that was not
-  applied, and what was not finite in it."""
-  for i, one in enumerate(since):
-    bad = [name.removeprefix("finite_") for name, ok in one.items() if "finite_" in name and not ok]
-    if bad:
-      raise FloatingPointError(
-        f"step {step - len(since) + i + 1}: {' and '.join(bad)} not finite; the step was not"
-        " applied, and the last checkpoint is sound. Lower config.optimizer.lr, lengthen its"
-        " warmup, or set its clip_norm."
-        + (" The state is what the loss remembers of samples." if "state" in bad else "")
-      )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -30,8 +30,9 @@ def resident():
   with open("/proc/self/statm") as file:
     return int(file.read().split()[1]) * resource.getpagesize()
 
-def peak():
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # ru_maxrss would begin at the size of the process that started this one
+  with open("/proc/self/status") as file:
+    return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 def prepare(config):
   made = states.make_program(

@@ -72,7 +72,10 @@ def test_weight_decay_only_on_matrices():
 
 def test_what_has_a_learning_rate_of_its_own_leaves_the_schedule_alone():
   """A constant, and a line that is given in samples; the first pattern that matches counts."""
-  rates = [("query", 0.5), ("fc1/kernel$", dict(start=0.25, end=0.75, over=4)), ("block_0", 3.0)]
+  rates = [
+    ("query", 0.5), ("fc1/kernel$", dict(start=0.25, end=0.75, over=4)),
+    ("model/encoder/block_0", 3.0),
+  ]
   optimizer, _ = make(name="sgd", momentum=0.0, warmup=10, rates=rates)
   grads = {path: jnp.ones_like(x) for path, x in PARAMS.items()}
   state = optimizer.init(PARAMS)

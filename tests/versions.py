@@ -75,7 +75,7 @@ def write_array_records(root: pathlib.Path, records: Records) -> str:
 
 def write_tfds(root: pathlib.Path, records: Records) -> str:
   """A prepared TFDS dataset in the order of the records; its name begins with "versions"."""
-  class Versions(tfds.core.GeneratorBasedBuilder):
+  class Versions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):

@@ -165,6 +165,10 @@ class Order:
       indices[mine] = self._firsts[s] + self._own(s, own[mine])
     return indices
 
+  def source_of(self, indices: np.ndarray) -> np.ndarray:
+    """[N] → [N]: the place in `names` of the source that each index belongs to."""
+    return np.searchsorted(self._firsts, indices, side="right") - 1
+
   def _own(self, s: int, positions: np.ndarray) -> np.ndarray:
     size, seed, lanes = self._sizes[s], self._seeds[s], self._lanes[s]
     if lanes is not None:
@@ -173,7 +177,7 @@ class Order:
 
   def substitute(self, position: int, attempt: int, index: int) -> int:
     """The index that replaces a rejected one, out of the same source; attempt counts from 1."""
-    s = int(np.searchsorted(self._firsts, index, side="right")) - 1
+    s = int(self.source_of(np.asarray(index)))
     return int(self._firsts[s]) + order.substitute(
         position, attempt, self._sizes[s], self._seeds[s])
 
@@ -185,13 +189,6 @@ def epochs(source: Source, position: int, *, batch_size: int) -> dict[str, float
   counts = Split(source, batch_size=batch_size).before(position)
   return {name: count / len(part)
           for name, part, count in zip(source.names, source.sources, counts.tolist())}
-
-
-def sources_of(source: Source, positions: np.ndarray, *, batch_size: int) -> np.ndarray:
-  """[N] positions → the place of each one's source in `names`, [N]; 0 without a mixture."""
-  if not isinstance(source, Mixture):
-    return np.zeros(positions.shape, int)
-  return Split(source, batch_size=batch_size)(positions)[0]
 
 
 def names(source: Source) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ def batch_spec(*, batch_size: int, image_size: int, tokenizer: Mapping[str, Any]
       image_id=((b, 2), np.uint32),
       text_id=((b, 2), np.uint32),
       label=((b,), np.int32),
+      source=((b,), np.int32),
       rejects=((b, len(REASONS)), np.int32),
   )
 
@@ -198,7 +199,8 @@ class _TrainBatches(Decoded):
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
     text, mask = self._tokenizer.encode_batch(texts)
     batch = dict(image=images, text=text, text_mask=mask, image_id=words(image_ids),
-                 text_id=words(text_ids), label=labels, rejects=rejects)
+                 text_id=words(text_ids), label=labels, rejects=rejects,
+                 source=self._places.source_of(indices).astype(np.int32))
     if self._second_captions:
       batch["text_second"], batch["text_second_mask"] = self._tokenizer.encode_batch(seconds)
     return batch

@@ -66,18 +66,18 @@ class Watch:
     self._sums = np.zeros((len(names), 2), np.int64)  # positions, rejected
     self._warned: set[str] = set()
 
-  def add(self, sources: np.ndarray, rejects: np.ndarray) -> dict[str, int]:
-    """A global batch: the source of each row [B], and how many samples were rejected for it [B].
+  def add(self, tally: np.ndarray) -> dict[str, int]:
+    """A global batch: rows of each source, and samples rejected for them, [sources, 2].
 
-    Returns the number of those of each source.
+    Returns the number of those of each source; of one source alone nothing.
     """
-    for s, steps in enumerate(self._steps):
-      mine = sources == s
-      steps.append((int(mine.sum()), int(rejects[mine].sum())))
-      self._sums[s] += steps[-1]
-      while self._sums[s, 0] - steps[0][0] >= self._last:
-        self._sums[s] -= steps.popleft()
-    return {name: steps[-1][1] for name, steps in zip(self._names, self._steps)}
+    for sums, steps, (rows, bad) in zip(self._sums, self._steps, tally.tolist()):
+      steps.append((rows, bad))
+      sums += (rows, bad)
+      while sums[0] - steps[0][0] >= self._last:
+        sums -= steps.popleft()
+    several = len(self._names) > 1
+    return dict(zip(self._names, tally[:, 1].tolist())) if several else {}
 
   def check(self) -> None:
     """Raises ValueError, naming the source, if too many of its samples cannot be used."""
