@@ -2,7 +2,8 @@
 
 .ci/summary.py --skips tests/skips.txt REPORT.xml ...
 
-The reports are pytest's, with -o junit_family=xunit1, which names the files.
+Tests that take SLOW seconds are listed with their times. The reports are pytest's, with
+-o junit_family=xunit1, which names the files.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import fnmatch
 import pathlib
 import sys
 import xml.etree.ElementTree as ElementTree
+
+SLOW = 10.0
 
 
 def read_excuses(path: pathlib.Path) -> list[tuple[str, str]]:
@@ -26,18 +29,18 @@ def read_excuses(path: pathlib.Path) -> list[tuple[str, str]]:
   return excuses
 
 
-def read_report(path: pathlib.Path) -> list[tuple[str, str, str]]:
-  """(test id, "passed" | "failed" | "skipped", reason) of each test."""
+def read_report(path: pathlib.Path) -> list[tuple[str, str, str, float]]:
+  """(test id, "passed" | "failed" | "skipped", reason, seconds) of each test."""
   tests = []
   for case in ElementTree.parse(path).iter("testcase"):
     name = f"{case.get('file', case.get('classname'))}::{case.get('name')}"
-    skip = case.find("skipped")
+    skip, seconds = case.find("skipped"), float(case.get("time") or 0)
     if case.find("failure") is not None or case.find("error") is not None:
-      tests.append((name, "failed", ""))
+      tests.append((name, "failed", "", seconds))
     elif skip is not None:
-      tests.append((name, "skipped", skip.get("message") or ""))
+      tests.append((name, "skipped", skip.get("message") or "", seconds))
     else:
-      tests.append((name, "passed", ""))
+      tests.append((name, "passed", "", seconds))
   return tests
 
 
@@ -58,17 +61,20 @@ def main() -> int:
   excuses = read_excuses(args.skips)
 
   counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-  wrong = []
+  wrong, times = [], []
   for path in args.reports:
     tests = read_report(path) if path.exists() else []
     if not tests:
       wrong.append(f"no tests in {path.name}: pytest did not get that far")
-    for name, outcome, reason in tests:
+    for name, outcome, reason, seconds in tests:
       counts[outcome] += 1
+      times.append((seconds, name))
       if outcome == "failed":
         wrong.append(f"failed: {name}")
       elif outcome == "skipped" and not excused(name, reason, excuses):
         wrong.append(f"skipped without a line in {args.skips}: {name} {reason}")
+  for seconds, name in sorted((x for x in times if x[0] >= SLOW), reverse=True):
+    print(f"{seconds:6.1f} s  {name}")
   print("\n".join(wrong), end="\n" if wrong else "")
   print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
   return int(bool(wrong))

@@ -7,6 +7,7 @@ needs to hold (`--topology v5e:16x16`, with the extra `plan`) or for the devices
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import rich.box
 import rich.console
+import rich.progress
 import rich.table
-from absl import logging
 
 from bigalign import config, flops, hlo, losses, pods, runtime, sharding
 from bigalign.losses import pairwise, tables
@@ -158,13 +159,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   mesh = sharding.make_mesh(fsdp=args.fsdp, devices=held)
   sharding.host_rows(mesh, args.batch)
   rows = []
-  for name in names:
-    for way in ways:
-      logging.info("%s, %s", name, way)
-      rows.append(measure(
-        name, way, mesh, batch=args.batch, width=args.width, samples=args.samples,
-        dtype=args.dtype,
-      ))
+  progress = rich.console.Console(stderr=True)
+  for name, way in rich.progress.track(
+    list(itertools.product(names, ways)), "compiling", console=progress,
+    disable=not progress.is_terminal,
+  ):
+    rows.append(measure(
+      name, way, mesh, batch=args.batch, width=args.width, samples=args.samples, dtype=args.dtype,
+    ))
   where = args.topology or f"{mesh.size} x {held[0].device_kind}"
   console = rich.console.Console(width=160 if args.markdown else None)
   console.print(f"B = {args.batch:,}, E = {args.width}, {args.dtype}, {where}; per device")

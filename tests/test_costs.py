@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -35,9 +37,11 @@ def test_every_field_that_a_loss_can_need_has_a_shape():
   assert wanted <= set(costs.fields(8, 4))
 
 
-def test_every_loss_is_in_the_document():
+def test_every_loss_is_in_the_document_with_its_costs():
   text = DOCS.read_text()
   assert [name for name in losses.LOSSES if f"`{name}`" not in text] == []
+  rows = re.findall(r"^\| (\w+) +\| (\w+) +\| [\w ]* +\| [\d., MB]* \|", text, re.M)
+  assert sorted(rows) == sorted(itertools.product(losses.LOSSES, costs.WAYS))
 
 
 def test_an_unknown_loss_names_the_nearest():
