@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-import re
 
 import pytest
 
@@ -40,8 +39,10 @@ def test_every_field_that_a_loss_can_need_has_a_shape():
 def test_every_loss_is_in_the_document_with_its_costs():
   text = DOCS.read_text()
   assert [name for name in losses.LOSSES if f"`{name}`" not in text] == []
-  rows = re.findall(r"^\| (\w+) +\| (\w+) +\| [\w ]* +\| [\d., MB]* \|", text, re.M)
-  assert sorted(rows) == sorted(itertools.product(losses.LOSSES, costs.WAYS))
+  # Rows with needs and state: of the table of all losses.
+  rows = [line.split("|")[1:-1] for line in text.splitlines() if line.count("|") == 8]
+  found = sorted((row[0].strip(), row[1].strip()) for row in rows if row[4].strip()[-2:] == "MB")
+  assert found == sorted(itertools.product(losses.LOSSES, costs.WAYS))
 
 
 def test_an_unknown_loss_names_the_nearest():
