@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bigalign import config as configs
+from bigalign.data import augment as augmentation
 from bigalign.data import pipeline, transforms
 from bigalign.data.captions import columns, fields
 from bigalign.data.mixture import Mixture, Prefixed
@@ -66,10 +67,7 @@ def open_data(
   """
   del resize, rejects  # the evaluators', the loop's
   open_tokenizer(tokenizer)  # a wrong option is better heard of here than from a worker
-  configs.call(
-    transforms.train_image, augment or {}, "config.data.augment",
-    image=np.zeros((2, 2, 3), np.uint8), rng=philox(0, 0), size=2,
-  )
+  check_augment(augment or {})
   first = columns(captions, "config.data.captions")
   second = columns(second_captions, "config.data.second_captions")
   if second and captions is None:
@@ -159,6 +157,16 @@ def mixture_part(
     opened = Prefixed(opened, prefix)
   factor = 1.0 if upsampling is None else upsampling
   return name, opened, len(opened) * factor if weight is None else weight
+
+
+def check_augment(options: Mapping[str, Any]) -> None:
+  """Raises TypeError or ValueError, naming the option, for what `train_image` cannot do."""
+  where, view = "config.data.augment", dict(image=np.zeros((2, 2, 3), np.uint8), rng=philox(0, 0))
+  for function in (augmentation.rand_augment, augmentation.color_jitter):
+    name = function.__name__
+    if isinstance(options.get(name), Mapping):
+      configs.call(function, options[name], f"{where}.{name}", **view)
+  configs.call(transforms.train_image, options, where, **view, size=2)
 
 
 def open_tokenizer(options: Mapping[str, Any]) -> Tokenizer:
