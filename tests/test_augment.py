@@ -1,4 +1,4 @@
-"""RandAugment and colour jitter: each operation is what its name says, and draws by position alone."""
+"""RandAugment and colour jitter: each operation is what its name says, drawn by the position."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_colours(strength):
     expected = (other + factor * (image - other)).clip(0, 255)
     assert np.abs(operate(name, image, strength) - expected).max() <= 2, name
   soft = sum(np.roll(image.astype(float), (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1))
-  soft = (soft + 4 * image) / 13
+  soft = (soft + 4.0 * image) / 13
   expected = (soft + factor * (image - soft)).clip(0, 255)[1:-1, 1:-1]
   assert np.abs(operate("sharpness", image, strength)[1:-1, 1:-1] - expected).max() <= 2
 
@@ -96,7 +96,7 @@ def test_operations_and_signs_are_drawn_evenly(monkeypatch):
     augment.rand_augment(image, philox(0, position), num_ops=3, magnitude=15)
   assert len(drawn) == 3 * 1400 and {s for _, s in drawn} == {0.5, -0.5}
   counts = np.unique([f"{name} {s}" for name, s in drawn], return_counts=True)[1]
-  assert len(counts) == 28 and 100 < counts.min() and counts.max() < 200  # 150 each
+  assert len(counts) == 28 and counts.min() > 100 and counts.max() < 200  # 150 each
 
 
 def test_jitter_draws_between_its_bounds():
@@ -113,8 +113,8 @@ def test_jitter_draws_between_its_bounds():
   assert jittered(grey, brightness=3.0).min() <= 4  # a factor is not negative
   assert (jittered(grey, saturation=0.9) == 100).all()
   turned = jittered(red, hue=0.1)  # by 36 degrees: to orange and to pink, red stays on top
-  assert (turned[:, 0] == 255).all() and 140 <= turned[:, 1:].max(0).min()
-  assert turned.max(0).tolist()[1:] <= [155, 155]
+  assert (turned[:, 0] == 255).all()
+  assert all(140 <= most <= 155 for most in turned[:, 1:].max(0))
   pale = jittered(red, saturation=0.5)
   assert pale[:, 1].max() in range(34, 39) and pale[:, 0].min() in range(163, 169)  # half of 76
 

@@ -92,8 +92,10 @@ def _scale_sharpness(pixels: Image.Image, factor: float) -> Image.Image:
 
 def _turn_hue(pixels: Image.Image, turns: float) -> Image.Image:
   hue, saturation, value = pixels.convert("HSV").split()
-  turned = np.asarray(hue) + np.uint8(round(255 * turns) % 256)  # wraps, as a circle does
-  return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+  # Pillow's hue of 255 is that of 0: with the wrap of uint8 a turn would be 256 of them.
+  turned = (np.asarray(hue, np.int32) + round(255 * turns)) % 255
+  hue = Image.fromarray(turned.astype(np.uint8))
+  return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 def _affine(pixels: Image.Image, *matrix: float) -> Image.Image:
