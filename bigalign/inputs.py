@@ -28,6 +28,7 @@ def open_data(
   view: str = "",
   augment: Mapping[str, Any] | None = None,
   resize: str = "squash",
+  apply_exif: bool = False,
   captions: Sequence[Any] | None = None,
   second_captions: Sequence[Any] = (),
   source_options: Mapping[str, Any] | None = None,
@@ -51,6 +52,9 @@ def open_data(
     view: of the source, made by `bigalign view`: only the samples that it keeps.
     augment: options of transforms.train_image.
     resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
+    apply_exif: turn images as their EXIF orientation says, in training and evaluation. Off, as in
+      img2dataset, open_clip and big_vision: what it wrote has lost the tag or is compared with
+      theirs; right for photos as cameras write them.
     captions: fields to take captions from, the first that a record has; the source's own if None.
       With weights, (("json.recap", 3), ("txt", 1)), they are drawn: see data/captions.py.
     second_captions: fields of a second caption of each image, another one than the first where
@@ -94,7 +98,7 @@ def open_data(
   return opened, dict(
     image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, kind=order,
     workers=workers, captions=first, second_captions=second, captions_per_image=captions_per_image,
-    stop_at_bad_shard=stop_at_bad_shard,
+    stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif,
   )
 
 
