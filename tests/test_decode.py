@@ -116,6 +116,7 @@ def test_captions_of_the_wild(tmp_path):
   masks = np.concatenate([batch["text_mask"] for batch in found])
   assert masks[ids == 200].all() and (masks[ids == 201].sum(1) == 7).all()  # caf + 3 bytes + end
   assert (ids == 200).sum() >= 1 and (ids == 201).sum() >= 1
+  np.testing.assert_array_equal(np.concatenate([batch["repaired"] for batch in found]), ids == 201)
 
 
 def tagged(orientation: int, kind: str, **save) -> bytes:

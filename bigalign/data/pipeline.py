@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import order, transforms
-from bigalign.data.captions import ANY, Columns, by_field, choose, lacks
+from bigalign.data.captions import ANY, Columns, by_field, choose, lacks, repaired
 from bigalign.data.decode import decode
 from bigalign.data.mixture import Order
 from bigalign.data.rejects import REASONS, Rejected, write_down
@@ -44,6 +44,7 @@ def batch_spec(*, batch_size: int, image_size: int, tokenizer: Mapping[str, Any]
       label=((b,), np.int32),
       source=((b,), np.int32),
       rejects=((b, len(REASONS)), np.int32),
+      repaired=((b,), np.int32),
   )
 
 
@@ -87,7 +88,8 @@ def train_batches(
   apply_exif          of decode.decode
 
   A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
-  by reason, one count per sample tried. Close the iterator (`.close()`) to end the workers.
+  by reason, one count per sample tried. `repaired` counts the captions of a row, one or two, that
+  were not UTF-8. Close the iterator (`.close()`) to end the workers.
   """
   places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
   batches = _TrainBatches(
@@ -205,10 +207,11 @@ class _TrainBatches(Decoded):
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
     text, mask = self._tokenizer.encode_batch(texts)
     batch = dict(image=images, text=text, text_mask=mask, image_id=words(image_ids),
-                 text_id=words(text_ids), label=labels, rejects=rejects,
+                 text_id=words(text_ids), label=labels, rejects=rejects, repaired=repaired(texts),
                  source=self._places.source_of(indices).astype(np.int32))
     if self._second_captions:
       batch["text_second"], batch["text_second_mask"] = self._tokenizer.encode_batch(seconds)
+      batch["repaired"] += repaired(seconds)
     return batch
 
   def _usable(self, position: int, index: int, *,
