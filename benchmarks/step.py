@@ -56,7 +56,7 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
     text=np.where(mask, text, 0), text_mask=mask,
     image_id=np.zeros((BATCH, 2), np.uint32), text_id=np.zeros((BATCH, 2), np.uint32),
     label=np.zeros(BATCH, np.int32), source=np.zeros(BATCH, np.int32),
-    rejects=np.zeros((BATCH, len(REASONS)), np.int32),
+    rejects=np.zeros((BATCH, len(REASONS)), np.int32), repaired=np.zeros(BATCH, np.int32),
   )
 
 

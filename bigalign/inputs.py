@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bigalign import config as configs
+from bigalign.data import augment as augmentation
 from bigalign.data import pipeline, transforms
 from bigalign.data.captions import columns, fields
 from bigalign.data.mixture import Mixture, Prefixed
@@ -27,6 +28,7 @@ def open_data(
   view: str = "",
   augment: Mapping[str, Any] | None = None,
   resize: str = "squash",
+  apply_exif: bool = False,
   captions: Sequence[Any] | None = None,
   second_captions: Sequence[Any] = (),
   source_options: Mapping[str, Any] | None = None,
@@ -50,6 +52,9 @@ def open_data(
     view: of the source, made by `bigalign view`: only the samples that it keeps.
     augment: options of transforms.train_image.
     resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
+    apply_exif: turn images as their EXIF orientation says, in training and evaluation. Off, as in
+      img2dataset, open_clip and big_vision: what it wrote has lost the tag or is compared with
+      theirs; right for photos as cameras write them.
     captions: fields to take captions from, the first that a record has; the source's own if None.
       With weights, (("json.recap", 3), ("txt", 1)), they are drawn: see data/captions.py.
     second_captions: fields of a second caption of each image, another one than the first where
@@ -66,10 +71,7 @@ def open_data(
   """
   del resize, rejects  # the evaluators', the loop's
   open_tokenizer(tokenizer)  # a wrong option is better heard of here than from a worker
-  configs.call(
-    transforms.train_image, augment or {}, "config.data.augment",
-    image=np.zeros((2, 2, 3), np.uint8), rng=philox(0, 0), size=2,
-  )
+  check_augment(augment or {})
   first = columns(captions, "config.data.captions")
   second = columns(second_captions, "config.data.second_captions")
   if second and captions is None:
@@ -96,7 +98,7 @@ def open_data(
   return opened, dict(
     image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, kind=order,
     workers=workers, captions=first, second_captions=second, captions_per_image=captions_per_image,
-    stop_at_bad_shard=stop_at_bad_shard,
+    stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif,
   )
 
 
@@ -159,6 +161,16 @@ def mixture_part(
     opened = Prefixed(opened, prefix)
   factor = 1.0 if upsampling is None else upsampling
   return name, opened, len(opened) * factor if weight is None else weight
+
+
+def check_augment(options: Mapping[str, Any]) -> None:
+  """Raises TypeError or ValueError, naming the option, for what `train_image` cannot do."""
+  where, view = "config.data.augment", dict(image=np.zeros((2, 2, 3), np.uint8), rng=philox(0, 0))
+  for function in (augmentation.rand_augment, augmentation.color_jitter):
+    name = function.__name__
+    if isinstance(options.get(name), Mapping):
+      configs.call(function, options[name], f"{where}.{name}", **view)
+  configs.call(transforms.train_image, options, where, **view, size=2)
 
 
 def open_tokenizer(options: Mapping[str, Any]) -> Tokenizer:

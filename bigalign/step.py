@@ -36,8 +36,8 @@ def train_step(
   Returns:
     The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
     of every step: "finite_loss", "finite_grad_norm", of losses that remember samples "finite_state"
-    (bool), "rejected_<reason>" and "tally" [sources, 2] (int32): rows, and samples rejected for
-    them, of each source.
+    (bool), "rejected_<reason>", "repaired_captions" and "tally" [sources, 2] (int32): rows, and
+    samples rejected for them, of each source.
   """
   at, drops = _at(program, state, seen)
 
@@ -82,6 +82,7 @@ def train_step(
     "lr": program.rate(state.step),
     **finite,
     **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
+    "repaired_captions": batch["repaired"].sum(),
     "tally": jnp.zeros((program.sources, 2), jnp.int32).at[batch["source"]].add(
       jnp.stack([jnp.ones_like(batch["source"]), batch["rejects"].sum(1)], 1)
     ),

@@ -219,7 +219,7 @@ def train(
       state, metrics = compiled(state, batch, place)
       step += 1
       samples_seen += batch_size
-      seldom = [name for name in metrics if name.startswith(("finite_", "rejected_", "tally"))]
+      seldom = [k for k in metrics if k.startswith(("finite_", "rejected_", "repaired_", "tally"))]
       window.append({name: metrics.pop(name) for name in seldom})
       progress.advance(step)
       if step == trace_to:
@@ -236,7 +236,8 @@ def train(
         for one in since:
           counted = watch.add(one["tally"])
           rejected.update({f"rejects_of_{name}": n for name, n in counted.items()})
-          rejected.update({k: int(n) for k, n in one.items() if k.startswith("rejected_")})
+          rejected.update({k: int(n) for k, n in one.items()
+                           if k.startswith(("rejected_", "repaired_"))})
       if logs:
         row = {f"train/{name}": x for name, x in [*scalars.items(), *rejected.items()]}
         row |= {"train/samples_seen": samples_seen, "train/epoch": samples_seen / len(source)}

@@ -168,3 +168,23 @@ def test_two_of_the_five_captions_of_a_photo(data_root, tmp_path):
   found = np.array(losses(tmp_path / "whole"))
   np.testing.assert_allclose(np.array(losses(tmp_path / "parts"))[:5], found[:5], rtol=1e-5)
   assert len(found) == 20 and (found[-3:].mean(0) < 0.8 * found[:3].mean(0)).all()
+
+
+def test_captions_that_are_no_utf8_are_counted_whatever_their_source(tmp_path):
+  """Of both captions, if two are read; they are used, and their samples no rejects."""
+  wrong, image = b"caf\xe9", picture(0)
+  write_tar(tmp_path / "0.tar", [(f"{i}.{kind}", data) for i in range(4) for kind, data in (
+    ("jpg", image), ("txt", wrong if i < 2 else b"coffee"), ("alt", wrong if i < 1 else b"tea"))])
+  for i in range(4):
+    (tmp_path / f"{i}.jpg").write_bytes(image)
+  (tmp_path / "0.tsv").write_bytes(b"filepath\ttxt\talt\n" + b"".join(
+    b"\t".join([b"%d.jpg" % i, wrong if i < 2 else b"coffee", wrong if i < 1 else b"tea"]) + b"\n"
+    for i in range(4)))
+  for name in ("0.tar", "0.tsv"):
+    source, reading = inputs.open_data(
+      source=f"{tmp_path}/{name}", image_size=8, tokenizer=TOKENIZER, captions=("txt",),
+      second_captions=("alt",), shuffle=False)
+    with contextlib.closing(train_batches(
+        source, batch_size=4, rows=np.arange(4), seed=0, stop=4, **reading)) as batches:
+      (batch,) = list(batches)
+    assert batch["repaired"].tolist() == [2, 1, 0, 0] and not batch["rejects"].any()

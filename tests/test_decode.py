@@ -7,15 +7,19 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from shards import picture, samples, write_tar
 
+from bigalign import sharding
 from bigalign.data import order, transforms
 from bigalign.data.decode import decode
 from bigalign.data.evaluation import eval_batches
 from bigalign.data.pipeline import train_batches
 from bigalign.data.rejects import REASONS
 from bigalign.data.sources import open_source
+from bigalign.evals.embed import Context
+from bigalign.evals.embed import open_data as open_evaluation
+from bigalign.inputs import open_data
 
 B = 8
 OPTIONS = dict(batch_size=B, rows=np.arange(B), image_size=16,
@@ -64,6 +68,7 @@ def wild() -> dict[str, tuple[bytes, str | None]]:
       "animated gif": (encoded(frames[0], "gif", **animated), None),
       "animated webp": (encoded(frames[0], "webp", **animated), None),
       "exif rotation": (encoded(image, "jpeg", exif=exif), None),
+      "exif that is cut off": (encoded(image, "jpeg", exif=b"Exif\0\0MM\0*\0\0"), None),
       "pixel bomb": (bytes(bomb), "too_large"),
       "1 x 1": (encoded(pixels(1, 1), "jpeg"), None),
       "1 x 3000": (encoded(pixels(1, 3000), "png"), None),
@@ -111,6 +116,63 @@ def test_captions_of_the_wild(tmp_path):
   masks = np.concatenate([batch["text_mask"] for batch in found])
   assert masks[ids == 200].all() and (masks[ids == 201].sum(1) == 7).all()  # caf + 3 bytes + end
   assert (ids == 200).sum() >= 1 and (ids == 201).sum() >= 1
+  np.testing.assert_array_equal(np.concatenate([batch["repaired"] for batch in found]), ids == 201)
+
+
+def tagged(orientation: int, kind: str, **save) -> bytes:
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  return encoded(pixels(24, 40), kind, exif=exif, **save)
+
+
+@pytest.mark.parametrize("kind,save", [
+  ("jpeg", dict(subsampling=0)), ("png", {}), ("webp", dict(lossless=True)), ("tiff", {})])
+def test_exif_orientations_are_those_of_pillow(kind, save):
+  seen = set()
+  for orientation in range(1, 9):
+    data = tagged(orientation, kind, **save)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    found = decode(data, apply_exif=True)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    seen.add(found.tobytes())
+  assert len(seen) == 8
+
+
+@pytest.mark.parametrize("data", [
+  encoded(pixels(24, 40), "jpeg"), tagged(0, "jpeg"), tagged(9, "png"),
+  encoded(pixels(24, 40), "jpeg", exif=b"Exif\0\0MM\0*\0\0"),
+  encoded(pixels(24, 40), "jpeg", exif=b"Exif\0\0nothing of the kind")])
+def test_no_or_broken_exif_leaves_an_image_as_it_is(data):
+  np.testing.assert_array_equal(decode(data, apply_exif=True), decode(data))
+
+
+def test_exif_is_not_read_unasked(monkeypatch):
+  data = tagged(6, "jpeg")
+  monkeypatch.setattr("PIL.Image.open", None)  # would fail if called
+  assert decode(data).shape == (24, 40, 3)
+
+
+@pytest.mark.parametrize("apply_exif,expected", [(True, [False, True]), (False, [True, True])])
+def test_exif_in_training_and_evaluation(tmp_path, apply_exif, expected):
+  """A picture with a black left half that is to be turned clockwise, and one that is upright."""
+  image = Image.new("RGB", (64, 64), (255, 255, 255))
+  image.paste((0, 0, 0), (0, 0, 32, 64))
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  write_tar(tmp_path / "0.tar", [
+    ("0.jpg", encoded(image, "jpeg", exif=exif)), ("0.txt", b"turned"),
+    ("1.jpg", encoded(image, "jpeg")), ("1.txt", b"upright")])
+  data = dict(source=f"{tmp_path}/0.tar", image_size=16, tokenizer=OPTIONS["tokenizer"],
+              apply_exif=apply_exif)
+  source, reading = open_data(**data, augment=dict(crop="squash"), shuffle=False)
+  context = Context("val", None, None, sharding.make_mesh(), data)
+  evaluated = open_evaluation(context, data["source"], batch_size=2, captions=0).batches()
+  with contextlib.closing(train_batches(
+      source, batch_size=2, rows=np.arange(2), seed=0, stop=2, **reading)) as batches:
+    found = [next(iter(batches)), next(iter(evaluated))]
+  for batch in found:
+    black_left = (batch["image"][:2, :, 0] < 100).all((1, 2))
+    assert black_left.tolist() == expected
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])

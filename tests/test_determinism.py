@@ -19,7 +19,8 @@ B, STEPS = 24, 9
 HOSTS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 3)
 READING = dict(
   image_size=8, tokenizer=dict(name="byte", length=24),
-  augment=dict(crop="random_resized", scale=(0.5, 1.0), flip=0.5))
+  augment=dict(crop="random_resized", scale=(0.5, 1.0), flip=0.5, rand_augment={}, grayscale=0.2,
+               color_jitter=dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def host_batches(options, *, host, hosts, workers=0, start=0, steps=STEPS):
 
 
 def digest(batch):
-  """sha256 of a batch: pixels, tokens, ids, labels and reject counts."""
+  """sha256 of a batch: pixels with their augmentations, tokens, ids, labels and reject counts."""
   return hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch))).hexdigest()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from shards import samples, write_tar
 
+from bigalign import index as program
 from bigalign.data import index, tar
 from bigalign.data.sources import open_source
 
@@ -60,6 +61,39 @@ def test_an_index_beside_the_shards_is_used_and_never_written(tmp_path):
   with pytest.raises(ValueError, match=r"1 of 4 shards in .* the first: 3\.tar.*bigalign index '"):
     open_source(f"{folder}/*.tar")
   assert (tmp_path / index.FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("old", ["incomplete", "stale"])
+def test_an_old_index_beside_shards_that_cannot_be_written_is_no_dead_end(
+    tmp_path, monkeypatch, capsys, old):
+  """What the error says to do helps: the index in the other place is the one that is used."""
+  folder, access = str(tmp_path / "data"), os.access
+  pattern = f"{folder}/*.tar"
+  path = write_tar(tmp_path / "data" / "0.tar", samples(0, 3))
+  assert program.main([pattern, "--workers=1"]) == 0
+  write_tar(tmp_path / "data" / "1.tar" if old == "incomplete" else pathlib.Path(path),
+            samples(10, 4))
+  monkeypatch.setattr(os, "access", lambda where, mode: where != folder and access(where, mode))
+  with pytest.raises((ValueError, OSError), match=r"bigalign index '"):
+    open_source(pattern)
+  out = str(tmp_path / "out")
+  for place in ([], [f"--out={out}"]):
+    monkeypatch.setenv("BIGALIGN_INDEX", out if place else str(tmp_path / "cache"))
+    assert program.main([pattern, "--workers=1", *place]) == 0
+    assert index.home(folder) in capsys.readouterr().out
+    source = open_source(pattern)
+    assert len(source) == (7 if old == "incomplete" else 4)
+    assert source[len(source) - 1]["captions"] == ("picture number 13",)
+  assert index.Index(os.path.join(folder, index.FILE)).names == ["0.tar"]  # as it was
+
+
+def test_the_index_beside_the_shards_goes_before_one_that_is_as_good(tmp_path):
+  folder = str(tmp_path)
+  path = write_tar(tmp_path / "0.tar", samples(0, 3))
+  for place in (folder, index.home(folder)):
+    index.index_shard(path, place)
+    index.merge(folder, place)
+  assert open_source(path).shards.place(0) == folder
 
 
 def test_opening_indexes_what_is_small_once(tmp_path, monkeypatch):

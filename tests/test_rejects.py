@@ -60,7 +60,8 @@ def lines(workdir):
 
 
 def test_a_run_counts_writes_down_and_stops(tmp_path):
-  good = write_tar(tmp_path / "good.tar", samples(0, 30))
+  latin = [(name, b"caf\xe9" if name.endswith(".txt") else data) for name, data in samples(0, 30)]
+  good = write_tar(tmp_path / "good.tar", latin)  # half of its captions is no reject
   bad = write_tar(tmp_path / "bad.tar", broken(100, 40, every=5))
   c = load("tiny")
   c.update(total_steps=6, batch_size=16, log_every=3, checkpoint_every=0, ema=0.0, evals={})
@@ -76,6 +77,7 @@ def test_a_run_counts_writes_down_and_stops(tmp_path):
   c.data.rejects = dict(after=40, stop=1.0)
   rows = run(c, tmp_path / "run")
   assert rows[-1]["train/rejects_of_good"] == 0
+  assert [row["train/repaired_captions"] for row in rows] == [24, 48]  # since the start
   assert rows[-1]["train/rejects_of_bad"] == rows[-1]["train/rejected_undecodable"] >= 8
   found = lines(tmp_path / "run")
   assert len(found) == 8 == len({line["ordinal"] for line in found})

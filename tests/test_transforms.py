@@ -64,7 +64,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
   np.testing.assert_array_equal(out[..., 0], out[..., 2])
 
 
-def test_first_frame_and_no_exif_rotation():
+def test_first_frame_and_no_exif_rotation_unasked():
   frames = [Image.fromarray(pixels(i, 8, 12)) for i in range(3)]
   data = encoded(frames[0], "gif", save_all=True, append_images=frames[1:])
   first = Image.open(io.BytesIO(data)).convert("RGB")

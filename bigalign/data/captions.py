@@ -92,3 +92,10 @@ def choose(
   if len(places) > 1 and but in places:
     places.remove(but)
   return places[int(rng.integers(len(places)))] if len(places) > 1 else places[0]
+
+
+def repaired(texts: Sequence[str]) -> np.ndarray:
+  """[N] int32, 1 where U+FFFD stands in a text: what sources put in the place of bytes that are no
+  UTF-8, if nobody before them did. Such a text is used all the same, and its sample no reject.
+  """
+  return np.array(["\ufffd" in text for text in texts], np.int32)

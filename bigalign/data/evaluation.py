@@ -22,6 +22,7 @@ def eval_batches(
     image_size: int,
     tokenizer: Mapping[str, Any],
     resize: str = "squash",
+    apply_exif: bool = False,
     captions: int = 1,
     workers: int = 0,
 ) -> Batches:
@@ -29,12 +30,14 @@ def eval_batches(
 
   captions  C, the room for captions of one image. A record with more of them is an error, so that
             none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
+  apply_exif  of decode.decode
   Rows past the end and rejected samples have valid=False. An image without captions stays valid,
   with texts_valid all False.
   """
   batches = _EvalBatches(
       source, batch_size=batch_size, rows=checked_rows(rows, batch_size=batch_size),
-      image_size=image_size, tokenizer=tokenizer, resize=resize, captions=captions)
+      image_size=image_size, tokenizer=tokenizer, resize=resize, captions=captions,
+      apply_exif=apply_exif)
   return iterate(batches, workers=workers)
 
 
@@ -42,8 +45,8 @@ class _EvalBatches(Decoded):
   """Element k is this host's part of the k-th batch in source order."""
 
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, image_size: int, tokenizer,
-               resize: str, captions: int):
-    super().__init__(source, image_size=image_size, tokenizer=tokenizer)
+               resize: str, captions: int, apply_exif: bool):
+    super().__init__(source, image_size=image_size, tokenizer=tokenizer, apply_exif=apply_exif)
     self._batch_size = batch_size
     self._rows = rows
     self._resize = resize

@@ -113,10 +113,10 @@ def home(folder: str, root: str | None = None) -> str:
   return os.path.join(os.path.expanduser(root), name)
 
 
-def find(folder: str, root: str | None = None) -> str | None:
-  """The place of a folder's index: beside the shards, or its `home`; None if there is none."""
-  places = [home(folder, root)] if root or storage.is_remote(folder) else [folder, home(folder)]
-  return next((place for place in places if os.path.exists(os.path.join(place, FILE))), None)
+def places(folder: str) -> list[str]:
+  """Where a folder has an index: beside the shards, in its `home`, in both or nowhere."""
+  candidates = [home(folder)] if storage.is_remote(folder) else [folder, home(folder)]
+  return [place for place in candidates if os.path.exists(os.path.join(place, FILE))]
 
 
 def index_shard(path: str, place: str) -> Part:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import order, transforms
-from bigalign.data.captions import ANY, Columns, by_field, choose, lacks
+from bigalign.data.captions import ANY, Columns, by_field, choose, lacks, repaired
 from bigalign.data.decode import decode
 from bigalign.data.mixture import Order
 from bigalign.data.rejects import REASONS, Rejected, write_down
@@ -44,6 +44,7 @@ def batch_spec(*, batch_size: int, image_size: int, tokenizer: Mapping[str, Any]
       label=((b,), np.int32),
       source=((b,), np.int32),
       rejects=((b, len(REASONS)), np.int32),
+      repaired=((b,), np.int32),
   )
 
 
@@ -67,6 +68,7 @@ def train_batches(
     stop: int | None = None,
     rejected_log: str = "",
     stop_at_bad_shard: bool = True,
+    apply_exif: bool = False,
 ) -> Batches:
   """This host's rows of the global batches from position `start` on; endless without `stop`.
 
@@ -83,8 +85,11 @@ def train_batches(
   rejected_log        a file to which each rejected sample is appended, a line of JSON; "" for none
   stop_at_bad_shard   raise if a sample of a shard and PROBES others spread over it are all rejected
 
+  apply_exif          of decode.decode
+
   A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
-  by reason, one count per sample tried. Close the iterator (`.close()`) to end the workers.
+  by reason, one count per sample tried. `repaired` counts the captions of a row, one or two, that
+  were not UTF-8. Close the iterator (`.close()`) to end the workers.
   """
   places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
   batches = _TrainBatches(
@@ -92,7 +97,7 @@ def train_batches(
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
       places=places, captions=captions, second_captions=second_captions,
       captions_per_image=captions_per_image, stop=stop, rejected_log=rejected_log,
-      stop_at_bad_shard=stop_at_bad_shard)
+      stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif)
   return iterate(batches, workers=workers)
 
 
@@ -115,8 +120,9 @@ class Decoded:
   """What train and eval batches share: one decoded sample, and the log of the bad ones."""
 
   def __init__(self, source: Source, *, image_size: int, tokenizer: Mapping[str, Any],
-               rejected_log: str = ""):
+               rejected_log: str = "", apply_exif: bool = False):
     self._source = source
+    self._apply_exif = apply_exif
     self._rejected_log = rejected_log
     self._image_size = image_size
     self._tokenizer: Tokenizer = make_tokenizer(**tokenizer)
@@ -129,7 +135,8 @@ class Decoded:
     try:
       record = self._source[index]
       key = record["key"]
-      return {**record, "image": decode(record["image"], shrink=self._shrink)}
+      return {**record, "image": decode(record["image"], shrink=self._shrink,
+                                        apply_exif=self._apply_exif)}
     except Rejected as rejected:
       self._reject(index, key, rejected, rejects=rejects)
       return None
@@ -151,8 +158,9 @@ class _TrainBatches(Decoded):
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
                tokenizer, start: int, augment: Mapping[str, Any], places: Order,
                captions: Columns, second_captions: Columns, captions_per_image: int,
-               stop: int | None, rejected_log: str, stop_at_bad_shard: bool):
-    super().__init__(source, image_size=image_size, tokenizer=tokenizer, rejected_log=rejected_log)
+               stop: int | None, rejected_log: str, stop_at_bad_shard: bool, apply_exif: bool):
+    super().__init__(source, image_size=image_size, tokenizer=tokenizer, rejected_log=rejected_log,
+                     apply_exif=apply_exif)
     self._stop_at_bad_shard = stop_at_bad_shard
     self._probed: set[str] = set()
     self._batch_size = batch_size
@@ -199,10 +207,11 @@ class _TrainBatches(Decoded):
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
     text, mask = self._tokenizer.encode_batch(texts)
     batch = dict(image=images, text=text, text_mask=mask, image_id=words(image_ids),
-                 text_id=words(text_ids), label=labels, rejects=rejects,
+                 text_id=words(text_ids), label=labels, rejects=rejects, repaired=repaired(texts),
                  source=self._places.source_of(indices).astype(np.int32))
     if self._second_captions:
       batch["text_second"], batch["text_second_mask"] = self._tokenizer.encode_batch(seconds)
+      batch["repaired"] += repaired(seconds)
     return batch
 
   def _usable(self, position: int, index: int, *,

@@ -84,19 +84,20 @@ class Shards:
 
   def _open(self, folder: str, names: Sequence[str]) -> index.Index:
     """The index of a folder, made first if it is missing and that is little work."""
-    place = index.find(folder)
-    found = index.Index(os.path.join(place, index.FILE)) if place else None
+    found = _fittest(folder, names)
     lacking = [os.path.join(folder, name) for name in names if not found or name not in found.rows]
     if found and not lacking:
       return found
     own, remote = index.home(folder), storage.is_remote(folder)
     size = 0 if remote else sum(storage.stat(path).size for path in lacking)
-    if remote or place == folder or size > UNASKED:
+    beside = found is not None and os.path.dirname(found.path) == folder
+    if remote or beside or size > UNASKED:
       raise ValueError(
           f"{self._pattern!r}: {len(lacking)} of {len(names)} shards in {folder or os.curdir} are"
           f" in no index (sought beside them and in {own}; the first: "
           f"{os.path.basename(lacking[0])}). Build it, once: "
-          f"bigalign index {shlex.quote(self._pattern)}")
+          f"bigalign index {shlex.quote(self._pattern)}; after --out DIR, also set "
+          "BIGALIGN_INDEX=DIR")
     logger.info("Indexing %d shards of %s, %.2g GB, into %s", len(lacking), folder, size / 1e9, own)
     for path in lacking:
       index.index_shard(path, own)
@@ -119,6 +120,24 @@ class Shards:
     if len(self._problems) > 5:
       logger.warning("%s: %d more of %d shards break off", self._pattern, len(self._problems) - 5,
                      len(self.paths))
+
+
+def _fittest(folder: str, names: Sequence[str]) -> index.Index | None:
+  """Of the indexes of a folder the one that is wrong about the fewest of these shards.
+
+  What lies in a folder that cannot be written can be old, and a newer index only lie elsewhere.
+  """
+  found = [index.Index(os.path.join(place, index.FILE)) for place in index.places(folder)]
+  if len(found) < 2:
+    return next(iter(found), None)
+
+  def wrong(one: index.Index) -> int:
+    known = [name for name in names if name in one.rows]
+    looked = known[::-(-len(known) // CHECKED) or 1]
+    return len(names) - len(known) + sum(
+      one.part(one.rows[name]).stat != storage.stat(os.path.join(folder, name)) for name in looked)
+
+  return min(found, key=wrong)  # of equals the one beside the shards
 
 
 def _reopen(paths: Sequence[str], pattern: str, fingerprint: str) -> Shards:

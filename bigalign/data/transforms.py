@@ -6,10 +6,13 @@ Pixels stay uint8; the model normalises them on the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from bigalign.data import augment
 
 _kornia: Any
 try:
@@ -33,6 +36,9 @@ def train_image(
     flip: float = 0.0,
     rotate: float = 0.0,
     shift: float = 0.0,
+    rand_augment: Mapping[str, Any] | None = None,
+    color_jitter: Mapping[str, Any] | None = None,
+    grayscale: float = 0.0,
 ) -> np.ndarray:
   """[H, W, 3] uint8 → [size, size, 3] uint8, a random view.
 
@@ -42,6 +48,11 @@ def train_image(
   rotate  angle, uniform in [-rotate, rotate] degrees
   shift   translation, uniform in [-shift, shift] of the side, each way
   What rotation and shift uncover takes the colour of the top left pixel.
+  rand_augment  options of augment.rand_augment, {} for its defaults; None for none
+  color_jitter  options of augment.color_jitter; None for none
+  grayscale     probability of a view without colours
+
+  They are done in the order of this list, and draw from `rng` only where they are on.
   """
   height, width = image.shape[:2]
   if crop == "random_resized":
@@ -58,6 +69,12 @@ def train_image(
     image = _move(image, rng, rotate=rotate, shift=shift)
   if flip and rng.random() < flip:
     image = image[:, ::-1]
+  if rand_augment is not None:
+    image = augment.rand_augment(image, rng, **rand_augment)
+  if color_jitter is not None:
+    image = augment.color_jitter(image, rng, **color_jitter)
+  if grayscale:
+    image = augment.to_grayscale(image, rng, probability=grayscale)
   return image
 
 

@@ -101,7 +101,7 @@ def open_data(
   if captions is None:
     captions = most_captions(opened)
   size = round_batch(context.mesh, batch_size)
-  shared = ("image_size", "tokenizer", "resize", "workers")
+  shared = ("image_size", "tokenizer", "resize", "apply_exif", "workers")
   options = {name: context.data[name] for name in shared if name in context.data}
   rows = sharding.host_rows(context.mesh, size)
 
