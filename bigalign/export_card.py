@@ -8,7 +8,7 @@ from typing import Any
 from bigalign.evaluate import Run
 from bigalign.export_formats import Files
 from bigalign.metrics import read_metrics
-from bigalign.weights.fit import Subject, pads_unseen
+from bigalign.weights.fit import Subject, hides_padding, pads_unseen
 
 _HF = """```python
 from PIL import Image
@@ -82,7 +82,7 @@ def text(
     "any padding will do, the end of a text is read and nothing sees what is behind it."
     if pads_unseen(it) else
     f"the model was trained on texts of exactly {data['tokenizer']['length']} tokens, padding"
-    + (" hidden by the attention mask." if it.model.text_tower.mask_padding else
+    + (" hidden by the attention mask." if hides_padding(it) else
        " seen; an attention mask would change the embeddings.")
   )
   rows = [

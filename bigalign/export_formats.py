@@ -10,7 +10,7 @@ import numpy as np
 
 from bigalign.model import PIXELS
 from bigalign.weights import hugging_face, tokenizer_files, torch_module, two_towers
-from bigalign.weights.fit import Family, Fitted, Subject, fit, pads_unseen
+from bigalign.weights.fit import Family, Fitted, Subject, fit, hides_padding, pads_unseen
 
 
 class Files(NamedTuple):
@@ -31,7 +31,7 @@ Reasons = dict[str, list[str]]  # {family: why it is not the model}
 
 def _tokenizer(it: Subject) -> dict[str, Any]:
   unseen = pads_unseen(it)
-  mask = it.model.text_tower.mask_padding and not unseen
+  mask = hides_padding(it) and not unseen
   return tokenizer_files.files(it.tokenizer, pads_unseen=unseen, mask=mask)
 
 

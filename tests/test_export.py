@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +39,32 @@ SIGLIP = dict(
   embed_dim=16, image_projector=dict(name="identity"),
   text_projector=dict(name="linear", bias=True),
 )
+BERT = dict(
+  PLAIN, text=dict(name="bert", vocab_size=9, length=8, pool="pooler", **SIZE),
+)
+ROBERTA = dict(
+  image=dict(PLAIN["image"], pool="pooler", class_position=True),
+  text=dict(BERT["text"], types=1, pad=1, skip_padding=True, scan=False), embed_dim=12,
+)
+MPNET = dict(PLAIN, text=dict(ROBERTA["text"], types=0, buckets=32))
 CLIP_LOSS, SIGLIP_LOSS = dict(clip=dict(weight=1.0)), dict(siglip=dict(weight=1.0))
 
 
 @pytest.fixture
 def pieces(tmp_path):
+  return word_pieces(tmp_path)
+
+
+def word_pieces(tmp_path, first="[PAD] [UNK]"):
   """A WordPiece vocabulary whose end has the highest id."""
   file = tmp_path / "vocab.txt"
-  file.write_text("[PAD]\n[UNK]\n[CLS]\na\ncat\ndog\nphoto\nof\n[SEP]\n")
+  file.write_text("\n".join(f"{first} [CLS] a cat dog photo of [SEP]".split()))
   return dict(name="wordpiece", path=str(file), length=8)
+
+
+def pieces_for(model, tmp_path):
+  """Word pieces padded with the token that the text tower takes for padding."""
+  return word_pieces(tmp_path, "[UNK] [PAD]" if model["text"].get("pad") else "[PAD] [UNK]")
 
 
 def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0):
@@ -93,14 +111,17 @@ def no_torch(monkeypatch):
 @pytest.mark.parametrize("kind, model, loss, family", [
   ("hf", CLIP, CLIP_LOSS, "CLIPModel"),
   ("hf", PLAIN, CLIP_LOSS, "VisionTextDualEncoderModel"),
+  ("hf", BERT, CLIP_LOSS, "VisionTextDualEncoderModel with BERT"),
+  pytest.param("hf", ROBERTA, CLIP_LOSS, "VisionTextDualEncoderModel with BERT",
+               marks=pytest.mark.slow),
   pytest.param("hf", SIGLIP, SIGLIP_LOSS, "SiglipModel", marks=pytest.mark.slow),
   pytest.param("open_clip", CLIP, CLIP_LOSS, "open_clip's CLIP", marks=pytest.mark.slow),
   ("open_clip", PLAIN, SIGLIP_LOSS, "open_clip's CLIP"),
   ("npz", SIGLIP, SIGLIP_LOSS, "big_vision's two_towers"),
 ])
-def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, pieces, no_torch):
+def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
   """Read back without the library that it is for, it gives the run's logits."""
-  tokenizer = pieces if model is not SIGLIP else dict(name="byte", length=16)
+  tokenizer = dict(name="byte", length=16) if model is SIGLIP else pieces_for(model, tmp_path)
   run = make_run(tmp_path, model, loss, tokenizer)
   out, _ = export.export(run, kind, tmp_path / "out/folder", license="cc0-1.0")
   assert json.loads((out / "bigalign.json").read_text())["family"] == family
@@ -127,6 +148,38 @@ def test_masked_padding_is_asked_for_by_the_tokenizer(tmp_path, no_torch):
     made = prepare("hf", export.subject(run))
     asked = made.files["tokenizer_config.json"]["model_input_names"]
     assert asked == ["input_ids", "attention_mask"][: 1 + masked]
+
+
+@pytest.mark.parametrize("first, pad, skip, asked", [
+  ("[PAD] [UNK]", 0, False, 0),
+  ("[UNK] [PAD]", 0, False, 1),  # the mask hides padding, whatever the tower takes for it
+  ("[UNK] [PAD]", 1, True, 1),
+  ("[UNK] [PAD]", 0, True, None),  # its positions count from the tower's
+])
+def test_padding_is_one_token_in_all_files_of_bert(first, pad, skip, asked, tmp_path):
+  model = {**BERT, "text": {**BERT["text"], "pad": pad, "skip_padding": skip}}
+  it = export.subject(make_run(tmp_path, model, CLIP_LOSS, word_pieces(tmp_path, first)))
+  if asked is None:
+    with pytest.raises(ValueError, match=r"text\.pad=0, but the tokenizer pads with 1"):
+      prepare("hf", it)
+    return
+  files = prepare("hf", it).files
+  about, made = files["tokenizer_config.json"], files["tokenizer.json"]
+  assert files["config.json"]["text_config"]["pad_token_id"] == asked
+  assert made["model"]["vocab"][about["pad_token"]] == asked
+  assert about["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("changes, reason", [
+  (dict(pool="mean"), "config.model.text.pool='mean', there 'pooler'"),
+  (dict(unit=True), "config.model.text.unit=True, there False"),
+  (dict(types=0), "config.model.text.types=0, there 1"),
+  (dict(buckets=32), "pad_token_id: 0; MPNet pads with 1"),
+])
+def test_texts_of_bert_that_the_pair_cannot_hold(changes, reason, tmp_path, pieces):
+  model = {**BERT, "text": {**BERT["text"], **changes}}
+  with pytest.raises(ValueError, match=re.escape(reason)):
+    prepare("hf", export.subject(make_run(tmp_path, model, CLIP_LOSS, pieces)))
 
 
 REFUSED = [

@@ -147,6 +147,19 @@ def test_transformers_loads_a_plain_vit_beside_clip_text(plain, libraries, tmp_p
   assert found is not None and found <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["BERT", "ROBERTA", "MPNET"])
+def test_transformers_loads_a_vit_beside_a_text_tower_of_berts_kind(name, libraries, tmp_path):
+  """With DINOv2 or ViT; positions, distances, padding and pooling are those of its classes."""
+  model = getattr(test_export, name)
+  run = test_export.make_run(
+    tmp_path, model, test_export.CLIP_LOSS, test_export.pieces_for(model, tmp_path)
+  )
+  out, found = export.export(run, "hf", tmp_path / "hf")
+  assert found is not None and found <= TOLERANCE
+  config = json.loads((out / "config.json").read_text())
+  assert config["text_config"]["model_type"] == name.lower()
+
+
 # Each option of the towers that the module knows, in one of these.
 ODD = {
   "mean": (dict(pool="mean", positions="sincos2d"), dict(pool="mean"), "linear", "mlp"),

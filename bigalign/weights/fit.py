@@ -14,6 +14,7 @@ from bigalign import config as configs
 from bigalign import tree, weights
 from bigalign.data.tokenizers import Tokenizer
 from bigalign.model import DualEncoder, make_model
+from bigalign.towers.bert import Bert
 from bigalign.weights import transfer
 from bigalign.weights.layout import ACTIVATIONS, Layout
 
@@ -79,7 +80,13 @@ class Fitted(NamedTuple):
 def pads_unseen(subject: Subject) -> bool:
   """No token that is read sees the padding behind the end of a text."""
   text = subject.model.text_tower
-  return bool(text.block["causal"]) and _reads_end(text, subject)
+  return bool(text.block.get("causal")) and _reads_end(text, subject)
+
+
+def hides_padding(subject: Subject) -> bool:
+  """The text tower's attention leaves padding out; BERT's always does."""
+  text = subject.model.text_tower
+  return isinstance(text, Bert) or bool(text.mask_padding)
 
 
 def fit(family: Family, subject: Subject) -> Fitted | list[str]:
@@ -93,8 +100,8 @@ def fit(family: Family, subject: Subject) -> Fitted | list[str]:
   ]
   if strange:
     return strange
-  config = family.config(subject)
   try:
+    config = family.config(subject)
     layout = weights.LAYOUTS[family.kind](family.keys(subject), family.name, "", **config)
     theirs = _model(layout, model)
   except ValueError as error:  # what the reader of their config would say
@@ -150,6 +157,8 @@ def _differences(
         a["mask_padding"] = b["mask_padding"]
     if family.masks:
       a["mask_padding"] = b["mask_padding"]
+  if a.get("skip_padding") is False:  # training gives the mask, which says what is padding
+    a["pad"] = b["pad"]
   found = {k: (a.get(k), b.get(k)) for k in (*a, *(b.keys() - a)) if a.get(k) != b.get(k)}
   # A bias that we lack is zeros there.
   zeros = {"biases": lambda x, y: set(x) <= set(y), "bias": lambda x, y: y}
