@@ -13,11 +13,10 @@ import tokenizers
 
 from bigalign import config as configs
 from bigalign import export, export_check, tree, weights
-from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evaluate import Run
 from bigalign.export_formats import prepare
 from bigalign.model import make_model
-from bigalign.weights import hugging_face, tokenizer_files, two_towers
+from bigalign.weights import hugging_face, two_towers
 from bigalign.weights.fit import fit
 
 SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
@@ -172,6 +171,7 @@ def test_padding_is_one_token_in_all_files_of_bert(first, pad, skip, asked, tmp_
 
 @pytest.mark.parametrize("changes, reason", [
   (dict(pool="mean"), "config.model.text.pool='mean', there 'pooler'"),
+  (dict(pool="mean"), "Formats that can: sentence-transformers (the text side)"),
   (dict(unit=True), "config.model.text.unit=True, there False"),
   (dict(types=0), "config.model.text.types=0, there 1"),
   (dict(buckets=32), "pad_token_id: 0; MPNet pads with 1"),
@@ -288,52 +288,3 @@ def test_the_scale_is_that_of_the_first_term_that_learns_one():
   assert export.scalars({}, {"a": {}}) == {"t": 0}
   found = export.scalars({"loss/albef_itc/temperature": np.float32(0.1)}, {"albef_itc": {}})
   np.testing.assert_allclose(np.exp(found["t"]), 10, rtol=1e-6)
-
-
-TEXTS = [
-  "Hello, World_3! it's fine", "naïve CAFÉ — “quoted” 10°C", "中文 and العربية", "a", " ",
-  "\n\n a b", "e\u0301 combined", "emoji 👍🏽 ok", "x" * 300, "one two " * 100,
-]
-
-
-@pytest.mark.parametrize("options", [
-  dict(name="clip", path="clip_bpe_simple_vocab_16e6.txt.gz", length=20),
-  dict(name="clip", path="clip_bpe_simple_vocab_16e6.txt.gz", length=20, canonicalize=True),
-  dict(name="wordpiece", path="bert_base_uncased_vocab.txt", length=20),
-  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20),
-  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20, lower=True),
-  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20, canonicalize=True),
-], ids=lambda x: x["name"])
-def test_real_tokenizers_as_files(options, data_root):
-  same_ids({**options, "path": str(data_root / "tokenizers" / options["path"])})
-
-
-@pytest.mark.parametrize("options", [
-  dict(name="byte", length=40), dict(name="byte", length=40, lower=True),
-  dict(name="words", length=12, vocabulary="glyphs"),
-], ids=lambda x: x["name"])
-def test_own_tokenizers_as_files(options):
-  same_ids(options)
-
-
-def same_ids(options):
-  """tokenizer.json gives what ours gives, and its configuration pads and cuts alike."""
-  tokenizer = make_tokenizer(**options)
-  found = tokenizer_files.files(tokenizer, pads_unseen=True, mask=False)
-  made = tokenizers.Tokenizer.from_str(json.dumps(found["tokenizer.json"]))
-  made.enable_truncation(found["tokenizer_config.json"]["model_max_length"])
-  for text, row, real in zip(TEXTS, *tokenizer.encode_batch(TEXTS)):
-    assert made.encode(text).ids == row[real].tolist(), text
-
-
-def test_tokenizers_that_no_file_describes(tmp_path, data_root):
-  (tmp_path / "words.txt").write_text("cat dog")
-  words = make_tokenizer("words", length=4, vocabulary=str(tmp_path / "words.txt"),
-                         drop_unknown=True)
-  with pytest.raises(ValueError, match="drop_unknown"):
-    tokenizer_files.files(words, pads_unseen=True, mask=False)
-  clip = make_tokenizer(
-    "clip", length=8, path=str(data_root / "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz")
-  )
-  with pytest.raises(ValueError, match="pads with '!'"):
-    tokenizer_files.files(clip, pads_unseen=False, mask=False)

@@ -109,9 +109,9 @@ def fit(family: Family, subject: Subject) -> Fitted | list[str]:
   wrong = [
     f"config.model.{side}{part}.{name}={a!r}, there {b!r}"
     for side in sides for part in ("", "_projector")
-    for name, (a, b) in _differences(
+    for name, (a, b) in differences(
       getattr(model, f"{side}{part or '_tower'}"), getattr(theirs, f"{side}{part or '_tower'}"),
-      family, subject,
+      subject, family.masks,
     ).items()
   ]
   if "b" in subject.arrays and not any(row.ours == "b" for row in layout.rows):
@@ -142,10 +142,10 @@ def _options(module: Any) -> dict[str, Any]:
   }
 
 
-def _differences(
-  ours: Any, theirs: Any, family: Family, subject: Subject
+def differences(
+  ours: Any, theirs: Any, subject: Subject, masks: bool = False
 ) -> dict[str, tuple[Any, Any]]:
-  """{option: (ours, theirs)} where a module of theirs computes something else."""
+  """{option: (ours, theirs)} where a module of theirs computes something else; masks: as Family."""
   a, b = _options(ours), _options(theirs)
   if a["name"] != b["name"]:
     return {"name": (a["name"], b["name"])}
@@ -155,7 +155,7 @@ def _differences(
       b |= {"pool": "end", "eos": None}
       if a["causal"]:  # what comes behind the end is not seen anyway
         a["mask_padding"] = b["mask_padding"]
-    if family.masks:
+    if masks:
       a["mask_padding"] = b["mask_padding"]
   if a.get("skip_padding") is False:  # training gives the mask, which says what is padding
     a["pad"] = b["pad"]
