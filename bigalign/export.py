@@ -1,11 +1,12 @@
 """Writes a run as a folder that others load: bigalign export runs/clip --format=hf --out=clip-b16
 
-bigalign export --check clip-b16 compares the folder's logits with the run's.
+bigalign export --check clip-b16 compares what the folder computes with the run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import shutil
@@ -79,14 +80,25 @@ def pictures() -> list[np.ndarray]:
   return found
 
 
+def embeddings(it: Subject, texts: Sequence[str]) -> np.ndarray:
+  """[M, E] float32, unit norm: of M texts."""
+  ids, mask = it.tokenizer.encode_batch(texts)
+  embed = jax.jit(functools.partial(it.model.apply, method="embed_text"))
+  with jax.default_matmul_precision("highest"):
+    return np.asarray(embed(_variables(it), ids, mask))
+
+
+def _variables(it: Subject) -> dict[str, Any]:
+  return {"params": tree.unflatten({k: x for k, x in it.arrays.items() if "/" in k})}
+
+
 def logits(it: Subject, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
   """[N, M] float32: of N pictures and M texts, by our own way from pixels and letters."""
   size, resize = it.data["image_size"], it.data.get("resize", "squash")
   image = np.stack([transforms.eval_image(x, size=size, resize=resize) for x in images])
   ids, mask = it.tokenizer.encode_batch(texts)
-  variables = {"params": tree.unflatten({k: x for k, x in it.arrays.items() if "/" in k})}
   with jax.default_matmul_precision("highest"):
-    feats = jax.jit(it.model.apply)(variables, image, ids, mask)
+    feats = jax.jit(it.model.apply)(_variables(it), image, ids, mask)
   cosines = np.asarray(feats["zimg"]) @ np.asarray(feats["ztxt"]).T
   return np.exp(it.arrays["t"]) * cosines + it.arrays.get("b", np.float32(0))
 
@@ -94,30 +106,30 @@ def logits(it: Subject, images: Sequence[np.ndarray], texts: Sequence[str]) -> n
 def export(
   run: Run, kind: str, out: str | pathlib.Path, *, ema: bool = False, license: str = "unknown"
 ) -> tuple[pathlib.Path, float | None]:
-  """Writes the folder; (its path, largest difference of logits, None where nothing can compute it).
+  """Writes the folder; (its path, largest difference, None where nothing can compute it).
 
   The folder appears whole, after it was compared, or not at all.
 
   Raises:
     FileExistsError: if there is something in `out`.
     ValueError: if the format cannot hold the model, with the keys of the config that say so and the
-      formats that can; if the folder's logits are not the run's.
+      formats that can; if the folder's logits or embeddings are not the run's.
   """
   out = pathlib.Path(out).absolute()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"--out={out} is there already; name another folder")
   it = subject(run, ema)
-  made = prepare(kind, it)
+  made, what = prepare(kind, it), export_check.READERS[kind].what
   about = card.facts(run, kind, made.family, ema)
   out.parent.mkdir(parents=True, exist_ok=True)
   part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
   try:
-    _write(part, made, it)
+    _write(part, made, it, what)
     (part / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     found = export_check.difference(part) if export_check.possible(kind) else None
     if found is not None and not found <= export_check.TOLERANCE:
       raise ValueError(
-        f"--format={kind}: the logits of {made.family} differ from the run's by {found:.1e} of the"
+        f"--format={kind}: the {what} of {made.family} differ from the run's by {found:.1e} of the"
         f" largest, more than {export_check.TOLERANCE}; nothing was written"
       )
     (part / CARD).write_text(card.text(about, made, it, license, found))
@@ -129,20 +141,26 @@ def export(
   return out, found
 
 
-def _write(folder: pathlib.Path, made: Files, it: Subject) -> None:
+def _write(folder: pathlib.Path, made: Files, it: Subject, what: str) -> None:
   for name, content in made.files.items():
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(
       content if isinstance(content, str)
       else json.dumps(content, indent=None if name == "tokenizer.json" else 1, ensure_ascii=False)
     )
-  arrays: dict[str, Any] = made.tensors()
-  if made.weights.endswith(".npz"):
-    np.savez(folder / made.weights, **arrays)
+  for name, make in made.tensors.items():
+    arrays: dict[str, Any] = make()
+    if name.endswith(".npz"):
+      np.savez(folder / name, **arrays)
+    else:
+      safetensors.save(folder / name, arrays.items(), format="pt")
+  samples: dict[str, Any] = {"texts": np.asarray(SAMPLES)}
+  if what == "embeddings":
+    samples[what] = embeddings(it, SAMPLES)
   else:
-    safetensors.save(folder / made.weights, arrays.items(), format="pt")
-  images = pictures()
-  samples: dict[str, Any] = {f"image_{i}": x for i, x in enumerate(images)}
-  samples |= dict(texts=np.asarray(SAMPLES), logits=logits(it, images, SAMPLES))
+    images = pictures()
+    samples |= {f"image_{i}": x for i, x in enumerate(images)}
+    samples[what] = logits(it, images, SAMPLES)
   np.savez(folder / export_check.SAMPLES, **samples)
 
 
@@ -151,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="bigalign export",
     description="Writes a checkpoint of a run as a folder for PyTorch, or compares such a folder's"
-    " logits with those that the run gave for some pictures and texts.",
+    " logits or embeddings with those that the run gave for some pictures and texts.",
   )
   parser.add_argument("run", nargs="?", help="the --workdir of a training run")
   parser.add_argument("--format", choices=sorted(FORMATS), help="whose folder")
@@ -161,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--license", default="unknown", help="of the weights, for the model card (%(default)s)"
   )
-  parser.add_argument("--check", metavar="DIR", help="compare the logits of an exported folder")
+  parser.add_argument("--check", metavar="DIR", help="compare the outputs of an exported folder")
   args = parser.parse_args(argv)
   if not args.check and not (args.run and args.format and args.out):
     parser.error("RUN, --format and --out are needed, or --check DIR")
@@ -177,9 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.exit(1, f"bigalign export: {error}\n")
   if found is None:
     needed = " and ".join(export_check.missing(args.format))
-    print(f"{out}: written; logits not compared, for want of {needed}")
+    print(f"{out}: written; outputs not compared, for want of {needed}")
     return 0
-  print(f"{out}: logits differ from the run's by {found:.1e} of the largest at most")
+  print(f"{out}: outputs differ from the run's by {found:.1e} of the largest at most")
   return int(not found <= export_check.TOLERANCE)
 
 

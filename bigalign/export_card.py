@@ -6,9 +6,10 @@ import json
 from typing import Any
 
 from bigalign.evaluate import Run
+from bigalign.export_check import READERS
 from bigalign.export_formats import Files
 from bigalign.metrics import read_metrics
-from bigalign.weights.fit import Subject, pads_unseen
+from bigalign.weights.fit import Subject, hides_padding, pads_unseen
 
 _HF = """```python
 from PIL import Image
@@ -49,9 +50,17 @@ from model import load
 logits = load("DIR").logits([Image.open("x.jpg")], ["a cat", "a dog"])
 ```
 """
+_SENTENCE = """```python
+from sentence_transformers import SentenceTransformer
+
+embeddings = SentenceTransformer("DIR").encode(["a cat", "a dog"])  # unit norm
+```
+
+It is the text side alone: the embeddings are compared with the run's own of images.
+"""
 _USE = {
   "hf": ("transformers", _HF), "open_clip": ("open_clip", _OPEN_CLIP), "npz": ("", _NPZ),
-  "torch": ("", _TORCH),
+  "torch": ("", _TORCH), "sentence-transformers": ("sentence-transformers", _SENTENCE),
 }
 
 
@@ -72,7 +81,12 @@ def text(
   """README.md, in the form that the Hugging Face hub reads."""
   library, use = _USE[about["format"]]
   data, prefix = about["config"]["data"], "ema/" if about["ema"] else ""
-  head = [f"license: {license}", "pipeline_tag: zero-shot-image-classification"]
+  what = READERS[about["format"]].what
+  task, title = {
+    "logits": ("zero-shot-image-classification", "An image-text dual encoder"),
+    "embeddings": ("sentence-similarity", "The text side of an image-text dual encoder"),
+  }[what]
+  head = [f"license: {license}", f"pipeline_tag: {task}"]
   head += [f"library_name: {library}"] if library else []
   measured = {
     k.removeprefix("ema/"): x for k, x in about["metrics"].items()
@@ -82,7 +96,7 @@ def text(
     "any padding will do, the end of a text is read and nothing sees what is behind it."
     if pads_unseen(it) else
     f"the model was trained on texts of exactly {data['tokenizer']['length']} tokens, padding"
-    + (" hidden by the attention mask." if it.model.text_tower.mask_padding else
+    + (" hidden by the attention mask." if hides_padding(it) else
        " seen; an attention mask would change the embeddings.")
   )
   rows = [
@@ -94,11 +108,11 @@ def text(
     ("samples seen", f"{about['samples_seen']:,}"),
     ("images", f"{data['image_size']} pixels, {data.get('resize', 'squash')}"),
     ("texts", f"{data['tokenizer']['name']}, {data['tokenizer']['length']} tokens"),
-    ("logits", "not compared" if found is None else
+    (what, "not compared" if found is None else
      f"differ from the run's by {found:.1e} of the largest at most"),
   ]
   parts = [
-    "---", *head, "---", "", "# An image-text dual encoder", "", "| | |", "|---|---|",
+    "---", *head, "---", "", f"# {title}", "", "| | |", "|---|---|",
     *(f"| {name} | {value} |" for name, value in rows), "",
     use.replace("DIR", "this folder").replace("{padding}", padding),
     "## Measured", "",

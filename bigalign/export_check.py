@@ -1,4 +1,4 @@
-"""An exported folder's logits against those that the run gave, each by its own library's way."""
+"""What an exported folder computes against what the run gave, each by its own library's way."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from bigalign.weights import torch_module
 from bigalign.weights.files import read_json
 
 TOLERANCE = 2e-5  # of the largest logit
-SAMPLES = "samples.npz"  # pictures, texts, and the run's logits of them
+SAMPLES = "samples.npz"  # pictures, texts, and the run's logits or embeddings of them
 
 
 def difference(folder: pathlib.Path) -> float:
-  """The largest difference of the logits in SAMPLES, relative to the largest of them.
+  """The largest difference from what is in SAMPLES, relative to the largest number there.
 
   Raises:
     FileNotFoundError: for a folder that bigalign did not write.
@@ -42,10 +42,10 @@ def difference(folder: pathlib.Path) -> float:
     )
   reader = READERS[kind]
   with np.load(folder / SAMPLES) as stored:
-    texts, expected = stored["texts"].tolist(), stored["logits"]
+    texts, expected = stored["texts"].tolist(), stored[reader.what]
     count = sum(name.startswith("image_") for name in stored.files)
     images = [Image.fromarray(stored[f"image_{i}"]) for i in range(count)]
-  found = reader.logits(folder, images, texts)
+  found = reader.compute(folder, images, texts)
   return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
@@ -91,6 +91,17 @@ def _open_clip(folder: pathlib.Path, images: list[Image.Image], texts: list[str]
   with torch.inference_mode():
     logits, _ = model.eval().get_logits(pixels, tokenizer(texts))
   return logits.numpy()
+
+
+def _sentence_transformers(
+  folder: pathlib.Path, images: list[Image.Image], texts: list[str]
+) -> np.ndarray:
+  import sentence_transformers
+
+  model = sentence_transformers.SentenceTransformer(
+    str(folder), device="cpu", local_files_only=True
+  )
+  return np.asarray(model.encode(texts))
 
 
 def _torch(folder: pathlib.Path, images: list[Image.Image], texts: list[str]) -> np.ndarray:
@@ -140,10 +151,14 @@ def _whole(folder: pathlib.Path, missing: Any, unexpected: Any) -> None:
 
 
 class Reader(NamedTuple):
-  """How a library computes logits [N, M] of N pictures and M texts, and its packages."""
+  """A library: its packages, and what it computes of N pictures and M texts.
 
-  logits: Callable[[pathlib.Path, list[Image.Image], list[str]], np.ndarray]
+  what: "logits" [N, M], or "embeddings" [M, E] where the folder holds the text side alone.
+  """
+
+  compute: Callable[[pathlib.Path, list[Image.Image], list[str]], np.ndarray]
   needs: tuple[str, ...]
+  what: str = "logits"
 
 
 READERS = {
@@ -151,4 +166,7 @@ READERS = {
   "open_clip": Reader(_open_clip, ("torch", "torchvision", "open_clip")),
   "torch": Reader(_torch, ("torch", "safetensors")),
   "npz": Reader(_big_vision, ()),
+  "sentence-transformers": Reader(
+    _sentence_transformers, ("torch", "sentence_transformers"), "embeddings"
+  ),
 }

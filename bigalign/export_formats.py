@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigalign.export_check import READERS
 from bigalign.model import PIXELS
-from bigalign.weights import hugging_face, tokenizer_files, torch_module, two_towers
-from bigalign.weights.fit import Family, Fitted, Subject, fit, pads_unseen
+from bigalign.weights import hugging_face, sentence, tokenizer_files, torch_module, two_towers
+from bigalign.weights.fit import Family, Fitted, Subject, fit, hides_padding, pads_unseen
 
 
 class Files(NamedTuple):
   """What goes into a folder.
 
-  family: whose model it is. weights: the file that holds `tensors`. files: {name: text, or JSON} of
-  the others.
+  family: whose model it is. tensors: {file of weights: what makes them}. files: {name: text, or
+  JSON} of the others.
   """
 
   family: str
-  weights: str
-  tensors: Callable[[], dict[str, np.ndarray]]
+  tensors: Mapping[str, Callable[[], dict[str, np.ndarray]]]
   files: dict[str, Any]
 
 
@@ -31,7 +31,7 @@ Reasons = dict[str, list[str]]  # {family: why it is not the model}
 
 def _tokenizer(it: Subject) -> dict[str, Any]:
   unseen = pads_unseen(it)
-  mask = it.model.text_tower.mask_padding and not unseen
+  mask = hides_padding(it) and not unseen
   return tokenizer_files.files(it.tokenizer, pads_unseen=unseen, mask=mask)
 
 
@@ -86,7 +86,19 @@ def _torch(it: Subject) -> Files | Reasons:
   files = {
     "model.py": torch_module.SOURCE.read_text(), "config.json": torch_module.config(it), **tokenizer
   }
-  return Files(family, "model.safetensors", functools.partial(torch_module.state, it), files)
+  return Files(family, {"model.safetensors": functools.partial(torch_module.state, it)}, files)
+
+
+def _sentence(it: Subject) -> Files | Reasons:
+  made = sentence.folder(it)
+  if isinstance(made, list):
+    return {sentence.NAME: made}
+  files, tensors = made
+  try:
+    tokenizer = _tokenizer(it)
+  except ValueError as error:
+    return {sentence.NAME: [str(error)]}
+  return Files(sentence.NAME, tensors, files | tokenizer)
 
 
 def _fitted(
@@ -105,7 +117,7 @@ def _fitted(
     except ValueError as error:
       reasons[family.name] = [str(error)]
       continue
-    return Files(family.name, weights, fitted.tensors, files)
+    return Files(family.name, {weights: fitted.tensors}, files)
   return reasons
 
 
@@ -118,6 +130,7 @@ FORMATS: dict[str, Callable[[Subject], Files | Reasons]] = {
     _fitted, two_towers.BIG_VISION, "model.npz", lambda fitted, it: _tokenizer(it)
   ),
   "torch": _torch,
+  "sentence-transformers": _sentence,
 }
 
 
@@ -131,7 +144,10 @@ def prepare(name: str, it: Subject) -> Files:
   found = FORMATS[name](it)
   if isinstance(found, Files):
     return found
-  others = [x for x in FORMATS if x != name and isinstance(FORMATS[x](it), Files)]
+  others = [
+    x if READERS[x].what == "logits" else f"{x} (the text side)"
+    for x in FORMATS if x != name and isinstance(FORMATS[x](it), Files)
+  ]
   reasons = "\n".join(f"  {family}: {'; '.join(why)}" for family, why in found.items())
   raise ValueError(
     f"--format={name} cannot hold this model.\n{reasons}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,10 @@ import tokenizers
 
 from bigalign import config as configs
 from bigalign import export, export_check, tree, weights
-from bigalign.data.tokenizers import make_tokenizer
 from bigalign.evaluate import Run
 from bigalign.export_formats import prepare
 from bigalign.model import make_model
-from bigalign.weights import hugging_face, tokenizer_files, two_towers
+from bigalign.weights import hugging_face, two_towers
 from bigalign.weights.fit import fit
 
 SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
@@ -38,15 +38,32 @@ SIGLIP = dict(
   embed_dim=16, image_projector=dict(name="identity"),
   text_projector=dict(name="linear", bias=True),
 )
+BERT = dict(
+  PLAIN, text=dict(name="bert", vocab_size=9, length=8, pool="pooler", **SIZE),
+)
+ROBERTA = dict(
+  image=dict(PLAIN["image"], pool="pooler", class_position=True),
+  text=dict(BERT["text"], types=1, pad=1, skip_padding=True, scan=False), embed_dim=12,
+)
+MPNET = dict(PLAIN, text=dict(ROBERTA["text"], types=0, buckets=32))
 CLIP_LOSS, SIGLIP_LOSS = dict(clip=dict(weight=1.0)), dict(siglip=dict(weight=1.0))
 
 
 @pytest.fixture
 def pieces(tmp_path):
+  return word_pieces(tmp_path)
+
+
+def word_pieces(tmp_path, first="[PAD] [UNK]"):
   """A WordPiece vocabulary whose end has the highest id."""
   file = tmp_path / "vocab.txt"
-  file.write_text("[PAD]\n[UNK]\n[CLS]\na\ncat\ndog\nphoto\nof\n[SEP]\n")
+  file.write_text("\n".join(f"{first} [CLS] a cat dog photo of [SEP]".split()))
   return dict(name="wordpiece", path=str(file), length=8)
+
+
+def pieces_for(model, tmp_path):
+  """Word pieces padded with the token that the text tower takes for padding."""
+  return word_pieces(tmp_path, "[UNK] [PAD]" if model["text"].get("pad") else "[PAD] [UNK]")
 
 
 def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0):
@@ -93,14 +110,17 @@ def no_torch(monkeypatch):
 @pytest.mark.parametrize("kind, model, loss, family", [
   ("hf", CLIP, CLIP_LOSS, "CLIPModel"),
   ("hf", PLAIN, CLIP_LOSS, "VisionTextDualEncoderModel"),
+  ("hf", BERT, CLIP_LOSS, "VisionTextDualEncoderModel with BERT"),
+  pytest.param("hf", ROBERTA, CLIP_LOSS, "VisionTextDualEncoderModel with BERT",
+               marks=pytest.mark.slow),
   pytest.param("hf", SIGLIP, SIGLIP_LOSS, "SiglipModel", marks=pytest.mark.slow),
   pytest.param("open_clip", CLIP, CLIP_LOSS, "open_clip's CLIP", marks=pytest.mark.slow),
   ("open_clip", PLAIN, SIGLIP_LOSS, "open_clip's CLIP"),
   ("npz", SIGLIP, SIGLIP_LOSS, "big_vision's two_towers"),
 ])
-def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, pieces, no_torch):
+def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
   """Read back without the library that it is for, it gives the run's logits."""
-  tokenizer = pieces if model is not SIGLIP else dict(name="byte", length=16)
+  tokenizer = dict(name="byte", length=16) if model is SIGLIP else pieces_for(model, tmp_path)
   run = make_run(tmp_path, model, loss, tokenizer)
   out, _ = export.export(run, kind, tmp_path / "out/folder", license="cc0-1.0")
   assert json.loads((out / "bigalign.json").read_text())["family"] == family
@@ -127,6 +147,39 @@ def test_masked_padding_is_asked_for_by_the_tokenizer(tmp_path, no_torch):
     made = prepare("hf", export.subject(run))
     asked = made.files["tokenizer_config.json"]["model_input_names"]
     assert asked == ["input_ids", "attention_mask"][: 1 + masked]
+
+
+@pytest.mark.parametrize("first, pad, skip, asked", [
+  ("[PAD] [UNK]", 0, False, 0),
+  ("[UNK] [PAD]", 0, False, 1),  # the mask hides padding, whatever the tower takes for it
+  ("[UNK] [PAD]", 1, True, 1),
+  ("[UNK] [PAD]", 0, True, None),  # its positions count from the tower's
+])
+def test_padding_is_one_token_in_all_files_of_bert(first, pad, skip, asked, tmp_path):
+  model = {**BERT, "text": {**BERT["text"], "pad": pad, "skip_padding": skip}}
+  it = export.subject(make_run(tmp_path, model, CLIP_LOSS, word_pieces(tmp_path, first)))
+  if asked is None:
+    with pytest.raises(ValueError, match=r"text\.pad=0, but the tokenizer pads with 1"):
+      prepare("hf", it)
+    return
+  files = prepare("hf", it).files
+  about, made = files["tokenizer_config.json"], files["tokenizer.json"]
+  assert files["config.json"]["text_config"]["pad_token_id"] == asked
+  assert made["model"]["vocab"][about["pad_token"]] == asked
+  assert about["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("changes, reason", [
+  (dict(pool="mean"), "config.model.text.pool='mean', there 'pooler'"),
+  (dict(pool="mean"), "Formats that can: sentence-transformers (the text side)"),
+  (dict(unit=True), "config.model.text.unit=True, there False"),
+  (dict(types=0), "config.model.text.types=0, there 1"),
+  (dict(buckets=32), "pad_token_id: 0; MPNet pads with 1"),
+])
+def test_texts_of_bert_that_the_pair_cannot_hold(changes, reason, tmp_path, pieces):
+  model = {**BERT, "text": {**BERT["text"], **changes}}
+  with pytest.raises(ValueError, match=re.escape(reason)):
+    prepare("hf", export.subject(make_run(tmp_path, model, CLIP_LOSS, pieces)))
 
 
 REFUSED = [
@@ -235,52 +288,3 @@ def test_the_scale_is_that_of_the_first_term_that_learns_one():
   assert export.scalars({}, {"a": {}}) == {"t": 0}
   found = export.scalars({"loss/albef_itc/temperature": np.float32(0.1)}, {"albef_itc": {}})
   np.testing.assert_allclose(np.exp(found["t"]), 10, rtol=1e-6)
-
-
-TEXTS = [
-  "Hello, World_3! it's fine", "naïve CAFÉ — “quoted” 10°C", "中文 and العربية", "a", " ",
-  "\n\n a b", "e\u0301 combined", "emoji 👍🏽 ok", "x" * 300, "one two " * 100,
-]
-
-
-@pytest.mark.parametrize("options", [
-  dict(name="clip", path="clip_bpe_simple_vocab_16e6.txt.gz", length=20),
-  dict(name="clip", path="clip_bpe_simple_vocab_16e6.txt.gz", length=20, canonicalize=True),
-  dict(name="wordpiece", path="bert_base_uncased_vocab.txt", length=20),
-  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20),
-  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20, lower=True),
-  dict(name="sentencepiece", path="maxtext_default_32768.spm.model", length=20, canonicalize=True),
-], ids=lambda x: x["name"])
-def test_real_tokenizers_as_files(options, data_root):
-  same_ids({**options, "path": str(data_root / "tokenizers" / options["path"])})
-
-
-@pytest.mark.parametrize("options", [
-  dict(name="byte", length=40), dict(name="byte", length=40, lower=True),
-  dict(name="words", length=12, vocabulary="glyphs"),
-], ids=lambda x: x["name"])
-def test_own_tokenizers_as_files(options):
-  same_ids(options)
-
-
-def same_ids(options):
-  """tokenizer.json gives what ours gives, and its configuration pads and cuts alike."""
-  tokenizer = make_tokenizer(**options)
-  found = tokenizer_files.files(tokenizer, pads_unseen=True, mask=False)
-  made = tokenizers.Tokenizer.from_str(json.dumps(found["tokenizer.json"]))
-  made.enable_truncation(found["tokenizer_config.json"]["model_max_length"])
-  for text, row, real in zip(TEXTS, *tokenizer.encode_batch(TEXTS)):
-    assert made.encode(text).ids == row[real].tolist(), text
-
-
-def test_tokenizers_that_no_file_describes(tmp_path, data_root):
-  (tmp_path / "words.txt").write_text("cat dog")
-  words = make_tokenizer("words", length=4, vocabulary=str(tmp_path / "words.txt"),
-                         drop_unknown=True)
-  with pytest.raises(ValueError, match="drop_unknown"):
-    tokenizer_files.files(words, pads_unseen=True, mask=False)
-  clip = make_tokenizer(
-    "clip", length=8, path=str(data_root / "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz")
-  )
-  with pytest.raises(ValueError, match="pads with '!'"):
-    tokenizer_files.files(clip, pads_unseen=False, mask=False)

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import test_export
+import test_export_sentence
 import torchvision_beside_cpu_torch
 from PIL import Image
 from shards import samples, write_tar
@@ -119,7 +120,7 @@ def test_transformers_loads_a_run(name, runs, libraries, data_root, tmp_path, ca
 
   run, out = runs(name, data_root), tmp_path / "hf"
   assert export.main([str(run), "--format=hf", f"--out={out}"]) == 0
-  assert export.main(["--check", str(out)]) == 0 and "logits differ" in capsys.readouterr().out
+  assert export.main(["--check", str(out)]) == 0 and "outputs differ" in capsys.readouterr().out
   model, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"]
   processor = transformers.AutoProcessor.from_pretrained(out, backend="pil")
@@ -145,6 +146,38 @@ def test_transformers_loads_a_plain_vit_beside_clip_text(plain, libraries, tmp_p
   """VisionTextDualEncoderModel."""
   _, found = export.export(plain("clip"), "hf", tmp_path / "hf")
   assert found is not None and found <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["BERT", "ROBERTA", "MPNET"])
+def test_transformers_loads_a_vit_beside_a_text_tower_of_berts_kind(name, libraries, tmp_path):
+  """With DINOv2 or ViT; positions, distances, padding and pooling are those of its classes."""
+  model = getattr(test_export, name)
+  run = test_export.make_run(
+    tmp_path, model, test_export.CLIP_LOSS, test_export.pieces_for(model, tmp_path)
+  )
+  out, found = export.export(run, "hf", tmp_path / "hf")
+  assert found is not None and found <= TOLERANCE
+  config = json.loads((out / "config.json").read_text())
+  assert config["text_config"]["model_type"] == name.lower()
+
+
+@pytest.mark.skipif(
+  not importlib.util.find_spec("sentence_transformers"),
+  reason="sentence_transformers is not installed: the extra interop",
+)
+@pytest.mark.parametrize("name, kind", [
+  ("mean", "BERT"), ("cls", "ROBERTA"), ("identity", "MPNET")
+])
+def test_sentence_transformers_loads_the_text_side(name, kind, libraries, tmp_path):
+  """Its own pooling, dense layers and norms, by the folder's own tokenizer."""
+  run = test_export_sentence.sentence_run(name, getattr(test_export, kind), tmp_path)
+  out, found = export.export(run, "sentence-transformers", tmp_path / "out")
+  assert found is not None and found <= TOLERANCE
+  tensors = open_tensors(out / "model.safetensors")
+  arrays = {key: np.array(tensors.read(key)) for key in tensors}
+  arrays["encoder.layer.1.output.LayerNorm.bias"][0] += 0.1
+  safetensors.save(out / "model.safetensors", arrays.items(), format="pt")
+  assert export.main(["--check", str(out)]) == 1
 
 
 # Each option of the towers that the module knows, in one of these.

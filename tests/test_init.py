@@ -167,6 +167,28 @@ def test_layers_are_frozen_and_slowed_one_by_one(clip, tmp_path):
     train.train(tmp_path / "scanned", **c)
 
 
+def test_a_run_begins_with_a_resnet_for_cifar(data_root, tmp_path):
+  """A real npz as init of the image tower: frozen parts stay, the others learn from there, and
+  batch norm keeps its statistics."""
+  file = data_root / "weights/resnet20_cifar10.npz"
+  given = dict(image=dict(init=str(file), **FLOAT32), text=TEXT, embed_dim=8)
+  c = config(tmp_path, given, image_size=32, frozen=r"image_tower/(stage_[12]|conv1|bn1)")
+  state = train.train(tmp_path / "run", **c)
+  model = open_run(tmp_path / "run").config["model"]
+  assert (model["image"]["name"], model["image"]["depth"]) == ("resnet_cifar", 20)
+  assert model["pixels"] == "imagenet"
+  arrays = jax.device_get({**state.trainable, **state.frozen})
+  with np.load(file) as theirs:
+    for stage in (1, 3):
+      path = f"model/image_tower/stage_{stage}_block_1"
+      for name, leaf in (("mean", "running_mean"), ("var", "running_var")):
+        expected = theirs[f"layer{stage}.1.bn2.{leaf}"]
+        np.testing.assert_array_equal(arrays[f"{path}/bn2/{name}"], expected)
+      kernel = theirs[f"layer{stage}.1.conv2.weight"].transpose(2, 3, 1, 0)
+      moved = np.abs(arrays[f"{path}/conv2/kernel"] - kernel).max()
+      assert moved == 0 if stage == 1 else 0 < moved < 0.01, (stage, moved)
+
+
 @pytest.mark.parametrize("small", [0, reading._SMALL])
 def test_stacks_are_loaded_where_they_lie(clip, small, monkeypatch):
   """Layer by layer in place, and on the host first: the same arrays as without devices."""

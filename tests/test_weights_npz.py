@@ -1,9 +1,7 @@
-"""npz files of big_vision: stacked layers, and files that somebody damaged."""
+"""npz files of big_vision and of convolutional towers: stacked layers, and damaged files."""
 
 from __future__ import annotations
 
-import io
-import pickle
 import random
 import zipfile
 
@@ -12,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import IDS, PICTURE
-from damage import HUGE, Harm, refused
+from damage import HUGE, array_bytes, members, put_members, refused, shapes_of, untrue
 
 from bigalign import tree, weights
-from bigalign.towers import TOWERS
+from bigalign.towers import TOWERS, mobilenet
 from bigalign.weights import transfer
 
 
@@ -73,18 +71,6 @@ def test_an_npz_with_stacked_layers_is_read(siglip):
     np.testing.assert_array_equal(back[key], x, err_msg=key)
 
 
-def members(file):
-  """{name: bytes} of an npz."""
-  with zipfile.ZipFile(file) as archive:
-    return {x.filename: archive.read(x) for x in archive.infolist()}
-
-
-def array_bytes(descr, shape, data=b"", columns=False):
-  """An npy file whose header need not be true."""
-  text = repr(dict(descr=descr, fortran_order=columns, shape=shape)).encode()
-  return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_damaged_npz_are_refused(siglip, tmp_path, seed):
   """30 of each seed: arrays that lie or hold objects, and bytes turned over."""
@@ -93,34 +79,13 @@ def test_damaged_npz_are_refused(siglip, tmp_path, seed):
   content = members(good)
   whole = good.read_bytes()
   trap = tmp_path / "harm"
-  objects = io.BytesIO()
-  np.save(objects, np.array([Harm(trap)], object), allow_pickle=True)
   file = tmp_path / "bad.npz"
   for i in range(30):
     # A key that the image tower or the text tower is made of.
     key = rng.choice([x for x in sorted(theirs) if "head" not in x])
-    true = theirs[key]
-    lies = [
-      objects.getvalue(),
-      array_bytes("|O", true.shape, pickle.dumps(Harm(trap))),
-      array_bytes("<f4", (HUGE,), true.tobytes()),
-      array_bytes("<f4", (2**62, 2**62), true.tobytes()),
-      array_bytes("<f4", (-1, 4), true.tobytes()),
-      array_bytes("<f4", (1.5,), true.tobytes()),
-      array_bytes("<f4", true.shape, true.tobytes()[:-4]),
-      array_bytes("<f4", true.shape, true.tobytes() + b"\0"),
-      array_bytes("<f4", (*true.shape, 1), true.tobytes()),
-      array_bytes("<i4", true.shape, true.tobytes()),
-      array_bytes([("a", "<f4")], true.shape, true.tobytes()),
-      array_bytes(",f4,O", true.shape, true.tobytes()),
-      content[f"{key}.npy"][:20], b"", b"\x93NUMPY\x09\x00", pickle.dumps(Harm(trap)),
-      b"\x93NUMPY\x02\x00" + b"\xff" * 4 + content[f"{key}.npy"][10:],
-      b"\x93NUMPY\x01\x00\x20\x00__import__('os').mkdir('harm')  " + true.tobytes(),
-    ]
+    lies = untrue(theirs[key], trap)
     if i < len(lies):
-      with zipfile.ZipFile(file, "w") as archive:
-        for name, data in content.items():
-          archive.writestr(name, lies[i] if name == f"{key}.npy" else data)
+      put_members(file, content | {f"{key}.npy": lies[i]})
       message = refused(file, shapes)
       assert str(file) in message and key in message, (i, message)
     elif i < len(lies) + 3:
@@ -148,3 +113,71 @@ def test_a_small_file_that_unpacks_to_much_is_refused(siglip, tmp_path):
         archive.writestr(name, bomb if name == f"{key}.npy" else data)
     message = refused(file, shapes)
     assert str(file) in message and key in message
+
+
+def resnet_keys():
+  """{key: shape} of a ResNet-14, as torch saves it."""
+  convs = {"conv1": (16, 3, 3, 3), "linear": (10, 64)}
+  for stage, width in enumerate((16, 32, 64), 1):
+    for block, conv in ((0, 1), (0, 2), (1, 1), (1, 2)):
+      inside = width // 2 if stage > 1 and (block, conv) == (0, 1) else width
+      convs[f"layer{stage}.{block}.conv{conv}"] = (width, inside, 3, 3)
+  found = {f"{name}.weight": shape for name, shape in convs.items()} | {"linear.bias": (10,)}
+  leaves = ("weight", "bias", "running_mean", "running_var")
+  return found | {
+    f"{name.replace('conv', 'bn')}.{leaf}": shape[:1]
+    for name, shape in convs.items() if name != "linear" for leaf in leaves
+  }
+
+
+def mobilenet_keys():
+  """{key: shape} of a MobileNetV2, as TF-slim names it."""
+  convs = {"Conv2d_0_0": (32, 3, 3, 3), "top": (10, 1, 1, 1280), "Conv2d_18_1": (1280, 1, 1, 320)}
+  width, i = 32, 0
+  for expansion, features, blocks, _ in mobilenet.STAGES:
+    for _ in range(blocks):
+      i, wide = i + 1, expansion * width
+      if expansion > 1:
+        convs[f"expanded_conv_{i}/expand"] = (wide, 1, 1, width)
+      convs[f"expanded_conv_{i}/depthwise"] = (1, 3, 3, wide)
+      convs[f"expanded_conv_{i}/project"] = (features, 1, 1, wide)
+      width = features
+  biases = {f"{k}/bias": x[-1:] if "depthwise" in k else x[:1] for k, x in convs.items()}
+  return {f"{k}/kernel": x for k, x in convs.items()} | biases
+
+
+@pytest.mark.parametrize("kind,keys,unread", [
+  ("resnet_cifar", resnet_keys, "linear"), ("mobilenet_v2", mobilenet_keys, "top")
+])
+def test_damaged_convolutional_towers_are_refused(kind, keys, unread, tmp_path):
+  """Arrays that lie, hold objects, are of another size, missing or too many; bytes turned over."""
+  arrays = {k: np.zeros(shape, np.float32) for k, shape in keys().items()}
+  good, file, trap = tmp_path / "good.npz", tmp_path / "bad.npz", tmp_path / "harm"
+  np.savez(good, **arrays)
+  checkpoint = weights.describe(good)
+  shapes = shapes_of(checkpoint)
+  assert checkpoint.kind == kind and checkpoint.load(shapes).keys() == shapes.keys()
+  content, whole, rng = members(good), good.read_bytes(), random.Random(kind)
+  names = [x for x in sorted(arrays) if not x.startswith(unread)]
+
+  def check(key):
+    message = refused(file, shapes)
+    assert str(file) in message and key in message, message
+
+  for i in range(len(untrue(arrays[names[0]], trap))):
+    key = rng.choice(names)
+    put_members(file, content | {f"{key}.npy": untrue(arrays[key], trap)[i]})
+    check(key)
+  for x in (np.zeros((3, 5), np.float32), np.zeros(arrays[key].shape, np.int8)):
+    np.savez(file, **arrays | {key: x})
+    check(key)
+  np.savez(file, **arrays | {"more/kernel": arrays[key]})
+  check("more/kernel")
+  for key in rng.sample(names, 4):
+    np.savez(file, **{k: x for k, x in arrays.items() if k != key})
+    check(key)
+    start = whole.index(f"{key}.npy".encode()) + len(f"{key}.npy")
+    at = rng.randrange(whole.index(b"\x93NUMPY", start), start + len(content[f"{key}.npy"]))
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
+    check(key)
+  assert not trap.exists()

@@ -45,6 +45,8 @@ def _bert(
     raise ValueError(f"position_embedding_type: {position_embedding_type!r}; known: 'absolute'")
   if is_decoder:
     raise ValueError("is_decoder: true; a text tower is an encoder")
+  if buckets and pad_token_id != 1:  # MPNetModel counts positions from 1, whatever the config says
+    raise ValueError(f"pad_token_id: {pad_token_id!r}; MPNet pads with 1")
   prefix = prefix or start(shapes, "bert.", "roberta.", "mpnet.")
   pad = pad_token_id or 0
   other, n = f"{prefix}encoder.layer.{{}}.", num_hidden_layers

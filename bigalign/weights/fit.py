@@ -14,6 +14,7 @@ from bigalign import config as configs
 from bigalign import tree, weights
 from bigalign.data.tokenizers import Tokenizer
 from bigalign.model import DualEncoder, make_model
+from bigalign.towers.bert import Bert
 from bigalign.weights import transfer
 from bigalign.weights.layout import ACTIVATIONS, Layout
 
@@ -79,7 +80,13 @@ class Fitted(NamedTuple):
 def pads_unseen(subject: Subject) -> bool:
   """No token that is read sees the padding behind the end of a text."""
   text = subject.model.text_tower
-  return bool(text.block["causal"]) and _reads_end(text, subject)
+  return bool(text.block.get("causal")) and _reads_end(text, subject)
+
+
+def hides_padding(subject: Subject) -> bool:
+  """The text tower's attention leaves padding out; BERT's always does."""
+  text = subject.model.text_tower
+  return isinstance(text, Bert) or bool(text.mask_padding)
 
 
 def fit(family: Family, subject: Subject) -> Fitted | list[str]:
@@ -93,8 +100,8 @@ def fit(family: Family, subject: Subject) -> Fitted | list[str]:
   ]
   if strange:
     return strange
-  config = family.config(subject)
   try:
+    config = family.config(subject)
     layout = weights.LAYOUTS[family.kind](family.keys(subject), family.name, "", **config)
     theirs = _model(layout, model)
   except ValueError as error:  # what the reader of their config would say
@@ -102,9 +109,9 @@ def fit(family: Family, subject: Subject) -> Fitted | list[str]:
   wrong = [
     f"config.model.{side}{part}.{name}={a!r}, there {b!r}"
     for side in sides for part in ("", "_projector")
-    for name, (a, b) in _differences(
+    for name, (a, b) in differences(
       getattr(model, f"{side}{part or '_tower'}"), getattr(theirs, f"{side}{part or '_tower'}"),
-      family, subject,
+      subject, family.masks,
     ).items()
   ]
   if "b" in subject.arrays and not any(row.ours == "b" for row in layout.rows):
@@ -135,10 +142,10 @@ def _options(module: Any) -> dict[str, Any]:
   }
 
 
-def _differences(
-  ours: Any, theirs: Any, family: Family, subject: Subject
+def differences(
+  ours: Any, theirs: Any, subject: Subject, masks: bool = False
 ) -> dict[str, tuple[Any, Any]]:
-  """{option: (ours, theirs)} where a module of theirs computes something else."""
+  """{option: (ours, theirs)} where a module of theirs computes something else; masks: as Family."""
   a, b = _options(ours), _options(theirs)
   if a["name"] != b["name"]:
     return {"name": (a["name"], b["name"])}
@@ -148,8 +155,10 @@ def _differences(
       b |= {"pool": "end", "eos": None}
       if a["causal"]:  # what comes behind the end is not seen anyway
         a["mask_padding"] = b["mask_padding"]
-    if family.masks:
+    if masks:
       a["mask_padding"] = b["mask_padding"]
+  if a.get("skip_padding") is False:  # training gives the mask, which says what is padding
+    a["pad"] = b["pad"]
   found = {k: (a.get(k), b.get(k)) for k in (*a, *(b.keys() - a)) if a.get(k) != b.get(k)}
   # A bias that we lack is zeros there.
   zeros = {"biases": lambda x, y: set(x) <= set(y), "bias": lambda x, y: y}
