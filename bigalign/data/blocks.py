@@ -17,6 +17,7 @@ epoch, with no state and no table.
 from __future__ import annotations
 
 import fractions
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy as np
 from bigalign.data import order
 
 POOL = 50  # batches over which a sample may move
+STEP_LANES = 12
 
 
 class Lanes(NamedTuple):
@@ -35,7 +37,7 @@ class Lanes(NamedTuple):
 
 
 def make_lanes(
-    rows: fractions.Fraction, *, block: int, row_lanes: int = 64, step_lanes: int = 12,
+    rows: fractions.Fraction, *, block: int, row_lanes: int = 64, step_lanes: int = STEP_LANES,
     pool: int = POOL,
 ) -> Lanes:
   """Lanes for a source that fills `rows` of every batch.
@@ -50,6 +52,14 @@ def make_lanes(
   lanes = row_lanes * step_lanes
   window = block * max(2, int(pool * rows / (lanes * block)))
   return Lanes(block, window, lanes, (max(cycle.numerator, cycle.denominator), cycle.denominator))
+
+
+def held(lanes: Lanes, share: float) -> int:
+  """The most samples that are fetched and not read yet, where `share` of the positions is read."""
+  # Rows of a host may cut a lane at either end, in each batch of a cycle. A window begins and ends
+  # inside of blocks.
+  own = min(math.ceil(lanes.lanes * share) + 2 * STEP_LANES, lanes.lanes)
+  return own * (lanes.window + lanes.block)
 
 
 def block_index(positions: np.ndarray, *, size: int, seed: int, lanes: Lanes) -> np.ndarray:

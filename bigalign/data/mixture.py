@@ -14,13 +14,13 @@ from __future__ import annotations
 import fractions
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bigalign.data import blocks, order
-from bigalign.data.sources import Concatenation, Source, where
+from bigalign.data.sources import Concatenation, Source, prefetch, where
 
 SHARES = 1 << 30  # shares are multiples of its inverse
 UNITS = ("samples", "steps", "epochs")
@@ -77,6 +77,9 @@ class Prefixed:
 
   def where(self, i: int) -> tuple[str, int, int]:
     return where(self._source, i)
+
+  def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
+    prefetch(self._source, ids, hold=hold)
 
   def _with_prefix(self, captions: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(self._prefix + caption for caption in captions)
@@ -137,13 +140,14 @@ class Order:
     if kind not in ORDERS:
       raise ValueError(f"config.data.order={kind!r}; known: {ORDERS}")
     self._split = Split(source, batch_size=lane_rows) if isinstance(source, Mixture) else None
-    parts = source.sources if isinstance(source, Mixture) else (source,)
-    self._sizes = [len(part) for part in parts]
+    self._parts = source.sources if isinstance(source, Mixture) else (source,)
+    self._sizes = [len(part) for part in self._parts]
     self._firsts = np.array([0, *itertools.accumulate(self._sizes)])
     self._seeds = [seed] if self._split is None else [
-        int(order.hash_words(order.SOURCE, seed, s)[0]) for s in range(len(parts))]
+        int(order.hash_words(order.SOURCE, seed, s)[0]) for s in range(len(self._parts))]
     self._shuffle = shuffle
-    self._lanes = [self._make_lanes(part, s, kind, lane_rows) for s, part in enumerate(parts)]
+    self._lanes = [self._make_lanes(part, s, kind, lane_rows)
+                   for s, part in enumerate(self._parts)]
 
   def _make_lanes(self, part: Source, s: int, kind: str, rows: int) -> blocks.Lanes | None:
     block = getattr(part, "block", 1)
@@ -168,6 +172,13 @@ class Order:
   def source_of(self, indices: np.ndarray) -> np.ndarray:
     """[N] → [N]: the place in `names` of the source that each index belongs to."""
     return np.searchsorted(self._firsts, indices, side="right") - 1
+
+  def prefetch(self, indices: np.ndarray, *, share: float) -> None:
+    """Has the sources fetch what comes at positions; `share` of all positions are read here."""
+    for s, (part, lanes) in enumerate(zip(self._parts, self._lanes)):
+      own = indices - self._firsts[s]
+      prefetch(part, own[(own >= 0) & (own < self._sizes[s])].tolist(),
+               hold=blocks.held(lanes, share) if lanes else 0)
 
   def _own(self, s: int, positions: np.ndarray) -> np.ndarray:
     size, seed, lanes = self._sizes[s], self._seeds[s], self._lanes[s]

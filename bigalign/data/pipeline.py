@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bigalign.data import order, transforms
+from bigalign.data import blocks, order, transforms
 from bigalign.data.captions import ANY, Columns, by_field, choose, lacks, repaired
 from bigalign.data.decode import decode
 from bigalign.data.mixture import Order
@@ -97,7 +98,7 @@ def train_batches(
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
       places=places, captions=captions, second_captions=second_captions,
       captions_per_image=captions_per_image, stop=stop, rejected_log=rejected_log,
-      stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif)
+      stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif, workers=workers)
   return iterate(batches, workers=workers)
 
 
@@ -158,7 +159,8 @@ class _TrainBatches(Decoded):
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, seed: int, image_size: int,
                tokenizer, start: int, augment: Mapping[str, Any], places: Order,
                captions: Columns, second_captions: Columns, captions_per_image: int,
-               stop: int | None, rejected_log: str, stop_at_bad_shard: bool, apply_exif: bool):
+               stop: int | None, rejected_log: str, stop_at_bad_shard: bool, apply_exif: bool,
+               workers: int):
     super().__init__(source, image_size=image_size, tokenizer=tokenizer, rejected_log=rejected_log,
                      apply_exif=apply_exif)
     self._stop_at_bad_shard = stop_at_bad_shard
@@ -174,6 +176,7 @@ class _TrainBatches(Decoded):
     self._places = places
     self._captions, self._second_captions = captions, second_captions
     self._captions_per_image = captions_per_image
+    self._next = max(workers, 1)  # a worker makes every workers-th batch
     # Positions are int64; grain wants a length even of what does not end.
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
 
@@ -184,8 +187,9 @@ class _TrainBatches(Decoded):
     return f"train batches of {self._source!r}"
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
-    positions = self._start + k * self._batch_size + self._rows
+    positions = self._positions(k)
     indices = self._places(positions)
+    self._prefetch(k, indices)
     b, size = len(positions), self._image_size
     images = np.empty((b, size, size, 3), np.uint8)
     labels = np.empty(b, np.int32)
@@ -213,6 +217,17 @@ class _TrainBatches(Decoded):
       batch["text_second"], batch["text_second_mask"] = self._tokenizer.encode_batch(seconds)
       batch["repaired"] += repaired(seconds)
     return batch
+
+  def _positions(self, k: int) -> np.ndarray:
+    return self._start + k * self._batch_size + self._rows
+
+  def _prefetch(self, k: int, indices: np.ndarray) -> None:
+    """Begins to fetch this batch and the next one of this worker, whose waits decoding hides."""
+    if k + self._next < len(self):
+      indices = np.append(indices, self._places(self._positions(k + self._next)))
+    # Workers whose number divides blocks.STEP_LANES have lanes of their own, others share them.
+    workers = math.gcd(self._next, blocks.STEP_LANES)
+    self._places.prefetch(indices, share=len(self._rows) / self._batch_size / workers)
 
   def _usable(self, position: int, index: int, *,
               rejects: np.ndarray) -> tuple[int, dict[str, Any], dict[str, tuple[str, ...]]]:

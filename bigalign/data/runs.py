@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import threading
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from bigalign.data import storage
 from bigalign.data.shards import Shards
@@ -14,76 +15,69 @@ from bigalign.data.shards import Shards
 RUN = 32  # samples of a request: a few MB, so that the bytes and not the wait take the time
 
 
-class Runs:
-  """The bytes of sample i. A run is dropped when each of its samples was read once.
+class _Run(NamedTuple):
+  samples: concurrent.futures.Future[dict[int, bytes]]
+  unread: set[int]
 
-  room         bytes held at most, if runs are read in part; then the least recently used go
+
+class Runs:
+  """The bytes of sample i. Each is held until it was read once; then another request brings it.
+
+  hold         unread samples held at most; beyond it the least recently used runs go
   connections  requests under way at a time
   Pickles as empty: another process fetches for itself.
   """
 
-  def __init__(self, shards: Shards, *, block: int, room: int = 1 << 30, connections: int = 16):
-    self._shards, self._block, self._room, self._connections = shards, block, room, connections
+  def __init__(self, shards: Shards, *, block: int, hold: int = 1024, connections: int = 16):
+    self._shards, self._block, self._hold, self._connections = shards, block, hold, connections
     self._lock = threading.Lock()
     self._pool: concurrent.futures.ThreadPoolExecutor | None = None
-    self._held: collections.OrderedDict[int, concurrent.futures.Future] = collections.OrderedDict()
-    self._left: dict[int, int] = {}  # run → samples not read yet
-    self._used = 0
+    self._runs: collections.OrderedDict[int, _Run] = collections.OrderedDict()
+    self._unread = 0  # of all runs
 
   def __reduce__(self):
-    return functools.partial(Runs, self._shards, block=self._block, room=self._room,
+    return functools.partial(Runs, self._shards, block=self._block, hold=self._hold,
                              connections=self._connections), ()
 
   def __getitem__(self, i: int) -> bytes:
-    run = i // self._block
     with self._lock:
-      fetched = self._fetch(run)
-      self._left[run] -= 1
-      if not self._left[run]:
-        self._drop(run)
-    return fetched.result()[i - run * self._block]
+      run = self._fetch(i // self._block)
+      if first := i in run.unread:
+        run.unread.remove(i)
+        self._unread -= 1
+      if not run.unread:
+        del self._runs[i // self._block]
+    return run.samples.result().pop(i) if first else self._read(range(i, i + 1))[i]
 
-  def prefetch(self, ids: Iterable[int]) -> None:
-    """Begins to fetch the runs of samples, as far as there is room."""
+  def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
+    """Begins to fetch the runs of samples, as many as can be held; `hold` widens that for good."""
     with self._lock:
-      for run in dict.fromkeys(i // self._block for i in ids):
-        if run not in self._held and self._used + self._size(run) <= self._room:
-          self._fetch(run)
+      self._hold = max(self._hold, hold)
+      wanted = dict.fromkeys(i // self._block for i in ids)
+      # Those that are there come first, so that they are not the ones that go to make room.
+      for n in sorted(wanted, key=lambda n: n not in self._runs)[:self._hold // self._block]:
+        self._fetch(n)
 
-  def _fetch(self, run: int) -> concurrent.futures.Future:
-    if run not in self._held:
+  def _fetch(self, n: int) -> _Run:
+    if n not in self._runs:
       self._pool = self._pool or concurrent.futures.ThreadPoolExecutor(self._connections)
-      self._used += self._size(run)
-      while self._used > self._room and self._held:
-        self._drop(next(iter(self._held)))
-      self._held[run] = self._pool.submit(self._read, run)
-      self._left[run] = len(self._ids(run))
-    self._held.move_to_end(run)
-    return self._held[run]
+      ids = range(n * self._block, min((n + 1) * self._block, len(self._shards)))
+      while self._runs and self._unread + len(ids) > self._hold:
+        self._unread -= len(self._runs.popitem(last=False)[1].unread)
+      self._runs[n] = _Run(self._pool.submit(self._read, ids), set(ids))
+      self._unread += len(ids)
+    self._runs.move_to_end(n)
+    return self._runs[n]
 
-  def _drop(self, run: int) -> None:
-    self._used -= self._size(run)
-    del self._held[run], self._left[run]
-
-  def _ids(self, run: int) -> range:
-    return range(run * self._block, min((run + 1) * self._block, len(self._shards)))
-
-  def _pieces(self, run: int) -> list[tuple[int, list[tuple[int, int]]]]:
-    """(shard, spans of its samples) of the shards in a run."""
-    spans: dict[int, list[tuple[int, int]]] = {}
-    for i in self._ids(run):
+  def _read(self, ids: range) -> dict[int, bytes]:
+    """The bytes of consecutive samples, with a request for each shard that they lie in."""
+    spans: dict[int, dict[int, tuple[int, int]]] = {}
+    for i in ids:
       shard = self._shards.shard(i)
-      spans.setdefault(shard, []).append(self._shards.span(i, shard))
-    return list(spans.items())
-
-  def _size(self, run: int) -> int:
-    return sum(spans[-1][1] - spans[0][0] for _, spans in self._pieces(run))
-
-  def _read(self, run: int) -> list[bytes]:
-    samples = []
-    for shard, spans in self._pieces(run):
-      first = spans[0][0]
-      data = storage.read(self._shards.paths[shard], first, spans[-1][1],
-                          expect=self._shards.stat(shard))
-      samples += [data[start - first:end - first] for start, end in spans]
+      spans.setdefault(shard, {})[i] = self._shards.span(i, shard)
+    samples: dict[int, bytes] = {}
+    for shard, own in spans.items():
+      (first, _), (_, end) = own[min(own)], own[max(own)]
+      data = storage.read(self._shards.paths[shard], first, end, expect=self._shards.stat(shard))
+      samples |= {i: data[start - first:stop - first] for i, (start, stop) in own.items()}
     return samples

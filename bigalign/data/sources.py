@@ -14,7 +14,7 @@ import importlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bigalign.data.arrayrecord import ArrayRecord
@@ -29,7 +29,8 @@ class Source(Protocol):
 
   May have `classnames`, a tuple in the order of the labels; `block`, how many consecutive samples
   it reads at once if not one; `where`(i) → (file of sample i, its place there, samples in that
-  file). __getitem__ may raise Rejected.
+  file); `prefetch`(ids, hold=n), which begins to fetch what is far away and from then on has room
+  for n samples that were fetched and not read. __getitem__ may raise Rejected.
   """
   fingerprint: str  # hex; changes if the data changed
 
@@ -120,6 +121,17 @@ class Concatenation:
   def where(self, i: int) -> tuple[str, int, int]:
     which = bisect.bisect_right(self._firsts, i) - 1
     return where(self.sources[which], i - self._firsts[which])
+
+  def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
+    ids = list(ids)
+    for source, first, end in zip(self.sources, self._firsts, self._firsts[1:]):
+      prefetch(source, [i - first for i in ids if first <= i < end], hold=hold)
+
+
+def prefetch(source: Source, ids: Iterable[int], *, hold: int = 0) -> None:
+  """Has a source that can begin to fetch samples; nothing for others."""
+  if hasattr(source, "prefetch"):
+    source.prefetch(ids, hold=hold)
 
 
 def where(source: Source, i: int) -> tuple[str, int, int]:

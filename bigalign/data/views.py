@@ -19,12 +19,12 @@ import itertools
 import json
 import operator
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from bigalign.data.sources import Source, expand_variables, where
+from bigalign.data.sources import Source, expand_variables, prefetch, where
 
 Columns = Mapping[str, np.ndarray]
 
@@ -72,6 +72,11 @@ class View:
 
   def where(self, i: int) -> tuple[str, int, int]:
     return where(self._source, self._place(i))
+
+  def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
+    # Samples that the view leaves out are fetched with their neighbours, a block for one at most.
+    fetched = min(-(-len(self._source) // len(self)), self.block)
+    prefetch(self._source, map(self._place, ids), hold=hold * fetched)
 
   def _place(self, i: int) -> int:
     high = int(np.searchsorted(self._ends, i, side="right"))

@@ -61,10 +61,10 @@ class WebDataset:
     return dict(image=image, key=key, label=fields.label(found, key=key),
                 **fields.captions(found, self.captions, key=key))
 
-  def prefetch(self, ids: Iterable[int]) -> None:
+  def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
     """Begins to fetch the blocks of samples that will be read soon; of no use on local disks."""
     if self._runs:
-      self._runs.prefetch(ids)
+      self._runs.prefetch(ids, hold=hold)
 
   def columns(self) -> Iterator[np.ndarray]:
     """The columns for filters (stats.py) of each shard in order, [N] each, mapped into memory."""
