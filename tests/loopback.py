@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.server
 import pathlib
 import re
@@ -56,24 +55,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if failure or not path.is_file():
       self._answer(failure or 404, b"")
       return
-    data = path.read_bytes()
+    status = path.stat()
+    size, tag = status.st_size, f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-    if not asked:
-      self._answer(200, data, data)
-    elif int(asked[1]) >= len(data):
-      self._answer(416, b"", data)
-    else:
-      first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
-      self._answer(206, data[first:last + 1], data,
-                   span=f"bytes {first}-{last}/{len(data)}")
+    first, last = (int(asked[1]), min(int(asked[2] or size), size - 1)) if asked else (0, size - 1)
+    if asked and first >= size:
+      self._answer(416, b"", tag)
+      return
+    with path.open("rb") as file:
+      file.seek(first)
+      body = file.read(last + 1 - first)
+    self._answer(206 if asked else 200, body, tag,
+                 span=f"bytes {first}-{last}/{size}" if asked else "")
 
-  def _answer(self, status: int, body: bytes, whole: bytes = b"", *, span: str = "") -> None:
+  def _answer(self, status: int, body: bytes, tag: str = "", *, span: str = "") -> None:
     self.send_response(status)
     self.send_header("Content-Length", str(len(body)))
     if span:
       self.send_header("Content-Range", span)
-    if whole:
-      self.send_header("ETag", f'"{hashlib.sha256(whole).hexdigest()[:16]}"')
+    if tag:
+      self.send_header("ETag", tag)
     self.end_headers()
     if self.command == "GET":
       self.wfile.write(body)

@@ -1,0 +1,75 @@
+"""Training reads a store of objects as it reads a disk: equal batches, each byte fetched once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import numpy as np
+import pytest
+from loopback import store
+from shards import picture, write_tar
+
+from bigalign import index as program
+from bigalign.data import storage
+from bigalign.data.pipeline import train_batches
+from bigalign.data.sources import open_source
+
+B, SHARDS, SAMPLES = 32, 3, 3072  # of a shard; an epoch is several times what an order holds
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+  """A folder of shards, and of their index."""
+  folder = tmp_path_factory.mktemp("store")
+  images = [picture(i) for i in range(16)]
+  for shard in range(SHARDS):
+    write_tar(folder / f"{shard}.tar", [
+      member for i in range(SAMPLES) for member in (
+        (f"{i:05d}.jpg", images[(i + shard) % 16]), (f"{i:05d}.txt", f"{shard} {i}".encode()))])
+  assert program.main([f"{folder}/*.tar", f"--out={folder}", "--workers=1"]) == 0
+  return folder
+
+
+@pytest.fixture
+def served(shards, monkeypatch):
+  """The store of these shards, and the pattern to read them there."""
+  monkeypatch.setenv("BIGALIGN_INDEX", str(shards / "index"))
+  with store(shards) as server:
+    pattern = f"{server.url}/{{0..{SHARDS - 1}}}.tar"
+    assert program.main([pattern, f"--out={shards / 'index'}", "--workers=1"]) == 0
+    server.requests.clear()
+    yield server, pattern
+
+
+def epoch(pattern, *, stop=SHARDS * SAMPLES, **options):
+  """The batches of an epoch in the order of blocks."""
+  return contextlib.closing(train_batches(
+    open_source(pattern), batch_size=B, rows=np.arange(B), seed=1, image_size=8, kind="block",
+    tokenizer=dict(name="byte", length=16), stop=stop, **options))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_store_are_those_of_a_disk(shards, served, workers):
+  server, pattern = served
+  server.failures = [429, 503, 0, 500]  # also of the workers' first requests
+  seen = 0
+  with epoch(f"{shards}/*.tar") as local, epoch(pattern, workers=workers) as remote:
+    for found, wanted in zip(remote, local, strict=True):
+      assert found.keys() == wanted.keys()
+      assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+      seen += len(found["image"])
+  assert seen == SHARDS * SAMPLES and not server.failures
+  sent = sum(size for _, size in server.requests)
+  whole = sum(os.path.getsize(shards / f"{n}.tar") for n in range(SHARDS))
+  assert 0.99 * whole < sent <= 1.05 * whole
+
+
+def test_a_shard_that_goes_missing_ends_training_with_its_name(shards, served, monkeypatch):
+  monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+  server, pattern = served
+  with epoch(pattern) as batches:
+    next(batches)
+    server.failures = [404] * 10**4
+    with pytest.raises(FileNotFoundError, match=r"http://.*/\d\.tar: there is no such object"):
+      list(batches)
