@@ -77,9 +77,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.send_header("ETag", tag)
     self.end_headers()
     if self.command == "GET":
-      self.wfile.write(body)
-      with self.server.lock:
+      with self.server.lock:  # before the client has the answer, and counts
         self.server.requests.append((self.path.lstrip("/"), len(body)))
+      self.wfile.write(body)
 
 
 @contextlib.contextmanager
