@@ -64,14 +64,15 @@ def _matching(image: Store, texts: Sequence[Store]) -> np.ndarray | None:
   """The rows of the images that all of `texts` have; None for all. Held on the disk."""
   if not texts:
     return None
-  file = tempfile.TemporaryFile()  # noqa: SIM115
-  for ids, rows in image.sorted_ids():
-    found = np.ones(len(ids), bool)
-    for text in texts:
-      found &= text.find(ids)[1] > 0
-    file.write(rows[found].tobytes())
-  count = file.tell() // 8
-  kept = np.memmap(file, np.uint64, "r+", shape=(count,)) if count else np.empty(0, np.uint64)
+  with tempfile.TemporaryFile() as file:  # its map outlives it
+    for ids, rows in image.sorted_ids():
+      found = np.ones(len(ids), bool)
+      for text in texts:
+        found &= text.find(ids)[1] > 0
+      file.write(rows[found].tobytes())
+    file.flush()
+    count = file.tell() // 8
+    kept = np.memmap(file, np.uint64, "r+", shape=(count,)) if count else np.empty(0, np.uint64)
   kept.sort()
   return None if count == len(image) else kept
 

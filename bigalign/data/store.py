@@ -292,8 +292,8 @@ def _by_high_bits(folder: pathlib.Path, files: Sequence[Mapping[str, Any]],
                   count: int) -> Iterator[np.ndarray]:
   """[N, 3] uint64 (id, row, place) of all rows, by ascending ranges of ids that fit in memory."""
   bits = max(0, (count // CHUNK).bit_length())
-  with tempfile.TemporaryDirectory(dir=folder) as scratch:
-    heaps = [open(pathlib.Path(scratch) / str(i), "w+b") for i in range(1 << bits)]  # noqa: SIM115
+  with contextlib.ExitStack() as scratch:
+    heaps = [scratch.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(1 << bits)]
     row = 0
     for file in files:
       samples = np.load(folder / f"{file['stem']}.samples.npy", mmap_mode="r", allow_pickle=False)
@@ -308,7 +308,6 @@ def _by_high_bits(folder: pathlib.Path, files: Sequence[Mapping[str, Any]],
     for heap_file in heaps:
       heap_file.seek(0)
       yield np.frombuffer(heap_file.read(), np.uint64).reshape(-1, 3)
-      heap_file.close()
 
 
 @contextlib.contextmanager
