@@ -161,7 +161,7 @@ def header(
   tower = {k: v for k, v in model[side].items() if k not in _SAME}
   before = (
     dict(image_size=data["image_size"], resize=data.get("resize", "squash"),
-         pixels=model.get("pixels", "half"))
+         apply_exif=data.get("apply_exif", False), pixels=model.get("pixels", "half"))
     if side == "image" else dict(tokenizer=digest(data["tokenizer"]))
   )
   return dict(side=side, tower=tower, weights=weights.hexdigest()[:32], **before)
@@ -197,7 +197,8 @@ def _fill(
   """Embeds the pieces that are missing on some side, one after the other."""
   first = min(found.next for found in ranges.values())
   rows = sharding.host_rows(towers.mesh, batch_size)
-  options = {k: data[k] for k in ("image_size", "tokenizer", "resize", "workers") if k in data}
+  shared = ("image_size", "tokenizer", "resize", "apply_exif", "workers")
+  options = {k: data[k] for k in shared if k in data}
   room = data.get("captions_per_image", CAPTIONS_PER_IMAGE) if "text" in folders else 0
   batches = evaluation.eval_batches(
     source, batch_size=batch_size, rows=rows, captions=room, start=first * per_piece * batch_size,

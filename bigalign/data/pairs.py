@@ -138,7 +138,7 @@ class _PairBatches:
         image=source.image.read(rows), text=source.text.read(first + ordinal), text_mask=seen,
         image_id=words(indices), text_id=words(indices * self._captions_per_image + ordinal),
         label=np.full(b, -1, np.int32), source=np.zeros(b, np.int32),
-        rejects=np.zeros((b, len(REASONS)), np.int32))
+        rejects=np.zeros((b, len(REASONS)), np.int32), repaired=np.zeros(b, np.int32))
     if source.second:
       batch |= dict(text_second=self._second(ids, draw, ordinal), text_second_mask=seen)
     return batch
