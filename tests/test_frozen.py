@@ -121,7 +121,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
   assert (len(image), len(text)) == (19, 18)
   assert sum(image.left_out.values()) == 1 and image.left_out.keys() == text.left_out.keys()
   config["batch_size"] = 8
-  with pytest.raises(ValueError, match="18 of the 19 images .* have captions"):
+  with pytest.raises(ValueError, match=r"18 of the 19 images .* have captions"):
     train.train(tmp_path / "run", **with_stores(config, folders))
 
 
