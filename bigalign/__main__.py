@@ -8,6 +8,7 @@ import sys
 PROGRAMS = {
   "train": "trains a model from a config file",
   "evaluate": "runs the evaluators on a run's checkpoint",
+  "embed": "a dataset through frozen towers, into embedding stores",
   "report": "makes one HTML page of a run",
   "export": "writes a run as a folder that PyTorch's libraries load",
   "index": "makes shards ready for training: where each of their samples lies",

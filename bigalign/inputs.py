@@ -13,9 +13,11 @@ from bigalign.data import pipeline, transforms
 from bigalign.data.captions import columns, fields
 from bigalign.data.mixture import Mixture, Prefixed
 from bigalign.data.order import philox
+from bigalign.data.pairs import Pairs, pair_batches
 from bigalign.data.sources import Source, open_source
 from bigalign.data.tokenizers import TOKENIZERS, Tokenizer
 from bigalign.data.views import View
+from bigalign.data.workers import Batches
 
 
 def open_data(
@@ -25,6 +27,7 @@ def open_data(
   tokenizer: Mapping[str, Any],
   mixture: Sequence[Mapping[str, Any]] = (),
   schedule: Sequence[Any] = (),
+  stores: Mapping[str, Any] | None = None,
   view: str = "",
   augment: Mapping[str, Any] | None = None,
   resize: str = "squash",
@@ -38,7 +41,7 @@ def open_data(
   workers: int = 0,
   rejects: Mapping[str, Any] | None = None,
   stop_at_bad_shard: bool = True,
-) -> tuple[Source, dict[str, Any]]:
+) -> tuple[Source | Pairs, dict[str, Any]]:
   """What config.data says: the source, and how training reads it.
 
   Args:
@@ -47,6 +50,8 @@ def open_data(
     mixture: instead of `source`, several by their shares: options of mixture_part each.
     schedule: ((start, {name: weight}), …): other weights for a mixture from there on; start is
       "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
+    stores: vectors of frozen towers that `bigalign embed` made of the source, which is then not
+      read: options of pairs.Pairs, dict(image=DIR, text=DIR). None, or one without paths: no store.
     image_size: pixels per side.
     tokenizer: name, length and options of a tokenizer.
     view: of the source, made by `bigalign view`: only the samples that it keeps.
@@ -77,6 +82,9 @@ def open_data(
   if second and captions is None:
     raise ValueError(f"config.data.second_captions={second_captions}: name the fields of the first"
                      " in config.data.captions too")
+  if has_stores(stores):
+    pairs: Pairs = configs.call(Pairs, stores or {}, "config.data.stores")
+    return pairs, dict(shuffle=shuffle, kind=order, captions_per_image=captions_per_image)
   if bool(source) == bool(mixture):
     raise ValueError("config.data needs either source or mixture, and not both")
   wanted = None if captions is None else fields(first, second)
@@ -100,6 +108,20 @@ def open_data(
     workers=workers, captions=first, second_captions=second, captions_per_image=captions_per_image,
     stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif,
   )
+
+
+def has_stores(stores: Mapping[str, Any] | None) -> bool:
+  """Whether config.data.stores names any."""
+  return any((stores or {}).get(name) for name in ("image", "text"))
+
+
+def make_batches(
+  source: Source | Pairs, reading: Mapping[str, Any], *, rejected_log: str, **where: Any
+) -> Batches:
+  """The train batches of what open_data gave, from a position on; arguments as of train_batches."""
+  if isinstance(source, Pairs):
+    return pair_batches(source, **where, **reading)
+  return pipeline.train_batches(source, rejected_log=rejected_log, **where, **reading)
 
 
 def open_mixture(

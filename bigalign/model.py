@@ -37,7 +37,11 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 class DualEncoder(nn.Module):
-  """An image tower and a text tower that meet on the unit sphere."""
+  """An image tower and a text tower that meet on the unit sphere.
+
+  Where a method takes images or texts it also takes floating-point vectors, [B, D]: what the tower
+  would make of them, from an embedding store. Only the projector is left to do then.
+  """
 
   image_tower: nn.Module
   text_tower: nn.Module
@@ -73,17 +77,41 @@ class DualEncoder(nn.Module):
     """[B, L] int32, mask [B, L] bool (True = no padding) -> [B, E], unit norm, float32."""
     return unit(self._text(text, mask, train)[0])
 
-  def _image(self, image: jax.Array, train: bool) -> tuple[jax.Array, TowerOutput]:
+  def pooled_image(self, image: jax.Array) -> jax.Array:
+    """[B, H, W, 3] uint8 -> [B, D], what the projector gets; float32."""
+    return self._image_tower(image, False).pooled.astype(jnp.float32)
+
+  def pooled_text(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """[B, L] int32, mask [B, L] bool -> [B, D], what the projector gets; float32."""
+    return self._text_tower(text, mask, False).pooled.astype(jnp.float32)
+
+  def _image_tower(self, image: jax.Array, train: bool) -> TowerOutput:
+    if jnp.issubdtype(image.dtype, jnp.floating):
+      return _stored(image)
     mean, std = (np.asarray(x, np.float32) * 255 for x in PIXELS[self.pixels])
     x = (sharding.pin(image).astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
-    out = self.image_tower(x, train=train)
-    return sharding.pin(self.image_projector(out.pooled.astype(jnp.float32))), out
+    return self.image_tower(x, train=train)
+
+  def _text_tower(self, text: jax.Array, mask: jax.Array | None, train: bool) -> TowerOutput:
+    if jnp.issubdtype(text.dtype, jnp.floating):
+      return _stored(text)
+    return self.text_tower(sharding.pin(text), mask, train=train)
+
+  def _image(self, image: jax.Array, train: bool) -> tuple[jax.Array, TowerOutput]:
+    out = self._image_tower(image, train)
+    return sharding.pin(self.image_projector(out, train)), out
 
   def _text(
     self, text: jax.Array, mask: jax.Array | None, train: bool
   ) -> tuple[jax.Array, TowerOutput]:
-    out = self.text_tower(sharding.pin(text), mask, train=train)
-    return sharding.pin(self.text_projector(out.pooled.astype(jnp.float32))), out
+    out = self._text_tower(text, mask, train)
+    return sharding.pin(self.text_projector(out, train)), out
+
+
+def _stored(vectors: jax.Array) -> TowerOutput:
+  """[B, D] as a tower's output; it has no tokens, which were not stored."""
+  vectors = sharding.pin(vectors)
+  return TowerOutput(vectors, vectors[:, None][:, :0])
 
 
 def without_remat(model: DualEncoder) -> DualEncoder:

@@ -217,3 +217,12 @@ def global_batch(
     return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
 
   return {name: place(x) for name, x in batch.items()}
+
+
+def host_part(x: jax.Array) -> np.ndarray:
+  """The rows of a global array, split over the batch axes, that this process's devices own.
+
+  In the order of `host_rows`: the way back from `global_batch`.
+  """
+  parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
+  return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])

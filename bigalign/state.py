@@ -22,6 +22,7 @@ from bigalign.data import pipeline
 from bigalign.losses import Loss, make_loss, pairwise, tables
 from bigalign.model import DualEncoder, make_model
 from bigalign.optim import Schedule, make_optimizer
+from bigalign.towers.features import Features
 
 Arrays = dict[str, Any]
 
@@ -161,9 +162,12 @@ def make_program(
     raise ValueError(f"config.total_steps={total_steps!r} is no step at all")
   spec = pipeline.batch_spec(
     batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"],
-    second_text=bool(data.get("second_captions")),
+    second_text=bool(data.get("second_captions") or (data.get("stores") or {}).get("second")),
   )
   built = configs.call(make_model, model, "config.model")
+  for side, tower in (("image", built.image_tower), ("text", built.text_tower)):
+    if isinstance(tower, Features):
+      spec[side] = ((batch_size, tower.width), jnp.float32)
   terms = make_loss(loss)
   sizes = {
     "image": dataset_size, "text": dataset_size * captions_per_image, "embed": model["embed_dim"]

@@ -21,12 +21,13 @@ from bigalign import config as configs
 from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
-from bigalign.data import pipeline
 from bigalign.data.mixture import check_sizes, epochs, names
+from bigalign.data.pairs import Pairs
 from bigalign.data.rejects import Watch
+from bigalign.embed import check_stores
 from bigalign.evals import make_evaluators
 from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
-from bigalign.inputs import check_tokenizer, open_data
+from bigalign.inputs import check_tokenizer, make_batches, open_data
 from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided
@@ -158,16 +159,18 @@ def train(
     lane_rows = before["lane_rows"]
     rejected.update(before["rejected"])
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
+  if isinstance(source, Pairs):
+    check_stores(source, config, program, state)
   claim(workdir, meta)
   watch = configs.call(Watch, data.get("rejects") or {}, "config.data.rejects", names=names(source))
   step = start or 0
   # A run that continues behind the first step traces nothing.
   trace_from, trace_to = profile if profile and step <= profile[0] else (-1, -1)
 
-  batches = pipeline.train_batches(
-    source, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
+  batches = make_batches(
+    source, reading, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
     stop=samples_seen + (total - step) * batch_size, lane_rows=lane_rows,
-    rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"), **reading,
+    rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"),
   )
   step_fn = jax.jit(
     functools.partial(train_step, program=program), donate_argnums=0,

@@ -25,7 +25,8 @@ LAYERS = [
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step"},
   {
-    "train", "evaluate", "report", "costs", "index", "view", "report_html", "__main__",
+    "train", "evaluate", "report", "costs", "index", "view", "embed",
+    "report_html", "__main__",
     "export", "export_card", "export_check", "export_formats",
   },
 ]

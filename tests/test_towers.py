@@ -183,7 +183,8 @@ def test_variants_have_the_published_sizes():
     (lambda: TOWERS["vit"](patch=12, stem="conv"), "power of 2"),
     (lambda: TOWERS["vit"](patch=7, **SMALL).init(KEY, IMAGE), "does not divide the image"),
     (lambda: TOWERS["text"](vocab_size=9, length=4, remat="some"), "known: .'dots', 'full'"),
-    (lambda: PROJECTORS["identity"](8).init(KEY, jnp.ones((1, 4))), "embed_dim is 8"),
+    (lambda: PROJECTORS["identity"](8).init(KEY, base.TowerOutput(jnp.ones((1, 4)), IMAGE)),
+     "embed_dim is 8"),
     (lambda: make_model(image=dict(name="vitt"), text={}, embed_dim=1), "Did you mean 'vit'"),
   ],
 )

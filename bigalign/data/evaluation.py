@@ -11,6 +11,7 @@ from bigalign.data import transforms
 from bigalign.data.pipeline import Decoded, checked_rows, words
 from bigalign.data.rejects import REASONS
 from bigalign.data.sources import Source
+from bigalign.data.store import sample_id
 from bigalign.data.workers import Batches, iterate
 
 
@@ -25,8 +26,9 @@ def eval_batches(
     apply_exif: bool = False,
     captions: int = 1,
     workers: int = 0,
+    start: int = 0,
 ) -> Batches:
-  """Every sample once, in order, in ceil(n / batch_size) batches on every host.
+  """Every sample from `start` on once, in order, in as many batches on every host.
 
   captions  C, the room for captions of one image. A record with more of them is an error, so that
             none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
@@ -37,7 +39,7 @@ def eval_batches(
   batches = _EvalBatches(
       source, batch_size=batch_size, rows=checked_rows(rows, batch_size=batch_size),
       image_size=image_size, tokenizer=tokenizer, resize=resize, captions=captions,
-      apply_exif=apply_exif)
+      apply_exif=apply_exif, start=start)
   return iterate(batches, workers=workers)
 
 
@@ -45,22 +47,23 @@ class _EvalBatches(Decoded):
   """Element k is this host's part of the k-th batch in source order."""
 
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, image_size: int, tokenizer,
-               resize: str, captions: int, apply_exif: bool):
+               resize: str, captions: int, start: int, apply_exif: bool):
     super().__init__(source, image_size=image_size, tokenizer=tokenizer, apply_exif=apply_exif)
     self._batch_size = batch_size
     self._rows = rows
     self._resize = resize
     transforms.eval_image(np.zeros((2, 2, 3), np.uint8), size=2, resize=resize)
     self._captions = captions
+    self._start = start
 
   def __len__(self) -> int:
-    return -(-len(self._source) // self._batch_size)
+    return -(-(len(self._source) - self._start) // self._batch_size)
 
   def __repr__(self) -> str:
     return f"eval batches of {self._source!r}"
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
-    indices = k * self._batch_size + self._rows
+    indices = self._start + k * self._batch_size + self._rows
     b, c, size = len(indices), self._captions, self._image_size
     images = np.zeros((b, size, size, 3), np.uint8)
     labels = np.full(b, -1, np.int32)
@@ -68,6 +71,7 @@ class _EvalBatches(Decoded):
     texts_valid = np.zeros((b, c), bool)
     rejects = np.zeros((b, len(REASONS)), np.int32)
     texts: list[str] = []
+    ids = np.zeros(b, np.uint64)
     for r in np.flatnonzero(indices < len(self._source)):
       record = self._sample(int(indices[r]), rejects=rejects[r])
       if record is None:
@@ -79,12 +83,13 @@ class _EvalBatches(Decoded):
       images[r] = transforms.eval_image(record["image"], size=size, resize=self._resize)
       labels[r] = record["label"]
       valid[r] = True
+      ids[r] = sample_id(record["key"])
       texts_valid[r, :len(captions)] = True
       texts += captions
     text, mask = self._tokenizer.encode_batch(texts)
-    ids = np.zeros((b, c, text.shape[1]), np.int32)
-    ids_mask = np.zeros((b, c, text.shape[1]), bool)
-    ids[texts_valid], ids_mask[texts_valid] = text, mask
-    return dict(image=images, texts=ids, texts_mask=ids_mask, texts_valid=texts_valid,
-                label=labels, image_id=words(indices), index=indices.astype(np.int32),
-                valid=valid, rejects=rejects)
+    tokens = np.zeros((b, c, text.shape[1]), np.int32)
+    tokens_mask = np.zeros((b, c, text.shape[1]), bool)
+    tokens[texts_valid], tokens_mask[texts_valid] = text, mask
+    return dict(image=images, texts=tokens, texts_mask=tokens_mask, texts_valid=texts_valid,
+                label=labels, image_id=words(indices), sample_id=words(ids),
+                index=indices.astype(np.int32), valid=valid, rejects=rejects)

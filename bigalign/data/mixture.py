@@ -11,6 +11,7 @@ is added at the end.
 
 from __future__ import annotations
 
+import bisect
 import fractions
 import hashlib
 import itertools
@@ -48,6 +49,11 @@ class Mixture(Concatenation):
         if not 0 < weight < np.inf:
           raise ValueError(f"config.data.mixture: {name!r} has weight {weight}; it must be above 0"
                            " (leave a source out of a phase in which it is not read)")
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    record = super().__getitem__(i)
+    name = self.names[bisect.bisect_right(self._firsts, i) - 1]
+    return {**record, "key": f"{name}/{record['key']}"}
 
   def __repr__(self) -> str:
     return f"Mixture({', '.join(f'{n}={s!r}' for n, s in zip(self.names, self.sources))})"

@@ -17,7 +17,7 @@ import numpy as np
 
 _ROUNDS = 8
 # Keeps the hashes of different purposes apart when seed and position agree.
-_ORDER, _SUBSTITUTE, _DRAWS, BLOCK, WINDOW, SOURCE = range(1, 7)
+_ORDER, _SUBSTITUTE, _DRAWS, BLOCK, WINDOW, SOURCE, CAPTION = range(1, 8)
 _MASK = (1 << 64) - 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bigalign.towers.base import TowerOutput
 from bigalign.towers.bert import bert
+from bigalign.towers.features import features
 from bigalign.towers.mobilenet import mobilenet_v2
 from bigalign.towers.naflex import naflex
 from bigalign.towers.resnet import resnet_cifar
@@ -14,5 +15,5 @@ __all__ = ["TOWERS", "TowerOutput"]
 
 TOWERS = dict(
   vit=vit, naflex=naflex, resnet_cifar=resnet_cifar, mobilenet_v2=mobilenet_v2, text=text,
-  bert=bert,
+  bert=bert, features=features,
 )

@@ -1,0 +1,324 @@
+"""A dataset through frozen towers, over the whole mesh, into embedding stores.
+
+  bigalign embed --config=configs/photos_frozen.py --out=stores/photos
+  bigalign train --config=configs/photos_frozen.py --config.data.stores.image=stores/photos/image …
+
+What config.model's towers make of config.data, without augmentation, goes into OUT/image and
+OUT/text: what their projectors would get. The same command goes on after a kill; with another
+source it appends.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+
+from bigalign import command_line, runtime, sharding, tree
+from bigalign import config as configs
+from bigalign import state as states
+from bigalign.data import evaluation, store
+from bigalign.data.pairs import Pairs
+from bigalign.data.pipeline import CAPTIONS_PER_IMAGE
+from bigalign.data.rejects import REASONS
+from bigalign.data.sources import Source
+from bigalign.evals.embed import round_batch, to_host
+from bigalign.identity import digest, same_on_all_hosts
+from bigalign.inputs import open_data
+from bigalign.weights import start as beginnings
+
+SIDES = ("image", "text")
+BATCHES = 4  # of a piece, which is what a kill can cost
+PIECES = 4096  # of a source at most; those of a larger one have more batches
+_SAME = ("remat", "scan", "implementation", "init", "fresh", "drop")  # no matter for the vectors
+
+
+class Towers(NamedTuple):
+  """The frozen towers of a config, ready to embed.
+
+  run: {side: (input arrays) -> [B, D] float32}. headers: {side: what tells its vectors apart}.
+  """
+
+  mesh: jax.sharding.Mesh
+  run: dict[str, Callable[..., jax.Array]]
+  headers: dict[str, dict[str, Any]]
+
+
+class _Rows(NamedTuple):
+  """What a process has of a piece: vectors [N, D], the id of each row's sample and its place."""
+
+  vectors: np.ndarray
+  samples: np.ndarray
+
+
+def embed(
+  config: Mapping[str, Any], out: str | pathlib.Path, *, sides: Sequence[str] = SIDES,
+  batch_size: int = 256, dtype: str = "float16",
+) -> dict[str, pathlib.Path]:
+  """Writes, completes or extends the stores OUT/<side>; their folders.
+
+  Args:
+    config: of a training run; its `data`, without stores and augmentation, and its `model`.
+    sides: which towers.
+    batch_size: images, or texts, at a time over all devices; rounded up to fit the mesh.
+    dtype: of the vectors: float16, bfloat16 or float32.
+
+  Raises:
+    ValueError: if a tower is not all loaded, or a store holds another tower's vectors.
+  """
+  config = configs.plain(config)
+  data = {k: v for k, v in config["data"].items() if k not in ("stores", "augment")}
+  source, _ = configs.call(open_data, data, "config.data")
+  towers = load_towers({**config, "data": data}, sides, dtype=dtype)
+  batch_size = round_batch(towers.mesh, batch_size)
+  per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
+  folders = {side: pathlib.Path(out) / side for side in sides}
+  ranges = {}
+  same_on_all_hosts({"data": source.fingerprint, "headers": towers.headers})
+  for side, folder in folders.items():
+    if jax.process_index() == 0:
+      store.begin(folder, towers.headers[side])
+    ranges[side] = store.claim(
+      folder, source.fingerprint, len(source), repr(source), piece=per_piece * batch_size,
+      write=jax.process_index() == 0,
+    )
+  multihost_utils.sync_global_devices("claimed")  # what is there is seen alike by all
+  if any(not found.done for found in ranges.values()):
+    _fill(
+      source, towers, folders, ranges, batch_size=batch_size, per_piece=per_piece, data=data,
+    )
+  multihost_utils.sync_global_devices("embedded")
+  for side, folder in folders.items():
+    if jax.process_index() == 0:
+      store.finish(folder, captions=side == "text")
+  multihost_utils.sync_global_devices("stores are whole")
+  return folders
+
+
+def load_towers(config: Mapping[str, Any], sides: Sequence[str], *, dtype: str) -> Towers:
+  """The towers of a config as they were pretrained."""
+  model = beginnings.options(config["model"])
+  program = states.make_program(**{**config, "model": model}, dataset_size=1)
+  mesh = sharding.make_mesh()
+  shapes, placed = states.layout(program, mesh, config.get("rules", sharding.RULES))
+  abstract, places = ({**x.trainable, **x.frozen} for x in (shapes, placed))
+  loaded = beginnings.load(config["model"], config["loss"], abstract, places)
+  run, headers = {}, {}
+  for side in sides:
+    paths = [path for path in abstract if path.startswith(f"model/{side}_tower/")]
+    new = [path for path in paths if path not in loaded]
+    if new or not paths:
+      raise ValueError(
+        f"config.model.{side}: {len(new)} of its {len(paths)} arrays come from no checkpoint"
+        f" ({', '.join(new[:3])} …), and a tower that nobody trained makes no useful vectors; name"
+        f" a checkpoint in config.model.{side}.init, or leave it out with --towers"
+      )
+    params = {
+      path: loaded[path].astype(states.compute_dtype(program.model, path)) for path in paths
+    }
+    run[side] = _runner(program.model, side, params)
+    inputs = _inputs(program.spec, side)
+    width = jax.eval_shape(run[side], *inputs).shape[-1]
+    headers[side] = header(side, config["data"], model, params) | dict(width=width, dtype=dtype)
+  return Towers(mesh, run, headers)
+
+
+def _inputs(spec: Mapping[str, Any], side: str) -> list[jax.ShapeDtypeStruct]:
+  names = ("image",) if side == "image" else ("text", "text_mask")
+  return [jax.ShapeDtypeStruct(*spec[name]) for name in names]
+
+
+def _runner(model: Any, side: str, params: Mapping[str, jax.Array]) -> Callable[..., jax.Array]:
+  @jax.jit
+  def apply(params: Any, *inputs: jax.Array) -> jax.Array:
+    variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+    found: jax.Array = model.apply(variables, *inputs, method=f"pooled_{side}")
+    return found
+
+  return functools.partial(apply, dict(params))
+
+
+def header(
+  side: str, data: Mapping[str, Any], model: Mapping[str, Any], params: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+  """What vectors depend on: the tower, its parameters as they are used, and what is before it."""
+  weights = hashlib.sha256()
+  for path in sorted(params):
+    array = to_host(params[path])
+    weights.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
+  tower = {k: v for k, v in model[side].items() if k not in _SAME}
+  before = (
+    dict(image_size=data["image_size"], resize=data.get("resize", "squash"),
+         apply_exif=data.get("apply_exif", False), pixels=model.get("pixels", "half"))
+    if side == "image" else dict(tokenizer=digest(data["tokenizer"]))
+  )
+  return dict(side=side, tower=tower, weights=weights.hexdigest()[:32], **before)
+
+
+def check_stores(
+  pairs: Pairs, config: Mapping[str, Any], program: states.Program, state: states.State
+) -> None:
+  """Whether stores hold what the towers of a run would make.
+
+  Raises:
+    ValueError: if they hold other vectors; if a tower would learn; if the loss reads tokens.
+  """
+  model, data = config["model"], config["data"]
+  learning = [path for path in state.trainable if "_tower/" in path]
+  if learning:
+    raise ValueError(f"config.data.stores: {learning[0]} and {len(learning) - 1} other arrays of"
+                     " towers would learn nothing from stored vectors; set config.frozen='_tower/'")
+  if "tokens" in program.loss.needs:
+    raise ValueError("config.loss reads tokens, and config.data.stores holds one vector per sample")
+  for side, stores in (("image", [pairs.image]), ("text", [pairs.text, pairs.second])):
+    params = {p: x for p, x in state.frozen.items() if p.startswith(f"model/{side}_tower/")}
+    expected = header(side, data, model, params) if params else dict(
+      width=getattr(program.model, f"{side}_tower").width)
+    for found in filter(None, stores):
+      store.check_header(found.folder, expected)
+
+
+def _fill(
+  source: Source, towers: Towers, folders: Mapping[str, pathlib.Path],
+  ranges: Mapping[str, store.Range], *, batch_size: int, per_piece: int, data: Mapping[str, Any],
+) -> None:
+  """Embeds the pieces that are missing on some side, one after the other."""
+  first = min(found.next for found in ranges.values())
+  rows = sharding.host_rows(towers.mesh, batch_size)
+  shared = ("image_size", "tokenizer", "resize", "apply_exif", "workers")
+  options = {k: data[k] for k in shared if k in data}
+  room = data.get("captions_per_image", CAPTIONS_PER_IMAGE) if "text" in folders else 0
+  batches = evaluation.eval_batches(
+    source, batch_size=batch_size, rows=rows, captions=room, start=first * per_piece * batch_size,
+    **options,
+  )
+  left = -(-len(source) // batch_size) - first * per_piece
+  with contextlib.closing(batches):
+    for piece in range(first, first + -(-left // per_piece)):
+      begin, number = time.perf_counter(), min(left, per_piece)
+      left -= number
+      found, left_out = _piece(batches, number, towers, folders, rows, batch_size)
+      for side, made in found.items():
+        sound = np.isfinite(made.vectors).all(1)
+        reasons = left_out | ({} if sound.all() else {"not_finite": int((~sound).sum())})
+        samples = made.samples[sound]
+        samples[:, 1] += np.uint64(ranges[side].place)
+        store.write(
+          folders[side], ranges[side].first + piece,
+          made.vectors[sound].astype(store.DTYPES[towers.headers[side]["dtype"]]), samples,
+          part=jax.process_index(), parts=jax.process_count(), left_out=reasons,
+        )
+      logging.info("Piece %d: %d batches to go, %.0f images/s", piece, left,
+                   number * batch_size / (time.perf_counter() - begin))
+
+
+def _piece(
+  batches: Any, number: int, towers: Towers, sides: Mapping[str, Any], rows: np.ndarray,
+  batch_size: int,
+) -> tuple[dict[str, _Rows], dict[str, int]]:
+  """The rows of this process of the next `number` batches, and what was left out of them."""
+  images: list[_Rows] = []
+  texts: list[dict[str, np.ndarray]] = []
+  samples: list[np.ndarray] = []
+  rejected = np.zeros(len(REASONS), np.int64)
+  running: collections.deque[tuple[jax.Array, np.ndarray, np.ndarray]] = collections.deque()
+
+  def fetch() -> None:
+    z, valid, own = running.popleft()
+    images.append(_Rows(sharding.host_part(z)[valid], own[valid]))
+
+  for _ in range(number):
+    batch = next(batches)
+    ids = batch["sample_id"].astype(np.uint64)
+    own = np.stack([ids[:, 0] << np.uint64(32) | ids[:, 1], batch["index"].astype(np.uint64)], 1)
+    rejected += batch["rejects"].sum(0)
+    if "image" in sides:
+      on_mesh = sharding.global_batch(
+        towers.mesh, {"image": batch["image"]}, rows, batch_size)
+      z = sharding.in_turn(towers.run["image"](on_mesh["image"]))
+      running.append((z, batch["valid"], own))
+      if len(running) > 1:  # the device works on one while the host reads the other
+        fetch()
+    there = batch["texts_valid"] & batch["valid"][:, None]
+    texts.append(dict(text=batch["texts"][there], mask=batch["texts_mask"][there]))
+    samples.append(np.repeat(own, there.sum(1), axis=0))
+  while running:
+    fetch()
+  found = {}
+  if "image" in sides:
+    found["image"] = _Rows(*(np.concatenate(x) for x in zip(*images)))
+  if "text" in sides:
+    every = {name: np.concatenate([x[name] for x in texts]) for name in ("text", "mask")}
+    found["text"] = _Rows(_texts(every, towers, rows, batch_size), np.concatenate(samples))
+  return found, {reason: int(n) for reason, n in zip(REASONS, rejected) if n}
+
+
+def _texts(
+  every: Mapping[str, np.ndarray], towers: Towers, rows: np.ndarray, batch_size: int
+) -> np.ndarray:
+  """[N, L] -> [N, D]; processes with fewer texts than others fill up."""
+  count, own = len(every["text"]), len(rows)
+  longest = int(np.max(multihost_utils.process_allgather(np.int32(-(-count // own)))))
+  made = []
+  for start in range(0, longest * own, own):
+    part = {
+      name: np.resize(x[start : start + own], (own, *x.shape[1:])) for name, x in every.items()
+    } if count > start else {
+      name: np.zeros((own, *x.shape[1:]), x.dtype) for name, x in every.items()
+    }
+    on_mesh = sharding.global_batch(towers.mesh, part, rows, batch_size)
+    z = sharding.in_turn(towers.run["text"](on_mesh["text"], on_mesh["mask"]))
+    made.append(sharding.host_part(z))
+  return np.concatenate(made)[:count] if made else np.empty((0, towers.headers["text"]["width"]))
+
+
+def verify(folder: str | pathlib.Path) -> bool:
+  """Prints what is wrong with a store; whether nothing is."""
+  found = store.Store(folder)
+  wrong = list(found.verify())
+  print("\n".join(wrong) or f"{folder}: {len(found)} rows, all as they were written")
+  return not wrong
+
+
+def main(argv: Sequence[str]) -> None:
+  """What runs once absl has read the flags."""
+  values = flags.FLAGS
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
+  config = configs.plain(values.config)
+  configs.call(runtime.setup, config.get("runtime", {}), "config.runtime")
+  runtime.connect(values.coordinator, values.num_processes, values.process_id)
+  if values.verify:
+    sound = [verify(pathlib.Path(values.out) / side) for side in values.towers]
+    sys.exit(0 if all(sound) else 1)
+  folders = embed(
+    config, values.out, sides=values.towers, batch_size=values.batch_size, dtype=values.dtype
+  )
+  if jax.process_index() == 0:
+    for folder in folders.values():
+      made = store.Store(folder)
+      print(json.dumps({str(folder): dict(rows=len(made), width=made.width,
+                                          left_out=made.left_out)}))
+
+
+def run() -> None:
+  """The program `bigalign embed`."""
+  command_line.define()
+  flags.DEFINE_string("out", None, "Folder of the stores, OUT/image and OUT/text.", required=True)
+  flags.DEFINE_list("towers", list(SIDES), "Which: image, text.")
+  flags.DEFINE_bool("verify", False, "Only read what is in OUT, and compare it with its sums.")
+  flags.DEFINE_integer("batch_size", 256, "Images, or texts, at a time over all devices.")
+  flags.DEFINE_enum("dtype", "float16", list(store.DTYPES), "Of the vectors.")
+  app.run(main, flags_parser=command_line.parse)

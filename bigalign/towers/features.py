@@ -1,0 +1,33 @@
+"""The tower of vectors that another program made: its input is its output."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from bigalign.towers import base
+
+
+class Features(nn.Module):
+  """See `features`."""
+
+  width: int
+
+  def __call__(
+    self, x: jax.Array, mask: jax.Array | None = None, train: bool = False
+  ) -> base.TowerOutput:
+    """[B, D] -> pooled [B, D], tokens [B, 1, D]."""
+    raise ValueError(
+      f"a tower 'features' takes stored vectors, [B, {self.width}], and got {x.dtype} {x.shape}:"
+      " nobody here can embed anything new"
+    )
+
+
+def features(*, width: int) -> Features:
+  """The place of a tower whose vectors come from a store (config.data.stores), made elsewhere.
+
+  Args:
+    width: D of the vectors.
+  """
+  return Features(width)
+

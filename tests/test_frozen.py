@@ -1,0 +1,193 @@
+"""Frozen pairs, the whole way: embedded once, trained from stores, evaluated from pixels."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import CLIP, clip_keys, folder
+from shards import samples, write_tar
+from tests_support import ROOT, load
+
+from bigalign import evaluate, train
+from bigalign.data import store
+from bigalign.data.decode import decode
+from bigalign.data.sources import open_source
+from bigalign.data.store import Store, sample_id
+from bigalign.data.transforms import eval_image
+from bigalign.embed import embed
+from bigalign.metrics import read_metrics
+
+FLOAT32 = dict(dtype="float32")
+COUNT = 70
+
+
+@pytest.fixture
+def config(tmp_path):
+  """Two towers of a small CLIP on two shards of samples."""
+  clip = str(folder(tmp_path / "clip", CLIP, clip_keys()))
+  write_tar(tmp_path / "0.tar", samples(0, 40))
+  write_tar(tmp_path / "1.tar", samples(40, COUNT - 40))
+  (tmp_path / "words.txt").write_text(" ".join(f"word{i}" for i in range(8)))
+  c = load("tiny").to_dict() | dict(
+    total_steps=6, batch_size=16, log_every=1, checkpoint_every=0, ema=0.0, frozen="_tower/",
+    writer=dict(tensorboard=False), loss=dict(clip=dict(weight=1.0)), evals={},
+    model=dict(image=dict(init=clip, **FLOAT32), text=dict(init=clip, **FLOAT32), embed_dim=4),
+  )
+  tokenizer = dict(name="words", vocabulary=str(tmp_path / "words.txt"), length=6)
+  c["data"] = dict(
+    source=f"{tmp_path}/{{0..1}}.tar", image_size=16, tokenizer=tokenizer, workers=0)
+  return c
+
+
+def with_stores(config, folders, **changes):
+  data = config["data"] | dict(stores={side: str(path) for side, path in folders.items()})
+  return config | dict(data=data | changes)
+
+
+def test_a_run_from_stores_is_the_run_of_the_towers(config, tmp_path):
+  """The vectors that projectors get, and what the run is worth from pixels."""
+  folders = embed(config, tmp_path / "stores", batch_size=8, dtype="float32")
+  image, text = (Store(folders[side]) for side in ("image", "text"))
+  assert len(image) == len(text) == COUNT and image.ids == text.ids
+  source = config["data"]["source"]
+  config["evals"] = dict(val=dict(type="retrieval", source=source, captions=1))
+  state = train.train(tmp_path / "run", **with_stores(config, folders))
+  rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
+  assert len(rows) == 6 and rows[-1]["train/loss"] < rows[0]["train/loss"]
+  run = evaluate.open_run(tmp_path / "run")
+  opened = open_source(source)
+  some = [opened[i] for i in (0, 5, 38, 39, 40, 41, 60, 69)]  # one for each device
+  stored = image.read(image.find(np.array([sample_id(x["key"]) for x in some], np.uint64))[0])
+  pixels = np.stack([eval_image(decode(x["image"]), size=16, resize="squash") for x in some])
+  with jax.set_mesh(run.mesh):
+    np.testing.assert_allclose(
+      run.embed["embed_image"](run.params, stored), run.embed["embed_image"](run.params, pixels),
+      atol=1e-6)
+  assert any(name.startswith("model/image_projector") for name in state.trainable)
+  found = evaluate.evaluate(run, config["evals"])
+  assert found["val/num_samples"] == COUNT
+
+
+def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
+  out = tmp_path / "stores"
+  whole = embed(config, tmp_path / "whole", batch_size=8)
+  begun = []
+  write = store.write
+
+  def stop_at(folder, piece, *args, **options):
+    if piece == 1 and folder.name == "text":
+      raise KeyboardInterrupt
+    begun.append((folder.name, piece))
+    return write(folder, piece, *args, **options)
+
+  monkeypatch.setattr(store, "write", stop_at)
+  with pytest.raises(KeyboardInterrupt):
+    embed(config, out, batch_size=8)
+  assert begun == [("image", 0), ("text", 0), ("image", 1)]
+  with pytest.raises(FileNotFoundError, match="run the same `bigalign embed` again"):
+    Store(out / "image")
+  monkeypatch.setattr(store, "write", write)
+  folders = embed(config, out, batch_size=8)
+  before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
+  for side in folders:
+    a, b = Store(whole[side]), Store(folders[side])
+    every = np.arange(len(a))
+    np.testing.assert_array_equal(a.read(every), b.read(every))
+    np.testing.assert_array_equal(a.samples(every), b.samples(every))
+  embed(config, out, batch_size=8)
+  assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
+  write_tar(tmp_path / "2.tar", samples(COUNT, 10))
+  config["data"] |= dict(source=f"{tmp_path}/2.tar")
+  embed(config, out, batch_size=8)
+  assert len(Store(folders["text"])) == COUNT + 10
+  assert [x["samples"] for x in json.loads((out / "text/sources.json").read_text())] == [70, 10]
+
+
+def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
+  bad = {"000003.jpg": b"<html>", "000007.txt": b""}
+  write_tar(tmp_path / "bad.tar", [(name, bad.get(name, x)) for name, x in samples(0, 20)])
+  config["data"] |= dict(source=f"{tmp_path}/bad.tar")
+  folders = embed(config, tmp_path / "stores", batch_size=8)
+  image, text = (Store(folders[side]) for side in ("image", "text"))
+  assert (len(image), len(text)) == (19, 18)
+  assert sum(image.left_out.values()) == 1 and image.left_out.keys() == text.left_out.keys()
+  config["batch_size"] = 8
+  with pytest.raises(ValueError, match=r"18 of the 19 images .* have captions"):
+    train.train(tmp_path / "run", **with_stores(config, folders))
+
+
+@pytest.mark.parametrize("change, message", [
+  (dict(data=dict(image_size=32)), r"image_size: 16 there, 32 here"),
+  (dict(data=dict(resize="shortest")), r"resize: 'squash' there, 'shortest' here"),
+  (dict(tokenizer=dict(length=5)), r"tokenizer: '\w+' there, '\w+' here"),
+  (dict(weights=True), r"weights: '\w+' there, '\w+' here"),
+  (dict(frozen="text_tower"), r"arrays of towers would learn nothing .*config\.frozen='_tower/'"),
+  (dict(loss=dict(sparc={}), text=dict(name="features", width=12)), "config.loss reads tokens"),
+])
+def test_stores_of_other_towers_are_refused(config, tmp_path, change, message):
+  folders = embed(config, tmp_path / "stores", batch_size=8)
+  change = dict(change)
+  config["data"] |= change.pop("data", {})
+  config["data"]["tokenizer"] |= change.pop("tokenizer", {})
+  config["model"] |= {k: change.pop(k) for k in ["text"] if k in change}
+  if change.pop("weights", False):
+    folder(tmp_path / "clip", CLIP, clip_keys())  # other random numbers
+  with pytest.raises(ValueError, match=message):
+    train.train(tmp_path / "run", **with_stores(config | change, folders))
+  if "there" in message:
+    with pytest.raises(ValueError, match=message):
+      embed(config, tmp_path / "stores", batch_size=8)
+
+
+def test_towers_that_nobody_trained_are_not_embedded(config, tmp_path):
+  config["model"]["image"] = dict(name="vit", patch=8, width=8, depth=1, heads=2, **FLOAT32)
+  with pytest.raises(ValueError, match=r"config\.model\.image: \d+ of its \d+ arrays come from no"):
+    embed(config, tmp_path / "stores")
+  assert set(embed(config, tmp_path / "stores", sides=["text"])) == {"text"}
+
+
+def test_vectors_that_nobody_here_can_make(config, tmp_path):
+  """The text side is a store alone: its tower is a place to put vectors."""
+  folders = embed(config, tmp_path / "stores", batch_size=8)
+  config["model"]["text"] = dict(name="features", width=8)
+  train.train(tmp_path / "run", **with_stores(config, folders))
+  assert len(read_metrics(tmp_path / "run")) == 6
+  config["model"]["text"]["width"] = 9
+  with pytest.raises(ValueError, match="width: 8 there, 9 here"):
+    train.train(tmp_path / "other", **with_stores(config, folders))
+
+
+@pytest.mark.slow
+def test_embed_survives_kills(config, tmp_path):
+  """The program itself, killed wherever it happens to be; then whole."""
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  script = (
+    "import json, sys; from bigalign.embed import embed;"
+    " embed(json.load(open(sys.argv[1])), sys.argv[2], batch_size=8)"
+  )
+  out = tmp_path / "stores"
+  command = [sys.executable, "-c", script, str(tmp_path / "config.json"), str(out)]
+  draws = random.Random(1)
+  for _ in range(3):
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+      pieces = len(store.pieces(out / "image")) if out.exists() else 0
+      deadline = time.monotonic() + 120
+      while time.monotonic() < deadline and process.poll() is None:
+        if out.exists() and len(store.pieces(out / "image")) > pieces:
+          break
+        time.sleep(0.01)
+      time.sleep(draws.uniform(0, 0.05))
+      process.send_signal(signal.SIGKILL)
+  subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+  assert len(Store(out / "image")) == len(Store(out / "text")) == COUNT
+  assert not list(Store(out / "image").verify()) and not list(Store(out / "text").verify())
+  shutil.rmtree(out)
