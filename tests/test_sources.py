@@ -245,7 +245,7 @@ def test_tfds_without_tensorflow(tmp_path):
     file.seek(0)
     return file
 
-  class AlignTiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  class AlignTiny(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
