@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
-import hashlib
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,34 +24,20 @@ import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
-from bigalign import command_line, runtime, sharding, tree
+from bigalign import command_line, runtime, sharding
 from bigalign import config as configs
-from bigalign import state as states
-from bigalign.data import evaluation, store
-from bigalign.data.pairs import Pairs
+from bigalign.data import evaluation, store, store_writer
 from bigalign.data.pipeline import CAPTIONS_PER_IMAGE
 from bigalign.data.rejects import REASONS
 from bigalign.data.sources import Source
-from bigalign.evals.embed import round_batch, to_host
-from bigalign.identity import digest, same_on_all_hosts
+from bigalign.evals.embed import round_batch
+from bigalign.frozen import Towers, load_towers
+from bigalign.identity import same_on_all_hosts
 from bigalign.inputs import open_data
-from bigalign.weights import start as beginnings
 
 SIDES = ("image", "text")
 BATCHES = 4  # of a piece, which is what a kill can cost
 PIECES = 4096  # of a source at most; those of a larger one have more batches
-_SAME = ("remat", "scan", "implementation", "init", "fresh", "drop")  # no matter for the vectors
-
-
-class Towers(NamedTuple):
-  """The frozen towers of a config, ready to embed.
-
-  run: {side: (input arrays) -> [B, D] float32}. headers: {side: what tells its vectors apart}.
-  """
-
-  mesh: jax.sharding.Mesh
-  run: dict[str, Callable[..., jax.Array]]
-  headers: dict[str, dict[str, Any]]
 
 
 class _Rows(NamedTuple):
@@ -89,8 +73,8 @@ def embed(
   same_on_all_hosts({"data": source.fingerprint, "headers": towers.headers})
   for side, folder in folders.items():
     if jax.process_index() == 0:
-      store.begin(folder, towers.headers[side])
-    ranges[side] = store.claim(
+      store_writer.begin(folder, towers.headers[side])
+    ranges[side] = store_writer.claim(
       folder, source.fingerprint, len(source), repr(source), piece=per_piece * batch_size,
       write=jax.process_index() == 0,
     )
@@ -102,97 +86,15 @@ def embed(
   multihost_utils.sync_global_devices("embedded")
   for side, folder in folders.items():
     if jax.process_index() == 0:
-      store.finish(folder, captions=side == "text")
+      store_writer.finish(folder, captions=side == "text")
   multihost_utils.sync_global_devices("stores are whole")
   return folders
 
 
-def load_towers(config: Mapping[str, Any], sides: Sequence[str], *, dtype: str) -> Towers:
-  """The towers of a config as they were pretrained."""
-  model = beginnings.options(config["model"])
-  program = states.make_program(**{**config, "model": model}, dataset_size=1)
-  mesh = sharding.make_mesh()
-  shapes, placed = states.layout(program, mesh, config.get("rules", sharding.RULES))
-  abstract, places = ({**x.trainable, **x.frozen} for x in (shapes, placed))
-  loaded = beginnings.load(config["model"], config["loss"], abstract, places)
-  run, headers = {}, {}
-  for side in sides:
-    paths = [path for path in abstract if path.startswith(f"model/{side}_tower/")]
-    new = [path for path in paths if path not in loaded]
-    if new or not paths:
-      raise ValueError(
-        f"config.model.{side}: {len(new)} of its {len(paths)} arrays come from no checkpoint"
-        f" ({', '.join(new[:3])} …), and a tower that nobody trained makes no useful vectors; name"
-        f" a checkpoint in config.model.{side}.init, or leave it out with --towers"
-      )
-    params = {
-      path: loaded[path].astype(states.compute_dtype(program.model, path)) for path in paths
-    }
-    run[side] = _runner(program.model, side, params)
-    inputs = _inputs(program.spec, side)
-    width = jax.eval_shape(run[side], *inputs).shape[-1]
-    headers[side] = header(side, config["data"], model, params) | dict(width=width, dtype=dtype)
-  return Towers(mesh, run, headers)
-
-
-def _inputs(spec: Mapping[str, Any], side: str) -> list[jax.ShapeDtypeStruct]:
-  names = ("image",) if side == "image" else ("text", "text_mask")
-  return [jax.ShapeDtypeStruct(*spec[name]) for name in names]
-
-
-def _runner(model: Any, side: str, params: Mapping[str, jax.Array]) -> Callable[..., jax.Array]:
-  @jax.jit
-  def apply(params: Any, *inputs: jax.Array) -> jax.Array:
-    variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
-    found: jax.Array = model.apply(variables, *inputs, method=f"pooled_{side}")
-    return found
-
-  return functools.partial(apply, dict(params))
-
-
-def header(
-  side: str, data: Mapping[str, Any], model: Mapping[str, Any], params: Mapping[str, jax.Array]
-) -> dict[str, Any]:
-  """What vectors depend on: the tower, its parameters as they are used, and what is before it."""
-  weights = hashlib.sha256()
-  for path in sorted(params):
-    array = to_host(params[path])
-    weights.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
-  tower = {k: v for k, v in model[side].items() if k not in _SAME}
-  before = (
-    dict(image_size=data["image_size"], resize=data.get("resize", "squash"),
-         apply_exif=data.get("apply_exif", False), pixels=model.get("pixels", "half"))
-    if side == "image" else dict(tokenizer=digest(data["tokenizer"]))
-  )
-  return dict(side=side, tower=tower, weights=weights.hexdigest()[:32], **before)
-
-
-def check_stores(
-  pairs: Pairs, config: Mapping[str, Any], program: states.Program, state: states.State
-) -> None:
-  """Whether stores hold what the towers of a run would make.
-
-  Raises:
-    ValueError: if they hold other vectors; if a tower would learn; if the loss reads tokens.
-  """
-  model, data = config["model"], config["data"]
-  learning = [path for path in state.trainable if "_tower/" in path]
-  if learning:
-    raise ValueError(f"config.data.stores: {learning[0]} and {len(learning) - 1} other arrays of"
-                     " towers would learn nothing from stored vectors; set config.frozen='_tower/'")
-  if "tokens" in program.loss.needs:
-    raise ValueError("config.loss reads tokens, and config.data.stores holds one vector per sample")
-  for side, stores in (("image", [pairs.image]), ("text", [pairs.text, pairs.second])):
-    params = {p: x for p, x in state.frozen.items() if p.startswith(f"model/{side}_tower/")}
-    expected = header(side, data, model, params) if params else dict(
-      width=getattr(program.model, f"{side}_tower").width)
-    for found in filter(None, stores):
-      store.check_header(found.folder, expected)
-
-
 def _fill(
   source: Source, towers: Towers, folders: Mapping[str, pathlib.Path],
-  ranges: Mapping[str, store.Range], *, batch_size: int, per_piece: int, data: Mapping[str, Any],
+  ranges: Mapping[str, store_writer.Range], *, batch_size: int, per_piece: int,
+  data: Mapping[str, Any],
 ) -> None:
   """Embeds the pieces that are missing on some side, one after the other."""
   first = min(found.next for found in ranges.values())
@@ -211,13 +113,14 @@ def _fill(
       left -= number
       found, left_out = _piece(batches, number, towers, folders, rows, batch_size)
       for side, made in found.items():
-        sound = np.isfinite(made.vectors).all(1)
+        with np.errstate(over="ignore"):  # of float16, what is beyond 65,504 is left out
+          vectors = made.vectors.astype(store.DTYPES[towers.headers[side]["dtype"]])
+        sound = np.isfinite(vectors).all(1)
         reasons = left_out | ({} if sound.all() else {"not_finite": int((~sound).sum())})
         samples = made.samples[sound]
         samples[:, 1] += np.uint64(ranges[side].place)
-        store.write(
-          folders[side], ranges[side].first + piece,
-          made.vectors[sound].astype(store.DTYPES[towers.headers[side]["dtype"]]), samples,
+        store_writer.write(
+          folders[side], ranges[side].first + piece, vectors[sound], samples,
           part=jax.process_index(), parts=jax.process_count(), left_out=reasons,
         )
       logging.info("Piece %d: %d batches to go, %.0f images/s", piece, left,
@@ -241,8 +144,7 @@ def _piece(
 
   for _ in range(number):
     batch = next(batches)
-    ids = batch["sample_id"].astype(np.uint64)
-    own = np.stack([ids[:, 0] << np.uint64(32) | ids[:, 1], batch["index"].astype(np.uint64)], 1)
+    own = np.stack([_joined(batch[name]) for name in ("sample_id", "image_id")], 1)
     rejected += batch["rejects"].sum(0)
     if "image" in sides:
       on_mesh = sharding.global_batch(
@@ -263,6 +165,13 @@ def _piece(
     every = {name: np.concatenate([x[name] for x in texts]) for name in ("text", "mask")}
     found["text"] = _Rows(_texts(every, towers, rows, batch_size), np.concatenate(samples))
   return found, {reason: int(n) for reason, n in zip(REASONS, rejected) if n}
+
+
+def _joined(words: np.ndarray) -> np.ndarray:
+  """[B, 2] uint32, (high, low) -> [B] uint64."""
+  wide = words.astype(np.uint64)
+  joined: np.ndarray = wide[:, 0] << np.uint64(32) | wide[:, 1]
+  return joined
 
 
 def _texts(

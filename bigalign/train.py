@@ -24,8 +24,8 @@ from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data.mixture import check_sizes, epochs, names
 from bigalign.data.pairs import Pairs
 from bigalign.data.rejects import Watch
-from bigalign.embed import check_stores
 from bigalign.evals import make_evaluators
+from bigalign.frozen import check_stores
 from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
 from bigalign.inputs import check_tokenizer, make_batches, open_data
 from bigalign.losses import check_ids, check_needs, remembers
@@ -155,8 +155,7 @@ def train(
     before = checkpoints.meta(start)
     same_data(before, meta, workdir, allow_config_change)
     state = states.restore(checkpoints, start, abstract, placed)
-    samples_seen = before["samples_seen"]
-    lane_rows = before["lane_rows"]
+    samples_seen, lane_rows = before["samples_seen"], before["lane_rows"]
     rejected.update(before["rejected"])
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
   if isinstance(source, Pairs):
@@ -166,7 +165,6 @@ def train(
   step = start or 0
   # A run that continues behind the first step traces nothing.
   trace_from, trace_to = profile if profile and step <= profile[0] else (-1, -1)
-
   batches = make_batches(
     source, reading, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
     stop=samples_seen + (total - step) * batch_size, lane_rows=lane_rows,

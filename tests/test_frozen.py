@@ -18,7 +18,7 @@ from shards import samples, write_tar
 from tests_support import ROOT, load
 
 from bigalign import evaluate, train
-from bigalign.data import store
+from bigalign.data import store_writer
 from bigalign.data.decode import decode
 from bigalign.data.sources import open_source
 from bigalign.data.store import Store, sample_id
@@ -81,7 +81,7 @@ def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
   out = tmp_path / "stores"
   whole = embed(config, tmp_path / "whole", batch_size=8)
   begun = []
-  write = store.write
+  write = store_writer.write
 
   def stop_at(folder, piece, *args, **options):
     if piece == 1 and folder.name == "text":
@@ -89,13 +89,13 @@ def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
     begun.append((folder.name, piece))
     return write(folder, piece, *args, **options)
 
-  monkeypatch.setattr(store, "write", stop_at)
+  monkeypatch.setattr(store_writer, "write", stop_at)
   with pytest.raises(KeyboardInterrupt):
     embed(config, out, batch_size=8)
   assert begun == [("image", 0), ("text", 0), ("image", 1)]
   with pytest.raises(FileNotFoundError, match="run the same `bigalign embed` again"):
     Store(out / "image")
-  monkeypatch.setattr(store, "write", write)
+  monkeypatch.setattr(store_writer, "write", write)
   folders = embed(config, out, batch_size=8)
   before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
   for side in folders:
@@ -123,6 +123,16 @@ def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
   config["batch_size"] = 8
   with pytest.raises(ValueError, match=r"18 of the 19 images .* have captions"):
     train.train(tmp_path / "run", **with_stores(config, folders))
+
+
+def test_vectors_beyond_the_dtype_are_left_out(config, tmp_path):
+  arrays = clip_keys()
+  arrays["text_model.final_layer_norm.bias"] += 1e5
+  folder(tmp_path / "clip", CLIP, arrays)
+  with pytest.raises(ValueError, match=r"no sample has a vector; left out: .*'not_finite': 70"):
+    embed(config, tmp_path / "half", sides=["text"], batch_size=8)
+  found = embed(config, tmp_path / "whole", sides=["text"], batch_size=8, dtype="bfloat16")
+  assert len(Store(found["text"])) == COUNT
 
 
 @pytest.mark.parametrize("change, message", [
@@ -179,10 +189,10 @@ def test_embed_survives_kills(config, tmp_path):
   draws = random.Random(1)
   for _ in range(3):
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-      pieces = len(store.pieces(out / "image")) if out.exists() else 0
+      pieces = len(store_writer.pieces(out / "image")) if out.exists() else 0
       deadline = time.monotonic() + 120
       while time.monotonic() < deadline and process.poll() is None:
-        if out.exists() and len(store.pieces(out / "image")) > pieces:
+        if out.exists() and len(store_writer.pieces(out / "image")) > pieces:
           break
         time.sleep(0.01)
       time.sleep(draws.uniform(0, 0.05))

@@ -23,7 +23,7 @@ LAYERS = [
     "identity",
   },
   {"model", "weights", "optim", "checkpoint"},
-  {"evals", "state", "step"},
+  {"evals", "state", "step", "frozen"},
   {
     "train", "evaluate", "report", "costs", "index", "view", "embed",
     "report_html", "__main__",

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tests_support import ROOT
 
-from bigalign.data import store
+from bigalign.data import store, store_writer
 from bigalign.data.pairs import Pairs, pair_batches
 from bigalign.data.store import Store
 
@@ -31,18 +31,18 @@ def vectors(ids, width=3):
 def write(folder: pathlib.Path, ids, *, piece=4, texts=(), name="a", dtype="float16", parts=1,
           width=3):
   """A store of samples with these ids; `texts` of them each, or one."""
-  store.begin(folder, HEADER | dict(dtype=dtype, width=width))
+  store_writer.begin(folder, HEADER | dict(dtype=dtype, width=width))
   ids = np.asarray(ids, np.uint64)
-  held = store.claim(folder, name, len(ids), name, piece=piece, write=True)
+  held = store_writer.claim(folder, name, len(ids), name, piece=piece, write=True)
   counts = np.asarray(texts) if len(texts) else np.ones(len(ids), int)
   for n in range(held.next, -(-len(ids) // piece)):
     own = np.arange(n * piece, min((n + 1) * piece, len(ids)))
     for part in range(parts):
       mine = np.repeat(own[part::parts], counts[own[part::parts]])
       samples = np.stack([ids[mine], mine.astype(np.uint64) + np.uint64(held.place)], 1)
-      store.write(folder, held.first + n, vectors(ids[mine], width).astype(store.DTYPES[dtype]),
-                  samples, part=part, parts=parts)
-  store.finish(folder, captions=len(texts) > 0)
+      rows = vectors(ids[mine], width).astype(store.DTYPES[dtype])
+      store_writer.write(folder, held.first + n, rows, samples, part=part, parts=parts)
+  store_writer.finish(folder, captions=len(texts) > 0)
   return folder
 
 
@@ -85,7 +85,7 @@ def test_another_source_is_appended(tmp_path):
   rows, count = found.find(np.arange(20, 26, dtype=np.uint64))
   assert (count == 1).all() and found.samples(rows)[:, 1].tolist() == list(range(10, 16))
   with pytest.raises(ValueError, match="begun in pieces of 4 samples, and now they would have 5"):
-    store.claim(tmp_path / "s", "b", 6, "b", piece=5, write=True)
+    store_writer.claim(tmp_path / "s", "b", 6, "b", piece=5, write=True)
 
 
 def test_repeated_ids_are_refused_by_place(tmp_path):
@@ -103,7 +103,7 @@ def test_repeated_ids_are_refused_by_place(tmp_path):
 def test_other_vectors_are_refused(tmp_path):
   write(tmp_path / "s", range(8))
   with pytest.raises(ValueError, match=r"made another way:\n  weights: 'abc' there, 'abd' here"):
-    store.begin(tmp_path / "s", HEADER | dict(weights="abd"))
+    store_writer.begin(tmp_path / "s", HEADER | dict(weights="abd"))
 
 
 def test_what_changed_on_the_disk_is_found(tmp_path):
@@ -125,19 +125,19 @@ def test_what_changed_on_the_disk_is_found(tmp_path):
 WRITER = """
 import pathlib, sys, time
 import numpy as np
-from bigalign.data import store
+from bigalign.data import store_writer
 
 folder = pathlib.Path(sys.argv[1])
-store.begin(folder, dict(width=64, dtype="float16"))
-held = store.claim(folder, "x", 4000, "x", piece=50, write=True)
+store_writer.begin(folder, dict(width=64, dtype="float16"))
+held = store_writer.claim(folder, "x", 4000, "x", piece=50, write=True)
 print("begun", flush=True)
 for n in range(held.next, 80):
   place = np.arange(n * 50, n * 50 + 50)
   own = np.repeat(place, place % 3)  # none, one or two captions
   rows = np.repeat(own[:, None] % 1000, 64, 1).astype(np.float16)
-  store.write(folder, n, rows, np.stack([own * 7919 + 1, own], 1).astype(np.uint64))
+  store_writer.write(folder, n, rows, np.stack([own * 7919 + 1, own], 1).astype(np.uint64))
   time.sleep(0.003)
-store.finish(folder, captions=True)
+store_writer.finish(folder, captions=True)
 """
 
 
@@ -152,7 +152,7 @@ def test_twenty_kills_lose_double_and_mix_nothing(tmp_path):
       with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(draws.uniform(0, 0.05))
       process.kill()
-    kept.append(len(store.pieces(folder)))
+    kept.append(len(store_writer.pieces(folder)))
   assert kept == sorted(kept) and kept[0] < 80  # a kill costs a piece at most, never one before
   subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
   found, place = Store(folder), np.arange(4000)

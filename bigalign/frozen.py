@@ -1,0 +1,114 @@
+"""Frozen towers: ready to embed, and what tells their vectors from those of others."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from bigalign import sharding, tree
+from bigalign import state as states
+from bigalign.data import store
+from bigalign.data.pairs import Pairs
+from bigalign.evals.embed import to_host
+from bigalign.identity import digest
+from bigalign.weights import start as beginnings
+
+_SAME = ("remat", "scan", "implementation", "init", "fresh", "drop")  # no matter for the vectors
+
+
+class Towers(NamedTuple):
+  """The frozen towers of a config, ready to embed.
+
+  run: {side: (input arrays) -> [B, D] float32}. headers: {side: what tells its vectors apart}.
+  """
+
+  mesh: jax.sharding.Mesh
+  run: dict[str, Callable[..., jax.Array]]
+  headers: dict[str, dict[str, Any]]
+
+
+def load_towers(config: Mapping[str, Any], sides: Sequence[str], *, dtype: str) -> Towers:
+  """The towers of a config as they were pretrained."""
+  model = beginnings.options(config["model"])
+  program = states.make_program(**{**config, "model": model}, dataset_size=1)
+  mesh = sharding.make_mesh()
+  shapes, placed = states.layout(program, mesh, config.get("rules", sharding.RULES))
+  abstract, places = ({**x.trainable, **x.frozen} for x in (shapes, placed))
+  loaded = beginnings.load(config["model"], config["loss"], abstract, places)
+  run, headers = {}, {}
+  for side in sides:
+    paths = [path for path in abstract if path.startswith(f"model/{side}_tower/")]
+    new = [path for path in paths if path not in loaded]
+    if new or not paths:
+      raise ValueError(
+        f"config.model.{side}: {len(new)} of its {len(paths)} arrays come from no checkpoint"
+        f" ({', '.join(new[:3])} …), and a tower that nobody trained makes no useful vectors; name"
+        f" a checkpoint in config.model.{side}.init, or leave it out with --towers"
+      )
+    params = {
+      path: loaded[path].astype(states.compute_dtype(program.model, path)) for path in paths
+    }
+    run[side] = _runner(program.model, side, params)
+    inputs = _inputs(program.spec, side)
+    width = jax.eval_shape(run[side], *inputs).shape[-1]
+    headers[side] = header(side, config["data"], model, params) | dict(width=width, dtype=dtype)
+  return Towers(mesh, run, headers)
+
+
+def _inputs(spec: Mapping[str, Any], side: str) -> list[jax.ShapeDtypeStruct]:
+  names = ("image",) if side == "image" else ("text", "text_mask")
+  return [jax.ShapeDtypeStruct(*spec[name]) for name in names]
+
+
+def _runner(model: Any, side: str, params: Mapping[str, jax.Array]) -> Callable[..., jax.Array]:
+  @jax.jit
+  def apply(params: Any, *inputs: jax.Array) -> jax.Array:
+    variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+    found: jax.Array = model.apply(variables, *inputs, method=f"pooled_{side}")
+    return found
+
+  return functools.partial(apply, dict(params))
+
+
+def header(
+  side: str, data: Mapping[str, Any], model: Mapping[str, Any], params: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+  """What vectors depend on: the tower, its parameters as they are used, and what is before it."""
+  weights = hashlib.sha256()
+  for path in sorted(params):
+    array = to_host(params[path])
+    weights.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
+  tower = {k: v for k, v in model[side].items() if k not in _SAME}
+  before = (
+    dict(image_size=data["image_size"], resize=data.get("resize", "squash"),
+         apply_exif=data.get("apply_exif", False), pixels=model.get("pixels", "half"))
+    if side == "image" else dict(tokenizer=digest(data["tokenizer"]))
+  )
+  return dict(side=side, tower=tower, weights=weights.hexdigest()[:32], **before)
+
+
+def check_stores(
+  pairs: Pairs, config: Mapping[str, Any], program: states.Program, state: states.State
+) -> None:
+  """Whether stores hold what the towers of a run would make.
+
+  Raises:
+    ValueError: if they hold other vectors; if a tower would learn; if the loss reads tokens.
+  """
+  model, data = config["model"], config["data"]
+  learning = [path for path in state.trainable if "_tower/" in path]
+  if learning:
+    raise ValueError(f"config.data.stores: {learning[0]} and {len(learning) - 1} other arrays of"
+                     " towers would learn nothing from stored vectors; set config.frozen='_tower/'")
+  if "tokens" in program.loss.needs:
+    raise ValueError("config.loss reads tokens, and config.data.stores holds one vector per sample")
+  for side, stores in (("image", [pairs.image]), ("text", [pairs.text, pairs.second])):
+    params = {p: x for p, x in state.frozen.items() if p.startswith(f"model/{side}_tower/")}
+    expected = header(side, data, model, params) if params else dict(
+      width=getattr(program.model, f"{side}_tower").width)
+    for found in filter(None, stores):
+      store.check_header(found.folder, expected)
