@@ -9,6 +9,7 @@ PROGRAMS = {
   "train": "trains a model from a config file",
   "evaluate": "runs the evaluators on a run's checkpoint",
   "embed": "a dataset through frozen towers, into embedding stores",
+  "compare": "which frozen towers agree, before anything is trained",
   "report": "makes one HTML page of a run",
   "export": "writes a run as a folder that PyTorch's libraries load",
   "index": "makes shards ready for training: where each of their samples lies",

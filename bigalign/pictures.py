@@ -112,6 +112,26 @@ def heatmap(sims: np.ndarray) -> str:
     return _svg(figure)
 
 
+def grid(
+  values: np.ndarray, *, rows: Sequence[str], columns: Sequence[str], title: str
+) -> bytes:
+  """[R, C] values as a table of colours with their numbers, a PNG on white."""
+  size = (2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows))
+  figure = Figure(figsize=size, layout="constrained", dpi=150)
+  axes = figure.add_subplot()
+  axes.imshow(values, cmap=_HEAT, interpolation="nearest", aspect="auto")
+  axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right", fontsize=8)
+  axes.set_yticks(range(len(rows)), rows, fontsize=8)
+  middle = (values.min() + values.max()) / 2
+  for (i, j), value in np.ndenumerate(values):
+    colour = "black" if value > middle else "white"
+    axes.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=8)
+  axes.set_title(title, fontsize=9)
+  file = io.BytesIO()
+  figure.savefig(file, format="png", metadata={"Software": None})
+  return file.getvalue()
+
+
 def principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """[N, E] -> coordinates [N, 2] on the two main axes, and their shares of the variance, [2]."""
   centred = z - z.mean(0)

@@ -52,8 +52,9 @@ def outputs(run, io, pixels="pixel_values"):
   ids, mask = io["input_ids"].astype(np.int32), io["attention_mask"].astype(bool)
 
   def apply(model, x, ids, mask):
-    image, text = model.image_tower(x).pooled, model.text_tower(ids, mask).pooled
-    return image, unit(model.image_projector(image)), text, unit(model.text_projector(text))
+    image, text = model.image_tower(x), model.text_tower(ids, mask)
+    zimg, ztxt = unit(model.image_projector(image)), unit(model.text_projector(text))
+    return image.pooled, zimg, text.pooled, ztxt
 
   # Towers that were sharded for training are used here on one device.
   params = jax.tree.map(np.asarray, run.params)

@@ -25,7 +25,7 @@ LAYERS = [
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step", "frozen"},
   {
-    "train", "evaluate", "report", "costs", "index", "view", "embed",
+    "train", "evaluate", "report", "costs", "index", "view", "embed", "compare",
     "report_html", "__main__",
     "export", "export_card", "export_check", "export_formats",
   },

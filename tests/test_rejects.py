@@ -85,7 +85,7 @@ def test_a_run_counts_writes_down_and_stops(tmp_path):
     assert line["shard"] == bad and line["index"] == 30 + line["ordinal"]
     assert line["ordinal"] % 5 == 0
     assert line["reason"] == "undecodable" and "<html>" in line["detail"]
-    assert line["key"] == f"bad.tar/{100 + line['ordinal']:06d}"
+    assert line["key"] == f"bad/bad.tar/{100 + line['ordinal']:06d}"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

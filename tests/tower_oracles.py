@@ -14,7 +14,7 @@ import pytest
 
 from bigalign import tree, weights
 from bigalign.model import make_model, unit
-from bigalign.towers import TOWERS
+from bigalign.towers import TOWERS, TowerOutput
 
 ROOT = pathlib.Path(os.environ.get("BIGALIGN_TOWER_ORACLES", "../shared/oracles/towers"))
 INDEX = json.loads((ROOT / "index.json").read_text()) if (ROOT / "index.json").is_file() else {}
@@ -71,8 +71,8 @@ class Side:
         **{f"{side}_projector": model[f"{side}_projector"]},
       )
       self.projector = getattr(made, f"{side}_projector")
-      pooled = jnp.zeros((1, self.tower.width))
-      shapes = jax.eval_shape(self.projector.init, KEY, pooled).get("params", {})
+      out = TowerOutput(jnp.zeros((1, self.tower.width)), jnp.zeros((1, 1, self.tower.width)))
+      shapes = jax.eval_shape(self.projector.init, KEY, out).get("params", {})
       flat |= tree.flatten(shapes, f"{side}_projector/")
     self.side, self.flat = side, checkpoint.load(flat, **options)
 
@@ -87,7 +87,7 @@ class Side:
     if self.projector is None:
       return out, every, None
     params = tree.unflatten(tree.subtree(flat, f"{self.side}_projector/"))
-    return out, every, self.projector.apply({"params": params}, out.pooled)
+    return out, every, self.projector.apply({"params": params}, out)
 
 
 def normed(x, flat, prefix, epsilon):
