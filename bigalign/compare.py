@@ -153,8 +153,11 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
           for image, text in itertools.product(args.image, args.text)]
   if args.heatmap:
     values = np.array([row["ridge"][SHOWN] for row in rows]).reshape(len(args.image), -1)
+    rows_and_columns = (
+      ["/".join(pathlib.Path(x).parts[-2:]) for x in side] for side in (args.image, args.text))
+    names = dict(zip(("rows", "columns"), rows_and_columns))
     pathlib.Path(args.heatmap).write_bytes(
-      pictures.grid(values, rows=args.image, columns=args.text, title=f"ridge, {SHOWN}"))
+      pictures.grid(values, **names, title=f"ridge, {SHOWN}"))
   rows.sort(key=lambda row: -row["ridge"][SHOWN])
   rich.console.Console().print(*tables(rows))
   if args.json:

@@ -116,7 +116,8 @@ def grid(
   values: np.ndarray, *, rows: Sequence[str], columns: Sequence[str], title: str
 ) -> bytes:
   """[R, C] values as a table of colours with their numbers, a PNG on white."""
-  size = (2.2 + 1.1 * len(columns), 1.4 + 0.6 * len(rows))
+  size = (1.5 + 0.06 * max(map(len, rows)) + 1.1 * len(columns),
+          1.3 + 0.04 * max(map(len, columns)) + 0.6 * len(rows))  # inches
   figure = Figure(figsize=size, layout="constrained", dpi=150)
   axes = figure.add_subplot()
   axes.imshow(values, cmap=_HEAT, interpolation="nearest", aspect="auto")
