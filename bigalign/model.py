@@ -135,7 +135,7 @@ def make_model(
   Args:
     image, text: dict(name="vit", …), dict(name="text", …): a tower and its options.
     embed_dim: E, the width of the shared space.
-    image_projector, text_projector: dict(name="linear" | "mlp" | "identity", …); linear if None.
+    image_projector, text_projector: dict(name="linear", …), one of PROJECTORS; linear if None.
     pixels: normalisation of the image, on the device: "half" (SigLIP), "clip", "imagenet".
 
   Raises:
