@@ -44,6 +44,9 @@ def folder(it: Subject) -> tuple[dict[str, Any], dict[str, Callable[[], Arrays]]
   ]
   if tower.pool not in _POOLS:
     wrong.append(f"config.model.text.pool={tower.pool!r}, there {' or '.join(map(repr, _POOLS))}")
+  projector = type(it.model.text_projector).__name__
+  if projector not in _DENSE:
+    wrong.append(f"config.model.text_projector.name: no {projector} in it, only what Dense holds")
   if wrong:
     return wrong
   files: dict[str, Any] = {

@@ -38,6 +38,10 @@ def reasons(it: Subject) -> list[str]:
       found.append(f"config.model.image.stem={image.stem!r}, there 'patch'")
     if image.positions == "rope":
       found.append("config.model.image.positions='rope', there 'learned' or 'sincos2d'")
+  for side in ("image", "text"):
+    projector = type(getattr(it.model, f"{side}_projector")).__name__
+    if projector in ("PatchesAndClass", "Tokens"):
+      found.append(f"config.model.{side}_projector.name: no {projector} in it")
   if it.data.get("resize", "squash") == "longest":
     found.append("config.data.resize='longest', there 'squash' or 'shortest'")
   return found
@@ -75,6 +79,10 @@ def _projector(module: Any, width: int) -> dict[str, Any]:
     return dict(name=name)
   if name == "linear":
     return dict(name=name, width=width, dim=dim, bias=module.bias)
+  if name == "residual":
+    return dict(name=name, width=width, dim=dim, hidden=module.hidden or dim)
+  if name == "gated":
+    return dict(name=name, width=width, dim=dim, hidden=module.ratio * width)
   out_bias = module.bias if module.out_bias is None else module.out_bias
   hidden = module.hidden or (width + dim) // 2
   return dict(name=name, width=width, dim=dim, hidden=hidden, bias=module.bias, out_bias=out_bias)
