@@ -58,13 +58,20 @@ def compare(
   held: list[Held] = []
   for name, some in _chunks(pairs, heldout=heldout):
     if name == "heldout":
-      held.append(some)
+      if sum(len(x.image) for x in held) < most:
+        held.append(some)
     elif len(some.owner):
       found = alignment.moments([(some.image[some.owner], some.text)])
       total[name] = total[name] + found if name in total else found
   one = _first(held, most)
-  if len(total) < 2 or len(one.image) < 2:
+  if len(total) < 2 or min(total["fit"].n, total["choose"].n, len(one.image)) < 2:
     raise ValueError(f"{pairs!r}: {len(pairs)} samples are too few to hold out {heldout} of them")
+  for folder, sums in ((image, total["fit"].xx), (text, total["fit"].yy)):
+    if not np.isfinite(sums).all():
+      raise ValueError(f"{folder} holds NaN or infinity; `bigalign embed --verify` tells where")
+  for folder, spread, mean in zip((image, text), total["fit"].covariances, total["fit"].means):
+    if np.trace(spread) <= 1e-9 * (mean @ mean):
+      raise ValueError(f"{folder}: all vectors are the same, so there is nothing to compare")
   fit, choose = total["fit"], total["choose"]
   everything = fit + choose
   cov_image, cov_text, _ = everything.covariances

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import hashlib
 import json
+import os
 import pathlib
 import sys
 import time
@@ -63,22 +65,33 @@ def embed(
     ValueError: if a tower is not all loaded, or a store holds another tower's vectors.
   """
   config = configs.plain(config)
+  for side in sides:
+    configs.choose(dict.fromkeys(SIDES), side, "--towers")
   data = {k: v for k, v in config["data"].items() if k not in ("stores", "augment")}
-  source, _ = configs.call(open_data, data, "config.data")
-  towers = load_towers({**config, "data": data}, sides, dtype=dtype)
+  source, reading = configs.call(open_data, data, "config.data")
+  drawn = [name for name, weight in reading["captions"] if weight]
+  if "text" in sides and (drawn or reading["second_captions"]):
+    raise ValueError(
+      "config.data.captions with weights, or second_captions: a store holds the captions of the"
+      " first field that a sample has. Embed each field into a store of its own, captions=(FIELD,),"
+      " and train with data.stores.text and data.stores.second"
+    )
+  towers = load_towers({**config, "data": data}, sides, len(source), dtype=dtype)
   batch_size = round_batch(towers.mesh, batch_size)
   per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
   folders = {side: pathlib.Path(out) / side for side in sides}
   ranges = {}
-  same_on_all_hosts({"data": source.fingerprint, "headers": towers.headers})
+  fingerprint = _fingerprint(source, data)
+  same_on_all_hosts({"data": fingerprint, "headers": towers.headers})
   for side, folder in folders.items():
     if jax.process_index() == 0:
       store_writer.begin(folder, towers.headers[side])
     ranges[side] = store_writer.claim(
-      folder, source.fingerprint, len(source), repr(source), piece=per_piece * batch_size,
+      folder, fingerprint, len(source), repr(source), batch_size=batch_size, batches=per_piece,
       write=jax.process_index() == 0,
     )
-  multihost_utils.sync_global_devices("claimed")  # what is there is seen alike by all
+  same_on_all_hosts({"what is there": ranges})
+  multihost_utils.sync_global_devices("claimed")
   if any(not found.done for found in ranges.values()):
     _fill(
       source, towers, folders, ranges, batch_size=batch_size, per_piece=per_piece, data=data,
@@ -91,13 +104,22 @@ def embed(
   return folders
 
 
+def _fingerprint(source: Source, data: Mapping[str, Any]) -> str:
+  """Of what decides ids and captions: the samples, the names of their parts, and the fields."""
+  parts = [{k: v for k, v in part.items() if k not in ("source", "weight", "upsampling")}
+           for part in data.get("mixture", ())]
+  told = [source.fingerprint, parts, data.get("captions"), data.get("source_options")]
+  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _fill(
   source: Source, towers: Towers, folders: Mapping[str, pathlib.Path],
   ranges: Mapping[str, store_writer.Range], *, batch_size: int, per_piece: int,
   data: Mapping[str, Any],
 ) -> None:
   """Embeds the pieces that are missing on some side, one after the other."""
-  first = min(found.next for found in ranges.values())
+  folders = {side: folder for side, folder in folders.items() if not ranges[side].done}
+  first = min(ranges[side].next for side in folders)
   rows = sharding.host_rows(towers.mesh, batch_size)
   shared = ("image_size", "tokenizer", "resize", "apply_exif", "workers")
   options = {k: data[k] for k in shared if k in data}
@@ -111,7 +133,8 @@ def _fill(
     for piece in range(first, first + -(-left // per_piece)):
       begin, number = time.perf_counter(), min(left, per_piece)
       left -= number
-      found, left_out = _piece(batches, number, towers, folders, rows, batch_size)
+      wanted = [side for side in folders if piece >= ranges[side].next]
+      found, left_out = _piece(batches, number, towers, wanted, rows, batch_size)
       for side, made in found.items():
         with np.errstate(over="ignore"):  # of float16, what is beyond 65,504 is left out
           vectors = made.vectors.astype(store.DTYPES[towers.headers[side]["dtype"]])
@@ -128,7 +151,7 @@ def _fill(
 
 
 def _piece(
-  batches: Any, number: int, towers: Towers, sides: Mapping[str, Any], rows: np.ndarray,
+  batches: Any, number: int, towers: Towers, sides: Sequence[str], rows: np.ndarray,
   batch_size: int,
 ) -> tuple[dict[str, _Rows], dict[str, int]]:
   """The rows of this process of the next `number` batches, and what was left out of them."""
@@ -212,9 +235,17 @@ def main(argv: Sequence[str]) -> None:
   if values.verify:
     sound = [verify(pathlib.Path(values.out) / side) for side in values.towers]
     sys.exit(0 if all(sound) else 1)
-  folders = embed(
-    config, values.out, sides=values.towers, batch_size=values.batch_size, dtype=values.dtype
-  )
+  try:
+    folders = embed(
+      config, values.out, sides=values.towers, batch_size=values.batch_size, dtype=values.dtype
+    )
+  except Exception:
+    if jax.process_count() == 1:
+      raise
+    # The other processes wait for this one in a collective, and would for minutes.
+    logging.exception("process %d ends, and with it the others", jax.process_index())
+    sys.stderr.flush()
+    os._exit(1)
   if jax.process_index() == 0:
     for folder in folders.values():
       made = store.Store(folder)

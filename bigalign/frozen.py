@@ -31,10 +31,12 @@ class Towers(NamedTuple):
   headers: dict[str, dict[str, Any]]
 
 
-def load_towers(config: Mapping[str, Any], sides: Sequence[str], *, dtype: str) -> Towers:
-  """The towers of a config as they were pretrained."""
+def load_towers(
+  config: Mapping[str, Any], sides: Sequence[str], dataset_size: int, *, dtype: str
+) -> Towers:
+  """The towers of a config as they were pretrained; its durations may be epochs of a dataset."""
   model = beginnings.options(config["model"])
-  program = states.make_program(**{**config, "model": model}, dataset_size=1)
+  program = states.make_program(**{**config, "model": model}, dataset_size=dataset_size)
   mesh = sharding.make_mesh()
   shapes, placed = states.layout(program, mesh, config.get("rules", sharding.RULES))
   abstract, places = ({**x.trainable, **x.frozen} for x in (shapes, placed))
@@ -52,7 +54,7 @@ def load_towers(config: Mapping[str, Any], sides: Sequence[str], *, dtype: str) 
     params = {
       path: loaded[path].astype(states.compute_dtype(program.model, path)) for path in paths
     }
-    run[side] = _runner(program.model, side, params)
+    run[side] = _runner(program.model, side, params, sharding.batch_sharding(mesh))
     inputs = _inputs(program.spec, side)
     width = jax.eval_shape(run[side], *inputs).shape[-1]
     headers[side] = header(side, config["data"], model, params) | dict(width=width, dtype=dtype)
@@ -64,8 +66,10 @@ def _inputs(spec: Mapping[str, Any], side: str) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(*spec[name]) for name in names]
 
 
-def _runner(model: Any, side: str, params: Mapping[str, jax.Array]) -> Callable[..., jax.Array]:
-  @jax.jit
+def _runner(
+  model: Any, side: str, params: Mapping[str, jax.Array], rows: jax.sharding.NamedSharding
+) -> Callable[..., jax.Array]:
+  @functools.partial(jax.jit, out_shardings=rows)
   def apply(params: Any, *inputs: jax.Array) -> jax.Array:
     variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
     found: jax.Array = model.apply(variables, *inputs, method=f"pooled_{side}")
@@ -104,8 +108,10 @@ def check_stores(
   if learning:
     raise ValueError(f"config.data.stores: {learning[0]} and {len(learning) - 1} other arrays of"
                      " towers would learn nothing from stored vectors; set config.frozen='_tower/'")
-  if "tokens" in program.loss.needs:
-    raise ValueError("config.loss reads tokens, and config.data.stores holds one vector per sample")
+  missing = sorted(program.loss.needs & {"tokens", "labels"})
+  if missing:
+    raise ValueError(f"config.loss reads {missing[0]}, and config.data.stores holds one vector per"
+                     " sample and nothing else")
   for side, stores in (("image", [pairs.image]), ("text", [pairs.text, pairs.second])):
     params = {p: x for p, x in state.frozen.items() if p.startswith(f"model/{side}_tower/")}
     expected = header(side, data, model, params) if params else dict(

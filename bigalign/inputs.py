@@ -13,7 +13,7 @@ from bigalign.data import pipeline, transforms
 from bigalign.data.captions import columns, fields
 from bigalign.data.mixture import Mixture, Prefixed
 from bigalign.data.order import philox
-from bigalign.data.pairs import Pairs, pair_batches
+from bigalign.data.pairs import Pairs, has_stores, pair_batches
 from bigalign.data.sources import Source, open_source
 from bigalign.data.tokenizers import TOKENIZERS, Tokenizer
 from bigalign.data.views import View
@@ -51,7 +51,8 @@ def open_data(
     schedule: ((start, {name: weight}), …): other weights for a mixture from there on; start is
       "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
     stores: vectors of frozen towers that `bigalign embed` made of the source, which is then not
-      read: options of pairs.Pairs, dict(image=DIR, text=DIR). None, or one without paths: no store.
+      read, nor its captions, nor mixed by weights: options of pairs.Pairs, dict(image=DIR,
+      text=DIR). None, or one without paths: no store.
     image_size: pixels per side.
     tokenizer: name, length and options of a tokenizer.
     view: of the source, made by `bigalign view`: only the samples that it keeps.
@@ -83,6 +84,10 @@ def open_data(
     raise ValueError(f"config.data.second_captions={second_captions}: name the fields of the first"
                      " in config.data.captions too")
   if has_stores(stores):
+    ignored = [k for k, x in dict(view=view, augment=augment, schedule=schedule).items() if x]
+    if ignored:
+      raise ValueError(f"config.data.{ignored[0]} has no effect on what is in config.data.stores;"
+                       " embed what it says, or leave it out")
     pairs: Pairs = configs.call(Pairs, stores or {}, "config.data.stores")
     return pairs, dict(shuffle=shuffle, kind=order, captions_per_image=captions_per_image)
   if bool(source) == bool(mixture):
@@ -108,11 +113,6 @@ def open_data(
     workers=workers, captions=first, second_captions=second, captions_per_image=captions_per_image,
     stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif,
   )
-
-
-def has_stores(stores: Mapping[str, Any] | None) -> bool:
-  """Whether config.data.stores names any."""
-  return any((stores or {}).get(name) for name in ("image", "text"))
 
 
 def make_batches(

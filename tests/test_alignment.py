@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 
 import numpy as np
 import pytest
@@ -115,6 +116,11 @@ def test_recalls_count_what_stands_before():
   assert found["text_to_image_R@5"] == found["image_to_text_R@5"] == 1
 
 
+def test_what_is_all_alike_finds_nothing():
+  for scores in (np.ones((50, 50)), np.full((50, 50), np.nan)):
+    assert set(alignment.recalls(scores, np.arange(50)).values()) == {0.0}
+
+
 @pytest.fixture
 def stores(tmp_path):
   """A good and a bad image tower beside one text tower with two captions each."""
@@ -124,7 +130,7 @@ def stores(tmp_path):
   def made(name, rows, captions=1):
     folder, width = tmp_path / name, rows.shape[1]
     store_writer.begin(folder, dict(side=name, width=width, dtype="float32"))
-    store_writer.claim(folder, "x", count, "x", piece=count, write=True)
+    store_writer.claim(folder, "x", count, "x", batch_size=count, batches=1, write=True)
     place = np.repeat(np.arange(count), captions).astype(np.uint64)
     ids = place * np.uint64(0x9E3779B97F4A7C15)
     store_writer.write(folder, 0, rows.astype(np.float32), np.stack([ids, place], 1))
@@ -166,5 +172,10 @@ def test_what_cannot_be_compared_is_named(stores, tmp_path):
     compare.compare(other, text)
   with pytest.raises(ValueError, match=r"600 samples are too few to hold out 0\.0 of them"):
     compare.compare(images[0], text, heldout=0.0)
+  (rows,) = pathlib.Path(images[0]).glob("*.vectors.npy")
+  for value, message in ((1.0, "all vectors are the same"), (np.nan, "holds NaN or infinity")):
+    np.save(rows, np.full_like(np.load(rows), value))
+    with pytest.raises(ValueError, match=message):
+      compare.compare(images[0], text)
   with pytest.raises(FileNotFoundError, match="no embedding store"):
     compare.main(["--image", str(tmp_path), "--text", text])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -112,6 +113,27 @@ def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
   assert [x["samples"] for x in json.loads((out / "text/sources.json").read_text())] == [70, 10]
 
 
+def test_one_side_after_the_other(config, tmp_path):
+  out = tmp_path / "stores"
+  embed(config, out, sides=["image"], batch_size=8)
+  before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
+  embed(config, out, batch_size=8)
+  assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+  assert Store(out / "image").ids == Store(out / "text").ids
+  with pytest.raises(ValueError, match=r"--towers: unknown 'img'\. Did you mean 'image'"):
+    embed(config, out, sides=["img"])
+
+
+def test_other_captions_are_no_more_of_the_same(config, tmp_path):
+  embed(config, tmp_path / "stores", batch_size=8)
+  config["data"] |= dict(captions=("txt",))
+  with pytest.raises(ValueError, match=r"70 rows have the id of another sample.*delete the folder"):
+    embed(config, tmp_path / "stores", batch_size=8)
+  config["data"] |= dict(captions=(("txt", 1), ("cls", 2)))
+  with pytest.raises(ValueError, match="Embed each field into a store of its own"):
+    embed(config, tmp_path / "other", batch_size=8)
+
+
 def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
   bad = {"000003.jpg": b"<html>", "000007.txt": b""}
   write_tar(tmp_path / "bad.tar", [(name, bad.get(name, x)) for name, x in samples(0, 20)])
@@ -174,6 +196,44 @@ def test_vectors_that_nobody_here_can_make(config, tmp_path):
   config["model"]["text"]["width"] = 9
   with pytest.raises(ValueError, match="width: 8 there, 9 here"):
     train.train(tmp_path / "other", **with_stores(config, folders))
+
+
+def test_sail_from_two_stores_of_texts(config, tmp_path):
+  folders = embed(config, tmp_path / "stores", batch_size=8)
+  config["model"]["text"] = dict(name="features", width=8)
+  config["model"] |= {f"{side}_projector": dict(name="gated") for side in ("image", "text")}
+  config |= dict(loss=dict(sail={}), optimizer=dict(name="lion", lr=1e-4))
+  train.train(tmp_path / "run", **with_stores(
+    config, folders | dict(second=folders["text"])))
+  assert len(read_metrics(tmp_path / "run")) == 6
+  for change, message in (
+    (dict(view="some"), r"config\.data\.view has no effect"),
+    (dict(augment=dict(flip=0.5)), r"config\.data\.augment has no effect"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      train.train(tmp_path / "other", **with_stores(config, folders, **change))
+
+
+@pytest.mark.slow
+def test_two_processes_embed_what_one_embeds(config, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  (tmp_path / "config.py").write_text(
+    "import json, pathlib\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
+    "  here = pathlib.Path(__file__).with_name('config.json')\n"
+    "  return ConfigDict(json.loads(here.read_text()), convert_dict=True)\n")
+  whole = embed(config, tmp_path / "whole", batch_size=8)
+  program = [sys.executable, "-m", "bigalign", "embed"]
+  subprocess.run(
+    [ROOT / "launch/local.sh", "-n", "2", "-d", "4", "--", *program, "--batch_size=8",
+     f"--config={tmp_path}/config.py", f"--out={tmp_path}/stores"],
+    check=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+  )
+  for side, path in whole.items():
+    one, two = Store(path), Store(tmp_path / "stores" / side)
+    assert one.ids == two.ids and not list(two.verify())
+    ids = one.samples(np.arange(len(one)))[:, 0]
+    np.testing.assert_allclose(
+      one.read(one.find(ids)[0]).astype(float), two.read(two.find(ids)[0]).astype(float), rtol=2e-3)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def write(folder: pathlib.Path, ids, *, piece=4, texts=(), name="a", dtype="floa
   """A store of samples with these ids; `texts` of them each, or one."""
   store_writer.begin(folder, HEADER | dict(dtype=dtype, width=width))
   ids = np.asarray(ids, np.uint64)
-  held = store_writer.claim(folder, name, len(ids), name, piece=piece, write=True)
+  held = store_writer.claim(folder, name, len(ids), name, batch_size=piece, batches=1, write=True)
   counts = np.asarray(texts) if len(texts) else np.ones(len(ids), int)
   for n in range(held.next, -(-len(ids) // piece)):
     own = np.arange(n * piece, min((n + 1) * piece, len(ids)))
@@ -71,8 +71,8 @@ def test_sorting_in_ranges_is_sorting(tmp_path, monkeypatch):
   monkeypatch.setattr(store, "CHUNK", 16)
   ranges = Store(write(tmp_path / "b", ids))
   for name in ("ids", "rows"):
-    np.testing.assert_array_equal(
-        np.load(tmp_path / "a" / f"{name}.npy"), np.load(tmp_path / "b" / f"{name}.npy"))
+    one, other = (np.load(next((tmp_path / x).glob(f"{name}-*.npy"))) for x in "ab")
+    np.testing.assert_array_equal(one, other)
   assert ranges.ids == whole.ids
   np.testing.assert_array_equal(np.concatenate([x for x, _ in ranges.sorted_ids()]), np.sort(ids))
 
@@ -84,8 +84,8 @@ def test_another_source_is_appended(tmp_path):
   assert len(found) == 16 and first.fingerprint != found.fingerprint
   rows, count = found.find(np.arange(20, 26, dtype=np.uint64))
   assert (count == 1).all() and found.samples(rows)[:, 1].tolist() == list(range(10, 16))
-  with pytest.raises(ValueError, match="begun in pieces of 4 samples, and now they would have 5"):
-    store_writer.claim(tmp_path / "s", "b", 6, "b", piece=5, write=True)
+  with pytest.raises(ValueError, match=r"begun in batches of 4, .* now they would have 5"):
+    store_writer.claim(tmp_path / "s", "b", 6, "b", batch_size=5, batches=1, write=True)
 
 
 def test_repeated_ids_are_refused_by_place(tmp_path):
@@ -122,6 +122,63 @@ def test_what_changed_on_the_disk_is_found(tmp_path):
   assert "1 rows hold NaN or infinity, of samples [6] first" in wrong[2]
 
 
+def test_a_damaged_index_is_found(tmp_path):
+  folder = write(tmp_path / "s", range(1, 9))
+  (path,) = folder.glob("rows-*.npy")
+  data = bytearray(path.read_bytes())
+  data[-8] ^= 1
+  path.write_bytes(data)
+  assert [str(path) in line for line in Store(folder).verify()] == [True]
+  text = write(tmp_path / "t", range(1, 9), texts=[1] * 8)
+  with pytest.raises(ValueError, match="changed while it was read"):
+    batches(Pairs(text, folder), range(8), stop=8)
+  (folder / "00000.0-of-1.vectors.npy").write_bytes(data[:20])
+  assert any("00000.0-of-1 cannot be read" in line for line in Store(folder).verify())
+
+
+def test_a_store_lacks_no_piece(tmp_path):
+  folder = write(tmp_path / "s", range(1, 9))
+  (folder / "00001.0-of-1.json").unlink()
+  with pytest.raises(ValueError, match=r"pieces \[1\] of a are not there; do all processes write"):
+    store_writer.finish(folder, captions=False)
+
+
+def test_a_source_that_was_never_begun_gives_way(tmp_path):
+  store_writer.begin(tmp_path / "s", HEADER)
+  store_writer.claim(tmp_path / "s", "typo", 9, "typo", batch_size=4, batches=1, write=True)
+  assert len(Store(write(tmp_path / "s", range(8)))) == 8
+
+
+def test_an_append_that_is_killed_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+  """At any of the moments at which a file gets its name."""
+  replace, moves = pathlib.Path.replace, []
+  for stop in range(99):
+    folder = tmp_path / str(stop)
+    write(folder, range(1, 9))
+    moves.clear()
+
+    def move(self, target, stop=stop):
+      moves.append(target)
+      if len(moves) > stop:
+        raise KeyboardInterrupt
+      return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", move)
+    try:
+      write(folder, range(20, 26), name="b")
+    except KeyboardInterrupt:
+      monkeypatch.setattr(pathlib.Path, "replace", replace)
+      found, expected = Store(folder), set(range(1, 9))
+      assert set(found.samples(np.arange(len(found)))[:, 0].tolist()) == expected
+      assert list(found.verify()) == []
+      write(folder, range(20, 26), name="b")
+    monkeypatch.setattr(pathlib.Path, "replace", replace)
+    assert len(Store(folder)) == 14 and list(Store(folder).verify()) == []
+    if len(moves) <= stop:
+      break
+  assert stop == len(moves) > 8
+
+
 WRITER = """
 import pathlib, sys, time
 import numpy as np
@@ -129,7 +186,7 @@ from bigalign.data import store_writer
 
 folder = pathlib.Path(sys.argv[1])
 store_writer.begin(folder, dict(width=64, dtype="float16"))
-held = store_writer.claim(folder, "x", 4000, "x", piece=50, write=True)
+held = store_writer.claim(folder, "x", 4000, "x", batch_size=50, batches=1, write=True)
 print("begun", flush=True)
 for n in range(held.next, 80):
   place = np.arange(n * 50, n * 50 + 50)
@@ -192,7 +249,8 @@ def test_a_hundred_million_rows_are_addressed_without_an_index_in_memory(tmp_pat
   rows[-1] = each * files - 1
   rows.flush()
   (folder / "manifest.json").write_text(json.dumps(dict(
-      header=HEADER | dict(width=1024), ids="", left_out={}, files=listed)))
+      header=HEADER | dict(width=1024), ids="", left_out={}, files=listed,
+      index={"ids.npy": "", "rows.npy": ""})))
   tracemalloc.start()
   found = Store(folder)
   row, count = found.find(np.array([2**63], np.uint64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,16 @@ from bigalign.data.store import Store
 from bigalign.data.workers import Batches, iterate
 
 
+def has_stores(stores: Mapping[str, Any] | None) -> bool:
+  """Whether config.data.stores names any."""
+  return any((stores or {}).get(name) for name in ("image", "text"))
+
+
 class Pairs:
   """The images of one store that have captions in another, in the order of the first.
 
   least  share of the images that must have captions
-  Other stores of texts (`second`) must have captions of every image that is left.
+  second  another store of texts, or the same once more; an image needs captions in both
 
   Raises:
     ValueError: if fewer match, or none; says how many do.
@@ -51,13 +56,22 @@ class Pairs:
   def __getitem__(self, i: int) -> dict[str, Any]:
     """The vectors of one image, [D], and of its captions, [C, E]."""
     rows = self.rows(np.array([i]))
-    (first,), (count,) = self.text.find(self.image.samples(rows)[:, 0])
+    (first,), (count,) = _found(self.text, self.image.samples(rows)[:, 0])
     return dict(image=self.image.read(rows)[0], text=self.text.read(first + np.arange(count)),
                 key=f"row {int(rows[0])} of {self.image.folder}")
 
   def rows(self, indices: np.ndarray) -> np.ndarray:
     """[N] → [N] int64, rows of the image store."""
     return indices if self._rows is None else np.asarray(self._rows[indices], np.int64)
+
+
+def _found(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """As Store.find, of samples that must be there."""
+  first, count = store.find(ids)
+  if not count.all() or (store.samples(first)[:, 0] != ids).any():
+    raise ValueError(f"{store.folder} changed while it was read; `bigalign embed --verify` tells"
+                     " whether it is whole")
+  return first, count
 
 
 def _matching(image: Store, texts: Sequence[Store]) -> np.ndarray | None:
@@ -124,7 +138,7 @@ class _PairBatches:
     indices = self._places(positions)
     rows = source.rows(indices)
     ids = source.image.samples(rows)[:, 0]
-    first, count = source.text.find(ids)
+    first, count = _found(source.text, ids)
     most = int(count.max())
     if most > self._captions_per_image:
       raise ValueError(f"{source.text.folder}: an image has {most} captions; set"
@@ -146,9 +160,9 @@ class _PairBatches:
   def _second(self, ids: np.ndarray, draw: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
     store = self._source.second
     assert store is not None
-    first, count = store.find(ids)
+    first, count = _found(store, ids)
     fresh = order.hash_words(order.CAPTION, draw)
-    if store.folder != self._source.text.folder:
+    if store.fingerprint != self._source.text.fingerprint:
       return store.read(first + (fresh % count.astype(np.uint64)).astype(np.int64))
     others = np.maximum(count - 1, 1)
     step = 1 + (fresh % others.astype(np.uint64)).astype(np.int64)

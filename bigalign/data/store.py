@@ -9,7 +9,7 @@ A store is a folder. While it is written it holds, for each piece of the source 
 and once all pieces are there
 
   manifest.json              what was embedded with what, and the list of files
-  ids.npy, rows.npy          [rows] uint64: the ids in ascending order, and the row of each
+  ids-….npy, rows-….npy      [rows] uint64: the ids in ascending order, and the row of each
 
 Rows of one sample (the captions of an image) stand side by side, in their order. Files are moved
 into place when they are whole, so a process may be killed at any time; a piece is redone unless all
@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -34,7 +35,8 @@ DTYPES = {name: np.dtype(name) for name in ("float16", "float32")} | {
   "bfloat16": np.dtype(ml_dtypes.bfloat16)
 }
 CHUNK = 1 << 22  # rows sorted or compared at a time
-OPEN = 4096  # files that stay mapped
+# Files that stay mapped; each takes a descriptor, of which two stores and all else share a few.
+OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
 
 
 def sample_id(key: str) -> int:
@@ -75,7 +77,8 @@ class Store:
     manifest = json.loads(path.read_text())
     self.header, self.ids, self.left_out = (
         manifest[name] for name in ("header", "ids", "left_out"))
-    self._files = manifest["files"]
+    self._files, self._index = manifest["files"], manifest["index"]
+    self._named = dict(zip(("ids", "rows"), self._index))
     self._firsts = np.cumsum([0, *(file["rows"] for file in self._files)])
     self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     self.dtype, self.width = DTYPES[self.header["dtype"]], self.header["width"]
@@ -114,34 +117,47 @@ class Store:
 
     Reads all of it.
     """
-    for number, file in enumerate(self._files):
-      for name, expected in file["sums"].items():
-        path = self.folder / f"{file['stem']}.{name}.npy"
-        if not path.exists():
-          yield f"{path} is missing"
-        elif checksum(path) != expected:
-          yield f"{path} is not what was written: its sum differs"
-      first = int(self._firsts[number])
-      for start in range(first, first + file["rows"], 1 << 16):
-        rows = np.arange(start, min(start + (1 << 16), first + file["rows"]))
-        bad = rows[~np.isfinite(self.read(rows).astype(np.float32)).all(1)]
-        if len(bad):
-          places = self.samples(bad[:8])[:, 1].tolist()
-          yield f"{file['stem']}: {len(bad)} rows hold NaN or infinity, of samples {places} first"
+    sums = dict(self._index)
+    for file in self._files:
+      sums |= {f"{file['stem']}.{name}.npy": found for name, found in file["sums"].items()}
+    for name, expected in sums.items():
+      path = self.folder / name
+      if not path.exists():
+        yield f"{path} is missing"
+      elif checksum(path) != expected:
+        yield f"{path} is not what was written: its sum differs"
+    for number in range(len(self._files)):
+      try:
+        yield from self._not_finite(number)
+      except (OSError, ValueError) as error:
+        yield f"{self._files[number]['stem']} cannot be read: {error}"
+
+  def _not_finite(self, number: int) -> Iterator[str]:
+    """About the rows of a file that hold NaN or infinity."""
+    first, end = (int(x) for x in self._firsts[number:number + 2])
+    for start in range(first, end, 1 << 16):
+      rows = np.arange(start, min(start + (1 << 16), end))
+      bad = rows[~np.isfinite(self.read(rows).astype(np.float32)).all(1)]
+      if len(bad):
+        places = self.samples(bad[:8])[:, 1].tolist()
+        yield (f"{self._files[number]['stem']}: {len(bad)} rows hold NaN or infinity, of samples"
+               f" {places} first")
 
   def _gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
       raise IndexError(f"{self!r} has {len(self)} rows; asked for {rows.min()} to {rows.max()}")
     which = np.searchsorted(self._firsts, rows, "right") - 1
-    for number in np.unique(which):
-      mine = np.flatnonzero(which == number)
+    by_file = np.argsort(which, kind="stable")
+    edges = np.flatnonzero(np.diff(which[by_file])) + 1
+    for mine in np.split(by_file, edges) if len(rows) else ():
+      number = which[mine[0]]
       array = self._mapped[self._files[number]["stem"], name]
       out[mine] = array[rows[mine] - self._firsts[number]]
     return out
 
   def _map(self, key: tuple[str, str]) -> tuple[np.ndarray, int]:
     stem, name = key
-    path = self.folder / (f"{stem}.{name}.npy" if stem else f"{name}.npy")
+    path = self.folder / (f"{stem}.{name}.npy" if stem else self._named[name])
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array.view(self.dtype) if name == "vectors" else array, 1
 

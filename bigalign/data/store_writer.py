@@ -43,41 +43,44 @@ def begin(folder: pathlib.Path, header: Mapping[str, Any]) -> None:
   store.check_header(folder, header)
 
 
-def claim(folder: pathlib.Path, fingerprint: str, samples: int, name: str, *, piece: int,
-          write: bool) -> Range:
+def claim(folder: pathlib.Path, fingerprint: str, samples: int, name: str, *, batch_size: int,
+          batches: int, write: bool) -> Range:
   """The pieces of a source in a store: those that it has, or new ones behind all others.
 
-  piece  samples of a piece. write: only one process may; all must claim before one fills.
+  batches  of a piece. write: only one process may; all must claim before one fills.
 
   Raises:
-    ValueError: if another source is not whole yet, or this one was begun in other pieces.
+    ValueError: if another source is not whole yet, or this one was begun in other batches.
   """
-  path = folder / "sources.json"
+  path, piece = folder / "sources.json", batch_size * batches
   entries = json.loads(path.read_text()) if path.exists() else []
   whole = pieces(folder)
-
-  def missing(entry: Mapping[str, Any]) -> list[int]:
-    count = -(-entry["samples"] // entry["piece"])
-    return [i for i in range(count) if entry["first"] + i not in whole]
-
   entry = next((x for x in entries if x["fingerprint"] == fingerprint), None)
   if entry is None:
+    if entries and not any(entries[-1]["first"] <= found for found in whole):
+      entries.pop()  # it was named and never begun
     for before in entries:
-      if missing(before):
-        raise ValueError(f"{folder}: {len(missing(before))} pieces of {before['source']} are still"
-                         " missing; embed it again to go on, then append another source")
+      if _missing(before, whole):
+        raise ValueError(f"{folder}: {len(_missing(before, whole))} pieces of {before['source']}"
+                         " are still missing; embed it again to go on, then append another source")
     last = entries[-1] if entries else dict(first=0, samples=0, piece=1, place=0)
     entry = dict(source=name, fingerprint=fingerprint, samples=samples, piece=piece,
+                 batch_size=batch_size,
                  first=last["first"] + -(-last["samples"] // last["piece"]),
                  place=last["place"] + last["samples"])
     if write:
       _write_json(path, [*entries, entry])
-  if entry["piece"] != piece:
-    raise ValueError(f"{folder} was begun in pieces of {entry['piece']} samples, and now they would"
-                     f" have {piece}; use the batch size that it was begun with")
-  left = missing(entry)
+  if entry["batch_size"] != batch_size:
+    raise ValueError(f"{folder} was begun in batches of {entry['batch_size']}, which say what lies"
+                     f" in which file; now they would have {batch_size}")
+  left = _missing(entry, whole)
   count = -(-samples // piece)
   return Range(entry["first"], entry["place"], left[0] if left else count, not left)
+
+
+def _missing(entry: Mapping[str, Any], whole: Mapping[int, Any]) -> list[int]:
+  count = -(-entry["samples"] // entry["piece"])
+  return [i for i in range(count) if entry["first"] + i not in whole]
 
 
 def write(folder: pathlib.Path, piece: int, vectors: np.ndarray, samples: np.ndarray, *,
@@ -88,6 +91,7 @@ def write(folder: pathlib.Path, piece: int, vectors: np.ndarray, samples: np.nda
   """
   stem = f"{piece:05}.{part}-of-{parts}"
   bits = vectors.view(np.uint16) if vectors.dtype == store.DTYPES["bfloat16"] else vectors
+  (folder / f"{stem}.json").unlink(missing_ok=True)  # what it says will not be so any more
   arrays = {"vectors": bits, "samples": np.asarray(samples, np.uint64)}
   for name, array in arrays.items():
     with _whole(folder / f"{stem}.{name}.npy") as file:
@@ -114,30 +118,42 @@ def finish(folder: pathlib.Path, *, captions: bool) -> None:
   captions  a sample may have several rows
 
   Raises:
-    ValueError: if an id belongs to two samples, or there is no row at all.
+    ValueError: if a piece is missing, an id belongs to two samples, or there is no row at all.
   """
   header, sources = (
       json.loads((folder / f"{name}.json").read_text()) for name in ("header", "sources"))
-  files = [part for parts in pieces(folder).values() for part in parts]
+  whole = pieces(folder)
+  for entry in sources:
+    if _missing(entry, whole):
+      raise ValueError(f"{folder}: pieces {_missing(entry, whole)[:8]} of {entry['source']} are not"
+                       " there; do all processes write to the same disk?")
+  files = [part for parts in whole.values() for part in parts]
   path = folder / "manifest.json"
-  if path.exists() and json.loads(path.read_text())["files"] == files:
+  before = json.loads(path.read_text()) if path.exists() else None
+  if before and before["files"] == files:
     return
   left_out: collections.Counter[str] = collections.Counter()
   for file in files:
     left_out.update(file["left_out"])
   if not any(file["rows"] for file in files):
     raise ValueError(f"{folder}: no sample has a vector; left out: {dict(left_out)}")
-  digest = _index(folder, files, captions=captions)
+  digest, index = _index(folder, files, captions=captions)
   _write_json(path, dict(
       header=header, sources=sources, rows=sum(file["rows"] for file in files), ids=digest,
-      left_out=left_out, files=files))
+      index=index, left_out=left_out, files=files))
+  for name in (before or dict(index={}))["index"]:
+    if name not in index:
+      (folder / name).unlink(missing_ok=True)
 
 
-def _index(folder: pathlib.Path, files: Sequence[Mapping[str, Any]], *, captions: bool) -> str:
-  """Writes ids.npy and rows.npy; returns digits of the ids, each once."""
+def _index(folder: pathlib.Path, files: Sequence[Mapping[str, Any]], *,
+           captions: bool) -> tuple[str, dict[str, str]]:
+  """Writes the index of these files, beside that of others; (digits of the ids, {file: sum})."""
   count = sum(file["rows"] for file in files)
-  ids, rows = (np.lib.format.open_memmap(folder / f"{name}.npy.part", "w+", np.uint64, (count,))
-               for name in ("ids", "rows"))
+  told = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+  paths = [folder / f"{name}-{told}.npy" for name in ("ids", "rows")]
+  ids, rows = (np.lib.format.open_memmap(f"{path}.part", "w+", np.uint64, (count,))
+               for path in paths)
   digest, done = hashlib.sha256(), 0
   for some in _by_high_bits(folder, files, count):
     some = some[np.argsort(some[:, 0], kind="stable")]
@@ -148,14 +164,15 @@ def _index(folder: pathlib.Path, files: Sequence[Mapping[str, Any]], *, captions
       raise ValueError(
           f"{folder}: {int(wrong.sum())} rows have the id of another sample, first samples"
           f" {int(some[at, 2])} and {int(some[at + 1, 2])}, so nobody could tell their pairs apart."
-          " Samples of several sources need names: a part of config.data.mixture each.")
+          " Samples of several sources need names, a part of config.data.mixture each: delete the"
+          " folder and embed them so.")
     ids[done:done + len(some)], rows[done:done + len(some)] = some[:, 0], some[:, 1]
     digest.update(some[:, 0][np.append(True, ~again)[:len(some)]].tobytes())
     done += len(some)
-  for name, array in (("ids", ids), ("rows", rows)):
+  for path, array in zip(paths, (ids, rows)):
     array.flush()
-    (folder / f"{name}.npy.part").replace(folder / f"{name}.npy")
-  return digest.hexdigest()[:32]
+    pathlib.Path(f"{path}.part").replace(path)
+  return digest.hexdigest()[:32], {path.name: store.checksum(path) for path in paths}
 
 
 def _by_high_bits(folder: pathlib.Path, files: Sequence[Mapping[str, Any]],

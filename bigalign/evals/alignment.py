@@ -51,7 +51,7 @@ def moments(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
     x, y = (z.astype(np.float64) for z in (x, y))
     some = Moments(len(x), x.sum(0), y.sum(0), x.T @ x, y.T @ y, x.T @ y)
     total = some if total is None else total + some
-  if total is None or total.n < 2:
+  if total is None:
     raise ValueError("there are no pairs to compare")
   return total
 
@@ -166,13 +166,14 @@ def cca(fit: Moments, choose: Moments, dims: int = 256) -> tuple[Map, Map]:
 def recalls(scores: np.ndarray, owner: np.ndarray) -> dict[str, float]:
   """[images, texts] scores and the image of each text → recalls at 1, 5, 10, both ways.
 
-  An image's query is a hit if any of its texts is among the first k.
+  An image's query is a hit if any of its texts is among the first k. What is equal stands before,
+  so that vectors that are all alike score nothing.
   """
   mine = owner[None] == np.arange(len(scores))[:, None]
   own = scores[owner, np.arange(scores.shape[1])]
-  to_image = (scores > own).sum(0)  # the images before the right one
+  to_image = (~mine & ~(scores < own)).sum(0)  # the images before the right one
   best = np.where(mine, scores, -np.inf).max(1)
-  to_text = (scores > best[:, None]).sum(1)[mine.any(1)]
+  to_text = (~mine & ~(scores < best[:, None])).sum(1)[mine.any(1)]
   return {f"{way}_R@{k}": float((found < k).mean())
           for way, found in (("text_to_image", to_image), ("image_to_text", to_text))
           for k in RECALL_AT}
