@@ -300,7 +300,7 @@ def test_images_without_captions_are_left_out_and_counted(tmp_path):
   image = write(tmp_path / "image", range(1, 41))
   text = write(tmp_path / "text", range(3, 50), texts=[2] * 47)
   with pytest.raises(ValueError, match=r"38 of the 40 images in .* fewer than"
-                                       r".*stores\.least=0\.99 asks"):
+                                       r".*least=0\.99 \(config"):
     Pairs(image, text)
   pairs = Pairs(image, text, least=0.9)
   assert len(pairs) == 38 and pairs[0]["text"][0, 0] == pairs[0]["image"][0] == 3

@@ -43,7 +43,7 @@ class Pairs:
       raise ValueError(
           f"{len(self._rows)} of the {len(self.image)} images in {self.image.folder} have captions"
           f" in {' and '.join(str(store.folder) for store in texts)}, fewer than"
-          f" config.data.stores.least={least} asks for: embed the same samples into each")
+          f" least={least} (config.data.stores.least) asks for: embed the same samples into each")
     names = [store.fingerprint for store in (self.image, *texts)]
     self.fingerprint = hashlib.sha256(" ".join(names).encode()).hexdigest()[:32]
 

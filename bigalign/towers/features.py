@@ -16,7 +16,7 @@ class Features(nn.Module):
   def __call__(
     self, x: jax.Array, mask: jax.Array | None = None, train: bool = False
   ) -> base.TowerOutput:
-    """[B, D] -> pooled [B, D], tokens [B, 1, D]."""
+    """Never called: the model takes stored vectors [B, D] past its towers."""
     raise ValueError(
       f"a tower 'features' takes stored vectors, [B, {self.width}], and got {x.dtype} {x.shape}:"
       " nobody here can embed anything new"
@@ -30,4 +30,3 @@ def features(*, width: int) -> Features:
     width: D of the vectors.
   """
   return Features(width)
-
