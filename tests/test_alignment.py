@@ -124,8 +124,8 @@ def test_what_is_all_alike_finds_nothing():
 @pytest.fixture
 def stores(tmp_path):
   """A good and a bad image tower beside one text tower with two captions each."""
-  count = 600
-  shared = DRAWS.normal(size=(count, 6))
+  count, draws = 600, np.random.default_rng(1)
+  shared = draws.normal(size=(count, 6))
 
   def made(name, rows, captions=1):
     folder, width = tmp_path / name, rows.shape[1]
@@ -138,7 +138,7 @@ def stores(tmp_path):
     return str(folder)
 
   def noisy(rows, width, noise):
-    return rows @ DRAWS.normal(size=(6, width)) + noise * DRAWS.normal(size=(len(rows), width))
+    return rows @ draws.normal(size=(6, width)) + noise * draws.normal(size=(len(rows), width))
 
   return (
     [made("good", noisy(shared, 20, 0.1)), made("bad", noisy(shared, 20, 8.0))],
@@ -157,7 +157,7 @@ def test_the_program_ranks_towers_and_draws(stores, tmp_path, capsys):
   for name in ("linear_cka", "mutual_knn"):
     assert good[name] > bad[name] + 0.1
   for name in compare.MAPS:
-    assert good[name][compare.SHOWN] > 0.8 > bad[name][compare.SHOWN]
+    assert good[name][compare.SHOWN] > bad[name][compare.SHOWN] + 0.2
   assert 90 < good["heldout"] < 150 and good["pairs"] == 2 * (600 - good["heldout"])
   with Image.open(tmp_path / "grid.png") as picture:
     assert picture.size[0] > 100
