@@ -75,15 +75,15 @@ def test_every_projector_has_a_case():
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_a_step_are_those_of_numpy(name):
-  options, ours, count = CASES[name]
+  (options, ours, count), draws = CASES[name], np.random.default_rng(1)
   dim = D if name == "identity" else E
   with jax.enable_x64(True):
     projector = PROJECTORS[name](dim=dim, dtype=jnp.float64, **options) if count else (
       PROJECTORS[name](dim=dim))
     made = projector.init(jax.random.key(0), OUT).get("params", {})
-    params = {path: DRAWS.normal(size=x.shape) for path, x in tree.flatten(made, "").items()}
+    params = {path: draws.normal(size=x.shape) for path, x in tree.flatten(made, "").items()}
     assert sum(x.size for x in params.values()) == count
-    weights = DRAWS.normal(size=(B, dim))
+    weights = draws.normal(size=(B, dim))
 
     def loss(flat):
       return jnp.sum(projector.apply({"params": tree.unflatten(flat)}, OUT) * weights)
@@ -100,7 +100,7 @@ def test_values_and_a_step_are_those_of_numpy(name):
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
   for path, x in params.items():
     # Lion's first step is the sign of the gradient, here by differences of numpy's values.
-    way = DRAWS.normal(size=x.shape)
+    way = draws.normal(size=x.shape)
     ahead, behind = (
       (ours({**params, path: x + e * way}, OUT) * weights).sum() for e in (1e-6, -1e-6))
     np.testing.assert_allclose(
