@@ -38,11 +38,11 @@ quickstart: $(BASE)  ## trains on glyphs in minutes, evaluates, writes a report 
 install: $(TEST)  ## makes .venv with all that the tests need
 
 test: $(TEST)  ## the fast tests, 8 minutes on two cores at most
-	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not long" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not long" $(ARGS)
 
 # The fast tests compile without most optimizations; these run what users run.
 test-slow: $(TEST)  ## the slow ones alone
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) -m "slow and not long" $(ARGS)
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not long" $(ARGS)
 
 test-all: test test-slow  ## fast and slow, half an hour at most
 

@@ -62,8 +62,7 @@ def digests(options, *, hosts=1, **where):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["exact", "mixed_blocks"])
-def test_every_number_of_hosts_and_workers_and_every_restart(settings, name):
+def test_every_number_of_hosts_and_workers_and_every_restart(settings, name="mixed_blocks"):
   """Workers are processes that take seconds to start: those of the first and the last host."""
   wanted = host_batches(settings[name], host=0, hosts=1)
   every = [digest(batch) for batch in wanted]
@@ -83,11 +82,12 @@ def test_every_number_of_hosts_and_workers_and_every_restart(settings, name):
   assert digests(settings[name], workers=2, start=4 * B, steps=3) == every[4:7]
 
 
-@pytest.mark.parametrize("name", ["block", "mixture"])
+@pytest.mark.parametrize("name", ["exact", "block", "mixture"])
 def test_some_of_them_and_some_restarts(settings, name):
   """Three epochs and a change of weights lie behind the 216 positions."""
   wanted = digests(settings[name])
   assert digests(settings[name], hosts=4, steps=2) == wanted[:2]
+  assert digests(settings[name], workers=2, steps=2) == wanted[:2]
   for step in (1, 4, 8):
     found = digests(settings[name], hosts=2, start=step * B, steps=1)
     assert found == wanted[step:step + 1], step
