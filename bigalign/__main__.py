@@ -10,6 +10,7 @@ PROGRAMS = {
   "evaluate": "runs the evaluators on a run's checkpoint",
   "embed": "a dataset through frozen towers, into embedding stores",
   "compare": "which frozen towers agree, before anything is trained",
+  "curate": "samples that concepts choose, the rarest first, from embedding stores",
   "report": "makes one HTML page of a run",
   "export": "writes a run as a folder that PyTorch's libraries load",
   "index": "makes shards ready for training: where each of their samples lies",

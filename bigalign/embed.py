@@ -43,15 +43,19 @@ PIECES = 4096  # of a source at most; those of a larger one have more batches
 
 
 class _Rows(NamedTuple):
-  """What a process has of a piece: vectors [N, D], the id of each row's sample and its place."""
+  """What a process has of a piece: vectors [N, D], the id of each row's sample and its place.
+
+  labels [N], of images.
+  """
 
   vectors: np.ndarray
   samples: np.ndarray
+  labels: np.ndarray | None = None
 
 
 def embed(
   config: Mapping[str, Any], out: str | pathlib.Path, *, sides: Sequence[str] = SIDES,
-  batch_size: int = 256, dtype: str = "float16",
+  batch_size: int = 256, dtype: str = "float16", projected: bool = False,
 ) -> dict[str, pathlib.Path]:
   """Writes, completes or extends the stores OUT/<side>; their folders.
 
@@ -60,6 +64,7 @@ def embed(
     sides: which towers.
     batch_size: images, or texts, at a time over all devices; rounded up to fit the mesh.
     dtype: of the vectors: float16, bfloat16 or float32.
+    projected: behind the projectors, in the space of images and texts, of unit length.
 
   Raises:
     ValueError: if a tower is not all loaded, or a store holds another tower's vectors.
@@ -76,7 +81,9 @@ def embed(
       " first field that a sample has. Embed each field into a store of its own, captions=(FIELD,),"
       " and train with data.stores.text and data.stores.second"
     )
-  towers = load_towers({**config, "data": data}, sides, len(source), dtype=dtype)
+  towers = load_towers(
+    {**config, "data": data}, sides, len(source), dtype=dtype, projected=projected
+  )
   batch_size = round_batch(towers.mesh, batch_size)
   per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
   folders = {side: pathlib.Path(out) / side for side in sides}
@@ -144,6 +151,7 @@ def _fill(
         samples[:, 1] += np.uint64(ranges[side].place)
         store_writer.write(
           folders[side], ranges[side].first + piece, vectors[sound], samples,
+          labels=None if made.labels is None else made.labels[sound],
           part=jax.process_index(), parts=jax.process_count(), left_out=reasons,
         )
       logging.info("Piece %d: %d batches to go, %.0f images/s", piece, left,
@@ -159,11 +167,12 @@ def _piece(
   texts: list[dict[str, np.ndarray]] = []
   samples: list[np.ndarray] = []
   rejected = np.zeros(len(REASONS), np.int64)
-  running: collections.deque[tuple[jax.Array, np.ndarray, np.ndarray]] = collections.deque()
+  running: collections.deque[tuple[jax.Array, dict[str, np.ndarray]]] = collections.deque()
 
   def fetch() -> None:
-    z, valid, own = running.popleft()
-    images.append(_Rows(sharding.host_part(z)[valid], own[valid]))
+    z, of = running.popleft()
+    valid = of["valid"]
+    images.append(_Rows(sharding.host_part(z)[valid], of["own"][valid], of["label"][valid]))
 
   for _ in range(number):
     batch = next(batches)
@@ -173,7 +182,7 @@ def _piece(
       on_mesh = sharding.global_batch(
         towers.mesh, {"image": batch["image"]}, rows, batch_size)
       z = sharding.in_turn(towers.run["image"](on_mesh["image"]))
-      running.append((z, batch["valid"], own))
+      running.append((z, dict(valid=batch["valid"], own=own, label=batch["label"])))
       if len(running) > 1:  # the device works on one while the host reads the other
         fetch()
     there = batch["texts_valid"] & batch["valid"][:, None]
@@ -237,7 +246,8 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(0 if all(sound) else 1)
   try:
     folders = embed(
-      config, values.out, sides=values.towers, batch_size=values.batch_size, dtype=values.dtype
+      config, values.out, sides=values.towers, batch_size=values.batch_size, dtype=values.dtype,
+      projected=values.projected,
     )
   except Exception:
     if jax.process_count() == 1:
@@ -261,4 +271,5 @@ def run() -> None:
   flags.DEFINE_bool("verify", False, "Only read what is in OUT, and compare it with its sums.")
   flags.DEFINE_integer("batch_size", 256, "Images, or texts, at a time over all devices.")
   flags.DEFINE_enum("dtype", "float16", list(store.DTYPES), "Of the vectors.")
+  flags.DEFINE_bool("projected", False, "Behind the projectors, in the space of both sides.")
   app.run(main, flags_parser=command_line.parse)

@@ -32,9 +32,16 @@ class Towers(NamedTuple):
 
 
 def load_towers(
-  config: Mapping[str, Any], sides: Sequence[str], dataset_size: int, *, dtype: str
+  config: Mapping[str, Any], sides: Sequence[str], dataset_size: int, *, dtype: str,
+  projected: bool = False,
 ) -> Towers:
-  """The towers of a config as they were pretrained; its durations may be epochs of a dataset."""
+  """The towers of a config as they were pretrained; its durations may be epochs of a dataset.
+
+  projected: with their projectors, which come from a checkpoint too.
+
+  Raises:
+    ValueError: for arrays that come from no checkpoint.
+  """
   model = beginnings.options(config["model"])
   program = states.make_program(**{**config, "model": model}, dataset_size=dataset_size)
   mesh = sharding.make_mesh()
@@ -43,7 +50,8 @@ def load_towers(
   loaded = beginnings.load(config["model"], config["loss"], abstract, places)
   run, headers = {}, {}
   for side in sides:
-    paths = [path for path in abstract if path.startswith(f"model/{side}_tower/")]
+    parts = (f"model/{side}_tower/", f"model/{side}_projector/")[: 1 + projected]
+    paths = [path for path in abstract if path.startswith(parts)]
     new = [path for path in paths if path not in loaded]
     if new or not paths:
       raise ValueError(
@@ -54,10 +62,12 @@ def load_towers(
     params = {
       path: loaded[path].astype(states.compute_dtype(program.model, path)) for path in paths
     }
-    run[side] = _runner(program.model, side, params, sharding.batch_sharding(mesh))
+    method = f"embed_{side}" if projected else f"pooled_{side}"
+    run[side] = _runner(program.model, method, params, sharding.batch_sharding(mesh))
     inputs = _inputs(program.spec, side)
     width = jax.eval_shape(run[side], *inputs).shape[-1]
-    headers[side] = header(side, config["data"], model, params) | dict(width=width, dtype=dtype)
+    headers[side] = header(side, config["data"], model, params, projected=projected) | dict(
+      width=width, dtype=dtype)
   return Towers(mesh, run, headers)
 
 
@@ -67,19 +77,20 @@ def _inputs(spec: Mapping[str, Any], side: str) -> list[jax.ShapeDtypeStruct]:
 
 
 def _runner(
-  model: Any, side: str, params: Mapping[str, jax.Array], rows: jax.sharding.NamedSharding
+  model: Any, method: str, params: Mapping[str, jax.Array], rows: jax.sharding.NamedSharding
 ) -> Callable[..., jax.Array]:
   @functools.partial(jax.jit, out_shardings=rows)
   def apply(params: Any, *inputs: jax.Array) -> jax.Array:
     variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
-    found: jax.Array = model.apply(variables, *inputs, method=f"pooled_{side}")
+    found: jax.Array = model.apply(variables, *inputs, method=method)
     return found
 
   return functools.partial(apply, dict(params))
 
 
 def header(
-  side: str, data: Mapping[str, Any], model: Mapping[str, Any], params: Mapping[str, jax.Array]
+  side: str, data: Mapping[str, Any], model: Mapping[str, Any], params: Mapping[str, jax.Array],
+  *, projected: bool = False,
 ) -> dict[str, Any]:
   """What vectors depend on: the tower, its parameters as they are used, and what is before it."""
   weights = hashlib.sha256()
@@ -92,7 +103,8 @@ def header(
          apply_exif=data.get("apply_exif", False), pixels=model.get("pixels", "half"))
     if side == "image" else dict(tokenizer=digest(data["tokenizer"]))
   )
-  return dict(side=side, tower=tower, weights=weights.hexdigest()[:32], **before)
+  return dict(side=side, tower=tower, projected=projected, weights=weights.hexdigest()[:32],
+              **before)
 
 
 def check_stores(

@@ -25,7 +25,6 @@ BERT = dict(TEXT, model_type="bert")
 SIGLIP = dict(VISION, model_type="siglip_vision_model")
 PICTURE = jnp.zeros((1, 16, 16, 3))
 IDS = jnp.zeros((1, 6), jnp.int32)
-RNG = np.random.default_rng(0)
 
 
 def save(file, arrays, **about):
@@ -40,8 +39,10 @@ def save(file, arrays, **about):
   file.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def clip_keys():
+def clip_keys(seed=0):
   """A CLIP as Hugging Face saves it, of random numbers."""
+  rng = np.random.default_rng(seed)
+
   def block(p, d, h):
     names = {f"{p}layer_norm{i}.{x}": (d,) for i in (1, 2) for x in ("weight", "bias")}
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -67,7 +68,7 @@ def clip_keys():
   }
   for i in range(2):
     shapes |= block(f"{v}encoder.layers.{i}.", 12, 20) | block(f"{t}encoder.layers.{i}.", 8, 12)
-  return {k: RNG.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+  return {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
 
 
 def folder(path, config, arrays):

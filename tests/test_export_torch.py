@@ -190,7 +190,7 @@ ODD = {
              dict(pool="argmax", causal=True), "linear", "identity"),
   "eos": (dict(pool="map", registers=1, scan=False), dict(pool="eos", scan=False),
           "identity", "linear"),
-  "aligned": (dict(pool="cls"), dict(pool="mean"), "residual", "gated"),
+  "aligned": (dict(pool="cls+mean", registers=1), dict(pool="mean"), "residual", "gated"),
 }
 
 

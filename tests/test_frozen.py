@@ -172,7 +172,7 @@ def test_stores_of_other_towers_are_refused(config, tmp_path, change, message):
   config["data"]["tokenizer"] |= change.pop("tokenizer", {})
   config["model"] |= {k: change.pop(k) for k in ["text"] if k in change}
   if change.pop("weights", False):
-    folder(tmp_path / "clip", CLIP, clip_keys())  # other random numbers
+    folder(tmp_path / "clip", CLIP, clip_keys(seed=1))
   with pytest.raises(ValueError, match=message):
     train.train(tmp_path / "run", **with_stores(config | change, folders))
   if "there" in message:
@@ -199,10 +199,14 @@ def test_vectors_that_nobody_here_can_make(config, tmp_path):
 
 
 def test_sail_from_two_stores_of_texts(config, tmp_path):
+  """As configs/sail_*.py say, but for the towers' sizes, the batch and the number of steps."""
+  shipped, towers = load("sail_dinov2l_nv2").to_dict(), config["model"]
+  config |= {k: shipped[k] for k in ("loss", "optimizer", "logits", "frozen")}
+  towers["image"]["pool"] = "cls+mean"
   folders = embed(config, tmp_path / "stores", batch_size=8)
-  config["model"]["text"] = dict(name="features", width=8)
-  config["model"] |= {f"{side}_projector": dict(name="gated") for side in ("image", "text")}
-  config |= dict(loss=dict(sail={}), optimizer=dict(name="lion", lr=1e-4))
+  assert Store(folders["image"]).width == 2 * 12
+  config["model"] = shipped["model"] | dict(
+    image=towers["image"], text=dict(name="features", width=8), embed_dim=4)
   train.train(tmp_path / "run", **with_stores(
     config, folders | dict(second=folders["text"])))
   assert len(read_metrics(tmp_path / "run")) == 6

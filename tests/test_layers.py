@@ -25,7 +25,7 @@ LAYERS = [
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step", "frozen"},
   {
-    "train", "evaluate", "report", "costs", "index", "view", "embed", "compare",
+    "train", "evaluate", "report", "costs", "index", "view", "embed", "compare", "curate",
     "report_html", "__main__",
     "export", "export_card", "export_check", "export_formats",
   },

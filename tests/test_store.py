@@ -249,7 +249,7 @@ def test_a_hundred_million_rows_are_addressed_without_an_index_in_memory(tmp_pat
   rows[-1] = each * files - 1
   rows.flush()
   (folder / "manifest.json").write_text(json.dumps(dict(
-      header=HEADER | dict(width=1024), ids="", left_out={}, files=listed,
+      header=HEADER | dict(width=1024), ids="", left_out={}, sources=[], files=listed,
       index={"ids.npy": "", "rows.npy": ""})))
   tracemalloc.start()
   found = Store(folder)

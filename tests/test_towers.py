@@ -122,6 +122,15 @@ def test_every_shape_of_vit(pool, stem, positions):
   assert np.abs(out.pooled - apply(tower, params, -IMAGE).pooled).max() > 1e-4
 
 
+def test_class_token_and_patches_in_one_vector():
+  options = dict(patch=8, registers=2, **{**SMALL, "depth": 1})
+  one, other, both = (TOWERS["vit"](pool=pool, **options) for pool in ("cls", "mean", "cls+mean"))
+  params = jax.jit(both.init)(KEY, IMAGE)
+  other = other.clone(class_token=True)
+  expected = [apply(tower, params, IMAGE).pooled for tower in (one, other)]
+  np.testing.assert_array_equal(apply(both, params, IMAGE).pooled, np.concatenate(expected, 1))
+
+
 def test_patches_equal_a_strided_convolution():
   """The kernel [p, p, 3, D] means what a convolution of stride p means."""
   from bigalign.towers.vit import PatchEmbed

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data import order
+from bigalign.data import order, sources
 from bigalign.data.mixture import Order
 from bigalign.data.pipeline import CAPTIONS_PER_IMAGE, checked_rows, words
 from bigalign.data.rejects import REASONS
@@ -28,23 +28,30 @@ class Pairs:
 
   least  share of the images that must have captions
   second  another store of texts, or the same once more; an image needs captions in both
+  keep  .npy of sample ids, ascending, as `bigalign curate` writes: no others are taken
 
   Raises:
     ValueError: if fewer match, or none; says how many do.
   """
 
   def __init__(self, image: str | pathlib.Path, text: str | pathlib.Path, *,
-               second: str | pathlib.Path = "", least: float = 0.99):
+               second: str | pathlib.Path = "", least: float = 0.99, keep: str = ""):
     self.image, self.text = Store(image), Store(text)
     self.second = Store(second) if second else None
     texts = [self.text, *([self.second] if self.second else [])]
-    self._rows = _matching(self.image, [store for store in texts if store.ids != self.image.ids])
-    if self._rows is not None and len(self._rows) < max(1, least * len(self.image)):
+    kept = _ids(keep) if keep else None
+    self._rows, matching = _matching(
+        self.image, [store for store in texts if store.ids != self.image.ids], kept)
+    if matching < max(1, least * len(self.image)):
       raise ValueError(
-          f"{len(self._rows)} of the {len(self.image)} images in {self.image.folder} have captions"
+          f"{matching} of the {len(self.image)} images in {self.image.folder} have captions"
           f" in {' and '.join(str(store.folder) for store in texts)}, fewer than"
           f" least={least} (config.data.stores.least) asks for: embed the same samples into each")
+    if kept is not None and not len(self):
+      raise ValueError(f"config.data.stores.keep={keep!r}: none of its {len(kept)} ids is in"
+                       f" {self.image.folder}; are they of these samples?")
     names = [store.fingerprint for store in (self.image, *texts)]
+    names += [hashlib.sha256(kept.tobytes()).hexdigest()] if kept is not None else []
     self.fingerprint = hashlib.sha256(" ".join(names).encode()).hexdigest()[:32]
 
   def __len__(self) -> int:
@@ -65,6 +72,16 @@ class Pairs:
     return indices if self._rows is None else np.asarray(self._rows[indices], np.int64)
 
 
+def _ids(path: str) -> np.ndarray:
+  """[N] uint64, mapped from a file."""
+  name = sources.expand_variables(path, what="config.data.stores.keep")
+  ids: np.ndarray = np.load(name, mmap_mode="r", allow_pickle=False)
+  if ids.dtype != np.uint64 or ids.ndim != 1 or (ids[1:] <= ids[:-1]).any():
+    raise ValueError(f"config.data.stores.keep={path!r}: {ids.dtype} {ids.shape}, where ids of"
+                     " samples are uint64, ascending, each once; `bigalign curate` writes them")
+  return ids
+
+
 def _found(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """As Store.find, of samples that must be there."""
   first, count = store.find(ids)
@@ -74,21 +91,30 @@ def _found(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return first, count
 
 
-def _matching(image: Store, texts: Sequence[Store]) -> np.ndarray | None:
-  """The rows of the images that all of `texts` have; None for all. Held on the disk."""
-  if not texts:
-    return None
+def _matching(
+    image: Store, texts: Sequence[Store], keep: np.ndarray | None
+) -> tuple[np.ndarray | None, int]:
+  """The rows of the images that `keep` and all of `texts` have, and how many the texts have.
+
+  None for all rows; others are held on the disk.
+  """
+  if not texts and keep is None:
+    return None, len(image)
+  matching = 0
   with tempfile.TemporaryFile() as file:  # its map outlives it
     for ids, rows in image.sorted_ids():
       found = np.ones(len(ids), bool)
       for text in texts:
         found &= text.find(ids)[1] > 0
+      matching += int(found.sum())
+      if keep is not None:
+        found &= np.append(keep, np.uint64(0))[np.searchsorted(keep, ids)] == ids
       file.write(rows[found].tobytes())
     file.flush()
     count = file.tell() // 8
     kept = np.memmap(file, np.uint64, "r+", shape=(count,)) if count else np.empty(0, np.uint64)
   kept.sort()
-  return None if count == len(image) else kept
+  return (None if count == len(image) else kept), matching
 
 
 def pair_batches(

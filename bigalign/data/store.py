@@ -4,7 +4,8 @@ A store is a folder. While it is written it holds, for each piece of the source 
 
   00012.3-of-8.vectors.npy   [N, D] float16, float32, or bfloat16 as its 16 bits
   00012.3-of-8.samples.npy   [N, 2] uint64: the id of each row's sample, and its place in the source
-  00012.3-of-8.json          rows, sums of the two files, and what was left out; written last
+  00012.3-of-8.labels.npy    [N] int32, of images: the label of each, -1 for none
+  00012.3-of-8.json          rows, sums of the files, and what was left out; written last
 
 and once all pieces are there
 
@@ -60,7 +61,8 @@ class Store:
   """A store that is whole, read only. Picklable: paths only, files are mapped on first use.
 
   header  what was embedded with what. ids  hex digits that two stores of the same samples share.
-  fingerprint  hex digits that change if a file does.
+  fingerprint  hex digits that change if a file does. sources  what was embedded, one behind the
+  other: of each its name, how many `samples` it has and the `place` of the first.
 
   Raises:
     FileNotFoundError: for a folder that is none, or not whole yet.
@@ -75,8 +77,8 @@ class Store:
           f"{self.folder} is no store yet: run the same `bigalign embed` again, it goes on" if begun
           else f"{self.folder} is no embedding store; `bigalign embed` makes one")
     manifest = json.loads(path.read_text())
-    self.header, self.ids, self.left_out = (
-        manifest[name] for name in ("header", "ids", "left_out"))
+    self.header, self.ids, self.left_out, self.sources = (
+        manifest[name] for name in ("header", "ids", "left_out", "sources"))
     self._files, self._index = manifest["files"], manifest["index"]
     self._named = dict(zip(("ids", "rows"), self._index))
     self._firsts = np.cumsum([0, *(file["rows"] for file in self._files)])
@@ -97,6 +99,10 @@ class Store:
   def samples(self, rows: np.ndarray) -> np.ndarray:
     """[N] → [N, 2] uint64: the id of each row's sample, and its place in what was embedded."""
     return self._gather("samples", rows, np.empty((len(rows), 2), np.uint64))
+
+  def labels(self, rows: np.ndarray) -> np.ndarray:
+    """[N] → [N] int32, of images: -1 without a label."""
+    return self._gather("labels", rows, np.empty(len(rows), np.int32))
 
   def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[N] uint64 → the first row of each sample, and how many it has, [N] int64; 0 if none."""

@@ -84,17 +84,21 @@ def _missing(entry: Mapping[str, Any], whole: Mapping[int, Any]) -> list[int]:
 
 
 def write(folder: pathlib.Path, piece: int, vectors: np.ndarray, samples: np.ndarray, *,
-          part: int = 0, parts: int = 1, left_out: Mapping[str, int] | None = None) -> None:
+          labels: np.ndarray | None = None, part: int = 0, parts: int = 1,
+          left_out: Mapping[str, int] | None = None) -> None:
   """Writes this process's rows of a piece.
 
-  vectors [N, D] of store.DTYPES; samples [N, 2] uint64; left_out  how many samples, by reason.
+  vectors [N, D] of store.DTYPES; samples [N, 2] uint64; labels [N] int32, of images; left_out  how
+  many samples, by reason.
   """
   stem = f"{piece:05}.{part}-of-{parts}"
   bits = vectors.view(np.uint16) if vectors.dtype == store.DTYPES["bfloat16"] else vectors
   (folder / f"{stem}.json").unlink(missing_ok=True)  # what it says will not be so any more
   arrays = {"vectors": bits, "samples": np.asarray(samples, np.uint64)}
+  if labels is not None:
+    arrays["labels"] = np.asarray(labels, np.int32)
   for name, array in arrays.items():
-    with _whole(folder / f"{stem}.{name}.npy") as file:
+    with complete(folder / f"{stem}.{name}.npy") as file:
       np.save(file, array, allow_pickle=False)
   sums = {name: store.checksum(folder / f"{stem}.{name}.npy") for name in arrays}
   _write_json(folder / f"{stem}.json", dict(
@@ -198,7 +202,7 @@ def _by_high_bits(folder: pathlib.Path, files: Sequence[Mapping[str, Any]],
 
 
 @contextlib.contextmanager
-def _whole(path: pathlib.Path) -> Iterator[BinaryIO]:
+def complete(path: pathlib.Path) -> Iterator[BinaryIO]:
   """A file that gets its name when all of it is on the disk."""
   part = path.with_name(f"{path.name}.part")
   with part.open("wb") as file:
@@ -209,5 +213,5 @@ def _whole(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-  with _whole(path) as file:
+  with complete(path) as file:
     file.write((json.dumps(value, indent=1) + "\n").encode())

@@ -14,7 +14,7 @@ import numpy as np
 from bigalign import config, sharding
 from bigalign.towers import base
 
-POOLS = ("map", "cls", "pooler", "mean")
+POOLS = ("map", "cls", "pooler", "mean", "cls+mean")
 POSITIONS = ("learned", "sincos2d", "rope")
 
 
@@ -119,7 +119,7 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
-    """[B, H, W, 3] normalised -> pooled [B, D], tokens [B, N, D] of the patches.
+    """[B, H, W, 3] normalised -> pooled [B, D or 2 D], tokens [B, N, D] of the patches.
 
     Random keys in training: "dropout" for dropout, "patch_dropout" for patch dropout.
     """
@@ -157,6 +157,8 @@ class ViT(nn.Module):
       pooled = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
     elif self.pool == "mean":
       pooled = base.masked_mean(patches, None)
+    elif self.pool == "cls+mean":
+      pooled = jnp.concatenate([x[:, 0], base.masked_mean(patches, None)], -1)
     else:
       pooled = base.MapHead(
         self.heads, self.hidden, self.block["activation"], self.block["epsilon"], self.dtype,
@@ -229,7 +231,7 @@ def vit(
     stem: "patch", or "conv": 3 x 3 convolutions of stride 2 (patch must be a power of 2).
     patch_bias: of the patch stem; CLIP has none.
     pool: "map" (attention pooling, SigLIP), "cls" (a class token), "pooler" (tanh of a linear map
-      of it), "mean" of the patches.
+      of it), "mean" of the patches, "cls+mean" (SAIL: one behind the other, 2 D wide).
     positions: "learned" (for one image size), "sincos2d" (fixed) or "rope" (DINOv3), with
       frequencies from 1 down to 1 / rope_theta.
     class_token: whether there is one; None: where `pool` reads it.
@@ -258,7 +260,7 @@ def vit(
     config.known(f"config.model.image.{name}", value, names)
   if stem == "conv" and (patch & (patch - 1) or not patch_bias):
     raise ValueError(f"config.model.image.patch={patch}: a conv stem needs a power of 2, and bias")
-  needs_class = pool in ("cls", "pooler")
+  needs_class = pool in ("cls", "pooler", "cls+mean")
   class_token = needs_class if class_token is None else class_token
   if not class_token and (needs_class or class_position):
     raise ValueError(f"config.model.image.class_token=False: pool={pool!r} or a position needs it")

@@ -67,7 +67,9 @@ def config(it: Subject) -> dict[str, Any]:
       causal=text.block["causal"],
       block={k: text.block[k] for k in block if k in text.block},
     ),
-    image_projector=_projector(it.model.image_projector, image.width),
+    image_projector=_projector(
+      it.model.image_projector, image.width * (1 + (image.pool == "cls+mean"))
+    ),
     text_projector=_projector(it.model.text_projector, text.width),
     preprocess=dict(size=size, resize=it.data.get("resize", "squash"), mean=mean, std=std),
   )

@@ -1,0 +1,55 @@
+"""freeze-align: DINOv2-L and all-roberta-large-v1 stay as they are; projectors of tokens learn.
+
+  export IMAGE_TOWER=/models/dinov2-large TEXT_TOWER=/models/all-roberta-large-v1
+  bigalign train --config=configs/freeze_align_dinov2l_arl.py \
+    --config.data.source='/data/{00000..01699}.tar'
+
+https://arxiv.org/abs/2409.19425. The towers are in the loop, since every token is projected. As
+released but for this: negatives come from the whole batch, there from the 1,800 of one GPU; the
+text tower is without its dropout; RandAugment is torchvision's. `bigalign curate` makes the data.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  c = ConfigDict()
+  c.seed = 0
+  c.total_steps = 17_700  # x 14,400: 15 epochs of 17 million pairs
+  c.batch_size = 14_400
+  c.log_every = 50
+  c.checkpoint_every = 1_000
+  c.diagnose_every = 0
+  c.eval_every = 0
+  c.ema = 0.0
+  c.frozen = "_tower/"
+
+  c.data = dict(
+    source="/data/{00000..01699}.tar",
+    image_size=252,  # 18 patches of 14; the release cuts them out of 256 pixels
+    tokenizer=dict(name="hf", path="$TEXT_TOWER/tokenizer.json", length=77),
+    augment=dict(
+      crop="random_resized", scale=(0.2, 1.0), flip=0.5,
+      rand_augment=dict(num_ops=2, magnitude=21.0),  # 7 of 10
+    ),
+    resize="squash",
+    workers=16,
+  )
+  c.model = dict(
+    image=dict(init="$IMAGE_TOWER", pool="cls"),
+    text=dict(init="$TEXT_TOWER"),
+    embed_dim=1_024,
+    image_projector=dict(name="patches_and_class"),
+    text_projector=dict(name="tokens"),
+  )
+  c.loss = dict(clip=dict(weight=1.0))
+  c.logits = dict(way="auto", dtype="float32")
+  c.microbatches = 1
+  c.optimizer = dict(
+    name="adamw", lr=1e-3, b2=0.999, schedule="cosine", warmup=1_000, end=1e-5, weight_decay=0.02,
+    clip_norm=None,
+  )
+  c.evals = dict()
+  c.keep = dict(last=2)
+  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  return c
