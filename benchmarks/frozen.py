@@ -1,0 +1,152 @@
+"""Projectors trained from stores, in the loop, and in PyTorch: python benchmarks/frozen.py
+
+configs/photos_frozen.py as it is shipped (BIGALIGN_DATA, MINILM): from embedding stores; with the
+towers in the loop, which is to encode each batch anew; and the same projectors, loss and update in
+PyTorch, eager, from tensors that lie in memory. They take turns, the median of the turns counts.
+Exit status 1 if stores are not RATIO times as fast as encoding, or slower than GUARD times PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+from step import machine
+
+from bigalign import runtime, train
+from bigalign.checkpoint import revision
+from bigalign.data.pairs import Pairs
+from bigalign.embed import embed
+from bigalign.metrics import read_metrics
+
+RATIO, GUARD = 10.0, 0.7
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = dict(stores=120, encoding=6, torch=120)  # of a turn; a third of them warms up
+
+
+def shipped() -> dict[str, Any]:
+  """configs/photos_frozen.py without evaluation."""
+  path = ROOT / "configs/photos_frozen.py"
+  spec = importlib.util.spec_from_file_location("photos_frozen", path)
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config: dict[str, Any] = module.get_config().to_dict()
+  return config | dict(evals={}, checkpoint_every=0, writer=dict(tensorboard=False))
+
+
+def ours(config: dict[str, Any], name: str, stores: dict[str, str], folder: str) -> float:
+  """Pairs per second of a run of `bigalign train`, of all but its first third."""
+  config, steps = copy.deepcopy(config), STEPS[name]
+  config |= dict(total_steps=steps, log_every=steps // 3)
+  config["data"]["stores"] = stores
+  train.train(folder, **config)
+  rows = [row for row in read_metrics(folder) if "train/samples_per_second" in row]
+  return statistics.median(row["train/samples_per_second"] for row in rows[1:])
+
+
+def theirs(config: dict[str, Any], stores: dict[str, str]) -> float:
+  """Pairs per second of the same projectors in PyTorch, after its first third."""
+  import torch
+  from torch import nn
+
+  class Residual(nn.Module):
+    def __init__(self, width: int, dim: int, hidden: int, dropout: float, hidden_dropout: float):
+      super().__init__()
+      self.norm = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
+      self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(hidden_dropout),
+                               nn.Linear(hidden, dim))
+      self.skip = nn.Linear(width, dim)
+
+    def forward(self, x: Any) -> Any:
+      x = self.norm(x)
+      return nn.functional.normalize(self.skip(x) + self.mlp(x), dim=-1)
+
+  torch.manual_seed(0)
+  pairs, model = Pairs(**stores), config["model"]
+  rows = np.arange(len(pairs.image))
+  image = torch.from_numpy(pairs.image.read(rows).astype(np.float32))
+  first, count = pairs.text.find(pairs.image.samples(rows)[:, 0])
+  text = torch.from_numpy(pairs.text.read(np.arange(len(pairs.text))).astype(np.float32))
+
+  def projector(side: str, width: int) -> Residual:
+    options = {k: v for k, v in model[f"{side}_projector"].items() if k != "name"}
+    return Residual(width, model["embed_dim"], **options)
+
+  towers = nn.ModuleList([projector("image", image.shape[1]), projector("text", text.shape[1])])
+  scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+  optimizer = torch.optim.AdamW([*towers.parameters(), scale], lr=config["optimizer"]["lr"],
+                                weight_decay=config["optimizer"]["weight_decay"])
+  random, batch, begin = np.random.default_rng(0), config["batch_size"], 0.0
+  target = torch.arange(batch)
+  for step in range(STEPS["torch"]):
+    if step == STEPS["torch"] // 3:
+      begin = time.perf_counter()
+    chosen = random.choice(len(image), batch, replace=False)
+    caption = first[chosen] + random.integers(0, count[chosen])
+    zimg, ztxt = towers[0](image[chosen]), towers[1](text[caption])
+    logits = scale.exp() * zimg @ ztxt.T
+    cross = nn.functional.cross_entropy
+    loss = (cross(logits, target) + cross(logits.T, target)) / 2
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([*towers.parameters(), scale], 1.0)
+    optimizer.step()
+  steps = STEPS["torch"] - STEPS["torch"] // 3
+  return steps * batch / (time.perf_counter() - begin)
+
+
+def main() -> int:
+  """Prints a table, writes the JSON; the exit status is that of the bars."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rounds", type=int, default=3, help="turns of each; the median counts")
+  parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/frozen.json"))
+  args = parser.parse_args()
+  config, versions = shipped(), runtime.versions()
+  names = list(STEPS)
+  if importlib.util.find_spec("torch"):
+    versions["torch"] = importlib.metadata.version("torch")
+  else:
+    print("bigalign alone: the rival comes with pip install '.[bench]'")
+    names.remove("torch")
+  found: dict[str, list[float]] = {name: [] for name in names}
+  with tempfile.TemporaryDirectory() as folder:
+    begin = time.perf_counter()
+    stores = {k: str(v) for k, v in embed(config, f"{folder}/stores").items()}
+    once = time.perf_counter() - begin
+    for turn in range(args.rounds):
+      for name in names:
+        where = stores if name == "stores" else {}
+        rate = theirs(config, stores) if name == "torch" else ours(
+          config, name, where, f"{folder}/{name}{turn}")
+        found[name].append(rate)
+  rates = {name: statistics.median(x) for name, x in found.items()}
+  for name, rate in rates.items():
+    print(f"{name:<10} {rate:8.0f} pairs/s")
+  print(f"embedding took {once:.0f} s, once")
+  ratios = {f"stores / {name}": rates["stores"] / rates[name] for name in names[1:]}
+  print(", ".join(f"{name}: {x:.2f}x" for name, x in ratios.items()))
+  bars = {"stores / encoding": RATIO, "stores / torch": GUARD}
+  missed = [name for name, x in ratios.items() if x < bars[name]]
+  for name in missed:
+    print(f"{name} is below {bars[name]}x")
+  result = dict(
+    revision=revision(), machine=machine(), versions=versions, batch_size=config["batch_size"],
+    pairs_per_second=rates, turns=found, embed_seconds=once, ratio=ratios)
+  args.json.parent.mkdir(parents=True, exist_ok=True)
+  args.json.write_text(json.dumps(result, indent=1) + "\n")
+  return int(bool(missed))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,113 @@
+"""Does `bigalign compare` rank towers as trained projectors do? python experiments/ranking.py OUT
+
+Four image towers and two text towers of configs/photos_frozen.py (BIGALIGN_DATA, MINILM): each is
+embedded once, each pair is compared before anything is trained, then projectors learn, and held-out
+photos are looked up by their captions. Writes OUT/ranking.json and OUT/ranking.png, and prints a
+table with the rank correlation of each measure. Ends with status 1 if ridge regression, by which
+`compare` sorts, does not find the pair that trains best, or correlates less than LEAST.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import itertools
+import json
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from matplotlib.figure import Figure
+
+from bigalign import compare, train
+from bigalign.embed import embed
+from bigalign.metrics import read_metrics
+
+LEAST = 0.8
+ROOT = pathlib.Path(__file__).parents[1]
+WEIGHTS = "$BIGALIGN_DATA/weights"
+# {name: (options of the tower, pixels per side)}
+IMAGE = dict(
+  mobilenet_288=(dict(init=f"{WEIGHTS}/mobilenetv2_1.0_224_imagenet.npz"), 288),
+  mobilenet_96=(dict(init=f"{WEIGHTS}/mobilenetv2_1.0_224_imagenet.npz"), 96),
+  resnet56_cifar=(dict(init=f"{WEIGHTS}/resnet56_cifar10.npz"), 32),
+  resnet20_cifar=(dict(init=f"{WEIGHTS}/resnet20_cifar10.npz"), 32),
+)
+TEXT = dict(minilm=dict(init="$MINILM"), minilm_first_token=dict(init="$MINILM", pool="cls"))
+MEASURES = ("linear_cka", "mutual_knn", "local_cka", "ridge", "cca", "procrustes")
+
+
+def config(image: str, text: str) -> dict[str, Any]:
+  """configs/photos_frozen.py with two other towers."""
+  spec = importlib.util.spec_from_file_location("shipped", ROOT / "configs/photos_frozen.py")
+  assert spec and spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  made: dict[str, Any] = copy.deepcopy(module.get_config().to_dict())
+  tower, size = IMAGE[image]
+  made["model"] |= dict(image=dict(tower, dtype="float32"), text=dict(TEXT[text], dtype="float32"))
+  made["data"]["image_size"] = size
+  return made | dict(writer=dict(tensorboard=False))
+
+
+def measures(found: dict[str, Any]) -> dict[str, float]:
+  """Of each measure one number."""
+  return {name: found[name][compare.SHOWN] if name in compare.MAPS else found[name]
+          for name in MEASURES}
+
+
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """One point for each pair: what ridge regression foretells, and what training reaches."""
+  figure = Figure(figsize=(5.5, 3.8), layout="constrained", dpi=120)
+  axes = figure.add_subplot()
+  for text, marker in zip(TEXT, "os"):
+    some = [row for row in rows if row["text"] == text]
+    axes.scatter([row["ridge"] for row in some], [row["trained"] for row in some], marker=marker,
+                 label=text)
+    for row in some:
+      axes.annotate(row["image"], (row["ridge"], row["trained"]), xytext=(6, -3), fontsize=7,
+                    textcoords="offset points")
+  axes.set_xlabel("ridge regression, held-out training photos, R@5")
+  axes.set_ylabel("trained projectors, text to image R@5")
+  axes.margins(x=0.2)
+  axes.legend(fontsize=8, frameon=False, loc="upper left")
+  figure.savefig(path)
+
+
+def main() -> int:
+  """The exit status is that of the bars."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("out", type=pathlib.Path)
+  parser.add_argument("--steps", type=int, default=300, help="of each pair (%(default)s)")
+  args = parser.parse_args()
+  out, first = args.out, next(iter(IMAGE))
+  images = {name: embed(config(name, "minilm"), out / name, sides=["image"])["image"]
+            for name in IMAGE}
+  texts = {name: embed(config(first, name), out / name, sides=["text"])["text"] for name in TEXT}
+  rows = []
+  for image, text in itertools.product(IMAGE, TEXT):
+    stores = dict(image=str(images[image]), text=str(texts[text]))
+    before = measures(compare.compare(**stores))
+    c = config(image, text) | dict(total_steps=args.steps)
+    c["data"]["stores"] = stores
+    workdir = out / f"{image}-{text}"
+    train.train(workdir, **c)
+    last = read_metrics(workdir)[-1]
+    trained = np.mean([last[f"{name}/text_to_image_R@5"] for name in c["evals"]])
+    rows.append(dict(image=image, text=text, **before, trained=float(trained)))
+    print(json.dumps(rows[-1]), flush=True)
+  trained = [row["trained"] for row in rows]
+  ranks = {name: float(scipy.stats.spearmanr([row[name] for row in rows], trained).statistic)
+           for name in MEASURES}
+  print(json.dumps(ranks))
+  (out / "ranking.json").write_text(json.dumps(dict(rows=rows, spearman=ranks), indent=1) + "\n")
+  draw(rows, out / "ranking.png")
+  best = max(rows, key=lambda row: row["trained"])
+  return int(ranks["ridge"] < LEAST or best["ridge"] < max(row["ridge"] for row in rows))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
