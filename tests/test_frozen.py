@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -240,28 +239,38 @@ def test_two_processes_embed_what_one_embeds(config, tmp_path):
       one.read(one.find(ids)[0]).astype(float), two.read(two.find(ids)[0]).astype(float), rtol=2e-3)
 
 
-@pytest.mark.slow
-def test_embed_survives_kills(config, tmp_path):
-  """The program itself, killed wherever it happens to be; then whole."""
+@pytest.mark.parametrize("kills", [
+  pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)
+])
+def test_embed_survives_kills(config, tmp_path, monkeypatch, kills):
+  """The program itself, killed once a piece more is there, or at any moment; then whole."""
   (tmp_path / "config.json").write_text(json.dumps(config))
   script = (
-    "import json, sys; from bigalign.embed import embed;"
-    " embed(json.load(open(sys.argv[1])), sys.argv[2], batch_size=8)"
+    "import json, sys; from bigalign import embed; embed.BATCHES = 1;"
+    " embed.embed(json.load(open(sys.argv[1])), sys.argv[2], batch_size=2)"
   )
   out = tmp_path / "stores"
   command = [sys.executable, "-c", script, str(tmp_path / "config.json"), str(out)]
-  draws = random.Random(1)
-  for _ in range(3):
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # 35 pieces of two samples
+  draws, unfinished = random.Random(1), 0
+  for kill in range(kills):
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
       pieces = len(store_writer.pieces(out / "image")) if out.exists() else 0
-      deadline = time.monotonic() + 120
-      while time.monotonic() < deadline and process.poll() is None:
-        if out.exists() and len(store_writer.pieces(out / "image")) > pieces:
+      end = time.monotonic() + (120 if kill % 2 == 0 else draws.uniform(0, 15))
+      while time.monotonic() < end and process.poll() is None:
+        if kill % 2 == 0 and out.exists() and len(store_writer.pieces(out / "image")) > pieces:
           break
         time.sleep(0.01)
       time.sleep(draws.uniform(0, 0.05))
+      unfinished += process.poll() is None
       process.send_signal(signal.SIGKILL)
+  assert unfinished > kills / 2
   subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
   assert len(Store(out / "image")) == len(Store(out / "text")) == COUNT
   assert not list(Store(out / "image").verify()) and not list(Store(out / "text").verify())
-  shutil.rmtree(out)
+  rows = np.arange(COUNT)
+  for side, path in embed(config, tmp_path / "undisturbed", batch_size=8).items():
+    one, two = Store(path), Store(out / side)
+    np.testing.assert_array_equal(one.samples(rows), two.samples(rows))
+    np.testing.assert_allclose(
+      one.read(rows).astype(float), two.read(rows).astype(float), rtol=2e-3, atol=1e-4)
