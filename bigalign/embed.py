@@ -132,8 +132,8 @@ def _fill(
   options = {k: data[k] for k in shared if k in data}
   room = data.get("captions_per_image", CAPTIONS_PER_IMAGE) if "text" in folders else 0
   batches = evaluation.eval_batches(
-    source, batch_size=batch_size, rows=rows, captions=room, start=first * per_piece * batch_size,
-    **options,
+    source, batch_size=batch_size, rows=rows, captions=room, images="image" in folders,
+    start=first * per_piece * batch_size, **options,
   )
   left = -(-len(source) // batch_size) - first * per_piece
   with contextlib.closing(batches):

@@ -141,6 +141,10 @@ def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
   image, text = (Store(folders[side]) for side in ("image", "text"))
   assert (len(image), len(text)) == (19, 18)
   assert sum(image.left_out.values()) == 1 and image.left_out.keys() == text.left_out.keys()
+  alone = Store(embed(config, tmp_path / "texts", sides=["text"], batch_size=8)["text"])
+  assert len(alone) == 19 and not alone.left_out, "no picture is decoded for it"
+  ids = text.samples(np.arange(18))[:, 0]
+  np.testing.assert_array_equal(alone.read(alone.find(ids)[0]), text.read(np.arange(18)))
   config["batch_size"] = 8
   with pytest.raises(ValueError, match=r"18 of the 19 images .* have captions"):
     train.train(tmp_path / "run", **with_stores(config, folders))

@@ -12,6 +12,7 @@ from shards import picture, write_tar
 
 from bigalign import index as program
 from bigalign.data import storage
+from bigalign.data.evaluation import eval_batches
 from bigalign.data.pipeline import train_batches
 from bigalign.data.sources import open_source
 
@@ -63,6 +64,37 @@ def test_batches_of_a_store_are_those_of_a_disk(shards, served, workers):
   sent = sum(size for _, size in server.requests)
   whole = sum(os.path.getsize(shards / f"{n}.tar") for n in range(SHARDS))
   assert 0.99 * whole < sent <= 1.05 * whole
+
+
+class Announced:
+  """A source that wants to hear of samples a batch before they are read."""
+
+  fingerprint = "0"
+
+  def __init__(self, source):
+    self.source, self.soon = source, set()
+
+  def __len__(self):
+    return len(self.source)
+
+  def prefetch(self, ids, *, hold=0):
+    self.soon |= {*ids}
+
+  def __getitem__(self, i):
+    assert {i, min(i + B, len(self) - 1)} <= self.soon
+    return self.source[i]
+
+
+def test_evaluation_and_embedding_fetch_the_next_batch(shards):
+  options = dict(batch_size=B, rows=np.arange(B), image_size=8, start=SHARDS * SAMPLES - 5 * B,
+                 tokenizer=dict(name="byte", length=16))
+  source = open_source(f"{shards}/*.tar")
+  with (contextlib.closing(eval_batches(Announced(source), **options)) as remote,
+        contextlib.closing(eval_batches(source, images=False, **options)) as local):
+    for found, wanted in zip(remote, local, strict=True):
+      assert found["valid"].all() and found["image"].any() and not wanted["image"].any()
+      texts = wanted.keys() - {"image"}
+      assert all(found[name].tobytes() == wanted[name].tobytes() for name in texts)
 
 
 def test_a_shard_that_goes_missing_ends_training_with_its_name(shards, served, monkeypatch):

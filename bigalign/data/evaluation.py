@@ -10,7 +10,7 @@ import numpy as np
 from bigalign.data import transforms
 from bigalign.data.pipeline import Decoded, checked_rows, words
 from bigalign.data.rejects import REASONS
-from bigalign.data.sources import Source
+from bigalign.data.sources import Source, prefetch
 from bigalign.data.store import sample_id
 from bigalign.data.workers import Batches, iterate
 
@@ -25,6 +25,7 @@ def eval_batches(
     resize: str = "squash",
     apply_exif: bool = False,
     captions: int = 1,
+    images: bool = True,
     workers: int = 0,
     start: int = 0,
 ) -> Batches:
@@ -32,6 +33,7 @@ def eval_batches(
 
   captions  C, the room for captions of one image. A record with more of them is an error, so that
             none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
+  images    whether they are decoded; if not, they are black, and none is rejected
   apply_exif  of decode.decode
   Rows past the end and rejected samples have valid=False. An image without captions stays valid,
   with texts_valid all False.
@@ -39,7 +41,7 @@ def eval_batches(
   batches = _EvalBatches(
       source, batch_size=batch_size, rows=checked_rows(rows, batch_size=batch_size),
       image_size=image_size, tokenizer=tokenizer, resize=resize, captions=captions,
-      apply_exif=apply_exif, start=start)
+      images=images, apply_exif=apply_exif, start=start, ahead=max(workers, 1))
   return iterate(batches, workers=workers)
 
 
@@ -47,14 +49,17 @@ class _EvalBatches(Decoded):
   """Element k is this host's part of the k-th batch in source order."""
 
   def __init__(self, source, *, batch_size: int, rows: np.ndarray, image_size: int, tokenizer,
-               resize: str, captions: int, start: int, apply_exif: bool):
+               resize: str, captions: int, images: bool, start: int, apply_exif: bool,
+               ahead: int):
     super().__init__(source, image_size=image_size, tokenizer=tokenizer, apply_exif=apply_exif)
     self._batch_size = batch_size
     self._rows = rows
     self._resize = resize
     transforms.eval_image(np.zeros((2, 2, 3), np.uint8), size=2, resize=resize)
     self._captions = captions
+    self._images = images
     self._start = start
+    self._ahead = ahead  # batches until this worker's next one
 
   def __len__(self) -> int:
     return -(-(len(self._source) - self._start) // self._batch_size)
@@ -64,6 +69,8 @@ class _EvalBatches(Decoded):
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     indices = self._start + k * self._batch_size + self._rows
+    soon = np.concatenate([indices, indices + self._ahead * self._batch_size])
+    prefetch(self._source, soon[soon < len(self._source)].tolist())
     b, c, size = len(indices), self._captions, self._image_size
     images = np.zeros((b, size, size, 3), np.uint8)
     labels = np.full(b, -1, np.int32)
@@ -73,14 +80,15 @@ class _EvalBatches(Decoded):
     texts: list[str] = []
     ids = np.zeros(b, np.uint64)
     for r in np.flatnonzero(indices < len(self._source)):
-      record = self._sample(int(indices[r]), rejects=rejects[r])
+      record = self._sample(int(indices[r]), rejects=rejects[r], decoded=self._images)
       if record is None:
         continue
       captions = record["captions"] if c else ()
       if len(captions) > c:
         raise ValueError(f"{record['key']} has {len(captions)} captions, but captions={c}; set "
                          "captions to the largest number of captions of an image (0: none)")
-      images[r] = transforms.eval_image(record["image"], size=size, resize=self._resize)
+      if self._images:
+        images[r] = transforms.eval_image(record["image"], size=size, resize=self._resize)
       labels[r] = record["label"]
       valid[r] = True
       ids[r] = sample_id(record["key"])

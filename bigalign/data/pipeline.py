@@ -130,12 +130,16 @@ class Decoded:
     self._logged: set[int] = set()
     self._shrink: Callable[[int, int], int] | None = None
 
-  def _sample(self, index: int, *, rejects: np.ndarray) -> dict[str, Any] | None:
+  def _sample(
+      self, index: int, *, rejects: np.ndarray, decoded: bool = True
+  ) -> dict[str, Any] | None:
     """The record with its image decoded; None if rejected, which is counted in `rejects` [R]."""
     key = f"sample {index}"
     try:
       record = self._source[index]
       key = record["key"]
+      if not decoded:
+        return record
       return {**record, "image": decode(record["image"], shrink=self._shrink,
                                         apply_exif=self._apply_exif)}
     except Rejected as rejected:
