@@ -69,6 +69,12 @@ number() {
   [[ $2 =~ ^[0-9]+$ ]] || fail "--$1 $2 is no number"
 }
 
+# one_of OPTION "VALUE ...": it has one of these.
+one_of() {
+  local variable=${1//-/_}
+  [[ " $2 " == *" ${!variable} "* ]] || fail "--$1 ${!variable}: one of $2"
+}
+
 # need TOOL WHERE: it is installed, unless nothing will be run.
 need() {
   [[ -n $dry_run ]] || command -v "$1" >/dev/null || fail "there is no $1 on PATH; $2"
@@ -104,11 +110,47 @@ set_command() {
   [[ $1 != -* ]] || command=("$program" train "$@")
 }
 
-# An archive of the checkout as it is, without what git ignores, to standard output.
+# Writes an archive of the checkout as it is, without what git ignores, into the file $1.
 pack() {
+  local list=(git -C "$root" ls-files -z --cached --others --exclude-standard)
+  local archive=(tar -C "$root" -czf "$1" --null -T -)
+  if [[ -n $dry_run ]]; then
+    echo "$(quote "${list[@]}") | $(quote "${archive[@]}")"
+    return
+  fi
   need git "it tells which files belong to the checkout"
-  git -C "$root" ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+  "${list[@]}" | while IFS= read -r -d '' file; do
     # Deleted files are listed until the deletion is staged.
     [[ ! -e $root/$file && ! -L $root/$file ]] || printf '%s\0' "$file"
-  done | tar -C "$root" -czf - --null -T -
+  done | "${archive[@]}"
+}
+
+# Sets `folder` to a new one; under --dry-run to a word that stands for it.
+temporary_folder() {
+  folder=FOLDER
+  [[ -n $dry_run ]] || folder=$(mktemp -d "${TMPDIR:-/tmp}/bigalign-launch.XXXXXX")
+}
+
+# From here on, what the script calls `delete` happens at the end as --delete asks. `where` are the
+# options that delete takes besides.
+delete_at_end() {
+  trap finish EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  # A terminal that closes leaves the run alone.
+  trap 'trap - EXIT; exit 129' HUP
+}
+
+# shellcheck disable=SC2154
+finish() {
+  local status=$?
+  trap - EXIT
+  # shellcheck disable=SC2046
+  kill $(jobs -p) 2>/dev/null || true
+  if [[ $delete == always || $delete == failure && $status != 0 ]]; then
+    delete || say "could not delete $name, which may still cost money"
+  elif [[ -z $dry_run ]]; then
+    say "$name stays until: $(quote "$me" delete "$name" ${where[@]+"${where[@]}"})"
+  fi
+  exit "$status"
 }

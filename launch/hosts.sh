@@ -62,12 +62,10 @@ wait_until_ready() {
 }
 
 copy() {
-  local folder=FOLDER status=0
-  if [[ -z $dry_run ]]; then
-    folder=$(mktemp -d "${TMPDIR:-/tmp}/bigalign-copy.XXXXXX")
-    pack >"$folder/bigalign.tar.gz"
-  fi
-  at_once copy_to "$folder/bigalign.tar.gz" &&
+  local folder status=0
+  temporary_folder
+  pack "$folder/bigalign.tar.gz" &&
+    at_once copy_to "$folder/bigalign.tar.gz" &&
     at_once ssh_to 'mkdir -p bigalign && tar -xzf bigalign.tar.gz -C bigalign' || status=$?
   [[ -n $dry_run ]] || rm -r "$folder"
   return "$status"
@@ -124,33 +122,16 @@ train() {
   done
 }
 
-finish() {
-  local status=$?
-  trap - EXIT
-  # shellcheck disable=SC2046
-  kill $(jobs -p) 2>/dev/null || true
-  if [[ $delete == always || $delete == failure && $status != 0 ]]; then
-    delete || say "could not delete $name: it may still cost money"
-  elif [[ -z $dry_run ]]; then
-    say "$name is kept and costs money until: $me delete $name $(quote "${where[@]}")"
-  fi
-  exit "$status"
-}
-
 # Does what `verb` says.
 start() {
   attempt=0
   case "$verb" in train | run) set_command .venv/bin/bigalign ${words[@]+"${words[@]}"} ;; esac
-  [[ " always failure never " == *" $delete "* ]] || fail "--delete $delete: always, failure or never"
+  one_of delete "always failure never"
   number restarts "$restarts"
   need gcloud "https://cloud.google.com/sdk/docs/install tells how to get it"
   case "$verb" in
     train | run)
-      trap finish EXIT
-      trap 'exit 130' INT
-      trap 'exit 143' TERM
-      # A terminal that closes leaves the run alone.
-      trap 'trap - EXIT; exit 129' HUP
+      delete_at_end
       "$verb"
       ;;
     wait) wait_until_ready ;;

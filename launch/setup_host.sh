@@ -35,18 +35,18 @@ find_python() {
 }
 
 install_system_packages() {
-  local sudo=() python=python3
+  local python=python3 apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
   command -v apt-get >/dev/null ||
     fail "make and a Python >= 3.11 with venv are needed, and here is no apt-get to install them"
-  [[ $(id -u) == 0 ]] || sudo=(sudo -n)
+  [[ $(id -u) == 0 ]] || apt=(sudo -n "${apt[@]}")
   # Ubuntu 22.04, which the Cloud TPU images are, has 3.10 as python3, and 3.11 beside it.
   if command -v python3 >/dev/null && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'
   then
     python=python3.11
   fi
-  act ${sudo[@]+"${sudo[@]}"} apt-get -qq update
-  act ${sudo[@]+"${sudo[@]}"} env DEBIAN_FRONTEND=noninteractive \
-    apt-get -qq -o=Dpkg::Use-Pty=0 install -y make "$python" "$python-venv"
+  export DEBIAN_FRONTEND=noninteractive
+  act "${apt[@]}" update
+  act "${apt[@]}" install -y ca-certificates make "$python" "$python-venv"
 }
 
 if ! command -v make >/dev/null || ! find_python >/dev/null; then

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 import standins
+from standins import AWKWARD
 from tests_support import ROOT
 
 from bigalign.metrics import read_metrics
 
 SLICE = ["pod", "--zone", "z", "--type=v5litepod-16"]
-AWKWARD = ["a b", "it's", 'say "x"', "$HOME", "`id`", "a\nb", "*", "\\n", "", "x;y|z&", "--", "é"]
-SHOW = "import json, os, sys; json.dump(sys.argv[1:], open(os.environ['HOME'] + '/words', 'w'))"
 
 
 @pytest.fixture
@@ -29,16 +27,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def launch(folder):
-  """Runs launch/tpu_vm.sh against the stand-ins."""
-  env = standins.programs(folder)
-
-  def call(*words, **variables):
-    return subprocess.run(
-      [ROOT / "launch/tpu_vm.sh", *words], capture_output=True, text=True, timeout=300,
-      env={**env, **variables},
-    )
-
-  return call
+  return functools.partial(standins.launcher(folder), "tpu_vm.sh")
 
 
 def _verbs(folder):
@@ -49,8 +38,7 @@ def _verbs(folder):
 
 
 def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
-  found = launch("train", *SLICE, "--spot", "--delete=failure", "--", sys.executable, "-c", SHOW,
-                 *AWKWARD)
+  found = launch("train", *SLICE, "--spot", "--delete=failure", "--", *standins.SHOW, *AWKWARD)
   assert found.returncode == 0, found.stderr
   assert _verbs(folder) == ["create", "scp", "ssh", "ssh", "ssh"]
   (created,) = [words for words in standins.calls(folder) if "create" in words]
@@ -59,13 +47,13 @@ def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
     "--accelerator-type", "v5litepod-16", "--runtime-version", "v2-alpha-tpuv5-lite",
     "--node-id", "pod", "--spot",
   ]
-  homes = [standins.host(folder, "pod", worker) for worker in range(standins.HOSTS)]
-  assert [json.loads((home / "words").read_text()) for home in homes] == [AWKWARD] * 2
-  for home in homes:
+  assert standins.shown(folder) == [AWKWARD] * standins.HOSTS
+  for worker in range(standins.HOSTS):
+    home = standins.host(folder, "pod", worker)
     assert (home / "bigalign/bigalign/train.py").read_bytes() == (
       ROOT / "bigalign/train.py").read_bytes()
     assert not (home / "bigalign/.git").exists()
-  assert "costs money until: launch/tpu_vm.sh delete pod --zone z" in found.stderr
+  assert "pod stays until: launch/tpu_vm.sh delete pod --zone z" in found.stderr
 
 
 def test_slices_are_reached_one_by_one(folder, launch):
@@ -98,17 +86,17 @@ def test_after_preemption_the_run_starts_anew(state, status, folder, launch):
   """Exit status 143 keeps the slice, which may be whole; one that is gone is asked for again."""
   work = (
     f"[ $BIGALIGN_PROCESS_ID = 0 ] || exit 0; echo step >> {folder}/steps;"
-    f"[ $(wc -l < {folder}/steps) -lt 3 ] || exit 0; printf {state} > {folder}/state;"
+    f"[ $(wc -l < {folder}/steps) -lt 2 ] || exit 0; printf {state} > {folder}/state;"
     f"exit {status}"
   )
   found = launch("train", *SLICE, "--delete=failure", "--", "sh", "-c", work)
   assert found.returncode == 0, found.stderr
-  assert (folder / "steps").read_text() == "step\n" * 3
+  assert (folder / "steps").read_text() == "step\n" * 2
   again = ["scp", "ssh", "ssh", "ssh"]
   if state == "SUSPENDED":
-    again = ["create", *again, "delete", "create", *again, "delete", "create", *again]
+    again = ["create", *again, "delete", "create", *again]
   else:
-    again = ["create", *again * 3]
+    again = ["create", *again * 2]
   assert _verbs(folder) == again
 
 
@@ -166,7 +154,7 @@ def test_dry_run_prints_every_command_and_runs_none(folder, launch):
   assert lines.count("\0") == 6 and lines.count("gcloud") == 7
   (command,) = [w.removeprefix("--command=") for w in lines if "on_host.sh run" in w]
   assert shlex.split(command)[-len(AWKWARD) :] == AWKWARD
-  assert sorted(p.name for p in folder.iterdir()) == ["bin"]
+  assert sorted(p.name for p in folder.iterdir()) == ["bin", "port"]
 
 
 @pytest.mark.parametrize("words, message", [
@@ -176,7 +164,7 @@ def test_dry_run_prints_every_command_and_runs_none(folder, launch):
   (["create", "pod", "--zone=z"], "--type is needed"),
   (["train", *SLICE, "--spott"], "unknown option --spott"),
   (["train", *SLICE], "nothing to run"),
-  (["train", *SLICE, "--delete=maybe", "--", "true"], "--delete maybe: always, failure or never"),
+  (["train", *SLICE, "--delete=maybe", "--", "true"], "--delete maybe: one of always"),
   (["train", *SLICE, "--slices=0", "--", "true"], "--slices 0 is no number of slices"),
   (["create", "pod", "--zone=z", "--type=tpu7x-8"], "TPU7x comes by launch/gce.sh"),
 ])
@@ -187,10 +175,7 @@ def test_wrong_use_says_what_is_wrong(words, message, folder, launch):
 
 
 def test_a_missing_program_is_named(folder, launch):
-  tools = folder / "tools"
-  tools.mkdir()
-  for name in ("env", "bash", "dirname", "basename", "cat", "date"):
-    (tools / name).symlink_to(shutil.which(name))
+  tools = standins.few_tools(folder)
   found = launch("train", *SLICE, "--", "true", PATH=str(tools))
   assert found.returncode == 2 and "no gcloud on PATH; https://cloud.google.com" in found.stderr
   assert launch("train", *SLICE, "--dry-run", "--", "true", PATH=str(tools)).returncode == 0
