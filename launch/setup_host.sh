@@ -35,7 +35,8 @@ find_python() {
 }
 
 install_system_packages() {
-  local python=python3 apt=(apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
+  local python=python3 apt=(env DEBIAN_FRONTEND=noninteractive
+    apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
   command -v apt-get >/dev/null ||
     fail "make and a Python >= 3.11 with venv are needed, and here is no apt-get to install them"
   [[ $(id -u) == 0 ]] || apt=(sudo -n "${apt[@]}")
@@ -44,7 +45,6 @@ install_system_packages() {
   then
     python=python3.11
   fi
-  export DEBIAN_FRONTEND=noninteractive
   act "${apt[@]}" update
   act "${apt[@]}" install -y ca-certificates make "$python" "$python-venv"
 }

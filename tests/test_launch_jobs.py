@@ -184,7 +184,7 @@ def test_setup_installs_what_the_system_lacks(folder, launch):
   standins.write_program(tools / "apt-get", "exit 9")
   found = launch("setup_host.sh", "--dry-run", "--extras=tpu", PATH=str(tools))
   update, install, make = found.stdout.splitlines()
-  assert update.startswith("sudo -n apt-get ") and update.endswith(" update")
+  assert update.startswith("sudo -n env DEBIAN_FRONTEND=noninteractive apt-get ") and update.endswith(" update")
   assert install.endswith(" install -y ca-certificates make python3 python3-venv")
   assert make == f"make -C {ROOT} base EXTRAS=tpu"
   standins.write_program(tools / "python3", "exit 1")  # too old
