@@ -46,7 +46,7 @@ describe=("${groups[@]}" list-instances "$name" "${where[@]}" '--format=value(na
 
 reading() {
   if [[ -z $1 ]]; then
-    echo none
+    echo "no hosts yet"
   elif grep -qE 'STOP|TERMINATED|SUSPEND' <<<"$1"; then
     echo gone
   elif grep -qv 'RUNNING$' <<<"$1"; then

@@ -11,7 +11,8 @@ usage: launch/gke.sh VERB NAME [OPTIONS] [-- ARGUMENTS]
   image   builds launch/Dockerfile from this checkout and pushes it as --image
   yaml    prints the JobSet that run applies
   run     runs `bigalign train ARGUMENTS`, or another command if ARGUMENTS begin with one, on each
-          host, waits for the end and comes back with the exit status of what failed
+          host, waits for the end and comes back with the exit status of what failed; called again
+          while it runs, it waits on
   logs    the last 50 lines of each first host
   delete  removes the JobSet
   xpk     hands the same run to xpk, for a cluster that xpk made
@@ -182,6 +183,12 @@ failed_status() {
   echo "$found"
 }
 
+# "NAME " while it runs, then "NAME Completed" or "NAME Failed"; nothing if there is no such JobSet.
+terminal_state() {
+  kubectl get jobset "$name" --ignore-not-found \
+    --output 'jsonpath={.metadata.name} {.status.terminalState}'
+}
+
 run() {
   local manifest answer
   manifest=$(yaml)
@@ -189,11 +196,12 @@ run() {
     printf '%s\n' "kubectl apply --filename - <<'BIGALIGN'" "$manifest" BIGALIGN
     return
   fi
+  answer=$(terminal_state)
+  [[ -z ${answer#* } ]] || fail "$name has ended: ${answer#* }; $me delete $name makes room for another"
   kubectl apply --filename - <<<"$manifest"
   delete_at_end
   while true; do
-    if answer=$(kubectl get jobset "$name" --ignore-not-found \
-      --output 'jsonpath={.metadata.name} {.status.terminalState}'); then
+    if answer=$(terminal_state); then
       case "$answer" in
         *Completed) return ;;
         *Failed) logs || true; return "$(failed_status)" ;;

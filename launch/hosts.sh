@@ -1,8 +1,8 @@
 # Sourced by tpu_vm.sh and gce.sh: the course of a run on hosts that are reached by ssh.
 #
 # They define: create, delete; set_targets, what `ssh_to COMMAND TARGET` and `copy_to FILE TARGET`
-# reach; `describe`, a command, and `reading OUTPUT`, which says what it tells: ready, gone (they were
-# taken away or refused), none (nobody asked for them), or what is waited for.
+# reach; `describe`, a command that fails where there is nothing, and `reading OUTPUT`, which says what
+# it tells: ready, gone (they were taken away or refused), or what is waited for.
 # shellcheck shell=bash disable=SC2034,SC2154
 
 hosts_usage="  train    all of this: create, wait, copy, setup, run; and anew when the machines are taken away
@@ -11,7 +11,7 @@ hosts_usage="  train    all of this: create, wait, copy, setup, run; and anew wh
   copy     this checkout as it is, without what git ignores, to ~/bigalign on each host
   setup    launch/setup_host.sh on each host
   run      \`bigalign train ARGUMENTS\` on each host, or another command if ARGUMENTS begin with one;
-           it goes on when the connection breaks, and run or train again follows it
+           it goes on when the connection breaks, and the same command follows it again
   logs     the last 50 lines that each host wrote
   delete   gives the machines back, and what is on their disks is lost"
 
@@ -42,7 +42,12 @@ at_once() {
 }
 
 state() {
-  reading "$("${describe[@]}" 2>/dev/null || true)"
+  local output
+  if output=$("${describe[@]}" 2>/dev/null); then
+    reading "$output"
+  else
+    echo none
+  fi
 }
 
 wait_until_ready() {
@@ -76,8 +81,6 @@ setup() {
 }
 
 run() {
-  local id
-  id=$(date -u +%Y%m%d-%H%M%S)-$attempt
   at_once ssh_to "cd bigalign && exec bash launch/on_host.sh run $id $(quote "${command[@]}")"
 }
 
@@ -91,40 +94,48 @@ interrupted() {
   (($1 == 143 || $1 == 255)) || [[ $(state) == gone || $(state) == none ]]
 }
 
+# `fresh` are machines without a checkout.
 create_if_missing() {
   case "$(state)" in
-    none) create ;;
-    gone) delete && create ;;
+    none) create && fresh=yes ;;
+    gone) delete && create && fresh=yes ;;
   esac
 }
 
 train() {
-  local status
+  local attempt status fresh=yes
   if [[ -n $dry_run ]]; then
     create && wait_until_ready && copy && setup && run
     return
   fi
   create_if_missing
-  for ((; ; attempt++)); do
+  for ((attempt = 1; ; attempt++)); do
     status=0
-    wait_until_ready && copy && setup && run || status=$?
+    wait_until_ready && { [[ -z $fresh ]] || { copy && setup && fresh=''; }; } && run || status=$?
     if ((status == 0)) || ! interrupted "$status"; then
       return "$status"
     fi
-    if ((attempt == restarts)); then
+    if ((attempt > restarts)); then
       say "status $status, and --restarts $restarts is used up"
       return "$status"
     fi
     say "status $status: starts again"
     sleep 30
+    # By its old ID, a run that only the connection has lost is found even if it has ended.
+    ((status == 255)) || new_id
     # If this fails, the next wait tells.
     create_if_missing || true
   done
 }
 
+new_id() {
+  id=$(date -u +%Y%m%d-%H%M%S)-$((++ids))
+}
+
 # Does what `verb` says.
 start() {
-  attempt=0
+  ids=0
+  new_id
   case "$verb" in train | run) set_command .venv/bin/bigalign ${words[@]+"${words[@]}"} ;; esac
   one_of delete "always failure never"
   number restarts "$restarts"

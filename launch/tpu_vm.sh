@@ -40,7 +40,6 @@ describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}" '--format
 reading() {
   case "$1" in
     ACTIVE) echo ready ;;
-    "") echo none ;;
     FAILED | SUSPENDING | SUSPENDED | DELETING) echo gone ;;
     *) echo "$1" ;;
   esac

@@ -102,7 +102,7 @@ def start(folder: pathlib.Path, home: pathlib.Path, i: int, count: int, command,
     **os.environ, "HOME": str(home), "PYTHONPATH": str(home / "bigalign"),
     "BIGALIGN_COORDINATOR": f"127.0.0.1:{(folder / 'port').read_text()}",
     "BIGALIGN_NUM_PROCESSES": str(count), "BIGALIGN_PROCESS_ID": str(i),
-    "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", **variables,
+    "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", **variables,
   }
   return subprocess.Popen(command, cwd=home, env=env)
 
@@ -139,7 +139,12 @@ def gcloud(folder: pathlib.Path, words: list[str]) -> int:
     line = ["sh", "-c", command]
     processes = [start(folder, home, i, len(homes), line) for i, home in enumerate(homes)]
     # As gcloud does: waits for all, and the first that failed counts.
-    return next((status for status in [p.wait() for p in processes] if status), 0)
+    statuses = [p.wait() for p in processes]
+    lost = folder / "lose"
+    if " run " in command and lost.exists():
+      lost.unlink()
+      return 255
+    return next((status for status in statuses if status), 0)
   elif verb == "scp":
     target, path = rest[1].split(":")
     for worker in range(HOSTS if "--worker=all" in rest else 1):
@@ -154,7 +159,7 @@ def kubectl(folder: pathlib.Path, words: list[str]) -> int:
   ended = folder / "ended.json"
   if words[0] == "apply":
     ended.write_text(json.dumps(run_jobset(folder, yaml.safe_load(sys.stdin))))
-  elif words[0] == "get":
+  elif words[0] == "get" and ended.exists():
     state, statuses = json.loads(ended.read_text())
     print(*(statuses if words[1] == "pods" else [words[2], state]))
   return 0

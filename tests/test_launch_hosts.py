@@ -81,29 +81,35 @@ def test_a_failure_before_the_run_deletes_too(folder, launch):
   assert found.returncode == 3 and _verbs(folder)[-1] == "delete"
 
 
-@pytest.mark.parametrize("state, status", [("ACTIVE", 143), ("SUSPENDED", 137)])
-def test_after_preemption_the_run_starts_anew(state, status, folder, launch):
-  """Exit status 143 keeps the slice, which may be whole; one that is gone is asked for again."""
+@pytest.mark.parametrize("state, status, again", [
+  ("ACTIVE", 143, ["ssh"]),  # the hosts are still there, with the checkout
+  ("SUSPENDED", 137, ["delete", "create", "scp", "ssh", "ssh", "ssh"]),
+])
+def test_after_preemption_the_run_starts_anew(state, status, again, folder, launch):
   work = (
     f"[ $BIGALIGN_PROCESS_ID = 0 ] || exit 0; echo step >> {folder}/steps;"
-    f"[ $(wc -l < {folder}/steps) -lt 2 ] || exit 0; printf {state} > {folder}/state;"
-    f"exit {status}"
+    f"[ $(wc -l < {folder}/steps) = 1 ] || exit 0; printf {state} > {folder}/state; exit {status}"
   )
   found = launch("train", *SLICE, "--delete=failure", "--", "sh", "-c", work)
   assert found.returncode == 0, found.stderr
   assert (folder / "steps").read_text() == "step\n" * 2
-  again = ["scp", "ssh", "ssh", "ssh"]
-  if state == "SUSPENDED":
-    again = ["create", *again, "delete", "create", *again]
-  else:
-    again = ["create", *again * 2]
-  assert _verbs(folder) == again
+  assert _verbs(folder) == ["create", "scp", "ssh", "ssh", "ssh", *again]
+
+
+def test_a_lost_connection_does_not_start_the_run_again(folder, launch):
+  """The stand-in loses it when it is told of a run for the first time; ssh says so by 255."""
+  (folder / "lose").touch()
+  work = f"echo step >> {folder}/steps; exit 9"
+  found = launch("train", *SLICE, "--", "sh", "-c", work)
+  assert found.returncode == 9 and "status 255: starts again" in found.stderr
+  assert (folder / "steps").read_text() == "step\n" * standins.HOSTS
+  assert not (folder / "lose").exists()
 
 
 def test_restarts_come_to_an_end(folder, launch):
   found = launch("train", *SLICE, "--restarts=1", "--delete=failure", "--", "sh", "-c", "exit 143")
   assert found.returncode == 143 and "--restarts 1 is used up" in found.stderr
-  assert _verbs(folder).count("scp") == 2 and _verbs(folder)[-1] == "delete"
+  assert _verbs(folder) == ["create", "scp", *["ssh"] * 4, "delete"]
 
 
 def test_the_run_goes_on_without_the_connection_and_is_followed_again(tmp_path):

@@ -83,6 +83,13 @@ def test_gke_begins_anew_after_interruptions_only(
   assert deleted is (status != 0)
 
 
+def test_gke_does_not_take_an_old_end_for_that_of_a_new_run(folder, launch):
+  assert launch("gke.sh", "run", *GKE, "--", "true").returncode == 0
+  found = launch("gke.sh", "run", *GKE, "--delete=always", "--", "false")
+  assert found.returncode == 2 and "pod has ended: Completed; launch/gke.sh delete" in found.stderr
+  assert not [words for words in standins.calls(folder) if "delete" in words]
+
+
 def test_the_jobset(launch):
   found = launch("gke.sh", "yaml", *GKE, "--slices=3", "--spot", "--restarts=5", "--", "--config=x")
   jobset = yaml.safe_load(found.stdout)
@@ -143,6 +150,17 @@ def test_a_slice_of_compute_engine(folder, launch, tmp_path):
   assert "0 of 2 hosts" in found.stderr  # while it waited
 
 
+@pytest.mark.parametrize("script", ["gce.sh", "tpu_vm.sh"])
+def test_waiting_ends_where_nothing_comes(script, folder, launch):
+  found = launch(script, "wait", *NONE)
+  assert found.returncode == 1 and "there is no pod: gcloud" in found.stderr
+  (folder / "state").write_text("SUSPENDED")
+  found = launch(script, "wait", *NONE)
+  assert found.returncode == 1 and "pod was refused or taken away: gcloud" in found.stderr
+  (folder / "state").write_text("ACTIVE")
+  assert launch(script, "wait", *NONE).returncode == 0
+
+
 @pytest.mark.parametrize("words, message", [
   (["gce.sh", "create", *NONE], "--machine is needed"),
   (["gce.sh", "create", *NONE, "--machine=m", "--topology=big"], "--topology big is no 4x4"),
@@ -184,7 +202,7 @@ def test_setup_installs_what_the_system_lacks(folder, launch):
   standins.write_program(tools / "apt-get", "exit 9")
   found = launch("setup_host.sh", "--dry-run", "--extras=tpu", PATH=str(tools))
   update, install, make = found.stdout.splitlines()
-  assert update.startswith("sudo -n env DEBIAN_FRONTEND=noninteractive apt-get ") and update.endswith(" update")
+  assert update.startswith("sudo -n env DEBIAN_FRONTEND=noninteractive apt-get ")
   assert install.endswith(" install -y ca-certificates make python3 python3-venv")
   assert make == f"make -C {ROOT} base EXTRAS=tpu"
   standins.write_program(tools / "python3", "exit 1")  # too old
