@@ -19,7 +19,7 @@ fail() {
 # parse "VALUED ..." "SWITCHES ..." WORDS: sets the variable of each option in WORDS, its name with _
 # for -, to what follows it or to yes; `words` is what follows --. Calls `usage` for -h.
 parse() {
-  local valued=" $1 " switches=" $2 dry-run " name
+  local valued=" $1 " switches=" $2 dry-run " key
   shift 2
   words=()
   while (($#)); do
@@ -28,13 +28,13 @@ parse() {
       --) shift; words=("$@"); return ;;
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     esac
-    name=${1#--}
-    if [[ $1 == --* && $valued == *" $name "* ]]; then
+    key=${1#--}
+    if [[ $1 == --* && $valued == *" $key "* ]]; then
       (($# > 1)) || fail "$1 needs a value"
-      printf -v "${name//-/_}" %s "$2"
+      printf -v "${key//-/_}" %s "$2"
       shift 2
-    elif [[ $1 == --* && $switches == *" $name "* ]]; then
-      printf -v "${name//-/_}" yes
+    elif [[ $1 == --* && $switches == *" $key "* ]]; then
+      printf -v "${key//-/_}" yes
       shift
     else
       fail "unknown option $1; what is to run comes after --"

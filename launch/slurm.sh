@@ -58,7 +58,7 @@ status=0
 $(quote "${step[@]}" "${command[@]}") || status=\$?
 # 143: a checkpoint was asked for. A job that is cancelled or preempted is not running any more; the
 # latter Slurm itself queues again.
-if [[ \$status == 143 && \$(squeue --noheader --job \"\$SLURM_JOB_ID\" --format %T) == RUNNING ]]; then
+if [[ \$status == 143 && \$(squeue --noheader --jobs=\"\$SLURM_JOB_ID\" --format=%T) == RUNNING ]]; then
   scontrol requeue \"\$SLURM_JOB_ID\"
 fi
 exit \"\$status\""

@@ -51,14 +51,14 @@ def test_awkward_words_reach_every_process(script, options, folder, launch):
 
 
 def test_slurm_queues_again_after_a_checkpoint(folder, launch, tmp_path):
-  options = [*SLURM, "--time=1:00", "--cpus-per-task=4"]
+  options = [*SLURM, "--time=1:00", "--cpus-per-task", "4", "--name=seven"]
   found = launch("slurm.sh", *options, "--", *_once(tmp_path, 143))
   assert found.returncode == 0, found.stderr
   assert _times(tmp_path) == 2
   ((_, *submitted), (_, *step), *_) = standins.calls(folder)
-  assert {"--ntasks-per-node=1", "--requeue", "--signal=TERM@300", "--cpus-per-task=4"} <= {
-    *submitted
-  }
+  wanted = {"--ntasks-per-node=1", "--requeue", "--time=1:00", "--signal=TERM@300",
+            "--cpus-per-task=4", "--job-name=seven", "--output=seven-%j.log"}
+  assert wanted <= set(submitted)
   assert step[:2] == ["--kill-on-bad-exit=0", "--cpus-per-task=4"]
 
 
@@ -182,7 +182,7 @@ def test_wrong_use_says_what_is_wrong(words, message, folder, launch):
 @pytest.mark.parametrize("words", [
   ["slurm.sh", *SLURM], ["gke.sh", "run", *GKE], ["gke.sh", "image", *GKE],
   ["gke.sh", "xpk", *GKE, "--type=t", "--cluster=c", "--zone=z"], ["gce.sh", "train", *GCE],
-  ["setup_host.sh"],
+  ["tpu_vm.sh", "train", *NONE, "--type=v4-8"], ["setup_host.sh"],
 ], ids=lambda words: " ".join(words[:2]))
 def test_dry_run_and_help_run_nothing(words, folder, launch):
   arguments = ["--", "$HOME"] if set(words) & {"run", "xpk", "train", "slurm.sh"} else []
