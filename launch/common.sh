@@ -65,8 +65,16 @@ demand() {
   done
 }
 
+# number LEAST OPTION ...: each is a whole number, LEAST (0 or 1) or more.
 number() {
-  [[ $2 =~ ^[0-9]+$ ]] || fail "--$1 $2 is no number"
+  local least=$1 option variable
+  shift
+  for option; do
+    variable=${option//-/_}
+    if [[ ! ${!variable} =~ ^(0|[1-9][0-9]*)$ ]] || ((${!variable} < least)); then
+      fail "--$option ${!variable} is no number from $least on"
+    fi
+  done
 }
 
 # one_of OPTION "VALUE ...": it has one of these.

@@ -50,9 +50,8 @@ esac
 case "$verb" in yaml | run | xpk) set_command bigalign ${words[@]+"${words[@]}"} ;; esac
 one_of delete "always failure never"
 [[ $topology =~ ^([0-9]+(x[0-9]+){1,2})?$ ]] || fail "--topology $topology is no 4x4 or 2x2x4"
-number restarts "$restarts"
-number slices "$slices"
-number chips-per-host "$chips_per_host"
+number 0 restarts
+number 1 slices chips-per-host
 
 # The word as YAML and Kubernetes read it back: there, $(NAME) would be replaced, and $$ stands for $.
 yaml_word() {

@@ -138,7 +138,7 @@ start() {
   new_id
   case "$verb" in train | run) set_command .venv/bin/bigalign ${words[@]+"${words[@]}"} ;; esac
   one_of delete "always failure never"
-  number restarts "$restarts"
+  number 0 restarts
   need gcloud "https://cloud.google.com/sdk/docs/install tells how to get it"
   case "$verb" in
     train | run)

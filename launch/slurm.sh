@@ -31,8 +31,7 @@ HELP
 nodes='' gpus_per_node='' time='' cpus_per_task='' name=bigalign wait=''
 parse "nodes gpus-per-node time cpus-per-task name" "wait" "$@"
 demand nodes gpus-per-node
-[[ $nodes$gpus_per_node =~ ^[1-9][0-9]*$ ]] ||
-  fail "--nodes $nodes --gpus-per-node $gpus_per_node are no numbers"
+number 1 nodes gpus-per-node
 set_command "$root/.venv/bin/bigalign" ${words[@]+"${words[@]}"}
 need sbatch "run this on a login node of the cluster"
 

@@ -30,7 +30,7 @@ verbs "train create wait copy setup run logs delete" "$@"
 parse "zone project type runtime slices delete restarts" "spot" "${@:3}"
 demand zone
 case "$verb" in train | create) demand type ;; esac
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices $slices is no number of slices"
+number 1 slices
 
 where=(--zone "$zone")
 [[ -z $project ]] || where+=(--project "$project")

@@ -171,7 +171,7 @@ def test_dry_run_prints_every_command_and_runs_none(folder, launch):
   (["train", *SLICE, "--spott"], "unknown option --spott"),
   (["train", *SLICE], "nothing to run"),
   (["train", *SLICE, "--delete=maybe", "--", "true"], "--delete maybe: one of always"),
-  (["train", *SLICE, "--slices=0", "--", "true"], "--slices 0 is no number of slices"),
+  (["train", *SLICE, "--slices=0", "--", "true"], "--slices 0 is no number from 1 on"),
   (["create", "pod", "--zone=z", "--type=tpu7x-8"], "TPU7x comes by launch/gce.sh"),
 ])
 def test_wrong_use_says_what_is_wrong(words, message, folder, launch):

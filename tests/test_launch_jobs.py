@@ -170,7 +170,8 @@ def test_waiting_ends_where_nothing_comes(script, folder, launch):
   (["gke.sh", "run", *GKE, "--delete=no", "--", "true"], "--delete no: one of always"),
   (["gke.sh", "image", "pod"], "--image is needed"),
   (["slurm.sh", "--nodes=2", "--", "true"], "--gpus-per-node is needed"),
-  (["slurm.sh", "--nodes=x", "--gpus-per-node=1", "--", "true"], "--nodes x --gpus-per-node 1"),
+  (["slurm.sh", "--nodes=x", "--gpus-per-node=1", "--", "true"], "--nodes x is no number from 1"),
+  (["gke.sh", "run", *GKE, "--restarts=-1", "--", "true"], "--restarts -1 is no number from 0 on"),
   (["slurm.sh", *SLURM], "nothing to run"),
 ])
 def test_wrong_use_says_what_is_wrong(words, message, folder, launch):
