@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import subprocess
+import time
 
 import pytest
 import standins
@@ -53,6 +54,7 @@ def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
     assert (home / "bigalign/bigalign/train.py").read_bytes() == (
       ROOT / "bigalign/train.py").read_bytes()
     assert not (home / "bigalign/.git").exists()
+  assert not list(folder.glob("bigalign-launch.*"))
   assert "pod stays until: launch/tpu_vm.sh delete pod --zone z" in found.stderr
 
 
@@ -104,6 +106,23 @@ def test_a_lost_connection_does_not_start_the_run_again(folder, launch):
   assert found.returncode == 9 and "status 255: starts again" in found.stderr
   assert (folder / "steps").read_text() == "step\n" * standins.HOSTS
   assert not (folder / "lose").exists()
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_ctrl_c_deletes_when_asked_and_a_closed_terminal_does_not(sent, status, folder):
+  env = standins.programs(folder)
+  work = f"touch {folder}/begun; until [ -e {folder}/end ]; do /bin/sleep 0.1; done"
+  with subprocess.Popen(
+    [ROOT / "launch/tpu_vm.sh", "train", *SLICE, "--delete=failure", "--", "sh", "-c", work],
+    env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+  ) as script:
+    deadline = time.monotonic() + 60
+    while not (folder / "begun").exists() and time.monotonic() < deadline:
+      time.sleep(0.05)
+    script.send_signal(sent)
+  (folder / "end").touch()
+  assert script.returncode == status
+  assert ("delete" in _verbs(folder)) is (sent == signal.SIGINT)
 
 
 def test_restarts_come_to_an_end(folder, launch):
