@@ -22,7 +22,7 @@ TEST := $(VENV)/.installed-test$(subst $(space),,$(addprefix -,$(EXTRAS)))
 list = $(subst $(space),$(comma),$(strip $(1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-slow test-all test-long lint constraints clean
+.PHONY: help quickstart base install test test-slow test-all test-long lint constraints clean
 
 help:  ## lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,8 @@ quickstart: $(BASE)  ## trains on glyphs in minutes, evaluates, writes a report 
 	  echo "$(RUN) is there: going on from its last checkpoint; RUN=runs/other starts anew"; fi
 	@$(BIN)/bigalign train --config=configs/quickstart.py --workdir="$(RUN)"
 	@$(BIN)/bigalign report "$(RUN)"
+
+base: $(BASE)  ## makes .venv with all that training needs
 
 install: $(TEST)  ## makes .venv with all that the tests need
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Several processes of one run on this machine: to try what a pod does, and for the tests.
 set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'HELP'
@@ -21,16 +23,9 @@ that of this script; Ctrl-C ends all.
 HELP
 }
 
-fail() {
-  echo "launch/local.sh: $*" >&2
-  echo "launch/local.sh -h tells how it is used" >&2
-  exit 2
-}
-
 processes=2
 devices=
 logs=
-dry_run=
 while (($#)); do
   case "$1" in
     -h | --help) usage; exit 0 ;;
@@ -43,15 +38,10 @@ while (($#)); do
     *) fail "unknown option $1; what is to run comes after --" ;;
   esac
 done
-(($#)) || fail "nothing to run; say it after --"
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "-n $processes is no number of processes"
 [[ -z $devices || $devices =~ ^[1-9][0-9]*$ ]] || fail "-d $devices is no number of devices"
 
-command=("$@")
-if [[ $1 == -* ]]; then
-  program=$(command -v bigalign || echo "$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/bigalign")
-  command=("$program" train "$@")
-fi
+set_command "$(command -v bigalign || echo "$root/.venv/bin/bigalign")" "$@"
 
 # Below the range from which outgoing connections take theirs.
 free_port() {
@@ -79,8 +69,7 @@ set_variables() {
 if [[ -n $dry_run ]]; then
   for ((i = 0; i < processes; i++)); do
     set_variables "$i"
-    printf '%q ' "${variables[@]}" "${command[@]}"
-    echo
+    act "${variables[@]}" "${command[@]}"
   done
   exit 0
 fi

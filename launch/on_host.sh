@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Called by the other scripts on a host: a run that outlives the connection which started it.
+set -euo pipefail
+
+usage() {
+  cat <<'HELP'
+usage: launch/on_host.sh run ID COMMAND [ARGUMENTS]
+       launch/on_host.sh logs LINES
+
+run starts the command as the run ID of this host, prints what it writes, and ends with its exit
+status. When the connection breaks, the command goes on. Called again, `run` starts nothing while a
+run goes on, but follows it; and of an ID that has ended it tells the status again.
+
+~/bigalign-launch/ID (or $BIGALIGN_LAUNCH/ID) holds `log` and `status`; `last` is the newest of them.
+HELP
+}
+
+folder=${BIGALIGN_LAUNCH:-$HOME/bigalign-launch}
+case "${1:-}" in
+  run) ;;
+  logs) exec tail -n "$2" "$folder/last/log" ;;
+  *) usage; exit 0 ;;
+esac
+id=$2
+shift 2
+lines=+1
+
+mkdir -p "$folder/$id"
+exec 9>"$folder/lock"
+if [[ ! -e $folder/$id/status ]]; then
+  # A run whose status is there is about to let go of the lock.
+  patience=0
+  [[ ! -s $folder/last/status ]] || patience=10
+  if flock --wait "$patience" 9; then
+    : >"$folder/$id/log"
+    ln -sfn "$id" "$folder/last"
+    # This shell holds the lock as long as the command runs, also when SIGTERM comes to both.
+    # shellcheck disable=SC2016
+    setsid bash -c 'trap : TERM; status=0; "${@:2}" 9>&- || status=$?; echo "$status" >"$1/status"' \
+      bash "$folder/$id" "$@" </dev/null >"$folder/$id/log" 2>&1 &
+    echo $! >"$folder/$id/pid"
+  else
+    id=$(readlink "$folder/last")
+    lines=20
+    echo "launch/on_host.sh: following $id, which still runs" >&2
+  fi
+fi
+exec 9>&-
+
+until [[ -s $folder/$id/pid ]]; do
+  sleep 0.1
+done
+tail -n "$lines" -s 0.2 -f "$folder/$id/log" --pid "$(<"$folder/$id/pid")"
+[[ -s $folder/$id/status ]] || {
+  echo "launch/on_host.sh: $id was killed" >&2
+  exit 137
+}
+exit "$(<"$folder/$id/status")"

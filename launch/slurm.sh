@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# A run on the GPUs of a Slurm cluster.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  cat <<'HELP'
+usage: launch/slurm.sh --nodes N --gpus-per-node G [OPTIONS] -- ARGUMENTS
+
+Submits a job that runs `bigalign train ARGUMENTS` in one process per GPU, or another command if
+ARGUMENTS begin with one. This checkout and its .venv (make base EXTRAS=cuda) must lie where all nodes
+see them.
+
+  --time LIMIT         of one go: 300 s before it SIGTERM asks for a checkpoint, after which the job
+                       queues again and resumes, as it does after a preemption
+  --cpus-per-task C    cores of each process, which its data workers share
+  --name NAME          of the job, and of its log NAME-JOBID.log; bigalign
+  --wait               comes back when the job has ended, with its exit status
+  --dry-run            prints the command and its input and runs nothing
+
+What a site asks for besides, sbatch takes from the environment: SBATCH_PARTITION, SBATCH_ACCOUNT,
+SBATCH_QOS, SBATCH_CONSTRAINT, ...
+
+  SBATCH_PARTITION=h100 launch/slurm.sh --nodes 4 --gpus-per-node 8 --time 24:00:00 -- \
+    --config=configs/siglip_b16.py --workdir=/shared/runs/siglip
+HELP
+}
+
+(($#)) || { usage; exit 0; }
+nodes='' gpus_per_node='' time='' cpus_per_task='' name=bigalign wait=''
+parse "nodes gpus-per-node time cpus-per-task name" "wait" "$@"
+demand nodes gpus-per-node
+number 1 nodes gpus-per-node
+set_command "$root/.venv/bin/bigalign" ${words[@]+"${words[@]}"}
+need sbatch "run this on a login node of the cluster"
+
+# All GPUs of a node stay visible to each of its processes: JAX takes the one of its SLURM_LOCALID.
+submit=(
+  sbatch --parsable "--job-name=$name" "--output=$name-%j.log" --open-mode=append --requeue
+  "--nodes=$nodes" "--gpus-per-node=$gpus_per_node" "--ntasks-per-node=$gpus_per_node"
+)
+# One failure must not send SIGTERM to the others, who would report 143 for it: they end by
+# themselves when they miss a peer.
+step=(srun --kill-on-bad-exit=0)
+if [[ -n $cpus_per_task ]]; then
+  submit+=("--cpus-per-task=$cpus_per_task")
+  step+=("--cpus-per-task=$cpus_per_task")
+fi
+[[ -z $time ]] || submit+=("--time=$time" --signal=TERM@300)
+[[ -z $wait ]] || submit+=(--wait)
+
+script="#!/bin/bash
+trap : TERM
+cd $(quote "$root") || exit
+status=0
+$(quote "${step[@]}" "${command[@]}") || status=\$?
+# 143: a checkpoint was asked for. A job that is cancelled or preempted is not running any more; the
+# latter Slurm itself queues again.
+if [[ \$status == 143 && \$(squeue --noheader --jobs=\"\$SLURM_JOB_ID\" --format=%T) == RUNNING ]]; then
+  scontrol requeue \"\$SLURM_JOB_ID\"
+fi
+exit \"\$status\""
+
+if [[ -n $dry_run ]]; then
+  echo "$(quote "${submit[@]}") <<'BIGALIGN'"
+  echo "$script"
+  echo BIGALIGN
+else
+  "${submit[@]}" <<<"$script"
+fi
