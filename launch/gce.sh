@@ -18,17 +18,17 @@ $hosts_usage
 $hosts_options
 
   launch/gce.sh train siglip --zone us-central1-c --machine tpu7x-standard-4t --topology 4x4x4 \\
-    --delete always -- --config=configs/siglip_b16.py --workdir=gs://BUCKET/siglip
+    --delete always -- --config=configs/siglip_b16.py --workdir=/mnt/runs/siglip
 
-The workdir must be where the next slice finds it: in a bucket, not on a host. create makes a workload
+The workdir must be where the next slice finds it: on what all mount, not on a host. create makes a workload
 policy, an instance template and an instance group, all called NAME; to a group of that name which was
 made in another way (from a reservation, say), the verbs after create apply too.
 HELP
 }
 
-zone='' project='' machine='' topology='' image='' spot='' delete=never restarts=100
+zone='' project='' machine='' topology='' image='' spot='' delete=never restarts=100 prepare=''
 verbs "train create wait copy setup run logs delete" "$@"
-parse "zone project machine topology image delete restarts" "spot" "${@:3}"
+parse "zone project machine topology image delete restarts prepare" "spot" "${@:3}"
 demand zone
 case "$verb" in train | create) demand machine topology ;; esac
 [[ $topology =~ ^([0-9]+(x[0-9]+){1,2})?$ ]] || fail "--topology $topology is no 4x4 or 2x2x4"

@@ -29,7 +29,7 @@ usage: launch/gke.sh VERB NAME [OPTIONS] [-- ARGUMENTS]
   --dry-run          prints the commands and runs none
 
   launch/gke.sh run siglip --image REGISTRY/bigalign:1 --accelerator tpu-v5-lite-podslice \
-    --topology 8x8 --spot -- --config=configs/siglip_b16.py --workdir=gs://BUCKET/siglip
+    --topology 8x8 --spot -- --config=configs/siglip_b16.py --workdir=/mnt/runs/siglip
 
 All begin anew when a process ends with 143 (SIGTERM, after its checkpoint), 137 (killed) or 134 (it
 lost the others); what else fails ends the run. kubectl must be set to the cluster, and JobSet 0.6 or

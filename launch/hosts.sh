@@ -9,7 +9,7 @@ hosts_usage="  train    all of this: create, wait, copy, setup, run; and anew wh
   create   asks for the machines
   wait     until they are there
   copy     this checkout as it is, without what git ignores, to ~/bigalign on each host
-  setup    launch/setup_host.sh on each host
+  setup    launch/setup_host.sh on each host, and --prepare
   run      \`bigalign train ARGUMENTS\` on each host, or another command if ARGUMENTS begin with one;
            it goes on when the connection breaks, and the same command follows it again
   logs     the last 50 lines that each host wrote
@@ -19,6 +19,7 @@ hosts_options='  --project P    if it is not what gcloud is set to
   --spot         cheaper machines that may be taken away
   --delete WHEN  gives the machines back after train or run: always, failure or never, the default
   --restarts N   how often train starts anew; 100
+  --prepare C    a command for each host once it is set up, which mounts the runs' folder for example
   --dry-run      prints the commands and runs none'
 
 # at_once FUNCTION ARGUMENT: for all targets at the same time; the first status that is not 0.
@@ -77,7 +78,7 @@ copy() {
 }
 
 setup() {
-  at_once ssh_to 'bash bigalign/launch/setup_host.sh --extras tpu'
+  at_once ssh_to "bash bigalign/launch/setup_host.sh --extras tpu${prepare:+ && $prepare}"
 }
 
 run() {

@@ -18,16 +18,16 @@ $hosts_usage
 $hosts_options
 
   launch/tpu_vm.sh train siglip --zone us-west4-b --type v5litepod-64 --spot --delete always -- \\
-    --config=configs/siglip_b16.py --workdir=gs://BUCKET/siglip
+    --config=configs/siglip_b16.py --workdir=/mnt/runs/siglip
 
-The workdir must be where the next slice finds it: in a bucket, not on a host. TPU7x is not to be had
+The workdir must be where the next slice finds it: on what all mount, not on a host. TPU7x is not to be had
 this way: launch/gce.sh, launch/gke.sh.
 HELP
 }
 
-zone='' project='' type='' runtime='' slices=1 spot='' delete=never restarts=100
+zone='' project='' type='' runtime='' slices=1 spot='' delete=never restarts=100 prepare=''
 verbs "train create wait copy setup run logs delete" "$@"
-parse "zone project type runtime slices delete restarts" "spot" "${@:3}"
+parse "zone project type runtime slices delete restarts prepare" "spot" "${@:3}"
 demand zone
 case "$verb" in train | create) demand type ;; esac
 number 1 slices

@@ -39,7 +39,9 @@ def _verbs(folder):
 
 
 def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
-  found = launch("train", *SLICE, "--spot", "--delete=failure", "--", *standins.SHOW, *AWKWARD)
+  found = launch(
+    "train", *SLICE, "--spot", "--delete=failure", "--prepare", "mkdir ~/mnt && touch ~/mnt/'a b'",
+    "--", *standins.SHOW, *AWKWARD)
   assert found.returncode == 0, found.stderr
   assert _verbs(folder) == ["create", "scp", "ssh", "ssh", "ssh"]
   (created,) = [words for words in standins.calls(folder) if "create" in words]
@@ -54,6 +56,7 @@ def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
     assert (home / "bigalign/bigalign/train.py").read_bytes() == (
       ROOT / "bigalign/train.py").read_bytes()
     assert not (home / "bigalign/.git").exists()
+    assert (home / "mnt/a b").exists()
   assert not list(folder.glob("bigalign-launch.*"))
   assert "pod stays until: launch/tpu_vm.sh delete pod --zone z" in found.stderr
 
