@@ -19,7 +19,7 @@ hosts_options='  --project P    if it is not what gcloud is set to
   --spot         cheaper machines that may be taken away
   --delete WHEN  gives the machines back after train or run: always, failure or never, the default
   --restarts N   how often train starts anew; 100
-  --prepare C    a command for each host once it is set up, which mounts the runs' folder for example
+  --prepare C    a command for each host once it is set up: one that mounts the workdir, for example
   --dry-run      prints the commands and runs none'
 
 # at_once FUNCTION ARGUMENT: for all targets at the same time; the first status that is not 0.
