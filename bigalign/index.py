@@ -11,15 +11,13 @@ that cannot be indexed at all is listed too, and makes the exit status 1.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from bigalign.data import beam, index, stats, storage
+from bigalign.data import beam, index, processes, stats, storage
 from bigalign.data.patterns import expand_shards
 from bigalign.data.sources import expand_variables
 
@@ -94,17 +92,6 @@ def _place(folder: str, out: str | None) -> str:
   return folder
 
 
-def run_local(tasks: Sequence[Task], *, workers: int) -> Iterable[Outcome]:
-  """The outcomes as they come, from a pool of processes."""
-  workers = min(workers, len(tasks))
-  if workers < 2:
-    yield from map(process_shard, tasks)
-    return
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-    yield from pool.map(process_shard, tasks, chunksize=max(1, min(16, len(tasks) // workers // 4)))
-
-
 def report(outcomes: Sequence[Outcome]) -> str:
   """A line for each shard that is not whole, and one for all."""
   lines = []
@@ -136,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
   args, flags = parser.parse_known_args(argv)
   if flags and not args.runner:
     parser.error(f"unknown arguments: {' '.join(flags)}")
-  run = functools.partial(run_local, workers=args.workers)
+  run: Callable[[Sequence[Task]], Iterable[Outcome]] = functools.partial(
+    processes.run, process_shard, workers=args.workers)
   if args.runner:
     run = functools.partial(beam.run, process_shard, flags=[f"--runner={args.runner}", *flags])
   outcomes = build(args.shards, run, out=args.out,

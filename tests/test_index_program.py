@@ -15,7 +15,7 @@ from PIL import Image
 from shards import picture, samples, write_tar
 
 from bigalign import index as program
-from bigalign.data import index
+from bigalign.data import index, processes
 from bigalign.data.sources import open_source
 
 
@@ -63,7 +63,8 @@ def test_a_build_that_was_stopped_goes_on(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     program.build([pattern], stopped)
-  outcomes = program.build([pattern], functools.partial(program.run_local, workers=1))
+  outcomes = program.build(
+    [pattern], functools.partial(processes.run, program.process_shard, workers=1))
   assert [outcome.state for outcome in outcomes] == ["current"] * 2 + ["indexed"] * 2
   assert len(open_source(pattern)) == 18
 

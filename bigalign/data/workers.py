@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import signal
-import threading
 import weakref
+from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 import grain
 import numpy as np
 from absl import flags
 from grain.multiprocessing import SharedMemoryArray
+
+from bigalign.data import processes
 
 
 class BatchSource(Protocol):
@@ -46,11 +47,15 @@ def iterate(batches: BatchSource, *, workers: int) -> Batches:
 
 
 class Batches:
-  """An iterator of batches. It reads ahead from its making on; `close` ends its workers."""
+  """An iterator of batches. It reads ahead from its making on; `close` ends its workers.
+
+  A worker that was killed is a RuntimeError with its number, a second after its last batch.
+  """
 
   def __init__(self, iterator: grain.DatasetIterator):
     iterator.start_prefetch()
     self._iterators = [iterator]
+    self._processes: list[BaseProcess] = []
     # Also when forgotten, and at exit before the modules are torn down: grain's own clean-up comes
     # too late there and fails in noise.
     self.close = weakref.finalize(self, _close, self._iterators)
@@ -61,9 +66,20 @@ class Batches:
   def __next__(self) -> dict[str, np.ndarray]:
     if not self._iterators:
       raise ValueError("These batches are closed.")
+    # All that were ever seen alive: of a dead one multiprocessing itself keeps nothing.
+    left = [process for process in self._processes if process.exitcode != 0]
+    self._processes = [*dict.fromkeys([*left, *multiprocessing.active_children()])]
+    try:
+      batch = next(self._iterators[0])
+    except RuntimeError as error:
+      if "terminated unexpectedly" not in str(error):  # grain's word for it
+        raise
+      raise RuntimeError(f"The data's {processes.died(self._processes)} (config.data.workers), and"
+                         " run the same command again: a run goes on from its last checkpoint"
+                         ) from error
     # Copies: arrays in the shared memory of the workers outlive them badly, and jax would alias
     # them on CPU.
-    return {name: np.array(value) for name, value in next(self._iterators[0]).items()}
+    return {name: np.array(value) for name, value in batch.items()}
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:
@@ -80,13 +96,4 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 def _start_worker(worker: int, workers: int) -> None:
   """Runs first in every worker process."""
   del worker, workers
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the program's, which closes the workers
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """A killed program cannot close its workers, which would wait for it forever."""
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-  parent.join()
-  os._exit(1)
+  processes.start()
