@@ -13,10 +13,13 @@ PROGRAMS = {
   "curate": "samples that concepts choose, the rarest first, from embedding stores",
   "report": "makes one HTML page of a run",
   "export": "writes a run as a folder that PyTorch's libraries load",
+  "inspect": "tells what is in shards, with a contact sheet, and how fast they are read",
   "index": "makes shards ready for training: where each of their samples lies",
   "view": "keeps the samples of a source that a rule or a list leaves",
   "costs": "what losses cost per device: memory, products, bytes on the wires",
 }
+# bigalign/inspect.py would hide Python's own inspect from a program that is run inside the folder.
+_MODULES = {"inspect": "inspection"}
 
 
 def main() -> None:
@@ -29,7 +32,7 @@ def main() -> None:
     return
   if name not in PROGRAMS:
     sys.exit(f"bigalign: unknown program {name!r}; known: {', '.join(PROGRAMS)}")
-  module = importlib.import_module(f"bigalign.{name}")
+  module = importlib.import_module(f"bigalign.{_MODULES.get(name, name)}")
   sys.argv = [f"bigalign {name}", *sys.argv[2:]]
   module.run()
 

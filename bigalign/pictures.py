@@ -96,6 +96,26 @@ def curves(
     return _svg(figure)
 
 
+def histogram(values: Sequence[float], *, title: str) -> str:
+  """How often values occur, all of them above 0; a logarithmic scale where they span decades."""
+  least, most = min(values), max(values)
+  log = most > 20 * least
+  edges = np.geomspace(least, most, 41) if log else np.linspace(least, max(most, least + 1e-6), 41)
+  counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(4.0, 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(counts, edges, fill=True, color=IMAGE)
+    if log:
+      axes.set_xscale("log")
+      axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.9g}"))
+      axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title)
+    axes.grid(axis="y", lw=0.5)
+    axes.margins(x=0.02)
+    return _svg(figure)
+
+
 def heatmap(sims: np.ndarray) -> str:
   """[N, N] similarities, rows images, columns captions."""
   with matplotlib.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):

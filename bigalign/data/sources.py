@@ -9,13 +9,14 @@ belongs to order.py.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import importlib
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from bigalign.data.arrayrecord import ArrayRecord
 from bigalign.data.parquet import Parquet
@@ -66,6 +67,19 @@ def open_source(spec: str, *, captions: Sequence[str] | None = None, **options) 
   parts = [part.strip() for part in expand_variables(spec, what="source").split("::")]
   sources = [_open_part(part, spec=spec, captions=captions, options=options) for part in parts]
   return sources[0] if len(sources) == 1 else Concatenation(sources)
+
+
+class Spec(NamedTuple):
+  """The arguments of open_source, to open a source in another process."""
+  source: str
+  captions: tuple[str, ...] | None = None
+  options: tuple[tuple[str, Any], ...] = ()
+
+
+@functools.cache
+def open_spec(spec: Spec) -> Source:
+  """The source, opened once in each process."""
+  return open_source(spec.source, captions=spec.captions, **dict(spec.options))
 
 
 def _open_part(part: str, *, spec: str, captions: Sequence[str] | None,
