@@ -15,6 +15,7 @@ PROGRAMS = {
   "export": "writes a run as a folder that PyTorch's libraries load",
   "inspect": "tells what is in shards, with a contact sheet, and how fast they are read",
   "index": "makes shards ready for training: where each of their samples lies",
+  "convert": "copies a source into ArrayRecord files, images made smaller if wanted",
   "view": "keeps the samples of a source that a rule or a list leaves",
   "costs": "what losses cost per device: memory, products, bytes on the wires",
 }

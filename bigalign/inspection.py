@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bigalign import inspection_html as html
+from bigalign import source_flags
 from bigalign.data import facts, processes, speed
 from bigalign.data.facts import Fact, Look
 from bigalign.data.sources import Spec, open_spec
@@ -104,12 +105,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   """The program; prints the figures and the path of the page."""
   parser = argparse.ArgumentParser("bigalign inspect", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("source", help="what config.data.source would say")
+  source_flags.add(parser)
   parser.add_argument("--out", default="inspect.html", help="the page (%(default)s)")
-  parser.add_argument("--captions", help="fields of captions, as txt,json.caption")
   parser.add_argument("--language", help="field that holds the language, as json.lang")
-  parser.add_argument("--source_options", nargs="*", default=[], metavar="NAME=VALUE",
-                      help="as config.data.source_options, such as image=photo data_dir=DIR")
   parser.add_argument("--samples", type=int, default=10_000, help="to look at (%(default)s)")
   parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
   parser.add_argument("--image_size", type=int, default=224, help="of training (%(default)s)")
@@ -124,9 +122,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.error("how many hosts are needed is measured: --seconds above 0")
   if given.language and not given.captions:
     parser.error("--language needs --captions, the fields of the captions themselves")
-  fields = [*(given.captions or "").split(","), given.language]
-  spec = Spec(given.source, tuple(filter(None, fields)) if given.captions else None,
-              source_options(given.source_options))
+  spec = source_flags.spec(given)
+  if given.language:
+    spec = spec._replace(captions=(*(spec.captions or ()), given.language))
   figures = inspect(
     spec, given.out, samples=given.samples, language=given.language, workers=given.workers,
     image_size=given.image_size, seconds=given.seconds,
@@ -135,14 +133,6 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{name}: {json.dumps(value)}")
   print(given.out)
   return figures
-
-
-def source_options(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
-  """["image=photo"] → (("image", "photo"),)."""
-  pairs = [word.partition("=")[::2] for word in words]
-  if not all(name and value for name, value in pairs):
-    raise ValueError(f"--source_options={' '.join(words)}: write NAME=VALUE, such as image=photo")
-  return tuple(pairs)
 
 
 def run() -> None:

@@ -27,6 +27,7 @@ LAYERS = [
   {
     "train", "evaluate", "report", "costs", "index", "view", "embed", "compare", "curate",
     "inspection", "inspection_html",
+    "convert", "source_flags",
     "report_html", "__main__",
     "export", "export_card", "export_check", "export_formats",
   },

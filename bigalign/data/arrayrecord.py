@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,11 @@ from bigalign.data import columns, fingerprints
 from bigalign.data.patterns import expand_shards
 from bigalign.data.recent import Recent
 from bigalign.data.rejects import Rejected
+from bigalign.data.webdataset import classnames_beside
 
+KEY = "__key__"  # webdataset's word
 _OPEN = 128  # files
+_KINDS = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
 _CAPTIONS = ("caption", "captions", "captions/text", "text", "txt", "title")
 
 
@@ -24,9 +27,12 @@ class ArrayRecord:
   captions  features of one or more UTF-8 strings, in order of preference
   label     the feature of the integer class, used if it is there
 
-  This is what TFDS and most converters write. The file names end in .array_record, or the source
-  is named arrayrecord:PATTERN. Which features there are is seen in the first record; one that it
-  lacks counts as absent.
+  A feature __key__ names the sample; without it the file and the place in it do. classnames.txt is
+  looked for as beside webdataset shards.
+
+  This is what bigalign convert, TFDS and most converters write. The file names end in
+  .array_record, or the source is named arrayrecord:PATTERN. Which features there are is seen in the
+  first record; one that it lacks counts as absent.
   """
 
   def __init__(self, pattern: str, *, image: str | None = None,
@@ -36,15 +42,16 @@ class ArrayRecord:
     self._label = label
     self._paths = expand_shards(pattern)
     # Not through _files: that many may be more than a process can have open.
-    counts = [_open(path)[0].num_records() for path in self._paths]
+    counts = [open_file(path)[0].num_records() for path in self._paths]
     self._firsts = np.cumsum([0, *counts])
-    self._files = Recent(_open, room=_OPEN)
+    self._files = Recent(open_file, room=_OPEN)
     if not len(self):
       raise ValueError(f"{pattern!r}: no records in {len(self._paths)} files")
     _, features = self._features(0)
     what = repr(pattern)
     self._image = columns.image_column(features, image, what=what)
     columns.check_captions(features, captions, label=label, what=what)
+    self.classnames = classnames_beside(self._paths[0])
     self.fingerprint = fingerprints.of_files(self._paths)
 
   def __repr__(self) -> str:
@@ -61,6 +68,10 @@ class ArrayRecord:
     return dict(image=image[0], key=key, **columns.texts(features, self.captions),
                 label=columns.label(features.get(self._label), column=self._label, key=key))
 
+  def fields(self, i: int) -> dict[str, list[Any]]:
+    """The features of record i."""
+    return self._features(i)[1]
+
   def _features(self, i: int) -> tuple[str, dict[str, list[Any]]]:
     """The key of record i, and its features."""
     if not 0 <= i < len(self):
@@ -74,10 +85,13 @@ class ArrayRecord:
       if "Corrupted" not in str(error):  # the disk's fault, not the record's
         raise
       raise Rejected("undecodable", f"{key}: {error}") from error
-    return key, parse_example(data, key=key)
+    features = parse_example(data, key=key)
+    named = features.pop(KEY, None)
+    return named[0].decode("utf-8", "surrogateescape") if named else key, features
 
 
-def _open(path: str) -> tuple[Any, int]:
+def open_file(path: str) -> tuple[Any, int]:
+  """A reader of an ArrayRecord file, and 1: it counts as one open file."""
   from array_record.python import array_record_module  # absl's flags come with it
   reader = array_record_module.ArrayRecordReader(
       path, options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32_768)
@@ -98,3 +112,17 @@ def parse_example(data: bytes, *, key: str) -> dict[str, list[Any]]:
     raise Rejected("bad_metadata", f"{key}: no tf.train.Example ({broken})") from None
   return {name: list(getattr(feature, feature.WhichOneof("kind")).value)
           for name, feature in features.items() if feature.WhichOneof("kind")}
+
+
+def make_example(features: Mapping[str, Sequence[bytes | int | float]]) -> bytes:
+  """A serialised tf.train.Example; equal features give equal bytes."""
+  from tensorflow_datasets.proto import tf_example_pb2
+  message = tf_example_pb2.Example()
+  for name, values in features.items():
+    kind = next((kind for type_, kind in _KINDS.items() if values and isinstance(values[0], type_)),
+                "bytes_list")
+    column = getattr(message.features.feature[name], kind)
+    column.SetInParent()  # an empty list is there too
+    column.value.extend(values)
+  data: bytes = message.SerializeToString(deterministic=True)
+  return data

@@ -58,7 +58,7 @@ def decode(data: bytes | np.ndarray, *, max_pixels: int = 64_000_000,
       pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, min_factor=factor,
                                       min_height=-(-height // factor),
                                       min_width=-(-width // factor))
-      return _upright(pixels, _jpeg_orientation(data)) if apply_exif else pixels
+      return _upright(pixels, orientation_of(data)) if apply_exif else pixels
     except ValueError:
       pass  # Pillow reads a few that libjpeg-turbo only warns about, and says better what is wrong.
   return _decode_pillow(data, max_pixels=max_pixels, apply_exif=apply_exif)
@@ -98,11 +98,11 @@ def _decode_pillow(data: bytes, *, max_pixels: int, apply_exif: bool) -> np.ndar
     raise Rejected(reason, str(error)) from error
 
 
-def _jpeg_orientation(data: bytes) -> int:
-  """1 to 8; reads the header alone."""
+def orientation_of(data: bytes) -> int:
+  """EXIF's orientation of the pixels that `decode` gives without it, 1 to 8; reads the header."""
   try:
     with Image.open(io.BytesIO(data)) as image:
-      return _orientation(image)
+      return 1 if image.format == "TIFF" else _orientation(image)  # Pillow decodes it upright
   except _BROKEN:  # simplejpeg has decoded it
     return 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ class Parquet:
     self.captions = tuple(captions)
     wanted = {self._image, label, *captions, *(path.partition(".")[0] for path in captions)}
     self._columns = [name for name in schema.names if name in wanted]
+    self._others = [name for name in schema.names if name not in wanted]
     rows = [[each.row_group(g).num_rows for g in range(each.num_row_groups)] for each in metadata]
     # Row group g of all: its file, its place there, and its first sample.
     self._files = np.repeat(np.arange(len(rows)), [len(each) for each in rows])
@@ -57,6 +59,7 @@ class Parquet:
     self.classnames = _classnames(schema, label)
     self.fingerprint = fingerprints.of_files(self._paths)
     self._groups = Recent(self._read, room=_ROOM)
+    self._rest = Recent(functools.partial(self._read, others=True), room=_ROOM)
 
   def __repr__(self) -> str:
     return f"Parquet({self.pattern!r})"
@@ -65,28 +68,44 @@ class Parquet:
     return int(self._firsts[-1])
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    if not 0 <= i < len(self):
-      raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
-    group = int(np.searchsorted(self._firsts, i, side="right")) - 1
-    table = self._groups[group]
-    place = i - int(self._firsts[group])
-    row = {name: table.column(name)[place].as_py() for name in self._columns}
+    group, place = self._place(i)
+    row = _row(self._groups[group], place)
     key = f"{os.path.basename(self._paths[self._files[group]])}/{self._places[group]}.{place}"
-    image = row[self._image]
-    if isinstance(image, dict):
-      image = image.get("bytes")
+    image = _bytes(row[self._image])
     if image is None:
       raise Rejected("no_image", f"{key}: no bytes in the column {self._image!r}")
     return dict(image=image, key=key, **columns.texts(row, self.captions),
                 label=columns.label(row.get(self._label), column=self._label, key=key))
 
-  def _read(self, group: int) -> tuple[Any, int]:
+  def fields(self, i: int) -> dict[str, Any]:
+    """The columns of row i; of the image its bytes."""
+    group, place = self._place(i)
+    row = _row(self._groups[group], place)
+    return {**row, self._image: _bytes(row[self._image]), **_row(self._rest[group], place)}
+
+  def _place(self, i: int) -> tuple[int, int]:
+    """The row group of row i, and its place there."""
+    if not 0 <= i < len(self):
+      raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
+    group = int(np.searchsorted(self._firsts, i, side="right")) - 1
+    return group, i - int(self._firsts[group])
+
+  def _read(self, group: int, *, others: bool = False) -> tuple[Any, int]:
     path = self._paths[self._files[group]]
     with _open(path, "ParquetFile") as file:
       # One thread: the workers are the parallelism.
-      table = file.read_row_group(int(self._places[group]), columns=self._columns,
+      table = file.read_row_group(int(self._places[group]),
+                                  columns=self._others if others else self._columns,
                                   use_threads=False).combine_chunks()
     return table, table.nbytes
+
+
+def _row(table: Any, place: int) -> dict[str, Any]:
+  return {name: table.column(name)[place].as_py() for name in table.column_names}
+
+
+def _bytes(image: Any) -> Any:
+  return image.get("bytes") if isinstance(image, dict) else image
 
 
 def _open(path: str, kind: str) -> Any:

@@ -30,8 +30,9 @@ class Source(Protocol):
 
   May have `classnames`, a tuple in the order of the labels; `block`, how many consecutive samples
   it reads at once if not one; `where`(i) → (file of sample i, its place there, samples in that
-  file); `prefetch`(ids, hold=n), which begins to fetch what is far away and from then on has room
-  for n samples that were fetched and not read. __getitem__ may raise Rejected.
+  file); `fields`(i) → all that is stored of sample i, by name; `prefetch`(ids, hold=n), which
+  begins to fetch what is far away and from then on has room for n samples that were fetched and
+  not read. __getitem__ may raise Rejected.
   """
   fingerprint: str  # hex; changes if the data changed
 
@@ -136,6 +137,10 @@ class Concatenation:
     which = bisect.bisect_right(self._firsts, i) - 1
     return where(self.sources[which], i - self._firsts[which])
 
+  def fields(self, i: int) -> dict[str, Any]:
+    which = bisect.bisect_right(self._firsts, i) - 1
+    return fields(self.sources[which], i - self._firsts[which])
+
   def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
     ids = list(ids)
     for source, first, end in zip(self.sources, self._firsts, self._firsts[1:]):
@@ -155,3 +160,8 @@ def where(source: Source, i: int) -> tuple[str, int, int]:
     found: tuple[str, int, int] = source.where(i)
     return found
   return repr(source), i, len(source)
+
+
+def fields(source: Source, i: int) -> dict[str, Any]:
+  """All that is stored of sample i, by the names there; {} of a source that does not tell."""
+  return dict(source.fields(i)) if hasattr(source, "fields") else {}

@@ -69,6 +69,10 @@ class TableFiles:
                 key=key, **columns.texts(row, self.captions),
                 label=columns.label(row.get(self._label), column=self._label, key=key))
 
+  def fields(self, i: int) -> dict[str, Any]:
+    """Row i by column."""
+    return self._row(i)[1]
+
   def _row(self, i: int) -> tuple[str, dict[str, Any]]:
     """The table of row i, and the row by column."""
     if not 0 <= i < len(self):

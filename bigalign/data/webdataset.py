@@ -40,7 +40,7 @@ class WebDataset:
                        "named KEY.jpg, KEY.txt, KEY.json")
     self.block = RUN if self.shards.remote else 1
     self._runs = Runs(self.shards, block=RUN) if self.shards.remote else None
-    self.classnames = _classnames(self.shards.paths[0])
+    self.classnames = classnames_beside(self.shards.paths[0])
     self.fingerprint = self.shards.fingerprint
     self._check_fields()
 
@@ -60,6 +60,10 @@ class WebDataset:
       raise Rejected("no_image", f"{key} has {sorted(found)}")
     return dict(image=image, key=key, label=fields.label(found, key=key),
                 **fields.captions(found, self.captions, key=key))
+
+  def fields(self, i: int) -> dict[str, bytes]:
+    """The members of sample i by their extensions."""
+    return {field: data for (_, field), data in self._members(i)[1].items()}
 
   def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
     """Begins to fetch the blocks of samples that will be read soon; of no use on local disks."""
@@ -112,7 +116,8 @@ class WebDataset:
                        f"the fields there are: {sorted(have)}. Set captions=(...) to one of them.")
 
 
-def _classnames(shard: str) -> tuple[str, ...]:
+def classnames_beside(shard: str) -> tuple[str, ...]:
+  """The names in the classnames.txt of the folder of a shard or of the one above it."""
   folder = pathlib.Path(shard).parent
   for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):
     if path.is_file():
