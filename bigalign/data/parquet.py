@@ -70,12 +70,17 @@ class Parquet:
   def __getitem__(self, i: int) -> dict[str, Any]:
     group, place = self._place(i)
     row = _row(self._groups[group], place)
-    key = f"{os.path.basename(self._paths[self._files[group]])}/{self._places[group]}.{place}"
+    key = self.key(i)
     image = _bytes(row[self._image])
     if image is None:
       raise Rejected("no_image", f"{key}: no bytes in the column {self._image!r}")
     return dict(image=image, key=key, **columns.texts(row, self.captions),
                 label=columns.label(row.get(self._label), column=self._label, key=key))
+
+  def key(self, i: int) -> str:
+    """The key of row i."""
+    group, place = self._place(i)
+    return f"{os.path.basename(self._paths[self._files[group]])}/{self._places[group]}.{place}"
 
   def fields(self, i: int) -> dict[str, Any]:
     """The columns of row i; of the image its bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import multiprocessing
 import os
@@ -28,11 +29,11 @@ def run(function: Callable[[T], Result], tasks: Sequence[T], *, workers: int) ->
     return
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=start) as pool:
-    futures = [pool.submit(function, task) for task in tasks]
+    futures = collections.deque(pool.submit(function, task) for task in tasks)
     started: dict[int, BaseProcess] = pool._processes  # type: ignore[assignment]
     try:
-      for future in futures:
-        yield future.result()
+      while futures:
+        yield futures.popleft().result()
     except BrokenProcessPool as error:
       raise RuntimeError(f"{died(started.values())}, and run the same command again") from error
     finally:  # also if nobody wants the rest

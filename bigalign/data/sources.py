@@ -30,9 +30,9 @@ class Source(Protocol):
 
   May have `classnames`, a tuple in the order of the labels; `block`, how many consecutive samples
   it reads at once if not one; `where`(i) → (file of sample i, its place there, samples in that
-  file); `fields`(i) → all that is stored of sample i, by name; `prefetch`(ids, hold=n), which
-  begins to fetch what is far away and from then on has room for n samples that were fetched and
-  not read. __getitem__ may raise Rejected.
+  file); `fields`(i) → all that is stored of sample i, by name; `key`(i), for less than the record
+  costs; `prefetch`(ids, hold=n), which begins to fetch what is far away and from then on has room
+  for n samples that were fetched and not read. __getitem__ and key may raise Rejected.
   """
   fingerprint: str  # hex; changes if the data changed
 
@@ -141,6 +141,10 @@ class Concatenation:
     which = bisect.bisect_right(self._firsts, i) - 1
     return fields(self.sources[which], i - self._firsts[which])
 
+  def key(self, i: int) -> str:
+    which = bisect.bisect_right(self._firsts, i) - 1
+    return key(self.sources[which], i - self._firsts[which])
+
   def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
     ids = list(ids)
     for source, first, end in zip(self.sources, self._firsts, self._firsts[1:]):
@@ -165,3 +169,9 @@ def where(source: Source, i: int) -> tuple[str, int, int]:
 def fields(source: Source, i: int) -> dict[str, Any]:
   """All that is stored of sample i, by the names there; {} of a source that does not tell."""
   return dict(source.fields(i)) if hasattr(source, "fields") else {}
+
+
+def key(source: Source, i: int) -> str:
+  """The key of sample i; Rejected if it is not known of a sample that cannot be used."""
+  found: str = source.key(i) if hasattr(source, "key") else source[i]["key"]
+  return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
+import io
 import logging
 import os
 import random
@@ -102,6 +103,33 @@ class Blocks:
       block, first = self._held[n], n * self._block
       parts.append(block[max(part.start - first, 0):part.stop - first])
     return b"".join(parts)
+
+
+class Window:
+  """Bytes [start, end) of a file, sliced like bytes; each slice is read when it is asked for."""
+
+  def __init__(self, path: str, start: int, end: int, *, expect: Stat | None = None):
+    self._path, self._start, self._end, self._expect = path, start, end, expect
+
+  def __getitem__(self, part: slice) -> bytes:
+    first, last = (min(self._start + place, self._end) for place in (part.start, part.stop))
+    return read(self._path, first, last, expect=self._expect)
+
+
+class Stream(io.RawIOBase):
+  """A file, local or remote, read from front to back; for io.BufferedReader."""
+
+  def __init__(self, path: str):
+    self._blocks, self._place = Blocks(path, block=1 << 20), 0
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    data = self._blocks[self._place:self._place + len(buffer)]
+    buffer[:len(data)] = data
+    self._place += len(data)
+    return len(data)
 
 
 def _difference(expect: Stat, found: Stat) -> str:

@@ -42,7 +42,8 @@ OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
 
 def sample_id(key: str) -> int:
   """64 bits of the key of a sample: the same in every store, wherever its shards lie."""
-  return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+  return int.from_bytes(hashlib.blake2b(
+      key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def check_header(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:

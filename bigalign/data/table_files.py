@@ -7,7 +7,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,14 +60,21 @@ class TableFiles:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     path, row = self._row(i)
-    table = os.path.basename(path)
-    name = row.get(self._image)
-    if not isinstance(name, str) or not name:
-      raise Rejected("no_image", f"{table}: row {i} has no {self._image!r}")
-    key = f"{table}/{name}"
+    key = self._key(i, path, row)
+    name = row[self._image]
     return dict(image=_read_image(os.path.join(os.path.dirname(path), name), key=key),
                 key=key, **columns.texts(row, self.captions),
                 label=columns.label(row.get(self._label), column=self._label, key=key))
+
+  def key(self, i: int) -> str:
+    """The key of row i; the image is not read."""
+    return self._key(i, *self._row(i))
+
+  def _key(self, i: int, path: str, row: Mapping[str, Any]) -> str:
+    name = row.get(self._image)
+    if not isinstance(name, str) or not name:
+      raise Rejected("no_image", f"{os.path.basename(path)}: row {i} has no {self._image!r}")
+    return f"{os.path.basename(path)}/{name}"
 
   def fields(self, i: int) -> dict[str, Any]:
     """Row i by column."""

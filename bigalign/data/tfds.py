@@ -67,7 +67,11 @@ class Tfds:
     if not self._captions and self.classnames and label >= 0:
       texts["captions"] = (self.classnames[label].replace("_", " "),)
     return dict(image=example[self._image], label=label, **texts,
-                key=f"{self.name}:{self.split}/{i}")
+                key=self.key(i))
+
+  def key(self, i: int) -> str:
+    """The key of sample i."""
+    return f"{self.name}:{self.split}/{i}"
 
   def __getstate__(self) -> dict[str, Any]:
     return {**self.__dict__, "_data": None}  # files are opened anew in each process

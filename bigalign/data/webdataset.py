@@ -52,8 +52,7 @@ class WebDataset:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     shard, members = self._members(i)
-    name = os.path.basename(self.shards.paths[shard])
-    key = f"{name}/{next(iter(members))[0]}"
+    key = self._key(shard, next(iter(members))[0])
     found = {field: data for (_, field), data in members.items()}
     image = fields.image(found)
     if image is None:
@@ -64,6 +63,18 @@ class WebDataset:
   def fields(self, i: int) -> dict[str, bytes]:
     """The members of sample i by their extensions."""
     return {field: data for (_, field), data in self._members(i)[1].items()}
+
+  def key(self, i: int) -> str:
+    """The key of sample i; of a local shard nothing is read but the headers of its first member."""
+    shard = self.shards.shard(i)
+    with self._told(i, shard):
+      buffer: tar.Buffer = self._runs[i] if self._runs else storage.Window(
+        self.shards.paths[shard], *self.shards.span(i, shard), expect=self.shards.stat(shard))
+      names = (tar.split_name(member.name) for member in tar.members(buffer) if member is not None)
+      return self._key(shard, next(filter(None, names))[0])
+
+  def _key(self, shard: int, name: str) -> str:
+    return f"{os.path.basename(self.shards.paths[shard])}/{name}"
 
   def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
     """Begins to fetch the blocks of samples that will be read soon; of no use on local disks."""
@@ -88,16 +99,23 @@ class WebDataset:
       raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
     shard = self.shards.shard(i)
     path = self.shards.paths[shard]
-    try:
+    with self._told(i, shard):
       buffer = self._runs[i] if self._runs else storage.read(
           path, *self.shards.span(i, shard), expect=self.shards.stat(shard))
       named = [(tar.split_name(member.name), buffer[member.start:member.start + member.size])
                for member in tar.members(buffer) if member is not None]
+    return shard, {name: data for name, data in named if name is not None}
+
+  @contextlib.contextmanager
+  def _told(self, i: int, shard: int) -> Iterator[None]:
+    """Says of what fails in reading a sample which one it was."""
+    try:
+      yield
     except storage.Changed as error:
       raise self.shards.changed(error) from None
     except tar.BrokenTar as error:
-      raise OSError(f"{path}: sample {i} is not what was indexed: {error}") from error
-    return shard, {name: data for name, data in named if name is not None}
+      raise OSError(f"{self.shards.paths[shard]}: sample {i} is not what was indexed: {error}"
+                    ) from error
 
   def _check_fields(self) -> None:
     if not self.captions or "cls" in self.shards.fields:
