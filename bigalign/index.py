@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from bigalign.data import beam, index, processes, stats, storage
+from bigalign.data import beam, index, processes, sidecars, stats, storage
 from bigalign.data.patterns import expand_shards
 from bigalign.data.sources import expand_variables
 
@@ -29,6 +29,7 @@ class Task(NamedTuple):
   path: str
   place: str
   captions: tuple[str, ...] | None  # the fields whose lengths go into stats; None: no stats
+  sidecars: tuple[str, ...] = ()  # the fields that are read from files beside the shard
 
 
 class Outcome(NamedTuple):
@@ -46,6 +47,9 @@ def process_shard(task: Task) -> Outcome:
     if task.captions is not None and not stats.is_current(part.name, task.place, part.stat,
                                                           task.captions):
       stats.write(task.path, task.place, captions=task.captions)
+    for field in task.sidecars:
+      if not sidecars.is_current(task.path, task.place, part.stat, field):
+        sidecars.write(task.path, task.place, field)
   except (ValueError, OSError) as error:
     return Outcome(task.path, 0, str(error), "failed")
   return Outcome(task.path, part.entries - 1, part.problem, "indexed")
@@ -59,12 +63,14 @@ def _known(task: Task) -> index.Part | None:
 
 
 def build(patterns: Sequence[str], run: Callable[[Sequence[Task]], Iterable[Outcome]], *,
-          out: str | None = None, captions: tuple[str, ...] | None = None) -> list[Outcome]:
+          out: str | None = None, captions: tuple[str, ...] | None = None,
+          beside: tuple[str, ...] = ()) -> list[Outcome]:
   """Indexes the shards that need it with `run`, then merges; an outcome per shard, in order.
 
   out  the folder for indexes of shards whose own folder is not to be written, which readers look
        for in $BIGALIGN_INDEX
   captions  the fields whose lengths go into stats; None: no stats
+  beside  the fields that are read from sidecars
   """
   parts = [part.strip() for pattern in patterns
            for part in expand_variables(pattern, what="pattern").split("::")]
@@ -77,9 +83,10 @@ def build(patterns: Sequence[str], run: Callable[[Sequence[Task]], Iterable[Outc
     place = _place(folder, out)
     current = index.current(paths, place)
     outcomes |= {path: Outcome(path, part.entries - 1, part.problem, "current")
-                 for path, part in current.items() if captions is None
-                 or stats.is_current(part.name, place, part.stat, captions)}
-    tasks += [Task(path, place, captions) for path in paths if path not in outcomes]
+                 for path, part in current.items() if (
+                   captions is None or stats.is_current(part.name, place, part.stat, captions))
+                 and all(sidecars.is_current(path, place, part.stat, field) for field in beside)}
+    tasks += [Task(path, place, captions, beside) for path in paths if path not in outcomes]
   outcomes |= {outcome.path: outcome for outcome in run(tasks)}
   for folder in of_folder:
     index.merge(folder, _place(folder, out))
@@ -116,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
                       "need: width, height,\nsha256, caption length, numbers of .json")
   parser.add_argument("--captions", metavar="A,B", default="txt", help="fields for --stats: txt, "
                       "json.caption (%(default)s)")
+  parser.add_argument("--sidecars", metavar="A,B", default="", help="caption fields from files"
+                      " beside\nthe shards: recap.parquet:caption")
   parser.add_argument("--workers", type=int, default=os.cpu_count(),
                       help="processes (%(default)s)")
   parser.add_argument("--runner", help="Apache Beam's: DirectRunner, DataflowRunner, …; flags that "
@@ -123,12 +132,19 @@ def main(argv: list[str] | None = None) -> int:
   args, flags = parser.parse_known_args(argv)
   if flags and not args.runner:
     parser.error(f"unknown arguments: {' '.join(flags)}")
+  beside = tuple(filter(None, args.sidecars.split(",")))
+  unsuited = [field for field in beside if not sidecars.is_field(field)]
+  if unsuited:
+    parser.error(f"--sidecars {unsuited[0]}: write ENDING:COLUMN, such as recap.parquet:caption")
+  if args.stats and any(map(sidecars.is_field, args.captions.split(","))):
+    parser.error("--stats counts the characters of fields in the shards, not beside them")
   run: Callable[[Sequence[Task]], Iterable[Outcome]] = functools.partial(
     processes.run, process_shard, workers=args.workers)
   if args.runner:
     run = functools.partial(beam.run, process_shard, flags=[f"--runner={args.runner}", *flags])
   outcomes = build(args.shards, run, out=args.out,
-                   captions=tuple(args.captions.split(",")) if args.stats else None)
+                   captions=tuple(args.captions.split(",")) if args.stats else None,
+                   beside=beside)
   print(report(outcomes))
   for place in sorted({_place(os.path.dirname(outcome.path), args.out) for outcome in outcomes}):
     print(os.path.join(place, index.FILE))

@@ -14,6 +14,7 @@ from bigalign.data.facts import Fact, captions
 from bigalign.data.sources import Source
 
 SHEET = 60  # samples on the contact sheet
+FIELDS = 4  # of which a sample there shows the first caption
 BAD = 40  # bad samples that are told one by one
 SHOWN = 240  # characters of a text
 THUMBNAIL = 224  # pixels
@@ -183,13 +184,15 @@ def _sheet(found: Sequence[Fact], source: Source, language: str | None) -> str:
 
 def _card(fact: Fact, record: Mapping[str, Any], language: str | None) -> str:
   texts, spoken = captions(dict(record), language)
-  every = [text for column in texts.values() for text in column]
+  columns = [column for column in texts.values() if column]
+  firsts = list(dict.fromkeys(column[0] for column in columns))[:FIELDS]
   lines = "".join(f'<div class="caption" dir="auto">{escape(_cut(text))}{_rest(text)}</div>'
-                  for text in dict.fromkeys(every[:3]))
-  more = f"{len(every) - 3} more captions · " if len(every) > 3 else ""
+                  for text in firsts)
+  left = sum(map(len, columns)) - len(firsts)
+  more = f"{left} more · " if left else ""
   about = " · ".join((f"{fact.width} × {fact.height}", *spoken[:1], _cut(fact.key)))
   return (f'<div class="card"><img src="{pictures.thumbnail(decode(record["image"]), THUMBNAIL)}"'
-          f' alt="{escape(_cut(every[0]))}">{lines}'
+          f' alt="{escape(_cut(firsts[0]))}">{lines}'
           f'<div class="rank">{more}{escape(about)}</div></div>')
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from bigalign.data.rejects import Rejected
@@ -40,11 +40,10 @@ def read_json(data: bytes, *, key: str) -> dict[str, Any]:
   return value
 
 
-def captions(fields: Mapping[str, bytes], names: Sequence[str], *, key: str) -> dict[str, Any]:
-  """`captions`, those of the first of `names` that is not blank; of several `texts` too."""
-  texts = {name: field_texts(fields, name, key=key) for name in names}
+def captions(texts: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+  """`captions`, those of the first field that is not blank; of several fields `texts` too."""
   found = next(filter(None, texts.values()), ())
-  return dict(captions=found, texts=texts) if len(texts) > 1 else dict(captions=found)
+  return dict(captions=found, texts=dict(texts)) if len(texts) > 1 else dict(captions=found)
 
 
 def field_texts(fields: Mapping[str, bytes], name: str, *, key: str) -> tuple[str, ...]:

@@ -128,7 +128,7 @@ def index_shard(path: str, place: str) -> Part:
   stat = storage.stat(path)
   if not stat.size:
     raise ValueError(f"{path}: the shard is an empty file (0 bytes); fetch it again")
-  with _buffer(path) as buffer:
+  with buffer_of(path) as buffer:
     found = tar.scan(buffer, path=path)
   storage.check(path, stat)  # not written while it was read
   name, starts = os.path.basename(path), found.starts.astype("<u4")
@@ -142,7 +142,8 @@ def index_shard(path: str, place: str) -> Part:
 
 
 @contextlib.contextmanager
-def _buffer(path: str) -> Iterator[tar.Buffer]:
+def buffer_of(path: str) -> Iterator[tar.Buffer]:
+  """A file as bytes that are read where they are looked at."""
   if storage.is_remote(path):
     yield storage.Blocks(path)
     return

@@ -110,6 +110,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 class Scan:
   """Sample i of the shard lies in blocks starts[i] to starts[i + 1]."""
   starts: np.ndarray  # [N + 1] uint32, in blocks of 512 bytes
+  keys: tuple[str, ...]  # of the samples, as split_name gives them
   fields: tuple[str, ...]  # the extensions that occur, sorted
   problem: str  # where and how the tar breaks off; "" if it does not
 
@@ -134,7 +135,8 @@ def scan(buffer: Buffer, *, path: str) -> Scan:
   if starts[-1] > np.iinfo(np.uint32).max:
     raise ValueError(f"{path}: shards above 2 TiB cannot be indexed; split it")
   fields = {field for group in groups for field in group.fields}
-  return Scan(starts.astype(np.uint32), tuple(sorted(fields)), problem)
+  keys = tuple(group.key for group in groups)
+  return Scan(starts.astype(np.uint32), keys, tuple(sorted(fields)), problem)
 
 
 @dataclasses.dataclass

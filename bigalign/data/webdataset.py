@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data import fields, stats, storage, tar
+from bigalign.data import fields, sidecars, stats, storage, tar
 from bigalign.data.patterns import expand_shards
 from bigalign.data.rejects import Rejected
 from bigalign.data.runs import RUN, Runs
 from bigalign.data.shards import Shards
+from bigalign.data.sidecars import Sidecars
 
 
 class WebDataset:
@@ -22,7 +23,8 @@ class WebDataset:
 
   captions  fields in order of preference; the first that is there and not blank gives the
             captions. "txt" is the member KEY.txt; "json.captions" the entry `captions` of
-            KEY.json, a string or a list of strings.
+            KEY.json, a string or a list of strings; "recap.parquet:caption" the column `caption`
+            of 00000.recap.parquet beside 00000.tar (sidecars.py).
   KEY.cls holds the label; names of the classes are read from classnames.txt (one per line) in the
   folder of the shards or the one above it. A source without any of the caption fields is an error
   unless it has labels.
@@ -42,6 +44,8 @@ class WebDataset:
     self._runs = Runs(self.shards, block=RUN) if self.shards.remote else None
     self.classnames = classnames_beside(self.shards.paths[0])
     self.fingerprint = self.shards.fingerprint
+    self._sidecars = {name: Sidecars(self.shards, name, pattern=pattern)
+                      for name in self.captions if sidecars.is_field(name)}
     self._check_fields()
 
   def __repr__(self) -> str:
@@ -57,8 +61,9 @@ class WebDataset:
     image = fields.image(found)
     if image is None:
       raise Rejected("no_image", f"{key} has {sorted(found)}")
-    return dict(image=image, key=key, label=fields.label(found, key=key),
-                **fields.captions(found, self.captions, key=key))
+    texts = {name: self._sidecars[name].texts(i, shard) if name in self._sidecars
+             else fields.field_texts(found, name, key=key) for name in self.captions}
+    return dict(image=image, key=key, label=fields.label(found, key=key), **fields.captions(texts))
 
   def fields(self, i: int) -> dict[str, bytes]:
     """The members of sample i by their extensions."""
@@ -118,7 +123,7 @@ class WebDataset:
                     ) from error
 
   def _check_fields(self) -> None:
-    if not self.captions or "cls" in self.shards.fields:
+    if not self.captions or self._sidecars or "cls" in self.shards.fields:
       return
     have = set(self.shards.fields)
     if "json" in self.shards.fields:
