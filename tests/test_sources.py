@@ -160,6 +160,19 @@ def test_caption_fields_in_order_of_preference(tmp_path):
   assert "['jpg', 'json', 'json.long', 'json.short', 'txt']" in str(error.value)
 
 
+def test_captions_in_objects_of_the_json_are_languages(tmp_path):
+  names = [{"names": {"de": "Hund", "en": ["dog", "hound"]}},
+           {"names": {"de.at": "x", "en": "cat"}}, {"names.de": "Maus", "names": 3}]
+  write_tar(tmp_path / "0.tar", [member for i, entries in enumerate(names) for member in (
+      (f"{i}.jpg", b"i"), (f"{i}.json", json.dumps(entries).encode()))])
+  source = open_source(f"{tmp_path}/0.tar", captions=("json.names.de", "json.names.en"))
+  assert [list(source[i]["texts"].values()) for i in range(3)] == [
+      [("Hund",), ("dog", "hound")], [(), ("cat",)], [("Maus",), ()]]
+  assert open_source(f"{tmp_path}/0.tar", captions=("json.names.de.at",))[1]["captions"] == ("x",)
+  with pytest.raises(ValueError, match=r"no caption field \['json\.title\.de'\].*'json\.names'"):
+    open_source(f"{tmp_path}/0.tar", captions=("json.title.de",))
+
+
 def test_broken_samples_are_rejected_with_a_reason(tmp_path):
   write_tar(tmp_path / "0.tar", [
       ("0.txt", b"no image"), ("1.jpg", b"i"), ("1.cls", b"cat"), ("2.jpg", b"i"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data.fields import IMAGES
+from bigalign.data.fields import IMAGES, entry
 from bigalign.data.rejects import Rejected
 
 
@@ -17,15 +17,8 @@ def texts(row: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
   A path is a column, or "a.b" for the entry b of the mapping in column a. It holds a string, UTF-8
   bytes, or a nest of sequences of them.
   """
-  found = {path: _stripped(_at(row, path)) for path in paths}
+  found = {path: _stripped(entry(row, path)) for path in paths}
   return dict(captions=next(filter(None, found.values()), ()), texts=found)
-
-
-def _at(row: Any, path: str) -> Any:
-  if isinstance(row, Mapping) and path in row:
-    return row[path]
-  first, dot, rest = path.partition(".")
-  return _at(row[first], rest) if dot and isinstance(row, Mapping) and first in row else None
 
 
 def _stripped(value: Any) -> tuple[str, ...]:

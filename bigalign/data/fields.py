@@ -48,14 +48,22 @@ def captions(texts: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
 
 def field_texts(fields: Mapping[str, bytes], name: str, *, key: str) -> tuple[str, ...]:
   """The texts of one caption field that are not blank, stripped."""
-  field, _, entry = name.partition(".")
+  field, _, path = name.partition(".")
   value: Any = None
-  if field == "json" and entry:
-    value = read_json(fields["json"], key=key).get(entry) if "json" in fields else None
+  if field == "json" and path:
+    value = entry(read_json(fields["json"], key=key), path) if "json" in fields else None
   elif name in fields:
     value = _decode_text(fields[name], key=f"{key}.{name}")
   texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
   return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
+def entry(row: Any, path: str) -> Any:
+  """What a mapping has under a name, or the mapping under its a has, for "a.b"; None if nothing."""
+  if isinstance(row, Mapping) and path in row:
+    return row[path]
+  first, dot, rest = path.partition(".")
+  return entry(row[first], rest) if dot and isinstance(row, Mapping) and first in row else None
 
 
 def _decode_text(data: bytes, *, key: str) -> str:

@@ -23,8 +23,9 @@ class WebDataset:
 
   captions  fields in order of preference; the first that is there and not blank gives the
             captions. "txt" is the member KEY.txt; "json.captions" the entry `captions` of
-            KEY.json, a string or a list of strings; "recap.parquet:caption" the column `caption`
-            of 00000.recap.parquet beside 00000.tar (sidecars.py).
+            KEY.json, a string or a list of strings, "json.names.de" the entry `de` of an object
+            `names`; "recap.parquet:caption" the column `caption` of 00000.recap.parquet beside
+            00000.tar (sidecars.py).
   KEY.cls holds the label; names of the classes are read from classnames.txt (one per line) in the
   folder of the shards or the one above it. A source without any of the caption fields is an error
   unless it has labels.
@@ -134,7 +135,9 @@ class WebDataset:
           if field == "json":
             with contextlib.suppress(Rejected):  # a broken one is counted when it is drawn
               have |= {f"json.{key}" for key in fields.read_json(data, key="")}
-    if not have.intersection(self.captions):
+    # Of "json.names.de" the entry `names` is looked for.
+    if not have & {part for name in self.captions
+                   for part in (name, ".".join(name.split(".")[:2]))}:
       raise ValueError(f"{self.pattern!r}: no caption field {list(self.captions)} in these shards; "
                        f"the fields there are: {sorted(have)}. Set captions=(...) to one of them.")
 
