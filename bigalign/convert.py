@@ -27,9 +27,9 @@ from typing import Any
 
 from bigalign import source_flags
 from bigalign.data import processes
-from bigalign.data.records import Plan, texts_of, write_file
+from bigalign.data.records import Plan, write_file
 from bigalign.data.rejects import Rejected
-from bigalign.data.sources import Source, Spec, open_spec
+from bigalign.data.sources import Source, Spec, open_spec, texts_of
 
 LOG = "convert.jsonl"  # the plan, then a line for each finished file
 PROBED = 100  # samples of which one tells which caption fields there are

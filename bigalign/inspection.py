@@ -89,15 +89,15 @@ def inspect(
   image_size, seconds, wanted   of the measurement: pixels, how long (0: none), images a second
             that a run needs (0: not asked)
   """
-  source = open_spec(spec)
   found = gather(spec, samples=samples, language=language, workers=workers)
-  figures = dict(source=spec.source, samples=len(source), looked_at=len(found), **summary(found))
+  figures = dict(source=spec.source, samples=len(open_spec(spec)), looked_at=len(found),
+                 **summary(found))
   if seconds:
     figures["throughput"] = throughput(
       spec, image_size=image_size, workers=workers, seconds=seconds, wanted=wanted)
   # What is no Unicode, in the name of a file or a broken caption, must not lose the page.
   pathlib.Path(out).write_text(
-    html.page(figures, found, source, language), encoding="utf-8", errors="replace")
+    html.page(figures, found, spec, language), encoding="utf-8", errors="replace")
   return figures
 
 

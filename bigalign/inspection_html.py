@@ -11,7 +11,7 @@ from typing import Any
 from bigalign import pictures
 from bigalign.data.decode import decode
 from bigalign.data.facts import Fact, captions
-from bigalign.data.sources import Source
+from bigalign.data.sources import Spec, open_spec
 
 SHEET = 60  # samples on the contact sheet
 FIELDS = 4  # of which a sample there shows the first caption
@@ -20,13 +20,13 @@ SHOWN = 240  # characters of a text
 THUMBNAIL = 224  # pixels
 
 
-def page(figures: Mapping[str, Any], found: Sequence[Fact], source: Source,
+def page(figures: Mapping[str, Any], found: Sequence[Fact], spec: Spec,
          language: str | None) -> str:
   """The whole page; nothing in it points outside."""
   body = "\n".join((
     _header(figures), _headline(figures), _speed(figures.get("throughput")),
     _images(figures, found), _captions(figures, found), _bad(figures, found),
-    _sheet(found, source, language)))
+    _sheet(found, spec, language)))
   template = pathlib.Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
   return string.Template(template).substitute(
     title=escape(f"{figures['source']} · bigalign inspect"), body=body)
@@ -173,17 +173,18 @@ def _bad(figures: Mapping[str, Any], found: Sequence[Fact]) -> str:
           f"{table(('index', 'key', 'reason', 'what was found'), rows, numbers=False)}</div>")
 
 
-def _sheet(found: Sequence[Fact], source: Source, language: str | None) -> str:
+def _sheet(found: Sequence[Fact], spec: Spec, language: str | None) -> str:
   usable = [fact for fact in found if not fact.reason]
   count = min(SHEET, len(usable))
   chosen = [usable[k * len(usable) // count] for k in range(count)]
-  cards = "".join(_card(fact, source[fact.place], language) for fact in chosen)
+  cards = "".join(_card(fact, spec, language) for fact in chosen)
   return (f"<h2>Contact sheet</h2><p>{count} of the samples that can be used, evenly spread.</p>"
           f'<div class="sheet">{cards}</div>')
 
 
-def _card(fact: Fact, record: Mapping[str, Any], language: str | None) -> str:
-  texts, spoken = captions(dict(record), language)
+def _card(fact: Fact, spec: Spec, language: str | None) -> str:
+  record = open_spec(spec)[fact.place]
+  texts, spoken = captions(record, spec, language)
   columns = [column for column in texts.values() if column]
   firsts = list(dict.fromkeys(column[0] for column in columns))[:FIELDS]
   lines = "".join(f'<div class="caption" dir="auto">{escape(_cut(text))}{_rest(text)}</div>'

@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from loopback import store
 from PIL import Image
 from shards import picture, samples, write_tar
 from test_sources_files import SHARDS, first_batches
 from versions import VERSIONS
 
 from bigalign import convert as program
+from bigalign import index
 from bigalign.convert import convert
 from bigalign.data.decode import decode
 from bigalign.data.pipeline import train_batches
@@ -122,6 +124,19 @@ def test_columns_that_no_one_asked_for_are_copied_too(tmp_path):
   glyph = open_source("glyphs:heldout")[3]
   np.testing.assert_array_equal(decode(pixels["image"]), decode(glyph["image"]))
   assert pixels["captions"] == glyph["captions"] and pixels["label"] == glyph["label"]
+
+
+def test_far_shards_are_fetched_once(tmp_path, monkeypatch):
+  monkeypatch.setenv("BIGALIGN_INDEX", str(tmp_path / "index"))
+  write_tar(tmp_path / "0.tar", samples(0, 320))
+  with store(tmp_path) as server:
+    assert index.main([f"{server.url}/0.tar", f"--out={tmp_path}/index", "--workers=1"]) == 0
+    source = open_source(f"{server.url}/0.tar")
+    server.requests.clear()
+    convert(Spec(f"{server.url}/0.tar"), f"{tmp_path}/out")
+    assert len(server.requests) < 10 + 4  # runs of 32, and what opening looks at
+    copy = open_source(f"{tmp_path}/out/*.array_record")
+    assert copy[319]["image"] == source[319]["image"]
 
 
 def test_large_images_become_smaller_and_the_others_stay(tmp_path):

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from bigalign.data.decode import decode
 from bigalign.data.order import philox
 from bigalign.data.rejects import Rejected
-from bigalign.data.sources import Source, Spec, open_spec
+from bigalign.data.sources import Spec, open_spec, texts_of
 
 PIECES = 32  # at least, where a source reads many samples at once
 TASK = 64  # samples of a task of a worker, where it reads them one by one
@@ -53,16 +53,15 @@ class Look(NamedTuple):
 
 def look(task: Look) -> list[Fact]:
   """The facts of some samples."""
-  source = open_spec(task.spec)
-  return [_fact(source, i, task.language) for i in task.indices]
+  return [_fact(i, task.spec, task.language) for i in task.indices]
 
 
-def _fact(source: Source, i: int, language: str | None) -> Fact:
+def _fact(i: int, spec: Spec, language: str | None) -> Fact:
   try:
-    record = source[i]
+    record = open_spec(spec)[i]
   except Rejected as error:
     return Fact(i, f"sample {i}", error.reason, error.detail, "none", 0, 0, 0, b"", {}, "", (), ())
-  texts, spoken = captions(record, language)
+  texts, spoken = captions(record, spec, language)
   every = [text for column in texts.values() for text in column]
   image = record["image"]
   data = image.tobytes() if isinstance(image, np.ndarray) else image
@@ -81,11 +80,11 @@ def _fact(source: Source, i: int, language: str | None) -> Fact:
 
 
 def captions(
-  record: dict[str, Any], language: str | None
-) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+  record: Mapping[str, Any], spec: Spec, language: str | None
+) -> tuple[dict[str, Sequence[str]], tuple[str, ...]]:
   """{field: captions} of a record, and what its language field says."""
-  texts = dict(record.get("texts") or {"captions": record["captions"]})
-  return texts, texts.pop(language, ()) if language else ()
+  texts = dict(texts_of(record, spec))
+  return texts, tuple(texts.pop(language, ())) if language else ()
 
 
 def _kind(image: bytes | np.ndarray) -> str:

@@ -8,10 +8,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -30,6 +30,7 @@ def run(function: Callable[[T], Result], tasks: Sequence[T], *, workers: int) ->
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=start) as pool:
     futures = collections.deque(pool.submit(function, task) for task in tasks)
+    # The pool tells no one which of its processes died.
     started: dict[int, BaseProcess] = pool._processes  # type: ignore[assignment]
     try:
       while futures:
@@ -40,16 +41,16 @@ def run(function: Callable[[T], Result], tasks: Sequence[T], *, workers: int) ->
       pool.shutdown(wait=False, cancel_futures=True)
 
 
-def died(processes: Any) -> str:
+def died(processes: Iterable[BaseProcess]) -> str:
   """Which of some processes ended otherwise than they should, and the likely cause."""
-  # The pool ends the others with SIGTERM.
-  found = [(process.pid, process.exitcode) for process in processes
-           if process.exitcode not in (None, 0, -signal.SIGTERM)]
-  told = [f"worker process {pid} " + (
+  ended = [(process.pid, process.exitcode) for process in processes if process.exitcode]
+  # Pools end with SIGTERM what is left of them.
+  found = [(pid, code) for pid, code in ended if code != -signal.SIGTERM] or ended
+  told = " and ".join(f"worker process {pid} " + (
     f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}")
-    for pid, code in found]
+    for pid, code in found)
   memory = any(code == -signal.SIGKILL for _, code in found)
-  return (" and ".join(told) or "a worker process ended by itself") + (
+  return (told or "worker process ended by itself") + (
     ", which is what the system does when memory runs out (see dmesg): take fewer workers"
     if memory else ": mend what the log says")
 

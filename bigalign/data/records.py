@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
@@ -101,7 +101,8 @@ def _features(source: Source, i: int, plan: Plan) -> tuple[dict[str, list[Any]],
   small = _smaller(image, plan) if plan.short_side else image
   found |= {name: _values(value) for name, value in stored.items()
             if value not in (image, [image])}
-  found |= {name: _values([*column]) for name, column in texts_of(record, plan.spec).items()}
+  texts = sources.texts_of(record, plan.spec)
+  found |= {name: _values([*column]) for name, column in texts.items()}
   found |= {"image": [small], arrayrecord.KEY: [record["key"].encode("utf-8", "surrogateescape")]}
   if record["label"] >= 0:
     found["label"] = [record["label"]]
@@ -117,11 +118,6 @@ def _refused(error: Rejected, found: Mapping[str, list[Any]]) -> dict[str, list[
     image = next((found[name] for name in ("image", *IMAGES) if found.get(name)), told)
     return dict(image=image, label=told)  # a label that is no number
   return dict(image=told)  # that does not decode
-
-
-def texts_of(record: Mapping[str, Any], spec: Spec) -> dict[str, Sequence[str]]:
-  """{name: captions} of a record; of a source that has one field and no name for it, "caption"."""
-  return record.get("texts") or {(spec.captions or ("caption",))[0]: record["captions"]}
 
 
 def _values(value: Any) -> list[Any]:

@@ -83,6 +83,13 @@ def open_spec(spec: Spec) -> Source:
   return open_source(spec.source, captions=spec.captions, **dict(spec.options))
 
 
+def texts_of(record: Mapping[str, Any], spec: Spec) -> Mapping[str, Sequence[str]]:
+  """{name: captions} of a record; of a source that has one field and no name for it, "caption"."""
+  texts: Mapping[str, Sequence[str]] = record.get("texts") or {
+    (spec.captions or ("caption",))[0]: record["captions"]}
+  return texts
+
+
 def _open_part(part: str, *, spec: str, captions: Sequence[str] | None,
                options: Mapping[str, Any]) -> Source:
   kind, _, rest = part.partition(":")

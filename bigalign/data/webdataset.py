@@ -43,6 +43,7 @@ class WebDataset:
                        "named KEY.jpg, KEY.txt, KEY.json")
     self.block = RUN if self.shards.remote else 1
     self._runs = Runs(self.shards, block=RUN) if self.shards.remote else None
+    self._held: tuple[int, tuple[int, dict[tuple[str, str], bytes]]] | None = None
     self.classnames = classnames_beside(self.shards.paths[0])
     self.fingerprint = self.shards.fingerprint
     self._sidecars = {name: Sidecars(self.shards, name, pattern=pattern)
@@ -67,8 +68,10 @@ class WebDataset:
     return dict(image=image, key=key, label=fields.label(found, key=key), **fields.captions(texts))
 
   def fields(self, i: int) -> dict[str, bytes]:
-    """The members of sample i by their extensions."""
-    return {field: data for (_, field), data in self._members(i)[1].items()}
+    """The members of sample i by their extensions; its record does not fetch them once more."""
+    found = self._members(i)
+    self._held = i, found
+    return {field: data for (_, field), data in found[1].items()}
 
   def key(self, i: int) -> str:
     """The key of sample i; of a local shard nothing is read but the headers of its first member."""
@@ -103,6 +106,8 @@ class WebDataset:
     """The shard of sample i, and its members by (key, field)."""
     if not 0 <= i < len(self):
       raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
+    if self._held and self._held[0] == i:
+      return self._held[1]
     shard = self.shards.shard(i)
     path = self.shards.paths[shard]
     with self._told(i, shard):
