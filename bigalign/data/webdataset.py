@@ -76,11 +76,13 @@ class WebDataset:
   def key(self, i: int) -> str:
     """The key of sample i; of a local shard nothing is read but the headers of its first member."""
     shard = self.shards.shard(i)
-    with self._told(i, shard):
+    try:
       buffer: tar.Buffer = self._runs[i] if self._runs else storage.Window(
         self.shards.paths[shard], *self.shards.span(i, shard), expect=self.shards.stat(shard))
       names = (tar.split_name(member.name) for member in tar.members(buffer) if member is not None)
       return self._key(shard, next(filter(None, names))[0])
+    except (storage.Changed, tar.BrokenTar) as error:
+      raise self._told(error, i, shard) from error
 
   def _key(self, shard: int, name: str) -> str:
     return f"{os.path.basename(self.shards.paths[shard])}/{name}"
@@ -110,23 +112,20 @@ class WebDataset:
       return self._held[1]
     shard = self.shards.shard(i)
     path = self.shards.paths[shard]
-    with self._told(i, shard):
+    try:
       buffer = self._runs[i] if self._runs else storage.read(
           path, *self.shards.span(i, shard), expect=self.shards.stat(shard))
       named = [(tar.split_name(member.name), buffer[member.start:member.start + member.size])
                for member in tar.members(buffer) if member is not None]
+    except (storage.Changed, tar.BrokenTar) as error:
+      raise self._told(error, i, shard) from error
     return shard, {name: data for name, data in named if name is not None}
 
-  @contextlib.contextmanager
-  def _told(self, i: int, shard: int) -> Iterator[None]:
-    """Says of what fails in reading a sample which one it was."""
-    try:
-      yield
-    except storage.Changed as error:
-      raise self.shards.changed(error) from None
-    except tar.BrokenTar as error:
-      raise OSError(f"{self.shards.paths[shard]}: sample {i} is not what was indexed: {error}"
-                    ) from error
+  def _told(self, error: Exception, i: int, shard: int) -> OSError:
+    """The error that says which sample could not be read."""
+    if isinstance(error, storage.Changed):
+      return self.shards.changed(error)
+    return OSError(f"{self.shards.paths[shard]}: sample {i} is not what was indexed: {error}")
 
   def _check_fields(self) -> None:
     if not self.captions or self._sidecars or "cls" in self.shards.fields:
