@@ -26,8 +26,7 @@ LAYERS = [
   {"evals", "state", "step", "frozen"},
   {
     "train", "evaluate", "report", "costs", "index", "view", "embed", "compare", "curate",
-    "inspection", "inspection_html",
-    "convert", "source_flags",
+    "inspection", "inspection_html", "convert", "source_flags",
     "report_html", "__main__",
     "export", "export_card", "export_check", "export_formats",
   },
