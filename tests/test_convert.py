@@ -80,6 +80,7 @@ def test_bad_samples_stay_where_they_are_and_bad_for_the_same_reason(tmp_path):
         b[i]
     else:
       assert b[i] == record  # with its key
+  assert b.where(30) == (f"{tmp_path}/out/00001-of-00003.array_record", 5, 25)
   # What was broken can still be mended from the copy.
   assert b.fields(11)["cls"] == [b"a dog"] and b.fields(13)["json"] == [b"{"]
   assert b.fields(13)["image"] == [picture(13)]

@@ -68,6 +68,12 @@ class ArrayRecord:
     return dict(image=image[0], key=key, **columns.texts(features, self.captions),
                 label=columns.label(features.get(self._label), column=self._label, key=key))
 
+  def where(self, i: int) -> tuple[str, int, int]:
+    """The file of record i, its place there, and how many it holds."""
+    which = int(np.searchsorted(self._firsts, i, side="right")) - 1
+    first, end = self._firsts[which:which + 2].tolist()
+    return self._paths[which], i - first, end - first
+
   def fields(self, i: int) -> dict[str, list[Any]]:
     """The features of record i."""
     return self._features(i)[1]
@@ -76,11 +82,10 @@ class ArrayRecord:
     """The key of record i, and its features."""
     if not 0 <= i < len(self):
       raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
-    which = int(np.searchsorted(self._firsts, i, side="right")) - 1
-    place = i - int(self._firsts[which])
-    key = f"{os.path.basename(self._paths[which])}/{place}"
+    path, place, _ = self.where(i)
+    key = f"{os.path.basename(path)}/{place}"
     try:
-      data = self._files[self._paths[which]].read([place])[0]
+      data = self._files[path].read([place])[0]
     except RuntimeError as error:
       if "Corrupted" not in str(error):  # the disk's fault, not the record's
         raise
