@@ -17,6 +17,7 @@ PROGRAMS = {
   "index": "makes shards ready for training: where each of their samples lies",
   "convert": "copies a source into ArrayRecord files, images made smaller if wanted",
   "view": "keeps the samples of a source that a rule or a list leaves",
+  "plan": "whether a config fits a pod, how fast at best and at what price, before there is one",
   "costs": "what losses cost per device: memory, products, bytes on the wires",
 }
 # bigalign/inspect.py would hide Python's own inspect from a program that is run inside the folder.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 
 _WIDTH = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(r" = (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
 _CALLED = re.compile(
   r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
@@ -28,10 +28,12 @@ _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|c64|c128)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-  """Collectives of one kind: how many are run, and the bytes that one device sees of them."""
+  """Collectives of one kind: how many are run, the bytes that one device sees of them, and how many
+  of these bytes travel beside other work."""
 
   runs: int
   bytes: float
+  hidden: float = 0.0
 
 
 def collectives(text: str) -> dict[str, Collective]:
@@ -40,28 +42,53 @@ def collectives(text: str) -> dict[str, Collective]:
   Bytes are what a device takes part in: the result of an all-gather, the operand of a
   reduce-scatter, twice the operand of an all-reduce, what a permute or an all-to-all sends.
   """
-  own: dict[str, list[tuple[str, float]]] = {}
+  own: dict[str, list[tuple[str, float, bool]]] = {}
   seen_before: set[str] = set()
-  called: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
-  limits = _limits(text)
+  beside: set[str] = set()
   parts = re.search(r"num_partitions=(\d+)", text)
   devices = int(parts.group(1)) if parts else 1
-  entry = name = ""
+  name = ""
   for line in text.splitlines():
-    if head := _COMPUTATION.match(line):
+    if head := COMPUTATION.match(line):
       name = head.group(1)
       own[name] = []
-      entry = name if line.startswith("ENTRY") else entry
     elif name:
       # A collective that TPUs run beside other work is written where it starts, in each of these
       # works and where it ends.
       if name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in line:
         seen_before.add(name)
+      if "AsyncCollectiveStart" in line:
+        beside.add(name)
       if found := _collective(line, devices):
         # TPUs run a reduce-scatter as a fusion of this name, with an all-reduce written inside.
         if name.startswith("all-reduce-scatter"):
-          found = ("reduce-scatter", found[1] / 2)
+          found = ("reduce-scatter", found[1] / 2, found[2])
         own[name].append(found)
+  times = runs(text)
+  total: dict[str, Collective] = {}
+  for computation in times.keys() - seen_before:
+    n = times[computation]
+    for kind, size, hidden in own[computation]:
+      before = total.get(kind, Collective(0, 0.0))
+      moved = n * size
+      total[kind] = Collective(
+        before.runs + n, before.bytes + moved,
+        before.hidden + (moved if hidden or computation in beside else 0.0),
+      )
+  return total
+
+
+def runs(text: str) -> dict[str, int]:
+  """{computation: how often it runs} in one run of a compiled program."""
+  called: dict[str, list[tuple[str, int]]] = {}
+  limits = _limits(text)
+  entry = name = ""
+  for line in text.splitlines():
+    if head := COMPUTATION.match(line):
+      name = head.group(1)
+      called[name] = []
+      entry = name if line.startswith("ENTRY") else entry
+    elif name:
       trips = _trips(line, limits)
       for one, several in _CALLED.findall(line):
         called[name] += [(callee, trips) for callee in re.findall(r"[\w.\-]+", one or several)]
@@ -70,17 +97,11 @@ def collectives(text: str) -> dict[str, Collective]:
   def visit(computation: str, n: int) -> None:
     times[computation] += n
     for callee, trips in called[computation]:
-      if callee in own:
+      if callee in called:
         visit(callee, n * trips)
 
   visit(entry, 1)
-  total: dict[str, Collective] = {}
-  for computation in times.keys() - seen_before:
-    n = times[computation]
-    for kind, size in own[computation]:
-      before = total.get(kind, Collective(0, 0.0))
-      total[kind] = Collective(before.runs + n, before.bytes + n * size)
-  return total
+  return dict(times)
 
 
 def _limits(text: str) -> dict[str, int]:
@@ -88,7 +109,7 @@ def _limits(text: str) -> dict[str, int]:
   limits: dict[str, int] = {}
   name = ""
   for line in text.splitlines():
-    if head := _COMPUTATION.match(line):
+    if head := COMPUTATION.match(line):
       name = head.group(1)
     elif found := _LIMIT.search(line):
       limits[name] = max(limits.get(name, 0), int(found.group(1)))
@@ -102,25 +123,25 @@ def _trips(line: str, limits: dict[str, int]) -> int:
   return limits.get(loop.group(1), 1) if loop else 1
 
 
-def _collective(line: str, devices: int) -> tuple[str, float] | None:
-  """(kind, bytes) of one line of HLO, if it is a collective."""
+def _collective(line: str, devices: int) -> tuple[str, float, bool] | None:
+  """(kind, bytes, whether it only starts) of one line of HLO, if it is a collective."""
   found = _COLLECTIVE.search(line)
   if not found:
     return None
   shapes, kind, start = found.groups()
-  sizes = [
-    math.prod(int(d) for d in dims.split(",") if d) * _width(dtype)
-    for dtype, dims in _SHAPE.findall(shapes)
-  ]
+  sizes = [size(*array) for array in _SHAPE.findall(shapes)]
   if start and kind in ("all-gather", "collective-permute"):
     # Operands, as many results and, of a permute, words of context.
     context = shapes.count("u32[]") if kind == "collective-permute" else 0
     sizes = sizes[: len(sizes) - context]
-    size = sum(sizes[len(sizes) // 2 :])
-  else:
-    size = sum(sizes)
+    sizes = sizes[len(sizes) // 2 :]
   factor = {"all-reduce": 2, "reduce-scatter": _group(line, devices)}.get(kind, 1)
-  return kind, factor * size
+  return kind, factor * sum(sizes), bool(start)
+
+
+def size(dtype: str, dims: str) -> float:
+  """Bytes of an array as HLO writes it: "bf16", "128,512"."""
+  return math.prod(int(d) for d in dims.split(",") if d) * _width(dtype)
 
 
 def _width(dtype: str) -> float:

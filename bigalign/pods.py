@@ -31,8 +31,14 @@ def installed() -> bool:
   return importlib.util.find_spec("libtpu") is not None
 
 
+EXAMPLES = (
+  "v4:4x4x4, v5e:1x1 to v5e:16x16, v5p:4x4x8, v6e:8x8, tpu7x:4x4x4; two slices: v5e:16x16*2"
+)
+
+
 def devices(topology: str) -> Sequence[jax.Device]:
-  """The devices of a slice such as "v5e:16x16", "v5p:4x4x8", "v6e:8x8": to compile for, not to run.
+  """The devices of a slice such as "v5e:16x16", "v5p:4x4x8", "v6e:8x8": to compile for, not to run;
+  of several slices: "v5e:16x16*2".
 
   Raises:
     ImportError: without libtpu.
@@ -42,15 +48,20 @@ def devices(topology: str) -> Sequence[jax.Device]:
     raise ImportError(
       "compiling for a TPU needs libtpu: pip install 'bigalign[plan]', or make install EXTRAS=plan"
     )
-  if not re.fullmatch(r"[a-z0-9]+:\d+(x\d+)*", topology):
-    raise ValueError(f"topology {topology!r} is not of the form 'v5e:16x16'")
+  said = re.fullmatch(r"([a-z0-9]+:\d+(?:x\d+)*)(?:\*(\d+))?", topology)
+  if not said:
+    raise ValueError(f"topology {topology!r} is not of the form 'v5e:16x16'; known: {EXAMPLES}")
   for name, value in _QUIET.items():
     os.environ.setdefault(name, value)
   from jax.experimental import topologies
 
-  options = _OPTIONS.get(topology.split(":")[0], {})
+  options = dict(_OPTIONS.get(topology.split(":")[0], {}))
+  if said.group(2):
+    options["num_slices"] = int(said.group(2))
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    found = topologies.get_topology_desc(platform="tpu", topology_name=said.group(1), **options)
   except Exception as error:  # libtpu raises plain RuntimeErrors, of many texts
-    raise ValueError(f"libtpu knows no topology {topology!r}: {error}") from error
+    raise ValueError(
+      f"libtpu knows no topology {topology!r}: {error}. Such are known: {EXAMPLES}"
+    ) from error
   return found.devices

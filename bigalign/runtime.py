@@ -53,7 +53,7 @@ def setup(
     flags = XLA_FLAGS_GPU + (XLA_FLAGS_DETERMINISTIC if deterministic else ())
     _add_flags("XLA_FLAGS", flags)
   if _tpu():
-    _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS + LIBTPU_INIT_ARGS_OF_KIND.get(_tpu_kind(), ()))
+    for_tpu(_tpu_kind())
   taken = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
   if gpu_memory_fraction is not None and not taken:
     os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gpu_memory_fraction)
@@ -62,6 +62,11 @@ def setup(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
   if debug_nans:
     jax.config.update("jax_debug_nans", True)
+
+
+def for_tpu(kind: str) -> None:
+  """What libtpu is told, on the TPU or where it compiles for one; before it is loaded."""
+  _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS + LIBTPU_INIT_ARGS_OF_KIND.get(kind, ()))
 
 
 def connect(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bigalign import flops, gradcache, losses, tree
+from bigalign import flops, gradcache, losses, sharding, tree
 from bigalign.data.rejects import REASONS
 from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise, tables
 from bigalign.model import without_remat
@@ -95,6 +95,14 @@ def train_step(
     opt=keep(opt, state.opt),
     loss=jax.tree.map(keep_small, remembered, state.loss),
   ), metrics
+
+
+def jitted(program: Program, placed: State, mesh: jax.sharding.Mesh) -> Any:
+  """train_step as it is run: compiled for a mesh, with the state updated in place."""
+  return jax.jit(
+    functools.partial(train_step, program=program), donate_argnums=0,
+    out_shardings=(placed, sharding.replicated(mesh)),
+  )
 
 
 def diagnose(

@@ -32,7 +32,7 @@ from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided
 from bigalign.state import State
-from bigalign.step import diagnose, seen, stop_if_not_finite, summary, train_step, useful_work
+from bigalign.step import diagnose, jitted, seen, stop_if_not_finite, summary, useful_work
 from bigalign.throughput import Clock
 from bigalign.weights import start as beginnings
 
@@ -57,6 +57,7 @@ def train(
   microbatches: int = 1,
   logits: Mapping[str, Any] | None = None,
   mesh: Mapping[str, int] | None = None,
+  topology: str = "",
   rules: Sequence[Any] = sharding.RULES,
   keep: Mapping[str, Any] | None = None,
   writer: Mapping[str, Any] | None = None,
@@ -87,6 +88,8 @@ def train(
       gradient stay those of the whole batch.
     logits: how the loss's B x B logits are formed: options of losses.pairwise.Engine.
     mesh: sizes of the axes data, fsdp, tensor.
+    topology: what the config is meant for, which `bigalign plan` compiles it for; the loop runs on
+      the devices that are there.
     rules: (regular expression, axes) pairs for the parameters' places.
     keep: which checkpoints stay: options of Checkpoints.
     writer: options of MetricWriter.
@@ -170,10 +173,7 @@ def train(
     stop=samples_seen + (total - step) * batch_size, lane_rows=lane_rows,
     rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"),
   )
-  step_fn = jax.jit(
-    functools.partial(train_step, program=program), donate_argnums=0,
-    out_shardings=(placed, sharding.replicated(grid)),
-  )
+  step_fn = jitted(program, placed, grid)
   look = jax.jit(functools.partial(diagnose, program=program))
   compiled, work = None, 0
   window: list[dict[str, jax.Array]] = []  # what must be seen of every step, since the last fetch

@@ -48,4 +48,5 @@ def get_config():
       classnames="$BIGALIGN_DATA/cifar10/classnames.txt",
     ),
   )
+  c.topology = "v5e:1x1"
   return c

@@ -54,4 +54,5 @@ def get_config():
   c.evals = dict()
   c.keep = dict(last=2, every=50_000)
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.topology = "v5e:16x16"
   return c

@@ -57,4 +57,5 @@ def get_config():
       type="retrieval", source="$BIGALIGN_DATA/flickr8k/val/00000.tar", fields=CAPTIONS, captions=5
     ),
   )
+  c.topology = "v5e:1x1"
   return c

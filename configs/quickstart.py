@@ -42,4 +42,5 @@ def get_config():
     glyphs=dict(type="glyphs", split="heldout"),
   )
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.topology = "v5e:1x1"
   return c

@@ -37,4 +37,5 @@ def get_config():
     val=dict(type="retrieval", source="glyphs:heldout", batch_size=64),
   )
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.topology = "v5e:1x1"
   return c

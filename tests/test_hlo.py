@@ -27,10 +27,10 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     text = f.lower(jax.ShapeDtypeStruct((32, 16), jnp.float32)).compile().as_text()
   whole, part = 32 * 16 * 4, 4 * 16 * 4
   assert hlo.collectives(text) == {
-    "all-gather": (5, 5 * whole),
-    "reduce-scatter": (5, 5 * whole),
-    "collective-permute": (5, 5 * part),
-    "all-reduce": (1, 2 * 16 * 4),
+    "all-gather": (5, 5 * whole, 0),
+    "reduce-scatter": (5, 5 * whole, 0),
+    "collective-permute": (5, 5 * part, 0),
+    "all-reduce": (1, 2 * 16 * 4, 0),
   }
 
 
@@ -56,7 +56,8 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
 }
 """
   assert hlo.collectives(text) == {
-    "all-gather": (12, 12 * 16 * 8 * 2), "reduce-scatter": (13, (12 * 64 * 8 + 8 * 2 * 8) * 4),
+    "all-gather": (12, 12 * 16 * 8 * 2, 12 * 16 * 8 * 2),
+    "reduce-scatter": (13, (12 * 64 * 8 + 8 * 2 * 8) * 4, 0),
   }
 
 
@@ -71,7 +72,8 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
 }
 """
   assert hlo.collectives(text) == {
-    "collective-permute": (2, 2 * 2 * 8 * 4 + 4 * 2), "reduce-scatter": (1, 16 * 2 * 8 * 4),
+    "collective-permute": (2, 2 * 2 * 8 * 4 + 4 * 2, 2 * 2 * 8 * 4 + 4 * 2),
+    "reduce-scatter": (1, 16 * 2 * 8 * 4, 0),
   }
 
 
@@ -105,7 +107,7 @@ ENTRY %main (p: f32[2,8]) -> f32[16,8] {
   %f2 = f32[16,8] fusion(%while.1), kind=kCustom, calls=%fused.2
 }
 """
-  assert hlo.collectives(text) == {"all-gather": (1, 16 * 8 * 4)}
+  assert hlo.collectives(text) == {"all-gather": (1, 16 * 8 * 4, 16 * 8 * 4)}
 
 
 def test_a_sharded_product_counts_for_all_devices():

@@ -15,8 +15,8 @@ FILES = sorted((ROOT / "bigalign").rglob("*.py"))
 # From the bottom; a file imports from its own layer and from those below it.
 LAYERS = [
   {
-    "tree", "sharding", "config", "vectors", "flops", "hlo", "pods", "runtime", "gradcache",
-    "command_line",
+    "tree", "sharding", "config", "vectors", "flops", "hlo", "hlo_memory", "pods", "runtime",
+    "gradcache", "command_line", "chips",
   },
   {
     "metrics", "projectors", "losses", "towers", "data", "inputs", "throughput", "pictures",
@@ -29,6 +29,7 @@ LAYERS = [
     "inspection", "inspection_html", "convert", "source_flags",
     "report_html", "__main__",
     "export", "export_card", "export_check", "export_formats",
+    "plan", "plan_batch", "plan_step", "plan_table",
   },
 ]
 # What takes seconds or gigabytes to import, or may be replaced one day, has its few places.

@@ -1,0 +1,156 @@
+"""Whether a config fits a pod that you do not hold, what it moves there, and what it may cost.
+
+  bigalign plan --config=configs/clip_b16.py --topology=v5e:16x16 --json=plan.json
+
+The train step is compiled for the topology on this machine (extra `plan`); nothing runs, and no
+data is read. Exit status 1 if it does not fit. docs/plan.md tells what the figures mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from bigalign import chips, command_line, plan_batch, plan_table
+from bigalign import config as configs
+
+Found = dict[str, Any]
+REMATS = ("none", "dots", "full")
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
+
+
+def plan(
+  config: Mapping[str, Any], topology: str, *, samples: int = 0, cache: str | pathlib.Path
+) -> Found:
+  """plan_step.measure(config, topology, samples=samples), or what it found when it was asked last.
+
+  cache: folder of the answers; one is good for the same config, code and packages.
+  """
+  path = pathlib.Path(cache).expanduser() / f"{_key(config, topology, samples)}.json"
+  if path.exists():
+    found: Found = json.loads(path.read_text())
+    return found
+  # Nothing is set before, and no jax imported: a cached answer takes a second.
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  from bigalign import plan_step
+
+  found = plan_step.measure(config, topology, samples=samples)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_suffix(f".{os.getpid()}")
+  part.write_text(json.dumps(found))
+  part.replace(path)
+  return found
+
+
+def _key(config: Mapping[str, Any], topology: str, samples: int) -> str:
+  code = hashlib.sha256()
+  for file in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    code.update(file.read_bytes())
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
+  said = json.dumps([configs.plain(config), topology, samples, versions, _files(config["model"])])
+  return hashlib.sha256(said.encode() + code.digest()).hexdigest()[:32]
+
+
+def _installed(name: str) -> bool:
+  return any(True for _ in importlib.metadata.distributions(name=name))
+
+
+def _files(model: Mapping[str, Any]) -> list[Any]:
+  """What the answer takes from checkpoints that the model names: their files, by time and size."""
+  parts = [model, *(x for x in model.values() if isinstance(x, Mapping))]
+  roots = [pathlib.Path(os.path.expandvars(x["init"])).expanduser() for x in parts if "init" in x]
+  files = [file for root in roots for file in (root, *sorted(root.glob("*")))]
+  return [(str(x), x.stat().st_mtime_ns, x.stat().st_size) for x in files if x.exists()]
+
+
+def changed(config: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+  """The config with another "batch" (pairs), "remat" (of both towers) or "mesh" (its fsdp)."""
+  made = copy.deepcopy(dict(config))
+  if "batch" in parts:
+    made["batch_size"] = parts["batch"]
+  if "remat" in parts:
+    for side in ("image", "text"):
+      made["model"][side] = {**made["model"][side], "remat": parts["remat"]}
+  if "mesh" in parts:
+    made["mesh"] = {**(made.get("mesh") or {}), "data": -1, "fsdp": parts["mesh"]}
+  return made
+
+
+def variants(config: Mapping[str, Any], axes: Sequence[str], devices: int) -> Iterator[Found]:
+  """All combinations of what `changed` takes: half, same and twice the batch; remat; fsdp."""
+  values: dict[str, Sequence[Any]] = {
+    "batch": [config["batch_size"] * n // 2 for n in (1, 2, 4)],
+    "remat": REMATS,
+    "mesh": [n for n in (1, 4, 16, 64) if devices % n == 0],
+  }
+  for axis in axes:
+    configs.known("--sweep", axis, values)
+  for chosen in itertools.product(*(values[axis] for axis in axes)):
+    yield dict(zip(axes, chosen))
+
+
+def main(argv: Sequence[str]) -> None:
+  """What runs once absl has read the flags."""
+  values = flags.FLAGS
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
+  config = configs.plain(values.config)
+  topology = values.topology or config.get("topology")
+  if not topology:
+    raise app.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
+  prices = json.loads(pathlib.Path(values.prices).read_text()) if values.prices else {}
+  find = functools.partial(plan, topology=topology, samples=values.samples, cache=values.cache)
+
+  def told(**parts: Any) -> Found:
+    found = find(changed(config, **parts))
+    return {**found, **chips.estimate(found, prices)}
+
+  asked = {"batch": values.batch} if values.batch else {}
+  found = told(**asked)
+  name = pathlib.Path(getattr(values["config"], "config_filename")).stem  # noqa: B009
+  print(plan_table.one(name, found))
+  if values.largest_batch:
+    found["largest_batch"] = plan_batch.largest(found, lambda n: find(changed(config, batch=n)))
+    print(f"Largest batch that was compiled and fits: {found['largest_batch']:,}")
+  elif guess := plan_batch.likely([found]):
+    print(f"About {guess:,} pairs should be the most that fit; --largest_batch compiles them")
+  if values.sweep:
+    found["sweep"] = [
+      {"asked": parts, **told(**{**asked, **parts})}
+      for parts in variants(changed(config, **asked), values.sweep, found["devices"])
+    ]
+    print(plan_table.several(found["sweep"]))
+  if values.json:
+    pathlib.Path(values.json).write_text(json.dumps(found, indent=1) + "\n")
+  sys.exit(0 if found["fits"] else 1)
+
+
+def run() -> None:
+  """The program `bigalign plan`."""
+  command_line.define()
+  flags.DEFINE_string("topology", None, "A TPU slice such as v5e:16x16, or slices, v5e:16x16*2; the"
+                      " config's own if not given.")
+  flags.DEFINE_integer("batch", None, "Pairs in all, in the place of config.batch_size.")
+  flags.DEFINE_list("sweep", [], "Of batch, remat, mesh: all combinations, each compiled.")
+  flags.DEFINE_bool("largest_batch", False, "Compile larger or smaller batches to find it.")
+  flags.DEFINE_integer("samples", 0, "Of the dataset, for epochs and losses that remember samples.")
+  flags.DEFINE_string("prices", os.environ.get("BIGALIGN_PRICES"), "A JSON file, the price of a"
+                      " chip for an hour by kind: {\"v5e\": 1.2}.")
+  flags.DEFINE_string("json", None, "Write the figures there too.")
+  flags.DEFINE_string("cache", "~/.cache/bigalign/plans", "Folder of earlier answers.")
+  app.run(main, flags_parser=command_line.parse)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,217 @@
+"""The train step of a config compiled for a pod that nobody holds: does it fit, and what it moves.
+
+Shapes stand for all arrays, so that nothing is read but the config, and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigalign import (
+  chips,
+  costs,
+  flops,
+  gradcache,
+  hlo,
+  hlo_memory,
+  inputs,
+  pods,
+  runtime,
+  sharding,
+  tree,
+)
+from bigalign import config as configs
+from bigalign import state as states
+from bigalign.data.pairs import has_stores
+from bigalign.losses import check_needs
+from bigalign.model import provided
+from bigalign.step import jitted
+from bigalign.weights import start as beginnings
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+_TOO_MUCH = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+_WORDS = ("init", "fresh", "drop")  # what config.model says of checkpoints
+
+
+def measure(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> dict[str, Any]:
+  """What the step of a config needs on each device of a topology; bytes, and plain numbers.
+
+  Args:
+    config: as `bigalign train` takes it.
+    topology: a TPU slice, or several of them: "v5e:16x16", "v5e:16x16*2".
+    samples: of the dataset, for durations in epochs and losses that remember samples.
+
+  Returns:
+    "fits"; if not, "required_bytes_per_chip" and "available_bytes_per_chip", where the compiler
+    tells them. If it fits, "peak_bytes_per_chip", "memory_bytes_per_chip" by kind and what moves.
+
+  Raises:
+    ValueError: for a mesh that is not the topology, a batch that does not divide over it, an
+      unknown topology; each says what would work.
+  """
+  config = {**config, "model": model_options(config["model"])}
+  runtime.for_tpu(chips.kind(topology))
+  held = pods.devices(topology)
+  mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
+  sharding.host_rows(mesh, config["batch_size"])
+  microbatches = config.get("microbatches", 1)
+  gradcache.check(mesh, config["batch_size"], microbatches)
+  program = states.make_program(**config, dataset_size=samples)
+  check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
+  shapes, placed = states.layout(program, mesh, config.get("rules", sharding.RULES))
+  state = jax.tree.map(_placed, shapes, placed)
+  batch = {
+    name: _placed(x, sharding.batch_sharding(mesh)) for name, x in _batch(config, program).items()
+  }
+  place = _placed(jax.ShapeDtypeStruct((2,), jnp.float32), sharding.replicated(mesh))
+  found: dict[str, Any] = {
+    "topology": topology,
+    "device_kind": held[0].device_kind,
+    "peak_flops_per_second": flops.peak(held[0]),
+    "devices": mesh.size,
+    "mesh": dict(mesh.shape),
+    "batch_size": config["batch_size"],
+    "batch_per_chip": config["batch_size"] / mesh.size,
+    "microbatches": microbatches,
+    "remat": {side: config["model"][side].get("remat", "none") for side in ("image", "text")},
+    "total_steps": program.total_steps,
+    "parameters": sum(x.size for x in {**shapes.trainable, **shapes.frozen}.values()),
+    "trainable": sum(x.size for x in shapes.trainable.values()),
+    "not_checked": _not_checked(program, config),
+    "libtpu": importlib.metadata.version("libtpu"),
+  }
+  with jax.set_mesh(mesh):
+    traced = jitted(program, placed, mesh).trace(state, batch, place)
+    found["flops_per_chip"] = flops.of_jaxpr(traced.jaxpr) / mesh.size
+    lowered = traced.lower()
+    found["program_lines"] = lowered.as_text().count("\n")
+    begin = time.perf_counter()
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return {**found, "fits": False, **_required(str(error)), **_held(state, batch)}
+    found["compile_seconds"] = time.perf_counter() - begin
+  return {**found, "fits": True, **_held(state, batch, compiled.memory_analysis()),
+          **_moved(compiled.as_text()), **_loss(config, program, mesh)}
+
+
+def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
+  """config.model with what its checkpoints say; where they are not on this machine, with the sizes
+  that stand beside `init`."""
+  try:
+    return beginnings.options(given)
+  except (FileNotFoundError, KeyError) as error:
+    model = {
+      k: {o: x for o, x in v.items() if o not in _WORDS} if isinstance(v, Mapping) else v
+      for k, v in given.items() if k not in _WORDS
+    }
+    if any("name" not in model.get(side, {}) for side in ("image", "text")):
+      raise ValueError(
+        "config.model begins from a checkpoint that is not here, and does not say its sizes; write"
+        " them beside `init`, name= among them, or bring its config.json (no weights are read):"
+        f" {error}"
+      ) from error
+    return model
+
+
+def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def _batch(config: Mapping[str, Any], program: states.Program) -> dict[str, Any]:
+  """Shapes of a global batch; of vectors, as wide as the towers make them, if there are stores."""
+  spec = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
+  if not has_stores(config["data"].get("stores")):
+    return spec
+  inside = {"image": ("image",), "text": ("text", "text_mask")}
+  params = jax.eval_shape(lambda: states.init_params(program, jax.random.key(0)))
+  variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+  rows = {name: x for name, x in spec.items() if not name.endswith("_mask")}
+  for side, names in inside.items():
+    pooled = jax.eval_shape(
+      lambda v, *x, side=side: program.model.apply(v, *x, method=f"pooled_{side}"),
+      variables, *(spec[name] for name in names),
+    )
+    of = {side} | ({"text_second"} & spec.keys() if side == "text" else set())
+    rows |= dict.fromkeys(of, jax.ShapeDtypeStruct(pooled.shape, jnp.float16))
+  seen = jax.ShapeDtypeStruct((config["batch_size"], 1), jnp.bool_)
+  return rows | {name: seen for name in spec if name.endswith("_mask")}
+
+
+def _not_checked(program: states.Program, config: Mapping[str, Any]) -> str:
+  """What only a machine with the files can check: whether the tokenizer fits the text tower."""
+  try:
+    inputs.check_tokenizer(program.model.text_tower, config["data"]["tokenizer"])
+  except (OSError, KeyError, ImportError) as error:
+    return f"config.data.tokenizer against config.model.text: {error}"
+  return ""
+
+
+def _required(error: str) -> dict[str, Any]:
+  """What the compiler says that it would need, and has."""
+  said = _TOO_MUCH.search(error)
+  sizes = said.groups() if said else ()
+  required, available = (
+    round(float(n) * _UNITS[unit]) for n, unit in zip(sizes[::2], sizes[1::2])
+  ) if said else (None, None)
+  return {
+    "required_bytes_per_chip": required, "available_bytes_per_chip": available,
+    "compiler": error.splitlines()[0],
+  }
+
+
+def _held(state: states.State, batch: Mapping[str, Any], memory: Any = None) -> dict[str, Any]:
+  """Bytes of one device by what they are for; with `memory` also those of the compiled program."""
+
+  def size(arrays: Any) -> int:
+    return sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays)
+    )
+
+  kinds = {
+    "parameters": size((state.trainable, state.frozen)), "optimizer": size(state.opt),
+    "averages": size(state.ema), "loss_state": size(state.loss), "batch": size(batch),
+  }
+  if memory is None:
+    return {"memory_bytes_per_chip": kinds}
+  kinds["layout"] = memory.argument_size_in_bytes - sum(kinds.values())
+  kinds["activations"] = memory.temp_size_in_bytes
+  kinds["results"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  kinds["code"] = memory.generated_code_size_in_bytes
+  return {"peak_bytes_per_chip": sum(kinds.values()), "memory_bytes_per_chip": kinds}
+
+
+def _moved(text: str) -> dict[str, Any]:
+  return {
+    "memory_traffic_bytes_per_chip": hlo_memory.traffic(text),
+    "collectives": {
+      kind: {"runs": x.runs, "bytes": x.bytes, "asynchronous_bytes": x.hidden}
+      for kind, x in hlo.collectives(text).items()
+    },
+  }
+
+
+def _loss(
+  config: Mapping[str, Any], program: states.Program, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+  """Temporaries of the losses when they are compiled alone: what of a step's they can explain."""
+  alone = [
+    costs.measure(
+      name, program.logits.way, mesh, batch=config["batch_size"], width=program.sizes["embed"],
+      samples=program.sizes["image"], dtype=program.logits.dtype,
+      options={k: v for k, v in options.items() if k != "weight"},
+    ) for name, options in config["loss"].items()
+  ]
+  return {"loss_alone_bytes_per_chip": max(x.get("temporary_bytes", np.nan) for x in alone)}
