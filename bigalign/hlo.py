@@ -152,5 +152,8 @@ def _group(line: str, devices: int) -> int:
   """Devices that take part in one group of a collective; all of them if it names none."""
   if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
     return int(found.group(1))
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    sizes = dict(axis.split("=") for axis in found.group(1).split(","))
+    return math.prod(int(sizes[axis]) for axis in found.group(2).split(","))
   found = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
   return found.group(1).count(",") + 1 if found else devices

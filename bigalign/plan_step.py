@@ -5,16 +5,14 @@ Shapes stand for all arrays, so that nothing is read but the config, and nothing
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bigalign import (
   chips,
@@ -43,6 +41,37 @@ _TOO_MUCH = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 _WORDS = ("init", "fresh", "drop")  # what config.model says of checkpoints
 
 
+class Step(NamedTuple):
+  """A train step to compile: traced, with the shapes and places of its arguments."""
+
+  traced: Any
+  program: states.Program
+  mesh: jax.sharding.Mesh
+  state: states.State
+  batch: dict[str, Any]
+
+
+def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> Step:
+  """The step of a config for a topology; arguments and errors as of `measure`."""
+  config = {**config, "model": model_options(config["model"])}
+  configs.choose(chips.CHIPS, chips.kind(topology), "--topology")
+  runtime.for_tpu(chips.kind(topology))
+  held = pods.devices(topology)
+  mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
+  sharding.host_rows(mesh, config["batch_size"])
+  gradcache.check(mesh, config["batch_size"], config.get("microbatches", 1))
+  program = states.make_program(**config, dataset_size=samples)
+  check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
+  shapes, places = states.layout(program, mesh, config.get("rules", sharding.RULES))
+  state = jax.tree.map(_placed, shapes, places)
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  batch = {name: _placed(x, rows) for name, x in shapes_of_batch(config, program).items()}
+  seen = _placed(jax.ShapeDtypeStruct((2,), jnp.float32), whole)
+  with jax.set_mesh(mesh):
+    traced = jitted(program, places, mesh).trace(state, batch, seen)
+  return Step(traced, program, mesh, state, batch)
+
+
 def measure(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> dict[str, Any]:
   """What the step of a config needs on each device of a topology; bytes, and plain numbers.
 
@@ -59,52 +88,38 @@ def measure(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> di
     ValueError: for a mesh that is not the topology, a batch that does not divide over it, an
       unknown topology; each says what would work.
   """
-  config = {**config, "model": model_options(config["model"])}
-  runtime.for_tpu(chips.kind(topology))
-  held = pods.devices(topology)
-  mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
-  sharding.host_rows(mesh, config["batch_size"])
-  microbatches = config.get("microbatches", 1)
-  gradcache.check(mesh, config["batch_size"], microbatches)
-  program = states.make_program(**config, dataset_size=samples)
-  check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
-  shapes, placed = states.layout(program, mesh, config.get("rules", sharding.RULES))
-  state = jax.tree.map(_placed, shapes, placed)
-  batch = {
-    name: _placed(x, sharding.batch_sharding(mesh)) for name, x in _batch(config, program).items()
-  }
-  place = _placed(jax.ShapeDtypeStruct((2,), jnp.float32), sharding.replicated(mesh))
-  found: dict[str, Any] = {
-    "topology": topology,
-    "device_kind": held[0].device_kind,
-    "peak_flops_per_second": flops.peak(held[0]),
-    "devices": mesh.size,
-    "mesh": dict(mesh.shape),
-    "batch_size": config["batch_size"],
-    "batch_per_chip": config["batch_size"] / mesh.size,
-    "microbatches": microbatches,
-    "remat": {side: config["model"][side].get("remat", "none") for side in ("image", "text")},
-    "total_steps": program.total_steps,
-    "parameters": sum(x.size for x in {**shapes.trainable, **shapes.frozen}.values()),
-    "trainable": sum(x.size for x in shapes.trainable.values()),
-    "not_checked": _not_checked(program, config),
-    "libtpu": importlib.metadata.version("libtpu"),
-  }
+  step = trace(config, topology, samples=samples)
+  program, mesh = step.program, step.mesh
+  towers = {side: getattr(program.model, f"{side}_tower") for side in ("image", "text")}
   with jax.set_mesh(mesh):
-    traced = jitted(program, placed, mesh).trace(state, batch, place)
-    found["flops_per_chip"] = flops.of_jaxpr(traced.jaxpr) / mesh.size
-    lowered = traced.lower()
-    found["program_lines"] = lowered.as_text().count("\n")
+    lowered = step.traced.lower()
+    found: dict[str, Any] = {
+      "topology": topology,
+      "device_kind": mesh.devices.flat[0].device_kind,
+      "peak_flops_per_second": flops.peak(mesh.devices.flat[0]),
+      "devices": mesh.size,
+      "mesh": dict(mesh.shape),
+      "batch_size": config["batch_size"],
+      "batch_per_chip": config["batch_size"] / mesh.size,
+      "microbatches": program.microbatches,
+      "remat": {side: getattr(tower, "remat", "none") for side, tower in towers.items()},
+      "total_steps": program.total_steps,
+      "parameters": sum(x.size for x in {**step.state.trainable, **step.state.frozen}.values()),
+      "trainable": sum(x.size for x in step.state.trainable.values()),
+      "not_checked": _not_checked(program, config),
+      "flops_per_chip": flops.of_jaxpr(step.traced.jaxpr) / mesh.size,
+      "program_lines": lowered.as_text().count("\n"),
+    }
     begin = time.perf_counter()
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return {**found, "fits": False, **_required(str(error)), **_held(state, batch)}
+      return {**found, "fits": False, **_required(str(error)), **_held(step)}
     found["compile_seconds"] = time.perf_counter() - begin
-  return {**found, "fits": True, **_held(state, batch, compiled.memory_analysis()),
-          **_moved(compiled.as_text()), **_loss(config, program, mesh)}
+  return {**found, "fits": True, **_held(step, compiled.memory_analysis()),
+          **_moved(compiled.as_text()), **_loss(config, step)}
 
 
 def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +145,7 @@ def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
-def _batch(config: Mapping[str, Any], program: states.Program) -> dict[str, Any]:
+def shapes_of_batch(config: Mapping[str, Any], program: states.Program) -> dict[str, Any]:
   """Shapes of a global batch; of vectors, as wide as the towers make them, if there are stores."""
   spec = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
   if not has_stores(config["data"].get("stores")):
@@ -172,7 +187,7 @@ def _required(error: str) -> dict[str, Any]:
   }
 
 
-def _held(state: states.State, batch: Mapping[str, Any], memory: Any = None) -> dict[str, Any]:
+def _held(step: Step, memory: Any = None) -> dict[str, Any]:
   """Bytes of one device by what they are for; with `memory` also those of the compiled program."""
 
   def size(arrays: Any) -> int:
@@ -180,9 +195,10 @@ def _held(state: states.State, batch: Mapping[str, Any], memory: Any = None) -> 
       math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays)
     )
 
+  state = step.state
   kinds = {
     "parameters": size((state.trainable, state.frozen)), "optimizer": size(state.opt),
-    "averages": size(state.ema), "loss_state": size(state.loss), "batch": size(batch),
+    "averages": size(state.ema), "loss_state": size(state.loss), "batch": size(step.batch),
   }
   if memory is None:
     return {"memory_bytes_per_chip": kinds}
@@ -190,7 +206,7 @@ def _held(state: states.State, batch: Mapping[str, Any], memory: Any = None) -> 
   kinds["activations"] = memory.temp_size_in_bytes
   kinds["results"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
   kinds["code"] = memory.generated_code_size_in_bytes
-  return {"peak_bytes_per_chip": sum(kinds.values()), "memory_bytes_per_chip": kinds}
+  return {"peak_bytes_per_chip": memory.peak_memory_in_bytes, "memory_bytes_per_chip": kinds}
 
 
 def _moved(text: str) -> dict[str, Any]:
@@ -203,15 +219,14 @@ def _moved(text: str) -> dict[str, Any]:
   }
 
 
-def _loss(
-  config: Mapping[str, Any], program: states.Program, mesh: jax.sharding.Mesh
-) -> dict[str, Any]:
+def _loss(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
   """Temporaries of the losses when they are compiled alone: what of a step's they can explain."""
+  engine, sizes = step.program.logits, step.program.sizes
   alone = [
     costs.measure(
-      name, program.logits.way, mesh, batch=config["batch_size"], width=program.sizes["embed"],
-      samples=program.sizes["image"], dtype=program.logits.dtype,
+      name, engine.way, step.mesh, batch=config["batch_size"], width=sizes["embed"],
+      samples=sizes["image"], dtype=engine.dtype,
       options={k: v for k, v in options.items() if k != "weight"},
     ) for name, options in config["loss"].items()
   ]
-  return {"loss_alone_bytes_per_chip": max(x.get("temporary_bytes", np.nan) for x in alone)}
+  return {"loss_alone_bytes_per_chip": max(x["temporary_bytes"] for x in alone)}

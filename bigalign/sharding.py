@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,12 +39,14 @@ def make_mesh(
     data: copies of the model that each see a part of the batch.
     fsdp: parts of each parameter; the batch is split over it too.
     tensor: parts of each layer's heads and hidden units.
-    devices: all of them if None.
+    devices: all of them if None. Several slices of TPUs each hold as many of the copies, so that
+      only these speak over the slower network between slices.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
-  n = len(jax.devices() if devices is None else devices)
+  devices = jax.devices() if devices is None else devices
+  n, slices = len(devices), len({getattr(device, "slice_index", 0) for device in devices})
   sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -54,6 +57,15 @@ def make_mesh(
       f"config.mesh: {dict(data=data, fsdp=fsdp, tensor=tensor)} does not fit {n} devices; the"
       f" three sizes must multiply to {n}, and one of them may be -1, for what is left."
     )
+  if sizes["data"] % slices:
+    raise ValueError(
+      f"config.mesh.data={sizes['data']} does not divide over {slices} slices, which copies of the"
+      " model do; make it a multiple, and fsdp and tensor smaller"
+    )
+  if slices > 1:
+    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
   # jax.make_mesh defaults to Explicit axes, under which FSDP matmuls are ambiguous.
   return jax.make_mesh(
     tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices

@@ -65,6 +65,7 @@ class Program:
   seed: int
   total_steps: int
   microbatches: int
+  gradient_dtype: str
   logits: pairwise.Engine
 
 
@@ -148,6 +149,7 @@ def make_program(
   frozen: str = "",
   ema: float = 0.0,
   microbatches: int = 1,
+  gradient_dtype: str = "float32",
   logits: Mapping[str, Any] | None = None,
   dataset_size: int = 0,
   captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
@@ -157,6 +159,7 @@ def make_program(
   del elsewhere  # what only the loop reads
   if batch_size < 2:
     raise ValueError(f"config.batch_size={batch_size}: contrast needs two pairs at least")
+  configs.known("config.gradient_dtype", gradient_dtype, ("float32", "bfloat16"))
   duration = functools.partial(configs.steps, batch_size=batch_size, dataset_size=dataset_size)
   total = duration(total_steps, "config.total_steps")
   if total < 1:
@@ -178,7 +181,7 @@ def make_program(
   engine = configs.call(pairwise.Engine, logits or {}, "config.logits")
   program = Program(
     built, terms, optax.identity(), lambda step: step, spec, max(1, len(data.get("mixture", ()))),
-    sizes, frozen, ema, seed, total, microbatches, engine,
+    sizes, frozen, ema, seed, total, microbatches, gradient_dtype, engine,
   )
   shapes = jax.eval_shape(functools.partial(init_params, program), jax.random.key(seed))
   _, trainable = tree.partition(shapes, frozen, "config.frozen")

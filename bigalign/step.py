@@ -16,7 +16,7 @@ from bigalign import flops, gradcache, losses, sharding, tree
 from bigalign.data.rejects import REASONS
 from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise, tables
 from bigalign.model import without_remat
-from bigalign.state import Arrays, Program, State
+from bigalign.state import Arrays, Program, State, compute_dtype
 
 SECOND = ("text_second", "text_second_mask")  # fields of the batch, for losses that read two texts
 
@@ -139,7 +139,8 @@ def features(
   inputs = (part["image"], part["text"], part["text_mask"])
 
   def apply(params: Arrays, **options: Any) -> dict[str, jax.Array]:
-    variables = {"params": tree.unflatten(tree.subtree({**params, **state.frozen}, "model/"))}
+    every = {**_sent(program, params), **state.frozen}
+    variables = {"params": tree.unflatten(tree.subtree(every, "model/"))}
     found: Any = program.model.apply(variables, *inputs, **options)
     return found
 
@@ -157,6 +158,21 @@ def features(
     found |= {f"teacher_{side}": jax.lax.stop_gradient(teacher[f"z{side}"])
               for side in ("img", "txt")}
   return found
+
+
+def _sent(program: Program, params: Arrays) -> Arrays:
+  """Kernels of bfloat16 towers cast before they are used, if their gradients shall be bfloat16.
+
+  The towers cast them to the same numbers; but a gradient is added up over the devices in the dtype
+  in which the product with a kernel leaves it, and is float32 before this cast.
+  """
+  if program.gradient_dtype == "float32":
+    return params
+  return {
+    path: x.astype(jnp.bfloat16)
+    if path.endswith("/kernel") and compute_dtype(program.model, path) == jnp.bfloat16 else x
+    for path, x in params.items()
+  }
 
 
 def summary(program: Program, abstract: State) -> str:

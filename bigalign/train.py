@@ -55,6 +55,7 @@ def train(
   frozen: str = "",
   ema: float = 0.0,
   microbatches: int = 1,
+  gradient_dtype: str = "float32",
   logits: Mapping[str, Any] | None = None,
   mesh: Mapping[str, int] | None = None,
   topology: str = "",
@@ -86,6 +87,7 @@ def train(
     ema: decay of the running average of the parameters, which is evaluated too; 0 for none.
     microbatches: parts in which a batch is embedded, for the memory of one; the loss and its
       gradient stay those of the whole batch.
+    gradient_dtype: of what the devices send of the gradients of kernels, "float32" or "bfloat16".
     logits: how the loss's B x B logits are formed: options of losses.pairwise.Engine.
     mesh: sizes of the axes data, fsdp, tensor.
     topology: what the config is meant for, which `bigalign plan` compiles it for; the loop runs on

@@ -47,6 +47,7 @@ def get_config():
   c.loss = dict(clip=dict(weight=1.0))
   c.logits = dict(way="auto", dtype="float32")
   c.microbatches = 1
+  c.gradient_dtype = "float32"
   c.optimizer = dict(
     name="adamw", lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, schedule="cosine", warmup=10_000,
     weight_decay=0.2, clip_norm=1.0,

@@ -44,6 +44,7 @@ def get_config():
   c.loss = dict(siglip=dict(weight=1.0))
   c.logits = dict(way="auto", dtype="float32")
   c.microbatches = 1
+  c.gradient_dtype = "float32"
   c.optimizer = dict(
     name="adafactor", lr=1e-3, b2=0.95, schedule="cosine", warmup="5%", weight_decay=0.1,
     clip_norm=1.0,
