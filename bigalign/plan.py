@@ -43,6 +43,8 @@ def plan(
     return found
   # Nothing is set before, and no jax imported: a cached answer takes a second.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  # A program compiled without its device can be written to that cache and not be read back.
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
   from bigalign import plan_step
 
   found = plan_step.measure(config, topology, samples=samples)

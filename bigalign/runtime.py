@@ -14,12 +14,15 @@ import jax
 # Collectives overlap with computation.
 LIBTPU_INIT_ARGS = (
   "--xla_tpu_enable_async_collective_fusion=true",
-  "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
   "--xla_tpu_overlap_compute_collective_tc=true",
   "--xla_enable_async_all_gather=true",
 )
-# What one kind of chip needs besides, by the first word of its accelerator type.
+# The compiler refuses it for every other kind.
+_V5E = ("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",)
+# What one kind of chip needs besides, by the first word of its accelerator type or topology.
 LIBTPU_INIT_ARGS_OF_KIND = {
+  "v5litepod": _V5E,
+  "v5e": _V5E,
   # Three quarters of its 128 MiB of VMEM for one fusion; common practice, in no maker's manual.
   "v6e": ("--xla_tpu_scoped_vmem_limit_kib=98304",),
 }

@@ -85,13 +85,11 @@ def train(
     evals: {name: options, type among them}.
     frozen: regular expression of the parameters that do not learn.
     ema: decay of the running average of the parameters, which is evaluated too; 0 for none.
-    microbatches: parts in which a batch is embedded, for the memory of one; the loss and its
-      gradient stay those of the whole batch.
+    microbatches: parts in which a batch is embedded; loss and gradient stay those of the whole.
     gradient_dtype: of what the devices send of the gradients of kernels, "float32" or "bfloat16".
     logits: how the loss's B x B logits are formed: options of losses.pairwise.Engine.
     mesh: sizes of the axes data, fsdp, tensor.
-    topology: what the config is meant for, which `bigalign plan` compiles it for; the loop runs on
-      the devices that are there.
+    topology: what `bigalign plan` compiles it for; the loop takes the devices that are there.
     rules: (regular expression, axes) pairs for the parameters' places.
     keep: which checkpoints stay: options of Checkpoints.
     writer: options of MetricWriter.

@@ -50,4 +50,5 @@ def get_config():
   c.evals = dict()
   c.keep = dict(last=2)
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.topology = "v5e:2x2"
   return c

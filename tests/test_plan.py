@@ -5,25 +5,21 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
 
-import jax
 import pytest
 from tests_support import ROOT, load
 
-from bigalign import chips, config, flops, hlo_memory, plan, plan_batch, plan_step, pods
+from bigalign import chips, config, hlo_memory, plan, plan_batch, plan_step, pods
 from bigalign import state as states
-from bigalign.step import train_step
 
 needs_libtpu = pytest.mark.skipif(
   not pods.installed(), reason="libtpu is not installed: the extra plan"
 )
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-INIT = {"lit", "photos_frozen"}  # begin from checkpoints, which are not here
-# Products of float32 logits take the compiler ten times as long.
-LOGITS = dict(way="gather", dtype="bfloat16")
 
 
 def small(**parts):
@@ -214,8 +210,9 @@ def test_what_cannot_be_says_what_can(parts, topology, told):
 def test_both_verdicts_from_the_command_line(tmp_path):
   """Exit status, JSON, prices, and an answer from the cache in seconds, without jax."""
   file, prices = tmp_path / "small.py", tmp_path / "prices.json"
+  c = small(batch_size=16_384)
   file.write_text(
-    f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({small()!r})\n"
+    f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({c!r})\n"
   )
   prices.write_text('{"v5e": 1.5}')
   run = [sys.executable, "-X", "importtime", "-m", "bigalign", "plan", f"--config={file}",
@@ -224,7 +221,7 @@ def test_both_verdicts_from_the_command_line(tmp_path):
   def ask(*more):
     begin = time.perf_counter()
     done = subprocess.run([*run, *more], capture_output=True, text=True, cwd=ROOT)
-    loaded = "| jax\n" in done.stderr
+    loaded = bool(re.search(r"\| +jax\n", done.stderr))
     return done, json.loads(pathlib.Path(tmp_path / "plan.json").read_text()), loaded, (
       time.perf_counter() - begin
     )
@@ -235,7 +232,7 @@ def test_both_verdicts_from_the_command_line(tmp_path):
   )
   assert loaded and found["fits"]
   kinds = found["memory_bytes_per_chip"]
-  assert 4096 * 4096 * 4 < found["peak_bytes_per_chip"] <= sum(kinds.values())
+  assert 16_384**2 * 4 < found["peak_bytes_per_chip"] < chips.CHIPS["v5e"].memory
   assert kinds["parameters"] == 4 * found["parameters"] == 4 * ((64 + 48) * 32 + 1)
   assert found["cost"] == pytest.approx([1.5 * x for x in found["chip_hours"]])
   second, again, loaded, seconds = ask()
@@ -248,49 +245,15 @@ def test_both_verdicts_from_the_command_line(tmp_path):
 
 
 @needs_libtpu
-@pytest.mark.slow
-def test_what_a_small_step_moves():
-  """Copies and FSDP at once, bfloat16 gradients: half the bytes, weights and no activations."""
-  c = load("siglip_b16").to_dict()
-  for side in ("image", "text"):
-    c["model"][side] |= dict(width=256, heads=2, depth=2, remat="full")
-  c["model"]["text"]["vocab_size"] = 512
-  c |= dict(batch_size=128, logits=LOGITS, gradient_dtype="bfloat16",
-            mesh=dict(data=2, fsdp=2, tensor=1))
-  c["model"] |= dict(embed_dim=256)
-  c["optimizer"]["name"] = "adamw"
-  found = plan_step.measure(c, "v5e:2x2")
-  wires, weights = found["collectives"], 2 * found["parameters"]
-  assert found["fits"] and wires["all-gather"]["bytes"] <= 2.6 * weights
-  assert wires.get("reduce-scatter", dict(bytes=0))["bytes"] <= 1.1 * weights
-  assert wires.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
-  assert found["not_checked"], "the vocabulary is not here"
-
-
-@pytest.mark.slow
-def test_flops_are_those_that_xla_counts():
-  """Within 1 % on an unrolled program, of which XLA counts the elementwise work too."""
-  c = load("siglip_b16").to_dict()
-  for side in ("image", "text"):
-    c["model"][side] |= dict(depth=2, scan=False, remat="none", dtype="float32")
-  c["batch_size"] = 32
-  program = states.make_program(**c)
-  state = jax.eval_shape(functools.partial(states.init_state, program), jax.random.key(0))
-  batch = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
-  traced = jax.jit(functools.partial(train_step, program=program)).trace(
-    state, batch, jax.ShapeDtypeStruct((2,), "float32")
-  )
-  theirs = traced.lower().cost_analysis()["flops"]
-  assert flops.of_jaxpr(traced.jaxpr) == pytest.approx(theirs, rel=0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(NAMES) - INIT))
-def test_every_config_is_a_program_for_its_topology(name):
-  """Mesh, batch and rules hold; traced with its shardings. test_every_config_fits compiles it."""
-  if not pods.installed():
-    pytest.skip("libtpu is not installed: the extra plan")
-  c = load(name).to_dict()
-  step = plan_step.trace(c, c["topology"])
-  with jax.set_mesh(step.mesh):
-    assert step.traced.lower().as_text().count("\n") <= 10_000
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("batch", [4096, 8192, 16_384, 32_768, 49_152, 57_344, 65_536, 98_304,
+                                   131_072, 262_144])
+def test_verdicts_on_both_sides_of_the_line(batch):
+  """A verdict and its size say the same: ten batches, half of which fit."""
+  found, room = plan_step.measure(small(batch_size=batch), "v5e:1x1"), chips.CHIPS["v5e"].memory
+  assert found["fits"] == (batch < 52_000)
+  if found["fits"]:
+    assert found["peak_bytes_per_chip"] <= room
+  else:
+    assert found["required_bytes_per_chip"] > room == found["available_bytes_per_chip"]
