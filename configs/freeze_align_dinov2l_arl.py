@@ -36,7 +36,7 @@ def get_config():
     workers=16,
   )
   c.model = dict(
-    image=dict(init="$IMAGE_TOWER", pool="cls"),
+    image=dict(init="$IMAGE_TOWER", name="vit", variant="L", patch=14, pool="cls"),
     text=dict(init="$TEXT_TOWER"),
     embed_dim=1_024,
     image_projector=dict(name="patches_and_class"),

@@ -31,7 +31,7 @@ def get_config():
     workers=16,
   )
   c.model = dict(
-    image=dict(init="$IMAGE_TOWER"),
+    image=dict(init="$IMAGE_TOWER", name="vit", variant="B", patch=16),
     text=dict(
       name="text", variant="B", vocab_size=30_522, length=16, pool="last", mask_padding=False,
       remat="dots",

@@ -29,12 +29,12 @@ def get_config():
     source="/data/{00000..02299}.tar",
     stores=dict(image="$STORES/image", text="$STORES/raw", second="$STORES/long"),
     image_size=224,
-    tokenizer=dict(name="byte", length=1),  # nobody here embeds a text
+    tokenizer=dict(name="byte", length=2),  # nobody here embeds a text
     resize="shortest",
     workers=16,
   )
   c.model = dict(
-    image=dict(init="$IMAGE_TOWER", pool="cls+mean"),
+    image=dict(init="$IMAGE_TOWER", name="vit", variant="L", patch=14, pool="cls+mean"),
     text=dict(name="features", width=1_024),
     embed_dim=1_024,
     image_projector=dict(name="gated"),
@@ -50,5 +50,5 @@ def get_config():
   c.evals = dict()
   c.keep = dict(last=2)
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
-  c.topology = "v5e:2x2"
+  c.topology = "v5e:4x4"
   return c
