@@ -130,6 +130,8 @@ class Watchdog:
 
   def __exit__(self, *exception: object) -> None:
     self._stop.set()
+    if self._thread.is_alive():
+      self._thread.join(5)  # it may be asking the coordinator, who is about to go
 
   def _run(self) -> None:
     client: Any = distributed.global_state.client

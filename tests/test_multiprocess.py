@@ -104,13 +104,17 @@ def test_four_processes(tmp_path):
   _assert_same_findings(four, alone)
   _survive(tmp_path, [*flags, cut], cut)
   assert processes.exact(cut) == processes.exact(four)
-  # From four processes to one, and from one to two: exactly the next samples.
-  _assert_close(
-    _train(_upto(10, four, tmp_path / "one"), _mesh((4, 1, 2)), **TOGETHER), processes.losses(four)
-  )
+  _go_on_with_others(tmp_path, alone, four)
+
+
+def _go_on_with_others(tmp_path, alone, four):
+  """From four processes to one, and from one to two: exactly the next samples."""
+  plain = {**TOGETHER, "evals": {}, "diagnose_every": 0}
+  one = _train(_upto(10, four, tmp_path / "one"), _mesh((4, 1, 2)), **plain)
+  _assert_close(one, processes.losses(four))
   two = _upto(10, alone, tmp_path / "two")
-  mesh = [f"--config.mesh.{axis}={size}" for axis, size in _mesh((1, 4, 2)).items()]
-  with processes.Run(tmp_path / "1", 2, *flags, two, *mesh) as run:
+  config = processes.write(tmp_path / "two.py", processes.config(_mesh((1, 4, 2)), **plain))
+  with processes.Run(tmp_path / "1", 2, f"--config={config}", "--workdir", two) as run:
     run.ends()
   _assert_close(processes.losses(two), processes.losses(alone))
 
