@@ -27,6 +27,7 @@ from bigalign.metrics import read_metrics
 ONE = {"data": 8, "fsdp": 1, "tensor": 1}
 
 
+@pytest.mark.slow
 def test_one_process_ends_when_told_and_goes_on(tmp_path, monkeypatch):
   """SIGTERM at step 3: a checkpoint there, exit code 143, and no row more in the log than without;
   the trace of some steps and the times of the start are there."""
