@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.server
 import os
 import random
@@ -118,6 +119,8 @@ def test_who_hangs_is_named():
   assert "all 2 processes hang behind step 7" in survival.stuck({0: 7, 1: 7}, 60.0)
 
 
+# orbax closes its loop when one read fails, on which others of tensorstore then cannot report.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
   """Every file of the newest, cut or deleted: the run's arrays to the bit, or an error with a name
   after which, without it, the one before is taken."""
@@ -140,8 +143,8 @@ def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
     return step
 
   newest, refused = tmp_path / "run/checkpoints/2", 0
-  files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
-  for i, file in enumerate(random.Random(0).sample(files, 12)):
+  files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
+  for i, file in enumerate(files):
     copy = tmp_path / str(i)
     shutil.copytree(tmp_path / "run", copy)
     damaged = copy / "checkpoints/2" / file
@@ -156,7 +159,8 @@ def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
       refused += 1
       shutil.rmtree(copy / "checkpoints/2")
       assert taken(copy) == 1
-  assert refused >= 3
+  assert refused >= 6  # what holds arrays or tells of them; not markers and copies
+  gc.collect()  # and those speak up here, not in another test
 
 
 LATE = """
