@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import http.server
 import os
 import random
@@ -119,14 +118,12 @@ def test_who_hangs_is_named():
   assert "all 2 processes hang behind step 7" in survival.stuck({0: 7, 1: 7}, 60.0)
 
 
-# orbax closes its loop when one read fails, on which others of tensorstore then cannot report.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
   """Every file of the newest, cut or deleted: the run's arrays to the bit, or an error with a name
   after which, without it, the one before is taken."""
   def parts(step):
-    return {"trainable": {"a/b": jnp.arange(5000.0) * step, "c": jnp.full(3, step)},
-            "opt": {"m": jnp.full(7, step)}}
+    # One array: when one read fails, orbax closes the loop on which tensorstore tells of others.
+    return {"trainable": {"a/b": jnp.arange(5000.0) * step}}
 
   abstract = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts(1))
@@ -159,8 +156,7 @@ def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
       refused += 1
       shutil.rmtree(copy / "checkpoints/2")
       assert taken(copy) == 1
-  assert refused >= 6  # what holds arrays or tells of them; not markers and copies
-  gc.collect()  # and those speak up here, not in another test
+  assert refused >= 4  # what holds arrays or tells of them; not markers and copies
 
 
 LATE = """
