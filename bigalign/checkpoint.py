@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -87,6 +88,9 @@ class Checkpoints:
         cleanup_tmp_directories=not read_only,
       ),
     )
+    # Its threads ask for steps that the loop has left behind, while the hosts agree on where to end
+    # from the last step that each asked for: survival.Notice alone asks.
+    self._manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
 
   def save(
     self, step: int, parts: Mapping[str, Arrays], meta: Mapping[str, Any],
@@ -134,7 +138,8 @@ class Checkpoints:
 
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON beside the arrays."""
-    restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+    with _damage(self.folder / str(step)):
+      restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
     return restored["meta"]
 
   def restore(self, step: int, parts: Mapping[str, Arrays]) -> dict[str, dict[str, jax.Array]]:
@@ -142,19 +147,19 @@ class Checkpoints:
 
     Raises:
       ValueError: for another model's checkpoint; names the first path that differs.
+      RuntimeError: for one that lost files, or parts of them, since it was written.
     """
     wanted = {name: arrays for name, arrays in parts.items() if arrays}
     for name, arrays in wanted.items():
       folder = self.folder / str(step) / name
       if not folder.exists():
         raise ValueError(f"{folder.parent} has no {name!r}, which this config asks for")
-      _compare(_shapes(folder), arrays, folder)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(**{
-        name: ocp.args.StandardRestore(tree.unflatten(arrays)) for name, arrays in wanted.items()
-      }),
-    )
+      with _damage(folder.parent):
+        stored = _shapes(folder)
+      _compare(stored, arrays, folder)
+    items = {name: ocp.args.StandardRestore(tree.unflatten(x)) for name, x in wanted.items()}
+    with _damage(self.folder / str(step)):
+      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return {name: tree.flatten(restored[name]) if name in wanted else {} for name in parts}
 
   def save_frozen(self, arrays: Arrays) -> None:
@@ -188,6 +193,18 @@ class Checkpoints:
     """Waits for what is being written."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+@contextlib.contextmanager
+def _damage(folder: pathlib.Path) -> Iterator[None]:
+  """Gives what orbax says of a damaged checkpoint, which can be anything, a name and a way on."""
+  try:
+    yield
+  except Exception as error:
+    raise RuntimeError(
+      f"{folder} is complete by its name, but cannot be read: {type(error).__name__}: {error}\n"
+      "Move this folder away, and the run goes on from the checkpoint before it."
+    ) from error
 
 
 def _shapes(folder: pathlib.Path) -> dict[str, Any]:

@@ -28,10 +28,19 @@ def define() -> None:
   file.parse = functools.partial(_free_durations, file.parse)
   flags.DEFINE_string("workdir", None, "Folder of the run; runs/<name of the config> if not given.")
   flags.DEFINE_bool("allow_config_change", False, "Continue a run with a config that differs.")
+  flags.DEFINE_string("profile", None, "FIRST:LAST, steps traced into WORKDIR/profile for xprof.")
   flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.")
   flags.DEFINE_integer("num_processes", None, "How many processes.")
   flags.DEFINE_integer("process_id", None, "Which one this is.")
   flags.mark_flag_as_required("config")
+
+
+def span(text: str) -> tuple[int, int]:
+  """(10, 15) from "10:15"."""
+  first, _, last = text.partition(":")
+  if not (first.isdecimal() and last.isdecimal()):
+    raise app.UsageError(f"--profile={text}: two steps are wanted, as in --profile=10:15")
+  return int(first), int(last)
 
 
 def _free_durations(read: Callable[[str], Any], path: str) -> Any:

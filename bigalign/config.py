@@ -17,7 +17,7 @@ from bigalign import tree
 # What may change between two runs in one workdir without touching what is learned.
 HARMLESS = re.compile(
   r"^(mesh|topology|rules|evals|writer|runtime|keep|profile|logits)(/|$)"
-  r"|^(log_every|checkpoint_every|eval_every|diagnose_every|microbatches)$"
+  r"|^(log_every|checkpoint_every|eval_every|diagnose_every|microbatches|patience)$"
   # Where the data lies; what it is has a fingerprint.
   r"|^data/(workers|source)$|^data/tokenizer/(path|vocabulary)$"
 )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
 from typing import Any
+from unittest import mock
 
 import jax
+from absl import logging
+from jax._src import distributed
+
+START_UP = 300  # seconds for all processes to come
 
 # Collectives overlap with computation.
 LIBTPU_INIT_ARGS = (
@@ -94,12 +100,27 @@ def connect(
     count, index = given["num_processes"], given["process_id"]
     if not 0 <= index < count:  # type: ignore[operator]
       raise ValueError(f"process_id {index} is not below num_processes {count}; they count from 0")
-    jax.distributed.initialize(given["coordinator"], count, index)  # type: ignore[arg-type]
+    _initialize(coordinator_address=given["coordinator"], num_processes=count, process_id=index)
   elif len(missing) < len(given):
     names = [f"--{name} or BIGALIGN_{name.upper()}" for name in missing]
     raise ValueError(f"a run of several processes also needs {', '.join(names)}")
   elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _tpu():
-    jax.distributed.initialize()
+    _initialize()
+
+
+def _initialize(**given: Any) -> None:
+  """jax.distributed.initialize, which ends the program after START_UP seconds with the numbers of
+  the processes that have not come.
+
+  JAX gives that time to each process alone, which knows nothing of the others. Given to the service
+  with which all register, it makes the error that lists them.
+  """
+  service = distributed._jax.get_distributed_runtime_service
+  told = functools.partial(service, cluster_register_timeout=START_UP)
+  logging.info("Waiting up to %d s for the other processes; exit code 134 if some do not come:"
+               " see that each host runs the same command and reaches the coordinator", START_UP)
+  with mock.patch.object(distributed._jax, "get_distributed_runtime_service", told):
+    jax.distributed.initialize(**given, initialization_timeout=START_UP + 30)
 
 
 def _number(name: str, value: int | None) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 from bigalign import flops, gradcache, losses, sharding, tree
 from bigalign.data.rejects import REASONS
@@ -221,3 +223,13 @@ def useful_work(program: Program, jaxpr: Any, *args: Any) -> int:
   if plain == program:
     return flops.of_jaxpr(jaxpr)
   return flops.count(functools.partial(train_step, program=plain), *args)
+
+
+def build(step_fn: Any, program: Program, *args: Any) -> tuple[Any, int]:
+  """The compiled step_fn(*args), a jitted train_step of this program, and its useful FLOPs."""
+  traced = step_fn.trace(*args)
+  work = useful_work(program, traced.jaxpr, *args)
+  begin = time.perf_counter()
+  compiled = traced.lower().compile()
+  logging.info("Compiled the step in %.1f s: %.3g FLOPs", time.perf_counter() - begin, work)
+  return compiled, work

@@ -1,13 +1,16 @@
-"""Seconds per step, images per second, share of the chip's peak."""
+"""Seconds to the first step and per step, images per second, share of the chip's peak."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from bigalign import flops
@@ -71,4 +74,44 @@ class Clock:
       every = multihost_utils.process_allgather(np.asarray([busy, data], np.float32))
       for i, (own, waited) in enumerate(every.tolist()):
         row |= {f"perf/host_{i}_busy_time": own, f"perf/host_{i}_data_time": waited}
+    return row
+
+
+class StartUp:
+  """What goes by from here to the end of the first step."""
+
+  def __init__(self) -> None:
+    self._begin = time.perf_counter()
+    self._sums: dict[str, float] = collections.defaultdict(float)
+    self._row: dict[str, float] | None = None
+    jax.monitoring.register_event_listener(self._count)
+    jax.monitoring.register_event_duration_secs_listener(self._add)
+
+  def _count(self, event: str, **_: Any) -> None:
+    self._sums[event] += 1
+
+  def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+    self._sums[event] += duration_secs
+
+  def step(self, metrics: Any) -> None:
+    """Waits for the metrics of the first step, of no other, and logs the times."""
+    if self._row is not None:
+      return
+    jax.block_until_ready(metrics)
+    jax.monitoring.unregister_event_listener(self._count)
+    jax.monitoring.unregister_event_duration_listener(self._add)
+    self._row = {
+      "perf/seconds_to_first_step": time.perf_counter() - self._begin,
+      "perf/compile_seconds": self._sums["/jax/core/compile/backend_compile_duration"],
+      "perf/programs": self._sums["/jax/compilation_cache/compile_requests_use_cache"],
+      "perf/programs_from_cache": self._sums["/jax/compilation_cache/cache_hits"],
+    }
+    logging.info(
+      "The first step ended after %.1f s, %.1f of them in the compiler; of %d programs the"
+      " compilation cache had %d", *self._row.values()
+    )
+
+  def take(self) -> dict[str, float]:
+    """The metrics of this, once."""
+    row, self._row = self._row or {}, {}
     return row

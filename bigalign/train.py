@@ -5,10 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import os
 import pathlib
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +13,7 @@ import clu.profiler
 import jax
 from absl import app, flags, logging
 
-from bigalign import command_line, gradcache, sharding
+from bigalign import command_line, gradcache, sharding, survival
 from bigalign import config as configs
 from bigalign import runtime as machine
 from bigalign import state as states
@@ -32,8 +29,8 @@ from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided
 from bigalign.state import State
-from bigalign.step import diagnose, jitted, seen, stop_if_not_finite, summary, useful_work
-from bigalign.throughput import Clock
+from bigalign.step import build, diagnose, jitted, seen, stop_if_not_finite, summary
+from bigalign.throughput import Clock, StartUp
 from bigalign.weights import start as beginnings
 
 
@@ -63,6 +60,7 @@ def train(
   keep: Mapping[str, Any] | None = None,
   writer: Mapping[str, Any] | None = None,
   profile: Sequence[int] = (),
+  patience: float = 1800.0,
   runtime: Mapping[str, Any] | None = None,
   allow_config_change: bool = False,
 ) -> State:
@@ -73,7 +71,7 @@ def train(
     seed: of the initialisation, the order of the data, augmentation and dropout.
     total_steps: updates in all, or a duration: "1e9 samples", "3 epochs".
     batch_size: global: over all devices and hosts.
-    log_every: steps; the only times at which the loop waits for the device.
+    log_every: steps; the only times, but for the first, at which the loop waits for the device.
     checkpoint_every: steps, or a duration; 0: only at the end, where one is always written.
     data: options of open_data.
     model: options of make_model, and where the towers begin: weights/start.py.
@@ -94,16 +92,18 @@ def train(
     keep: which checkpoints stay: options of Checkpoints.
     writer: options of MetricWriter.
     profile: (first, last): what is between these steps is traced into workdir/profile.
+    patience: seconds without a step after which several processes end, naming the one that hangs.
     runtime: options of runtime.setup, which the caller has made use of; here they are recorded.
     allow_config_change: continue although the config in workdir says something else.
 
   Returns:
-    The last state.
+    The last state; survival.Preempted is raised, behind a checkpoint, if a notice of the end came.
   """
   config = dict(locals())
   del config["workdir"], config["allow_config_change"]
   if "://" in str(workdir):
     raise ValueError(f"--workdir={workdir}: a run's folder must be a local path or a mount")
+  start_up = StartUp()
   workdir = pathlib.Path(workdir).absolute()
   given = configs.plain(model)
   config["model"] = beginnings.options(given, record(workdir))
@@ -186,6 +186,8 @@ def train(
       MetricWriter, writer or {}, "config.writer", workdir=workdir, resume_step=start
     ) as board,
     Progress(total, start=step) as progress,
+    survival.Notice() as notice,
+    survival.Watchdog(patience, step) as watchdog,
   ):
 
     def evaluate() -> dict[str, float]:
@@ -200,8 +202,9 @@ def train(
 
     if start is None:
       checkpoints.check_best(evaluate())
+    preempted = notice.early(step)
     clock = Clock(step, batch_size)
-    while step < total:
+    while step < total and not preempted:
       if step == trace_from:
         clu.profiler.start(str(workdir / "profile"))
       with clock.waiting_for_data():
@@ -212,13 +215,11 @@ def train(
       place = seen(samples_seen, len(source))
       if compiled is None:
         with clock.paused():
-          traced = step_fn.trace(state, batch, place)
-          work = useful_work(program, traced.jaxpr, state, batch, place)
-          begin = time.perf_counter()
-          compiled = traced.lower().compile()
-          logging.info("Compiled the step in %.1f s: %.3g FLOPs", time.perf_counter() - begin, work)
+          compiled, work = build(step_fn, program, state, batch, place)
       state, metrics = compiled(state, batch, place)
       step += 1
+      watchdog.at(step)
+      start_up.step(metrics)
       samples_seen += batch_size
       seldom = [k for k in metrics if k.startswith(("finite_", "rejected_", "repaired_", "tally"))]
       window.append({name: metrics.pop(name) for name in seldom})
@@ -227,9 +228,9 @@ def train(
         jax.block_until_ready(metrics)
         clu.profiler.stop()
 
-      last = step == total
+      last, preempted = step == total, notice.reached(step)
       logs = last or step % log_every == 0
-      saves = last or (save_every and step % save_every == 0)
+      saves = last or preempted or (save_every and step % save_every == 0)
       if logs or saves:
         with clock.waiting_for_device():  # the loop's only wait
           scalars, since = jax.device_get((metrics, window))
@@ -244,7 +245,7 @@ def train(
         row |= {"train/samples_seen": samples_seen, "train/epoch": samples_seen / len(source)}
         passes = epochs(source, samples_seen, batch_size=lane_rows)
         row |= {f"train/epoch_{name}": x for name, x in passes.items()}
-        row |= clock.read(step, work)
+        row |= clock.read(step, work) | start_up.take()
         board.write(step, row)
         progress.log(step, row)
       if logs or saves:
@@ -263,6 +264,8 @@ def train(
                "lane_rows": lane_rows}
         with clock.paused():
           checkpoints.save(step, states.parts(state), {**meta, **now}, found)
+  if step < total:
+    raise survival.Preempted(step)
   return state
 
 
@@ -272,6 +275,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   values = flags.FLAGS
   config = configs.plain(values.config)
+  config |= {"profile": command_line.span(values.profile)} if values.profile else {}
   configs.call(machine.setup, config.get("runtime", {}), "config.runtime")
   machine.connect(values.coordinator, values.num_processes, values.process_id)
   name = pathlib.Path(getattr(values["config"], "config_filename")).stem  # noqa: B009
@@ -281,13 +285,8 @@ def main(argv: Sequence[str]) -> None:
     configs.call(
       train, config, "config", workdir=workdir, allow_config_change=values.allow_config_change
     )
-  except Exception:
-    if jax.process_count() == 1:
-      raise
-    # The other processes wait for this one in a collective, and would for minutes.
-    logging.exception("process %d ends, and with it the run", jax.process_index())
-    sys.stderr.flush()
-    os._exit(1)
+  except Exception as error:
+    survival.leave(error)
 
 
 def run() -> None:

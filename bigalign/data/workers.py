@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import weakref
 from multiprocessing.process import BaseProcess
 from typing import Protocol
@@ -97,3 +98,5 @@ def _start_worker(worker: int, workers: int) -> None:
   """Runs first in every worker process."""
   del worker, workers
   processes.start()
+  # The program's too, which goes on for some steps after it and then closes the workers.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
