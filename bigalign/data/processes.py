@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
@@ -36,6 +37,9 @@ def run(function: Callable[[T], Result], tasks: Sequence[T], *, workers: int) ->
       while futures:
         yield futures.popleft().result()
     except BrokenProcessPool as error:
+      deadline = time.monotonic() + 5
+      while time.monotonic() < deadline and any(x.exitcode is None for x in started.values()):
+        time.sleep(0.01)  # the pool is told of the end before anybody knows how it came
       raise RuntimeError(f"{died(started.values())}, and run the same command again") from error
     finally:  # also if nobody wants the rest
       pool.shutdown(wait=False, cancel_futures=True)
