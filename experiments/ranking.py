@@ -96,7 +96,7 @@ def main() -> int:
     workdir = out / f"{image}-{text}"
     train.train(workdir, **c)
     last = read_metrics(workdir)[-1]
-    trained = np.mean([last[f"{name}/text_to_image_R@5"] for name in c["evals"]])
+    trained = np.mean([last[f"val/{name}/text_to_image_R@5"] for name in c["evals"]])
     rows.append(dict(image=image, text=text, **before, trained=float(trained)))
     print(json.dumps(rows[-1]), flush=True)
   trained = [row["trained"] for row in rows]
