@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # OpenMP threads that spin while they wait would take the cores from whoever is not their turn;
 # read when torch is loaded.
@@ -22,55 +23,73 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["GOMP_SPINCOUNT"] = "0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import functools
 import importlib.metadata
 
 import jax
 import numpy as np
 
-from bigalign import flops, runtime, sharding
+from bigalign import runtime, sharding
 from bigalign import state as states
 from bigalign.checkpoint import revision
 from bigalign.data.rejects import REASONS
-from bigalign.step import seen, train_step
+from bigalign.step import build, jitted, seen
+
+
+class Sizes(NamedTuple):
+  """A dual encoder and its batch."""
+
+  batch: int
+  image: int
+  patch: int
+  length: int
+  vocabulary: int
+  vision: dict[str, int]  # width, depth, heads, and hidden where it is not four widths
+  text: dict[str, int]
+  embed: int
+
 
 GUARD = 0.7  # ours / theirs, images per second
-BATCH, IMAGE, PATCH, LENGTH, VOCABULARY = 64, 64, 8, 32, 1000
-VISION = dict(width=192, depth=4, heads=3)
-TEXT = dict(width=128, depth=4, heads=2)
-EMBED = 128
+SMALL = Sizes(
+  batch=64, image=64, patch=8, length=32, vocabulary=1000, embed=128,
+  vision=dict(width=192, depth=4, heads=3), text=dict(width=128, depth=4, heads=2),
+)
 ADAMW = dict(lr=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
 
 Step = Callable[[], float]  # one update, waited for; the loss
 
 
-def batch(seed: int = 0) -> dict[str, np.ndarray]:
+def batch(sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
   """Noise and random words; each text ends with the highest id, which open_clip pools."""
-  random = np.random.default_rng(seed)
-  length = random.integers(4, LENGTH + 1, BATCH)
-  text = random.integers(1, VOCABULARY - 1, (BATCH, LENGTH), dtype=np.int32)
-  mask = np.arange(LENGTH)[None] < length[:, None]
-  text[np.arange(BATCH), length - 1] = VOCABULARY - 1
+  random, b = np.random.default_rng(seed), sizes.batch
+  length = random.integers(4, sizes.length + 1, b)
+  text = random.integers(1, sizes.vocabulary - 1, (b, sizes.length), dtype=np.int32)
+  mask = np.arange(sizes.length)[None] < length[:, None]
+  text[np.arange(b), length - 1] = sizes.vocabulary - 1
   return dict(
-    image=random.integers(0, 256, (BATCH, IMAGE, IMAGE, 3), dtype=np.uint8),
+    image=random.integers(0, 256, (b, sizes.image, sizes.image, 3), dtype=np.uint8),
     text=np.where(mask, text, 0), text_mask=mask,
-    image_id=np.zeros((BATCH, 2), np.uint32), text_id=np.zeros((BATCH, 2), np.uint32),
-    label=np.zeros(BATCH, np.int32), source=np.zeros(BATCH, np.int32),
-    rejects=np.zeros((BATCH, len(REASONS)), np.int32), repaired=np.zeros(BATCH, np.int32),
+    image_id=np.zeros((b, 2), np.uint32), text_id=np.zeros((b, 2), np.uint32),
+    label=np.zeros(b, np.int32), source=np.zeros(b, np.int32),
+    rejects=np.zeros((b, len(REASONS)), np.int32), repaired=np.zeros(b, np.int32),
   )
 
 
-def ours() -> tuple[Step, int]:
-  """The step of bigalign, compiled, and its FLOPs."""
-  towers = dict(activation="gelu", scan=False, dtype="float32")
+def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
+  """The step of bigalign, compiled, and its useful FLOPs; options of both towers."""
+  towers = dict(activation="gelu", scan=False, dtype="float32") | options
+
+  def tower(given: dict[str, int]) -> dict[str, Any]:
+    made: dict[str, Any] = {k: v for k, v in given.items() if k != "hidden"} | towers
+    return made | ({"mlp_ratio": given["hidden"] / given["width"]} if "hidden" in given else {})
+
   program = states.make_program(
-    seed=0, total_steps=10**6, batch_size=BATCH,
-    data=dict(image_size=IMAGE, tokenizer=dict(name="byte", length=LENGTH)),
+    seed=0, total_steps=10**6, batch_size=sizes.batch,
+    data=dict(image_size=sizes.image, tokenizer=dict(name="byte", length=sizes.length)),
     model=dict(
-      image=dict(name="vit", patch=PATCH, pool="cls", **VISION, **towers),
-      text=dict(name="text", vocab_size=VOCABULARY, length=LENGTH, pool="eos", causal=True,
-                mask_padding=False, **TEXT, **towers),
-      embed_dim=EMBED,
+      image=dict(name="vit", patch=sizes.patch, pool="cls", **tower(sizes.vision)),
+      text=dict(name="text", vocab_size=sizes.vocabulary, length=sizes.length, pool="eos",
+                causal=True, mask_padding=False, **tower(sizes.text)),
+      embed_dim=sizes.embed,
     ),
     loss=dict(clip=dict(weight=1.0)),
     optimizer=dict(name="adamw", schedule="constant", **ADAMW),
@@ -80,20 +99,17 @@ def ours() -> tuple[Step, int]:
   _, placed = states.layout(program, mesh, rules)
   with jax.set_mesh(mesh):
     state = states.born(program, placed)
-    step = jax.jit(functools.partial(train_step, program=program), donate_argnums=0,
-                   out_shardings=(placed, sharding.replicated(mesh)))
-    rows = sharding.host_rows(mesh, BATCH)
-    on_mesh = sharding.global_batch(mesh, batch(), rows, BATCH)
+    rows = sharding.host_rows(mesh, sizes.batch)
+    on_mesh = sharding.global_batch(mesh, batch(sizes), rows, sizes.batch)
     place = seen(0, 1)
-    traced = step.trace(state, on_mesh, place)
-    compiled = traced.lower().compile()
+    compiled, work = build(jitted(program, placed, mesh), program, state, on_mesh, place)
 
   def run() -> float:
     nonlocal state
     state, metrics = compiled(state, on_mesh, place)
     return float(metrics["loss"])
 
-  return run, flops.of_jaxpr(traced.jaxpr)
+  return run, work
 
 
 def import_open_clip() -> None:
@@ -112,8 +128,13 @@ def import_open_clip() -> None:
     import open_clip  # noqa: F401
 
 
-def theirs() -> tuple[Step, int]:
-  """The same model and update in PyTorch, eager, as open_clip trains; and its FLOPs."""
+def theirs(
+  sizes: Sizes, *, device: str = "cpu", compiled: bool = False, checkpointing: bool = False
+) -> tuple[Step, int]:
+  """The same model and update in PyTorch as open_clip trains, and its FLOPs, 0 if compiled.
+
+  compiled: by torch.compile, in bfloat16 with its fused attention; else eager, in float32.
+  """
   import_open_clip()
   import torch
   from open_clip import ClipLoss
@@ -121,31 +142,41 @@ def theirs() -> tuple[Step, int]:
   from torch.utils.flop_counter import FlopCounterMode
 
   torch.manual_seed(0)
-  model = CLIP(
-    embed_dim=EMBED,
-    vision_cfg=dict(image_size=IMAGE, patch_size=PATCH, width=VISION["width"],
-                    layers=VISION["depth"], head_width=VISION["width"] // VISION["heads"]),
-    text_cfg=dict(context_length=LENGTH, vocab_size=VOCABULARY, width=TEXT["width"],
-                  layers=TEXT["depth"], heads=TEXT["heads"]),
-  ).train()
+  def ratio(given: dict[str, int]) -> float:
+    return given.get("hidden", 4 * given["width"]) / given["width"]
+
+  vision, words = sizes.vision, sizes.text
+  model: Any = CLIP(
+    embed_dim=sizes.embed,
+    vision_cfg=dict(image_size=sizes.image, patch_size=sizes.patch, width=vision["width"],
+                    layers=vision["depth"], head_width=vision["width"] // vision["heads"],
+                    mlp_ratio=ratio(vision)),
+    text_cfg=dict(context_length=sizes.length, vocab_size=sizes.vocabulary, width=words["width"],
+                  layers=words["depth"], heads=words["heads"], mlp_ratio=ratio(words)),
+  ).train().to(device)
+  model.set_grad_checkpointing(checkpointing)
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=ADAMW["lr"], betas=(ADAMW["b1"], ADAMW["b2"]), eps=ADAMW["eps"],
     weight_decay=ADAMW["weight_decay"],
   )
   loss_function = ClipLoss()
-  host = batch()
+  host = batch(sizes)
   # Normalised beforehand, as its data loader would; ours does it in the step.
-  image = torch.from_numpy(host["image"]).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-  text = torch.from_numpy(host["text"]).long()
+  image = torch.from_numpy(host["image"]).to(device).permute(0, 3, 1, 2).contiguous()
+  image, text = image.float() / 127.5 - 1, torch.from_numpy(host["text"]).long().to(device)
+  forward = torch.compile(model) if compiled else model
 
   def run() -> float:
     optimizer.zero_grad()
-    loss = loss_function(*model(image, text))
+    with torch.autocast(device, torch.bfloat16, enabled=compiled):
+      loss = loss_function(*forward(image, text))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return float(loss.detach())
 
+  if compiled:
+    return run, 0
   with FlopCounterMode(display=False) as counter:
     run()
   return run, counter.get_total_flops()
@@ -185,23 +216,23 @@ def main() -> int:
   parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/step.json"))
   args = parser.parse_args()
 
-  made, versions = {"bigalign": ours()}, runtime.versions()
+  made, versions = {"bigalign": ours(SMALL)}, runtime.versions()
   try:
-    made["open_clip"] = theirs()
+    made["open_clip"] = theirs(SMALL)
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch")}
   except ImportError as error:
     print(f"bigalign alone: {error}. The rival comes with pip install '.[bench]'")
 
   best = measure({name: run for name, (run, _) in made.items()}, args.rounds, args.steps)
   rows = {
-    name: dict(**best[name], images_per_second=BATCH / best[name]["wall_seconds"],
+    name: dict(**best[name], images_per_second=SMALL.batch / best[name]["wall_seconds"],
                flops_per_step=work)
     for name, (_, work) in made.items()
   }
   for name, row in rows.items():
     print(f"{name:<10} {row['wall_seconds']:.4f} s  {row['cpu_seconds']:.4f} CPU s"
           f"  {row['images_per_second']:.0f} images/s  {row['flops_per_step'] / 1e9:.2f} GFLOP")
-  result = dict(revision=revision(), machine=machine(), versions=versions, batch_size=BATCH,
+  result = dict(revision=revision(), machine=machine(), versions=versions, batch_size=SMALL.batch,
                 rounds=args.rounds, steps=args.steps, **rows)
   slower = False
   if "open_clip" in rows:
