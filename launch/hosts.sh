@@ -22,7 +22,8 @@ hosts_options='  --project P    if it is not what gcloud is set to
   --prepare C    a command for each host once it is set up: one that mounts the workdir, for example
   --dry-run      prints the commands and runs none'
 
-# at_once FUNCTION ARGUMENT: for all targets at the same time; the first status that is not 0.
+# at_once FUNCTION ARGUMENT: for all targets at the same time; the status of the first that failed,
+# or else of the first that did not come to its end: who misses a failed peer ends so.
 at_once() {
   local target pid code status=0 pids=()
   set_targets
@@ -37,9 +38,17 @@ at_once() {
   for pid in ${pids[@]+"${pids[@]}"}; do
     code=0
     wait "$pid" || code=$?
-    ((status)) || status=$code
+    if ((code)) && { ((status == 0)) || { unfinished "$status" && ! unfinished "$code"; }; }; then
+      status=$code
+    fi
   done
   return "$status"
+}
+
+# Whether status $1 says that nothing was wrong with the run: SIGTERM (143) or SIGKILL came, JAX missed
+# a peer (134), or the connection was lost (255).
+unfinished() {
+  case "$1" in 134 | 137 | 143 | 255) ;; *) return 1 ;; esac
 }
 
 state() {
@@ -82,17 +91,24 @@ setup() {
 }
 
 run() {
-  at_once ssh_to "cd bigalign && exec bash launch/on_host.sh run $id $(quote "${command[@]}")"
+  local status=0 mistake=0
+  at_once ssh_to "cd bigalign && exec bash launch/on_host.sh run $id $(quote "${command[@]}")" ||
+    status=$?
+  # gcloud tells the status of one of its hosts, which may only have missed the one that failed.
+  if [[ -z $dry_run ]] && ((status && status != 255)) && unfinished "$status"; then
+    at_once ssh_to 'bash bigalign/launch/on_host.sh failed' || mistake=$?
+    ((mistake == 0)) || unfinished "$mistake" || status=$mistake
+  fi
+  return "$status"
 }
 
 logs() {
   at_once ssh_to 'bash bigalign/launch/on_host.sh logs 50'
 }
 
-# Whether a run that ended with status $1 can go on: SIGTERM came (143), or the connection or the
-# machines are lost. What else fails would fail again.
+# Whether a run that ended with status $1 can go on. What else fails would fail again.
 interrupted() {
-  (($1 == 143 || $1 == 255)) || [[ $(state) == gone || $(state) == none ]]
+  unfinished "$1" || [[ $(state) == gone || $(state) == none ]]
 }
 
 # `fresh` are machines without a checkout.

@@ -6,10 +6,13 @@ usage() {
   cat <<'HELP'
 usage: launch/on_host.sh run ID COMMAND [ARGUMENTS]
        launch/on_host.sh logs LINES
+       launch/on_host.sh failed
 
 run starts the command as the run ID of this host, prints what it writes, and ends with its exit
 status. When the connection breaks, the command goes on. Called again, `run` starts nothing while a
 run goes on, but follows it; and of an ID that has ended it tells the status again.
+
+failed ends with the status of the last command if that failed by itself, else with 0.
 
 ~/bigalign-launch/ID (or $BIGALIGN_LAUNCH/ID) holds `log` and `status`; `last` is the newest of them.
 HELP
@@ -18,6 +21,10 @@ HELP
 folder=${BIGALIGN_LAUNCH:-$HOME/bigalign-launch}
 case "${1:-}" in
   run) ;;
+  failed)
+    status=$(cat "$folder/last/status" 2>/dev/null || echo 0)
+    case "$status" in 134 | 137 | 143) exit 0 ;; *) exit "$status" ;; esac
+    ;;
   logs) exec tail -n "$2" "$folder/last/log" ;;
   *) usage; exit 0 ;;
 esac

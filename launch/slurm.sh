@@ -40,8 +40,11 @@ submit=(
   sbatch --parsable "--job-name=$name" "--output=$name-%j.log" --open-mode=append --requeue
   "--nodes=$nodes" "--gpus-per-node=$gpus_per_node" "--ntasks-per-node=$gpus_per_node"
 )
-# One failure must not send SIGTERM to the others, who would report 143 for it: they end by
-# themselves when they miss a peer.
+# One failure must not send SIGTERM to the others: they end by themselves when they miss a peer. srun
+# tells the largest status, which is theirs (143), so a task that fails writes its own down.
+# shellcheck disable=SC2016  # expanded by the tasks
+task='"${@:2}"; status=$?
+case $status in 0 | 134 | 137 | 143) ;; *) echo "$status" >"$1" ;; esac; exit "$status"'
 step=(srun --kill-on-bad-exit=0)
 if [[ -n $cpus_per_task ]]; then
   submit+=("--cpus-per-task=$cpus_per_task")
@@ -54,7 +57,10 @@ script="#!/bin/bash
 trap : TERM
 cd $(quote "$root") || exit
 status=0
-$(quote "${step[@]}" "${command[@]}") || status=\$?
+failed=\$PWD/.failed-\$SLURM_JOB_ID
+rm -f \"\$failed\"
+$(quote "${step[@]}" bash -c "$task") task \"\$failed\" $(quote "${command[@]}") || status=\$?
+if [[ -s \$failed ]]; then status=\$(cat \"\$failed\"); rm \"\$failed\"; fi
 # 143: a checkpoint was asked for. A job that is cancelled or preempted is not running any more; the
 # latter Slurm itself queues again.
 if [[ \$status == 143 && \$(squeue --noheader --jobs=\"\$SLURM_JOB_ID\" --format=%T) == RUNNING ]]; then

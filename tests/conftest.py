@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import tempfile
+
+# What nohup or a shell in the background has switched off, programs could not hear in the tests.
+for _heard in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+  if signal.getsignal(_heard) == signal.SIG_IGN:
+    signal.signal(_heard, signal.SIG_DFL)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"

@@ -87,8 +87,9 @@ def test_a_failure_before_the_run_deletes_too(folder, launch):
 
 
 @pytest.mark.parametrize("state, status, again", [
-  ("ACTIVE", 143, ["ssh"]),  # the hosts are still there, with the checkout
-  ("SUSPENDED", 137, ["delete", "create", "scp", "ssh", "ssh", "ssh"]),
+  ("ACTIVE", 143, ["ssh", "ssh"]),  # whether a host failed, then the checkout that is there still
+  ("ACTIVE", 134, ["ssh", "ssh"]),
+  ("SUSPENDED", 137, ["ssh", "delete", "create", "scp", "ssh", "ssh", "ssh"]),
 ])
 def test_after_preemption_the_run_starts_anew(state, status, again, folder, launch):
   work = (
@@ -99,6 +100,12 @@ def test_after_preemption_the_run_starts_anew(state, status, again, folder, laun
   assert found.returncode == 0, found.stderr
   assert (folder / "steps").read_text() == "step\n" * 2
   assert _verbs(folder) == ["create", "scp", "ssh", "ssh", "ssh", *again]
+
+
+def test_a_mistake_is_not_taken_for_the_end_of_those_that_miss_its_host(folder, launch):
+  found = launch("train", *SLICE, "--delete=failure", "--", "sh", "-c",
+                 "[ $BIGALIGN_PROCESS_ID = 0 ] && exit 143; exit 1")
+  assert found.returncode == 1 and _verbs(folder).count("create") == 1
 
 
 def test_a_lost_connection_does_not_start_the_run_again(folder, launch):
@@ -131,7 +138,7 @@ def test_ctrl_c_deletes_when_asked_and_a_closed_terminal_does_not(sent, status, 
 def test_restarts_come_to_an_end(folder, launch):
   found = launch("train", *SLICE, "--restarts=1", "--delete=failure", "--", "sh", "-c", "exit 143")
   assert found.returncode == 143 and "--restarts 1 is used up" in found.stderr
-  assert _verbs(folder) == ["create", "scp", *["ssh"] * 4, "delete"]
+  assert _verbs(folder) == ["create", "scp", *["ssh"] * 6, "delete"]
 
 
 def test_the_run_goes_on_without_the_connection_and_is_followed_again(tmp_path):

@@ -71,6 +71,13 @@ def test_slurm_does_not_queue_a_failed_or_cancelled_job_again(
   assert found.returncode == status and _times(tmp_path) == 1
 
 
+def test_slurm_does_not_queue_a_mistake_again_for_which_the_others_report_143(folder, launch):
+  """srun tells the largest status, that of a task which missed its peer."""
+  work = f"echo step >> {folder}/steps; [ $SLURM_PROCID = 0 ] && exit 143; exit 1"
+  found = launch("slurm.sh", *SLURM, "--", "sh", "-c", work)
+  assert found.returncode == 1 and (folder / "steps").read_text() == "step\n" * 2
+
+
 @pytest.mark.parametrize("first, then, status, times", [
   (143, 0, 0, 2), (7, 0, 7, 1), (134, 9, 9, 2),
 ])
