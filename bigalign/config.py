@@ -19,7 +19,7 @@ HARMLESS = re.compile(
   r"^(mesh|topology|rules|evals|writer|runtime|keep|profile|logits)(/|$)"
   r"|^(log_every|checkpoint_every|eval_every|diagnose_every|microbatches|patience)$"
   # Where the data lies; what it is has a fingerprint.
-  r"|^data/(workers|source)$|^data/tokenizer/(path|vocabulary)$"
+  r"|^data/(workers|source)$|^data/stores/(image|text|second|keep)$|^data/tokenizer/(path|vocabulary)$"
 )
 
 
@@ -161,6 +161,9 @@ def steps(
     "step": 1.0, "sample": 1 / batch_size, "epoch": dataset_size / batch_size,
     "%": total_steps / 100,
   }[unit]
+  if not length and unit == "epoch":
+    raise ValueError(f"{where}: {value!r} needs the size of the dataset, which is not known here;"
+                     " `bigalign plan` takes it as --samples")
   if not length:
     raise ValueError(f"{where}: {value!r} is a share of the steps in all, which are not known here")
   return max(1, round(number * length)) if number else 0

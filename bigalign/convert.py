@@ -1,8 +1,8 @@
 """Copies a source into ArrayRecord files: bigalign convert 'DIR/*.tar' --out COPY --short_side 256
 
-The files hold tf.train.Examples in the order of the source: training reads from them the same ids
-and batches. OUT.part grows until all is there and is then renamed, so that OUT is whole; after a
-kill the same command goes on with the files that are not finished.
+The files hold tf.train.Examples in the order of the source: training reads from them the same ids,
+and with data.order="exact" the same batches. OUT.part grows until all is there and is then renamed,
+so that OUT is whole; after a kill the same command goes on with the files that are not finished.
 
   image      the encoded image as it is; with --short_side a JPEG of --quality where it was larger
   label      the class, where there is one

@@ -17,7 +17,7 @@ import argparse
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,14 @@ import numpy as np
 from bigalign.data.store import Store
 from bigalign.data.store_writer import complete
 
-CHUNK = 1 << 16  # rows in memory at a time
+CHUNK = 1 << 24  # scores in memory at a time
 
 
 class Best:
   """The best `keep` rows of each of C classes, of all that were added; of equal ones the first.
 
-  Holds twice as many at most, 16 bytes each.
+  Holds a quarter more at most, and what the last `add` brought; 16 bytes each, 80 while they are
+  sorted.
   """
 
   def __init__(self, classes: int, keep: int):
@@ -45,7 +46,7 @@ class Best:
     row, label = np.nonzero(scores > self._least[None])
     self._parts.append((label.astype(np.int32), first + row, scores[row, label]))
     self._held += len(row)
-    if self._held > 2 * self._classes * self._keep:
+    if self._held > 1.25 * self._classes * self._keep:
       self.table()
 
   def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -70,7 +71,7 @@ def prototypes(store: Store, *, shots: int = 128) -> np.ndarray:
     ValueError: if a label below the largest has no image.
   """
   sums, counts = np.zeros((0, store.width)), np.zeros(0, np.int64)
-  for rows in _chunks(store):
+  for rows in _chunks(store, CHUNK // store.width):
     labels = store.labels(rows)
     grown = max(len(counts), int(labels.max(initial=-1)) + 1) - len(counts)
     sums, counts = np.pad(sums, ((0, grown), (0, 0))), np.pad(counts, (0, grown))
@@ -133,8 +134,8 @@ def curate(
     captions: folder of a store of texts, of the same width.
     out: NAME.
     shots: images that make a prototype.
-    keep: the best captions of each class, which are all that it can choose from; 32 bytes of memory
-      for each of them.
+    keep: the best captions of each class, which are all that it can choose from; 100 bytes of
+      memory for each of them.
     per_class: samples that a class chooses at most.
 
   Raises:
@@ -151,7 +152,7 @@ def curate(
                        " captions meet behind it: embed with --projected")
   middles = prototypes(images, shots=shots)
   best = Best(len(middles), keep)
-  for rows in _chunks(texts):
+  for rows in _chunks(texts, CHUNK // len(middles)):
     best.add(int(rows[0]), _unit(texts.read(rows)) @ middles.T)
   table = best.table()
   samples = texts.samples(table[1])
@@ -176,9 +177,9 @@ def _write(out: str, samples: np.ndarray, store: Store, manifest: dict[str, Any]
     file.write((json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def _chunks(store: Store) -> list[np.ndarray]:
-  return [np.arange(start, min(start + CHUNK, len(store)))
-          for start in range(0, len(store), CHUNK)]
+def _chunks(store: Store, rows: int) -> Iterator[np.ndarray]:
+  for start in range(0, len(store), max(rows, 1)):
+    yield np.arange(start, min(start + max(rows, 1), len(store)))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

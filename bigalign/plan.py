@@ -83,7 +83,9 @@ def changed(config: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
     made["batch_size"] = parts["batch"]
   if "remat" in parts:
     for side in ("image", "text"):
-      made["model"][side] = {**made["model"][side], "remat": parts["remat"]}
+      tower = made["model"].get(side, {})
+      if tower.get("name") != "features":  # which are vectors, and compute nothing
+        made["model"][side] = {**tower, "remat": parts["remat"]}
   if "mesh" in parts:
     made["mesh"] = {**(made.get("mesh") or {}), "data": -1, "fsdp": parts["mesh"]}
   return made

@@ -30,7 +30,8 @@ from bigalign import (
 from bigalign import config as configs
 from bigalign import state as states
 from bigalign.data.pairs import has_stores
-from bigalign.losses import check_needs
+from bigalign.data.pipeline import CAPTIONS_PER_IMAGE
+from bigalign.losses import check_needs, remembers
 from bigalign.model import provided
 from bigalign.step import jitted
 from bigalign.weights import start as beginnings
@@ -60,7 +61,13 @@ def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> Step
   mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
   sharding.host_rows(mesh, config["batch_size"])
   gradcache.check(mesh, config["batch_size"], config.get("microbatches", 1))
-  program = states.make_program(**config, dataset_size=samples)
+  program = states.make_program(
+    **config, dataset_size=samples,
+    captions_per_image=config["data"].get("captions_per_image", CAPTIONS_PER_IMAGE),
+  )
+  if not samples and remembers(program.loss, program.sizes):
+    raise ValueError(f"config.loss={[*config['loss']]} remembers the samples of a dataset; tell how"
+                     " many they are: --samples=400000000")
   check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
   shapes, places = states.layout(program, mesh, config.get("rules", sharding.RULES))
   state = jax.tree.map(_placed, shapes, places)

@@ -200,6 +200,11 @@ def train(
         progress.log(step, found)
       return found
 
+    def save(found: Mapping[str, float]) -> None:
+      now = dict(step=step, samples_seen=samples_seen, rejected=dict(rejected), lane_rows=lane_rows)
+      with clock.paused():
+        checkpoints.save(step, states.parts(state), {**meta, **now}, found)
+
     if start is None:
       checkpoints.check_best(evaluate())
     preempted = notice.early(step)
@@ -251,6 +256,8 @@ def train(
       if logs or saves:
         stop_if_not_finite(since, step)
         watch.check()
+      if preempted and not last:  # before all else: the machine may have seconds left
+        save({})
       if diagnose_every and step % diagnose_every == 0:
         with clock.paused():
           findings = jax.device_get(sharding.in_turn(look(state, batch, place)))
@@ -259,11 +266,8 @@ def train(
       if last or (eval_every and step % eval_every == 0):
         with clock.paused():
           found = evaluate()
-      if saves:
-        now = {"samples_seen": samples_seen, "step": step, "rejected": dict(rejected),
-               "lane_rows": lane_rows}
-        with clock.paused():
-          checkpoints.save(step, states.parts(state), {**meta, **now}, found)
+      if saves and (last or not preempted):
+        save(found)
   if step < total:
     raise survival.Preempted(step)
   return state

@@ -6,7 +6,9 @@
 
 https://arxiv.org/abs/2409.19425. The towers are in the loop, since every token is projected. As
 released but for this: negatives come from the whole batch, there from the 1,800 of one GPU; the
-text tower is without its dropout; RandAugment is torchvision's. `bigalign curate` makes the data.
+text tower is without its dropout; RandAugment is torchvision's; the temperature is learned by its
+logarithm, not below 0.01, and does not decay; the learning rate rises and falls without stairs.
+`bigalign curate` makes the data.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,8 @@
   bigalign embed --config=configs/sail_dinov2l_gte.py --out=$STORES --towers=image
   bigalign train --config=configs/sail_dinov2l_gte.py
 
-https://arxiv.org/abs/2412.04616, as released. $STORES/raw and $STORES/long are stores of vectors,
+https://arxiv.org/abs/2412.04616, as released, but for the images: the release cuts 224 pixels out
+of 256, here the shorter edge is 224. $STORES/raw and $STORES/long are stores of vectors,
 1,024 wide: what GTE-large-en-v1.5 makes of the first token of the alt text and of the long or short
 recaption of each image; docs/frozen.md tells how another program writes them. Its 23 million pairs
 are those of CC3M, CC12M and YFCC15M with the captions of DreamLIP.

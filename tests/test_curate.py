@@ -83,7 +83,7 @@ def by_hand(classes, captions, *, shots, keep, per_class):
 ])
 def test_each_class_chooses_what_it_would_by_hand(stores, options, tmp_path, monkeypatch):
   """In chunks that end anywhere; classes choose more than there is for them, or less."""
-  monkeypatch.setattr(curate, "CHUNK", 37)
+  monkeypatch.setattr(curate, "CHUNK", 5 * 37)
   expected = by_hand(**stores, **options)
   found = curate.curate(**stores, out=str(tmp_path / "a/list"), **options)
   assert found["chosen_per_class"] == [len(expected[k]) for k in range(5)]
@@ -95,17 +95,17 @@ def test_each_class_chooses_what_it_would_by_hand(stores, options, tmp_path, mon
   assert len(ids) == len(every) == found["chosen"]
   assert json.loads((tmp_path / "a/list.json").read_text()) == found
   again = curate.curate(**stores, out=str(tmp_path / "b"), **options)
-  monkeypatch.setattr(curate, "CHUNK", 1 << 16)
+  monkeypatch.setattr(curate, "CHUNK", 1 << 24)
   assert again == curate.curate(**stores, out=str(tmp_path / "b"), **options) == found
 
 
 def test_only_the_best_are_held():
-  """Of 40,000 scores no more than twice 2 x 50 between two chunks."""
+  """Of 40,000 scores no more than 1.25 x 2 x 50 between two chunks."""
   rng, best = np.random.default_rng(0), curate.Best(2, 50)
   scores = rng.permutation(40_000).astype(np.float32).reshape(-1, 2)
   for start in range(0, len(scores), 100):
     best.add(start, scores[start:start + 100])
-    assert best._held <= 2 * 2 * 50
+    assert best._held <= 1.25 * 2 * 50
   label, row, score = best.table()
   for k in range(2):
     expected = np.argsort(-scores[:, k])[:50]
@@ -131,6 +131,8 @@ def test_mistakes_are_named(stores, tmp_path):
     thin = write(tmp_path / "thin", np.ones((4, 3), np.float32), ids, side="image", width=3,
                  labels=np.zeros(4))
     curate.curate(thin, stores["captions"], str(tmp_path / "x"))
+  with pytest.raises(ValueError, match="captions holds no labels"):
+    curate.curate(stores["captions"], stores["captions"], str(tmp_path / "x"))
   np.save(tmp_path / "wrong.npy", np.array([3, 1], np.uint64))
   with pytest.raises(ValueError, match="ascending, each once"):
     Pairs(stores["classes"], stores["captions"], least=0.0, keep=str(tmp_path / "wrong.npy"))

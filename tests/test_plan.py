@@ -119,6 +119,10 @@ def test_a_sweep_is_all_combinations():
   assert c["model"]["text"]["remat"] == "dots", "the config itself stays"
   with pytest.raises(ValueError, match=r"known: .*remat"):
     list(plan.variants(c, ["remats"], 8))
+  whole = plan.changed(dict(model=dict(init="$CLIP", text=dict(name="features", width=4))),
+                       remat="full")
+  assert whole["model"] == dict(
+    init="$CLIP", image=dict(remat="full"), text=dict(name="features", width=4))
 
 
 def test_memory_traffic_counts_slices_loops_and_no_vmem():

@@ -88,6 +88,28 @@ def test_another_source_is_appended(tmp_path):
     store_writer.claim(tmp_path / "s", "b", 6, "b", batch_size=5, batches=1, write=True)
 
 
+def test_a_reader_outlives_appends(tmp_path, monkeypatch):
+  """With room for two files, of which the index takes none."""
+  folder = write(tmp_path / "s", np.arange(12))
+  monkeypatch.setattr(store, "OPEN", 2)
+  reader = Store(folder)
+  for n, name in enumerate("bcd"):
+    if n:
+      np.testing.assert_array_equal(reader.find(np.arange(12, dtype=np.uint64))[1], 1)
+    write(folder, np.arange(100 * (n + 1), 100 * (n + 1) + 9), name=name)
+    np.testing.assert_array_equal(reader.read(np.arange(12)), vectors(np.arange(12)))
+  assert len(list(folder.glob("ids-*.npy"))) == 2, "those of the store and of the one before"
+  assert len(Store(folder)) == 12 + 27 and len(reader) == 12
+
+
+def test_writers_are_told_what_a_header_needs(tmp_path):
+  with pytest.raises(ValueError, match=r"needs `dtype`, one of .* and `width`"):
+    store_writer.begin(tmp_path, dict(model="NV-Embed-v2"))
+  store_writer.begin(tmp_path, HEADER)
+  with pytest.raises(ValueError, match=r"holds vectors of float16, 3 wide; got float32 \(2, 3\)"):
+    store_writer.write(tmp_path, 0, np.ones((2, 3), np.float32), np.ones((2, 2), np.uint64))
+
+
 def test_repeated_ids_are_refused_by_place(tmp_path):
   with pytest.raises(ValueError, match=r"1 rows have the id of another sample, first samples 2 and"
                                        r" 5.*config\.data\.mixture"):

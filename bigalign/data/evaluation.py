@@ -85,8 +85,9 @@ class _EvalBatches(Decoded):
         continue
       captions = record["captions"] if c else ()
       if len(captions) > c:
-        raise ValueError(f"{record['key']} has {len(captions)} captions, but captions={c}; set "
-                         "captions to the largest number of captions of an image (0: none)")
+        raise ValueError(f"{record['key']} has {len(captions)} captions, but captions={c}; set it"
+                         " (of `bigalign embed`: config.data.captions_per_image) to the largest"
+                         " number of captions of an image (0: none)")
       if self._images:
         images[r] = transforms.eval_image(record["image"], size=size, resize=self._resize)
       labels[r] = record["label"]

@@ -81,11 +81,11 @@ class Store:
     self.header, self.ids, self.left_out, self.sources = (
         manifest[name] for name in ("header", "ids", "left_out", "sources"))
     self._files, self._index = manifest["files"], manifest["index"]
-    self._named = dict(zip(("ids", "rows"), self._index))
     self._firsts = np.cumsum([0, *(file["rows"] for file in self._files)])
     self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     self.dtype, self.width = DTYPES[self.header["dtype"]], self.header["width"]
     self._mapped = Recent(self._map, room=OPEN)
+    self._sorted = Recent(self._map_index, room=2)  # stays: its files may go after two appends
 
   def __len__(self) -> int:
     return int(self._firsts[-1])
@@ -102,20 +102,25 @@ class Store:
     return self._gather("samples", rows, np.empty((len(rows), 2), np.uint64))
 
   def labels(self, rows: np.ndarray) -> np.ndarray:
-    """[N] → [N] int32, of images: -1 without a label."""
+    """[N] → [N] int32, of images: -1 without a label.
+
+    Raises:
+      ValueError: for a store of texts, or one that was written without labels.
+    """
+    if any("labels" not in file["sums"] for file in self._files):
+      raise ValueError(f"{self.folder} holds no labels; `bigalign embed` writes those of images")
     return self._gather("labels", rows, np.empty(len(rows), np.int32))
 
   def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[N] uint64 → the first row of each sample, and how many it has, [N] int64; 0 if none."""
-    known = self._mapped["", "ids"]
+    known, rows = self._sorted["ids"], self._sorted["rows"]
     first = np.searchsorted(known, ids, "left")
     count = np.searchsorted(known, ids, "right") - first
-    rows = self._mapped["", "rows"][np.minimum(first, len(known) - 1)].astype(np.int64)
-    return rows, count
+    return rows[np.minimum(first, len(known) - 1)].astype(np.int64), count
 
   def sorted_ids(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Ids in ascending order and their rows, a chunk at a time."""
-    ids, rows = self._mapped["", "ids"], self._mapped["", "rows"]
+    ids, rows = self._sorted["ids"], self._sorted["rows"]
     for start in range(0, len(ids), CHUNK):
       yield np.asarray(ids[start:start + CHUNK]), np.asarray(rows[start:start + CHUNK])
 
@@ -162,10 +167,13 @@ class Store:
       out[mine] = array[rows[mine] - self._firsts[number]]
     return out
 
+  def _map_index(self, name: str) -> tuple[np.ndarray, int]:
+    path = self.folder / dict(zip(("ids", "rows"), self._index))[name]
+    return np.load(path, mmap_mode="r", allow_pickle=False), 1
+
   def _map(self, key: tuple[str, str]) -> tuple[np.ndarray, int]:
     stem, name = key
-    path = self.folder / (f"{stem}.{name}.npy" if stem else self._named[name])
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = np.load(self.folder / f"{stem}.{name}.npy", mmap_mode="r", allow_pickle=False)
     return array.view(self.dtype) if name == "vectors" else array, 1
 
 

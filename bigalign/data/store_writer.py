@@ -34,8 +34,12 @@ def begin(folder: pathlib.Path, header: Mapping[str, Any]) -> None:
   """Makes the folder, or finds it made for the same vectors; `header` is what tells them apart.
 
   Raises:
-    ValueError: if it holds vectors of another tower or preprocessing; lists what differs.
+    ValueError: if it holds vectors of another tower or preprocessing; lists what differs. Without
+      `dtype` and `width` in the header.
   """
+  if header.get("dtype") not in store.DTYPES or not isinstance(header.get("width"), int):
+    raise ValueError(f"the header of {folder} needs `dtype`, one of {[*store.DTYPES]}, and `width`,"
+                     f" of its vectors, and holds {dict(header)}")
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / "header.json"
   if not path.exists():
@@ -91,6 +95,10 @@ def write(folder: pathlib.Path, piece: int, vectors: np.ndarray, samples: np.nda
   vectors [N, D] of store.DTYPES; samples [N, 2] uint64; labels [N] int32, of images; left_out  how
   many samples, by reason.
   """
+  header = json.loads((folder / "header.json").read_text())
+  if (vectors.dtype, vectors.shape[1:]) != (store.DTYPES[header["dtype"]], (header["width"],)):
+    raise ValueError(f"{folder} holds vectors of {header['dtype']}, {header['width']} wide; got"
+                     f" {vectors.dtype} {vectors.shape}")
   stem = f"{piece:05}.{part}-of-{parts}"
   bits = vectors.view(np.uint16) if vectors.dtype == store.DTYPES["bfloat16"] else vectors
   (folder / f"{stem}.json").unlink(missing_ok=True)  # what it says will not be so any more
@@ -145,9 +153,11 @@ def finish(folder: pathlib.Path, *, captions: bool) -> None:
   _write_json(path, dict(
       header=header, sources=sources, rows=sum(file["rows"] for file in files), ids=digest,
       index=index, left_out=left_out, files=files))
-  for name in (before or dict(index={}))["index"]:
-    if name not in index:
-      (folder / name).unlink(missing_ok=True)
+  # Who reads the store as it was before may still want to open the index of then.
+  known = {*index, *(before or dict(index={}))["index"]}
+  for one in [*folder.glob("ids-*.npy"), *folder.glob("rows-*.npy")]:
+    if one.name not in known:
+      one.unlink()
 
 
 def _index(folder: pathlib.Path, files: Sequence[Mapping[str, Any]], *,
