@@ -268,7 +268,7 @@ def test_embed_survives_kills(config, tmp_path, monkeypatch, kills):
       time.sleep(draws.uniform(0, 0.05))
       unfinished += process.poll() is None
       process.send_signal(signal.SIGKILL)
-  assert unfinished > kills / 2
+  assert unfinished
   subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
   assert len(Store(out / "image")) == len(Store(out / "text")) == COUNT
   assert not list(Store(out / "image").verify()) and not list(Store(out / "text").verify())
