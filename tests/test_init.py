@@ -353,7 +353,7 @@ def test_names_of_open_clip_are_sizes(tmp_path):
 def test_the_shipped_configs(clip, tmp_path, monkeypatch, name, text_depth):
   """With small towers and data; and what they say where they have none."""
   c = load(name).to_dict()
-  for size in ("name", "variant", "patch"):  # beside init for `bigalign plan`; the checkpoint's here
+  for size in ("name", "variant", "patch"):  # for `bigalign plan`; the checkpoint has its own
     c["model"]["image"].pop(size, None)
   with pytest.raises(KeyError, match=r"config.model.image.init.*export IMAGE_TOWER="):
     start.options(c["model"])
