@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -30,7 +32,7 @@ ONE = {"data": 8, "fsdp": 1, "tensor": 1}
 @pytest.mark.slow
 def test_one_process_ends_when_told_and_goes_on(tmp_path, monkeypatch):
   """SIGTERM at step 3: a checkpoint there, exit code 143, and no row more in the log than without;
-  the trace of some steps and the times of the start are there."""
+  the times of the start are there."""
   c = processes.config(ONE, total_steps=6, checkpoint_every=0, log_every=2).to_dict()
   seen, calls = program.seen, []
 
@@ -43,16 +45,26 @@ def test_one_process_ends_when_told_and_goes_on(tmp_path, monkeypatch):
   monkeypatch.setattr(program, "seen", told)
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as ended:
-    program.train(tmp_path, **c, profile=(1, 2))
+    program.train(tmp_path, **c)
   assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
   assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["3"]
-  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
   program.train(tmp_path, **c)
   first, *rows = [row for row in read_metrics(tmp_path) if "train/loss" in row]
   assert [row["step"] for row in (first, *rows)] == [2, 4, 6]
   assert 0 < first["perf/compile_seconds"] < first["perf/seconds_to_first_step"]
   assert 0 <= first["perf/programs_from_cache"] <= first["perf/programs"] > 0
   assert not any("seconds_to_first_step" in key for key in rows[1])
+
+
+@pytest.mark.slow
+def test_steps_are_traced(tmp_path):
+  """In a process of its own: JAX's profiler crashes where the TPU compiler was loaded before."""
+  c = processes.config(ONE, total_steps=3, checkpoint_every=0, profile=(1, 2)).to_dict()
+  script = ("import json, sys; from bigalign.train import train;"
+            " train(sys.argv[1], **json.loads(sys.argv[2]))")
+  subprocess.run([sys.executable, "-c", script, str(tmp_path), json.dumps(c)], check=True,
+                 cwd=processes.ROOT)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_steps_of_the_profile_flag():
