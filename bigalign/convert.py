@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bigalign import source_flags
-from bigalign.data import processes
+from bigalign.data import processes, storage
 from bigalign.data.records import Plan, write_file
 from bigalign.data.rejects import Rejected
 from bigalign.data.sources import Source, Spec, open_spec, texts_of
@@ -114,9 +114,8 @@ def _resume(plan: Plan, begun: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                      " arguments, or remove it to begin anew")
   done = {line["file"]: line for line in lines[1:]
           if pathlib.Path(plan.folder, line["file"]).exists()}
-  half = path.with_suffix(".tmp")
-  half.write_text("".join(json.dumps(line) + "\n" for line in (begun, *done.values())), "utf-8")
-  half.replace(path)
+  with storage.whole(path, mark="tmp") as file:
+    file.writelines((json.dumps(line) + "\n").encode() for line in (begun, *done.values()))
   return done
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from bigalign.data.storage import whole
 from bigalign.data.store import Store
-from bigalign.data.store_writer import complete
 
 CHUNK = 1 << 24  # scores in memory at a time
 
@@ -171,9 +171,9 @@ def _write(out: str, samples: np.ndarray, store: Store, manifest: dict[str, Any]
     inside = samples[:, 1] - np.uint64(source["place"])  # of one before, this wraps around
     lists[f"{out}.{i}.places.npy"] = np.sort(inside[inside < source["samples"]]).astype(np.int64)
   for path, array in lists.items():
-    with complete(pathlib.Path(path)) as file:
+    with whole(path) as file:
       np.save(file, array, allow_pickle=False)
-  with complete(pathlib.Path(f"{out}.json")) as file:
+  with whole(f"{out}.json") as file:
     file.write((json.dumps(manifest, indent=1) + "\n").encode())
 
 

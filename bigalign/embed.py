@@ -14,7 +14,6 @@ import collections
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import sys
 import time
@@ -26,7 +25,7 @@ import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
-from bigalign import command_line, runtime, sharding
+from bigalign import command_line, runtime, sharding, survival
 from bigalign import config as configs
 from bigalign.data import evaluation, store, store_writer
 from bigalign.data.pipeline import CAPTIONS_PER_IMAGE
@@ -249,13 +248,8 @@ def main(argv: Sequence[str]) -> None:
       config, values.out, sides=values.towers, batch_size=values.batch_size, dtype=values.dtype,
       projected=values.projected,
     )
-  except Exception:
-    if jax.process_count() == 1:
-      raise
-    # The other processes wait for this one in a collective, and would for minutes.
-    logging.exception("process %d ends, and with it the others", jax.process_index())
-    sys.stderr.flush()
-    os._exit(1)
+  except Exception as error:
+    survival.leave(error)
   if jax.process_index() == 0:
     for folder in folders.values():
       made = store.Store(folder)

@@ -15,6 +15,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from bigalign import config as configs
+from bigalign.data import storage
 
 
 def digest(options: Mapping[str, Any]) -> str:
@@ -60,9 +61,8 @@ def check(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: b
 def claim(workdir: pathlib.Path, meta: Mapping[str, Any]) -> None:
   """Writes workdir/config.json, once it is known that this run can go on there."""
   if jax.process_index() == 0:
-    part = workdir / "config.json.part"
-    part.write_text(json.dumps(meta, indent=1) + "\n")
-    part.replace(workdir / "config.json")  # other processes may be reading it
+    with storage.whole(workdir / "config.json") as file:  # other processes may be reading it
+      file.write((json.dumps(meta, indent=1) + "\n").encode())
 
 
 def same_data(

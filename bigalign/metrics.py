@@ -19,6 +19,8 @@ import rich.console
 import rich.progress
 from absl import logging
 
+from bigalign.data import storage
+
 FILE = "metrics.jsonl"
 _NON_FINITE: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _TIMED = re.compile(
@@ -102,13 +104,9 @@ def _rewind(path: pathlib.Path, step: int | None) -> None:
   kept = [row for row in rows if row["step"] <= step]
   if len(kept) < len(rows):
     logging.info("%s: %d rows after step %d are made again", path, len(rows) - len(kept), step)
-  part = path.with_suffix(".jsonl.part")
-  with part.open("w", encoding="utf-8") as file:
+  with storage.whole(path) as file:  # a kill in between leaves the old file or the new one
     for row in kept:
-      file.write(_line(int(row.pop("step")), row))
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(part, path)  # a kill in between leaves the old file or the new one, never a half
+      file.write(_line(int(row.pop("step")), row).encode())
 
 
 class MetricWriter:

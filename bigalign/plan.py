@@ -24,6 +24,7 @@ from absl import app, flags
 
 from bigalign import chips, command_line, plan_batch, plan_table
 from bigalign import config as configs
+from bigalign.data import storage
 
 Found = dict[str, Any]
 REMATS = ("none", "dots", "full")
@@ -49,9 +50,8 @@ def plan(
 
   found = plan_step.measure(config, topology, samples=samples)
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(f".{os.getpid()}")
-  part.write_text(json.dumps(found))
-  part.replace(path)
+  with storage.whole(path, mark=storage.own_mark()) as file:
+    file.write(json.dumps(found).encode())
   return found
 
 

@@ -212,22 +212,10 @@ def _write(path: str, parts: Sequence[Part], write_starts: Callable[[IO[bytes]],
   tail = json.dumps([[part.name for part in parts], fields, problems],
                     separators=(",", ":")).encode()
 
-  def write(file: IO[bytes]) -> None:
+  with storage.whole(path, mark=storage.own_mark()) as file:
     file.write(HEADER.pack(MAGIC, len(parts), len(tail), sum(part.entries for part in parts)))
     write_starts(file)
     file.write(table.tobytes() + tail)
-
-  write_whole(path, write)
-
-
-def write_whole(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-  """A file that appears whole or not at all."""
-  half = f"{path}.{os.uname().nodename}-{os.getpid()}.tmp"
-  with open(half, "wb") as file:
-    write(file)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(half, path)
 
 
 @contextlib.contextmanager

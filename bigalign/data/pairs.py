@@ -76,9 +76,10 @@ def _ids(path: str) -> np.ndarray:
   """[N] uint64, mapped from a file."""
   name = sources.expand_variables(path, what="config.data.stores.keep")
   ids: np.ndarray = np.load(name, mmap_mode="r", allow_pickle=False)
-  if ids.dtype != np.uint64 or ids.ndim != 1 or (ids[1:] <= ids[:-1]).any():
+  if ids.dtype != np.uint64 or ids.ndim != 1 or not ids.size or (ids[1:] <= ids[:-1]).any():
     raise ValueError(f"config.data.stores.keep={path!r}: {ids.dtype} {ids.shape}, where ids of"
-                     " samples are uint64, ascending, each once; `bigalign curate` writes them")
+                     " samples are uint64, one or more, ascending, each once; `bigalign curate`"
+                     " writes them")
   return ids
 
 
@@ -108,7 +109,7 @@ def _matching(
         found &= text.find(ids)[1] > 0
       matching += int(found.sum())
       if keep is not None:
-        found &= np.append(keep, np.uint64(0))[np.searchsorted(keep, ids)] == ids
+        found &= keep[np.minimum(np.searchsorted(keep, ids), len(keep) - 1)] == ids
       file.write(rows[found].tobytes())
     file.flush()
     count = file.tell() // 8

@@ -88,8 +88,8 @@ def write(path: str, place: str, field: str) -> None:
   first = _STAT.size + 8 * (len(parts) + 1)
   ends = first + np.cumsum([0, *map(len, parts)], dtype=np.uint64)
   os.makedirs(os.path.join(place, FOLDER), exist_ok=True)
-  index.write_whole(path_of(name, place, part.stat, field), lambda out: out.write(
-    _STAT.pack(*stat) + ends.astype("<u8").tobytes() + b"".join(parts)))
+  with storage.whole(path_of(name, place, part.stat, field), mark=storage.own_mark()) as file:
+    file.write(_STAT.pack(*stat) + ends.astype("<u8").tobytes() + b"".join(parts))
 
 
 def _rows(path: str, column: str) -> Iterator[tuple[str, tuple[str, ...]]]:

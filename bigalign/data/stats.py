@@ -88,11 +88,9 @@ def write(path: str, place: str, *, captions: Sequence[str]) -> None:
   for i, values in enumerate(rows):
     for column, value in values.items():
       table[column][i] = value
-  file = io.BytesIO()
-  np.save(file, table, allow_pickle=False)
   os.makedirs(os.path.join(place, FOLDER), exist_ok=True)
-  index.write_whole(path_of(name, place, part.stat),
-                    lambda out: out.write(file.getbuffer()))
+  with storage.whole(path_of(name, place, part.stat), mark=storage.own_mark()) as file:
+    np.save(file, table, allow_pickle=False)
 
 
 def _row(found: Mapping[str, bytes], captions: Sequence[str]) -> dict[str, Any]:

@@ -7,17 +7,19 @@ pools of connections; it is imported when the first remote path is read.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
 import io
 import logging
 import os
+import pathlib
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,25 @@ def is_remote(path: str) -> bool:
     raise ValueError(f"{path!r}: unknown store {scheme}://; known: a local path, "
                      + ", ".join(f"{name}://" for name in _DRIVERS))
   return bool(found)
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike[str], *, mark: str = "part") -> Iterator[BinaryIO]:
+  """A local file that gets its name when all of it is on the disk.
+
+  mark  ends the name until then; of several that may write the same file each needs its own.
+  """
+  half = pathlib.Path(f"{os.fspath(path)}.{mark}")
+  with half.open("wb") as file:
+    yield file
+    file.flush()
+    os.fsync(file.fileno())
+  half.replace(path)
+
+
+def own_mark() -> str:
+  """A mark for `whole` that no other process on any machine has."""
+  return f"{os.uname().nodename}-{os.getpid()}.tmp"
 
 
 def read(path: str, start: int, end: int, *, expect: Stat | None = None) -> bytes:

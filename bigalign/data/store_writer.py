@@ -6,15 +6,15 @@ import collections
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bigalign.data import store
+from bigalign.data.storage import whole
 
 
 class Range(NamedTuple):
@@ -106,7 +106,7 @@ def write(folder: pathlib.Path, piece: int, vectors: np.ndarray, samples: np.nda
   if labels is not None:
     arrays["labels"] = np.asarray(labels, np.int32)
   for name, array in arrays.items():
-    with complete(folder / f"{stem}.{name}.npy") as file:
+    with whole(folder / f"{stem}.{name}.npy") as file:
       np.save(file, array, allow_pickle=False)
   sums = {name: store.checksum(folder / f"{stem}.{name}.npy") for name in arrays}
   _write_json(folder / f"{stem}.json", dict(
@@ -211,17 +211,6 @@ def _by_high_bits(folder: pathlib.Path, files: Sequence[Mapping[str, Any]],
       yield np.frombuffer(heap_file.read(), np.uint64).reshape(-1, 3)
 
 
-@contextlib.contextmanager
-def complete(path: pathlib.Path) -> Iterator[BinaryIO]:
-  """A file that gets its name when all of it is on the disk."""
-  part = path.with_name(f"{path.name}.part")
-  with part.open("wb") as file:
-    yield file
-    file.flush()
-    os.fsync(file.fileno())
-  part.replace(path)
-
-
 def _write_json(path: pathlib.Path, value: Any) -> None:
-  with complete(path) as file:
+  with whole(path) as file:
     file.write((json.dumps(value, indent=1) + "\n").encode())

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from bigalign.data import storage
 from bigalign.data.sources import Source, expand_variables, prefetch, where
 
 Columns = Mapping[str, np.ndarray]
@@ -211,11 +212,10 @@ def _write(kept: np.ndarray, taken: Mapping[str, int], source: Source, out: str,
       **{"kept_per_2**32": np.bincount(kept >> 32).tolist()})
   pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
   # The manifest comes last: without it there is no view.
-  for path, write in ((f"{out}.npy", lambda file: np.save(file, low)), (
-      f"{out}.json", lambda file: file.write(json.dumps(manifest, indent=1).encode() + b"\n"))):
-    with open(f"{path}.part", "wb") as file:
-      write(file)
-    pathlib.Path(f"{path}.part").replace(path)
+  with storage.whole(f"{out}.npy") as file:
+    np.save(file, low)
+  with storage.whole(f"{out}.json") as file:
+    file.write(json.dumps(manifest, indent=1).encode() + b"\n")
   return manifest
 
 
