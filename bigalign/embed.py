@@ -42,8 +42,9 @@ PIECES = 4096  # of a source at most; those of a larger one have more batches
 
 
 class _Rows(NamedTuple):
-  """What a process has of a piece: vectors [N, D], the id of each row's sample and its place.
+  """What a process has of a piece: rows, the id of each one's sample and its place in the source.
 
+  vectors [N, D], or [N, 1 + T, D] with tokens.
   labels [N], of images.
   """
 
@@ -54,7 +55,7 @@ class _Rows(NamedTuple):
 
 def embed(
   config: Mapping[str, Any], out: str | pathlib.Path, *, sides: Sequence[str] = SIDES,
-  batch_size: int = 256, dtype: str = "float16", projected: bool = False,
+  batch_size: int = 256, dtype: str = "float16", projected: bool = False, tokens: bool = False,
 ) -> dict[str, pathlib.Path]:
   """Writes, completes or extends the stores OUT/<side>; their folders.
 
@@ -64,6 +65,7 @@ def embed(
     batch_size: images, or texts, at a time over all devices; rounded up to fit the mesh.
     dtype: of the vectors: float16, bfloat16 or float32.
     projected: behind the projectors, in the space of images and texts, of unit length.
+    tokens: each token of the towers too, for projectors that read them.
 
   Raises:
     ValueError: if a tower is not all loaded, or a store holds another tower's vectors.
@@ -81,7 +83,7 @@ def embed(
       " and train with data.stores.text and data.stores.second"
     )
   towers = load_towers(
-    {**config, "data": data}, sides, len(source), dtype=dtype, projected=projected
+    {**config, "data": data}, sides, len(source), dtype=dtype, projected=projected, tokens=tokens
   )
   batch_size = round_batch(towers.mesh, batch_size)
   per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
@@ -144,7 +146,7 @@ def _fill(
       for side, made in found.items():
         with np.errstate(over="ignore"):  # of float16, what is beyond 65,504 is left out
           vectors = made.vectors.astype(store.DTYPES[towers.headers[side]["dtype"]])
-        sound = np.isfinite(vectors).all(1)
+        sound = store.finite(vectors)
         reasons = left_out | ({} if sound.all() else {"not_finite": int((~sound).sum())})
         samples = made.samples[sound]
         samples[:, 1] += np.uint64(ranges[side].place)
@@ -208,7 +210,7 @@ def _joined(words: np.ndarray) -> np.ndarray:
 def _texts(
   every: Mapping[str, np.ndarray], towers: Towers, rows: np.ndarray, batch_size: int
 ) -> np.ndarray:
-  """[N, L] -> [N, D]; processes with fewer texts than others fill up."""
+  """[N, L] -> [N, D] or [N, 1 + L, D]; processes with fewer texts than others fill up."""
   count, own = len(every["text"]), len(rows)
   longest = int(np.max(multihost_utils.process_allgather(np.int32(-(-count // own)))))
   made = []
@@ -221,7 +223,8 @@ def _texts(
     on_mesh = sharding.global_batch(towers.mesh, part, rows, batch_size)
     z = sharding.in_turn(towers.run["text"](on_mesh["text"], on_mesh["mask"]))
     made.append(sharding.host_part(z))
-  return np.concatenate(made)[:count] if made else np.empty((0, towers.headers["text"]["width"]))
+  empty = np.empty((0, *store.row_shape(towers.headers["text"])))
+  return np.concatenate(made)[:count] if made else empty
 
 
 def verify(folder: str | pathlib.Path) -> bool:
@@ -246,7 +249,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     folders = embed(
       config, values.out, sides=values.towers, batch_size=values.batch_size, dtype=values.dtype,
-      projected=values.projected,
+      projected=values.projected, tokens=values.tokens,
     )
   except Exception as error:
     survival.leave(error)
@@ -266,4 +269,5 @@ def run() -> None:
   flags.DEFINE_integer("batch_size", 256, "Images, or texts, at a time over all devices.")
   flags.DEFINE_enum("dtype", "float16", list(store.DTYPES), "Of the vectors.")
   flags.DEFINE_bool("projected", False, "Behind the projectors, in the space of both sides.")
+  flags.DEFINE_bool("tokens", False, "Each token too, for projectors that read them.")
   app.run(main, flags_parser=command_line.parse)

@@ -12,7 +12,6 @@ import jax
 from bigalign import sharding, tree
 from bigalign import state as states
 from bigalign.data import store
-from bigalign.data.pairs import Pairs
 from bigalign.evals.embed import to_host
 from bigalign.identity import digest
 from bigalign.weights import start as beginnings
@@ -23,7 +22,8 @@ _SAME = ("remat", "scan", "attention", "init", "fresh", "drop")  # no matter for
 class Towers(NamedTuple):
   """The frozen towers of a config, ready to embed.
 
-  run: {side: (input arrays) -> [B, D] float32}. headers: {side: what tells its vectors apart}.
+  run: {side: (input arrays) -> [B, D] float32, or [B, 1 + T, D] with tokens}.
+  headers: {side: what tells its vectors apart}.
   """
 
   mesh: jax.sharding.Mesh
@@ -33,15 +33,18 @@ class Towers(NamedTuple):
 
 def load_towers(
   config: Mapping[str, Any], sides: Sequence[str], dataset_size: int, *, dtype: str,
-  projected: bool = False,
+  projected: bool = False, tokens: bool = False,
 ) -> Towers:
   """The towers of a config as they were pretrained; its durations may be epochs of a dataset.
 
   projected: with their projectors, which come from a checkpoint too.
+  tokens: with each token.
 
   Raises:
-    ValueError: for arrays that come from no checkpoint.
+    ValueError: for arrays that come from no checkpoint; for tokens of projected vectors.
   """
+  if projected and tokens:
+    raise ValueError("--projected and --tokens: a projector makes one vector of all tokens")
   model = beginnings.options(config["model"])
   program = states.make_program(**{**config, "model": model}, dataset_size=dataset_size)
   mesh = sharding.make_mesh()
@@ -62,12 +65,12 @@ def load_towers(
     params = {
       path: loaded[path].astype(states.compute_dtype(program.model, path)) for path in paths
     }
-    method = f"embed_{side}" if projected else f"pooled_{side}"
+    method = ("embed_" if projected else "with_tokens_" if tokens else "pooled_") + side
     run[side] = _runner(program.model, method, params, sharding.batch_sharding(mesh))
     inputs = _inputs(program.spec, side)
-    width = jax.eval_shape(run[side], *inputs).shape[-1]
+    *rows, width = jax.eval_shape(run[side], *inputs).shape[1:]
     headers[side] = header(side, config["data"], model, params, projected=projected) | dict(
-      width=width, dtype=dtype)
+      width=width, dtype=dtype, tokens=rows[0] - 1 if rows else 0)
   return Towers(mesh, run, headers)
 
 
@@ -108,25 +111,31 @@ def header(
 
 
 def check_stores(
-  pairs: Pairs, config: Mapping[str, Any], program: states.Program, state: states.State
+  sides: Mapping[str, Sequence[store.Store]], config: Mapping[str, Any], program: states.Program,
+  state: states.State,
 ) -> None:
-  """Whether stores hold what the towers of a run would make.
+  """Whether the stores of each side hold what the towers of a run would make.
 
   Raises:
     ValueError: if they hold other vectors; if a tower would learn; if the loss reads tokens.
   """
   model, data = config["model"], config["data"]
-  learning = [path for path in state.trainable if "_tower/" in path]
+  towers = tuple(f"model/{side}_tower/" for side in sides)
+  learning = [path for path in state.trainable if path.startswith(towers)]
   if learning:
+    frozen = f"{'' if len(sides) == 2 else next(iter(sides))}_tower/"
     raise ValueError(f"config.data.stores: {learning[0]} and {len(learning) - 1} other arrays of"
-                     " towers would learn nothing from stored vectors; set config.frozen='_tower/'")
-  missing = sorted(program.loss.needs & {"tokens", "labels"})
+                     " towers would learn nothing from stored vectors; set"
+                     f" config.frozen={frozen!r}")
+  every = [one for some in sides.values() for one in some]
+  held = {"tokens"} if all(one.header.get("tokens") for one in every) else set()
+  held |= {"labels"} if set(sides) == {"text"} else set()
+  missing = sorted(program.loss.needs & {"tokens", "labels"} - held)
   if missing:
-    raise ValueError(f"config.loss reads {missing[0]}, and config.data.stores holds one vector per"
-                     " sample and nothing else")
-  for side, stores in (("image", [pairs.image]), ("text", [pairs.text, pairs.second])):
+    raise ValueError(f"config.loss reads {missing[0]}, which config.data.stores does not hold")
+  for side, some in sides.items():
     params = {p: x for p, x in state.frozen.items() if p.startswith(f"model/{side}_tower/")}
     expected = header(side, data, model, params) if params else dict(
       width=getattr(program.model, f"{side}_tower").width)
-    for found in filter(None, stores):
+    for found in some:
       store.check_header(found.folder, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from bigalign.data import pipeline, transforms
 from bigalign.data.captions import columns, fields
 from bigalign.data.mixture import Mixture, Prefixed
 from bigalign.data.order import philox
-from bigalign.data.pairs import Pairs, has_stores, pair_batches
+from bigalign.data.pairs import Pairs, pair_batches, stored_sides
 from bigalign.data.sources import Source, open_source
+from bigalign.data.stored import Stored
 from bigalign.data.tokenizers import TOKENIZERS, Tokenizer
 from bigalign.data.views import View
 from bigalign.data.workers import Batches
@@ -52,7 +54,8 @@ def open_data(
       "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
     stores: vectors of frozen towers that `bigalign embed` made of the source, which is then not
       read, nor its captions, nor mixed by weights: options of pairs.Pairs, dict(image=DIR,
-      text=DIR). None, or one without paths: no store.
+      text=DIR). Of one side alone, options of stored.Stored: the source is read, and the other
+      side is learned from it. None, or one without paths: no store.
     image_size: pixels per side.
     tokenizer: name, length and options of a tokenizer.
     view: of the source, made by `bigalign view`: only the samples that it keeps.
@@ -83,15 +86,29 @@ def open_data(
   if second and captions is None:
     raise ValueError(f"config.data.second_captions={second_captions}: name the fields of the first"
                      " in config.data.captions too")
-  if has_stores(stores):
-    ignored = [k for k, x in dict(view=view, augment=augment, schedule=schedule).items() if x]
-    if ignored:
-      raise ValueError(f"config.data.{ignored[0]} has no effect on what is in config.data.stores;"
-                       " embed what it says, or leave it out")
+  sides = stored_sides(stores)
+  ignored: dict[str, dict[str, Any]] = {
+    "image": dict(augment=augment),
+    "text": dict(captions=None if "image" in sides else captions),
+    "both": dict(view=view, schedule=schedule),
+  }
+  for side in [*sides, *(["both"] if len(sides) == 2 else [])]:
+    for name in (name for name, x in ignored[side].items() if x):
+      raise ValueError(f"config.data.{name} has no effect on what is in config.data.stores; embed"
+                       " what it says, or leave it out")
+  if len(sides) == 2:
     pairs: Pairs = configs.call(Pairs, stores or {}, "config.data.stores")
     return pairs, dict(shuffle=shuffle, kind=order, captions_per_image=captions_per_image)
   if bool(source) == bool(mixture):
     raise ValueError("config.data needs either source or mixture, and not both")
+  stored: Stored | None = None
+  given = {name: x for name, x in (stores or {}).items() if x}
+  if sides or "second" in given:
+    stored = configs.call(Stored, given, "config.data.stores")
+    assert stored is not None
+    if stored.text:
+      first = columns(("text",), "")
+      second = columns(("text" if stored.again else "second",), "") if stored.second else ()
   wanted = None if captions is None else fields(first, second)
   opened: Source
   if mixture and source_options:
@@ -111,8 +128,21 @@ def open_data(
   return opened, dict(
     image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, kind=order,
     workers=workers, captions=first, second_captions=second, captions_per_image=captions_per_image,
-    stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif,
+    stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif, stored=stored,
   )
+
+
+def held(source: Source | Pairs, reading: Mapping[str, Any]) -> Pairs | Stored | None:
+  """The stores that open_data opened, of either kind; None if there are none."""
+  return source if isinstance(source, Pairs) else reading["stored"]
+
+
+def fingerprint(source: Source | Pairs, reading: Mapping[str, Any]) -> str:
+  """Hex digits that change with the samples, and with the stores beside them."""
+  stored = held(source, reading)
+  if stored is None or stored is source:
+    return source.fingerprint
+  return hashlib.sha256(f"{source.fingerprint} {stored.fingerprint}".encode()).hexdigest()[:32]
 
 
 def make_batches(

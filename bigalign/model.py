@@ -39,8 +39,9 @@ def unit(x: jax.Array) -> jax.Array:
 class DualEncoder(nn.Module):
   """An image tower and a text tower that meet on the unit sphere.
 
-  Where a method takes images or texts it also takes floating-point vectors, [B, D]: what the tower
-  would make of them, from an embedding store. Only the projector is left to do then.
+  Where a method takes images or texts it also takes floating-point vectors: what the tower would
+  make of them, from an embedding store, pooled [B, D], or with its tokens [B, 1 + T, D], as
+  `with_tokens_image` and `with_tokens_text` give them. Only the projector is left to do then.
   """
 
   image_tower: nn.Module
@@ -85,6 +86,14 @@ class DualEncoder(nn.Module):
     """[B, L] int32, mask [B, L] bool -> [B, D], what the projector gets; float32."""
     return self._text_tower(text, mask, False).pooled.astype(jnp.float32)
 
+  def with_tokens_image(self, image: jax.Array) -> jax.Array:
+    """[B, H, W, 3] uint8 -> [B, 1 + T, D]: the pooled vector, then the tokens; float32."""
+    return _rows(self._image_tower(image, False))
+
+  def with_tokens_text(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """[B, L] int32, mask [B, L] bool -> [B, 1 + L, D]; padding is zero, float32."""
+    return _rows(self._text_tower(text, mask, False))
+
   def _image_tower(self, image: jax.Array, train: bool) -> TowerOutput:
     if jnp.issubdtype(image.dtype, jnp.floating):
       return _stored(image)
@@ -108,10 +117,27 @@ class DualEncoder(nn.Module):
     return sharding.pin(self.text_projector(out, train)), out
 
 
+def _rows(out: TowerOutput) -> jax.Array:
+  """A tower's output as a row of an embedding store that holds tokens, [B, 1 + T, D] float32."""
+  if out.pooled.shape[-1] != out.tokens.shape[-1]:
+    raise ValueError(
+      f"the pooled vector is {out.pooled.shape[-1]} wide, a token {out.tokens.shape[-1]}, and a"
+      " store of tokens has one width: choose another config.model.image.pool"
+    )
+  tokens = out.tokens.astype(jnp.float32)
+  if out.mask is not None:
+    tokens = jnp.where(out.mask[..., None], tokens, 0.0)
+  return jnp.concatenate([out.pooled.astype(jnp.float32)[:, None], tokens], 1)
+
+
 def _stored(vectors: jax.Array) -> TowerOutput:
-  """[B, D] as a tower's output; it has no tokens, which were not stored."""
+  """What a store holds as a tower's output: [B, D] without tokens, or [B, 1 + T, D] with them."""
   vectors = sharding.pin(vectors)
-  return TowerOutput(vectors, vectors[:, None][:, :0])
+  if vectors.ndim == 2:
+    return TowerOutput(vectors, vectors[:, None][:, :0])
+  tokens = vectors[:, 1:]
+  # No token of a tower is zero throughout: its last layer is a norm.
+  return TowerOutput(vectors[:, 0], tokens, (tokens != 0).any(-1))
 
 
 def without_remat(model: DualEncoder) -> DualEncoder:

@@ -29,10 +29,11 @@ from bigalign import (
 )
 from bigalign import config as configs
 from bigalign import state as states
-from bigalign.data.pairs import has_stores
+from bigalign.data.pairs import stored_sides
 from bigalign.data.pipeline import CAPTIONS_PER_IMAGE
 from bigalign.losses import check_needs, remembers
 from bigalign.model import provided
+from bigalign.projectors import READ_TOKENS
 from bigalign.step import jitted
 from bigalign.weights import start as beginnings
 
@@ -155,21 +156,23 @@ def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
 def shapes_of_batch(config: Mapping[str, Any], program: states.Program) -> dict[str, Any]:
   """Shapes of a global batch; of vectors, as wide as the towers make them, if there are stores."""
   spec = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
-  if not has_stores(config["data"].get("stores")):
-    return spec
+  stored = stored_sides(config["data"].get("stores"))
   inside = {"image": ("image",), "text": ("text", "text_mask")}
   params = jax.eval_shape(lambda: states.init_params(program, jax.random.key(0)))
   variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
-  rows = {name: x for name, x in spec.items() if not name.endswith("_mask")}
-  for side, names in inside.items():
-    pooled = jax.eval_shape(
-      lambda v, *x, side=side: program.model.apply(v, *x, method=f"pooled_{side}"),
-      variables, *(spec[name] for name in names),
+  for side in stored:
+    tokens = isinstance(getattr(program.model, f"{side}_projector"), READ_TOKENS)
+    method = f"{'with_tokens' if tokens else 'pooled'}_{side}"
+    row = jax.eval_shape(
+      lambda v, *x, method=method: program.model.apply(v, *x, method=method),
+      variables, *(spec[name] for name in inside[side]),
     )
     of = {side} | ({"text_second"} & spec.keys() if side == "text" else set())
-    rows |= dict.fromkeys(of, jax.ShapeDtypeStruct(pooled.shape, jnp.float16))
-  seen = jax.ShapeDtypeStruct((config["batch_size"], 1), jnp.bool_)
-  return rows | {name: seen for name in spec if name.endswith("_mask")}
+    spec |= dict.fromkeys(of, jax.ShapeDtypeStruct(row.shape, jnp.float16))
+  if "text" in stored:
+    seen = jax.ShapeDtypeStruct((config["batch_size"], 1), jnp.bool_)
+    spec |= {name: seen for name in spec if name.endswith("_mask")}
+  return spec
 
 
 def _not_checked(program: states.Program, config: Mapping[str, Any]) -> str:

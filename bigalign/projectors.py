@@ -130,8 +130,8 @@ class Residual(nn.Module):
 class PatchesAndClass(nn.Module):
   """freeze-align's image side: P_class(pooled) + the mean over tokens of P_patches(token).
 
-  https://arxiv.org/abs/2409.19425; the tower's pool must be its class token. Of stored vectors the
-  tokens are not known, so these towers stay in the loop.
+  https://arxiv.org/abs/2409.19425; the tower's pool must be its class token. A store for it
+  holds tokens: `bigalign embed --tokens`.
   """
 
   dim: int
@@ -177,12 +177,13 @@ def _pooled(out: TowerOutput) -> jax.Array:
 def _tokens(out: TowerOutput) -> jax.Array:
   if not out.tokens.shape[1]:
     raise ValueError(
-      "this projector reads tokens, and config.data.stores holds pooled vectors: choose another, or"
-      " leave the tower in the loop"
+      "this projector reads tokens, and config.data.stores holds pooled vectors: choose another,"
+      " embed with --tokens, or leave the tower in the loop"
     )
   return out.tokens.astype(jnp.float32)
 
 
+READ_TOKENS = (PatchesAndClass, Tokens)
 PROJECTORS = dict(
   linear=Linear, mlp=Mlp, identity=Identity, gated=Gated, residual=Residual,
   patches_and_class=PatchesAndClass, tokens=Tokens,

@@ -18,8 +18,8 @@ from absl import logging
 from bigalign import config as configs
 from bigalign import sharding, tree
 from bigalign.checkpoint import Checkpoints
-from bigalign.data import pipeline
-from bigalign.data.pairs import has_stores
+from bigalign.data import pipeline, store
+from bigalign.data.pairs import stored_sides
 from bigalign.losses import Loss, make_loss, pairwise, tables
 from bigalign.model import DualEncoder, make_model
 from bigalign.optim import Schedule, make_optimizer
@@ -164,16 +164,18 @@ def make_program(
   total = duration(total_steps, "config.total_steps")
   if total < 1:
     raise ValueError(f"config.total_steps={total_steps!r} is no step at all")
-  stores = {"second": "", **(data.get("stores") or {})} if has_stores(data.get("stores")) else {}
+  stores = data.get("stores") or {}
+  second = stores.get("second") if "text" in stored_sides(stores) else data.get("second_captions")
   spec = pipeline.batch_spec(
     batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"],
-    second_text=bool(stores["second"] if stores else data.get("second_captions")),
+    second_text=bool(second),
   )
   built = configs.call(make_model, model, "config.model")
   for side, tower in (("image", built.image_tower), ("text", built.text_tower)):
     if isinstance(tower, Features):
       names = {side, "text_second"} & spec.keys() if side == "text" else {side}
-      spec |= dict.fromkeys(names, ((batch_size, tower.width), jnp.float32))
+      row = store.row_shape(dict(width=tower.width, tokens=tower.tokens))
+      spec |= dict.fromkeys(names, ((batch_size, *row), jnp.float32))
   terms = make_loss(loss)
   sizes = {
     "image": dataset_size, "text": dataset_size * captions_per_image, "embed": model["embed_dim"]

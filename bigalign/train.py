@@ -19,12 +19,11 @@ from bigalign import runtime as machine
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data.mixture import check_sizes, epochs, names
-from bigalign.data.pairs import Pairs
 from bigalign.data.rejects import Watch
 from bigalign.evals import make_evaluators
 from bigalign.frozen import check_stores
 from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
-from bigalign.inputs import check_tokenizer, make_batches, open_data
+from bigalign.inputs import check_tokenizer, fingerprint, held, make_batches, open_data
 from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided
@@ -128,7 +127,7 @@ def train(
   meta = {
     "config": configs.plain(config), "model": given, "revision": revision(),
     "versions": machine.versions(), "hardware": machine.describe(), "dataset_size": len(source),
-    "data": source.fingerprint, "tokenizer": digest(data["tokenizer"]),
+    "data": fingerprint(source, reading), "tokenizer": digest(data["tokenizer"]),
   }
   same_on_all_hosts(meta)
 
@@ -161,8 +160,9 @@ def train(
     samples_seen, lane_rows = before["samples_seen"], before["lane_rows"]
     rejected.update(before["rejected"])
     logging.info("Continue from step %d, %d samples seen", start, samples_seen)
-  if isinstance(source, Pairs):
-    check_stores(source, config, program, state)
+  stored = held(source, reading)
+  if stored:
+    check_stores(stored.sides, config, program, state)
   claim(workdir, meta)
   watch = configs.call(Watch, data.get("rejects") or {}, "config.data.rejects", names=names(source))
   step = start or 0

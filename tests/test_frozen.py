@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from bigalign.data.sources import open_source
 from bigalign.data.store import Store, sample_id
 from bigalign.data.transforms import eval_image
 from bigalign.embed import embed
+from bigalign.inputs import fingerprint, make_batches, open_data
 from bigalign.metrics import read_metrics
 
 FLOAT32 = dict(dtype="float32")
@@ -280,3 +282,101 @@ def test_embed_survives_kills(config, tmp_path, monkeypatch, kills):
     np.testing.assert_array_equal(one.samples(rows), two.samples(rows))
     np.testing.assert_allclose(
       one.read(rows).astype(float), two.read(rows).astype(float), rtol=2e-3, atol=1e-4)
+
+
+def losses(workdir):
+  return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_one_side_may_be_stored_while_the_other_is_read(config, tmp_path, side):
+  """The run is that of a frozen tower in the loop."""
+  config["frozen"] = f"{side}_tower/"
+  folders = embed(config, tmp_path / "stores", sides=[side], batch_size=8, dtype="float32")
+  whole = config["data"] | (dict(augment=dict(crop="squash")) if side == "image" else {})
+  train.train(tmp_path / "loop", **config | dict(data=whole))
+  state = train.train(tmp_path / "stored", **with_stores(config, folders))
+  np.testing.assert_allclose(losses(tmp_path / "loop"), losses(tmp_path / "stored"), rtol=1e-5)
+  other = {"image": "text", "text": "image"}[side]
+  assert any(path.startswith(f"model/{other}_tower/") for path in state.trainable)
+  digests = {fingerprint(*open_data(**c["data"])) for c in (config, with_stores(config, folders))}
+  assert len(digests) == 2  # a run does not go on without the store
+
+
+def test_facets_of_a_caption_are_drawn_from_their_stores(config, tmp_path):
+  """Several stored vectors of each image, and a second one of another kind."""
+  opened = open_source(config["data"]["source"])
+  ids = np.array([sample_id(opened[i]["key"]) for i in range(COUNT)], np.uint64)
+  place, header = np.arange(COUNT, dtype=np.uint64), dict(side="text", dtype="float32", width=5)
+  for name, facets in (("first", 3), ("second", 1)):
+    store_writer.begin(tmp_path / name, header)
+    store_writer.claim(
+      tmp_path / name, name, COUNT, name, batch_size=COUNT, batches=1, write=True)
+    rows = np.repeat(np.stack([ids, place], 1), facets, 0)
+    vectors = np.zeros((COUNT * facets, 5), np.float32)
+    vectors[:, 0], vectors[:, 1] = rows[:, 1], np.tile(np.arange(facets), COUNT)
+    vectors[:, 2] = name == "second"
+    store_writer.write(tmp_path / name, 0, vectors, rows)
+    store_writer.finish(tmp_path / name, captions=True)
+  for second, other in ((tmp_path / "second", 1), (tmp_path / "first", 0)):
+    data = config["data"] | dict(stores=dict(text=str(tmp_path / "first"), second=str(second)))
+    source, reading = open_data(**data)
+    with contextlib.closing(make_batches(
+        source, reading, rejected_log="", batch_size=COUNT, rows=range(COUNT), seed=0, start=0,
+        stop=COUNT)) as batches:
+      (batch,) = batches
+    assert batch["image"].shape == (COUNT, 16, 16, 3) and batch["text_mask"].shape == (COUNT, 1)
+    for name in ("text", "text_second"):
+      np.testing.assert_array_equal(batch[name][:, 0], batch["image_id"][:, 1])
+    assert set(batch["text"][:, 1]) == {0, 1, 2} and set(batch["text_second"][:, 2]) == {other}
+    np.testing.assert_array_equal(batch["text_id"][:, 1] % 8, batch["text"][:, 1])
+    if not other:
+      assert (batch["text"][:, 1] != batch["text_second"][:, 1]).all()
+
+
+def test_samples_that_a_store_lacks_are_rejected(config, tmp_path):
+  half = config["data"] | dict(source=str(tmp_path / "0.tar"))
+  folders = embed(config | dict(data=half), tmp_path / "stores", sides=["text"], batch_size=8)
+  config["frozen"] = "text_tower/"
+  with pytest.raises(ValueError, match=r"1\.tar: sample .* cannot be used \({'no_vector': 8}\)"):
+    train.train(tmp_path / "run", **with_stores(config, folders))
+  changes = dict(stop_at_bad_shard=False, rejects=dict(stop=1.0))
+  train.train(tmp_path / "all", **with_stores(config, folders, **changes))
+  assert read_metrics(tmp_path / "all")[-1]["train/rejected_no_vector"] > 6
+  line = json.loads((tmp_path / "all" / "rejected-00000.jsonl").read_text().splitlines()[0])
+  assert line["reason"] == "no_vector" and str(folders["text"]) in line["detail"]
+
+
+@pytest.mark.parametrize("change, message", [
+  (dict(captions=("txt",)), r"config\.data\.captions has no effect on what is in .*stores"),
+  (dict(stores=dict(text="", second="x")), "take image or text, or text and second"),
+  (dict(stores=dict(keep="x")), r"config\.data\.stores.*keep"),
+  (dict(source=""), "needs either source or mixture"),
+])
+def test_what_stores_of_one_side_cannot_do(config, tmp_path, change, message):
+  folders = embed(config, tmp_path / "stores", sides=["text"], batch_size=8)
+  stores = dict(text=str(folders["text"])) | change.pop("stores", {})
+  with pytest.raises((ValueError, TypeError), match=message):
+    open_data(**config["data"] | dict(stores=stores) | change)
+
+
+def test_tokens_are_stored_for_projectors_that_read_them(config, tmp_path):
+  config["model"] |= dict(
+    image_projector=dict(name="patches_and_class", dropout=0.0),
+    text_projector=dict(name="tokens", dropout=0.0))
+  folders = embed(config, tmp_path / "stores", batch_size=8, dtype="float32", tokens=True)
+  image, text = (Store(folders[side]) for side in ("image", "text"))
+  assert image.shape == (1 + 16, 12) and text.shape == (1 + 6, 8)
+  assert not list(image.verify()) and not list(text.verify())
+  whole = config["data"] | dict(augment=dict(crop="squash"))
+  train.train(tmp_path / "loop", **config | dict(data=whole))
+  train.train(tmp_path / "stored", **with_stores(config, folders))
+  np.testing.assert_allclose(losses(tmp_path / "loop"), losses(tmp_path / "stored"), rtol=1e-5)
+  pooled = embed(config, tmp_path / "pooled", batch_size=8)
+  with pytest.raises(ValueError, match=r"this projector reads tokens.* embed with --tokens"):
+    train.train(tmp_path / "none", **with_stores(config, pooled))
+  config["model"]["text"] = dict(name="features", width=8, tokens=6)
+  train.train(tmp_path / "place", **with_stores(config, folders))
+  assert len(losses(tmp_path / "place")) == 6
+  with pytest.raises(ValueError, match="one vector of all tokens"):
+    embed(config, tmp_path / "none", projected=True, tokens=True)

@@ -18,9 +18,9 @@ from bigalign.data.store import Store
 from bigalign.data.workers import Batches, iterate
 
 
-def has_stores(stores: Mapping[str, Any] | None) -> bool:
-  """Whether config.data.stores names any."""
-  return any((stores or {}).get(name) for name in ("image", "text"))
+def stored_sides(stores: Mapping[str, Any] | None) -> set[str]:
+  """The sides, "image" and "text", that config.data.stores names a store of."""
+  return {name for name in ("image", "text") if (stores or {}).get(name)}
 
 
 class Pairs:
@@ -50,6 +50,7 @@ class Pairs:
     if kept is not None and not len(self):
       raise ValueError(f"config.data.stores.keep={keep!r}: none of its {len(kept)} ids is in"
                        f" {self.image.folder}; are they of these samples?")
+    self.sides = {"image": [self.image], "text": texts}
     names = [store.fingerprint for store in (self.image, *texts)]
     names += [hashlib.sha256(kept.tobytes()).hexdigest()] if kept is not None else []
     self.fingerprint = hashlib.sha256(" ".join(names).encode()).hexdigest()[:32]

@@ -20,6 +20,8 @@ from bigalign.data.decode import decode
 from bigalign.data.mixture import Order
 from bigalign.data.rejects import REASONS, Rejected, write_down
 from bigalign.data.sources import Source, where
+from bigalign.data.store import Store
+from bigalign.data.stored import Stored
 from bigalign.data.tokenizers import Tokenizer, make_tokenizer
 from bigalign.data.workers import Batches, iterate
 
@@ -70,6 +72,7 @@ def train_batches(
     rejected_log: str = "",
     stop_at_bad_shard: bool = True,
     apply_exif: bool = False,
+    stored: Stored | None = None,
 ) -> Batches:
   """This host's rows of the global batches from position `start` on; endless without `stop`.
 
@@ -87,6 +90,7 @@ def train_batches(
   stop_at_bad_shard   raise if a sample of a shard and PROBES others spread over it are all rejected
 
   apply_exif          of decode.decode
+  stored              the stores of one side, whose `image` or `text` is then [b, D]
 
   A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
   by reason, one count per sample tried. `repaired` counts the captions of a row, one or two, that
@@ -98,7 +102,7 @@ def train_batches(
       image_size=image_size, tokenizer=tokenizer, start=start, augment=augment or {},
       places=places, captions=captions, second_captions=second_captions,
       captions_per_image=captions_per_image, stop=stop, rejected_log=rejected_log,
-      stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif, workers=workers)
+      stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif, workers=workers, stored=stored)
   return iterate(batches, workers=workers)
 
 
@@ -121,8 +125,9 @@ class Decoded:
   """What train and eval batches share: one decoded sample, and the log of the bad ones."""
 
   def __init__(self, source: Source, *, image_size: int, tokenizer: Mapping[str, Any],
-               rejected_log: str = "", apply_exif: bool = False):
+               rejected_log: str = "", apply_exif: bool = False, stored: Stored | None = None):
     self._source = source
+    self._stored = stored
     self._apply_exif = apply_exif
     self._rejected_log = rejected_log
     self._image_size = image_size
@@ -138,7 +143,9 @@ class Decoded:
     try:
       record = self._source[index]
       key = record["key"]
-      if not decoded:
+      if self._stored:
+        record = self._stored.replace(record)
+      if not decoded or (self._stored and self._stored.image):
         return record
       return {**record, "image": decode(record["image"], shrink=self._shrink,
                                         apply_exif=self._apply_exif)}
@@ -164,9 +171,11 @@ class _TrainBatches(Decoded):
                tokenizer, start: int, augment: Mapping[str, Any], places: Order,
                captions: Columns, second_captions: Columns, captions_per_image: int,
                stop: int | None, rejected_log: str, stop_at_bad_shard: bool, apply_exif: bool,
-               workers: int):
+               workers: int, stored: Stored | None):
     super().__init__(source, image_size=image_size, tokenizer=tokenizer, rejected_log=rejected_log,
-                     apply_exif=apply_exif)
+                     apply_exif=apply_exif, stored=stored)
+    self._images = stored.image if stored else None
+    self._texts, self._seconds = (stored.text, stored.second) if stored else (None, None)
     self._stop_at_bad_shard = stop_at_bad_shard
     self._probed: set[str] = set()
     self._batch_size = batch_size
@@ -195,32 +204,44 @@ class _TrainBatches(Decoded):
     indices = self._places(positions)
     self._prefetch(k, indices)
     b, size = len(positions), self._image_size
-    images = np.empty((b, size, size, 3), np.uint8)
+    images = np.empty(b, np.int64) if self._images else np.empty((b, size, size, 3), np.uint8)
     labels = np.empty(b, np.int32)
     image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
     rejects = np.zeros((b, len(REASONS)), np.int32)
-    texts: list[str] = []
-    seconds: list[str] = []
+    texts: list[Any] = []  # or numbers of rows, of stored ones
+    seconds: list[Any] = []
     for r in range(b):
       position = int(positions[r])
       index, record, captions = self._usable(position, int(indices[r]), rejects=rejects[r])
       rng = order.philox(self._seed, position)
       every = [text for column in captions.values() for text in column]
       ordinal = choose(captions, self._captions, rng)
-      images[r] = transforms.train_image(record["image"], rng, size=size, **self._augment)
+      images[r] = record["image"] if self._images else transforms.train_image(
+          record["image"], rng, size=size, **self._augment)
       texts.append(every[ordinal])
       if self._second_captions:
         seconds.append(every[choose(captions, self._second_captions, rng, but=ordinal)])
       labels[r] = record["label"]
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
-    text, mask = self._tokenizer.encode_batch(texts)
-    batch = dict(image=images, text=text, text_mask=mask, image_id=words(image_ids),
-                 text_id=words(text_ids), label=labels, rejects=rejects, repaired=repaired(texts),
+    text, mask, mended = self._encoded(texts, self._texts)
+    batch = dict(image=self._images.read(images) if self._images else images, text=text,
+                 text_mask=mask, image_id=words(image_ids), text_id=words(text_ids), label=labels,
+                 rejects=rejects, repaired=mended,
                  source=self._places.source_of(indices).astype(np.int32))
     if self._second_captions:
-      batch["text_second"], batch["text_second_mask"] = self._tokenizer.encode_batch(seconds)
-      batch["repaired"] += repaired(seconds)
+      batch["text_second"], batch["text_second_mask"], mended = self._encoded(
+          seconds, self._seconds)
+      batch["repaired"] += mended
     return batch
+
+  def _encoded(
+      self, texts: Sequence[Any], store: Store | None
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [b, L], or stored vectors [b, D]; their mask; which were repaired, [b]."""
+    if store is None:
+      return *self._tokenizer.encode_batch(texts), repaired(texts)
+    return (store.read(np.array(texts)), np.ones((len(texts), 1), bool),
+            np.zeros(len(texts), np.int32))
 
   def _positions(self, k: int) -> np.ndarray:
     return self._start + k * self._batch_size + self._rows

@@ -22,6 +22,7 @@ REASONS = (
     "too_large",     # more pixels than max_pixels
     "no_caption",    # none of the caption fields is there and not blank
     "bad_metadata",  # a .json or .cls member that cannot be read
+    "no_vector",     # the embedding store that is read beside the source has no row of it
 )
 
 

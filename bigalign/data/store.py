@@ -2,7 +2,8 @@
 
 A store is a folder. While it is written it holds, for each piece of the source and each process,
 
-  00012.3-of-8.vectors.npy   [N, D] float16, float32, or bfloat16 as its 16 bits
+  00012.3-of-8.vectors.npy   [N, D] float16, float32, or bfloat16 as its 16 bits; of towers' tokens
+                             [N, 1 + T, D]: the pooled vector, then the tokens, padding as zeros
   00012.3-of-8.samples.npy   [N, 2] uint64: the id of each row's sample, and its place in the source
   00012.3-of-8.labels.npy    [N] int32, of images: the label of each, -1 for none
   00012.3-of-8.json          rows, sums of the files, and what was left out; written last
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import resource
@@ -58,6 +60,18 @@ def check_header(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:
                      " another folder, or use what they were made with.")
 
 
+def row_shape(header: Mapping[str, Any]) -> tuple[int, ...]:
+  """(D,), or (1 + T, D) where the header says of how many `tokens`."""
+  tokens = header.get("tokens", 0)
+  return (1 + tokens, header["width"]) if tokens else (header["width"],)
+
+
+def finite(vectors: np.ndarray) -> np.ndarray:
+  """[N, ...] of any dtype of DTYPES → [N] bool: which rows hold neither NaN nor infinity."""
+  whole = np.isfinite(vectors.astype(np.float32))
+  return np.asarray(whole.all(tuple(range(1, vectors.ndim))))
+
+
 class Store:
   """A store that is whole, read only. Picklable: paths only, files are mapped on first use.
 
@@ -84,6 +98,7 @@ class Store:
     self._firsts = np.cumsum([0, *(file["rows"] for file in self._files)])
     self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     self.dtype, self.width = DTYPES[self.header["dtype"]], self.header["width"]
+    self.shape = row_shape(self.header)
     self._mapped = Recent(self._map, room=OPEN)
     self._sorted = Recent(self._map_index, room=2)  # stays: its files may go after two appends
 
@@ -94,8 +109,8 @@ class Store:
     return f"Store({str(self.folder)!r})"
 
   def read(self, rows: np.ndarray) -> np.ndarray:
-    """[N] → [N, D], in the store's dtype."""
-    return self._gather("vectors", rows, np.empty((len(rows), self.width), self.dtype))
+    """[N] → [N, D], or [N, 1 + T, D], in the store's dtype."""
+    return self._gather("vectors", rows, np.empty((len(rows), *self.shape), self.dtype))
 
   def samples(self, rows: np.ndarray) -> np.ndarray:
     """[N] → [N, 2] uint64: the id of each row's sample, and its place in what was embedded."""
@@ -147,9 +162,10 @@ class Store:
   def _not_finite(self, number: int) -> Iterator[str]:
     """About the rows of a file that hold NaN or infinity."""
     first, end = (int(x) for x in self._firsts[number:number + 2])
-    for start in range(first, end, 1 << 16):
-      rows = np.arange(start, min(start + (1 << 16), end))
-      bad = rows[~np.isfinite(self.read(rows).astype(np.float32)).all(1)]
+    step = max(1, (1 << 26) // math.prod(self.shape))
+    for start in range(first, end, step):
+      rows = np.arange(start, min(start + step, end))
+      bad = rows[~finite(self.read(rows))]
       if len(bad):
         places = self.samples(bad[:8])[:, 1].tolist()
         yield (f"{self._files[number]['stem']}: {len(bad)} rows hold NaN or infinity, of samples"

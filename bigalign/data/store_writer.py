@@ -92,13 +92,14 @@ def write(folder: pathlib.Path, piece: int, vectors: np.ndarray, samples: np.nda
           left_out: Mapping[str, int] | None = None) -> None:
   """Writes this process's rows of a piece.
 
-  vectors [N, D] of store.DTYPES; samples [N, 2] uint64; labels [N] int32, of images; left_out  how
-  many samples, by reason.
+  vectors [N, D], or [N, 1 + T, D], of store.DTYPES; samples [N, 2] uint64; labels [N] int32, of
+  images; left_out  how many samples, by reason.
   """
   header = json.loads((folder / "header.json").read_text())
-  if (vectors.dtype, vectors.shape[1:]) != (store.DTYPES[header["dtype"]], (header["width"],)):
-    raise ValueError(f"{folder} holds vectors of {header['dtype']}, {header['width']} wide; got"
-                     f" {vectors.dtype} {vectors.shape}")
+  shape = store.row_shape(header)
+  if (vectors.dtype, vectors.shape[1:]) != (store.DTYPES[header["dtype"]], shape):
+    raise ValueError(f"{folder} holds rows {shape} of {header['dtype']}; got {vectors.dtype}"
+                     f" {vectors.shape}")
   stem = f"{piece:05}.{part}-of-{parts}"
   bits = vectors.view(np.uint16) if vectors.dtype == store.DTYPES["bfloat16"] else vectors
   (folder / f"{stem}.json").unlink(missing_ok=True)  # what it says will not be so any more

@@ -12,21 +12,23 @@ class Features(nn.Module):
   """See `features`."""
 
   width: int
+  tokens: int = 0
 
   def __call__(
     self, x: jax.Array, mask: jax.Array | None = None, train: bool = False
   ) -> base.TowerOutput:
-    """Never called: the model takes stored vectors [B, D] past its towers."""
+    """Never called: the model takes stored vectors past its towers."""
     raise ValueError(
       f"a tower 'features' takes stored vectors, [B, {self.width}], and got {x.dtype} {x.shape}:"
       " nobody here can embed anything new"
     )
 
 
-def features(*, width: int) -> Features:
+def features(*, width: int, tokens: int = 0) -> Features:
   """The place of a tower whose vectors come from a store (config.data.stores), made elsewhere.
 
   Args:
     width: D of the vectors.
+    tokens: how many a row of the store holds behind its pooled vector; 0: rows are [D].
   """
-  return Features(width)
+  return Features(width, tokens)
