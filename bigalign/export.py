@@ -21,11 +21,12 @@ from PIL import Image
 from bigalign import config as configs
 from bigalign import export_card as card
 from bigalign import export_check, runtime, tree
-from bigalign.data import transforms
+from bigalign.data import store, transforms
 from bigalign.evaluate import Run, open_run
 from bigalign.export_formats import FORMATS, Files, prepare
 from bigalign.inputs import open_tokenizer
 from bigalign.model import make_model
+from bigalign.towers.features import Features
 from bigalign.weights import safetensors
 from bigalign.weights.fit import Subject
 from bigalign.weights.tokenizer_files import SAMPLES
@@ -59,7 +60,8 @@ def subject(run: Run, ema: bool = False) -> Subject:
   params = run.ema if ema else run.params
   model = dict(run.config["model"])
   for side in ("image", "text"):
-    model[side] = {**model[side], "dtype": "float32"}
+    if model[side]["name"] != "features":
+      model[side] = {**model[side], "dtype": "float32"}
   arrays = {k: np.asarray(x).astype(np.float32) for k, x in tree.subtree(params, "model/").items()}
   return Subject(
     configs.call(make_model, model, "config.model"),
@@ -92,13 +94,20 @@ def _variables(it: Subject) -> dict[str, Any]:
   return {"params": tree.unflatten({k: x for k, x in it.arrays.items() if "/" in k})}
 
 
-def logits(it: Subject, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
-  """[N, M] float32: of N pictures and M texts, by our own way from pixels and letters."""
+def logits(
+  it: Subject, images: Sequence[np.ndarray], texts: Sequence[str] | np.ndarray
+) -> np.ndarray:
+  """[N, M] float32: of N pictures and M texts, by our own way from pixels and letters.
+
+  Where the text tower is a place for vectors, texts are such, [M, D] or [M, 1 + T, D].
+  """
   size, resize = it.data["image_size"], it.data.get("resize", "squash")
   image = np.stack([transforms.eval_image(x, size=size, resize=resize) for x in images])
-  ids, mask = it.tokenizer.encode_batch(texts)
+  read = texts if isinstance(texts, np.ndarray) else it.tokenizer.encode_batch(texts)
   with jax.default_matmul_precision("highest"):
-    feats = jax.jit(it.model.apply)(_variables(it), image, ids, mask)
+    feats = jax.jit(it.model.apply)(
+      _variables(it), image, *((read,) if isinstance(read, np.ndarray) else read)
+    )
   cosines = np.asarray(feats["zimg"]) @ np.asarray(feats["ztxt"]).T
   return np.exp(it.arrays["t"]) * cosines + it.arrays.get("b", np.float32(0))
 
@@ -154,13 +163,18 @@ def _write(folder: pathlib.Path, made: Files, it: Subject, what: str) -> None:
       np.savez(folder / name, **arrays)
     else:
       safetensors.save(folder / name, arrays.items(), format="pt")
-  samples: dict[str, Any] = {"texts": np.asarray(SAMPLES)}
+  texts: Any = SAMPLES
+  if isinstance(it.model.text_tower, Features):
+    row = store.row_shape(dict(
+      width=it.model.text_tower.width, tokens=it.model.text_tower.tokens))
+    texts = np.random.default_rng(0).standard_normal((4, *row)).astype(np.float32)
+  samples: dict[str, Any] = {"texts": np.asarray(texts)}
   if what == "embeddings":
     samples[what] = embeddings(it, SAMPLES)
   else:
     images = pictures()
     samples |= {f"image_{i}": x for i, x in enumerate(images)}
-    samples[what] = logits(it, images, SAMPLES)
+    samples[what] = logits(it, images, texts)
   np.savez(folder / export_check.SAMPLES, **samples)
 
 

@@ -9,6 +9,7 @@ from bigalign.evaluate import Run
 from bigalign.export_check import READERS
 from bigalign.export_formats import Files
 from bigalign.metrics import read_metrics
+from bigalign.towers.features import Features
 from bigalign.weights.fit import Subject, hides_padding, pads_unseen
 
 _HF = """```python
@@ -75,6 +76,25 @@ def facts(run: Run, kind: str, family: str, ema: bool) -> dict[str, Any]:
   }
 
 
+def _where(data: dict[str, Any]) -> str:
+  """The sources of config.data."""
+  names = [part["source"] for part in data.get("mixture", ())] or [data["source"]]
+  return ", ".join(f"`{name}`" for name in names)
+
+
+def _padding(data: dict[str, Any], it: Subject) -> str:
+  """What is to know of the padding of texts."""
+  if isinstance(it.model.text_tower, Features):
+    return ""
+  return (
+    "any padding will do, the end of a text is read and nothing sees what is behind it."
+    if pads_unseen(it) else
+    f"the model was trained on texts of exactly {data['tokenizer']['length']} tokens, padding"
+    + (" hidden by the attention mask." if hides_padding(it) else
+       " seen; an attention mask would change the embeddings.")
+  )
+
+
 def text(
   about: dict[str, Any], made: Files, it: Subject, license: str, found: float | None
 ) -> str:
@@ -92,29 +112,24 @@ def text(
     k.removeprefix("ema/"): x for k, x in about["metrics"].items()
     if k.startswith("ema/") == about["ema"]
   }
-  padding = (
-    "any padding will do, the end of a text is read and nothing sees what is behind it."
-    if pads_unseen(it) else
-    f"the model was trained on texts of exactly {data['tokenizer']['length']} tokens, padding"
-    + (" hidden by the attention mask." if hides_padding(it) else
-       " seen; an attention mask would change the embeddings.")
-  )
   rows = [
     ("trained by", f"bigalign {about['revision']}"),
     ("model", made.family + (", averaged parameters" if prefix else "")),
-    ("data", f"`{data['source']}` ({about['dataset_size']:,} samples, {about['data']})"),
+    ("data", f"{_where(data)} ({about['dataset_size']:,} samples, {about['data']})"),
     ("loss", ", ".join(about["config"]["loss"])),
     ("steps", f"{about['step']:,} of batch {about['config']['batch_size']:,}"),
     ("samples seen", f"{about['samples_seen']:,}"),
     ("images", f"{data['image_size']} pixels, {data.get('resize', 'squash')}"),
-    ("texts", f"{data['tokenizer']['name']}, {data['tokenizer']['length']} tokens"),
+    ("texts", f"vectors, {it.model.text_tower.width} wide, that another program makes"
+     if isinstance(it.model.text_tower, Features) else
+     f"{data['tokenizer']['name']}, {data['tokenizer']['length']} tokens"),
     (what, "not compared" if found is None else
      f"differ from the run's by {found:.1e} of the largest at most"),
   ]
   parts = [
     "---", *head, "---", "", f"# {title}", "", "| | |", "|---|---|",
     *(f"| {name} | {value} |" for name, value in rows), "",
-    use.replace("DIR", "this folder").replace("{padding}", padding),
+    use.replace("DIR", "this folder").replace("{padding}", _padding(data, it)),
     "## Measured", "",
     *(["| metric | value |", "|---|---|", *(f"| {k} | {x:.4g} |" for k, x in measured.items())]
       if measured else ["Nothing at this step."]),

@@ -66,16 +66,19 @@ def pieces_for(model, tmp_path):
   return word_pieces(tmp_path, "[UNK] [PAD]" if model["text"].get("pad") else "[PAD] [UNK]")
 
 
-def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0):
+def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale=0.3):
   """A run at step 3, with parameters of random numbers."""
   data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize=resize)
   config = configs.plain(dict(seed=0, batch_size=4, data=data, model=model, loss=loss, evals={}))
   made = make_model(**model)
-  ids = jnp.zeros((1, tokenizer["length"]), jnp.int32)
-  shapes = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8), ids)
+  text = jnp.zeros((1, tokenizer["length"]), jnp.int32)
+  if model["text"]["name"] == "features":
+    tokens = model["text"].get("tokens", 0)
+    text = jnp.zeros((1, *([1 + tokens] if tokens else []), model["text"]["width"]))
+  shapes = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8), text)
   rng = np.random.default_rng(seed)
   params = {
-    path: 0.3 * rng.standard_normal(x.shape).astype(np.float32) + path.endswith("/scale")
+    path: scale * rng.standard_normal(x.shape).astype(np.float32) + path.endswith("/scale")
     for path, x in tree.flatten(shapes["params"], "model/").items()
   }
   for name in loss:
@@ -171,7 +174,7 @@ def test_padding_is_one_token_in_all_files_of_bert(first, pad, skip, asked, tmp_
 
 @pytest.mark.parametrize("changes, reason", [
   (dict(pool="mean"), "config.model.text.pool='mean', there 'pooler'"),
-  (dict(pool="mean"), "Formats that can: sentence-transformers (the text side)"),
+  (dict(pool="mean"), "Formats that can: torch, sentence-transformers (the text side)"),
   (dict(unit=True), "config.model.text.unit=True, there False"),
   (dict(types=0), "config.model.text.types=0, there 1"),
   (dict(buckets=32), "pad_token_id: 0; MPNet pads with 1"),

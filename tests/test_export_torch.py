@@ -214,6 +214,32 @@ def test_the_torch_module_holds_what_others_cannot(name, libraries, tmp_path):
     export_check.difference(out)
 
 
+_VIT, _MOBILE = dict(name="vit", patch=8, pool="cls", **test_export.SIZE), dict(name="mobilenet_v2")
+PAIRS = {
+  "patches": (_VIT, test_export.BERT["text"], "patches_and_class", "tokens"),
+  "photos": (_MOBILE, test_export.MPNET["text"] | dict(pool="mean"), "residual", "residual"),
+  "roberta": (_MOBILE, test_export.ROBERTA["text"] | dict(unit=True), "gated", "tokens"),
+  "vectors": (_VIT, dict(name="features", width=12), "linear", "gated"),
+  "token_vectors": (_VIT, dict(name="features", width=12, tokens=5), "linear", "tokens"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_torch_module_holds_frozen_pairs(name, libraries, tmp_path):
+  image, text, *projectors = PAIRS[name]
+  model = dict(
+    image=image, text=dict(text), embed_dim=16,
+    **{f"{side}_projector": dict(name=x) for side, x in zip(("image", "text"), projectors)},
+  )
+  run = test_export.make_run(
+    tmp_path, model, test_export.SIGLIP_LOSS, test_export.pieces_for(model, tmp_path),
+    scale=0.3 if image is _VIT else 0.1,  # 52 layers of larger ones only magnify rounding
+  )
+  out, found = export.export(run, "torch", tmp_path / "out")
+  assert found is not None and found <= TOLERANCE
+  assert (out / "tokenizer.json").exists() == ("vectors" not in name)
+
+
 @pytest.mark.parametrize("name", ["clip", "plain"])
 def test_open_clip_loads_a_run(name, runs, plain, libraries, data_root, tmp_path):
   """With the bias of a sigmoid loss, without the norm before the blocks, by its own tokenizer."""
