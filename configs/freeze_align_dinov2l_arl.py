@@ -4,7 +4,8 @@
   bigalign train --config=configs/freeze_align_dinov2l_arl.py \
     --config.data.source='/data/{00000..01699}.tar'
 
-https://arxiv.org/abs/2409.19425. The towers are in the loop, since every token is projected. As
+https://arxiv.org/abs/2409.19425. The towers are in the loop, since every token is projected and the
+images are augmented; stores of `bigalign embed --tokens` can stand in for either. As
 released but for this: negatives come from the whole batch, there from the 1,800 of one GPU; the
 text tower is without its dropout; RandAugment is torchvision's; the temperature is learned by its
 logarithm, not below 0.01, and does not decay; the learning rate rises and falls without stairs.

@@ -303,23 +303,26 @@ def test_one_side_may_be_stored_while_the_other_is_read(config, tmp_path, side):
   assert len(digests) == 2  # a run does not go on without the store
 
 
-def test_facets_of_a_caption_are_drawn_from_their_stores(config, tmp_path):
-  """Several stored vectors of each image, and a second one of another kind."""
+def facets(config, folder, count):
+  """A store of `count` vectors of each sample: its number, that of the vector, zeros."""
   opened = open_source(config["data"]["source"])
   ids = np.array([sample_id(opened[i]["key"]) for i in range(COUNT)], np.uint64)
-  place, header = np.arange(COUNT, dtype=np.uint64), dict(side="text", dtype="float32", width=5)
-  for name, facets in (("first", 3), ("second", 1)):
-    store_writer.begin(tmp_path / name, header)
-    store_writer.claim(
-      tmp_path / name, name, COUNT, name, batch_size=COUNT, batches=1, write=True)
-    rows = np.repeat(np.stack([ids, place], 1), facets, 0)
-    vectors = np.zeros((COUNT * facets, 5), np.float32)
-    vectors[:, 0], vectors[:, 1] = rows[:, 1], np.tile(np.arange(facets), COUNT)
-    vectors[:, 2] = name == "second"
-    store_writer.write(tmp_path / name, 0, vectors, rows)
-    store_writer.finish(tmp_path / name, captions=True)
-  for second, other in ((tmp_path / "second", 1), (tmp_path / "first", 0)):
-    data = config["data"] | dict(stores=dict(text=str(tmp_path / "first"), second=str(second)))
+  store_writer.begin(folder, dict(side="text", dtype="float32", width=5))
+  store_writer.claim(
+    folder, folder.name, COUNT, folder.name, batch_size=COUNT, batches=1, write=True)
+  rows = np.repeat(np.stack([ids, np.arange(COUNT, dtype=np.uint64)], 1), count, 0)
+  vectors = np.zeros((COUNT * count, 5), np.float32)
+  vectors[:, 0], vectors[:, 1] = rows[:, 1], np.tile(np.arange(count), COUNT)
+  store_writer.write(folder, 0, vectors, rows)
+  store_writer.finish(folder, captions=True)
+  return str(folder)
+
+
+def test_facets_of_a_caption_are_drawn_from_their_stores(config, tmp_path):
+  """Several stored vectors of each image, and a second one of another kind."""
+  first, other = (facets(config, tmp_path / name, n) for name, n in (("first", 3), ("other", 1)))
+  for second in (other, first):
+    data = config["data"] | dict(stores=dict(text=first, second=second))
     source, reading = open_data(**data)
     with contextlib.closing(make_batches(
         source, reading, rejected_log="", batch_size=COUNT, rows=range(COUNT), seed=0, start=0,
@@ -328,10 +331,25 @@ def test_facets_of_a_caption_are_drawn_from_their_stores(config, tmp_path):
     assert batch["image"].shape == (COUNT, 16, 16, 3) and batch["text_mask"].shape == (COUNT, 1)
     for name in ("text", "text_second"):
       np.testing.assert_array_equal(batch[name][:, 0], batch["image_id"][:, 1])
-    assert set(batch["text"][:, 1]) == {0, 1, 2} and set(batch["text_second"][:, 2]) == {other}
-    np.testing.assert_array_equal(batch["text_id"][:, 1] % 8, batch["text"][:, 1])
-    if not other:
-      assert (batch["text"][:, 1] != batch["text_second"][:, 1]).all()
+    drawn, again = (batch[name][:, 1] for name in ("text", "text_second"))
+    assert set(drawn) == {0, 1, 2} and set(again) == ({0} if second == other else {0, 1, 2})
+    np.testing.assert_array_equal(batch["text_id"][:, 1] % 8, drawn)
+    assert second == other or (drawn != again).all()
+
+
+def test_flame_learns_images_from_stored_facets(config, tmp_path):
+  """configs/flame_b16.py, but for the sizes, the source and the number of steps."""
+  shipped = load("flame_b16").to_dict()
+  shipped["data"] |= dict(
+    source=config["data"]["source"], image_size=16, workers=0,
+    stores=dict(text=facets(config, tmp_path / "facets", 3)))
+  shipped["model"] |= dict(
+    image=shipped["model"]["image"] | dict(patch=8, width=16, depth=1, heads=2),
+    text=dict(name="features", width=5), embed_dim=4)
+  shipped["optimizer"]["warmup"] = 0
+  shipped |= {k: config[k] for k in ("total_steps", "batch_size", "log_every", "writer")}
+  state = train.train(tmp_path / "run", **shipped)
+  assert len(losses(tmp_path / "run")) == 6 and not state.frozen
 
 
 def test_samples_that_a_store_lacks_are_rejected(config, tmp_path):

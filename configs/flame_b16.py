@@ -1,0 +1,55 @@
+"""After FLAME: a B/16 learns from the stored vectors that a large language model makes of captions.
+
+  export STORES=/stores/flame
+  bigalign train --config=configs/flame_b16.py --config.data.source='/data/{00000..01499}.tar'
+
+https://arxiv.org/abs/2411.11927. The language model stays as it is and reads each long caption
+behind several prompts, each of which asks for another facet: entities, interactions, the scene.
+$STORES/facets holds what it makes of them, 5,120 wide (Mistral-Nemo), the facets of an image as
+rows of one sample; docs/frozen.md tells how another program writes such a store. An image meets one
+of its facets in each step, drawn at random; sizes, loss and schedule are CLIP's, and not FLAME's.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+  c = ConfigDict()
+  c.seed = 0
+  c.total_steps = 60_000  # x 8,192: 32 epochs of 15 million images
+  c.batch_size = 8_192
+  c.log_every = 50
+  c.checkpoint_every = 1_000
+  c.diagnose_every = 0
+  c.eval_every = 0
+  c.ema = 0.0
+  c.frozen = ""
+
+  c.data = dict(
+    source="/data/{00000..01499}.tar",
+    stores=dict(image="", text="$STORES/facets", second=""),
+    image_size=224,
+    tokenizer=dict(name="byte", length=2),  # nobody here embeds a text
+    augment=dict(crop="random_resized", scale=(0.4, 1.0), flip=0.5),
+    resize="shortest",
+    workers=16,
+  )
+  c.model = dict(
+    image=dict(name="vit", variant="B", patch=16, pool="cls", remat="dots"),
+    text=dict(name="features", width=5_120),
+    embed_dim=768,
+    image_projector=dict(name="linear"),
+    text_projector=dict(name="linear"),
+  )
+  c.loss = dict(clip=dict(weight=1.0))
+  c.logits = dict(way="auto", dtype="float32")
+  c.microbatches = 1
+  c.optimizer = dict(
+    name="adamw", lr=5e-4, b2=0.98, schedule="cosine", warmup=2_000, weight_decay=0.2,
+    clip_norm=1.0,
+  )
+  c.evals = dict()
+  c.keep = dict(last=2)
+  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.topology = "v5e:8x8"
+  return c
