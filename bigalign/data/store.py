@@ -50,7 +50,7 @@ def sample_id(key: str) -> int:
 
 def check_header(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:
   """Raises ValueError if the vectors in a store are not what `expected` says."""
-  found = json.loads((folder / "header.json").read_text())
+  found = dict(tokens=0) | json.loads((folder / "header.json").read_text())
   wanted = json.loads(json.dumps(expected))
   differ = [name for name in wanted if found.get(name) != wanted[name]]
   if differ:
