@@ -63,17 +63,14 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   """One point for each pair: what ridge regression foretells, and what training reaches."""
   figure = Figure(figsize=(5.5, 3.8), layout="constrained", dpi=120)
   axes = figure.add_subplot()
-  for text, marker in zip(TEXT, "os"):
-    some = [row for row in rows if row["text"] == text]
-    axes.scatter([row["ridge"] for row in some], [row["trained"] for row in some], marker=marker,
-                 label=text)
-    for row in some:
-      axes.annotate(row["image"], (row["ridge"], row["trained"]), xytext=(6, -3), fontsize=7,
-                    textcoords="offset points")
+  for (image, colour), (text, marker) in itertools.product(
+      zip(IMAGE, ("C0", "C1", "C2", "C3")), zip(TEXT, "os")):
+    (row,) = (row for row in rows if (row["image"], row["text"]) == (image, text))
+    axes.scatter(row["ridge"], row["trained"], marker=marker, color=colour,
+                 label=f"{image}, {text}")
   axes.set_xlabel("ridge regression, held-out training photos, R@5")
   axes.set_ylabel("trained projectors, text to image R@5")
-  axes.margins(x=0.2)
-  axes.legend(fontsize=8, frameon=False, loc="upper left")
+  axes.legend(fontsize=7, frameon=False, loc="upper left")
   figure.savefig(path)
 
 
