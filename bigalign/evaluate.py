@@ -15,7 +15,7 @@ import rich.table
 from absl import logging
 
 from bigalign import config as configs
-from bigalign import runtime, sharding
+from bigalign import runtime, sharding, survival
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints
 from bigalign.data.patterns import expand_shards
@@ -179,7 +179,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 def run() -> None:
   """The program `bigalign evaluate`."""
-  main()
+  try:
+    main()
+  except Exception as error:
+    survival.leave(error)
 
 
 if __name__ == "__main__":
