@@ -18,11 +18,10 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bigalign import source_flags
@@ -53,7 +52,7 @@ def convert(spec: Spec, out: str, *, records: int = 10_000, short_side: int = 0,
               short_side, quality)
   begun = dict(fingerprint=source.fingerprint, **plan._replace(folder="")._asdict())
   os.makedirs(plan.folder, exist_ok=True)
-  with _alone(plan.folder):
+  with storage.alone(plan.folder, "bigalign convert"):
     done = _resume(plan, json.loads(json.dumps(begun)))
     left = [(plan, n) for n in range(plan.files) if os.path.basename(plan.path(n)) not in done]
     with open(os.path.join(plan.folder, LOG), "a", encoding="utf-8") as log:
@@ -79,21 +78,6 @@ def _caption_names(source: Source, spec: Spec) -> tuple[str, ...]:
     with contextlib.suppress(Rejected):
       return tuple(texts_of(source[i], spec))
   return spec.captions or ()
-
-
-@contextlib.contextmanager
-def _alone(folder: str) -> Iterator[None]:
-  """Raises BlockingIOError if another process converts into the folder; ends with the process."""
-  descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    os.close(descriptor)
-    raise BlockingIOError(f"{folder}: another bigalign convert writes there; wait for it") from None
-  try:
-    yield
-  finally:
-    os.close(descriptor)
 
 
 def _resume(plan: Plan, begun: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from bigalign import command_line, runtime, sharding, survival
 from bigalign import config as configs
-from bigalign.data import evaluation, store, store_writer
+from bigalign.data import evaluation, storage, store, store_writer
 from bigalign.data.pipeline import CAPTIONS_PER_IMAGE
 from bigalign.data.rejects import REASONS
 from bigalign.data.sources import Source
@@ -69,6 +69,7 @@ def embed(
 
   Raises:
     ValueError: if a tower is not all loaded, or a store holds another tower's vectors.
+    BlockingIOError: if another process of this machine embeds into the same folder.
   """
   config = configs.plain(config)
   for side in sides:
@@ -91,24 +92,26 @@ def embed(
   ranges = {}
   fingerprint = _fingerprint(source, data)
   same_on_all_hosts({"data": fingerprint, "headers": towers.headers})
-  for side, folder in folders.items():
-    if jax.process_index() == 0:
-      store_writer.begin(folder, towers.headers[side])
-    ranges[side] = store_writer.claim(
-      folder, fingerprint, len(source), repr(source), batch_size=batch_size, batches=per_piece,
-      write=jax.process_index() == 0,
-    )
-  same_on_all_hosts({"what is there": ranges})
-  multihost_utils.sync_global_devices("claimed")
-  if any(not found.done for found in ranges.values()):
-    _fill(
-      source, towers, folders, ranges, batch_size=batch_size, per_piece=per_piece, data=data,
-    )
-  multihost_utils.sync_global_devices("embedded")
-  for side, folder in folders.items():
-    if jax.process_index() == 0:
-      store_writer.finish(folder, captions=side == "text")
-  multihost_utils.sync_global_devices("stores are whole")
+  with contextlib.ExitStack() as held:
+    for side, folder in folders.items():
+      if jax.process_index() == 0:
+        store_writer.begin(folder, towers.headers[side])
+        held.enter_context(storage.alone(folder, "bigalign embed"))
+      ranges[side] = store_writer.claim(
+        folder, fingerprint, len(source), repr(source), batch_size=batch_size, batches=per_piece,
+        write=jax.process_index() == 0,
+      )
+    same_on_all_hosts({"what is there": ranges})
+    multihost_utils.sync_global_devices("claimed")
+    if any(not found.done for found in ranges.values()):
+      _fill(
+        source, towers, folders, ranges, batch_size=batch_size, per_piece=per_piece, data=data,
+      )
+    multihost_utils.sync_global_devices("embedded")
+    for side, folder in folders.items():
+      if jax.process_index() == 0:
+        store_writer.finish(folder, captions=side == "text")
+    multihost_utils.sync_global_devices("stores are whole")
   return folders
 
 

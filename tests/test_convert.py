@@ -28,6 +28,7 @@ from bigalign.data.decode import decode
 from bigalign.data.pipeline import train_batches
 from bigalign.data.rejects import REASONS, Rejected
 from bigalign.data.sources import Spec, open_source
+from bigalign.data.storage import alone
 
 
 def batches(pattern, captions):
@@ -209,7 +210,7 @@ def test_what_is_in_the_way_is_named(tmp_path):
   assert os.listdir(f"{out}.part") == [program.LOG]
   with pytest.raises(ValueError, match=r"out\.part was begun with short_side=0, now 8\. Finish"):
     convert(Spec(shard), out, records=20, short_side=8)
-  with program._alone(f"{out}.part"), pytest.raises(BlockingIOError, match="another bigalign"):
+  with alone(f"{out}.part", "x"), pytest.raises(BlockingIOError, match="another bigalign"):
     convert(Spec(shard), out, records=20)
   assert convert(Spec(shard), out, records=20)["records"] == 30
   with pytest.raises(FileExistsError, match=f"{out} exists; name a folder that does not"):

@@ -22,6 +22,7 @@ from bigalign import evaluate, train
 from bigalign.data import store_writer
 from bigalign.data.decode import decode
 from bigalign.data.sources import open_source
+from bigalign.data.storage import alone
 from bigalign.data.store import Store, sample_id
 from bigalign.data.transforms import eval_image
 from bigalign.embed import embed
@@ -183,6 +184,13 @@ def test_stores_of_other_towers_are_refused(config, tmp_path, change, message):
   if "there" in message:
     with pytest.raises(ValueError, match=message):
       embed(config, tmp_path / "stores", batch_size=8)
+
+
+def test_two_programs_do_not_embed_into_one_folder(config, tmp_path):
+  folders = embed(config, tmp_path / "stores", batch_size=8)
+  with alone(folders["text"], "x"), pytest.raises(BlockingIOError, match="another bigalign embed"):
+    embed(config, tmp_path / "stores", batch_size=8)
+  embed(config, tmp_path / "stores", batch_size=8)
 
 
 def test_towers_that_nobody_trained_are_not_embedded(config, tmp_path):

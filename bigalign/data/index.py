@@ -24,7 +24,6 @@ number of processes or machines can work and stop and go on; they are merged at 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -179,7 +178,7 @@ def merge(folder: str, place: str) -> None:
   parts = os.path.join(place, PARTS)
   if not os.path.isdir(parts):
     return
-  with _locked(parts):
+  with storage.alone(parts, "bigalign index", wait=True):
     whole = os.path.join(place, FILE)
     fresh = sorted(os.path.join(parts, name) for name in os.listdir(parts)
                    if name.endswith(".index"))
@@ -216,14 +215,3 @@ def _write(path: str, parts: Sequence[Part], write_starts: Callable[[IO[bytes]],
     file.write(HEADER.pack(MAGIC, len(parts), len(tail), sum(part.entries for part in parts)))
     write_starts(file)
     file.write(table.tobytes() + tail)
-
-
-@contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-  """One process at a time; ends with the process that holds it."""
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    yield
-  finally:
-    os.close(descriptor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -60,6 +61,24 @@ def whole(path: str | os.PathLike[str], *, mark: str = "part") -> Iterator[Binar
     file.flush()
     os.fsync(file.fileno())
   half.replace(path)
+
+
+@contextlib.contextmanager
+def alone(folder: str | os.PathLike[str], who: str, *, wait: bool = False) -> Iterator[None]:
+  """One process of this machine at a time in a folder; ends with the process too.
+
+  Raises:
+    BlockingIOError: if another one is there, unless it shall `wait`; `who` says what it may be.
+  """
+  descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      raise BlockingIOError(f"{folder}: another {who} writes there; wait for it") from None
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def own_mark() -> str:
