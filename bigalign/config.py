@@ -72,7 +72,7 @@ def call(function: Callable[..., Any], options: Mapping[str, Any], where: str, *
   if missing:
     raise TypeError(f"{where}: option {missing[0]!r} is missing. Options: {known}")
   for name, value in options.items():
-    if name in parameters and not _fits(value, str(parameters[name].annotation)):
+    if name in parameters and not fits(value, str(parameters[name].annotation)):
       raise TypeError(
         f"{where}.{name}={value!r} is of type {type(value).__name__}; it must be"
         f" {parameters[name].annotation}"
@@ -85,7 +85,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _fits(value: Any, annotation: str) -> bool:
+def fits(value: Any, annotation: str) -> bool:
   """Whether a value is of a plain type such as "int" or "float | None"; any other type passes."""
   kinds = [kind.strip() for kind in annotation.split("|")]
   if not all(kind in _KINDS for kind in kinds):

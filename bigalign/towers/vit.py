@@ -116,6 +116,7 @@ class ViT(nn.Module):
   remat: str
   block: flax.core.FrozenDict[str, Any]  # arguments of base.Block
   dtype: Any
+  grid: tuple[int, int] | None = None  # of the learned positions; None: that of the image
 
   @nn.compact
   def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
@@ -167,12 +168,21 @@ class ViT(nn.Module):
     return base.TowerOutput(pooled, patches)
 
   def _positions(self, rows: int, cols: int) -> jax.Array:
-    """[1, rows * cols, D]."""
+    """[1, rows * cols, D]; learned ones of another grid resampled, antialiased and linear.
+
+    So does FlexiViT, https://arxiv.org/abs/2212.08013, in each step, and NaFlex.
+    """
     if self.positions == "sincos2d":
       return jnp.asarray(sincos2d(rows, cols, self.width))[None]
-    return self.param(
-      "positions", nn.initializers.normal(1 / np.sqrt(self.width)), (1, rows * cols, self.width)
+    down, across = self.grid or (rows, cols)
+    table = self.param(
+      "positions", nn.initializers.normal(1 / np.sqrt(self.width)), (1, down * across, self.width)
     )
+    if (down, across) == (rows, cols):
+      return table
+    square = einops.rearrange(table, "1 (y x) d -> y x d", y=down)
+    square = jax.image.resize(square, (rows, cols, self.width), "linear", antialias=True)
+    return einops.rearrange(square, "y x d -> 1 (y x) d")
 
   def _extra_tokens(self, x: jax.Array, extra: int) -> jax.Array:
     """[B, extra, D]: the class token, which alone can have a position, and the registers."""
