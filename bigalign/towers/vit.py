@@ -44,6 +44,18 @@ def rope(rows: int, cols: int, before: int, width: int, theta: float) -> np.ndar
   return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
+def resampled(table: jax.Array, grid: tuple[int, int], to: tuple[int, int]) -> jax.Array:
+  """Positions [1, n, D] of a grid of n patches for another grid, linear and antialiased: [1, m, D].
+
+  In each step, as FlexiViT does, https://arxiv.org/abs/2212.08013. Those of the same grid stay.
+  """
+  if grid == to:
+    return table
+  square = einops.rearrange(table, "1 (y x) d -> y x d", y=grid[0])
+  square = jax.image.resize(square, (*to, table.shape[-1]), "linear", antialias=True)
+  return einops.rearrange(square, "y x d -> 1 (y x) d")
+
+
 class PatchEmbed(nn.Module):
   """Non-overlapping patches through one linear map, as a product: a strided convolution."""
 
@@ -168,21 +180,14 @@ class ViT(nn.Module):
     return base.TowerOutput(pooled, patches)
 
   def _positions(self, rows: int, cols: int) -> jax.Array:
-    """[1, rows * cols, D]; learned ones of another grid resampled, antialiased and linear.
-
-    So does FlexiViT, https://arxiv.org/abs/2212.08013, in each step, and NaFlex.
-    """
+    """[1, rows * cols, D]."""
     if self.positions == "sincos2d":
       return jnp.asarray(sincos2d(rows, cols, self.width))[None]
     down, across = self.grid or (rows, cols)
     table = self.param(
       "positions", nn.initializers.normal(1 / np.sqrt(self.width)), (1, down * across, self.width)
     )
-    if (down, across) == (rows, cols):
-      return table
-    square = einops.rearrange(table, "1 (y x) d -> y x d", y=down)
-    square = jax.image.resize(square, (rows, cols, self.width), "linear", antialias=True)
-    return einops.rearrange(square, "y x d -> 1 (y x) d")
+    return resampled(table, (down, across), (rows, cols))
 
   def _extra_tokens(self, x: jax.Array, extra: int) -> jax.Array:
     """[B, extra, D]: the class token, which alone can have a position, and the registers."""
