@@ -247,8 +247,8 @@ def vit(
     patch_bias: of the patch stem; CLIP has none.
     pool: "map" (attention pooling, SigLIP), "cls" (a class token), "pooler" (tanh of a linear map
       of it), "mean" of the patches, "cls+mean" (SAIL: one behind the other, 2 D wide).
-    positions: "learned" (for one image size), "sincos2d" (fixed) or "rope" (DINOv3), with
-      frequencies from 1 down to 1 / rope_theta.
+    positions: "learned" (for one image size; stages of a run resample them), "sincos2d" (fixed) or
+      "rope" (DINOv3), with frequencies from 1 down to 1 / rope_theta.
     class_token: whether there is one; None: where `pool` reads it.
     class_position: it has a learned position of its own.
     registers: extra tokens without a position, https://arxiv.org/abs/2309.16588.
