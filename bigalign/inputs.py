@@ -143,7 +143,7 @@ def staged_batches(
     where: other arguments of train_batches.
   """
   batches = _staged(course, source, reading, rows, step, start, where)
-  next(batches, None)
+  next(batches, None)  # the first stage's are made, and read ahead
   return batches
 
 

@@ -226,13 +226,23 @@ def useful_work(program: Program, jaxpr: Any, *args: Any) -> int:
   return flops.count(functools.partial(train_step, program=plain), *args)
 
 
-def build(
+def build(step_fn: Any, program: Program, *args: Any) -> tuple[Any, int]:
+  """The compiled step_fn(*args), a jitted train_step of this program, and its useful FLOPs."""
+  traced = step_fn.trace(*args)
+  work = useful_work(program, traced.jaxpr, *args)
+  begin = time.perf_counter()
+  compiled = traced.lower().compile()
+  logging.info("Compiled the step in %.1f s: %.3g FLOPs", time.perf_counter() - begin, work)
+  return compiled, work
+
+
+def build_stages(
   course: Sequence[Stage], programs: Sequence[Program], placed: State, mesh: jax.sharding.Mesh,
   state: State, batch: Mapping[str, jax.Array], place: np.ndarray,
 ) -> dict[int, tuple[Any, int]]:
   """{number: (compiled train_step, its useful FLOPs)} of each stage of `course`.
 
-  Shapes stand for the batches, so that a stage costs no memory before it begins, but for code.
+  Shapes stand for the batches, so that what is to come costs no memory, but for its code.
 
   Args:
     course: the stages that are left; `batch` is one of the first of them.
@@ -241,22 +251,16 @@ def build(
   """
   built, here = {}, programs[course[0].number].spec
   for stage in course:
-    program = programs[stage.number]
-    shapes = {}
+    program, shapes = programs[stage.number], {}
     for name, x in batch.items():
-      # What comes from a store is as wide as it is there, and no stage changes it.
+      # What comes from a store is as wide as it is there, whatever the spec says.
       as_here = x.shape == here[name][0]
       shape = program.spec[name][0] if as_here else (stage.batch_size, *x.shape[1:])
       shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-    traced = jitted(program, placed, mesh).trace(state, shapes, place)
-    work = useful_work(program, traced.jaxpr, state, shapes, place)
-    begin = time.perf_counter()
+    step_fn = jitted(program, placed, mesh)
     try:
-      compiled = traced.lower().compile()
+      built[stage.number] = build(step_fn, program, state, shapes, place)
     except jax.errors.JaxRuntimeError as error:
       error.add_note(f"This is the step of {stage.where}; `bigalign plan` tells what it needs.")
       raise
-    logging.info("Compiled the step of %s in %.1f s: %.3g FLOPs", stage.where,
-                 time.perf_counter() - begin, work)
-    built[stage.number] = compiled, work
   return built

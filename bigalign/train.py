@@ -30,7 +30,7 @@ from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided
 from bigalign.state import State
-from bigalign.step import build, diagnose, seen, stop_if_not_finite, summary
+from bigalign.step import build_stages, diagnose, seen, stop_if_not_finite, summary
 from bigalign.throughput import Clock, StartUp
 from bigalign.weights import start as beginnings
 
@@ -224,7 +224,8 @@ def train(
       place = seen(samples_seen, len(source))
       if not built:
         with clock.paused():
-          built = build(course[stage.number:], programs, placed, grid, state, batch, place)
+          left = course[stage.number:]
+          built = build_stages(left, programs, placed, grid, state, batch, place)
       compiled, work = built[stage.number]
       state, metrics = compiled(state, batch, place)
       step += 1

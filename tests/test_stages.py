@@ -110,16 +110,35 @@ def test_resume_is_bitwise_and_compiles_no_stage_that_is_over(whole, step, tmp_p
   shutil.copytree(workdir, cut)
   for later in range(step + 1, 5):
     shutil.rmtree(cut / "checkpoints" / str(later))
-  compiled, build = [], program.build
+  compiled, build = [], program.build_stages
 
   def building(course, *rest):
     compiled.extend(stage.number for stage in course)
     return build(course, *rest)
 
-  monkeypatch.setattr(program, "build", building)
+  monkeypatch.setattr(program, "build_stages", building)
   assert_same_bits(state, program.train(cut, **tiny()))
   assert exact(cut) == exact(workdir)
   assert compiled == ([0, 1] if step < 2 else [1])
+
+
+@pytest.mark.slow
+def test_resume_of_what_pods_run_is_bitwise(tmp_path):
+  """bfloat16, scan, remat, dropout, workers, all axes of a mesh, looks, evaluation, sparse logs."""
+  c = tiny(total_steps=6, checkpoint_every=2, log_every=4, eval_every=3, diagnose_every=2,
+           mesh=dict(data=2, fsdp=2, tensor=2), evals=load("tiny").to_dict()["evals"])
+  c["stages"] = [FIRST | dict(until=3, model=dict(image=dict(remat="full", patch_dropout=0.5)))]
+  tower = dict(scan=True, remat="dots", dropout=0.1, dtype="bfloat16", depth=2)
+  for side in ("image", "text"):
+    c["model"][side] |= tower
+  c["data"]["workers"] = 2
+  state = program.train(tmp_path / "whole", **c)
+  assert [row["step"] for row in exact(tmp_path / "whole") if "train/loss" in row] == [3, 4, 6]
+  shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+  for later in "46":
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / later)
+  assert_same_bits(state, program.train(tmp_path / "cut", **c))
+  assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("options", [
