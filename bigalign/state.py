@@ -169,6 +169,11 @@ def make_program(
   if total < 1:
     raise ValueError(f"config.total_steps={total_steps!r} is no step at all")
   built = configs.call(make_model, model, "config.model")
+  tower = built.image_tower
+  if len(course) > 1 and getattr(tower, "grid", ()) is None:
+    # What is finer than a stage can learn would stay random until the last one.
+    side = max(1, min(stage.config["data"]["image_size"] for stage in course) // tower.patch)
+    built = built.clone(image_tower=tower.clone(drawn=(side, side)))
   spec = _spec(built, batch_size, data)
   terms = make_loss(loss)
   sizes = {

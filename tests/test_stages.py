@@ -60,8 +60,7 @@ def assert_same_bits(a, b):
 
 def by_hand():
   """The last state and the losses of two programs' steps, on batches that are read one by one."""
-  c = tiny(stages=())
-  small = tiny(stages=(), batch_size=32, microbatches=2)
+  c, small = tiny(), tiny(stages=(), batch_size=32, microbatches=2)
   small["data"] |= dict(image_size=16, tokenizer=dict(name="byte", length=12))
   small["model"]["image"]["patch_dropout"] = 0.5
   mesh = sharding.make_mesh()
@@ -301,6 +300,20 @@ def test_positions_of_the_same_grid_are_untouched():
     return str(init), str(jax.make_jaxpr(tower.apply)(shapes, image))
 
   assert programs(tower) == programs(grid)
+
+
+def test_positions_begin_as_smooth_as_the_coarsest_grid():
+  """Numbers of 2 x 2 patches on 4 x 4; a run without stages begins as it always did."""
+  key, path = jax.random.key(0), "model/image_tower/positions"
+
+  def drawn(**changes):
+    made = states.make_program(**tiny(**changes), dataset_size=1000)
+    return jax.jit(lambda: states.init_params(made, key)[path])()
+
+  coarse = drawn(stages=(), data={**tiny()["data"], "image_size": 16})
+  np.testing.assert_array_equal(drawn(), resampled(coarse, (2, 2), (4, 4)))
+  same = FIRST | dict(data=dict(tokenizer=dict(length=12)))
+  np.testing.assert_array_equal(drawn(stages=[same]), drawn(stages=()))
 
 
 @pytest.mark.parametrize("rows,cols", [(2, 3), (4, 4), (8, 5), (1, 1)])

@@ -129,6 +129,7 @@ class ViT(nn.Module):
   block: flax.core.FrozenDict[str, Any]  # arguments of base.Block
   dtype: Any
   grid: tuple[int, int] | None = None  # of the learned positions; None: that of the image
+  drawn: tuple[int, int] | None = None  # grid that they begin on, resampled; None: their own
 
   @nn.compact
   def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
@@ -183,11 +184,14 @@ class ViT(nn.Module):
     """[1, rows * cols, D]."""
     if self.positions == "sincos2d":
       return jnp.asarray(sincos2d(rows, cols, self.width))[None]
-    down, across = self.grid or (rows, cols)
-    table = self.param(
-      "positions", nn.initializers.normal(1 / np.sqrt(self.width)), (1, down * across, self.width)
-    )
-    return resampled(table, (down, across), (rows, cols))
+    grid = self.grid or (rows, cols)
+    drawn = self.drawn or grid
+
+    def init(key: jax.Array) -> jax.Array:
+      draw = nn.initializers.normal(1 / np.sqrt(self.width))
+      return resampled(draw(key, (1, drawn[0] * drawn[1], self.width)), drawn, grid)
+
+    return resampled(self.param("positions", init), grid, (rows, cols))
 
   def _extra_tokens(self, x: jax.Array, extra: int) -> jax.Array:
     """[B, extra, D]: the class token, which alone can have a position, and the registers."""
