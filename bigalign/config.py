@@ -17,7 +17,7 @@ from bigalign import tree
 # What may change between two runs in one workdir without touching what is learned.
 HARMLESS = re.compile(
   r"^(mesh|topology|rules|evals|writer|runtime|keep|profile|logits)(/|$)"
-  r"|^(log_every|checkpoint_every|eval_every|diagnose_every|microbatches|patience)$"
+  r"|^(log_every|checkpoint_every|eval_every|diagnose_every|(stages/\d+/)?microbatches|patience)$"
   # Where the data lies; what it is has a fingerprint.
   r"|^data/(workers|source)$|^data/stores/(image|text|second|keep)$|^data/tokenizer/(path|vocabulary)$"
 )
@@ -41,7 +41,10 @@ def fingerprint(config: Any) -> str:
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
   """{path: (old, new)} where two configs part in what is learned; "(absent)" for a missing key."""
-  a, b = tree.flatten(plain(old)), tree.flatten(plain(new))
+  a, b = (
+    tree.flatten({**x, "stages": {str(i): stage for i, stage in enumerate(x.get("stages") or ())}})
+    for x in (plain(old), plain(new))
+  )
   return {
     path: (a.get(path, "(absent)"), b.get(path, "(absent)"))
     for path in sorted({*a, *b})
@@ -72,7 +75,7 @@ def call(function: Callable[..., Any], options: Mapping[str, Any], where: str, *
   if missing:
     raise TypeError(f"{where}: option {missing[0]!r} is missing. Options: {known}")
   for name, value in options.items():
-    if name in parameters and not _fits(value, str(parameters[name].annotation)):
+    if name in parameters and not fits(value, str(parameters[name].annotation)):
       raise TypeError(
         f"{where}.{name}={value!r} is of type {type(value).__name__}; it must be"
         f" {parameters[name].annotation}"
@@ -85,7 +88,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _fits(value: Any, annotation: str) -> bool:
+def fits(value: Any, annotation: str) -> bool:
   """Whether a value is of a plain type such as "int" or "float | None"; any other type passes."""
   kinds = [kind.strip() for kind in annotation.split("|")]
   if not all(kind in _KINDS for kind in kinds):

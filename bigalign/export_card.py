@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -112,12 +113,16 @@ def text(
     k.removeprefix("ema/"): x for k, x in about["metrics"].items()
     if k.startswith("ema/") == about["ema"]
   }
+  every = [*(about["config"].get("stages") or ()), about["config"]]
+  sizes = [
+    n for n, _ in itertools.groupby(x.get("batch_size", every[-1]["batch_size"]) for x in every)
+  ]
   rows = [
     ("trained by", f"bigalign {about['revision']}"),
     ("model", made.family + (", averaged parameters" if prefix else "")),
     ("data", f"{_where(data)} ({about['dataset_size']:,} samples, {about['data']})"),
     ("loss", ", ".join(about["config"]["loss"])),
-    ("steps", f"{about['step']:,} of batch {about['config']['batch_size']:,}"),
+    ("steps", f"{about['step']:,} of batch {', then '.join(f'{size:,}' for size in sizes)}"),
     ("samples seen", f"{about['samples_seen']:,}"),
     ("images", f"{data['image_size']} pixels, {data.get('resize', 'squash')}"),
     ("texts", f"vectors, {it.model.text_tower.width} wide, that another program makes"

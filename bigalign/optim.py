@@ -156,7 +156,7 @@ def make_optimizer(
   *,
   params: Mapping[str, Any],
   total_steps: int,
-  to_steps: Callable[[int | str, str], int],
+  to_steps: Callable[..., int],
   lr: float,
   name: str = "adamw",
   schedule: str = "cosine",
@@ -175,7 +175,8 @@ def make_optimizer(
   Args:
     params: the trainable parameters (or their shapes) by path.
     total_steps: updates in all.
-    to_steps: (duration, where) -> steps, for warmup and cooldown.
+    to_steps: (duration, where) -> steps from the start; of the cooldown, with back=True, from the
+      end.
     lr: the highest learning rate.
     name: adamw, lion, adafactor, sgd, muon; `options` are that function's.
     schedule: cosine, linear, constant, rsqrt.
@@ -201,7 +202,8 @@ def make_optimizer(
       raise TypeError(f"{where}: unknown option {option!r} of {name!r}.{near} Options: {known}")
   rate = learning_rate(
     name=schedule, lr=lr, total_steps=total_steps, end=end,
-    warmup=to_steps(warmup, f"{where}.warmup"), cooldown=to_steps(cooldown, f"{where}.cooldown"),
+    warmup=to_steps(warmup, f"{where}.warmup"),
+    cooldown=to_steps(cooldown, f"{where}.cooldown", back=True),
   )
   chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
   chain.append(config.call(core, options, where))
@@ -231,7 +233,7 @@ def make_optimizer(
 
 
 def _own_rate(
-  given: float | Mapping[str, Any], where: str, to_steps: Callable[[int | str, str], int]
+  given: float | Mapping[str, Any], where: str, to_steps: Callable[..., int]
 ) -> float | optax.Schedule:
   """A constant, or a line from one learning rate to another."""
 

@@ -32,13 +32,15 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
 
 
 def plan(
-  config: Mapping[str, Any], topology: str, *, samples: int = 0, cache: str | pathlib.Path
+  config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: int = -1,
+  cache: str | pathlib.Path,
 ) -> Found:
-  """plan_step.measure(config, topology, samples=samples), or what it found when it was asked last.
+  """plan_step.measure of the other arguments, or what it found when it was asked last.
 
   cache: folder of the answers; one is good for the same config, code and packages.
   """
-  path = pathlib.Path(cache).expanduser() / f"{_key(config, topology, samples)}.json"
+  stage %= count(config)
+  path = pathlib.Path(cache).expanduser() / f"{_key(config, topology, samples, stage)}.json"
   if path.exists():
     found: Found = json.loads(path.read_text())
     return found
@@ -48,19 +50,44 @@ def plan(
   os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
   from bigalign import plan_step
 
-  found = plan_step.measure(config, topology, samples=samples)
+  found = plan_step.measure(config, topology, samples=samples, stage=stage)
   path.parent.mkdir(parents=True, exist_ok=True)
   with storage.whole(path, mark=storage.own_mark()) as file:
     file.write(json.dumps(found).encode())
   return found
 
 
-def _key(config: Mapping[str, Any], topology: str, samples: int) -> str:
+def count(config: Mapping[str, Any]) -> int:
+  """How many stages a config has, itself among them."""
+  return len(config.get("stages") or ()) + 1
+
+
+def together(found: Sequence[Found]) -> Found:
+  """The plan of a run from those of its stages, with their estimates; it fits if all of them do."""
+  whole: Found = {name: found[0][name] for name in ("topology", "device_kind", "devices", "mesh")}
+  whole |= {"fits": all(x["fits"] for x in found), "stages": list(found)}
+  whole["total_steps"] = sum(x["total_steps"] for x in found)
+  if not whole["fits"]:
+    return whole
+  samples = sum(x["total_samples"] for x in found)
+  days = [sum(x["total_samples"] / x["samples_per_day"][i] for x in found) for i in (0, 1)]
+  costs = [x["cost"] for x in found]
+  return whole | {
+    "measured": False,
+    "total_samples": samples,
+    "samples_per_day": [samples / x for x in days],
+    "chip_hours": [sum(x["chip_hours"][i] for x in found) for i in (0, 1)],
+    "cost": None if None in costs else [sum(x[i] for x in costs) for i in (0, 1)],
+  }
+
+
+def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> str:
   code = hashlib.sha256()
   for file in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
     code.update(file.read_bytes())
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
-  said = json.dumps([configs.plain(config), topology, samples, versions, _files(config["model"])])
+  files = _files(config["model"])
+  said = json.dumps([configs.plain(config), topology, samples, stage, versions, files])
   return hashlib.sha256(said.encode() + code.digest()).hexdigest()[:32]
 
 
@@ -77,7 +104,10 @@ def _files(model: Mapping[str, Any]) -> list[Any]:
 
 
 def changed(config: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
-  """The config with another "batch" (pairs), "remat" (of both towers) or "mesh" (its fsdp)."""
+  """The config with another "batch" (pairs), "remat" (of both towers) or "mesh" (its fsdp).
+
+  A stage keeps what it says of these itself.
+  """
   made = copy.deepcopy(dict(config))
   if "batch" in parts:
     made["batch_size"] = parts["batch"]
@@ -116,23 +146,26 @@ def main(argv: Sequence[str]) -> None:
   prices = json.loads(pathlib.Path(values.prices).read_text()) if values.prices else {}
   find = functools.partial(plan, topology=topology, samples=values.samples, cache=values.cache)
 
-  def told(**parts: Any) -> Found:
-    found = find(changed(config, **parts))
-    return {**found, **chips.estimate(found, prices)}
+  def told(**what: Any) -> Found:
+    made = changed(config, **what)
+    plans = [find(made, stage=i) for i in range(count(made))]
+    plans = [{**found, **chips.estimate(found, prices)} for found in plans]
+    return together(plans) if len(plans) > 1 else plans[0]
 
   asked = {"batch": values.batch} if values.batch else {}
   found = told(**asked)
   name = pathlib.Path(getattr(values["config"], "config_filename")).stem  # noqa: B009
   print(plan_table.one(name, found))
+  last = found.get("stages", [found])[-1]  # the config itself
   if values.largest_batch:
-    found["largest_batch"] = plan_batch.largest(found, lambda n: find(changed(config, batch=n)))
+    found["largest_batch"] = plan_batch.largest(last, lambda n: find(changed(config, batch=n)))
     print(f"Largest batch that was compiled and fits: {found['largest_batch']:,}")
-  elif guess := plan_batch.likely([found]):
+  elif guess := plan_batch.likely([last]):
     print(f"About {guess:,} pairs should be the most that fit; --largest_batch compiles them")
   if values.sweep:
     found["sweep"] = [
-      {"asked": parts, **told(**{**asked, **parts})}
-      for parts in variants(changed(config, **asked), values.sweep, found["devices"])
+      {"asked": what, **told(**{**asked, **what})}
+      for what in variants(changed(config, **asked), values.sweep, found["devices"])
     ]
     print(plan_table.several(found["sweep"]))
   if values.json:

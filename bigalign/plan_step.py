@@ -18,13 +18,13 @@ from bigalign import (
   chips,
   costs,
   flops,
-  gradcache,
   hlo,
   hlo_memory,
   inputs,
   pods,
   runtime,
   sharding,
+  stages,
   tree,
 )
 from bigalign import config as configs
@@ -51,17 +51,19 @@ class Step(NamedTuple):
   mesh: jax.sharding.Mesh
   state: states.State
   batch: dict[str, Any]
+  stage: stages.Stage
 
 
-def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> Step:
+def trace(
+  config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: int = -1
+) -> Step:
   """The step of a config for a topology; arguments and errors as of `measure`."""
   config = {**config, "model": model_options(config["model"])}
   configs.choose(chips.CHIPS, chips.kind(topology), "--topology")
   runtime.for_tpu(chips.kind(topology))
   held = pods.devices(topology)
   mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
-  sharding.host_rows(mesh, config["batch_size"])
-  gradcache.check(mesh, config["batch_size"], config.get("microbatches", 1))
+  chosen = stages.split(config, dataset_size=samples)[stage]
   program = states.make_program(
     **config, dataset_size=samples,
     captions_per_image=config["data"].get("captions_per_image", CAPTIONS_PER_IMAGE),
@@ -70,23 +72,27 @@ def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> Step
     raise ValueError(f"config.loss={[*config['loss']]} remembers the samples of a dataset; tell how"
                      " many they are: --samples=400000000")
   check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
+  own = states.of_stage(program, chosen, mesh)
   shapes, places = states.layout(program, mesh, config.get("rules", sharding.RULES))
   state = jax.tree.map(_placed, shapes, places)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  batch = {name: _placed(x, rows) for name, x in shapes_of_batch(config, program).items()}
+  batch = {name: _placed(x, rows) for name, x in shapes_of_batch(chosen.config, own).items()}
   seen = _placed(jax.ShapeDtypeStruct((2,), jnp.float32), whole)
-  with jax.set_mesh(mesh):
-    traced = jitted(program, places, mesh).trace(state, batch, seen)
-  return Step(traced, program, mesh, state, batch)
+  with jax.set_mesh(mesh), stages.named(chosen):
+    traced = jitted(own, places, mesh).trace(state, batch, seen)
+  return Step(traced, own, mesh, state, batch, chosen)
 
 
-def measure(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> dict[str, Any]:
+def measure(
+  config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: int = -1
+) -> dict[str, Any]:
   """What the step of a config needs on each device of a topology; bytes, and plain numbers.
 
   Args:
     config: as `bigalign train` takes it.
     topology: a TPU slice, or several of them: "v5e:16x16", "v5e:16x16*2".
     samples: of the dataset, for durations in epochs and losses that remember samples.
+    stage: which of the config's stages; the last is the config itself.
 
   Returns:
     "fits"; if not, "required_bytes_per_chip" and "available_bytes_per_chip", where the compiler
@@ -96,8 +102,8 @@ def measure(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> di
     ValueError: for a mesh that is not the topology, a batch that does not divide over it, an
       unknown topology; each says what would work.
   """
-  step = trace(config, topology, samples=samples)
-  program, mesh = step.program, step.mesh
+  step = trace(config, topology, samples=samples, stage=stage)
+  program, mesh, config = step.program, step.mesh, step.stage.config
   towers = {side: getattr(program.model, f"{side}_tower") for side in ("image", "text")}
   with jax.set_mesh(mesh):
     lowered = step.traced.lower()
@@ -107,11 +113,15 @@ def measure(config: Mapping[str, Any], topology: str, *, samples: int = 0) -> di
       "peak_flops_per_second": flops.peak(mesh.devices.flat[0]),
       "devices": mesh.size,
       "mesh": dict(mesh.shape),
+      "stage": step.stage.number,
+      "image_size": config["data"]["image_size"],
+      "text_length": config["data"]["tokenizer"]["length"],
       "batch_size": config["batch_size"],
       "batch_per_chip": config["batch_size"] / mesh.size,
       "microbatches": program.microbatches,
       "remat": {side: getattr(tower, "remat", "none") for side, tower in towers.items()},
-      "total_steps": program.total_steps,
+      "first_step": step.stage.begin,
+      "total_steps": step.stage.end - step.stage.begin,
       "parameters": sum(x.size for x in {**step.state.trainable, **step.state.frozen}.values()),
       "trainable": sum(x.size for x in step.state.trainable.values()),
       "not_checked": _not_checked(program, config),

@@ -15,7 +15,10 @@ Found = Mapping[str, Any]
 
 
 def one(name: str, found: Found) -> str:
-  """A plan as lines of text."""
+  """A plan as lines of text; of a run in stages, each of them and then all together."""
+  if "stages" in found:
+    each = [one(f"{name}, {_stage(x)}", x) for x in found["stages"]]
+    return "\n".join([*each, _together(name, found)])
   mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
   lines = [
     f"{name} on {found['topology']}: {found['devices']} x {found['device_kind']}, {mesh}",
@@ -38,12 +41,13 @@ def one(name: str, found: Found) -> str:
 
 
 def several(plans: Sequence[Found]) -> str:
-  """The plans of a sweep as a table."""
-  table = rich.table.Table("batch", "remat", "fsdp", "memory", "TFLOP", "wires", "images/s at most",
-                           box=rich.box.SIMPLE)
-  for found in plans:
-    start = (f"{found['batch_size']:,}", "/".join(dict.fromkeys(found["remat"].values())),
-             str(found["mesh"]["fsdp"]))
+  """The plans of a sweep as a table; of a run in stages, a row for each of them."""
+  staged = any("stages" in found for found in plans)
+  table = rich.table.Table(*["stage"] * staged, "batch", "remat", "fsdp", "memory", "TFLOP",
+                           "wires", "images/s at most", box=rich.box.SIMPLE)
+  for found in (stage for whole in plans for stage in whole.get("stages", [whole])):
+    start = (*[str(found["stage"])] * staged, f"{found['batch_size']:,}",
+             "/".join(dict.fromkeys(found["remat"].values())), str(found["mesh"]["fsdp"]))
     work = f"{found['flops_per_chip'] / 1e12:,.1f}"
     if found["fits"]:
       wires = sum(x["bytes"] for x in found["collectives"].values())
@@ -52,6 +56,22 @@ def several(plans: Sequence[Found]) -> str:
     else:
       table.add_row(*start, f"does not fit: {_needs(found)}", work, "", "")
   return _text(table)
+
+
+def _stage(found: Found) -> str:
+  first, last = found["first_step"] + 1, found["first_step"] + found["total_steps"]
+  return (f"stage {found['stage']}, updates {first:,} to {last:,}, {found['image_size']} pixels and"
+          f" {found['text_length']} tokens,")
+
+
+def _together(name: str, found: Found) -> str:
+  bad = [str(x["stage"]) for x in found["stages"] if not x["fits"]]
+  verdict = f"DOES NOT FIT: stages {', '.join(bad)}" if bad else "FITS in all stages"
+  table = rich.table.Table("", "", "", box=rich.box.SIMPLE, show_header=False)
+  for row in _estimates(found) if found["fits"] else ():
+    table.add_row(*row)
+  return (f"{name}, {found['total_steps']:,} updates on {found['topology']}\n{verdict}\n"
+          + several([found]) + (_text(table) if found["fits"] else ""))
 
 
 def _verdict(found: Found) -> str:
@@ -78,6 +98,11 @@ def _rows(found: Found) -> list[tuple[str, str, str]]:
     share = moved["asynchronous_bytes"] / moved["bytes"] if moved["bytes"] else 0.0
     rows.append((f"wires: {kind}", _size(moved["bytes"]),
                  f"{moved['runs']} a step, {share:.0%} of the bytes asynchronous"))
+  return rows + _estimates(found)
+
+
+def _estimates(found: Found) -> list[tuple[str, str, str]]:
+  rows = []
   for label, key, form in (
     ("seconds per step", "seconds_per_step", "{:.3f}"),
     ("images per second, all chips", "images_per_second", "{:,.0f}"),
@@ -85,7 +110,7 @@ def _rows(found: Found) -> list[tuple[str, str, str]]:
     (f"chip-hours of {found['total_samples'] / 1e6:,.1f} million pairs", "chip_hours", "{:,.0f}"),
     ("cost", "cost", "{:,.0f}"),
   ):
-    if found[key] is not None:
+    if found.get(key) is not None:
       rows.append((label, " to ".join(form.format(x) for x in sorted(found[key])), "not measured"))
   return rows
 

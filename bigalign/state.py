@@ -16,7 +16,7 @@ import optax
 from absl import logging
 
 from bigalign import config as configs
-from bigalign import sharding, tree
+from bigalign import gradcache, sharding, stages, tree
 from bigalign.checkpoint import Checkpoints
 from bigalign.data import pipeline, store
 from bigalign.data.pairs import stored_sides
@@ -155,27 +155,26 @@ def make_program(
   captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
   **elsewhere: Any,
 ) -> Program:
-  """A config's objects; reads no data and touches no device. See `train` for the arguments."""
-  del elsewhere  # what only the loop reads
-  if batch_size < 2:
-    raise ValueError(f"config.batch_size={batch_size}: contrast needs two pairs at least")
+  """A config's objects; reads no data and touches no device. See `train` for the arguments.
+
+  Of a config with stages, those of the last one, which is the config itself; `of_stage` makes the
+  others of it.
+  """
+  course = stages.split(
+    {**elsewhere, "total_steps": total_steps, "batch_size": batch_size, "data": data,
+     "model": model}, dataset_size=dataset_size,
+  )
   configs.known("config.gradient_dtype", gradient_dtype, ("float32", "bfloat16"))
-  duration = functools.partial(configs.steps, batch_size=batch_size, dataset_size=dataset_size)
-  total = duration(total_steps, "config.total_steps")
+  total = course[-1].end
   if total < 1:
     raise ValueError(f"config.total_steps={total_steps!r} is no step at all")
-  stores = data.get("stores") or {}
-  second = stores.get("second") if "text" in stored_sides(stores) else data.get("second_captions")
-  spec = pipeline.batch_spec(
-    batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"],
-    second_text=bool(second),
-  )
   built = configs.call(make_model, model, "config.model")
-  for side, tower in (("image", built.image_tower), ("text", built.text_tower)):
-    if isinstance(tower, Features):
-      names = {side, "text_second"} & spec.keys() if side == "text" else {side}
-      row = store.row_shape(dict(width=tower.width, tokens=tower.tokens))
-      spec |= dict.fromkeys(names, ((batch_size, *row), jnp.float32))
+  tower = built.image_tower
+  if len(course) > 1 and getattr(tower, "grid", ()) is None:
+    # What is finer than a stage can learn would stay random until the last one.
+    side = max(1, min(stage.config["data"]["image_size"] for stage in course) // tower.patch)
+    built = built.clone(image_tower=tower.clone(drawn=(side, side)))
+  spec = _spec(built, batch_size, data)
   terms = make_loss(loss)
   sizes = {
     "image": dataset_size, "text": dataset_size * captions_per_image, "embed": model["embed_dim"]
@@ -191,9 +190,49 @@ def make_program(
     raise ValueError(f"config.frozen={frozen!r} leaves no parameter to learn")
   made, rate = configs.call(
     make_optimizer, optimizer, "config.optimizer", params=trainable, total_steps=total,
-    to_steps=functools.partial(duration, total_steps=total),
+    to_steps=functools.partial(stages.steps, stages=course, dataset_size=dataset_size),
   )
   return dataclasses.replace(program, optimizer=made, rate=rate)
+
+
+def _spec(model: DualEncoder, batch_size: int, data: Mapping[str, Any]) -> dict[str, Any]:
+  """{name: (shape, dtype)} of the global batches that a config's data makes for a model."""
+  stores = data.get("stores") or {}
+  second = stores.get("second") if "text" in stored_sides(stores) else data.get("second_captions")
+  spec: dict[str, Any] = pipeline.batch_spec(
+    batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"],
+    second_text=bool(second),
+  )
+  for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
+    if isinstance(tower, Features):
+      names = {side, "text_second"} & spec.keys() if side == "text" else {side}
+      row = store.row_shape(dict(width=tower.width, tokens=tower.tokens))
+      spec |= dict.fromkeys(names, ((batch_size, *row), jnp.float32))
+  return spec
+
+
+def of_stage(program: Program, stage: stages.Stage, mesh: jax.sharding.Mesh) -> Program:
+  """A stage's program: its model and batches, with the parameters, optimizer and loss of `program`.
+
+  Learned positions stay those of the grid of program's images, and are resampled to that of others.
+
+  Raises:
+    ValueError, TypeError: naming the stage, if a batch does not divide over the mesh or into its
+      microbatches, or an option of the model cannot be.
+  """
+  with stages.named(stage):
+    microbatches = stage.config.get("microbatches", 1)
+    sharding.host_rows(mesh, stage.batch_size)
+    gradcache.check(mesh, stage.batch_size, microbatches)
+    if stage.where == "config":
+      return program
+    model = configs.call(make_model, stage.config["model"], "config.model")
+    spec = _spec(model, stage.batch_size, stage.config["data"])
+  tower = model.image_tower
+  if getattr(tower, "grid", ()) is None:
+    rows, cols = (size // tower.patch for size in program.spec["image"][0][1:3])
+    model = model.clone(image_tower=tower.clone(grid=(rows, cols)))
+  return dataclasses.replace(program, model=model, spec=spec, microbatches=microbatches)
 
 
 def make_embed(model: DualEncoder) -> dict[str, Callable[..., jax.Array]]:

@@ -18,6 +18,7 @@ from bigalign import flops, gradcache, losses, sharding, tree
 from bigalign.data.rejects import REASONS
 from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise, tables
 from bigalign.model import without_remat
+from bigalign.stages import Stage
 from bigalign.state import Arrays, Program, State, compute_dtype
 
 SECOND = ("text_second", "text_second_mask")  # fields of the batch, for losses that read two texts
@@ -233,3 +234,33 @@ def build(step_fn: Any, program: Program, *args: Any) -> tuple[Any, int]:
   compiled = traced.lower().compile()
   logging.info("Compiled the step in %.1f s: %.3g FLOPs", time.perf_counter() - begin, work)
   return compiled, work
+
+
+def build_stages(
+  course: Sequence[Stage], programs: Sequence[Program], placed: State, mesh: jax.sharding.Mesh,
+  state: State, batch: Mapping[str, jax.Array], place: np.ndarray,
+) -> dict[int, tuple[Any, int]]:
+  """{number: (compiled train_step, its useful FLOPs)} of each stage of `course`.
+
+  Shapes stand for the batches, so that what is to come costs no memory, but for its code.
+
+  Args:
+    course: the stages that are left; `batch` is one of the first of them.
+    programs: of all stages of the run, by number.
+    place: of `seen`.
+  """
+  built, here = {}, programs[course[0].number].spec
+  for stage in course:
+    program, shapes = programs[stage.number], {}
+    for name, x in batch.items():
+      # What comes from a store is as wide as it is there, whatever the spec says.
+      as_here = x.shape == here[name][0]
+      shape = program.spec[name][0] if as_here else (stage.batch_size, *x.shape[1:])
+      shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+    step_fn = jitted(program, placed, mesh)
+    try:
+      built[stage.number] = build(step_fn, program, state, shapes, place)
+    except jax.errors.JaxRuntimeError as error:
+      error.add_note(f"This is the step of {stage.where}; `bigalign plan` tells what it needs.")
+      raise
+  return built

@@ -24,11 +24,10 @@ class Clock:
   and not counted.
   """
 
-  def __init__(self, step: int, batch_size: int) -> None:
+  def __init__(self, step: int) -> None:
     self._start = time.perf_counter()
     self._data = self._pause = self._device = 0.0
     self._step = step
-    self._batch_size = batch_size
 
   @contextlib.contextmanager
   def _timer(self, name: str) -> Iterator[None]:
@@ -48,8 +47,11 @@ class Clock:
     """A context that does not count."""
     return self._timer("_pause")
 
-  def read(self, step: int, work: int) -> dict[str, float]:
-    """Metrics since the last read; `work` is useful FLOPs per step. All hosts must call it."""
+  def read(self, step: int, batch_size: int, work: int) -> dict[str, float]:
+    """Metrics since the last read, of steps of one batch size and of `work` useful FLOPs each.
+
+    All hosts must call it.
+    """
     now = time.perf_counter()
     steps = step - self._step
     seconds = max(now - self._start - self._pause, 1e-9) / steps
@@ -62,8 +64,8 @@ class Clock:
     row = {
       "train/batch_time": seconds,
       "train/data_time": data,
-      "train/samples_per_second": self._batch_size / seconds,
-      "train/samples_per_second_per_gpu": self._batch_size / seconds / chips,
+      "train/samples_per_second": batch_size / seconds,
+      "train/samples_per_second_per_gpu": batch_size / seconds / chips,
       "perf/data_share": data / seconds,
       "perf/flops_per_step": work,
     }

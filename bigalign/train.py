@@ -13,22 +13,23 @@ import clu.profiler
 import jax
 from absl import app, flags, logging
 
-from bigalign import command_line, gradcache, sharding, survival
+from bigalign import command_line, sharding, survival
 from bigalign import config as configs
 from bigalign import runtime as machine
+from bigalign import stages as courses
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints, revision
-from bigalign.data.mixture import check_sizes, epochs, names
+from bigalign.data.mixture import epochs, names
 from bigalign.data.rejects import Watch
 from bigalign.evals import make_evaluators
 from bigalign.frozen import check_stores
 from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
-from bigalign.inputs import check_tokenizer, fingerprint, held, make_batches, open_data
+from bigalign.inputs import check_stages, fingerprint, held, open_data, staged_batches
 from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided
 from bigalign.state import State
-from bigalign.step import build, diagnose, jitted, seen, stop_if_not_finite, summary
+from bigalign.step import build_stages, diagnose, seen, stop_if_not_finite, summary
 from bigalign.throughput import Clock, StartUp
 from bigalign.weights import start as beginnings
 
@@ -45,6 +46,7 @@ def train(
   model: Mapping[str, Any],
   loss: Mapping[str, Any],
   optimizer: Mapping[str, Any],
+  stages: Sequence[Mapping[str, Any]] = (),
   eval_every: int | str = 0,
   diagnose_every: int | str = 0,
   evals: Mapping[str, Mapping[str, Any]] | None = None,
@@ -76,6 +78,7 @@ def train(
     model: options of make_model, and where the towers begin: weights/start.py.
     loss: {name: options, weight among them}.
     optimizer: options of make_optimizer.
+    stages: what the run does differently before it comes to what stands here: stages.py.
     eval_every: steps, or a duration; 0: only at the start and the end.
     diagnose_every: steps, or a duration, between looks at what the loss does: hardest negatives,
       saturation, shares of the gradient, temperatures; each costs about half a step. 0: none.
@@ -107,12 +110,12 @@ def train(
   given = configs.plain(model)
   config["model"] = beginnings.options(given, record(workdir))
   source, reading = configs.call(open_data, data, "config.data")
-  check_sizes(source, batch_size=batch_size)
+  course = courses.split(config, dataset_size=len(source))
   program = states.make_program(
     **config, dataset_size=len(source), captions_per_image=reading["captions_per_image"]
   )
   check_needs(program.loss, provided(program.spec), ema=ema > 0)
-  check_tokenizer(program.model.text_tower, data["tokenizer"])
+  check_stages(course, source, program.model.text_tower)
   total = program.total_steps
   duration = functools.partial(
     configs.steps, batch_size=batch_size, dataset_size=len(source), total_steps=total
@@ -132,10 +135,13 @@ def train(
   same_on_all_hosts(meta)
 
   grid = configs.call(sharding.make_mesh, mesh or {}, "config.mesh")
-  rows = sharding.host_rows(grid, batch_size)
-  gradcache.check(grid, batch_size, microbatches)
+  programs = [states.of_stage(program, stage, grid) for stage in course]
+  rows = [sharding.host_rows(grid, stage.batch_size) for stage in course]
   abstract, placed = states.layout(program, grid, rules)
-  logging.info("The loss: %s", summary(program, abstract))
+  for stage in course:
+    with courses.named(stage):
+      told = summary(programs[stage.number], abstract)
+    logging.info("The loss of %s: %s", stage.where, told)
   remembered = remembers(program.loss, program.sizes)
   embed = states.make_embed(program.model)
   evaluators = make_evaluators(evals or {}, mesh=grid, data=data, **embed)
@@ -151,7 +157,7 @@ def train(
     )
     state = states.born(program, placed, loaded)
     checkpoints.save_frozen(state.frozen)
-    samples_seen, lane_rows = 0, batch_size
+    samples_seen, lane_rows = 0, course[0].batch_size
     states.describe(state, workdir)
   else:
     before = checkpoints.meta(start)
@@ -168,14 +174,12 @@ def train(
   step = start or 0
   # A run that continues behind the first step traces nothing.
   trace_from, trace_to = profile if profile and step <= profile[0] else (-1, -1)
-  batches = make_batches(
-    source, reading, batch_size=batch_size, rows=rows, seed=seed, start=samples_seen,
-    stop=samples_seen + (total - step) * batch_size, lane_rows=lane_rows,
-    rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"),
+  batches = staged_batches(
+    course, source, reading, rows=rows, step=step, start=samples_seen, seed=seed,
+    lane_rows=lane_rows, rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"),
   )
-  step_fn = jitted(program, placed, grid)
-  look = jax.jit(functools.partial(diagnose, program=program))
-  compiled, work = None, 0
+  looks = [jax.jit(functools.partial(diagnose, program=program)) for program in programs]
+  built: dict[int, tuple[Any, int]] = {}  # of each stage that is left, the compiled step
   window: list[dict[str, jax.Array]] = []  # what must be seen of every step, since the last fetch
 
   with (
@@ -208,24 +212,26 @@ def train(
     if start is None:
       checkpoints.check_best(evaluate())
     preempted = notice.early(step)
-    clock = Clock(step, batch_size)
+    clock = Clock(step)
     while step < total and not preempted:
       if step == trace_from:
         clu.profiler.start(str(workdir / "profile"))
       with clock.waiting_for_data():
-        host_batch = next(batches)
+        stage, host_batch = next(batches)
       if remembered:
         check_ids(host_batch, program.sizes)
-      batch = sharding.global_batch(grid, host_batch, rows, batch_size)
+      batch = sharding.global_batch(grid, host_batch, rows[stage.number], stage.batch_size)
       place = seen(samples_seen, len(source))
-      if compiled is None:
+      if not built:
         with clock.paused():
-          compiled, work = build(step_fn, program, state, batch, place)
+          left = course[stage.number:]
+          built = build_stages(left, programs, placed, grid, state, batch, place)
+      compiled, work = built[stage.number]
       state, metrics = compiled(state, batch, place)
       step += 1
       watchdog.at(step)
       start_up.step(metrics)
-      samples_seen += batch_size
+      samples_seen += stage.batch_size
       seldom = [k for k in metrics if k.startswith(("finite_", "rejected_", "repaired_", "tally"))]
       window.append({name: metrics.pop(name) for name in seldom})
       progress.advance(step)
@@ -234,7 +240,7 @@ def train(
         clu.profiler.stop()
 
       last, preempted = step == total, notice.reached(step)
-      logs = last or step % log_every == 0
+      logs = step == stage.end or step % log_every == 0
       saves = last or preempted or (save_every and step % save_every == 0)
       if logs or saves:
         with clock.waiting_for_device():  # the loop's only wait
@@ -250,7 +256,8 @@ def train(
         row |= {"train/samples_seen": samples_seen, "train/epoch": samples_seen / len(source)}
         passes = epochs(source, samples_seen, batch_size=lane_rows)
         row |= {f"train/epoch_{name}": x for name, x in passes.items()}
-        row |= clock.read(step, work) | start_up.take()
+        row |= {"train/stage": stage.number} if stages else {}
+        row |= clock.read(step, stage.batch_size, work) | start_up.take()
         board.write(step, row)
         progress.log(step, row)
       if logs or saves:
@@ -260,7 +267,7 @@ def train(
         save({})
       if diagnose_every and step % diagnose_every == 0:
         with clock.paused():
-          findings = jax.device_get(sharding.in_turn(look(state, batch, place)))
+          findings = jax.device_get(sharding.in_turn(looks[stage.number](state, batch, place)))
           board.write(step, {f"train/{name}": x for name, x in findings.items()})
       found: dict[str, float] = {}
       if last or (eval_every and step % eval_every == 0):

@@ -14,13 +14,13 @@ import pytest
 from shards import samples, write_tar
 from tests_support import ROOT, load
 
-from bigalign import config, sharding
+from bigalign import config, sharding, stages
 from bigalign import state as states
 from bigalign.data import pipeline
 from bigalign.data.sources import open_source
 from bigalign.losses import check_needs
 from bigalign.model import provided
-from bigalign.step import seen, train_step
+from bigalign.step import seen, summary, train_step
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Those that begin from checkpoints are run in test_init.py, with small ones, those that read stores
@@ -50,10 +50,14 @@ def test_says_what_a_run_is(name):
 @pytest.mark.parametrize("name", SCRATCH)
 def test_full_size_state(name):
   """Shapes and places of the whole state on two meshes of eight; no array is made."""
-  program = states.make_program(**load(name).to_dict(), dataset_size=10_000)
+  c = load(name).to_dict()
+  program = states.make_program(**c, dataset_size=10_000)
   for sizes in (dict(data=8), dict(data=2, fsdp=4)):
-    shapes, placed = states.layout(program, sharding.make_mesh(**sizes))
+    mesh = sharding.make_mesh(**sizes)
+    shapes, placed = states.layout(program, mesh)
     assert jax.tree.structure(shapes) == jax.tree.structure(placed)
+  for stage in stages.split(c)[:-1]:
+    summary(states.of_stage(program, stage, mesh), shapes)  # its batches fit the same parameters
   if name.endswith("_b16"):
     count = sum(x.size for x in {**shapes.trainable, **shapes.frozen}.values())
     assert 140e6 < count < 210e6, f"{count / 1e6:.0f} million parameters"

@@ -211,6 +211,16 @@ def test_vectors_that_nobody_here_can_make(config, tmp_path):
     train.train(tmp_path / "other", **with_stores(config, folders))
 
 
+def test_stages_of_a_run_from_stores_have_batches_of_their_own(config, tmp_path):
+  folders = embed(config, tmp_path / "stores", batch_size=8)
+  c = with_stores(config, folders) | dict(total_steps=4)
+  train.train(tmp_path / "run", **c, stages=[dict(until=2, batch_size=32)])
+  rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
+  assert [row["train/samples_seen"] for row in rows] == [32, 64, 80, 96]
+  with pytest.raises(ValueError, match=r"config.stages\[0\].data.image_size has no effect on"):
+    train.train(tmp_path / "other", **c, stages=[dict(until=2, data=dict(image_size=8))])
+
+
 def test_sail_from_two_stores_of_texts(config, tmp_path):
   """As configs/sail_*.py say, but for the towers' sizes, the batch and the number of steps."""
   shipped, towers = load("sail_dinov2l_nv2").to_dict(), config["model"]

@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "bigalign").rglob("*.py"))
 LAYERS = [
   {
     "tree", "sharding", "config", "vectors", "flops", "hlo", "hlo_memory", "pods", "runtime",
-    "gradcache", "command_line", "chips", "survival",
+    "gradcache", "command_line", "chips", "survival", "stages",
   },
   {
     "metrics", "projectors", "losses", "towers", "data", "inputs", "throughput", "pictures",

@@ -24,7 +24,7 @@ PARAMS = {
 
 def make(**options):
   return make_optimizer(
-    params=PARAMS, total_steps=100, to_steps=lambda value, where: int(value),
+    params=PARAMS, total_steps=100, to_steps=lambda value, where, **_: int(value),
     **{"lr": 1.0, "schedule": "constant", "clip_norm": None, **options},
   )
 

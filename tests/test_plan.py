@@ -86,7 +86,7 @@ def test_the_largest_batch_is_one_that_was_compiled(start):
 def test_an_answer_is_kept_until_something_changes(tmp_path, monkeypatch):
   asked = []
 
-  def measure(c, topology, *, samples):
+  def measure(c, topology, *, samples, stage):
     asked.append((c["batch_size"], topology, samples))
     return {"fits": True}
 

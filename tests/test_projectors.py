@@ -97,7 +97,7 @@ def test_values_and_a_step_are_those_of_numpy(name):
       return
     optimizer, _ = make_optimizer(
       params=params, total_steps=10, name="lion", lr=1e-2, schedule="constant", b1=0.9, b2=0.99,
-      weight_decay=0.1, clip_norm=None, to_steps=lambda value, where: int(value),
+      weight_decay=0.1, clip_norm=None, to_steps=lambda value, where, **_: int(value),
     )
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
   for path, x in params.items():

@@ -44,6 +44,18 @@ def rope(rows: int, cols: int, before: int, width: int, theta: float) -> np.ndar
   return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
+def resampled(table: jax.Array, grid: tuple[int, int], to: tuple[int, int]) -> jax.Array:
+  """Positions [1, n, D] of a grid of n patches for another grid, linear and antialiased: [1, m, D].
+
+  In each step, as FlexiViT does, https://arxiv.org/abs/2212.08013. Those of the same grid stay.
+  """
+  if grid == to:
+    return table
+  square = einops.rearrange(table, "1 (y x) d -> y x d", y=grid[0])
+  square = jax.image.resize(square, (*to, table.shape[-1]), "linear", antialias=True)
+  return einops.rearrange(square, "y x d -> 1 (y x) d")
+
+
 class PatchEmbed(nn.Module):
   """Non-overlapping patches through one linear map, as a product: a strided convolution."""
 
@@ -116,6 +128,8 @@ class ViT(nn.Module):
   remat: str
   block: flax.core.FrozenDict[str, Any]  # arguments of base.Block
   dtype: Any
+  grid: tuple[int, int] | None = None  # of the learned positions; None: that of the image
+  drawn: tuple[int, int] | None = None  # grid that they begin on, resampled; None: their own
 
   @nn.compact
   def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
@@ -170,9 +184,14 @@ class ViT(nn.Module):
     """[1, rows * cols, D]."""
     if self.positions == "sincos2d":
       return jnp.asarray(sincos2d(rows, cols, self.width))[None]
-    return self.param(
-      "positions", nn.initializers.normal(1 / np.sqrt(self.width)), (1, rows * cols, self.width)
-    )
+    grid = self.grid or (rows, cols)
+    drawn = self.drawn or grid
+
+    def init(key: jax.Array) -> jax.Array:
+      draw = nn.initializers.normal(1 / np.sqrt(self.width))
+      return resampled(draw(key, (1, drawn[0] * drawn[1], self.width)), drawn, grid)
+
+    return resampled(self.param("positions", init), grid, (rows, cols))
 
   def _extra_tokens(self, x: jax.Array, extra: int) -> jax.Array:
     """[B, extra, D]: the class token, which alone can have a position, and the registers."""
@@ -232,8 +251,8 @@ def vit(
     patch_bias: of the patch stem; CLIP has none.
     pool: "map" (attention pooling, SigLIP), "cls" (a class token), "pooler" (tanh of a linear map
       of it), "mean" of the patches, "cls+mean" (SAIL: one behind the other, 2 D wide).
-    positions: "learned" (for one image size), "sincos2d" (fixed) or "rope" (DINOv3), with
-      frequencies from 1 down to 1 / rope_theta.
+    positions: "learned" (for one image size; stages of a run resample them), "sincos2d" (fixed) or
+      "rope" (DINOv3), with frequencies from 1 down to 1 / rope_theta.
     class_token: whether there is one; None: where `pool` reads it.
     class_position: it has a learned position of its own.
     registers: extra tokens without a position, https://arxiv.org/abs/2309.16588.
