@@ -51,9 +51,13 @@ def compare(
     least: share of the images that must have captions.
 
   Raises:
-    ValueError: if there are too few samples to hold any out.
+    ValueError: if there are too few samples to hold any out; for stores of tokens.
   """
   pairs = Pairs(image, text, least=least)
+  for store in (pairs.image, pairs.text):
+    if len(store.shape) > 1:
+      raise ValueError(f"{store.folder} holds tokens, and pooled vectors are compared; embed"
+                       " without --tokens")
   total: dict[str, alignment.Moments] = {}
   held: list[Held] = []
   for name, some in _chunks(pairs, heldout=heldout):

@@ -203,19 +203,24 @@ def check_stages(
   course: Sequence[stages.Stage], source: Source | Pairs, text_tower: Any
 ) -> None:
   """Raises ValueError or TypeError, naming the stage, for one that its data does not fit."""
-  own = course[-1].config["data"]
-  of = {"image": ("image_size", "augment"), "text": ("tokenizer",)}
-  stored = [name for side in stored_sides(own.get("stores")) for name in of[side]]
+  check_stored(course)
   for stage in course:
     data = stage.config["data"]
-    changed = [k for k in stored if data.get(k) != own.get(k)]
-    if changed:
-      raise ValueError(f"{stage.where}.data.{changed[0]} has no effect on what is in"
-                       " config.data.stores; leave it out")
     with stages.named(stage):
       check_sizes(source, batch_size=stage.batch_size)
       check_tokenizer(text_tower, data["tokenizer"])
       check_augment(data.get("augment") or {})
+
+
+def check_stored(course: Sequence[stages.Stage]) -> None:
+  """Raises ValueError, naming the stage, for one that changes what is read from stores."""
+  own = course[-1].config["data"]
+  of = {"image": ("image_size", "augment"), "text": ("tokenizer",)}
+  stored = [name for side in stored_sides(own.get("stores")) for name in of[side]]
+  for stage in course:
+    for name in (x for x in stored if stage.config["data"].get(x) != own.get(x)):
+      raise ValueError(f"{stage.where}.data.{name} has no effect on what is in config.data.stores;"
+                       " leave it out")
 
 
 def open_mixture(

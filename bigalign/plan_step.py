@@ -63,7 +63,9 @@ def trace(
   runtime.for_tpu(chips.kind(topology))
   held = pods.devices(topology)
   mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
-  chosen = stages.split(config, dataset_size=samples)[stage]
+  course = stages.split(config, dataset_size=samples)
+  inputs.check_stored(course)
+  chosen = course[stage]
   program = states.make_program(
     **config, dataset_size=samples,
     captions_per_image=config["data"].get("captions_per_image", CAPTIONS_PER_IMAGE),

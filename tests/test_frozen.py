@@ -18,7 +18,7 @@ from checkpoints import CLIP, clip_keys, folder
 from shards import samples, write_tar
 from tests_support import ROOT, load
 
-from bigalign import evaluate, train
+from bigalign import compare, evaluate, train
 from bigalign.data import store_writer
 from bigalign.data.decode import decode
 from bigalign.data.sources import open_source
@@ -408,6 +408,8 @@ def test_tokens_are_stored_for_projectors_that_read_them(config, tmp_path):
   train.train(tmp_path / "loop", **config | dict(data=whole))
   train.train(tmp_path / "stored", **with_stores(config, folders))
   np.testing.assert_allclose(losses(tmp_path / "loop"), losses(tmp_path / "stored"), rtol=1e-5)
+  with pytest.raises(ValueError, match="image holds tokens, and pooled vectors are compared"):
+    compare.compare(**folders)
   pooled = embed(config, tmp_path / "pooled", batch_size=8)
   with pytest.raises(ValueError, match=r"this projector reads tokens.* embed with --tokens"):
     train.train(tmp_path / "none", **with_stores(config, pooled))
