@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pathlib
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from bigalign import config, tree
@@ -40,12 +42,13 @@ class Checkpoints:
   """The checkpoints of one run, in <workdir>/checkpoints/<step>.
 
   Saving is asynchronous: the arrays are copied, the loop goes on, a commit by renaming ends it. A
-  checkpoint that was being written when the process died has no final name and is never read.
+  checkpoint that was being written when the process died has no final name, in a bucket no marker,
+  and is never read.
   """
 
   def __init__(
     self,
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike[str],
     *,
     last: int = 2,
     every: int | None = None,
@@ -55,7 +58,7 @@ class Checkpoints:
   ) -> None:
     """
     Args:
-      workdir: folder of the run.
+      workdir: folder of the run, or its address, gs://…
       last: how many of the newest are kept.
       every: those at multiples of this many steps are kept for good.
       best: name of an evaluation metric; the checkpoint with its best value is kept too.
@@ -63,8 +66,10 @@ class Checkpoints:
       read_only: for programs that only look: nothing is created or deleted.
     """
     config.known("config.keep.mode", mode, ("max", "min"))
-    self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    self._frozen = self.folder.parent / "frozen"
+    address = os.fspath(workdir)
+    root = epath.Path(address if "://" in address else os.path.abspath(address))
+    self.folder = root / "checkpoints"
+    self._frozen = root / "frozen"
     self._best = best
     keep: list[Any] = [policies.LatestN(last)]
     if every:
@@ -196,7 +201,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _damage(folder: pathlib.Path) -> Iterator[None]:
+def _damage(folder: epath.Path) -> Iterator[None]:
   """Gives what orbax says of a damaged checkpoint, which can be anything, a name and a way on."""
   try:
     yield
@@ -207,13 +212,13 @@ def _damage(folder: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _shapes(folder: pathlib.Path) -> dict[str, Any]:
+def _shapes(folder: epath.Path) -> dict[str, Any]:
   """{path: metadata with shape and dtype} of what is stored in a folder."""
   with ocp.StandardCheckpointer() as checkpointer:
     return tree.flatten(checkpointer.metadata(folder).item_metadata.tree)
 
 
-def _compare(stored: Mapping[str, Any], wanted: Arrays, folder: pathlib.Path) -> None:
+def _compare(stored: Mapping[str, Any], wanted: Arrays, folder: epath.Path) -> None:
   for path in sorted({*stored, *wanted}):
     here = (tuple(wanted[path].shape), str(wanted[path].dtype)) if path in wanted else "nothing"
     there = (tuple(stored[path].shape), str(stored[path].dtype)) if path in stored else "nothing"

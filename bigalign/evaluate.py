@@ -21,6 +21,7 @@ from bigalign.checkpoint import Checkpoints
 from bigalign.data.patterns import expand_shards
 from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
+from bigalign.workdirs import Workdir
 
 
 class Run(NamedTuple):
@@ -50,15 +51,17 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
     FileNotFoundError: for a folder that is no run, or a step that it does not have.
     ValueError: for "best" in a run that does not say what is best.
   """
-  workdir = pathlib.Path(workdir).absolute()
+  home = Workdir(workdir, reader=True)
+  home.fetch()
+  workdir = home.local
   if not (workdir / "config.json").is_file():
     raise FileNotFoundError(
-      f"{workdir} holds no config.json, so it is not the --workdir of a training run"
+      f"{home.root} holds no config.json, so it is not the --workdir of a training run"
     )
   keep = json.loads((workdir / "config.json").read_text())["config"]["keep"] or {}
   if step == "best" and not keep.get("best"):
     raise ValueError(f"{workdir}: config.keep.best names no metric, so no checkpoint is the best")
-  checkpoints = configs.call(Checkpoints, keep, "config.keep", workdir=workdir, read_only=True)
+  checkpoints = configs.call(Checkpoints, keep, "config.keep", workdir=home.root, read_only=True)
   found = checkpoints.find(step)
   meta = checkpoints.meta(found)
   config = meta.pop("config")

@@ -32,6 +32,7 @@ from bigalign.state import State
 from bigalign.step import build_stages, diagnose, seen, stop_if_not_finite, summary
 from bigalign.throughput import Clock, StartUp
 from bigalign.weights import start as beginnings
+from bigalign.workdirs import Workdir
 
 
 def train(
@@ -68,7 +69,7 @@ def train(
   """THE loop: step, log, evaluate, save. Continues from the newest checkpoint in workdir.
 
   Args:
-    workdir: folder of the run.
+    workdir: folder of the run, here or gs://…: workdirs.py.
     seed: of the initialisation, the order of the data, augmentation and dropout.
     total_steps: updates in all, or a duration: "1e9 samples", "3 epochs".
     batch_size: global: over all devices and hosts.
@@ -103,10 +104,10 @@ def train(
   """
   config = dict(locals())
   del config["workdir"], config["allow_config_change"]
-  if "://" in str(workdir):
-    raise ValueError(f"--workdir={workdir}: a run's folder must be a local path or a mount")
   start_up = StartUp()
-  workdir = pathlib.Path(workdir).absolute()
+  home = Workdir(workdir)
+  home.fetch()
+  workdir = home.local
   given = configs.plain(model)
   config["model"] = beginnings.options(given, record(workdir))
   source, reading = configs.call(open_data, data, "config.data")
@@ -147,7 +148,7 @@ def train(
   evaluators = make_evaluators(evals or {}, mesh=grid, data=data, **embed)
 
   check(workdir, meta, allow_config_change)
-  checkpoints = configs.call(Checkpoints, keep or {}, "config.keep", workdir=workdir)
+  checkpoints = configs.call(Checkpoints, keep or {}, "config.keep", workdir=home.root)
   start = checkpoints.latest()
   same_on_all_hosts({"newest checkpoint": start})
   rejected: collections.Counter[str] = collections.Counter()
@@ -207,6 +208,7 @@ def train(
     def save(found: Mapping[str, float]) -> None:
       now = dict(step=step, samples_seen=samples_seen, rejected=dict(rejected), lane_rows=lane_rows)
       with clock.paused():
+        home.put(jax.process_index())  # the rows before the checkpoint that follows them
         checkpoints.save(step, states.parts(state), {**meta, **now}, found)
 
     if start is None:
@@ -275,6 +277,7 @@ def train(
           found = evaluate()
       if saves and (last or not preempted):
         save(found)
+  home.put(jax.process_index())
   if step < total:
     raise survival.Preempted(step)
   return state

@@ -143,7 +143,7 @@ YAML
 
 image() {
   local folder status=0 build
-  build=(docker build --tag "$image" --file launch/Dockerfile --build-arg EXTRAS=tpu -)
+  build=(docker build --tag "$image" --file launch/Dockerfile --build-arg "EXTRAS=tpu gcs" -)
   need docker "https://docs.docker.com/engine/install tells how to get it"
   temporary_folder
   pack "$folder/bigalign.tar.gz"

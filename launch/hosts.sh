@@ -87,7 +87,7 @@ copy() {
 }
 
 setup() {
-  at_once ssh_to "bash bigalign/launch/setup_host.sh --extras tpu${prepare:+ && $prepare}"
+  at_once ssh_to "bash bigalign/launch/setup_host.sh --extras 'tpu gcs'${prepare:+ && $prepare}"
 }
 
 run() {

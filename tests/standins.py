@@ -92,7 +92,7 @@ def host(folder: pathlib.Path, target: str, worker: int) -> pathlib.Path:
     bin_.mkdir(parents=True)
     write_program(bin_ / "pip", "exit 1")
     write_program(bin_ / "bigalign", f'exec "{sys.executable}" -m bigalign "$@"')
-    (bin_.parent / ".installed-tpu").touch()
+    (bin_.parent / ".installed-tpu-gcs").touch()
   return home
 
 
