@@ -20,7 +20,7 @@ LAYERS = [
   },
   {
     "metrics", "projectors", "losses", "towers", "data", "inputs", "throughput", "pictures",
-    "identity",
+    "identity", "workdirs",
   },
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step", "frozen"},
