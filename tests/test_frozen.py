@@ -270,7 +270,8 @@ def test_embed_survives_kills(config, tmp_path, monkeypatch, kills):
   """The program itself, killed once a piece more is there, or at any moment; then whole."""
   (tmp_path / "config.json").write_text(json.dumps(config))
   script = (
-    "import json, sys; from bigalign import embed; embed.BATCHES = 1;"
+    "import json, sys, time; from bigalign import embed; embed.BATCHES = 1; piece = embed._piece;"
+    " embed._piece = lambda *x: (time.sleep(0.1), piece(*x))[1];"  # so that a kill costs one or two
     " embed.embed(json.load(open(sys.argv[1])), sys.argv[2], batch_size=2)"
   )
   out = tmp_path / "stores"
