@@ -106,7 +106,7 @@ def test_writers_are_told_what_a_header_needs(tmp_path):
   with pytest.raises(ValueError, match=r"needs `dtype`, one of .* and `width`"):
     store_writer.begin(tmp_path, dict(model="NV-Embed-v2"))
   store_writer.begin(tmp_path, HEADER)
-  with pytest.raises(ValueError, match=r"holds vectors of float16, 3 wide; got float32 \(2, 3\)"):
+  with pytest.raises(ValueError, match=r"of float16 and shape \(3,\); got float32 and \(3,\)"):
     store_writer.write(tmp_path, 0, np.ones((2, 3), np.float32), np.ones((2, 2), np.uint64))
 
 

@@ -98,8 +98,8 @@ def write(folder: pathlib.Path, piece: int, vectors: np.ndarray, samples: np.nda
   header = json.loads((folder / "header.json").read_text())
   shape = store.row_shape(header)
   if (vectors.dtype, vectors.shape[1:]) != (store.DTYPES[header["dtype"]], shape):
-    raise ValueError(f"{folder} holds rows {shape} of {header['dtype']}; got {vectors.dtype}"
-                     f" {vectors.shape}")
+    raise ValueError(f"{folder} holds rows of {header['dtype']} and shape {shape}; got"
+                     f" {vectors.dtype} and {vectors.shape[1:]}")
   stem = f"{piece:05}.{part}-of-{parts}"
   bits = vectors.view(np.uint16) if vectors.dtype == store.DTYPES["bfloat16"] else vectors
   (folder / f"{stem}.json").unlink(missing_ok=True)  # what it says will not be so any more
