@@ -175,11 +175,7 @@ def _changed(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, A
   """A copy of a config with other values at some paths."""
   made: dict[str, Any] = configs.plain(base)
   for path, value in options.items():
-    *parents, name = path.split("/")
-    node = made
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = value
+    tree.put(made, path, value)
   return made
 
 

@@ -25,12 +25,16 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   """{"a/b": x} -> {"a": {"b": x}}, the inverse of `flatten`."""
   nested: dict[str, Any] = {}
   for path, value in flat.items():
-    *parents, name = path.split("/")
-    node = nested
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = value
+    put(nested, path, value)
   return nested
+
+
+def put(nested: dict[str, Any], path: str, value: Any) -> None:
+  """Sets what is at a path, in place; dicts on the way are made."""
+  *parents, name = path.split("/")
+  for parent in parents:
+    nested = nested.setdefault(parent, {})
+  nested[name] = value
 
 
 def subtree(flat: Mapping[str, T], prefix: str) -> dict[str, T]:
