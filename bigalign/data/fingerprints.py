@@ -1,4 +1,4 @@
-"""Whether files are still those that they were, without reading them through."""
+"""Whether data is still what it was, without reading it through."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import os
 from collections.abc import Iterable
 
 _TAIL = 1 << 16  # bytes
+
+
+def of_names(*names: str, sep: str = " ") -> str:
+  """32 hex digits of some fingerprints, or of a fingerprint and what is done with it, in order."""
+  return hashlib.sha256(sep.join(names).encode()).hexdigest()[:32]
 
 
 def of_files(paths: Iterable[str], *more: bytes) -> str:

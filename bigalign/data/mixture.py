@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import bisect
 import fractions
-import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bigalign.data import blocks, order
+from bigalign.data import blocks, fingerprints, order
 from bigalign.data.sources import Concatenation, Source, prefetch, where
 
 SHARES = 1 << 30  # shares are multiples of its inverse
@@ -64,7 +63,7 @@ class Prefixed:
 
   def __init__(self, source: Source, prefix: str):
     self._source, self._prefix = source, prefix
-    self.fingerprint = hashlib.sha256(f"{source.fingerprint} {prefix}".encode()).hexdigest()[:32]
+    self.fingerprint = fingerprints.of_names(source.fingerprint, prefix)
     self.classnames = getattr(source, "classnames", ())
     self.block = getattr(source, "block", 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data import order, sources
+from bigalign.data import fingerprints, order, sources
 from bigalign.data.mixture import Order
 from bigalign.data.pipeline import CAPTIONS_PER_IMAGE, checked_rows, words
 from bigalign.data.rejects import REASONS
@@ -53,7 +53,7 @@ class Pairs:
     self.sides = {"image": [self.image], "text": texts}
     names = [store.fingerprint for store in (self.image, *texts)]
     names += [hashlib.sha256(kept.tobytes()).hexdigest()] if kept is not None else []
-    self.fingerprint = hashlib.sha256(" ".join(names).encode()).hexdigest()[:32]
+    self.fingerprint = fingerprints.of_names(*names)
 
   def __len__(self) -> int:
     return len(self.image if self._rows is None else self._rows)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
 import importlib
 import itertools
 import os
@@ -18,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from bigalign.data import fingerprints
 from bigalign.data.arrayrecord import ArrayRecord
 from bigalign.data.parquet import Parquet
 from bigalign.data.table_files import TableFiles
@@ -121,8 +121,8 @@ class Concatenation:
   def __init__(self, sources: Sequence[Source]):
     self.sources = tuple(sources)
     self._firsts = [0, *itertools.accumulate(len(source) for source in sources)]
-    self.fingerprint = hashlib.sha256(
-        "::".join(source.fingerprint for source in sources).encode()).hexdigest()[:32]
+    self.fingerprint = fingerprints.of_names(
+        *(source.fingerprint for source in sources), sep="::")
     names = {getattr(source, "classnames", ()) for source in sources}
     # Labels of different class lists must not meet in one column.
     self.classnames = names.pop() if len(names) == 1 else ()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
 from typing import Any
 
 import numpy as np
 
+from bigalign.data import fingerprints
 from bigalign.data.rejects import Rejected
 from bigalign.data.store import Store, sample_id
 
@@ -33,7 +33,7 @@ class Stored:
     self.sides = {"image" if self.image else "text": every}
     names = [one.fingerprint for one in every]
     self.again = bool(second) and names[0] == names[1]
-    self.fingerprint = hashlib.sha256(" ".join(names).encode()).hexdigest()[:32]
+    self.fingerprint = fingerprints.of_names(*names)
 
   def replace(self, record: dict[str, Any]) -> dict[str, Any]:
     """A record with the numbers of rows in the place of its image, or of its captions.
@@ -42,17 +42,17 @@ class Stored:
       Rejected: if a store has no row of it.
     """
     if self.image:
-      return record | dict(image=self._rows(self.image, record["key"])[0])
-    captions = self._rows(self.text, record["key"])
+      return record | dict(image=_rows(self.image, record["key"])[0])
+    text, *others = self.sides["text"]
+    captions = _rows(text, record["key"])
     texts = dict(text=captions)
-    if self.second and not self.again:
-      texts["second"] = self._rows(self.second, record["key"])
+    if others and not self.again:
+      texts["second"] = _rows(others[0], record["key"])
     return record | dict(captions=captions, texts=texts)
 
-  @staticmethod
-  def _rows(store: Store | None, key: str) -> tuple[int, ...]:
-    assert store is not None
-    (first,), (count,) = store.find(np.array([sample_id(key)], np.uint64))
-    if not count:
-      raise Rejected("no_vector", f"no row in {store.folder}")
-    return tuple(range(int(first), int(first + count)))
+
+def _rows(store: Store, key: str) -> tuple[int, ...]:
+  (first,), (count,) = store.find(np.array([sample_id(key)], np.uint64))
+  if not count:
+    raise Rejected("no_vector", f"no row in {store.folder}")
+  return tuple(range(int(first), int(first + count)))

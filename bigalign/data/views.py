@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data import storage
+from bigalign.data import fingerprints, storage
 from bigalign.data.sources import Source, expand_variables, prefetch, where
 
 Columns = Mapping[str, np.ndarray]
@@ -51,8 +51,7 @@ class View:
     self._low = np.load(f"{name}.npy", mmap_mode="r")
     # Kept places below 2**32, below 2 * 2**32, …: a place is stored as its lower 32 bits.
     self._ends = np.cumsum(manifest["kept_per_2**32"])
-    self.fingerprint = hashlib.sha256(
-        f"{source.fingerprint} {manifest['kept_sha256']}".encode()).hexdigest()[:32]
+    self.fingerprint = fingerprints.of_names(source.fingerprint, manifest["kept_sha256"])
     self.classnames = getattr(source, "classnames", ())
     # What stands side by side in a view is read together only as far as it does in the source.
     self.block = getattr(source, "block", 1)
