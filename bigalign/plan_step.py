@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import (
+  batches,
   chips,
   costs,
   flops,
@@ -64,7 +65,7 @@ def trace(
   held = pods.devices(topology)
   mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
   course = stages.split(config, dataset_size=samples)
-  inputs.check_stored(course)
+  batches.check_stored(course)
   chosen = course[stage]
   program = states.make_program(
     **config, dataset_size=samples,
@@ -169,6 +170,8 @@ def shapes_of_batch(config: Mapping[str, Any], program: states.Program) -> dict[
   """Shapes of a global batch; of vectors, as wide as the towers make them, if there are stores."""
   spec = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
   stored = stored_sides(config["data"].get("stores"))
+  if not stored:
+    return spec
   inside = {"image": ("image",), "text": ("text", "text_mask")}
   params = jax.eval_shape(lambda: states.init_params(program, jax.random.key(0)))
   variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}

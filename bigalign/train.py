@@ -18,13 +18,14 @@ from bigalign import config as configs
 from bigalign import runtime as machine
 from bigalign import stages as courses
 from bigalign import state as states
+from bigalign.batches import check_stages, staged_batches
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.data.mixture import epochs, names
 from bigalign.data.rejects import Watch
 from bigalign.evals import make_evaluators
 from bigalign.frozen import check_stores
 from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
-from bigalign.inputs import check_stages, fingerprint, held, open_data, staged_batches
+from bigalign.inputs import fingerprint, held, open_data
 from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided

@@ -19,6 +19,7 @@ from shards import samples, write_tar
 from tests_support import ROOT, load
 
 from bigalign import compare, evaluate, train
+from bigalign.batches import make_batches
 from bigalign.data import store_writer
 from bigalign.data.decode import decode
 from bigalign.data.sources import open_source
@@ -26,7 +27,7 @@ from bigalign.data.storage import alone
 from bigalign.data.store import Store, sample_id
 from bigalign.data.transforms import eval_image
 from bigalign.embed import embed
-from bigalign.inputs import fingerprint, make_batches, open_data
+from bigalign.inputs import fingerprint, open_data
 from bigalign.metrics import read_metrics
 
 FLOAT32 = dict(dtype="float32")

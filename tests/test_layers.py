@@ -20,7 +20,7 @@ LAYERS = [
   },
   {
     "metrics", "projectors", "losses", "towers", "data", "inputs", "throughput", "pictures",
-    "identity", "workdirs",
+    "identity", "workdirs", "batches",
   },
   {"model", "weights", "optim", "checkpoint"},
   {"evals", "state", "step", "frozen"},

@@ -15,10 +15,11 @@ from loopback import store
 from shards import picture, write_tar
 
 from bigalign import index as program
+from bigalign.batches import make_batches
 from bigalign.convert import convert
 from bigalign.data.sources import Spec, open_source
 from bigalign.data.storage import Changed
-from bigalign.inputs import make_batches, open_data
+from bigalign.inputs import open_data
 
 PARQUET, JSONL = "recap.parquet:caption", "more.jsonl:texts"
 

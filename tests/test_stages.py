@@ -15,6 +15,7 @@ import pytest
 from shards import samples, write_tar
 from tests_support import load
 
+from bigalign import batches as batching
 from bigalign import chips, config, evaluate, inputs, plan, plan_table, pods, sharding, stages
 from bigalign import state as states
 from bigalign import train as program
@@ -180,7 +181,7 @@ def test_each_sample_is_seen_once_over_the_border(options, step, tmp_path):
   rows = [np.arange(x.batch_size) for x in course]
 
   def run(step, start):
-    batches = inputs.staged_batches(
+    batches = batching.staged_batches(
       [stage._replace(config={**stage.config, "data": {
         **stage.config["data"], "tokenizer": dict(name="byte", length=8)}}) for stage in course],
       source, {**reading, **options}, rows=rows, step=step, start=start, seed=0, lane_rows=6,
