@@ -21,12 +21,11 @@ from PIL import Image
 from bigalign import config as configs
 from bigalign import export_card as card
 from bigalign import export_check, runtime, tree
-from bigalign.data import store, transforms
+from bigalign.data import transforms
 from bigalign.evaluate import Run, open_run
 from bigalign.export_formats import FORMATS, Files, prepare
 from bigalign.inputs import open_tokenizer
 from bigalign.model import make_model
-from bigalign.towers.features import Features
 from bigalign.weights import safetensors
 from bigalign.weights.fit import Subject
 from bigalign.weights.tokenizer_files import SAMPLES
@@ -103,11 +102,9 @@ def logits(
   """
   size, resize = it.data["image_size"], it.data.get("resize", "squash")
   image = np.stack([transforms.eval_image(x, size=size, resize=resize) for x in images])
-  read = texts if isinstance(texts, np.ndarray) else it.tokenizer.encode_batch(texts)
+  read = (texts,) if isinstance(texts, np.ndarray) else it.tokenizer.encode_batch(texts)
   with jax.default_matmul_precision("highest"):
-    feats = jax.jit(it.model.apply)(
-      _variables(it), image, *((read,) if isinstance(read, np.ndarray) else read)
-    )
+    feats = jax.jit(it.model.apply)(_variables(it), image, *read)
   cosines = np.asarray(feats["zimg"]) @ np.asarray(feats["ztxt"]).T
   return np.exp(it.arrays["t"]) * cosines + it.arrays.get("b", np.float32(0))
 
@@ -164,10 +161,8 @@ def _write(folder: pathlib.Path, made: Files, it: Subject, what: str) -> None:
     else:
       safetensors.save(folder / name, arrays.items(), format="pt")
   texts: Any = SAMPLES
-  if isinstance(it.model.text_tower, Features):
-    row = store.row_shape(dict(
-      width=it.model.text_tower.width, tokens=it.model.text_tower.tokens))
-    texts = np.random.default_rng(0).standard_normal((4, *row)).astype(np.float32)
+  if it.vectors:
+    texts = np.random.default_rng(0).standard_normal((4, *it.vectors)).astype(np.float32)
   samples: dict[str, Any] = {"texts": np.asarray(texts)}
   if what == "embeddings":
     samples[what] = embeddings(it, SAMPLES)

@@ -10,7 +10,6 @@ from bigalign.evaluate import Run
 from bigalign.export_check import READERS
 from bigalign.export_formats import Files
 from bigalign.metrics import read_metrics
-from bigalign.towers.features import Features
 from bigalign.weights.fit import Subject, hides_padding, pads_unseen
 
 _HF = """```python
@@ -85,7 +84,7 @@ def _where(data: dict[str, Any]) -> str:
 
 def _padding(data: dict[str, Any], it: Subject) -> str:
   """What is to know of the padding of texts."""
-  if isinstance(it.model.text_tower, Features):
+  if it.vectors:
     return ""
   return (
     "any padding will do, the end of a text is read and nothing sees what is behind it."
@@ -125,8 +124,7 @@ def text(
     ("steps", f"{about['step']:,} of batch {', then '.join(f'{size:,}' for size in sizes)}"),
     ("samples seen", f"{about['samples_seen']:,}"),
     ("images", f"{data['image_size']} pixels, {data.get('resize', 'squash')}"),
-    ("texts", f"vectors, {it.model.text_tower.width} wide, that another program makes"
-     if isinstance(it.model.text_tower, Features) else
+    ("texts", f"vectors, {it.vectors[-1]} wide, that another program makes" if it.vectors else
      f"{data['tokenizer']['name']}, {data['tokenizer']['length']} tokens"),
     (what, "not compared" if found is None else
      f"differ from the run's by {found:.1e} of the largest at most"),

@@ -10,7 +10,6 @@ import numpy as np
 
 from bigalign.export_check import READERS
 from bigalign.model import PIXELS
-from bigalign.towers.features import Features
 from bigalign.weights import hugging_face, sentence, tokenizer_files, torch_module, two_towers
 from bigalign.weights.fit import Family, Fitted, Subject, fit, hides_padding, pads_unseen
 
@@ -81,7 +80,7 @@ def _torch(it: Subject) -> Files | Reasons:
   if wrong:
     return {family: wrong}
   try:
-    tokenizer = {} if isinstance(it.model.text_tower, Features) else _tokenizer(it)
+    tokenizer = {} if it.vectors else _tokenizer(it)
   except ValueError as error:
     return {family: [str(error)]}
   files = {

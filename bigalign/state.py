@@ -18,7 +18,7 @@ from absl import logging
 from bigalign import config as configs
 from bigalign import gradcache, sharding, stages, tree
 from bigalign.checkpoint import Checkpoints
-from bigalign.data import pipeline, store
+from bigalign.data import pipeline
 from bigalign.data.pairs import stored_sides
 from bigalign.losses import Loss, make_loss, pairwise, tables
 from bigalign.model import DualEncoder, make_model
@@ -206,8 +206,7 @@ def _spec(model: DualEncoder, batch_size: int, data: Mapping[str, Any]) -> dict[
   for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
     if isinstance(tower, Features):
       names = {side, "text_second"} & spec.keys() if side == "text" else {side}
-      row = store.row_shape(dict(width=tower.width, tokens=tower.tokens))
-      spec |= dict.fromkeys(names, ((batch_size, *row), jnp.float32))
+      spec |= dict.fromkeys(names, ((batch_size, *tower.row), jnp.float32))
   return spec
 
 

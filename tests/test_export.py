@@ -73,8 +73,7 @@ def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale
   made = make_model(**model)
   text = jnp.zeros((1, tokenizer["length"]), jnp.int32)
   if model["text"]["name"] == "features":
-    tokens = model["text"].get("tokens", 0)
-    text = jnp.zeros((1, *([1 + tokens] if tokens else []), model["text"]["width"]))
+    text = jnp.zeros((1, *made.text_tower.row))
   shapes = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8), text)
   rng = np.random.default_rng(seed)
   params = {

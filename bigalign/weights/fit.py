@@ -15,6 +15,7 @@ from bigalign import tree, weights
 from bigalign.data.tokenizers import Tokenizer
 from bigalign.model import DualEncoder, make_model
 from bigalign.towers.bert import Bert
+from bigalign.towers.features import Features
 from bigalign.weights import transfer
 from bigalign.weights.layout import ACTIVATIONS, Layout
 
@@ -40,6 +41,12 @@ class Subject(NamedTuple):
   arrays: Arrays
   data: Mapping[str, Any]
   tokenizer: Tokenizer
+
+  @property
+  def vectors(self) -> tuple[int, ...] | None:
+    """Shape of a text, where texts are vectors of a store: (D,), or (1 + T, D)."""
+    tower = self.model.text_tower
+    return tower.row if isinstance(tower, Features) else None
 
   @property
   def end(self) -> int:
