@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from grain.multiprocessing import SharedMemoryArray
 
-from bigalign.data import processes
+from bigalign.data import processes, slots
 
 
 class BatchSource(Protocol):
@@ -31,8 +31,8 @@ def iterate(batches: BatchSource, *, workers: int) -> Batches:
   # this process and, inherited, of the workers.
   os.environ.setdefault("RAYON_NUM_THREADS", "1")
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-  dataset = grain.MapDataset.source(batches)
   if not workers:
+    dataset = grain.MapDataset.source(batches)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return Batches(iter(dataset.to_iter_dataset(options)))
   if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -42,9 +42,10 @@ def iterate(batches: BatchSource, *, workers: int) -> Batches:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads absl flags; notebooks and tests never parse them
   # A batch per worker in the making and two waiting: grain's default would hold 500.
-  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  dataset = grain.MapDataset.source(slots.Sender(batches))
+  made = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  return Batches(iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker)))
+  return Batches(iter(made.mp_prefetch(options, worker_init_fn=_start_worker)))
 
 
 class Batches:
@@ -56,10 +57,11 @@ class Batches:
   def __init__(self, iterator: grain.DatasetIterator):
     iterator.start_prefetch()
     self._iterators = [iterator]
+    self._received = slots.Receiver()
     self._processes: list[BaseProcess] = []
     # Also when forgotten, and at exit before the modules are torn down: grain's own clean-up comes
     # too late there and fails in noise.
-    self.close = weakref.finalize(self, _close, self._iterators)
+    self.close = weakref.finalize(self, _close, self._iterators, self._received)
 
   def __iter__(self) -> Batches:
     return self
@@ -78,14 +80,13 @@ class Batches:
       raise RuntimeError(f"The data's {processes.died(self._processes)} (config.data.workers), and"
                          " run the same command again: a run goes on from its last checkpoint"
                          ) from error
-    # Copies: arrays in the shared memory of the workers outlive them badly, and jax would alias
-    # them on CPU.
-    return {name: np.array(value) for name, value in batch.items()}
+    return self._received.unpack(batch)
 
 
-def _close(iterators: list[grain.DatasetIterator]) -> None:
+def _close(iterators: list[grain.DatasetIterator], received: slots.Receiver) -> None:
   while iterators:
     iterators.pop().close()
+  received.close()
   gc.collect()  # grain's iterators are cycles; what is left of them would speak up at exit
   # grain frees shared memory in a thread that ends with the program, and what it has not come to is
   # reported as leaked. It works in order: once it has done this nothing, it has done all before.

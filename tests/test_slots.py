@@ -1,0 +1,79 @@
+"""Batches come out of slots as they went in, whether one is free or not, and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+
+import numpy as np
+import pytest
+
+from bigalign.data import slots, workers
+
+SHARED = pathlib.Path("/dev/shm")
+
+
+class Counted:
+  """Batch k: arrays of every kind, one of them longer from `grown` on."""
+
+  def __init__(self, grown=1 << 60):
+    self._grown = grown
+
+  def __len__(self):
+    return 40
+
+  def __getitem__(self, k):
+    rng = np.random.default_rng(k)
+    return dict(
+      image=rng.integers(0, 256, (5, 7, 3 if k < self._grown else 30), np.uint8),
+      mask=rng.random((5, 3)) < 0.5, id=np.arange(k, k + 5), none=np.zeros((0, 4), np.float32),
+      scalar=np.float32(k) * np.ones((), np.float32), turned=rng.random((4, 6)).T,
+    )
+
+
+def assert_same(found, expected):
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    assert found[name].dtype == x.dtype and np.array_equal(found[name], x), name
+    assert found[name].flags.owndata and found[name].flags.writeable
+
+
+def test_slots_are_used_in_turn_and_a_full_row_is_passed_by():
+  sender, receiver = slots.Sender(Counted()), slots.Receiver()
+  sent = [sender[k] for k in range(slots.SLOTS + 2)]
+  assert [isinstance(x, slots.Packed) for x in sent] == [True] * slots.SLOTS + [False] * 2
+  for k, packed in enumerate(sent):
+    assert_same(receiver.unpack(packed), Counted()[k])
+  again = sender[9]
+  assert isinstance(again, slots.Packed) and again.number == slots.SLOTS
+  assert_same(receiver.unpack(again), Counted()[9])
+  memory = again.memory
+  receiver.close()
+  assert not (SHARED / memory).exists()
+
+
+def test_what_fits_into_no_slot_goes_the_other_way():
+  sender, receiver = slots.Sender(Counted(grown=1)), slots.Receiver()
+  assert isinstance(sender[0], slots.Packed) and not isinstance(sender[1], slots.Packed)
+  assert_same(receiver.unpack(sender[0]), Counted()[0])
+  receiver.close()
+
+
+def test_without_room_no_memory_is_taken(monkeypatch):
+  class Full:
+    f_bavail, f_frsize = 10, 1
+
+  monkeypatch.setattr(slots.os, "statvfs", lambda path: Full)
+  sender = slots.Sender(Counted())
+  assert_same(slots.Receiver().unpack(sender[3]), Counted()[3])
+
+
+@pytest.mark.parametrize("grown", [3, 1 << 60])
+def test_workers_send_every_batch_once_in_order_and_leave_nothing(grown):
+  before = {*SHARED.iterdir()} if SHARED.is_dir() else set()
+  with contextlib.closing(workers.iterate(Counted(grown), workers=2)) as batches:
+    found = list(batches)
+  assert len(found) == 40
+  for k, batch in enumerate(found):
+    assert_same(batch, Counted(grown)[k])
+  assert not SHARED.is_dir() or {*SHARED.iterdir()} <= before
