@@ -43,7 +43,7 @@ class WebDataset:
                        "named KEY.jpg, KEY.txt, KEY.json")
     self.block = RUN if self.shards.remote else 1
     self._runs = Runs(self.shards, block=RUN) if self.shards.remote else None
-    self._held: tuple[int, tuple[int, dict[tuple[str, str], bytes]]] | None = None
+    self._held: tuple[int, tuple[int, str, dict[str, bytes]]] | None = None
     self.classnames = classnames_beside(self.shards.paths[0])
     self.fingerprint = self.shards.fingerprint
     self._sidecars = {name: Sidecars(self.shards, name, pattern=pattern)
@@ -57,21 +57,20 @@ class WebDataset:
     return len(self.shards)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    shard, members = self._members(i)
-    key = self._key(shard, next(iter(members))[0])
-    found = {field: data for (_, field), data in members.items()}
+    shard, name, found = self._members(i)
+    key = self._key(shard, name)
     image = fields.image(found)
     if image is None:
       raise Rejected("no_image", f"{key} has {sorted(found)}")
-    texts = {name: self._sidecars[name].texts(i, shard) if name in self._sidecars
-             else fields.field_texts(found, name, key=key) for name in self.captions}
+    texts = {field: self._sidecars[field].texts(i, shard) if field in self._sidecars
+             else fields.field_texts(found, field, key=key) for field in self.captions}
     return dict(image=image, key=key, label=fields.label(found, key=key), **fields.captions(texts))
 
   def fields(self, i: int) -> dict[str, bytes]:
     """The members of sample i by their extensions; its record does not fetch them once more."""
     found = self._members(i)
     self._held = i, found
-    return {field: data for (_, field), data in found[1].items()}
+    return found[2]
 
   def key(self, i: int) -> str:
     """The key of sample i; of a local shard nothing is read but the headers of its first member."""
@@ -104,8 +103,8 @@ class WebDataset:
     first = self.shards.firsts[shard]
     return self.shards.paths[shard], i - first, self.shards.firsts[shard + 1] - first
 
-  def _members(self, i: int) -> tuple[int, dict[tuple[str, str], bytes]]:
-    """The shard of sample i, and its members by (key, field)."""
+  def _members(self, i: int) -> tuple[int, str, dict[str, bytes]]:
+    """The shard of sample i, its key in there, and its members by field."""
     if not 0 <= i < len(self):
       raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
     if self._held and self._held[0] == i:
@@ -115,11 +114,15 @@ class WebDataset:
     try:
       buffer = self._runs[i] if self._runs else storage.read(
           path, *self.shards.span(i, shard), expect=self.shards.stat(shard))
-      named = [(tar.split_name(member.name), buffer[member.start:member.start + member.size])
-               for member in tar.members(buffer) if member is not None]
+      key, found = "", dict[str, bytes]()
+      for member in tar.members(buffer, trusted=True):
+        name = tar.split_name(member.name) if member else None
+        if member and name:  # a sample's members all have one key
+          key, field = name
+          found[field] = buffer[member.start:member.start + member.size]
     except (storage.Changed, tar.BrokenTar) as error:
       raise self._told(error, i, shard) from error
-    return shard, {name: data for name, data in named if name is not None}
+    return shard, key, found
 
   def _told(self, error: Exception, i: int, shard: int) -> OSError:
     """The error that says which sample could not be read."""
@@ -134,11 +137,9 @@ class WebDataset:
     if "json" in self.shards.fields:
       # The keys inside .json members are not indexed: a few samples stand for the rest.
       for i in range(0, len(self), max(1, len(self) // 8)):
-        _, members = self._members(i)
-        for (_, field), data in members.items():
-          if field == "json":
-            with contextlib.suppress(Rejected):  # a broken one is counted when it is drawn
-              have |= {f"json.{key}" for key in fields.read_json(data, key="")}
+        _, _, found = self._members(i)
+        with contextlib.suppress(Rejected):  # a broken one is counted when it is drawn
+          have |= {f"json.{key}" for key in fields.read_json(found.get("json", b"{}"), key="")}
     # Of "json.names.de" the entry `names` is looked for.
     if not have & {part for name in self.captions
                    for part in (name, ".".join(name.split(".")[:2]))}:
