@@ -16,7 +16,10 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 
 def image(fields: Mapping[str, bytes]) -> bytes | None:
   """The first member with the extension of an image; None if there is none."""
-  return next((fields[kind] for kind in IMAGES if kind in fields), None)
+  for kind in IMAGES:
+    if kind in fields:
+      return fields[kind]
+  return None
 
 
 def label(fields: Mapping[str, bytes], *, key: str) -> int:

@@ -42,6 +42,40 @@ class Member(NamedTuple):
   end: int  # byte offset of the next header
 
 
+def sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
+  """The key of a sample and its members by field, from the bytes that an index says it lies in.
+
+  The index was made from these bytes and knows that their checksums are right; they are not added
+  up again. Raises BrokenTar as `members` does.
+  """
+  key, found, offset, end = "", dict[str, bytes](), 0, len(buffer)
+  while offset + BLOCK <= end:
+    name, kind = buffer[offset:offset + 100], buffer[offset + 156:offset + 157]
+    # Nearly all headers: a plain file with a short name, its size in 11 octal digits, no prefix.
+    if kind != b"0" or buffer[offset + 345] or buffer[offset + 135] not in b"\0 ":
+      break
+    try:
+      size = int(buffer[offset + 124:offset + 135], 8)
+    except ValueError:
+      break
+    start = offset + BLOCK
+    if size < 0 or start + size > end:
+      break
+    named = split_name(_text(name))
+    if named:
+      key, field = named
+      found[field] = buffer[start:start + size]
+    offset = start + -(-size // BLOCK) * BLOCK
+  else:
+    return key, found
+  for member in members(buffer, trusted=True):
+    named = split_name(member.name) if member else None
+    if member and named:  # all have one key
+      key, field = named
+      found[field] = buffer[member.start:member.start + member.size]
+  return key, found
+
+
 class Buffer(Protocol):
   """Bytes that are only sliced: bytes, mmap, storage.Blocks."""
 

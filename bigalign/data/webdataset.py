@@ -114,15 +114,9 @@ class WebDataset:
     try:
       buffer = self._runs[i] if self._runs else storage.read(
           path, *self.shards.span(i, shard), expect=self.shards.stat(shard))
-      key, found = "", dict[str, bytes]()
-      for member in tar.members(buffer, trusted=True):
-        name = tar.split_name(member.name) if member else None
-        if member and name:  # a sample's members all have one key
-          key, field = name
-          found[field] = buffer[member.start:member.start + member.size]
+      return shard, *tar.sample(buffer)
     except (storage.Changed, tar.BrokenTar) as error:
       raise self._told(error, i, shard) from error
-    return shard, key, found
 
   def _told(self, error: Exception, i: int, shard: int) -> OSError:
     """The error that says which sample could not be read."""
