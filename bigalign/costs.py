@@ -98,7 +98,7 @@ def measure(
     )
     found["flops"] = flops.of_jaxpr(traced.jaxpr) / mesh.size
     try:
-      compiled = traced.lower().compile()
+      compiled = pods.compiled(traced.lower())
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise

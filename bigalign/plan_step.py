@@ -133,7 +133,7 @@ def measure(
     }
     begin = time.perf_counter()
     try:
-      compiled = lowered.compile()
+      compiled = pods.compiled(lowered)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 # What libtpu wants to know, or else looks for on a network, and how much it says.
 _QUIET = dict(
@@ -65,3 +66,19 @@ def devices(topology: str) -> Sequence[jax.Device]:
       f"libtpu knows no topology {topology!r}: {error}. Such are known: {EXAMPLES}"
     ) from error
   return found.devices
+
+
+def compiled(lowered: Any) -> Any:
+  """What `jax.jit(f).lower(...)` gave, compiled for devices that nobody holds.
+
+  It passes by JAX's cache of compilations (JAX_COMPILATION_CACHE_DIR): what was compiled without a
+  client is written there, and cannot be read again.
+  """
+  before = jax.config.values["jax_enable_compilation_cache"]
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # it remembers whether it is used
+  try:
+    return lowered.compile()
+  finally:
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()

@@ -16,6 +16,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Compiling is most of a fast test's time; `make test-slow` sets 0 and runs what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+  # A quarter of it is spent on code for fused operations that nobody runs for long here.
+  os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+  )
 # Programs are compiled once per session, by whichever process of a test comes first.
 _CACHE = tempfile.TemporaryDirectory(prefix="bigalign-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)

@@ -79,3 +79,20 @@ def test_the_whole_matrix_is_what_does_not_fit():
 def test_an_unknown_topology_is_named():
   with pytest.raises(ValueError, match="v5e:17x3"):
     pods.devices("v5e:17x3")
+
+
+def test_what_is_compiled_twice_is_not_sought_in_the_cache(tmp_path):
+  """Of what no client compiled the cache holds what cannot be read: a warning, an error here."""
+  x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(
+    sharding.make_mesh(devices=pods.devices("v5e:2x2"))))
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [jax.config.values[name] for name in names]
+  for name, value in zip(names, (str(tmp_path), 0.0)):
+    jax.config.update(name, value)
+  try:
+    for _ in range(2):
+      pods.compiled(jax.jit(lambda x: x @ x.T).lower(x))
+    assert not [*tmp_path.iterdir()]
+  finally:
+    for name, value in zip(names, before):
+      jax.config.update(name, value)
