@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data import blocks, order, transforms
+from bigalign.data import blocks, order, slots, transforms
 from bigalign.data.captions import ANY, Columns, by_field, choose, lacks, repaired
 from bigalign.data.decode import decode
 from bigalign.data.mixture import Order
@@ -204,7 +204,8 @@ class _TrainBatches(Decoded):
     indices = self._places(positions)
     self._prefetch(k, indices)
     b, size = len(positions), self._image_size
-    images = np.empty(b, np.int64) if self._images else np.empty((b, size, size, 3), np.uint8)
+    images = (np.empty(b, np.int64) if self._images
+              else slots.empty((b, size, size, 3), np.uint8))
     labels = np.empty(b, np.int32)
     image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
     rejects = np.zeros((b, len(REASONS)), np.int32)

@@ -9,6 +9,7 @@ finds no slot free, or fits into none, goes grain's way.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.shared_memory import SharedMemory
@@ -40,12 +41,22 @@ class Packed:
 
 def _lengths(arrays: Iterable[tuple[tuple[int, ...], str]]) -> list[int]:
   """Bytes of each, up to where the next one begins."""
-  sizes = (int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in arrays)
+  sizes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
   return [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
 
 
 def _view(memory: SharedMemory, shape: tuple[int, ...], dtype: str, first: int) -> np.ndarray:
   return np.ndarray(shape, dtype, memory.buf, first)
+
+
+_SENDING: list[Sender] = []  # the one whose batch is being made
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """numpy.empty for the largest array of a batch; where there is a slot for the batch, in there."""
+  for sender in _SENDING:
+    return sender.reserve(shape, np.dtype(dtype))
+  return np.empty(shape, dtype)
 
 
 class Sender:
@@ -55,6 +66,7 @@ class Sender:
     self._batches = batches
     self._memory: SharedMemory | None = None
     self._size = self._sent = 0
+    self._reserved: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self._batches)
@@ -63,20 +75,40 @@ class Sender:
     return repr(self._batches)
 
   def __getitem__(self, k: int) -> Packed | dict[str, np.ndarray]:
-    batch: dict[str, np.ndarray] = self._batches[k]
+    _SENDING.append(self)
+    try:
+      made: dict[str, np.ndarray] = self._batches[k]
+    finally:
+      _SENDING.clear()
+      reserved, self._reserved = self._reserved, None
+    # What was reserved lies where a slot begins.
+    batch = dict(sorted(made.items(), key=lambda item: item[1] is not reserved))
     arrays = {name: (x.shape, x.dtype.str) for name, x in batch.items()}
     size = sum(_lengths(arrays.values()))
     if self._memory is None:
       self._memory, self._size = _make(size), size
-    if self._memory is None or size > self._size:
-      return batch
-    if self._sent - int(_view(self._memory, (), "<i8", 0)) >= SLOTS:
-      return batch
+    if self._memory is None or not self._fits(self._memory, size):
+      # Not the slot's own memory, which the next batch may take.
+      return {name: x.copy() if x is reserved else x for name, x in batch.items()}
     packed = Packed(self._memory.name, self._sent, self._size, arrays)
     for name, shape, dtype, first in packed.places():
-      _view(self._memory, shape, dtype, first)[...] = batch[name]
+      if batch[name] is not reserved:
+        _view(self._memory, shape, dtype, first)[...] = batch[name]
     self._sent += 1
     return packed
+
+  def reserve(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Where the next slot begins, if it is free and this fits; once a batch."""
+    memory, size = self._memory, math.prod(shape) * dtype.itemsize
+    if memory is None or self._reserved is not None or not self._fits(memory, size):
+      return np.empty(shape, dtype)
+    first = _HEAD + self._sent % SLOTS * self._size
+    self._reserved = _view(memory, shape, dtype.str, first)
+    return self._reserved
+
+  def _fits(self, memory: SharedMemory, size: int) -> bool:
+    """Whether the next slot is free and takes so many bytes."""
+    return size <= self._size and self._sent - int(_view(memory, (), "<i8", 0)) < SLOTS
 
 
 def _make(size: int) -> SharedMemory | None:
