@@ -191,7 +191,8 @@ def test_a_source_smaller_than_its_part_of_a_batch_is_named():
     check_sizes(Numbers("a", 7), batch_size=8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_photos_by_shares_go_on_where_they_stopped(data_root, tmp_path):
   """With a loss that remembers samples by their ids, and weights that change."""
   c = load("photos")

@@ -129,7 +129,8 @@ def test_resume_is_bitwise_and_compiles_no_stage_that_is_over(whole, step, tmp_p
   assert compiled == ([0, 1] if step < 2 else [1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_resume_of_what_pods_run_is_bitwise(tmp_path):
   """bfloat16, scan, remat, workers, all axes of a mesh, looks, sparse logs."""
   c = tiny(checkpoint_every=2, log_every=3, diagnose_every=2, ema=0.0, loss=dict(siglip={}),

@@ -57,7 +57,10 @@ def field_texts(fields: Mapping[str, bytes], name: str, *, key: str) -> tuple[st
     value = entry(read_json(fields["json"], key=key), path) if "json" in fields else None
   elif name in fields:
     value = _decode_text(fields[name], key=f"{key}.{name}")
-  texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+  if isinstance(value, str):
+    text = value.strip()
+    return (text,) if text else ()
+  texts = value if isinstance(value, list) else []
   return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 

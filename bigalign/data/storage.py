@@ -42,11 +42,13 @@ class Changed(OSError):
 
 def is_remote(path: str) -> bool:
   """Whether the path is a URL of an object store."""
-  scheme, found, _ = path.partition("://")
-  if found and scheme not in _DRIVERS:
+  if "://" not in path:
+    return False
+  scheme = path.partition("://")[0]
+  if scheme not in _DRIVERS:
     raise ValueError(f"{path!r}: unknown store {scheme}://; known: a local path, "
                      + ", ".join(f"{name}://" for name in _DRIVERS))
-  return bool(found)
+  return True
 
 
 @contextlib.contextmanager
@@ -91,12 +93,9 @@ def read(path: str, start: int, end: int, *, expect: Stat | None = None) -> byte
 
   Raises FileNotFoundError, and Changed if the file is not the one that `expect` was taken of.
   """
-  if is_remote(path):
-    data, found = _read_remote(path, start, end)
-  else:
-    data, found = _FILES.read(path, start, end)
+  data, found = (_read_remote if is_remote(path) else _FILES.read)(path, start, end)
   if expect is not None and found != expect:
-    raise Changed(f"{path}: {_difference(expect, found)}")
+    raise Changed(f"{path}: {_difference(expect, Stat(*found))}")
   return data
 
 
@@ -190,7 +189,8 @@ class _Files:
     self._open: collections.OrderedDict[str, int] = collections.OrderedDict()
     self._lock = threading.Lock()
 
-  def read(self, path: str, start: int, end: int) -> tuple[bytes, Stat]:
+  def read(self, path: str, start: int, end: int) -> tuple[bytes, tuple[int, int]]:
+    """Bytes, and what Stat holds: random reads are so short that to make one would show."""
     with self._lock:  # else another thread could close the file under the read
       if path not in self._open:
         while len(self._open) >= self._limit:
@@ -199,7 +199,8 @@ class _Files:
       else:
         self._open.move_to_end(path)
       descriptor = self._open[path]
-      return os.pread(descriptor, end - start, start), _local(os.fstat(descriptor))
+      data, status = os.pread(descriptor, end - start, start), os.fstat(descriptor)
+    return data, (status.st_size, status.st_mtime_ns)
 
 
 _FILES = _Files()
