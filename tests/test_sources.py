@@ -127,6 +127,23 @@ def test_empty_patterns_and_unknown_sources_offer_the_way_on(tmp_path, monkeypat
     open_source("$BIGALIGN_NOWHERE/0.tar")
 
 
+def test_synthetic_samples_are_noise_that_differs_and_is_the_same_again():
+  source = open_source("synthetic:5000", size=40)
+  assert len(source) == 5000 and len(open_source("synthetic")) == 10_000
+  images = [source[i]["image"] for i in (0, 1, 64, 4095)]
+  assert all(x.shape == (40, 40, 3) and x.dtype == np.uint8 for x in images)
+  assert len({x.tobytes() for x in images}) == 4 and 120 < np.mean(images) < 135
+  again = pickle.loads(pickle.dumps(source))
+  assert again.fingerprint == source.fingerprint != open_source("synthetic:5001").fingerprint
+  assert (again[64]["image"] == images[2]).all() and source[7]["captions"] == (
+    "synthetic picture number 7",)
+  with pytest.raises(IndexError, match="asked for 5000"):
+    source[5000]
+  for wrong in ("synthetic:0", "synthetic:-3", "synthetic:1e6"):
+    with pytest.raises(ValueError, match=r"write how many samples, 'synthetic:1000000'"):
+      open_source(wrong)
+
+
 def test_patterns(tmp_path, monkeypatch):
   for name in ("a/08", "a/09", "a/10", "b/08", "b/09", "b/10"):
     write_tar(tmp_path / f"{name}.tar", samples(0, 1))

@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from shards import picture
 from tests_support import load
-from versions import VERSIONS, example, write_array_record, write_parquet
+from versions import VERSIONS, example, write_array_record, write_array_records, write_parquet
 
 from bigalign import config as configs
 from bigalign.data.parquet import Parquet
 from bigalign.data.pipeline import train_batches
 from bigalign.data.recent import Recent
 from bigalign.data.rejects import Rejected
-from bigalign.data.sources import open_source
+from bigalign.data.sources import open_source, where
 from bigalign.data.table_files import row_starts
 from bigalign.inputs import open_data
 from bigalign.metrics import read_metrics
@@ -37,6 +37,23 @@ SHARDS = "::".join(f"$BIGALIGN_DATA/{name}/train/00000.tar" for name in (
 def made(count: int, first: int = 0) -> list[dict]:
   return [dict(image=picture(i), captions=(f"picture {i}", f"image {i}"), label=i % 3)
           for i in range(first, first + count)]
+
+
+def test_every_sample_is_told_by_its_file(tmp_path):
+  """What is written down of a rejected one: the file, its place there, and how many that holds."""
+  write_parquet(tmp_path / "p", made(11), rows=4)  # 6 and 5 rows, two row groups each
+  write_array_records(tmp_path / "r", made(9))
+  for name, count in (("a", 4), ("b", 7)):
+    VERSIONS["folder"](tmp_path / name, made(count))
+  for pattern, names, sizes in (
+      ("p/*.parquet", ("p/0.parquet", "p/1.parquet"), (6, 5)),
+      ("r/*.array_record", ("r/0.array_record", "r/1.array_record"), (3, 6)),
+      ("{a,b}/data.jsonl", ("a/data.jsonl", "b/data.jsonl"), (4, 7))):
+    captions = ("title",) if "jsonl" in pattern else None
+    source = open_source(f"{tmp_path}/{pattern}", captions=captions)
+    assert [where(source, i) for i in range(len(source))] == [
+      (f"{tmp_path}/{name}", place, size) for name, size in zip(names, sizes)
+      for place in range(size)]
 
 
 @pytest.mark.parametrize("version", ["folder", "parquet", "array_record"])

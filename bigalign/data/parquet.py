@@ -82,6 +82,13 @@ class Parquet:
     group, place = self._place(i)
     return f"{os.path.basename(self._paths[self._files[group]])}/{self._places[group]}.{place}"
 
+  def where(self, i: int) -> tuple[str, int, int]:
+    """The file of row i, its place there, and how many rows it has."""
+    group, _ = self._place(i)
+    first, end = np.searchsorted(self._files, self._files[group] + np.array([0, 1])).tolist()
+    return (self._paths[self._files[group]], i - int(self._firsts[first]),
+            int(self._firsts[end] - self._firsts[first]))
+
   def fields(self, i: int) -> dict[str, Any]:
     """The columns of row i; of the image its bytes."""
     group, place = self._place(i)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from bigalign.data import fingerprints
 from bigalign.data.arrayrecord import ArrayRecord
 from bigalign.data.parquet import Parquet
+from bigalign.data.synthetic import Synthetic
 from bigalign.data.table_files import TableFiles
 from bigalign.data.tfds import Tfds
 from bigalign.data.webdataset import WebDataset
@@ -48,7 +49,8 @@ def _glyphs(split: str, **options: Any) -> Source:
 
 SOURCES: dict[str, Callable[..., Source]] = dict(
     glyphs=_glyphs, tar=WebDataset, parquet=Parquet, arrayrecord=ArrayRecord, table=TableFiles,
-    tfds=Tfds)
+    tfds=Tfds, synthetic=Synthetic)
+_OWN_CAPTIONS = ("glyphs", "synthetic")
 _ENDINGS = {".tar": "tar", ".parquet": "parquet", ".array_record": "arrayrecord",
             ".csv": "table", ".tsv": "table", ".jsonl": "table"}
 
@@ -57,13 +59,14 @@ def open_source(spec: str, *, captions: Sequence[str] | None = None, **options) 
   """Open what a spec names; parts joined by "::" are read as one, each sample once per epoch.
 
     glyphs, glyphs:heldout                  the embedded dataset and its splits
+    synthetic:1000000                       noise, to measure with
     DIR/{00000..00005}.tar, DIR/*.tar       webdataset shards
     DIR/*.parquet, DIR/*.array_record       encoded images beside their captions
     DIR/train.tsv, .csv, .jsonl             paths of image files beside their captions
     tfds:cifar10:train                      a TFDS dataset prepared as array_record
   KIND: before a pattern says what its ending does not. $NAME in a spec is an environment variable.
-  `captions` names the fields to take captions from (all but glyphs, which have their own);
-  `options` go to every part.
+  `captions` names the fields to take captions from (all but glyphs and synthetic, which have their
+  own); `options` go to every part.
   """
   parts = [part.strip() for part in expand_variables(spec, what="source").split("::")]
   sources = [_open_part(part, spec=spec, captions=captions, options=options) for part in parts]
@@ -97,10 +100,11 @@ def _open_part(part: str, *, spec: str, captions: Sequence[str] | None,
     kind, rest = next((kind for ending, kind in _ENDINGS.items() if ending in part), kind), part
   if kind not in SOURCES:
     raise ValueError(
-        f"Unknown source {part!r} in {spec!r}; known: 'glyphs[:SPLIT]', 'tfds:NAME:SPLIT', patterns"
+        f"Unknown source {part!r} in {spec!r}; known: 'glyphs[:SPLIT]', 'tfds:NAME:SPLIT',"
+        " 'synthetic:COUNT', patterns"
         f" of files that end in {', '.join(_ENDINGS)}, such as 'DIR/{{00000..00005}}.tar' or"
         f" 'DIR/*.tar', KIND:PATTERN with a KIND of {sorted(SOURCES)}, and lists joined by '::'")
-  chosen = {} if captions is None or kind == "glyphs" else {"captions": tuple(captions)}
+  chosen = {} if captions is None or kind in _OWN_CAPTIONS else {"captions": tuple(captions)}
   return SOURCES[kind](rest, **chosen, **options)
 
 

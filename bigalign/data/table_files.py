@@ -76,6 +76,12 @@ class TableFiles:
       raise Rejected("no_image", f"{os.path.basename(path)}: row {i} has no {self._image!r}")
     return f"{os.path.basename(path)}/{name}"
 
+  def where(self, i: int) -> tuple[str, int, int]:
+    """The table of row i, its place there, and how many rows it has."""
+    which = int(np.searchsorted(self._firsts, i, side="right")) - 1
+    first, end = self._firsts[which:which + 2].tolist()
+    return self._paths[which], i - first, end - first
+
   def fields(self, i: int) -> dict[str, Any]:
     """Row i by column."""
     return self._row(i)[1]
