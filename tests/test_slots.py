@@ -64,12 +64,17 @@ def test_what_fits_into_no_slot_goes_the_other_way():
 
 
 def test_without_room_no_memory_is_taken(monkeypatch):
-  class Full:
-    f_bavail, f_frsize = 10, 1
+  asked = []
 
-  monkeypatch.setattr(slots.os, "statvfs", lambda path: Full)
+  def full(descriptor, first, size):
+    asked.append((pathlib.Path(f"/proc/self/fd/{descriptor}").resolve(), size))
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(slots.os, "posix_fallocate", full)
   sender = slots.Sender(Counted())
   assert_same(slots.Receiver().unpack(sender[3]), Counted()[3])
+  assert_same(slots.Receiver().unpack(sender[4]), Counted()[4])
+  assert len(asked) == 1 and not asked[0][0].exists(), "asked for once, and given back"
 
 
 @pytest.mark.parametrize("grown", [3, 1 << 60])

@@ -85,7 +85,7 @@ class Sender:
     batch = dict(sorted(made.items(), key=lambda item: item[1] is not reserved))
     arrays = {name: (x.shape, x.dtype.str) for name, x in batch.items()}
     size = sum(_lengths(arrays.values()))
-    if self._memory is None:
+    if not self._size:  # once: where there was no room there will be none
       self._memory, self._size = _make(size), size
     if self._memory is None or not self._fits(self._memory, size):
       # Not the slot's own memory, which the next batch may take.
@@ -113,12 +113,19 @@ class Sender:
 
 def _make(size: int) -> SharedMemory | None:
   """Memory for SLOTS batches of a size, none of which was copied out; None if there is no room."""
-  whole = _HEAD + SLOTS * size
-  if os.path.isdir(_MOUNT):  # what is full kills the one that writes there, unasked
-    room = os.statvfs(_MOUNT)
-    if whole > room.f_bavail * room.f_frsize:
+  memory = SharedMemory(create=True, size=_HEAD + SLOTS * size)
+  place = os.path.join(_MOUNT, memory.name)
+  if os.path.exists(place):  # where no room is left, the one that writes is killed; so take it now
+    descriptor = os.open(place, os.O_RDWR)
+    try:
+      os.posix_fallocate(descriptor, 0, memory.size)
+    except OSError:
+      memory.close()
+      memory.unlink()
       return None
-  return SharedMemory(create=True, size=whole)
+    finally:
+      os.close(descriptor)
+  return memory
 
 
 class Receiver:
