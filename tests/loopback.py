@@ -57,6 +57,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return
     status = path.stat()
     size, tag = status.st_size, f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
+    last = re.fullmatch(r"bytes=-(\d+)", self.headers.get("Range") or "")
+    if last:
+      self.headers.replace_header("Range", f"bytes={max(size - int(last[1]), 0)}-")
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
     first, last = (int(asked[1]), min(int(asked[2] or size), size - 1)) if asked else (0, size - 1)
     if asked and first >= size:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 
 import numpy as np
 import pytest
 from loopback import store
 from shards import picture, write_tar
+from versions import write_parquet
 
 from bigalign import index as program
 from bigalign.data import storage
 from bigalign.data.evaluation import eval_batches
 from bigalign.data.pipeline import train_batches
-from bigalign.data.sources import open_source
+from bigalign.data.sources import open_source, where
 
 B, SHARDS, SAMPLES = 32, 3, 3072  # of a shard; an epoch is several times what an order holds
 
@@ -105,3 +107,44 @@ def test_a_shard_that_goes_missing_ends_training_with_its_name(shards, served, m
     server.failures = [404] * 10**4
     with pytest.raises(FileNotFoundError, match=r"http://.*/\d\.tar: there is no such object"):
       list(batches)
+
+
+def test_parquet_of_a_store_is_that_of_a_disk(tmp_path, monkeypatch):
+  """Each row group costs a request or two; what fails for a while is asked again."""
+  monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+  records = [dict(image=picture(i), captions=(f"picture {i}",), label=i % 3) for i in range(40)]
+  local = open_source(write_parquet(tmp_path, records, rows=5))
+  with store(tmp_path) as server:
+    server.failures = [429, 0, 503]
+    remote = open_source(f"{server.url}/{{0..1}}.parquet")
+    assert len(remote) == 40 and remote.block == local.block == 5
+    server.requests.clear()
+    server.failures = [500]
+    for i in range(40):
+      assert remote[i] == local[i]
+    sent = [name for name, size in server.requests if size]
+    assert 8 <= len(sent) <= 24 and {*sent} == {"0.parquet", "1.parquet"}
+    again = pickle.loads(pickle.dumps(remote))
+    assert again.fingerprint == remote.fingerprint and again[33] == local[33]
+    assert where(remote, 21) == (f"{server.url}/1.parquet", 1, 20)
+
+
+def test_parquet_of_a_store_that_is_gone_or_changed_is_named(tmp_path):
+  records = [dict(image=picture(i), captions=(f"picture {i}",), label=0) for i in range(20)]
+  write_parquet(tmp_path, records, files=1, rows=5)
+  with store(tmp_path) as server:
+    with pytest.raises(FileNotFoundError, match=r"/1.parquet: there is no such object"):
+      open_source(f"{server.url}/{{0..1}}.parquet")
+    remote = open_source(f"{server.url}/0.parquet")
+    write_parquet(tmp_path, records[::-1], files=1, rows=5)
+    with pytest.raises(storage.Changed, match=r"0.parquet: the shard changed"):
+      remote[3]
+    (tmp_path / "2.parquet").write_bytes(b"<html>no such page</html>")
+    with pytest.raises(ValueError, match=r"2.parquet: not a whole Parquet file: .*Fetch it again"):
+      open_source(f"{server.url}/2.parquet")
+
+
+@pytest.mark.parametrize("name", ["0.array_record", "train.tsv"])
+def test_what_is_read_from_disks_alone_says_so(name):
+  with pytest.raises(ValueError, match=r"from object stores \.tar and \.parquet are"):
+    open_source(f"http://127.0.0.1:9/{name}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import columns, fingerprints
-from bigalign.data.patterns import expand_shards
+from bigalign.data.patterns import expand_local
 from bigalign.data.recent import Recent
 from bigalign.data.rejects import Rejected
 from bigalign.data.webdataset import classnames_beside
@@ -40,7 +40,7 @@ class ArrayRecord:
     self.pattern = pattern
     self.captions = tuple(captions)
     self._label = label
-    self._paths = expand_shards(pattern)
+    self._paths = expand_local(pattern, kind="ArrayRecord")
     # Not through _files: that many may be more than a process can have open.
     counts = [open_file(path)[0].num_records() for path in self._paths]
     self._firsts = np.cumsum([0, *counts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data import columns, fingerprints
+from bigalign.data import columns, fingerprints, storage
 from bigalign.data.patterns import expand_shards
 from bigalign.data.recent import Recent
 from bigalign.data.rejects import Rejected
 
+_TAIL = 1 << 16  # bytes of a remote file in which its footer is sought first
 _ROOM = 1 << 29  # bytes of row groups that a process keeps
 _CAPTIONS = ("caption", "captions", "text", "txt", "title")
 
@@ -125,10 +127,31 @@ def _open(path: str, kind: str) -> Any:
   import pyarrow  # a tenth of a second that other sources need not wait
   from pyarrow import parquet
   try:
+    if storage.is_remote(path):
+      metadata, ranges = _footer(path)
+      return metadata if kind == "metadata" else parquet.ParquetFile(
+          pyarrow.PythonFile(storage.Ranges(path, *ranges), "r"), metadata=metadata,
+          pre_buffer=True)  # neighbouring columns come with one request
     return parquet.read_metadata(path) if kind == "metadata" else parquet.ParquetFile(path)
   except pyarrow.ArrowInvalid as error:
-    raise ValueError(f"{path}: not a whole Parquet file ({os.path.getsize(path)} bytes): {error}. "
-                     "Fetch it again.") from error
+    size = "" if storage.is_remote(path) else f" ({os.path.getsize(path)} bytes)"
+    raise ValueError(f"{path}: not a whole Parquet file{size}: {error}. Fetch it again.") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _footer(path: str) -> tuple[Any, tuple[int, storage.Stat]]:
+  """The metadata of a remote file; the size of what is read of it, and which file it is."""
+  from pyarrow import parquet
+  data, found = storage.tail(path, _TAIL)
+  length = int.from_bytes(data[-8:-4], "little") + 8
+  if length > len(data):
+    data, found = storage.tail(path, length)
+  metadata = parquet.read_metadata(io.BytesIO(data))
+  parts = [metadata.row_group(g).column(c) for g in range(metadata.num_row_groups)
+           for c in range(metadata.num_columns)]
+  ends = [min(filter(None, (part.dictionary_page_offset, part.data_page_offset)))
+          + part.total_compressed_size for part in parts]
+  return metadata, (max(ends, default=0), found)
 
 
 def _classnames(schema: Any, label: str) -> tuple[str, ...]:

@@ -43,6 +43,20 @@ def by_folder(paths: Sequence[str]) -> dict[str, tuple[list[int], list[str]]]:
           for ahead, chosen in places.items()}
 
 
+def expand_local(pattern: str, *, kind: str) -> list[str]:
+  """expand_shards of a kind of files that is read from disks and mounts alone.
+
+  Raises:
+    ValueError: for an object store, with what is read from there.
+  """
+  paths = expand_shards(pattern)
+  for path in paths:
+    if storage.is_remote(path):
+      raise ValueError(f"{path}: {kind} is read from local disks and mounts; from object stores"
+                       " .tar and .parquet are. Copy it, or mount the store")
+  return paths
+
+
 def _glob(name: str) -> list[str]:
   if not storage.is_remote(name):
     return sorted(glob.glob(name))

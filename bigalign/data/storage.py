@@ -99,6 +99,43 @@ def read(path: str, start: int, end: int, *, expect: Stat | None = None) -> byte
   return data
 
 
+def tail(path: str, size: int) -> tuple[bytes, Stat]:
+  """The last bytes of a remote file, all of a smaller one; and what the file is."""
+  try:
+    return _read_remote(path, -size, None)
+  except ValueError as error:
+    if not _status(error) == "OUT_OF_RANGE":
+      raise
+    return _read_remote(path, 0, None)
+
+
+class Ranges(io.RawIOBase):
+  """A remote file to seek in, up to `size`; each read is a request."""
+
+  def __init__(self, path: str, size: int, expect: Stat):
+    self._path, self._size, self._expect, self._at = path, size, expect, 0
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+    return self._at
+
+  def tell(self) -> int:
+    return self._at
+
+  def readinto(self, buffer: Any) -> int:
+    end = min(self._at + len(buffer), self._size)
+    data = read(self._path, self._at, end, expect=self._expect) if end > self._at else b""
+    buffer[:len(data)] = data
+    self._at += len(data)
+    return len(data)
+
+
 def stat(path: str) -> Stat:
   """Size and stamp as they are now."""
   return _read_remote(path, 0, 0)[1] if is_remote(path) else _local(os.stat(path))
@@ -216,14 +253,14 @@ def _store(folder: str) -> Any:
                                   ).result()
 
 
-def _read_remote(path: str, start: int, end: int) -> tuple[bytes, Stat]:
+def _read_remote(path: str, start: int, end: int | None) -> tuple[bytes, Stat]:
   folder, _, name = path.rpartition("/")
   store = _store(folder)
   try:
     found = _request(path, lambda: store.read(name, byte_range=slice(start, end)).result())
   except ValueError as error:
     # Stores answer a range past the end with an error, and do not tell the size beforehand.
-    if not _status(error) == "OUT_OF_RANGE":
+    if not _status(error) == "OUT_OF_RANGE" or start < 0 or end is None:
       raise
     try:
       found = _request(path, lambda: store.read(name, byte_range=slice(start, None)).result())

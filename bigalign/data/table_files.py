@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bigalign.data import columns, fingerprints
-from bigalign.data.patterns import expand_shards
+from bigalign.data.patterns import expand_local
 from bigalign.data.rejects import Rejected
 
 _CHUNK = 1 << 24  # bytes
@@ -38,7 +38,7 @@ class TableFiles:
     self.pattern = pattern
     self.captions = tuple(captions)
     self._image, self._label = image, label
-    self._paths = expand_shards(pattern)
+    self._paths = expand_local(pattern, kind="a table of image files")
     self._headers = [_header(path) for path in self._paths]
     self._sizes = [os.path.getsize(path) for path in self._paths]
     starts = [row_starts(path, separator=header and header[1])
