@@ -73,4 +73,4 @@ def test_what_no_index_was_made_of_is_named(digits):
   block = bytearray(written("ustar", ["a.jpg"]))
   block[124:136] = digits
   with pytest.raises(tar.BrokenTar, match=r"wrong number|ends inside"):
-    tar.sample(bytes(block))
+    tar.sample(resigned(block))

@@ -45,8 +45,8 @@ class Member(NamedTuple):
 def sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
   """The key of a sample and its members by field, from the bytes that an index says it lies in.
 
-  The index was made from these bytes and knows that their checksums are right; they are not added
-  up again. Raises BrokenTar as `members` does.
+  The index was made from these bytes, and their checksums were right: those of plain headers are
+  not added up again. Raises BrokenTar as `members` does.
   """
   key, found, offset, end = "", dict[str, bytes](), 0, len(buffer)
   while offset + BLOCK <= end:
@@ -68,7 +68,7 @@ def sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
     offset = start + -(-size // BLOCK) * BLOCK
   else:
     return key, found
-  for member in members(buffer, trusted=True):
+  for member in members(buffer):
     named = split_name(member.name) if member else None
     if member and named:  # all have one key
       key, field = named
@@ -82,12 +82,11 @@ class Buffer(Protocol):
   def __getitem__(self, part: slice, /) -> bytes: ...
 
 
-def members(buffer: Buffer, *, trusted: bool = False) -> Iterator[Member | None]:
+def members(buffer: Buffer) -> Iterator[Member | None]:
   """The regular files of a tar; a None at the end if an end mark (a block of zeros) was met.
 
   Understands ustar prefixes, GNU long names and pax paths and sizes. Raises BrokenTar at the
-  first wrong header checksum and where the data ends inside a member. The checksums of `trusted`
-  headers were found right before, and the file has not changed since: they are not added up again.
+  first wrong header checksum and where the data ends inside a member.
   """
   offset = 0
   first: int | None = None  # where the extended headers of the coming member began
@@ -100,12 +99,11 @@ def members(buffer: Buffer, *, trusted: bool = False) -> Iterator[Member | None]
     if len(header) < BLOCK:
       raise BrokenTar(offset, "a header is cut off")
     name, digits, checksum, kind, magic, prefix = _HEADER.unpack(header)
-    if not trusted:
-      # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65521, ten times as fast as
-      # sum; the checksum counts its own bytes as spaces.
-      total = _number(checksum, offset=offset) + sum(checksum) - 8 * 32 + 1
-      if (total - zlib.adler32(header) % 65536) % 65521:
-        raise BrokenTar(offset, "wrong header checksum")
+    # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65521, ten times as fast as
+    # sum; the checksum counts its own bytes as spaces.
+    total = _number(checksum, offset=offset) + sum(checksum) - 8 * 32 + 1
+    if (total - zlib.adler32(header) % 65536) % 65521:
+      raise BrokenTar(offset, "wrong header checksum")
     size = _number(digits, offset=offset)
     if kind in _REGULAR and b"size" in pax:
       size = _number(pax[b"size"], offset=offset, base=10)
