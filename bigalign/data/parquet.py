@@ -17,6 +17,7 @@ from bigalign.data.recent import Recent
 from bigalign.data.rejects import Rejected
 
 _TAIL = 1 << 16  # bytes of a remote file in which its footer is sought first
+_FOOTERS = 1024  # of remote files, kept by each process
 _ROOM = 1 << 29  # bytes of row groups that a process keeps
 _CAPTIONS = ("caption", "captions", "text", "txt", "title")
 
@@ -41,7 +42,8 @@ class Parquet:
     self.pattern = pattern
     self._paths = expand_shards(pattern)
     self._label = label
-    metadata = [_open(path, "metadata") for path in self._paths]
+    self._footers = Recent(_footer, room=_FOOTERS)
+    metadata = [_open(path, "metadata", self._footers) for path in self._paths]
     schema = metadata[0].schema.to_arrow_schema()
     what = repr(pattern)
     self._image = columns.image_column(schema.names, image, what=what)
@@ -106,7 +108,7 @@ class Parquet:
 
   def _read(self, group: int, *, others: bool = False) -> tuple[Any, int]:
     path = self._paths[self._files[group]]
-    with _open(path, "ParquetFile") as file:
+    with _open(path, "ParquetFile", self._footers) as file:
       # One thread: the workers are the parallelism.
       table = file.read_row_group(int(self._places[group]),
                                   columns=self._others if others else self._columns,
@@ -122,13 +124,13 @@ def _bytes(image: Any) -> Any:
   return image.get("bytes") if isinstance(image, dict) else image
 
 
-def _open(path: str, kind: str) -> Any:
+def _open(path: str, kind: str, footers: Recent) -> Any:
   """pyarrow's view of a file: "metadata", or a "ParquetFile" to read from."""
   import pyarrow  # a tenth of a second that other sources need not wait
   from pyarrow import parquet
   try:
     if storage.is_remote(path):
-      metadata, ranges = _footer(path)
+      metadata, ranges = footers[path]
       return metadata if kind == "metadata" else parquet.ParquetFile(
           pyarrow.PythonFile(storage.Ranges(path, *ranges), "r"), metadata=metadata,
           pre_buffer=True)  # neighbouring columns come with one request
@@ -138,9 +140,8 @@ def _open(path: str, kind: str) -> Any:
     raise ValueError(f"{path}: not a whole Parquet file{size}: {error}. Fetch it again.") from error
 
 
-@functools.lru_cache(maxsize=1024)
-def _footer(path: str) -> tuple[Any, tuple[int, storage.Stat]]:
-  """The metadata of a remote file; the size of what is read of it, and which file it is."""
+def _footer(path: str) -> tuple[Any, int]:
+  """The metadata of a remote file, with the size of what is read of it and which file it is; 1."""
   from pyarrow import parquet
   data, found = storage.tail(path, _TAIL)
   length = int.from_bytes(data[-8:-4], "little") + 8
@@ -151,7 +152,7 @@ def _footer(path: str) -> tuple[Any, tuple[int, storage.Stat]]:
            for c in range(metadata.num_columns)]
   ends = [min(filter(None, (part.dictionary_page_offset, part.data_page_offset)))
           + part.total_compressed_size for part in parts]
-  return metadata, (max(ends, default=0), found)
+  return (metadata, (max(ends, default=0), found)), 1
 
 
 def _classnames(schema: Any, label: str) -> tuple[str, ...]:
