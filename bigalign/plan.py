@@ -87,8 +87,7 @@ def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> 
     code.update(file.read_bytes())
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
   files = _files(config["model"])
-  said = json.dumps([configs.plain(config), topology, samples, stage, versions, files])
-  return hashlib.sha256(said.encode() + code.digest()).hexdigest()[:32]
+  return configs.fingerprint([config, topology, samples, stage, versions, files, code.hexdigest()])
 
 
 def _installed(name: str) -> bool:

@@ -6,14 +6,17 @@ import dataclasses
 import functools
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
+from ml_collections import ConfigDict
 from shards import samples, write_tar
-from tests_support import load
+from tests_support import ROOT, load
 
 from bigalign import batches as batching
 from bigalign import chips, config, evaluate, inputs, plan, plan_table, pods, sharding, stages
@@ -366,6 +369,22 @@ def test_a_plan_of_stages_adds_up_and_has_the_worst_verdict():
   found, text = of(made_up(0), made_up(1, fits=False))
   assert not found["fits"] and "cost" not in found and "DOES NOT FIT: stages 1" in text
   json.dumps(found)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_exit_status_is_that_of_all_stages(tmp_path, fits):
+  """From answers that are kept, of which the last stage's fits."""
+  c = config.plain(tiny())
+  for stage, found in enumerate((made_up(0, fits=fits), made_up(1))):
+    kept = tmp_path / f"{plan._key(c, 'v5e:2x2', 0, stage)}.json"
+    kept.write_text(json.dumps(found))
+  done = subprocess.run(
+    [sys.executable, "-m", "bigalign", "plan", f"--cache={tmp_path}", "--topology=v5e:2x2",
+     f"--config={processes.write(tmp_path / 'tiny.py', ConfigDict(c))}"],
+    capture_output=True, text=True, cwd=ROOT,
+  )
+  assert done.returncode == (0 if fits else 1), done.stderr
+  assert ("FITS in all stages" if fits else "DOES NOT FIT: stages 0") in done.stdout
 
 
 @needs_libtpu
