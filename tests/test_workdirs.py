@@ -7,6 +7,7 @@ import shutil
 
 import gcs
 import numpy as np
+import processes
 import pytest
 from tests_support import load
 
@@ -75,6 +76,28 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, m
   assert run.step == 6 and run.workdir == home.local
   with pytest.raises(FileNotFoundError, match=r"gs://bucket/runs/two holds no config.json"):
     evaluate.open_run("gs://bucket/runs/two")
+
+
+@needs_gcsfs
+@pytest.mark.slow
+def test_two_hosts_write_one_run_into_a_bucket(bucket, cache, tmp_path):
+  """Each its part of a checkpoint, and one the rest; from the last whole one goes on another."""
+  c = processes.config(dict(data=1, fsdp=8, tensor=1), total_steps=2, checkpoint_every=1)
+  whole = train.train(tmp_path / "whole", **c.to_dict())
+  place, file = "gs://bucket/runs/hosts", processes.write(tmp_path / "tiny.py", c)
+  with processes.Run(tmp_path / "two", 2, f"--config={file}", "--workdir", place) as run:
+    run.ends()
+  parts = [name for name in bucket.objects if name.startswith("runs/hosts/checkpoints/2/")]
+  assert all(any(f"ocdbt.process_{i}/" in name for name in parts) for i in (0, 1)), parts
+  shutil.rmtree(cache)
+  del bucket.objects[next(name for name in parts if name.endswith("commit_success.txt"))]
+  again = train.train(place, **c.to_dict())
+  home = Workdir(place, reader=True)
+  home.fetch()
+  losses = [[row["train/loss"] for row in rows(x)] for x in (home.local, tmp_path / "whole")]
+  np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+  for path, x in whole.trainable.items():
+    np.testing.assert_allclose(x, again.trainable[path], rtol=0, atol=1e-4)
 
 
 @needs_gcsfs
