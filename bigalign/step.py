@@ -164,18 +164,20 @@ def features(
 
 
 def _sent(program: Program, params: Arrays) -> Arrays:
-  """Kernels of bfloat16 towers cast before they are used, if their gradients shall be bfloat16.
+  """Kernels and tables of bfloat16 towers cast before they are used, if their gradients shall be
+  bfloat16.
 
   The towers cast them to the same numbers; but a gradient is added up over the devices in the dtype
   in which the product with a kernel leaves it, and is float32 before this cast.
   """
   if program.gradient_dtype == "float32":
     return params
-  return {
-    path: x.astype(jnp.bfloat16)
-    if path.endswith("/kernel") and compute_dtype(program.model, path) == jnp.bfloat16 else x
-    for path, x in params.items()
-  }
+
+  def sent(path: str) -> bool:
+    cast = compute_dtype(program.model, path) == jnp.bfloat16
+    return cast and path.endswith(("/kernel", "/embedding"))
+
+  return {path: x.astype(jnp.bfloat16) if sent(path) else x for path, x in params.items()}
 
 
 def summary(program: Program, abstract: State) -> str:

@@ -88,7 +88,8 @@ def train(
     frozen: regular expression of the parameters that do not learn.
     ema: decay of the running average of the parameters, which is evaluated too; 0 for none.
     microbatches: parts in which a batch is embedded; loss and gradient stay those of the whole.
-    gradient_dtype: of what the devices send of the gradients of kernels, "float32" or "bfloat16".
+    gradient_dtype: of what the devices send of the gradients of kernels and of the token table,
+      "float32" or "bfloat16".
     logits: how the loss's B x B logits are formed: options of losses.pairwise.Engine.
     mesh: sizes of the axes data, fsdp, tensor.
     topology: what `bigalign plan` compiles it for; the loop takes the devices that are there.

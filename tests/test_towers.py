@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigalign import tree
+from bigalign import sharding, tree
 from bigalign.model import make_model, unit
 from bigalign.projectors import PROJECTORS
-from bigalign.towers import TOWERS, base
+from bigalign.towers import TOWERS, base, linear
 from bigalign.towers.vit import sincos2d
 
 SMALL = dict(width=32, depth=2, heads=4, dtype="float32")
@@ -223,3 +223,49 @@ def test_gradients_of_bfloat16_kernels_are_summed_in_float32():
   for path, g in kernels.items():
     error = np.linalg.norm(g - wanted[path]) / np.linalg.norm(wanted[path])
     assert error < 0.05, (path, error)
+
+
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("parts", [1, 8])
+def test_a_token_counts_as_often_as_it_comes(stored, parts):
+  """4,096 times the same one: in bfloat16 a sum of ones stays at 256."""
+  ids = jnp.zeros((64, 64), jnp.int32).at[0, 0].set(2)
+  table = jnp.ones((3, 4), stored)
+
+  def value(table, ids):
+    return linear.lookup(table, ids, jnp.bfloat16).astype(jnp.float32).sum()
+
+  with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:parts])):
+    found = jax.jit(jax.grad(value))(table, ids)
+  np.testing.assert_array_equal(found, jax.grad(value)(table, ids))
+  assert found.dtype == stored
+  # bfloat16 has no 4,095; its own sum on each device ends at 4,096.
+  wanted = np.float32([4095, 0, 1]).astype(stored)
+  np.testing.assert_array_equal(found, np.repeat(wanted[:, None], 4, 1))
+
+
+@pytest.mark.parametrize("name, options", [
+  ("text", dict(pool="mean")),
+  ("bert", {}),
+  ("bert", dict(skip_padding=True, buckets=8)),
+])
+def test_tables_of_bfloat16_towers_learn_what_those_of_float32_do(name, options):
+  """Of tokens, types and places in texts of one token, where every sum is a long one."""
+  options = dict(vocab_size=3, width=16, depth=1, heads=2, length=64, scan=False) | options
+  ids = jnp.full((64, 64), 2, jnp.int32)
+  types = dict(types=jnp.zeros_like(ids)) if name == "bert" else {}
+  weights = jax.random.normal(jax.random.key(2), (16,))
+
+  def grads(dtype, params=None):
+    tower = TOWERS[name](**options, dtype=dtype)
+    params = params or tower.init(jax.random.key(0), ids)
+    return params, tree.flatten(jax.grad(
+      lambda p: (tower.apply(p, ids, **types).pooled.astype(jnp.float32) @ weights).sum()
+    )(params)["params"])
+
+  params, wanted = grads("float32")
+  _, found = grads("bfloat16", params)
+  for path in ("embedding", "positions", "types", "relative"):
+    if path in wanted:
+      error = np.linalg.norm(found[path] - wanted[path]) / np.linalg.norm(wanted[path])
+      assert error < 0.05, (path, error)

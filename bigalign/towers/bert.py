@@ -12,6 +12,7 @@ import numpy as np
 
 from bigalign import config, sharding, vectors
 from bigalign.towers import base
+from bigalign.towers.linear import lookup
 
 POOLS = ("cls", "pooler", "mean")
 
@@ -100,10 +101,10 @@ class Bert(nn.Module):
     if length > self.length:
       raise ValueError(f"texts of {length} tokens; config.model.text.length is {self.length}")
     mask = ids != self.pad if mask is None else mask.astype(bool)
-    x = self._table("embedding", self.vocab_size)[ids] + self._positions(ids)
+    x = lookup(self._table("embedding", self.vocab_size), ids, self.dtype) + self._positions(ids)
     if self.types:
       of_type = self._table("types", self.types)
-      x = x + (of_type[:1][None] if types is None else of_type[types])
+      x = x + (self._first(of_type, 1) if types is None else lookup(of_type, types, self.dtype))
     x = nn.LayerNorm(epsilon=self.block["epsilon"], dtype=self.dtype, name="ln_embedding")(x)
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
     x = base.Encoder(
@@ -112,17 +113,20 @@ class Bert(nn.Module):
     return base.TowerOutput(self._pooled(x, mask), x, mask)
 
   def _table(self, name: str, rows: int) -> jax.Array:
-    table = self.param(name, nn.initializers.normal(0.02), (rows, self.width))
-    return sharding.whole(table.astype(self.dtype))
+    return self.param(name, nn.initializers.normal(0.02), (rows, self.width))
+
+  def _first(self, table: jax.Array, rows: int) -> jax.Array:
+    """[1, rows, D]"""
+    return sharding.whole(table.astype(self.dtype))[None, :rows]
 
   def _positions(self, ids: jax.Array) -> jax.Array:
     """[B, L, D] or [1, L, D]; with skip_padding the first token stands at row pad + 1."""
     skipped = self.pad + 1 if self.skip_padding else 0
     table = self._table("positions", self.length + skipped)
     if not self.skip_padding:
-      return table[None, : ids.shape[1]]
+      return self._first(table, ids.shape[1])
     real = ids != self.pad
-    return table[jnp.cumsum(real, 1) * real + self.pad]
+    return lookup(table, jnp.cumsum(real, 1) * real + self.pad, self.dtype)
 
   def _distances(self, length: int) -> jax.Array | None:
     """[1, H, L, L], added to the logits of every block."""
@@ -131,7 +135,7 @@ class Bert(nn.Module):
     table = self.param(
       "relative", nn.initializers.normal(0.02), (self.buckets, self.block["heads"])
     )
-    bias = table.astype(self.dtype)[buckets(length, self.buckets)]
+    bias = table[buckets(length, self.buckets)].astype(self.dtype)  # so its gradient is float32
     return jnp.moveaxis(bias, -1, 0)[None]
 
   def _pooled(self, x: jax.Array, mask: jax.Array) -> jax.Array:

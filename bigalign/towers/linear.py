@@ -1,4 +1,4 @@
-"""Products in bfloat16 whose kernels have float32 gradients."""
+"""Products and lookups in bfloat16 whose kernels and tables have float32 gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from bigalign import sharding
 
 
 def _promote(x: jax.Array, kernel: jax.Array, bias: Any, *, dtype: Any, **_: Any) -> Any:
@@ -49,3 +53,33 @@ _mixed.defvjp(_mixed_forward, _mixed_backward)
 # The compiler adds the devices' gradients of a kernel in the dtype in which their product leaves
 # them: in bfloat16, were the kernel cast before it. With these the sum over the mesh is float32.
 WIDE_GRADIENT: dict[str, Any] = dict(promote_dtype=_promote, dot_general=_product)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
+  """Rows of a table [V, D] for ids [B, ...] int, in `dtype`; gathered onto every device before.
+
+  The gradient is added up in float32 on each device, whatever `dtype` is: a thousand times the same
+  token (padding, "a") in bfloat16 would count as 256. Over the devices it is added up in the
+  table's own dtype.
+  """
+  return sharding.whole(table.astype(dtype))[ids]
+
+
+def _lookup_forward(table: jax.Array, ids: jax.Array, dtype: Any) -> Any:
+  return lookup(table, ids, dtype), (table, ids)
+
+
+def _lookup_backward(dtype: Any, saved: Any, g: jax.Array) -> Any:
+  table, ids = saved
+  wide = jnp.promote_types(table.dtype, jnp.float32)
+
+  def added(ids: jax.Array, g: jax.Array) -> jax.Array:
+    own = jnp.zeros(table.shape, wide).at[ids].add(g.astype(wide)).astype(table.dtype)
+    return jax.lax.psum(own, sharding.BATCH) if sharding.devices()[0] else own
+
+  rows = P(sharding.BATCH)
+  return sharding.on_each_device(added, (rows, rows), P())(ids, g), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from bigalign import config, sharding
 from bigalign.towers import base
+from bigalign.towers.linear import lookup
 
 POOLS = ("last", "eos", "argmax", "map", "mean")
 
@@ -50,7 +51,7 @@ class Text(nn.Module):
     positions = self.param(
       "positions", nn.initializers.normal(1 / self.width**0.5), (1, self.length, self.width)
     )
-    x = sharding.whole(table.astype(self.dtype))[ids] + positions.astype(self.dtype)[:, :length]
+    x = lookup(table, ids, self.dtype) + positions.astype(self.dtype)[:, :length]
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
     seen = mask if self.mask_padding else None
     x = base.Encoder(self.depth, self.block, self.scan, self.remat, name="encoder")(
