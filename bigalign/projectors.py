@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bigalign.towers.base import TowerOutput, masked_mean
+from bigalign.towers.linear import Dense
 
 
 class Linear(nn.Module):
@@ -24,7 +25,7 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
     """-> [B, E]."""
-    return nn.Dense(self.dim, use_bias=self.bias, dtype=self.dtype, name="out")(_pooled(out))
+    return Dense(self.dim, use_bias=self.bias, dtype=self.dtype, name="out")(_pooled(out))
 
 
 class Mlp(nn.Module):
@@ -44,10 +45,10 @@ class Mlp(nn.Module):
     """-> [B, E]."""
     x = _pooled(out)
     hidden = self.hidden or (x.shape[-1] + self.dim) // 2
-    x = nn.Dense(hidden, use_bias=self.bias, dtype=self.dtype, name="fc1")(x)
+    x = Dense(hidden, use_bias=self.bias, dtype=self.dtype, name="fc1")(x)
     x = nn.gelu(x, approximate=False)
     out_bias = self.bias if self.out_bias is None else self.out_bias
-    return nn.Dense(self.dim, use_bias=out_bias, dtype=self.dtype, name="fc2")(x)
+    return Dense(self.dim, use_bias=out_bias, dtype=self.dtype, name="fc2")(x)
 
 
 class Identity(nn.Module):
@@ -86,7 +87,7 @@ class Gated(nn.Module):
     wide = self.ratio * x.shape[-1]
 
     def dense(name: str, features: int) -> nn.Dense:
-      return nn.Dense(
+      return Dense(
         features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name
       )
 
@@ -119,12 +120,12 @@ class Residual(nn.Module):
     """[..., D] -> [..., E]."""
     x = nn.LayerNorm(epsilon=1e-5, name="ln")(x)
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
-    y = nn.Dense(self.hidden or self.dim, dtype=self.dtype, name="fc1")(x)
+    y = Dense(self.hidden or self.dim, dtype=self.dtype, name="fc1")(x)
     y = nn.Dropout(self.hidden_dropout, name="hidden_dropout")(
       nn.gelu(y, approximate=False), not train
     )
-    y = nn.Dense(self.dim, dtype=self.dtype, name="fc2")(y)
-    return nn.Dense(self.dim, dtype=self.dtype, name="skip")(x) + y
+    y = Dense(self.dim, dtype=self.dtype, name="fc2")(y)
+    return Dense(self.dim, dtype=self.dtype, name="skip")(x) + y
 
 
 class PatchesAndClass(nn.Module):
@@ -164,8 +165,8 @@ class Tokens(nn.Module):
     tokens = Residual(
       self.dim, self.hidden, self.dropout, dtype=self.dtype, name="tokens"
     ).rows(_tokens(out), train)
-    p = nn.Dense(self.dim, dtype=self.dtype, name="fc1")(masked_mean(tokens, out.mask))
-    y = nn.Dense(self.dim, dtype=self.dtype, name="fc2")(nn.gelu(p, approximate=False))
+    p = Dense(self.dim, dtype=self.dtype, name="fc1")(masked_mean(tokens, out.mask))
+    y = Dense(self.dim, dtype=self.dtype, name="fc2")(nn.gelu(p, approximate=False))
     y = nn.Dropout(self.dropout, name="dropout")(y, not train)
     return nn.LayerNorm(epsilon=1e-5, name="ln")(p + y)
 

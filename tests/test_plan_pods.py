@@ -211,3 +211,17 @@ def test_so400m_gathers_weights_and_no_activations(ask):
   assert wires["all-gather"]["bytes"] <= 4.3e9
   assert wires["reduce-scatter"]["bytes"] <= 1.8e9
   assert wires.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_bytes_of_a_chip_of_l14_stay_from_16_chips_to_256(ask):
+  sent = []
+  for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
+    c = b16(remat="full", batch=128 * chips) | dict(logits=dict(dtype="bfloat16"))
+    c["model"]["image"] |= dict(variant="L", patch=14)
+    c["model"]["text"] |= dict(width=768, heads=12)
+    c["model"]["embed_dim"] = 768
+    sent.append(sum(x["bytes"] for x in ask(c, topology)["collectives"].values()))
+  assert sent[1] / sent[0] <= 1.05, sent

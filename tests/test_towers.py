@@ -225,6 +225,35 @@ def test_gradients_of_bfloat16_kernels_are_summed_in_float32():
     assert error < 0.05, (path, error)
 
 
+@pytest.mark.parametrize("tower, projector, kernels", [
+  (("vit", dict(patch=8, pool="map", gated=True)), "mlp", 16),
+  (("vit", dict(patch=8, pool="pooler", stem="conv")), "linear", 9),
+  (("bert", dict(vocab_size=4, length=8, pool="pooler")), "gated", 10),
+])
+def test_no_kernel_of_a_product_has_a_rounded_gradient(tower, projector, kernels):
+  """In towers and projectors of bfloat16; those of convolutions have."""
+  name, options = tower
+  dtype = dict(dtype="bfloat16")
+  tower = TOWERS[name](width=16, depth=1, heads=2, scan=False, **options, **dtype)
+  projector = PROJECTORS[projector](dim=8, **dtype)
+  x = (jax.random.uniform(jax.random.key(0), (8, 16, 16, 3)) if name == "vit"
+       else jax.random.randint(jax.random.key(0), (8, 6), 1, 4))
+  params = [tower.init(jax.random.key(1), x)]
+  params.append(projector.init(jax.random.key(2), tower.apply(params[0], x)))
+
+  def value(params):
+    z = projector.apply(params[1], tower.apply(params[0], x))
+    return jnp.sum(z.astype(jnp.float32) ** 2)
+
+  grads = [tree.flatten(g["params"]) for g in jax.grad(value)(params)]
+  found = {path: g for part in grads for path, g in part.items()
+           if path.endswith("kernel") and "conv_" not in path}
+  assert len(found) == kernels
+  for path, g in found.items():
+    assert g.dtype == jnp.float32, path
+    assert np.any(np.asarray(g) != np.asarray(g.astype(jnp.bfloat16), np.float32)), path
+
+
 @pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("parts", [1, 8])
 def test_a_token_counts_as_often_as_it_comes(stored, parts):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import config, sharding
-from bigalign.towers.linear import WIDE_GRADIENT
+from bigalign.towers.linear import Dense, DenseGeneral
 
 # name: (width, depth, heads, hidden units per width). ViT and scaling-ViT sizes,
 # https://arxiv.org/abs/2010.11929, 2106.04560; So400m https://arxiv.org/abs/2305.13035.
@@ -83,11 +83,10 @@ class Attention(nn.Module):
     width = x.shape[-1]
 
     def project(name: str, inputs: jax.Array) -> jax.Array:
-      return nn.DenseGeneral(
+      return DenseGeneral(
         (self.heads, width // self.heads),
         use_bias=name[0] in self.biases,
         dtype=self.dtype,
-        **WIDE_GRADIENT,
         kernel_init=nn.initializers.xavier_uniform(),
         name=name,
       )(inputs)
@@ -104,12 +103,11 @@ class Attention(nn.Module):
       is_causal=causal,
       implementation=self.implementation,
     )
-    return nn.DenseGeneral(
+    return DenseGeneral(
       width,
       axis=(-2, -1),
       use_bias="o" in self.biases,
       dtype=self.dtype,
-      **WIDE_GRADIENT,
       kernel_init=nn.initializers.xavier_uniform(),
       name="out",
     )(y)
@@ -133,13 +131,12 @@ class Mlp(nn.Module):
       dtype=self.dtype,
       kernel_init=nn.initializers.xavier_uniform(),
       bias_init=nn.initializers.normal(1e-6),
-      **WIDE_GRADIENT,
     )
-    y = nn.Dense(self.hidden, name="fc1", **kwargs)(x)
+    y = Dense(self.hidden, name="fc1", **kwargs)(x)
     act = ACTIVATIONS[self.activation]
-    y = act(nn.Dense(self.hidden, name="gate", **kwargs)(x)) * y if self.gated else act(y)
+    y = act(Dense(self.hidden, name="gate", **kwargs)(x)) * y if self.gated else act(y)
     y = nn.Dropout(self.dropout, name="dropout")(y, deterministic)
-    return nn.Dense(x.shape[-1], name="fc2", **kwargs)(y)
+    return Dense(x.shape[-1], name="fc2", **kwargs)(y)
 
 
 class Block(nn.Module):

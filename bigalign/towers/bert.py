@@ -12,7 +12,7 @@ import numpy as np
 
 from bigalign import config, sharding, vectors
 from bigalign.towers import base
-from bigalign.towers.linear import lookup
+from bigalign.towers.linear import Dense, lookup
 
 POOLS = ("cls", "pooler", "mean")
 
@@ -144,7 +144,7 @@ class Bert(nn.Module):
     elif self.pool == "cls":
       pooled = x[:, 0]
     else:
-      pooled = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
+      pooled = jnp.tanh(Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
     return vectors.unit(pooled.astype(jnp.float32)) if self.unit else pooled
 
 

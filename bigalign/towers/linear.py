@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -13,11 +15,11 @@ from bigalign import sharding
 
 
 def _promote(x: jax.Array, kernel: jax.Array, bias: Any, *, dtype: Any, **_: Any) -> Any:
-  """Flax's promotion, but for the kernel, which `_product` casts itself."""
+  """Flax's promotion, but for the kernel, which `product` casts itself."""
   return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
 
 
-def _product(
+def product(
   x: jax.Array, kernel: jax.Array, dims: Any, precision: Any = None, **_: Any
 ) -> jax.Array:
   """lax.dot_general in x's dtype, with a gradient of the kernel in the kernel's own."""
@@ -52,7 +54,9 @@ _mixed.defvjp(_mixed_forward, _mixed_backward)
 
 # The compiler adds the devices' gradients of a kernel in the dtype in which their product leaves
 # them: in bfloat16, were the kernel cast before it. With these the sum over the mesh is float32.
-WIDE_GRADIENT: dict[str, Any] = dict(promote_dtype=_promote, dot_general=_product)
+_WIDE: dict[str, Any] = dict(promote_dtype=_promote, dot_general=product)
+Dense: Callable[..., nn.Dense] = functools.partial(nn.Dense, **_WIDE)
+DenseGeneral: Callable[..., nn.DenseGeneral] = functools.partial(nn.DenseGeneral, **_WIDE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bigalign import config, sharding
 from bigalign.towers import base
-from bigalign.towers.linear import WIDE_GRADIENT
+from bigalign.towers.linear import Dense
 
 # The paper's table 2: (expansion, channels, blocks, stride of the first).
 STAGES = (
@@ -23,7 +23,7 @@ STEM, WIDTH = 32, 1280
 
 def pointwise(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
   """A 1 x 1 convolution with a bias: a product."""
-  return nn.Dense(features, dtype=dtype, name=name, **WIDE_GRADIENT)(x)
+  return Dense(features, dtype=dtype, name=name)(x)
 
 
 class Depthwise(nn.Module):

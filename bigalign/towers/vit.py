@@ -13,6 +13,7 @@ import numpy as np
 
 from bigalign import config, sharding
 from bigalign.towers import base
+from bigalign.towers.linear import Dense, product
 
 POOLS = ("map", "cls", "pooler", "mean", "cls+mean")
 POSITIONS = ("learned", "sincos2d", "rope")
@@ -75,7 +76,7 @@ class PatchEmbed(nn.Module):
     )
     patches = einops.rearrange(image, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
     flat = einops.rearrange(kernel, "p q c d -> (p q c) d")
-    x = patches.astype(self.dtype) @ flat.astype(self.dtype)
+    x = product(patches.astype(self.dtype), flat, (((3,), (0,)), ((), ())))
     if not self.bias:
       return x
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
@@ -99,7 +100,7 @@ class ConvStem(nn.Module):
       x = nn.Conv(features, (3, 3), (2, 2), dtype=self.dtype, name=f"conv_{i}")(x)
       x = nn.LayerNorm(dtype=self.dtype, name=f"ln_{i}")(x)
       x = nn.gelu(x)
-    return nn.Dense(self.width, dtype=self.dtype, name="out")(x)
+    return Dense(self.width, dtype=self.dtype, name="out")(x)
 
 
 STEMS = {"patch": PatchEmbed, "conv": ConvStem}
@@ -168,7 +169,7 @@ class ViT(nn.Module):
     if self.pool == "cls":
       pooled = x[:, 0]
     elif self.pool == "pooler":
-      pooled = jnp.tanh(nn.Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
+      pooled = jnp.tanh(Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
     elif self.pool == "mean":
       pooled = base.masked_mean(patches, None)
     elif self.pool == "cls+mean":
