@@ -42,11 +42,12 @@ install: $(TEST)  ## makes .venv with all that the tests need
 test: $(TEST)  ## the fast tests, 8 minutes on two cores at most
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not long" $(ARGS)
 
-# The fast tests compile without most optimizations; these run what users run.
+# The fast tests compile without most optimizations; these run what users run, but for those that ask
+# for the fixture `unoptimized`.
 test-slow: $(TEST)  ## the slow ones alone
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not long" $(ARGS)
 
-test-all: test test-slow  ## fast and slow, half an hour at most
+test-all: test test-slow  ## fast and slow, under an hour on two cores
 
 test-long: $(TEST)  ## before a release
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m long $(ARGS)

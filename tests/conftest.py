@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import tempfile
+from collections.abc import Iterator
 
 # What nohup or a shell in the background has switched off, programs could not hear in the tests.
 for _heard in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
@@ -33,6 +34,15 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def unoptimized() -> Iterator[None]:
+  """For slow tests that compile for minutes what runs for seconds: as the fast tests do."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -207,6 +207,7 @@ def step(made, mesh):
     return jax.device_get((born.trainable, after.trainable, metrics))
 
 
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
 def test_a_step_on_a_mesh_is_that_of_one_device(name, shallow):

@@ -10,6 +10,9 @@ import pytest
 
 from bigalign import costs, losses, sharding
 
+# Compiling is all that takes time here.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs" / "losses.md"
 
 

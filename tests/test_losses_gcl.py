@@ -15,6 +15,9 @@ from loss_oracles import at, both_precisions, cases, floats, ids, make, oracles,
 from bigalign import losses, sharding
 from bigalign.losses import pairwise, schedules, tables
 
+# Compiling is all that takes time here.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 ETA = dict(const="constant", cosine="cosine", exp="exponential")
 
 

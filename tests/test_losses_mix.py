@@ -14,6 +14,9 @@ from bigalign.losses.m3co import draw, mixed_direction, permuted
 from bigalign.losses.mixup import mixture
 from bigalign.vectors import geodesic
 
+# Compiling is all that takes time here.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def compare(loss, case, precision):
   """Value, gradients and the parts that the case names."""
