@@ -39,7 +39,7 @@ base: $(BASE)  ## makes .venv with all that training needs
 
 install: $(TEST)  ## makes .venv with all that the tests need
 
-test: $(TEST)  ## the fast tests, 8 minutes on two cores at most
+test: $(TEST)  ## the fast tests, a quarter of an hour on two cores
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not long" $(ARGS)
 
 # The fast tests compile without most optimizations; these run what users run, but for those that ask
