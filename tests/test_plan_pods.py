@@ -138,14 +138,19 @@ def test_every_kind_of_chip_takes_our_flags(topology):
   subprocess.run([sys.executable, "-c", FLAGS, topology], check=True, cwd=ROOT, env=env)
 
 
+def l14(**parts):
+  """CLIP of L/14 with other parts, as of plan.changed."""
+  c = plan.changed(load("clip_b16").to_dict(), **parts)
+  c["model"]["image"] |= dict(variant="L", patch=14)
+  c["model"]["text"] |= dict(width=768, heads=12)
+  return c
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_layers_are_one_program():
   """L/14: lines of the program that goes to the compiler, which more layers would not add to."""
-  c = plan.changed(load("clip_b16").to_dict(), remat="full")
-  c["model"]["image"] |= dict(variant="L", patch=14)
-  c["model"]["text"] |= dict(width=768, heads=12)
-  step = plan_step.trace(c, "v5e:16x16")
+  step = plan_step.trace(l14(remat="full"), "v5e:16x16")
   with jax.set_mesh(step.mesh):
     assert step.traced.lower().as_text().count("\n") <= 10_000
 
@@ -219,9 +224,7 @@ def test_so400m_gathers_weights_and_no_activations(ask):
 def test_bytes_of_a_chip_of_l14_stay_from_16_chips_to_256(ask):
   sent = []
   for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
-    c = b16(remat="full", batch=128 * chips) | dict(logits=dict(dtype="bfloat16"))
-    c["model"]["image"] |= dict(variant="L", patch=14)
-    c["model"]["text"] |= dict(width=768, heads=12)
+    c = l14(remat="full", batch=128 * chips) | dict(logits=dict(dtype="bfloat16"))
     c["model"]["embed_dim"] = 768
     sent.append(sum(x["bytes"] for x in ask(c, topology)["collectives"].values()))
   assert sent[1] / sent[0] <= 1.05, sent
