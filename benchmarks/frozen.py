@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 from step import machine
 
-from bigalign import runtime, train
+from bigalign import train
 from bigalign.checkpoint import revision
-from bigalign.data.pairs import Pairs
-from bigalign.embed import embed
-from bigalign.metrics import read_metrics
+from bigalign.data.loader.pairs import Pairs
+from bigalign.frozen.embed import embed
+from bigalign.run import runtime
+from bigalign.run.metrics import read_metrics
 
 RATIO, GUARD = 10.0, 0.7
 ROOT = pathlib.Path(__file__).parents[1]
@@ -64,8 +65,9 @@ def theirs(config: dict[str, Any], stores: dict[str, str]) -> float:
     def __init__(self, width: int, dim: int, hidden: int, dropout: float, hidden_dropout: float):
       super().__init__()
       self.norm = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout))
-      self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(hidden_dropout),
-                               nn.Linear(hidden, dim))
+      self.mlp = nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(), nn.Dropout(hidden_dropout), nn.Linear(hidden, dim)
+      )
       self.skip = nn.Linear(width, dim)
 
     def forward(self, x: Any) -> Any:
@@ -85,8 +87,11 @@ def theirs(config: dict[str, Any], stores: dict[str, str]) -> float:
 
   towers = nn.ModuleList([projector("image", image.shape[1]), projector("text", text.shape[1])])
   scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
-  optimizer = torch.optim.AdamW([*towers.parameters(), scale], lr=config["optimizer"]["lr"],
-                                weight_decay=config["optimizer"]["weight_decay"])
+  optimizer = torch.optim.AdamW(
+    [*towers.parameters(), scale],
+    lr=config["optimizer"]["lr"],
+    weight_decay=config["optimizer"]["weight_decay"],
+  )
   random, batch, begin = np.random.default_rng(0), config["batch_size"], 0.0
   target = torch.arange(batch)
   for step in range(STEPS["torch"]):
@@ -127,8 +132,11 @@ def main() -> int:
     for turn in range(args.rounds):
       for name in names:
         where = stores if name == "stores" else {}
-        rate = theirs(config, stores) if name == "torch" else ours(
-          config, name, where, f"{folder}/{name}{turn}")
+        rate = (
+          theirs(config, stores)
+          if name == "torch"
+          else ours(config, name, where, f"{folder}/{name}{turn}")
+        )
         found[name].append(rate)
   rates = {name: statistics.median(x) for name, x in found.items()}
   for name, rate in rates.items():
@@ -141,8 +149,15 @@ def main() -> int:
   for name in missed:
     print(f"{name} is below {bars[name]}x")
   result = dict(
-    revision=revision(), machine=machine(), versions=versions, batch_size=config["batch_size"],
-    pairs_per_second=rates, turns=found, embed_seconds=once, ratio=ratios)
+    revision=revision(),
+    machine=machine(),
+    versions=versions,
+    batch_size=config["batch_size"],
+    pairs_per_second=rates,
+    turns=found,
+    embed_seconds=once,
+    ratio=ratios,
+  )
   args.json.parent.mkdir(parents=True, exist_ok=True)
   args.json.write_text(json.dumps(result, indent=1) + "\n")
   return int(bool(missed))

@@ -44,11 +44,11 @@ def turn(framework: str, name: str, *, tiny: bool, batch: int, steps: int) -> di
   if framework == "bigalign":
     import jax
 
-    from bigalign import flops
+    from bigalign.run import flops
 
     run, work = step.ours(
-      sizes, dtype="bfloat16", scan=True, remat=REMAT[name],
-      attention=None if tiny else "cudnn")
+      sizes, dtype="bfloat16", scan=True, remat=REMAT[name], attention=None if tiny else "cudnn"
+    )
     device = jax.devices()[0]
     about = dict(flops=work, device=device.device_kind, peak=flops.peak(device))
   else:
@@ -70,8 +70,14 @@ def turn(framework: str, name: str, *, tiny: bool, batch: int, steps: int) -> di
 
 def in_a_process(framework: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
   """What `turn` finds in a process that has the card for itself."""
-  command = [sys.executable, __file__, f"--turn={framework}:{name}", f"--steps={args.steps}",
-             f"--batch={args.batch}", *(["--tiny"] if args.tiny else [])]
+  command = [
+    sys.executable,
+    __file__,
+    f"--turn={framework}:{name}",
+    f"--steps={args.steps}",
+    f"--batch={args.batch}",
+    *(["--tiny"] if args.tiny else []),
+  ]
   platform = {"JAX_PLATFORMS": "cpu" if args.tiny else "cuda"}
   done = subprocess.run(command, env=os.environ | platform, stdout=subprocess.PIPE, text=True)
   if done.returncode:
@@ -101,8 +107,10 @@ def main() -> int:
   result: dict[str, Any] = dict(revision=step.revision(), command=sys.argv, models={})
   missed = False
   for name in TINY if args.tiny else args.models:
-    turns = [{framework: in_a_process(framework, name, args)
-              for framework in ("bigalign", "open_clip")} for _ in range(args.turns)]
+    turns = [
+      {framework: in_a_process(framework, name, args) for framework in ("bigalign", "open_clip")}
+      for _ in range(args.turns)
+    ]
     rows = {}
     for framework in ("bigalign", "open_clip"):
       sound = [x[framework] for x in turns if "seconds" in x[framework]]

@@ -29,19 +29,22 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from step import machine
 
-from bigalign import runtime
 from bigalign.checkpoint import revision
-from bigalign.data import index
-from bigalign.data.sources import open_source
+from bigalign.data.sources.base import open_source
+from bigalign.data.tar import index
+from bigalign.run import runtime
 
 BYTES = 110_000  # of an image
 DISTINCT, SAMPLES, SHARDS = 128, 1024, 2  # images; samples per shard
 LARGE_SHARDS, LARGE_SAMPLES = 20_000, 10_000  # 2e8 samples
 # name → (bar, whether more is better)
 BARS = dict(
-  build_samples_per_cpu_second=(40_000, True), bytes_per_sample=(4.01, False),
-  open_cpu_seconds=(0.05, False), lookup_cpu_microseconds=(5, False),
-  read_over_webdataset=(4, True), read_over_array_record=(1.2, True),
+  build_samples_per_cpu_second=(40_000, True),
+  bytes_per_sample=(4.01, False),
+  open_cpu_seconds=(0.05, False),
+  lookup_cpu_microseconds=(5, False),
+  read_over_webdataset=(4, True),
+  read_over_array_record=(1.2, True),
 )
 
 
@@ -70,8 +73,11 @@ def write_shards(folder: pathlib.Path, pictures: list[bytes]) -> list[str]:
     writer = ArrayRecordWriter(f"{folder}/{shard:05d}.array_record", "group_size:1")
     with tarfile.open(paths[-1], "w") as tar:
       for i in range(SAMPLES):
-        members = dict(jpg=pictures[i % len(pictures)], txt=b"a picture of the world",
-                       json=json.dumps(dict(url="https://example.org", width=500)).encode())
+        members = dict(
+          jpg=pictures[i % len(pictures)],
+          txt=b"a picture of the world",
+          json=json.dumps(dict(url="https://example.org", width=500)).encode(),
+        )
         for field, data in members.items():
           info = tarfile.TarInfo(f"{i:09d}.{field}")
           info.size = len(data)
@@ -92,7 +98,7 @@ def large(folder: pathlib.Path, path: str) -> dict[str, float]:
   """A set of 2e8 samples: the index is whole, the shards are links to one."""
   index.index_shard(path, str(folder))
   own = index.Index(str(folder / index.PARTS / f"{os.path.basename(path)}.index"))
-  starts = np.tile(own.starts(0), -(-LARGE_SAMPLES // SAMPLES))[:LARGE_SAMPLES + 1].copy()
+  starts = np.tile(own.starts(0), -(-LARGE_SAMPLES // SAMPLES))[: LARGE_SAMPLES + 1].copy()
   parts = []
   for i in range(LARGE_SHARDS):
     name = f"{i:05d}.tar"
@@ -118,10 +124,12 @@ def large(folder: pathlib.Path, path: str) -> dict[str, float]:
 
   before = resident()
   look_up()
-  return dict(bytes_per_sample=file.stat().st_size / len(source),
-              open_cpu_seconds=min(cpu(open_set) for _ in range(9)),
-              lookup_cpu_microseconds=1e6 * min(cpu(look_up) for _ in range(5)) / len(ids),
-              resident_mb_of_lookups=(resident() - before) / 1e6)
+  return dict(
+    bytes_per_sample=file.stat().st_size / len(source),
+    open_cpu_seconds=min(cpu(open_set) for _ in range(9)),
+    lookup_cpu_microseconds=1e6 * min(cpu(look_up) for _ in range(5)) / len(ids),
+    resident_mb_of_lookups=(resident() - before) / 1e6,
+  )
 
 
 def resident() -> int:
@@ -144,7 +152,8 @@ def readers(folder: pathlib.Path, paths: list[str]) -> dict[str, Callable[[], in
     print(f"without webdataset: {error}. It comes with pip install '.[bench]'")
   else:
     made["webdataset"] = lambda: sum(
-      len(sample["jpg"]) for sample in webdataset.WebDataset(paths, shardshuffle=False))
+      len(sample["jpg"]) for sample in webdataset.WebDataset(paths, shardshuffle=False)
+    )
   return made
 
 
@@ -176,8 +185,11 @@ def main() -> int:
     figures = dict(build_samples_per_cpu_second=max(run() for _ in range(args.rounds)))
     figures |= large(folder / "large", paths[0])
     microseconds = compare(readers(folder / "shards", paths), args.rounds)
-  figures |= {f"read_over_{name}": found / microseconds["bigalign"]
-              for name, found in microseconds.items() if name != "bigalign"}
+  figures |= {
+    f"read_over_{name}": found / microseconds["bigalign"]
+    for name, found in microseconds.items()
+    if name != "bigalign"
+  }
   missed = []
   for name, value in figures.items():
     bar, more = BARS.get(name, (None, True))
@@ -186,9 +198,21 @@ def main() -> int:
     print(f"{name:<30}{value:>12.4g}   " + (f"bar {bar}" if bar else ""))
   print("CPU microseconds per read:", {name: round(us, 1) for name, us in microseconds.items()})
   print(f"missed: {', '.join(missed)}" if missed else "all bars met")
-  args.json.write_text(json.dumps(dict(
-    revision=revision(), machine=machine(), versions=runtime.versions(), bars=BARS, **figures,
-    cpu_microseconds_per_read=microseconds, missed=missed), indent=1) + "\n")
+  args.json.write_text(
+    json.dumps(
+      dict(
+        revision=revision(),
+        machine=machine(),
+        versions=runtime.versions(),
+        bars=BARS,
+        **figures,
+        cpu_microseconds_per_read=microseconds,
+        missed=missed,
+      ),
+      indent=1,
+    )
+    + "\n"
+  )
   return int(bool(missed))
 
 

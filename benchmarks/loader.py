@@ -33,15 +33,21 @@ os.environ["RAYON_NUM_THREADS"] = "1"
 import numpy as np
 from PIL import Image
 
-from bigalign.data import decode, order, pipeline, transforms, workers
-from bigalign.data.sources import Source, open_source
+from bigalign.data.image import decode, transforms
+from bigalign.data.loader import training, workers
+from bigalign.data.order import order
+from bigalign.data.sources.base import Source, open_source
 
 BATCH, SIZE, SCALE, WORKERS = 128, 224, (0.9, 1.0), 2
 # Sets of images: the length of an edge in pixels, whether it is the shorter one, and the quality.
 SETS = {"500px": (500, False, 96), "256px": (256, True, 95)}
 # images per CPU-second, ours / theirs
-BARS = {("bigalign", "500px"): 1.9, ("bigalign", "256px"): 2.2,
-        ("pillow", "500px"): 1.35, ("pillow", "256px"): 1.35}
+BARS = {
+  ("bigalign", "500px"): 1.9,
+  ("bigalign", "256px"): 2.2,
+  ("pillow", "500px"): 1.35,
+  ("pillow", "256px"): 1.35,
+}
 MAE = 0.1  # of 255 levels, from Pillow's bicubic
 OVERHEAD = 0.15  # of the loader's CPU at 500px, beyond decoding and resizing
 
@@ -90,16 +96,23 @@ class PillowAlone:
 def ours(pattern: str, *, pillow: bool = False) -> Epoch:
   """bigalign's loader; `pillow`: with nothing but Pillow for images."""
   source: Source = open_source(pattern)
-  batches = pipeline.train_batches(
-      PillowAlone(source) if pillow else source, batch_size=BATCH, rows=np.arange(BATCH), seed=0,
-      image_size=SIZE, tokenizer=dict(name="clip", length=77), augment=dict(scale=SCALE),
-      workers=WORKERS)
+  batches = training.train_batches(
+    PillowAlone(source) if pillow else source,
+    batch_size=BATCH,
+    rows=np.arange(BATCH),
+    seed=0,
+    image_size=SIZE,
+    tokenizer=dict(name="clip", length=77),
+    augment=dict(scale=SCALE),
+    workers=WORKERS,
+  )
   return lambda: sum(len(next(batches)["image"]) for _ in range(len(source) // BATCH))
 
 
 def theirs(pattern: str) -> Epoch:
   """open_clip's: a shuffle buffer, its own transform and tokenizer, workers that stay."""
   from step import import_open_clip
+
   import_open_clip()
   multiprocessing.set_start_method("fork", force=True)  # PyTorch's own choice on Linux
   import open_clip
@@ -108,10 +121,17 @@ def theirs(pattern: str) -> Epoch:
   samples = len(open_source(pattern))
   transform = open_clip.image_transform(SIZE, is_train=True, aug_cfg=dict(scale=SCALE))
   args = types.SimpleNamespace(
-      train_data=pattern, train_num_samples=samples, train_data_upsampling_factors=None, seed=0,
-      batch_size=BATCH, workers=WORKERS, world_size=1)
-  data = get_wds_dataset(args, transform, is_train=True, floor=True,
-                         tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    train_data=pattern,
+    train_num_samples=samples,
+    train_data_upsampling_factors=None,
+    seed=0,
+    batch_size=BATCH,
+    workers=WORKERS,
+    world_size=1,
+  )
+  data = get_wds_dataset(
+    args, transform, is_train=True, floor=True, tokenizer=open_clip.get_tokenizer("ViT-B-32")
+  )
   return lambda: sum(len(images) for images, _ in data.dataloader)
 
 
@@ -128,7 +148,8 @@ class Decoding:
     for r in range(BATCH):
       i = (k * BATCH + r) % len(self._images)
       transforms.train_image(
-          decode.decode(self._images[i]), order.philox(0, i), size=SIZE, scale=SCALE)
+        decode.decode(self._images[i]), order.philox(0, i), size=SIZE, scale=SCALE
+      )
     return dict(number=np.asarray([k]))
 
 
@@ -141,8 +162,11 @@ def decoding(pattern: str) -> Epoch:
 
 
 LOADERS: dict[str, Callable[[str], Epoch]] = dict(
-    bigalign=ours, pillow=lambda pattern: ours(pattern, pillow=True), open_clip=theirs,
-    decoding=decoding)
+  bigalign=ours,
+  pillow=lambda pattern: ours(pattern, pillow=True),
+  open_clip=theirs,
+  decoding=decoding,
+)
 
 
 def family() -> list[int]:
@@ -159,12 +183,18 @@ def cpu_seconds() -> float:
   quiet = 0
   while quiet < 5:
     time.sleep(0.05)
-    states = [stat.read_text().rpartition(") ")[2][0] for pid in family()
-              for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat")]
+    states = [
+      stat.read_text().rpartition(") ")[2][0]
+      for pid in family()
+      for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat")
+    ]
     # The one that runs is this thread.
     quiet = quiet + 1 if sum(state in "RD" for state in states) <= 1 else 0
-  ticks = sum(int(x) for pid in family() for x in pathlib.Path(
-      f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:15])
+  ticks = sum(
+    int(x)
+    for pid in family()
+    for x in pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:15]
+  )
   return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -218,8 +248,12 @@ def error_of_fast_resize(pattern: str, *, images: int = 200) -> float:
     ours = transforms.train_image(decode.decode(data), order.philox(0, i), size=SIZE, scale=SCALE)
     pixels = Image.open(io.BytesIO(data)).convert("RGB")
     top, left, height, width = transforms._random_box(
-        order.philox(0, i), height=pixels.height, width=pixels.width, scale=SCALE,
-        ratio=(3 / 4, 4 / 3))
+      order.philox(0, i),
+      height=pixels.height,
+      width=pixels.width,
+      scale=SCALE,
+      ratio=(3 / 4, 4 / 3),
+    )
     box = (left, top, left + width, top + height)
     exact = pixels.crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     differences.append(np.abs(ours.astype(int) - np.asarray(exact)).mean())
@@ -230,28 +264,44 @@ def compare(pattern: str, name: str, rounds: int) -> tuple[dict[str, Any], list[
   """The figures of one set of images, and the bars that they miss."""
   found = measure(pattern, rounds)
   median = {loader: statistics.median(cpu for cpu, _ in turns) for loader, turns in found.items()}
-  ratios = {loader: [theirs[0] / ours[0] for ours, theirs in zip(found[loader], found["open_clip"])]
-            for loader in ("bigalign", "pillow")}
+  ratios = {
+    loader: [theirs[0] / ours[0] for ours, theirs in zip(found[loader], found["open_clip"])]
+    for loader in ("bigalign", "pillow")
+  }
   source = open_source(pattern)
   row: dict[str, Any] = dict(
-      images=len(source), mean_bytes=np.mean([len(source[i]["image"]) for i in range(len(source))]),
-      milliseconds_per_image={loader: round(1000 * x, 4) for loader, x in median.items()},
-      ratio={loader: statistics.median(each) for loader, each in ratios.items()}, ratios=ratios,
-      overhead=statistics.median(1 - decoding[0] / ours[0] for ours, decoding in zip(
-          found["bigalign"], found["decoding"])),
-      mean_absolute_error=error_of_fast_resize(pattern), rounds=found)
-  missed = [f"{loader} is {row['ratio'][loader]:.2f}x open_clip at {name}, the bar is {bar}"
-            for (loader, size), bar in BARS.items() if size == name and row["ratio"][loader] < bar]
+    images=len(source),
+    mean_bytes=np.mean([len(source[i]["image"]) for i in range(len(source))]),
+    milliseconds_per_image={loader: round(1000 * x, 4) for loader, x in median.items()},
+    ratio={loader: statistics.median(each) for loader, each in ratios.items()},
+    ratios=ratios,
+    overhead=statistics.median(
+      1 - decoding[0] / ours[0] for ours, decoding in zip(found["bigalign"], found["decoding"])
+    ),
+    mean_absolute_error=error_of_fast_resize(pattern),
+    rounds=found,
+  )
+  missed = [
+    f"{loader} is {row['ratio'][loader]:.2f}x open_clip at {name}, the bar is {bar}"
+    for (loader, size), bar in BARS.items()
+    if size == name and row["ratio"][loader] < bar
+  ]
   if row["mean_absolute_error"] > MAE:
     missed.append(f"{row['mean_absolute_error']:.3f} levels from Pillow at {name}, at most {MAE}")
   if name == "500px" and row["overhead"] > OVERHEAD:
     missed.append(f"overhead {row['overhead']:.3f} of the CPU at {name}, at most {OVERHEAD}")
   for loader, seconds in median.items():
-    print(f"{name} {loader:<10} {1 / seconds:6.0f} images per CPU-second"
-          + (f"  {row['ratio'][loader]:.2f}x ({min(ratios[loader]):.2f} to"
-             f" {max(ratios[loader]):.2f})" if loader in ratios else ""))
-  print(f"{name} overhead {row['overhead']:.3f},"
-        f" {row['mean_absolute_error']:.3f} levels from Pillow")
+    print(
+      f"{name} {loader:<10} {1 / seconds:6.0f} images per CPU-second"
+      + (
+        f"  {row['ratio'][loader]:.2f}x ({min(ratios[loader]):.2f} to {max(ratios[loader]):.2f})"
+        if loader in ratios
+        else ""
+      )
+    )
+  print(
+    f"{name} overhead {row['overhead']:.3f}, {row['mean_absolute_error']:.3f} levels from Pillow"
+  )
   return row, missed
 
 
@@ -266,11 +316,25 @@ def main() -> int:
   from step import machine
 
   from bigalign.checkpoint import revision
+
   data = pathlib.Path(os.environ["BIGALIGN_DATA"])
-  shards = [str(path) for name in ("coco2k", "flickr8k")
-            for path in sorted((data / name / "train").glob("*.tar"))]
-  versions = {name: importlib.metadata.version(name) for name in (
-      "grain", "simplejpeg", "kornia_rs", "pillow", "torch", "open_clip_torch", "webdataset")}
+  shards = [
+    str(path)
+    for name in ("coco2k", "flickr8k")
+    for path in sorted((data / name / "train").glob("*.tar"))
+  ]
+  versions = {
+    name: importlib.metadata.version(name)
+    for name in (
+      "grain",
+      "simplejpeg",
+      "kornia_rs",
+      "pillow",
+      "torch",
+      "open_clip_torch",
+      "webdataset",
+    )
+  }
   rows, missed = {}, []
   with tempfile.TemporaryDirectory() as folder:
     for name in args.sets:

@@ -23,15 +23,16 @@ from collections.abc import Iterable
 import numpy as np
 from step import machine
 
-from bigalign import index, runtime
 from bigalign.checkpoint import revision
-from bigalign.data.mixture import Order
-from bigalign.data.runs import RUN, Runs
-from bigalign.data.sources import open_source
+from bigalign.data.sources.base import open_source
+from bigalign.data.sources.mixture import Order
+from bigalign.data.tar.remote_blocks import RUN, Runs
+from bigalign.run import runtime
+from bigalign.shards import index
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
-from loopback import Store, store
-from shards import write_tar
+from helpers.object_store_server import Store, store
+from helpers.small_shards import write_tar
 
 LATENCY = 0.05  # seconds before each answer
 BATCH, BYTES = 128, 20_000  # of an image, as of 224 pixels
@@ -43,6 +44,7 @@ RATIO, AMPLIFICATION = 3.0, 1.05
 
 class Records:
   """The bytes of samples, fetched in runs of `block`."""
+
   fingerprint = ""
 
   def __init__(self, pattern: str, *, block: int, connections: int):
@@ -64,25 +66,40 @@ def write_shards(folder: pathlib.Path) -> None:
   """Tars of jpg and txt."""
   random = np.random.default_rng(0)
   for shard in range(SHARDS):
-    write_tar(folder / f"{shard}.tar", [member for i in range(SAMPLES) for member in (
-      (f"{i:05d}.jpg", random.bytes(BYTES)), (f"{i:05d}.txt", b"a picture of the world"))])
+    write_tar(
+      folder / f"{shard}.tar",
+      [
+        member
+        for i in range(SAMPLES)
+        for member in (
+          (f"{i:05d}.jpg", random.bytes(BYTES)),
+          (f"{i:05d}.txt", b"a picture of the world"),
+        )
+      ],
+    )
 
 
 def turn(server: Store, kind: str, *, seed: int) -> dict[str, float]:
   """Samples per second of one reader, and bytes sent for each that it read."""
-  source = Records(f"{server.url}/{{0..{SHARDS - 1}}}.tar", block=RUN if kind == "block" else 1,
-                   connections=CONNECTIONS[kind])
+  source = Records(
+    f"{server.url}/{{0..{SHARDS - 1}}}.tar",
+    block=RUN if kind == "block" else 1,
+    connections=CONNECTIONS[kind],
+  )
   places = Order(source, seed=seed, lane_rows=BATCH, kind=kind)
   batches = places(np.arange(READ[kind])).reshape(-1, BATCH)
   server.requests.clear()
   began, read = time.perf_counter(), 0
   for k in range(len(batches)):
-    places.prefetch(batches[k:k + 2].ravel(), share=1.0)
+    places.prefetch(batches[k : k + 2].ravel(), share=1.0)
     read += sum(len(source[i]) for i in batches[k].tolist())
   seconds = time.perf_counter() - began
   sent = sum(size for _, size in server.requests)
-  return dict(samples_per_second=READ[kind] / seconds, amplification=sent / read,
-              requests=len(server.requests))
+  return dict(
+    samples_per_second=READ[kind] / seconds,
+    amplification=sent / read,
+    requests=len(server.requests),
+  )
 
 
 def main() -> int:
@@ -100,19 +117,37 @@ def main() -> int:
     for seed in range(args.rounds):
       for kind, found in turns.items():
         found.append(turn(server, kind, seed=seed))
-  speed = {kind: statistics.median(x["samples_per_second"] for x in found)
-           for kind, found in turns.items()}
+  speed = {
+    kind: statistics.median(x["samples_per_second"] for x in found) for kind, found in turns.items()
+  }
   ratio = speed["block"] / speed["exact"]
   amplification = max(x["amplification"] for x in turns["block"])
   for kind, count in CONNECTIONS.items():
-    print(f"{kind:<6} {count:>3} connections {speed[kind]:>8.0f} samples/s"
-          f" {speed[kind] * BYTES / 1e6:>6.0f} MB/s")
-  print(f"blocks are {ratio:.2f}x as fast (bar {RATIO}), and {amplification:.3f} bytes are sent for"
-        f" one that is read (bar {AMPLIFICATION})")
-  args.json.write_text(json.dumps(dict(
-    revision=revision(), machine=machine(), versions=runtime.versions(), latency=LATENCY,
-    connections=CONNECTIONS, ratio=ratio, amplification=amplification, turns=turns,
-    bars=dict(ratio=RATIO, amplification=AMPLIFICATION)), indent=1) + "\n")
+    print(
+      f"{kind:<6} {count:>3} connections {speed[kind]:>8.0f} samples/s"
+      f" {speed[kind] * BYTES / 1e6:>6.0f} MB/s"
+    )
+  print(
+    f"blocks are {ratio:.2f}x as fast (bar {RATIO}), and {amplification:.3f} bytes are sent for"
+    f" one that is read (bar {AMPLIFICATION})"
+  )
+  args.json.write_text(
+    json.dumps(
+      dict(
+        revision=revision(),
+        machine=machine(),
+        versions=runtime.versions(),
+        latency=LATENCY,
+        connections=CONNECTIONS,
+        ratio=ratio,
+        amplification=amplification,
+        turns=turns,
+        bars=dict(ratio=RATIO, amplification=AMPLIFICATION),
+      ),
+      indent=1,
+    )
+    + "\n"
+  )
   return int(ratio < RATIO or amplification > AMPLIFICATION)
 
 

@@ -28,10 +28,11 @@ import importlib.metadata
 import jax
 import numpy as np
 
-from bigalign import runtime, sharding
+from bigalign import sharding
 from bigalign import state as states
 from bigalign.checkpoint import revision
-from bigalign.data.rejects import REASONS
+from bigalign.data.samples.rejects import REASONS
+from bigalign.run import runtime
 from bigalign.step import build, jitted, seen
 
 
@@ -50,8 +51,14 @@ class Sizes(NamedTuple):
 
 GUARD = 0.7  # ours / theirs, images per second
 SMALL = Sizes(
-  batch=64, image=64, patch=8, length=32, vocabulary=1000, embed=128,
-  vision=dict(width=192, depth=4, heads=3), text=dict(width=128, depth=4, heads=2),
+  batch=64,
+  image=64,
+  patch=8,
+  length=32,
+  vocabulary=1000,
+  embed=128,
+  vision=dict(width=192, depth=4, heads=3),
+  text=dict(width=128, depth=4, heads=2),
 )
 ADAMW = dict(lr=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
 
@@ -67,10 +74,14 @@ def batch(sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
   text[np.arange(b), length - 1] = sizes.vocabulary - 1
   return dict(
     image=random.integers(0, 256, (b, sizes.image, sizes.image, 3), dtype=np.uint8),
-    text=np.where(mask, text, 0), text_mask=mask,
-    image_id=np.zeros((b, 2), np.uint32), text_id=np.zeros((b, 2), np.uint32),
-    label=np.zeros(b, np.int32), source=np.zeros(b, np.int32),
-    rejects=np.zeros((b, len(REASONS)), np.int32), repaired=np.zeros(b, np.int32),
+    text=np.where(mask, text, 0),
+    text_mask=mask,
+    image_id=np.zeros((b, 2), np.uint32),
+    text_id=np.zeros((b, 2), np.uint32),
+    label=np.zeros(b, np.int32),
+    source=np.zeros(b, np.int32),
+    rejects=np.zeros((b, len(REASONS)), np.int32),
+    repaired=np.zeros(b, np.int32),
   )
 
 
@@ -83,12 +94,21 @@ def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
     return made | ({"mlp_ratio": given["hidden"] / given["width"]} if "hidden" in given else {})
 
   program = states.make_program(
-    seed=0, total_steps=10**6, batch_size=sizes.batch,
+    seed=0,
+    total_steps=10**6,
+    batch_size=sizes.batch,
     data=dict(image_size=sizes.image, tokenizer=dict(name="byte", length=sizes.length)),
     model=dict(
       image=dict(name="vit", patch=sizes.patch, pool="cls", **tower(sizes.vision)),
-      text=dict(name="text", vocab_size=sizes.vocabulary, length=sizes.length, pool="eos",
-                causal=True, mask_padding=False, **tower(sizes.text)),
+      text=dict(
+        name="text",
+        vocab_size=sizes.vocabulary,
+        length=sizes.length,
+        pool="eos",
+        causal=True,
+        mask_padding=False,
+        **tower(sizes.text),
+      ),
       embed_dim=sizes.embed,
     ),
     loss=dict(clip=dict(weight=1.0)),
@@ -142,21 +162,40 @@ def theirs(
   from torch.utils.flop_counter import FlopCounterMode
 
   torch.manual_seed(0)
+
   def ratio(given: dict[str, int]) -> float:
     return given.get("hidden", 4 * given["width"]) / given["width"]
 
   vision, words = sizes.vision, sizes.text
-  model: Any = CLIP(
-    embed_dim=sizes.embed,
-    vision_cfg=dict(image_size=sizes.image, patch_size=sizes.patch, width=vision["width"],
-                    layers=vision["depth"], head_width=vision["width"] // vision["heads"],
-                    mlp_ratio=ratio(vision)),
-    text_cfg=dict(context_length=sizes.length, vocab_size=sizes.vocabulary, width=words["width"],
-                  layers=words["depth"], heads=words["heads"], mlp_ratio=ratio(words)),
-  ).train().to(device)
+  model: Any = (
+    CLIP(
+      embed_dim=sizes.embed,
+      vision_cfg=dict(
+        image_size=sizes.image,
+        patch_size=sizes.patch,
+        width=vision["width"],
+        layers=vision["depth"],
+        head_width=vision["width"] // vision["heads"],
+        mlp_ratio=ratio(vision),
+      ),
+      text_cfg=dict(
+        context_length=sizes.length,
+        vocab_size=sizes.vocabulary,
+        width=words["width"],
+        layers=words["depth"],
+        heads=words["heads"],
+        mlp_ratio=ratio(words),
+      ),
+    )
+    .train()
+    .to(device)
+  )
   model.set_grad_checkpointing(checkpointing)
   optimizer = torch.optim.AdamW(
-    model.parameters(), lr=ADAMW["lr"], betas=(ADAMW["b1"], ADAMW["b2"]), eps=ADAMW["eps"],
+    model.parameters(),
+    lr=ADAMW["lr"],
+    betas=(ADAMW["b1"], ADAMW["b2"]),
+    eps=ADAMW["eps"],
     weight_decay=ADAMW["weight_decay"],
   )
   loss_function = ClipLoss()
@@ -192,8 +231,10 @@ def measure(runs: dict[str, Step], rounds: int, steps: int) -> dict[str, dict[st
       wall, cpu = time.perf_counter(), time.process_time()
       for _ in range(steps):
         run()
-      found = dict(wall_seconds=(time.perf_counter() - wall) / steps,
-                   cpu_seconds=(time.process_time() - cpu) / steps)
+      found = dict(
+        wall_seconds=(time.perf_counter() - wall) / steps,
+        cpu_seconds=(time.process_time() - cpu) / steps,
+      )
       best[name] = {key: min(value, found[key]) for key, value in best[name].items()}
   return best
 
@@ -201,11 +242,19 @@ def measure(runs: dict[str, Step], rounds: int, steps: int) -> dict[str, dict[st
 def machine() -> dict[str, object]:
   """What the figures were measured on."""
   info = pathlib.Path("/proc/cpuinfo")
-  models = [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line
-            ] if info.exists() else []
+  models = (
+    [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line]
+    if info.exists()
+    else []
+  )
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return dict(cpu=models[0] if models else platform.processor(), cores=cores,
-              system=platform.platform(), python=platform.python_version(), **runtime.describe())
+  return dict(
+    cpu=models[0] if models else platform.processor(),
+    cores=cores,
+    system=platform.platform(),
+    python=platform.python_version(),
+    **runtime.describe(),
+  )
 
 
 def main() -> int:
@@ -225,15 +274,25 @@ def main() -> int:
 
   best = measure({name: run for name, (run, _) in made.items()}, args.rounds, args.steps)
   rows = {
-    name: dict(**best[name], images_per_second=SMALL.batch / best[name]["wall_seconds"],
-               flops_per_step=work)
+    name: dict(
+      **best[name], images_per_second=SMALL.batch / best[name]["wall_seconds"], flops_per_step=work
+    )
     for name, (_, work) in made.items()
   }
   for name, row in rows.items():
-    print(f"{name:<10} {row['wall_seconds']:.4f} s  {row['cpu_seconds']:.4f} CPU s"
-          f"  {row['images_per_second']:.0f} images/s  {row['flops_per_step'] / 1e9:.2f} GFLOP")
-  result = dict(revision=revision(), machine=machine(), versions=versions, batch_size=SMALL.batch,
-                rounds=args.rounds, steps=args.steps, **rows)
+    print(
+      f"{name:<10} {row['wall_seconds']:.4f} s  {row['cpu_seconds']:.4f} CPU s"
+      f"  {row['images_per_second']:.0f} images/s  {row['flops_per_step'] / 1e9:.2f} GFLOP"
+    )
+  result = dict(
+    revision=revision(),
+    machine=machine(),
+    versions=versions,
+    batch_size=SMALL.batch,
+    rounds=args.rounds,
+    steps=args.steps,
+    **rows,
+  )
   slower = False
   if "open_clip" in rows:
     ratios = {key: best["open_clip"][key] / best["bigalign"][key] for key in best["bigalign"]}

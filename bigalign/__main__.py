@@ -20,8 +20,21 @@ PROGRAMS = {
   "plan": "whether a config fits a pod, how fast at best and at what price, before there is one",
   "costs": "what losses cost per device: memory, products, bytes on the wires",
 }
-# bigalign/inspect.py would hide Python's own inspect from a program that is run inside the folder.
-_MODULES = {"inspect": "inspection"}
+_MODULES = {
+  "train": "train",
+  "evaluate": "evaluate",
+  "embed": "frozen.embed",
+  "compare": "frozen.compare",
+  "curate": "frozen.curate",
+  "report": "report.main",
+  "export": "export.main",
+  "inspect": "shards.inspect",
+  "index": "shards.index",
+  "convert": "shards.convert",
+  "view": "shards.view",
+  "plan": "plan.main",
+  "costs": "plan.loss_costs",
+}
 
 
 def main() -> None:
@@ -34,7 +47,7 @@ def main() -> None:
     return
   if name not in PROGRAMS:
     sys.exit(f"bigalign: unknown program {name!r}; known: {', '.join(PROGRAMS)}")
-  module = importlib.import_module(f"bigalign.{_MODULES.get(name, name)}")
+  module = importlib.import_module(f"bigalign.{_MODULES[name]}")
   sys.argv = [f"bigalign {name}", *sys.argv[2:]]
   module.run()
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from bigalign import stages
-from bigalign.data import pipeline
-from bigalign.data.mixture import check_sizes
-from bigalign.data.pairs import Pairs, pair_batches, stored_sides
-from bigalign.data.sources import Source
-from bigalign.data.workers import Batches
+from bigalign.data.loader import training
+from bigalign.data.loader.pairs import Pairs, pair_batches, stored_sides
+from bigalign.data.loader.workers import Batches
+from bigalign.data.sources.base import Source
+from bigalign.data.sources.mixture import check_sizes
 from bigalign.inputs import check_augment, check_tokenizer
 
 
@@ -23,12 +23,18 @@ def make_batches(
   """The train batches of what open_data gave, from a position on; arguments as of train_batches."""
   if isinstance(source, Pairs):
     return pair_batches(source, **where, **reading)
-  return pipeline.train_batches(source, rejected_log=rejected_log, **where, **reading)
+  return training.train_batches(source, rejected_log=rejected_log, **where, **reading)
 
 
 def staged_batches(
-  course: Sequence[stages.Stage], source: Source | Pairs, reading: Mapping[str, Any], *,
-  rows: Sequence[np.ndarray], step: int, start: int, **where: Any,
+  course: Sequence[stages.Stage],
+  source: Source | Pairs,
+  reading: Mapping[str, Any],
+  *,
+  rows: Sequence[np.ndarray],
+  step: int,
+  start: int,
+  **where: Any,
 ) -> Generator[tuple[stages.Stage, dict[str, np.ndarray]], None, None]:
   """(stage, train batch) of every update behind the first `step` ones, up to the end of the run.
 
@@ -53,11 +59,18 @@ def _staged(course, source, reading, rows, step, start, where) -> Generator[Any,
     if stage.end <= step:
       continue
     stop = start + (stage.end - step) * stage.batch_size
-    data = {} if isinstance(source, Pairs) else {
-      name: stage.config["data"].get(name) for name in ("image_size", "tokenizer", "augment")
-    }
+    data = (
+      {}
+      if isinstance(source, Pairs)
+      else {name: stage.config["data"].get(name) for name in ("image_size", "tokenizer", "augment")}
+    )
     made = make_batches(
-      source, {**reading, **data}, batch_size=stage.batch_size, rows=own, start=start, stop=stop,
+      source,
+      {**reading, **data},
+      batch_size=stage.batch_size,
+      rows=own,
+      start=start,
+      stop=stop,
       **where,
     )
     with contextlib.closing(made):
@@ -69,9 +82,7 @@ def _staged(course, source, reading, rows, step, start, where) -> Generator[Any,
     step, start = stage.end, stop
 
 
-def check_stages(
-  course: Sequence[stages.Stage], source: Source | Pairs, text_tower: Any
-) -> None:
+def check_stages(course: Sequence[stages.Stage], source: Source | Pairs, text_tower: Any) -> None:
   """Raises ValueError or TypeError, naming the stage, for one that its data does not fit."""
   check_stored(course)
   for stage in course:
@@ -89,5 +100,6 @@ def check_stored(course: Sequence[stages.Stage]) -> None:
   stored = [name for side in stored_sides(own.get("stores")) for name in of[side]]
   for stage in course:
     for name in (x for x in stored if stage.config["data"].get(x) != own.get(x)):
-      raise ValueError(f"{stage.where}.data.{name} has no effect on what is in config.data.stores;"
-                       " leave it out")
+      raise ValueError(
+        f"{stage.where}.data.{name} has no effect on what is in config.data.stores; leave it out"
+      )

@@ -20,11 +20,16 @@ from bigalign import config, tree
 # orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is
 # meant, and of a file that the parts of a checkpoint do not have. Other warnings come through.
 _EXPECTED = (
-  "read_only=True", "directory is read only", "Metadata file does not exist", "overriding"
+  "read_only=True",
+  "directory is read only",
+  "Metadata file does not exist",
+  "overriding",
 )
 logging.getLogger("absl").addFilter(
-  lambda record: "/orbax/" not in record.pathname
-  or (record.levelno > logging.INFO and not any(w in record.getMessage() for w in _EXPECTED))
+  lambda record: (
+    "/orbax/" not in record.pathname
+    or (record.levelno > logging.INFO and not any(w in record.getMessage() for w in _EXPECTED))
+  )
 )
 
 # Replicas share the writing of large arrays only: by default every bias would be sliced over all
@@ -78,7 +83,9 @@ class Checkpoints:
       worst = float("-inf") if mode == "max" else float("inf")
       keep.append(
         policies.BestN(
-          get_metric_fn=lambda metrics: metrics.get(best, worst), reverse=mode == "min", n=1,
+          get_metric_fn=lambda metrics: metrics.get(best, worst),
+          reverse=mode == "min",
+          n=1,
           keep_checkpoints_without_metrics=False,
         )
       )
@@ -98,13 +105,17 @@ class Checkpoints:
     self._manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
 
   def save(
-    self, step: int, parts: Mapping[str, Arrays], meta: Mapping[str, Any],
+    self,
+    step: int,
+    parts: Mapping[str, Arrays],
+    meta: Mapping[str, Any],
     metrics: Mapping[str, float],
   ) -> None:
     """Starts to write {part: {path: array}} and JSON; `metrics` are those of this very step."""
     items = {
       name: ocp.args.StandardSave(tree.unflatten(arrays))
-      for name, arrays in parts.items() if arrays
+      for name, arrays in parts.items()
+      if arrays
     }
     self._manager.save(
       step,

@@ -67,10 +67,12 @@ def call(function: Callable[..., Any], options: Mapping[str, Any], where: str, *
         f"{where}: unknown option {name!r}.{tree.nearest(name, known)} Options: {known}"
       )
   missing = [
-    name for name in known
-    if parameters[name].default is inspect.Parameter.empty and name not in options
-    and parameters[name].kind in (inspect.Parameter.KEYWORD_ONLY,
-                                  inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    name
+    for name in known
+    if parameters[name].default is inspect.Parameter.empty
+    and name not in options
+    and parameters[name].kind
+    in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
   ]
   if missing:
     raise TypeError(f"{where}: option {missing[0]!r} is missing. Options: {known}")
@@ -84,7 +86,11 @@ def call(function: Callable[..., Any], options: Mapping[str, Any], where: str, *
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
-  "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)
+  "int": (int,),
+  "float": (int, float),
+  "str": (str,),
+  "bool": (bool,),
+  "None": (type(None),),
 }
 
 
@@ -161,12 +167,16 @@ def steps(
     return value
   number, unit = duration(value, where)
   length = {
-    "step": 1.0, "sample": 1 / batch_size, "epoch": dataset_size / batch_size,
+    "step": 1.0,
+    "sample": 1 / batch_size,
+    "epoch": dataset_size / batch_size,
     "%": total_steps / 100,
   }[unit]
   if not length and unit == "epoch":
-    raise ValueError(f"{where}: {value!r} needs the size of the dataset, which is not known here;"
-                     " `bigalign plan` takes it as --samples")
+    raise ValueError(
+      f"{where}: {value!r} needs the size of the dataset, which is not known here;"
+      " `bigalign plan` takes it as --samples"
+    )
   if not length:
     raise ValueError(f"{where}: {value!r} is a share of the steps in all, which are not known here")
   return max(1, round(number * length)) if number else 0

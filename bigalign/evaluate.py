@@ -15,13 +15,14 @@ import rich.table
 from absl import logging
 
 from bigalign import config as configs
-from bigalign import runtime, sharding, survival
+from bigalign import sharding
 from bigalign import state as states
 from bigalign.checkpoint import Checkpoints
-from bigalign.data.patterns import expand_shards
+from bigalign.data.files.patterns import expand_shards
 from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
-from bigalign.workdirs import Workdir
+from bigalign.run import preemption, runtime
+from bigalign.run.workdir import Workdir
 
 
 class Run(NamedTuple):
@@ -140,12 +141,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
   parser.add_argument("--retrieval", metavar="SHARDS", help="webdataset shards, or another source")
   parser.add_argument(
-    "--fields", metavar="A,B", help="caption fields for --retrieval, such as json.captions,txt;"
-    " config.data.captions if not given"
+    "--fields",
+    metavar="A,B",
+    help="caption fields for --retrieval, such as json.captions,txt;"
+    " config.data.captions if not given",
   )
   parser.add_argument(
-    "--zeroshot", metavar="DIR", help="folder of a CLIP_benchmark dataset: shards, classnames.txt"
-    " and zeroshot_classification_templates.txt"
+    "--zeroshot",
+    metavar="DIR",
+    help="folder of a CLIP_benchmark dataset: shards, classnames.txt"
+    " and zeroshot_classification_templates.txt",
   )
   parser.add_argument("--json", metavar="FILE", help="write the metrics there too")
   args = parser.parse_args(argv)
@@ -185,7 +190,7 @@ def run() -> None:
   try:
     main()
   except Exception as error:
-    survival.leave(error)
+    preemption.leave(error)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 
 from bigalign import config as configs
-from bigalign.data import augment as augmentation
-from bigalign.data import fingerprints, pipeline, transforms
-from bigalign.data.captions import columns, fields
-from bigalign.data.mixture import Mixture, Prefixed
-from bigalign.data.order import philox
-from bigalign.data.pairs import Pairs, stored_sides
-from bigalign.data.sources import Source, open_source
-from bigalign.data.stored import Stored
-from bigalign.data.tokenizers import TOKENIZERS, Tokenizer
-from bigalign.data.views import View
+from bigalign.data.files import fingerprints
+from bigalign.data.image import augment as augmentation
+from bigalign.data.image import transforms
+from bigalign.data.loader import training
+from bigalign.data.loader.pairs import Pairs, stored_sides
+from bigalign.data.order.order import philox
+from bigalign.data.sources.base import Source, open_source
+from bigalign.data.sources.mixture import Mixture, Prefixed
+from bigalign.data.sources.views import View
+from bigalign.data.stores.one_side import Stored
+from bigalign.data.text.captions import columns, fields
+from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer
 
 
 def open_data(
@@ -35,7 +37,7 @@ def open_data(
   captions: Sequence[Any] | None = None,
   second_captions: Sequence[Any] = (),
   source_options: Mapping[str, Any] | None = None,
-  captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
+  captions_per_image: int = training.CAPTIONS_PER_IMAGE,
   shuffle: bool = True,
   order: str = "auto",
   workers: int = 0,
@@ -82,8 +84,10 @@ def open_data(
   first = columns(captions, "config.data.captions")
   second = columns(second_captions, "config.data.second_captions")
   if second and captions is None:
-    raise ValueError(f"config.data.second_captions={second_captions}: name the fields of the first"
-                     " in config.data.captions too")
+    raise ValueError(
+      f"config.data.second_captions={second_captions}: name the fields of the first"
+      " in config.data.captions too"
+    )
   sides = stored_sides(stores)
   ignored: dict[str, dict[str, Any]] = {
     "image": dict(augment=augment),
@@ -92,8 +96,10 @@ def open_data(
   }
   for side in [*sides, *(["both"] if len(sides) == 2 else [])]:
     for name in (name for name, x in ignored[side].items() if x):
-      raise ValueError(f"config.data.{name} has no effect on what is in config.data.stores; embed"
-                       " what it says, or leave it out")
+      raise ValueError(
+        f"config.data.{name} has no effect on what is in config.data.stores; embed"
+        " what it says, or leave it out"
+      )
   if len(sides) == 2:
     pairs: Pairs = configs.call(Pairs, stores or {}, "config.data.stores")
     return pairs, dict(shuffle=shuffle, kind=order, captions_per_image=captions_per_image)
@@ -124,9 +130,18 @@ def open_data(
     if not len(opened):
       raise ValueError(f"config.data.source={source!r} holds no sample")
   return opened, dict(
-    image_size=image_size, tokenizer=tokenizer, augment=augment, shuffle=shuffle, kind=order,
-    workers=workers, captions=first, second_captions=second, captions_per_image=captions_per_image,
-    stop_at_bad_shard=stop_at_bad_shard, apply_exif=apply_exif, stored=stored,
+    image_size=image_size,
+    tokenizer=tokenizer,
+    augment=augment,
+    shuffle=shuffle,
+    kind=order,
+    workers=workers,
+    captions=first,
+    second_captions=second,
+    captions_per_image=captions_per_image,
+    stop_at_bad_shard=stop_at_bad_shard,
+    apply_exif=apply_exif,
+    stored=stored,
   )
 
 
@@ -190,10 +205,12 @@ def mixture_part(
   if weight is not None and upsampling is not None:
     raise ValueError(f"config.data.mixture: {name!r} has both a weight and an upsampling; give one")
   if captions is not None and shared_captions is not None:
-    raise ValueError(f"config.data.mixture: {name!r} names captions, and config.data.captions does"
-                     " too; give one")
-  opened = open_source(source, captions=shared_captions if captions is None else captions,
-                       **source_options or {})
+    raise ValueError(
+      f"config.data.mixture: {name!r} names captions, and config.data.captions does too; give one"
+    )
+  opened = open_source(
+    source, captions=shared_captions if captions is None else captions, **source_options or {}
+  )
   if not len(opened):
     raise ValueError(f"config.data.mixture: {name!r}, source={source!r}, holds no sample")
   if view:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import config, sharding, vectors
+from bigalign import config, sharding, sphere
 from bigalign.projectors import PROJECTORS
 from bigalign.towers import TOWERS, TowerOutput
 
@@ -33,7 +33,7 @@ def provided(batch: Iterable[str]) -> set[str]:
 
 def unit(x: jax.Array) -> jax.Array:
   """[..., E] -> unit L2 norm, float32; zero stays zero, with a finite gradient."""
-  return vectors.unit(x.astype(jnp.float32))
+  return sphere.unit(x.astype(jnp.float32))
 
 
 class DualEncoder(nn.Module):
@@ -51,7 +51,11 @@ class DualEncoder(nn.Module):
   pixels: str
 
   def __call__(
-    self, image: jax.Array, text: jax.Array, mask: jax.Array | None = None, train: bool = False,
+    self,
+    image: jax.Array,
+    text: jax.Array,
+    mask: jax.Array | None = None,
+    train: bool = False,
     second: tuple[jax.Array, jax.Array] | None = None,
   ) -> dict[str, jax.Array]:
     """What losses read: zimg, ztxt [B, E]; raw_*, the same before the norm; tokens_*, mask_txt.
@@ -61,8 +65,12 @@ class DualEncoder(nn.Module):
     raw_img, img = self._image(image, train)
     raw_txt, txt = self._text(text, mask, train)
     feats = {
-      "zimg": unit(raw_img), "ztxt": unit(raw_txt), "raw_img": raw_img, "raw_txt": raw_txt,
-      "tokens_img": img.tokens, "tokens_txt": txt.tokens,
+      "zimg": unit(raw_img),
+      "ztxt": unit(raw_txt),
+      "raw_img": raw_img,
+      "raw_txt": raw_txt,
+      "tokens_img": img.tokens,
+      "tokens_txt": txt.tokens,
     }
     if second is not None:
       feats["ztxt_second"] = self.embed_text(*second, train=train)
@@ -132,7 +140,7 @@ def _rows(out: TowerOutput) -> jax.Array:
 
 def _stored(vectors: jax.Array) -> TowerOutput:
   """What a store holds as a tower's output: [B, D] without tokens, or [B, 1 + T, D] with them."""
-  vectors = sharding.pin(vectors)
+  vectors = sharding.pin(sphere)
   if vectors.ndim == 2:
     return TowerOutput(vectors, vectors[:, None][:, :0])
   tokens = vectors[:, 1:]

@@ -89,9 +89,7 @@ def adafactor(
 
   return optax.chain(
     # A head's 64 columns are worth factoring; optax's own bound is 128.
-    optax.scale_by_factored_rms(
-      decay_rate=0.8, decay_rate_fn=decay, min_dim_size_to_factor=32
-    ),
+    optax.scale_by_factored_rms(decay_rate=0.8, decay_rate_fn=decay, min_dim_size_to_factor=32),
     optax.clip_by_block_rms(clip),
     optax.ema(b1, debias=False, accumulator_dtype=moments),
   )
@@ -132,9 +130,7 @@ def muon(
     return {path: "muon" if re.search(matrices, path) else "adam" for path in params}
 
   def numbers(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-      path: _matrix(path, x.ndim) if hasattr(x, "ndim") else x for path, x in params.items()
-    }
+    return {path: _matrix(path, x.ndim) if hasattr(x, "ndim") else x for path, x in params.items()}
 
   def scale(path: str, u: Any) -> Any:
     if not hasattr(u, "ndim"):
@@ -201,7 +197,10 @@ def make_optimizer(
       near = tree.nearest(option, known)
       raise TypeError(f"{where}: unknown option {option!r} of {name!r}.{near} Options: {known}")
   rate = learning_rate(
-    name=schedule, lr=lr, total_steps=total_steps, end=end,
+    name=schedule,
+    lr=lr,
+    total_steps=total_steps,
+    end=end,
     warmup=to_steps(warmup, f"{where}.warmup"),
     cooldown=to_steps(cooldown, f"{where}.cooldown", back=True),
   )

@@ -162,9 +162,9 @@ class Tokens(nn.Module):
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
     """-> [B, E]."""
-    tokens = Residual(
-      self.dim, self.hidden, self.dropout, dtype=self.dtype, name="tokens"
-    ).rows(_tokens(out), train)
+    tokens = Residual(self.dim, self.hidden, self.dropout, dtype=self.dtype, name="tokens").rows(
+      _tokens(out), train
+    )
     p = Dense(self.dim, dtype=self.dtype, name="fc1")(masked_mean(tokens, out.mask))
     y = Dense(self.dim, dtype=self.dtype, name="fc2")(nn.gelu(p, approximate=False))
     y = nn.Dropout(self.dropout, name="dropout")(y, not train)
@@ -186,6 +186,11 @@ def _tokens(out: TowerOutput) -> jax.Array:
 
 READ_TOKENS = (PatchesAndClass, Tokens)
 PROJECTORS = dict(
-  linear=Linear, mlp=Mlp, identity=Identity, gated=Gated, residual=Residual,
-  patches_and_class=PatchesAndClass, tokens=Tokens,
+  linear=Linear,
+  mlp=Mlp,
+  identity=Identity,
+  gated=Gated,
+  residual=Residual,
+  patches_and_class=PatchesAndClass,
+  tokens=Tokens,
 )

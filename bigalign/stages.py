@@ -70,7 +70,9 @@ def split(config: Mapping[str, Any], *, dataset_size: int = 0) -> list[Stage]:
   given = configs.plain(config.get("stages") or [])
   _check_batch(Stage(0, "config", 0, 0, base))
   whole = configs.steps(
-    base["total_steps"], "config.total_steps", batch_size=base["batch_size"],
+    base["total_steps"],
+    "config.total_steps",
+    batch_size=base["batch_size"],
     dataset_size=dataset_size,
   )
   if not given:
@@ -90,8 +92,10 @@ def split(config: Mapping[str, Any], *, dataset_size: int = 0) -> list[Stage]:
     if place.unit == "sample":
       end = begin + round((place.number - samples) / stage.batch_size)
     if end <= begin:
-      before = f"config.stages[{number - 1}] before it ends at {begin:,}" if number else (
-        "the run begins at 0"
+      before = (
+        f"config.stages[{number - 1}] before it ends at {begin:,}"
+        if number
+        else ("the run begins at 0")
       )
       raise ValueError(
         f"{what}={until!r} is update {end:,} of the run, and {before}; each stage must end behind"
@@ -104,7 +108,11 @@ def split(config: Mapping[str, Any], *, dataset_size: int = 0) -> list[Stage]:
 
 
 def steps(
-  value: int | str, where: str, stages: Sequence[Stage], *, dataset_size: int = 0,
+  value: int | str,
+  where: str,
+  stages: Sequence[Stage],
+  *,
+  dataset_size: int = 0,
   back: bool = False,
 ) -> int:
   """config.steps of a stretch at the start of the run, or `back` from its end: its samples are
@@ -157,8 +165,10 @@ def _overrides(said: Any, where: str) -> dict[str, Any]:
         f" change {', '.join(known)}"
       )
     if not configs.fits(value, OVERRIDES[path]):
-      raise TypeError(f"{where}.{dotted}={value!r} is of type {type(value).__name__}; it must be"
-                      f" {OVERRIDES[path]}")
+      raise TypeError(
+        f"{where}.{dotted}={value!r} is of type {type(value).__name__}; it must be"
+        f" {OVERRIDES[path]}"
+      )
   return found
 
 

@@ -18,9 +18,11 @@ from absl import logging
 from bigalign import config as configs
 from bigalign import gradcache, sharding, stages, tree
 from bigalign.checkpoint import Checkpoints
-from bigalign.data import pipeline
-from bigalign.data.pairs import stored_sides
-from bigalign.losses import Loss, make_loss, pairwise, tables
+from bigalign.data.loader import training
+from bigalign.data.loader.pairs import stored_sides
+from bigalign.losses import Loss, make_loss
+from bigalign.losses.engine import pairwise
+from bigalign.losses.per_sample import tables
 from bigalign.model import DualEncoder, make_model
 from bigalign.optim import Schedule, make_optimizer
 from bigalign.towers.features import Features
@@ -152,7 +154,7 @@ def make_program(
   gradient_dtype: str = "float32",
   logits: Mapping[str, Any] | None = None,
   dataset_size: int = 0,
-  captions_per_image: int = pipeline.CAPTIONS_PER_IMAGE,
+  captions_per_image: int = training.CAPTIONS_PER_IMAGE,
   **elsewhere: Any,
 ) -> Program:
   """A config's objects; reads no data and touches no device. See `train` for the arguments.
@@ -161,8 +163,14 @@ def make_program(
   others of it.
   """
   course = stages.split(
-    {**elsewhere, "total_steps": total_steps, "batch_size": batch_size, "data": data,
-     "model": model}, dataset_size=dataset_size,
+    {
+      **elsewhere,
+      "total_steps": total_steps,
+      "batch_size": batch_size,
+      "data": data,
+      "model": model,
+    },
+    dataset_size=dataset_size,
   )
   configs.known("config.gradient_dtype", gradient_dtype, ("float32", "bfloat16"))
   total = course[-1].end
@@ -177,19 +185,37 @@ def make_program(
   spec = _spec(built, batch_size, data)
   terms = make_loss(loss)
   sizes = {
-    "image": dataset_size, "text": dataset_size * captions_per_image, "embed": model["embed_dim"]
+    "image": dataset_size,
+    "text": dataset_size * captions_per_image,
+    "embed": model["embed_dim"],
   }
   engine = configs.call(pairwise.Engine, logits or {}, "config.logits")
   program = Program(
-    built, terms, optax.identity(), lambda step: step, spec, max(1, len(data.get("mixture", ()))),
-    sizes, frozen, ema, seed, total, microbatches, gradient_dtype, engine,
+    built,
+    terms,
+    optax.identity(),
+    lambda step: step,
+    spec,
+    max(1, len(data.get("mixture", ()))),
+    sizes,
+    frozen,
+    ema,
+    seed,
+    total,
+    microbatches,
+    gradient_dtype,
+    engine,
   )
   shapes = jax.eval_shape(functools.partial(init_params, program), jax.random.key(seed))
   _, trainable = tree.partition(shapes, frozen, "config.frozen")
   if not trainable:
     raise ValueError(f"config.frozen={frozen!r} leaves no parameter to learn")
   made, rate = configs.call(
-    make_optimizer, optimizer, "config.optimizer", params=trainable, total_steps=total,
+    make_optimizer,
+    optimizer,
+    "config.optimizer",
+    params=trainable,
+    total_steps=total,
     to_steps=functools.partial(stages.steps, stages=course, dataset_size=dataset_size),
   )
   return dataclasses.replace(program, optimizer=made, rate=rate)
@@ -199,8 +225,10 @@ def _spec(model: DualEncoder, batch_size: int, data: Mapping[str, Any]) -> dict[
   """{name: (shape, dtype)} of the global batches that a config's data makes for a model."""
   stores = data.get("stores") or {}
   second = stores.get("second") if "text" in stored_sides(stores) else data.get("second_captions")
-  spec: dict[str, Any] = pipeline.batch_spec(
-    batch_size=batch_size, image_size=data["image_size"], tokenizer=data["tokenizer"],
+  spec: dict[str, Any] = training.batch_spec(
+    batch_size=batch_size,
+    image_size=data["image_size"],
+    tokenizer=data["tokenizer"],
     second_text=bool(second),
   )
   for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
@@ -255,8 +283,10 @@ def describe(state: State, workdir: pathlib.Path) -> None:
     overview = clu.parameter_overview.get_parameter_overview(parameters, include_stats=False)
     (workdir / "parameters.txt").write_text(overview + "\n")
     logging.info(
-      "%d parameters, %d of them trainable; list in %s", sum(x.size for x in parameters.values()),
-      sum(x.size for x in state.trainable.values()), workdir / "parameters.txt",
+      "%d parameters, %d of them trainable; list in %s",
+      sum(x.size for x in parameters.values()),
+      sum(x.size for x in state.trainable.values()),
+      workdir / "parameters.txt",
     )
     every, still = (
       collections.Counter("/".join(path.split("/")[:2]) for path in x)
@@ -274,8 +304,11 @@ def parts(state: State) -> dict[str, Arrays]:
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): x for keys, x in leaves}
 
   return {
-    "trainable": state.trainable, "ema": state.ema, "opt": by_path(state.opt),
-    "loss": by_path(state.loss), "clock": {"step": state.step},
+    "trainable": state.trainable,
+    "ema": state.ema,
+    "opt": by_path(state.opt),
+    "loss": by_path(state.loss),
+    "clock": {"step": state.step},
   }
 
 

@@ -14,10 +14,13 @@ import numpy as np
 import optax
 from absl import logging
 
-from bigalign import flops, gradcache, losses, sharding, tree
-from bigalign.data.rejects import REASONS
-from bigalign.losses import PROVIDES, At, Loss, diagnostics, pairwise, tables
+from bigalign import gradcache, losses, sharding, tree
+from bigalign.data.samples.rejects import REASONS
+from bigalign.losses import PROVIDES, At, Loss, diagnostics
+from bigalign.losses.engine import pairwise
+from bigalign.losses.per_sample import tables
 from bigalign.model import without_remat
+from bigalign.run import flops
 from bigalign.stages import Stage
 from bigalign.state import Arrays, Program, State, compute_dtype
 
@@ -50,15 +53,18 @@ def train_step(
       return program.loss.apply(scalars, state.loss, feats, batch, at)
 
   (value, (remembered, logs)), grads = gradcache.value_and_grad(
-    functools.partial(features, program, state), objective, state.trainable,
-    _inputs(program, batch), drops, microbatches=program.microbatches,
+    functools.partial(features, program, state),
+    objective,
+    state.trainable,
+    _inputs(program, batch),
+    drops,
+    microbatches=program.microbatches,
   )
   grad_norm = optax.tree.norm(grads)
   updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
   trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state)
   ema = {
-    path: program.ema * old + (1 - program.ema) * trainable[path]
-    for path, old in state.ema.items()
+    path: program.ema * old + (1 - program.ema) * trainable[path] for path, old in state.ema.items()
   }
   finite = {
     "finite_loss": jnp.isfinite(value) & jnp.isfinite(logs["loss"]),
@@ -86,9 +92,9 @@ def train_step(
     **finite,
     **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
     "repaired_captions": batch["repaired"].sum(),
-    "tally": jnp.zeros((program.sources, 2), jnp.int32).at[batch["source"]].add(
-      jnp.stack([jnp.ones_like(batch["source"]), batch["rejects"].sum(1)], 1)
-    ),
+    "tally": jnp.zeros((program.sources, 2), jnp.int32)
+    .at[batch["source"]]
+    .add(jnp.stack([jnp.ones_like(batch["source"]), batch["rejects"].sum(1)], 1)),
   }
   return State(
     step=state.step + 1,
@@ -103,7 +109,8 @@ def train_step(
 def jitted(program: Program, placed: State, mesh: jax.sharding.Mesh) -> Any:
   """train_step as it is run: compiled for a mesh, with the state updated in place."""
   return jax.jit(
-    functools.partial(train_step, program=program), donate_argnums=0,
+    functools.partial(train_step, program=program),
+    donate_argnums=0,
     out_shardings=(placed, sharding.replicated(mesh)),
   )
 
@@ -115,7 +122,10 @@ def diagnose(
   at, drops = _at(program, state, seen)
   scalars = tree.unflatten(tree.subtree({**state.trainable, **state.frozen}, "loss/"))
   feats = gradcache.embedded(
-    functools.partial(features, program, state), state.trainable, _inputs(program, batch), drops,
+    functools.partial(features, program, state),
+    state.trainable,
+    _inputs(program, batch),
+    drops,
     microbatches=program.microbatches,
   )
   with pairwise.engine(program.logits):
@@ -149,7 +159,9 @@ def features(
 
   second = tuple(part[name] for name in SECOND if name in part)
   found = apply(
-    trainable, train=True, second=second or None,
+    trainable,
+    train=True,
+    second=second or None,
     rngs={"dropout": dropout, "patch_dropout": patch_dropout},
   )
   wanted = {"zimg", "ztxt", *(name for need in program.loss.needs for name in PROVIDES[need])}
@@ -158,8 +170,9 @@ def features(
   found = {name: x for name, x in found.items() if name in wanted}
   if "ema_teacher" in program.loss.needs:
     teacher = apply(state.ema)
-    found |= {f"teacher_{side}": jax.lax.stop_gradient(teacher[f"z{side}"])
-              for side in ("img", "txt")}
+    found |= {
+      f"teacher_{side}": jax.lax.stop_gradient(teacher[f"z{side}"]) for side in ("img", "txt")
+    }
   return found
 
 
@@ -184,7 +197,10 @@ def summary(program: Program, abstract: State) -> str:
   """losses.summary of a run whose state has these shapes."""
   batch: Any = {name: jax.ShapeDtypeStruct(*shape) for name, shape in program.spec.items()}
   feats = jax.eval_shape(
-    functools.partial(features, program), abstract, abstract.trainable, _inputs(program, batch),
+    functools.partial(features, program),
+    abstract,
+    abstract.trainable,
+    _inputs(program, batch),
     jax.random.key(0),
   )
   return losses.summary(program.loss, program.sizes, feats, batch)
@@ -239,8 +255,13 @@ def build(step_fn: Any, program: Program, *args: Any) -> tuple[Any, int]:
 
 
 def build_stages(
-  course: Sequence[Stage], programs: Sequence[Program], placed: State, mesh: jax.sharding.Mesh,
-  state: State, batch: Mapping[str, jax.Array], place: np.ndarray,
+  course: Sequence[Stage],
+  programs: Sequence[Program],
+  placed: State,
+  mesh: jax.sharding.Mesh,
+  state: State,
+  batch: Mapping[str, jax.Array],
+  place: np.ndarray,
 ) -> dict[int, tuple[Any, int]]:
   """{number: (compiled train_step, its useful FLOPs)} of each stage of `course`.
 

@@ -13,27 +13,29 @@ import clu.profiler
 import jax
 from absl import app, flags, logging
 
-from bigalign import command_line, sharding, survival
 from bigalign import config as configs
-from bigalign import runtime as machine
+from bigalign import sharding
 from bigalign import stages as courses
 from bigalign import state as states
 from bigalign.batches import check_stages, staged_batches
 from bigalign.checkpoint import Checkpoints, revision
-from bigalign.data.mixture import epochs, names
-from bigalign.data.rejects import Watch
+from bigalign.data.samples.rejects import Watch
+from bigalign.data.sources.mixture import epochs, names
 from bigalign.evals import make_evaluators
-from bigalign.frozen import check_stores
-from bigalign.identity import check, claim, digest, record, same_data, same_on_all_hosts
+from bigalign.frozen.towers import check_stores
 from bigalign.inputs import fingerprint, held, open_data
 from bigalign.losses import check_ids, check_needs, remembers
-from bigalign.metrics import MetricWriter, Progress
 from bigalign.model import provided
+from bigalign.run import preemption
+from bigalign.run import runtime as machine
+from bigalign.run.flags import define_flags, parse_flags, profile_span
+from bigalign.run.metrics import MetricWriter, Progress
+from bigalign.run.provenance import check, claim, digest, record, same_data, same_on_all_hosts
+from bigalign.run.timing import Clock, StartUp
+from bigalign.run.workdir import Workdir
 from bigalign.state import State
 from bigalign.step import build_stages, diagnose, seen, stop_if_not_finite, summary
-from bigalign.throughput import Clock, StartUp
-from bigalign.weights import start as beginnings
-from bigalign.workdirs import Workdir
+from bigalign.weights import init as beginnings
 
 
 def train(
@@ -131,9 +133,14 @@ def train(
   eval_every = duration(eval_every, "config.eval_every")
   diagnose_every = duration(diagnose_every, "config.diagnose_every")
   meta = {
-    "config": configs.plain(config), "model": given, "revision": revision(),
-    "versions": machine.versions(), "hardware": machine.describe(), "dataset_size": len(source),
-    "data": fingerprint(source, reading), "tokenizer": digest(data["tokenizer"]),
+    "config": configs.plain(config),
+    "model": given,
+    "revision": revision(),
+    "versions": machine.versions(),
+    "hardware": machine.describe(),
+    "dataset_size": len(source),
+    "data": fingerprint(source, reading),
+    "tokenizer": digest(data["tokenizer"]),
   }
   same_on_all_hosts(meta)
 
@@ -178,8 +185,15 @@ def train(
   # A run that continues behind the first step traces nothing.
   trace_from, trace_to = profile if profile and step <= profile[0] else (-1, -1)
   batches = staged_batches(
-    course, source, reading, rows=rows, step=step, start=samples_seen, seed=seed,
-    lane_rows=lane_rows, rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"),
+    course,
+    source,
+    reading,
+    rows=rows,
+    step=step,
+    start=samples_seen,
+    seed=seed,
+    lane_rows=lane_rows,
+    rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"),
   )
   looks = [jax.jit(functools.partial(diagnose, program=program)) for program in programs]
   built: dict[int, tuple[Any, int]] = {}  # of each stage that is left, the compiled step
@@ -193,8 +207,8 @@ def train(
       MetricWriter, writer or {}, "config.writer", workdir=workdir, resume_step=start
     ) as board,
     Progress(total, start=step) as progress,
-    survival.Notice() as notice,
-    survival.Watchdog(patience, step) as watchdog,
+    preemption.Notice() as notice,
+    preemption.Watchdog(patience, step) as watchdog,
   ):
 
     def evaluate() -> dict[str, float]:
@@ -228,7 +242,7 @@ def train(
       place = seen(samples_seen, len(source))
       if not built:
         with clock.paused():
-          left = course[stage.number:]
+          left = course[stage.number :]
           built = build_stages(left, programs, placed, grid, state, batch, place)
       compiled, work = built[stage.number]
       state, metrics = compiled(state, batch, place)
@@ -253,8 +267,9 @@ def train(
         for one in since:
           counted = watch.add(one["tally"])
           rejected.update({f"rejects_of_{name}": n for name, n in counted.items()})
-          rejected.update({k: int(n) for k, n in one.items()
-                           if k.startswith(("rejected_", "repaired_"))})
+          rejected.update(
+            {k: int(n) for k, n in one.items() if k.startswith(("rejected_", "repaired_"))}
+          )
       if logs:
         row = {f"train/{name}": x for name, x in [*scalars.items(), *rejected.items()]}
         row |= {"train/samples_seen": samples_seen, "train/epoch": samples_seen / len(source)}
@@ -281,7 +296,7 @@ def train(
         save(found)
   home.put(jax.process_index())
   if step < total:
-    raise survival.Preempted(step)
+    raise preemption.Preempted(step)
   return state
 
 
@@ -291,7 +306,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   values = flags.FLAGS
   config = configs.plain(values.config)
-  config |= {"profile": command_line.span(values.profile)} if values.profile else {}
+  config |= {"profile": profile_span(values.profile)} if values.profile else {}
   configs.call(machine.setup, config.get("runtime", {}), "config.runtime")
   machine.connect(values.coordinator, values.num_processes, values.process_id)
   name = pathlib.Path(getattr(values["config"], "config_filename")).stem  # noqa: B009
@@ -302,13 +317,13 @@ def main(argv: Sequence[str]) -> None:
       train, config, "config", workdir=workdir, allow_config_change=values.allow_config_change
     )
   except Exception as error:
-    survival.leave(error)
+    preemption.leave(error)
 
 
 def run() -> None:
   """The program `bigalign train`."""
-  command_line.define()
-  app.run(main, flags_parser=command_line.parse)
+  define_flags()
+  app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def put(nested: dict[str, Any], path: str, value: Any) -> None:
 
 def subtree(flat: Mapping[str, T], prefix: str) -> dict[str, T]:
   """The entries under `prefix` ("model/"), with the prefix taken off."""
-  return {path[len(prefix):]: x for path, x in flat.items() if path.startswith(prefix)}
+  return {path[len(prefix) :]: x for path, x in flat.items() if path.startswith(prefix)}
 
 
 def partition(
@@ -102,6 +102,6 @@ def match(
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """" Did you mean 'width'?" where something known is near, else the empty string."""
+  """ " Did you mean 'width'?" where something known is near, else the empty string."""
   close = difflib.get_close_matches(name, list(known), n=1)
   return f" Did you mean {close[0]!r}?" if close else ""

@@ -30,12 +30,29 @@ def get_config():
   )
   c.model = dict(
     image=dict(
-      name="vit", patch=8, width=128, depth=4, heads=4, mlp_ratio=2.0, stem="conv", pool="mean",
-      scan=False, dtype="float32", dropout=0.1,
+      name="vit",
+      patch=8,
+      width=128,
+      depth=4,
+      heads=4,
+      mlp_ratio=2.0,
+      stem="conv",
+      pool="mean",
+      scan=False,
+      dtype="float32",
+      dropout=0.1,
     ),
     text=dict(
-      name="text", vocab_size=13, length=4, width=128, depth=1, heads=4, mlp_ratio=2.0,
-      pool="mean", scan=False, dtype="float32",
+      name="text",
+      vocab_size=13,
+      length=4,
+      width=128,
+      depth=1,
+      heads=4,
+      mlp_ratio=2.0,
+      pool="mean",
+      scan=False,
+      dtype="float32",
     ),
     embed_dim=128,
   )
@@ -43,7 +60,8 @@ def get_config():
   c.optimizer = dict(name="muon", lr=2e-3, warmup="5%", weight_decay=0.1)
   c.evals = dict(
     cifar10=dict(
-      type="zeroshot", source="$BIGALIGN_DATA/cifar10/test/0.tar",
+      type="zeroshot",
+      source="$BIGALIGN_DATA/cifar10/test/0.tar",
       templates="$BIGALIGN_DATA/cifar10/zeroshot_classification_templates.txt",
       classnames="$BIGALIGN_DATA/cifar10/classnames.txt",
     ),

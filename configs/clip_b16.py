@@ -32,12 +32,18 @@ def get_config():
     workers=16,
   )
   c.model = dict(
-    image=dict(
-      name="vit", variant="B", patch=16, pool="cls", activation="gelu", remat="dots"
-    ),
+    image=dict(name="vit", variant="B", patch=16, pool="cls", activation="gelu", remat="dots"),
     text=dict(
-      name="text", variant="B", vocab_size=49_408, length=77, width=512, heads=8, causal=True,
-      pool="eos", activation="gelu", remat="dots",
+      name="text",
+      variant="B",
+      vocab_size=49_408,
+      length=77,
+      width=512,
+      heads=8,
+      causal=True,
+      pool="eos",
+      activation="gelu",
+      remat="dots",
     ),
     embed_dim=512,
     image_projector=dict(name="linear"),
@@ -49,8 +55,15 @@ def get_config():
   c.microbatches = 1
   c.gradient_dtype = "float32"
   c.optimizer = dict(
-    name="adamw", lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, schedule="cosine", warmup=10_000,
-    weight_decay=0.2, clip_norm=1.0,
+    name="adamw",
+    lr=5e-4,
+    b1=0.9,
+    b2=0.98,
+    eps=1e-6,
+    schedule="cosine",
+    warmup=10_000,
+    weight_decay=0.2,
+    clip_norm=1.0,
   )
   c.evals = dict()
   c.keep = dict(last=2, every=50_000)

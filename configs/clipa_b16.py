@@ -20,7 +20,9 @@ def get_config():
   c.seed = 0
   c.stages = (
     dict(  # x 65,536 = 2.4 billion pairs
-      until=36_621, batch_size=65_536, data=dict(image_size=112, tokenizer=dict(length=16)),
+      until=36_621,
+      batch_size=65_536,
+      data=dict(image_size=112, tokenizer=dict(length=16)),
     ),
   )
   c.total_steps = 40_621  # 4,000 x 32,768 = 131 million more
@@ -42,12 +44,25 @@ def get_config():
   )
   c.model = dict(
     image=dict(
-      name="vit", variant="B", patch=16, pool="cls", positions="sincos2d", activation="gelu",
+      name="vit",
+      variant="B",
+      patch=16,
+      pool="cls",
+      positions="sincos2d",
+      activation="gelu",
       remat="dots",
     ),
     text=dict(
-      name="text", variant="B", vocab_size=49_408, length=32, width=512, heads=8, causal=True,
-      pool="eos", activation="gelu", remat="dots",
+      name="text",
+      variant="B",
+      vocab_size=49_408,
+      length=32,
+      width=512,
+      heads=8,
+      causal=True,
+      pool="eos",
+      activation="gelu",
+      remat="dots",
     ),
     embed_dim=512,
     image_projector=dict(name="linear"),
@@ -59,7 +74,13 @@ def get_config():
   c.microbatches = 1
   c.gradient_dtype = "float32"
   c.optimizer = dict(
-    name="adamw", lr=2.048e-3, b1=0.9, b2=0.95, schedule="cosine", warmup=782, weight_decay=0.2,
+    name="adamw",
+    lr=2.048e-3,
+    b1=0.9,
+    b2=0.95,
+    schedule="cosine",
+    warmup=782,
+    weight_decay=0.2,
     clip_norm=1.0,
   )
   c.evals = dict()

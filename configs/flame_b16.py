@@ -45,7 +45,12 @@ def get_config():
   c.logits = dict(way="auto", dtype="float32")
   c.microbatches = 1
   c.optimizer = dict(
-    name="adamw", lr=5e-4, b2=0.98, schedule="cosine", warmup=2_000, weight_decay=0.2,
+    name="adamw",
+    lr=5e-4,
+    b2=0.98,
+    schedule="cosine",
+    warmup=2_000,
+    weight_decay=0.2,
     clip_norm=1.0,
   )
   c.evals = dict()

@@ -32,7 +32,9 @@ def get_config():
     image_size=252,  # 18 patches of 14; the release cuts them out of 256 pixels
     tokenizer=dict(name="hf", path="$TEXT_TOWER/tokenizer.json", length=77),
     augment=dict(
-      crop="random_resized", scale=(0.2, 1.0), flip=0.5,
+      crop="random_resized",
+      scale=(0.2, 1.0),
+      flip=0.5,
       rand_augment=dict(num_ops=2, magnitude=21.0),  # 7 of 10
     ),
     resize="squash",
@@ -49,7 +51,13 @@ def get_config():
   c.logits = dict(way="auto", dtype="float32")
   c.microbatches = 1
   c.optimizer = dict(
-    name="adamw", lr=1e-3, b2=0.999, schedule="cosine", warmup=1_000, end=1e-5, weight_decay=0.02,
+    name="adamw",
+    lr=1e-3,
+    b2=0.999,
+    schedule="cosine",
+    warmup=1_000,
+    end=1e-5,
+    weight_decay=0.02,
     clip_norm=None,
   )
   c.evals = dict()

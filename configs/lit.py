@@ -37,7 +37,11 @@ def get_config():
   )
   c.loss = dict(siglip=dict(weight=1.0))
   c.optimizer = dict(
-    name="adamw", lr=1e-3, schedule="cosine", warmup="5%", weight_decay=0.01,
+    name="adamw",
+    lr=1e-3,
+    schedule="cosine",
+    warmup="5%",
+    weight_decay=0.01,
     # What was trained before moves less than the projectors, and its first layers least.
     multipliers=(
       *((f"text_tower/encoder/block_{i}/", 0.1 * 0.8 ** (6 - i)) for i in range(6)),

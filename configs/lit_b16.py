@@ -33,7 +33,12 @@ def get_config():
   c.model = dict(
     image=dict(init="$IMAGE_TOWER", name="vit", variant="B", patch=16),
     text=dict(
-      name="text", variant="B", vocab_size=30_522, length=16, pool="last", mask_padding=False,
+      name="text",
+      variant="B",
+      vocab_size=30_522,
+      length=16,
+      pool="last",
+      mask_padding=False,
       remat="dots",
     ),
     embed_dim=768,
@@ -44,7 +49,12 @@ def get_config():
   c.logits = dict(way="auto", dtype="float32")
   c.microbatches = 1
   c.optimizer = dict(
-    name="adafactor", lr=1e-3, b2=0.99, schedule="cosine", warmup=10_000, weight_decay=1e-4,
+    name="adafactor",
+    lr=1e-3,
+    b2=0.99,
+    schedule="cosine",
+    warmup=10_000,
+    weight_decay=1e-4,
     clip_norm=1.0,
   )
   c.evals = dict()

@@ -27,12 +27,28 @@ def get_config():
   )
   c.model = dict(
     image=dict(
-      name="vit", patch=8, width=128, depth=2, heads=4, mlp_ratio=2.0, stem="conv", pool="mean",
-      scan=False, dtype="float32",
+      name="vit",
+      patch=8,
+      width=128,
+      depth=2,
+      heads=4,
+      mlp_ratio=2.0,
+      stem="conv",
+      pool="mean",
+      scan=False,
+      dtype="float32",
     ),
     text=dict(
-      name="text", vocab_size=2124, length=16, width=96, depth=1, heads=3, mlp_ratio=2.0,
-      pool="mean", scan=False, dtype="float32",
+      name="text",
+      vocab_size=2124,
+      length=16,
+      width=96,
+      depth=1,
+      heads=3,
+      mlp_ratio=2.0,
+      pool="mean",
+      scan=False,
+      dtype="float32",
     ),
     embed_dim=96,
   )

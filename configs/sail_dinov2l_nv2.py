@@ -45,8 +45,15 @@ def get_config():
   c.logits = dict(way="auto", dtype="float32")
   c.microbatches = 1
   c.optimizer = dict(
-    name="lion", lr=1e-5, b1=0.9, b2=0.99, schedule="cosine", warmup="10%", weight_decay=1e-4,
-    decay=".", clip_norm=None,
+    name="lion",
+    lr=1e-5,
+    b1=0.9,
+    b2=0.99,
+    schedule="cosine",
+    warmup="10%",
+    weight_decay=1e-4,
+    decay=".",
+    clip_norm=None,
   )
   c.evals = dict()
   c.keep = dict(last=2)

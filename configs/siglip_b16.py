@@ -33,7 +33,12 @@ def get_config():
   c.model = dict(
     image=dict(name="vit", variant="B", patch=16, pool="map", remat="dots"),
     text=dict(
-      name="text", variant="B", vocab_size=32_000, length=64, pool="last", mask_padding=False,
+      name="text",
+      variant="B",
+      vocab_size=32_000,
+      length=64,
+      pool="last",
+      mask_padding=False,
       remat="dots",
     ),
     embed_dim=768,
@@ -46,7 +51,12 @@ def get_config():
   c.microbatches = 1
   c.gradient_dtype = "float32"
   c.optimizer = dict(
-    name="adafactor", lr=1e-3, b2=0.95, schedule="cosine", warmup="5%", weight_decay=0.1,
+    name="adafactor",
+    lr=1e-3,
+    b2=0.95,
+    schedule="cosine",
+    warmup="5%",
+    weight_decay=0.1,
     clip_norm=1.0,
   )
   c.evals = dict()

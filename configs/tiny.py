@@ -26,8 +26,16 @@ def get_config():
       name="vit", variant="Ti", patch=8, width=64, depth=2, heads=8, scan=False, dtype="float32"
     ),
     text=dict(
-      name="text", variant="Ti", vocab_size=259, length=48, width=64, depth=2, heads=8,
-      pool="mean", scan=False, dtype="float32",
+      name="text",
+      variant="Ti",
+      vocab_size=259,
+      length=48,
+      width=64,
+      depth=2,
+      heads=8,
+      pool="mean",
+      scan=False,
+      dtype="float32",
     ),
     embed_dim=64,
   )

@@ -22,9 +22,10 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
-from bigalign import compare, train
-from bigalign.embed import embed
-from bigalign.metrics import read_metrics
+from bigalign import train
+from bigalign.frozen import compare
+from bigalign.frozen.embed import embed
+from bigalign.run.metrics import read_metrics
 
 LEAST = 0.8
 ROOT = pathlib.Path(__file__).parents[1]
@@ -55,8 +56,9 @@ def config(image: str, text: str) -> dict[str, Any]:
 
 def measures(found: dict[str, Any]) -> dict[str, float]:
   """Of each measure one number."""
-  return {name: found[name][compare.SHOWN] if name in compare.MAPS else found[name]
-          for name in MEASURES}
+  return {
+    name: found[name][compare.SHOWN] if name in compare.MAPS else found[name] for name in MEASURES
+  }
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -64,10 +66,12 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   figure = Figure(figsize=(5.5, 3.8), layout="constrained", dpi=120)
   axes = figure.add_subplot()
   for (image, colour), (text, marker) in itertools.product(
-      zip(IMAGE, ("C0", "C1", "C2", "C3")), zip(TEXT, "os")):
+    zip(IMAGE, ("C0", "C1", "C2", "C3")), zip(TEXT, "os")
+  ):
     (row,) = (row for row in rows if (row["image"], row["text"]) == (image, text))
-    axes.scatter(row["ridge"], row["trained"], marker=marker, color=colour,
-                 label=f"{image}, {text}")
+    axes.scatter(
+      row["ridge"], row["trained"], marker=marker, color=colour, label=f"{image}, {text}"
+    )
   axes.set_xlabel("ridge regression, held-out training photos, R@5")
   axes.set_ylabel("trained projectors, text to image R@5")
   axes.legend(fontsize=7, frameon=False, loc="upper left")
@@ -81,8 +85,9 @@ def main() -> int:
   parser.add_argument("--steps", type=int, default=300, help="of each pair (%(default)s)")
   args = parser.parse_args()
   out, first = args.out, next(iter(IMAGE))
-  images = {name: embed(config(name, "minilm"), out / name, sides=["image"])["image"]
-            for name in IMAGE}
+  images = {
+    name: embed(config(name, "minilm"), out / name, sides=["image"])["image"] for name in IMAGE
+  }
   texts = {name: embed(config(first, name), out / name, sides=["text"])["text"] for name in TEXT}
   rows = []
   for image, text in itertools.product(IMAGE, TEXT):
@@ -97,8 +102,10 @@ def main() -> int:
     rows.append(dict(image=image, text=text, **before, trained=float(trained)))
     print(json.dumps(rows[-1]), flush=True)
   trained = [row["trained"] for row in rows]
-  ranks = {name: float(scipy.stats.spearmanr([row[name] for row in rows], trained).statistic)
-           for name in MEASURES}
+  ranks = {
+    name: float(scipy.stats.spearmanr([row[name] for row in rows], trained).statistic)
+    for name in MEASURES
+  }
   print(json.dumps(ranks))
   (out / "ranking.json").write_text(json.dumps(dict(rows=rows, spearman=ranks), indent=1) + "\n")
   draw(rows, out / "ranking.png")

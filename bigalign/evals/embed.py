@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding
-from bigalign.data import evaluation
-from bigalign.data.captions import names
-from bigalign.data.rejects import REASONS, Rejected
-from bigalign.data.sources import open_source
+from bigalign.data.loader import evaluation
+from bigalign.data.samples.rejects import REASONS, Rejected
+from bigalign.data.sources.base import open_source
+from bigalign.data.text.captions import names
 
 
 class Context(NamedTuple):
@@ -150,18 +150,22 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
   stack_jit = jax.jit(stack, out_shardings=Embedded(*layout))
 
   def embed(params: Any) -> Embedded:
-    embedded = sharding.in_turn(stack_jit([
-      Embedded(
-        zimg=context.embed_image(params, batch["image"]),
-        ztxt=sharding.in_turn(embed_texts(params, batch["texts"], batch["texts_mask"])),
-        label=batch["label"],
-        ordinal=batch["index"],
-        valid=batch["valid"],
-        texts_valid=batch["texts_valid"],
-        rejects=batch["rejects"],
+    embedded = sharding.in_turn(
+      stack_jit(
+        [
+          Embedded(
+            zimg=context.embed_image(params, batch["image"]),
+            ztxt=sharding.in_turn(embed_texts(params, batch["texts"], batch["texts_mask"])),
+            label=batch["label"],
+            ordinal=batch["index"],
+            valid=batch["valid"],
+            texts_valid=batch["texts_valid"],
+            rejects=batch["rejects"],
+          )
+          for batch in over_mesh(context, data)
+        ]
       )
-      for batch in over_mesh(context, data)
-    ]))
+    )
     tell_rejects(context.name, embedded.rejects)
     return embedded
 

@@ -13,7 +13,7 @@ from einops import rearrange
 
 from bigalign import sharding
 from bigalign.evals.embed import Context, Embedded, embedder, open_data, prefix
-from bigalign.losses import pairwise
+from bigalign.losses.engine import pairwise
 
 RECALL_AT = (1, 5, 10)
 HIGHEST = jax.lax.Precision.HIGHEST

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigalign.data.glyphs import CUTS, PROBES, Glyphs, parts
-from bigalign.data.transforms import eval_image
+from bigalign.data.image.transforms import eval_image
+from bigalign.data.sources.glyphs import CUTS, PROBES, Glyphs, parts
 from bigalign.evals.embed import Context, mean_embedder
 from bigalign.evals.zeroshot import class_weights
 
@@ -50,9 +50,7 @@ def score(
   }
 
 
-def embedder(
-  context: Context, source: Glyphs, *, batch_size: int
-) -> Callable[[Any], jax.Array]:
+def embedder(context: Context, source: Glyphs, *, batch_size: int) -> Callable[[Any], jax.Array]:
   """embed(params) -> [N, E] on every device: the unit mean over each character's PROBES."""
   options = {"size": context.data["image_size"]}
   options |= {name: context.data[name] for name in ("resize",) if name in context.data}
@@ -62,9 +60,7 @@ def embedder(
   def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     return context.embed_image(params, batch["image"])
 
-  return mean_embedder(
-    context, embed, dict(image=images), group=len(PROBES), batch_size=batch_size
-  )
+  return mean_embedder(context, embed, dict(image=images), group=len(PROBES), batch_size=batch_size)
 
 
 def glyphs(
@@ -97,7 +93,9 @@ def glyphs(
     kind: embedder(context, source, batch_size=batch_size) for kind, source in sources.items()
   }
   weigh = class_weights(
-    context, classnames=names, templates=[f"{{c}}, {CUTS[cut]}" for cut in PROBES],
+    context,
+    classnames=names,
+    templates=[f"{{c}}, {CUTS[cut]}" for cut in PROBES],
     batch_size=batch_size,
   )
 

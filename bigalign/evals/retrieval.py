@@ -80,8 +80,12 @@ def both_ways(embedded: Embedded, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     zi, zt, owner = jax.lax.with_sharding_constraint(batch, sharding.replicated(mesh))
     image_to_text = ranks(zi, owner, ztxt, ordinal, texts_valid, mesh=mesh)
     text_to_image = ranks(
-      rearrange(zt, "b c e -> (b c) e"), repeat(owner, "b -> (b c)", c=captions),
-      images, ordinal, images_valid, mesh=mesh,
+      rearrange(zt, "b c e -> (b c) e"),
+      repeat(owner, "b -> (b c)", c=captions),
+      images,
+      ordinal,
+      images_valid,
+      mesh=mesh,
     )
     return image_to_text, rearrange(text_to_image, "(b c) -> b c", c=captions)
 
@@ -144,8 +148,12 @@ def retrieval(
       "num_captions": int((images > 0).sum()),
     }
     if found < samples:
-      logging.warning("evaluation %r uses %d of %d samples; the others were rejected or have no"
-                      " caption", context.name, found, samples)
+      logging.warning(
+        "evaluation %r uses %d of %d samples; the others were rejected or have no caption",
+        context.name,
+        found,
+        samples,
+      )
       metrics["rejected"] = samples - found
     return {prefix(context.name) + name: value for name, value in metrics.items()}
 

@@ -15,14 +15,12 @@ import numpy as np
 from clu import metrics as clu_metrics
 
 from bigalign import sharding, tree
-from bigalign.data.sources import expand_variables
-from bigalign.data.tokenizers import make_tokenizer
-from bigalign.data.webdataset import read_classnames
+from bigalign.data.sources.base import expand_variables
+from bigalign.data.sources.webdataset import read_classnames
+from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.evals.embed import Context, mean_embedder, open_data, over_mesh, tell_rejects
 
-PROMPTS = {
-  path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))
-}
+PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))}
 _SLOTS = ("{c}", "{}")  # CLIP_benchmark's and open_clip's mark for the name of the class
 
 
@@ -131,8 +129,12 @@ def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Ar
   before = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
   found = known & jnp.isfinite(own[:, 0])
   return Hits.single_from_model_output(
-    top1=found & (before < 1), top5=found & (before < 5), unlabelled=~known,
-    label=label, mask=valid, classes=classes,
+    top1=found & (before < 1),
+    top5=found & (before < 5),
+    unlabelled=~known,
+    label=label,
+    mask=valid,
+    classes=classes,
   )
 
 
@@ -177,7 +179,8 @@ def zeroshot(
   where = f"config.evals.{context.name}"
   data = open_data(context, source, batch_size=batch_size, captions=0)
   names = (
-    list(getattr(data.source, "classnames", ())) if classnames is None
+    list(getattr(data.source, "classnames", ()))
+    if classnames is None
     else read_lines(classnames, f"{where}.classnames", labels=True)
   )
   if not names:
@@ -186,7 +189,9 @@ def zeroshot(
       " shards); set classnames to a file with one name per line, in the order of the labels"
     )
   weigh = class_weights(
-    context, classnames=names, templates=read_templates(templates, f"{where}.templates"),
+    context,
+    classnames=names,
+    templates=read_templates(templates, f"{where}.templates"),
     batch_size=batch_size,
   )
 

@@ -10,22 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import config
-from bigalign.losses import pairwise, tables
 from bigalign.losses.albef import albef_itc
 from bigalign.losses.base import At, Loss, weighted_sum
 from bigalign.losses.clip import clip
 from bigalign.losses.clip_gap import clip_gap
 from bigalign.losses.distill import clip_distill, mobileclip_dr, siglip_distill
-from bigalign.losses.fastclip import fastclip_v0, fastclip_v1, fastclip_v2, fastclip_v3
+from bigalign.losses.engine import pairwise
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
 from bigalign.losses.matryoshka import matryoshka
 from bigalign.losses.mixup import m2mix, m3mix
 from bigalign.losses.nitc import nitc
+from bigalign.losses.per_sample import tables
+from bigalign.losses.per_sample.fastclip import fastclip_v0, fastclip_v1, fastclip_v2, fastclip_v3
+from bigalign.losses.per_sample.sogclr import isogclr, sogclr, sogclr_unimodal
 from bigalign.losses.sail import sail
 from bigalign.losses.siglip import siglip
-from bigalign.losses.sogclr import isogclr, sogclr, sogclr_unimodal
 from bigalign.losses.sparc import sparc
 from bigalign.losses.unicl import unicl
 

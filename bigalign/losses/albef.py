@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import config
-from bigalign.losses import pairwise
 from bigalign.losses.base import Loss
+from bigalign.losses.engine import pairwise
 
 NO_ID = 0xFFFFFFFF  # both words of the id that an empty place of the queue has
 
@@ -122,10 +122,15 @@ def _cross_entropy(z, teacher, keys, ids, shared, group):
   rows, columns = {"teacher": teacher}, {"key": keys}
   if ids is not None:
     rows, columns = rows | {"id": ids[:size]}, columns | {"id": ids}
-  found = jax.lax.stop_gradient(pairwise.reduce(
-    counts, rows, columns, jax.lax.stop_gradient(shared),
-    outputs={"norm": "row_lse", "matches": "row_sum"},
-  ))
+  found = jax.lax.stop_gradient(
+    pairwise.reduce(
+      counts,
+      rows,
+      columns,
+      jax.lax.stop_gradient(shared),
+      outputs={"norm": "row_lse", "matches": "row_sum"},
+    )
+  )
 
   def tile(row, col, shared):
     seen, match, logits = targets(row, col, shared)
@@ -139,7 +144,11 @@ def _cross_entropy(z, teacher, keys, ids, shared, group):
 
   positive = pairwise.paired(z, keys[:size])
   out = pairwise.reduce(
-    tile, rows | found | {"z": z, "positive": positive}, columns, shared,
-    outputs={"others": "row_lse", "wanted": "row_sum"}, fixed={"teacher", "key", *found},
+    tile,
+    rows | found | {"z": z, "positive": positive},
+    columns,
+    shared,
+    outputs={"others": "row_lse", "wanted": "row_sum"},
+    fixed={"teacher", "key", *found},
   )
   return (jax.nn.softplus(out["others"]) - out["wanted"]).mean()

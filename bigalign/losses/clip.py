@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise, temperature
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
-from bigalign.losses.tiles import Arrays
+from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.tiles import Arrays
 
 
 def above_positives(z: jax.Array, row: Arrays, col: Arrays, scale: jax.Array) -> Arrays:
@@ -34,8 +35,11 @@ def above_positives_lse(
     return above_positives(pairwise.products(row["z"], col["z"]), row, col, shared["scale"])
 
   found = pairwise.reduce(
-    tile, {"z": zimg, "positive": positive}, {"z": ztxt, "positive": positive},
-    {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse"},
+    tile,
+    {"z": zimg, "positive": positive},
+    {"z": ztxt, "positive": positive},
+    {"scale": scale},
+    outputs={"i2t": "row_lse", "t2i": "col_lse"},
   )
   return found["i2t"], found["t2i"]
 

@@ -7,12 +7,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise, temperature
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
+from bigalign.losses.engine import pairwise
 
 OUTPUTS = {
-  "i2t": "row_lse", "t2i": "col_lse", "img": "row_lse", "txt": "row_lse", "cross": "row_lse"
+  "i2t": "row_lse",
+  "t2i": "col_lse",
+  "img": "row_lse",
+  "txt": "row_lse",
+  "cross": "row_lse",
 }
 
 
@@ -54,15 +59,20 @@ def clip_gap(
     z = pairwise.products(row["img"], col["txt"])
     within = {k: gauss(k, k, pairwise.products(row[k], col[k])) for k in ("img", "txt")}
     return {
-      **above_positives(z, row, col, shared["scale"]), **within, "cross": gauss("img", "txt", z)
+      **above_positives(z, row, col, shared["scale"]),
+      **within,
+      "cross": gauss("img", "txt", z),
     }
 
   def apply(params, state, feats, batch, at):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     scale = temperature.scale(params, t_init, zimg)
     pairs = {
-      "img": zimg, "txt": ztxt, "positive": pairwise.paired(zimg, ztxt),
-      "img_square": pairwise.paired(zimg, zimg), "txt_square": pairwise.paired(ztxt, ztxt),
+      "img": zimg,
+      "txt": ztxt,
+      "positive": pairwise.paired(zimg, ztxt),
+      "img_square": pairwise.paired(zimg, zimg),
+      "txt_square": pairwise.paired(ztxt, ztxt),
     }
     found = pairwise.reduce(tile, pairs, pairs, {"scale": scale}, outputs=OUTPUTS)
 

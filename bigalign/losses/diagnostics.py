@@ -10,17 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import global_contrastive as gcl
-from bigalign.losses import pairwise, tables
 from bigalign.losses.base import At, Loss
+from bigalign.losses.engine import pairwise
+from bigalign.losses.per_sample import global_contrastive as gcl
+from bigalign.losses.per_sample import tables
 
 QUANTILES = (5, 50, 95)
 EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, math.inf)  # of a histogram of temperatures
 
 
 def diagnose(
-  loss: Loss, params: Any, state: Any, feats: Mapping[str, jax.Array],
-  batch: Mapping[str, jax.Array], at: At,
+  loss: Loss,
+  params: Any,
+  state: Any,
+  feats: Mapping[str, jax.Array],
+  batch: Mapping[str, jax.Array],
+  at: At,
 ) -> dict[str, jax.Array]:
   """Scalars of one batch, from the arguments of `loss.apply`, a weighted sum.
 
@@ -39,8 +44,8 @@ def diagnose(
   found = {**_negatives(loss, params, feats), **_temperatures(state, batch)}
   if len(loss.terms) > 1:
     norms = {
-      name: weight * _gradient_norm(
-        term, params.get(name, {}), state.get(name, {}), feats, batch, at)
+      name: weight
+      * _gradient_norm(term, params.get(name, {}), state.get(name, {}), feats, batch, at)
       for name, (weight, term) in loss.terms.items()
     }
     whole = sum(norms.values())
@@ -57,12 +62,16 @@ def _negatives(loss: Loss, params: Any, feats: Mapping[str, jax.Array]) -> dict[
     s = jnp.where(pairwise.same(row, col), -jnp.inf, pairwise.products(row["z"], col["z"]))
     scale = shared["scale"]
     return {
-      "image": s, "text": s, "image_lse": scale * (s - row["own"][:, None]),
+      "image": s,
+      "text": s,
+      "image_lse": scale * (s - row["own"][:, None]),
       "text_lse": scale * (s - col["own"][None, :]),
     }
 
   best = pairwise.reduce(
-    tile, {"z": zimg, "own": own}, {"z": ztxt, "own": own},
+    tile,
+    {"z": zimg, "own": own},
+    {"z": ztxt, "own": own},
     {"scale": scales[0] if scales else jnp.ones(())},
     outputs={"image": "row_max", "text": "col_max", "image_lse": "row_lse", "text_lse": "col_lse"},
   )
@@ -76,8 +85,12 @@ def _negatives(loss: Loss, params: Any, feats: Mapping[str, jax.Array]) -> dict[
 
 
 def _gradient_norm(
-  term: Loss, params: Any, state: Any, feats: Mapping[str, jax.Array],
-  batch: Mapping[str, jax.Array], at: At,
+  term: Loss,
+  params: Any,
+  state: Any,
+  feats: Mapping[str, jax.Array],
+  batch: Mapping[str, jax.Array],
+  at: At,
 ) -> jax.Array:
   real = {k: x for k, x in feats.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
   grads = jax.grad(lambda real: term.apply(params, state, {**feats, **real}, batch, at)[0])(real)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import config
-from bigalign.losses import pairwise, temperature
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
+from bigalign.losses.engine import pairwise
 
 
 class Teacher(NamedTuple):
@@ -203,9 +204,7 @@ def _hard_and_soft(
   positive = pairwise.paired(zimg, ztxt)  # [B]
 
   def tile(row, col, shared):
-    above = above_positives(
-      pairwise.products(row["z"], col["z"]), row, col, shared["scale"]
-    )
+    above = above_positives(pairwise.products(row["z"], col["z"]), row, col, shared["scale"])
     # Its own positive is 0 above itself, whatever the teachers give it.
     i2t, t2i = (jnp.where(pairwise.same(row, col), 0, above[way]) for way in ("i2t", "t2i"))
     logits = [teacher.logits(row, col) for teacher in teachers]
@@ -216,9 +215,11 @@ def _hard_and_soft(
   rows = {"z": zimg, "positive": positive, "teacher": x}
   columns = {"z": ztxt, "positive": positive, "teacher": y}
   found = pairwise.reduce(
-    tile, rows | {way: norms[way] for way in ways if way.startswith("i2t")},
+    tile,
+    rows | {way: norms[way] for way in ways if way.startswith("i2t")},
     columns | {way: norms[way] for way in ways if way.startswith("t2i")},
-    {"scale": scale}, outputs={"i2t": "row_lse", "t2i": "col_lse", "wanted": "row_sum"},
+    {"scale": scale},
+    outputs={"i2t": "row_lse", "t2i": "col_lse", "wanted": "row_sum"},
     fixed={"teacher", *ways},
   )
   i2t, t2i = (jax.nn.softplus(found[way]).mean() for way in ("i2t", "t2i"))
@@ -244,7 +245,10 @@ def _check_teachers(
 
 
 def _teachers(
-  name: str, embedded: jax.Array, dims: Sequence[int] | None, scales: Sequence[float],
+  name: str,
+  embedded: jax.Array,
+  dims: Sequence[int] | None,
+  scales: Sequence[float],
   biases: Sequence[float],
 ) -> list[Teacher]:
   """The teachers of embeddings [B, D]; raises ValueError if their widths do not add up to D."""

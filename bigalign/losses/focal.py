@@ -44,9 +44,7 @@ def focal_itc(
 
   def apply(params, state, feats, batch, at):
     scale = jnp.exp(params["t"])
-    i2t, t2i = (
-      anchors(x).mean() for x in above_positives_lse(feats["zimg"], feats["ztxt"], scale)
-    )
+    i2t, t2i = (anchors(x).mean() for x in above_positives_lse(feats["zimg"], feats["ztxt"], scale))
     loss = (i2t + t2i) / 2
     return loss, (state, {"loss": loss, "i2t": i2t, "t2i": t2i, "logit_scale": scale})
 

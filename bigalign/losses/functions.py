@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bigalign.losses import pairwise
+from bigalign.losses.engine import pairwise
 
 
 def cloc_region(
@@ -44,7 +44,10 @@ def cloc_region(
     return {k: jnp.where(seen, scale * v, -jnp.inf) for k, v in (("r2t", i2t), ("t2r", t2i))}
 
   found = pairwise.reduce(
-    tile, {"z": zr, **both}, {"z": zp, **both}, {"scale": scale},
+    tile,
+    {"z": zr, **both},
+    {"z": zp, **both},
+    {"scale": scale},
     outputs={"r2t": "row_lse", "t2r": "col_lse"},
   )
   count = jnp.maximum(real.sum(), 1)

@@ -7,10 +7,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise, temperature
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
-from bigalign.vectors import unit
+from bigalign.losses.engine import pairwise
+from bigalign.sphere import unit
 
 BOTH = {"i2t": "row_lse", "t2i": "col_lse"}
 
@@ -28,9 +29,7 @@ def _pairs(feats):
 
 def _above(z, row, col, scale):
   """Cosines within a modality [n, m] -> logits above the row's positive, without the diagonal."""
-  return jnp.where(
-    pairwise.same(row, col), -jnp.inf, scale * (z - row["positive"][:, None])
-  )
+  return jnp.where(pairwise.same(row, col), -jnp.inf, scale * (z - row["positive"][:, None]))
 
 
 def cyclip(
@@ -57,9 +56,7 @@ def cyclip(
     i2t = pairwise.products(row["img"], col["txt"])
     cross = i2t - pairwise.products(row["txt"], col["img"])
     within = pairwise.products(row["img"], col["img"]) - pairwise.products(row["txt"], col["txt"])
-    return {
-      **above_positives(i2t, row, col, shared["scale"]), "in": within**2, "cross": cross**2
-    }
+    return {**above_positives(i2t, row, col, shared["scale"]), "in": within**2, "cross": cross**2}
 
   def apply(params, state, feats, batch, at):
     scale, pairs = jnp.exp(params["t"]), _pairs(feats)
@@ -98,7 +95,8 @@ def alignclip(
   """
   chosen = {
     name: modality
-    for name, modality, on in (("tt", "txt", separate_text), ("vv", "img", separate_image)) if on
+    for name, modality, on in (("tt", "txt", separate_text), ("vv", "img", separate_image))
+    if on
   }
 
   def init(sizes):
@@ -116,7 +114,11 @@ def alignclip(
   def apply(params, state, feats, batch, at):
     scale, pairs = jnp.exp(params["t"]), {**_pairs(feats), "sentence": unit(batch["teacher_txt"])}
     found = pairwise.reduce(
-      tile, pairs, pairs, {"scale": scale}, outputs={**BOTH, **dict.fromkeys(chosen, "row_lse")},
+      tile,
+      pairs,
+      pairs,
+      {"scale": scale},
+      outputs={**BOTH, **dict.fromkeys(chosen, "row_lse")},
       fixed={"sentence"},
     )
     cross = sum(_contrast(found))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from bigalign import config, sharding
-from bigalign.losses import pairwise
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
+from bigalign.losses.engine import pairwise
 from bigalign.losses.mixup import two_positives
-from bigalign.vectors import unit
+from bigalign.sphere import unit
 
 PERM_SCOPES = ("global", "shard")
 
@@ -38,7 +38,11 @@ def draw(
 
 
 def mixed_direction(
-  a: jax.Array, c: jax.Array, share: jax.Array, partner: jax.Array, scale: jax.Array,
+  a: jax.Array,
+  c: jax.Array,
+  share: jax.Array,
+  partner: jax.Array,
+  scale: jax.Array,
   parts: int = 1,
 ) -> jax.Array:
   """[]: rows of `a` [B, E], mixed before they are normalised, against those of `c` [B, E].
@@ -77,7 +81,10 @@ def soft_direction(
   positive = pairwise.paired(a, c)
   rows, columns = {"a": a, "c": c, "positive": positive}, {"c": c, "positive": positive}
   found = pairwise.reduce(
-    statistics, rows, columns, {"scale": scale},
+    statistics,
+    rows,
+    columns,
+    {"scale": scale},
     outputs={"i2t": "row_lse", "t2i": "col_lse", "targets": "row_lse"},
   )
   norm = {"norm": kept(found["targets"])}
@@ -130,9 +137,7 @@ def m3co(
 
     def soft():
       scale = jnp.asarray(1 / soft_tau, img.dtype)
-      return sum(
-        soft_direction(a, c, scale, detach_targets) for a, c in ((img, txt), (txt, img))
-      )
+      return sum(soft_direction(a, c, scale, detach_targets) for a, c in ((img, txt), (txt, img)))
 
     loss = mixed() if soft_after is None else jax.lax.cond(at.progress < soft_after, mixed, soft)
     return loss, (state, {"loss": loss})

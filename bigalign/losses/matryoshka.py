@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bigalign import config
 from bigalign.losses.base import Loss
-from bigalign.vectors import unit
+from bigalign.sphere import unit
 
 REDUCTIONS = ("sum", "mean")
 

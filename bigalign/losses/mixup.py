@@ -8,16 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise, temperature
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives, contrast
-from bigalign.vectors import geodesic
+from bigalign.losses.engine import pairwise
+from bigalign.sphere import geodesic
 
 TERMS = ("v", "l", "vl", "m2")
 
 
 def two_positives(
-  a: jax.Array, c: jax.Array, scale: jax.Array, first: jax.Array, second: jax.Array,
+  a: jax.Array,
+  c: jax.Array,
+  scale: jax.Array,
+  first: jax.Array,
+  second: jax.Array,
   partner: jax.Array,
 ) -> jax.Array:
   """[]: cross-entropy of [B, E] against [B, E] in both directions, averaged.
@@ -35,15 +40,22 @@ def two_positives(
     others = {k: jnp.where(partners, -jnp.inf, v) for k, v in above.items()}
     found = jnp.where(partners, z, 0)
     return {
-      **others, "row_partner": found, "col_partner": found,
+      **others,
+      "row_partner": found,
+      "col_partner": found,
       "col_second": jnp.where(partners, row["second"][:, None], 0),
     }
 
   found = pairwise.reduce(
-    tile, {"z": a, "positive": positive, "second": second, "partner": partner},
-    {"z": c, "positive": positive}, {"scale": scale},
+    tile,
+    {"z": a, "positive": positive, "second": second, "partner": partner},
+    {"z": c, "positive": positive},
+    {"scale": scale},
     outputs={
-      "i2t": "row_lse", "t2i": "col_lse", "row_partner": "row_sum", "col_partner": "col_sum",
+      "i2t": "row_lse",
+      "t2i": "col_lse",
+      "row_partner": "row_sum",
+      "col_partner": "col_sum",
       "col_second": "col_sum",
     },
   )
@@ -61,9 +73,7 @@ def two_positives(
   return (rows.mean() + columns.mean()) / 2
 
 
-def pair_mixed(
-  zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, share: jax.Array
-) -> jax.Array:
+def pair_mixed(zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, share: jax.Array) -> jax.Array:
   """[]: the sum of both directions where pairs, mixed, take the place of the negatives (m²-mix)."""
   mixed = geodesic(zimg, ztxt, share)
   positive = pairwise.paired(zimg, ztxt)
@@ -71,22 +81,32 @@ def pair_mixed(
   def tile(row, col, shared):
     return {
       k: jnp.where(
-        pairwise.same(row, col), -jnp.inf,
+        pairwise.same(row, col),
+        -jnp.inf,
         shared["scale"] * (pairwise.products(row[k], col["mixed"]) - row["positive"][:, None]),
       )
       for k in ("img", "txt")
     }
 
   found = pairwise.reduce(
-    tile, {"img": zimg, "txt": ztxt, "positive": positive}, {"mixed": mixed}, {"scale": scale},
+    tile,
+    {"img": zimg, "txt": ztxt, "positive": positive},
+    {"mixed": mixed},
+    {"scale": scale},
     outputs={"img": "row_lse", "txt": "row_lse"},
   )
   return jax.nn.softplus(found["img"]).mean() + jax.nn.softplus(found["txt"]).mean()
 
 
 def mixture(
-  zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, shares: Mapping[str, jax.Array],
-  weights: Mapping[str, Any], *, tau2: float | None, m2_average: bool,
+  zimg: jax.Array,
+  ztxt: jax.Array,
+  scale: jax.Array,
+  shares: Mapping[str, jax.Array],
+  weights: Mapping[str, Any],
+  *,
+  tau2: float | None,
+  m2_average: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """CLIP + the weighted terms that `weights` names, and the value of each; options as of `m3mix`.
 
@@ -161,8 +181,13 @@ def m3mix(
     scale = temperature.scale(params, t_init, zimg)
     now = 1 / (1 + jnp.floor(at.epochs)) if decay else 1.0
     loss, terms = mixture(
-      zimg, ztxt, scale, draw(at.key), {name: now * w for name, w in weights.items()},
-      tau2=tau2, m2_average=m2_average,
+      zimg,
+      ztxt,
+      scale,
+      draw(at.key),
+      {name: now * w for name, w in weights.items()},
+      tau2=tau2,
+      m2_average=m2_average,
     )
     logs = {"contrastive_loss": terms.pop("clip"), **terms, "logit_scale": scale}
     return loss, (state, {"loss": loss, **logs})
@@ -184,6 +209,15 @@ def m2mix(
   """CLIP and mixed pairs as negatives, `m3mix` without its other terms and with their options:
   https://arxiv.org/abs/2203.03897."""
   return m3mix(
-    w_v=0.0, w_l=0.0, w_vl=0.0, w_m=w_m, alpha_m=alpha_m, tau2=tau2, m2_average=m2_average,
-    decay=decay, t_init=t_init, t_learned=t_learned, t_max=t_max,
+    w_v=0.0,
+    w_l=0.0,
+    w_vl=0.0,
+    w_m=w_m,
+    alpha_m=alpha_m,
+    tau2=tau2,
+    m2_average=m2_average,
+    decay=decay,
+    t_init=t_init,
+    t_learned=t_learned,
+    t_max=t_max,
   )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise, temperature
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives_lse
+from bigalign.losses.engine import pairwise
 
 
-def nitc(
-  *, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: float = 0.5
-) -> Loss:
+def nitc(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: float = 0.5) -> Loss:
   """Noise-adaptive contrast, after NLIP (https://arxiv.org/abs/2212.07086); the form is our own.
 
   Label smoothing by pair: the batch holds noise_prob [B], the probability that a pair does not
@@ -39,8 +38,9 @@ def nitc(
 
     def direction(above, anchor, others):
       # The sum of an anchor's logits above that of its positive.
-      even = scale * (pairwise.paired(anchor, jnp.broadcast_to(others.sum(0), anchor.shape))
-                      - size * positive)
+      even = scale * (
+        pairwise.paired(anchor, jnp.broadcast_to(others.sum(0), anchor.shape)) - size * positive
+      )
       return (jax.nn.softplus(above) - given * even).mean()
 
     i2t, t2i = direction(above[0], zimg, ztxt), direction(above[1], ztxt, zimg)

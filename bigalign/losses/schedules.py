@@ -24,7 +24,10 @@ def elapsed(length: config.Duration, at: At) -> jax.Array:
   """[]: how many times `length` has passed, from 0 on; in epochs only whole ones count, as the
   published schedules do, which change between epochs."""
   done = {
-    "step": at.step, "sample": at.samples, "epoch": jnp.floor(at.epochs), "%": at.progress * 100
+    "step": at.step,
+    "sample": at.samples,
+    "epoch": jnp.floor(at.epochs),
+    "%": at.progress * 100,
   }[length.unit]
   return done.astype(float) / length.number
 

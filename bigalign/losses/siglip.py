@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import config
-from bigalign.losses import pairwise, temperature
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
+from bigalign.losses.engine import pairwise
 
 
 def binary(
-  zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, bias: jax.Array,
+  zimg: jax.Array,
+  ztxt: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
   owners: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
   """[]: the sum over all pairs of an image [N, E] and a text [M, E].

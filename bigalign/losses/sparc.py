@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import contrast
-from bigalign.vectors import unit
+from bigalign.sphere import unit
 
 
 def sparc(

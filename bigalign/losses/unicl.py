@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses import pairwise, temperature
+from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
+from bigalign.losses.engine import pairwise
 
 
 def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
@@ -26,9 +27,7 @@ def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
     return temperature.init(t_init), {}
 
   def tile(row, col, shared):
-    above = above_positives(
-      pairwise.products(row["z"], col["z"]), row, col, shared["scale"]
-    )
+    above = above_positives(pairwise.products(row["z"], col["z"]), row, col, shared["scale"])
     alike = (row["label"][:, None] == col["label"][None, :]) & (row["label"] >= 0)[:, None]
     alike &= ~pairwise.same(row, col)
     # Besides the pair itself, which adds a logit of 0 above its own.
@@ -39,9 +38,15 @@ def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
     zimg, ztxt, scale = feats["zimg"], feats["ztxt"], jnp.exp(params["t"])
     pair = {"positive": pairwise.paired(zimg, ztxt), "label": batch["label"]}
     found = pairwise.reduce(
-      tile, {"z": zimg, **pair}, {"z": ztxt, **pair}, {"scale": scale},
+      tile,
+      {"z": zimg, **pair},
+      {"z": ztxt, **pair},
+      {"scale": scale},
       outputs={
-        "i2t": "row_lse", "t2i": "col_lse", "i2t_matched": "row_sum", "t2i_matched": "col_sum",
+        "i2t": "row_lse",
+        "t2i": "col_lse",
+        "i2t_matched": "row_sum",
+        "t2i_matched": "col_sum",
         "matches": "row_sum",
       },
     )

@@ -14,6 +14,11 @@ from bigalign.towers.vit import vit
 __all__ = ["TOWERS", "TowerOutput"]
 
 TOWERS = dict(
-  vit=vit, naflex=naflex, resnet_cifar=resnet_cifar, mobilenet_v2=mobilenet_v2, text=text,
-  bert=bert, features=features,
+  vit=vit,
+  naflex=naflex,
+  resnet_cifar=resnet_cifar,
+  mobilenet_v2=mobilenet_v2,
+  text=text,
+  bert=bert,
+  features=features,
 )

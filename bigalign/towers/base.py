@@ -231,9 +231,7 @@ class Encoder(nn.Module):
         x, _ = block(name=f"block_{i}", **self.block)(x, mask, not train, relation)
     if not self.norm:
       return x
-    return nn.LayerNorm(
-      epsilon=self.block["epsilon"], dtype=self.block["dtype"], name="ln"
-    )(x)
+    return nn.LayerNorm(epsilon=self.block["epsilon"], dtype=self.block["dtype"], name="ln")(x)
 
 
 class MapHead(nn.Module):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import config, sharding, vectors
+from bigalign import config, sharding, sphere
 from bigalign.towers import base
 from bigalign.towers.linear import Dense, lookup
 
@@ -145,7 +145,7 @@ class Bert(nn.Module):
       pooled = x[:, 0]
     else:
       pooled = jnp.tanh(Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
-    return vectors.unit(pooled.astype(jnp.float32)) if self.unit else pooled
+    return sphere.unit(pooled.astype(jnp.float32)) if self.unit else pooled
 
 
 def bert(
@@ -187,16 +187,36 @@ def bert(
     ValueError: for an unknown name, with the known ones.
   """
   for name, value, names in (
-    ("pool", pool, POOLS), ("activation", activation, base.ACTIVATIONS),
-    ("remat", remat, base.REMAT), ("dtype", dtype, base.DTYPES),
+    ("pool", pool, POOLS),
+    ("activation", activation, base.ACTIVATIONS),
+    ("remat", remat, base.REMAT),
+    ("dtype", dtype, base.DTYPES),
   ):
     config.known(f"config.model.text.{name}", value, names)
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
   block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
-    heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
-    dtype=jnp.dtype(dtype), implementation=attention,
+    heads=heads,
+    hidden=hidden,
+    activation=activation,
+    dropout=dropout,
+    epsilon=epsilon,
+    dtype=jnp.dtype(dtype),
+    implementation=attention,
   )
   return Bert(
-    vocab_size, length, width, depth, types, pad, skip_padding, buckets, pool, unit, dropout, scan,
-    remat, block, jnp.dtype(dtype),
+    vocab_size,
+    length,
+    width,
+    depth,
+    types,
+    pad,
+    skip_padding,
+    buckets,
+    pool,
+    unit,
+    dropout,
+    scan,
+    remat,
+    block,
+    jnp.dtype(dtype),
   )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from bigalign.data import store
+from bigalign.data.stores import reader
 from bigalign.towers import base
 
 
@@ -18,7 +18,7 @@ class Features(nn.Module):
   @property
   def row(self) -> tuple[int, ...]:
     """Shape of what is stored of one image or text: (D,), or (1 + T, D)."""
-    return store.row_shape(dict(width=self.width, tokens=self.tokens))
+    return reader.row_shape(dict(width=self.width, tokens=self.tokens))
 
   def __call__(
     self, x: jax.Array, mask: jax.Array | None = None, train: bool = False

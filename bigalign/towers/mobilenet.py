@@ -15,7 +15,12 @@ from bigalign.towers.linear import Dense
 
 # The paper's table 2: (expansion, channels, blocks, stride of the first).
 STAGES = (
-  (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+  (1, 16, 1, 1),
+  (6, 24, 2, 2),
+  (6, 32, 3, 2),
+  (6, 64, 4, 2),
+  (6, 96, 3, 1),
+  (6, 160, 3, 2),
   (6, 320, 1, 1),
 )
 STEM, WIDTH = 32, 1280
@@ -46,7 +51,8 @@ class Depthwise(nn.Module):
     rows, cols = ((n - 3) // self.stride * self.stride + 1 for n in x.shape[1:3])
     y = sum(
       x[:, i : i + rows : self.stride, j : j + cols : self.stride] * kernel[i, j][None, None, None]
-      for i in range(3) for j in range(3)
+      for i in range(3)
+      for j in range(3)
     )  # in float32, the kernel's dtype
     return (y + bias[None, None, None]).astype(self.dtype)
 
@@ -84,7 +90,12 @@ class MobileNetV2(nn.Module):
     N = H / 32 * W / 32, each rounded up: 49 for images of 224 x 224. `train` changes nothing.
     """
     x = nn.Conv(
-      STEM, (3, 3), 2, "SAME", dtype=self.dtype, kernel_init=nn.initializers.he_normal(),
+      STEM,
+      (3, 3),
+      2,
+      "SAME",
+      dtype=self.dtype,
+      kernel_init=nn.initializers.he_normal(),
       name="stem",
     )(image.astype(self.dtype))
     x = nn.relu6(x)

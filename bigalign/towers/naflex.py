@@ -75,7 +75,11 @@ class NaFlex(nn.Module):
       sharding.pin(x), mask, train=train
     )
     pooled = base.MapHead(
-      self.heads, self.hidden, self.block["activation"], self.block["epsilon"], self.dtype,
+      self.heads,
+      self.hidden,
+      self.block["activation"],
+      self.block["epsilon"],
+      self.dtype,
       name="map_head",
     )(x, mask)
     return base.TowerOutput(pooled, x, mask)
@@ -83,7 +87,8 @@ class NaFlex(nn.Module):
   def _positions(self, shapes: jax.Array, count: int) -> jax.Array:
     """[B, N, D]: the square grid of positions, resized to each image's rows and columns."""
     table = self.param(
-      "positions", nn.initializers.normal(1 / np.sqrt(self.width)),
+      "positions",
+      nn.initializers.normal(1 / np.sqrt(self.width)),
       (1, self.grid**2, self.width),
     )
     index = jnp.arange(count)[None]
@@ -120,14 +125,20 @@ def naflex(
     ValueError: for an unknown name, with the known ones.
   """
   for name, value, names in (
-    ("activation", activation, base.ACTIVATIONS), ("remat", remat, base.REMAT),
+    ("activation", activation, base.ACTIVATIONS),
+    ("remat", remat, base.REMAT),
     ("dtype", dtype, base.DTYPES),
   ):
     config.known(f"config.model.image.{name}", value, names)
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
   block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
-    heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
-    dtype=jnp.dtype(dtype), implementation=attention,
+    heads=heads,
+    hidden=hidden,
+    activation=activation,
+    dropout=dropout,
+    epsilon=epsilon,
+    dtype=jnp.dtype(dtype),
+    implementation=attention,
   )
   return NaFlex(
     patch, grid, width, depth, heads, hidden, dropout, scan, remat, block, jnp.dtype(dtype)

@@ -35,9 +35,7 @@ class FrozenBatchNorm(nn.Module):
       for name, init in (("mean", zeros), ("var", ones))
     )
     factor = scale * jax.lax.rsqrt(var + self.epsilon)
-    factor, shift = (
-      v.astype(self.dtype)[None, None, None] for v in (factor, bias - mean * factor)
-    )
+    factor, shift = (v.astype(self.dtype)[None, None, None] for v in (factor, bias - mean * factor))
     return x * factor + shift
 
 
@@ -50,8 +48,14 @@ def shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
 def convolve(x: jax.Array, features: int, stride: int, dtype: Any, number: int) -> jax.Array:
   """3 x 3 and its norm; one pixel of zeros on every side whatever the stride, as in torch."""
   x = nn.Conv(
-    features, (3, 3), stride, padding=1, use_bias=False, dtype=dtype,
-    kernel_init=nn.initializers.he_normal(), name=f"conv{number}",
+    features,
+    (3, 3),
+    stride,
+    padding=1,
+    use_bias=False,
+    dtype=dtype,
+    kernel_init=nn.initializers.he_normal(),
+    name=f"conv{number}",
   )(x)
   return FrozenBatchNorm(dtype, name=f"bn{number}")(x)
 
@@ -97,9 +101,7 @@ class ResNetCifar(nn.Module):
     return base.TowerOutput(base.masked_mean(tokens, None), tokens)
 
 
-def resnet_cifar(
-  *, depth: int = 20, remat: str = "none", dtype: str = "bfloat16"
-) -> ResNetCifar:
+def resnet_cifar(*, depth: int = 20, remat: str = "none", dtype: str = "bfloat16") -> ResNetCifar:
   """A small residual network for small images, to start from pretrained weights.
 
   Args:

@@ -59,7 +59,11 @@ class Text(nn.Module):
     )
     if self.pool == "map":
       pooled = base.MapHead(
-        self.heads, self.hidden, self.block["activation"], self.block["epsilon"], self.dtype,
+        self.heads,
+        self.hidden,
+        self.block["activation"],
+        self.block["epsilon"],
+        self.dtype,
         name="map_head",
       )(x, seen)
     elif self.pool == "mean":
@@ -116,16 +120,36 @@ def text(
     ValueError: for an unknown name, with the known ones.
   """
   for name, value, names in (
-    ("pool", pool, POOLS), ("activation", activation, base.ACTIVATIONS),
-    ("remat", remat, base.REMAT), ("dtype", dtype, base.DTYPES),
+    ("pool", pool, POOLS),
+    ("activation", activation, base.ACTIVATIONS),
+    ("remat", remat, base.REMAT),
+    ("dtype", dtype, base.DTYPES),
   ):
     config.known(f"config.model.text.{name}", value, names)
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
   block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
-    heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
-    causal=causal, dtype=jnp.dtype(dtype), implementation=attention,
+    heads=heads,
+    hidden=hidden,
+    activation=activation,
+    dropout=dropout,
+    epsilon=epsilon,
+    causal=causal,
+    dtype=jnp.dtype(dtype),
+    implementation=attention,
   )
   return Text(
-    vocab_size, length, width, depth, heads, hidden, pool, eos, mask_padding, dropout, scan, remat,
-    block, jnp.dtype(dtype),
+    vocab_size,
+    length,
+    width,
+    depth,
+    heads,
+    hidden,
+    pool,
+    eos,
+    mask_padding,
+    dropout,
+    scan,
+    remat,
+    block,
+    jnp.dtype(dtype),
   )

@@ -150,9 +150,7 @@ class ViT(nn.Module):
     rotation = None
     extra = self.class_token + self.registers
     if self.positions == "rope":
-      rotation = jnp.asarray(
-        rope(rows, cols, extra, self.width // self.heads, self.rope_theta)
-      )
+      rotation = jnp.asarray(rope(rows, cols, extra, self.width // self.heads, self.rope_theta))
     else:
       x = x + self._positions(rows, cols).astype(self.dtype)
     if train and self.patch_dropout:
@@ -176,7 +174,11 @@ class ViT(nn.Module):
       pooled = jnp.concatenate([x[:, 0], base.masked_mean(patches, None)], -1)
     else:
       pooled = base.MapHead(
-        self.heads, self.hidden, self.block["activation"], self.block["epsilon"], self.dtype,
+        self.heads,
+        self.hidden,
+        self.block["activation"],
+        self.block["epsilon"],
+        self.dtype,
         name="map_head",
       )(x)
     return base.TowerOutput(pooled, patches)
@@ -273,8 +275,11 @@ def vit(
     ValueError: for an unknown name, with the known ones, or options that exclude each other.
   """
   for name, value, names in (
-    ("stem", stem, STEMS), ("pool", pool, POOLS), ("positions", positions, POSITIONS),
-    ("activation", activation, base.ACTIVATIONS), ("remat", remat, base.REMAT),
+    ("stem", stem, STEMS),
+    ("pool", pool, POOLS),
+    ("positions", positions, POSITIONS),
+    ("activation", activation, base.ACTIVATIONS),
+    ("remat", remat, base.REMAT),
     ("dtype", dtype, base.DTYPES),
   ):
     config.known(f"config.model.image.{name}", value, names)
@@ -288,12 +293,37 @@ def vit(
     raise ValueError("config.model.image.patch_dropout: not with positions='rope'")
   width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
   block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
-    heads=heads, hidden=hidden, activation=activation, dropout=dropout, epsilon=epsilon,
-    dtype=jnp.dtype(dtype), implementation=attention, biases=biases, gated=gated,
-    mlp_bias=mlp_bias, layer_scale=layer_scale,
+    heads=heads,
+    hidden=hidden,
+    activation=activation,
+    dropout=dropout,
+    epsilon=epsilon,
+    dtype=jnp.dtype(dtype),
+    implementation=attention,
+    biases=biases,
+    gated=gated,
+    mlp_bias=mlp_bias,
+    layer_scale=layer_scale,
   )
   return ViT(
-    patch, width, depth, heads, hidden, stem, patch_bias, pool, positions, rope_theta,
-    class_token, class_position, registers, patch_dropout, dropout, pre_norm, scan, remat, block,
+    patch,
+    width,
+    depth,
+    heads,
+    hidden,
+    stem,
+    patch_bias,
+    pool,
+    positions,
+    rope_theta,
+    class_token,
+    class_position,
+    registers,
+    patch_dropout,
+    dropout,
+    pre_norm,
+    scan,
+    remat,
+    block,
     jnp.dtype(dtype),
   )

@@ -1,9 +1,9 @@
 """Pretrained towers: a checkpoint of another project as our model's options and arrays.
 
-  checkpoint = weights.describe("…/siglip-base-patch16-224")
-  model = make_model(**checkpoint.model)
-  shapes = tree.flatten(jax.eval_shape(model.init, …)["params"])
-  params = checkpoint.load(shapes)
+checkpoint = weights.describe("…/siglip-base-patch16-224")
+model = make_model(**checkpoint.model)
+shapes = tree.flatten(jax.eval_shape(model.init, …)["params"])
+params = checkpoint.load(shapes)
 """
 
 from __future__ import annotations
@@ -31,12 +31,22 @@ from bigalign.weights.layout import Layout, call
 
 # By model_type of a Hugging Face config.
 _HUGGING_FACE: dict[str, Callable[..., Layout]] = dict(
-  clip=clip.clip, clip_vision_model=clip.clip_vision, clip_text_model=clip.clip_text,
-  siglip=siglip.siglip, siglip_vision_model=siglip.siglip_vision,
-  siglip_text_model=siglip.siglip_text, siglip2=siglip.siglip2,
-  siglip2_vision_model=siglip.siglip2_vision, siglip2_text_model=siglip.siglip_text,
-  vit=vision.vit, dinov2=vision.dinov2, dinov2_with_registers=vision.dinov2_with_registers,
-  dinov3_vit=vision.dinov3, bert=bert.bert, roberta=bert.roberta, mpnet=bert.mpnet,
+  clip=clip.clip,
+  clip_vision_model=clip.clip_vision,
+  clip_text_model=clip.clip_text,
+  siglip=siglip.siglip,
+  siglip_vision_model=siglip.siglip_vision,
+  siglip_text_model=siglip.siglip_text,
+  siglip2=siglip.siglip2,
+  siglip2_vision_model=siglip.siglip2_vision,
+  siglip2_text_model=siglip.siglip_text,
+  vit=vision.vit,
+  dinov2=vision.dinov2,
+  dinov2_with_registers=vision.dinov2_with_registers,
+  dinov3_vit=vision.dinov3,
+  bert=bert.bert,
+  roberta=bert.roberta,
+  mpnet=bert.mpnet,
 )
 _HUGGING_FACE["xlm-roberta"] = bert.roberta
 LAYOUTS: dict[str, Callable[..., Layout]] = _HUGGING_FACE | {
@@ -71,7 +81,9 @@ class Checkpoint:
 
 
 def describe(
-  path: str | pathlib.Path, *, image: Mapping[str, Any] | None = None,
+  path: str | pathlib.Path,
+  *,
+  image: Mapping[str, Any] | None = None,
   text: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
   """What a folder or file of weights is. Reads names and configs, no tensor.
@@ -112,8 +124,12 @@ def describe(
 
 
 def load(
-  path: str | pathlib.Path, shapes: Mapping[str, Any], *,
-  image: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **options: Any,
+  path: str | pathlib.Path,
+  shapes: Mapping[str, Any],
+  *,
+  image: Mapping[str, Any] | None = None,
+  text: Mapping[str, Any] | None = None,
+  **options: Any,
 ) -> dict[str, Any]:
   """{path: array} for each of `shapes` from a checkpoint; see `describe` and transfer.read."""
   return describe(path, image=image, text=text).load(shapes, **options)

@@ -12,8 +12,12 @@ from bigalign.weights.table import Row
 
 OURS = "text_tower/"
 BLOCK = f"{OURS}encoder/block_{{}}/"
-_BERT = ("attention.self.query", "attention.self.key", "attention.self.value",
-         "attention.output.dense")
+_BERT = (
+  "attention.self.query",
+  "attention.self.key",
+  "attention.self.value",
+  "attention.output.dense",
+)
 _MPNET = ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o")
 # Heads of the training task, and buffers.
 UNUSED = r"position_ids$|^(\w+\.)?embeddings\.token_type_ids$|^(cls|lm_head|classifier|dropout)\."
@@ -74,9 +78,16 @@ def _bert(
     rows += [row._replace(optional=True) for row in pooler]
   length = max_position_embeddings - (pad + 1 if skip_padding else 0)
   options = dict(
-    name="bert", vocab_size=vocab_size, length=length, types=types, pad=pad,
-    skip_padding=skip_padding, buckets=buckets, pool="pooler" if pooled else "cls",
-    activation=activation(hidden_act), epsilon=layer_norm_eps,
+    name="bert",
+    vocab_size=vocab_size,
+    length=length,
+    types=types,
+    pad=pad,
+    skip_padding=skip_padding,
+    buckets=buckets,
+    pool="pooler" if pooled else "cls",
+    activation=activation(hidden_act),
+    epsilon=layer_norm_eps,
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size),
   )
   return Layout({"text": options}, tuple(rows), UNUSED, data={"length": length})

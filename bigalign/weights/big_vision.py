@@ -70,12 +70,17 @@ def _image(shapes: Shapes, theirs: str) -> Layout:
   head = f"{theirs}MAPHead_0/"
   options = dict(name="vit", patch=patch, pool="map", activation="gelu_tanh", **size)
   return Layout(
-    {"image": options, "image_projector": dict(name="identity"), "pixels": "half",
-     "embed_dim": size["width"]},
+    {
+      "image": options,
+      "image_projector": dict(name="identity"),
+      "pixels": "half",
+      "embed_dim": size["width"],
+    },
     (
       *_module(ours, theirs, 0, {"embedding": "embedding"}),
-      Row(f"{ours}positions", f"{theirs}pos_embedding", "1 n d -> 1 n d",
-          resize="bilinear_corners"),
+      Row(
+        f"{ours}positions", f"{theirs}pos_embedding", "1 n d -> 1 n d", resize="bilinear_corners"
+      ),
       *rows,
       Row(f"{ours}map_head/probe", f"{head}probe"),
       *_module(f"{ours}map_head/", head, 0, _parts({"ln": "LayerNorm_0"})),
@@ -90,12 +95,20 @@ def _text(shapes: Shapes, theirs: str) -> Layout:
   _, length, _ = dims(shapes, f"{theirs}pos_embedding", 3)
   rows, size = _encoder(shapes, ours, f"{theirs}Encoder_0/")
   options = dict(
-    name="text", vocab_size=vocab, length=length, pool="last", mask_padding=False,
-    activation="gelu_tanh", **size,
+    name="text",
+    vocab_size=vocab,
+    length=length,
+    pool="last",
+    mask_padding=False,
+    activation="gelu_tanh",
+    **size,
   )
   return Layout(
-    {"text": options, "text_projector": dict(name="linear", bias=True),
-     "embed_dim": dims(shapes, f"{theirs}head/kernel", 2)[1]},
+    {
+      "text": options,
+      "text_projector": dict(name="linear", bias=True),
+      "embed_dim": dims(shapes, f"{theirs}head/kernel", 2)[1],
+    },
     (
       Row(f"{ours}embedding", f"{theirs}Embed_0/embedding"),
       Row(f"{ours}positions", f"{theirs}pos_embedding"),

@@ -41,16 +41,24 @@ def vision(
   """The tower of a vision_config; defaults are Hugging Face's."""
   ours, embeddings = "image_tower/", f"{prefix}embeddings."
   options = dict(
-    name="vit", patch=patch_size, patch_bias=False, pool="cls", class_position=True, pre_norm=True,
-    activation=activation(hidden_act), epsilon=layer_norm_eps,
+    name="vit",
+    patch=patch_size,
+    patch_bias=False,
+    pool="cls",
+    class_position=True,
+    pre_norm=True,
+    activation=activation(hidden_act),
+    epsilon=layer_norm_eps,
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size),
   )
   rows = (
     Row(f"{ours}extra_tokens", f"{embeddings}class_embedding", "d -> 1 1 d"),
     *table.conv(f"{ours}embedding", f"{embeddings}patch_embedding", bias=False),
     Row(
-      (f"{ours}class_position", f"{ours}positions"), f"{embeddings}position_embedding.weight",
-      "n d -> 1 n d", resize="bicubic",
+      (f"{ours}class_position", f"{ours}positions"),
+      f"{embeddings}position_embedding.weight",
+      "n d -> 1 n d",
+      resize="bicubic",
     ),
     *table.norm(f"{ours}ln_pre", f"{prefix}pre_layrnorm"),  # sic
     *encoder(ours, prefix, num_hidden_layers),
@@ -78,8 +86,13 @@ def text(
   # Configs from before eos_token_id was right say 2; those models read the highest id.
   pool = dict(pool="argmax") if eos_token_id in (None, 2) else dict(pool="eos", eos=eos_token_id)
   options = dict(
-    name="text", vocab_size=vocab_size, length=max_position_embeddings, causal=True,
-    activation=activation(hidden_act), epsilon=layer_norm_eps, **pool,
+    name="text",
+    vocab_size=vocab_size,
+    length=max_position_embeddings,
+    causal=True,
+    activation=activation(hidden_act),
+    epsilon=layer_norm_eps,
+    **pool,
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size),
   )
   rows = (
@@ -146,9 +159,7 @@ def _projected(
   if prefix or f"{key}.weight" not in shapes:
     return layout
   rows = tuple(table.dense(f"{side}_projector/out", key, bias=False))
-  return join(
-    layout, Layout({}, rows), embed_dim=dim, **{f"{side}_projector": dict(name="linear")}
-  )
+  return join(layout, Layout({}, rows), embed_dim=dim, **{f"{side}_projector": dict(name="linear")})
 
 
 def start(shapes: Shapes, *prefixes: str) -> str:

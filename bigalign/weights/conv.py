@@ -24,12 +24,16 @@ def resnet_cifar(shapes: Shapes, where: str, prefix: str) -> Layout:
   """ResNet-20, 32, 44 …; `linear`, the classifier, is no part of a tower and left out."""
   blocks = depth(shapes, "layer1.")
   stages = (
-    row for stage in (1, 2, 3) for conv in (1, 2)
+    row
+    for stage in (1, 2, 3)
+    for conv in (1, 2)
     for row in _normed(f"{OURS}stage_{stage}_block_{{}}/", f"layer{stage}.{{}}.", conv, blocks)
   )
   return Layout(
     {"image": dict(name="resnet_cifar", depth=6 * blocks + 2), "pixels": "imagenet"},
-    (*_normed(OURS, "", 1), *stages), r"^linear\.", data={"image_size": 32},
+    (*_normed(OURS, "", 1), *stages),
+    r"^linear\.",
+    data={"image_size": 32},
   )
 
 
@@ -51,9 +55,12 @@ def mobilenet_v2(shapes: Shapes, where: str, prefix: str) -> Layout:
         convs.append((f"bottleneck_{i}/{name}", f"expanded_conv_{i}/{name}", rule))
   table = (
     Row(f"{OURS}{ours}/{leaf}", f"{theirs}/{leaf}", rule if leaf == "kernel" else "")
-    for ours, theirs, rule in convs for leaf in ("kernel", "bias")
+    for ours, theirs, rule in convs
+    for leaf in ("kernel", "bias")
   )
   return Layout(
-    {"image": dict(name="mobilenet_v2"), "pixels": "half"}, tuple(table), r"^top/",
+    {"image": dict(name="mobilenet_v2"), "pixels": "half"},
+    tuple(table),
+    r"^top/",
     data={"image_size": 224},
   )

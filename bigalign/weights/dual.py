@@ -93,7 +93,8 @@ def _pooling(file: pathlib.Path) -> str:
   names = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
   given = read_json(file)
   chosen = [
-    key.removeprefix("pooling_mode_") for key, on in given.items()
+    key.removeprefix("pooling_mode_")
+    for key, on in given.items()
     if key.startswith("pooling_mode_") and on is True
   ]
   if isinstance(given.get("pooling_mode"), str):

@@ -20,14 +20,26 @@ import ml_dtypes
 import numpy as np
 
 DTYPES: dict[str, Any] = {
-  "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-  "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-  "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U64": np.uint64,
+  "U32": np.uint32,
+  "U16": np.uint16,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
 }
 # Weights of a folder, by preference; the index names the shards of a big model.
 NAMES = (
-  "model.safetensors", "model.safetensors.index.json",
-  "open_clip_model.safetensors", "open_clip_model.safetensors.index.json",
+  "model.safetensors",
+  "model.safetensors.index.json",
+  "open_clip_model.safetensors",
+  "open_clip_model.safetensors.index.json",
 )
 _HEADER = 100_000_000  # bytes: the longest header that the format allows
 _JSON = 100_000_000
@@ -217,8 +229,19 @@ def _described(found: Any, size: int) -> tuple[tuple[int, ...], np.dtype, tuple[
 
 # What zipfile and ast raise for damaged files.
 _DAMAGE = (
-  zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError, OSError,
-  struct.error, KeyError, SyntaxError, TypeError, OverflowError, MemoryError,
+  zipfile.BadZipFile,
+  zlib.error,
+  ValueError,
+  EOFError,
+  NotImplementedError,
+  RuntimeError,
+  OSError,
+  struct.error,
+  KeyError,
+  SyntaxError,
+  TypeError,
+  OverflowError,
+  MemoryError,
 )
 
 

@@ -14,8 +14,11 @@ from bigalign.weights.table import Row
 
 # Names of activations in Hugging Face's configs.
 ACTIVATIONS = {
-  "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-  "quick_gelu": "quick_gelu", "silu": "silu",
+  "gelu": "gelu",
+  "gelu_new": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "quick_gelu": "quick_gelu",
+  "silu": "silu",
 }
 _LARGEST = 2**24  # of any size in a config
 _MAY_BE_ZERO = re.compile(r"token_id$|eos_id$|_tokens$|type_vocab_size$")

@@ -119,24 +119,37 @@ def _vision(
   if type(layers) is not int:
     raise ValueError(f"layers: {str(layers)[:80]}; a ResNet is not read, only a ViT")
   _refuse(
-    dict(pool_type=pool_type, pos_embed_type=pos_embed_type, attentional_pool=attentional_pool,
-         final_ln_after_pool=final_ln_after_pool),
-    dict(pool_type="tok", pos_embed_type="learnable", attentional_pool=False,
-         final_ln_after_pool=False),
+    dict(
+      pool_type=pool_type,
+      pos_embed_type=pos_embed_type,
+      attentional_pool=attentional_pool,
+      final_ln_after_pool=final_ln_after_pool,
+    ),
+    dict(
+      pool_type="tok", pos_embed_type="learnable", attentional_pool=False, final_ln_after_pool=False
+    ),
   )
   ours, theirs = "image_tower/", "visual."
   options = dict(
-    name="vit", patch=patch_size, patch_bias=False, pool="cls", class_position=True,
-    pre_norm=not no_ln_pre, activation=_activation(act, act_kwargs),
-    epsilon=_epsilon(1e-5, norm_kwargs), layer_scale=ls_init_value,
+    name="vit",
+    patch=patch_size,
+    patch_bias=False,
+    pool="cls",
+    class_position=True,
+    pre_norm=not no_ln_pre,
+    activation=_activation(act, act_kwargs),
+    epsilon=_epsilon(1e-5, norm_kwargs),
+    layer_scale=ls_init_value,
     **sizes(width, layers, width // max(head_width, 1), int(width * mlp_ratio)),
   )
   rows = (
     Row(f"{ours}extra_tokens", f"{theirs}class_embedding", "d -> 1 1 d"),
     *table.conv(f"{ours}embedding", f"{theirs}conv1", bias=False),
     Row(
-      (f"{ours}class_position", f"{ours}positions"), f"{theirs}positional_embedding",
-      "n d -> 1 n d", resize="bicubic_antialias",
+      (f"{ours}class_position", f"{ours}positions"),
+      f"{theirs}positional_embedding",
+      "n d -> 1 n d",
+      resize="bicubic_antialias",
     ),
     *([] if no_ln_pre else table.norm(f"{ours}ln_pre", f"{theirs}ln_pre")),
     *_blocks(ours, f"{theirs}transformer.", layers),
@@ -145,7 +158,9 @@ def _vision(
     Row("image_projector/out/kernel", f"{theirs}proj"),
   )
   return Layout(
-    {"image": options, "image_projector": dict(name="linear"), "pixels": "clip"}, rows, UNUSED,
+    {"image": options, "image_projector": dict(name="linear"), "pixels": "clip"},
+    rows,
+    UNUSED,
     data={"image_size": image_size},
   )
 
@@ -179,20 +194,34 @@ def _text(
     dict(embed_cls=False, final_ln_after_pool=False, ls_init_value=None),
   )
   pools: dict[str, dict[str, Any]] = {
-    "argmax": dict(pool="argmax"), "last": dict(pool="last"), "eos": dict(pool="eos", eos=eos_id)
+    "argmax": dict(pool="argmax"),
+    "last": dict(pool="last"),
+    "eos": dict(pool="eos", eos=eos_id),
   }
   if pool_type not in pools:
     raise ValueError(f"pool_type: {pool_type!r}; known: {sorted(pools)}")
   ours = "text_tower/"
   options = dict(
-    name="text", vocab_size=vocab_size, length=context_length, causal=not no_causal_mask,
-    mask_padding=False, activation=_activation(act, act_kwargs),
-    epsilon=_epsilon(1e-5, norm_kwargs), **pools[pool_type],
+    name="text",
+    vocab_size=vocab_size,
+    length=context_length,
+    causal=not no_causal_mask,
+    mask_padding=False,
+    activation=_activation(act, act_kwargs),
+    epsilon=_epsilon(1e-5, norm_kwargs),
+    **pools[pool_type],
     **sizes(width, layers, heads, int(width * mlp_ratio)),
   )
-  projector, projection = timm.projector("text", {
-    "linear": {"out": (f"{inside}text_projection", proj_bias)}, "none": {},
-  }, proj_type, "proj_type", shapes)
+  projector, projection = timm.projector(
+    "text",
+    {
+      "linear": {"out": (f"{inside}text_projection", proj_bias)},
+      "none": {},
+    },
+    proj_type,
+    "proj_type",
+    shapes,
+  )
   if projection and not proj_bias:  # a bare matrix, as it is applied
     projection = (Row("text_projector/out/kernel", f"{inside}text_projection"),)
   rows = (
@@ -219,11 +248,11 @@ _SIZES = {
 }
 # Hugging Face towers by name: (pattern, layout, epsilon of norms)
 _FAMILIES: tuple[tuple[str, Any, float], ...] = (
-  (r"mpnet", bert.mpnet, 1e-5), (r"roberta", bert.roberta, 1e-5), (r"bert|MiniLM", bert.bert, 1e-12)
+  (r"mpnet", bert.mpnet, 1e-5),
+  (r"roberta", bert.roberta, 1e-5),
+  (r"bert|MiniLM", bert.bert, 1e-12),
 )
-_POOLERS = {
-  "mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "cls"
-}
+_POOLERS = {"mean_pooler": "mean", "cls_pooler": "pooler", "cls_last_hidden_state_pooler": "cls"}
 
 
 def _hugging_face(
@@ -249,17 +278,28 @@ def _hugging_face(
   prefix = f"{inside}transformer."
   vocab, width, depth, hidden, rows, types = _sizes(shapes, prefix, hf_model_name)
   config = dict(
-    vocab_size=vocab, hidden_size=width, intermediate_size=hidden, max_position_embeddings=rows,
-    num_hidden_layers=depth, num_attention_heads=timm.count_heads(width, heads, hf_model_name),
-    layer_norm_eps=epsilon, type_vocab_size=types,
+    vocab_size=vocab,
+    hidden_size=width,
+    intermediate_size=hidden,
+    max_position_embeddings=rows,
+    num_hidden_layers=depth,
+    num_attention_heads=timm.count_heads(width, heads, hf_model_name),
+    layer_norm_eps=epsilon,
+    type_vocab_size=types,
   )
   part = call(layout, config, f"hf_model_name={hf_model_name!r}", shapes, "", prefix)
   text = {**part.model["text"], "pool": _POOLERS[hf_pooler_type]}
-  projector, projection = timm.projector("text", {
-    "linear": {"out": (f"{inside}proj", False)},
-    "mlp": {"fc1": (f"{inside}proj.0", False), "fc2": (f"{inside}proj.2", False)},
-    None: {},
-  }, hf_proj_type, "hf_proj_type", shapes)
+  projector, projection = timm.projector(
+    "text",
+    {
+      "linear": {"out": (f"{inside}proj", False)},
+      "mlp": {"fc1": (f"{inside}proj.0", False), "fc2": (f"{inside}proj.2", False)},
+      None: {},
+    },
+    hf_proj_type,
+    "hf_proj_type",
+    shapes,
+  )
   return join(part, Layout({"text": text, "text_projector": projector}, projection, UNUSED))
 
 
@@ -271,7 +311,9 @@ def _sizes(shapes: Shapes, prefix: str, name: str) -> tuple[int, ...]:
   vocab, width = timm.dims(shapes, f"{tables}word_embeddings.weight", 2)
   types = f"{tables}token_type_embeddings.weight"
   return (
-    vocab, width, timm.depth(shapes, f"{prefix}encoder.layer."),
+    vocab,
+    width,
+    timm.depth(shapes, f"{prefix}encoder.layer."),
     timm.dims(shapes, f"{prefix}encoder.layer.0.intermediate.dense.weight", 2)[0],
     timm.dims(shapes, f"{tables}position_embeddings.weight", 2)[0],
     timm.dims(shapes, types, 2)[0] if types in shapes else 0,

@@ -31,7 +31,9 @@ def vision(
     raise ValueError("vision_use_head: a SigLIP tower without its attention pooling is not read")
   ours, embeddings = "image_tower/", f"{prefix}embeddings."
   options = dict(
-    patch=patch_size, activation=activation(hidden_act), epsilon=layer_norm_eps,
+    patch=patch_size,
+    activation=activation(hidden_act),
+    epsilon=layer_norm_eps,
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size),
   )
   grid = round(num_patches**0.5)
@@ -40,7 +42,9 @@ def vision(
   rows = (
     *(_patches(f"{ours}embedding", key) if naflex else table.conv(f"{ours}embedding", key)),
     Row(
-      f"{ours}positions", f"{embeddings}position_embedding.weight", "n d -> 1 n d",
+      f"{ours}positions",
+      f"{embeddings}position_embedding.weight",
+      "n d -> 1 n d",
       resize="" if naflex else "bicubic",
     ),
     *clip.encoder(ours, prefix, num_hidden_layers),
@@ -48,7 +52,9 @@ def vision(
     *head(f"{ours}map_head", f"{prefix}head."),
   )
   return Layout(
-    {"image": kind | options, "pixels": "half"}, rows, clip.UNUSED,
+    {"image": kind | options, "pixels": "half"},
+    rows,
+    clip.UNUSED,
     data={"image_size": grid * patch_size if naflex else image_size},
   )
 
@@ -90,8 +96,13 @@ def text(
   """The tower of a text_config; its head is our projector, and padding is attended to."""
   ours, embeddings = "text_tower/", f"{prefix}embeddings."
   options = dict(
-    name="text", vocab_size=vocab_size, length=max_position_embeddings, pool="last",
-    mask_padding=False, activation=activation(hidden_act), epsilon=layer_norm_eps,
+    name="text",
+    vocab_size=vocab_size,
+    length=max_position_embeddings,
+    pool="last",
+    mask_padding=False,
+    activation=activation(hidden_act),
+    epsilon=layer_norm_eps,
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size),
   )
   rows = (
@@ -103,10 +114,13 @@ def text(
   )
   return Layout(
     {
-      "text": options, "embed_dim": projection_size or hidden_size,
+      "text": options,
+      "embed_dim": projection_size or hidden_size,
       "text_projector": dict(name="linear", bias=True),
     },
-    rows, clip.UNUSED, data={"length": max_position_embeddings},
+    rows,
+    clip.UNUSED,
+    data={"length": max_position_embeddings},
   )
 
 

@@ -42,9 +42,7 @@ def rows(
   ours: str, theirs: str, names: Mapping[str, tuple[str, str]], layers: int = 0
 ) -> list[Row]:
   """Rows of one module: {our name: (their name, rule)}, with a prefix for each side."""
-  return [
-    Row(ours + name, theirs + other, rule, layers) for name, (other, rule) in names.items()
-  ]
+  return [Row(ours + name, theirs + other, rule, layers) for name, (other, rule) in names.items()]
 
 
 def norm(ours: str, theirs: str, layers: int = 0) -> list[Row]:
@@ -78,9 +76,7 @@ def attention(
   return found
 
 
-def fused(
-  ours: tuple[str, ...], weight: str, bias: str, layers: int = 0
-) -> list[Row]:
+def fused(ours: tuple[str, ...], weight: str, bias: str, layers: int = 0) -> list[Row]:
   """Several of query, key and value in one matrix, one after the other."""
   kernels, biases = (tuple(f"{x}/{name}" for x in ours) for name in ("kernel", "bias"))
   return [
@@ -115,7 +111,7 @@ def steps(row: Row, shapes: Mapping[str, Any]) -> list[Step]:
       paths, layer = tuple(path.replace("block_{}", "blocks") for path in ours), i
       if not all(path in shapes for path in paths):
         return []
-    of = tuple(tuple(shapes[path].shape)[(layer is not None):] for path in paths)
+    of = tuple(tuple(shapes[path].shape)[(layer is not None) :] for path in paths)
     stacked = any("{}" not in key for key in theirs)
     keys = theirs if stacked else tuple(key.format(i) for key in theirs)
     found.append(Step(row, paths, keys, of, layer, i if stacked else None))
@@ -137,7 +133,7 @@ def expected(step: Step) -> tuple[tuple[int, ...], ...]:
   if len(step.theirs) == 1:
     return (shape,)
   n = left.index(("n",))
-  return tuple((*shape[:n], rows_, *shape[n + 1:]) for rows_ in (1, shape[n] - 1))
+  return tuple((*shape[:n], rows_, *shape[n + 1 :]) for rows_ in (1, shape[n] - 1))
 
 
 def to_ours(step: Step, tensors: list[np.ndarray]) -> list[np.ndarray]:
@@ -190,7 +186,7 @@ def _sizes(step: Step) -> dict[str, int]:
 
 @functools.cache
 def sides(rule: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-  """"(h k) d -> d h k" -> ((("h", "k"), ("d",)), ("d", "h", "k"))."""
+  """ "(h k) d -> d h k" -> ((("h", "k"), ("d",)), ("d", "h", "k"))."""
   left, _, right = rule.partition("->")
   groups = re.findall(r"\(([^)]*)\)|(\w+)", left)
   return tuple(tuple((a or b).split()) for a, b in groups), tuple(right.split())

@@ -17,9 +17,14 @@ from bigalign.weights.table import Row
 OURS, THEIRS = "image_tower/", "visual.trunk."
 # (width, depth, heads, hidden units per width)
 _SIZES = {
-  "small": (384, 12, 6, 4.0), "medium": (512, 12, 8, 4.0), "base": (768, 12, 12, 4.0),
-  "large": (1024, 24, 16, 4.0), "so400m": (1152, 27, 16, 3.7362), "huge": (1280, 32, 16, 4.0),
-  "giantopt": (1536, 40, 16, 4.0), "giant": (1408, 40, 16, 48 / 11),
+  "small": (384, 12, 6, 4.0),
+  "medium": (512, 12, 8, 4.0),
+  "base": (768, 12, 12, 4.0),
+  "large": (1024, 24, 16, 4.0),
+  "so400m": (1152, 27, 16, 3.7362),
+  "huge": (1280, 32, 16, 4.0),
+  "giantopt": (1536, 40, 16, 4.0),
+  "giant": (1408, 40, 16, 48 / 11),
   "gigantic": (1664, 48, 16, 64 / 13),
 }
 _NAME = re.compile(
@@ -57,11 +62,17 @@ def measured(shapes: Shapes, name: str, heads: int | None) -> Trunk:
   hidden = dims(shapes, f"{p}blocks.0.mlp.fc1.weight", 2)[0]
   gated = hidden == 2 * dims(shapes, f"{p}blocks.0.mlp.fc2.weight", 2)[1]
   return Trunk(
-    width, depth(shapes, f"{p}blocks."), count_heads(width, heads, name), hidden // (1 + gated),
-    patch, f"{p}cls_token" in shapes,
+    width,
+    depth(shapes, f"{p}blocks."),
+    count_heads(width, heads, name),
+    hidden // (1 + gated),
+    patch,
+    f"{p}cls_token" in shapes,
     dims(shapes, f"{p}reg_token", 3)[1] if f"{p}reg_token" in shapes else 0,
-    f"{p}attn_pool.latent" in shapes, f"{p}norm_pre.weight" in shapes,
-    f"{p}blocks.0.ls1.gamma" in shapes, gated,
+    f"{p}attn_pool.latent" in shapes,
+    f"{p}norm_pre.weight" in shapes,
+    f"{p}blocks.0.ls1.gamma" in shapes,
+    gated,
     "qkvo" if f"{p}blocks.0.attn.qkv.bias" in shapes else "o",
     f"{p}patch_embed.proj.bias" in shapes,
   )
@@ -81,8 +92,19 @@ def named(name: str) -> Trunk:
   if gated:
     width, count, heads, hidden = 1536, 40, 24, 4096
   return Trunk(
-    width, count, heads, hidden, int(found[2]), kind != "siglip", int(found[3] or 0),
-    kind == "siglip", kind == "clip", kind == "dinov2", gated, "qkvo", kind != "clip",
+    width,
+    count,
+    heads,
+    hidden,
+    int(found[2]),
+    kind != "siglip",
+    int(found[3] or 0),
+    kind == "siglip",
+    kind == "clip",
+    kind == "dinov2",
+    gated,
+    "qkvo",
+    kind != "clip",
   )
 
 
@@ -114,7 +136,10 @@ def count_heads(width: int, given: int | None, name: str = "") -> int:
 
 
 def projector(
-  side: str, kinds: Mapping[Any, Mapping[str, tuple[str, bool]]], kind: Any, option: str,
+  side: str,
+  kinds: Mapping[Any, Mapping[str, tuple[str, bool]]],
+  kind: Any,
+  option: str,
   shapes: Shapes,
 ) -> tuple[dict[str, Any], tuple[Row, ...]]:
   """(options, rows) of a projector, one of {kind: {our layer: (their name, whether with bias)}}."""
@@ -122,7 +147,8 @@ def projector(
     raise ValueError(f"{option}: {kind!r}; known: {list(kinds)}")
   layers = kinds[kind]
   rows = tuple(
-    row for name, (theirs, bias) in layers.items()
+    row
+    for name, (theirs, bias) in layers.items()
     for row in table.dense(f"{side}_projector/{name}", theirs, bias=bias)
   )
   if not layers:
@@ -155,13 +181,20 @@ def trunk(
   has_trunk = any(key.startswith(p) for key in shapes)
   x = measured(shapes, timm_model_name, heads) if has_trunk else named(timm_model_name)
   options: dict[str, Any] = dict(
-    name="vit", patch=x.patch, patch_bias=x.patch_bias,
-    pool=_pool(timm_pool, x.class_token, x.map_pool), class_token=x.class_token,
-    class_position=x.class_token and not x.registers, registers=x.registers, biases=x.biases,
+    name="vit",
+    patch=x.patch,
+    patch_bias=x.patch_bias,
+    pool=_pool(timm_pool, x.class_token, x.map_pool),
+    class_token=x.class_token,
+    class_position=x.class_token and not x.registers,
+    registers=x.registers,
+    biases=x.biases,
     gated=x.gated,
     activation="silu" if x.gated else _activation(timm_model_name, timm_model_kwargs),
-    layer_scale=1e-5 if x.scaled else None, pre_norm=x.pre_norm,
-    epsilon=1e-5 if x.pre_norm else 1e-6, **sizes(x.width, x.depth, x.heads, x.hidden),
+    layer_scale=1e-5 if x.scaled else None,
+    pre_norm=x.pre_norm,
+    epsilon=1e-5 if x.pre_norm else 1e-6,
+    **sizes(x.width, x.depth, x.heads, x.hidden),
   )
   rows = [
     *table.conv(f"{OURS}embedding", f"{p}patch_embed.proj", bias=x.patch_bias),
@@ -174,20 +207,29 @@ def trunk(
   if x.class_token:
     keys = (f"{p}cls_token", f"{p}reg_token")
     rows.append(
-      Row(f"{OURS}extra_tokens", keys, "1 n d -> 1 n d") if x.registers
+      Row(f"{OURS}extra_tokens", keys, "1 n d -> 1 n d")
+      if x.registers
       else Row(f"{OURS}extra_tokens", keys[0])
     )
   # Without a projection of open_clip's, timm's own classifier is the projection.
   own = {"out": (f"{p}head", True)}
-  projected, projection = projector("image", {
-    "none": {}, "": own, None: own, "linear": {"out": ("visual.head.proj", timm_proj_bias)},
-    "mlp": {
-      "fc1": ("visual.head.mlp.fc1", True), "fc2": ("visual.head.mlp.fc2", timm_proj_bias)
+  projected, projection = projector(
+    "image",
+    {
+      "none": {},
+      "": own,
+      None: own,
+      "linear": {"out": ("visual.head.proj", timm_proj_bias)},
+      "mlp": {"fc1": ("visual.head.mlp.fc1", True), "fc2": ("visual.head.mlp.fc2", timm_proj_bias)},
     },
-  }, timm_proj, "timm_proj", shapes)
+    timm_proj,
+    "timm_proj",
+    shapes,
+  )
   return Layout(
     {"image": options, "image_projector": projected, "pixels": "half" if x.map_pool else "clip"},
-    (*rows, *projection), data={"image_size": image_size},
+    (*rows, *projection),
+    data={"image_size": image_size},
   )
 
 
@@ -227,15 +269,15 @@ def _blocks(p: str, x: Trunk) -> list[Row]:
     *(fused if "q" in x.biases else fused[:1]),
     Row(f"{block}attn/out/kernel", f"{other}attn.proj.weight", "d (h k) -> h k d", n),
     Row(f"{block}attn/out/bias", f"{other}attn.proj.bias", "", n),
-    *(
-      Row(f"{block}scale{i}", f"{other}ls{i}.gamma", "", n) for i in (1, 2) if x.scaled
-    ),
+    *(Row(f"{block}scale{i}", f"{other}ls{i}.gamma", "", n) for i in (1, 2) if x.scaled),
     *table.norm(f"{block}ln2", f"{other}norm2", n),
     *(
       [
         Row(kernels, f"{other}mlp.fc1.weight", "(s o) i -> s i o", n),
         Row(shifts, f"{other}mlp.fc1.bias", "(s o) -> s o", n),
-      ] if x.gated else table.dense(f"{block}mlp/fc1", f"{other}mlp.fc1", n)
+      ]
+      if x.gated
+      else table.dense(f"{block}mlp/fc1", f"{other}mlp.fc1", n)
     ),
     *table.dense(f"{block}mlp/fc2", f"{other}mlp.fc2", n),
   ]

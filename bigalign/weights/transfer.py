@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
-from bigalign.weights import reading, table
+from bigalign.weights import slices, table
 from bigalign.weights.files import Tensors
 from bigalign.weights.layout import Layout
 from bigalign.weights.table import Step
@@ -39,7 +39,7 @@ class Plan:
     """{path: (positions in the file, positions of the model, method)} where the two differ."""
     found = {}
     for step in (x for x in self.steps if x.row.resize):
-      theirs, ours = (x.shapes[-1][1] for x in (reading.source(self.tensors, step), step))
+      theirs, ours = (x.shapes[-1][1] for x in (slices.source(self.tensors, step), step))
       if theirs != ours:
         found[step.ours[-1]] = (theirs, ours, step.row.resize)
     return found
@@ -55,9 +55,9 @@ class Plan:
     for path, pieces in _pieces(self).items():
       spec = self.shapes[path]
       if shardings:
-        yield path, reading.placed(self.tensors, pieces, spec, self.grid, shardings[path])
+        yield path, slices.placed(self.tensors, pieces, spec, self.grid, shardings[path])
       else:
-        yield path, reading.host(self.tensors, pieces, spec, self.grid)
+        yield path, slices.host(self.tensors, pieces, spec, self.grid)
 
 
 def plan(
@@ -129,7 +129,8 @@ def _steps(
       raise ValueError(f"{what}: {pattern!r} matches none of {sorted(names)[:_SHOWN]}")
   known = {*layout.zeros, *(key for row in layout.rows for key in table.keys(row))}
   unknown = [
-    key for key in tensors
+    key
+    for key in tensors
     if key not in known and not _matches(layout.unused, key) and not _matches(drop, key)
   ]
   tops = {path.split("/")[0] for path in shapes}
@@ -166,7 +167,7 @@ def _compare(tensors: Tensors, steps: list[Step], ours: Mapping[str, Any]) -> No
         f"{step.row.theirs} has {step.row.layers} layers, {step.ours[0]}"
         f" {ours[step.ours[0]].shape[0]}"
       )
-    for key, shape in zip(step.theirs, table.expected(reading.source(tensors, step))):
+    for key, shape in zip(step.theirs, table.expected(slices.source(tensors, step))):
       entry = tensors[key]
       found = entry.shape if step.slot is None else entry.shape[1:]
       if step.slot is not None and entry.shape[:1] != (step.row.layers,):
@@ -175,15 +176,18 @@ def _compare(tensors: Tensors, steps: list[Step], ours: Mapping[str, Any]) -> No
         shapes.append(f"{key} {list(entry.shape)}, the model's: {list(shape)}")
       if np.dtype(entry.dtype).name not in FLOATS:
         dtypes.append(f"{key} {np.dtype(entry.dtype).name}")
-  _raise(tensors, [
-    ("tensors of another shape than the model's", shapes),
-    (f"tensors of a type that is none of {list(FLOATS)}", dtypes),
-  ])
+  _raise(
+    tensors,
+    [
+      ("tensors of another shape than the model's", shapes),
+      (f"tensors of a type that is none of {list(FLOATS)}", dtypes),
+    ],
+  )
 
 
-def _pieces(plan: Plan) -> dict[str, list[reading.Piece]]:
+def _pieces(plan: Plan) -> dict[str, list[slices.Piece]]:
   """{path: where its layers come from, or the whole}."""
-  found: dict[str, list[reading.Piece]] = {}
+  found: dict[str, list[slices.Piece]] = {}
   for step in plan.steps:
     for i, path in enumerate(step.ours):
       if path in plan.shapes:
@@ -198,7 +202,8 @@ def _matches(pattern: str, name: str) -> bool:
 def _raise(tensors: Tensors, problems: list[tuple[str, list[str]]]) -> None:
   lines = [
     f"{what}: {', '.join(names[:_SHOWN])}" + (f" … {len(names)} in all" * (len(names) > _SHOWN))
-    for what, names in problems if names
+    for what, names in problems
+    if names
   ]
   if lines:
     raise ValueError(f"{tensors.path}: " + "\n".join(lines))

@@ -16,18 +16,14 @@ _QKVO = ("attention.query", "attention.key", "attention.value", "output.dense")
 
 
 def _positions(theirs: str, method: str) -> Row:
-  return Row(
-    (f"{OURS}class_position", f"{OURS}positions"), theirs, "1 n d -> 1 n d", resize=method
-  )
+  return Row((f"{OURS}class_position", f"{OURS}positions"), theirs, "1 n d -> 1 n d", resize=method)
 
 
 def _pooler(key: str, shapes: Shapes) -> tuple[str, list[Row]]:
   """("pooler", its rows) where a checkpoint has one, else ("cls", none)."""
   if f"{key}.weight" not in shapes:
     return "cls", []
-  return "pooler", [
-    row._replace(optional=True) for row in table.dense(f"{OURS}pooler", key)
-  ]
+  return "pooler", [row._replace(optional=True) for row in table.dense(f"{OURS}pooler", key)]
 
 
 def vit(
@@ -67,12 +63,20 @@ def vit(
     *pooler,
   )
   options = dict(
-    name="vit", patch=patch_size, pool=pool, class_token=True, class_position=True, biases=biases,
-    activation=activation(hidden_act), epsilon=layer_norm_eps,
+    name="vit",
+    patch=patch_size,
+    pool=pool,
+    class_token=True,
+    class_position=True,
+    biases=biases,
+    activation=activation(hidden_act),
+    epsilon=layer_norm_eps,
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size),
   )
   return Layout(
-    {"image": options, "pixels": "half"}, rows, r"^classifier\.|mask_token$",
+    {"image": options, "pixels": "half"},
+    rows,
+    r"^classifier\.|mask_token$",
     data={"image_size": image_size},
   )
 
@@ -85,9 +89,7 @@ def _tokens(prefix: str, registers: int) -> Row:
 
 
 def _scales(other: str, layers: int) -> list[Row]:
-  return [
-    Row(f"{BLOCK}scale{i}", f"{other}layer_scale{i}.lambda1", layers=layers) for i in (1, 2)
-  ]
+  return [Row(f"{BLOCK}scale{i}", f"{other}layer_scale{i}.lambda1", layers=layers) for i in (1, 2)]
 
 
 def _gated(other: str, layers: int) -> list[Row]:
@@ -95,7 +97,9 @@ def _gated(other: str, layers: int) -> list[Row]:
   first = tuple(f"{BLOCK}mlp/{name}" for name in ("gate", "fc1"))
   return [
     Row(
-      tuple(f"{x}/kernel" for x in first), f"{other}mlp.weights_in.weight", "(s o) i -> s i o",
+      tuple(f"{x}/kernel" for x in first),
+      f"{other}mlp.weights_in.weight",
+      "(s o) i -> s i o",
       layers,
     ),
     Row(tuple(f"{x}/bias" for x in first), f"{other}mlp.weights_in.bias", "(s o) -> s o", layers),
@@ -147,22 +151,30 @@ def _dinov2(
     *table.norm(f"{OURS}encoder/ln", f"{prefix}layernorm"),
   )
   options = dict(
-    name="vit", patch=patch_size, pool="cls", class_position=True, registers=num_register_tokens,
-    biases=biases, gated=use_swiglu_ffn, layer_scale=layerscale_value, epsilon=layer_norm_eps,
+    name="vit",
+    patch=patch_size,
+    pool="cls",
+    class_position=True,
+    registers=num_register_tokens,
+    biases=biases,
+    gated=use_swiglu_ffn,
+    layer_scale=layerscale_value,
+    epsilon=layer_norm_eps,
     activation="silu" if use_swiglu_ffn else activation(hidden_act),
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, hidden),
   )
   zeros = {f"{prefix}embeddings.mask_token": (1, hidden_size)} if use_mask_token else {}
   return Layout(
-    {"image": options, "pixels": "imagenet"}, rows, r"^classifier\.", zeros,
+    {"image": options, "pixels": "imagenet"},
+    rows,
+    r"^classifier\.",
+    zeros,
     {"image_size": image_size},
   )
 
 
 dinov2 = functools.partial(_dinov2, "bicubic")
-dinov2_with_registers = functools.partial(
-  _dinov2, "bicubic_antialias", num_register_tokens=4
-)
+dinov2_with_registers = functools.partial(_dinov2, "bicubic_antialias", num_register_tokens=4)
 
 
 def dinov3(
@@ -205,15 +217,25 @@ def dinov3(
     *_scales(other, n),
     *table.norm(f"{BLOCK}ln2", f"{other}norm2", n),
     *(
-      row for name, theirs in mlp.items()
+      row
+      for name, theirs in mlp.items()
       for row in table.dense(f"{BLOCK}mlp/{name}", f"{other}mlp.{theirs}", n, bias=mlp_bias)
     ),
     *table.norm(f"{OURS}encoder/ln", f"{prefix}norm"),
   )
   options = dict(
-    name="vit", patch=patch_size, pool="cls", positions="rope", rope_theta=rope_theta,
-    registers=num_register_tokens, biases=biases, mlp_bias=mlp_bias, gated=use_gated_mlp,
-    layer_scale=layerscale_value, activation=activation(hidden_act), epsilon=layer_norm_eps,
+    name="vit",
+    patch=patch_size,
+    pool="cls",
+    positions="rope",
+    rope_theta=rope_theta,
+    registers=num_register_tokens,
+    biases=biases,
+    mlp_bias=mlp_bias,
+    gated=use_gated_mlp,
+    layer_scale=layerscale_value,
+    activation=activation(hidden_act),
+    epsilon=layer_norm_eps,
     **sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size),
   )
   zeros = {f"{prefix}embeddings.mask_token": (1, 1, hidden_size)}

@@ -1,0 +1,1 @@
+"""Files, local and remote: storage, patterns, fingerprints, the cache."""

@@ -1,0 +1,157 @@
+"""Image bytes or arrays → uint8 [H, W, 3]; what cannot be decoded is Rejected."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+
+from bigalign.data.samples.rejects import Rejected
+
+_JPEG = b"\xff\xd8\xff"
+# What Pillow's plugins raise on broken files, apart from its own UnidentifiedImageError (OSError).
+_BROKEN = (
+  OSError,
+  SyntaxError,
+  ValueError,
+  EOFError,
+  IndexError,
+  KeyError,
+  struct.error,
+  zlib.error,
+  NotImplementedError,
+  TypeError,
+  AttributeError,
+  OverflowError,
+  RuntimeError,
+  ZeroDivisionError,
+  AssertionError,
+)
+# EXIF orientation → [H, W, 3] as stored → upright; 1 is upright.
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+  2: lambda x: x[:, ::-1],
+  3: lambda x: x[::-1, ::-1],
+  4: lambda x: x[::-1],
+  5: lambda x: x.swapaxes(0, 1),
+  6: lambda x: np.rot90(x, -1),  # a quarter turn clockwise
+  7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+  8: np.rot90,
+}
+
+
+def decode(
+  data: bytes | np.ndarray,
+  *,
+  max_pixels: int = 64_000_000,
+  shrink: Callable[[int, int], int] | None = None,
+  apply_exif: bool = False,
+) -> np.ndarray:
+  """One image → uint8 [H, W, 3], RGB; raises Rejected for anything that is not a whole image.
+
+  The kind is told by the content, not by a file name; the size by the header, before any pixel
+  is decoded. Transparency is laid on white, 16 bits are scaled to 8, of an animation the first
+  frame is taken.
+  Arrays pass through: uint8 [H, W], [H, W, 1], [H, W, 3].
+
+  shrink  (H, W) → 1, 2, 4 or 8: of a JPEG's DCT only what a picture that much smaller needs is
+          turned into pixels, [ceil(H / 8), ceil(W / 8), 3] for 8; other kinds stay as they are
+  apply_exif  turn and mirror as the EXIF orientation says, after `shrink`; without it the pixels
+              come as they are stored, as img2dataset, open_clip and big_vision read them
+  """
+  if isinstance(data, np.ndarray):
+    return _from_array(data)
+  if not data:
+    raise Rejected("empty", "0 bytes")
+  if data.startswith(_JPEG):
+    try:
+      height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+      _check_pixels(width, height, max_pixels=max_pixels)
+      factor = shrink(height, width) if shrink else 1
+      # Without strict a truncated file comes back half grey and nobody knows.
+      pixels = simplejpeg.decode_jpeg(
+        data,
+        colorspace="RGB",
+        strict=True,
+        min_factor=factor,
+        min_height=-(-height // factor),
+        min_width=-(-width // factor),
+      )
+      return _upright(pixels, orientation_of(data)) if apply_exif else pixels
+    except ValueError:
+      pass  # Pillow reads a few that libjpeg-turbo only warns about, and says better what is wrong.
+  return _decode_pillow(data, max_pixels=max_pixels, apply_exif=apply_exif)
+
+
+def _check_pixels(width: int, height: int, *, max_pixels: int) -> None:
+  if width * height > max_pixels:
+    raise Rejected("too_large", f"{width} x {height} pixels, max_pixels is {max_pixels}")
+
+
+def _from_array(image: np.ndarray) -> np.ndarray:
+  if image.dtype != np.uint8:
+    raise Rejected("undecodable", f"an array of {image.dtype}, expected uint8")
+  if image.ndim == 2:
+    image = image[:, :, None]
+  if image.ndim != 3 or image.shape[2] not in (1, 3):
+    raise Rejected("undecodable", f"an array of shape {image.shape}, expected [H, W, 3]")
+  if 0 in image.shape:
+    raise Rejected("empty", f"an array of shape {image.shape}")
+  return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[2] == 1 else image
+
+
+def _decode_pillow(data: bytes, *, max_pixels: int, apply_exif: bool) -> np.ndarray:
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      _check_pixels(*image.size, max_pixels=max_pixels)
+      image.load()  # turns a TIFF upright by itself, and then says so
+      orientation = _orientation(image) if apply_exif else 1
+      return _upright(_to_rgb(image), orientation)
+  # Pillow's own limit lies above our default; a caller who raises ours still meets it.
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise Rejected("too_large", str(error)) from error
+  except _BROKEN as error:
+    if isinstance(error, Image.UnidentifiedImageError):
+      raise Rejected("undecodable", f"no image, starts with {data[:16]!r}") from error
+    reason = "truncated" if "truncated" in str(error) else "undecodable"
+    raise Rejected(reason, str(error)) from error
+
+
+def orientation_of(data: bytes) -> int:
+  """EXIF's orientation of the pixels that `decode` gives without it, 1 to 8; reads the header."""
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      return 1 if image.format == "TIFF" else _orientation(image)  # Pillow decodes it upright
+  except _BROKEN:  # simplejpeg has decoded it
+    return 1
+
+
+def _orientation(image: Image.Image) -> int:
+  """1 to 8; 1, upright, also where the EXIF data are broken: the pixels are not."""
+  try:
+    value = image.getexif().get(ExifTags.Base.Orientation)
+  except _BROKEN:
+    return 1
+  return value if value in _UPRIGHT else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+  return pixels if orientation == 1 else np.ascontiguousarray(_UPRIGHT[orientation](pixels))
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+  if image.mode.startswith("I"):  # I;16 and its byte orders; I from 16-bit PNG in old Pillows
+    wide = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+    grey = ((wide + 128) // 257).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+  if image.mode == "F":
+    raise Rejected("undecodable", "floating-point pixels have no agreed range")
+  if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(white, image)
+  return np.array(image.convert("RGB"))

@@ -1,0 +1,199 @@
+"""uint8 [H, W, 3] → uint8 [S, S, 3]: random views for training, exact ones for evaluation.
+
+Pixels stay uint8; the model normalises them on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bigalign.data.image import augment
+
+_kornia: Any
+try:
+  from kornia_rs import imgproc as _kornia
+except ImportError:  # no wheel for this platform: Pillow differs from it by at most 2 levels
+  _kornia = None
+
+_BICUBIC = Image.Resampling.BICUBIC
+# Below this output size kornia's fixed cost eats what its kernel saves.
+_KORNIA_FROM = 96
+
+
+def train_image(
+  image: np.ndarray,
+  rng: np.random.Generator,
+  *,
+  size: int,
+  crop: str = "random_resized",
+  scale: tuple[float, float] = (0.9, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  flip: float = 0.0,
+  rotate: float = 0.0,
+  shift: float = 0.0,
+  rand_augment: Mapping[str, Any] | None = None,
+  color_jitter: Mapping[str, Any] | None = None,
+  grayscale: float = 0.0,
+) -> np.ndarray:
+  """[H, W, 3] uint8 → [size, size, 3] uint8, a random view.
+
+  crop    "random_resized": a box of `scale` times the area and an aspect within `ratio`, as
+          torchvision draws it; "center": the middle square; "squash": everything
+  flip    probability of a mirror image (text in it becomes unreadable: off by default)
+  rotate  angle, uniform in [-rotate, rotate] degrees
+  shift   translation, uniform in [-shift, shift] of the side, each way
+  What rotation and shift uncover takes the colour of the top left pixel.
+  rand_augment  options of augment.rand_augment, {} for its defaults; None for none
+  color_jitter  options of augment.color_jitter; None for none
+  grayscale     probability of a view without colours
+
+  They are done in the order of this list, and draw from `rng` only where they are on.
+  """
+  height, width = image.shape[:2]
+  if crop == "random_resized":
+    box = _random_box(rng, height=height, width=width, scale=scale, ratio=ratio)
+  elif crop == "center":
+    side = min(height, width)
+    box = ((height - side) // 2, (width - side) // 2, side, side)
+  elif crop == "squash":
+    box = (0, 0, height, width)
+  else:
+    raise ValueError(f"Unknown crop {crop!r}; known: 'random_resized', 'center', 'squash'")
+  image = _resize(image, box, size)
+  if rotate or shift:
+    image = _move(image, rng, rotate=rotate, shift=shift)
+  if flip and rng.random() < flip:
+    image = image[:, ::-1]
+  if rand_augment is not None:
+    image = augment.rand_augment(image, rng, **rand_augment)
+  if color_jitter is not None:
+    image = augment.color_jitter(image, rng, **color_jitter)
+  if grayscale:
+    image = augment.to_grayscale(image, rng, probability=grayscale)
+  return image
+
+
+def shrink(
+  height: int,
+  width: int,
+  *,
+  size: int,
+  crop: str = "random_resized",
+  scale: tuple[float, float] = (0.9, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  **_: Any,
+) -> int:
+  """8, 4, 2 or 1: how much smaller a JPEG may be decoded before `train_image` with these options.
+
+  Every box that can be drawn keeps twice the pixels per side that the view has, so what the DCT
+  cuts off lies in what the bicubic filter removes.
+  """
+  smallest: float = min(height, width)
+  if crop == "random_resized":
+    side = math.sqrt(height * width * scale[0])
+    smallest = min(smallest, side * math.sqrt(ratio[0]), side / math.sqrt(ratio[1]))
+  return next((factor for factor in (8, 4, 2) if smallest >= 2 * size * factor), 1)
+
+
+def eval_image(
+  image: np.ndarray,
+  *,
+  size: int,
+  resize: str = "squash",
+  edge: int | None = None,
+  bilinear: bool = False,
+  margin: str = "round",
+) -> np.ndarray:
+  """[H, W, 3] uint8 → [size, size, 3] uint8; Pillow's antialiased filters to the bit.
+
+  resize    "squash": straight to the square, as SigLIP does; "shortest": the shorter edge to
+            `edge`, then the centre, as CLIP does; "longest": the longer edge to `size`, then black
+            bars, as open_clip offers
+  edge      `size` if None; DINOv2: 256 for a size of 224
+  bilinear  in the place of bicubic, as Hugging Face's ViT
+  margin    of the centre: "round" half to even, as torchvision; "floor", as Hugging Face
+  """
+  height, width = image.shape[:2]
+  pixels = Image.fromarray(image)
+  kernel = Image.Resampling.BILINEAR if bilinear else _BICUBIC
+  if resize == "squash":
+    return np.asarray(pixels.resize((size, size), kernel))
+  if resize == "longest":
+    inner = tuple(max(1, round(side * size / max(height, width))) for side in (width, height))
+    return _padded(pixels.resize(inner, kernel), size)
+  if resize != "shortest":
+    raise ValueError(f"Unknown resize {resize!r}; known: 'squash', 'shortest', 'longest'")
+  if margin not in ("round", "floor"):
+    raise ValueError(f"Unknown margin {margin!r}; known: 'round', 'floor'")
+  edge = edge or size
+  if height < width:
+    height, width = edge, int(edge * width / height)
+  else:
+    height, width = int(edge * height / width), edge
+  half = round if margin == "round" else math.floor
+  top, left = half((height - size) / 2), half((width - size) / 2)
+  pixels = pixels.resize((width, height), kernel)
+  return np.asarray(pixels.crop((left, top, left + size, top + size)))
+
+
+def _padded(pixels: Image.Image, size: int) -> np.ndarray:
+  """In the middle of a black square; the larger half of an odd margin is below and right."""
+  square = np.zeros((size, size, 3), np.uint8)
+  top, left = (size - pixels.height) // 2, (size - pixels.width) // 2
+  square[top : top + pixels.height, left : left + pixels.width] = np.asarray(pixels)
+  return square
+
+
+def _random_box(rng: np.random.Generator, *, height: int, width: int, scale, ratio):
+  """(top, left, height, width) of torchvision's RandomResizedCrop."""
+  low, high = math.log(ratio[0]), math.log(ratio[1])
+  for _ in range(10):
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+    aspect = math.exp(low + (high - low) * rng.random())
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+  # The image is narrower than every ratio asked for: the widest box that fits, in the middle.
+  w = min(width, round(height * ratio[1]))
+  h = min(height, round(width / ratio[0]))
+  w, h = max(w, 1), max(h, 1)
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resize(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+  top, left, height, width = box
+  image = image[top : top + height, left : left + width]
+  if height == width == size:
+    return image
+  if _kornia is not None and size >= _KORNIA_FROM:
+    image = np.ascontiguousarray(image)
+    return np.asarray(_kornia.resize(image, (size, size), "bicubic", antialias=True))
+  return np.asarray(Image.fromarray(image).resize((size, size), _BICUBIC))
+
+
+def _move(
+  image: np.ndarray, rng: np.random.Generator, *, rotate: float, shift: float
+) -> np.ndarray:
+  angle = math.radians(rotate * (2 * rng.random() - 1))
+  size = image.shape[0]
+  dx, dy = (size * shift * (2 * rng.random() - 1) for _ in range(2))
+  cos, sin, middle = math.cos(angle), math.sin(angle), size / 2
+  # Pillow wants the map from output to input pixels: back by the shift, then turned about the
+  # middle.
+  matrix = (
+    cos,
+    sin,
+    middle - cos * (middle + dx) - sin * (middle + dy),
+    -sin,
+    cos,
+    middle + sin * (middle + dx) - cos * (middle + dy),
+  )
+  moved = Image.fromarray(image).transform(
+    (size, size), Image.Transform.AFFINE, matrix, _BICUBIC, fillcolor=tuple(image[0, 0].tolist())
+  )
+  return np.asarray(moved)

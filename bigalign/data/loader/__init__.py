@@ -1,0 +1,1 @@
+"""Host batches, made ahead in worker processes."""

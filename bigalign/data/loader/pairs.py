@@ -1,0 +1,242 @@
+"""Batches of stored vectors: images and their captions, matched by id; functions of the step."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bigalign.data.files import fingerprints
+from bigalign.data.loader.training import CAPTIONS_PER_IMAGE, checked_rows, words
+from bigalign.data.loader.workers import Batches, iterate
+from bigalign.data.order import order
+from bigalign.data.samples.rejects import REASONS
+from bigalign.data.sources import base
+from bigalign.data.sources.mixture import Order
+from bigalign.data.stores.reader import Store
+
+
+def stored_sides(stores: Mapping[str, Any] | None) -> set[str]:
+  """The sides, "image" and "text", that config.data.stores names a store of."""
+  return {name for name in ("image", "text") if (stores or {}).get(name)}
+
+
+class Pairs:
+  """The images of one store that have captions in another, in the order of the first.
+
+  least  share of the images that must have captions
+  second  another store of texts, or the same once more; an image needs captions in both
+  keep  .npy of sample ids, ascending, as `bigalign curate` writes: no others are taken
+
+  Raises:
+    ValueError: if fewer match, or none; says how many do.
+  """
+
+  def __init__(
+    self,
+    image: str | pathlib.Path,
+    text: str | pathlib.Path,
+    *,
+    second: str | pathlib.Path = "",
+    least: float = 0.99,
+    keep: str = "",
+  ):
+    self.image, self.text = Store(image), Store(text)
+    self.second = Store(second) if second else None
+    texts = [self.text, *([self.second] if self.second else [])]
+    kept = _ids(keep) if keep else None
+    self._rows, matching = _matching(
+      self.image, [store for store in texts if store.ids != self.image.ids], kept
+    )
+    if matching < max(1, least * len(self.image)):
+      raise ValueError(
+        f"{matching} of the {len(self.image)} images in {self.image.folder} have captions"
+        f" in {' and '.join(str(store.folder) for store in texts)}, fewer than"
+        f" least={least} (config.data.stores.least) asks for: embed the same samples into each"
+      )
+    if kept is not None and not len(self):
+      raise ValueError(
+        f"config.data.stores.keep={keep!r}: none of its {len(kept)} ids is in"
+        f" {self.image.folder}; are they of these samples?"
+      )
+    self.sides = {"image": [self.image], "text": texts}
+    names = [store.fingerprint for store in (self.image, *texts)]
+    names += [hashlib.sha256(kept.tobytes()).hexdigest()] if kept is not None else []
+    self.fingerprint = fingerprints.of_names(*names)
+
+  def __len__(self) -> int:
+    return len(self.image if self._rows is None else self._rows)
+
+  def __repr__(self) -> str:
+    return f"Pairs({str(self.image.folder)!r}, {str(self.text.folder)!r})"
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    """The vectors of one image, [D], and of its captions, [C, E]."""
+    rows = self.rows(np.array([i]))
+    (first,), (count,) = _found(self.text, self.image.samples(rows)[:, 0])
+    return dict(
+      image=self.image.read(rows)[0],
+      text=self.text.read(first + np.arange(count)),
+      key=f"row {int(rows[0])} of {self.image.folder}",
+    )
+
+  def rows(self, indices: np.ndarray) -> np.ndarray:
+    """[N] → [N] int64, rows of the image store."""
+    return indices if self._rows is None else np.asarray(self._rows[indices], np.int64)
+
+
+def _ids(path: str) -> np.ndarray:
+  """[N] uint64, mapped from a file."""
+  name = base.expand_variables(path, what="config.data.stores.keep")
+  ids: np.ndarray = np.load(name, mmap_mode="r", allow_pickle=False)
+  if ids.dtype != np.uint64 or ids.ndim != 1 or not ids.size or (ids[1:] <= ids[:-1]).any():
+    raise ValueError(
+      f"config.data.stores.keep={path!r}: {ids.dtype} {ids.shape}, where ids of"
+      " samples are uint64, one or more, ascending, each once; `bigalign curate`"
+      " writes them"
+    )
+  return ids
+
+
+def _found(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """As Store.find, of samples that must be there."""
+  first, count = store.find(ids)
+  if not count.all() or (store.samples(first)[:, 0] != ids).any():
+    raise ValueError(
+      f"{store.folder} changed while it was read; `bigalign embed --verify` tells"
+      " whether it is whole"
+    )
+  return first, count
+
+
+def _matching(
+  image: Store, texts: Sequence[Store], keep: np.ndarray | None
+) -> tuple[np.ndarray | None, int]:
+  """The rows of the images that `keep` and all of `texts` have, and how many the texts have.
+
+  None for all rows; others are held on the disk.
+  """
+  if not texts and keep is None:
+    return None, len(image)
+  matching = 0
+  with tempfile.TemporaryFile() as file:  # its map outlives it
+    for ids, rows in image.sorted_ids():
+      found = np.ones(len(ids), bool)
+      for text in texts:
+        found &= text.find(ids)[1] > 0
+      matching += int(found.sum())
+      if keep is not None:
+        found &= keep[np.minimum(np.searchsorted(keep, ids), len(keep) - 1)] == ids
+      file.write(rows[found].tobytes())
+    file.flush()
+    count = file.tell() // 8
+    kept = np.memmap(file, np.uint64, "r+", shape=(count,)) if count else np.empty(0, np.uint64)
+  kept.sort()
+  return (None if count == len(image) else kept), matching
+
+
+def pair_batches(
+  source: Pairs,
+  *,
+  batch_size: int,
+  rows: np.ndarray | Sequence[int],
+  seed: int,
+  start: int = 0,
+  stop: int | None = None,
+  shuffle: bool = True,
+  kind: str = "auto",
+  lane_rows: int = 0,
+  captions_per_image: int = CAPTIONS_PER_IMAGE,
+) -> Batches:
+  """This host's rows of the global batches of vectors; arguments as of pipeline.train_batches.
+
+  `image` [b, D] and `text` [b, E] in the dtypes of the stores; of several captions one is drawn.
+  `text_second` [b, E] comes from the second store, or, if that is the store of the texts, from
+  another caption where there is one.
+  """
+  places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
+  batches = _PairBatches(
+    source,
+    batch_size=batch_size,
+    rows=checked_rows(rows, batch_size=batch_size),
+    seed=seed,
+    start=start,
+    stop=stop,
+    places=places,
+    captions_per_image=captions_per_image,
+  )
+  return iterate(batches, workers=0)  # a thread will do: rows are only copied
+
+
+class _PairBatches:
+  """Element k is this host's part of batch k after `start`."""
+
+  def __init__(
+    self,
+    source: Pairs,
+    *,
+    batch_size: int,
+    rows: np.ndarray,
+    seed: int,
+    start: int,
+    stop: int | None,
+    places: Order,
+    captions_per_image: int,
+  ):
+    self._source, self._batch_size, self._rows, self._seed = source, batch_size, rows, seed
+    self._start, self._places, self._captions_per_image = start, places, captions_per_image
+    self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
+
+  def __len__(self) -> int:
+    return max(self._length, 0)
+
+  def __repr__(self) -> str:
+    return f"batches of {self._source!r}"
+
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    source = self._source
+    positions = self._start + k * self._batch_size + self._rows
+    indices = self._places(positions)
+    rows = source.rows(indices)
+    ids = source.image.samples(rows)[:, 0]
+    first, count = _found(source.text, ids)
+    most = int(count.max())
+    if most > self._captions_per_image:
+      raise ValueError(
+        f"{source.text.folder}: an image has {most} captions; set"
+        f" config.data.captions_per_image, now {self._captions_per_image}, to the"
+        " largest number of an image"
+      )
+    draw = order.hash_words(order.CAPTION, self._seed, positions)
+    ordinal = (draw % count.astype(np.uint64)).astype(np.int64)
+    b = len(positions)
+    seen = np.ones((b, 1), bool)
+    batch = dict(
+      image=source.image.read(rows),
+      text=source.text.read(first + ordinal),
+      text_mask=seen,
+      image_id=words(indices),
+      text_id=words(indices * self._captions_per_image + ordinal),
+      label=np.full(b, -1, np.int32),
+      source=np.zeros(b, np.int32),
+      rejects=np.zeros((b, len(REASONS)), np.int32),
+      repaired=np.zeros(b, np.int32),
+    )
+    if source.second:
+      batch |= dict(text_second=self._second(ids, draw, ordinal), text_second_mask=seen)
+    return batch
+
+  def _second(self, ids: np.ndarray, draw: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
+    store = self._source.second
+    assert store is not None
+    first, count = _found(store, ids)
+    fresh = order.hash_words(order.CAPTION, draw)
+    if store.fingerprint != self._source.text.fingerprint:
+      return store.read(first + (fresh % count.astype(np.uint64)).astype(np.int64))
+    others = np.maximum(count - 1, 1)
+    step = 1 + (fresh % others.astype(np.uint64)).astype(np.int64)
+    return store.read(first + np.where(count > 1, (ordinal + step) % count, 0))

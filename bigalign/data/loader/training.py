@@ -1,0 +1,391 @@
+"""Host batches as a pure function of the step: no iterator state, any number of hosts and workers.
+
+The element of the grain dataset is the whole batch of a step, so that neither the number of
+workers nor the place of a restart can change what is in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bigalign.data.image import transforms
+from bigalign.data.image.decode import decode
+from bigalign.data.loader import shared_memory
+from bigalign.data.loader.workers import Batches, iterate
+from bigalign.data.order import blocks, order
+from bigalign.data.samples.rejects import REASONS, Rejected, write_down
+from bigalign.data.sources.base import Source, where
+from bigalign.data.sources.mixture import Order
+from bigalign.data.stores.one_side import Stored
+from bigalign.data.stores.reader import Store
+from bigalign.data.text.captions import ANY, Columns, by_field, choose, lacks, repaired
+from bigalign.data.text.tokenizers import Tokenizer, make_tokenizer
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 8
+PROBES = 8
+CAPTIONS_PER_IMAGE = 8  # text_id = image_id * captions_per_image + ordinal of the caption
+
+
+def batch_spec(
+  *, batch_size: int, image_size: int, tokenizer: Mapping[str, Any], second_text: bool = False
+) -> dict[str, tuple[tuple[int, ...], type]]:
+  """Name → (shape, dtype) of a global train batch; reads no data."""
+  b, length = batch_size, tokenizer["length"]
+  text: dict[str, Any] = dict(text=((b, length), np.int32), text_mask=((b, length), np.bool_))
+  second = {name.replace("text", "text_second"): spec for name, spec in text.items()}
+  return dict(
+    image=((b, image_size, image_size, 3), np.uint8),
+    **text,
+    **(second if second_text else {}),
+    image_id=((b, 2), np.uint32),
+    text_id=((b, 2), np.uint32),
+    label=((b,), np.int32),
+    source=((b,), np.int32),
+    rejects=((b, len(REASONS)), np.int32),
+    repaired=((b,), np.int32),
+  )
+
+
+def train_batches(
+  source: Source,
+  *,
+  batch_size: int,
+  rows: np.ndarray | Sequence[int],
+  seed: int,
+  image_size: int,
+  tokenizer: Mapping[str, Any],
+  start: int = 0,
+  augment: Mapping[str, Any] | None = None,
+  shuffle: bool = True,
+  kind: str = "auto",
+  lane_rows: int = 0,
+  workers: int = 0,
+  captions: Columns = ANY,
+  second_captions: Columns = (),
+  captions_per_image: int = CAPTIONS_PER_IMAGE,
+  stop: int | None = None,
+  rejected_log: str = "",
+  stop_at_bad_shard: bool = True,
+  apply_exif: bool = False,
+  stored: Stored | None = None,
+) -> Batches:
+  """This host's rows of the global batches from position `start` on; endless without `stop`.
+
+  batch_size  of the global batch; `rows` are those of its rows that this host owns
+  start       samples seen: the position of row 0 of the first batch
+  stop        the last batch is the last one that lies wholly below this position
+  augment     options of transforms.train_image
+  kind, lane_rows     of mixture.Order; lane_rows is the batch size if 0
+  workers     processes; 0 works in a thread of this one. Has no influence on the batches.
+  captions    the fields that captions are taken from, as captions.columns gives them
+  second_captions     those of a second caption of each image, `text_second`; () for none
+  captions_per_image  room for text ids; an image with more captions is an error
+
+  rejected_log        a file to which each rejected sample is appended, a line of JSON; "" for none
+  stop_at_bad_shard   raise if a sample of a shard and PROBES others spread over it are all rejected
+
+  apply_exif          of decode.decode
+  stored              the stores of one side, whose `image` or `text` is then [b, D]
+
+  A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
+  by reason, one count per sample tried. `repaired` counts the captions of a row, one or two, that
+  were not UTF-8. Close the iterator (`.close()`) to end the workers.
+  """
+  places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
+  batches = _TrainBatches(
+    source,
+    batch_size=batch_size,
+    rows=checked_rows(rows, batch_size=batch_size),
+    seed=seed,
+    image_size=image_size,
+    tokenizer=tokenizer,
+    start=start,
+    augment=augment or {},
+    places=places,
+    captions=captions,
+    second_captions=second_captions,
+    captions_per_image=captions_per_image,
+    stop=stop,
+    rejected_log=rejected_log,
+    stop_at_bad_shard=stop_at_bad_shard,
+    apply_exif=apply_exif,
+    workers=workers,
+    stored=stored,
+  )
+  return iterate(batches, workers=workers)
+
+
+def checked_rows(rows, *, batch_size: int) -> np.ndarray:
+  """[b] int64; ValueError unless they are rows of the global batch."""
+  rows = np.asarray(rows, np.int64)
+  if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= batch_size:
+    raise ValueError(
+      f"rows must be a line of row numbers below batch_size={batch_size}; found an "
+      f"array of shape {rows.shape}: {rows.ravel()[:8]}"
+    )
+  return rows
+
+
+def words(ids: np.ndarray) -> np.ndarray:
+  """[N] 64-bit ids → [N, 2] uint32, (high, low): x64 is off on the device."""
+  ids = ids.astype(np.uint64)
+  return np.stack([ids >> np.uint64(32), ids & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
+
+
+class Decoded:
+  """What train and eval batches share: one decoded sample, and the log of the bad ones."""
+
+  def __init__(
+    self,
+    source: Source,
+    *,
+    image_size: int,
+    tokenizer: Mapping[str, Any],
+    rejected_log: str = "",
+    apply_exif: bool = False,
+    stored: Stored | None = None,
+  ):
+    self._source = source
+    self._stored = stored
+    self._apply_exif = apply_exif
+    self._rejected_log = rejected_log
+    self._image_size = image_size
+    self._tokenizer: Tokenizer = make_tokenizer(**tokenizer)
+    self._logged: set[int] = set()
+    self._shrink: Callable[[int, int], int] | None = None
+
+  def _sample(
+    self, index: int, *, rejects: np.ndarray, decoded: bool = True
+  ) -> dict[str, Any] | None:
+    """The record with its image decoded; None if rejected, which is counted in `rejects` [R]."""
+    key = f"sample {index}"
+    try:
+      record = self._source[index]
+      key = record["key"]
+      if self._stored:
+        record = self._stored.replace(record)
+      if not decoded or (self._stored and self._stored.image):
+        return record
+      return {
+        **record,
+        "image": decode(record["image"], shrink=self._shrink, apply_exif=self._apply_exif),
+      }
+    except Rejected as rejected:
+      self._reject(index, key, rejected, rejects=rejects)
+      return None
+
+  def _reject(self, index: int, key: str, rejected: Rejected, *, rejects: np.ndarray) -> None:
+    rejects[REASONS.index(rejected.reason)] += 1
+    if index not in self._logged:
+      self._logged.add(index)
+      logger.warning("Rejected %s (index %d): %s", key, index, rejected)
+      if self._rejected_log:
+        shard, ordinal, _ = where(self._source, index)
+        write_down(
+          self._rejected_log,
+          shard=shard,
+          ordinal=ordinal,
+          index=index,
+          key=key,
+          reason=rejected.reason,
+          detail=rejected.detail,
+        )
+
+
+class _TrainBatches(Decoded):
+  """Element k is this host's part of batch k after `start`."""
+
+  def __init__(
+    self,
+    source,
+    *,
+    batch_size: int,
+    rows: np.ndarray,
+    seed: int,
+    image_size: int,
+    tokenizer,
+    start: int,
+    augment: Mapping[str, Any],
+    places: Order,
+    captions: Columns,
+    second_captions: Columns,
+    captions_per_image: int,
+    stop: int | None,
+    rejected_log: str,
+    stop_at_bad_shard: bool,
+    apply_exif: bool,
+    workers: int,
+    stored: Stored | None,
+  ):
+    super().__init__(
+      source,
+      image_size=image_size,
+      tokenizer=tokenizer,
+      rejected_log=rejected_log,
+      apply_exif=apply_exif,
+      stored=stored,
+    )
+    self._images = stored.image if stored else None
+    self._texts, self._seconds = (stored.text, stored.second) if stored else (None, None)
+    self._stop_at_bad_shard = stop_at_bad_shard
+    self._probed: set[str] = set()
+    self._batch_size = batch_size
+    self._rows = rows
+    self._seed = seed
+    self._start = start
+    self._augment = dict(augment)
+    self._shrink = functools.partial(transforms.shrink, size=image_size, **augment)
+    # A wrong option is better heard of here than from a worker.
+    transforms.train_image(np.zeros((2, 2, 3), np.uint8), order.philox(0, 0), size=2, **augment)
+    self._places = places
+    self._captions, self._second_captions = captions, second_captions
+    self._captions_per_image = captions_per_image
+    self._next = max(workers, 1)  # a worker makes every workers-th batch
+    # Positions are int64; grain wants a length even of what does not end.
+    self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
+
+  def __len__(self) -> int:
+    return max(self._length, 0)
+
+  def __repr__(self) -> str:
+    return f"train batches of {self._source!r}"
+
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    positions = self._positions(k)
+    indices = self._places(positions)
+    self._prefetch(k, indices)
+    b, size = len(positions), self._image_size
+    images = (
+      np.empty(b, np.int64) if self._images else shared_memory.empty((b, size, size, 3), np.uint8)
+    )
+    labels = np.empty(b, np.int32)
+    image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
+    rejects = np.zeros((b, len(REASONS)), np.int32)
+    texts: list[Any] = []  # or numbers of rows, of stored ones
+    seconds: list[Any] = []
+    for r in range(b):
+      position = int(positions[r])
+      index, record, captions = self._usable(position, int(indices[r]), rejects=rejects[r])
+      rng = order.philox(self._seed, position)
+      every = [text for column in captions.values() for text in column]
+      ordinal = choose(captions, self._captions, rng)
+      images[r] = (
+        record["image"]
+        if self._images
+        else transforms.train_image(record["image"], rng, size=size, **self._augment)
+      )
+      texts.append(every[ordinal])
+      if self._second_captions:
+        seconds.append(every[choose(captions, self._second_captions, rng, but=ordinal)])
+      labels[r] = record["label"]
+      image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
+    text, mask, mended = self._encoded(texts, self._texts)
+    batch = dict(
+      image=self._images.read(images) if self._images else images,
+      text=text,
+      text_mask=mask,
+      image_id=words(image_ids),
+      text_id=words(text_ids),
+      label=labels,
+      rejects=rejects,
+      repaired=mended,
+      source=self._places.source_of(indices).astype(np.int32),
+    )
+    if self._second_captions:
+      batch["text_second"], batch["text_second_mask"], mended = self._encoded(
+        seconds, self._seconds
+      )
+      batch["repaired"] += mended
+    return batch
+
+  def _encoded(
+    self, texts: Sequence[Any], store: Store | None
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [b, L], or stored vectors [b, D]; their mask; which were repaired, [b]."""
+    if store is None:
+      return *self._tokenizer.encode_batch(texts), repaired(texts)
+    return (
+      store.read(np.array(texts)),
+      np.ones((len(texts), 1), bool),
+      np.zeros(len(texts), np.int32),
+    )
+
+  def _positions(self, k: int) -> np.ndarray:
+    return self._start + k * self._batch_size + self._rows
+
+  def _prefetch(self, k: int, indices: np.ndarray) -> None:
+    """Begins to fetch this batch and the next one of this worker, whose waits decoding hides."""
+    if k + self._next < len(self):
+      indices = np.append(indices, self._places(self._positions(k + self._next)))
+    # Workers whose number divides blocks.STEP_LANES have lanes of their own, others share them.
+    workers = math.gcd(self._next, blocks.STEP_LANES)
+    self._places.prefetch(indices, share=len(self._rows) / self._batch_size / workers)
+
+  def _usable(
+    self, position: int, index: int, *, rejects: np.ndarray
+  ) -> tuple[int, dict[str, Any], dict[str, tuple[str, ...]]]:
+    """The sample, or the first of its substitutes that can be used, and its captions by field."""
+    for attempt in range(ATTEMPTS + 1):
+      if attempt:
+        index = self._places.substitute(position, attempt, index)
+      found = self._with_captions(index, rejects=rejects)
+      if found is not None:
+        return index, *found
+      self._probe_shard(index)
+    counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
+    raise ValueError(
+      f"{self._source!r}: position {position} and its {ATTEMPTS} substitutes are all rejected "
+      f"({counts}), so most of this source is unusable; the log names samples and reasons"
+      + (
+        ". Set captions=(...) to fields that these samples have." if "no_caption" in counts else "."
+      )
+    )
+
+  def _with_captions(
+    self,
+    index: int,
+    *,
+    rejects: np.ndarray,
+  ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]] | None:
+    """The record, decoded, and its captions by field; None if rejected."""
+    record = self._sample(index, rejects=rejects)
+    if record is None:
+      return None
+    captions = by_field(record, self._captions, self._second_captions)
+    if lacks(captions, self._captions) or lacks(captions, self._second_captions):
+      self._reject(index, record["key"], Rejected("no_caption"), rejects=rejects)
+      return None
+    count = sum(len(column) for column in captions.values())
+    if count > self._captions_per_image:
+      raise ValueError(
+        f"{record['key']} has {count} captions; set "
+        "config.data.captions_per_image to the largest number of an image, now "
+        f"{self._captions_per_image}"
+      )
+    return record, captions
+
+  def _probe_shard(self, index: int) -> None:
+    """Raises ValueError if nothing in the shard of a rejected sample seems to be usable."""
+    shard, ordinal, size = where(self._source, index)
+    if not self._stop_at_bad_shard or size <= PROBES or shard in self._probed:
+      return
+    self._probed.add(shard)
+    aside = np.zeros(len(REASONS), np.int32)  # probes are no samples of the batch
+    others = [index - ordinal + (2 * i + 1) * size // (2 * PROBES) for i in range(PROBES)]
+    # In a view the samples of a shard lie elsewhere; most of what it left out would be bad too.
+    here = [0 <= i < len(self._source) and where(self._source, i)[0] == shard for i in others]
+    if all(here) and all(self._with_captions(other, rejects=aside) is None for other in others):
+      counts = {reason: int(n) for reason, n in zip(REASONS, aside) if n}
+      raise ValueError(
+        f"{shard}: sample {ordinal} and {PROBES} others spread over its {size} cannot be used"
+        f" ({counts}), so the whole shard seems to be bad; mend it, leave it out, or set"
+        " config.data.stop_at_bad_shard=False"
+      )

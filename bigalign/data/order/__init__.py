@@ -1,0 +1,1 @@
+"""Which sample is at a position: pure functions."""

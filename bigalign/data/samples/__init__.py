@@ -1,0 +1,1 @@
+"""What the fields of a sample mean, and why a sample is rejected."""

@@ -1,0 +1,1 @@
+"""Sources: objects with __len__ and __getitem__(i) -> record."""

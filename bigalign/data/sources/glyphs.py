@@ -1,0 +1,247 @@
+"""Glyphs: characters of open fonts, drawn on demand and captioned with their Unicode names.
+
+The dataset that needs no download: matplotlib ships the fonts, FreeType draws them, Unicode names
+them. Which characters are held out is in glyphs_heldout.txt, by the rule of glyphs_heldout.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.resources
+import importlib.util
+import pathlib
+import re
+import threading
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import freetype
+import numpy as np
+
+# Font file -> the words of its cut. Named one by one: the folder also holds LastResort, which
+# draws a box for every code point there is.
+CUTS = {
+  "DejaVuSans": "sans",
+  "DejaVuSans-Bold": "bold sans",
+  "DejaVuSans-Oblique": "oblique sans",
+  "DejaVuSans-BoldOblique": "bold oblique sans",
+  "DejaVuSansMono": "mono",
+  "DejaVuSansMono-Bold": "bold mono",
+  "DejaVuSansMono-Oblique": "oblique mono",
+  "DejaVuSansMono-BoldOblique": "bold oblique mono",
+  "DejaVuSerif": "serif",
+  "DejaVuSerif-Bold": "bold serif",
+  "DejaVuSerif-Italic": "italic serif",
+  "DejaVuSerif-BoldItalic": "bold italic serif",
+  "STIXGeneral": "stix",
+  "STIXGeneralBol": "bold stix",
+  "STIXGeneralItalic": "italic stix",
+  "STIXGeneralBolIta": "bold italic stix",
+}
+FONTS = tuple(CUTS)  # a cut's ordinal is its place here
+# The two cuts that evaluation averages; every held-out character has both.
+PROBES = ("DejaVuSans", "DejaVuSerif-Bold")
+SPLITS = ("train", "heldout", "heldout_dev", "seen")
+LIST = "glyphs_heldout.txt"
+MARKED_SHARE = 0.6  # of the training samples are letters with marks
+
+_MARKED = re.compile(r"((?:latin|greek|cyrillic) (?:small|capital) letter .+?) with (.+)")
+# No hinting: the outlines alone decide the pixels, whatever FreeType's hinter does this year.
+_LOAD = freetype.FT_LOAD_NO_HINTING | freetype.FT_LOAD_NO_BITMAP
+
+# FreeType forbids two threads in one font, and ctypes lets go of Python's own lock in calls.
+_FREETYPE = threading.Lock()
+
+
+class Alphabet(NamedTuple):
+  """Every character that is drawn, and in which cuts."""
+
+  codes: tuple[int, ...]  # [K] code points, ascending; the position is the label
+  names: tuple[str, ...]  # [K] lower-case Unicode names, all distinct
+  items: np.ndarray  # [M, 3] int32: label, cut (ordinal in CUTS), glyph index in the font
+
+
+@functools.cache
+def alphabet() -> Alphabet:
+  """Characters with a Unicode name and ink in at least one of CUTS.
+
+  Names and decompositions never change, and the only nameless characters of these fonts are
+  private ones and five holes in the Hebrew presentation forms, so the list is the same under
+  every version of unicodedata from 3.11 on.
+  """
+  found = []
+  for cut, stem in enumerate(FONTS):
+    face = freetype.Face(str(font_folder() / f"{stem}.ttf"))
+    for code, glyph in face.get_chars():
+      # Separators and format controls draw nothing, or a picture of the control in some fonts.
+      if unicodedata.category(chr(code)) in ("Zs", "Zl", "Zp", "Cf", "Cc", "Co", "Cn"):
+        continue
+      face.load_glyph(glyph, freetype.FT_LOAD_NO_SCALE)
+      if glyph and face.glyph.outline.n_points:
+        found.append((code, cut, glyph))
+  codes = sorted({code for code, _, _ in found})
+  label = {code: i for i, code in enumerate(codes)}
+  return Alphabet(
+    tuple(codes),
+    tuple(unicodedata.name(chr(code)).lower() for code in codes),
+    np.asarray(sorted((label[code], cut, glyph) for code, cut, glyph in found), np.int32),
+  )
+
+
+def font_folder() -> pathlib.Path:
+  """Where matplotlib keeps its fonts, found without importing it."""
+  spec = importlib.util.find_spec("matplotlib")
+  if spec is None or spec.origin is None:
+    raise FileNotFoundError("glyphs draws the fonts that matplotlib ships; pip install matplotlib")
+  return pathlib.Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
+
+
+def parts(name: str) -> tuple[str, str] | None:
+  """'latin small letter e with acute' -> ('latin small letter e', 'acute'); None when unmarked."""
+  match = _MARKED.fullmatch(name)
+  return (match[1], match[2]) if match else None
+
+
+def words(caption: str) -> list[str]:
+  """The words of a caption: runs of letters and digits."""
+  return re.findall(r"[a-z0-9]+", caption)
+
+
+def vocabulary() -> tuple[str, ...]:
+  """Every word that a caption can hold, sorted."""
+  captions = [*alphabet().names, *CUTS.values()]
+  return tuple(sorted({word for caption in captions for word in words(caption)}))
+
+
+class Pen:
+  """Draws glyphs with FreeType, at a size and on a baseline common to all of them."""
+
+  def __init__(self, size: int):
+    self.size = size
+    self.em = 0.75 * size  # pixels per em
+    self.baseline = round(0.75 * size)  # rows from the top
+    self.faces: dict[int, Any] = {}
+
+  def draw(self, cut: int, glyph: int) -> np.ndarray:
+    """[size, size] uint8, black on white; centred sideways, reduced only where it would not fit."""
+    with _FREETYPE:
+      ink, top = self._ink(cut, glyph)
+    height, width = ink.shape
+    y = min(max(self.baseline - top, 0), self.size - height)
+    x = (self.size - width) // 2
+    image = np.full((self.size, self.size), 255, np.uint8)
+    np.subtract(255, ink, out=image[y : y + height, x : x + width])
+    return image
+
+  def _ink(self, cut: int, glyph: int) -> tuple[np.ndarray, int]:
+    """Coverage [h, w] uint8, and the rows between its top and the baseline."""
+    if cut not in self.faces:
+      face = freetype.Face(str(font_folder() / f"{FONTS[cut]}.ttf"))
+      face.set_char_size(round(64 * self.em))
+      self.faces[cut] = face
+    face = self.faces[cut]
+    ink, top = _rasterise(face, glyph)
+    room = self.size - 2
+    if max(ink.shape) > room:
+      face.set_char_size(int(64 * self.em * (room - 1) / max(ink.shape)))
+      ink, top = _rasterise(face, glyph)
+      face.set_char_size(round(64 * self.em))
+    return ink, top
+
+
+def _rasterise(face: Any, glyph: int) -> tuple[np.ndarray, int]:
+  face.load_glyph(glyph, _LOAD | freetype.FT_LOAD_RENDER)
+  # The wrapper's bitmap.buffer makes a list of Python integers; this reads it in one piece.
+  slot = face._FT_Face.contents.glyph.contents
+  bitmap = slot.bitmap
+  rows, pitch = bitmap.rows, bitmap.pitch
+  flat = np.frombuffer(ctypes.string_at(bitmap.buffer, rows * pitch), np.uint8)
+  return flat.reshape(rows, pitch)[:, : bitmap.width], slot.bitmap_top
+
+
+class Glyphs:
+  """The glyphs as a source: a record per character and cut.
+
+  Splits: `train`, in which MARKED_SHARE of the samples are letters with marks (repeated for it);
+  `heldout`, characters that are in train in no font, while their parts are; `heldout_dev`, more
+  of them, for tuning; `seen`, characters of train of the same kind, for comparison.
+
+  `cuts` takes fonts by their file name, such as ("DejaVuSans",); all of CUTS by default.
+  """
+
+  def __init__(self, split: str = "train", size: int = 32, cuts: Sequence[str] | None = None):
+    if split not in SPLITS:
+      raise ValueError(f"Unknown split of glyphs {split!r}; known: {', '.join(SPLITS)}")
+    if unknown := set(cuts or ()) - set(CUTS):
+      raise ValueError(f"Unknown cuts of glyphs {sorted(unknown)}; known: {', '.join(CUTS)}")
+    letters = alphabet()
+    self.split = split
+    self.size = size
+    self.classnames = letters.names
+    self.codes = letters.codes
+    self.items = _items(split, cuts)
+    self._pen: Pen | None = None
+    digest = hashlib.sha256(f"{split} {size} {cuts} {freetype.version()}".encode())
+    digest.update("\n".join(letters.names).encode())
+    digest.update(self.items.tobytes())
+    for stem in CUTS:
+      digest.update((font_folder() / f"{stem}.ttf").read_bytes())
+    self.fingerprint = digest.hexdigest()[:16]
+
+  def __len__(self) -> int:
+    return len(self.items)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    label, cut, glyph = self.items[index].tolist()
+    if self._pen is None:
+      self._pen = Pen(self.size)
+    ink = self._pen.draw(cut, glyph)
+    stem = FONTS[cut]
+    return dict(
+      image=np.repeat(ink[:, :, None], 3, axis=2),
+      captions=(f"{self.classnames[label]}, {CUTS[stem]}",),
+      key=f"U+{self.codes[label]:04X}/{stem}",
+      label=label,
+    )
+
+  def __repr__(self) -> str:
+    return f"Glyphs({self.split!r})"
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | dict(_pen=None)  # FreeType's handles stay in their process
+
+
+@functools.cache
+def listed() -> dict[str, tuple[int, ...]]:
+  """Split -> labels from the committed list. All but those of `seen` are never in train."""
+  letters = alphabet()
+  label = {code: i for i, code in enumerate(letters.codes)}
+  text = importlib.resources.files("bigalign.data.sources").joinpath(LIST).read_text("utf-8")
+  found: dict[str, list[int]] = {split: [] for split in SPLITS if split != "train"}
+  for line in text.splitlines():
+    split, code, name = line.split("\t")
+    index = label.get(int(code.removeprefix("U+"), 16))
+    if index is None or letters.names[index] != name:
+      raise ValueError(
+        f"{LIST} names {code} ({name}), which the fonts in {font_folder()} do not draw; "
+        "install matplotlib's own fonts, or choose again: python -m bigalign.data.glyphs_heldout"
+      )
+    found[split].append(index)
+  return {split: tuple(labels) for split, labels in found.items()}
+
+
+def _items(split: str, cuts: Sequence[str] | None) -> np.ndarray:
+  """[N, 3] int32 rows of alphabet().items that make up a split, in order, with repetition."""
+  letters, lists = alphabet(), listed()
+  items = letters.items
+  if cuts is not None:
+    items = items[np.isin(items[:, 1], [FONTS.index(cut) for cut in cuts])]
+  if split != "train":
+    return items[np.isin(items[:, 0], lists[split])]
+  items = items[~np.isin(items[:, 0], lists["heldout"] + lists["heldout_dev"])]
+  marked = np.isin(items[:, 0], [i for i, name in enumerate(letters.names) if parts(name)])
+  wanted = round((~marked).sum() * MARKED_SHARE / (1 - MARKED_SHARE))
+  return np.concatenate([items[~marked], np.resize(items[marked], (wanted, 3))])

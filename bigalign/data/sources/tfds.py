@@ -1,0 +1,131 @@
+"""TFDS datasets by random access, without TensorFlow: those prepared as array_record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from bigalign.data.samples import columns
+
+# TFDS writes Parquet too, but loses every other slice of records in doing so (4.9.10).
+_FORMAT = "array_record"
+_CAPTIONS = ("caption", "captions", "captions.text", "text")
+
+
+class Tfds:
+  """A split of a prepared TFDS dataset; `name` as in "cifar10:train", "coco:1.1.0:train[:10%]".
+
+  image     the feature that holds the image
+  captions  features in order of preference, "captions.text" for a nested one; by default caption,
+            captions or text, and where none of them is there the name of the label
+  label     the feature that holds the class, used if it is there
+  data_dir  where the dataset was prepared; TFDS's own default if None
+
+  Nothing is downloaded: sixty-four hosts would do it sixty-four times.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    *,
+    image: str = "image",
+    captions: Sequence[str] | None = None,
+    label: str = "label",
+    data_dir: str | None = None,
+  ):
+    match = re.fullmatch(r"([^:]+(?::[\d*]+\.[\d*]+\.[\d*]+)?):(.+)", name)
+    if not match:
+      raise ValueError(f"'tfds:{name}' names no split; write it like tfds:cifar10:train")
+    self.name, self.split = match[1], match[2]
+    self.data_dir = data_dir
+    self._image, self._label = image, label
+    self._data: Any = None
+    builder = self._builder()
+    features = builder.info.features
+    self._check(features, captions)
+    info = builder.info.splits[self.split]
+    self._size = info.num_examples
+    # A FeaturesDict is no dict: it has no get.
+    classes = features[label] if label in features else None  # noqa: SIM401
+    self.classnames = tuple(getattr(classes, "names", None) or ())
+    self._has_label = hasattr(classes, "num_classes")
+    self._captions = (
+      tuple(captions)
+      if captions is not None
+      else tuple(path for path in _CAPTIONS if path.partition(".")[0] in features)
+    )
+    self.fingerprint = hashlib.sha256(
+      json.dumps(
+        [builder.info.full_name, self.split, self._size, sorted(features)]
+        + [
+          [split, list(builder.info.splits[split].shard_lengths)]
+          for split in sorted(builder.info.splits)
+        ]
+      ).encode()
+    ).hexdigest()[:32]
+
+  def __repr__(self) -> str:
+    return f"Tfds({self.name}:{self.split})"
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    if self._data is None:
+      self._data = self._open()
+    example = self._data[i]
+    label = int(example[self._label]) if self._has_label else -1
+    texts = columns.texts(example, self._captions)
+    if not self._captions and self.classnames and label >= 0:
+      texts["captions"] = (self.classnames[label].replace("_", " "),)
+    return dict(image=example[self._image], label=label, **texts, key=self.key(i))
+
+  def key(self, i: int) -> str:
+    """The key of sample i."""
+    return f"{self.name}:{self.split}/{i}"
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, "_data": None}  # files are opened anew in each process
+
+  def _builder(self):
+    import tensorflow_datasets as tfds  # half a second, and only this source needs it
+
+    try:
+      builder = tfds.builder(self.name, data_dir=self.data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+      raise ValueError(
+        f"TFDS knows no dataset {self.name!r} and finds none prepared in data_dir={self.data_dir!r}"
+      ) from error
+    if not builder.is_prepared():
+      raise FileNotFoundError(
+        f"tfds:{self.name} is not prepared in {builder.data_dir}; prepare it once (this "
+        f'downloads it): python -c "import tensorflow_datasets as t; '
+        f"t.builder('{self.name}', data_dir={self.data_dir!r}, file_format='{_FORMAT}')"
+        '.download_and_prepare()"'
+      )
+    formats = {kind.value for kind in builder.info.available_file_formats()}
+    if _FORMAT not in formats:
+      raise ValueError(
+        f"tfds:{self.name} in {builder.data_dir} is prepared as {sorted(formats)}; "
+        f"random access needs file_format={_FORMAT!r}, in a data_dir of its own"
+      )
+    return builder
+
+  def _open(self):
+    import tensorflow_datasets as tfds
+
+    return self._builder().as_data_source(
+      self.split, decoders={self._image: tfds.decode.SkipDecoding()}, file_format=_FORMAT
+    )
+
+  def _check(self, features, captions: Sequence[str] | None) -> None:
+    wanted = [self._image] + [path.partition(".")[0] for path in captions or ()]
+    absent = [feature for feature in wanted if feature not in features]
+    if absent:
+      raise ValueError(
+        f"tfds:{self.name} has no feature {absent}; it has {sorted(features)}. Set "
+        "image= and captions= to the ones that hold them."
+      )

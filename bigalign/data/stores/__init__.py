@@ -1,0 +1,1 @@
+"""Embedding stores: written, read, and joined with one side of each pair."""

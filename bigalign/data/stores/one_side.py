@@ -1,0 +1,66 @@
+"""Vectors in the place of one side of each pair, found by the key of a sample that is read."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from bigalign.data.files import fingerprints
+from bigalign.data.samples.rejects import Rejected
+from bigalign.data.stores.reader import Store, sample_id
+
+
+class Stored:
+  """The vectors of images or of captions, in stores; of the other side what the source has.
+
+  image, text, second  folders of stores. A caption is then the number of its row, and `second` is
+  another store of captions, or that of `text` once more.
+
+  Raises:
+    ValueError: for both sides, of which nothing would be read; for `second` without `text`.
+  """
+
+  def __init__(
+    self,
+    image: str | pathlib.Path = "",
+    text: str | pathlib.Path = "",
+    *,
+    second: str | pathlib.Path = "",
+  ):
+    if bool(image) == bool(text) or (second and not text):
+      raise ValueError(
+        f"config.data.stores of one side take image or text, or text and second; got"
+        f" image={str(image)!r}, text={str(text)!r}, second={str(second)!r}"
+      )
+    self.image, self.text, self.second = (
+      Store(folder) if folder else None for folder in (image, text, second)
+    )
+    every = [one for one in (self.image, self.text, self.second) if one]
+    self.sides = {"image" if self.image else "text": every}
+    names = [one.fingerprint for one in every]
+    self.again = bool(second) and names[0] == names[1]
+    self.fingerprint = fingerprints.of_names(*names)
+
+  def replace(self, record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the numbers of rows in the place of its image, or of its captions.
+
+    Raises:
+      Rejected: if a store has no row of it.
+    """
+    if self.image:
+      return record | dict(image=_rows(self.image, record["key"])[0])
+    text, *others = self.sides["text"]
+    captions = _rows(text, record["key"])
+    texts = dict(text=captions)
+    if others and not self.again:
+      texts["second"] = _rows(others[0], record["key"])
+    return record | dict(captions=captions, texts=texts)
+
+
+def _rows(store: Store, key: str) -> tuple[int, ...]:
+  (first,), (count,) = store.find(np.array([sample_id(key)], np.uint64))
+  if not count:
+    raise Rejected("no_vector", f"no row in {store.folder}")
+  return tuple(range(int(first), int(first + count)))

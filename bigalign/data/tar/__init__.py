@@ -1,0 +1,1 @@
+"""Webdataset shards: headers, index, sidecars, remote blocks."""

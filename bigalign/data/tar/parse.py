@@ -1,0 +1,252 @@
+"""Where the samples of a webdataset shard lie, found by one pass over the headers of its tar.
+
+A tar is a line of 512-byte blocks; a sample is a run of members with the same name up to the
+first dot. Shards are not converted or unpacked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+BLOCK = 512
+_REGULAR = (b"0", b"\0", b"7")
+_ZEROS = bytes(BLOCK)
+# name, size, checksum, type, magic, prefix
+_HEADER = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
+
+
+class BrokenTar(ValueError):
+  """The bytes at `offset` are no tar header, or the data ends before the member does."""
+
+  def __init__(self, offset: int, what: str):
+    super().__init__(offset, what)
+    self.offset = offset
+    self.what = what
+
+  def __str__(self) -> str:
+    return f"{self.what} at byte {self.offset}"
+
+
+class Member(NamedTuple):
+  """A regular file in a tar."""
+
+  name: str
+  header: int  # byte offset of its first header, long-name headers included
+  start: int  # byte offset of its data
+  size: int  # bytes
+  end: int  # byte offset of the next header
+
+
+def sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
+  """The key of a sample and its members by field, from the bytes that an index says it lies in.
+
+  The index was made from these bytes, and their checksums were right: those of plain headers are
+  not added up again. Raises BrokenTar as `members` does.
+  """
+  key, found, offset, end = "", dict[str, bytes](), 0, len(buffer)
+  while offset + BLOCK <= end:
+    name, kind = buffer[offset : offset + 100], buffer[offset + 156 : offset + 157]
+    # Nearly all headers: a plain file with a short name, its size in 11 octal digits, no prefix.
+    if kind != b"0" or buffer[offset + 345] or buffer[offset + 135] not in b"\0 ":
+      break
+    try:
+      size = int(buffer[offset + 124 : offset + 135], 8)
+    except ValueError:
+      break
+    start = offset + BLOCK
+    if size < 0 or start + size > end:
+      break
+    named = split_name(_text(name))
+    if named:
+      key, field = named
+      found[field] = buffer[start : start + size]
+    offset = start + -(-size // BLOCK) * BLOCK
+  else:
+    return key, found
+  for member in members(buffer):
+    named = split_name(member.name) if member else None
+    if member and named:  # all have one key
+      key, field = named
+      found[field] = buffer[member.start : member.start + member.size]
+  return key, found
+
+
+class Buffer(Protocol):
+  """Bytes that are only sliced: bytes, mmap, storage.Blocks."""
+
+  def __getitem__(self, part: slice, /) -> bytes: ...
+
+
+def members(buffer: Buffer) -> Iterator[Member | None]:
+  """The regular files of a tar; a None at the end if an end mark (a block of zeros) was met.
+
+  Understands ustar prefixes, GNU long names and pax paths and sizes. Raises BrokenTar at the
+  first wrong header checksum and where the data ends inside a member.
+  """
+  offset = 0
+  first: int | None = None  # where the extended headers of the coming member began
+  long_name: str | None = None
+  pax: dict[bytes, bytes] = {}
+  while header := buffer[offset : offset + BLOCK]:
+    if header == _ZEROS:
+      yield None
+      return
+    if len(header) < BLOCK:
+      raise BrokenTar(offset, "a header is cut off")
+    name, digits, checksum, kind, magic, prefix = _HEADER.unpack(header)
+    # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65521, ten times as fast as
+    # sum; the checksum counts its own bytes as spaces.
+    total = _number(checksum, offset=offset) + sum(checksum) - 8 * 32 + 1
+    if (total - zlib.adler32(header) % 65536) % 65521:
+      raise BrokenTar(offset, "wrong header checksum")
+    size = _number(digits, offset=offset)
+    if kind in _REGULAR and b"size" in pax:
+      size = _number(pax[b"size"], offset=offset, base=10)
+    elif kind in b"123456":  # links, devices and folders have no data, whatever the field says
+      size = 0
+    start = offset + BLOCK
+    end = start + -(-size // BLOCK) * BLOCK
+    if size and not buffer[start + size - 1 : start + size]:
+      raise BrokenTar(offset, f"the data ends inside a member of {size} bytes")
+    first = offset if first is None else first
+    if kind == b"L":
+      long_name = _text(buffer[start : start + size])
+    elif kind == b"x":
+      pax |= _pax(buffer[start : start + size], offset=start)
+    elif kind not in (b"g", b"K"):
+      if kind in _REGULAR:
+        text = long_name or _text(pax.get(b"path", name))
+        # Old GNU tars keep times where POSIX ustar has the prefix.
+        if magic == b"ustar\0" and prefix[0] and not (long_name or b"path" in pax):
+          text = f"{_text(prefix)}/{text}"
+        yield Member(text, first, start, size, end)
+      first, long_name, pax = None, None, {}
+    offset = end
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+  """ "./a/b.seg.png" → ("a/b", "seg.png"); None for what is no member of a sample.
+
+  No members: names without a dot, and those that start with one, as macOS writes ("._x.jpg").
+  """
+  name = name.removeprefix("./")
+  folder, slash, base = name.rpartition("/")
+  stem, _, extension = base.partition(".")
+  return (folder + slash + stem, extension.lower()) if stem and extension else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+  """Sample i of the shard lies in blocks starts[i] to starts[i + 1]."""
+
+  starts: np.ndarray  # [N + 1] uint32, in blocks of 512 bytes
+  keys: tuple[str, ...]  # of the samples, as split_name gives them
+  fields: tuple[str, ...]  # the extensions that occur, sorted
+  problem: str  # where and how the tar breaks off; "" if it does not
+
+
+def scan(buffer: Buffer, *, path: str) -> Scan:
+  """Where the samples of a shard lie. Of a shard that breaks off, these are its whole samples.
+
+  Raises ValueError if the bytes are no tar at all, or if members of a sample lie apart.
+  """
+  groups, problem = _groups(buffer, path=path)
+  if not groups and problem:
+    raise ValueError(
+      f"{path}: not an uncompressed tar ({problem}); it starts with {buffer[:16]!r}. Random"
+      " access needs plain .tar: gunzip a .tar.gz, and fetch again what was saved as an error"
+      " page."
+    )
+  # The last one's members may be missing: it is whole only if it has what the one before it has.
+  if problem and len(groups) > 1 and groups[-1].fields < groups[-2].fields:
+    groups.pop()
+  _check_adjacent(groups, path=path)
+  ends = [groups[-1].end] if groups else [0]
+  starts = np.array([group.start for group in groups] + ends, np.int64) // BLOCK
+  if starts[-1] > np.iinfo(np.uint32).max:
+    raise ValueError(f"{path}: shards above 2 TiB cannot be indexed; split it")
+  fields = {field for group in groups for field in group.fields}
+  keys = tuple(group.key for group in groups)
+  return Scan(starts.astype(np.uint32), keys, tuple(sorted(fields)), problem)
+
+
+@dataclasses.dataclass
+class _Group:
+  key: str
+  start: int
+  end: int
+  fields: set[str]
+
+
+def _groups(buffer: Buffer, *, path: str) -> tuple[list[_Group], str]:
+  """The samples in order, and what broke the tar off ("" if nothing did)."""
+  groups: list[_Group] = []
+  end, end_mark = 0, False
+  try:
+    for member in members(buffer):
+      if member is None:
+        end_mark = True
+        break
+      end = member.end
+      name = split_name(member.name)
+      if name is None:
+        continue
+      key, field = name
+      if groups and groups[-1].key == key:
+        if field in groups[-1].fields:
+          raise ValueError(f"{path}: {member.name!r} occurs twice in one sample")
+        groups[-1].fields.add(field)
+        groups[-1].end = member.end
+      else:
+        groups.append(_Group(key, member.header, member.end, {field}))
+  except BrokenTar as error:
+    return groups, str(error)
+  return groups, "" if end_mark else f"the tar has no end mark at byte {end}"
+
+
+def _check_adjacent(groups: list[_Group], *, path: str) -> None:
+  seen: set[str] = set()
+  for group in groups:
+    if group.key in seen:
+      raise ValueError(
+        f"{path}: members of sample {group.key!r} lie apart; webdataset wants the members of a"
+        " sample side by side. Rewrite the shard in order: tar --sort=name -cf NEW.tar FOLDER"
+      )
+    seen.add(group.key)
+
+
+def _number(field: bytes, *, offset: int, base: int = 8) -> int:
+  """Text up to the first zero byte, or base 256 if the first bit is set (GNU, above 8 GiB)."""
+  if field[:1] >= b"\x80":
+    return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+  digits = field.partition(b"\0")[0].strip() or b"0"
+  try:
+    number = int(digits, base)
+  except ValueError:
+    number = -1
+  if number < 0:  # would lead backwards, in a circle
+    raise BrokenTar(offset, "wrong number in a header")
+  return number
+
+
+def _text(field: bytes) -> str:
+  return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _pax(data: bytes, *, offset: int) -> dict[bytes, bytes]:
+  """Records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record."""
+  records = {}
+  while data.strip(b"\0"):
+    length, space, _ = data.partition(b" ")
+    if not space or not length.isdigit() or not 0 < int(length) <= len(data):
+      raise BrokenTar(offset, "wrong pax record")
+    key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+    records[key] = value
+    data = data[int(length) :]
+  return records

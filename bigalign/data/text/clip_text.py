@@ -1,0 +1,111 @@
+"""CLIP's text: open_clip's cleaning and its byte-pair vocabulary, as a Rust tokenizer.
+
+The cleaning fixes badly decoded text with ftfy where that is installed, as open_clip does; without
+it only quotes, ligatures, full-width forms and line ends are made plain, which is the same for
+text that was decoded well.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import importlib.util
+import pathlib
+import string
+import unicodedata
+
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+try:
+  import ftfy
+except ImportError:
+  ftfy = None  # type: ignore[assignment]
+
+_START, _END = "<start_of_text>", "<end_of_text>"
+_SIZE = 49408
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PLAIN = str.maketrans(
+  {
+    **dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"),
+    **dict.fromkeys("\u201c\u201d\u201e\u201f", '"'),
+    # Latin ligatures and full-width forms; NFKC would also flatten what ftfy keeps, like "²".
+    **{
+      chr(c): unicodedata.normalize("NFKC", chr(c))
+      for c in [*range(0xFB00, 0xFB07), *range(0xFF01, 0xFF5F), 0x3000]
+    },
+  }
+)
+
+
+def clean(text: str) -> str:
+  """Fixed, HTML entities resolved twice, runs of white space made one space."""
+  if ftfy is not None:
+    text = ftfy.fix_text(text)
+  else:
+    text = unicodedata.normalize("NFC", text.translate(_PLAIN))
+  return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def canonicalize(text: str) -> str:
+  """Lower case without punctuation, as SigLIP's prompts; "_" becomes a space."""
+  text = text.replace("_", " ").translate(_PUNCTUATION).lower()
+  return " ".join(text.split())
+
+
+def installed_vocabulary() -> pathlib.Path:
+  """The vocabulary in open_clip_torch, without importing it (that needs torch)."""
+  spec = importlib.util.find_spec("open_clip")
+  if spec is not None and spec.origin is not None:
+    file = pathlib.Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
+    if file.is_file():
+      return file
+  raise FileNotFoundError(
+    "tokenizer 'clip' needs path=.../bpe_simple_vocab_16e6.txt.gz, or open_clip_torch installed "
+    "(which holds this file)"
+  )
+
+
+def bpe(file: pathlib.Path) -> tokenizers.Tokenizer:
+  """CLIP's tokenizer from its list of merges, one per line after a heading; gzip or plain."""
+  data = file.read_bytes()
+  if data.startswith(b"\x1f\x8b"):
+    data = gzip.decompress(data)
+  characters = _byte_characters()
+  count = _SIZE - 2 - 2 * len(characters)
+  lines = [line.split() for line in data.decode("utf-8").split("\n")[1 : count + 1]]
+  merges = [(line[0], line[1]) for line in lines if len(line) == 2]
+  if len(merges) != count:
+    raise ValueError(f"{file}: not CLIP's list of merges, bpe_simple_vocab_16e6.txt.gz")
+  pieces = [
+    *characters,
+    *(character + "</w>" for character in characters),
+    *("".join(merge) for merge in merges),
+    _START,
+    _END,
+  ]
+  ids = {piece: i for i, piece in enumerate(pieces)}
+  model = tokenizers.Tokenizer(
+    models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>", unk_token=_END)
+  )
+  model.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(
+        tokenizers.Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"),
+        behavior="removed",
+        invert=True,
+      ),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  model.post_processor = processors.TemplateProcessing(
+    single=f"{_START} $A {_END}", special_tokens=[(s, ids[s]) for s in (_START, _END)]
+  )
+  return model
+
+
+def _byte_characters() -> list[str]:
+  """The characters that stand for bytes, in the order of their ids (GPT-2's table)."""
+  shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  hidden = 256 - len(shown)
+  return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(hidden)]

@@ -1,0 +1,1 @@
+"""Pairs of frozen towers: embed, compare, curate."""

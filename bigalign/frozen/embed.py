@@ -1,0 +1,327 @@
+"""A dataset through frozen towers, over the whole mesh, into embedding stores.
+
+  bigalign embed --config=configs/photos_frozen.py --out=stores/photos
+  bigalign train --config=configs/photos_frozen.py --config.data.stores.image=stores/photos/image …
+
+What config.model's towers make of config.data, without augmentation, goes into OUT/image and
+OUT/text: what their projectors would get. The same command goes on after a kill; with another
+source it appends.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+
+from bigalign import config as configs
+from bigalign import sharding
+from bigalign.data.files import storage
+from bigalign.data.loader import evaluation
+from bigalign.data.loader.training import CAPTIONS_PER_IMAGE
+from bigalign.data.samples.rejects import REASONS
+from bigalign.data.sources.base import Source
+from bigalign.data.stores import reader, writer
+from bigalign.evals.embed import round_batch
+from bigalign.frozen.towers import Towers, load_towers
+from bigalign.inputs import open_data
+from bigalign.run import preemption, runtime
+from bigalign.run.flags import define_flags, parse_flags
+from bigalign.run.provenance import same_on_all_hosts
+
+SIDES = ("image", "text")
+BATCHES = 4  # of a piece, which is what a kill can cost
+PIECES = 4096  # of a source at most; those of a larger one have more batches
+
+
+class _Rows(NamedTuple):
+  """What a process has of a piece: rows, the id of each one's sample and its place in the source.
+
+  vectors [N, D], or [N, 1 + T, D] with tokens.
+  labels [N], of images.
+  """
+
+  vectors: np.ndarray
+  samples: np.ndarray
+  labels: np.ndarray | None = None
+
+
+def embed(
+  config: Mapping[str, Any],
+  out: str | pathlib.Path,
+  *,
+  sides: Sequence[str] = SIDES,
+  batch_size: int = 256,
+  dtype: str = "float16",
+  projected: bool = False,
+  tokens: bool = False,
+) -> dict[str, pathlib.Path]:
+  """Writes, completes or extends the stores OUT/<side>; their folders.
+
+  Args:
+    config: of a training run; its `data`, without stores and augmentation, and its `model`.
+    sides: which towers.
+    batch_size: images, or texts, at a time over all devices; rounded up to fit the mesh.
+    dtype: of the vectors: float16, bfloat16 or float32.
+    projected: behind the projectors, in the space of images and texts, of unit length.
+    tokens: each token of the towers too, for projectors that read them.
+
+  Raises:
+    ValueError: if a tower is not all loaded, or a store holds another tower's vectors.
+    BlockingIOError: if another process of this machine embeds into the same folder.
+  """
+  config = configs.plain(config)
+  for side in sides:
+    configs.choose(dict.fromkeys(SIDES), side, "--towers")
+  data = {k: v for k, v in config["data"].items() if k not in ("stores", "augment")}
+  source, reading = configs.call(open_data, data, "config.data")
+  drawn = [name for name, weight in reading["captions"] if weight]
+  if "text" in sides and (drawn or reading["second_captions"]):
+    raise ValueError(
+      "config.data.captions with weights, or second_captions: a store holds the captions of the"
+      " first field that a sample has. Embed each field into a store of its own, captions=(FIELD,),"
+      " and train with data.stores.text and data.stores.second"
+    )
+  towers = load_towers(
+    {**config, "data": data}, sides, len(source), dtype=dtype, projected=projected, tokens=tokens
+  )
+  batch_size = round_batch(towers.mesh, batch_size)
+  per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
+  folders = {side: pathlib.Path(out) / side for side in sides}
+  ranges = {}
+  fingerprint = _fingerprint(source, data)
+  same_on_all_hosts({"data": fingerprint, "headers": towers.headers})
+  with contextlib.ExitStack() as held:
+    for side, folder in folders.items():
+      if jax.process_index() == 0:
+        writer.begin(folder, towers.headers[side])
+        held.enter_context(storage.alone(folder, "bigalign embed"))
+      ranges[side] = writer.claim(
+        folder,
+        fingerprint,
+        len(source),
+        repr(source),
+        batch_size=batch_size,
+        batches=per_piece,
+        write=jax.process_index() == 0,
+      )
+    same_on_all_hosts({"what is there": ranges})
+    multihost_utils.sync_global_devices("claimed")
+    if any(not found.done for found in ranges.values()):
+      _fill(
+        source,
+        towers,
+        folders,
+        ranges,
+        batch_size=batch_size,
+        per_piece=per_piece,
+        data=data,
+      )
+    multihost_utils.sync_global_devices("embedded")
+    for side, folder in folders.items():
+      if jax.process_index() == 0:
+        writer.finish(folder, captions=side == "text")
+    multihost_utils.sync_global_devices("stores are whole")
+  return folders
+
+
+def _fingerprint(source: Source, data: Mapping[str, Any]) -> str:
+  """Of what decides ids and captions: the samples, the names of their parts, and the fields."""
+  parts = [
+    {k: v for k, v in part.items() if k not in ("source", "weight", "upsampling")}
+    for part in data.get("mixture", ())
+  ]
+  told = [source.fingerprint, parts, data.get("captions"), data.get("source_options")]
+  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _fill(
+  source: Source,
+  towers: Towers,
+  folders: Mapping[str, pathlib.Path],
+  ranges: Mapping[str, writer.Range],
+  *,
+  batch_size: int,
+  per_piece: int,
+  data: Mapping[str, Any],
+) -> None:
+  """Embeds the pieces that are missing on some side, one after the other."""
+  folders = {side: folder for side, folder in folders.items() if not ranges[side].done}
+  first = min(ranges[side].next for side in folders)
+  rows = sharding.host_rows(towers.mesh, batch_size)
+  shared = ("image_size", "tokenizer", "resize", "apply_exif", "workers")
+  options = {k: data[k] for k in shared if k in data}
+  room = data.get("captions_per_image", CAPTIONS_PER_IMAGE) if "text" in folders else 0
+  batches = evaluation.eval_batches(
+    source,
+    batch_size=batch_size,
+    rows=rows,
+    captions=room,
+    images="image" in folders,
+    start=first * per_piece * batch_size,
+    **options,
+  )
+  left = -(-len(source) // batch_size) - first * per_piece
+  with contextlib.closing(batches):
+    for piece in range(first, first + -(-left // per_piece)):
+      begin, number = time.perf_counter(), min(left, per_piece)
+      left -= number
+      wanted = [side for side in folders if piece >= ranges[side].next]
+      found, left_out = _piece(batches, number, towers, wanted, rows, batch_size)
+      for side, made in found.items():
+        with np.errstate(over="ignore"):  # of float16, what is beyond 65,504 is left out
+          vectors = made.vectors.astype(reader.DTYPES[towers.headers[side]["dtype"]])
+        sound = reader.finite(vectors)
+        reasons = left_out | ({} if sound.all() else {"not_finite": int((~sound).sum())})
+        samples = made.samples[sound]
+        samples[:, 1] += np.uint64(ranges[side].place)
+        writer.write(
+          folders[side],
+          ranges[side].first + piece,
+          vectors[sound],
+          samples,
+          labels=None if made.labels is None else made.labels[sound],
+          part=jax.process_index(),
+          parts=jax.process_count(),
+          left_out=reasons,
+        )
+      logging.info(
+        "Piece %d: %d batches to go, %.0f images/s",
+        piece,
+        left,
+        number * batch_size / (time.perf_counter() - begin),
+      )
+
+
+def _piece(
+  batches: Any,
+  number: int,
+  towers: Towers,
+  sides: Sequence[str],
+  rows: np.ndarray,
+  batch_size: int,
+) -> tuple[dict[str, _Rows], dict[str, int]]:
+  """The rows of this process of the next `number` batches, and what was left out of them."""
+  images: list[_Rows] = []
+  texts: list[dict[str, np.ndarray]] = []
+  samples: list[np.ndarray] = []
+  rejected = np.zeros(len(REASONS), np.int64)
+  running: collections.deque[tuple[jax.Array, dict[str, np.ndarray]]] = collections.deque()
+
+  def fetch() -> None:
+    z, of = running.popleft()
+    valid = of["valid"]
+    images.append(_Rows(sharding.host_part(z)[valid], of["own"][valid], of["label"][valid]))
+
+  for _ in range(number):
+    batch = next(batches)
+    own = np.stack([_joined(batch[name]) for name in ("sample_id", "image_id")], 1)
+    rejected += batch["rejects"].sum(0)
+    if "image" in sides:
+      on_mesh = sharding.global_batch(towers.mesh, {"image": batch["image"]}, rows, batch_size)
+      z = sharding.in_turn(towers.run["image"](on_mesh["image"]))
+      running.append((z, dict(valid=batch["valid"], own=own, label=batch["label"])))
+      if len(running) > 1:  # the device works on one while the host reads the other
+        fetch()
+    there = batch["texts_valid"] & batch["valid"][:, None]
+    texts.append(dict(text=batch["texts"][there], mask=batch["texts_mask"][there]))
+    samples.append(np.repeat(own, there.sum(1), axis=0))
+  while running:
+    fetch()
+  found = {}
+  if "image" in sides:
+    found["image"] = _Rows(*(np.concatenate(x) for x in zip(*images)))
+  if "text" in sides:
+    every = {name: np.concatenate([x[name] for x in texts]) for name in ("text", "mask")}
+    found["text"] = _Rows(_texts(every, towers, rows, batch_size), np.concatenate(samples))
+  return found, {reason: int(n) for reason, n in zip(REASONS, rejected) if n}
+
+
+def _joined(words: np.ndarray) -> np.ndarray:
+  """[B, 2] uint32, (high, low) -> [B] uint64."""
+  wide = words.astype(np.uint64)
+  joined: np.ndarray = wide[:, 0] << np.uint64(32) | wide[:, 1]
+  return joined
+
+
+def _texts(
+  every: Mapping[str, np.ndarray], towers: Towers, rows: np.ndarray, batch_size: int
+) -> np.ndarray:
+  """[N, L] -> [N, D] or [N, 1 + L, D]; processes with fewer texts than others fill up."""
+  count, own = len(every["text"]), len(rows)
+  longest = int(np.max(multihost_utils.process_allgather(np.int32(-(-count // own)))))
+  made = []
+  for start in range(0, longest * own, own):
+    part = (
+      {name: np.resize(x[start : start + own], (own, *x.shape[1:])) for name, x in every.items()}
+      if count > start
+      else {name: np.zeros((own, *x.shape[1:]), x.dtype) for name, x in every.items()}
+    )
+    on_mesh = sharding.global_batch(towers.mesh, part, rows, batch_size)
+    z = sharding.in_turn(towers.run["text"](on_mesh["text"], on_mesh["mask"]))
+    made.append(sharding.host_part(z))
+  empty = np.empty((0, *reader.row_shape(towers.headers["text"])))
+  return np.concatenate(made)[:count] if made else empty
+
+
+def verify(folder: str | pathlib.Path) -> bool:
+  """Prints what is wrong with a store; whether nothing is."""
+  found = reader.Store(folder)
+  wrong = list(found.verify())
+  print("\n".join(wrong) or f"{folder}: {len(found)} rows, all as they were written")
+  return not wrong
+
+
+def main(argv: Sequence[str]) -> None:
+  """What runs once absl has read the flags."""
+  values = flags.FLAGS
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
+  config = configs.plain(values.config)
+  configs.call(runtime.setup, config.get("runtime", {}), "config.runtime")
+  runtime.connect(values.coordinator, values.num_processes, values.process_id)
+  if values.verify:
+    sound = [verify(pathlib.Path(values.out) / side) for side in values.towers]
+    sys.exit(0 if all(sound) else 1)
+  try:
+    folders = embed(
+      config,
+      values.out,
+      sides=values.towers,
+      batch_size=values.batch_size,
+      dtype=values.dtype,
+      projected=values.projected,
+      tokens=values.tokens,
+    )
+  except Exception as error:
+    preemption.leave(error)
+  if jax.process_index() == 0:
+    for folder in folders.values():
+      made = reader.Store(folder)
+      print(
+        json.dumps({str(folder): dict(rows=len(made), width=made.width, left_out=made.left_out)})
+      )
+
+
+def run() -> None:
+  """The program `bigalign embed`."""
+  define_flags()
+  flags.DEFINE_string("out", None, "Folder of the stores, OUT/image and OUT/text.", required=True)
+  flags.DEFINE_list("towers", list(SIDES), "Which: image, text.")
+  flags.DEFINE_bool("verify", False, "Only read what is in OUT, and compare it with its sums.")
+  flags.DEFINE_integer("batch_size", 256, "Images, or texts, at a time over all devices.")
+  flags.DEFINE_enum("dtype", "float16", list(reader.DTYPES), "Of the vectors.")
+  flags.DEFINE_bool("projected", False, "Behind the projectors, in the space of both sides.")
+  flags.DEFINE_bool("tokens", False, "Each token too, for projectors that read them.")
+  app.run(main, flags_parser=parse_flags)

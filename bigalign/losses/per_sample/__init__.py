@@ -1,0 +1,1 @@
+"""Losses with state for every sample of the dataset."""

@@ -1,0 +1,180 @@
+"""The machinery that SogCLR, iSogCLR and FastCLIP share.
+
+An anchor i of one modality and its candidates k of the other have A_ik = S_ik - S_ii. Its
+g_i = mean over k != i of exp(A_ik / tau_i) is averaged over the visits of its sample,
+u <- (1 - gamma) u + gamma g, and the features follow the gradient of g_i / (u_i + eps): candidate k
+weighs w_ik = exp(A_ik / tau_i) / (u_i + eps). All of it in logarithms: float32 cannot hold
+exp(1 / tau).
+
+Both modalities are anchors; what is kept of them is {"img": ..., "txt": ...}, arrays [B].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses.engine import pairwise
+from bigalign.losses.per_sample import tables
+
+Anchors = dict[str, jax.Array]  # "img", "txt": [B]
+IDS = {"img": "image", "txt": "text"}
+FIXED = frozenset({"scale", "log_den"})  # of the rows and columns: no gradient
+
+
+def each(function: Callable[..., Any], *anchors: Mapping[str, Any]) -> dict[str, Any]:
+  """`function` of the image anchors and of the text anchors."""
+  return {side: function(*(x[side] for x in anchors)) for side in IDS}
+
+
+def both(anchors: Anchors) -> jax.Array:
+  """[]: the mean over images plus the mean over texts."""
+  return anchors["img"].mean() + anchors["txt"].mean()
+
+
+def remember(sizes: Mapping[str, int], **fills: float) -> dict[str, Any]:
+  """A table of each name for the images' ids and one for the texts'."""
+  return {
+    side: {name: tables.make(sizes[ids], fill) for name, fill in fills.items()}
+    for side, ids in IDS.items()
+  }
+
+
+def recall(state: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> dict[str, Any]:
+  """{side: {name: [B]}}: what is remembered of the batch."""
+  return {side: tables.read(state[side], batch[f"{ids}_id"]) for side, ids in IDS.items()}
+
+
+def update(
+  state: Mapping[str, Any], batch: Mapping[str, jax.Array], values: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Remembers {side: {name: [B]}}; returns the state and what now stands under each id."""
+  done = {
+    side: tables.write(state[side], batch[f"{ids}_id"], values[side]) for side, ids in IDS.items()
+  }
+  return each(lambda x: x[0], done), each(lambda x: x[1], done)
+
+
+def sound(*remembered: Mapping[str, Any]) -> jax.Array:
+  """[] bool: nothing of {side: {name: [B]}} is NaN or above all numbers; log u may be -inf."""
+  return jnp.stack([jnp.all(x < jnp.inf) for x in jax.tree.leaves(remembered)]).all()
+
+
+def means(zimg: jax.Array, ztxt: jax.Array, tau: Anchors) -> tuple[Anchors, Anchors]:
+  """log g and the largest exponent of each anchor; not differentiated."""
+  zimg, ztxt = jax.lax.stop_gradient((zimg, ztxt))
+
+  def tile(row, col, shared):
+    other = ~pairwise.same(row, col)
+    (img, txt), (scale_img, scale_txt) = _differences(row, col), _scales(row, col)
+    img, txt = (jnp.where(other, x, -jnp.inf) for x in (scale_img * img, scale_txt * txt))
+    return {"img": img, "txt": txt, "img_top": img, "txt_top": txt}
+
+  found = pairwise.reduce(
+    tile,
+    *_rows_and_columns(zimg, ztxt, tau),
+    outputs=dict(img="row_lse", txt="col_lse", img_top="row_max", txt_top="col_max"),
+  )
+  others = math.log(len(zimg) - 1)
+  return {k: found[k] - others for k in IDS}, {k: found[f"{k}_top"] for k in IDS}
+
+
+def average(log_u: jax.Array, log_g: jax.Array, gamma: Any, fresh: jax.Array | None) -> jax.Array:
+  """log((1 - gamma) u + gamma g), and log g where `fresh`."""
+  new = jnp.logaddexp(jnp.log1p(-gamma) + log_u, jnp.log(gamma) + log_g)
+  return new if fresh is None else jnp.where(fresh, log_g, new)
+
+
+def with_eps(log_u: jax.Array, eps: float, b: jax.Array | float = 0.0) -> jax.Array:
+  """log(u + eps exp(b))."""
+  return jnp.logaddexp(log_u, math.log(eps) + b) if eps else log_u
+
+
+def with_slope(value: jax.Array, surrogate: jax.Array) -> jax.Array:
+  """[]: worth `value`, with the gradient of `surrogate`."""
+  return jax.lax.stop_gradient(value) + (surrogate - jax.lax.stop_gradient(surrogate))
+
+
+def mass(log_g: Anchors, log_den: Anchors) -> Anchors:
+  """[B] per anchor: g / exp(log_den), the mean of its weights."""
+  return each(lambda g, den: jnp.exp(g - den), log_g, log_den)
+
+
+def weighted(
+  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors, log_g: Anchors
+) -> Anchors:
+  """[B] per anchor: sum over k of w_ik A_ik / (B - 1), where w is constant.
+
+  A mean of it is a surrogate whose gradient is that of tau_i g_i / exp(log_den_i).
+  """
+  found = pairwise.reduce(
+    _pull,
+    *_rows_and_columns(zimg, ztxt, tau, log_den),
+    outputs=dict(img="row_sum", txt="col_sum"),
+    fixed=FIXED,
+  )
+  others = len(zimg) - 1
+  return each(lambda x, base: x / others + base, found, _bases(tau, log_den, log_g))
+
+
+def weighted_both(
+  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors, log_g: Anchors
+) -> jax.Array:
+  """[]: `both(weighted(...))`, in one pass over the products less."""
+  b = len(zimg)
+  sums = pairwise.total(_pull, *_rows_and_columns(zimg, ztxt, tau, log_den), fixed=FIXED)
+  return sums / (b * (b - 1)) + both(_bases(tau, log_den, log_g))
+
+
+def _bases(tau: Anchors, log_den: Anchors, log_g: Anchors) -> Anchors:
+  """What `_pull` leaves out: its exponents are relative to log_den. An error of the weights is then
+  not multiplied by exponents of a hundred."""
+  return each(lambda t, den, m: t * den * m, tau, log_den, mass(log_g, log_den))
+
+
+def _pull(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
+  other = ~pairwise.same(row, col)
+
+  def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array) -> jax.Array:
+    exponent = scale * a - log_den
+    # Of unlike samples with one id, the losers' weights are relative to the winner's u.
+    w = jnp.where(other, jnp.exp(jnp.minimum(exponent, _largest(exponent.dtype))), 0)
+    return jax.lax.stop_gradient(w / scale) * exponent
+
+  (img, txt), (scale_img, scale_txt) = _differences(row, col), _scales(row, col)
+  return {
+    "img": pulled(img, scale_img, row["log_den"][:, None]),
+    "txt": pulled(txt, scale_txt, col["log_den"][None, :]),
+  }
+
+
+def _largest(dtype: Any) -> float:
+  """An exponent whose exponential can still be multiplied."""
+  return math.log(jnp.finfo(dtype).max) - 8
+
+
+def _differences(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:
+  """A of a tile's images and of its texts."""
+  z = pairwise.products(row["z"], col["z"])
+  return z - row["positive"][:, None], z - col["positive"][None, :]
+
+
+def _scales(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:
+  return row["scale"][:, None], col["scale"][None, :]
+
+
+def _rows_and_columns(
+  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors | None = None
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  positive = pairwise.paired(zimg, ztxt)
+
+  def side(z: jax.Array, name: str) -> dict[str, jax.Array]:
+    more = {} if log_den is None else {"log_den": log_den[name]}
+    known = jax.lax.stop_gradient({"scale": 1 / tau[name], **more})
+    return {"z": z, "positive": positive, **known}
+
+  return side(zimg, "img"), side(ztxt, "txt")

@@ -1,0 +1,250 @@
+"""SogCLR and iSogCLR: softmax contrast against all samples, by moving averages."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigalign import config
+from bigalign.losses import schedules
+from bigalign.losses.base import Loss
+from bigalign.losses.engine import pairwise
+from bigalign.losses.per_sample import global_contrastive as gcl
+from bigalign.losses.per_sample import tables
+
+VARIANTS = ("paper", "released")
+RELEASED_EPS = 1e-10
+
+
+def sogclr(
+  *,
+  tau: float = 0.01,
+  gamma: float = 0.8,
+  variant: str = "paper",
+  eps: float | None = None,
+) -> Loss:
+  """Global contrastive loss for small batches: https://arxiv.org/abs/2202.12387.
+
+  tau (log u_i + log u_j) is the objective, logged as "objective"; "loss" is the value the released
+  code prints, sum of w A over both sides, a surrogate that says little about progress.
+
+  Args:
+    tau: temperature, constant. 0.01 is the bimodal script's; the class of the release has 0.07.
+    gamma: weight of the new value in the moving average of u; 1 forgets the past. 0.8 is the
+      bimodal script's; the class has 0.1.
+    variant: "paper": negatives are the others, and a sample's first visit sets u = g. "released",
+      as the authors' bimodal code does: the positive stays in the sum (its mask is made and never
+      used), and u starts at 0, which makes first weights 1 / gamma too large. We default to the
+      paper, whose gradient with gamma = 1 is exactly the objective's.
+    eps: guards the division, in units of exp(b), the largest exponent met, which is then also
+      remembered, a float per sample. None: 0 for "paper", 1e-10 for "released".
+  """
+  eps = _checked("sogclr", variant, gamma, eps)
+  config.above_zero("config.loss.sogclr", tau=tau)
+
+  def init(sizes):
+    return {}, gcl.remember(sizes, log_u=-math.inf, **({"b": 0.0} if eps else {}))
+
+  def apply(params, state, feats, batch, at):
+    zimg, ztxt = feats["zimg"], feats["ztxt"]
+    old = gcl.recall(state, batch)
+    taus = gcl.each(lambda x: jnp.full_like(x["log_u"], tau), old)
+    log_g, top = gcl.means(zimg, ztxt, taus)
+    state, now = _visit(state, batch, old, log_g, top, gamma, variant)
+    log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
+    loss = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g)
+    objective = tau * gcl.both(gcl.each(lambda x: x["log_u"], now))
+    logs = {"loss": loss, "objective": objective, "finite_state": gcl.sound(now)}
+    return loss, (state, logs)
+
+  return Loss(frozenset({"ids"}), init, apply)
+
+
+def isogclr(
+  *,
+  tau_init: float = 0.01,
+  tau_min: float = 0.005,
+  tau_max: float = 1.0,
+  rho: float | Mapping[str, Any] = 6.0,
+  gamma: float = 0.8,
+  eta: float = 0.03,
+  eta_min: float = 1e-4,
+  eta_schedule: str = "constant",
+  eta_over: int | str | None = None,
+  eta_decay: float = 0.8,
+  beta: float = 0.9,
+  grad_clip: float = 5.0,
+  variant: str = "paper",
+  eps: float | None = None,
+) -> Loss:
+  """SogCLR with a learned temperature per sample: https://arxiv.org/abs/2305.11965.
+
+  "objective" is the mean of tau_i (log u_i + rho) over images plus that over texts; "loss" as in
+  `sogclr`. The temperatures are state, not parameters: each visit of a sample moves its own.
+
+  Args:
+    tau_init, tau_min, tau_max: first temperature of every sample and its bounds; the script's (the
+      class of the release begins at 0.07).
+    rho: how far from uniform the weights of the negatives may be; larger keeps tau smaller. 6 is
+      the script's; the command line's default is 8, the class's 0.1. A number, or a
+      schedules.ramp.
+    gamma, variant, eps: as in `sogclr`.
+    eta, eta_min, eta_schedule, eta_over, eta_decay: step size of the temperatures; "constant",
+      "cosine" or "exponential", see schedules.eta. `eta_over` is a duration, by default all of the
+      training ("cosine") or an epoch ("exponential"). 0.03 is the script's, 1e-3 the command
+      line's.
+    beta: weight of the *new* gradient in a temperature's momentum, contrary to custom.
+    grad_clip: bound of a temperature's gradient.
+  """
+  eps = _checked("isogclr", variant, gamma, eps)
+  where = "config.loss.isogclr"
+  config.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
+  periods = {"constant": "100%", "cosine": "100%", "exponential": "1 epoch"}
+  config.known(f"{where}.eta_schedule", eta_schedule, periods)
+  over = schedules.duration(eta_over or periods[eta_schedule], f"{where}.eta_over")
+  robust = schedules.ramp(rho, f"{where}.rho")
+
+  def init(sizes):
+    fills = {"b": 0.0} if eps else {}
+    return {}, gcl.remember(sizes, log_u=-math.inf, tau=tau_init, m=0.0, **fills)
+
+  def moved(rate, rho, old, log_u, pull):
+    """The next momentum and temperature of each anchor."""
+    q = jnp.clip(log_u + rho - pull / old["tau"], -grad_clip, grad_clip)
+    m = (1 - beta) * old["m"] + beta * q
+    return {"m": m, "tau": jnp.clip(old["tau"] - rate * m, tau_min, tau_max)}
+
+  def apply(params, state, feats, batch, at):
+    zimg, ztxt = feats["zimg"], feats["ztxt"]
+    rate = schedules.eta(eta_schedule, eta, eta_min, over, eta_decay, at)
+    old = gcl.recall(state, batch)
+    taus = gcl.each(lambda x: x["tau"], old)
+    log_g, top = gcl.means(zimg, ztxt, taus)
+    state, now = _visit(state, batch, old, log_g, top, gamma, variant)
+    log_u = gcl.each(lambda x: x["log_u"], now)
+    log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
+    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g)
+    step = functools.partial(moved, rate, robust(at))
+    new = gcl.each(step, old, log_u, jax.lax.stop_gradient(pulls))
+    state, _ = gcl.update(state, batch, new)
+    loss = gcl.both(pulls)
+    objective = gcl.both(gcl.each(lambda t, u: t * (u + robust(at)), taus, log_u))
+    logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
+    logs["finite_state"] = gcl.sound(now, new)
+    return loss, (state, {"loss": loss, "objective": objective, "eta": rate, **logs})
+
+  return Loss(frozenset({"ids"}), init, apply)
+
+
+def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
+  """SogCLR between two views of a sample: https://arxiv.org/abs/2202.12387.
+
+  The views are what the two towers give, here one modality: an anchor's negatives are the other
+  samples in both views, 2 (B - 1) of them, and the views share one u, keyed by image_id. "loss" is
+  in units of similarity, not divided by tau.
+
+  Args:
+    tau: temperature, constant.
+    gamma: weight of the new value in the moving average of u; tune it in 0.1 to 0.99. A batch of
+      which nothing has been seen before uses 1.
+  """
+  config.above_zero("config.loss.sogclr_unimodal", tau=tau)
+  config.above_zero("config.loss.sogclr_unimodal", most=1.0, gamma=gamma)
+
+  def init(sizes):
+    return {}, {"log_u": tables.make(sizes["image"], -math.inf)}
+
+  def apply(params, state, feats, batch, at):
+    x, y = feats["zimg"], feats["ztxt"]
+    old = tables.read(state, batch["image_id"])["log_u"]
+    weight = jnp.where(jnp.isneginf(old).all(), 1.0, gamma)
+    log_u = {k: gcl.average(old, v, weight, None) for k, v in _view_means(x, y, tau).items()}
+    mean = jnp.logaddexp(log_u["x"], log_u["y"]) - math.log(2)
+    state, _ = tables.write(state, batch["image_id"], {"log_u": mean})
+
+    def tile(row, col, shared):
+      other = ~pairwise.same(row, col)
+
+      def pulled(name, s, of):
+        w = jnp.where(other, jnp.exp(s / tau - of), 0)
+        return {name: jax.lax.stop_gradient(w) * s}
+
+      xy, xx, yy = _view_products(row, col)
+      return (
+        pulled("xy", xy, row["x_log_u"][:, None])
+        | pulled("yx", xy, col["y_log_u"][None, :])
+        | pulled("xx", xx, row["x_log_u"][:, None])
+        | pulled("yy", yy, row["y_log_u"][:, None])
+      )
+
+    views = {"x": x, "y": y, **{f"{k}_log_u": u for k, u in log_u.items()}}
+    b = len(x)
+    fixed = ("x_log_u", "y_log_u")
+    pull = pairwise.total(tile, views, views, fixed=fixed) / (2 * b * (b - 1))
+    loss = pull - 2 * pairwise.paired(x, y).mean()
+    return loss, (state, {"loss": loss})
+
+  return Loss(frozenset({"ids"}), init, apply)
+
+
+def _view_products(row: Any, col: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Between the views, and within each."""
+  xy, xx, yy = (pairwise.products(row[a], col[b]) for a, b in ("xy", "xx", "yy"))
+  return xy, xx, yy
+
+
+def _view_means(x: jax.Array, y: jax.Array, tau: float) -> dict[str, jax.Array]:
+  """log g of the anchors of each view; not differentiated."""
+  views = jax.lax.stop_gradient({"x": x, "y": y})
+
+  def tile(row, col, shared):
+    other = ~pairwise.same(row, col)
+    xy, xx, yy = (jnp.where(other, s / tau, -jnp.inf) for s in _view_products(row, col))
+    return {"xy": xy, "yx": xy, "xx": xx, "yy": yy}
+
+  found = pairwise.reduce(
+    tile, views, views, outputs=dict(xy="row_lse", yx="col_lse", xx="row_lse", yy="row_lse")
+  )
+  others = math.log(2 * (len(x) - 1))
+  return {
+    "x": jnp.logaddexp(found["xy"], found["xx"]) - others,
+    "y": jnp.logaddexp(found["yx"], found["yy"]) - others,
+  }
+
+
+def _checked(name: str, variant: str, gamma: float, eps: float | None) -> float:
+  """The variant's eps, or the given one."""
+  config.known(f"config.loss.{name}.variant", variant, VARIANTS)
+  config.above_zero(f"config.loss.{name}", most=1.0, gamma=gamma)
+  if eps is None:
+    return RELEASED_EPS if variant == "released" else 0.0
+  return eps
+
+
+def _visit(
+  state: Any,
+  batch: Mapping[str, jax.Array],
+  old: Any,
+  log_g: gcl.Anchors,
+  top: gcl.Anchors,
+  gamma: float,
+  variant: str,
+) -> tuple[Any, Any]:
+  """Averages the batch into u, and into b where there is one; returns the state and what every
+  occurrence of an id sees from then on, that of its last."""
+  positive = -math.log(len(log_g["img"]) - 1)  # log of exp(0) / (B - 1)
+
+  def visited(old, log_g, top):
+    if variant == "released":
+      new = {"log_u": gcl.average(old["log_u"], jnp.logaddexp(log_g, positive), gamma, None)}
+    else:
+      fresh = jnp.isneginf(old["log_u"])
+      new = {"log_u": gcl.average(old["log_u"], log_g, gamma, fresh)}
+    return new | ({"b": jnp.maximum(old["b"], top)} if "b" in old else {})
+
+  return gcl.update(state, batch, gcl.each(visited, old, log_g, top))

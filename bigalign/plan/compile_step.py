@@ -1,0 +1,267 @@
+"""The train step of a config compiled for a pod that nobody holds: does it fit, and what it moves.
+
+Shapes stand for all arrays, so that nothing is read but the config, and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bigalign import batches, inputs, sharding, stages, tree
+from bigalign import config as configs
+from bigalign import state as states
+from bigalign.data.loader.pairs import stored_sides
+from bigalign.data.loader.training import CAPTIONS_PER_IMAGE
+from bigalign.losses import check_needs, remembers
+from bigalign.model import provided
+from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, topologies
+from bigalign.projectors import READ_TOKENS
+from bigalign.run import flops, runtime
+from bigalign.step import jitted
+from bigalign.weights import init as beginnings
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+_TOO_MUCH = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+_WORDS = ("init", "fresh", "drop")  # what config.model says of checkpoints
+
+
+class Step(NamedTuple):
+  """A train step to compile: traced, with the shapes and places of its arguments."""
+
+  traced: Any
+  program: states.Program
+  mesh: jax.sharding.Mesh
+  state: states.State
+  batch: dict[str, Any]
+  stage: stages.Stage
+
+
+def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: int = -1) -> Step:
+  """The step of a config for a topology; arguments and errors as of `measure`."""
+  config = {**config, "model": model_options(config["model"])}
+  configs.choose(chips.CHIPS, chips.kind(topology), "--topology")
+  runtime.for_tpu(chips.kind(topology))
+  held = topologies.devices(topology)
+  mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
+  course = stages.split(config, dataset_size=samples)
+  batches.check_stored(course)
+  chosen = course[stage]
+  program = states.make_program(
+    **config,
+    dataset_size=samples,
+    captions_per_image=config["data"].get("captions_per_image", CAPTIONS_PER_IMAGE),
+  )
+  if not samples and remembers(program.loss, program.sizes):
+    raise ValueError(
+      f"config.loss={[*config['loss']]} remembers the samples of a dataset; tell how"
+      " many they are: --samples=400000000"
+    )
+  check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
+  own = states.of_stage(program, chosen, mesh)
+  shapes, places = states.layout(program, mesh, config.get("rules", sharding.RULES))
+  state = jax.tree.map(_placed, shapes, places)
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  batch = {name: _placed(x, rows) for name, x in shapes_of_batch(chosen.config, own).items()}
+  seen = _placed(jax.ShapeDtypeStruct((2,), jnp.float32), whole)
+  with jax.set_mesh(mesh), stages.named(chosen):
+    traced = jitted(own, places, mesh).trace(state, batch, seen)
+  return Step(traced, own, mesh, state, batch, chosen)
+
+
+def measure(
+  config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: int = -1
+) -> dict[str, Any]:
+  """What the step of a config needs on each device of a topology; bytes, and plain numbers.
+
+  Args:
+    config: as `bigalign train` takes it.
+    topology: a TPU slice, or several of them: "v5e:16x16", "v5e:16x16*2".
+    samples: of the dataset, for durations in epochs and losses that remember samples.
+    stage: which of the config's stages; the last is the config itself.
+
+  Returns:
+    "fits"; if not, "required_bytes_per_chip" and "available_bytes_per_chip", where the compiler
+    tells them. If it fits, "peak_bytes_per_chip", "memory_bytes_per_chip" by kind and what moves.
+
+  Raises:
+    ValueError: for a mesh that is not the topology, a batch that does not divide over it, an
+      unknown topology; each says what would work.
+  """
+  step = trace(config, topology, samples=samples, stage=stage)
+  program, mesh, config = step.program, step.mesh, step.stage.config
+  towers = {side: getattr(program.model, f"{side}_tower") for side in ("image", "text")}
+  with jax.set_mesh(mesh):
+    lowered = step.traced.lower()
+    found: dict[str, Any] = {
+      "topology": topology,
+      "device_kind": mesh.devices.flat[0].device_kind,
+      "peak_flops_per_second": flops.peak(mesh.devices.flat[0]),
+      "devices": mesh.size,
+      "mesh": dict(mesh.shape),
+      "stage": step.stage.number,
+      "image_size": config["data"]["image_size"],
+      "text_length": config["data"]["tokenizer"]["length"],
+      "batch_size": config["batch_size"],
+      "batch_per_chip": config["batch_size"] / mesh.size,
+      "microbatches": program.microbatches,
+      "remat": {side: getattr(tower, "remat", "none") for side, tower in towers.items()},
+      "first_step": step.stage.begin,
+      "total_steps": step.stage.end - step.stage.begin,
+      "parameters": sum(x.size for x in {**step.state.trainable, **step.state.frozen}.values()),
+      "trainable": sum(x.size for x in step.state.trainable.values()),
+      "not_checked": _not_checked(program, config),
+      "flops_per_chip": flops.of_jaxpr(step.traced.jaxpr) / mesh.size,
+      "program_lines": lowered.as_text().count("\n"),
+    }
+    begin = time.perf_counter()
+    try:
+      compiled = topologies.compiled(lowered)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return {**found, "fits": False, **_required(str(error)), **_held(step)}
+    found["compile_seconds"] = time.perf_counter() - begin
+  return {
+    **found,
+    "fits": True,
+    **_held(step, compiled.memory_analysis()),
+    **_moved(compiled.as_text()),
+    **_loss(config, step),
+  }
+
+
+def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
+  """config.model with what its checkpoints say; where they are not on this machine, with the sizes
+  that stand beside `init`."""
+  try:
+    return beginnings.options(given)
+  except (FileNotFoundError, KeyError) as error:
+    model = {
+      k: {o: x for o, x in v.items() if o not in _WORDS} if isinstance(v, Mapping) else v
+      for k, v in given.items()
+      if k not in _WORDS
+    }
+    if any("name" not in model.get(side, {}) for side in ("image", "text")):
+      raise ValueError(
+        "config.model begins from a checkpoint that is not here, and does not say its sizes; write"
+        " them beside `init`, name= among them, or bring its config.json (no weights are read):"
+        f" {error}"
+      ) from error
+    return model
+
+
+def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def shapes_of_batch(config: Mapping[str, Any], program: states.Program) -> dict[str, Any]:
+  """Shapes of a global batch; of vectors, as wide as the towers make them, if there are stores."""
+  spec = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
+  stored = stored_sides(config["data"].get("stores"))
+  if not stored:
+    return spec
+  inside = {"image": ("image",), "text": ("text", "text_mask")}
+  params = jax.eval_shape(lambda: states.init_params(program, jax.random.key(0)))
+  variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+  for side in stored:
+    tokens = isinstance(getattr(program.model, f"{side}_projector"), READ_TOKENS)
+    method = f"{'with_tokens' if tokens else 'pooled'}_{side}"
+    row = jax.eval_shape(
+      lambda v, *x, method=method: program.model.apply(v, *x, method=method),
+      variables,
+      *(spec[name] for name in inside[side]),
+    )
+    of = {side} | ({"text_second"} & spec.keys() if side == "text" else set())
+    spec |= dict.fromkeys(of, jax.ShapeDtypeStruct(row.shape, jnp.float16))
+  if "text" in stored:
+    seen = jax.ShapeDtypeStruct((config["batch_size"], 1), jnp.bool_)
+    spec |= {name: seen for name in spec if name.endswith("_mask")}
+  return spec
+
+
+def _not_checked(program: states.Program, config: Mapping[str, Any]) -> str:
+  """What only a machine with the files can check: whether the tokenizer fits the text tower."""
+  try:
+    inputs.check_tokenizer(program.model.text_tower, config["data"]["tokenizer"])
+  except (OSError, KeyError, ImportError) as error:
+    return f"config.data.tokenizer against config.model.text: {error}"
+  return ""
+
+
+def _required(error: str) -> dict[str, Any]:
+  """What the compiler says that it would need, and has."""
+  said = _TOO_MUCH.search(error)
+  sizes = said.groups() if said else ()
+  required, available = (
+    (round(float(n) * _UNITS[unit]) for n, unit in zip(sizes[::2], sizes[1::2]))
+    if said
+    else (None, None)
+  )
+  return {
+    "required_bytes_per_chip": required,
+    "available_bytes_per_chip": available,
+    "compiler": error.splitlines()[0],
+  }
+
+
+def _held(step: Step, memory: Any = None) -> dict[str, Any]:
+  """Bytes of one device by what they are for; with `memory` also those of the compiled program."""
+
+  def size(arrays: Any) -> int:
+    return sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays)
+    )
+
+  state = step.state
+  kinds = {
+    "parameters": size((state.trainable, state.frozen)),
+    "optimizer": size(state.opt),
+    "averages": size(state.ema),
+    "loss_state": size(state.loss),
+    "batch": size(step.batch),
+  }
+  if memory is None:
+    return {"memory_bytes_per_chip": kinds}
+  # Not memory.peak_memory_in_bytes, which counts what lies in the chip's own small memory too.
+  kinds["layout"] = memory.argument_size_in_bytes - sum(kinds.values())
+  kinds["activations"] = memory.temp_size_in_bytes
+  kinds["results"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  kinds["code"] = memory.generated_code_size_in_bytes
+  return {"peak_bytes_per_chip": sum(kinds.values()), "memory_bytes_per_chip": kinds}
+
+
+def _moved(text: str) -> dict[str, Any]:
+  return {
+    "memory_traffic_bytes_per_chip": hlo_memory.traffic(text),
+    "collectives": {
+      kind: {"runs": x.runs, "bytes": x.bytes, "asynchronous_bytes": x.hidden}
+      for kind, x in hlo_collectives.collectives(text).items()
+    },
+  }
+
+
+def _loss(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
+  """Temporaries of the losses when they are compiled alone: what of a step's they can explain."""
+  engine, sizes = step.program.logits, step.program.sizes
+  alone = [
+    loss_costs.measure(
+      name,
+      engine.way,
+      step.mesh,
+      batch=config["batch_size"],
+      width=sizes["embed"],
+      samples=sizes["image"],
+      dtype=engine.dtype,
+      options={k: v for k, v in options.items() if k != "weight"},
+    )
+    for name, options in config["loss"].items()
+  ]
+  return {"loss_alone_bytes_per_chip": max(x["temporary_bytes"] for x in alone)}

@@ -1,0 +1,162 @@
+"""What a compiled program reads from and writes to the memory of its device, read from its HLO.
+
+Each instruction of the entry and of the loops' bodies reads its operands and writes its result,
+but for what lies in the chip's own memory, S(1); what is fused with it moves nothing. A slice is
+read or written as a slice, also inside a fusion. A loop counts as often as it turns.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from bigalign.plan import hlo_collectives
+
+_LINE = re.compile(r"^  (ROOT )?%([\w.\-]+) = (.*?[\])}]) ([a-z][a-z\-]*)\((.*?)\)(?:, |$)(.*)")
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_MOVES_NOTHING = {
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "optimization-barrier",
+}
+
+
+class Instruction(NamedTuple):
+  """One line of HLO; `size` is that of its arrays in the device's memory."""
+
+  op: str
+  size: float
+  whole: float  # wherever it lies
+  operands: tuple[str, ...]
+  calls: str
+  result: str
+
+
+def traffic(text: str) -> float:
+  """Bytes that one device moves to and from its memory in a run of `compiled.as_text()`."""
+  programs, roots = _read(text)
+  inside = {x.calls for program in programs.values() for x in program.values() if x.op == "fusion"}
+  return sum(
+    n * sum(_moved(programs, roots, name, x) for x in programs[name].values())
+    for name, n in hlo_collectives.runs(text).items()
+    if name not in inside
+  )
+
+
+def _read(text: str) -> tuple[dict[str, dict[str, Instruction]], dict[str, str]]:
+  """{computation: {name: Instruction}}, {computation: name of its root}."""
+  programs: dict[str, dict[str, Instruction]] = {}
+  roots: dict[str, str] = {}
+  name = ""
+  for line in text.splitlines():
+    if head := hlo_collectives.COMPUTATION.match(line):
+      name = head.group(1)
+      programs[name] = {}
+    elif name and (found := _LINE.match(line)):
+      root, own, result, op, inside, rest = found.groups()
+      calls = _CALLS.search(rest)
+      programs[name][own] = Instruction(
+        op,
+        _size(result, "S(1)"),
+        _size(result),
+        tuple(_OPERAND.findall(inside)),
+        calls.group(1) if calls else "",
+        inside if op == "parameter" else result,
+      )
+      if root:
+        roots[name] = own
+  return programs, roots
+
+
+def _size(arrays: str, without: str = "nothing") -> float:
+  found = _ARRAY.findall(arrays)
+  return sum(
+    hlo_collectives.size(dtype, dims) for dtype, dims, layout in found if without not in layout
+  )
+
+
+def _moved(
+  programs: dict[str, dict[str, Instruction]], roots: dict[str, str], name: str, x: Instruction
+) -> float:
+  """Bytes that one instruction of computation `name` reads and writes."""
+  if x.op in _MOVES_NOTHING or x.op.endswith("-done") or not x.operands:
+    return 0.0
+  around = programs[name]
+  if x.op in ("copy-start", "slice-start"):  # its result holds the operand too
+    both = _ARRAY.findall(x.result)[:2]
+    dtype, dims, _ = both[0 if x.op == "copy-start" else 1]
+    return hlo_collectives.size(dtype, dims) * sum("S(1)" not in layout for _, _, layout in both)
+  if x.op == "fusion" and x.calls in programs:
+    return _fused(programs, roots, around, x)
+  read = sum(around[y].size for y in x.operands if y in around)
+  return _part(x, around, read) + (x.size if x.op != "dynamic-update-slice" else 0.0)
+
+
+def _part(x: Instruction, around: dict[str, Instruction], read: float) -> float:
+  """What a slice, or the update of one, moves; `read` for any other."""
+  if x.op in ("dynamic-slice", "slice", "gather"):
+    return x.whole if around[x.operands[0]].size else 0.0
+  if x.op == "dynamic-update-slice":
+    return around[x.operands[1]].whole if x.size else 0.0
+  return read
+
+
+def _fused(
+  programs: dict[str, dict[str, Instruction]],
+  roots: dict[str, str],
+  around: dict[str, Instruction],
+  x: Instruction,
+) -> float:
+  """Reads and writes of a fusion: of its operands what it uses, of its result what it changes."""
+  read = sum(
+    min(around[operand].size, _used(programs, x.calls, i))
+    for i, operand in enumerate(x.operands)
+    if operand in around and around[operand].size
+  )
+  return read + min(x.size, _changed(programs, roots, x.calls))
+
+
+def _used(programs: dict[str, dict[str, Instruction]], name: str, index: int) -> float:
+  """Bytes of its parameter number `index` that a fused computation reads."""
+  inside = programs[name]
+  ours = next((k for k, x in inside.items() if x.op == "parameter" and x.result == str(index)), "")
+  total = 0.0
+  for x in inside.values():
+    for i, operand in enumerate(x.operands):
+      if operand != ours:
+        continue
+      if x.op in ("dynamic-slice", "slice", "gather") and i == 0:
+        total += x.whole
+      elif x.op == "fusion" and x.calls in programs:
+        total += _used(programs, x.calls, i)
+      elif not (x.op == "dynamic-update-slice" and i == 0):  # written in place
+        total += inside[ours].whole
+  return total
+
+
+def _changed(
+  programs: dict[str, dict[str, Instruction]], roots: dict[str, str], name: str, of: str = ""
+) -> float:
+  """Bytes of a fused computation's result that it writes; `of` one of its instructions."""
+  inside = programs[name]
+  x = inside[of or roots[name]]
+  if x.op == "tuple":
+    return sum(_changed(programs, roots, name, y) for y in x.operands)
+  if x.op == "dynamic-update-slice":
+    return inside[x.operands[1]].whole
+  if x.op == "bitcast":
+    return _changed(programs, roots, name, x.operands[0])
+  if x.op == "fusion" and x.calls in programs:
+    return _changed(programs, roots, x.calls)
+  return x.whole

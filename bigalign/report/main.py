@@ -1,0 +1,145 @@
+"""One page of a run, with pictures, that needs no network: bigalign report runs/quickstart."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import string
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import jax
+import numpy as np
+
+from bigalign.data.loader import evaluation
+from bigalign.data.sources.base import open_source
+from bigalign.data.text.captions import names
+from bigalign.evals.chance import chance
+from bigalign.evals.embed import Context, EvalData, embedder, to_host
+from bigalign.evaluate import Run, open_run
+from bigalign.report import sections as html
+from bigalign.report.sections import Pairs, Rows
+from bigalign.run import runtime
+from bigalign.run.metrics import read_metrics
+
+FILE = "report.html"
+SAMPLES = 512  # held-out pairs that are embedded for the pictures
+
+
+class _Picked:
+  """Some samples of a source, with one caption each: its first, or the name of its class."""
+
+  def __init__(self, source: Any, indices: np.ndarray):
+    self._source, self._indices = source, indices
+    self._names = getattr(source, "classnames", ())
+    self.fingerprint = source.fingerprint
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    record = self._source[int(self._indices[i])]
+    captions = record["captions"] or tuple(self._names[record["label"] :][:1])
+    return {**record, "captions": captions[:1]}
+
+
+def held_out(config: Mapping[str, Any]) -> tuple[str, Sequence[str] | None, str]:
+  """(source, caption fields, words for the reader) of what the config evaluates on."""
+  for name, options in (config["evals"] or {}).items():
+    fields = options.get("fields") or names(config["data"].get("captions"))
+    if options["type"] == "glyphs":
+      split = options.get("split", "heldout")
+      return f"glyphs:{split}", None, "pictures of characters that training shows in no font"
+    if options["type"] in ("retrieval", "zeroshot"):
+      return options["source"], fields, f"held-out samples of config.evals.{name}"
+  fields = names(config["data"].get("captions"))
+  source = config["data"].get("source") or config["data"]["mixture"][0]["source"]
+  return source, fields, "TRAINING samples: the config evaluates on nothing"
+
+
+def embed_pairs(run: Run) -> Pairs:
+  """Up to SAMPLES pairs, spread evenly over what the run's config evaluates on."""
+  spec, fields, where = held_out(run.config)
+  source = open_source(spec, captions=fields)
+  picked = _Picked(source, np.linspace(0, len(source) - 1, min(SAMPLES, len(source))).astype(int))
+  size = len(jax.devices()) * 16
+  data = run.config["data"]
+  options = {name: data[name] for name in ("image_size", "tokenizer", "resize") if name in data}
+  batches = list(
+    evaluation.eval_batches(picked, batch_size=size, rows=np.arange(size), captions=1, **options)
+  )
+  context = Context("report", mesh=run.mesh, data=data, **run.embed)
+  with jax.set_mesh(run.mesh):
+    embedded = embedder(context, EvalData(picked, size, lambda: batches))(run.ema or run.params)
+  valid = to_host(embedded.valid & embedded.texts_valid[:, :, 0]).reshape(-1)
+  kept = np.flatnonzero(valid)
+  if len(kept) < 2:
+    raise ValueError(
+      f"{spec!r}: only {len(kept)} of {len(picked)} samples can be used; the log tells why"
+    )
+  images = np.concatenate([batch["image"] for batch in batches])[kept]
+  zimg = to_host(embedded.zimg).reshape(len(valid), -1)[kept]
+  ztxt = to_host(embedded.ztxt).reshape(len(valid), -1)[kept]
+  captions = [picked[int(i)]["captions"][0] for i in kept]
+  return Pairs(f"{len(kept)} {where}", images, captions, zimg, ztxt)
+
+
+def page(run: Run, rows: Rows, pairs: Pairs) -> str:
+  """The whole page; nothing in it points outside."""
+  values = html.final(rows)
+  guess = chance(values)
+  body = "\n".join(
+    (
+      html.header(run, rows),
+      html.headline(values, guess),
+      html.learning(rows, guess),
+      html.geometry(pairs),
+      html.retrieval(pairs),
+      html.throughput(rows),
+      html.everything(rows, values, guess),
+      html.details(run),
+      f"<footer>bigalign {escape(run.meta['versions']['bigalign'])} · {escape(str(run.workdir))}"
+      "</footer>",
+    )
+  )
+  template = pathlib.Path(__file__).with_name("template.html").read_text(encoding="utf-8")
+  return string.Template(template).substitute(
+    title=escape(f"{run.workdir.name} · bigalign"), body=body
+  )
+
+
+def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.Path:
+  """Writes workdir/report.html and returns its path.
+
+  Raises:
+    FileNotFoundError: if the folder is no run, or has no such checkpoint or no metrics.jsonl.
+  """
+  run = open_run(workdir, step)
+  rows = [row for row in read_metrics(run.workdir) if row["step"] <= run.step]
+  path = run.workdir / FILE
+  path.write_text(page(run, rows, embed_pairs(run)), encoding="utf-8")
+  return path
+
+
+def main(argv: Sequence[str] | None = None) -> pathlib.Path:
+  """The program; prints the path of the page."""
+  parser = argparse.ArgumentParser(
+    prog="bigalign report", description="Makes one HTML page of a run, which needs no network."
+  )
+  parser.add_argument("run", help="the --workdir of a training run")
+  parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
+  args = parser.parse_args(argv)
+  runtime.setup()
+  path = report(args.run, args.step)
+  print(path)
+  return path
+
+
+def run() -> None:
+  """The program `bigalign report`."""
+  main()
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,315 @@
+"""The sections of a report as HTML; whatever comes from data or a config is escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bigalign import config as configs
+from bigalign import tree
+from bigalign.evaluate import Run
+from bigalign.report import figures
+from bigalign.run.metrics import WALL_CLOCK
+
+MATRIX = 48  # pairs in the similarity matrix
+SHOWN = 6  # best and worst retrievals, each way
+
+Rows = list[dict[str, int | float]]
+
+
+class Pairs(NamedTuple):
+  """Held-out pairs: images [N, S, S, 3], the N captions, their embeddings zimg, ztxt [N, E]."""
+
+  where: str
+  images: np.ndarray
+  captions: list[str]
+  zimg: np.ndarray
+  ztxt: np.ndarray
+
+
+def series(rows: Rows, name: str) -> figures.Series:
+  """Steps and values of one metric."""
+  found = [(row["step"], row[name]) for row in rows if name in row]
+  return [step for step, _ in found], [value for _, value in found]
+
+
+def final(rows: Rows) -> dict[str, float]:
+  """The last value of each evaluation metric."""
+  last: dict[str, float] = {}
+  for row in rows:
+    last |= {k: v for k, v in row.items() if not re.match(r"(train|perf)/|step$", k)}
+  return last
+
+
+# What the parts of a metric's name say to a reader.
+_WORDS = (
+  ("-zeroshot-val", " zero-shot"),
+  ("-unseen-", ": unseen characters-"),
+  ("-seen-", ": seen characters-"),
+  ("-all", " among all names"),
+  ("-heldout", " among held-out names"),
+  ("-letter", " among names of the same letter"),
+  ("image_to_text", "image to text"),
+  ("text_to_image", "text to image"),
+)
+
+
+def said(name: str) -> str:
+  """A metric's name for people: "val/coco/image_to_text_R@1" -> "coco · image to text R@1"."""
+  name = name.removeprefix("val/")
+  for part, words in _WORDS:
+    name = name.replace(part, words)
+  return re.sub("[-_](?=(top|R@)[0-9])", " ", name).replace("/", " · ")
+
+
+def groups(values: Mapping[str, float], guess: Mapping[str, float]) -> dict[str, dict[int, str]]:
+  """{what is measured: {k: name of its top-k or R@k}} where chance is known for the smallest k.
+
+  Without those of averaged parameters, which repeat the others.
+  """
+  found: dict[str, dict[int, str]] = {}
+  for name in values:
+    match = re.fullmatch(r"(.*?)[-_](?:top|R@)(\d+)", name)
+    if match and not name.startswith("ema/"):
+      found.setdefault(match[1], {})[int(match[2])] = name
+  return {what: names for what, names in found.items() if names[min(names)] in guess}
+
+
+def percent(x: float) -> str:
+  """A fraction with three digits that count: 0.462 -> 46.2, 0.00014 -> 0.014."""
+  x *= 100
+  return f"{x:.1f}" if x >= 1 or x == 0 else f"{x:.2g}"
+
+
+def header(run: Run, rows: Rows) -> str:
+  """Name of the run and the facts that identify it."""
+  speed = series(rows, "train/samples_per_second")[1]
+  facts = {
+    "step": f"{run.step:,}",
+    "samples seen": f"{run.meta['samples_seen']:,}",
+    "parameters": f"{sum(x.size for x in run.params.values()):,}",
+    "loss": " + ".join(run.config["loss"]),
+    "data": run.config["data"]["source"],
+    "revision": run.meta["revision"],
+  }
+  if speed:
+    facts["images/s"] = f"{np.median(speed):,.0f}"
+  told = "".join(f"<span>{escape(k)} <b>{escape(str(v))}</b></span>" for k, v in facts.items())
+  return f'<h1>{escape(run.workdir.name)}</h1><div class="facts">{told}</div>'
+
+
+def headline(values: Mapping[str, float], guess: Mapping[str, float]) -> str:
+  """A card per thing measured: the figure at the smallest k, chance beside it, the others below."""
+  cards = []
+  for what, names in groups(values, guess).items():
+    first, *others = [names[k] for k in sorted(names)]
+    value, by_chance = values[first], guess[first]
+    ratio = value / by_chance
+    times = f" · <b>{ratio:,.{0 if ratio > 10 else 1}f}× chance</b>" if ratio > 1.5 else ""
+    kind = re.search(r"(top|R@)\d+$", first)
+    rest = " · ".join(
+      f"{escape(re.sub(r'^.*[-_]', '', name))} {percent(values[name])} %" for name in others
+    )
+    cards.append(
+      f'<div class="card figure"><div class="label">{escape(said(what))}</div>'
+      f'<div class="value">{percent(value)}<small>% {kind[0] if kind else ""}</small></div>'
+      f'<div class="track"><i style="width:{100 * value:.2f}%"></i>'
+      f'<u style="left:{min(100 * by_chance, 99.5):.2f}%"></u></div>'
+      f'<div class="beside">chance {percent(by_chance)} %{times}</div>'
+      f'<div class="beside">{rest}</div></div>'
+    )
+  if not cards:
+    return ""
+  return (
+    "<h2>Result</h2><p>Final figures; the bar is the figure, the orange mark what guessing scores."
+    f'</p><div class="grid">{"".join(cards)}</div>'
+  )
+
+
+def learning(rows: Rows, guess: Mapping[str, float]) -> str:
+  """The curves: loss, evaluation, temperature, rate, norms."""
+  named = groups(final(rows), guess)
+  evaluated = {said(names[min(names)]): names[min(names)] for names in [*named.values()][:6]}
+  present = sorted({name for row in rows for name in row})
+  temperature = [name for name in present if name.endswith(("logit_scale", "/t"))]
+  drawn = []
+
+  def draw(title: str, names: Mapping[str, str], **options: Any) -> None:
+    lines = {label: series(rows, name) for label, name in names.items() if name in present}
+    if lines:
+      drawn.append(f'<div class="card">{figures.curves(lines, title=title, **options)}</div>')
+
+  draw("loss", {"loss": "train/loss"}, log=True)
+  draw(
+    "evaluation, dotted: chance",
+    evaluated,
+    percent=True,
+    levels={label: guess[name] for label, name in evaluated.items()},
+  )
+  draw("temperature, as the factor of the cosine", {name: name for name in temperature})
+  draw("learning rate", {"rate": "train/lr"})
+  draw("norm of the gradient", {"gradient": "train/grad_norm"}, log=True)
+  draw("images per second", {"images/s": "train/samples_per_second"})
+  return f'<h2>Learning</h2><div class="grid two">{"".join(drawn)}</div>' if drawn else ""
+
+
+def geometry(pairs: Pairs) -> str:
+  """The similarity matrix of a batch, and both modalities on the sphere with their gap."""
+  some = np.linspace(0, len(pairs.zimg) - 1, min(MATRIX, len(pairs.zimg))).astype(int)
+  sims = pairs.zimg @ pairs.ztxt.T
+  same = np.asarray(pairs.captions)[:, None] == np.asarray(pairs.captions)[None]
+  gap = float(np.linalg.norm(pairs.zimg.mean(0) - pairs.ztxt.mean(0)))
+  numbers = {
+    "modality gap: distance of the two means": f"{gap:.3f}",
+    "mean cosine of matching pairs": f"{sims[same].mean():.3f}",
+    "mean cosine of the others": f"{sims[~same].mean():.3f}" if (~same).any() else "–",
+  }
+  told = "".join(f"<div><b>{v}</b>{escape(k)}</div>" for k, v in numbers.items())
+  return (
+    f"<h2>Geometry</h2><p>{escape(pairs.where)}. Left, {len(some)} of them: a bright diagonal on a"
+    " dark ground is what the loss asks for. Right: both modalities in the plane of their joint"
+    " PCA, pairs joined by lines; the arrow is the gap between the two means.</p>"
+    f'<div class="numbers">{told}</div><div class="grid two">'
+    f'<div class="card">{figures.heatmap(sims[np.ix_(some, some)])}</div>'
+    f'<div class="card">{figures.sphere(pairs.zimg, pairs.ztxt)}</div></div>'
+  )
+
+
+def _image(pairs: Pairs, i: int) -> str:
+  small = ' class="small"' if pairs.images.shape[1] <= 64 else ""
+  caption = escape(pairs.captions[i], quote=True)
+  return f'<img{small} src="{figures.thumbnail(pairs.images[i])}" alt="{caption}">'
+
+
+def _image_card(pairs: Pairs, i: int, texts: list[str], sims: np.ndarray, rank: int) -> str:
+  lines = "".join(
+    f"<li{' class=hit' if texts[t] == pairs.captions[i] else ''}>"
+    f'<span class="mono">{sims[t]:.2f}</span><span>{escape(texts[t])}</span></li>'
+    for t in np.argsort(-sims, kind="stable")[:3]
+  )
+  return (
+    f'<div class="card pair">{_image(pairs, i)}<div><div class="caption">'
+    f'{escape(pairs.captions[i])}</div><div class="rank">its caption comes at rank {rank}</div>'
+    f"<ol>{lines}</ol></div></div>"
+  )
+
+
+def _text_card(pairs: Pairs, text: str, sims: np.ndarray, rank: int) -> str:
+  order = np.argsort(-sims, kind="stable")
+  right = [i for i in order if pairs.captions[i] == text][:1]
+  # The first five; where the right one is not among them, it takes the place of the last.
+  shown = order[:5] if rank <= 5 else [*order[:4], *right]
+  found = "".join(
+    f"<div{' class=hit' if pairs.captions[i] == text else ''}>{_image(pairs, int(i))}"
+    f"{sims[i]:.2f}</div>"
+    for i in shown
+  )
+  return (
+    f'<div class="card"><div class="caption">{escape(text)}</div>'
+    f'<div class="rank">its image comes at rank {rank}</div><div class="found">{found}</div></div>'
+  )
+
+
+def margins(sims: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """[Q, G] similarities and positives -> by query, own minus best other, and rank from 1."""
+  own = np.where(positive, sims, -np.inf).max(1)
+  others = np.where(positive, -np.inf, sims)
+  return own - others.max(1), 1 + (others > own[:, None]).sum(1)
+
+
+def retrieval(pairs: Pairs) -> str:
+  """Best and worst retrievals both ways; equal captions count as one."""
+  texts, first = np.unique(pairs.captions, return_index=True)
+  if len(texts) < 2:
+    return ""
+  names = [str(text) for text in texts]
+  sims = pairs.zimg @ pairs.ztxt[first].T
+  positive = np.asarray(pairs.captions)[:, None] == texts[None]
+  parts = [
+    f"<h2>Retrieval</h2><p>Among {escape(pairs.where)}, with {len(names)} different captions,"
+    " ordered by the rank of the right answer, then by its margin over the best wrong one. Right is"
+    " green, and stands last where it is not among the first.</p>"
+  ]
+  for way, scores, right in (
+    ("image to text", sims, positive),
+    ("text to image", sims.T, positive.T),
+  ):
+    margin, rank = margins(scores, right)
+    best = np.lexsort((-margin, rank))[:SHOWN]
+    worst = np.lexsort((margin, -rank))[:SHOWN]
+    for title, chosen in (("best", best), ("worst", worst)):
+      cards = [
+        _image_card(pairs, int(q), names, scores[q], int(rank[q]))
+        if way == "image to text"
+        else _text_card(pairs, names[q], scores[q], int(rank[q]))
+        for q in chosen
+      ]
+      parts.append(f'<h3>{way}, {title}</h3><div class="pairs">{"".join(cards)}</div>')
+  return "".join(parts)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
+  """An HTML table; all but the first column right-aligned if they are numbers."""
+
+  def line(cells: Sequence[str], tag: str) -> str:
+    return (
+      "<tr>"
+      + "".join(
+        f"<{tag}{' class=n' if numbers and i else ''}>{escape(str(cell))}</{tag}>"
+        for i, cell in enumerate(cells)
+      )
+      + "</tr>"
+    )
+
+  return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def throughput(rows: Rows) -> str:
+  """Medians over the run of what was timed."""
+  timed = sorted({name for row in rows for name in row if WALL_CLOCK(name)})
+  body = []
+  for name in timed:
+    values = series(rows, name)[1]
+    body.append((name, *(f"{x:,.4g}" for x in (np.median(values), min(values), max(values)))))
+  if not body:
+    return ""
+  return (
+    "<h2>Throughput</h2><p>Wall time between logs, without evaluation and saving.</p>"
+    f'<div class="card">{table(("metric", "median", "least", "most"), body, True)}</div>'
+  )
+
+
+def everything(rows: Rows, values: Mapping[str, float], guess: Mapping[str, float]) -> str:
+  """Every evaluation metric: at its first evaluation, at the last, by chance."""
+
+  def cell(x: float | None) -> str:
+    return "" if x is None else f"{x:.4f}" if isinstance(x, float) else f"{x:,}"
+
+  body = [
+    (name, cell(series(rows, name)[1][0]), cell(value), cell(guess.get(name)))
+    for name, value in values.items()
+  ]
+  if not body:
+    return ""
+  return (
+    "<h2>All evaluation metrics</h2>"
+    f'<div class="card">{table(("metric", "first", "last", "chance"), body, True)}</div>'
+  )
+
+
+def details(run: Run) -> str:
+  """Config, versions, revision, data."""
+  config = [(key, repr(value)) for key, value in tree.flatten(configs.plain(run.config)).items()]
+  code = {
+    "revision": run.meta["revision"],
+    "data fingerprint": run.meta["data"],
+    **run.meta["versions"],
+  }
+  return (
+    f'<h2>Config</h2><div class="card mono">{table(("key", "value"), config)}</div>'
+    f'<h2>Versions</h2><div class="card mono">{table(("what", "which"), [*code.items()])}</div>'
+  )

@@ -1,0 +1,1 @@
+"""What surrounds a run: devices, flags, folder, provenance, preemption, timing, metrics."""

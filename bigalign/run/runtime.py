@@ -1,0 +1,199 @@
+"""The machine under a program: flags of XLA, memory, the compilation cache, the other processes."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+from typing import Any
+from unittest import mock
+
+import jax
+from absl import logging
+from jax._src import distributed
+
+START_UP = 300  # seconds for all processes to come
+
+# Collectives overlap with computation.
+LIBTPU_INIT_ARGS = (
+  "--xla_tpu_enable_async_collective_fusion=true",
+  "--xla_tpu_overlap_compute_collective_tc=true",
+  "--xla_enable_async_all_gather=true",
+)
+# The compiler refuses it for every other kind.
+_V5E = ("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",)
+# What one kind of chip needs besides, by the first word of its accelerator type or topology.
+LIBTPU_INIT_ARGS_OF_KIND = {
+  "v5litepod": _V5E,
+  "v5e": _V5E,
+  # Three quarters of its 128 MiB of VMEM for one fusion; common practice, in no maker's manual.
+  "v6e": ("--xla_tpu_scoped_vmem_limit_kib=98304",),
+}
+# NVIDIA's own images set this one and no other, whatever the GPU:
+# https://docs.nvidia.com/jax-toolbox/environment-variables
+XLA_FLAGS_GPU = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
+XLA_FLAGS_DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
+
+
+PCI = "/sys/bus/pci/devices"
+GOOGLE = "0x1ae0"
+TPU_OF_PCI = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5litepod", "0x006f": "v6e"}
+
+
+def setup(
+  *,
+  deterministic: bool = False,
+  gpu_memory_fraction: float | None = None,
+  cache: str | None = "~/.cache/bigalign/xla",
+  debug_nans: bool = False,
+) -> None:
+  """Sets what must be set before the first device is touched; what the user has set stays.
+
+  Args:
+    deterministic: equal runs give equal bits on GPUs too (slower); CPUs and TPUs always do.
+    gpu_memory_fraction: share of each GPU's memory that is taken at the start; None: JAX's 0.75.
+    cache: folder of compiled programs, so that a second start does not compile; None for none.
+    debug_nans: stop at the operation that first makes a NaN (slow).
+  """
+  if _gpu():
+    flags = XLA_FLAGS_GPU + (XLA_FLAGS_DETERMINISTIC if deterministic else ())
+    _add_flags("XLA_FLAGS", flags)
+  if _tpu():
+    for_tpu(_tpu_kind())
+  taken = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
+  if gpu_memory_fraction is not None and not taken:
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gpu_memory_fraction)
+  if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  if debug_nans:
+    jax.config.update("jax_debug_nans", True)
+
+
+def for_tpu(kind: str) -> None:
+  """What libtpu is told, on the TPU or where it compiles for one; before it is loaded."""
+  _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS + LIBTPU_INIT_ARGS_OF_KIND.get(kind, ()))
+
+
+def connect(
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+  """Joins the other processes of the run; before any device is touched.
+
+  From the arguments (the flags --coordinator, --num_processes, --process_id), else from the
+  variables BIGALIGN_COORDINATOR ("host:port" of process 0), BIGALIGN_NUM_PROCESSES and
+  BIGALIGN_PROCESS_ID, else by itself on TPU pods and under Slurm; a single process needs nothing.
+
+  Raises:
+    ValueError: if only some of the three are given, or one is no number.
+  """
+  given = {
+    "coordinator": coordinator or os.environ.get("BIGALIGN_COORDINATOR") or None,
+    "num_processes": _number("num_processes", num_processes),
+    "process_id": _number("process_id", process_id),
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if not missing:
+    count, index = given["num_processes"], given["process_id"]
+    if not 0 <= index < count:  # type: ignore[operator]
+      raise ValueError(f"process_id {index} is not below num_processes {count}; they count from 0")
+    _initialize(coordinator_address=given["coordinator"], num_processes=count, process_id=index)
+  elif len(missing) < len(given):
+    names = [f"--{name} or BIGALIGN_{name.upper()}" for name in missing]
+    raise ValueError(f"a run of several processes also needs {', '.join(names)}")
+  elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _tpu():
+    _initialize()
+
+
+def _initialize(**given: Any) -> None:
+  """jax.distributed.initialize, which ends the program after START_UP seconds with the numbers of
+  the processes that have not come.
+
+  JAX gives that time to each process alone, which knows nothing of the others. Given to the service
+  with which all register, it makes the error that lists them.
+  """
+  service = distributed._jax.get_distributed_runtime_service
+  told = functools.partial(service, cluster_register_timeout=START_UP)
+  logging.info(
+    "Waiting up to %d s for the other processes; exit code 134 if some do not come:"
+    " see that each host runs the same command and reaches the coordinator",
+    START_UP,
+  )
+  with mock.patch.object(distributed._jax, "get_distributed_runtime_service", told):
+    jax.distributed.initialize(**given, initialization_timeout=START_UP + 30)
+
+
+def _number(name: str, value: int | None) -> int | None:
+  text = os.environ.get(f"BIGALIGN_{name.upper()}") or None
+  if value is not None or text is None:
+    return value
+  if not text.isdecimal():
+    raise ValueError(f"BIGALIGN_{name.upper()}={text!r} is no number")
+  return int(text)
+
+
+def _add_flags(variable: str, flags: tuple[str, ...]) -> None:
+  """Appends the flags whose name the variable does not hold yet."""
+  held = os.environ.get(variable, "")
+  new = [flag for flag in flags if flag.split("=")[0] not in held]
+  os.environ[variable] = " ".join([held, *new]).strip()
+
+
+def _platforms() -> str:
+  return os.environ.get("JAX_PLATFORMS", "")
+
+
+def _tpu() -> bool:
+  """A TPU host, from its devices and packages: asking JAX would start it."""
+  chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
+  has = bool(chips) and importlib.util.find_spec("libtpu") is not None
+  return has and ("tpu" in _platforms() or not _platforms())
+
+
+def _tpu_kind() -> str:
+  """From TPU_ACCELERATOR_TYPE ("v6e-8" is a "v6e"), else from the PCI bus; "" if unknown."""
+  named = os.environ.get("TPU_ACCELERATOR_TYPE", "").split("-")[0]
+  for vendor in [] if named else glob.glob(f"{PCI}/*/vendor"):
+    if pathlib.Path(vendor).read_text().strip() == GOOGLE:
+      named = TPU_OF_PCI.get(pathlib.Path(vendor).with_name("device").read_text().strip(), "")
+  return named
+
+
+def _gpu() -> bool:
+  has = any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
+  return has and (not _platforms() or "cuda" in _platforms() or "gpu" in _platforms())
+
+
+def versions() -> dict[str, str]:
+  """Installed versions of the packages that shape a run's numbers, pixels and tokens."""
+  packages = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "bigalign",
+    "pillow",
+    "simplejpeg",
+    "kornia-rs",
+    "tokenizers",
+    "sentencepiece",
+    "freetype-py",
+  )
+  return {name: importlib.metadata.version(name) for name in packages}
+
+
+def describe() -> dict[str, Any]:
+  """The devices of this run, for logs and reports."""
+  device = jax.devices()[0]
+  return {
+    "platform": device.platform,
+    "device_kind": device.device_kind,
+    "devices": jax.device_count(),
+    "processes": jax.process_count(),
+  }

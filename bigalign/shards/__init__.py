@@ -1,0 +1,1 @@
+"""Programs for shards: index, inspect, view, convert."""

@@ -1,0 +1,205 @@
+"""The sidecar index: what it costs, when it is refused, how it is built."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import pickle
+import resource
+import tarfile
+
+import numpy as np
+import pytest
+from helpers.small_shards import samples, write_tar
+
+from bigalign.data.sources.base import open_source
+from bigalign.data.tar import index, parse
+from bigalign.shards import index as program
+
+
+def _many(path: pathlib.Path, count: int) -> str:
+  """A shard of `count` tiny samples; written by hand, as tarfile needs seconds for 10,000."""
+  data = io.BytesIO()
+  with tarfile.open(fileobj=data, mode="w") as archive:
+    info = tarfile.TarInfo("000000.jpg")
+    info.size = 1
+    archive.addfile(info, io.BytesIO(b"x"))
+  header = bytearray(data.getvalue()[:512])
+  blocks = []
+  for i in range(count):
+    header[:6] = f"{i:06d}".encode()
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    blocks.append(bytes(header) + b"x".ljust(512, b"\0"))
+  path.write_bytes(b"".join(blocks) + bytes(1024))
+  return str(path)
+
+
+def test_four_bytes_a_sample(tmp_path):
+  path = _many(tmp_path / "00000.tar", 10_000)
+  part = index.index_shard(path, str(tmp_path))
+  index.merge(str(tmp_path), str(tmp_path))
+  assert part.entries == 10_001
+  assert (tmp_path / index.FILE).stat().st_size <= 4.01 * 10_000
+  found = index.Index(str(tmp_path / index.FILE))
+  assert [found.span(i) for i in (0, 9_999)] == [(0, 1024), (9_999 * 1024, 10_000 * 1024)]
+
+
+def test_an_index_beside_the_shards_is_used_and_never_written(tmp_path):
+  folder = str(tmp_path)
+  paths = [write_tar(tmp_path / f"{i}.tar", samples(10 * i, 3)) for i in range(3)]
+  for path in reversed(paths):
+    index.index_shard(path, folder)
+  index.merge(folder, folder)
+  before = (tmp_path / index.FILE).read_bytes()
+  source = open_source(f"{folder}/{{1,0}}.tar")
+  assert [source[i]["captions"][0] for i in range(6)] == [
+    f"picture number {i}" for i in (10, 11, 12, 0, 1, 2)
+  ]
+  assert not os.path.exists(index.home(folder))
+  write_tar(tmp_path / "3.tar", samples(30, 3))
+  with pytest.raises(ValueError, match=r"1 of 4 shards in .* the first: 3\.tar.*bigalign index '"):
+    open_source(f"{folder}/*.tar")
+  assert (tmp_path / index.FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("old", ["incomplete", "stale"])
+def test_an_old_index_beside_shards_that_cannot_be_written_is_no_dead_end(
+  tmp_path, monkeypatch, capsys, old
+):
+  """What the error says to do helps: the index in the other place is the one that is used."""
+  folder, access = str(tmp_path / "data"), os.access
+  pattern = f"{folder}/*.tar"
+  path = write_tar(tmp_path / "data" / "0.tar", samples(0, 3))
+  assert program.main([pattern, "--workers=1"]) == 0
+  write_tar(
+    tmp_path / "data" / "1.tar" if old == "incomplete" else pathlib.Path(path), samples(10, 4)
+  )
+  monkeypatch.setattr(os, "access", lambda where, mode: where != folder and access(where, mode))
+  with pytest.raises((ValueError, OSError), match=r"bigalign index '"):
+    open_source(pattern)
+  out = str(tmp_path / "out")
+  for place in ([], [f"--out={out}"]):
+    monkeypatch.setenv("BIGALIGN_INDEX", out if place else str(tmp_path / "cache"))
+    assert program.main([pattern, "--workers=1", *place]) == 0
+    assert index.home(folder) in capsys.readouterr().out
+    source = open_source(pattern)
+    assert len(source) == (7 if old == "incomplete" else 4)
+    assert source[len(source) - 1]["captions"] == ("picture number 13",)
+  assert index.Index(os.path.join(folder, index.FILE)).names == ["0.tar"]  # as it was
+
+
+def test_the_index_beside_the_shards_goes_before_one_that_is_as_good(tmp_path):
+  folder = str(tmp_path)
+  path = write_tar(tmp_path / "0.tar", samples(0, 3))
+  for place in (folder, index.home(folder)):
+    index.index_shard(path, place)
+    index.merge(folder, place)
+  assert open_source(path).shards.place(0) == folder
+
+
+def test_opening_indexes_what_is_small_once(tmp_path, monkeypatch):
+  write_tar(tmp_path / "0.tar", samples(0, 3))
+  first = open_source(f"{tmp_path}/0.tar")
+  assert os.listdir(tmp_path) == ["0.tar"]  # the folder of the data stays as it was
+  monkeypatch.setattr(parse, "scan", None)  # would fail if called
+  again = open_source(f"{tmp_path}/*.tar")
+  assert again[2] == first[2] and again.fingerprint == first.fingerprint
+  assert pickle.loads(pickle.dumps(again))[1] == first[1]
+
+
+def test_what_is_large_is_not_indexed_unasked(tmp_path, monkeypatch):
+  write_tar(tmp_path / "0.tar", samples(0, 3))
+  monkeypatch.setattr("bigalign.data.tar.shards.UNASKED", 1000)
+  with pytest.raises(ValueError, match=r"1 of 1 shards .*Build it, once: bigalign index .*0\.tar"):
+    open_source(f"{tmp_path}/0.tar")
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_a_stale_index_is_refused(tmp_path, change):
+  path = pathlib.Path(write_tar(tmp_path / "0.tar", samples(0, 3)))
+  open_source(str(path))
+  if change == "size":
+    path.write_bytes(path.read_bytes() + bytes(512))
+  else:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+  with pytest.raises(OSError, match=r"0\.tar: the shard changed .*index it again: bigalign index"):
+    open_source(str(path))
+
+
+def test_a_broken_index_says_so(tmp_path):
+  write_tar(tmp_path / "0.tar", samples(0, 3))
+  open_source(f"{tmp_path}/0.tar")
+  path = pathlib.Path(index.home(str(tmp_path))) / index.FILE
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(ValueError, match="not a whole index of this version"):
+    open_source(f"{tmp_path}/0.tar")
+
+
+def test_an_index_that_grows_is_still_that_of_its_shards(tmp_path):
+  folder = str(tmp_path)
+  path = write_tar(tmp_path / "1.tar", samples(0, 3))
+  source = open_source(path)
+  asleep = pickle.dumps(source)
+  write_tar(tmp_path / "0.tar", samples(5, 2))
+  open_source(f"{folder}/0.tar")  # adds to the same file, before 1.tar
+  assert source[0]["captions"] == ("picture number 0",)  # the old file is still open
+  assert pickle.loads(asleep)[0] == source[0]
+  write_tar(tmp_path / "1.tar", samples(0, 4))
+  index.index_shard(path, index.home(folder))
+  index.merge(folder, index.home(folder))
+  with pytest.raises(OSError, match="indexed again, and differ"):
+    pickle.loads(asleep)
+
+
+def test_merging_keeps_what_is_there_and_drops_what_is_not(tmp_path):
+  folder, place = str(tmp_path / "shards"), str(tmp_path / "place")
+  paths = [write_tar(tmp_path / "shards" / f"{i}.tar", samples(10 * i, 2 + i)) for i in range(4)]
+  for path in paths[:3]:
+    index.index_shard(path, place)
+  assert set(index.current(paths, place)) == set(paths[:3])  # parts of a build that was stopped
+  index.merge(folder, place)
+  os.unlink(paths[1])
+  index.index_shard(paths[3], place)
+  index.merge(folder, place)
+  found = index.Index(os.path.join(place, index.FILE))
+  assert found.names == ["0.tar", "2.tar", "3.tar"]
+  assert [found.part(row).entries - 1 for row in range(3)] == [2, 4, 5]
+  assert os.listdir(place) == [index.FILE]
+
+
+def test_more_parts_than_open_files(tmp_path):
+  folder = str(tmp_path)
+  write_tar(tmp_path / "000.tar", samples(0, 1))
+  for i in range(80):
+    if i:
+      os.link(tmp_path / "000.tar", tmp_path / f"{i:03d}.tar")
+    index.index_shard(f"{folder}/{i:03d}.tar", folder)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(
+    resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, limits[1])
+  )
+  try:
+    assert len(index.current([f"{folder}/{i:03d}.tar" for i in range(80)], folder)) == 80
+    index.merge(folder, folder)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+  assert len(open_source(f"{folder}/*.tar")) == 80
+
+
+def test_thousands_of_shards_need_no_look_at_each(tmp_path):
+  """What opening reads and holds grows with the shards."""
+  path = _many(tmp_path / "00000.tar", 1000)
+  part = index.index_shard(path, str(tmp_path))
+  starts = index.Index(str(tmp_path / index.PARTS / "00000.tar.index")).starts(0)
+  parts = [part._replace(name=f"{i:05d}.tar") for i in range(300)]
+  index._write(
+    str(tmp_path / index.FILE), parts, lambda file: file.write(np.tile(starts, 300).tobytes())
+  )
+  for i in range(1, 300):
+    os.link(path, tmp_path / f"{i:05d}.tar")
+  source = open_source(f"{tmp_path}/{{00000..00299}}.tar", captions=())
+  assert len(source) == 300_000
+  assert source[299_999]["key"] == "00299.tar/000999"
+  assert len(pickle.dumps(source)) < 300 * 300  # bytes

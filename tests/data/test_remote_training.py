@@ -1,0 +1,175 @@
+"""Training reads a store of objects as it reads a disk: equal batches, each byte fetched once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+
+import numpy as np
+import pytest
+from helpers.every_format import write_parquet
+from helpers.object_store_server import store
+from helpers.small_shards import picture, write_tar
+
+from bigalign.data.files import storage
+from bigalign.data.loader.evaluation import eval_batches
+from bigalign.data.loader.training import train_batches
+from bigalign.data.sources.base import open_source, where
+from bigalign.shards import index as program
+
+B, SHARDS, SAMPLES = 32, 3, 3072  # of a shard; an epoch is several times what an order holds
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+  """A folder of shards, and of their index."""
+  folder = tmp_path_factory.mktemp("store")
+  images = [picture(i) for i in range(16)]
+  for shard in range(SHARDS):
+    write_tar(
+      folder / f"{shard}.tar",
+      [
+        member
+        for i in range(SAMPLES)
+        for member in (
+          (f"{i:05d}.jpg", images[(i + shard) % 16]),
+          (f"{i:05d}.txt", f"{shard} {i}".encode()),
+        )
+      ],
+    )
+  assert program.main([f"{folder}/*.tar", f"--out={folder}", "--workers=1"]) == 0
+  return folder
+
+
+@pytest.fixture
+def served(shards, monkeypatch):
+  """The store of these shards, and the pattern to read them there."""
+  monkeypatch.setenv("BIGALIGN_INDEX", str(shards / "index"))
+  with store(shards) as server:
+    pattern = f"{server.url}/{{0..{SHARDS - 1}}}.tar"
+    assert program.main([pattern, f"--out={shards / 'index'}", "--workers=1"]) == 0
+    server.requests.clear()
+    yield server, pattern
+
+
+def epoch(pattern, *, stop=SHARDS * SAMPLES, **options):
+  """The batches of an epoch in the order of blocks."""
+  return contextlib.closing(
+    train_batches(
+      open_source(pattern),
+      batch_size=B,
+      rows=np.arange(B),
+      seed=1,
+      image_size=8,
+      kind="block",
+      tokenizer=dict(name="byte", length=16),
+      stop=stop,
+      **options,
+    )
+  )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_a_store_are_those_of_a_disk(shards, served, workers):
+  server, pattern = served
+  server.failures = [429, 503, 0, 500]  # also of the workers' first requests
+  seen = 0
+  with epoch(f"{shards}/*.tar") as local, epoch(pattern, workers=workers) as remote:
+    for found, wanted in zip(remote, local, strict=True):
+      assert found.keys() == wanted.keys()
+      assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+      seen += len(found["image"])
+  assert seen == SHARDS * SAMPLES and not server.failures
+  sent = sum(size for _, size in server.requests)
+  whole = sum(os.path.getsize(shards / f"{n}.tar") for n in range(SHARDS))
+  assert 0.99 * whole < sent <= 1.05 * whole
+
+
+class Announced:
+  """A source that wants to hear of samples a batch before they are read."""
+
+  fingerprint = "0"
+
+  def __init__(self, source):
+    self.source, self.soon = source, set()
+
+  def __len__(self):
+    return len(self.source)
+
+  def prefetch(self, ids, *, hold=0):
+    self.soon |= {*ids}
+
+  def __getitem__(self, i):
+    assert {i, min(i + B, len(self) - 1)} <= self.soon
+    return self.source[i]
+
+
+def test_evaluation_and_embedding_fetch_the_next_batch(shards):
+  options = dict(
+    batch_size=B,
+    rows=np.arange(B),
+    image_size=8,
+    start=SHARDS * SAMPLES - 5 * B,
+    tokenizer=dict(name="byte", length=16),
+  )
+  source = open_source(f"{shards}/*.tar")
+  with (
+    contextlib.closing(eval_batches(Announced(source), **options)) as remote,
+    contextlib.closing(eval_batches(source, images=False, **options)) as local,
+  ):
+    for found, wanted in zip(remote, local, strict=True):
+      assert found["valid"].all() and found["image"].any() and not wanted["image"].any()
+      texts = wanted.keys() - {"image"}
+      assert all(found[name].tobytes() == wanted[name].tobytes() for name in texts)
+
+
+def test_a_shard_that_goes_missing_ends_training_with_its_name(shards, served, monkeypatch):
+  monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+  server, pattern = served
+  with epoch(pattern) as batches:
+    next(batches)
+    server.failures = [404] * 10**4
+    with pytest.raises(FileNotFoundError, match=r"http://.*/\d\.tar: there is no such object"):
+      list(batches)
+
+
+def test_parquet_of_a_store_is_that_of_a_disk(tmp_path, monkeypatch):
+  """Each row group costs a request or two; what fails for a while is asked again."""
+  monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+  records = [dict(image=picture(i), captions=(f"picture {i}",), label=i % 3) for i in range(40)]
+  local = open_source(write_parquet(tmp_path, records, rows=5))
+  with store(tmp_path) as server:
+    server.failures = [429, 0, 503]
+    remote = open_source(f"{server.url}/{{0..1}}.parquet")
+    assert len(remote) == 40 and remote.block == local.block == 5
+    server.requests.clear()
+    server.failures = [500]
+    for i in range(40):
+      assert remote[i] == local[i]
+    sent = [name for name, size in server.requests if size]
+    assert 8 <= len(sent) <= 24 and {*sent} == {"0.parquet", "1.parquet"}
+    again = pickle.loads(pickle.dumps(remote))
+    assert again.fingerprint == remote.fingerprint and again[33] == local[33]
+    assert where(remote, 21) == (f"{server.url}/1.parquet", 1, 20)
+
+
+def test_parquet_of_a_store_that_is_gone_or_changed_is_named(tmp_path):
+  records = [dict(image=picture(i), captions=(f"picture {i}",), label=0) for i in range(20)]
+  write_parquet(tmp_path, records, files=1, rows=5)
+  with store(tmp_path) as server:
+    with pytest.raises(FileNotFoundError, match=r"/1.parquet: there is no such object"):
+      open_source(f"{server.url}/{{0..1}}.parquet")
+    remote = open_source(f"{server.url}/0.parquet")
+    write_parquet(tmp_path, records[::-1], files=1, rows=5)
+    with pytest.raises(storage.Changed, match=r"0.parquet: the shard changed"):
+      remote[3]
+    (tmp_path / "2.parquet").write_bytes(b"<html>no such page</html>")
+    with pytest.raises(ValueError, match=r"2.parquet: not a whole Parquet file: .*Fetch it again"):
+      open_source(f"{server.url}/2.parquet")
+
+
+@pytest.mark.parametrize("name", ["0.array_record", "train.tsv"])
+def test_what_is_read_from_disks_alone_says_so(name):
+  with pytest.raises(ValueError, match=r"from object stores \.tar and \.parquet are"):
+    open_source(f"http://127.0.0.1:9/{name}")

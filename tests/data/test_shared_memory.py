@@ -1,0 +1,116 @@
+"""Batches come out of slots as they went in, whether one is free or not, and nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+
+import numpy as np
+import pytest
+
+from bigalign.data.loader import shared_memory, workers
+
+SHARED = pathlib.Path("/dev/shm")
+
+
+class Counted:
+  """Batch k: arrays of every kind, one of them longer from `grown` on, made where a slot begins."""
+
+  def __init__(self, grown=1 << 60):
+    self._grown = grown
+
+  def __len__(self):
+    return 40
+
+  def __getitem__(self, k):
+    rng = np.random.default_rng(k)
+    image = shared_memory.empty((5, 7, 3 if k < self._grown else 30), np.uint8)
+    other = shared_memory.empty((2,), np.int16)  # one has the place already
+    image[...] = rng.integers(0, 256, image.shape, np.uint8)
+    other[...] = k
+    return dict(
+      mask=rng.random((5, 3)) < 0.5,
+      other=other,
+      image=image,
+      id=np.arange(k, k + 5),
+      none=np.zeros((0, 4), np.float32),
+      scalar=np.float32(k) * np.ones((), np.float32),
+      turned=rng.random((4, 6)).T,
+    )
+
+
+def assert_same(found, expected):
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    assert found[name].dtype == x.dtype and np.array_equal(found[name], x), name
+    assert found[name].flags.owndata and found[name].flags.writeable
+
+
+def test_slots_are_used_in_turn_and_a_full_row_is_passed_by():
+  sender, receiver = shared_memory.Sender(Counted()), shared_memory.Receiver()
+  sent = [sender[k] for k in range(shared_memory.SLOTS + 2)]
+  assert [isinstance(x, shared_memory.Packed) for x in sent] == [True] * shared_memory.SLOTS + [
+    False
+  ] * 2
+  for k, packed in enumerate(sent):
+    assert_same(receiver.unpack(packed), Counted()[k])
+  again = sender[9]
+  assert isinstance(again, shared_memory.Packed) and again.number == shared_memory.SLOTS
+  assert_same(receiver.unpack(again), Counted()[9])
+  memory = again.memory
+  receiver.close()
+  assert not (SHARED / memory).exists()
+
+
+def test_what_fits_into_no_slot_goes_the_other_way():
+  sender, receiver = shared_memory.Sender(Counted(grown=1)), shared_memory.Receiver()
+  assert isinstance(sender[0], shared_memory.Packed) and not isinstance(
+    sender[1], shared_memory.Packed
+  )
+  assert_same(receiver.unpack(sender[0]), Counted()[0])
+  receiver.close()
+
+
+def test_without_room_no_memory_is_taken(monkeypatch):
+  asked = []
+
+  def full(descriptor, first, size):
+    asked.append((pathlib.Path(f"/proc/self/fd/{descriptor}").resolve(), size))
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(shared_memory.os, "posix_fallocate", full)
+  sender = shared_memory.Sender(Counted())
+  assert_same(shared_memory.Receiver().unpack(sender[3]), Counted()[3])
+  assert_same(shared_memory.Receiver().unpack(sender[4]), Counted()[4])
+  assert len(asked) == 1 and not asked[0][0].exists(), "asked for once, and given back"
+
+
+@pytest.mark.parametrize("grown", [3, 1 << 60])
+def test_workers_send_every_batch_once_in_order_and_leave_nothing(grown):
+  with contextlib.closing(workers.iterate(Counted(grown), workers=2)) as batches:
+    found = list(batches)
+    used = [SHARED / name for name in batches._received._memories]
+    assert len(used) == 2
+  assert len(found) == 40
+  for k, batch in enumerate(found):
+    assert_same(batch, Counted(grown)[k])
+  assert not [path for path in used if path.exists()]
+
+
+def test_a_batch_that_fails_leaves_its_place_to_the_next():
+  class Failing(Counted):
+    def __getitem__(self, k):
+      if k == 1:
+        shared_memory.empty((5, 7, 3), np.uint8)[...] = 7
+        raise OSError("a disk that is full")
+      return super().__getitem__(k)
+
+  sender, receiver = shared_memory.Sender(Failing()), shared_memory.Receiver()
+  first = sender[0]
+  with pytest.raises(OSError, match="full"):
+    sender[1]
+  second = sender[2]
+  for k, packed in ((0, first), (2, second)):
+    assert_same(receiver.unpack(packed), Counted()[k])
+  assert shared_memory.empty((2, 2), np.uint8).flags.owndata, "nothing is sent now"
+  receiver.close()

@@ -1,0 +1,362 @@
+"""Embedding stores: what is written is found again, by id, whatever was killed in between."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from helpers.shipped import ROOT
+
+from bigalign.data.loader.pairs import Pairs, pair_batches
+from bigalign.data.stores import reader, writer
+from bigalign.data.stores.reader import Store
+
+HEADER = dict(side="image", width=3, dtype="float16", weights="abc")
+
+
+def vectors(ids, width=3):
+  """Rows that tell which sample they are of."""
+  return np.stack([(np.asarray(ids) % 1000).astype(np.float32) * (k + 1) for k in range(width)], 1)
+
+
+def write(
+  folder: pathlib.Path, ids, *, piece=4, texts=(), name="a", dtype="float16", parts=1, width=3
+):
+  """A store of samples with these ids; `texts` of them each, or one."""
+  writer.begin(folder, HEADER | dict(dtype=dtype, width=width))
+  ids = np.asarray(ids, np.uint64)
+  held = writer.claim(folder, name, len(ids), name, batch_size=piece, batches=1, write=True)
+  counts = np.asarray(texts) if len(texts) else np.ones(len(ids), int)
+  for n in range(held.next, -(-len(ids) // piece)):
+    own = np.arange(n * piece, min((n + 1) * piece, len(ids)))
+    for part in range(parts):
+      mine = np.repeat(own[part::parts], counts[own[part::parts]])
+      samples = np.stack([ids[mine], mine.astype(np.uint64) + np.uint64(held.place)], 1)
+      rows = vectors(ids[mine], width).astype(reader.DTYPES[dtype])
+      writer.write(folder, held.first + n, rows, samples, part=part, parts=parts)
+  writer.finish(folder, captions=len(texts) > 0)
+  return folder
+
+
+@pytest.mark.parametrize("dtype", reader.DTYPES)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_is_written_is_found_by_id(tmp_path, dtype, parts):
+  ids = np.random.default_rng(0).permutation(80)[:50] + 1
+  counts = np.arange(50) % 4  # some samples have no captions at all
+  found = Store(write(tmp_path / "s", ids, texts=counts, dtype=dtype, parts=parts))
+  assert len(found) == counts.sum() and found.dtype == reader.DTYPES[dtype]
+  first, count = pickle.loads(pickle.dumps(found)).find(ids.astype(np.uint64))
+  np.testing.assert_array_equal(count, counts)
+  for i, at, n in zip(ids, first, count):
+    rows = at + np.arange(n)
+    np.testing.assert_array_equal(found.read(rows).astype(np.float32), vectors([i] * n))
+    assert (found.samples(rows)[:, 0] == i).all()
+  assert (found.find(np.array([0, 777], np.uint64))[1] == 0).all()
+  with pytest.raises(IndexError, match=f"has {len(found)} rows; asked for 0 to {len(found)}"):
+    found.read(np.array([0, len(found)]))
+  assert list(found.verify()) == []
+
+
+def test_sorting_in_ranges_is_sorting(tmp_path, monkeypatch):
+  ids = np.random.default_rng(1).integers(0, 2**64, 500, np.uint64)
+  whole = Store(write(tmp_path / "a", ids))
+  monkeypatch.setattr(reader, "CHUNK", 16)
+  ranges = Store(write(tmp_path / "b", ids))
+  for name in ("ids", "rows"):
+    one, other = (np.load(next((tmp_path / x).glob(f"{name}-*.npy"))) for x in "ab")
+    np.testing.assert_array_equal(one, other)
+  assert ranges.ids == whole.ids
+  np.testing.assert_array_equal(np.concatenate([x for x, _ in ranges.sorted_ids()]), np.sort(ids))
+
+
+def test_another_source_is_appended(tmp_path):
+  write(tmp_path / "s", range(1, 11))
+  first = Store(tmp_path / "s")
+  found = Store(write(tmp_path / "s", range(20, 26), name="b"))
+  assert len(found) == 16 and first.fingerprint != found.fingerprint
+  rows, count = found.find(np.arange(20, 26, dtype=np.uint64))
+  assert (count == 1).all() and found.samples(rows)[:, 1].tolist() == list(range(10, 16))
+  with pytest.raises(ValueError, match=r"begun in batches of 4, .* now they would have 5"):
+    writer.claim(tmp_path / "s", "b", 6, "b", batch_size=5, batches=1, write=True)
+
+
+def test_a_reader_outlives_appends(tmp_path, monkeypatch):
+  """With room for two files, of which the index takes none."""
+  folder = write(tmp_path / "s", np.arange(12))
+  monkeypatch.setattr(reader, "OPEN", 2)
+  opened = Store(folder)
+  for n, name in enumerate("bcd"):
+    if n:
+      np.testing.assert_array_equal(opened.find(np.arange(12, dtype=np.uint64))[1], 1)
+    write(folder, np.arange(100 * (n + 1), 100 * (n + 1) + 9), name=name)
+    np.testing.assert_array_equal(opened.read(np.arange(12)), vectors(np.arange(12)))
+  assert len(list(folder.glob("ids-*.npy"))) == 2, "those of the store and of the one before"
+  assert len(Store(folder)) == 12 + 27 and len(opened) == 12
+
+
+def test_writers_are_told_what_a_header_needs(tmp_path):
+  with pytest.raises(ValueError, match=r"needs `dtype`, one of .* and `width`"):
+    writer.begin(tmp_path, dict(model="NV-Embed-v2"))
+  writer.begin(tmp_path, HEADER)
+  with pytest.raises(ValueError, match=r"of float16 and shape \(3,\); got float32 and \(3,\)"):
+    writer.write(tmp_path, 0, np.ones((2, 3), np.float32), np.ones((2, 2), np.uint64))
+
+
+def test_repeated_ids_are_refused_by_place(tmp_path):
+  with pytest.raises(
+    ValueError,
+    match=r"1 rows have the id of another sample, first samples 2 and"
+    r" 5.*config\.data\.mixture",
+  ):
+    write(tmp_path / "image", [1, 2, 7, 3, 4, 7])
+  with pytest.raises(ValueError, match="first samples 2 and 5"):
+    write(tmp_path / "text", [1, 2, 7, 3, 4, 7], texts=[1, 2, 2, 0, 1, 1])
+  with pytest.raises(FileNotFoundError, match="no store yet: run the same `bigalign embed` again"):
+    Store(tmp_path / "text")
+  with pytest.raises(FileNotFoundError, match="no embedding store"):
+    Store(tmp_path)
+
+
+def test_other_vectors_are_refused(tmp_path):
+  write(tmp_path / "s", range(8))
+  with pytest.raises(ValueError, match=r"made another way:\n  weights: 'abc' there, 'abd' here"):
+    writer.begin(tmp_path / "s", HEADER | dict(weights="abd"))
+
+
+def test_what_changed_on_the_disk_is_found(tmp_path):
+  folder = write(tmp_path / "s", range(1, 9))
+  path = folder / "00001.0-of-1.vectors.npy"
+  data = bytearray(path.read_bytes())
+  data[-3] ^= 4
+  path.write_bytes(data)
+  assert [str(path) in line for line in Store(folder).verify()] == [True]
+  array = np.load(path)
+  array[2] = np.nan
+  np.save(path, array)
+  (folder / "00000.0-of-1.samples.npy").unlink()
+  wrong = list(Store(folder).verify())
+  assert len(wrong) == 3 and "samples.npy is missing" in wrong[0] and "sum differs" in wrong[1]
+  assert "1 rows hold NaN or infinity, of samples [6] first" in wrong[2]
+
+
+def test_a_damaged_index_is_found(tmp_path):
+  folder = write(tmp_path / "s", range(1, 9))
+  (path,) = folder.glob("rows-*.npy")
+  data = bytearray(path.read_bytes())
+  data[-8] ^= 1
+  path.write_bytes(data)
+  assert [str(path) in line for line in Store(folder).verify()] == [True]
+  text = write(tmp_path / "t", range(1, 9), texts=[1] * 8)
+  with pytest.raises(ValueError, match="changed while it was read"):
+    batches(Pairs(text, folder), range(8), stop=8)
+  (folder / "00000.0-of-1.vectors.npy").write_bytes(data[:20])
+  assert any("00000.0-of-1 cannot be read" in line for line in Store(folder).verify())
+
+
+def test_a_store_lacks_no_piece(tmp_path):
+  folder = write(tmp_path / "s", range(1, 9))
+  (folder / "00001.0-of-1.json").unlink()
+  with pytest.raises(ValueError, match=r"pieces \[1\] of a are not there; do all processes write"):
+    writer.finish(folder, captions=False)
+
+
+def test_a_source_that_was_never_begun_gives_way(tmp_path):
+  writer.begin(tmp_path / "s", HEADER)
+  writer.claim(tmp_path / "s", "typo", 9, "typo", batch_size=4, batches=1, write=True)
+  assert len(Store(write(tmp_path / "s", range(8)))) == 8
+
+
+def test_an_append_that_is_killed_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+  """At any of the moments at which a file gets its name."""
+  replace, moves = pathlib.Path.replace, []
+  for stop in range(99):
+    folder = tmp_path / str(stop)
+    write(folder, range(1, 9))
+    moves.clear()
+
+    def move(self, target, stop=stop):
+      moves.append(target)
+      if len(moves) > stop:
+        raise KeyboardInterrupt
+      return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", move)
+    try:
+      write(folder, range(20, 26), name="b")
+    except KeyboardInterrupt:
+      monkeypatch.setattr(pathlib.Path, "replace", replace)
+      found, expected = Store(folder), set(range(1, 9))
+      assert set(found.samples(np.arange(len(found)))[:, 0].tolist()) == expected
+      assert list(found.verify()) == []
+      write(folder, range(20, 26), name="b")
+    monkeypatch.setattr(pathlib.Path, "replace", replace)
+    assert len(Store(folder)) == 14 and list(Store(folder).verify()) == []
+    if len(moves) <= stop:
+      break
+  assert stop == len(moves) > 8
+
+
+WRITER = """
+import pathlib, sys, time
+import numpy as np
+from bigalign.data import store_writer
+
+folder = pathlib.Path(sys.argv[1])
+store_writer.begin(folder, dict(width=64, dtype="float16"))
+held = store_writer.claim(folder, "x", 4000, "x", batch_size=50, batches=1, write=True)
+print("begun", flush=True)
+for n in range(held.next, 80):
+  place = np.arange(n * 50, n * 50 + 50)
+  own = np.repeat(place, place % 3)  # none, one or two captions
+  rows = np.repeat(own[:, None] % 1000, 64, 1).astype(np.float16)
+  store_writer.write(folder, n, rows, np.stack([own * 7919 + 1, own], 1).astype(np.uint64))
+  time.sleep(0.003)
+store_writer.finish(folder, captions=True)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_double_and_mix_nothing(tmp_path):
+  draws, folder = random.Random(0), tmp_path / "s"
+  command = [sys.executable, "-c", WRITER, str(folder)]
+  kept = []
+  for _ in range(20):
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+      process.stdout.readline()
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(draws.uniform(0, 0.05))
+      process.kill()
+    kept.append(len(writer.pieces(folder)))
+  assert kept == sorted(kept) and kept[0] < 80  # a kill costs a piece at most, never one before
+  subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+  found, place = Store(folder), np.arange(4000)
+  assert list(found.verify()) == [] and len(found) == (place % 3).sum()
+  rows, count = found.find((place * 7919 + 1).astype(np.uint64))
+  np.testing.assert_array_equal(count, place % 3)
+  np.testing.assert_array_equal(found.read(rows[count > 0])[:, 5], place[count > 0] % 1000)
+  assert sorted(x.name for x in folder.glob("*.part")) == []
+
+
+def test_a_hundred_million_rows_are_addressed_without_an_index_in_memory(tmp_path):
+  folder, each, files = tmp_path / "s", 1_000_000, 100
+  (folder).mkdir()
+  listed = []
+
+  def sparse(name, shape, dtype):
+    """An array of zeros that takes no room on the disk."""
+    with (folder / name).open("wb") as file:
+      np.lib.format.write_array_header_1_0(
+        file, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape)
+      )
+      file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
+
+  for n in range(files):
+    stem = f"{n:05}.0-of-1"
+    sparse(f"{stem}.vectors.npy", (each, 1024), np.float16)
+    sparse(f"{stem}.samples.npy", (each, 2), np.uint64)
+    listed.append(dict(stem=stem, rows=each, sums={}))
+  sparse("ids.npy", (each * files,), np.uint64)
+  sparse("rows.npy", (each * files,), np.uint64)
+  last = np.load(folder / "00099.0-of-1.vectors.npy", mmap_mode="r+")
+  last[-1] = 3
+  last.flush()
+  ids = np.load(folder / "ids.npy", mmap_mode="r+")
+  ids[-1] = 2**63
+  ids.flush()
+  rows = np.load(folder / "rows.npy", mmap_mode="r+")
+  rows[-1] = each * files - 1
+  rows.flush()
+  (folder / "manifest.json").write_text(
+    json.dumps(
+      dict(
+        header=HEADER | dict(width=1024),
+        ids="",
+        left_out={},
+        sources=[],
+        files=listed,
+        index={"ids.npy": "", "rows.npy": ""},
+      )
+    )
+  )
+  tracemalloc.start()
+  found = Store(folder)
+  row, count = found.find(np.array([2**63], np.uint64))
+  assert (row.tolist(), count.tolist()) == ([each * files - 1], [1])
+  assert found.read(row)[0, 7] == 3
+  found.read(np.random.default_rng(0).integers(0, len(found), 200))
+  assert tracemalloc.get_traced_memory()[1] < 20e6  # and a byte per row would be 100e6
+  tracemalloc.stop()
+
+
+def stores(tmp_path, *, count=40, second=False):
+  """Images, and one to three captions of each, written in another order."""
+  shutil.rmtree(tmp_path, ignore_errors=True)
+  order = np.random.default_rng(3).permutation(count)
+  write(tmp_path / "image", np.arange(count) + 1)
+  write(tmp_path / "text", order + 1, texts=order % 3 + 1, piece=7, width=2)
+  return dict(
+    image=tmp_path / "image",
+    text=tmp_path / "text",
+    **(dict(second=tmp_path / "text") if second else {}),
+  )
+
+
+def batches(pairs, rows, *, batch_size=8, start=0, stop=80, **options):
+  with contextlib.closing(
+    pair_batches(pairs, batch_size=batch_size, rows=rows, seed=5, start=start, stop=stop, **options)
+  ) as found:
+    return list(found)
+
+
+def test_pairs_belong_together_in_any_order_on_any_hosts_from_any_place(tmp_path):
+  pairs = Pairs(**stores(tmp_path / "s", second=True))
+  whole = batches(pairs, range(8))
+  image, text, second = (
+    np.concatenate([b[name] for b in whole])[:, 0] for name in ("image", "text", "text_second")
+  )
+  assert len(image) == 80 and sorted(image[:40]) == sorted(image[40:]) == list(range(1, 41))
+  np.testing.assert_array_equal(image, text)
+  np.testing.assert_array_equal(image, second)
+  drawn = np.concatenate([b["text_id"] for b in whole])[:, 1] % 8
+  counts = (image - 1) % 3 + 1
+  assert (drawn < counts).all() and set(drawn[counts == 3]) == {0, 1, 2}
+  for name in whole[0]:
+    halves = [[b[name] for b in batches(pairs, rows)] for rows in (range(4), range(4, 8))]
+    np.testing.assert_array_equal(np.concatenate(halves, 1), [b[name] for b in whole])
+    later = [b[name] for b in batches(pairs, range(4), batch_size=4, start=24)]
+    np.testing.assert_array_equal(
+      np.concatenate(later), np.concatenate([b[name] for b in whole])[24:]
+    )
+
+
+def test_images_without_captions_are_left_out_and_counted(tmp_path):
+  image = write(tmp_path / "image", range(1, 41))
+  text = write(tmp_path / "text", range(3, 50), texts=[2] * 47)
+  with pytest.raises(
+    ValueError,
+    match=r"38 of the 40 images in .* fewer than"
+    r".*least=0\.99 \(config",
+  ):
+    Pairs(image, text)
+  pairs = Pairs(image, text, least=0.9)
+  assert len(pairs) == 38 and pairs[0]["text"][0, 0] == pairs[0]["image"][0] == 3
+  two = batches(pairs, range(19), batch_size=19, stop=38)
+  assert sorted(np.concatenate([batch["image"][:, 0] for batch in two])) == list(range(3, 41))
+  other = write(tmp_path / "other", range(100, 140), texts=[1] * 40)
+  with pytest.raises(ValueError, match="0 of the 40 images"):
+    Pairs(image, other, least=0.0)
+
+
+def test_too_many_captions_are_an_error(tmp_path):
+  pairs = Pairs(**stores(tmp_path / "s"))
+  with pytest.raises(ValueError, match="captions_per_image, now 2, to the largest number"):
+    batches(pairs, range(8), captions_per_image=2)

@@ -1,0 +1,383 @@
+"""Evaluation over the mesh equals ten lines of numpy, whatever divides what."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+
+from bigalign import sharding
+from bigalign.data.text.tokenizers import make_tokenizer
+from bigalign.evals import EVALS, embed, make_evaluators, retrieval
+from bigalign.evals.embed import Context, Embedded
+from bigalign.evals.retrieval import ranks
+from bigalign.evals.zeroshot import PROMPTS, fill, read_templates
+
+SIZE, LENGTH, E = 4, 12, 8
+DATA = dict(image_size=SIZE, tokenizer=dict(name="byte", length=LENGTH), workers=0, augment={})
+
+
+class Tiny:
+  """Random pixels and words; sample 3 does not decode, sample 5 has no caption."""
+
+  fingerprint = "0"
+  classnames = ("ant", "bee", "cat", "dog", "eel", "fox")
+
+  def __init__(self, *, n=37, captions=3, seed=0, broken=(3,), silent=(5,)):
+    rng = np.random.default_rng(seed)
+    self.images = rng.integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
+    words = ["".join(rng.choice([*"abcdefgh"], 6)) for _ in range(n * captions)]
+    self.captions = [
+      () if i in silent else tuple(words[i * captions :][: 1 + i % captions]) for i in range(n)
+    ]
+    self.labels = rng.integers(0, len(self.classnames) - 1, n)
+    self.broken, self.silent = broken, silent
+
+  def __len__(self):
+    return len(self.images)
+
+  def __getitem__(self, i):
+    file = io.BytesIO()
+    Image.fromarray(self.images[i]).save(file, "png")
+    return dict(
+      image=b"no image" if i in self.broken else file.getvalue(),
+      captions=self.captions[i],
+      key=f"{i:05}",
+      label=int(self.labels[i]),
+    )
+
+
+def make_params(seed=0):
+  rng = np.random.default_rng(seed)
+  return dict(
+    image=rng.normal(size=(SIZE * SIZE * 3, E)).astype(np.float32),
+    text=rng.normal(size=(259, E)).astype(np.float32),
+  )
+
+
+def image_features(params, image):
+  return (image.reshape(len(image), -1) / np.float32(255) - np.float32(0.5)) @ params["image"]
+
+
+def text_features(params, ids, mask):
+  place = 1 + jnp.arange(ids.shape[1]) / 10  # else anagrams tie, but for the last bit
+  return jnp.einsum("ble,bl->be", jnp.asarray(params["text"])[ids], mask * place[None])
+
+
+def unit(z):
+  return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+
+
+@jax.jit
+def embed_image(params, image):
+  return unit(image_features(params, image))
+
+
+@jax.jit
+def embed_text(params, ids, mask):
+  return unit(text_features(params, ids, mask))
+
+
+@jax.jit
+def embed_image_coarsely(params, image):
+  return jnp.sign(jnp.round(image_features(params, image)))
+
+
+@jax.jit
+def embed_text_coarsely(params, ids, mask):
+  return jnp.sign(jnp.round(text_features(params, ids, mask) / 3))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  source = Tiny()
+  monkeypatch.setattr(embed, "open_source", lambda spec, captions=None: source)
+  return source
+
+
+def make(name, options, *, towers=(embed_image, embed_text), **axes):
+  evaluators = make_evaluators(
+    {name: options},
+    embed_image=towers[0],
+    embed_text=towers[1],
+    mesh=sharding.make_mesh(**axes),
+    data=DATA,
+  )
+  return evaluators[name]
+
+
+def on_host(source, params, towers=(embed_image, embed_text)):
+  """Embeddings of the usable samples, one device, one batch: zimg, ztxt, owner of each text."""
+  usable = [i for i in range(len(source)) if i not in (*source.broken, *source.silent)]
+  zimg = np.asarray(towers[0](params, source.images[usable]))
+  texts = [(k, c) for k, i in enumerate(usable) for c in source.captions[i]]
+  ids, mask = tokenise([c for _, c in texts])
+  return zimg, np.asarray(towers[1](params, ids, mask)), np.asarray([k for k, _ in texts])
+
+
+def tokenise(texts):
+  return make_tokenizer(**DATA["tokenizer"]).encode_batch(texts)
+
+
+def numpy_retrieval(zimg, ztxt, owner):
+  sims = zimg @ ztxt.T
+  order = np.argsort(-sims, axis=1, kind="stable")
+  to_text = np.argmax(owner[order] == np.arange(len(zimg))[:, None], axis=1)
+  order = np.argsort(-sims.T, axis=1, kind="stable")
+  to_image = np.argmax(order == owner[:, None], axis=1)
+  out = {}
+  for way, rank in (("image_to_text", to_text), ("text_to_image", to_image)):
+    out |= {f"{way}_R@{k}": (rank < k).mean() for k in (1, 5, 10)}
+    out |= {f"{way}_mean_rank": rank.mean() + 1}
+    out |= {f"{way}_median_rank": np.floor(np.median(rank)) + 1}
+  return {f"val/{name}": value for name, value in out.items()}
+
+
+@pytest.mark.parametrize("axes", [dict(), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+  "towers",
+  [(embed_image, embed_text), (embed_image_coarsely, embed_text_coarsely)],
+  ids=["distinct", "ties"],
+)
+@pytest.mark.parametrize("batch_size", [10, 100])
+def test_retrieval_equals_numpy(tiny, axes, towers, batch_size):
+  # 37 samples, 35 usable, divide neither by the batch (16 or 104 on 8 devices) nor by 8.
+  options = dict(type="retrieval", source="tiny", captions=3, batch_size=batch_size)
+  found = make("val", options, towers=towers, **axes)(make_params())
+  zimg, ztxt, owner = on_host(tiny, make_params(), towers)
+  expected = numpy_retrieval(zimg, ztxt, owner)
+  expected |= {"val/num_samples": 35, "val/num_captions": len(ztxt), "val/rejected": 2}
+  assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_retrieval_in_small_chunks_is_the_same(tiny, monkeypatch):
+  options = dict(type="retrieval", source="tiny", captions=3, batch_size=16)
+  whole = make("val", options)(make_params())
+  monkeypatch.setattr(retrieval, "CHUNK", 5 * 48 * 3)
+  assert make("val", options)(make_params()) == whole
+
+
+def test_retrieval_moves_queries_but_not_the_gallery(tiny):
+  mesh = sharding.make_mesh(data=4, fsdp=2)
+  split, whole = NamedSharding(mesh, P(None, sharding.BATCH)), sharding.replicated(mesh)
+
+  def shape(*sizes, dtype=jnp.float32, place=split):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+  batches, size, captions = 16, 64, 5
+  z = Embedded(
+    zimg=shape(batches, size, E),
+    ztxt=shape(batches, size, captions, E),
+    label=shape(batches, size, dtype=jnp.int32),
+    ordinal=shape(batches, size, dtype=jnp.int32),
+    valid=shape(batches, size, dtype=bool),
+    texts_valid=shape(batches, size, captions, dtype=bool),
+    rejects=shape(7, dtype=jnp.int32, place=whole),
+  )
+  find = jax.jit(retrieval.both_ways, static_argnames="mesh", out_shardings=whole)
+  text = find.lower(z, mesh=mesh).compile().as_text()
+  moved = re.findall(r"= (.*) (?:all-[-a-z]+|collective-permute)\(", text)
+  sizes = [
+    sum(
+      math.prod(int(n) for n in dims.split(",") if n)
+      for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+    )
+    for shapes in moved
+  ]
+  # A batch of queries, the ranks that come out; never gallery x E nor queries x gallery.
+  assert sizes and max(sizes) <= batches * size * captions
+
+
+def test_a_collapsed_model_scores_chance_and_nan_comes_last():
+  n = 24
+  owner = jnp.arange(n)
+  same = jnp.ones((n, E))
+  gallery, valid = same.reshape(3, 8, 1, E), jnp.ones((3, 8, 1), bool)
+  np.testing.assert_array_equal(ranks(same, owner, gallery, owner.reshape(3, 8), valid), owner + 1)
+  gallery = gallery.at[0, 0].set(jnp.nan)
+  found = ranks(same, owner, gallery, owner.reshape(3, 8), valid)
+  np.testing.assert_array_equal(found, [24, *range(1, 24)])
+
+
+def test_ranks_know_a_query_without_a_positive():
+  gallery, valid = jnp.ones((1, 2, 1, E)), jnp.asarray([[[True], [False]]])
+  owner = jnp.asarray([[0, 1]])
+  found = ranks(jnp.ones((2, E)), jnp.asarray([1, 7]), gallery, owner, valid)
+  np.testing.assert_array_equal(found, [0, 0])
+
+
+def test_names_carry_the_evaluator_unless_it_is_val(tiny):
+  found = make("flickr", dict(type="retrieval", source="tiny", captions=3))(make_params())
+  assert "val/flickr/text_to_image_R@5" in found
+
+
+def numpy_zeroshot(zimg, labels, weights):
+  predicted = np.argsort(-(zimg @ weights.T), axis=1, kind="stable")
+  top1 = predicted[:, 0] == labels
+  recalls = [top1[labels == k].mean() for k in np.unique(labels)]
+  return {
+    "top1": top1.mean(),
+    "top5": (predicted[:, :5] == labels[:, None]).any(1).mean(),
+    "mean_per_class_recall": np.mean(recalls),
+    "num_samples": len(labels),
+  }
+
+
+@pytest.mark.parametrize("batch_size", [10, 100])
+@pytest.mark.parametrize("axes", [dict(), dict(data=4, tensor=2)])
+def test_zeroshot_equals_numpy(tiny, batch_size, axes):
+  templates = ["a {}", "{c}s", "the {} here"]
+  options = dict(type="zeroshot", source="tiny", templates=templates, batch_size=batch_size)
+  params = make_params(1)
+  found = make("animals", options, **axes)(params)
+  ids, mask = tokenise([fill(t, name) for name in tiny.classnames for t in templates])
+  weights = np.asarray(embed_text(params, ids, mask)).reshape(len(tiny.classnames), 3, E).mean(1)
+  weights /= np.linalg.norm(weights, axis=1, keepdims=True)
+  usable = [i for i in range(len(tiny)) if i not in tiny.broken]  # no caption is needed
+  zimg = np.asarray(embed_image(params, tiny.images[usable]))
+  expected = numpy_zeroshot(zimg, tiny.labels[usable], weights)
+  expected |= {"num_classes": 6, "rejected": 1}
+  expected = {f"val/animals-zeroshot-val-{name}": value for name, value in expected.items()}
+  assert found == pytest.approx(expected, abs=1e-6)
+  assert 5 not in tiny.labels  # a class without samples, which has no recall
+
+
+def test_zeroshot_of_few_classes_has_no_top5_and_ties_go_to_the_first(tiny):
+  tiny.classnames, tiny.labels = ("a", "b", "c"), np.arange(37) % 3
+  flat = (lambda p, x: jnp.ones((len(x), E)), lambda p, ids, mask: jnp.ones((len(ids), E)))
+  found = make("few", dict(type="zeroshot", source="tiny"), towers=flat)(make_params())
+  assert "val/few-zeroshot-val-top5" not in found
+  assert found["val/few-zeroshot-val-top1"] == pytest.approx(12 / 36)  # sample 3 is broken
+  assert found["val/few-zeroshot-val-mean_per_class_recall"] == pytest.approx(1 / 3)
+  nan = (lambda p, x: jnp.full((len(x), E), jnp.nan), flat[1])
+  found = make("few", dict(type="zeroshot", source="tiny"), towers=nan)(make_params())
+  assert found["val/few-zeroshot-val-top1"] == 0
+
+
+def test_labels_without_a_class_name_are_an_error(tiny, tmp_path):
+  tiny.labels[7], tiny.labels[8] = 6, -1
+  run = make("animals", dict(type="zeroshot", source="tiny"))
+  with pytest.raises(ValueError, match=r"animals.*2 of 36.*6 class names"):
+    run(make_params())
+  tiny.classnames = ()
+  with pytest.raises(ValueError, match=r"classnames\.txt"):
+    make("animals", dict(type="zeroshot", source="tiny"))
+  (tmp_path / "names.txt").write_text("\nant\nbee\n")
+  with pytest.raises(ValueError, match=r"names\.txt: line 1 is blank"):
+    make("animals", dict(type="zeroshot", source="tiny", classnames=f"{tmp_path}/names.txt"))
+
+
+def test_a_source_without_a_usable_sample_is_an_error(tiny):
+  tiny.broken = range(37)
+  for options in (dict(type="zeroshot"), dict(type="retrieval", captions=3)):
+    with pytest.raises(ValueError, match=r"config\.evals\.x.*(all 36|all 37|none of the 37)"):
+      make("x", dict(options, source="tiny"))(make_params())
+
+
+def test_rejected_samples_are_told_in_the_log(tiny, caplog):
+  make("val", dict(type="retrieval", source="tiny", captions=3))(make_params())
+  assert "1 undecodable" in caplog.text and "35 of 37" in caplog.text
+
+
+def test_templates_by_name_by_file_and_as_they_are(tmp_path, monkeypatch):
+  assert {"name", "simple", "photos"} <= {*PROMPTS}
+  assert all(len(set(read_templates(name))) == len(read_templates(name)) for name in PROMPTS)
+  (tmp_path / "t.txt").write_text("a {c}.\n\nthe {c}.\n")
+  (tmp_path / "t.json").write_text('["one {}"]')
+  monkeypatch.setenv("PLACE", str(tmp_path))
+  assert read_templates("$PLACE/t.txt") == ["a {c}.", "the {c}."]
+  assert read_templates(str(tmp_path / "t.json")) == ["one {}"]
+  assert fill("a {c} in {place}", "{x}") == "a {x} in {place}"
+  with pytest.raises(ValueError, match=r"'photo'.*'photos'"):
+    read_templates("photo")
+  with pytest.raises(ValueError, match=r"no \{c\} or \{\}"):
+    read_templates(["a cat"])
+  with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+    read_templates("nowhere.txt")
+  (tmp_path / "t.json").write_text('{"cifar10": ["a {}"]}')
+  with pytest.raises(ValueError, match=r"dict with the keys \['cifar10'\]"):
+    read_templates(str(tmp_path / "t.json"))
+
+
+def test_unknown_evaluators_and_options_name_the_known(tiny):
+  with pytest.raises(ValueError, match=r"config\.evals\.val\.type.*'retrieval'"):
+    make("val", dict(type="retreival", source="tiny"))
+  with pytest.raises(ValueError, match=r"config\.evals\.val\.type.*absent"):
+    make("val", dict(source="tiny"))
+  with pytest.raises(TypeError, match=r"config\.evals\.val.*'caption'.*'captions'"):
+    make("val", dict(type="retrieval", source="tiny", caption=5))
+  assert {"retrieval", "zeroshot"} <= {*EVALS}
+
+
+def test_real_shards_go_through(data_root):
+  context = Context("cifar10", embed_image, embed_text, sharding.make_mesh(), DATA)
+  run = EVALS["zeroshot"](
+    context,
+    source=str(data_root / "cifar10/test/0.tar"),
+    batch_size=384,
+    templates=str(data_root / "cifar10/zeroshot_classification_templates.txt"),
+  )
+  found = run(make_params())
+  assert found["val/cifar10-zeroshot-val-num_samples"] == 1000
+  assert 0.05 < found["val/cifar10-zeroshot-val-top1"] < 0.25  # random towers
+
+
+TWO = """
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from bigalign import runtime
+runtime.connect()
+import test_evals as t
+t.embed.open_source = lambda spec, captions=None: t.Tiny()
+found = t.both_evaluators()
+path = pathlib.Path(sys.argv[2]) / f"{t.jax.process_index()}.json"
+path.write_text(json.dumps([t.jax.process_count(), t.jax.device_count(), found]))
+"""
+
+
+def both_evaluators():
+  found = make("val", dict(type="retrieval", source="tiny", captions=3, batch_size=10))
+  classes = make("animals", dict(type="zeroshot", source="tiny", batch_size=10))
+  return {**found(make_params()), **classes(make_params())}
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tiny, tmp_path):
+  (tmp_path / "two.py").write_text(TWO)
+  here = pathlib.Path(__file__).parents[1]
+  subprocess.run(
+    [
+      "bash",
+      str(here.parent / "launch/local.sh"),
+      "-n",
+      "2",
+      "-d",
+      "4",
+      "-o",
+      str(tmp_path),
+      "--",
+      sys.executable,
+      str(tmp_path / "two.py"),
+      str(here),
+      str(tmp_path),
+    ],
+    check=True,
+    timeout=300,
+    env={**os.environ, "PYTHONPATH": str(here.parent)},
+  )
+  expected = [2, 8, both_evaluators()]
+  for process in range(2):
+    assert json.loads((tmp_path / f"{process}.json").read_text()) == expected

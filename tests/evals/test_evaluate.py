@@ -1,0 +1,78 @@
+"""What training measured, `bigalign evaluate` finds again; a report of a real run is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.shipped import load
+from helpers.small_shards import samples, write_tar
+
+from bigalign import config as configs
+from bigalign import evaluate
+from bigalign.report import main
+from bigalign.run.metrics import read_metrics
+from bigalign.train import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("runs")
+  c = load("tiny")
+  c.total_steps, c.log_every, c.checkpoint_every, c.batch_size = 4, 2, 2, 16
+  c.data.source = write_tar(folder / "shards/train.tar", samples(0, 40))
+  c.evals = dict(
+    val=dict(
+      type="retrieval", source=write_tar(folder / "shards/val.tar", samples(40, 21)), batch_size=16
+    )
+  )
+  c.model.image.update(width=32, depth=1)
+  c.model.text.update(width=32, depth=1)
+  c.writer = dict(tensorboard=False)
+  c.mesh = dict(data=2, fsdp=4)  # the evaluation has another mesh
+  train(folder / "run", **configs.plain(c))
+  return folder / "run"
+
+
+def test_evaluate_finds_what_training_measured(trained, tmp_path, capsys):
+  found = evaluate.main([str(trained), "--json", str(tmp_path / "scores.json")])
+  *_, row = read_metrics(trained)
+  assert row.pop("step") == 4
+  # Sums in another order: of a rank or two, the neighbours may change places.
+  assert found == pytest.approx(row, abs=0.1)
+  assert found.keys() == row.keys() and "ema/val/image_to_text_R@1" in found
+  written = json.loads((tmp_path / "scores.json").read_text())
+  assert written["metrics"] == found and written["step"] == 4 and written["samples_seen"] == 64
+  assert "val/image_to_text_R@1" in capsys.readouterr().out
+
+
+def test_report_of_a_run_is_the_last_thing_printed(trained, capsys):
+  path = main.main([str(trained)])
+  assert capsys.readouterr().out.splitlines()[-1] == str(path) == str(trained / "report.html")
+  assert "picture number 40" in path.read_text()  # a held-out caption
+
+
+def test_shards_and_a_folder_given_by_hand(trained, tmp_path):
+  write_tar(tmp_path / "shapes/test/0.tar", samples(0, 10))
+  (tmp_path / "shapes/classnames.txt").write_text("disc\nline\nsquare\n")
+  found = evaluate.main(
+    [
+      str(trained),
+      "--zeroshot",
+      str(tmp_path / "shapes"),
+      "--retrieval",
+      str(tmp_path / "shapes/test/*.tar"),
+      "--fields",
+      "json.caption,txt",
+    ]
+  )
+  assert found["val/shapes-zeroshot-val-num_classes"] == 3
+  assert found["val/shapes-zeroshot-val-num_samples"] == found["val/num_samples"] == 10
+
+
+def test_steps_that_a_run_does_not_have(trained):
+  assert evaluate.open_run(trained, 2).step == 2
+  with pytest.raises(FileNotFoundError, match=r"'3'.*\[2, 4\]"):
+    evaluate.open_run(trained, "3")
+  with pytest.raises(ValueError, match=r"config\.keep\.best"):
+    evaluate.open_run(trained, "best")

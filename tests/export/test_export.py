@@ -1,0 +1,345 @@
+"""Folders for other libraries, written and read back with none of them; what they cannot hold."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from bigalign import config as configs
+from bigalign import tree, weights
+from bigalign.evaluate import Run
+from bigalign.export import check, families, hugging_face, main
+from bigalign.export.fit import fit
+from bigalign.export.formats import prepare
+from bigalign.model import make_model
+
+SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
+# CLIP as Hugging Face knows it; a plain ViT beside CLIP's text, as configs/clip_b16.py; SigLIP.
+CLIP = dict(
+  image=dict(
+    name="vit",
+    patch=8,
+    pool="cls",
+    class_position=True,
+    pre_norm=True,
+    patch_bias=False,
+    activation="quick_gelu",
+    epsilon=1e-5,
+    **SIZE,
+  ),
+  text=dict(
+    name="text",
+    vocab_size=9,
+    length=8,
+    causal=True,
+    pool="eos",
+    activation="quick_gelu",
+    epsilon=1e-5,
+    **SIZE,
+  ),
+  embed_dim=12,
+  pixels="clip",
+)
+PLAIN = dict(
+  image=dict(name="vit", patch=8, pool="cls", activation="gelu", **SIZE),
+  text=dict(CLIP["text"], activation="gelu", scan=False),
+  embed_dim=12,
+  pixels="clip",
+)
+SIGLIP = dict(
+  image=dict(name="vit", patch=8, pool="map", **SIZE),
+  text=dict(name="text", vocab_size=259, length=16, pool="last", mask_padding=False, **SIZE),
+  embed_dim=16,
+  image_projector=dict(name="identity"),
+  text_projector=dict(name="linear", bias=True),
+)
+BERT = dict(
+  PLAIN,
+  text=dict(name="bert", vocab_size=9, length=8, pool="pooler", **SIZE),
+)
+ROBERTA = dict(
+  image=dict(PLAIN["image"], pool="pooler", class_position=True),
+  text=dict(BERT["text"], types=1, pad=1, skip_padding=True, scan=False),
+  embed_dim=12,
+)
+MPNET = dict(PLAIN, text=dict(ROBERTA["text"], types=0, buckets=32))
+CLIP_LOSS, SIGLIP_LOSS = dict(clip=dict(weight=1.0)), dict(siglip=dict(weight=1.0))
+
+
+@pytest.fixture
+def pieces(tmp_path):
+  return word_pieces(tmp_path)
+
+
+def word_pieces(tmp_path, first="[PAD] [UNK]"):
+  """A WordPiece vocabulary whose end has the highest id."""
+  file = tmp_path / "vocab.txt"
+  file.write_text("\n".join(f"{first} [CLS] a cat dog photo of [SEP]".split()))
+  return dict(name="wordpiece", path=str(file), length=8)
+
+
+def pieces_for(model, tmp_path):
+  """Word pieces padded with the token that the text tower takes for padding."""
+  return word_pieces(tmp_path, "[UNK] [PAD]" if model["text"].get("pad") else "[PAD] [UNK]")
+
+
+def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale=0.3):
+  """A run at step 3, with parameters of random numbers."""
+  data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize=resize)
+  config = configs.plain(dict(seed=0, batch_size=4, data=data, model=model, loss=loss, evals={}))
+  made = make_model(**model)
+  text = jnp.zeros((1, tokenizer["length"]), jnp.int32)
+  if model["text"]["name"] == "features":
+    text = jnp.zeros((1, *made.text_tower.row))
+  shapes = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8), text)
+  rng = np.random.default_rng(seed)
+  params = {
+    path: scale * rng.standard_normal(x.shape).astype(np.float32) + path.endswith("/scale")
+    for path, x in tree.flatten(shapes["params"], "model/").items()
+  }
+  for name in loss:
+    params[f"loss/{name}/t"] = np.float32(2.3)
+    if name == "siglip":
+      params[f"loss/{name}/b"] = np.float32(-7)
+  (tmp_path / "run").mkdir(exist_ok=True)
+  rows = [{"step": 2, "val/x": 0.5}, {"step": 3, "val/x": 0.625, "train/loss": 1.0}]
+  (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+  meta = dict(samples_seen=12, dataset_size=1000, data="f" * 16, revision="abc", versions={})
+  return Run(tmp_path / "run", 3, config, meta, None, params, {}, {})
+
+
+def read_logits(path, it, images, texts):
+  """What `weights` reads from a folder, on our own pixels and ids."""
+  checkpoint = weights.describe(path)
+  sides = {k: {**checkpoint.model[k], "dtype": "float32"} for k in ("image", "text")}
+  model = make_model(**{**checkpoint.model, **sides, "pixels": it.model.pixels})
+  image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.uint8)
+  ids = jax.ShapeDtypeStruct((1, it.tokenizer.length), jnp.int32)
+  shapes = tree.flatten(jax.eval_shape(model.init, jax.random.key(0), image, ids)["params"])
+  found = {row.ours for row in checkpoint.layout.rows} & {"t", "b"}
+  arrays = checkpoint.load(shapes | {x: jax.ShapeDtypeStruct((), jnp.float32) for x in found})
+  return main.logits(it._replace(model=model, arrays=arrays), images, texts)
+
+
+@pytest.fixture
+def no_torch(monkeypatch):
+  monkeypatch.setattr(check, "missing", lambda kind: ["torch"] if kind != "npz" else [])
+
+
+@pytest.mark.parametrize(
+  "kind, model, loss, family",
+  [
+    ("hf", CLIP, CLIP_LOSS, "CLIPModel"),
+    ("hf", PLAIN, CLIP_LOSS, "VisionTextDualEncoderModel"),
+    ("hf", BERT, CLIP_LOSS, "VisionTextDualEncoderModel with BERT"),
+    pytest.param(
+      "hf", ROBERTA, CLIP_LOSS, "VisionTextDualEncoderModel with BERT", marks=pytest.mark.slow
+    ),
+    pytest.param("hf", SIGLIP, SIGLIP_LOSS, "SiglipModel", marks=pytest.mark.slow),
+    pytest.param("open_clip", CLIP, CLIP_LOSS, "open_clip's CLIP", marks=pytest.mark.slow),
+    ("open_clip", PLAIN, SIGLIP_LOSS, "open_clip's CLIP"),
+    ("npz", SIGLIP, SIGLIP_LOSS, "big_vision's two_towers"),
+  ],
+)
+def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
+  """Read back without the library that it is for, it gives the run's logits."""
+  tokenizer = dict(name="byte", length=16) if model is SIGLIP else pieces_for(model, tmp_path)
+  run = make_run(tmp_path, model, loss, tokenizer)
+  out, _ = main.export(run, kind, tmp_path / "out/folder", license="cc0-1.0")
+  assert json.loads((out / "bigalign.json").read_text())["family"] == family
+  it = main.subject(run)
+  images, texts = main.pictures(), ["a cat", "photo of a dog", "x" * 30]
+  ours = main.logits(it, images, texts)
+  assert np.ptp(ours, 0).min() > 1e-2 and np.ptp(ours, 1).min() > 1e-2, "inputs are told apart"
+  theirs = read_logits(out / "model.npz" if kind == "npz" else out, it, images, texts)
+  np.testing.assert_allclose(theirs, ours, atol=2e-5 * np.abs(ours).max())
+  made = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+  for text, row, real in zip(texts[:2], *it.tokenizer.encode_batch(texts)):
+    assert made.encode(text).ids == row[real].tolist()
+  card = (out / "README.md").read_text()
+  for words in ("license: cc0-1.0", "samples seen | 12 ", "| val/x | 0.625 |", '"glyphs"'):
+    assert words in card
+  assert not list(out.parent.glob(".*")), "the temporary folder is gone"
+
+
+def test_masked_padding_is_asked_for_by_the_tokenizer(tmp_path, no_torch):
+  """SigLIP's classes hide padding where there is a mask, and only there."""
+  for masked in (False, True):
+    model = {**SIGLIP, "text": {**SIGLIP["text"], "mask_padding": masked}}
+    run = make_run(tmp_path, model, SIGLIP_LOSS, dict(name="byte", length=16))
+    made = prepare("hf", main.subject(run))
+    asked = made.files["tokenizer_config.json"]["model_input_names"]
+    assert asked == ["input_ids", "attention_mask"][: 1 + masked]
+
+
+@pytest.mark.parametrize(
+  "first, pad, skip, asked",
+  [
+    ("[PAD] [UNK]", 0, False, 0),
+    ("[UNK] [PAD]", 0, False, 1),  # the mask hides padding, whatever the tower takes for it
+    ("[UNK] [PAD]", 1, True, 1),
+    ("[UNK] [PAD]", 0, True, None),  # its positions count from the tower's
+  ],
+)
+def test_padding_is_one_token_in_all_files_of_bert(first, pad, skip, asked, tmp_path):
+  model = {**BERT, "text": {**BERT["text"], "pad": pad, "skip_padding": skip}}
+  it = main.subject(make_run(tmp_path, model, CLIP_LOSS, word_pieces(tmp_path, first)))
+  if asked is None:
+    with pytest.raises(ValueError, match=r"text\.pad=0, but the tokenizer pads with 1"):
+      prepare("hf", it)
+    return
+  files = prepare("hf", it).files
+  about, made = files["tokenizer_config.json"], files["tokenizer.json"]
+  assert files["config.json"]["text_config"]["pad_token_id"] == asked
+  assert made["model"]["vocab"][about["pad_token"]] == asked
+  assert about["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(
+  "changes, reason",
+  [
+    (dict(pool="mean"), "config.model.text.pool='mean', there 'pooler'"),
+    (dict(pool="mean"), "Formats that can: torch, sentence-transformers (the text side)"),
+    (dict(unit=True), "config.model.text.unit=True, there False"),
+    (dict(types=0), "config.model.text.types=0, there 1"),
+    (dict(buckets=32), "pad_token_id: 0; MPNet pads with 1"),
+  ],
+)
+def test_texts_of_bert_that_the_pair_cannot_hold(changes, reason, tmp_path, pieces):
+  model = {**BERT, "text": {**BERT["text"], **changes}}
+  with pytest.raises(ValueError, match=re.escape(reason)):
+    prepare("hf", main.subject(make_run(tmp_path, model, CLIP_LOSS, pieces)))
+
+
+REFUSED = [
+  ("hf", {}, SIGLIP_LOSS, "its logit bias", "open_clip, torch"),
+  ("hf", {"text/pool": "mean"}, CLIP_LOSS, "config.model.text.pool='mean', there 'eos'", "torch"),
+  (
+    "hf",
+    {"image_projector/name": "mlp"},
+    CLIP_LOSS,
+    "config.model.image_projector.name='mlp'",
+    "torch",
+  ),
+  ("hf", {"text/causal": False}, CLIP_LOSS, "config.model.text.causal=False", "torch"),
+  (
+    "open_clip",
+    {"image/activation": "gelu"},
+    CLIP_LOSS,
+    "config.model.text.activation",
+    "hf, torch",
+  ),
+  (
+    "open_clip",
+    {"text/mask_padding": True, "text/causal": False},
+    CLIP_LOSS,
+    "config.model.text.mask_padding=True",
+    "torch",
+  ),
+  ("npz", {}, CLIP_LOSS, "config.model.image.pool='cls', there 'map'", "hf, open_clip, torch"),
+  (
+    "torch",
+    {"image/positions": "rope", "image/class_position": False},
+    CLIP_LOSS,
+    "config.model.image.positions='rope'",
+    "",
+  ),
+]
+
+
+@pytest.mark.parametrize("kind, changes, loss, reason, others", REFUSED)
+def test_what_a_format_cannot_hold(kind, changes, loss, reason, others, tmp_path, pieces):
+  """The config's key, and the formats that can."""
+  model = tree.unflatten({**tree.flatten(CLIP), **changes})
+  run = make_run(tmp_path, model, loss, pieces)
+  with pytest.raises(ValueError) as error:
+    main.export(run, kind, tmp_path / "out")
+  lines = str(error.value).splitlines()
+  assert reason in str(error.value) and f"--format={kind}" in lines[0]
+  assert lines[-1] == (f"Formats that can: {others}" if others else "No other format can.")
+  assert not (tmp_path / "out").exists()
+
+
+def test_an_end_that_clip_models_take_for_another_is_refused(tmp_path):
+  """CLIPModel reads the highest id where eos_token_id is 2, as the byte tokenizer's is."""
+  model = {**CLIP, "text": {**CLIP["text"], "vocab_size": 259}}
+  run = make_run(tmp_path, model, CLIP_LOSS, dict(name="byte", length=8))
+  with pytest.raises(ValueError, match=r"text\.pool='eos', there 'argmax'"):
+    main.export(run, "hf", tmp_path / "out")
+
+
+def test_open_clip_cleans_texts_before_a_tokenizer_sees_them(tmp_path):
+  model = {**CLIP, "text": {**CLIP["text"], "vocab_size": 259}}
+  run = make_run(tmp_path, model, CLIP_LOSS, dict(name="byte", length=8))
+  with pytest.raises(ValueError, match="'byte' tells white space apart"):
+    main.export(run, "open_clip", tmp_path / "out")
+
+
+def test_a_bias_is_put_where_it_has_a_place(tmp_path, pieces):
+  """The bias of patches is added to their positions; what only they have is zeros and ones."""
+  it = main.subject(make_run(tmp_path, PLAIN, CLIP_LOSS, pieces))
+  made = fit(families.OPEN_CLIP[0], it)
+  assert "image_tower/embedding/bias" not in made.arrays
+  expected = it.arrays["image_tower/positions"] + it.arrays["image_tower/embedding/bias"]
+  np.testing.assert_array_equal(made.arrays["image_tower/positions"], expected)
+  assert not made.arrays["image_tower/class_position"].any()
+  scale = fit(hugging_face.FAMILIES[2], it).arrays["image_tower/encoder/blocks/scale1"]
+  np.testing.assert_array_equal(scale, np.ones_like(scale))
+
+
+def test_no_folder_is_left_where_logits_differ(tmp_path, pieces, monkeypatch):
+  run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
+  monkeypatch.setattr(check, "possible", lambda kind: True)
+  for wrong in (1e-3, float("nan")):
+    monkeypatch.setattr(check, "difference", lambda folder, x=wrong: x)
+    with pytest.raises(ValueError, match="differ from the run's"):
+      main.export(run, "hf", tmp_path / "out/folder")
+  assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_holds_something_is_not_touched(tmp_path, pieces):
+  run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full/thesis.txt").write_text("mine")
+  with pytest.raises(FileExistsError, match="full"):
+    main.export(run, "hf", tmp_path / "full")
+  assert (tmp_path / "full/thesis.txt").read_text() == "mine"
+  with pytest.raises(ValueError, match=r"--ema.*config\.ema"):
+    main.export(run, "hf", tmp_path / "other", ema=True)
+
+
+def test_a_folder_of_another_hand_is_not_compared(tmp_path, capsys):
+  with pytest.raises(SystemExit) as left:
+    main.main(["--check", str(tmp_path)])
+  assert left.value.code == 1 and "bigalign.json: no such file" in capsys.readouterr().err
+
+
+def test_a_check_without_its_library_says_what_to_install(tmp_path, no_torch):
+  (tmp_path / "bigalign.json").write_text('{"format": "hf"}')
+  with pytest.raises(ModuleNotFoundError, match=r"needs torch: pip install 'bigalign\[interop\]'"):
+    check.difference(tmp_path)
+
+
+def test_averages_are_another_model(tmp_path, pieces, no_torch):
+  run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
+  other = make_run(tmp_path, CLIP, CLIP_LOSS, pieces, seed=1)
+  out, _ = main.export(run._replace(ema=other.params), "hf", tmp_path / "out", ema=True)
+  it, images, texts = main.subject(other), main.pictures(), ["a cat", "a dog"]
+  expected = main.logits(it, images, texts)
+  found = read_logits(out, it, images, texts)
+  np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_the_scale_is_that_of_the_first_term_that_learns_one():
+  params = {"loss/b/t": np.float32(1), "loss/b/b": np.float32(-3), "loss/c/t": np.float32(2)}
+  found = main.scalars(params, {"a": {}, "b": {}, "c": {}})
+  assert found == {"t": 1, "b": -3}
+  assert main.scalars({}, {"a": {}}) == {"t": 0}
+  found = main.scalars({"loss/albef_itc/temperature": np.float32(0.1)}, {"albef_itc": {}})
+  np.testing.assert_allclose(np.exp(found["t"]), 10, rtol=1e-6)

@@ -1,0 +1,209 @@
+"""Checkpoints with stored inputs and outputs, and what our towers make of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigalign import tree, weights
+from bigalign.model import make_model, unit
+from bigalign.towers import TOWERS, TowerOutput
+
+ROOT = pathlib.Path(os.environ.get("BIGALIGN_TOWER_ORACLES", "../shared/oracles/towers"))
+INDEX = json.loads((ROOT / "index.json").read_text()) if (ROOT / "index.json").is_file() else {}
+CASES = sorted(
+  x.parent.name
+  for x in ROOT.glob("*/meta.json")
+  if any(file.suffix == ".safetensors" or file.name == "weights.npz" for file in x.parent.iterdir())
+)
+KEY = jax.random.key(0)
+needed = pytest.mark.skipif(
+  not INDEX, reason="BIGALIGN_TOWER_ORACLES names no folder with index.json"
+)
+
+
+def describe(case, **options):
+  """open_clip does not save how many heads a timm or Hugging Face tower has."""
+  path = ROOT / case
+  file = path / "open_clip_config.json"
+  extra = {"image": {}, "text": {}}
+  if file.is_file():
+    config = json.loads(file.read_text())["model_cfg"]
+    if "timm_model_name" in config["vision_cfg"]:
+      extra["image"]["heads"] = INDEX["vision"]["heads"]
+    if "hf_model_name" in config["text_cfg"]:
+      extra["text"]["heads"] = INDEX["text"]["heads"]
+  for side, more in options.items():
+    extra[side] |= more
+  if (path / "weights.npz").is_file():
+    path = path / "weights.npz"
+  return weights.describe(path, **{k: v for k, v in extra.items() if v})
+
+
+def images(io, name="pixel_values"):
+  """[B, C, H, W] of torch as [B, H, W, C]; NaFlex patches as they are."""
+  x = io[name]
+  return x if x.ndim == 3 else einops.rearrange(x, "b c h w -> b h w c")
+
+
+class Side:
+  """One tower of a checkpoint with its projector, read for inputs of one size."""
+
+  def __init__(self, checkpoint, side, example, tower=None, **options):
+    model = checkpoint.model
+    given = {**model[side], "dtype": "float32", **(tower or {})}
+    self.tower = TOWERS[given.pop("name")](**given)
+    shapes = jax.eval_shape(self.tower.init, KEY, *example)["params"]
+    flat = tree.flatten(shapes, f"{side}_tower/")
+    self.projector = None
+    if f"{side}_projector" in model:
+      # A model's own projector; its width is the tower's.
+      other = dict(
+        image=dict(name="vit", width=8, heads=2, depth=1),
+        text=dict(name="text", vocab_size=8, length=4, width=8, heads=2, depth=1),
+      )
+      both = {**other, side: model[side]}
+      made = make_model(
+        **both,
+        embed_dim=model["embed_dim"],
+        **{f"{side}_projector": model[f"{side}_projector"]},
+      )
+      self.projector = getattr(made, f"{side}_projector")
+      out = TowerOutput(jnp.zeros((1, self.tower.width)), jnp.zeros((1, 1, self.tower.width)))
+      shapes = jax.eval_shape(self.projector.init, KEY, out).get("params", {})
+      flat |= tree.flatten(shapes, f"{side}_projector/")
+    self.side, self.flat = side, checkpoint.load(flat, **options)
+
+  def __call__(self, flat, *args, **kwargs):
+    """TowerOutput, all tokens normed, the projected vector."""
+    params = tree.unflatten(tree.subtree(flat, f"{self.side}_tower/"))
+    out, state = self.tower.apply(
+      {"params": params},
+      *args,
+      **kwargs,
+      capture_intermediates=lambda module, _: module.name == "encoder",
+    )
+    every = state["intermediates"]["encoder"]["__call__"][0]
+    if self.projector is None:
+      return out, every, None
+    params = tree.unflatten(tree.subtree(flat, f"{self.side}_projector/"))
+    return out, every, self.projector.apply({"params": params}, out)
+
+
+def normed(x, flat, prefix, epsilon):
+  """Layer norm in numpy."""
+  x = x.astype(np.float64)
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+  return x * flat[f"{prefix}/scale"] + flat[f"{prefix}/bias"]
+
+
+def image_outputs(checkpoint, io):
+  """{name of a stored output: ours}, and the unit vectors."""
+  found = {}
+  for name in [x for x in io if x.startswith("pixel_values")]:
+    suffix, x = name.removeprefix("pixel_values"), images(io, name)
+    args, options = (x,), {}
+    if x.ndim == 3:
+      args = (x, io["pixel_attention_mask"], io["spatial_shapes"])
+    else:
+      patch = checkpoint.model["image"]["patch"]
+      options["grid"] = tuple(n // patch for n in x.shape[1:3])
+    side = Side(checkpoint, "image", args, **options)
+    out, every, projected = jax.jit(side)(side.flat, *args)
+    if x.ndim == 3:
+      every = every * io["pixel_attention_mask"][..., None]
+    found[f"out_vision_pooler{suffix}"] = found[f"out_pooler{suffix}"] = out.pooled
+    found[f"out_vision_last_hidden_state{suffix}"] = every
+    found[f"out_last_hidden_state{suffix}"] = every
+    if projected is not None and not suffix:
+      found["out_image_features"], found["out_image_embeds"] = projected, unit(projected)
+    if checkpoint.kind == "clip" and not suffix:
+      stored = "out_vision_last_hidden_state"  # before the last norm
+      epsilon = checkpoint.model["image"]["epsilon"]
+      found[f"normed {stored}"] = normed(io[stored], side.flat, "image_tower/encoder/ln", epsilon)
+  return found
+
+
+def text_outputs(case, checkpoint, io):
+  found = {}
+  ids, mask = io["input_ids"].astype(np.int32), io.get("attention_mask")
+  mask = None if mask is None else mask.astype(bool)
+  side = Side(checkpoint, "text", (ids, mask))
+  out, _, projected = jax.jit(side)(side.flat, ids, mask)
+  tokens = out.tokens if mask is None else out.tokens * mask[..., None]
+  found["out_text_last_hidden_state"] = found["out_last_hidden_state"] = tokens
+  found["out_text_pooler"] = found["out_pooler"] = out.pooled
+  if projected is not None:
+    found["out_text_features"], found["out_text_embeds"] = projected, unit(projected)
+    if checkpoint.kind in ("siglip", "siglip2", "big_vision"):
+      found["out_text_pooler"] = projected  # SigLIP's is behind the head
+  if "out_text_embeds_nomask" in io:
+    found["out_text_embeds_nomask"] = unit(jax.jit(side)(side.flat, ids, None)[2])
+  if "out_mean" in io:
+    found |= pooled(tokens, mask)
+  if (ROOT / case / "modules.json").is_file():
+    np.testing.assert_allclose(out.pooled, found["out_mean_normalized"], atol=1e-6)
+    for pool in ("mean", "cls", "pooler"):
+      one = Side(checkpoint, "text", (ids, mask), tower=dict(pool=pool, unit=False))
+      found[f"out_{pool}"] = jax.jit(one)(one.flat, ids, mask)[0].pooled
+  if "token_type_ids" in io:
+    types = io["token_type_ids"].astype(np.int32)
+    typed = jax.jit(side)(side.flat, ids, mask, types=types)[0].tokens
+    found["out_last_hidden_state_tt"] = typed * mask[..., None]
+  return found
+
+
+def pooled(tokens, mask):
+  """Other poolings of a text's tokens, in numpy."""
+  tokens = np.asarray(tokens, np.float64)
+  mean = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+  normal = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+  return {"out_mean": mean, "out_mean_normalized": normal, "out_cls": tokens[:, 0]}
+
+
+def error(ours, theirs):
+  """Largest difference, relative to the largest output."""
+  assert ours.shape == theirs.shape
+  return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def stored(case):
+  """{name: array} of the inputs and outputs."""
+  meta = json.loads((ROOT / case / "meta.json").read_text())
+  with np.load(ROOT / case / meta.get("inputs_and_outputs", "io.npz")) as io:
+    return dict(io)
+
+
+def compared(case):
+  """{name of a stored output: relative error}."""
+  checkpoint, io = describe(case), stored(case)
+  if checkpoint.kind == "big_vision":
+    # The stored resized pictures are another library's, which resizes positions in another way.
+    io = {name: x for name, x in io.items() if not name.endswith("_interp")}
+  ours = {}
+  if "image" in checkpoint.model:
+    ours |= image_outputs(checkpoint, io)
+  if "text" in checkpoint.model:
+    ours |= text_outputs(case, checkpoint, io)
+  if "out_image_embeds" in ours and "out_text_embeds" in ours:
+    loss = scalars(checkpoint)
+    cosines = ours["out_image_embeds"] @ ours["out_text_embeds"].T
+    logits = np.exp(loss["t"]) * cosines + loss.get("b", 0)
+    ours |= {"out_logits_per_image": logits, "out_logits_per_text": logits.T}
+  errors = {}
+  for name in (x for x in io if x.startswith("out_")):
+    errors[name] = error(ours[name], ours.get(f"normed {name}", io[name]))
+  return errors
+
+
+def scalars(checkpoint):
+  """The learned scalars of the loss."""
+  names = {row.ours for row in checkpoint.layout.rows} & {"t", "b"}
+  return checkpoint.load({name: jax.ShapeDtypeStruct((), jnp.float32) for name in names})

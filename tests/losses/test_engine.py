@@ -1,0 +1,368 @@
+"""Every loss x every way to form the logits x devices x microbatches: equal numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.loss_oracles import at, ids, unit
+
+from bigalign import gradcache, losses, sharding
+from bigalign.losses.engine import exchange, pairwise
+
+# Compiling is all that takes time here.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+B, E = 160, 16
+SIZES = {"image": 300, "text": 400, "embed": E}
+# What a default is too large or does not fit for.
+OPTIONS = {"albef_itc": {"queue_size": 2 * B}}
+
+# Options that change what a tile is, or what comes by with it.
+VARIANTS = [
+  ("albef_itc", {"positives": "ids"}),
+  ("alignclip", {"separate_text": False}),
+  ("clip", {"label_smoothing": 0.1, "b_init": -1.0}),
+  ("fastclip_v0", {"tau_gradient": "consistent"}),
+  ("fastclip_v2", {"weighting": "rgcl"}),
+  ("fastclip_v3", {"tau_gradient": "consistent", "gamma_schedule": "constant"}),
+  ("focal_itc", {"detach_weight": True}),
+  ("isogclr", {"variant": "released", "eta_schedule": "cosine"}),
+  ("m2mix", {"m2_average": True, "decay": True, "t_learned": True}),
+  ("m3co", {"soft_after": 0.0, "detach_targets": True}),
+  ("m3mix", {"m2_average": True, "t_learned": True}),
+  ("matryoshka", {"shared": False, "dims": (4, 16), "reduction": "mean"}),
+  ("matryoshka", {"base": "sogclr", "dims": (4, 16)}),
+  ("mobileclip_dr", {"second_text": True, "teacher_dims": (3, 5), "teacher_scales": (50.0, 80.0)}),
+  ("siglip", {"positives": "ids", "reduction": "mean_all"}),
+  ("siglip_distill", {"form": "signed"}),
+  ("softclip_m3co", {"detach_targets": True}),
+  ("sogclr", {"variant": "released"}),
+]
+
+
+def small(way, mesh, rows=B):
+  """Tiles of 7 columns and at least 8 segments: neither divides the columns of a device."""
+  devices = mesh.size if mesh else 1
+  return pairwise.Engine(way, tile_mb=7.5 * 4 * rows / devices / 1e6, budget_mb=rows * E / 1e6)
+
+
+def example(dtype, repeated=False):
+  """Inputs of two linear towers, and all that a loss may ask the data for; `repeated`: most images
+  and texts are several times in the batch."""
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+  def teacher():
+    return unit(normal(B, 8))
+
+  batch = {
+    "img": normal(B, 12),
+    "txt": normal(B, 12),
+    "second": normal(B, 12),
+    "patches": normal(B, 6, 5),
+    "words": normal(B, 4, 5),
+    "mask": jnp.asarray(rng.random((B, 4)) < 0.7).at[:, 0].set(True),
+    "teacher_img": teacher(),
+    "teacher_txt": teacher(),
+    "teacher_txt_second": teacher(),
+    "label": jnp.asarray(rng.integers(-1, 5, B), jnp.int32),
+    "noise_prob": jnp.asarray(rng.random(B), dtype),
+    "image_id": ids(rng.permutation(SIZES["image"])[:B] // (4 if repeated else 1)),
+    "text_id": ids(rng.permutation(SIZES["text"])[:B] // (4 if repeated else 1)),
+  }
+  towers = {
+    "img": normal(12, E),
+    "txt": normal(12, E),
+    "patches": normal(5, 7),
+    "words": normal(5, 7),
+  }
+  return towers, batch
+
+
+def embed(params, batch, key, dropout=0.0):
+  """All features that a model can give, row by row."""
+  keep = jax.random.bernoulli(key, 1 - dropout, batch["img"].shape)
+  raw = {
+    "img": jnp.where(keep, batch["img"], 0) @ params["img"],
+    "txt": batch["txt"] @ params["txt"],
+  }
+  second = batch["second"] @ params["txt"]
+  slow = {f"teacher_{k}": jax.lax.stop_gradient(unit(x[:, ::-1])) for k, x in raw.items()}
+  return {
+    **slow,
+    **{f"raw_{k}": x for k, x in raw.items()},
+    **{f"z{k}": unit(x) for k, x in raw.items()},
+    "ztxt_second": unit(second),
+    "tokens_img": batch["patches"] @ params["patches"],
+    "tokens_txt": batch["words"] @ params["words"],
+    "mask_txt": batch["mask"],
+  }
+
+
+def step(name, options, dtype, way, mesh, microbatches, dropout=0.0):
+  """(objective, metrics["loss"], state, gradients) of one loss."""
+  towers, batch = example(dtype, repeated=options.get("positives") == "ids")
+  loss = losses.make_loss({name: OPTIONS.get(name, {}) | options})
+  own, state = loss.init(SIZES)
+  own, state = jax.tree.map(
+    lambda x: jnp.asarray(x, dtype) if x.dtype == jnp.float32 else x, (own, state)
+  )
+  params = {"towers": towers, "loss": own}
+
+  def run(params, state, batch):
+    def objective(params, feats):
+      with pairwise.engine(small(way, mesh)):
+        value, (after, logs) = loss.apply(
+          params["loss"], state, feats, batch, at(step=3, epochs=1.25)
+        )
+      return value, (logs["loss"], after)
+
+    (value, (logged, after)), grads = gradcache.value_and_grad(
+      lambda params, batch, key: embed(params["towers"], batch, key, dropout),
+      objective,
+      params,
+      batch,
+      jax.random.key(1),
+      microbatches=microbatches,
+    )
+    return value, logged, after, grads
+
+  if mesh is None:
+    return jax.jit(run)(params, state, batch)
+  with jax.set_mesh(mesh):
+    batch = {k: jax.device_put(x, sharding.batch_sharding(mesh)) for k, x in batch.items()}
+    return jax.jit(run)(params, state, batch)
+
+
+def grid():
+  return sharding.make_mesh(data=4, fsdp=2)
+
+
+@functools.cache
+def truth(name, **options):
+  """float64, dense, one device."""
+  with jax.enable_x64(True):
+    found = step(name, options, jnp.float64, "dense", None, 1)
+    return jax.tree.map(np.asarray, found)
+
+
+def same(found, expected, rtol=1e-5):
+  """Each array within rtol of its own largest element; a zero gradient within that of all."""
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(expected[3]))
+
+  def one(path, a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    where = jax.tree_util.keystr(path)
+    assert np.array_equal(np.isfinite(a), np.isfinite(b)), f"{where} is not finite"
+    a, b = np.where(np.isfinite(a), a, 0), np.where(np.isfinite(b), b, 0)
+    top = np.abs(b).max() if b.size else 0.0
+    floor = largest * 1e-6 if where.startswith("[3]") else 1e-6
+    # iSogCLR's momentum is a difference of exponents of a hundred, at tau = 0.01.
+    close = 5e-5 if where.endswith("['m']") else rtol
+    off = np.abs(a - b).max()
+    assert off <= close * max(top, floor), f"{where}: {off} of {top}"
+
+  jax.tree_util.tree_map_with_path(one, tuple(found), tuple(expected))
+
+
+# On one device a gather or a ring is a segment of all columns; it is told apart, as one device with
+# microbatches and eight without, only before a release.
+SLOW = {
+  *((way, 8, 4) for way in ("dense", "gather", "segment", "ring")),
+  *((way, 1, 1) for way in ("dense", "segment")),
+}
+MATRIX = [
+  pytest.param(
+    name,
+    way,
+    devices,
+    microbatches,
+    marks=pytest.mark.slow if (way, devices, microbatches) in SLOW else pytest.mark.long,
+  )
+  for name in sorted(losses.LOSSES)
+  for way in ("dense", "gather", "segment", "ring")
+  for devices in (1, 8)
+  for microbatches in (1, 4)
+]
+
+
+@pytest.mark.parametrize("name,way,devices,microbatches", MATRIX)
+def test_equal_in_every_way(name, way, devices, microbatches):
+  mesh = grid() if devices == 8 else None
+  same(step(name, {}, jnp.float32, way, mesh, microbatches), truth(name))
+
+
+# A gather is one segment; a dense matrix has no tiles that options could change.
+@pytest.mark.parametrize(
+  "way",
+  [
+    *(pytest.param(way, marks=pytest.mark.slow) for way in ("segment", "ring")),
+    *(pytest.param(way, marks=pytest.mark.long) for way in ("dense", "gather")),
+  ],
+)
+@pytest.mark.parametrize("name,options", VARIANTS, ids=str)
+def test_options_are_equal_in_every_way(name, options, way):
+  same(step(name, options, jnp.float32, way, grid(), 4), truth(name, **options))
+
+
+@pytest.mark.parametrize("way", ["gather", "segment", "ring"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_equal_over_the_mesh_in_microbatches(name, way):
+  same(step(name, {}, jnp.float32, way, grid(), 4), truth(name))
+
+
+def test_a_long_axis_is_summed_over_in_two_stages(monkeypatch):
+  monkeypatch.setattr(exchange, "STAGED", 8)
+  mesh = sharding.make_mesh(data=8)
+  same(step("clip", {}, jnp.float32, "segment", mesh, 1), truth("clip"))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("way", ["gather", "segment", "ring"])
+def test_uneven_rows_columns_and_tiles(way, devices):
+  """13 rows and 11 columns: padded devices, segments and last tiles take no part."""
+  rng = np.random.default_rng(0)
+  x, y = (jnp.asarray(rng.normal(size=(n, 5)), jnp.float32) for n in (13, 11))
+  outputs = {
+    f"{side}_{kind}": f"{side}_{kind}" for side in ("row", "col") for kind in ("lse", "sum", "max")
+  }
+
+  def tile(row, col, shared):
+    return dict.fromkeys(outputs, shared["scale"] * pairwise.products(row["z"], col["z"]))
+
+  def value(x, y, scale):
+    # Two columns in a tile of 11, or of the 2 to 16 of a block: the last one is padded.
+    with pairwise.engine(pairwise.Engine(way, tile_mb=8.5 * 13 / devices / 1e6, budget_mb=1e-4)):
+      found = pairwise.reduce(tile, {"z": x}, {"z": y}, {"scale": scale}, outputs=outputs)
+      cubes = pairwise.total(
+        lambda row, col, shared: {k: v**3 for k, v in [*tile(row, col, shared).items()][:1]},
+        {"z": x},
+        {"z": y},
+        {"scale": scale},
+      )
+    return sum((v**2).sum() for v in found.values()) + cubes, found
+
+  def wanted(x, y, scale):
+    s = scale * x @ y.T
+    found = {}
+    for side, axis in (("row", 1), ("col", 0)):
+      found[f"{side}_lse"] = jax.nn.logsumexp(s, axis)
+      found[f"{side}_sum"] = s.sum(axis)
+      found[f"{side}_max"] = jax.lax.stop_gradient(s.max(axis))
+    return sum((v**2).sum() for v in found.values()) + (s**3).sum(), found
+
+  grads = functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+  with jax.set_mesh(sharding.make_mesh(data=8)) if devices == 8 else contextlib.nullcontext():
+    found = jax.jit(grads(value))(x, y, jnp.float32(0.5))
+  expected = jax.jit(grads(wanted))(x, y, jnp.float32(0.5))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
+
+
+def test_bfloat16_is_the_same_in_every_way_and_near_float32():
+  towers, batch = example(jnp.float32)
+  feats = embed(towers, batch, jax.random.key(0))
+  loss = losses.make_loss({"clip": {}})
+  params, state = loss.init(SIZES)
+
+  def grads(way, dtype, mesh):
+    def value(zimg, ztxt):
+      with pairwise.engine(pairwise.Engine(way, dtype)):
+        return loss.apply(params, state, {"zimg": zimg, "ztxt": ztxt}, {}, at())[0]
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+      return jax.jit(jax.value_and_grad(value, (0, 1)))(feats["zimg"], feats["ztxt"])
+
+  exact, rounded = (grads("dense", dtype, None) for dtype in ("float32", "bfloat16"))
+  for way in ("gather", "segment", "ring"):
+    for a, b, c in zip(*map(jax.tree.leaves, (grads(way, "bfloat16", grid()), rounded, exact))):
+      assert a.dtype == jnp.float32
+      assert jnp.abs(a - b).max() < 4e-3 * jnp.abs(b).max()
+      assert 0 < jnp.abs(a - c).max() < 2e-2 * jnp.abs(c).max()
+
+
+@pytest.mark.parametrize("mesh", [None, "grid"])
+def test_dropout_is_drawn_again_in_the_second_pass(mesh):
+  """In microbatches with dropout: the gradient of the whole batch under the same masks."""
+  mesh = mesh and grid()
+  towers, batch = example(jnp.float32)
+  loss = losses.make_loss({"clip": {}})
+  own, _ = loss.init(SIZES)
+
+  def whole(params):
+    feats = []
+    for i in range(4):
+      part = {k: gradcache.split(x, 4)[i] for k, x in batch.items()}
+      feats.append(embed(params["towers"], part, jax.random.fold_in(jax.random.key(1), i), 0.5))
+    feats = {k: gradcache.merge(jnp.stack([f[k] for f in feats])) for k in feats[0]}
+    return loss.apply(params["loss"], {"clip": {}}, feats, batch, at())[0]
+
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    value, grads = jax.jit(jax.value_and_grad(whole))({"towers": towers, "loss": own})
+  found = step("clip", {}, jnp.float32, "auto", mesh, 4, dropout=0.5)
+  np.testing.assert_allclose(found[0], value, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[3], grads)
+  other = step("clip", {}, jnp.float32, "auto", mesh, 1, dropout=0.5)
+  assert abs(float(other[0]) - float(value)) > 1e-4, "another number of microbatches, other masks"
+
+
+@pytest.mark.parametrize("way", ["dense", "gather", "segment", "ring"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_saturated_logits_keep_their_digits(name, way):
+  """At a scale of 100 and a loss below 1e-3, float32 is within 1e-6 of float64."""
+  rng = np.random.default_rng(0)
+  x = np.asarray(unit(rng.normal(size=(48, 64))))
+  y = np.asarray(unit(x + 0.05 * rng.normal(size=x.shape)))
+  loss = losses.make_loss({name: {}})
+
+  def value(dtype, way, mesh):
+    z = [jnp.asarray(v, dtype) for v in (x, y)]
+    params = {name: {"t": jnp.asarray(np.log(100), dtype), "b": jnp.asarray(-60.0, dtype)}}
+
+    def objective(x, y):
+      with pairwise.engine(small(way, mesh, len(x))):
+        return loss.apply(params, {name: {}}, {"zimg": x, "ztxt": y}, {}, at())[0]
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+      if mesh:
+        z = [jax.device_put(v, sharding.batch_sharding(mesh)) for v in z]
+      return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(objective, (0, 1)))(*z))
+
+  with jax.enable_x64(True):
+    expected, wanted = value(jnp.float64, "dense", None)
+  assert 0 < expected < 1e-3
+  for mesh in (None, grid()):
+    found, grads = value(jnp.float32, way, mesh)
+    assert abs(found - expected) < 1e-6
+    for a, b in zip(grads, wanted):
+      assert np.abs(a - b).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+  "options,message",
+  [(dict(way="rings"), "rings"), (dict(dtype="bf16"), "bfloat16"), (dict(tile_mb=0), "tile_mb")],
+)
+def test_errors_of_the_engine(options, message):
+  with pytest.raises(ValueError, match=message):
+    pairwise.Engine(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_a_feature_that_is_not_finite_is_seen_in_the_loss(name):
+  """Else a step would log a loss that looks well."""
+  towers, batch = example(jnp.float32)
+  loss = losses.make_loss({name: OPTIONS.get(name, {})})
+  params, state = loss.init(SIZES)
+  feats = {
+    k: x.at[3].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    for k, x in embed(towers, batch, jax.random.key(0)).items()
+  }
+  _, (_, logs) = loss.apply(params, state, feats, {**batch, **feats}, at(step=3, epochs=1.25))
+  assert not np.isfinite(logs["loss"])

@@ -1,0 +1,176 @@
+"""Contrast with a slow copy of the model and its queues, step by step."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.loss_oracles import at, both_precisions, cases, floats, ids, make, oracles
+
+from bigalign import losses, sharding
+from bigalign.losses.engine import pairwise
+
+
+def one_step(loss, params, state, feats, batch, where):
+  """Gradients of features and temperature, the new state and the metrics."""
+  params = loss.constrain(params, params)  # as after the update before
+  return of_apply(loss.apply, params, state, feats, batch, where)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_apply(apply, params, state, feats, batch, where):
+  def value(params, learned):
+    return apply(params, state, {**feats, **learned}, batch, where)
+
+  learned = {k: feats[k] for k in ("zimg", "ztxt")}
+  (_, (state, metrics)), (d_params, d_feats) = jax.value_and_grad(value, (0, 1), has_aux=True)(
+    params, learned
+  )
+  return {**d_params, **d_feats}, state, metrics
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases("albef_itc"))
+def test_albef_itc(case, precision):
+  rtol = 1e-9 if precision == "float64" else 1e-4
+  first = floats(oracles().inputs(case, step=0), precision)
+  by_id = "ids" in first
+  size = len(first["queue_img"])
+  state = {"img": first["queue_img"], "txt": first["queue_txt"], "next": jnp.zeros((), jnp.int32)}
+  if by_id:
+    state["ids"] = ids(first["queue_ids"])  # an empty place is -100 there
+  options = dict(queue_size=size, alpha=1.0)  # and epochs=alpha: a ramp through the case's alphas
+  loss = make("albef_itc", options | (dict(positives="ids") if by_id else {}))
+  for k, step in enumerate(case["steps"]):
+    inputs = floats(oracles().inputs(case, step=k), precision)
+    where = at(step=k)._replace(epochs=jnp.asarray(case["params"]["alphas"][k], precision))
+    feats = dict(
+      zimg=inputs["img"],
+      ztxt=inputs["txt"],
+      teacher_img=inputs["t_img"],
+      teacher_txt=inputs["t_txt"],
+    )
+    batch = {"image_id": ids(inputs["ids"])} if by_id else {}
+    params = {"temperature": jnp.asarray(case["params"]["temps"][k], precision)}
+    grads, state, metrics = one_step(loss, params, state, feats, batch, where)
+    got = dict(
+      loss=metrics["loss"],
+      i2t=metrics["i2t"],
+      t2i=metrics["t2i"],
+      d_temp=grads["temperature"],
+      d_img=grads["zimg"],
+      d_txt=grads["ztxt"],
+      queue_ptr=state["next"],
+      state_queue_img=state["img"],
+      state_queue_txt=state["txt"],
+    )
+    wanted = (*step["expect"], *step["arrays"])
+    oracles().check(case, got, step=k, rtol=rtol, require=wanted)
+
+
+def some(size=16, width=8, seed=0, dtype=jnp.float32):
+  rng = np.random.default_rng(seed)
+  names = ("zimg", "ztxt", "teacher_img", "teacher_txt")
+  z = rng.normal(size=(4, size, width))
+  z /= np.linalg.norm(z, axis=-1, keepdims=True)
+  return {name: jnp.asarray(x, dtype) for name, x in zip(names, z)}
+
+
+def several(loss, dtype, steps=3):
+  """Gradients and losses of some steps, and the last state, in float64."""
+  params, state = jax.tree.map(
+    lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, loss.init({"embed": 8})
+  )
+  found = []
+  for k in range(steps):
+    batch = {"image_id": ids(np.arange(12) // 3 + 3 * k)}
+    grads, state, metrics = one_step(
+      loss, params, state, some(size=12, seed=k, dtype=dtype), batch, at(epochs=k / 2)
+    )
+    found.append({**grads, "loss": metrics["loss"]})
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), (found, state))
+
+
+@pytest.mark.parametrize("way", ["segment", "ring"])
+def test_steps_over_the_mesh_are_the_same(way):
+  # Neither 12 anchors nor 12 + 24 keys divide over eight devices.
+  options = dict(queue_size=24, positives="ids", local_keys=6)
+  with jax.enable_x64(True), pairwise.engine(pairwise.Engine("dense")):
+    expected = several(make("albef_itc", options), "float64")
+  with (
+    jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)),
+    pairwise.engine(pairwise.Engine(way, tile_mb=1.5e-4)),
+  ):
+    found = several(make("albef_itc", options), "float32")
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-3)),
+    found,
+    expected,
+  )
+
+
+def test_the_queue_holds_the_newest_keys_in_the_places_of_the_oldest():
+  loss = make("albef_itc", dict(queue_size=32))
+  params, state = loss.init({"embed": 8})
+  np.testing.assert_allclose(jnp.linalg.norm(state["img"], axis=1), 1, rtol=1e-6)
+  assert not np.allclose(state["img"], state["txt"])
+  for k in range(3):
+    _, state, _ = one_step(loss, params, state, some(seed=k), {}, at())
+  for side in ("img", "txt"):
+    expected = [some(seed=k)[f"teacher_{side}"] for k in (2, 1)]
+    np.testing.assert_array_equal(state[side], np.concatenate(expected))
+  assert state["next"] == 16
+
+
+def test_workers_see_their_own_keys_only():
+  """Halves of a batch on their own, each with the queue: the mean of both."""
+  local, alone = (make("albef_itc", dict(queue_size=32, local_keys=n)) for n in (8, None))
+  params, state = local.init({"embed": 8})
+  feats, where = some(), at(epochs=1.0)
+  _, _, metrics = one_step(local, params, state, feats, {}, where)
+  halves = [
+    one_step(alone, params, state, {k: x[s] for k, x in feats.items()}, {}, where)[2]["loss"]
+    for s in (slice(0, 8), slice(8, 16))
+  ]
+  np.testing.assert_allclose(metrics["loss"], np.mean(halves), rtol=1e-6)
+  _, _, metrics = one_step(alone, params, state, feats, {}, where)
+  assert metrics["loss"] > np.mean(halves)  # more negatives
+
+
+def test_the_truth_gives_way_to_the_average_within_the_first_epoch():
+  loss = make("albef_itc", dict(queue_size=32, alpha=0.4))
+  params, state = loss.init({"embed": 8})
+  shares = [
+    float(one_step(loss, params, state, some(), {}, at(epochs=e))[2]["alpha"])
+    for e in (0, 0.25, 1, 7)
+  ]
+  np.testing.assert_allclose(shares, [0, 0.1, 0.4, 0.4], rtol=1e-6)
+
+
+def test_the_temperature_stays_in_its_bounds():
+  loss = make("albef_itc", {})
+  for given, kept in ((0.7, 0.5), (1e-5, 0.001), (0.02, 0.02)):
+    params = {"temperature": jnp.asarray(given)}
+    clamped = loss.constrain(params, params)
+    np.testing.assert_allclose(clamped["temperature"], kept, rtol=1e-6)
+
+
+def test_errors_name_the_option():
+  loss = make("albef_itc", dict(queue_size=40))
+  params, state = loss.init({"embed": 8})
+  with pytest.raises(ValueError, match=r"queue_size=40 is no multiple of the batch of 16; try 48"):
+    one_step(loss, params, state, some(), {}, at())
+  for options, message in (
+    (dict(positives="id"), "positives.*'id'.*'ids'"),
+    (dict(queue_size=0), "queue_size=0"),
+    (dict(local_keys=0), "local_keys=0"),
+    (dict(temperature_init=14.0), "temperature_init=14"),
+  ):
+    with pytest.raises(ValueError, match=r"config\.loss\.albef_itc\." + message):
+      make("albef_itc", options)
+  losses.check_needs(loss, {"zimg", "ztxt"}, ema=True)
+  with pytest.raises(ValueError, match=r"config\.ema is 0"):
+    losses.check_needs(loss, {"zimg", "ztxt"})

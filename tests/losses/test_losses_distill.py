@@ -1,0 +1,187 @@
+"""Losses with teachers in the batch, and of noisy pairs, against the oracle cases."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.loss_oracles import AT, both_precisions, cases, check, make, oracles, run
+
+from bigalign import sharding
+from bigalign.losses.engine import pairwise
+
+
+def parted(got):
+  """With the oracle's names of the two parts."""
+  return {**got, "hard": got["contrastive_loss"], "soft": got["distill_loss"]}
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases("clip_distill"))
+def test_clip_distill(case, precision):
+  loss = make("clip_distill", case["params"])
+  check(case, parted(run(loss, case, precision)), precision)
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases("mobileclip_dr"))
+def test_mobileclip_dr(case, precision):
+  options = dict(case["params"])
+  options |= dict(soft_share=options.pop("lambda"), second_text="txt_syn" in case["inputs"])
+  check(case, parted(run(make("mobileclip_dr", options), case, precision)), precision)
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases("siglip_distill"))
+def test_siglip_distill(case, precision):
+  options = dict(case["params"])
+  share = options.pop("lambda")
+  loss, hard, soft = (
+    run(make("siglip_distill", options | dict(soft_share=x)), case, precision)
+    for x in (share, 0.0, 1.0)
+  )
+  check(case, {**loss, "hard": hard["loss"], "soft": soft["loss"]}, precision)
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases("nitc"))
+def test_nitc(case, precision):
+  loss = make("nitc", dict(smoothing=case["params"]["lambda"]))
+  noise = jnp.asarray(oracles().inputs(case)["noise_prob"], precision)
+  check(case, run(loss, case, precision, {"noise_prob": noise}), precision)
+
+
+def random_batch(size=32, width=16, teacher=24, noise=0.5, seed=0):
+  """Features and fields of pairs that resemble each other, as numpy in float64."""
+  rng = np.random.default_rng(seed)
+
+  def pair(width):
+    x = rng.normal(size=(size, width))
+    y = x + noise * rng.normal(size=x.shape)
+    return (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+
+  zimg, ztxt = pair(width)
+  teacher_img, teacher_txt = pair(teacher)
+  second, _ = pair(width)
+  feats = dict(zimg=zimg, ztxt=ztxt, ztxt_second=second)
+  fields = dict(
+    teacher_img=teacher_img,
+    teacher_txt=teacher_txt,
+    teacher_txt_second=teacher_txt[::-1],
+    noise_prob=rng.uniform(size=size),
+  )
+  return feats, fields
+
+
+def value_and_gradients(loss, feats, fields, dtype, params=None):
+  """{"loss", features and parameters}: the objective and its gradients, as numpy in float64."""
+  given = {k: jnp.asarray(x, dtype) for k, x in (params or loss.init({})[0]).items()}
+  feats, fields = ({k: jnp.asarray(x, dtype) for k, x in d.items()} for d in (feats, fields))
+
+  @jax.jit
+  def both(given, feats, fields):
+    def value(given, feats):
+      return loss.apply(given, {}, feats, fields, AT)[0]
+
+    return jax.value_and_grad(value, (0, 1))(given, feats)
+
+  value, (d_params, d_feats) = both(given, feats, fields)
+  return {k: np.asarray(x, np.float64) for k, x in {"loss": value, **d_params, **d_feats}.items()}
+
+
+@pytest.mark.parametrize(
+  "name,options",
+  [
+    ("clip_distill", {}),
+    ("mobileclip_dr", dict(second_text=True)),
+    ("siglip_distill", {}),
+    ("siglip_distill", dict(form="signed")),
+    ("nitc", {}),
+  ],
+)
+def test_a_ring_of_devices_gives_the_same(name, options):
+  with jax.enable_x64(True), pairwise.engine(pairwise.Engine("dense")):
+    expected = value_and_gradients(make(name, options), *random_batch(), "float64")
+  with (
+    jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)),
+    pairwise.engine(pairwise.Engine("ring", tile_mb=1.5e-4)),
+  ):
+    found = value_and_gradients(make(name, options), *random_batch(), "float32")
+  for key, x in expected.items():
+    np.testing.assert_allclose(found[key], x, atol=1e-5 * max(np.abs(x).max(), 1e-3), err_msg=key)
+
+
+@pytest.mark.parametrize(
+  "name,options",
+  [
+    ("clip_distill", dict(w_hard=0.0, t_init=20.0, teacher_scale=20.0)),
+    ("mobileclip_dr", dict(t_init=20.0, teacher_scales=(20.0,))),
+    (
+      "siglip_distill",
+      dict(t_init=10.0, b_init=-8.0, teacher_scales=(10.0,), teacher_biases=(-8.0,)),
+    ),
+  ],
+)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(name, options):
+  feats, fields = random_batch()
+  fields |= dict(teacher_img=feats["zimg"], teacher_txt=feats["ztxt"])
+  params = {
+    k: np.float64(dict(t=np.log(options["t_init"]), b=options.get("b_init"))[k])
+    for k in make(name, options).init({})[0]
+  }
+  with jax.enable_x64(True):
+    found = value_and_gradients(make(name, options), feats, fields, "float64", params)
+  for key in ("zimg", "ztxt", *params):
+    np.testing.assert_allclose(found[key], 0, atol=1e-12, err_msg=key)
+
+
+def test_limits_are_the_plain_losses():
+  feats, fields = random_batch()
+  clean = dict(fields, noise_prob=np.zeros(32))
+  with jax.enable_x64(True):
+    one, many = (
+      value_and_gradients(make(name, {}), feats, {}, "float64") for name in ("clip", "siglip")
+    )
+    for name, options, expected in (
+      ("clip_distill", dict(w_soft=0.0), one),
+      ("mobileclip_dr", dict(soft_share=0.0), one),
+      ("nitc", {}, one),
+      ("siglip_distill", dict(soft_share=0.0), many),
+    ):
+      found = value_and_gradients(make(name, options), feats, clean, "float64")
+      for key, x in expected.items():
+        np.testing.assert_allclose(found[key], x, atol=1e-12, err_msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("name", ["clip_distill", "mobileclip_dr", "nitc"])
+def test_saturated_losses_keep_their_digits(name):
+  feats, fields = random_batch(size=16, width=7, teacher=7, noise=0.02)
+  fields |= dict(noise_prob=np.full(16, 1e-5))
+  params = {"t": np.log(100.0)}
+  with jax.enable_x64(True):
+    exact = value_and_gradients(make(name, {}), feats, fields, "float64", params)
+  found = value_and_gradients(make(name, {}), feats, fields, "float32", params)
+  assert 1e-6 < exact["loss"] < 1e-3
+  assert abs(found["loss"] - exact["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+  "name,options,message",
+  [
+    ("mobileclip_dr", dict(teacher_dims=(8, 16)), r"mobileclip_dr\.teacher_scales.*2 teachers"),
+    ("mobileclip_dr", dict(soft_share=1.5), r"mobileclip_dr\.soft_share=1.5"),
+    ("siglip_distill", dict(teacher_biases=()), r"siglip_distill\.teacher_biases.*1 teachers"),
+    ("siglip_distill", dict(form="kl"), r"siglip_distill\.form.*'kl'.*'bce'"),
+    ("nitc", dict(smoothing=2.0), r"nitc\.smoothing=2.0"),
+  ],
+)
+def test_options_that_do_not_fit_are_named(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    make(name, options)
+
+
+def test_teachers_of_another_width_are_named():
+  loss = make("mobileclip_dr", dict(teacher_dims=(8, 8), teacher_scales=(70.0, 60.0)))
+  with pytest.raises(ValueError, match=r"teacher_dims=\[8, 8\] add up to 16.*24 wide"):
+    value_and_gradients(loss, *random_batch(), "float32")

@@ -1,0 +1,110 @@
+"""Plain functions: regions, ratios of distances, captions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.loss_oracles import both_precisions, cases, floats, oracles, unit
+
+from bigalign import sharding
+from bigalign.losses import functions
+from bigalign.losses.engine import pairwise
+
+
+def compare(case, got, precision):
+  wanted = [k for k in (*case["expect"], *case["arrays"]) if k != "n_tokens"]
+  rtol = 1e-9 if precision == "float64" else 1e-4
+  oracles().check(case, got, rtol=rtol, require=wanted)
+
+
+def inputs_of(case, precision, normed):
+  """Inputs and a function that makes those in `normed` unit rows if the case says so."""
+  inputs = floats(oracles().inputs(case), precision)
+  learned = {k: inputs.pop(k) for k in normed}
+  return inputs, learned, unit if case["normalize"] else lambda x: x
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases("cloc_region"))
+def test_cloc_region(case, precision):
+  inputs, learned, norm = inputs_of(case, precision, ("regions", "phrases"))
+  log_scale = jnp.asarray(case["scalars"]["log_scale"], precision)
+
+  def value(learned, log_scale):
+    r2t, t2r = functions.cloc_region(
+      norm(learned["regions"]),
+      norm(learned["phrases"]),
+      inputs["mask"],
+      inputs["phrase_id"],
+      jnp.exp(log_scale),
+    )
+    return (r2t + t2r) / 2, dict(r2t=r2t, t2r=t2r)
+
+  (loss, parts), (d_z, d_scale) = jax.value_and_grad(value, (0, 1), has_aux=True)(
+    learned, log_scale
+  )
+  got = {"loss": loss, **parts, **{f"d_{k}": x for k, x in d_z.items()}, "d_log_scale": d_scale}
+  compare(case, got, precision)
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases("m3l_ratio"))
+def test_m3l_ratio(case, precision):
+  inputs, learned, norm = inputs_of(case, precision, ("img", "txt"))
+
+  def value(learned):
+    return functions.m3l_ratio(
+      norm(learned["img"]),
+      norm(learned["txt"]),
+      inputs["neg_img"],
+      inputs["neg_txt"],
+      **case["params"],
+    )
+
+  loss, grads = jax.value_and_grad(value)(learned)
+  compare(case, {"loss": loss, **{f"d_{k}": x for k, x in grads.items()}}, precision)
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases("coca_caption"))
+def test_coca_caption(case, precision):
+  inputs = floats(oracles().inputs(case), precision)
+  loss, grad = jax.value_and_grad(functions.coca_caption)(
+    inputs["logits"], inputs["labels"], **case["params"]
+  )
+  compare(case, {"loss": loss, "d_logits": grad}, precision)
+
+
+@pytest.mark.parametrize("way", ["gather", "segment", "ring"])
+def test_regions_are_compared_over_the_mesh(way):
+  rng = np.random.default_rng(0)
+  regions, phrases = unit(jnp.asarray(rng.normal(size=(2, 8, 3, 6)), jnp.float32))
+  mask = jnp.asarray(rng.random((8, 3)) < 0.7)
+  phrase_id = jnp.asarray(rng.integers(0, 12, (8, 3)))
+
+  @jax.jit
+  def run(regions, phrases):
+    def value(regions, phrases):
+      return sum(functions.cloc_region(regions, phrases, mask, phrase_id, jnp.asarray(20.0)))
+
+    return jax.value_and_grad(value, (0, 1))(regions, phrases)
+
+  with pairwise.engine(pairwise.Engine("dense")):
+    expected = jax.tree.map(np.asarray, run(regions, phrases))
+  run.clear_cache()
+  with (
+    jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)),
+    pairwise.engine(pairwise.Engine(way, tile_mb=1e-3)),
+  ):
+    found = run(regions, phrases)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected
+  )
+
+
+def test_nothing_to_learn_from_is_zero():
+  z, none = jnp.eye(4)[None], jnp.zeros((1, 4), int)
+  assert sum(functions.cloc_region(z, z, none, none, jnp.asarray(10.0))) == 0
+  assert functions.coca_caption(jnp.ones((1, 4, 5)), none) == 0

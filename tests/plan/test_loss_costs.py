@@ -1,0 +1,69 @@
+"""bigalign costs: what it measures, prints and writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+
+import pytest
+
+from bigalign import losses, sharding
+from bigalign.plan import loss_costs
+
+# Compiling is all that takes time here.
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "losses.md"
+
+
+def test_the_table_is_that_of_the_compiled_programs(tmp_path, capsys):
+  rows = loss_costs.main(
+    [
+      "--losses=clip,sogclr",
+      "--ways=gather,ring",
+      "--batch=64",
+      "--width=16",
+      "--samples=100000",
+      "--json",
+      str(tmp_path / "costs.json"),
+    ]
+  )
+  assert json.loads((tmp_path / "costs.json").read_text()) == rows
+  found = {(row["loss"], row["way"]): row for row in rows}
+  for way in ("gather", "ring"):
+    clip, sogclr = found["clip", way], found["sogclr", way]
+    assert clip["flops"] == pytest.approx(8 * 64 * 64 * 16 / 8, rel=0.01)
+    assert (clip["needs"], clip["state_bytes"]) == ([], 0)
+    assert sogclr["needs"] == ["ids"] and sogclr["state_bytes"] >= 2 * 4 * 100_000
+  assert found["clip", "gather"]["wire_bytes"]["all-gather"] >= 64 * 16 * 4
+  assert found["clip", "ring"]["wire_bytes"]["collective-permute"] >= 3 * 64 * 16 * 4
+  printed = capsys.readouterr().out
+  assert "sogclr" in printed and "8.0" in printed
+
+
+def test_every_field_that_a_loss_can_need_has_a_shape():
+  wanted = {name for names in losses.PROVIDES.values() for name in names}
+  assert wanted <= set(loss_costs.fields(8, 4))
+
+
+def test_every_loss_is_in_the_document_with_its_costs():
+  text = DOCS.read_text()
+  assert [name for name in losses.LOSSES if f"`{name}`" not in text] == []
+  # Rows with needs and state: of the table of all losses.
+  rows = [line.split("|")[1:-1] for line in text.splitlines() if line.count("|") == 8]
+  found = sorted((row[0].strip(), row[1].strip()) for row in rows if row[4].strip()[-2:] == "MB")
+  assert found == sorted(itertools.product(losses.LOSSES, loss_costs.WAYS))
+
+
+def test_an_unknown_loss_names_the_nearest():
+  with pytest.raises(ValueError, match="'siglip'"):
+    loss_costs.main(["--losses=sigclip"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_every_loss_has_costs_at_any_batch(name):
+  """No loss's defaults stop the table, at a batch that divides nothing."""
+  row = loss_costs.measure(name, "gather", sharding.make_mesh(data=8), batch=24, width=8)
+  assert row["flops"] > 0 and row["wire_bytes"]

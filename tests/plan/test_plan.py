@@ -1,0 +1,310 @@
+"""bigalign plan: verdicts, figures and prices of configs on pods that nobody holds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers.shipped import ROOT, load
+
+from bigalign import config
+from bigalign import state as states
+from bigalign.plan import chips, compile_step, hlo_memory, largest_batch, main, topologies
+
+needs_libtpu = pytest.mark.skipif(
+  not topologies.installed(), reason="libtpu is not installed: the extra plan"
+)
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def small(**parts):
+  """Projectors on stored vectors: a step of few lines, whose logits fill the memory."""
+  return (
+    dict(
+      seed=0,
+      total_steps=100,
+      batch_size=4096,
+      log_every=1,
+      checkpoint_every=0,
+      data=dict(source="x", image_size=32, tokenizer=dict(name="byte", length=8)),
+      model=dict(
+        image=dict(name="features", width=64), text=dict(name="features", width=48), embed_dim=32
+      ),
+      loss=dict(clip={}),
+      optimizer=dict(name="adamw", lr=1e-3),
+      rules=(("", ()),),
+      logits=dict(way="dense", dtype="bfloat16"),
+      topology="v5e:1x1",
+    )
+    | parts
+  )
+
+
+def made_up(batch, *, fits=True, **parts):
+  """A plan of 4 v5e whose memory is 1 GB and 10 MB for each row of a chip."""
+  rows = batch / 4
+  found = dict(
+    topology="v5e:2x2",
+    devices=4,
+    mesh=dict(data=4, fsdp=1, tensor=1),
+    batch_size=batch,
+    batch_per_chip=rows,
+    microbatches=1,
+    fits=fits,
+    total_steps=1000,
+    memory_bytes_per_chip=dict(
+      parameters=4e8, optimizer=6e8, batch=1e6 * rows, activations=9e6 * rows
+    ),
+    flops_per_chip=197e12 * 0.46,
+    peak_flops_per_second=197e12,
+    memory_traffic_bytes_per_chip=819e9 * 0.19,
+    collectives={"all-reduce": dict(runs=1, bytes=40e9, asynchronous_bytes=0.0)},
+  )
+  needed = 1e9 + 1e7 * rows
+  found["peak_bytes_per_chip" if fits else "required_bytes_per_chip"] = needed
+  return found | parts
+
+
+def test_time_and_price_follow_the_data_sheet():
+  """Products of half a second at 92 %, traffic at 70 %, wires; 4 chips, 1,000 steps."""
+  found = chips.estimate(made_up(512), {"v5e": 2.0})
+  assert found["seconds_per_step"] == pytest.approx([0.46 / 0.55 + 40 / 200, 0.5])
+  assert found["images_per_second"][1] == pytest.approx(512 / 0.5)
+  assert found["total_samples"] == 512_000 and found["measured"] is False
+  assert found["chip_hours"][1] == pytest.approx(4 * 500 / 3600)
+  assert found["cost"] == pytest.approx([2 * x for x in found["chip_hours"]])
+  assert chips.estimate(made_up(512), {"v4": 1.0})["cost"] is None
+  # One chip of these is two devices.
+  pair = chips.estimate(made_up(512, topology="tpu7x:2x2x1"), {})
+  least, _ = chips.seconds(made_up(512, topology="tpu7x:2x2x1"))
+  assert pair["chip_hours"][1] == pytest.approx(2 * 1000 * least / 3600)
+
+
+@pytest.mark.parametrize("start", [dict(batch=512), dict(batch=65_536, fits=False)])
+def test_the_largest_batch_is_one_that_was_compiled(start):
+  """From both sides of the line; multiples of 8 rows on each of 4 chips."""
+  room = chips.CHIPS["v5e"].memory
+  most = int((room - 1e9) / 1e7) // 8 * 8 * 4
+  asked = []
+
+  def at(batch):
+    asked.append(batch)
+    return made_up(batch, fits=1e9 + 1e7 * batch / 4 <= room)
+
+  assert largest_batch.likely([made_up(**start)]) == most
+  assert largest_batch.largest(made_up(**start), at) == most and asked == [most]
+  untold = made_up(512, fits=False, required_bytes_per_chip=None)
+  assert largest_batch.likely([untold]) == 0 and largest_batch.largest(untold, at) == 0
+
+
+def test_an_answer_is_kept_until_something_changes(tmp_path, monkeypatch):
+  asked = []
+
+  def measure(c, topology, *, samples, stage):
+    asked.append((c["batch_size"], topology, samples))
+    return {"fits": True}
+
+  monkeypatch.setattr(compile_step, "measure", measure)
+  model = tmp_path / "model"
+  model.mkdir()
+  (model / "config.json").write_text("{}")
+  monkeypatch.setenv("MODEL", str(model))
+  c = small(model=dict(image=dict(init="$MODEL"), text=dict(name="features", width=8)))
+  ask = functools.partial(main.plan, cache=tmp_path / "cache")
+  for _ in range(2):
+    assert ask(c, "v5e:1x1") == {"fits": True}
+  assert len(asked) == 1
+  ask(main.changed(c, batch=8), "v5e:1x1")
+  ask(c, "v5e:2x2")
+  ask(c, "v5e:1x1", samples=5)
+  (model / "config.json").write_text('{"width": 8}')
+  ask(c, "v5e:1x1")
+  assert asked == [
+    (4096, "v5e:1x1", 0),
+    (8, "v5e:1x1", 0),
+    (4096, "v5e:2x2", 0),
+    (4096, "v5e:1x1", 5),
+    (4096, "v5e:1x1", 0),
+  ]
+
+
+def test_a_sweep_is_all_combinations():
+  c = load("clip_b16").to_dict()
+  found = list(main.variants(c, ["remat", "mesh"], 8))
+  assert len(found) == 3 * 2 and dict(remat="full", mesh=4) in found
+  other = main.changed(c, **found[-1], batch=64)
+  assert other["model"]["text"]["remat"] == found[-1]["remat"] and other["batch_size"] == 64
+  assert other["mesh"] == dict(data=-1, fsdp=found[-1]["mesh"], tensor=1)
+  assert c["model"]["text"]["remat"] == "dots", "the config itself stays"
+  with pytest.raises(ValueError, match=r"known: .*remat"):
+    list(main.variants(c, ["remats"], 8))
+  whole = main.changed(
+    dict(model=dict(init="$CLIP", text=dict(name="features", width=4))), remat="full"
+  )
+  assert whole["model"] == dict(
+    init="$CLIP", image=dict(remat="full"), text=dict(name="features", width=4)
+  )
+
+
+def test_memory_traffic_counts_slices_loops_and_no_vmem():
+  text = """
+%fused.1 (p0: f32[12,64], p1: s32[]) -> f32[1,64] {
+  %p0 = f32[12,64]{1,0} parameter(0)
+  %p1 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %ds = f32[1,64]{1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,64}
+}
+
+%fused.2 (p0: f32[12,64], p1: f32[1,64], p2: s32[]) -> f32[12,64] {
+  %q0 = f32[12,64]{1,0} parameter(0)
+  %q1 = f32[1,64]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  ROOT %dus = f32[12,64]{1,0} dynamic-update-slice(%q0, %q1, %q2, %q2)
+}
+
+%body (t: (s32[], f32[12,64])) -> (s32[], f32[12,64]) {
+  %t = (s32[]{:S(1)}, f32[12,64]{1,0}) parameter(0)
+  %i = s32[]{:S(1)} get-tuple-element(%t), index=0
+  %x = f32[12,64]{1,0} get-tuple-element(%t), index=1
+  %row = f32[1,64]{1,0:T(8,128)S(1)} fusion(%x, %i), kind=kLoop, calls=%fused.1
+  %next = f32[12,64]{1,0} fusion(%x, %row, %i), kind=kLoop, calls=%fused.2
+  ROOT %r = (s32[]{:S(1)}, f32[12,64]{1,0}) tuple(%i, %next)
+}
+
+%condition (t: (s32[], f32[12,64])) -> pred[] {
+  %n = s32[]{:S(1)} constant(12)
+}
+
+ENTRY %main (a: bf16[128,64], b: f32[12,64]) -> f32[128,64] {
+  %a = bf16[128,64]{1,0} parameter(0)
+  %c = (bf16[128,64]{1,0:S(1)}, bf16[128,64]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %d = bf16[128,64]{1,0:S(1)} copy-done(%c)
+  %w = (s32[]{:S(1)}, f32[12,64]{1,0}) while(%t0), condition=%condition, body=%body
+  ROOT %y = f32[128,64]{1,0} convert(%d)
+}
+"""
+  row, prefetched, result = 64 * 4, 128 * 64 * 2, 128 * 64 * 4
+  assert hlo_memory.traffic(text) == 12 * 2 * row + prefetched + result
+
+
+def test_a_checkpoint_that_is_not_here_can_be_replaced_by_sizes(tmp_path):
+  model = load("lit").to_dict()["model"]
+  model["image"]["init"] = str(tmp_path / "nowhere")
+  model["text"] = dict(init=str(tmp_path / "either"), name="text", vocab_size=9, length=4)
+  with pytest.raises(ValueError, match=r"write them beside `init`.*nowhere"):
+    compile_step.model_options(model)
+  model["image"] |= dict(name="vit", variant="S")
+  assert compile_step.model_options(model) == dict(
+    image=dict(name="vit", variant="S"),
+    text=dict(name="text", vocab_size=9, length=4),
+    embed_dim=512,
+  )
+
+
+def test_stores_that_are_not_here_hold_what_the_towers_make():
+  c = load("tiny").to_dict()
+  c["frozen"] = "_tower/"
+  c["data"]["stores"] = dict(image="/nowhere/image", text="/nowhere/text")
+  shapes = compile_step.shapes_of_batch(c, states.make_program(**c))
+  assert shapes["image"].shape == shapes["text"].shape == (64, 64)
+  assert shapes["text_mask"].shape == (64, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_names_a_topology(name):
+  c = load(name)
+  assert chips.kind(c.topology) in chips.CHIPS
+  assert config.HARMLESS.search("topology"), "another pod is no other experiment"
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  "parts,topology,told",
+  [
+    (dict(mesh=dict(data=3)), "v5e:2x2", "must multiply to 4"),
+    (dict(batch_size=4097), "v5e:2x2", "try 4096"),
+    (dict(microbatches=3), "v5e:2x2", r"these do: \[1, 2, 4, 8"),
+    (dict(mesh=dict(data=1, fsdp=-1)), "v5e:2x2*2", "does not divide over 2 slices"),
+    ({}, "v5e:17x3", "are known: .*v5e:16x16"),
+    ({}, "v5e", "known: .*v5e:16x16"),
+    ({}, "v9:2x2", "Known: .*'v5e'"),
+  ],
+)
+def test_what_cannot_be_says_what_can(parts, topology, told):
+  with pytest.raises(ValueError, match=told):
+    compile_step.measure(small(**parts), topology)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_both_verdicts_from_the_command_line(tmp_path):
+  """Exit status, JSON, prices, and an answer from the cache in seconds, without jax."""
+  file, prices = tmp_path / "small.py", tmp_path / "prices.json"
+  c = small(batch_size=16_384)
+  file.write_text(
+    f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({c!r})\n"
+  )
+  prices.write_text('{"v5e": 1.5}')
+  run = [
+    sys.executable,
+    "-X",
+    "importtime",
+    "-m",
+    "bigalign",
+    "plan",
+    f"--config={file}",
+    f"--cache={tmp_path}",
+    f"--json={tmp_path}/plan.json",
+    f"--prices={prices}",
+  ]
+
+  def ask(*more):
+    begin = time.perf_counter()
+    done = subprocess.run([*run, *more], capture_output=True, text=True, cwd=ROOT)
+    loaded = bool(re.search(r"\| +jax\n", done.stderr))
+    return (
+      done,
+      json.loads(pathlib.Path(tmp_path / "plan.json").read_text()),
+      loaded,
+      (time.perf_counter() - begin),
+    )
+
+  first, found, loaded, _ = ask()
+  assert first.returncode == 0 and "FITS" in first.stdout and "not measured" in first.stdout, (
+    first.stderr[-2000:]
+  )
+  assert loaded and found["fits"]
+  kinds = found["memory_bytes_per_chip"]
+  assert 16_384**2 * 4 < found["peak_bytes_per_chip"] < chips.CHIPS["v5e"].memory
+  assert kinds["parameters"] == 4 * found["parameters"] == 4 * ((64 + 48) * 32 + 1)
+  assert found["cost"] == pytest.approx([1.5 * x for x in found["chip_hours"]])
+  second, again, loaded, seconds = ask()
+  assert again == found and second.stdout == first.stdout and not loaded and seconds < 5
+  big, found, _, _ = ask("--batch=262144")
+  assert big.returncode == 1 and "DOES NOT FIT" in big.stdout
+  assert (
+    found["required_bytes_per_chip"]
+    > found["available_bytes_per_chip"]
+    == (chips.CHIPS["v5e"].memory)
+  )
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+  "batch", [4096, 8192, 16_384, 32_768, 49_152, 57_344, 65_536, 98_304, 131_072, 262_144]
+)
+def test_verdicts_on_both_sides_of_the_line(batch):
+  """A verdict and its size say the same: ten batches, half of which fit."""
+  found, room = compile_step.measure(small(batch_size=batch), "v5e:1x1"), chips.CHIPS["v5e"].memory
+  assert found["fits"] == (batch < 52_000)
+  if found["fits"]:
+    assert found["peak_bytes_per_chip"] <= room
+  else:
+    assert found["required_bytes_per_chip"] > room == found["available_bytes_per_chip"]

@@ -1,0 +1,243 @@
+"""Configs compiled for pods: programs, memory and wires, and the bars of docs/plan.md."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.shipped import ROOT, load
+
+from bigalign import state as states
+from bigalign.plan import compile_step, main, topologies
+from bigalign.run import flops
+from bigalign.step import train_step
+
+needs_libtpu = pytest.mark.skipif(
+  not topologies.installed(), reason="libtpu is not installed: the extra plan"
+)
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+# In the place of checkpoints that are not here: DINOv2's size and MiniLM's.
+TOWERS = dict(
+  image=dict(name="vit", variant="B", patch=14),
+  text=dict(name="text", vocab_size=30_522, length=77, width=384, depth=6, heads=12, scan=False),
+)
+# Products of float32 logits take the compiler ten times as long.
+LOGITS = dict(way="gather", dtype="bfloat16")
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_a_small_step_moves():
+  """Copies and FSDP at once, bfloat16 gradients: half the bytes, weights and no activations."""
+  c = load("siglip_b16").to_dict()
+  for side in ("image", "text"):
+    c["model"][side] |= dict(width=256, heads=2, depth=2, remat="full", pool="mean")
+  c["model"]["text"] |= dict(vocab_size=512, length=16)
+  c["data"] |= dict(image_size=64, tokenizer=dict(c["data"]["tokenizer"], length=16))
+  c |= dict(
+    batch_size=128, logits=LOGITS, gradient_dtype="bfloat16", mesh=dict(data=2, fsdp=2, tensor=1)
+  )
+  c["model"] |= dict(embed_dim=256)
+  c["optimizer"]["name"] = "adamw"
+  found = compile_step.measure(c, "v5e:2x2")
+  wires, weights = found["collectives"], 2 * found["parameters"]
+  assert found["fits"] and wires["all-gather"]["bytes"] <= 2.6 * weights
+  assert wires.get("reduce-scatter", dict(bytes=0))["bytes"] <= 1.1 * weights
+  assert wires.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
+  assert found["not_checked"], "the vocabulary is not here"
+
+
+@pytest.mark.long
+def test_gradients_in_bfloat16_are_those_of_float32():
+  """One step of SGD from the same loss, to the digits of bfloat16; kernels alone are rounded."""
+  c = load("tiny").to_dict() | dict(
+    batch_size=8, ema=0.0, optimizer=dict(name="sgd", lr=1.0, momentum=0.0, clip_norm=None)
+  )
+  for side in ("image", "text"):
+    c["model"][side] |= dict(depth=1, dtype="bfloat16")
+  c["data"]["tokenizer"]["length"] = c["model"]["text"]["length"] = 8
+  moved, losses, state = {}, {}, None
+  for dtype in ("float32", "bfloat16"):
+    program = states.make_program(**c, gradient_dtype=dtype)
+    state = state or jax.jit(functools.partial(states.init_state, program))(jax.random.key(0))
+    batch = {name: jnp.ones(*x) for name, x in program.spec.items()}
+    after, metrics = jax.jit(functools.partial(train_step, program=program))(
+      state, batch, jnp.zeros(2)
+    )
+    losses[dtype] = float(metrics["loss"])
+    moved[dtype] = {k: np.asarray(x - state.trainable[k]) for k, x in after.trainable.items()}
+  assert losses["float32"] == losses["bfloat16"]
+  for path, wide in moved["float32"].items():
+    np.testing.assert_allclose(moved["bfloat16"][path], wide, rtol=0, atol=2e-2 * abs(wide).max())
+  kernel = "model/image_tower/encoder/block_0/mlp/fc1/kernel"
+  assert (moved["bfloat16"][kernel] != moved["float32"][kernel]).any()
+
+
+@pytest.mark.slow
+def test_flops_are_those_that_xla_counts():
+  """Within 1 % on an unrolled program, of which XLA counts the elementwise work too."""
+  c = load("siglip_b16").to_dict()
+  for side in ("image", "text"):
+    c["model"][side] |= dict(depth=2, scan=False, remat="none", dtype="float32")
+  c["batch_size"] = 32
+  program = states.make_program(**c)
+  state = jax.eval_shape(functools.partial(states.init_state, program), jax.random.key(0))
+  batch = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
+  traced = jax.jit(functools.partial(train_step, program=program)).trace(
+    state, batch, jax.ShapeDtypeStruct((2,), "float32")
+  )
+  theirs = traced.lower().cost_analysis()["flops"]
+  assert flops.of_jaxpr(traced.jaxpr) == pytest.approx(theirs, rel=0.01)
+
+
+def shipped(name):
+  """A config as it is, with sizes beside its checkpoints."""
+  c = load(name).to_dict()
+  for side, tower in TOWERS.items():
+    given = c["model"][side]
+    if "init" in given:
+      sizes = dict(name="mobilenet_v2") if "mobilenet" in given["init"] else tower
+      c["model"][side] = {**sizes, **given, "init": "/nowhere"}
+  return c
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_a_program_for_its_topology(name):
+  """Mesh, batch and rules hold, with no data there; test_every_config_fits compiles the program."""
+  c = shipped(name)
+  step = compile_step.trace(c, c["topology"])
+  with jax.set_mesh(step.mesh):
+    assert f"num_partitions = {step.mesh.size} " in step.traced.lower().as_text()
+
+
+FLAGS = """
+import sys, jax
+from bigalign import chips, pods, runtime, sharding
+runtime.for_tpu(chips.kind(sys.argv[1]))
+mesh = sharding.make_mesh(devices=pods.devices(sys.argv[1]))
+x = jax.ShapeDtypeStruct((1024, 128), "float32", sharding=sharding.batch_sharding(mesh))
+with jax.set_mesh(mesh):
+  jax.jit(lambda x: sharding.whole(x) @ x[:128]).lower(x).compile()
+"""
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  "topology",
+  [
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("v5p:2x2x1", "v6e:2x2")),
+    *(
+      pytest.param(x, marks=pytest.mark.long)
+      for x in ("v4:2x2x1", "v5e:2x2", "tpu7x:2x2x1", "v5e:2x2*2")
+    ),
+  ],
+)
+def test_every_kind_of_chip_takes_our_flags(topology):
+  """In a process of its own: libtpu reads them once. It refuses what is for another kind."""
+  env = {k: x for k, x in os.environ.items() if k != "LIBTPU_INIT_ARGS"}
+  subprocess.run([sys.executable, "-c", FLAGS, topology], check=True, cwd=ROOT, env=env)
+
+
+def l14(**parts):
+  """CLIP of L/14 with other parts, as of plan.changed."""
+  c = main.changed(load("clip_b16").to_dict(), **parts)
+  c["model"]["image"] |= dict(variant="L", patch=14)
+  c["model"]["text"] |= dict(width=768, heads=12)
+  return c
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_layers_are_one_program():
+  """L/14: lines of the program that goes to the compiler, which more layers would not add to."""
+  step = compile_step.trace(l14(remat="full"), "v5e:16x16")
+  with jax.set_mesh(step.mesh):
+    assert step.traced.lower().as_text().count("\n") <= 10_000
+
+
+@pytest.fixture
+def ask(tmp_path_factory):
+  """plan.plan, which compiles what several tests ask for once."""
+  return functools.partial(main.plan, cache=tmp_path_factory.getbasetemp() / "plans")
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_fits(name, ask):
+  c = shipped(name)
+  assert ask(c, c["topology"])["fits"]
+
+
+def b16(name="clip_b16", **parts):
+  """A config of B/16 with other parts, as of plan.changed."""
+  return main.changed(load(name).to_dict(), **parts)
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+  "name,remat,rows,most",
+  [
+    ("clip_b16", "full", 128, 5e9),
+    ("clip_b16", "dots", 128, 10e9),
+    ("siglip_b16", "full", 512, 9e9),
+  ],
+)
+def test_memory_of_b16(name, remat, rows, most, ask):
+  found = ask(b16(name, remat=remat, batch=256 * rows), "v5e:16x16")
+  assert found["peak_bytes_per_chip"] <= most
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_gradients_of_b16_travel_once_in_bfloat16(ask):
+  """All-reduces are counted as twice their operand; the loss's statistics are among them."""
+  c = b16(remat="full") | dict(gradient_dtype="bfloat16")
+  found = ask(c, "v5e:16x16")
+  assert found["collectives"]["all-reduce"]["bytes"] / 2 <= 1.01 * 2 * found["parameters"]
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_million_pairs_fit_in_microbatches(ask):
+  c = b16(remat="full", batch=1 << 20) | dict(microbatches=32)
+  assert ask(c, "v5e:16x16")["fits"]
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_so400m_gathers_weights_and_no_activations(ask):
+  c = b16("siglip_b16", remat="full", batch=32_768, mesh=16) | dict(gradient_dtype="bfloat16")
+  for side in ("image", "text"):
+    c["model"][side]["variant"] = "So400m"
+  c["model"]["image"]["patch"], c["model"]["embed_dim"] = 14, 1152
+  wires = ask(c, "v5e:16x16")["collectives"]
+  assert wires["all-gather"]["bytes"] <= 4.3e9
+  assert wires["reduce-scatter"]["bytes"] <= 1.8e9
+  assert wires.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_bytes_of_a_chip_of_l14_stay_from_16_chips_to_256(ask):
+  sent = []
+  for topology, chips in (("v5e:4x4", 16), ("v5e:16x16", 256)):
+    c = l14(remat="full", batch=128 * chips) | dict(logits=dict(dtype="bfloat16"))
+    c["model"]["embed_dim"] = 768
+    sent.append(sum(x["bytes"] for x in ask(c, topology)["collectives"].values()))
+  assert sent[1] / sent[0] <= 1.05, sent

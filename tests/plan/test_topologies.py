@@ -1,0 +1,103 @@
+"""Compiled for pods: memory, wires and products of the losses at batches of millions.
+
+With `logits.dtype="bfloat16"`: float32 on the wires is half as much again, beyond the bar.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.loss_oracles import at
+
+from bigalign import losses, sharding
+from bigalign.losses.engine import pairwise
+from bigalign.plan import hlo_collectives, topologies
+from bigalign.run import flops
+
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(not topologies.installed(), reason="libtpu is not installed: the extra plan"),
+]
+D = 1152
+MESHES = {"data x fsdp": dict(data=16, fsdp=16), "data": dict(data=256)}
+
+
+@functools.cache
+def compiled(name, way, batch, mesh):
+  """(FLOPs per chip, memory, collectives) of loss and gradients on 256 chips of v5e."""
+  grid = sharding.make_mesh(**MESHES[mesh], devices=topologies.devices("v5e:16x16"))
+  loss = losses.make_loss({name: {}})
+  params, state = loss.init({})
+
+  def value(params, zimg, ztxt):
+    with pairwise.engine(pairwise.Engine(way, "bfloat16")):
+      return loss.apply(params, state, {"zimg": zimg, "ztxt": ztxt}, {}, at())[0]
+
+  def abstract(x, place):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+  z = abstract(jax.ShapeDtypeStruct((batch, D), jnp.float32), sharding.batch_sharding(grid))
+  params = jax.tree.map(lambda x: abstract(x, sharding.replicated(grid)), params)
+  with jax.set_mesh(grid):
+    traced = jax.jit(jax.value_and_grad(value, (0, 1, 2))).trace(params, z, z)
+    program = traced.lower().compile()
+  work = flops.of_jaxpr(traced.jaxpr) / 256
+  return work, program.memory_analysis(), hlo_collectives.collectives(program.as_text())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name,products", [("clip", 8.05), ("siglip", 6.05)])
+def test_a_million_pairs(name, products, mesh):
+  """Temporaries, wires and products of the default way at 2^20 pairs of width 1152."""
+  batch = 1 << 20
+  work, memory, moved = compiled(name, "auto", batch, mesh)
+  assert memory.temp_size_in_bytes <= 256e6
+  assert sum(x.bytes for x in moved.values()) <= 10.3e9
+  assert moved["reduce-scatter"].bytes >= batch * D * 4, "the gradient of the texts is scattered"
+  assert moved["all-reduce"].bytes <= 160e6, "and never reduced as a whole"
+  assert work <= products * (batch / 256) * batch * D
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_four_million_pairs_in_a_ring(name):
+  batch = 1 << 22
+  work, memory, moved = compiled(name, "ring", batch, "data")
+  assert memory.temp_size_in_bytes <= 512e6
+  assert set(moved) <= {"collective-permute", "all-reduce"}
+  assert moved["all-reduce"].bytes <= 1e6
+  assert work <= 8.05 * (batch / 256) * batch * D
+
+
+def test_the_whole_matrix_is_what_does_not_fit():
+  """The comparison that gives the bars their sense."""
+  _, memory, _ = compiled("clip", "dense", 1 << 17, "data")
+  _, tiled, _ = compiled("clip", "auto", 1 << 17, "data")
+  assert memory.temp_size_in_bytes > 5 * tiled.temp_size_in_bytes
+
+
+def test_an_unknown_topology_is_named():
+  with pytest.raises(ValueError, match="v5e:17x3"):
+    topologies.devices("v5e:17x3")
+
+
+def test_what_is_compiled_twice_is_not_sought_in_the_cache(tmp_path):
+  """Of what no client compiled the cache holds what cannot be read: a warning, an error here."""
+  x = jax.ShapeDtypeStruct(
+    (8, 128),
+    jnp.float32,
+    sharding=sharding.batch_sharding(sharding.make_mesh(devices=topologies.devices("v5e:2x2"))),
+  )
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [jax.config.values[name] for name in names]
+  for name, value in zip(names, (str(tmp_path), 0.0)):
+    jax.config.update(name, value)
+  try:
+    for _ in range(2):
+      topologies.compiled(jax.jit(lambda x: x @ x.T).lower(x))
+    assert not [*tmp_path.iterdir()]
+  finally:
+    for name, value in zip(names, before):
+      jax.config.update(name, value)

@@ -1,0 +1,245 @@
+"""The page of a run holds what it promises, is well formed, and needs nothing from outside."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigalign import config as configs
+from bigalign import evaluate, sharding
+from bigalign.evals.chance import chance
+from bigalign.report import figures, main, sections
+from bigalign.report.sections import Pairs
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+EVIL = '<script>alert("x")</script> & $x^2$'
+
+
+class Page(html.parser.HTMLParser):
+  """Collects what a page holds; fails on tags that do not close."""
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.tags, self.sources, self.heads, self.words = [], [], [], [], []
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.sources += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.handle_starttag(tag, attrs)
+    if tag not in VOID:
+      self.open.pop()
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.words.append(data)
+    if self.open and self.open[-1] in ("h1", "h2", "h3"):
+      self.heads.append(data)
+
+
+def parse(text):
+  page = Page()
+  page.feed(text)
+  page.close()
+  assert not page.open
+  return page
+
+
+def make_run(tmp_path, **config):
+  config = {"loss": {"clip": {"weight": 1.0}}, "data": {"source": EVIL}, "evals": {}, **config}
+  versions = {"bigalign": "0.1", "jax": "1"}
+  meta = dict(samples_seen=2560, revision="abc", data="f00", versions=versions)
+  params = {"model/x": jnp.zeros((3, 4))}
+  return evaluate.Run(tmp_path, 40, config, meta, None, params, {}, {})
+
+
+def make_pairs(n=20, e=8, captions=None):
+  rng = np.random.default_rng(0)
+  zimg, ztxt = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in rng.normal(size=(2, n, e)))
+  captions = captions or [f"caption {i}" for i in range(n - 1)] + [EVIL]
+  return Pairs("20 samples", rng.integers(0, 256, (n, 32, 32, 3), np.uint8), captions, zimg, ztxt)
+
+
+def make_rows():
+  rows = []
+  for step in range(0, 50, 10):
+    rows.append(
+      {
+        "step": step,
+        "train/loss": 5.0 / (step + 1),
+        "train/clip/logit_scale": 14.0 + step,
+        "train/lr": 1e-3,
+        "train/samples_per_second": 100.0 + step,
+        "perf/data_share": 0.1,
+      }
+    )
+    rows.append(
+      {
+        "step": step,
+        "val/image_to_text_R@1": step / 100,
+        "val/image_to_text_R@5": 0.5,
+        "val/num_samples": 100,
+        "val/num_captions": 100,
+        f"val/{EVIL}-zeroshot-val-top1": 0.25,
+        f"val/{EVIL}-zeroshot-val-num_classes": 10,
+        "ema/val/image_to_text_R@1": 0.75,
+      }
+    )
+  return rows
+
+
+def test_page_is_whole_escaped_and_points_nowhere_outside(tmp_path):
+  text = main.page(make_run(tmp_path), make_rows(), make_pairs())
+  page = parse(text)
+  assert {
+    "Result",
+    "Learning",
+    "Geometry",
+    "Retrieval",
+    "Throughput",
+    "All evaluation metrics",
+    "Config",
+    "Versions",
+  } <= {*page.heads}
+  assert page.tags.count("svg") == 7  # five curves (no gradient), the matrix, the sphere
+  assert page.tags.count("img") > 20
+  assert "script" not in page.tags
+  words = " ".join(page.words)
+  for told in ("40.0", "chance 1.0 %", "40× chance", "abc", "f00", "2,560", EVIL):
+    assert told in words, told
+  assert all(re.match(r"data:image/(png|jpeg);base64,|#", source) for source in page.sources)
+  assert not re.search(r"https?:|url\((?!#)|@import", text)
+
+
+def test_equal_runs_give_equal_pages(tmp_path):
+  pages = {main.page(make_run(tmp_path), make_rows(), make_pairs()) for _ in range(2)}
+  assert len(pages) == 1
+
+
+def test_page_of_a_run_without_metrics_and_with_one_caption(tmp_path):
+  pairs = make_pairs(n=4, captions=["same"] * 4)
+  page = parse(main.page(make_run(tmp_path), [], pairs))
+  assert "Geometry" in page.heads and "Result" not in page.heads and "Retrieval" not in page.heads
+
+
+def test_margins_equal_a_sort():
+  rng = np.random.default_rng(1)
+  sims, positive = rng.normal(size=(9, 12)), rng.random((9, 12)) < 0.2
+  positive[:, 3] = True
+  margin, rank = sections.margins(sims, positive)
+  for q in range(9):
+    order = np.argsort(-sims[q])
+    # The place of the best positive: only wrong answers can stand before it.
+    assert rank[q] == 1 + np.argmax(positive[q][order])
+    assert margin[q] == sims[q][positive[q]].max() - sims[q][~positive[q]].max()
+
+
+def test_principal_axes_are_those_of_the_covariance():
+  z = np.random.default_rng(2).normal(size=(50, 6)) * np.arange(1, 7)
+  xy, shares = figures.principal(z)
+  values = np.linalg.eigvalsh(np.cov(z.T))[::-1]
+  np.testing.assert_allclose(xy.var(0, ddof=1), values[:2], rtol=1e-9)
+  np.testing.assert_allclose(shares, values[:2] / values.sum(), rtol=1e-9)
+
+
+def test_chance_is_what_random_embeddings_score():
+  found = chance(
+    {
+      "val/image_to_text_R@5": 0,
+      "val/text_to_image_R@10": 0,
+      "val/num_samples": 100,
+      "val/num_captions": 500,
+      "val/x-zeroshot-val-top5": 0,
+      "val/x-zeroshot-val-num_classes": 4,
+      "val/g-seen-all-top1": 0,
+      "val/g-seen-all-top5": 0,
+      "val/g-seen-all-chance": 0.01,
+      "other": 1,
+    }
+  )
+  rng = np.random.default_rng(3)
+  hits = [(rng.permutation(500)[:5] < 5).any() for _ in range(20000)]
+  assert found["val/image_to_text_R@5"] == pytest.approx(np.mean(hits), abs=5e-3)
+  assert found["val/text_to_image_R@10"] == pytest.approx(0.1)
+  assert found["val/x-zeroshot-val-top5"] == 1 and found["val/g-seen-all-top1"] == 0.01
+  assert len(found) == 4
+
+
+def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
+  class Source:
+    fingerprint, classnames = "0", ("ant", "bee")
+
+    def __len__(self):
+      return 30
+
+    def __getitem__(self, i):
+      captions = () if i % 2 else (f"caption {i}", "second")
+      image = b"bad" if i == 4 else np.full((6, 6, 3), i, np.uint8)
+      return dict(image=image, captions=captions, key=str(i), label=i % 2)
+
+  asked = []
+  monkeypatch.setattr(
+    main, "open_source", lambda spec, captions=None: asked.append((spec, captions)) or Source()
+  )
+  mesh = sharding.make_mesh()
+  embed = dict(
+    embed_image=lambda p, x: jnp.stack([x[:, 0, 0, 0] * 1.0, jnp.ones(len(x))], 1),
+    embed_text=lambda p, ids, mask: jnp.stack([ids.sum(1) * 1.0, mask.sum(1) * 1.0], 1),
+  )
+  data = dict(image_size=6, tokenizer=dict(name="byte", length=16), captions=("txt",))
+  run = make_run(
+    tmp_path, data=data, evals={"val": dict(type="retrieval", source="here", fields=["a"])}
+  )._replace(mesh=mesh, embed=embed)
+  pairs = main.embed_pairs(run)
+  assert asked == [("here", ["a"])]
+  kept = [i for i in range(30) if i != 4]
+  np.testing.assert_array_equal(pairs.zimg[:, 0], kept)
+  np.testing.assert_array_equal(pairs.images[:, 0, 0, 0], kept)
+  assert pairs.captions == ["bee" if i % 2 else f"caption {i}" for i in kept]
+  assert pairs.ztxt[0, 1] == len("caption 0") + 1
+  assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize(
+  "evals, source",
+  [
+    ({"a": dict(type="glyphs", split="heldout_dev")}, "glyphs:heldout_dev"),
+    ({"a": dict(type="zeroshot", source="x")}, "x"),
+    ({}, "train"),
+    (None, "train"),
+  ],
+)
+def test_what_is_held_out_is_read_from_the_config(evals, source):
+  config = configs.plain(dict(evals=evals, data=dict(source="train")))
+  assert main.held_out(config)[0] == source
+
+
+def test_zeroshot_folders_of_clip_benchmark(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"\.tar"):
+    evaluate.zeroshot_folder(tmp_path / "nothing")
+  (tmp_path / "pets/test").mkdir(parents=True)
+  (tmp_path / "pets/test/0.tar").touch()
+  with pytest.raises(FileNotFoundError, match=r"classnames\.txt"):
+    evaluate.zeroshot_folder(tmp_path / "pets")
+  (tmp_path / "pets/classnames.txt").write_text("cat\ndog\n")
+  for given in ("pets", "pets/test"):
+    name, options = evaluate.zeroshot_folder(tmp_path / given)
+    assert name == "pets" and options["source"] == str(tmp_path / "pets/test/*.tar")
+    assert "templates" not in options
+  (tmp_path / "pets/zeroshot_classification_templates.txt").write_text("a {c}\n")
+  assert evaluate.zeroshot_folder(tmp_path / "pets")[1]["templates"].endswith("templates.txt")
+
+
+def test_a_folder_that_is_no_run_is_said(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"config\.json.*--workdir"):
+    evaluate.open_run(tmp_path)

@@ -1,0 +1,243 @@
+"""What a run does when it is told to end, when others are gone or hang, when files are damaged."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import small_runs
+
+from bigalign import train as program
+from bigalign.checkpoint import Checkpoints
+from bigalign.run import preemption
+from bigalign.run.flags import profile_span
+from bigalign.run.metrics import read_metrics
+
+ONE = {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.slow
+def test_one_process_ends_when_told_and_goes_on(tmp_path, monkeypatch):
+  """SIGTERM at step 3: a checkpoint there, exit code 143, and no row more in the log than without;
+  the times of the start are there."""
+  c = small_runs.config(ONE, total_steps=6, checkpoint_every=0, log_every=2).to_dict()
+  seen, calls = program.seen, []
+
+  def told(*args):
+    calls.append(args)
+    if len(calls) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return seen(*args)
+
+  monkeypatch.setattr(program, "seen", told)
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(SystemExit) as ended:
+    program.train(tmp_path, **c)
+  assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+  assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["3"]
+  program.train(tmp_path, **c)
+  first, *rows = [row for row in read_metrics(tmp_path) if "train/loss" in row]
+  assert [row["step"] for row in (first, *rows)] == [2, 4, 6]
+  assert 0 < first["perf/compile_seconds"] < first["perf/seconds_to_first_step"]
+  assert 0 <= first["perf/programs_from_cache"] <= first["perf/programs"] > 0
+  assert not any("seconds_to_first_step" in key for key in rows[1])
+
+
+@pytest.mark.slow
+def test_steps_are_traced(tmp_path):
+  """In a process of its own: JAX's profiler crashes where the TPU compiler was loaded before."""
+  c = small_runs.config(ONE, total_steps=3, checkpoint_every=0, profile=(1, 2)).to_dict()
+  script = (
+    "import json, sys; from bigalign.train import train;"
+    " train(sys.argv[1], **json.loads(sys.argv[2]))"
+  )
+  subprocess.run(
+    [sys.executable, "-c", script, str(tmp_path), json.dumps(c)], check=True, cwd=small_runs.ROOT
+  )
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_steps_of_the_profile_flag():
+  assert profile_span("10:15") == (10, 15)
+  for text in ("10", "10:", "a:b", "10:15:20"):
+    with pytest.raises(Exception, match=f"--profile={text}: two steps are wanted"):
+      profile_span(text)
+
+
+class _Metadata(http.server.BaseHTTPRequestHandler):
+  """Google's metadata server, which announces maintenance in its second answer on it."""
+
+  asked: typing.ClassVar[list[str]] = []
+
+  def do_GET(self):
+    assert self.headers["Metadata-Flavor"] == "Google"
+    name = self.path.removeprefix("/computeMetadata/v1/instance/")
+    self.asked.append(name)
+    ends = name == "maintenance-event" and self.asked.count(name) == 2
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(b"TERMINATE_ON_HOST_MAINTENANCE\n" if ends else b"NONE\n")
+
+  def log_message(self, *_):
+    """Silent."""
+
+
+def test_a_notice_of_maintenance_is_one_of_the_end(monkeypatch):
+  server = http.server.HTTPServer(("127.0.0.1", 0), _Metadata)
+  thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+  thread.start()
+  monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
+  monkeypatch.setattr(preemption, "POLL", 0.05)
+  with preemption.Notice() as notice:
+    assert not notice.reached(1)
+    end = time.monotonic() + 20
+    while not notice.reached(2):
+      assert time.monotonic() < end, _Metadata.asked
+      time.sleep(0.01)
+  server.shutdown()
+  thread.join()
+  server.server_close()
+  assert _Metadata.asked == ["maintenance-event", "preempted", "maintenance-event"]
+
+
+@pytest.mark.parametrize(
+  "error,code",
+  [
+    (KeyError("a mistake"), 1),
+    (FloatingPointError("step 3: loss is not finite"), 1),
+    (
+      ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:53916"),
+      143,
+    ),
+  ],
+  ids=str,
+)
+def test_mistakes_exit_with_1_and_lost_processes_with_143(error, code, monkeypatch):
+  with pytest.raises(type(error)):
+    preemption.leave(error)  # a single process
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(preemption, "absent", lambda seconds: [1])
+  monkeypatch.setattr(os, "_exit", sys.exit)
+  with pytest.raises(SystemExit) as ended:
+    preemption.leave(error)
+  assert ended.value.code == code
+
+
+def test_who_hangs_is_named():
+  said = preemption.stuck({0: 13, 1: 12, 2: 13}, 600.0)
+  assert "No step in 600 s: processes [1] hang behind step 12" in said
+  assert "all 2 processes hang behind step 7" in preemption.stuck({0: 7, 1: 7}, 60.0)
+
+
+def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
+  """Every file of the newest, cut or deleted: the run's arrays to the bit, or an error with a name
+  after which, without it, the one before is taken."""
+
+  def parts(step):
+    # One array: when one read fails, orbax closes the loop on which tensorstore tells of others.
+    return {"trainable": {"a/b": jnp.arange(5000.0) * step}}
+
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts(1)
+  )
+  with Checkpoints(tmp_path / "run") as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, parts(step), {"step": step}, {})
+
+  def taken(workdir):
+    with Checkpoints(workdir) as checkpoints:
+      step = checkpoints.latest()
+      found = checkpoints.restore(step, abstract)
+      assert checkpoints.meta(step) == {"step": step}
+    jax.tree.map(np.testing.assert_array_equal, found, parts(step))
+    return step
+
+  newest, refused = tmp_path / "run/checkpoints/2", 0
+  files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
+  for i, file in enumerate(files):
+    copy = tmp_path / str(i)
+    shutil.copytree(tmp_path / "run", copy)
+    damaged = copy / "checkpoints/2" / file
+    if i % 2:
+      damaged.unlink()
+    else:
+      os.truncate(damaged, damaged.stat().st_size // 2)
+    try:
+      assert taken(copy) == 2
+    except RuntimeError as error:
+      assert f"{copy / 'checkpoints/2'} is complete by its name, but cannot be read" in str(error)
+      refused += 1
+      shutil.rmtree(copy / "checkpoints/2")
+      assert taken(copy) == 1
+  assert refused >= 4  # what holds arrays or tells of them; not markers and copies
+
+
+LATE = """
+import sys, time
+from absl import logging
+from bigalign import runtime, survival
+runtime.START_UP = 6
+if sys.argv[1] == "come":
+  runtime.connect()
+  import jax
+  with survival.Watchdog(2.0, 5) as watchdog:
+    if jax.process_index() != 1:
+      watchdog.at(6)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_come_or_hang_are_named(tmp_path):
+  """Process 1 of three: first it does not start, then it stays at its step."""
+  late = tmp_path / "late.py"
+  late.write_text(LATE)
+  with small_runs.Run(tmp_path / "start", 3, "come", devices=3, program=late) as run:
+    run.tell(1, signal.SIGKILL)
+    assert run.codes() == [-6, -9, -6]
+    assert re.search(r"timed out task names:\s+1\s", run.read(0)), run.read(0)
+  with small_runs.Run(tmp_path / "hang", 3, "come", devices=3, program=late) as run:
+    codes = run.codes()
+    assert 143 in codes and all(code in (143, -6) for code in codes), codes
+    assert "processes [1] hang behind step 5" in "".join(map(run.read, range(3)))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_twenty_random_kills(tmp_path):
+  """kill -9 to one of four at any moment, of steps and of starts; all are then started again."""
+  mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+  changes = dict(total_steps=300, checkpoint_every=5)
+  config = small_runs.write(tmp_path / "config.py", small_runs.config(mesh, **changes))
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  flags = [f"--config={config}", "--workdir"]
+  with small_runs.Run(tmp_path / "log", 4, *flags, whole) as run:
+    run.ends()
+  rng = random.Random(0)
+  for kill in range(20):
+    with small_runs.Run(tmp_path / f"log{kill}", 4, *flags, cut, step_seconds=0.2) as run:
+      if kill % 2:
+        time.sleep(rng.uniform(0.0, 12.0))
+      else:
+        step = small_runs.last_step(cut) + rng.randint(1, 9)
+        run.wait_for(lambda step=step: small_runs.last_step(cut) >= step)
+        time.sleep(rng.uniform(0.0, 0.3))
+      run.tell(rng.randrange(4), signal.SIGKILL)
+  assert small_runs.last_step(cut) < 300
+  with small_runs.Run(tmp_path / "end", 4, *flags, cut) as run:
+    run.ends()
+  assert small_runs.exact(cut) == small_runs.exact(whole)

@@ -1,0 +1,152 @@
+"""Runs in a bucket, on a server of this machine that answers as Google's does."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import numpy as np
+import pytest
+from helpers import gcs_server, small_runs
+from helpers.shipped import load
+
+from bigalign import evaluate, train
+from bigalign.checkpoint import Checkpoints
+from bigalign.run import preemption
+from bigalign.run import workdir as workdir_module
+from bigalign.run.metrics import read_metrics
+from bigalign.run.workdir import Workdir
+
+needs_gcsfs = pytest.mark.skipif(
+  not importlib.util.find_spec("gcsfs"), reason="gcsfs is not installed: the extra gcs"
+)
+
+
+@pytest.fixture(scope="module")
+def bucket():
+  with pytest.MonkeyPatch.context() as patch:
+    made = gcs_server.Bucket()
+    for name, value in made.environment().items():
+      patch.setenv(name, value)
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("BIGALIGN_RUNS", str(tmp_path / "cache"))
+  return tmp_path / "cache"
+
+
+def config(**changes):
+  return (
+    load("tiny").to_dict()
+    | dict(
+      total_steps=6,
+      log_every=1,
+      checkpoint_every=2,
+      eval_every=0,
+      evals={},
+      frozen="text_tower/",
+      writer=dict(tensorboard=False),
+    )
+    | changes
+  )
+
+
+def rows(workdir):
+  return [
+    {k: x for k, x in row.items() if k in ("step", "train/loss", "train/samples_seen")}
+    for row in read_metrics(workdir)
+  ]
+
+
+@needs_gcsfs
+@pytest.mark.slow
+def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, monkeypatch):
+  """Told to end behind step 3, and its machine gone with all it held; a checkpoint not whole."""
+  whole = train.train(tmp_path / "whole", **config())
+  place = "gs://bucket/runs/one"
+  with monkeypatch.context() as patch:
+    patch.setattr(preemption.Notice, "reached", lambda self, step: step == 3)
+    with pytest.raises(preemption.Preempted):
+      train.train(place, **config())
+  assert not list(tmp_path.glob("gs:*"))
+  shutil.rmtree(cache)
+  written = [name for name in bucket.writes if name.startswith("runs/one/checkpoints/3/")]
+  assert written[-1].endswith("commit_success.txt")
+  del bucket.objects[written[-1]]  # as if it had been lost a moment before
+  with Checkpoints(place, read_only=True) as checkpoints:
+    assert checkpoints.latest() == 2
+  again = train.train(place, **config())
+  home = Workdir(place, reader=True)
+  home.fetch()
+  assert rows(home.local) == rows(tmp_path / "whole")
+  for path, x in whole.trainable.items():
+    np.testing.assert_array_equal(x, again.trainable[path])
+  run = evaluate.open_run(place)
+  assert run.step == 6 and run.workdir == home.local
+  with pytest.raises(FileNotFoundError, match=r"gs://bucket/runs/two holds no config.json"):
+    evaluate.open_run("gs://bucket/runs/two")
+
+
+@needs_gcsfs
+@pytest.mark.slow
+def test_two_hosts_write_one_run_into_a_bucket(bucket, cache, tmp_path):
+  """Each its part of a checkpoint, and one the rest; from the last whole one goes on another."""
+  c = small_runs.config(dict(data=1, fsdp=8, tensor=1), total_steps=2, checkpoint_every=1)
+  whole = train.train(tmp_path / "whole", **c.to_dict())
+  place, file = "gs://bucket/runs/hosts", small_runs.write(tmp_path / "tiny.py", c)
+  with small_runs.Run(tmp_path / "two", 2, f"--config={file}", "--workdir", place) as run:
+    run.ends()
+  parts = [name for name in bucket.objects if name.startswith("runs/hosts/checkpoints/2/")]
+  assert all(any(f"ocdbt.process_{i}/" in name for name in parts) for i in (0, 1)), parts
+  shutil.rmtree(cache)
+  del bucket.objects[next(name for name in parts if name.endswith("commit_success.txt"))]
+  again = train.train(place, **c.to_dict())
+  home = Workdir(place, reader=True)
+  home.fetch()
+  losses = [[row["train/loss"] for row in rows(x)] for x in (home.local, tmp_path / "whole")]
+  np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+  for path, x in whole.trainable.items():
+    np.testing.assert_allclose(x, again.trainable[path], rtol=0, atol=1e-4)
+
+
+@needs_gcsfs
+def test_what_is_local_is_what_is_in_the_bucket(bucket, cache):
+  one = Workdir("gs://bucket/small/")
+  one.fetch()
+  (one.local / "tensorboard").mkdir()
+  names = ("config.json", "rejected-00000.jsonl", "rejected-00001.jsonl", "tensorboard/events")
+  for name in names:
+    (one.local / name).write_text(name)
+  one.put(1)
+  assert [x for x in bucket.objects if x.startswith("small")] == ["small/rejected-00001.jsonl"]
+  one.put(0)
+  assert {x for x in bucket.objects if x.startswith("small")} == {f"small/{x}" for x in names}
+  before = len(bucket.writes)
+  one.put(0)
+  assert len(bucket.writes) == before
+  (one.local / "config.json").write_text("changed and never put there")
+  (one.local / "metrics.jsonl").write_text("neither")
+  other = Workdir("gs://bucket/small")
+  other.fetch()
+  assert other.local == one.local and (one.local / "config.json").read_text() == "config.json"
+  assert not (one.local / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+  "address, message",
+  [
+    (
+      "s3://bucket/run",
+      r"--workdir=s3://bucket/run: a run's folder is a local path, a mount, or gs",
+    ),
+    ("gs://bucket/run", r"needs gcsfs: pip install 'bigalign\[gcs\]'"),
+  ],
+)
+def test_addresses_that_cannot_be_used(address, message, monkeypatch):
+  monkeypatch.setattr(workdir_module.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises((ValueError, ImportError), match=message):
+    Workdir(address)

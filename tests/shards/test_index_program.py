@@ -1,0 +1,156 @@
+"""bigalign index: any number of processes, again and again, with the same result."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from helpers.small_shards import picture, samples, write_tar
+from PIL import Image
+
+from bigalign.data.files import processes
+from bigalign.data.sources.base import open_source
+from bigalign.data.tar import index
+from bigalign.shards import index as program
+
+
+def _shards(folder: pathlib.Path, count: int = 4) -> str:
+  for i in range(count):
+    write_tar(folder / f"{i:05d}.tar", samples(10 * i, 3 + i))
+  return f"{folder}/{{00000..{count - 1:05d}}}.tar"
+
+
+def test_processes_make_no_difference(tmp_path, monkeypatch):
+  pattern = _shards(tmp_path / "shards")
+  for workers in (1, 2):
+    assert program.main([pattern, f"--out={tmp_path}/{workers}", f"--workers={workers}"]) == 0
+  one, two = (
+    (pathlib.Path(index.home(str(tmp_path / "shards"), str(tmp_path / n))) / index.FILE)
+    for n in "12"
+  )
+  assert one.read_bytes() == two.read_bytes()
+  monkeypatch.setenv("BIGALIGN_INDEX", str(tmp_path / "2"))
+  monkeypatch.setattr("bigalign.data.tar.shards.UNASKED", -1)
+  assert len(open_source(pattern)) == 3 + 4 + 5 + 6
+
+
+def test_what_is_current_is_not_read_again(tmp_path, monkeypatch, capsys):
+  pattern = _shards(tmp_path)
+  assert program.main([pattern, "--workers=1"]) == 0
+  first = (tmp_path / index.FILE).read_bytes()
+  seen = []
+  scan = index.tar.scan
+  monkeypatch.setattr(
+    index.tar, "scan", lambda buffer, *, path: seen.append(path) or scan(buffer, path=path)
+  )
+  assert program.main([f"{tmp_path}/*.tar", "--workers=1"]) == 0
+  assert not seen and (tmp_path / index.FILE).read_bytes() == first
+  assert "18 samples in 4 shards: 0 indexed, 4 current, 0 failed" in capsys.readouterr().out
+  os.utime(tmp_path / "00002.tar", (1, 1))
+  assert program.main([pattern, "--workers=1"]) == 0
+  assert seen == [str(tmp_path / "00002.tar")]
+  assert len(open_source(pattern)) == 18
+
+
+def test_a_build_that_was_stopped_goes_on(tmp_path):
+  pattern = _shards(tmp_path)
+
+  def stopped(tasks):
+    yield from map(program.process_shard, tasks[:2])
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    program.build([pattern], stopped)
+  outcomes = program.build(
+    [pattern], functools.partial(processes.run, program.process_shard, workers=1)
+  )
+  assert [outcome.state for outcome in outcomes] == ["current"] * 2 + ["indexed"] * 2
+  assert len(open_source(pattern)) == 18
+
+
+def test_shards_that_break_off_and_what_are_none_are_told(tmp_path, capsys):
+  pattern = _shards(tmp_path)
+  cut = tmp_path / "00001.tar"
+  cut.write_bytes(cut.read_bytes()[:3000])
+  assert program.main([pattern, "--workers=1"]) == 0
+  said = capsys.readouterr().out
+  assert "00001.tar" in said and "00000.tar" not in said
+  (tmp_path / "00003.tar").write_bytes(b"<html>404</html>" * 100)
+  assert program.main([pattern, "--workers=1"]) == 1
+  said = capsys.readouterr().out
+  assert "0 indexed, 3 current, 1 failed" in said
+  with pytest.raises(OSError, match=r"00003\.tar: the shard changed"):
+    open_source(pattern)
+  assert len(open_source(f"{tmp_path}/{{00000,00002}}.tar")) == 3 + 5
+
+
+def test_lists_and_variables(tmp_path, monkeypatch):
+  _shards(tmp_path / "a", 2)
+  _shards(tmp_path / "b", 1)
+  monkeypatch.setenv("BIGALIGN_TEST_ROOT", str(tmp_path))
+  assert program.main(["$BIGALIGN_TEST_ROOT/a/*.tar::$BIGALIGN_TEST_ROOT/b/00000.tar"]) == 0
+  assert (tmp_path / "a" / index.FILE).exists() and (tmp_path / "b" / index.FILE).exists()
+
+
+def test_stats_are_rows_of_the_samples(tmp_path, monkeypatch):
+  bomb = io.BytesIO()
+  Image.new("L", (30, 40)).save(bomb, "png")
+  header = bytearray(bomb.getvalue())
+  header[16:24] = (60_000).to_bytes(4) * 2
+  pictures = [
+    picture(0, size=(20, 24)),
+    picture(1, size=(7, 9), kind="png"),
+    bytes(header),
+    picture(3, size=(5, 6), kind="webp"),
+    b"<html>",
+  ]
+  members = []
+  for i, data in enumerate(pictures):
+    members += [
+      (f"{i}.jpg", data),
+      (f"{i}.txt", b" a caption \n"[i:]),
+      (f"{i}.json", json.dumps(dict(caption="x" * i, nsfw=i == 1, url="u")).encode()),
+    ]
+  members[2] = ("0.json", b"{oops")
+  members[5] = ("1.json", b'{"caption": "y", "similarity": 0.25, "id": 9007199254740991}')
+  write_tar(tmp_path / "0.tar", members)
+  write_tar(tmp_path / "1.tar", [("9.txt", "no image, ünicode".encode())])
+  argv = [f"{tmp_path}/*.tar", "--stats", "--captions=txt,json.caption", "--workers=1"]
+  assert program.main(argv) == 0
+  first, second = open_source(f"{tmp_path}/{{0,1}}.tar").columns()
+  sizes = list(zip(first["width"].tolist(), first["height"].tolist()))
+  assert sizes == [(24, 20), (9, 7), (60_000, 60_000), (6, 5), (0, 0)]
+  assert first["image_bytes"].tolist() == [len(data) for data in pictures]
+  assert [row.tobytes() for row in first["sha256"]] == [
+    hashlib.sha256(data).digest() for data in pictures
+  ]
+  assert first["length.txt"].tolist() == [9, 9, 7, 7, 6]
+  assert first["length.json.caption"].tolist() == [0, 1, 2, 3, 4]
+  assert [name for name in first.dtype.names if name.startswith("json.")] == [
+    "json.id",
+    "json.nsfw",
+    "json.similarity",
+  ]
+  np.testing.assert_array_equal(first["json.nsfw"], [np.nan, np.nan, 0, 0, 0])
+  assert first["json.id"][1] == 9007199254740991
+  assert second["length.txt"].tolist() == [17] and not second["sha256"].any()
+  monkeypatch.setattr(index.tar, "members", None)  # would fail if called
+  assert program.main(argv) == 0
+
+
+def test_stats_of_a_shard_that_changed_are_asked_for(tmp_path):
+  pattern = _shards(tmp_path, 1)
+  with pytest.raises(FileNotFoundError, match=r"00000\.tar has no stats .*index --stats"):
+    list(open_source(pattern).columns())
+  assert program.main([pattern, "--stats", "--workers=1"]) == 0
+  assert [len(rows) for rows in open_source(pattern).columns()] == [3]
+  os.utime(tmp_path / "00000.tar", (1, 1))
+  assert program.main([pattern, "--workers=1"]) == 0
+  with pytest.raises(FileNotFoundError, match="no stats"):
+    list(open_source(pattern).columns())

@@ -1,0 +1,148 @@
+"""Every shipped config builds its full-size State and takes one real step, reduced."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gzip
+import itertools
+import re
+
+import jax
+import numpy as np
+import pytest
+from helpers.shipped import ROOT, load
+from helpers.small_shards import samples, write_tar
+
+from bigalign import config, sharding, stages
+from bigalign import state as states
+from bigalign.data.loader import training
+from bigalign.data.sources.base import open_source
+from bigalign.losses import check_needs
+from bigalign.model import provided
+from bigalign.step import seen, summary, train_step
+
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+# Those that begin from checkpoints are run in test_init.py, with small ones, those that read stores
+# in test_frozen.py.
+SCRATCH = [
+  x
+  for x in NAMES
+  if not re.search(r"\binit=|name=\"features\"", (ROOT / f"configs/{x}.py").read_text())
+]
+
+# Width, depth, batch, vocabulary, data. All else of a config is run as it is shipped.
+REDUCED = re.compile(
+  r"model/(image|text)/(width|depth)|model/embed_dim|batch_size"
+  r"|data/tokenizer/(path|vocabulary)|data/source"
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_what_a_run_is(name):
+  """Each names its length, checkpoints, logs and seed, and the command that runs it."""
+  c = load(name)
+  for key in ("total_steps", "checkpoint_every", "log_every", "seed"):
+    assert isinstance(c[key], int), key
+  docstring = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+  assert f"--config=configs/{name}.py" in docstring or f"make {name}" in docstring
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_full_size_state(name):
+  """Shapes and places of the whole state on two meshes of eight; no array is made."""
+  c = load(name).to_dict()
+  program = states.make_program(**c, dataset_size=10_000)
+  for sizes in (dict(data=8), dict(data=2, fsdp=4)):
+    mesh = sharding.make_mesh(**sizes)
+    shapes, placed = states.layout(program, mesh)
+    assert jax.tree.structure(shapes) == jax.tree.structure(placed)
+  for stage in stages.split(c)[:-1]:
+    summary(states.of_stage(program, stage, mesh), shapes)  # its batches fit the same parameters
+  if name.endswith("_b16"):
+    count = sum(x.size for x in {**shapes.trainable, **shapes.frozen}.values())
+    assert 140e6 < count < 210e6, f"{count / 1e6:.0f} million parameters"
+
+
+def vocabulary(tokenizer, folder):
+  """The tokenizer's options with a small vocabulary of the same kind in the file's place."""
+  made = dict(tokenizer)
+  if tokenizer["name"] == "sentencepiece":
+    import sentencepiece
+
+    texts = [f"picture number {i} of {'a' * (i % 5)} small set" for i in range(99)]
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(texts),
+      model_prefix=str(folder / "small"),
+      vocab_size=40,
+      minloglevel=2,
+    )
+    made["path"] = str(folder / "small.model")
+  elif tokenizer["name"] == "clip":
+    from bigalign.data.text.clip_text import _byte_characters
+
+    pairs = itertools.islice(itertools.product(_byte_characters(), repeat=2), 49_152 - 256 - 2)
+    merges = ["#version: made for a test", *(" ".join(pair) for pair in pairs)]
+    made["path"] = str(folder / "merges.txt.gz")
+    with gzip.open(made["path"], "wt", encoding="utf-8") as file:
+      file.write("\n".join(merges) + "\n")
+  elif tokenizer["name"] == "wordpiece":
+    made["path"] = str(folder / "vocab.txt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "picture", "number"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+  elif tokenizer.get("vocabulary", "glyphs") != "glyphs":
+    made["vocabulary"] = str(folder / "words.txt")
+    (folder / "words.txt").write_text("picture\nnumber\n")
+  return made
+
+
+def reduced(c, folder):
+  """The config with towers one layer deep, eight pairs, and data made here."""
+  small = copy.deepcopy(c)
+  for side in ("image", "text"):
+    tower = small["model"][side]
+    tower |= dict(width=8 * (tower.get("heads") or 12), depth=1)
+    if small["model"].get(f"{side}_projector", {}).get("name") == "identity":
+      small["model"]["embed_dim"] = tower["width"]
+  small["batch_size"] = 8
+  small["data"]["tokenizer"] = vocabulary(c["data"]["tokenizer"], folder)
+  if c["data"]["source"] != "glyphs":
+    small["data"]["source"] = write_tar(folder / "00000.tar", samples(0, 12))
+  return small
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_one_real_step(name, tmp_path):
+  """Data, augmentation, tokenizer, towers, loss and optimizer as shipped, but for REDUCED."""
+  c = load(name).to_dict()
+  small = reduced(c, tmp_path)
+  before, after = (states.tree.flatten(config.plain(x)) for x in (c, small))
+  changed = {k for k in {*before, *after} if before.get(k) != after.get(k)}
+  assert {k for k in changed if not REDUCED.fullmatch(k)} == set()
+
+  source = open_source(small["data"]["source"], captions=small["data"].get("captions"))
+  program = states.make_program(**small, dataset_size=len(source))
+  check_needs(program.loss, provided(program.spec))
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  rows = sharding.host_rows(mesh, 8)
+  options = {k: x for k, x in small["data"].items() if k not in ("source", "captions", "resize")}
+  # The number of worker processes has no influence on batches: test_pipeline.py.
+  batches = training.train_batches(
+    source, batch_size=8, rows=rows, seed=small["seed"], **{**options, "workers": 0}
+  )
+  host_batch = next(batches)
+  batches.close()
+  assert {k: (x.shape, x.dtype) for k, x in host_batch.items()} == {
+    k: (shape, np.dtype(dtype)) for k, (shape, dtype) in program.spec.items()
+  }
+  _, placed = states.layout(program, mesh, small.get("rules", sharding.RULES))
+  state = states.born(program, placed)
+  with jax.set_mesh(mesh):
+    batch = sharding.global_batch(mesh, host_batch, rows, 8)
+    after, metrics = jax.jit(functools.partial(train_step, program=program))(
+      state, batch, seen(0, len(source))
+    )
+  assert metrics["finite_loss"] and metrics["finite_grad_norm"] and metrics["loss"] > 0
+  still = [k for k, x in after.trainable.items() if np.array_equal(x, state.trainable[k])]
+  # One batch does not reach every row of a bias behind a zero gradient, but most of them.
+  assert len(still) < len(after.trainable) / 2, still

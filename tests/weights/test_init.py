@@ -1,0 +1,417 @@
+"""Runs that begin from pretrained towers: what is loaded, frozen, learned, resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from helpers.shipped import load
+from helpers.small_checkpoints import BERT, CLIP, bert_keys, clip_keys, folder
+from helpers.small_shards import samples, write_tar
+from helpers.tower_oracles import CASES, describe, error, images, needed, stored
+from helpers.tower_oracles import ROOT as ORACLES
+
+from bigalign import sharding, train, tree
+from bigalign import state as states
+from bigalign.evaluate import open_run
+from bigalign.model import PIXELS, make_model, unit
+from bigalign.weights import files, init, slices
+
+TOLERANCE = 2e-5  # relative to the largest output
+FLOAT32 = dict(dtype="float32")
+IMAGE = dict(name="vit", patch=7, width=16, depth=1, heads=2)
+TEXT = dict(name="text", vocab_size=259, length=12, width=16, depth=1, heads=2)
+
+
+@pytest.fixture
+def clip(tmp_path):
+  """The folder of a small CLIP of random numbers."""
+  return folder(tmp_path / "clip", CLIP, clip_keys())
+
+
+def config(tmp_path, model, *, image_size=16, length=6, words=8, **changes):
+  """Two steps on glyphs; towers of checkpoints have few tokens."""
+  (tmp_path / "words.txt").write_text(" ".join(f"word{i}" for i in range(words)))
+  c = load("tiny").to_dict() | dict(
+    total_steps=2,
+    batch_size=16,
+    log_every=1,
+    checkpoint_every=0,
+    evals={},
+    ema=0.0,
+    writer=dict(tensorboard=False),
+    model=model,
+    loss=dict(clip=dict(weight=1.0)),
+  )
+  tokenizer = dict(name="words", vocabulary=str(tmp_path / "words.txt"), length=length)
+  c["data"] |= dict(image_size=image_size, tokenizer=tokenizer)
+  return c | changes
+
+
+def outputs(run, io, pixels="pixel_values"):
+  """(pooled images, unit images, pooled texts, unit texts) of a run for normalised pixels."""
+  model = make_model(**run.config["model"])
+  ids, mask = io["input_ids"].astype(np.int32), io["attention_mask"].astype(bool)
+
+  def apply(model, x, ids, mask):
+    image, text = model.image_tower(x), model.text_tower(ids, mask)
+    zimg, ztxt = unit(model.image_projector(image)), unit(model.text_projector(text))
+    return image.pooled, zimg, text.pooled, ztxt
+
+  # Towers that were sharded for training are used here on one device.
+  params = jax.tree.map(np.asarray, run.params)
+  variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+  with jax.default_matmul_precision("highest"):
+    return jax.jit(lambda v, *a: model.apply(v, *a, method=apply))(
+      variables, images(io, pixels), ids, mask
+    )
+
+
+def load_all(given, image_size=16, length=6, loss=None, **changes):
+  """(program, {path: loaded array}) of a config.model, on a mesh of eight."""
+  config = load("tiny").to_dict() | dict(loss=loss or dict(clip={})) | changes
+  config["data"] |= dict(image_size=image_size, tokenizer=dict(name="byte", length=length))
+  config["model"] = init.options(given)
+  program = states.make_program(**config, dataset_size=100)
+  shapes, placed = states.layout(program, sharding.make_mesh(fsdp=2))
+  shapes, placed = ({**x.trainable, **x.frozen} for x in (shapes, placed))
+  return program, init.load(given, config["loss"], shapes, placed)
+
+
+@needed
+def test_tower_oracle_a_run_begins_with_the_embeddings_of_its_checkpoint(tmp_path):
+  """A whole CLIP at a learning rate of zero: nothing moves, averages and logit scale included."""
+  given = dict(init=str(ORACLES / "hf_clip"), image=FLOAT32, text=FLOAT32)
+  c = config(tmp_path, given, image_size=28, length=12, words=90, ema=0.5)
+  c["optimizer"] |= dict(lr=0.0)
+  train.train(tmp_path / "run", **c)
+  run, io = open_run(tmp_path / "run"), stored("hf_clip")
+  for params in (run.params, run.ema):
+    _, zimg, _, ztxt = outputs(run._replace(params=params), io)
+    assert error(zimg, io["out_image_embeds"]) <= TOLERANCE
+    assert error(ztxt, io["out_text_embeds"]) <= TOLERANCE
+  logits = np.exp(run.params["loss/clip/t"]) * zimg @ ztxt.T
+  assert error(logits, io["out_logits_per_image"]) <= TOLERANCE
+
+
+@needed
+def test_tower_oracle_two_towers_of_two_checkpoints(tmp_path, caplog):
+  """A frozen DINOv2 at another resolution, a sentence encoder that learns, new projectors; then
+  the files are gone, and the run goes on to the same bits."""
+  for name in ("hf_dinov2", "st_bert_mean"):
+    shutil.copytree(ORACLES / name, tmp_path / name)
+  given = dict(
+    image=dict(init=str(tmp_path / "hf_dinov2"), **FLOAT32),
+    text=dict(init=str(tmp_path / "st_bert_mean"), **FLOAT32),
+    embed_dim=8,
+  )
+  c = config(
+    tmp_path,
+    given,
+    image_size=42,
+    length=12,
+    words=90,
+    frozen="image_tower",
+    total_steps=3,
+    checkpoint_every=1,
+    mesh=dict(fsdp=2),
+    keep=dict(last=3),
+  )
+  c["optimizer"] |= dict(lr=1e-5)
+  caplog.set_level("INFO", logger="absl")
+  whole = train.train(tmp_path / "run", **c)
+  for line in (
+    "config.model.image.init: 42 of the 43 tensors of",
+    "36 positions made of 16, bicubic",
+    "New, drawn with config.seed: loss/clip, model/image_projector, model/text_projector",
+    "Frozen: 25 of the 25 arrays of model/image_tower",
+  ):
+    assert line in caplog.text, line
+  for name in ("hf_dinov2", "st_bert_mean"):
+    shutil.rmtree(tmp_path / name)
+
+  run, io = open_run(tmp_path / "run"), stored("st_bert_mean") | stored("hf_dinov2")
+  image, _, text, _ = outputs(run, io, "pixel_values_interp")
+  assert error(image, io["out_pooler_interp"]) <= TOLERANCE
+  assert TOLERANCE < error(text, io["out_mean_normalized"]) < 0.05, "it learns, from there"
+  bright = np.random.default_rng(0).integers(0, 256, (2, 42, 42, 3), np.uint8)
+  mean, std = PIXELS["imagenet"]
+  io["normalised"] = ((bright / 255 - mean) / std).transpose(0, 3, 1, 2)
+  expected = outputs(run, io, "normalised")[1]
+  np.testing.assert_allclose(run.embed["embed_image"](run.params, bright), expected, atol=1e-5)
+
+  for step in ("2", "3"):
+    shutil.rmtree(tmp_path / "run/checkpoints" / step)
+  again = train.train(tmp_path / "run", **c)
+  jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(x) for x in (whole, again)))
+  other = dict(given, text=dict(given["text"], init=str(ORACLES / "st_bert_mean")))
+  given["image"]["init"] = str(ORACLES / "hf_dinov2")
+  with pytest.raises(ValueError, match=r"(?s)config.model/image/init: was .*model/text/init: was"):
+    train.train(tmp_path / "run", **c | dict(model=other))
+
+
+def test_layers_are_frozen_and_slowed_one_by_one(clip, tmp_path):
+  """open_clip's locked image tower with its last groups unlocked; a learning rate per layer."""
+  tower = dict(scan=False, **FLOAT32)
+  c = config(
+    tmp_path,
+    dict(init=str(clip), image=tower, text=tower),
+    frozen=r"image_tower/(?!encoder/(block_1|ln)/)",
+  )
+  factors = (0.25, 0.5)
+  c["optimizer"] = dict(
+    name="adamw",
+    lr=1e-2,
+    schedule="constant",
+    clip_norm=None,
+    multipliers=[(f"text_tower/encoder/block_{i}/", x) for i, x in enumerate(factors)],
+  )
+  first = jax.device_get(load_all(c["model"])[1])
+  after = train.train(tmp_path / "run", **c | dict(total_steps=1))
+  assert all("block_0" in path or "encoder" not in path for path in after.frozen)
+  for path, x in after.frozen.items():
+    np.testing.assert_array_equal(x, first[path], err_msg=path)
+  # The first step of Adam moves what has a gradient by the learning rate.
+  moved = {path: np.abs(x - first[path]).max() for path, x in after.trainable.items()}
+  for part in ("image_tower/encoder/block_1/mlp", "image_tower/encoder/ln/", "text_projector"):
+    assert all(0.009 < x < 0.011 for path, x in moved.items() if part in path), part
+  for i, factor in enumerate(factors):
+    slow = moved[f"model/text_tower/encoder/block_{i}/mlp/fc1/kernel"]
+    np.testing.assert_allclose(slow, 1e-2 * factor, rtol=0.05)
+
+  c["model"]["image"]["scan"] = True
+  with pytest.raises(ValueError, match=r"config.frozen: .*tells the layers of .*apart.*scan=False"):
+    train.train(tmp_path / "scanned", **c)
+
+
+def test_a_run_begins_with_a_resnet_for_cifar(data_root, tmp_path):
+  """A real npz as init of the image tower: frozen parts stay, the others learn from there, and
+  batch norm keeps its statistics."""
+  file = data_root / "weights/resnet20_cifar10.npz"
+  given = dict(image=dict(init=str(file), **FLOAT32), text=TEXT, embed_dim=8)
+  c = config(tmp_path, given, image_size=32, frozen=r"image_tower/(stage_[12]|conv1|bn1)")
+  state = train.train(tmp_path / "run", **c)
+  model = open_run(tmp_path / "run").config["model"]
+  assert (model["image"]["name"], model["image"]["depth"]) == ("resnet_cifar", 20)
+  assert model["pixels"] == "imagenet"
+  arrays = jax.device_get({**state.trainable, **state.frozen})
+  with np.load(file) as theirs:
+    for stage in (1, 3):
+      path = f"model/image_tower/stage_{stage}_block_1"
+      for name, leaf in (("mean", "running_mean"), ("var", "running_var")):
+        expected = theirs[f"layer{stage}.1.bn2.{leaf}"]
+        np.testing.assert_array_equal(arrays[f"{path}/bn2/{name}"], expected)
+      kernel = theirs[f"layer{stage}.1.conv2.weight"].transpose(2, 3, 1, 0)
+      moved = np.abs(arrays[f"{path}/conv2/kernel"] - kernel).max()
+      assert moved == 0 if stage == 1 else 0 < moved < 0.01, (stage, moved)
+
+
+@pytest.mark.parametrize("small", [0, slices._SMALL])
+def test_stacks_are_loaded_where_they_lie(clip, small, monkeypatch):
+  """Layer by layer in place, and on the host first: the same arrays as without devices."""
+  monkeypatch.setattr(slices, "_SMALL", small)
+  given = dict(init=str(clip), image=dict(dtype="bfloat16"))
+  program, loaded = load_all(given, frozen="image_tower")
+  _, plain = load_all(dict(given, image=dict(scan=False, **FLOAT32)))
+  kernel = loaded["model/image_tower/encoder/blocks/attn/query/kernel"]
+  assert kernel.dtype == jnp.bfloat16, "frozen: as it is used"
+  for i in range(2):
+    layer = plain[f"model/image_tower/encoder/block_{i}/attn/query/kernel"]
+    np.testing.assert_array_equal(kernel[i], jnp.asarray(layer, jnp.bfloat16))
+  kernel = loaded["model/text_tower/encoder/blocks/attn/query/kernel"]
+  assert kernel.dtype == jnp.float32
+  _, places = states.layout(program, sharding.make_mesh(fsdp=2))
+  for path, x in loaded.items():
+    assert x.sharding == {**places.trainable, **places.frozen}[path], path
+
+
+@needed
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES or ["none"])
+def test_tower_oracle_every_family_begins_a_run(case, monkeypatch):
+  """Whole models and single towers, in place on eight devices, are what is read on the host."""
+  monkeypatch.setattr(slices, "_SMALL", 0)
+  checkpoint = describe(case)
+  both = {"image", "text"} <= checkpoint.model.keys()
+  given = {} if both else {"embed_dim": 24}
+  for side, tower in (("image", IMAGE), ("text", TEXT)):
+    known = checkpoint.model.get(side)
+    # Heads, which open_clip does not always save, are said; what there is no tower for is new.
+    given[side] = {"heads": known["heads"]} if known else dict(tower)
+  side = "image" if "image" in checkpoint.model else "text"
+  (given if both else given[side])["init"] = str(checkpoint.path)
+  _, loaded = load_all(given, image_size=28, length=12)
+  part = "model/" if both else f"model/{side}_tower/"
+  shapes = {p: x for p, x in loaded.items() if p.startswith(part)}
+  plain = checkpoint.load(tree.subtree(shapes, "model/"))
+  assert len(plain) == len(shapes) > 15
+  for path, x in shapes.items():
+    np.testing.assert_array_equal(x, plain[path.removeprefix("model/")], err_msg=path)
+
+
+def test_what_is_new_is_what_a_run_from_scratch_draws(clip):
+  """Only the projectors of two towers; with the same seed they are the same."""
+  given = dict(image=dict(init=str(clip)), text=dict(init=str(clip)), embed_dim=4)
+  program, loaded = load_all(given)
+  assert not any("projector" in path or "loss/" in path for path in loaded)
+  _, placed = states.layout(program, sharding.make_mesh(fsdp=2))
+  kept = {path: np.asarray(x) for path, x in loaded.items()}
+  scratch = states.born(program, placed)
+  made = states.born(program, placed, loaded)
+  for path, x in made.trainable.items():
+    np.testing.assert_array_equal(x, kept.get(path, scratch.trainable[path]), err_msg=path)
+
+
+def test_the_scale_and_bias_of_the_checkpoint(clip):
+  """Go to each loss that learns them, unless the config writes their first value."""
+  given = dict(init=str(clip))
+  scale = weights_of(clip)["logit_scale"]
+  _, loaded = load_all(given, loss=dict(clip={}, siglip={}))
+  assert loaded["loss/clip/t"] == loaded["loss/siglip/t"] == scale
+  assert "loss/siglip/b" not in loaded, "a CLIP has no bias"
+  _, loaded = load_all(given, loss=dict(clip=dict(t_init=10.0)))
+  assert "loss/clip/t" not in loaded
+
+
+def weights_of(path):
+  """{key: tensor} of a folder."""
+  tensors = files.open_tensors(path)
+  return {key: np.array(tensors.read(key)) for key in tensors}
+
+
+@pytest.mark.parametrize(
+  "given,message",
+  [
+    (dict(init="{clip}", image=dict(depth=1)), r"(?s)another shape.*q_proj.weight has 2 layers"),
+    (dict(init="{clip}", image=dict(variant="S")), r"patch_embedding.weight .*: \[384, 3, 4, 4\]"),
+    (dict(init="{clip}", embed_dim=5), r"visual_projection.weight .*the model's: \[5, 12\]"),
+    (
+      dict(image=dict(init="{clip}", pool="map", class_token=True), text="{text}", embed_dim=4),
+      "nothing fills.*image_tower/map_head",
+    ),
+    (dict(init="{cut}"), "missing keys.*vision_model.post_layernorm.bias"),
+    (dict(init="{clip}", fresh="no_such"), "config.model.fresh: 'no_such' matches no path"),
+  ],
+)
+def test_what_does_not_fit_is_never_drawn_at_random(clip, tmp_path, given, message):
+  cut = weights_of(clip)
+  cut.pop("vision_model.post_layernorm.bias")
+  folder(tmp_path / "cut", CLIP, cut)
+  given = json.loads(
+    json.dumps(given)
+    .replace("{clip}", str(clip))
+    .replace('"{text}"', json.dumps(TEXT))
+    .replace("{cut}", str(tmp_path / "cut"))
+  )
+  with pytest.raises(ValueError, match=message):
+    load_all(given)
+
+
+def test_what_is_asked_for_by_name_is_new(clip, tmp_path):
+  """A head that the checkpoint lacks, a tensor that is lost, one that is not wanted."""
+  head = dict(init=str(clip), pool="map", class_token=True, fresh="map_head/")
+  _, loaded = load_all(dict(image=head, text=TEXT, embed_dim=4))
+  assert "model/image_tower/extra_tokens" in loaded
+  assert not any("map_head" in path or "text" in path for path in loaded)
+  tensors = weights_of(clip)
+  tensors.pop("vision_model.post_layernorm.bias")
+  cut = folder(tmp_path / "cut", CLIP, tensors)
+  _, loaded = load_all(dict(init=str(cut), fresh="^model/image_tower/encoder/ln/bias$"))
+  assert "model/image_tower/encoder/ln/scale" in loaded
+  assert "model/image_tower/encoder/ln/bias" not in loaded
+  _, loaded = load_all(dict(init=str(clip), image=dict(pre_norm=False), drop="pre_layrnorm"))
+  assert not any("ln_pre" in path for path in loaded)
+
+
+@pytest.mark.parametrize(
+  "given,kind,message",
+  [
+    (dict(init="$NO_SUCH/clip"), KeyError, "config.model.init.*NO_SUCH is not set; export NO_SUCH"),
+    (dict(init="{clip}/x"), FileNotFoundError, "config.model.init='.*/x': no such file or folder"),
+    (dict(init=3), TypeError, "config.model.init=3 is of type int"),
+    (dict(init="{bert}"), ValueError, "holds no image tower; name it as init of its own tower"),
+    (
+      dict(image=dict(init="{bert}")),
+      ValueError,
+      "config.model.image.init: .*holds no image tower",
+    ),
+    (dict(init="{clip}", text=dict(init="{bert}")), ValueError, "config.model.text.init, one"),
+    (dict(init="{clip}", pixels="half"), ValueError, "pixels='half': .*was trained with 'clip'"),
+    (dict(init="{clip}", open_clip="ViT-B-16"), ValueError, "both say the sizes"),
+    (dict(image=dict(init="{dino}")), ValueError, "preprocessor_config.json: image_mean.*known"),
+  ],
+)
+def test_mistakes_in_where_a_run_starts_are_named(clip, tmp_path, given, kind, message):
+  folder(tmp_path / "bert", BERT, bert_keys(BERT)[1])
+  shutil.copytree(clip, tmp_path / "dino")
+  statistics = dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.5, 0.5])
+  (tmp_path / "dino/preprocessor_config.json").write_text(json.dumps(statistics))
+  text = json.dumps(given)
+  for name in ("clip", "bert", "dino"):
+    text = text.replace(f"{{{name}}}", str(tmp_path / name))
+  with pytest.raises(kind, match=message):
+    init.options(json.loads(text))
+
+
+def test_pixels_are_those_of_the_folder(clip):
+  """A family's statistics are not those of each of its models."""
+  assert init.options(dict(init=str(clip)))["pixels"] == "clip"
+  mean, std = PIXELS["imagenet"]
+  (clip / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=mean, image_std=std)))
+  assert init.options(dict(init=str(clip)))["pixels"] == "imagenet"
+  both = dict(image=dict(init=str(clip)), text=dict(init=str(clip)), embed_dim=4)
+  assert init.options(both)["pixels"] == "imagenet"
+
+
+def test_names_of_open_clip_are_sizes(tmp_path):
+  """Read from a JSON file as from an installed open_clip; what is written stands in its place."""
+  file = tmp_path / "ViT-S-4.json"
+  vision = dict(layers=2, width=128, patch_size=4, image_size=16)
+  text = dict(width=64, heads=2, layers=1, vocab_size=300, context_length=8)
+  file.write_text(json.dumps(dict(embed_dim=32, vision_cfg=vision, text_cfg=text)))
+  model = init.options(dict(open_clip=str(file), image=dict(dropout=0.1, depth=3), embed_dim=16))
+  assert (model["image"]["width"], model["image"]["depth"], model["embed_dim"]) == (128, 3, 16)
+  assert model["pixels"] == "clip" and model["image"]["dropout"] == 0.1
+  program, loaded = load_all(dict(open_clip=str(file)))
+  assert not loaded and program.model.image_tower.width == 128
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name,text_depth", [("lit", 6), ("lit_b16", 1), ("freeze_align_dinov2l_arl", 6)]
+)
+def test_the_shipped_configs(clip, tmp_path, monkeypatch, name, text_depth):
+  """With small towers and data; and what they say where they have none."""
+  c = load(name).to_dict()
+  for size in ("name", "variant", "patch"):  # for `bigalign plan`; the checkpoint has its own
+    c["model"]["image"].pop(size, None)
+  with pytest.raises(KeyError, match=r"config.model.image.init.*export IMAGE_TOWER="):
+    init.options(c["model"])
+  six = dict(BERT, num_hidden_layers=6)
+  text = folder(tmp_path / "bert", six, bert_keys(six)[1])
+  pieces = {piece: i for i, piece in enumerate(("[PAD]", "[UNK]", "picture", "number"))}
+  tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]")).save(
+    str(text / "tokenizer.json")
+  )
+  monkeypatch.setenv("IMAGE_TOWER", str(clip))
+  monkeypatch.setenv("TEXT_TOWER", str(text))
+  shards = write_tar(tmp_path / "data/00000.tar", samples(0, 12))
+  c["data"] |= dict(source=shards, image_size=24, workers=0)
+  c["data"]["tokenizer"]["length"] = 6
+  c["optimizer"]["warmup"] = 0
+  if name == "lit_b16":  # whose text tower has no checkpoint
+    (tmp_path / "words.txt").write_text("\n".join([*pieces, "[CLS]", "[SEP]", "[MASK]"]) + "\n")
+    c["data"]["tokenizer"]["path"] = str(tmp_path / "words.txt")
+    c["model"]["text"] |= dict(width=24, depth=1, length=6)
+    c["model"]["embed_dim"] = 12
+  state = train.train(
+    tmp_path / "run", **c | dict(total_steps=1, batch_size=8, writer=dict(tensorboard=False))
+  )
+  assert all(c["frozen"] in path for path in state.frozen)
+  assert state.frozen["model/image_tower/positions"].shape == (1, 36, 12)
+  assert open_run(tmp_path / "run").config["model"]["text"]["depth"] == text_depth
