@@ -53,7 +53,7 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
     ValueError: for "best" in a run that does not say what is best.
   """
   home = Workdir(workdir, reader=True)
-  home.fetch()
+  home.download()
   workdir = home.local
   if not (workdir / "config.json").is_file():
     raise FileNotFoundError(
@@ -190,7 +190,7 @@ def run() -> None:
   try:
     main()
   except Exception as error:
-    preemption.leave(error)
+    preemption.exit_on_error(error)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def split(x: jax.Array, n: int) -> jax.Array:
 
 def merge(x: jax.Array) -> jax.Array:
   """The inverse of `split`."""
-  return sharding.pin(rearrange(x, "n (w b) ... -> (w n b) ...", w=_shards()))
+  return sharding.constrain_batch(rearrange(x, "n (w b) ... -> (w n b) ...", w=_shards()))
 
 
 def _shards() -> int:

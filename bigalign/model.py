@@ -106,23 +106,24 @@ class DualEncoder(nn.Module):
     if jnp.issubdtype(image.dtype, jnp.floating):
       return _stored(image)
     mean, std = (np.asarray(x, np.float32) * 255 for x in PIXELS[self.pixels])
-    x = (sharding.pin(image).astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+    x = sharding.constrain_batch(image).astype(jnp.float32)
+    x = (x - mean[None, None, None]) / std[None, None, None]
     return self.image_tower(x, train=train)
 
   def _text_tower(self, text: jax.Array, mask: jax.Array | None, train: bool) -> TowerOutput:
     if jnp.issubdtype(text.dtype, jnp.floating):
       return _stored(text)
-    return self.text_tower(sharding.pin(text), mask, train=train)
+    return self.text_tower(sharding.constrain_batch(text), mask, train=train)
 
   def _image(self, image: jax.Array, train: bool) -> tuple[jax.Array, TowerOutput]:
     out = self._image_tower(image, train)
-    return sharding.pin(self.image_projector(out, train)), out
+    return sharding.constrain_batch(self.image_projector(out, train)), out
 
   def _text(
     self, text: jax.Array, mask: jax.Array | None, train: bool
   ) -> tuple[jax.Array, TowerOutput]:
     out = self._text_tower(text, mask, train)
-    return sharding.pin(self.text_projector(out, train)), out
+    return sharding.constrain_batch(self.text_projector(out, train)), out
 
 
 def _rows(out: TowerOutput) -> jax.Array:
@@ -140,7 +141,7 @@ def _rows(out: TowerOutput) -> jax.Array:
 
 def _stored(vectors: jax.Array) -> TowerOutput:
   """What a store holds as a tower's output: [B, D] without tokens, or [B, 1 + T, D] with them."""
-  vectors = sharding.pin(sphere)
+  vectors = sharding.constrain_batch(sphere)
   if vectors.ndim == 2:
     return TowerOutput(vectors, vectors[:, None][:, :0])
   tokens = vectors[:, 1:]

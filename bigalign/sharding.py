@@ -114,7 +114,9 @@ def shardings(
   }
 
 
-def like(structure: Any, params: Mapping[str, NamedSharding], shapes: Mapping[str, Any]) -> Any:
+def shardings_like(
+  structure: Any, params: Mapping[str, NamedSharding], shapes: Mapping[str, Any]
+) -> Any:
   """Shardings for any state that is keyed by parameter paths (optimizer moments, averages).
 
   A leaf under a parameter's path with the parameter's shape lies where the parameter lies; any
@@ -132,7 +134,7 @@ def like(structure: Any, params: Mapping[str, NamedSharding], shapes: Mapping[st
   return jax.tree_util.tree_map_with_path(place, structure)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
   """On every device, whole."""
   return NamedSharding(mesh, P())
 
@@ -162,10 +164,10 @@ def batch_parts() -> int:
   return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def pin(x: jax.Array) -> jax.Array:
+def constrain_batch(x: jax.Array) -> jax.Array:
   """Keeps axis 0 of an activation on the batch axes; outside of a mesh, x.
 
-  Without it GSPMD is free to move activations instead of weights: one missing pin under FSDP cost
+  Without it GSPMD is free to move activations instead of weights: one missing constraint under FSDP cost
   80 times the bytes on the wire in a compiled So400m step.
   """
   if jax.sharding.get_abstract_mesh().empty:
@@ -173,7 +175,7 @@ def pin(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(BATCH, *[None] * (x.ndim - 1)))
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicate(x: jax.Array) -> jax.Array:
   """Gathers an array onto every device before it is used; outside of a mesh, x.
 
   For what is indexed, such as a table of tokens: looked up in parts, the result comes back split
@@ -185,7 +187,7 @@ def whole(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P())
 
 
-def in_turn(x: Any) -> Any:
+def block_on_cpu(x: Any) -> Any:
   """The arrays of a program that was just started; on several CPU devices, once it has ended.
 
   The devices of a CPU share a few threads: two programs in flight, each with collectives, can take

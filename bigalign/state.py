@@ -128,13 +128,13 @@ def state_shardings(state: State, mesh: jax.sharding.Mesh, rules: Sequence[Any])
   """Where each array of a state (or its shape) lies."""
   shapes = {**state.trainable, **state.frozen}
   placed = sharding.shardings(shapes, mesh, rules)
-  whole = sharding.replicated(mesh)
+  whole = sharding.replicated_sharding(mesh)
   return State(
     step=whole,
     trainable={path: placed[path] for path in state.trainable},
     frozen={path: placed[path] for path in state.frozen},
     ema={path: placed[path] for path in state.ema},
-    opt=sharding.like(state.opt, placed, shapes),
+    opt=sharding.shardings_like(state.opt, placed, shapes),
     loss=jax.tree.map(lambda x: tables.placed(x, mesh), state.loss),
   )
 
@@ -271,7 +271,7 @@ def make_embed(model: DualEncoder) -> dict[str, Callable[..., jax.Array]]:
 
   def compiled(method: str) -> Callable[..., jax.Array]:
     jitted = jax.jit(functools.partial(apply, method))
-    return lambda *args: sharding.in_turn(jitted(*args))
+    return lambda *args: sharding.block_on_cpu(jitted(*args))
 
   return {method: compiled(method) for method in ("embed_image", "embed_text")}
 

@@ -111,7 +111,7 @@ def jitted(program: Program, placed: State, mesh: jax.sharding.Mesh) -> Any:
   return jax.jit(
     functools.partial(train_step, program=program),
     donate_argnums=0,
-    out_shardings=(placed, sharding.replicated(mesh)),
+    out_shardings=(placed, sharding.replicated_sharding(mesh)),
   )
 
 

@@ -30,8 +30,15 @@ from bigalign.run import preemption
 from bigalign.run import runtime as machine
 from bigalign.run.flags import define_flags, parse_flags, profile_span
 from bigalign.run.metrics import MetricWriter, Progress
-from bigalign.run.provenance import check, claim, digest, record, same_data, same_on_all_hosts
-from bigalign.run.timing import Clock, StartUp
+from bigalign.run.provenance import (
+  check_config,
+  check_data,
+  check_hosts_agree,
+  digest,
+  read_config,
+  write_config,
+)
+from bigalign.run.timing import StartupTimer, StepTimer
 from bigalign.run.workdir import Workdir
 from bigalign.state import State
 from bigalign.step import build_stages, diagnose, seen, stop_if_not_finite, summary
@@ -108,12 +115,12 @@ def train(
   """
   config = dict(locals())
   del config["workdir"], config["allow_config_change"]
-  start_up = StartUp()
+  startup_timer = StartupTimer()
   home = Workdir(workdir)
-  home.fetch()
+  home.download()
   workdir = home.local
   given = configs.plain(model)
-  config["model"] = beginnings.options(given, record(workdir))
+  config["model"] = beginnings.options(given, read_config(workdir))
   source, reading = configs.call(open_data, data, "config.data")
   course = courses.split(config, dataset_size=len(source))
   program = states.make_program(
@@ -142,7 +149,7 @@ def train(
     "data": fingerprint(source, reading),
     "tokenizer": digest(data["tokenizer"]),
   }
-  same_on_all_hosts(meta)
+  check_hosts_agree(meta)
 
   grid = configs.call(sharding.make_mesh, mesh or {}, "config.mesh")
   programs = [states.of_stage(program, stage, grid) for stage in course]
@@ -156,10 +163,10 @@ def train(
   embed = states.make_embed(program.model)
   evaluators = make_evaluators(evals or {}, mesh=grid, data=data, **embed)
 
-  check(workdir, meta, allow_config_change)
+  check_config(workdir, meta, allow_config_change)
   checkpoints = configs.call(Checkpoints, keep or {}, "config.keep", workdir=home.root)
   start = checkpoints.latest()
-  same_on_all_hosts({"newest checkpoint": start})
+  check_hosts_agree({"newest checkpoint": start})
   rejected: collections.Counter[str] = collections.Counter()
   if start is None:
     loaded = beginnings.load(
@@ -171,7 +178,7 @@ def train(
     states.describe(state, workdir)
   else:
     before = checkpoints.meta(start)
-    same_data(before, meta, workdir, allow_config_change)
+    check_data(before, meta, workdir, allow_config_change)
     state = states.restore(checkpoints, start, abstract, placed)
     samples_seen, lane_rows = before["samples_seen"], before["lane_rows"]
     rejected.update(before["rejected"])
@@ -179,7 +186,7 @@ def train(
   stored = held(source, reading)
   if stored:
     check_stores(stored.sides, config, program, state)
-  claim(workdir, meta)
+  write_config(workdir, meta)
   watch = configs.call(Watch, data.get("rejects") or {}, "config.data.rejects", names=names(source))
   step = start or 0
   # A run that continues behind the first step traces nothing.
@@ -207,7 +214,7 @@ def train(
       MetricWriter, writer or {}, "config.writer", workdir=workdir, resume_step=start
     ) as board,
     Progress(total, start=step) as progress,
-    preemption.Notice() as notice,
+    preemption.PreemptionListener() as listener,
     preemption.Watchdog(patience, step) as watchdog,
   ):
 
@@ -223,32 +230,32 @@ def train(
 
     def save(found: Mapping[str, float]) -> None:
       now = dict(step=step, samples_seen=samples_seen, rejected=dict(rejected), lane_rows=lane_rows)
-      with clock.paused():
-        home.put(jax.process_index())  # the rows before the checkpoint that follows them
+      with timer.paused():
+        home.upload(jax.process_index())  # the rows before the checkpoint that follows them
         checkpoints.save(step, states.parts(state), {**meta, **now}, found)
 
     if start is None:
       checkpoints.check_best(evaluate())
-    preempted = notice.early(step)
-    clock = Clock(step)
+    preempted = listener.should_stop_at_start(step)
+    timer = StepTimer(step)
     while step < total and not preempted:
       if step == trace_from:
         clu.profiler.start(str(workdir / "profile"))
-      with clock.waiting_for_data():
+      with timer.waiting_for_data():
         stage, host_batch = next(batches)
       if remembered:
         check_ids(host_batch, program.sizes)
       batch = sharding.global_batch(grid, host_batch, rows[stage.number], stage.batch_size)
       place = seen(samples_seen, len(source))
       if not built:
-        with clock.paused():
+        with timer.paused():
           left = course[stage.number :]
           built = build_stages(left, programs, placed, grid, state, batch, place)
       compiled, work = built[stage.number]
       state, metrics = compiled(state, batch, place)
       step += 1
-      watchdog.at(step)
-      start_up.step(metrics)
+      watchdog.completed(step)
+      startup_timer.first_step(metrics)
       samples_seen += stage.batch_size
       seldom = [k for k in metrics if k.startswith(("finite_", "rejected_", "repaired_", "tally"))]
       window.append({name: metrics.pop(name) for name in seldom})
@@ -257,11 +264,11 @@ def train(
         jax.block_until_ready(metrics)
         clu.profiler.stop()
 
-      last, preempted = step == total, notice.reached(step)
+      last, preempted = step == total, listener.should_stop(step)
       logs = step == stage.end or step % log_every == 0
       saves = last or preempted or (save_every and step % save_every == 0)
       if logs or saves:
-        with clock.waiting_for_device():  # the loop's only wait
+        with timer.waiting_for_device():  # the loop's only wait
           scalars, since = jax.device_get((metrics, window))
         window = []
         for one in since:
@@ -276,7 +283,7 @@ def train(
         passes = epochs(source, samples_seen, batch_size=lane_rows)
         row |= {f"train/epoch_{name}": x for name, x in passes.items()}
         row |= {"train/stage": stage.number} if stages else {}
-        row |= clock.read(step, stage.batch_size, work) | start_up.take()
+        row |= timer.read(step, stage.batch_size, work) | startup_timer.take_metrics()
         board.write(step, row)
         progress.log(step, row)
       if logs or saves:
@@ -285,16 +292,16 @@ def train(
       if preempted and not last:  # before all else: the machine may have seconds left
         save({})
       if diagnose_every and step % diagnose_every == 0:
-        with clock.paused():
-          findings = jax.device_get(sharding.in_turn(looks[stage.number](state, batch, place)))
+        with timer.paused():
+          findings = jax.device_get(sharding.block_on_cpu(looks[stage.number](state, batch, place)))
           board.write(step, {f"train/{name}": x for name, x in findings.items()})
       found: dict[str, float] = {}
       if last or (eval_every and step % eval_every == 0):
-        with clock.paused():
+        with timer.paused():
           found = evaluate()
       if saves and (last or not preempted):
         save(found)
-  home.put(jax.process_index())
+  home.upload(jax.process_index())
   if step < total:
     raise preemption.Preempted(step)
   return state
@@ -317,7 +324,7 @@ def main(argv: Sequence[str]) -> None:
       train, config, "config", workdir=workdir, allow_config_change=values.allow_config_change
     )
   except Exception as error:
-    preemption.leave(error)
+    preemption.exit_on_error(error)
 
 
 def run() -> None:

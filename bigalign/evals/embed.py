@@ -146,16 +146,16 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
     return z._replace(rejects=reduce(z.rejects, "n b r -> r", "sum"))
 
   split = NamedSharding(context.mesh, P(None, sharding.BATCH))
-  layout: Any = (*[split] * 6, sharding.replicated(context.mesh))
+  layout: Any = (*[split] * 6, sharding.replicated_sharding(context.mesh))
   stack_jit = jax.jit(stack, out_shardings=Embedded(*layout))
 
   def embed(params: Any) -> Embedded:
-    embedded = sharding.in_turn(
+    embedded = sharding.block_on_cpu(
       stack_jit(
         [
           Embedded(
             zimg=context.embed_image(params, batch["image"]),
-            ztxt=sharding.in_turn(embed_texts(params, batch["texts"], batch["texts_mask"])),
+            ztxt=sharding.block_on_cpu(embed_texts(params, batch["texts"], batch["texts_mask"])),
             label=batch["label"],
             ordinal=batch["index"],
             valid=batch["valid"],
@@ -196,7 +196,7 @@ def mean_embedder(
     z = rearrange(z, "(n g) e -> n g e", g=group).mean(1)
     return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
 
-  mean_jit = jax.jit(mean, out_shardings=sharding.replicated(context.mesh))
+  mean_jit = jax.jit(mean, out_shardings=sharding.replicated_sharding(context.mesh))
 
   def run(params: Any) -> jax.Array:
     embedded = []
@@ -206,7 +206,7 @@ def mean_embedder(
       batch = {name: x[chosen] for name, x in arrays.items()}
       on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
       embedded.append(embed(params, on_mesh))
-    return sharding.in_turn(mean_jit(embedded))
+    return sharding.block_on_cpu(mean_jit(embedded))
 
   return run
 

@@ -207,7 +207,7 @@ def geometry(
   data = open_data(context, source, batch_size=batch_size, captions=1, fields=fields)
   embed = embedder(context, data)
 
-  @functools.partial(jax.jit, out_shardings=sharding.replicated(context.mesh))
+  @functools.partial(jax.jit, out_shardings=sharding.replicated_sharding(context.mesh))
   def find(embedded: Embedded) -> dict[str, jax.Array]:
     zimg = rearrange(embedded.zimg, "n b e -> (n b) e")
     ztxt = rearrange(embedded.ztxt, "n b 1 e -> (n b) e")
@@ -219,7 +219,7 @@ def geometry(
     embedded = embed(params)
     # Not the run's own engine: its digits are those of training.
     with jax.set_mesh(context.mesh), pairwise.engine(pairwise.Engine()):
-      found = sharding.in_turn(find(embedded))
+      found = sharding.block_on_cpu(find(embedded))
     if found["num_samples"] < 5:
       raise ValueError(
         f"config.evals.{context.name}.source={source!r}: {found['num_samples']} of"

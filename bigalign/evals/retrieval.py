@@ -77,7 +77,7 @@ def both_ways(embedded: Embedded, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
 
   def one_batch(batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     # The queries go to every device, each of which holds its part of the gallery.
-    zi, zt, owner = jax.lax.with_sharding_constraint(batch, sharding.replicated(mesh))
+    zi, zt, owner = jax.lax.with_sharding_constraint(batch, sharding.replicated_sharding(mesh))
     image_to_text = ranks(zi, owner, ztxt, ordinal, texts_valid, mesh=mesh)
     text_to_image = ranks(
       rearrange(zt, "b c e -> (b c) e"),
@@ -128,7 +128,7 @@ def retrieval(
   embed = embedder(context, data)
   find = jax.jit(
     functools.partial(both_ways, mesh=context.mesh),
-    out_shardings=sharding.replicated(context.mesh),
+    out_shardings=sharding.replicated_sharding(context.mesh),
   )
 
   def run(params: Any) -> dict[str, float]:

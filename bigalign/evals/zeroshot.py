@@ -195,7 +195,7 @@ def zeroshot(
     batch_size=batch_size,
   )
 
-  whole = sharding.replicated(context.mesh)
+  whole = sharding.replicated_sharding(context.mesh)
 
   @functools.partial(jax.jit, out_shardings=whole)
   def count(zimg: jax.Array, weights: jax.Array, batch: dict[str, jax.Array]) -> Any:
@@ -212,8 +212,8 @@ def zeroshot(
     for batch in over_mesh(context, data):
       zimg = context.embed_image(params, batch["image"])
       kept = {name: batch[name] for name in ("label", "valid", "rejects")}
-      counted = sharding.in_turn(count(zimg, weights, kept))
-      total = counted if total is None else sharding.in_turn(add(total, counted))
+      counted = sharding.block_on_cpu(count(zimg, weights, kept))
+      total = counted if total is None else sharding.block_on_cpu(add(total, counted))
     hits, rejects = jax.tree.map(np.asarray, total)
     rejected = tell_rejects(context.name, rejects)
     samples = int(hits.top1.count)

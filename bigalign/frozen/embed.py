@@ -38,7 +38,7 @@ from bigalign.frozen.towers import Towers, load_towers
 from bigalign.inputs import open_data
 from bigalign.run import preemption, runtime
 from bigalign.run.flags import define_flags, parse_flags
-from bigalign.run.provenance import same_on_all_hosts
+from bigalign.run.provenance import check_hosts_agree
 
 SIDES = ("image", "text")
 BATCHES = 4  # of a piece, which is what a kill can cost
@@ -101,7 +101,7 @@ def embed(
   folders = {side: pathlib.Path(out) / side for side in sides}
   ranges = {}
   fingerprint = _fingerprint(source, data)
-  same_on_all_hosts({"data": fingerprint, "headers": towers.headers})
+  check_hosts_agree({"data": fingerprint, "headers": towers.headers})
   with contextlib.ExitStack() as held:
     for side, folder in folders.items():
       if jax.process_index() == 0:
@@ -116,7 +116,7 @@ def embed(
         batches=per_piece,
         write=jax.process_index() == 0,
       )
-    same_on_all_hosts({"what is there": ranges})
+    check_hosts_agree({"what is there": ranges})
     multihost_utils.sync_global_devices("claimed")
     if any(not found.done for found in ranges.values()):
       _fill(
@@ -230,7 +230,7 @@ def _piece(
     rejected += batch["rejects"].sum(0)
     if "image" in sides:
       on_mesh = sharding.global_batch(towers.mesh, {"image": batch["image"]}, rows, batch_size)
-      z = sharding.in_turn(towers.run["image"](on_mesh["image"]))
+      z = sharding.block_on_cpu(towers.run["image"](on_mesh["image"]))
       running.append((z, dict(valid=batch["valid"], own=own, label=batch["label"])))
       if len(running) > 1:  # the device works on one while the host reads the other
         fetch()
@@ -269,7 +269,7 @@ def _texts(
       else {name: np.zeros((own, *x.shape[1:]), x.dtype) for name, x in every.items()}
     )
     on_mesh = sharding.global_batch(towers.mesh, part, rows, batch_size)
-    z = sharding.in_turn(towers.run["text"](on_mesh["text"], on_mesh["mask"]))
+    z = sharding.block_on_cpu(towers.run["text"](on_mesh["text"], on_mesh["mask"]))
     made.append(sharding.host_part(z))
   empty = np.empty((0, *reader.row_shape(towers.headers["text"])))
   return np.concatenate(made)[:count] if made else empty
@@ -305,7 +305,7 @@ def main(argv: Sequence[str]) -> None:
       tokens=values.tokens,
     )
   except Exception as error:
-    preemption.leave(error)
+    preemption.exit_on_error(error)
   if jax.process_index() == 0:
     for folder in folders.values():
       made = reader.Store(folder)

@@ -48,7 +48,7 @@ def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: 
   """The step of a config for a topology; arguments and errors as of `measure`."""
   config = {**config, "model": model_options(config["model"])}
   configs.choose(chips.CHIPS, chips.kind(topology), "--topology")
-  runtime.for_tpu(chips.kind(topology))
+  runtime.set_libtpu_flags(chips.kind(topology))
   held = topologies.devices(topology)
   mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
   course = stages.split(config, dataset_size=samples)
@@ -68,7 +68,7 @@ def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: 
   own = states.of_stage(program, chosen, mesh)
   shapes, places = states.layout(program, mesh, config.get("rules", sharding.RULES))
   state = jax.tree.map(_placed, shapes, places)
-  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
   batch = {name: _placed(x, rows) for name, x in shapes_of_batch(chosen.config, own).items()}
   seen = _placed(jax.ShapeDtypeStruct((2,), jnp.float32), whole)
   with jax.set_mesh(mesh), stages.named(chosen):

@@ -99,7 +99,7 @@ def measure(
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec)
 
   rows = sharding.batch_sharding(mesh)
-  params = jax.tree.map(lambda x: placed(x, sharding.replicated(mesh)), params)
+  params = jax.tree.map(lambda x: placed(x, sharding.replicated_sharding(mesh)), params)
   state = jax.tree.map(lambda x: placed(x, tables.placed(x, mesh)), state)
   feats = {k: placed(x, rows) for k, x in abstract.items() if k.startswith(LEARNED)}
   rest = {k: placed(x, rows) for k, x in abstract.items() if k not in feats}

@@ -20,11 +20,11 @@ from absl import logging
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-RELAUNCH = 143
+RESTART_EXIT_CODE = 143
 # Each value means that this machine is about to stop, whatever else the server answers.
 METADATA = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
-LOST = re.compile("Gloo|NCCL|CoordinationService|Barrier timed out|heartbeat")
-POLL = 5.0  # seconds
+LOST_PROCESS = re.compile("Gloo|NCCL|CoordinationService|Barrier timed out|heartbeat")
+POLL_SECONDS = 5.0  # seconds
 PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
 
 
@@ -32,12 +32,12 @@ class Preempted(SystemExit):
   """The run ended early, with a checkpoint of `step` unless it is 0; the process exits with 143."""
 
   def __init__(self, step: int) -> None:
-    super().__init__(RELAUNCH)
+    super().__init__(RESTART_EXIT_CODE)
     self.step = step
     logging.warning("Told to end behind step %d; started again the run goes on from there", step)
 
 
-class Notice:
+class PreemptionListener:
   """A context that hears SIGTERM, and Google's notice of maintenance or preemption.
 
   A single process has a handler here. Of several each has JAX's, and JAX's service agrees on a step
@@ -53,7 +53,7 @@ class Notice:
   def _hear(self, *_: object) -> None:
     self._heard = True
 
-  def __enter__(self) -> Notice:
+  def __enter__(self) -> PreemptionListener:
     if self._own:
       self._before = signal.signal(signal.SIGTERM, self._hear)
     host = _metadata_host()
@@ -66,15 +66,15 @@ class Notice:
     if self._own:
       signal.signal(signal.SIGTERM, self._before)
 
-  def reached(self, step: int) -> bool:
+  def should_stop(self, step: int) -> bool:
     """Whether to end behind this step; each process asks behind each step."""
     return self._heard or multihost_utils.reached_preemption_sync_point(step)
 
-  def early(self, step: int) -> bool:
+  def should_stop_at_start(self, step: int) -> bool:
     """Whether to end before the first step, with `step` done; each process asks once."""
     # The service takes the step behind the last that it was asked for: 1, if it was told before.
-    told = self.reached(1)
-    return self.reached(step) or told
+    told = self.should_stop(1)
+    return self.should_stop(step) or told
 
 
 def _metadata_host() -> str | None:
@@ -85,7 +85,7 @@ def _metadata_host() -> str | None:
 
 def _poll(host: str, stop: threading.Event) -> None:
   """Sends SIGTERM to this process when the metadata server tells that its machine will stop."""
-  while not stop.wait(POLL):
+  while not stop.wait(POLL_SECONDS):
     for name, ends in METADATA.items():
       url = f"http://{host}/computeMetadata/v1/instance/{name}"
       request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -117,9 +117,9 @@ class Watchdog:
     self._patience = patience
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._run, daemon=True)
-    self.at(step)
+    self.completed(step)
 
-  def at(self, step: int) -> None:
+  def completed(self, step: int) -> None:
     """The loop has come to this step."""
     self._now = (step, time.monotonic())
 
@@ -142,12 +142,12 @@ class Watchdog:
       if time.monotonic() - since > self._patience:
         told = client.key_value_dir_get("bigalign/step/")
         steps = {int(key.rsplit("/", 1)[1]): int(value) for key, value in told}
-        logging.error("%s", stuck(steps, self._patience))
+        logging.error("%s", hang_message(steps, self._patience))
         sys.stderr.flush()
-        os._exit(RELAUNCH)
+        os._exit(RESTART_EXIT_CODE)
 
 
-def stuck(steps: dict[int, int], patience: float) -> str:
+def hang_message(steps: dict[int, int], patience: float) -> str:
   """What to say when none of the processes at these steps moves."""
   first = min(steps.values())
   behind = [process for process, step in sorted(steps.items()) if step == first]
@@ -161,7 +161,7 @@ def stuck(steps: dict[int, int], patience: float) -> str:
   )
 
 
-def absent(seconds: int) -> list[int]:
+def missing_processes(seconds: int) -> list[int]:
   """The processes that do not come to a barrier within these seconds."""
   client: Any = distributed.global_state.client
   try:
@@ -173,7 +173,7 @@ def absent(seconds: int) -> list[int]:
   return []
 
 
-def leave(error: Exception) -> NoReturn:
+def exit_on_error(error: Exception) -> NoReturn:
   """Ends one process of several at once: the others would wait for it in a collective.
 
   The exit code is 1, or 143 where the error is that another process is gone. A single process just
@@ -181,13 +181,13 @@ def leave(error: Exception) -> NoReturn:
   """
   if jax.process_count() == 1:
     raise error
-  lost = LOST.search(str(error)) is not None
+  lost = LOST_PROCESS.search(str(error)) is not None
   logging.error("process %d ends, and with it the run", jax.process_index(), exc_info=error)
   if lost:
     logging.error(
       "processes %s do not answer: gone, or waiting for one that is. Their own logs say why."
       " Started again the run goes on from its newest checkpoint, on any number of processes.",
-      absent(5),
+      missing_processes(5),
     )
   sys.stderr.flush()
-  os._exit(RELAUNCH if lost else 1)
+  os._exit(RESTART_EXIT_CODE if lost else 1)

@@ -28,20 +28,20 @@ def digest(options: Mapping[str, Any]) -> str:
   return found.hexdigest()[:16]
 
 
-def record(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
   """What config.json says of the run that is in a folder; None if there is none."""
   path = workdir / "config.json"
   return json.loads(path.read_text()) if path.exists() else None
 
 
-def check(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: bool) -> None:
+def check_config(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: bool) -> None:
   """Makes the folder of the run, or compares with the run that is in it; changes nothing there.
 
   Raises:
     ValueError: if the workdir belongs to a run that learns something else; lists the differences.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  before = record(workdir)
+  before = read_config(workdir)
   if before is None:
     return
   # As they were written: a checkpoint's own options are no matter of the config.
@@ -61,14 +61,14 @@ def check(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: b
     )
 
 
-def claim(workdir: pathlib.Path, meta: Mapping[str, Any]) -> None:
+def write_config(workdir: pathlib.Path, meta: Mapping[str, Any]) -> None:
   """Writes workdir/config.json, once it is known that this run can go on there."""
   if jax.process_index() == 0:
     with storage.whole(workdir / "config.json") as file:  # other processes may be reading it
       file.write((json.dumps(meta, indent=1) + "\n").encode())
 
 
-def same_data(
+def check_data(
   before: Mapping[str, Any], meta: Mapping[str, Any], workdir: pathlib.Path, allow: bool
 ) -> None:
   """Raises ValueError if samples or tokenizer changed under a run, which could not go on exactly.
@@ -83,7 +83,7 @@ def same_data(
       )
 
 
-def same_on_all_hosts(meta: Mapping[str, Any]) -> None:
+def check_hosts_agree(meta: Mapping[str, Any]) -> None:
   """Raises RuntimeError if config, code, packages or data differ between the processes."""
   if jax.process_count() == 1:
     return

@@ -15,7 +15,7 @@ import jax
 from absl import logging
 from jax._src import distributed
 
-START_UP = 300  # seconds for all processes to come
+CONNECT_TIMEOUT = 300  # seconds for all processes to come
 
 # Collectives overlap with computation.
 LIBTPU_INIT_ARGS = (
@@ -62,7 +62,7 @@ def setup(
     flags = XLA_FLAGS_GPU + (XLA_FLAGS_DETERMINISTIC if deterministic else ())
     _add_flags("XLA_FLAGS", flags)
   if _tpu():
-    for_tpu(_tpu_kind())
+    set_libtpu_flags(_tpu_kind())
   taken = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
   if gpu_memory_fraction is not None and not taken:
     os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gpu_memory_fraction)
@@ -73,7 +73,7 @@ def setup(
     jax.config.update("jax_debug_nans", True)
 
 
-def for_tpu(kind: str) -> None:
+def set_libtpu_flags(kind: str) -> None:
   """What libtpu is told, on the TPU or where it compiles for one; before it is loaded."""
   _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS + LIBTPU_INIT_ARGS_OF_KIND.get(kind, ()))
 
@@ -109,21 +109,21 @@ def connect(
 
 
 def _initialize(**given: Any) -> None:
-  """jax.distributed.initialize, which ends the program after START_UP seconds with the numbers of
+  """jax.distributed.initialize, which ends the program after CONNECT_TIMEOUT seconds with the numbers of
   the processes that have not come.
 
   JAX gives that time to each process alone, which knows nothing of the others. Given to the service
   with which all register, it makes the error that lists them.
   """
   service = distributed._jax.get_distributed_runtime_service
-  told = functools.partial(service, cluster_register_timeout=START_UP)
+  told = functools.partial(service, cluster_register_timeout=CONNECT_TIMEOUT)
   logging.info(
     "Waiting up to %d s for the other processes; exit code 134 if some do not come:"
     " see that each host runs the same command and reaches the coordinator",
-    START_UP,
+    CONNECT_TIMEOUT,
   )
   with mock.patch.object(distributed._jax, "get_distributed_runtime_service", told):
-    jax.distributed.initialize(**given, initialization_timeout=START_UP + 30)
+    jax.distributed.initialize(**given, initialization_timeout=CONNECT_TIMEOUT + 30)
 
 
 def _number(name: str, value: int | None) -> int | None:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from bigalign.run import flops
 
 
-class Clock:
+class StepTimer:
   """Wall time between two logs, without evaluation and saving, and what it was spent on.
 
   MFU is the share of the chips' peak that goes into the model's FLOPs, which are
@@ -79,7 +79,7 @@ class Clock:
     return row
 
 
-class StartUp:
+class StartupTimer:
   """What goes by from here to the end of the first step."""
 
   def __init__(self) -> None:
@@ -95,7 +95,7 @@ class StartUp:
   def _add(self, event: str, duration_secs: float, **_: Any) -> None:
     self._sums[event] += duration_secs
 
-  def step(self, metrics: Any) -> None:
+  def first_step(self, metrics: Any) -> None:
     """Waits for the metrics of the first step, of no other, and logs the times."""
     if self._row is not None:
       return
@@ -114,7 +114,7 @@ class StartUp:
       *self._row.values(),
     )
 
-  def take(self) -> dict[str, float]:
+  def take_metrics(self) -> dict[str, float]:
     """The metrics of this, once."""
     row, self._row = self._row or {}, {}
     return row

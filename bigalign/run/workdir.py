@@ -47,7 +47,7 @@ class Workdir:
     name = f"{self.root.name}-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
     self.local = pathlib.Path(cache).expanduser() / (f"{name}-reader" if reader else name)
 
-  def fetch(self) -> None:
+  def download(self) -> None:
     """Makes the local folder what is in the bucket; all processes do, before any writes there."""
     if self.root is self.local:
       return
@@ -61,7 +61,7 @@ class Workdir:
         copy.write(file.read_bytes())
       self._there[file.name] = (self.local / file.name).stat().st_mtime_ns
 
-  def put(self, process: int) -> None:
+  def upload(self, process: int) -> None:
     """Puts what changed into the bucket: process 0 all that is not another's rejected samples."""
     if self.root is self.local:
       return

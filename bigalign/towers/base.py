@@ -175,7 +175,7 @@ class Block(nn.Module):
       self.hidden, self.activation, self.dropout, self.dtype, self.gated, self.mlp_bias, name="mlp"
     )(y, deterministic)
     x = x + nn.Dropout(self.dropout, name="mlp_dropout")(self._scaled("scale2", y), deterministic)
-    return sharding.pin(x), None
+    return sharding.constrain_batch(x), None
 
   def _scaled(self, name: str, y: jax.Array) -> jax.Array:
     """LayerScale, https://arxiv.org/abs/2103.17239."""

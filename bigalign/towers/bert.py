@@ -62,7 +62,7 @@ class Block(nn.Module):
     x = nn.LayerNorm(name="ln1", **norm)(x + y)
     y = base.Mlp(self.hidden, self.activation, dtype=self.dtype, name="mlp")(x, deterministic)
     y = nn.Dropout(self.dropout, name="mlp_dropout")(y, deterministic)
-    return sharding.pin(nn.LayerNorm(name="ln2", **norm)(x + y)), None
+    return sharding.constrain_batch(nn.LayerNorm(name="ln2", **norm)(x + y)), None
 
 
 class Bert(nn.Module):
@@ -109,7 +109,7 @@ class Bert(nn.Module):
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
     x = base.Encoder(
       self.depth, self.block, self.scan, self.remat, kind=Block, norm=False, name="encoder"
-    )(sharding.pin(x), mask, train, self._distances(length))
+    )(sharding.constrain_batch(x), mask, train, self._distances(length))
     return base.TowerOutput(self._pooled(x, mask), x, mask)
 
   def _table(self, name: str, rows: int) -> jax.Array:
@@ -117,7 +117,7 @@ class Bert(nn.Module):
 
   def _first(self, table: jax.Array, rows: int) -> jax.Array:
     """[1, rows, D]"""
-    return sharding.whole(table.astype(self.dtype))[None, :rows]
+    return sharding.replicate(table.astype(self.dtype))[None, :rows]
 
   def _positions(self, ids: jax.Array) -> jax.Array:
     """[B, L, D] or [1, L, D]; with skip_padding the first token stands at row pad + 1."""

@@ -67,7 +67,7 @@ def lookup(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
   token (padding, "a") in bfloat16 would count as 256. Over the devices it is added up in the
   table's own dtype.
   """
-  return sharding.whole(table.astype(dtype))[ids]
+  return sharding.replicate(table.astype(dtype))[ids]
 
 
 def _lookup_forward(table: jax.Array, ids: jax.Array, dtype: Any) -> Any:

@@ -73,7 +73,7 @@ class Bottleneck(nn.Module):
       y = nn.relu6(pointwise(y, self.expansion * x.shape[-1], self.dtype, "expand"))
     y = nn.relu6(Depthwise(self.stride, self.dtype, name="depthwise")(y))
     y = pointwise(y, self.features, self.dtype, "project")
-    return sharding.pin(x + y if x.shape == y.shape else y)
+    return sharding.constrain_batch(x + y if x.shape == y.shape else y)
 
 
 class MobileNetV2(nn.Module):

@@ -72,7 +72,7 @@ class NaFlex(nn.Module):
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
     mask = None if mask is None else mask.astype(bool)
     x = base.Encoder(self.depth, self.block, self.scan, self.remat, name="encoder")(
-      sharding.pin(x), mask, train=train
+      sharding.constrain_batch(x), mask, train=train
     )
     pooled = base.MapHead(
       self.heads,

@@ -72,7 +72,7 @@ class Block(nn.Module):
     """[B, H, W, C] -> [B, H / stride, W / stride, features]."""
     y = nn.relu(convolve(x, self.features, self.stride, self.dtype, 1))
     y = convolve(y, self.features, 1, self.dtype, 2)
-    return sharding.pin(nn.relu(y + shortcut(x, self.features, self.stride)))
+    return sharding.constrain_batch(nn.relu(y + shortcut(x, self.features, self.stride)))
 
 
 class ResNetCifar(nn.Module):

@@ -55,7 +55,7 @@ class Text(nn.Module):
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
     seen = mask if self.mask_padding else None
     x = base.Encoder(self.depth, self.block, self.scan, self.remat, name="encoder")(
-      sharding.pin(x), seen, train=train
+      sharding.constrain_batch(x), seen, train=train
     )
     if self.pool == "map":
       pooled = base.MapHead(

@@ -161,7 +161,7 @@ class ViT(nn.Module):
       x = nn.LayerNorm(epsilon=self.block["epsilon"], dtype=self.dtype, name="ln_pre")(x)
     x = nn.Dropout(self.dropout, name="dropout")(x, not train)
     x = base.Encoder(self.depth, self.block, self.scan, self.remat, name="encoder")(
-      sharding.pin(x), train=train, relation=rotation
+      sharding.constrain_batch(x), train=train, relation=rotation
     )
     patches = x[:, extra:]
     if self.pool == "cls":

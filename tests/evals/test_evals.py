@@ -172,7 +172,7 @@ def test_retrieval_in_small_chunks_is_the_same(tiny, monkeypatch):
 
 def test_retrieval_moves_queries_but_not_the_gallery(tiny):
   mesh = sharding.make_mesh(data=4, fsdp=2)
-  split, whole = NamedSharding(mesh, P(None, sharding.BATCH)), sharding.replicated(mesh)
+  split, whole = NamedSharding(mesh, P(None, sharding.BATCH)), sharding.replicated_sharding(mesh)
 
   def shape(*sizes, dtype=jnp.float32, place=split):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
@@ -338,7 +338,7 @@ def test_real_shards_go_through(data_root):
 TWO = """
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
-from bigalign import runtime
+from bigalign.run import runtime
 runtime.connect()
 import test_evals as t
 t.embed.open_source = lambda spec, captions=None: t.Tiny()

@@ -150,7 +150,7 @@ def test_a_step_writes_what_it_remembers_in_place(tiny):  # noqa: F811
       jax.jit(
         functools.partial(train_step, program=program),
         donate_argnums=0,
-        out_shardings=(placed, sharding.replicated(grid)),
+        out_shardings=(placed, sharding.replicated_sharding(grid)),
       )
       .lower(state, batch, jax.ShapeDtypeStruct((2,), jnp.float32))
       .compile()

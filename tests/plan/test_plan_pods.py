@@ -120,12 +120,14 @@ def test_every_config_is_a_program_for_its_topology(name):
 
 FLAGS = """
 import sys, jax
-from bigalign import chips, pods, runtime, sharding
-runtime.for_tpu(chips.kind(sys.argv[1]))
-mesh = sharding.make_mesh(devices=pods.devices(sys.argv[1]))
+from bigalign import sharding
+from bigalign.plan import chips, topologies
+from bigalign.run import runtime
+runtime.set_libtpu_flags(chips.kind(sys.argv[1]))
+mesh = sharding.make_mesh(devices=topologies.devices(sys.argv[1]))
 x = jax.ShapeDtypeStruct((1024, 128), "float32", sharding=sharding.batch_sharding(mesh))
 with jax.set_mesh(mesh):
-  jax.jit(lambda x: sharding.whole(x) @ x[:128]).lower(x).compile()
+  jax.jit(lambda x: sharding.replicate(x) @ x[:128]).lower(x).compile()
 """
 
 

@@ -40,7 +40,7 @@ def compiled(name, way, batch, mesh):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
   z = abstract(jax.ShapeDtypeStruct((batch, D), jnp.float32), sharding.batch_sharding(grid))
-  params = jax.tree.map(lambda x: abstract(x, sharding.replicated(grid)), params)
+  params = jax.tree.map(lambda x: abstract(x, sharding.replicated_sharding(grid)), params)
   with jax.set_mesh(grid):
     traced = jax.jit(jax.value_and_grad(value, (0, 1, 2))).trace(params, z, z)
     program = traced.lower().compile()

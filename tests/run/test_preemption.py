@@ -101,11 +101,11 @@ def test_a_notice_of_maintenance_is_one_of_the_end(monkeypatch):
   thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
   thread.start()
   monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-  monkeypatch.setattr(preemption, "POLL", 0.05)
-  with preemption.Notice() as notice:
-    assert not notice.reached(1)
+  monkeypatch.setattr(preemption, "POLL_SECONDS", 0.05)
+  with preemption.PreemptionListener() as listener:
+    assert not listener.should_stop(1)
     end = time.monotonic() + 20
-    while not notice.reached(2):
+    while not listener.should_stop(2):
       assert time.monotonic() < end, _Metadata.asked
       time.sleep(0.01)
   server.shutdown()
@@ -128,19 +128,19 @@ def test_a_notice_of_maintenance_is_one_of_the_end(monkeypatch):
 )
 def test_mistakes_exit_with_1_and_lost_processes_with_143(error, code, monkeypatch):
   with pytest.raises(type(error)):
-    preemption.leave(error)  # a single process
+    preemption.exit_on_error(error)  # a single process
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(preemption, "absent", lambda seconds: [1])
+  monkeypatch.setattr(preemption, "missing_processes", lambda seconds: [1])
   monkeypatch.setattr(os, "_exit", sys.exit)
   with pytest.raises(SystemExit) as ended:
-    preemption.leave(error)
+    preemption.exit_on_error(error)
   assert ended.value.code == code
 
 
 def test_who_hangs_is_named():
-  said = preemption.stuck({0: 13, 1: 12, 2: 13}, 600.0)
+  said = preemption.hang_message({0: 13, 1: 12, 2: 13}, 600.0)
   assert "No step in 600 s: processes [1] hang behind step 12" in said
-  assert "all 2 processes hang behind step 7" in preemption.stuck({0: 7, 1: 7}, 60.0)
+  assert "all 2 processes hang behind step 7" in preemption.hang_message({0: 7, 1: 7}, 60.0)
 
 
 def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
@@ -189,14 +189,14 @@ def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
 LATE = """
 import sys, time
 from absl import logging
-from bigalign import runtime, survival
-runtime.START_UP = 6
+from bigalign.run import preemption, runtime
+runtime.CONNECT_TIMEOUT = 6
 if sys.argv[1] == "come":
   runtime.connect()
   import jax
-  with survival.Watchdog(2.0, 5) as watchdog:
+  with preemption.Watchdog(2.0, 5) as watchdog:
     if jax.process_index() != 1:
-      watchdog.at(6)
+      watchdog.completed(6)
     time.sleep(60)
 """
 

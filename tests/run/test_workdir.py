@@ -69,7 +69,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, m
   whole = train.train(tmp_path / "whole", **config())
   place = "gs://bucket/runs/one"
   with monkeypatch.context() as patch:
-    patch.setattr(preemption.Notice, "reached", lambda self, step: step == 3)
+    patch.setattr(preemption.PreemptionListener, "should_stop", lambda self, step: step == 3)
     with pytest.raises(preemption.Preempted):
       train.train(place, **config())
   assert not list(tmp_path.glob("gs:*"))
@@ -81,7 +81,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, m
     assert checkpoints.latest() == 2
   again = train.train(place, **config())
   home = Workdir(place, reader=True)
-  home.fetch()
+  home.download()
   assert rows(home.local) == rows(tmp_path / "whole")
   for path, x in whole.trainable.items():
     np.testing.assert_array_equal(x, again.trainable[path])
@@ -106,7 +106,7 @@ def test_two_hosts_write_one_run_into_a_bucket(bucket, cache, tmp_path):
   del bucket.objects[next(name for name in parts if name.endswith("commit_success.txt"))]
   again = train.train(place, **c.to_dict())
   home = Workdir(place, reader=True)
-  home.fetch()
+  home.download()
   losses = [[row["train/loss"] for row in rows(x)] for x in (home.local, tmp_path / "whole")]
   np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
   for path, x in whole.trainable.items():
@@ -116,22 +116,22 @@ def test_two_hosts_write_one_run_into_a_bucket(bucket, cache, tmp_path):
 @needs_gcsfs
 def test_what_is_local_is_what_is_in_the_bucket(bucket, cache):
   one = Workdir("gs://bucket/small/")
-  one.fetch()
+  one.download()
   (one.local / "tensorboard").mkdir()
   names = ("config.json", "rejected-00000.jsonl", "rejected-00001.jsonl", "tensorboard/events")
   for name in names:
     (one.local / name).write_text(name)
-  one.put(1)
+  one.upload(1)
   assert [x for x in bucket.objects if x.startswith("small")] == ["small/rejected-00001.jsonl"]
-  one.put(0)
+  one.upload(0)
   assert {x for x in bucket.objects if x.startswith("small")} == {f"small/{x}" for x in names}
   before = len(bucket.writes)
-  one.put(0)
+  one.upload(0)
   assert len(bucket.writes) == before
   (one.local / "config.json").write_text("changed and never put there")
   (one.local / "metrics.jsonl").write_text("neither")
   other = Workdir("gs://bucket/small")
-  other.fetch()
+  other.download()
   assert other.local == one.local and (one.local / "config.json").read_text() == "config.json"
   assert not (one.local / "metrics.jsonl").exists()
 

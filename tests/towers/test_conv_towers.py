@@ -209,7 +209,7 @@ def step(made, mesh):
   }
   update = jax.jit(
     functools.partial(train_step, program=made),
-    out_shardings=(placed, sharding.replicated(mesh)),
+    out_shardings=(placed, sharding.replicated_sharding(mesh)),
   )
   with jax.set_mesh(mesh):
     born = states.born(made, placed)

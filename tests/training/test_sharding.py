@@ -79,7 +79,7 @@ def test_rows_go_where_they_belong(sizes):
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
 def test_activations_do_not_move_under_fsdp(sizes):
-  """On the compiled program: weights are gathered, activations stay; see sharding.pin, whole."""
+  """On the compiled program: weights are gathered, activations stay; see constrain_batch and replicate in sharding.py."""
   import functools
 
   from helpers.shipped import load
@@ -100,7 +100,7 @@ def test_activations_do_not_move_under_fsdp(sizes):
   )
   step = jax.jit(
     functools.partial(train_step, program=program),
-    out_shardings=(placed, sharding.replicated(mesh)),
+    out_shardings=(placed, sharding.replicated_sharding(mesh)),
   )
   with jax.set_mesh(mesh):
     text = step.lower(state, batch, seen(0, 1)).compile().as_text()

@@ -196,4 +196,4 @@ def _dense_tile(tile: Tile, rows: Arrays, columns: Arrays, shared: Arrays) -> Ar
 
   # Pinned rows make it one-sided: columns are gathered, rows stay.
   values = tile(placed(rows), placed(columns), shared)
-  return {name: sharding.pin(v) for name, v in values.items()}
+  return {name: sharding.constrain_batch(v) for name, v in values.items()}
