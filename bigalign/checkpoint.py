@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from bigalign import config, tree
+from bigalign import checks, tree
 
 # orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is
 # meant, and of a file that the parts of a checkpoint do not have. Other warnings come through.
@@ -70,7 +70,7 @@ class Checkpoints:
       mode: "max" or "min": which value of it is best.
       read_only: for programs that only look: nothing is created or deleted.
     """
-    config.known("config.keep.mode", mode, ("max", "min"))
+    checks.known("config.keep.mode", mode, ("max", "min"))
     address = os.fspath(workdir)
     root = epath.Path(address if "://" in address else os.path.abspath(address))
     self.folder = root / "checkpoints"

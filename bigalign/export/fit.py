@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import config as configs
 from bigalign import tree, weights
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.model import DualEncoder, make_model
+from bigalign.options import call
 from bigalign.towers.bert import Bert
 from bigalign.towers.features import Features
 from bigalign.weights import transfer
@@ -148,7 +148,7 @@ def _model(layout: Layout, ours: DualEncoder) -> DualEncoder:
   for side in ("image", "text"):
     scan = getattr(ours, f"{side}_tower").scan
     options[side] = {**options[side], "scan": scan, "dtype": "float32"}
-  return configs.call(make_model, options, "config.model")
+  return call(make_model, options, "config.model")
 
 
 def _options(module: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from bigalign import config as configs
 from bigalign import tree
 from bigalign.data.image import transforms
 from bigalign.evaluate import Run, open_run
@@ -29,6 +28,7 @@ from bigalign.export.formats import FORMATS, Files, prepare
 from bigalign.export.tokenizer_files import SAMPLES
 from bigalign.inputs import open_tokenizer
 from bigalign.model import make_model
+from bigalign.options import call
 from bigalign.run import runtime
 
 ABOUT, CARD = "bigalign.json", "README.md"
@@ -64,7 +64,7 @@ def subject(run: Run, ema: bool = False) -> Subject:
       model[side] = {**model[side], "dtype": "float32"}
   arrays = {k: np.asarray(x).astype(np.float32) for k, x in tree.subtree(params, "model/").items()}
   return Subject(
-    configs.call(make_model, model, "config.model"),
+    call(make_model, model, "config.model"),
     arrays | scalars(params, run.config["loss"]),
     run.config["data"],
     open_tokenizer(run.config["data"]["tokenizer"]),

@@ -20,7 +20,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from bigalign import config, losses, sharding
+from bigalign import checks, losses, sharding
 from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 from bigalign.plan import hlo_collectives, topologies
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   names = args.losses.split(",") if args.losses else sorted(losses.LOSSES)
   ways = args.ways.split(",")
   for name in names:
-    config.choose(losses.LOSSES, name, "--losses")
+    checks.choose(losses.LOSSES, name, "--losses")
   held = topologies.devices(args.topology) if args.topology else jax.devices()
   mesh = sharding.make_mesh(fsdp=args.fsdp, devices=held)
   sharding.host_rows(mesh, args.batch)

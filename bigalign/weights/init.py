@@ -19,9 +19,9 @@ import jax
 from absl import logging
 from jax.sharding import NamedSharding
 
-from bigalign import config as configs
 from bigalign import tree
 from bigalign.data.sources.base import expand_variables
+from bigalign.options import plain
 from bigalign.weights import Checkpoint, describe, open_clip, transfer
 
 SIDES = ("image", "text")
@@ -76,7 +76,7 @@ def options(given: Mapping[str, Any], record: Mapping[str, Any] | None = None) -
         f" {pixels!r}; leave pixels out"
       )
     model = _over(theirs, model)
-  return configs.plain(model)
+  return plain(model)
 
 
 def load(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bigalign import config as configs
+from bigalign import checks, options
 from bigalign.weights.table import Row
 
 # Names of activations in Hugging Face's configs.
@@ -74,7 +74,7 @@ def call(function: Callable[..., Any], given: Any, where: str, *fixed: Any) -> A
     if key in known and isinstance(value, float) and not 0 <= value <= _LARGEST:
       raise ValueError(f"{where}: {key}: {value}; it must be from 0 to {_LARGEST}")
   try:
-    return configs.call(make, given, where)
+    return options.call(make, given, where)
   except (TypeError, ValueError) as error:
     text = str(error)
     raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
@@ -91,7 +91,7 @@ def option(given: Any, name: str, key: str, default: Any) -> Any:
 
 def activation(name: str) -> str:
   """Our name of an activation in a Hugging Face config."""
-  return configs.choose(ACTIVATIONS, name, "hidden_act")
+  return checks.choose(ACTIVATIONS, name, "hidden_act")
 
 
 def sizes(width: int, depth: int, heads: int, hidden: int) -> dict[str, Any]:

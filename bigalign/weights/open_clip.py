@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from bigalign import config as configs
+from bigalign import checks
 from bigalign.weights import bert, table, timm
 from bigalign.weights.clip import start
 from bigalign.weights.files import read_json
@@ -306,7 +306,7 @@ def _hugging_face(
 def _sizes(shapes: Shapes, prefix: str, name: str) -> tuple[int, ...]:
   """As in _SIZES; of the tensors, if there are any."""
   if not shapes:
-    return configs.choose(_SIZES, name, "hf_model_name, without weights")
+    return checks.choose(_SIZES, name, "hf_model_name, without weights")
   tables = f"{prefix}embeddings."
   vocab, width = timm.dims(shapes, f"{tables}word_embeddings.weight", 2)
   types = f"{tables}token_type_embeddings.weight"

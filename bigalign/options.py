@@ -1,0 +1,411 @@
+"""Options: defined once, resolved once from the plain values of a config.
+
+An option is a parameter of a function or a field of a frozen dataclass: its name, its type, its
+default and its line in the docstring's `Args:` are the whole definition. `resolve` turns plain
+values into an object with every default filled in, and refuses unknown names, missing ones and
+wrong types; `plain` turns the object back into values that JSON can hold.
+
+Which of the two forms a group of options has depends on who reads it:
+
+  a dataclass   several places read its fields (config.data, a tower)
+  a function    one place calls it (a loss, an optimizer, an evaluator)
+
+A field that holds another group says so in its type:
+
+  data: DataOptions                                              a dataclass
+  keep: Annotated[Component, Call(Checkpoints, fixed=("workdir",))]          one function
+  tokenizer: Annotated[Component, Choose(TOKENIZERS)]            one of a registry, dict(name=…, …)
+  evals: Mapping[str, Annotated[Component, Choose(EVALS, key="type")]]       several, by name
+
+Nothing here imports JAX: data workers read options too.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bigalign import tree
+
+MISSING: Any = inspect.Parameter.empty
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+  """A function of a config with every option filled in, ready to be called.
+
+  Args:
+    name: its key in the registry that it was chosen from; "" for a function that is no choice.
+    function: what takes the options.
+    options: {option: value}; read-only.
+    where: its place in the config, for errors.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  options: Mapping[str, Any]
+  where: str
+
+  def make(self, *args: Any, **fixed: Any) -> Any:
+    """function(*args, **fixed, **options)."""
+    return self.function(*args, **fixed, **self.options)
+
+
+class Call(NamedTuple):
+  """Marks a field whose options are the parameters of a function.
+
+  Args:
+    function: what takes the options.
+    fixed: parameters that the program passes, which are not options.
+  """
+
+  function: Callable[..., Any]
+  fixed: tuple[str, ...] = ()
+
+
+class Choose(NamedTuple):
+  """Marks a field whose options are those of one entry of a registry.
+
+  Args:
+    registry: {name: function or dataclass}.
+    key: the option that names the entry; "" where the field is a mapping whose keys name them.
+    fixed: parameters that the program passes, which are not options.
+    shared: a function whose parameters, without `fixed`, are options next to those of the entry.
+    default: the entry if none is named; "" where one must be named.
+  """
+
+  registry: Mapping[str, Any]
+  key: str = "name"
+  fixed: tuple[str, ...] = ()
+  shared: Callable[..., Any] | None = None
+  default: str = ""
+
+
+class Option(NamedTuple):
+  """One option: its type, its default (MISSING if it must be given), and its documentation."""
+
+  type: Any
+  default: Any
+  doc: str
+
+
+def definition(target: Any, fixed: Sequence[str] = ()) -> dict[str, Option]:
+  """{name: Option} of a function's parameters or of a dataclass's fields, in their order.
+
+  Args:
+    target: a function or a class.
+    fixed: names that are not options.
+  """
+  return {name: option for name, option in _definition(target).items() if name not in fixed}
+
+
+@functools.lru_cache(maxsize=1024)
+def _definition(target: Any) -> dict[str, Option]:
+  hints = typing.get_type_hints(_hinted(target), include_extras=True)
+  docs = documentation(target)
+  kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  return {
+    name: Option(hints.get(name, Any), parameter.default, docs.get(name, ""))
+    for name, parameter in inspect.signature(target).parameters.items()
+    if parameter.kind in kinds
+  }
+
+
+def _hinted(target: Any) -> Any:
+  """What carries the annotations of a function or a class."""
+  if isinstance(target, functools.partial):
+    return target.func
+  if isinstance(target, type) and not dataclasses.is_dataclass(target):
+    return target.__init__  # type: ignore[misc]
+  return target
+
+
+def documentation(target: Any) -> dict[str, str]:
+  """{option: text} of the `Args:` section of a docstring, of a class and its bases."""
+  if not isinstance(target, type):
+    return _args_section(inspect.getdoc(target) or "")
+  found: dict[str, str] = {}
+  for base in reversed(target.__mro__):
+    if base is object:
+      continue
+    found |= _args_section(inspect.cleandoc(base.__dict__.get("__doc__") or ""))
+    found |= _args_section(inspect.getdoc(base.__dict__.get("__init__")) or "")
+  return found
+
+
+def _args_section(text: str) -> dict[str, str]:
+  docs: dict[str, str] = {}
+  names: list[str] = []
+  inside, indent = False, 0
+  for line in text.splitlines():
+    stripped = line.strip()
+    depth = len(line) - len(line.lstrip())
+    if stripped in ("Args:", "Attributes:"):
+      inside, indent, names = True, 0, []
+    elif inside and stripped and depth == 0:
+      inside = False
+    elif inside and stripped:
+      indent = indent or depth
+      head, colon, rest = stripped.partition(":")
+      if depth == indent and colon:
+        names = [name.strip().lstrip("*") for name in head.split(",")]
+        docs |= dict.fromkeys(names, rest.strip())
+      else:
+        docs |= {name: f"{docs[name]} {stripped}" for name in names}
+  return docs
+
+
+def resolve(target: Any, given: Any, where: str, fixed: Sequence[str] = ()) -> Any:
+  """The options of a function or a dataclass, checked and with every default filled in.
+
+  Args:
+    target: a dataclass, of which an instance is returned, or a function.
+    given: {option: value} in plain values: numbers, text, None, mappings, sequences.
+    where: the place in the config, such as "config.data", for errors.
+    fixed: parameters of a function that are not options.
+
+  Returns:
+    The dataclass, or a Component.
+
+  Raises:
+    TypeError: for an unknown or missing option and for a value of another type; it names the place,
+      the nearest known option and all of them.
+    ValueError: for an unknown name of a registry, and what a dataclass itself refuses.
+  """
+  known = definition(target, fixed)
+  values = _values(known, given, where)
+  if dataclasses.is_dataclass(target) and isinstance(target, type):
+    return target(**values)
+  return Component("", target, values, where)
+
+
+def call(target: Any, given: Any, where: str, **fixed: Any) -> Any:
+  """target(**fixed, **options) with the options of `given` resolved; errors as of `resolve`."""
+  options = resolve(target, given, where, tuple(fixed))
+  return options.make(**fixed) if isinstance(options, Component) else options
+
+
+def _values(known: Mapping[str, Option], given: Any, where: str) -> dict[str, Any]:
+  if not isinstance(given, Mapping):
+    raise TypeError(f"{where}={given!r} must be a dict of options: {[*known]}")
+  for name in given:
+    if name not in known:
+      raise TypeError(
+        f"{where}: unknown option {name!r}.{tree.nearest(name, known)} Options: {[*known]}"
+      )
+  values = {}
+  for name, option in known.items():
+    if name not in given and option.default is MISSING:
+      raise TypeError(f"{where}: option {name!r} is missing. Options: {[*known]}")
+    value = given.get(name, option.default)
+    values[name] = _value(option.type, value, f"{where}.{name}")
+  return values
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+  """A plain value as its type wants it: groups resolved, sequences as tuples."""
+  marker, kind = _marker(kind)
+  optional = _is_optional(kind)
+  if value is None and optional:
+    return None
+  if isinstance(marker, Call):
+    return resolve(marker.function, value, where, marker.fixed)
+  if isinstance(marker, Choose):
+    if marker.key:
+      return _chosen(marker, value, where)
+    if not isinstance(value, Mapping):
+      raise TypeError(f"{where}={value!r} must be a dict: {{name: options}}")
+    return {
+      str(name): _entry(marker, str(name), options, where, f"{where}.{name}")
+      for name, options in value.items()
+    }
+  inner = _without_none(kind)
+  if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+    return value if isinstance(value, inner) else resolve(inner, value, where)
+  nested = _nested(inner)
+  if nested and isinstance(value, Mapping) and _is_mapping(inner):
+    return {str(name): _value(nested, x, f"{where}.{name}") for name, x in value.items()}
+  if nested and isinstance(value, list | tuple) and not _is_mapping(inner):
+    return tuple(_value(nested, x, f"{where}[{i}]") for i, x in enumerate(value))
+  if not fits(value, kind):
+    raise TypeError(
+      f"{where}={value!r} is of type {type(value).__name__}; it must be {spelled(kind)}"
+    )
+  return frozen(value)
+
+
+def _chosen(marker: Choose, value: Any, where: str) -> Any:
+  if not isinstance(value, Mapping):
+    raise TypeError(f"{where}={value!r} must be a dict: dict({marker.key}=…, …)")
+  options = dict(value)
+  name = options.pop(marker.key, marker.default or "(absent)")
+  return _entry(marker, name, options, f"{where}.{marker.key}", where)
+
+
+def _entry(marker: Choose, name: Any, options: Any, naming: str, where: str) -> Any:
+  """One entry of a registry with its options; `naming` is the place of its name in the config."""
+  if not isinstance(name, str):
+    raise TypeError(f"{naming}={name!r} is of type {type(name).__name__}; it must be str")
+  if name not in marker.registry:
+    raise ValueError(
+      f"{naming}: unknown {name!r}.{tree.nearest(name, marker.registry)}"
+      f" Known: {sorted(marker.registry)}"
+    )
+  entry = marker.registry[name]
+  if dataclasses.is_dataclass(entry) and isinstance(entry, type) and not marker.shared:
+    return resolve(entry, options, where, marker.fixed)
+  known = definition(entry, marker.fixed)
+  if marker.shared:
+    known = {**definition(marker.shared, (*marker.fixed, marker.key)), **known}
+  return Component(name, entry, _values(known, options, where), where)
+
+
+def _marker(kind: Any) -> tuple[Call | Choose | None, Any]:
+  """The marker of an Annotated type, if it has one, and the type itself."""
+  if typing.get_origin(kind) is typing.Annotated:
+    base, *extras = typing.get_args(kind)
+    marker = next((x for x in extras if isinstance(x, Call | Choose)), None)
+    return marker, base
+  if _is_optional(kind):  # Annotated[…] | None
+    for part in typing.get_args(kind):
+      marker, _ = _marker(part)
+      if marker:
+        return marker, kind
+  return None, kind
+
+
+def _is_optional(kind: Any) -> bool:
+  return _is_union(kind) and type(None) in typing.get_args(kind)
+
+
+def _is_union(kind: Any) -> bool:
+  return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _is_mapping(kind: Any) -> bool:
+  return typing.get_origin(kind) in (dict, collections.abc.Mapping)
+
+
+def _without_none(kind: Any) -> Any:
+  """X of X | None."""
+  parts = [part for part in typing.get_args(kind) if part is not type(None)]
+  return parts[0] if _is_optional(kind) and len(parts) == 1 else kind
+
+
+def _nested(kind: Any) -> Any:
+  """The type of the groups that a mapping or a sequence holds; None if it holds plain values."""
+  args = typing.get_args(kind)
+  if _is_mapping(kind) and len(args) == 2:
+    inner = args[1]
+  elif typing.get_origin(kind) in (tuple, list, collections.abc.Sequence) and args:
+    inner = args[0]
+  else:
+    return None
+  is_group = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+  return inner if is_group or _marker(inner)[0] else None
+
+
+def fits(value: Any, kind: Any) -> bool:
+  """Whether a plain value is of a type; an int is a float, a bool is not an int.
+
+  >>> fits(3, float), fits(True, int), fits([1, 2], tuple[int, int]), fits("ab", Sequence[str])
+  (True, False, True, False)
+  """
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind is None or kind is type(None):
+    return value is None
+  if origin is typing.Annotated:
+    return fits(value, args[0])
+  if _is_union(kind):
+    return any(fits(value, part) for part in args)
+  if origin is typing.Literal:
+    return value in args
+  if kind is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if kind is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  if kind in (str, bool):
+    return isinstance(value, kind)
+  if origin is tuple and args and args[-1] is not Ellipsis:
+    sized = isinstance(value, list | tuple) and len(value) == len(args)
+    return sized and all(fits(x, part) for x, part in zip(value, args))
+  if origin in (tuple, list, collections.abc.Sequence):
+    part = args[0] if args else Any
+    return isinstance(value, list | tuple) and all(fits(x, part) for x in value)
+  if _is_mapping(kind):
+    part = args[1] if args else Any
+    return isinstance(value, Mapping) and all(fits(x, part) for x in value.values())
+  return True
+
+
+def spelled(kind: Any) -> str:
+  """A type as a person writes it: "int | None"."""
+  origin, args = typing.get_origin(kind), typing.get_args(kind)
+  if kind is type(None):
+    return "None"
+  if origin is typing.Annotated:
+    return spelled(args[0])
+  if _is_union(kind):
+    return " | ".join(spelled(part) for part in args)
+  if kind is Ellipsis:
+    return "…"
+  name = getattr(origin or kind, "__name__", str(kind))
+  return f"{name}[{', '.join(map(spelled, args))}]" if args else name
+
+
+def frozen(value: Any) -> Any:
+  """A plain value whose lists are tuples and whose mappings are copies."""
+  if isinstance(value, Mapping):
+    return {str(name): frozen(x) for name, x in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(frozen(x) for x in value)
+  return value
+
+
+def plain(value: Any) -> Any:
+  """Options, or any nest of mappings and sequences, as dicts and lists that JSON can hold.
+
+  `resolve` of the result gives equal options again.
+  """
+  if isinstance(value, Component):
+    return {**({"name": value.name} if value.name else {}), **plain(value.options)}
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return {
+      name: _plain_field(option.type, getattr(value, name))
+      for name, option in definition(type(value)).items()
+    }
+  if hasattr(value, "to_dict"):  # a ConfigDict
+    value = value.to_dict()
+  if isinstance(value, Mapping):
+    return {str(name): plain(x) for name, x in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(x) for x in value]
+  return value
+
+
+def _plain_field(kind: Any, value: Any) -> Any:
+  """A field's value; an entry of a registry is named under the key that chose it."""
+  marker, base = _marker(kind)
+  if value is None:
+    return None
+  if isinstance(marker, Choose):
+    if not marker.key:
+      return {name: plain(x.options) for name, x in value.items()}
+    return _named(marker, value)
+  nested = _nested(_without_none(base))
+  if nested and isinstance(_marker(nested)[0], Choose) and isinstance(value, Mapping):
+    return {name: _plain_field(nested, x) for name, x in value.items()}
+  return plain(value)
+
+
+def _named(marker: Choose, value: Any) -> dict[str, Any]:
+  if isinstance(value, Component):
+    return {marker.key: value.name, **plain(value.options)}
+  name = next(name for name, entry in marker.registry.items() if entry is type(value))
+  return {marker.key: name, **plain(value)}
