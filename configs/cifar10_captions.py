@@ -1,10 +1,10 @@
-"""From scratch on 5,000 captioned CIFAR-10 photos, zero-shot on 1,000 others, minutes on a laptop.
+"""From scratch on 5,000 captioned CIFAR-10 photos, zero-shot on 1,000 others; minutes on a laptop.
 
-  export BIGALIGN_DATA=…   # the root of cifar10/{train,test}
+  export BIGALIGN_DATA=…   # the folder that contains cifar10/{train,test}
   bigalign train --config=configs/cifar10_captions.py
 
-The captions are class names, so the ten names are the whole vocabulary and what a template says
-around them is dropped: those words were never trained, and kept they cost four points.
+The captions are class names, so the vocabulary is the ten names, and the other words of a zero-shot
+template are dropped: they never occur in training, and keeping them costs four points.
 """
 
 from ml_collections import ConfigDict

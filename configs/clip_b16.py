@@ -4,8 +4,8 @@
     --config.data.source='/data/{00000..41455}.tar' \
     --config.data.tokenizer.path=/data/bpe_simple_vocab_16e6.txt.gz
 
-Meant for 256 chips of TPU v5e (16x16) or 32 H100s; the optimizer is open_clip's for ViTs. Without a
-path the vocabulary is that of an installed open_clip_torch.
+For 256 chips of TPU v5e (16x16) or 32 H100s. The optimizer settings are open_clip's for ViTs.
+Without a tokenizer path, the vocabulary of an installed open_clip_torch is used.
 """
 
 from ml_collections import ConfigDict, config_dict

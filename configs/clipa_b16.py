@@ -1,15 +1,15 @@
-"""CLIPA ViT-B/16: small images and short texts for most samples, then whole ones for a few.
+"""CLIPA ViT-B/16: most samples with small images and short texts, the last few at full size.
 
   bigalign train --config=configs/clipa_b16.py \
     --config.data.source='/data/{00000..41455}.tar' \
     --config.data.tokenizer.path=/data/bpe_simple_vocab_16e6.txt.gz
 
 https://arxiv.org/abs/2305.07017. Six epochs of LAION-400M at 112 pixels, 7 x 7 patches, and 16
-tokens, then 131 million pairs at 224 pixels and 32 tokens. Batch, positions, augmentation and
-optimizer are those of the released recipe B/16 I50 T16, but for the clipping; batch and length of
-the tuning are those of the authors' JAX code. They begin the tuning anew, at a learning rate of
-1e-4; here one cosine goes over both stages, and is at 5e-5 there. Meant for 256 chips of TPU v5e
-(16x16) or 32 H100s.
+tokens, then 131 million pairs at 224 pixels and 32 tokens. Batch size, positions, augmentation and
+optimizer follow the released recipe B/16 I50 T16, except for the gradient clipping. Batch size and
+length of the second stage follow the authors' JAX code. The authors restart the schedule for the
+second stage, at a learning rate of 1e-4. Here one cosine spans both stages and is at 5e-5 when the
+second one begins. For 256 chips of TPU v5e (16x16) or 32 H100s.
 """
 
 from ml_collections import ConfigDict, config_dict

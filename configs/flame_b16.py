@@ -1,13 +1,13 @@
-"""After FLAME: a B/16 learns from the stored vectors that a large language model makes of captions.
+"""After FLAME: a B/16 learns from stored caption embeddings of a large language model.
 
   export STORES=/stores/flame
   bigalign train --config=configs/flame_b16.py --config.data.source='/data/{00000..01499}.tar'
 
-https://arxiv.org/abs/2411.11927. The language model stays as it is and reads each long caption
-behind several prompts, each of which asks for another facet: entities, interactions, the scene.
-$STORES/facets holds what it makes of them, 5,120 wide (Mistral-Nemo), the facets of an image as
-rows of one sample; docs/frozen.md tells how another program writes such a store. An image meets one
-of its facets in each step, drawn at random; sizes, loss and schedule are CLIP's, and not FLAME's.
+https://arxiv.org/abs/2411.11927. The language model is frozen. It reads each long caption after
+several prompts, each of which asks for one facet: entities, interactions, the scene. $STORES/facets
+holds the embeddings, 5,120 wide (Mistral-Nemo), with the facets of an image as rows of one sample;
+docs/frozen.md documents how another program writes such a store. Each step draws one facet of each
+image at random. Sizes, loss and schedule are CLIP's, not FLAME's.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ def get_config():
     source="/data/{00000..01499}.tar",
     stores=dict(image="", text="$STORES/facets", second=""),
     image_size=224,
-    tokenizer=dict(name="byte", length=2),  # nobody here embeds a text
+    tokenizer=dict(name="byte", length=2),  # unused: the texts come from the store
     augment=dict(crop="random_resized", scale=(0.4, 1.0), flip=0.5),
     resize="shortest",
     workers=16,

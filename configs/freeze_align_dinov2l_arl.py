@@ -1,15 +1,15 @@
-"""freeze-align: DINOv2-L and all-roberta-large-v1 stay as they are; projectors of tokens learn.
+"""freeze-align: token projectors on frozen DINOv2-L and all-roberta-large-v1.
 
   export IMAGE_TOWER=/models/dinov2-large TEXT_TOWER=/models/all-roberta-large-v1
   bigalign train --config=configs/freeze_align_dinov2l_arl.py \
     --config.data.source='/data/{00000..01699}.tar'
 
-https://arxiv.org/abs/2409.19425. The towers are in the loop, since every token is projected and the
-images are augmented; stores of `bigalign embed --tokens` can stand in for either. As
-released but for this: negatives come from the whole batch, there from the 1,800 of one GPU; the
-text tower is without its dropout; RandAugment is torchvision's; the temperature is learned by its
-logarithm, not below 0.01, and does not decay; the learning rate rises and falls without stairs.
-`bigalign curate` makes the data.
+https://arxiv.org/abs/2409.19425. The towers run in every step, because every token is projected and
+the images are augmented; stores of `bigalign embed --tokens` can replace either tower. Differences
+from the release: negatives come from the whole batch instead of the 1,800 pairs of one GPU; the
+text tower has no dropout; RandAugment is torchvision's; the temperature is learned as a logarithm,
+is at least 0.01, and has no weight decay; the learning rate changes every step and not in stairs.
+`bigalign curate` makes the dataset.
 """
 
 from ml_collections import ConfigDict
@@ -29,13 +29,13 @@ def get_config():
 
   c.data = dict(
     source="/data/{00000..01699}.tar",
-    image_size=252,  # 18 patches of 14; the release cuts them out of 256 pixels
+    image_size=252,  # 18 patches of 14; the release crops them from 256 pixels
     tokenizer=dict(name="hf", path="$TEXT_TOWER/tokenizer.json", length=77),
     augment=dict(
       crop="random_resized",
       scale=(0.2, 1.0),
       flip=0.5,
-      rand_augment=dict(num_ops=2, magnitude=21.0),  # 7 of 10
+      rand_augment=dict(num_ops=2, magnitude=21.0),  # 7 on a scale of 10
     ),
     resize="squash",
     workers=16,

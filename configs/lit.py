@@ -1,10 +1,10 @@
-"""A frozen vision tower and a sentence encoder that learns, on your own shards.
+"""A frozen vision tower and a trainable sentence encoder, on your own shards.
 
   export IMAGE_TOWER=/models/dinov2-base TEXT_TOWER=/models/all-MiniLM-L6-v2
   bigalign train --config=configs/lit.py --config.data.source='/data/{00000..00331}.tar'
 
-Both are folders as Hugging Face has them, docs/weights.md names the families; their sizes are read
-from them. The image tower is locked as in https://arxiv.org/abs/2111.07991.
+Both are Hugging Face folders, from which the sizes are read; docs/weights.md lists the families.
+The image tower is locked as in https://arxiv.org/abs/2111.07991.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ def get_config():
   )
   c.model = dict(
     image=dict(init="$IMAGE_TOWER"),
-    text=dict(init="$TEXT_TOWER", scan=False),  # layers apart, each with its own learning rate
+    text=dict(init="$TEXT_TOWER", scan=False),  # separate layers: own learning rates
     embed_dim=512,
   )
   c.loss = dict(siglip=dict(weight=1.0))
@@ -42,7 +42,7 @@ def get_config():
     schedule="cosine",
     warmup="5%",
     weight_decay=0.01,
-    # What was trained before moves less than the projectors, and its first layers least.
+    # Pretrained layers learn more slowly than the projectors, the first layers slowest.
     multipliers=(
       *((f"text_tower/encoder/block_{i}/", 0.1 * 0.8 ** (6 - i)) for i in range(6)),
       ("text_tower/", 0.1 * 0.8**6),

@@ -1,10 +1,10 @@
 """From scratch on 3,400 captioned photos and emoji; retrieval on their held-out shards.
 
-  export BIGALIGN_DATA=…   # the root of coco2k, flickr8k and emoji
+  export BIGALIGN_DATA=…   # the folder that contains coco2k, flickr8k and emoji
   bigalign train --config=configs/photos.py
 
-Three thousand photos make no CLIP: this config shows the whole way on real shards, with several
-captions per image, and what it reaches stands in the README.
+Three thousand photos are too few for a good CLIP. This config shows every part of a run on real
+shards, with several captions per image. Its results are in the README.
 """
 
 from ml_collections import ConfigDict

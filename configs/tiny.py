@@ -1,4 +1,4 @@
-"""Seconds per run, for tests and first steps: bigalign train --config=configs/tiny.py"""
+"""Runs in seconds, for tests and first steps: bigalign train --config=configs/tiny.py"""
 
 from ml_collections import ConfigDict
 

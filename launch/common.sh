@@ -1,7 +1,7 @@
-# Sourced by the other scripts: how they read options, quote words, run or print commands.
+# Sourced by the other scripts: reads options, quotes words, runs or prints commands.
 # shellcheck shell=bash
 
-# shellcheck disable=SC2034  # of the scripts
+# shellcheck disable=SC2034  # the scripts use it
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 me=launch/$(basename "$0")
 dry_run=
@@ -12,12 +12,13 @@ say() {
 
 fail() {
   say "$@"
-  echo "$me -h tells how it is used" >&2
+  echo "$me -h shows the usage" >&2
   exit 2
 }
 
-# parse "VALUED ..." "SWITCHES ..." WORDS: sets the variable of each option in WORDS, its name with _
-# for -, to what follows it or to yes; `words` is what follows --. Calls `usage` for -h.
+# parse "VALUED ..." "SWITCHES ..." WORDS: sets one variable per option in WORDS, to the value of the
+# option or to yes. The variable has the name of the option, with _ for -. The array `words` gets
+# everything after --. -h calls `usage` and exits.
 parse() {
   local valued=" $1 " switches=" $2 dry-run " key
   shift 2
@@ -37,12 +38,12 @@ parse() {
       printf -v "${key//-/_}" yes
       shift
     else
-      fail "unknown option $1; what is to run comes after --"
+      fail "unknown option $1; put the arguments of the run after --"
     fi
   done
 }
 
-# verbs "VERB ..." WORDS: sets `verb` and `name`, the first two of WORDS.
+# verbs "VERB ..." WORDS: sets `verb` and `name` to the first two WORDS, and checks them.
 verbs() {
   local known=$1
   shift
@@ -56,7 +57,7 @@ verbs() {
   name=$2
 }
 
-# demand OPTION ...: each was given.
+# demand OPTION ...: fails unless each option was given.
 demand() {
   local option variable
   for option; do
@@ -65,31 +66,31 @@ demand() {
   done
 }
 
-# number LEAST OPTION ...: each is a whole number, LEAST (0 or 1) or more.
+# number LEAST OPTION ...: fails unless each option is a whole number >= LEAST (0 or 1).
 number() {
   local least=$1 option variable
   shift
   for option; do
     variable=${option//-/_}
     if [[ ! ${!variable} =~ ^(0|[1-9][0-9]*)$ ]] || ((${!variable} < least)); then
-      fail "--$option ${!variable} is no number from $least on"
+      fail "--$option ${!variable}: expected a whole number >= $least"
     fi
   done
 }
 
-# one_of OPTION "VALUE ...": it has one of these.
+# one_of OPTION "VALUE ...": fails unless the option has one of these values.
 one_of() {
   local variable=${1//-/_}
-  [[ " $2 " == *" ${!variable} "* ]] || fail "--$1 ${!variable}: one of $2"
+  [[ " $2 " == *" ${!variable} "* ]] || fail "--$1 ${!variable}: expected one of: $2"
 }
 
-# need TOOL WHERE: it is installed, unless nothing will be run.
+# need TOOL ADVICE: fails with ADVICE unless TOOL is installed. --dry-run needs no tool.
 need() {
-  [[ -n $dry_run ]] || command -v "$1" >/dev/null || fail "there is no $1 on PATH; $2"
+  [[ -n $dry_run ]] || command -v "$1" >/dev/null || fail "$1 is not on PATH: $2"
 }
 
-# The words in one line that any POSIX shell reads back as they were. `printf %q` would write
-# $'...', which a remote login shell need not know.
+# Prints the words as one line that any POSIX shell splits into the same words. `printf %q` would
+# write $'...', which not every remote login shell supports.
 quote() {
   local word separator='' mark="'" escaped="'\\''"
   for word; do
@@ -99,7 +100,7 @@ quote() {
   done
 }
 
-# Runs the words; prints them instead under --dry-run.
+# Runs the words as a command. Under --dry-run, prints the command instead.
 act() {
   if [[ -n $dry_run ]]; then
     quote "$@"
@@ -109,16 +110,17 @@ act() {
   fi
 }
 
-# Sets `command`: `$1 train` with the other words, or those alone if they begin with no option.
+# Sets `command`: `$1 train` and the other words, or only the other words if the first one is not an
+# option.
 set_command() {
   local program=$1
   shift
-  (($#)) || fail "nothing to run; say it after --"
+  (($#)) || fail "nothing to run: put the arguments or a command after --"
   command=("$@")
   [[ $1 != -* ]] || command=("$program" train "$@")
 }
 
-# Writes an archive of the checkout as it is, without what git ignores, into the file $1.
+# Writes the working tree, uncommitted changes included and ignored files excluded, to the archive $1.
 pack() {
   local list=(git -C "$root" ls-files -z --cached --others --exclude-standard)
   local archive=(tar -C "$root" -czf "$1" --null -T -)
@@ -126,26 +128,26 @@ pack() {
     echo "$(quote "${list[@]}") | $(quote "${archive[@]}")"
     return
   fi
-  need git "it tells which files belong to the checkout"
+  need git "it lists the files of the checkout"
   "${list[@]}" | while IFS= read -r -d '' file; do
-    # Deleted files are listed until the deletion is staged.
+    # git lists a deleted file until the deletion is staged.
     [[ ! -e $root/$file && ! -L $root/$file ]] || printf '%s\0' "$file"
   done | "${archive[@]}"
 }
 
-# Sets `folder` to a new one; under --dry-run to a word that stands for it.
+# Sets `folder` to a new temporary folder, or to the placeholder FOLDER under --dry-run.
 temporary_folder() {
   folder=FOLDER
   [[ -n $dry_run ]] || folder=$(mktemp -d "${TMPDIR:-/tmp}/bigalign-launch.XXXXXX")
 }
 
-# From here on, what the script calls `delete` happens at the end as --delete asks. `where` are the
-# options that delete takes besides.
+# Installs traps so that the script calls its function `delete` on exit, if --delete asks for that.
+# `where` holds the other options that the verb delete takes.
 delete_at_end() {
   trap finish EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
-  # A terminal that closes leaves the run alone.
+  # Closing the terminal must not delete the run.
   trap 'trap - EXIT; exit 129' HUP
 }
 
@@ -158,7 +160,7 @@ finish() {
   if [[ $delete == always || $delete == failure && $status != 0 ]]; then
     delete || say "could not delete $name, which may still cost money"
   elif [[ -z $dry_run ]]; then
-    say "$name stays until: $(quote "$me" delete "$name" ${where[@]+"${where[@]}"})"
+    say "$name was not deleted. Delete it: $(quote "$me" delete "$name" ${where[@]+"${where[@]}"})"
   fi
   exit "$status"
 }

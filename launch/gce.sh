@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a TPU slice that is a managed instance group of Compute Engine: TPU7x, v6e, v5p.
+# Runs on a TPU slice that is a managed instance group of Compute Engine: TPU7x, v6e, v5p.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -12,17 +12,18 @@ usage: launch/gce.sh VERB NAME --zone ZONE [OPTIONS] [-- ARGUMENTS]
 
 $hosts_usage
 
-  --machine M    what create asks for: tpu7x-standard-4t, ct6e-standard-4t, ct5p-hightpu-4t
-  --topology T   of the slice: 4x4x4 of TPU7x and v5p, 4x4 of v6e; one host for each four chips
-  --image F      family of images of ubuntu-os-accelerator-images, if not the usual one of the machine
+  --machine M    machine type for create: tpu7x-standard-4t, ct6e-standard-4t, ct5p-hightpu-4t
+  --topology T   topology of the slice: 4x4x4 for TPU7x and v5p, 4x4 for v6e; 4 chips per host
+  --image F      image family in ubuntu-os-accelerator-images; default: the usual one for the machine
 $hosts_options
 
   launch/gce.sh train siglip --zone us-central1-c --machine tpu7x-standard-4t --topology 4x4x4 \\
     --delete always -- --config=configs/siglip_b16.py --workdir=/mnt/runs/siglip
 
-The workdir must be where the next slice finds it: on what all mount, not on a host. create makes a workload
-policy, an instance template and an instance group, all called NAME; to a group of that name which was
-made in another way (from a reservation, say), the verbs after create apply too.
+The workdir must be on storage that all hosts, and those of a later slice, can reach: a bucket or a
+mounted file system, not the disk of a host. create makes a workload policy, an instance template and
+an instance group, all called NAME. The other verbs also work on a group of that name that you made
+yourself, for example from a reservation.
 HELP
 }
 
@@ -31,7 +32,8 @@ verbs "train create wait copy setup run logs delete" "$@"
 parse "zone project machine topology image delete restarts prepare" "spot" "${@:3}"
 demand zone
 case "$verb" in train | create) demand machine topology ;; esac
-[[ $topology =~ ^([0-9]+(x[0-9]+){1,2})?$ ]] || fail "--topology $topology is no 4x4 or 2x2x4"
+[[ $topology =~ ^([0-9]+(x[0-9]+){1,2})?$ ]] ||
+  fail "--topology $topology: expected a shape such as 4x4 or 2x2x4"
 
 where=(--zone "$zone")
 of_project=()
@@ -40,11 +42,11 @@ if [[ -n $project ]]; then
   of_project=(--project "$project")
 fi
 region=(--region "${zone%-*}" ${of_project[@]+"${of_project[@]}"})
-# The mode that creates all machines of a group or none has not left alpha in the SDK 528.
+# In SDK 528, the mode that creates all machines of a group or none is still in alpha.
 groups=(gcloud alpha compute instance-groups managed)
 describe=("${groups[@]}" list-instances "$name" "${where[@]}" '--format=value(name,instanceStatus)')
 
-reading() {
+parse_state() {
   if [[ -z $1 ]]; then
     echo "no hosts yet"
   elif grep -qE 'STOP|TERMINATED|SUSPEND' <<<"$1"; then
@@ -61,12 +63,13 @@ create() {
   case "$machine" in
     tpu7x-*)
       : "${family:=ubuntu-accel-2404-amd64-tpu-tpu7x}"
-      # These machines take no other.
+      # These machines support no other disk type.
       options+=(--boot-disk-type hyperdisk-balanced)
       ;;
     *) : "${family:=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e}" ;;
   esac
-  ((chips % 4 == 0)) || fail "--topology $topology are $chips chips; a host has four"
+  ((chips % 4 == 0)) ||
+    fail "--topology $topology has $chips chips, not a multiple of 4, the chips of a host"
   [[ -z $spot ]] || options+=(--provisioning-model SPOT --instance-termination-action STOP)
   act gcloud compute resource-policies create workload-policy "$name" "${region[@]}" \
     --type HIGH_THROUGHPUT --accelerator-topology "$topology" &&
@@ -79,7 +82,7 @@ create() {
       --default-action-on-vm-failure do-nothing
 }
 
-# What a failed create left undone is not there to delete.
+# Continues after an error: a failed create may have made only some of the three.
 delete() {
   local status=0
   act "${groups[@]}" delete "$name" "${where[@]}" --quiet || status=$?
@@ -99,7 +102,7 @@ ssh_to() {
   act gcloud compute ssh "$2" "${where[@]}" "--command=$1"
 }
 
-# The first to reach a new host, which takes a while to answer.
+# Retries, because this is the first connection to a new host, which takes a while to answer.
 copy_to() {
   local tries=20
   until act gcloud compute scp "$1" "$2:" "${where[@]}"; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on TPU slices of a GKE cluster, as a JobSet.
+# Runs on TPU slices of a GKE cluster, as a JobSet.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -10,30 +10,30 @@ usage: launch/gke.sh VERB NAME [OPTIONS] [-- ARGUMENTS]
 
   image   builds launch/Dockerfile from this checkout and pushes it as --image
   yaml    prints the JobSet that run applies
-  run     runs `bigalign train ARGUMENTS`, or another command if ARGUMENTS begin with one, on each
-          host, waits for the end and comes back with the exit status of what failed; called again
-          while it runs, it waits on
-  logs    the last 50 lines of each first host
-  delete  removes the JobSet
-  xpk     hands the same run to xpk, for a cluster that xpk made
+  run     runs `bigalign train ARGUMENTS` on each host, or another command if ARGUMENTS begin with
+          one; waits for the end and returns the exit status of the process that failed. If the
+          JobSet is already running, it only waits
+  logs    prints the last 50 lines of the first host of each slice
+  delete  deletes the JobSet
+  xpk     submits the same run by xpk, for a cluster that xpk created
 
   --image IMAGE      REGISTRY/NAME:TAG
-  --accelerator A    label of the nodes: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice, tpu7x, ...
-  --topology T       of a slice: 4x4, 2x2x4, ...
-  --chips-per-host N 4
-  --slices N         how many slices work together; 1
-  --spot             on nodes that may be taken away
-  --restarts N       how often all begin anew; 100
-  --delete WHEN      removes the JobSet after run: always, failure or never, the default
-  --type, --cluster, --zone, --project    for xpk: v5litepod-16 and where the cluster is
-  --dry-run          prints the commands and runs none
+  --accelerator A    node label: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice, tpu7x, ...
+  --topology T       topology of one slice: 4x4, 2x2x4, ...
+  --chips-per-host N chips of one host (default 4)
+  --slices N         number of slices in the run (default 1)
+  --spot             use nodes that may be preempted
+  --restarts N       the maximum number of restarts of the whole run (default 100)
+  --delete WHEN      delete the JobSet after run: always, failure or never (default)
+  --type, --cluster, --zone, --project    for xpk: v5litepod-16 and the address of the cluster
+  --dry-run          print the commands and run none
 
   launch/gke.sh run siglip --image REGISTRY/bigalign:1 --accelerator tpu-v5-lite-podslice \
     --topology 8x8 --spot -- --config=configs/siglip_b16.py --workdir=/mnt/runs/siglip
 
-All begin anew when a process ends with 143 (SIGTERM, after its checkpoint), 137 (killed) or 134 (it
-lost the others); what else fails ends the run. kubectl must be set to the cluster, and JobSet 0.6 or
-newer be installed there.
+All processes restart when one ends with 143 (SIGTERM, after its checkpoint), 137 (killed) or 134 (it
+lost the others); any other failure ends the run. kubectl must be configured for the cluster, and
+JobSet 0.6 or newer must be installed there.
 HELP
 }
 
@@ -49,11 +49,12 @@ case "$verb" in
 esac
 case "$verb" in yaml | run | xpk) set_command bigalign ${words[@]+"${words[@]}"} ;; esac
 one_of delete "always failure never"
-[[ $topology =~ ^([0-9]+(x[0-9]+){1,2})?$ ]] || fail "--topology $topology is no 4x4 or 2x2x4"
+[[ $topology =~ ^([0-9]+(x[0-9]+){1,2})?$ ]] ||
+  fail "--topology $topology: expected a shape such as 4x4 or 2x2x4"
 number 0 restarts
 number 1 slices chips-per-host
 
-# The word as YAML and Kubernetes read it back: there, $(NAME) would be replaced, and $$ stands for $.
+# Prints the word quoted for YAML and for Kubernetes, which replaces $(NAME) and reads $$ as $.
 yaml_word() {
   local word=${1//\\/\\\\}
   word=${word//\"/\\\"}
@@ -61,11 +62,11 @@ yaml_word() {
   word=${word//$'\t'/\\t}
   word=${word//$'\r'/\\r}
   word=${word//\$/\$\$}
-  [[ $word != *[[:cntrl:]]* ]] || fail "a control character in $(quote "$1")"
+  [[ $word != *[[:cntrl:]]* ]] || fail "a JobSet cannot hold a control character: $(quote "$1")"
   echo "\"$word\""
 }
 
-# The items of `command:`.
+# Prints the words as the items of `command:`.
 yaml_words() {
   local word
   for word; do
@@ -77,7 +78,7 @@ yaml_words() {
 yaml() {
   local chips=$((${topology//x/*})) words node_selector=''
   ((chips % chips_per_host == 0)) ||
-    fail "--topology $topology are $chips chips, which --chips-per-host $chips_per_host cannot share"
+    fail "--topology $topology has $chips chips, not a multiple of --chips-per-host $chips_per_host"
   words=$(yaml_words "${command[@]}") || return
   [[ -z $spot ]] || node_selector='
               cloud.google.com/gke-spot: "true"'
@@ -144,7 +145,7 @@ YAML
 image() {
   local folder status=0 build
   build=(docker build --tag "$image" --file launch/Dockerfile --build-arg "EXTRAS=tpu gcs" -)
-  need docker "https://docs.docker.com/engine/install tells how to get it"
+  need docker "install it, https://docs.docker.com/engine/install"
   temporary_folder
   pack "$folder/bigalign.tar.gz"
   if [[ -n $dry_run ]]; then
@@ -167,22 +168,23 @@ delete() {
   act kubectl delete jobset "$name"
 }
 
-# Prints the exit status of the process that failed: of those that did not only miss the others, if
-# there is such a one.
+# Prints the exit status of a process that failed by itself, if there is one, otherwise of a process
+# that was interrupted or lost the others.
 failed_status() {
-  local code found=1
+  local code status=1
   for code in $(kubectl get pods --selector "$pods" --output \
     'jsonpath={.items[*].status.containerStatuses[*].state.terminated.exitCode}'); do
     case "$code" in
       0) ;;
-      134 | 137 | 143) found=$code ;;
-      *) found=$code; break ;;
+      134 | 137 | 143) status=$code ;;
+      *) status=$code; break ;;
     esac
   done
-  echo "$found"
+  echo "$status"
 }
 
-# "NAME " while it runs, then "NAME Completed" or "NAME Failed"; nothing if there is no such JobSet.
+# Prints "NAME " during the run, "NAME Completed" or "NAME Failed" after it, and nothing if the JobSet
+# does not exist.
 terminal_state() {
   kubectl get jobset "$name" --ignore-not-found \
     --output 'jsonpath={.metadata.name} {.status.terminalState}'
@@ -196,7 +198,8 @@ run() {
     return
   fi
   answer=$(terminal_state)
-  [[ -z ${answer#* } ]] || fail "$name has ended: ${answer#* }; $me delete $name makes room for another"
+  [[ -z ${answer#* } ]] ||
+    fail "$name has ended: ${answer#* }. Before a new run of this name: $me delete $name"
   kubectl apply --filename - <<<"$manifest"
   delete_at_end
   while true; do
@@ -214,7 +217,7 @@ run() {
 run_by_xpk() {
   local line
   line=$(quote "${command[@]}")
-  [[ $line != *$'\n'* ]] || fail "xpk cannot carry a line break: $line"
+  [[ $line != *$'\n'* ]] || fail "xpk cannot pass on a line break: $line"
   local words=(
     xpk workload create --workload "$name" --cluster "$cluster" --zone "$zone" --tpu-type "$type"
     --num-slices "$slices" --docker-image "$image" --max-restarts "$restarts"
@@ -222,7 +225,7 @@ run_by_xpk() {
   )
   [[ -z $project ]] || words+=(--project "$project")
   [[ -z $spot ]] || words+=(--spot)
-  # Kubernetes reads $$ as $, and $(NAME) as a variable of its own.
+  # Kubernetes reads $$ as $ and replaces $(NAME).
   act "${words[@]}" --command "${line//\$/\$\$}"
 }
 
@@ -230,11 +233,11 @@ case "$verb" in
   image) image ;;
   yaml) yaml ;;
   xpk)
-    need xpk "pip install xpk, in an environment of its own"
+    need xpk "pip install xpk, in a separate environment"
     run_by_xpk
     ;;
   *)
-    need kubectl "https://kubernetes.io/docs/tasks/tools tells how to get it"
+    need kubectl "install it, https://kubernetes.io/docs/tasks/tools"
     "$verb"
     ;;
 esac

@@ -1,30 +1,36 @@
-# Sourced by tpu_vm.sh and gce.sh: the course of a run on hosts that are reached by ssh.
+# Sourced by tpu_vm.sh and gce.sh: creates hosts, runs on them by ssh, restarts, deletes.
 #
-# They define: create, delete; set_targets, what `ssh_to COMMAND TARGET` and `copy_to FILE TARGET`
-# reach; `describe`, a command that fails where there is nothing, and `reading OUTPUT`, which says what
-# it tells: ready, gone (they were taken away or refused), or what is waited for.
+# Those scripts define:
+#   create, delete           functions that create and delete the machines
+#   set_targets              a function that sets `targets`, the arguments of the two next functions
+#   ssh_to COMMAND TARGET    runs COMMAND on the hosts of TARGET
+#   copy_to FILE TARGET      copies FILE to the hosts of TARGET
+#   describe                 a command (an array) that prints the state, and fails if nothing exists
+#   parse_state OUTPUT       prints the meaning of its output: ready, gone (refused or reclaimed), or
+#                            the state that the machines are still in
 # shellcheck shell=bash disable=SC2034,SC2154
 
-hosts_usage="  train    all of this: create, wait, copy, setup, run; and anew when the machines are taken away
-  create   asks for the machines
-  wait     until they are there
-  copy     this checkout as it is, without what git ignores, to ~/bigalign on each host
-  setup    launch/setup_host.sh on each host, and --prepare
-  run      \`bigalign train ARGUMENTS\` on each host, or another command if ARGUMENTS begin with one;
-           it goes on when the connection breaks, and the same command follows it again
-  logs     the last 50 lines that each host wrote
-  delete   gives the machines back, and what is on their disks is lost"
+hosts_usage="  train    runs create, wait, copy, setup and run; restarts when the machines are preempted
+  create   requests the machines
+  wait     waits until the machines are ready
+  copy     copies this checkout, without files that git ignores, to ~/bigalign on each host
+  setup    runs launch/setup_host.sh and the --prepare command on each host
+  run      runs \`bigalign train ARGUMENTS\` on each host, or another command if ARGUMENTS begin with
+           one. It keeps running when the connection breaks; the same command follows it again
+  logs     prints the last 50 lines of output of each host
+  delete   deletes the machines; the content of their disks is lost"
 
-hosts_options='  --project P    if it is not what gcloud is set to
-  --spot         cheaper machines that may be taken away
-  --delete WHEN  gives the machines back after train or run: always, failure or never, the default
-  --restarts N   how often train starts anew; 100
-  --prepare C    a command for each host once it is set up: one that mounts the workdir, for example
-  --dry-run      prints the commands and runs none'
+hosts_options='  --project P    the project; default: the one that gcloud is configured for
+  --spot         use cheaper machines that may be preempted
+  --delete WHEN  delete the machines after train or run: always, failure or never (default)
+  --restarts N   the maximum number of restarts by train (default 100)
+  --prepare C    a command to run on each host after setup, for example to mount the workdir
+  --dry-run      print the commands and run none'
 
-# at_once FUNCTION ARGUMENT: for all targets at the same time; the status of the first that failed,
-# or else of the first that did not come to its end: who misses a failed peer ends so.
-at_once() {
+# on_all_targets FUNCTION ARGUMENT: calls FUNCTION ARGUMENT TARGET for all targets in parallel. Returns
+# the status of the first one that failed by itself, otherwise of the first one that was interrupted:
+# hosts that lose a failed peer end with such a status.
+on_all_targets() {
   local target pid code status=0 pids=()
   set_targets
   for target in "${targets[@]}"; do
@@ -38,23 +44,26 @@ at_once() {
   for pid in ${pids[@]+"${pids[@]}"}; do
     code=0
     wait "$pid" || code=$?
-    if ((code)) && { ((status == 0)) || { unfinished "$status" && ! unfinished "$code"; }; }; then
+    if ((code == 0)); then
+      continue
+    fi
+    if ((status == 0)) || { is_interruption "$status" && ! is_interruption "$code"; }; then
       status=$code
     fi
   done
   return "$status"
 }
 
-# Whether status $1 says that nothing was wrong with the run: SIGTERM (143) or SIGKILL came, JAX missed
-# a peer (134), or the connection was lost (255).
-unfinished() {
+# Whether status $1 means an interruption and not an error of the run: SIGTERM (143), SIGKILL (137), JAX
+# lost a peer (134), or the connection was lost (255).
+is_interruption() {
   case "$1" in 134 | 137 | 143 | 255) ;; *) return 1 ;; esac
 }
 
 state() {
   local output
   if output=$("${describe[@]}" 2>/dev/null); then
-    reading "$output"
+    parse_state "$output"
   else
     echo none
   fi
@@ -68,8 +77,8 @@ wait_until_ready() {
   fi
   while now=$(state); [[ $now != ready ]]; do
     case "$now" in
-      gone) say "$name was refused or taken away: $(quote "${describe[@]}")"; return 1 ;;
-      none) say "there is no $name: $(quote "${describe[@]}")"; return 1 ;;
+      gone) say "$name was refused or reclaimed: $(quote "${describe[@]}")"; return 1 ;;
+      none) say "$name does not exist: $(quote "${describe[@]}")"; return 1 ;;
     esac
     say "$name: $now"
     sleep 30
@@ -80,38 +89,38 @@ copy() {
   local folder status=0
   temporary_folder
   pack "$folder/bigalign.tar.gz" &&
-    at_once copy_to "$folder/bigalign.tar.gz" &&
-    at_once ssh_to 'mkdir -p bigalign && tar -xzf bigalign.tar.gz -C bigalign' || status=$?
+    on_all_targets copy_to "$folder/bigalign.tar.gz" &&
+    on_all_targets ssh_to 'mkdir -p bigalign && tar -xzf bigalign.tar.gz -C bigalign' || status=$?
   [[ -n $dry_run ]] || rm -r "$folder"
   return "$status"
 }
 
 setup() {
-  at_once ssh_to "bash bigalign/launch/setup_host.sh --extras 'tpu gcs'${prepare:+ && $prepare}"
+  on_all_targets ssh_to "bash bigalign/launch/setup_host.sh --extras 'tpu gcs'${prepare:+ && $prepare}"
 }
 
 run() {
-  local status=0 mistake=0
-  at_once ssh_to "cd bigalign && exec bash launch/on_host.sh run $id $(quote "${command[@]}")" ||
+  local status=0 own_status=0
+  on_all_targets ssh_to "cd bigalign && exec bash launch/on_host.sh run $id $(quote "${command[@]}")" ||
     status=$?
-  # gcloud tells the status of one of its hosts, which may only have missed the one that failed.
-  if [[ -z $dry_run ]] && ((status && status != 255)) && unfinished "$status"; then
-    at_once ssh_to 'bash bigalign/launch/on_host.sh failed' || mistake=$?
-    ((mistake == 0)) || unfinished "$mistake" || status=$mistake
+  # gcloud returns the status of one host, which may only have lost the host that failed.
+  if [[ -z $dry_run ]] && ((status && status != 255)) && is_interruption "$status"; then
+    on_all_targets ssh_to 'bash bigalign/launch/on_host.sh failed' || own_status=$?
+    ((own_status == 0)) || is_interruption "$own_status" || status=$own_status
   fi
   return "$status"
 }
 
 logs() {
-  at_once ssh_to 'bash bigalign/launch/on_host.sh logs 50'
+  on_all_targets ssh_to 'bash bigalign/launch/on_host.sh logs 50'
 }
 
-# Whether a run that ended with status $1 can go on. What else fails would fail again.
-interrupted() {
-  unfinished "$1" || [[ $(state) == gone || $(state) == none ]]
+# Whether a run that ended with status $1 can resume. Other failures would only repeat.
+can_resume() {
+  is_interruption "$1" || [[ $(state) == gone || $(state) == none ]]
 }
 
-# `fresh` are machines without a checkout.
+# Sets `fresh` if it created machines, which have no checkout yet.
 create_if_missing() {
   case "$(state)" in
     none) create && fresh=yes ;;
@@ -129,18 +138,18 @@ train() {
   for ((attempt = 1; ; attempt++)); do
     status=0
     wait_until_ready && { [[ -z $fresh ]] || { copy && setup && fresh=''; }; } && run || status=$?
-    if ((status == 0)) || ! interrupted "$status"; then
+    if ((status == 0)) || ! can_resume "$status"; then
       return "$status"
     fi
     if ((attempt > restarts)); then
-      say "status $status, and --restarts $restarts is used up"
+      say "status $status: no restart, because --restarts $restarts is used up"
       return "$status"
     fi
-    say "status $status: starts again"
+    say "status $status: restarting"
     sleep 30
-    # By its old ID, a run that only the connection has lost is found even if it has ended.
+    # If only the connection was lost, the old ID finds the run again, even if it has ended.
     ((status == 255)) || new_id
-    # If this fails, the next wait tells.
+    # If this fails, the next wait reports it.
     create_if_missing || true
   done
 }
@@ -149,14 +158,14 @@ new_id() {
   id=$(date -u +%Y%m%d-%H%M%S)-$((++ids))
 }
 
-# Does what `verb` says.
+# Runs the function of `verb`.
 start() {
   ids=0
   new_id
   case "$verb" in train | run) set_command .venv/bin/bigalign ${words[@]+"${words[@]}"} ;; esac
   one_of delete "always failure never"
   number 0 restarts
-  need gcloud "https://cloud.google.com/sdk/docs/install tells how to get it"
+  need gcloud "install it, https://cloud.google.com/sdk/docs/install"
   case "$verb" in
     train | run)
       delete_at_end

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several processes of one run on this machine: to try what a pod does, and for the tests.
+# Runs several processes on this machine, like the hosts of a pod. Also used by the tests.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -8,16 +8,16 @@ usage() {
   cat <<'HELP'
 usage: launch/local.sh [-n PROCESSES] [-d DEVICES] [-o FOLDER] [--dry-run] -- ARGUMENTS
 
-Starts PROCESSES processes of `bigalign train ARGUMENTS` that know of each other, or of another
-command, if ARGUMENTS begin with one (a word that is no option).
+Runs `bigalign train ARGUMENTS` in PROCESSES connected processes, or another command, if ARGUMENTS
+begin with one (a word that is not an option).
 
-  -n PROCESSES   how many; 2 if not given
-  -d DEVICES     CPU devices of each process; without it, JAX takes the devices that it finds
-  -o FOLDER      where process_1.log, process_2.log, ... go; a new temporary folder if not given
-  --dry-run      prints the commands and starts none
+  -n PROCESSES   number of processes (default 2)
+  -d DEVICES     CPU devices per process; without it, JAX uses the devices that it finds
+  -o FOLDER      folder for process_1.log, process_2.log, ... (default: a new temporary folder)
+  --dry-run      print the commands and run none
 
-Process 0 writes to the terminal. When a process fails, the others are ended and its exit status is
-that of this script; Ctrl-C ends all.
+Process 0 writes to the terminal. When a process fails, the script stops the others and exits with the
+status of the failed process. Ctrl-C stops all.
 
   launch/local.sh -n 2 -d 4 -- --config=configs/tiny.py --workdir=runs/two
 HELP
@@ -35,15 +35,15 @@ while (($#)); do
       shift 2 ;;
     --dry-run) dry_run=yes; shift ;;
     --) shift; break ;;
-    *) fail "unknown option $1; what is to run comes after --" ;;
+    *) fail "unknown option $1; put the arguments of the run after --" ;;
   esac
 done
-[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "-n $processes is no number of processes"
-[[ -z $devices || $devices =~ ^[1-9][0-9]*$ ]] || fail "-d $devices is no number of devices"
+[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "-n $processes: expected a number of processes >= 1"
+[[ -z $devices || $devices =~ ^[1-9][0-9]*$ ]] || fail "-d $devices: expected a number of devices >= 1"
 
 set_command "$(command -v bigalign || echo "$root/.venv/bin/bigalign")" "$@"
 
-# Below the range from which outgoing connections take theirs.
+# Prints a free port below the range that the system uses for outgoing connections.
 free_port() {
   local port=$((20000 + RANDOM % 12000))
   while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
@@ -54,7 +54,7 @@ free_port() {
 
 coordinator=127.0.0.1:$(free_port)
 
-# Sets `variables`, what process $1 finds in its environment.
+# Sets `variables`, the environment variables of process $1.
 set_variables() {
   variables=(
     "BIGALIGN_COORDINATOR=$coordinator"
@@ -78,13 +78,13 @@ if [[ -z $logs ]]; then
   logs=$(mktemp -d "${TMPDIR:-/tmp}/bigalign-local.XXXXXX")
 fi
 mkdir -p "$logs"
-((processes == 1)) || echo "Processes from 1 on write to $logs/process_*.log" >&2
+((processes == 1)) || echo "The other processes write to $logs/process_*.log" >&2
 
-# With job control each process leads a group of its own, which holds its data workers too.
+# With job control each process leads its own process group, which includes its data workers.
 set -m
 pids=()
 
-# Ten seconds to end in order, then by force; bash's own notes on ended jobs are not for the reader.
+# Stops all processes: SIGTERM, then SIGKILL after 10 s. Hides bash's messages about ended jobs.
 end_all() {
   trap '' INT TERM HUP
   local pid tries=50

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Called by the other scripts on a host: a run that outlives the connection which started it.
+# Called by the other scripts on a host: runs a command that outlives the connection that started it.
 set -euo pipefail
 
 usage() {
@@ -8,13 +8,13 @@ usage: launch/on_host.sh run ID COMMAND [ARGUMENTS]
        launch/on_host.sh logs LINES
        launch/on_host.sh failed
 
-run starts the command as the run ID of this host, prints what it writes, and ends with its exit
-status. When the connection breaks, the command goes on. Called again, `run` starts nothing while a
-run goes on, but follows it; and of an ID that has ended it tells the status again.
+run starts the command under the name ID, prints its output, and exits with its status. The command
+keeps running when the connection breaks. If a command is already running, `run` starts nothing and
+follows that one. If ID has already ended, `run` prints its log and exits with its status.
 
-failed ends with the status of the last command if that failed by itself, else with 0.
+failed exits with the status of the last command if that failed by itself, otherwise with 0.
 
-~/bigalign-launch/ID (or $BIGALIGN_LAUNCH/ID) holds `log` and `status`; `last` is the newest of them.
+~/bigalign-launch/ID (or $BIGALIGN_LAUNCH/ID) holds `log` and `status`; `last` links to the newest ID.
 HELP
 }
 
@@ -35,13 +35,13 @@ lines=+1
 mkdir -p "$folder/$id"
 exec 9>"$folder/lock"
 if [[ ! -e $folder/$id/status ]]; then
-  # A run whose status is there is about to let go of the lock.
+  # A command that has written its status is about to release the lock.
   patience=0
   [[ ! -s $folder/last/status ]] || patience=10
   if flock --wait "$patience" 9; then
     : >"$folder/$id/log"
     ln -sfn "$id" "$folder/last"
-    # This shell holds the lock as long as the command runs, also when SIGTERM comes to both.
+    # This shell holds the lock until the command ends, even if both receive SIGTERM.
     # shellcheck disable=SC2016
     setsid bash -c 'trap : TERM; status=0; "${@:2}" 9>&- || status=$?; echo "$status" >"$1/status"' \
       bash "$folder/$id" "$@" </dev/null >"$folder/$id/log" 2>&1 &
@@ -49,7 +49,7 @@ if [[ ! -e $folder/$id/status ]]; then
   else
     id=$(readlink "$folder/last")
     lines=20
-    echo "launch/on_host.sh: following $id, which still runs" >&2
+    echo "launch/on_host.sh: following $id, which is still running" >&2
   fi
 fi
 exec 9>&-

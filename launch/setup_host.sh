@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a host needs before it can train.
+# Installs on a host what training needs.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -8,24 +8,24 @@ usage() {
   cat <<'HELP'
 usage: launch/setup_host.sh [--extras "EXTRA ..."] [--tests] [--dry-run]
 
-Makes .venv in this checkout with the package and its dependencies, at the versions of
-.ci/constraints.txt. Does nothing where that is done already.
+Creates .venv in this checkout with the package and its dependencies, at the versions in
+.ci/constraints.txt. Does nothing if that is already done.
 
-  --extras EXTRAS  tpu or cuda for JAX on that device; others are in pyproject.toml
-  --tests          also what the tests need
-  --dry-run        prints the commands and runs none
+  --extras EXTRAS  tpu or cuda for JAX on that device; pyproject.toml lists the others
+  --tests          also install the test dependencies
+  --dry-run        print the commands and run none
 
-On Debian and Ubuntu it installs make and a Python >= 3.11 with venv first if they are missing, which
-takes root or sudo without a password. Elsewhere they must be there.
+On Debian and Ubuntu it first installs make and a Python >= 3.11 with venv if they are missing, which
+needs root, or sudo without a password. On other systems they must already be installed.
 HELP
 }
 
 extras=
 tests=
 parse "extras" "tests" "$@"
-((${#words[@]} == 0)) || fail "nothing comes after --"
+((${#words[@]} == 0)) || fail "this script takes no arguments after --"
 
-# The first interpreter that is new enough and can make environments.
+# Prints the first interpreter that is new enough and can create virtual environments.
 find_python() {
   for python in python3 python3.11 python3.12 python3.13 python3.14; do
     "$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
@@ -38,9 +38,9 @@ install_system_packages() {
   local python=python3 apt=(env DEBIAN_FRONTEND=noninteractive
     apt-get -qq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0)
   command -v apt-get >/dev/null ||
-    fail "make and a Python >= 3.11 with venv are needed, and here is no apt-get to install them"
+    fail "make and a Python >= 3.11 with venv are needed, and there is no apt-get to install them"
   [[ $(id -u) == 0 ]] || apt=(sudo -n "${apt[@]}")
-  # Ubuntu 22.04, which the Cloud TPU images are, has 3.10 as python3, and 3.11 beside it.
+  # On Ubuntu 22.04, the system of the Cloud TPU images, python3 is 3.10; 3.11 is another package.
   if command -v python3 >/dev/null && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'
   then
     python=python3.11

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on the GPUs of a Slurm cluster.
+# Runs on the GPUs of a Slurm cluster.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -9,17 +9,17 @@ usage() {
 usage: launch/slurm.sh --nodes N --gpus-per-node G [OPTIONS] -- ARGUMENTS
 
 Submits a job that runs `bigalign train ARGUMENTS` in one process per GPU, or another command if
-ARGUMENTS begin with one. This checkout and its .venv (make base EXTRAS=cuda) must lie where all nodes
-see them.
+ARGUMENTS begin with one. This checkout and its .venv (make base EXTRAS=cuda) must be on a file system
+that all nodes mount.
 
-  --time LIMIT         of one go: 300 s before it SIGTERM asks for a checkpoint, after which the job
-                       queues again and resumes, as it does after a preemption
-  --cpus-per-task C    cores of each process, which its data workers share
-  --name NAME          of the job, and of its log NAME-JOBID.log; bigalign
-  --wait               comes back when the job has ended, with its exit status
-  --dry-run            prints the command and its input and runs nothing
+  --time LIMIT         time limit of one attempt. 300 s before it, SIGTERM requests a checkpoint; the
+                       job is then requeued and resumes, as it does after a preemption
+  --cpus-per-task C    cores of each process, shared with its data workers
+  --name NAME          name of the job and of its log, NAME-JOBID.log (default bigalign)
+  --wait               wait for the end of the job and return its exit status
+  --dry-run            print the command and its input, and run nothing
 
-What a site asks for besides, sbatch takes from the environment: SBATCH_PARTITION, SBATCH_ACCOUNT,
+sbatch reads other settings of your site from the environment: SBATCH_PARTITION, SBATCH_ACCOUNT,
 SBATCH_QOS, SBATCH_CONSTRAINT, ...
 
   SBATCH_PARTITION=h100 launch/slurm.sh --nodes 4 --gpus-per-node 8 --time 24:00:00 -- \
@@ -35,13 +35,13 @@ number 1 nodes gpus-per-node
 set_command "$root/.venv/bin/bigalign" ${words[@]+"${words[@]}"}
 need sbatch "run this on a login node of the cluster"
 
-# All GPUs of a node stay visible to each of its processes: JAX takes the one of its SLURM_LOCALID.
+# Each process sees all GPUs of its node; JAX uses the GPU with the index SLURM_LOCALID.
 submit=(
   sbatch --parsable "--job-name=$name" "--output=$name-%j.log" --open-mode=append --requeue
   "--nodes=$nodes" "--gpus-per-node=$gpus_per_node" "--ntasks-per-node=$gpus_per_node"
 )
-# One failure must not send SIGTERM to the others: they end by themselves when they miss a peer. srun
-# tells the largest status, which is theirs (143), so a task that fails writes its own down.
+# One failure must not send SIGTERM to the others: they end by themselves when they lose a peer. srun
+# returns the largest status, which is theirs (143), so a task that fails writes its own to a file.
 # shellcheck disable=SC2016  # expanded by the tasks
 task='"${@:2}"; status=$?
 case $status in 0 | 134 | 137 | 143) ;; *) echo "$status" >"$1" ;; esac; exit "$status"'
@@ -61,8 +61,8 @@ failed=\$PWD/.failed-\$SLURM_JOB_ID
 rm -f \"\$failed\"
 $(quote "${step[@]}" bash -c "$task") task \"\$failed\" $(quote "${command[@]}") || status=\$?
 if [[ -s \$failed ]]; then status=\$(cat \"\$failed\"); rm \"\$failed\"; fi
-# 143: a checkpoint was asked for. A job that is cancelled or preempted is not running any more; the
-# latter Slurm itself queues again.
+# 143: SIGTERM requested a checkpoint. A cancelled or preempted job is no longer in the state RUNNING;
+# Slurm itself requeues a preempted one.
 if [[ \$status == 143 && \$(squeue --noheader --jobs=\"\$SLURM_JOB_ID\" --format=%T) == RUNNING ]]; then
   scontrol requeue \"\$SLURM_JOB_ID\"
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU slices, asked for as queued resources: v4, v5e, v5p, v6e.
+# Runs on Cloud TPU slices, requested as queued resources: v4, v5e, v5p, v6e.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -12,16 +12,16 @@ usage: launch/tpu_vm.sh VERB NAME --zone ZONE [OPTIONS] [-- ARGUMENTS]
 
 $hosts_usage
 
-  --type TYPE    what create asks for: v5litepod-16, v6e-64, v5p-128, v4-32, ...
-  --runtime R    the image of the hosts, if not the usual one of the type
-  --slices N     how many slices work together; 1
+  --type TYPE    accelerator type for create: v5litepod-16, v6e-64, v5p-128, v4-32, ...
+  --runtime R    image of the hosts (default: the usual one for the type)
+  --slices N     number of slices in the run (default 1)
 $hosts_options
 
   launch/tpu_vm.sh train siglip --zone us-west4-b --type v5litepod-64 --spot --delete always -- \\
     --config=configs/siglip_b16.py --workdir=/mnt/runs/siglip
 
-The workdir must be where the next slice finds it: on what all mount, not on a host. TPU7x is not to be had
-this way: launch/gce.sh, launch/gke.sh.
+The workdir must be on storage that all hosts, and those of a later slice, can reach: a bucket or a
+mounted file system, not the disk of a host. For TPU7x, use launch/gce.sh or launch/gke.sh.
 HELP
 }
 
@@ -37,7 +37,7 @@ where=(--zone "$zone")
 tpus=(gcloud compute tpus)
 describe=("${tpus[@]}" queued-resources describe "$name" "${where[@]}" '--format=value(state.state)')
 
-reading() {
+parse_state() {
   case "$1" in
     ACTIVE) echo ready ;;
     FAILED | SUSPENDING | SUSPENDED | DELETING) echo gone ;;
@@ -51,7 +51,7 @@ create() {
     v5litepod-*) : "${image:=v2-alpha-tpuv5-lite}" ;;
     v5p-*) : "${image:=v2-alpha-tpuv5}" ;;
     v6e-*) : "${image:=v2-alpha-tpuv6e}" ;;
-    tpu7x*) fail "--type $type: TPU7x comes by launch/gce.sh or launch/gke.sh" ;;
+    tpu7x*) fail "--type $type: for TPU7x, use launch/gce.sh or launch/gke.sh" ;;
     *) : "${image:=tpu-ubuntu2204-base}" ;;
   esac
   ((slices == 1)) || nodes=(--node-count "$slices" --node-prefix "$name")
@@ -64,8 +64,8 @@ delete() {
   act "${tpus[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-# The nodes one by one: `queued-resources ssh` serves no more than 64 hosts at a time, and of a run
-# none goes on without the others.
+# Connects to each node of the queued resource separately: `queued-resources ssh` serves at most 64
+# hosts at a time, and the processes of a run wait for each other.
 set_targets() {
   local i
   targets=("$name")

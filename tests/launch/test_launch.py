@@ -1,4 +1,4 @@
-"""launch/local.sh: what it starts, quotes, reports and ends."""
+"""Tests of launch/local.sh: which processes it starts, how it quotes, reports and stops them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def _launch(*words):
 
 def test_dry_run_prints_commands_that_a_shell_reads_back():
   awkward = ["--config=configs/tiny.py", "--workdir=a b", "--x='$HOME'"]
-  found = _launch("--dry-run", "-n", "2", "-d", "4", "--", *awkward)
-  lines = [shlex.split(line) for line in found.stdout.splitlines()]
-  assert len(lines) == 2 and not found.stderr
+  result = _launch("--dry-run", "-n", "2", "-d", "4", "--", *awkward)
+  lines = [shlex.split(line) for line in result.stdout.splitlines()]
+  assert len(lines) == 2 and not result.stderr
   for i, line in enumerate(lines):
     assert line[-4] == "train" and line[-5].endswith("bigalign") and line[-3:] == awkward
     settings = dict(word.split("=") for word in line[:-5])
@@ -36,8 +36,8 @@ def test_dry_run_prints_commands_that_a_shell_reads_back():
 
 def test_each_process_knows_which_it_is_and_only_the_first_speaks(tmp_path):
   show = "echo $BIGALIGN_PROCESS_ID of $BIGALIGN_NUM_PROCESSES; exit 0"
-  found = _launch("-n", "3", "-o", str(tmp_path), "--", "bash", "-c", show)
-  assert (found.returncode, found.stdout) == (0, "0 of 3\n")
+  result = _launch("-n", "3", "-o", str(tmp_path), "--", "bash", "-c", show)
+  assert (result.returncode, result.stdout) == (0, "0 of 3\n")
   logs = {path.name: path.read_text() for path in tmp_path.iterdir()}
   assert logs == {"process_1.log": "1 of 3\n", "process_2.log": "2 of 3\n"}
 
@@ -46,14 +46,14 @@ def test_each_process_knows_which_it_is_and_only_the_first_speaks(tmp_path):
 def test_one_failure_ends_all_and_its_status_comes_through(which, tmp_path):
   fail = f"if [[ $BIGALIGN_PROCESS_ID == {which} ]]; then echo why >&2; exit 7; fi; sleep 61"
   begin = time.monotonic()
-  found = _launch("-n", "2", "-o", str(tmp_path), "--", "bash", "-c", fail)
-  assert found.returncode == 7 and time.monotonic() - begin < 30
-  assert f"process {which} ended with status 7" in found.stderr and "why" in found.stderr
+  result = _launch("-n", "2", "-o", str(tmp_path), "--", "bash", "-c", fail)
+  assert result.returncode == 7 and time.monotonic() - begin < 30
+  assert f"process {which} ended with status 7" in result.stderr and "why" in result.stderr
 
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_processes_and_what_they_started(sent, status, tmp_path):
-  # The grandchild stands for a data worker.
+  # The grandchild plays the part of a data worker.
   nest = f"(while sleep 0.1; do date +%s%N > {tmp_path}/$BIGALIGN_PROCESS_ID; done) & wait"
   script = subprocess.Popen(
     [SCRIPT, "-n", "2", "-o", tmp_path / "logs", "--", "bash", "-c", nest],
@@ -75,12 +75,12 @@ def test_a_signal_ends_the_processes_and_what_they_started(sent, status, tmp_pat
   "words, message",
   [
     (["-n", "2"], "nothing to run"),
-    (["-n", "two", "--", "true"], "-n two is no number"),
-    (["-d", "0", "--", "true"], "-d 0 is no number"),
+    (["-n", "two", "--", "true"], "-n two: expected a number of processes >= 1"),
+    (["-d", "0", "--", "true"], "-d 0: expected a number of devices >= 1"),
     (["--config=configs/tiny.py"], "unknown option --config=configs/tiny.py"),
     (["-n"], "-n needs a value"),
   ],
 )
 def test_wrong_use_says_what_is_wrong(words, message):
-  found = _launch(*words)
-  assert found.returncode == 2 and message in found.stderr and "-h" in found.stderr
+  result = _launch(*words)
+  assert result.returncode == 2 and message in result.stderr and "-h" in result.stderr

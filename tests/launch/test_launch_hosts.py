@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh from nothing to the end of a run, with a gcloud that is none."""
+"""Tests of launch/tpu_vm.sh from an empty project to the end of a run, with a mock of gcloud."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLICE = ["pod", "--zone", "z", "--type=v5litepod-16"]
 
 @pytest.fixture
 def folder(tmp_path):
-  """Where the stand-ins are and keep what they hold."""
+  """The folder of the mock programs and of their state."""
   return tmp_path / "cloud"
 
 
@@ -32,14 +32,14 @@ def launch(folder):
 
 
 def _verbs(folder):
-  """What gcloud was asked to do, `ssh` by the first word of its command."""
+  """The verbs of all calls of gcloud, without `describe`."""
   known = {"create", "delete", "describe", "scp", "ssh"}
-  found = [next(w for w in words if w in known) for words in fake_programs.calls(folder)]
-  return [verb for verb in found if verb != "describe"]
+  verbs = [next(w for w in words if w in known) for words in fake_programs.calls(folder)]
+  return [verb for verb in verbs if verb != "describe"]
 
 
 def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
-  found = launch(
+  result = launch(
     "train",
     *SLICE,
     "--spot",
@@ -50,7 +50,7 @@ def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
     *fake_programs.SHOW,
     *AWKWARD,
   )
-  assert found.returncode == 0, found.stderr
+  assert result.returncode == 0, result.stderr
   assert _verbs(folder) == ["create", "scp", "ssh", "ssh", "ssh"]
   (created,) = [words for words in fake_programs.calls(folder) if "create" in words]
   assert created == [
@@ -79,12 +79,12 @@ def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
     assert not (home / "bigalign/.git").exists()
     assert (home / "mnt/a b").exists()
   assert not list(folder.glob("bigalign-launch.*"))
-  assert "pod stays until: launch/tpu_vm.sh delete pod --zone z" in found.stderr
+  assert "pod was not deleted. Delete it: launch/tpu_vm.sh delete pod --zone z" in result.stderr
 
 
 def test_slices_are_reached_one_by_one(folder, launch):
-  found = launch("train", *SLICE, "--slices", "2", "--", "sh", "-c", "touch ~/here")
-  assert found.returncode == 0, found.stderr
+  result = launch("train", *SLICE, "--slices", "2", "--", "sh", "-c", "touch ~/here")
+  assert result.returncode == 0, result.stderr
   for target in ("pod-0", "pod-1"):
     assert all((fake_programs.host(folder, target, i) / "here").exists() for i in (0, 1))
   (created,) = [words for words in fake_programs.calls(folder) if "create" in words]
@@ -94,8 +94,8 @@ def test_slices_are_reached_one_by_one(folder, launch):
 @pytest.mark.parametrize("when, deleted", [("failure", True), ("never", False)])
 def test_a_failing_worker_ends_all_with_its_status(when, deleted, folder, launch):
   fail = "[ $BIGALIGN_PROCESS_ID = 0 ] || { echo why >&2; exit 7; }"
-  found = launch("train", *SLICE, "--delete", when, "--", "sh", "-c", fail)
-  assert found.returncode == 7 and "why" in found.stdout
+  result = launch("train", *SLICE, "--delete", when, "--", "sh", "-c", fail)
+  assert result.returncode == 7 and "why" in result.stdout
   assert _verbs(folder).count("create") == 1
   assert ("delete" in _verbs(folder)) is deleted
   assert (folder / "state").exists() is not deleted
@@ -103,31 +103,31 @@ def test_a_failing_worker_ends_all_with_its_status(when, deleted, folder, launch
 
 def test_a_failure_before_the_run_deletes_too(folder, launch):
   fake_programs.write_program(folder / "bin/make", "exit 3")
-  found = launch("train", *SLICE, "--delete=failure", "--", "true")
-  assert found.returncode == 3 and _verbs(folder)[-1] == "delete"
+  result = launch("train", *SLICE, "--delete=failure", "--", "true")
+  assert result.returncode == 3 and _verbs(folder)[-1] == "delete"
 
 
 @pytest.mark.parametrize(
   "state, status, again",
   [
-    ("ACTIVE", 143, ["ssh", "ssh"]),  # whether a host failed, then the checkout that is there still
+    ("ACTIVE", 143, ["ssh", "ssh"]),  # did a host fail by itself?; the run again
     ("ACTIVE", 134, ["ssh", "ssh"]),
     ("SUSPENDED", 137, ["ssh", "delete", "create", "scp", "ssh", "ssh", "ssh"]),
   ],
 )
-def test_after_preemption_the_run_starts_anew(state, status, again, folder, launch):
+def test_after_preemption_the_run_restarts(state, status, again, folder, launch):
   work = (
     f"[ $BIGALIGN_PROCESS_ID = 0 ] || exit 0; echo step >> {folder}/steps;"
     f"[ $(wc -l < {folder}/steps) = 1 ] || exit 0; printf {state} > {folder}/state; exit {status}"
   )
-  found = launch("train", *SLICE, "--delete=failure", "--", "sh", "-c", work)
-  assert found.returncode == 0, found.stderr
+  result = launch("train", *SLICE, "--delete=failure", "--", "sh", "-c", work)
+  assert result.returncode == 0, result.stderr
   assert (folder / "steps").read_text() == "step\n" * 2
   assert _verbs(folder) == ["create", "scp", "ssh", "ssh", "ssh", *again]
 
 
-def test_a_mistake_is_not_taken_for_the_end_of_those_that_miss_its_host(folder, launch):
-  found = launch(
+def test_a_failure_is_not_mistaken_for_the_interruption_of_its_peers(folder, launch):
+  result = launch(
     "train",
     *SLICE,
     "--delete=failure",
@@ -136,15 +136,15 @@ def test_a_mistake_is_not_taken_for_the_end_of_those_that_miss_its_host(folder, 
     "-c",
     "[ $BIGALIGN_PROCESS_ID = 0 ] && exit 143; exit 1",
   )
-  assert found.returncode == 1 and _verbs(folder).count("create") == 1
+  assert result.returncode == 1 and _verbs(folder).count("create") == 1
 
 
 def test_a_lost_connection_does_not_start_the_run_again(folder, launch):
-  """The stand-in loses it when it is told of a run for the first time; ssh says so by 255."""
+  """The mock loses it at the first command that runs; ssh then returns 255."""
   (folder / "lose").touch()
   work = f"echo step >> {folder}/steps; exit 9"
-  found = launch("train", *SLICE, "--", "sh", "-c", work)
-  assert found.returncode == 9 and "status 255: starts again" in found.stderr
+  result = launch("train", *SLICE, "--", "sh", "-c", work)
+  assert result.returncode == 9 and "status 255: restarting" in result.stderr
   assert (folder / "steps").read_text() == "step\n" * fake_programs.HOSTS
   assert not (folder / "lose").exists()
 
@@ -168,13 +168,13 @@ def test_ctrl_c_deletes_when_asked_and_a_closed_terminal_does_not(sent, status, 
   assert ("delete" in _verbs(folder)) is (sent == signal.SIGINT)
 
 
-def test_restarts_come_to_an_end(folder, launch):
-  found = launch("train", *SLICE, "--restarts=1", "--delete=failure", "--", "sh", "-c", "exit 143")
-  assert found.returncode == 143 and "--restarts 1 is used up" in found.stderr
+def test_the_number_of_restarts_is_limited(folder, launch):
+  result = launch("train", *SLICE, "--restarts=1", "--delete=failure", "--", "sh", "-c", "exit 143")
+  assert result.returncode == 143 and "--restarts 1 is used up" in result.stderr
   assert _verbs(folder) == ["create", "scp", *["ssh"] * 6, "delete"]
 
 
-def test_the_run_goes_on_without_the_connection_and_is_followed_again(tmp_path):
+def test_the_run_outlives_the_connection_and_can_be_followed_again(tmp_path):
   env = {**os.environ, "BIGALIGN_LAUNCH": str(tmp_path / "runs")}
   on_host = ["bash", ROOT / "launch/on_host.sh"]
   work = f"echo begun; until [ -e {tmp_path}/go ]; do /bin/sleep 0.05; done; echo done; exit 5"
@@ -199,8 +199,8 @@ def test_the_run_goes_on_without_the_connection_and_is_followed_again(tmp_path):
     (tmp_path / "go").touch()
     rest = second.stdout.read()
   assert second.returncode == 5 and rest.endswith("done\n") and "another" not in rest
-  told = subprocess.run([*on_host, "run", "one", "false"], env=env, capture_output=True, text=True)
-  assert (told.returncode, told.stdout) == (5, "begun\ndone\n")
+  again = subprocess.run([*on_host, "run", "one", "false"], env=env, capture_output=True, text=True)
+  assert (again.returncode, again.stdout) == (5, "begun\ndone\n")
   fresh = subprocess.run([*on_host, "run", "two", "echo", "new"], env=env, capture_output=True)
   assert (fresh.returncode, fresh.stdout) == (0, b"new\n")
   logs = subprocess.run([*on_host, "logs", "50"], env=env, capture_output=True)
@@ -208,7 +208,7 @@ def test_the_run_goes_on_without_the_connection_and_is_followed_again(tmp_path):
 
 
 def test_sigterm_leaves_the_command_time_for_a_checkpoint(tmp_path):
-  """A host that goes down sends SIGTERM to all its processes."""
+  """A host that shuts down sends SIGTERM to all its processes."""
   env = {**os.environ, "BIGALIGN_LAUNCH": str(tmp_path)}
   work = "trap 'echo saved; exit 143' TERM; echo begun; while :; do /bin/sleep 0.05; done"
   with subprocess.Popen(
@@ -224,9 +224,9 @@ def test_sigterm_leaves_the_command_time_for_a_checkpoint(tmp_path):
 
 
 def test_dry_run_prints_every_command_and_runs_none(folder, launch):
-  found = launch("train", *SLICE, "--project=p", "--delete=always", "--dry-run", "--", *AWKWARD)
-  assert found.returncode == 0 and not found.stderr and not fake_programs.calls(folder)
-  lines = shlex.split(found.stdout.replace("\ngcloud ", "\n\0 gcloud "))
+  result = launch("train", *SLICE, "--project=p", "--delete=always", "--dry-run", "--", *AWKWARD)
+  assert result.returncode == 0 and not result.stderr and not fake_programs.calls(folder)
+  lines = shlex.split(result.stdout.replace("\ngcloud ", "\n\0 gcloud "))
   assert lines.count("\0") == 6 and lines.count("gcloud") == 7
   (command,) = [w.removeprefix("--command=") for w in lines if "on_host.sh run" in w]
   assert shlex.split(command)[-len(AWKWARD) :] == AWKWARD
@@ -242,28 +242,30 @@ def test_dry_run_prints_every_command_and_runs_none(folder, launch):
     (["create", "pod", "--zone=z"], "--type is needed"),
     (["train", *SLICE, "--spott"], "unknown option --spott"),
     (["train", *SLICE], "nothing to run"),
-    (["train", *SLICE, "--delete=maybe", "--", "true"], "--delete maybe: one of always"),
-    (["train", *SLICE, "--slices=0", "--", "true"], "--slices 0 is no number from 1 on"),
-    (["create", "pod", "--zone=z", "--type=tpu7x-8"], "TPU7x comes by launch/gce.sh"),
+    (["train", *SLICE, "--delete=maybe", "--", "true"], "--delete maybe: expected one of: always"),
+    (["train", *SLICE, "--slices=0", "--", "true"], "--slices 0: expected a whole number >= 1"),
+    (["create", "pod", "--zone=z", "--type=tpu7x-8"], "for TPU7x, use launch/gce.sh"),
   ],
 )
 def test_wrong_use_says_what_is_wrong(words, message, folder, launch):
-  found = launch(*words)
-  assert found.returncode == 2 and message in found.stderr and "-h tells" in found.stderr
+  result = launch(*words)
+  assert result.returncode == 2
+  assert message in result.stderr and "-h shows the usage" in result.stderr
   assert not fake_programs.calls(folder)
 
 
 def test_a_missing_program_is_named(folder, launch):
   tools = fake_programs.few_tools(folder)
-  found = launch("train", *SLICE, "--", "true", PATH=str(tools))
-  assert found.returncode == 2 and "no gcloud on PATH; https://cloud.google.com" in found.stderr
+  result = launch("train", *SLICE, "--", "true", PATH=str(tools))
+  assert result.returncode == 2
+  assert "gcloud is not on PATH: install it, https://cloud.google.com" in result.stderr
   assert launch("train", *SLICE, "--dry-run", "--", "true", PATH=str(tools)).returncode == 0
 
 
 @pytest.mark.slow
 def test_two_hosts_train_with_real_collectives(launch, tmp_path):
   small = ["model.image.depth=1", "model.text.depth=1", "total_steps=3", "log_every=1", "evals={}"]
-  found = launch(
+  result = launch(
     "train",
     *SLICE,
     "--delete=failure",
@@ -272,7 +274,7 @@ def test_two_hosts_train_with_real_collectives(launch, tmp_path):
     f"--workdir={tmp_path}/a run",
     *(f"--config.{change}" for change in small),
   )
-  assert found.returncode == 0, found.stderr[-4000:]
+  assert result.returncode == 0, result.stderr[-4000:]
   assert [row["step"] for row in read_metrics(tmp_path / "a run")] == [1, 2, 3]
   meta = json.loads((tmp_path / "a run/config.json").read_text())
   assert meta["hardware"]["processes"] == fake_programs.HOSTS

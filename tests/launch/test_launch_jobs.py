@@ -1,4 +1,4 @@
-"""launch/slurm.sh, gke.sh and gce.sh with programs that stand in for those of a cluster."""
+"""Tests of launch/slurm.sh, gke.sh and gce.sh with mocks of the programs of a cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLURM = ["--nodes=2", "--gpus-per-node=1", "--wait"]
 GKE = ["pod", "--image=r/i:1", "--accelerator=tpu-v5-lite-podslice", "--topology=2x4"]
 GCE = ["pod", "--zone=us-central1-c", "--machine=tpu7x-standard-4t", "--topology=2x2x2"]
 NONE = ["pod", "--zone=us-central1-c"]
-# Process 0 ends with the first status at first, with the second when it is started again.
+# Process 0 exits with the first status at its first start, and with the second one after a restart.
 ONCE = (
   "[ $BIGALIGN_PROCESS_ID = 0 ] || exit 0; echo x >> $0;[ $(wc -l < $0) -gt 1 ] || exit $1; exit $2"
 )
@@ -23,7 +23,7 @@ ONCE = (
 
 @pytest.fixture
 def folder(tmp_path):
-  """Where the stand-ins are and keep what they hold."""
+  """The folder of the mock programs and of their state."""
   return tmp_path / "cloud"
 
 
@@ -49,15 +49,15 @@ def _times(tmp_path):
   ],
 )
 def test_awkward_words_reach_every_process(script, options, folder, launch):
-  found = launch(script, *options, "--", *SHOW, *AWKWARD)
-  assert found.returncode == 0, found.stderr
+  result = launch(script, *options, "--", *SHOW, *AWKWARD)
+  assert result.returncode == 0, result.stderr
   assert fake_programs.shown(folder) == [AWKWARD] * 2
 
 
 def test_slurm_queues_again_after_a_checkpoint(folder, launch, tmp_path):
   options = [*SLURM, "--time=1:00", "--cpus-per-task", "4", "--name=seven"]
-  found = launch("slurm.sh", *options, "--", *_once(tmp_path, 143))
-  assert found.returncode == 0, found.stderr
+  result = launch("slurm.sh", *options, "--", *_once(tmp_path, 143))
+  assert result.returncode == 0, result.stderr
   assert _times(tmp_path) == 2
   ((_, *submitted), (_, *step), *_) = fake_programs.calls(folder)
   wanted = {
@@ -78,15 +78,15 @@ def test_slurm_does_not_queue_a_failed_or_cancelled_job_again(
   status, state, folder, launch, tmp_path
 ):
   (folder / "state").write_text(state)
-  found = launch("slurm.sh", *SLURM, "--", *_once(tmp_path, status))
-  assert found.returncode == status and _times(tmp_path) == 1
+  result = launch("slurm.sh", *SLURM, "--", *_once(tmp_path, status))
+  assert result.returncode == status and _times(tmp_path) == 1
 
 
-def test_slurm_does_not_queue_a_mistake_again_for_which_the_others_report_143(folder, launch):
-  """srun tells the largest status, that of a task which missed its peer."""
+def test_slurm_does_not_requeue_a_failure_for_which_the_others_report_143(folder, launch):
+  """srun returns the largest status, that of a task which lost its peer."""
   work = f"echo step >> {folder}/steps; [ $SLURM_PROCID = 0 ] && exit 143; exit 1"
-  found = launch("slurm.sh", *SLURM, "--", "sh", "-c", work)
-  assert found.returncode == 1 and (folder / "steps").read_text() == "step\n" * 2
+  result = launch("slurm.sh", *SLURM, "--", "sh", "-c", work)
+  assert result.returncode == 1 and (folder / "steps").read_text() == "step\n" * 2
 
 
 @pytest.mark.parametrize(
@@ -97,30 +97,33 @@ def test_slurm_does_not_queue_a_mistake_again_for_which_the_others_report_143(fo
     (134, 9, 9, 2),
   ],
 )
-def test_gke_begins_anew_after_interruptions_only(
+def test_gke_restarts_after_interruptions_only(
   first, then, status, times, folder, launch, tmp_path
 ):
-  found = launch("gke.sh", "run", *GKE, "--delete=failure", "--", *_once(tmp_path, first, then))
-  assert (found.returncode, _times(tmp_path)) == (status, times), found.stderr
+  result = launch("gke.sh", "run", *GKE, "--delete=failure", "--", *_once(tmp_path, first, then))
+  assert (result.returncode, _times(tmp_path)) == (status, times), result.stderr
   deleted = ["kubectl", "delete", "jobset", "pod"] in fake_programs.calls(folder)
   assert deleted is (status != 0)
 
 
-def test_gke_does_not_take_an_old_end_for_that_of_a_new_run(folder, launch):
+def test_gke_does_not_mistake_the_end_of_an_old_run_for_that_of_a_new_one(folder, launch):
   assert launch("gke.sh", "run", *GKE, "--", "true").returncode == 0
-  found = launch("gke.sh", "run", *GKE, "--delete=always", "--", "false")
-  assert found.returncode == 2 and "pod has ended: Completed; launch/gke.sh delete" in found.stderr
+  result = launch("gke.sh", "run", *GKE, "--delete=always", "--", "false")
+  assert result.returncode == 2 and "pod has ended: Completed. Before" in result.stderr
+  assert "a new run of this name: launch/gke.sh delete pod" in result.stderr
   assert not [words for words in fake_programs.calls(folder) if "delete" in words]
 
 
 def test_the_jobset(launch):
-  found = launch("gke.sh", "yaml", *GKE, "--slices=3", "--spot", "--restarts=5", "--", "--config=x")
-  jobset = yaml.safe_load(found.stdout)
+  result = launch(
+    "gke.sh", "yaml", *GKE, "--slices=3", "--spot", "--restarts=5", "--", "--config=x"
+  )
+  jobset = yaml.safe_load(result.stdout)
   (job,) = jobset["spec"]["replicatedJobs"]
   pod = job["template"]["spec"]["template"]["spec"]
   assert (jobset["kind"], jobset["spec"]["failurePolicy"]["maxRestarts"]) == ("JobSet", 5)
   assert (job["replicas"], job["template"]["spec"]["completions"]) == (3, 2)
-  assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
+  assert pod["restartPolicy"] == "Never"  # podFailurePolicy requires it
   assert pod["nodeSelector"] == {
     "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
     "cloud.google.com/gke-tpu-topology": "2x4",
@@ -132,8 +135,8 @@ def test_the_jobset(launch):
 
 
 def test_the_image_is_made_of_what_git_holds(folder, launch):
-  found = launch("gke.sh", "image", "pod", "--image=r/i:1")
-  assert found.returncode == 0, found.stderr
+  result = launch("gke.sh", "image", "pod", "--image=r/i:1")
+  assert result.returncode == 0, result.stderr
   build, push = fake_programs.calls(folder)
   assert build[1] == "build" and "r/i:1" in build and push == ["docker", "push", "r/i:1"]
   with tarfile.open(folder / "context.tar.gz") as context:
@@ -146,20 +149,20 @@ def test_the_image_is_made_of_what_git_holds(folder, launch):
 def test_xpk_gets_words_that_its_shell_and_kubernetes_read_back(folder, launch):
   words = [word for word in AWKWARD if "\n" not in word]
   where = ["--type=v5litepod-16", "--cluster=c", "--zone=z", "--project=p", "--image=r/i:1"]
-  found = launch("gke.sh", "xpk", "pod", *where, "--", "printf", "%s\\n", *words)
-  assert found.returncode == 0, found.stderr
+  result = launch("gke.sh", "xpk", "pod", *where, "--", "printf", "%s\\n", *words)
+  assert result.returncode == 0, result.stderr
   ((*_, command),) = fake_programs.calls(folder)
   read = subprocess.run(["sh", "-c", command.replace("$$", "$")], capture_output=True, text=True)
   assert read.stdout.splitlines() == words
-  found = launch("gke.sh", "xpk", "pod", *where, "--", "a\nb")
-  assert found.returncode == 2 and "xpk cannot carry a line break" in found.stderr
+  result = launch("gke.sh", "xpk", "pod", *where, "--", "a\nb")
+  assert result.returncode == 2 and "xpk cannot pass on a line break" in result.stderr
 
 
 def test_a_slice_of_compute_engine(folder, launch, tmp_path):
-  """All that was made is deleted, after the status of the worker that failed."""
+  """If a worker fails, the script deletes what create made and returns the status of the worker."""
   fail = "[ $(basename $(dirname $HOME)) = pod-0 ] || exit 7"
-  found = launch("gce.sh", "train", *GCE, "--spot", "--delete=failure", "--", "sh", "-c", fail)
-  assert found.returncode == 7, found.stderr
+  result = launch("gce.sh", "train", *GCE, "--spot", "--delete=failure", "--", "sh", "-c", fail)
+  assert result.returncode == 7, result.stderr
   made = [words for words in fake_programs.calls(folder) if "create" in words]
   group = next(words for words in made if "instance-groups" in words)
   assert group[group.index("--size") + 1] == "2" and "bulk" in group
@@ -171,16 +174,16 @@ def test_a_slice_of_compute_engine(folder, launch, tmp_path):
     ["gcloud", "compute", "instance-templates", "delete"],
     ["gcloud", "compute", "resource-policies", "delete"],
   ]
-  assert "0 of 2 hosts" in found.stderr  # while it waited
+  assert "0 of 2 hosts" in result.stderr  # while it waited
 
 
 @pytest.mark.parametrize("script", ["gce.sh", "tpu_vm.sh"])
-def test_waiting_ends_where_nothing_comes(script, folder, launch):
-  found = launch(script, "wait", *NONE)
-  assert found.returncode == 1 and "there is no pod: gcloud" in found.stderr
+def test_waiting_ends_if_the_machines_do_not_exist_or_are_gone(script, folder, launch):
+  result = launch(script, "wait", *NONE)
+  assert result.returncode == 1 and "pod does not exist: gcloud" in result.stderr
   (folder / "state").write_text("SUSPENDED")
-  found = launch(script, "wait", *NONE)
-  assert found.returncode == 1 and "pod was refused or taken away: gcloud" in found.stderr
+  result = launch(script, "wait", *NONE)
+  assert result.returncode == 1 and "pod was refused or reclaimed: gcloud" in result.stderr
   (folder / "state").write_text("ACTIVE")
   assert launch(script, "wait", *NONE).returncode == 0
 
@@ -189,24 +192,37 @@ def test_waiting_ends_where_nothing_comes(script, folder, launch):
   "words, message",
   [
     (["gce.sh", "create", *NONE], "--machine is needed"),
-    (["gce.sh", "create", *NONE, "--machine=m", "--topology=big"], "--topology big is no 4x4"),
-    (["gce.sh", "create", *NONE, "--machine=m", "--topology=1x1x3"], "are 3 chips"),
-    (["gke.sh", "run", *GKE, "--chips-per-host=3", "--", "true"], "8 chips, which"),
-    (["gke.sh", "run", *GKE, "--", "\1"], "a control character"),
-    (["gke.sh", "run", *GKE, "--delete=no", "--", "true"], "--delete no: one of always"),
+    (
+      ["gce.sh", "create", *NONE, "--machine=m", "--topology=big"],
+      "--topology big: expected a shape such as 4x4",
+    ),
+    (
+      ["gce.sh", "create", *NONE, "--machine=m", "--topology=1x1x3"],
+      "has 3 chips, not a multiple of 4",
+    ),
+    (
+      ["gke.sh", "run", *GKE, "--chips-per-host=3", "--", "true"],
+      "8 chips, not a multiple of --chips-per-host 3",
+    ),
+    (["gke.sh", "run", *GKE, "--", "\1"], "a JobSet cannot hold a control character"),
+    (["gke.sh", "run", *GKE, "--delete=no", "--", "true"], "--delete no: expected one of: always"),
     (["gke.sh", "image", "pod"], "--image is needed"),
     (["slurm.sh", "--nodes=2", "--", "true"], "--gpus-per-node is needed"),
-    (["slurm.sh", "--nodes=x", "--gpus-per-node=1", "--", "true"], "--nodes x is no number from 1"),
+    (
+      ["slurm.sh", "--nodes=x", "--gpus-per-node=1", "--", "true"],
+      "--nodes x: expected a whole number >= 1",
+    ),
     (
       ["gke.sh", "run", *GKE, "--restarts=-1", "--", "true"],
-      "--restarts -1 is no number from 0 on",
+      "--restarts -1: expected a whole number >= 0",
     ),
     (["slurm.sh", *SLURM], "nothing to run"),
   ],
 )
 def test_wrong_use_says_what_is_wrong(words, message, folder, launch):
-  found = launch(*words)
-  assert found.returncode == 2 and message in found.stderr and "-h tells" in found.stderr
+  result = launch(*words)
+  assert result.returncode == 2
+  assert message in result.stderr and "-h shows the usage" in result.stderr
   assert not fake_programs.calls(folder)
 
 
@@ -225,9 +241,9 @@ def test_wrong_use_says_what_is_wrong(words, message, folder, launch):
 )
 def test_dry_run_and_help_run_nothing(words, folder, launch):
   arguments = ["--", "$HOME"] if set(words) & {"run", "xpk", "train", "slurm.sh"} else []
-  found = launch(*words, "--dry-run", *arguments)
-  assert found.returncode == 0 and not found.stderr, found.stderr
-  assert found.stdout and (not arguments or "$HOME" in found.stdout)
+  result = launch(*words, "--dry-run", *arguments)
+  assert result.returncode == 0 and not result.stderr, result.stderr
+  assert result.stdout and (not arguments or "$HOME" in result.stdout)
   assert launch(words[0], "-h").stdout.startswith(f"usage: launch/{words[0]}")
   assert not fake_programs.calls(folder)
   assert sorted(path.name for path in folder.iterdir()) == ["bin", "port"]
@@ -235,18 +251,18 @@ def test_dry_run_and_help_run_nothing(words, folder, launch):
 
 def test_setup_installs_what_the_system_lacks(folder, launch):
   tools = fake_programs.few_tools(folder)
-  found = launch("setup_host.sh", "--dry-run", PATH=str(tools))
-  assert found.returncode == 2 and "here is no apt-get" in found.stderr
+  result = launch("setup_host.sh", "--dry-run", PATH=str(tools))
+  assert result.returncode == 2 and "there is no apt-get to install them" in result.stderr
   fake_programs.write_program(tools / "id", "echo 1000")
   fake_programs.write_program(tools / "apt-get", "exit 9")
-  found = launch("setup_host.sh", "--dry-run", "--extras=tpu", PATH=str(tools))
-  update, install, make = found.stdout.splitlines()
+  result = launch("setup_host.sh", "--dry-run", "--extras=tpu", PATH=str(tools))
+  update, install, make = result.stdout.splitlines()
   assert update.startswith("sudo -n env DEBIAN_FRONTEND=noninteractive apt-get ")
   assert install.endswith(" install -y ca-certificates make python3 python3-venv")
   assert make == f"make -C {ROOT} base EXTRAS=tpu"
   fake_programs.write_program(tools / "python3", "exit 1")  # too old
-  found = launch("setup_host.sh", "--dry-run", "--tests", PATH=str(tools))
-  _, install, make = found.stdout.splitlines()
+  result = launch("setup_host.sh", "--dry-run", "--tests", PATH=str(tools))
+  _, install, make = result.stdout.splitlines()
   assert install.endswith(" python3.11 python3.11-venv") and " install EXTRAS=" in make
 
 
@@ -260,5 +276,5 @@ def test_setup_installs_what_the_system_lacks(folder, launch):
 )
 def test_a_missing_program_is_named(words, program, folder, launch):
   tools = fake_programs.few_tools(folder)
-  found = launch(*words, PATH=str(tools))
-  assert found.returncode == 2 and f"there is no {program} on PATH; " in found.stderr
+  result = launch(*words, PATH=str(tools))
+  assert result.returncode == 2 and f"{program} is not on PATH: " in result.stderr
