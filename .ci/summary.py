@@ -1,9 +1,9 @@
-"""Counts the tests of JUnit reports; exit 1 on a failure, or a skip that the list does not excuse.
+"""Counts the tests in JUnit reports. Exits with 1 on a failure or a skip that is not in the list.
 
 .ci/summary.py --skips tests/skips.txt REPORT.xml ...
 
-Tests that take SLOW seconds are listed with their times. The reports are pytest's, with
--o junit_family=xunit1, which names the files.
+Lists the tests that take SLOW seconds or more. The reports must be written by pytest with
+-o junit_family=xunit1, which records the file of each test.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SLOW = 10.0
 
 
 def read_excuses(path: pathlib.Path) -> list[tuple[str, str]]:
-  """(pattern of test ids, pattern of reasons) of each line that is no comment."""
+  """Returns (pattern of test ids, pattern of reasons) for each line that is not a comment."""
   excuses = []
   for number, line in enumerate(path.read_text().splitlines(), 1):
     if line.strip() and not line.startswith("#"):
@@ -30,7 +30,7 @@ def read_excuses(path: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def read_report(path: pathlib.Path) -> list[tuple[str, str, str, float]]:
-  """(test id, "passed" | "failed" | "skipped", reason, seconds) of each test."""
+  """Returns (test id, "passed" | "failed" | "skipped", reason, seconds) for each test."""
   tests = []
   for case in ElementTree.parse(path).iter("testcase"):
     name = f"{case.get('file', case.get('classname'))}::{case.get('name')}"
@@ -45,7 +45,7 @@ def read_report(path: pathlib.Path) -> list[tuple[str, str, str, float]]:
 
 
 def excused(test: str, reason: str, excuses: list[tuple[str, str]]) -> bool:
-  """Whether a line names this test and this reason; [ in a test id is no wildcard."""
+  """Returns whether a line matches this test and this reason; [ is not a wildcard here."""
   return any(
     fnmatch.fnmatchcase(test, pattern.replace("[", "[[]")) and fnmatch.fnmatchcase(reason, why)
     for pattern, why in excuses
@@ -53,7 +53,7 @@ def excused(test: str, reason: str, excuses: list[tuple[str, str]]) -> bool:
 
 
 def main() -> int:
-  """The exit status."""
+  """Prints the summary and returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--skips", type=pathlib.Path, required=True)
   parser.add_argument("reports", type=pathlib.Path, nargs="+")
@@ -65,7 +65,7 @@ def main() -> int:
   for path in args.reports:
     tests = read_report(path) if path.exists() else []
     if not tests:
-      wrong.append(f"no tests in {path.name}: pytest did not get that far")
+      wrong.append(f"no tests in {path.name}: pytest stopped before it wrote a report")
     for name, outcome, reason, seconds in tests:
       counts[outcome] += 1
       times.append((seconds, name))

@@ -1,9 +1,9 @@
-"""Projectors trained from stores, in the loop, and in PyTorch: python benchmarks/frozen.py
+"""Times training of projectors from stores, with towers, in PyTorch: python benchmarks/frozen.py
 
-configs/photos_frozen.py as it is shipped (BIGALIGN_DATA, MINILM): from embedding stores; with the
-towers in the loop, which is to encode each batch anew; and the same projectors, loss and update in
-PyTorch, eager, from tensors that lie in memory. They take turns, the median of the turns counts.
-Exit status 1 if stores are not RATIO times as fast as encoding, or slower than GUARD times PyTorch.
+Runs configs/photos_frozen.py (needs BIGALIGN_DATA and MINILM) in three ways: from embedding stores;
+with the towers in every step, which encode each batch; and the same projectors, loss and update in
+eager PyTorch, from tensors in memory. The three alternate, and the median turn counts. Exits with 1
+if stores are not RATIO times as fast as encoding, or if they are slower than GUARD times PyTorch.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from bigalign.run.metrics import read_metrics
 
 RATIO, GUARD = 10.0, 0.7
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = dict(stores=120, encoding=6, torch=120)  # of a turn; a third of them warms up
+STEPS = dict(stores=120, encoding=6, torch=120)  # per turn; the first third is warm-up
 
 
 def shipped() -> dict[str, Any]:
-  """configs/photos_frozen.py without evaluation."""
+  """Returns configs/photos_frozen.py without its evaluators."""
   path = ROOT / "configs/photos_frozen.py"
   spec = importlib.util.spec_from_file_location("photos_frozen", path)
   assert spec and spec.loader
@@ -47,7 +47,7 @@ def shipped() -> dict[str, Any]:
 
 
 def ours(config: dict[str, Any], name: str, stores: dict[str, str], folder: str) -> float:
-  """Pairs per second of a run of `bigalign train`, of all but its first third."""
+  """Returns the pairs per second of `bigalign train`, after its first third."""
   config, steps = copy.deepcopy(config), STEPS[name]
   config |= dict(total_steps=steps, log_every=steps // 3)
   config["data"]["stores"] = stores
@@ -57,7 +57,7 @@ def ours(config: dict[str, Any], name: str, stores: dict[str, str], folder: str)
 
 
 def theirs(config: dict[str, Any], stores: dict[str, str]) -> float:
-  """Pairs per second of the same projectors in PyTorch, after its first third."""
+  """Returns the pairs per second of the same projectors in PyTorch, after the first third."""
   import torch
   from torch import nn
 
@@ -112,9 +112,9 @@ def theirs(config: dict[str, Any], stores: dict[str, str]) -> float:
 
 
 def main() -> int:
-  """Prints a table, writes the JSON; the exit status is that of the bars."""
+  """Prints a table, writes the JSON, and returns 1 if a target is missed, otherwise 0."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--rounds", type=int, default=3, help="turns of each; the median counts")
+  parser.add_argument("--rounds", type=int, default=3, help="turns of each way; the median counts")
   parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/frozen.json"))
   args = parser.parse_args()
   config, versions = shipped(), runtime.versions()
@@ -122,13 +122,13 @@ def main() -> int:
   if importlib.util.find_spec("torch"):
     versions["torch"] = importlib.metadata.version("torch")
   else:
-    print("bigalign alone: the rival comes with pip install '.[bench]'")
+    print("bigalign alone. To compare with PyTorch: pip install '.[bench]'")
     names.remove("torch")
-  found: dict[str, list[float]] = {name: [] for name in names}
+  rates_by_turn: dict[str, list[float]] = {name: [] for name in names}
   with tempfile.TemporaryDirectory() as folder:
     begin = time.perf_counter()
     stores = {k: str(v) for k, v in embed(config, f"{folder}/stores").items()}
-    once = time.perf_counter() - begin
+    embed_seconds = time.perf_counter() - begin
     for turn in range(args.rounds):
       for name in names:
         where = stores if name == "stores" else {}
@@ -137,25 +137,25 @@ def main() -> int:
           if name == "torch"
           else ours(config, name, where, f"{folder}/{name}{turn}")
         )
-        found[name].append(rate)
-  rates = {name: statistics.median(x) for name, x in found.items()}
+        rates_by_turn[name].append(rate)
+  rates = {name: statistics.median(x) for name, x in rates_by_turn.items()}
   for name, rate in rates.items():
     print(f"{name:<10} {rate:8.0f} pairs/s")
-  print(f"embedding took {once:.0f} s, once")
+  print(f"embedding took {embed_seconds:.0f} s, once")
   ratios = {f"stores / {name}": rates["stores"] / rates[name] for name in names[1:]}
   print(", ".join(f"{name}: {x:.2f}x" for name, x in ratios.items()))
-  bars = {"stores / encoding": RATIO, "stores / torch": GUARD}
-  missed = [name for name, x in ratios.items() if x < bars[name]]
+  targets = {"stores / encoding": RATIO, "stores / torch": GUARD}
+  missed = [name for name, x in ratios.items() if x < targets[name]]
   for name in missed:
-    print(f"{name} is below {bars[name]}x")
+    print(f"{name} is below the target of {targets[name]}x")
   result = dict(
     revision=revision(),
     machine=machine(),
     versions=versions,
     batch_size=config["batch_size"],
     pairs_per_second=rates,
-    turns=found,
-    embed_seconds=once,
+    turns=rates_by_turn,
+    embed_seconds=embed_seconds,
     ratio=ratios,
   )
   args.json.parent.mkdir(parents=True, exist_ok=True)

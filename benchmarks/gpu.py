@@ -1,12 +1,13 @@
-"""One GPU against open_clip on the same card, images per second and MFU: python benchmarks/gpu.py
+"""Times one GPU against open_clip, in images per second and MFU: python benchmarks/gpu.py
 
-B/16, L/14 and So400m/14 with texts of 64 tokens, bfloat16, CLIP loss, AdamW, clipping. Ours with
-cuDNN's attention; open_clip by torch.compile, in bfloat16 autocast with its fused attention. Each
-turn is a process of its own, which has the whole card; they alternate, and the best turn counts.
-MFU is of the model's products (what remat computes again is not counted) over the data sheet's
-dense bfloat16 peak. Exit status 1 if ours is below MFU or slower than open_clip, 2 without a GPU.
+B/16, L/14 and So400m/14 with texts of 64 tokens, bfloat16, CLIP loss, AdamW, clipping. bigalign
+uses cuDNN's attention; open_clip runs under torch.compile, in bfloat16 autocast with its fused
+attention. Each turn is a separate process, which has the whole card; the two alternate, and the
+best turn counts. MFU is the model's FLOPs (without those that remat recomputes) over the dense
+bfloat16 peak of the data sheet. Exits with 1 if bigalign is below MFU or slower than open_clip, and
+with 2 without a GPU.
 
---tiny runs the same code on a CPU with a model of no interest, to see that all of it works.
+--tiny runs the same code on a CPU with a tiny model, to test the script.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ MODELS = {
   "So400m/14": step.Sizes(batch=1024, patch=14, vision=SO, text=SO, embed=1152, **WORDS),
 }
 TINY = {"tiny": step.SMALL._replace(batch=8)}
-# What 80 GB of memory ask for at this batch; the same of both.
+# Fits this batch into 80 GB. Both frameworks use the same setting.
 REMAT = {"B/16": "dots", "L/14": "full", "So400m/14": "full", "tiny": "full"}
 
 
 def turn(framework: str, name: str, *, tiny: bool, batch: int, steps: int) -> dict[str, Any]:
-  """One turn, in this process: seconds per step and FLOPs of one."""
+  """Runs one turn in this process; returns seconds per step and FLOPs per step."""
   sizes = (TINY if tiny else MODELS)[name]
   sizes = sizes._replace(batch=batch or sizes.batch)
   if framework == "bigalign":
@@ -63,13 +64,13 @@ def turn(framework: str, name: str, *, tiny: bool, batch: int, steps: int) -> di
   seconds = []
   for _ in range(steps):
     begin = time.perf_counter()
-    run()  # the loss comes to the host, so the step has ended
+    run()  # returns the loss to the host, so the step has ended
     seconds.append(time.perf_counter() - begin)
   return dict(about, seconds=min(seconds), batch=sizes.batch)
 
 
 def in_a_process(framework: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
-  """What `turn` finds in a process that has the card for itself."""
+  """Runs `turn` in a new process, which has the card for itself, and returns its result."""
   command = [
     sys.executable,
     __file__,
@@ -82,18 +83,22 @@ def in_a_process(framework: str, name: str, args: argparse.Namespace) -> dict[st
   done = subprocess.run(command, env=os.environ | platform, stdout=subprocess.PIPE, text=True)
   if done.returncode:
     return dict(error=f"exit status {done.returncode}")
-  found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-  return found
+  result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+  return result
 
 
 def main() -> int:
-  """Prints a table, writes the JSON; the exit status is that of the bars."""
+  """Prints a table, writes the JSON, and returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-  parser.add_argument("--batch", type=int, default=0, help="pairs, if not 1,024")
-  parser.add_argument("--steps", type=int, default=10, help="of a turn, behind three that warm up")
-  parser.add_argument("--turns", type=int, default=2, help="of each; the best counts")
-  parser.add_argument("--tiny", action="store_true", help="a small model on a CPU")
+  parser.add_argument("--batch", type=int, default=0, help="pairs (default 1,024)")
+  parser.add_argument(
+    "--steps", type=int, default=10, help="timed steps per turn"
+  )
+  parser.add_argument(
+    "--turns", type=int, default=2, help="turns; the best one counts"
+  )
+  parser.add_argument("--tiny", action="store_true", help="run a tiny model on a CPU")
   parser.add_argument("--turn", help=argparse.SUPPRESS)
   parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/gpu.json"))
   args = parser.parse_args()
@@ -102,7 +107,7 @@ def main() -> int:
     print(json.dumps(turn(framework, name, tiny=args.tiny, batch=args.batch, steps=args.steps)))
     return 0
   if not args.tiny and not pathlib.Path("/proc/driver/nvidia").exists():
-    print("no NVIDIA GPU here; --tiny shows on a CPU that the script works")
+    print("This machine has no NVIDIA GPU. --tiny tests the script on a CPU.")
     return 2
   result: dict[str, Any] = dict(revision=step.revision(), command=sys.argv, models={})
   missed = False

@@ -1,8 +1,9 @@
-"""A training step against the same model in PyTorch and open_clip: python benchmarks/step.py
+"""Times a training step against the same model in open_clip: python benchmarks/step.py
 
-Both take turns in one process, and the best of the rounds counts: a neighbour on the machine slows
-some of them, never speeds one up. Exit status 1 if ours is slower than GUARD times theirs. Without
-torch and open_clip (extra `bench`, and a torchvision that open_clip can import) ours runs alone.
+Both alternate in one process, and the best round counts: other programs on the machine slow some
+rounds down, but never speed one up. Exits with 1 if bigalign is slower than GUARD times open_clip.
+Without torch and open_clip (extra `bench`, and a torchvision that open_clip can import), only
+bigalign runs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# OpenMP threads that spin while they wait would take the cores from whoever is not their turn;
-# read when torch is loaded.
+# Without this, idle OpenMP threads of one framework spin and take the cores from the other one. The
+# variables are read when torch is loaded.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["GOMP_SPINCOUNT"] = "0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,7 +45,7 @@ class Sizes(NamedTuple):
   patch: int
   length: int
   vocabulary: int
-  vision: dict[str, int]  # width, depth, heads, and hidden where it is not four widths
+  vision: dict[str, int]  # width, depth, heads, and hidden if it is not 4 * width
   text: dict[str, int]
   embed: int
 
@@ -62,11 +63,11 @@ SMALL = Sizes(
 )
 ADAMW = dict(lr=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2)
 
-Step = Callable[[], float]  # one update, waited for; the loss
+Step = Callable[[], float]  # runs one update to its end and returns the loss
 
 
 def batch(sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
-  """Noise and random words; each text ends with the highest id, which open_clip pools."""
+  """Returns noise images and random texts, each with the highest id as its end, for open_clip."""
   random, b = np.random.default_rng(seed), sizes.batch
   length = random.integers(4, sizes.length + 1, b)
   text = random.integers(1, sizes.vocabulary - 1, (b, sizes.length), dtype=np.int32)
@@ -86,12 +87,14 @@ def batch(sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
-  """The step of bigalign, compiled, and its useful FLOPs; options of both towers."""
+  """Returns the compiled step of bigalign and its useful FLOPs; `options` go to both towers."""
   towers = dict(activation="gelu", scan=False, dtype="float32") | options
 
-  def tower(given: dict[str, int]) -> dict[str, Any]:
-    made: dict[str, Any] = {k: v for k, v in given.items() if k != "hidden"} | towers
-    return made | ({"mlp_ratio": given["hidden"] / given["width"]} if "hidden" in given else {})
+  def tower(widths: dict[str, int]) -> dict[str, Any]:
+    tower: dict[str, Any] = {k: v for k, v in widths.items() if k != "hidden"} | towers
+    if "hidden" in widths:
+      tower["mlp_ratio"] = widths["hidden"] / widths["width"]
+    return tower
 
   program = states.make_program(
     seed=0,
@@ -133,7 +136,7 @@ def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
 
 
 def import_open_clip() -> None:
-  """Imports it, with the two operators that torchvision's GPU build lacks over a CPU torch."""
+  """Imports open_clip. Over a CPU torch, defines the two operators that torchvision lacks."""
   import torch
 
   try:
@@ -141,7 +144,7 @@ def import_open_clip() -> None:
   except RuntimeError as error:
     if "torchvision::nms" not in str(error):
       raise
-    global library  # its operators live as long as it does
+    global library  # the operators exist as long as this object does
     library = torch.library.Library("torchvision", "FRAGMENT")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -151,9 +154,9 @@ def import_open_clip() -> None:
 def theirs(
   sizes: Sizes, *, device: str = "cpu", compiled: bool = False, checkpointing: bool = False
 ) -> tuple[Step, int]:
-  """The same model and update in PyTorch as open_clip trains, and its FLOPs, 0 if compiled.
+  """Returns the step of the same model as open_clip trains it, and its FLOPs, or 0 if compiled.
 
-  compiled: by torch.compile, in bfloat16 with its fused attention; else eager, in float32.
+  compiled: by torch.compile, in bfloat16 with its fused attention; otherwise eager, in float32.
   """
   import_open_clip()
   import torch
@@ -163,8 +166,8 @@ def theirs(
 
   torch.manual_seed(0)
 
-  def ratio(given: dict[str, int]) -> float:
-    return given.get("hidden", 4 * given["width"]) / given["width"]
+  def mlp_ratio(widths: dict[str, int]) -> float:
+    return widths.get("hidden", 4 * widths["width"]) / widths["width"]
 
   vision, words = sizes.vision, sizes.text
   model: Any = (
@@ -176,7 +179,7 @@ def theirs(
         width=vision["width"],
         layers=vision["depth"],
         head_width=vision["width"] // vision["heads"],
-        mlp_ratio=ratio(vision),
+        mlp_ratio=mlp_ratio(vision),
       ),
       text_cfg=dict(
         context_length=sizes.length,
@@ -184,7 +187,7 @@ def theirs(
         width=words["width"],
         layers=words["depth"],
         heads=words["heads"],
-        mlp_ratio=ratio(words),
+        mlp_ratio=mlp_ratio(words),
       ),
     )
     .train()
@@ -200,7 +203,7 @@ def theirs(
   )
   loss_function = ClipLoss()
   host = batch(sizes)
-  # Normalised beforehand, as its data loader would; ours does it in the step.
+  # Normalised in advance, as its data loader does; bigalign normalises in the step.
   image = torch.from_numpy(host["image"]).to(device).permute(0, 3, 1, 2).contiguous()
   image, text = image.float() / 127.5 - 1, torch.from_numpy(host["text"]).long().to(device)
   forward = torch.compile(model) if compiled else model
@@ -222,7 +225,7 @@ def theirs(
 
 
 def measure(runs: dict[str, Step], rounds: int, steps: int) -> dict[str, dict[str, float]]:
-  """{name: best seconds per step, on the wall and of all cores}, taking turns."""
+  """Returns {name: best wall and CPU seconds per step}; the runs alternate."""
   for run in runs.values():
     run()
   best = {name: {"wall_seconds": np.inf, "cpu_seconds": np.inf} for name in runs}
@@ -231,16 +234,16 @@ def measure(runs: dict[str, Step], rounds: int, steps: int) -> dict[str, dict[st
       wall, cpu = time.perf_counter(), time.process_time()
       for _ in range(steps):
         run()
-      found = dict(
+      seconds = dict(
         wall_seconds=(time.perf_counter() - wall) / steps,
         cpu_seconds=(time.process_time() - cpu) / steps,
       )
-      best[name] = {key: min(value, found[key]) for key, value in best[name].items()}
+      best[name] = {key: min(value, seconds[key]) for key, value in best[name].items()}
   return best
 
 
 def machine() -> dict[str, object]:
-  """What the figures were measured on."""
+  """Returns a description of the machine."""
   info = pathlib.Path("/proc/cpuinfo")
   models = (
     [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line]
@@ -258,26 +261,26 @@ def machine() -> dict[str, object]:
 
 
 def main() -> int:
-  """Prints a table, writes the JSON; the exit status is that of the guard."""
+  """Prints a table, writes the JSON, and returns 1 if the guard fails, otherwise 0."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--rounds", type=int, default=9, help="turns of each; the best counts")
-  parser.add_argument("--steps", type=int, default=5, help="updates in a turn")
+  parser.add_argument("--rounds", type=int, default=9, help="rounds; the best one counts")
+  parser.add_argument("--steps", type=int, default=5, help="updates per round")
   parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/step.json"))
   args = parser.parse_args()
 
-  made, versions = {"bigalign": ours(SMALL)}, runtime.versions()
+  steps, versions = {"bigalign": ours(SMALL)}, runtime.versions()
   try:
-    made["open_clip"] = theirs(SMALL)
+    steps["open_clip"] = theirs(SMALL)
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch")}
   except ImportError as error:
-    print(f"bigalign alone: {error}. The rival comes with pip install '.[bench]'")
+    print(f"bigalign alone: {error}. To compare with open_clip: pip install '.[bench]'")
 
-  best = measure({name: run for name, (run, _) in made.items()}, args.rounds, args.steps)
+  best = measure({name: run for name, (run, _) in steps.items()}, args.rounds, args.steps)
   rows = {
     name: dict(
       **best[name], images_per_second=SMALL.batch / best[name]["wall_seconds"], flops_per_step=work
     )
-    for name, (_, work) in made.items()
+    for name, (_, work) in steps.items()
   }
   for name, row in rows.items():
     print(
@@ -300,7 +303,7 @@ def main() -> int:
     result["ratio"] = ratios
     slower = ratios["wall_seconds"] < GUARD
     if slower:
-      print(f"slower than the guard, {GUARD}x")
+      print(f"slower than the guard of {GUARD}x")
   args.json.parent.mkdir(parents=True, exist_ok=True)
   args.json.write_text(json.dumps(result, indent=1) + "\n")
   return int(slower)

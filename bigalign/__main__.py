@@ -1,4 +1,4 @@
-"""bigalign <program>: the first word chooses the program, which reads the rest."""
+"""The command `bigalign PROGRAM ...`: runs a program, which parses the other arguments."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import importlib
 import sys
 
 PROGRAMS = {
-  "train": "trains a model from a config file",
-  "evaluate": "runs the evaluators on a run's checkpoint",
-  "embed": "a dataset through frozen towers, into embedding stores",
-  "compare": "which frozen towers agree, before anything is trained",
-  "curate": "samples that concepts choose, the rarest first, from embedding stores",
-  "report": "makes one HTML page of a run",
-  "export": "writes a run as a folder that PyTorch's libraries load",
-  "inspect": "tells what is in shards, with a contact sheet, and how fast they are read",
-  "index": "makes shards ready for training: where each of their samples lies",
-  "convert": "copies a source into ArrayRecord files, images made smaller if wanted",
-  "view": "keeps the samples of a source that a rule or a list leaves",
-  "plan": "whether a config fits a pod, how fast at best and at what price, before there is one",
-  "costs": "what losses cost per device: memory, products, bytes on the wires",
+  "train": "train a model from a config file",
+  "evaluate": "run evaluators on a checkpoint of a run",
+  "embed": "run a dataset through frozen towers and store the embeddings",
+  "compare": "measure which frozen towers agree, without training",
+  "curate": "pick a class-balanced subset from embedding stores",
+  "report": "write an HTML report of a run",
+  "export": "write a run as a folder that transformers, open_clip or big_vision load",
+  "inspect": "summarise a dataset: contact sheet, bad samples, reading speed",
+  "index": "index the samples of shards for random access in training",
+  "convert": "copy a source to ArrayRecord files, optionally with smaller images",
+  "view": "select the samples of a source by rules, deduplication or lists",
+  "plan": "predict memory, speed and cost of a config on a TPU slice you don't have yet",
+  "costs": "compute the cost of losses per device: memory, FLOPs, communication",
 }
 _MODULES = {
   "train": "train",
@@ -38,12 +38,12 @@ _MODULES = {
 
 
 def main() -> None:
-  """The console command."""
+  """Runs the program that the command line names."""
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if name in ("-h", "--help"):
     print("usage: bigalign PROGRAM …\n")
-    print("\n".join(f"  {program:<10}{what}" for program, what in PROGRAMS.items()))
-    print("\nbigalign PROGRAM --help tells the options.")
+    print("\n".join(f"  {program:<10}{summary}" for program, summary in PROGRAMS.items()))
+    print("\nRun `bigalign PROGRAM --help` for its options.")
     return
   if name not in PROGRAMS:
     sys.exit(f"bigalign: unknown program {name!r}; known: {', '.join(PROGRAMS)}")

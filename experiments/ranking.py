@@ -1,10 +1,11 @@
-"""Does `bigalign compare` rank towers as trained projectors do? python experiments/ranking.py OUT
+"""Tests whether `bigalign compare` ranks towers as training does: python experiments/ranking.py OUT
 
-Four image towers and two text towers of configs/photos_frozen.py (BIGALIGN_DATA, MINILM): each is
-embedded once, each pair is compared before anything is trained, then projectors learn, and held-out
-photos are looked up by their captions. Writes OUT/ranking.json and OUT/ranking.png, and prints a
-table with the rank correlation of each measure. Ends with status 1 if ridge regression, by which
-`compare` sorts, does not find the pair that trains best, or correlates less than LEAST.
+Uses four image towers and two text towers on the data of configs/photos_frozen.py (needs
+BIGALIGN_DATA and MINILM). Embeds the data once with each tower, compares each pair of towers
+without training, then trains projectors for each pair and retrieves held-out photos by their
+captions. Writes OUT/ranking.json and OUT/ranking.png, and prints a table with the rank correlation
+of each measure. Exits with 1 if ridge regression, by which `compare` sorts, does not rank the best
+pair first, or if its rank correlation is below LEAST.
 """
 
 from __future__ import annotations
@@ -42,27 +43,28 @@ MEASURES = ("linear_cka", "mutual_knn", "local_cka", "ridge", "cca", "procrustes
 
 
 def config(image: str, text: str) -> dict[str, Any]:
-  """configs/photos_frozen.py with two other towers."""
+  """Returns configs/photos_frozen.py with two other towers."""
   spec = importlib.util.spec_from_file_location("shipped", ROOT / "configs/photos_frozen.py")
   assert spec and spec.loader
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  made: dict[str, Any] = copy.deepcopy(module.get_config().to_dict())
+  c: dict[str, Any] = copy.deepcopy(module.get_config().to_dict())
   tower, size = IMAGE[image]
-  made["model"] |= dict(image=dict(tower, dtype="float32"), text=dict(TEXT[text], dtype="float32"))
-  made["data"]["image_size"] = size
-  return made | dict(writer=dict(tensorboard=False))
+  c["model"] |= dict(image=dict(tower, dtype="float32"), text=dict(TEXT[text], dtype="float32"))
+  c["data"]["image_size"] = size
+  return c | dict(writer=dict(tensorboard=False))
 
 
-def measures(found: dict[str, Any]) -> dict[str, float]:
-  """Of each measure one number."""
+def measures(comparison: dict[str, Any]) -> dict[str, float]:
+  """Returns one number for each measure."""
   return {
-    name: found[name][compare.SHOWN] if name in compare.MAPS else found[name] for name in MEASURES
+    name: comparison[name][compare.SHOWN] if name in compare.MAPS else comparison[name]
+    for name in MEASURES
   }
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """One point for each pair: what ridge regression foretells, and what training reaches."""
+  """Plots one point for each pair: the ridge regression score against the trained score."""
   figure = Figure(figsize=(5.5, 3.8), layout="constrained", dpi=120)
   axes = figure.add_subplot()
   for (image, colour), (text, marker) in itertools.product(
@@ -79,10 +81,12 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main() -> int:
-  """The exit status is that of the bars."""
+  """Runs the experiment and returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--steps", type=int, default=300, help="of each pair (%(default)s)")
+  parser.add_argument(
+    "--steps", type=int, default=300, help="steps per pair (%(default)s)"
+  )
   args = parser.parse_args()
   out, first = args.out, next(iter(IMAGE))
   images = {

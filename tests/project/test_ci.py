@@ -1,4 +1,4 @@
-"""The gate around the tests: skips need reasons, pins fit, make says what is missing."""
+"""Tests of CI: skips need reasons, pinned versions fit, make names a missing interpreter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-  """{name: JUnit report} of one passed test, one skipped, one failed, one broken file."""
+  """{name: JUnit report} of a passed, a skipped and a failed test, and of a file with an error."""
   folder = tmp_path_factory.mktemp("suite")
   tests = {
     "passed": "def test_a(): pass",
@@ -57,9 +57,9 @@ def _summary(tmp_path, skips, *reports):
   )
 
 
-def test_counts_stand_alone_on_the_last_line(reports, tmp_path):
-  found = _summary(tmp_path, "", reports["passed"], reports["passed"])
-  assert (found.returncode, found.stdout) == (0, "2 passed, 0 failed, 0 skipped\n")
+def test_the_last_line_holds_only_the_counts(reports, tmp_path):
+  result = _summary(tmp_path, "", reports["passed"], reports["passed"])
+  assert (result.returncode, result.stdout) == (0, "2 passed, 0 failed, 0 skipped\n")
 
 
 @pytest.mark.parametrize(
@@ -74,27 +74,27 @@ def test_counts_stand_alone_on_the_last_line(reports, tmp_path):
   ],
 )
 def test_a_skip_needs_its_test_and_its_reason_in_the_list(reports, tmp_path, skips, status):
-  found = _summary(tmp_path, skips, reports["passed"], reports["skipped"])
-  assert found.returncode == status
-  assert found.stdout.splitlines()[-1] == "1 passed, 0 failed, 1 skipped"
-  assert ("test_skipped.py::test_b[1] no data here" in found.stdout) == bool(status)
+  result = _summary(tmp_path, skips, reports["passed"], reports["skipped"])
+  assert result.returncode == status
+  assert result.stdout.splitlines()[-1] == "1 passed, 0 failed, 1 skipped"
+  assert ("test_skipped.py::test_b[1] no data here" in result.stdout) == bool(status)
 
 
 def test_a_line_without_a_reason_is_an_error(reports, tmp_path):
-  found = _summary(tmp_path, "test_skipped.py::test_b[1]", reports["skipped"])
-  assert found.returncode and "has no reason" in found.stderr
+  result = _summary(tmp_path, "test_skipped.py::test_b[1]", reports["skipped"])
+  assert result.returncode and "has no reason" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["failed", "broken"])
-def test_failures_and_files_that_do_not_import_fail(reports, tmp_path, name):
-  found = _summary(tmp_path, "* *", reports["passed"], reports[name])
-  assert found.returncode == 1
-  assert found.stdout.splitlines()[-1] == "1 passed, 1 failed, 0 skipped"
+def test_a_failed_test_or_import_fails(reports, tmp_path, name):
+  result = _summary(tmp_path, "* *", reports["passed"], reports[name])
+  assert result.returncode == 1
+  assert result.stdout.splitlines()[-1] == "1 passed, 1 failed, 0 skipped"
 
 
-def test_a_report_that_was_not_written_fails(reports, tmp_path):
-  found = _summary(tmp_path, "", reports["passed"], tmp_path / "absent.xml")
-  assert found.returncode == 1 and "absent.xml" in found.stdout
+def test_a_missing_report_fails(reports, tmp_path):
+  result = _summary(tmp_path, "", reports["passed"], tmp_path / "absent.xml")
+  assert result.returncode == 1 and "absent.xml" in result.stdout
 
 
 def test_every_listed_skip_has_a_reason_and_a_test_file():
@@ -105,26 +105,26 @@ def test_every_listed_skip_has_a_reason_and_a_test_file():
       assert test == "*" or any(ROOT.glob(test.partition("::")[0])), line
 
 
-def test_the_tested_versions_hold_every_dependency_within_its_bounds():
+def test_the_pinned_versions_satisfy_every_dependency():
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   pins = dict(
     line.split("==")
     for line in (ROOT / ".ci/constraints.txt").read_text().splitlines()
     if not line.startswith("#")
   )
-  wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-  for requirement in map(Requirement, wanted):
+  requirements = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+  for requirement in map(Requirement, requirements):
     version = pins[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(version), f"{requirement}, tested with {version}"
 
 
-def test_make_names_the_python_it_lacks_and_leaves_nothing_behind(tmp_path):
+def test_make_names_the_missing_interpreter_and_leaves_no_environment(tmp_path):
   shutil.copy(ROOT / "Makefile", tmp_path)
   old = tmp_path / "python3.6"
   old.write_text("#!/bin/sh\nexit 1\n")
   old.chmod(0o755)
-  found = subprocess.run(
+  result = subprocess.run(
     ["make", ".venv/bin/pip", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True
   )
-  assert found.returncode and f"No Python >= 3.11 among: {old}" in found.stderr
+  assert result.returncode and f"No Python >= 3.11 among: {old}" in result.stderr
   assert not (tmp_path / ".venv").exists()

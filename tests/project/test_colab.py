@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, and are kept without what they print."""
+"""Tests of the notebooks: they run from the first cell to the last, and hold no outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_notebook_is_valid_and_committed_without_outputs(path):
 
 
 @pytest.mark.slow
-def test_quickstart_runs_and_shows_its_pictures(monkeypatch):
+def test_quickstart_runs_and_shows_its_figures(monkeypatch):
   monkeypatch.setenv("BIGALIGN_STEPS", "10")
   monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
   notebook = nbformat.read(ROOT / "colabs/quickstart.ipynb", as_version=4)
@@ -31,5 +31,5 @@ def test_quickstart_runs_and_shows_its_pictures(monkeypatch):
   outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
   printed = "".join(output.get("text", "") for output in outputs)
   assert printed.startswith("cpu 1") and "glyphs-unseen-all-top1" in printed
-  pictures = [output for output in outputs if "image/png" in output.get("data", ())]
-  assert len(pictures) == 7  # the loss, the sphere, three names asked for, two drawings
+  figures = [output for output in outputs if "image/png" in output.get("data", ())]
+  assert len(figures) == 7  # the loss, the sphere, three name queries, two drawings
