@@ -16,8 +16,7 @@ from absl import logging
 
 from bigalign import gradcache, losses, sharding, tree
 from bigalign.data.samples.rejects import REASONS
-from bigalign.losses import PROVIDES, At, Loss, diagnostics
-from bigalign.losses.engine import pairwise
+from bigalign.losses import PROVIDES, Context, Loss, diagnostics
 from bigalign.losses.per_sample import tables
 from bigalign.model import without_remat
 from bigalign.run import flops
@@ -45,12 +44,11 @@ def train_step(
     (bool), "rejected_<reason>", "repaired_captions" and "tally" [sources, 2] (int32): rows, and
     samples rejected for them, of each source.
   """
-  at, drops = _at(program, state, seen)
+  context, drops = _context(program, state, seen)
 
   def objective(trainable: Arrays, feats: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
     scalars = tree.unflatten(tree.subtree({**trainable, **state.frozen}, "loss/"))
-    with pairwise.engine(program.logits):
-      return program.loss.apply(scalars, state.loss, feats, batch, at)
+    return program.loss.apply(scalars, state.loss, feats, batch, context)
 
   (value, (remembered, logs)), grads = gradcache.value_and_grad(
     functools.partial(features, program, state),
@@ -119,7 +117,7 @@ def diagnose(
   state: State, batch: Mapping[str, jax.Array], seen: jax.Array, *, program: Program
 ) -> dict[str, jax.Array]:
   """losses.diagnostics.diagnose of a global batch; arguments as of train_step."""
-  at, drops = _at(program, state, seen)
+  context, drops = _context(program, state, seen)
   scalars = tree.unflatten(tree.subtree({**state.trainable, **state.frozen}, "loss/"))
   feats = gradcache.embedded(
     functools.partial(features, program, state),
@@ -128,15 +126,15 @@ def diagnose(
     drops,
     microbatches=program.microbatches,
   )
-  with pairwise.engine(program.logits):
-    return diagnostics.diagnose(program.loss, scalars, state.loss, feats, batch, at)
+  return diagnostics.diagnose(program.loss, scalars, state.loss, feats, batch, context)
 
 
-def _at(program: Program, state: State, seen: jax.Array) -> tuple[At, jax.Array]:
-  """Where in training this step is, and the key of what the towers drop in it."""
+def _context(program: Program, state: State, seen: jax.Array) -> tuple[Context, jax.Array]:
+  """The loss's context of this step, and the key of the towers' dropout."""
   key = jax.random.fold_in(jax.random.key(program.seed), state.step)
   drops, draws = jax.random.split(key)
-  return At(state.step, state.step / program.total_steps, seen[0], seen[1], draws), drops
+  progress = state.step / program.total_steps
+  return Context(state.step, progress, seen[0], seen[1], draws, program.logits), drops
 
 
 def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -104,19 +104,20 @@ def pairs(
   t2i_recall@k: the own partner is among the first k, equal ones counted as behind it, so that a
   collapsed model has 1; the evaluator `retrieval` has chance there.
   """
-  own = pairwise.paired(zimg, ztxt)
+  engine = pairwise.DEFAULT  # not the run's own, whose precision is chosen for training
+  own = engine.paired(zimg, ztxt)
   slack = 4 * jnp.finfo(zimg.dtype).eps  # equal but for rounding is equal
 
   def tile(row, col, shared):
-    z = pairwise.products(row["img"], col["txt"])
+    z = engine.products(row["img"], col["txt"])
     other = row["valid"][:, None] & col["valid"][None, :] & ~pairwise.same(row, col)
 
     def spread(cosine):
       return jnp.where(other, 2 * t * cosine, -jnp.inf)
 
     return {
-      "img": spread(pairwise.products(row["img"], col["img"])),
-      "txt": spread(pairwise.products(row["txt"], col["txt"])),
+      "img": spread(engine.products(row["img"], col["img"])),
+      "txt": spread(engine.products(row["txt"], col["txt"])),
       "cross": spread(z),
       "i2t": (other & (z > row["own"][:, None] + slack)).astype(z.dtype),
       "t2i": (other & (z > col["own"][None, :] + slack)).astype(z.dtype),
@@ -124,7 +125,7 @@ def pairs(
 
   side = {"img": zimg, "txt": ztxt, "own": own, "valid": valid}
   kinds = {"img": "row_lse", "txt": "row_lse", "cross": "row_lse", "i2t": "row_sum"}
-  found = pairwise.reduce(tile, side, side, outputs={**kinds, "t2i": "col_sum"})
+  found = engine.reduce(tile, side, side, outputs={**kinds, "t2i": "col_sum"})
   n = valid.sum()
   img, txt, cross = (jax.nn.logsumexp(found[name]) for name in ("img", "txt", "cross"))
   paired = jax.nn.logsumexp(jnp.where(valid, 2 * t * own, -jnp.inf))
@@ -217,8 +218,7 @@ def geometry(
 
   def run(params: Any) -> dict[str, float]:
     embedded = embed(params)
-    # Not the run's own engine: its digits are those of training.
-    with jax.set_mesh(context.mesh), pairwise.engine(pairwise.Engine()):
+    with jax.set_mesh(context.mesh):
       found = sharding.block_on_cpu(find(embedded))
     if found["num_samples"] < 5:
       raise ValueError(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bigalign import config
 from bigalign.losses.albef import albef_itc
-from bigalign.losses.base import At, Loss, weighted_sum
+from bigalign.losses.base import Context, Loss, first_context, weighted_sum
 from bigalign.losses.clip import clip
 from bigalign.losses.clip_gap import clip_gap
 from bigalign.losses.distill import clip_distill, mobileclip_dr, siglip_distill
-from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import RecordingEngine
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
@@ -29,8 +27,9 @@ from bigalign.losses.sail import sail
 from bigalign.losses.siglip import siglip
 from bigalign.losses.sparc import sparc
 from bigalign.losses.unicl import unicl
+from bigalign.options import Choose, Component, resolve_value
 
-__all__ = ["LOSSES", "PROVIDES", "At", "Loss", "make_loss", "weighted_sum"]
+__all__ = ["LOSSES", "PROVIDES", "Context", "Loss", "first_context", "make_loss", "weighted_sum"]
 
 LOSSES = dict(
   albef_itc=albef_itc,
@@ -77,8 +76,23 @@ PROVIDES = dict(
 )
 
 
-def make_loss(terms: Mapping[str, Mapping[str, Any]]) -> Loss:
-  """dict(clip=dict(weight=1.0, label_smoothing=0.1), ...) -> their weighted sum.
+def weighted(*, weight: float = 1.0) -> None:
+  """The option that each term of config.loss has next to those of its loss.
+
+  Args:
+    weight: factor of the loss in the sum.
+  """
+
+
+LossTerms = Annotated[Mapping[str, Component], Choose(LOSSES, key="", shared=weighted)]
+
+
+def make_loss(terms: Mapping[str, Any]) -> Loss:
+  """The weighted sum of several losses.
+
+  Args:
+    terms: {name: options}, such as dict(clip=dict(weight=1.0, label_smoothing=0.1)), in plain
+      values or resolved.
 
   Raises:
     ValueError: for an unknown loss, or for none.
@@ -86,16 +100,15 @@ def make_loss(terms: Mapping[str, Mapping[str, Any]]) -> Loss:
   """
   if not terms:
     raise ValueError(f"config.loss is empty; known losses: {sorted(LOSSES)}")
-  for name, options in terms.items():
-    if not isinstance(options, Mapping):
-      raise TypeError(f"config.loss.{name}={options!r} must be a dict: dict(weight={options!r})")
-  return weighted_sum({name: _term(name, **options) for name, options in terms.items()})
+  resolved = resolve_value(LossTerms, terms, "config.loss")
+  return weighted_sum({name: _term(component) for name, component in resolved.items()})
 
 
-def _term(name: str, *, weight: float = 1.0, **options: Any) -> tuple[float, Loss]:
+def _term(component: Component) -> tuple[float, Loss]:
   """(weight, loss) of one entry of the config."""
-  factory = config.choose(LOSSES, name, "config.loss")
-  return weight, config.call(factory, options, f"config.loss.{name}")
+  options = dict(component.options)
+  weight = options.pop("weight")
+  return weight, component.function(**options)
 
 
 def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
@@ -131,14 +144,13 @@ def summary(
   """What a run with this loss needs, in a line: fields, what its logits bring by, and bytes that it
   remembers. feats, batch: shapes of what `loss.apply` gets."""
   params, state = jax.eval_shape(lambda: loss.init(sizes))
-  zero = jnp.zeros(())
-  at = At(jnp.zeros((), jnp.int32), zero, zero, zero, jax.random.key(0))
+  engine = RecordingEngine()
 
   def value(params: Any, state: Any, feats: Any, batch: Any) -> Any:
-    return loss.apply(params, state, feats, batch, at)
+    return loss.apply(params, state, feats, batch, first_context(engine))
 
-  with pairwise.watched() as columns:
-    jax.eval_shape(value, params, state, feats, batch)
+  jax.eval_shape(value, params, state, feats, batch)
+  columns = engine.floats_per_column
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   needs = [f"{need} ({', '.join(PROVIDES[need])})" for need in sorted(loss.needs)]
   terms = " + ".join(f"{weight:g} {name}" for name, (weight, _) in loss.terms.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bigalign import config
+from bigalign import checks
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
 
@@ -37,7 +37,7 @@ def albef_itc(
     local_keys: None: the keys of the whole batch. The release sees those of one worker only: so
       many neighbours of the batch (and the queue); the larger set of negatives is our default.
   """
-  config.known("config.loss.albef_itc.positives", positives, ("pair", "ids"))
+  checks.known("config.loss.albef_itc.positives", positives, ("pair", "ids"))
   for name, value in (("queue_size", queue_size), ("local_keys", local_keys)):
     if value is not None and value < 1:
       raise ValueError(f"config.loss.albef_itc.{name}={value} must be at least 1")
@@ -55,7 +55,7 @@ def albef_itc(
       state["ids"] = jnp.full((queue_size, 2), NO_ID, jnp.uint32)
     return {"temperature": jnp.asarray(temperature_init, jnp.float32)}, state
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     size = len(feats["zimg"])
     if queue_size % size:
       raise ValueError(
@@ -66,11 +66,17 @@ def albef_itc(
     if positives == "ids":
       new["ids"] = batch["image_id"]
     keys = {name: jnp.concatenate([x, state[name]]) for name, x in new.items()}
-    share = alpha * jnp.minimum(at.epochs, 1.0).astype(feats["zimg"].dtype)
+    share = alpha * jnp.minimum(context.epochs, 1.0).astype(feats["zimg"].dtype)
     shared = {"temperature": params["temperature"], "alpha": share}
     i2t, t2i = (
       _cross_entropy(
-        feats[f"z{own}"], new[own], keys[other], keys.get("ids"), shared, local_keys or size
+        feats[f"z{own}"],
+        new[own],
+        keys[other],
+        keys.get("ids"),
+        shared,
+        local_keys or size,
+        context.engine,
       )
       for own, other in (("img", "txt"), ("txt", "img"))
     )
@@ -96,7 +102,7 @@ def _enqueue(state, new):
   return {**queues, "next": (start + size) % length}
 
 
-def _cross_entropy(z, teacher, keys, ids, shared, group):
+def _cross_entropy(z, teacher, keys, ids, shared, group, engine):
   """[]: of anchors [B, E] and keys [B + K, E], of which the first B belong to the anchors.
 
   teacher: [B, E], the averaged model's anchors. ids: [B + K, 2] of the keys, or None. group: number
@@ -106,10 +112,10 @@ def _cross_entropy(z, teacher, keys, ids, shared, group):
 
   def targets(row, col, shared):
     """The averaged model's logits, -inf for keys that the row does not see."""
-    near = row["at"][:, None] // group == col["at"][None, :] // group
-    seen = near | (col["at"] >= size)[None, :]
+    near = row["batch_index"][:, None] // group == col["batch_index"][None, :] // group
+    seen = near | (col["batch_index"] >= size)[None, :]
     temperature = jax.lax.stop_gradient(shared["temperature"])
-    logits = jax.lax.stop_gradient(pairwise.products(row["teacher"], col["key"])) / temperature
+    logits = jax.lax.stop_gradient(engine.products(row["teacher"], col["key"])) / temperature
     match = seen & pairwise.same(row, col)
     if ids is not None:
       match = seen & (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
@@ -123,7 +129,7 @@ def _cross_entropy(z, teacher, keys, ids, shared, group):
   if ids is not None:
     rows, columns = rows | {"id": ids[:size]}, columns | {"id": ids}
   found = jax.lax.stop_gradient(
-    pairwise.reduce(
+    engine.reduce(
       counts,
       rows,
       columns,
@@ -135,15 +141,15 @@ def _cross_entropy(z, teacher, keys, ids, shared, group):
   def tile(row, col, shared):
     seen, match, logits = targets(row, col, shared)
     # Relative to the positive: else the loss would be lost in the digits of 1 / temperature.
-    z = (pairwise.products(row["z"], col["key"]) - row["positive"][:, None]) / shared["temperature"]
+    z = (engine.products(row["z"], col["key"]) - row["positive"][:, None]) / shared["temperature"]
     truth = match / row["matches"][:, None]
     own = jnp.exp(logits - row["norm"][:, None])
     wanted = (shared["alpha"] * own + (1 - shared["alpha"]) * truth) * z
     other = seen & ~pairwise.same(row, col)
     return {"others": jnp.where(other, z, -jnp.inf), "wanted": jnp.where(other, wanted, 0)}
 
-  positive = pairwise.paired(z, keys[:size])
-  out = pairwise.reduce(
+  positive = engine.paired(z, keys[:size])
+  out = engine.reduce(
     tile,
     rows | found | {"z": z, "positive": positive},
     columns,

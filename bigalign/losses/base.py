@@ -8,19 +8,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bigalign.losses.engine.pairwise import DEFAULT, Engine
+
 Params = dict[str, Any]  # learned scalars, float32
 State = dict[str, Any]  # what a loss remembers between steps, never differentiated
 Features = Mapping[str, jax.Array]
 
 
-class At(NamedTuple):
-  """Where in training a step is: what schedules and random draws of a loss depend on."""
+class Context(NamedTuple):
+  """What a loss may read beyond features and batch: the time in training, a key, the engine."""
 
   step: jax.Array  # [] int32, updates done
   progress: jax.Array  # [] float32 in [0, 1], share of all updates that are done
-  samples: jax.Array  # [] float32, samples seen
+  samples_seen: jax.Array  # [] float32
   epochs: jax.Array  # [] float32, passes over the data done; whole numbers are exact
   key: jax.Array  # a JAX key of this step
+  engine: Engine  # forms the B x B logits
+
+
+def first_context(engine: Engine = DEFAULT, seed: int = 0) -> Context:
+  """The context of a run's first step, to apply a loss outside of a run."""
+  zero = jnp.zeros(())
+  return Context(jnp.zeros((), jnp.int32), zero, zero, zero, jax.random.key(seed), engine)
 
 
 class Loss(NamedTuple):
@@ -29,7 +38,7 @@ class Loss(NamedTuple):
   needs: what it reads beyond zimg and ztxt, names of `PROVIDES` in losses/__init__.py.
   init: (sizes) -> (params, state); sizes holds the number of ids, {"image": n, "text": m}, and the
     width E of the embeddings, "embed".
-  apply: (params, state, feats, batch, at) -> (objective, (state, metrics)).
+  apply: (params, state, feats, batch, context) -> (objective, (state, metrics)).
     feats: zimg, ztxt [B, E], unit norm, float32; for "raw" also raw_img, raw_txt [B, E] before
     normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L]; for
     "second_text" ztxt_second [B, E], of another caption of the same image; for "ema_teacher"
@@ -45,7 +54,9 @@ class Loss(NamedTuple):
 
   needs: frozenset[str]
   init: Callable[[Mapping[str, int]], tuple[Params, State]]
-  apply: Callable[[Params, State, Features, Mapping[str, jax.Array], At], tuple[jax.Array, Any]]
+  apply: Callable[
+    [Params, State, Features, Mapping[str, jax.Array], Context], tuple[jax.Array, Any]
+  ]
   constrain: Callable[[Params, Params], Params] = lambda params, before: params
   terms: Mapping[str, tuple[float, Loss]] = {}
 
@@ -61,14 +72,14 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     both = {name: loss.init(sizes) for name, (_, loss) in terms.items()}
     return {k: p for k, (p, _) in both.items()}, {k: s for k, (_, s) in both.items()}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     objective = jnp.zeros((), jnp.float32)
     value = jnp.zeros((), jnp.float32)
     states: State = {}
     metrics: dict[str, jax.Array] = {}
     for name, (weight, loss) in terms.items():
       term, (states[name], logs) = loss.apply(
-        params.get(name, {}), state.get(name, {}), feats, batch, at
+        params.get(name, {}), state.get(name, {}), feats, batch, context
       )
       objective += weight * term
       value += weight * logs["loss"]

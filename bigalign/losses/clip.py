@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.engine.tiles import Arrays
 
 
@@ -26,15 +27,15 @@ def above_positives(z: jax.Array, row: Arrays, col: Arrays, scale: jax.Array) ->
 
 
 def above_positives_lse(
-  zimg: jax.Array, ztxt: jax.Array, scale: jax.Array
+  zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, *, engine: Engine
 ) -> tuple[jax.Array, jax.Array]:
   """[B, E], [B, E] -> [B] per image and [B] per text: the lse of all other logits above its own."""
-  positive = pairwise.paired(zimg, ztxt)  # [B]
+  positive = engine.paired(zimg, ztxt)  # [B]
 
   def tile(row, col, shared):
-    return above_positives(pairwise.products(row["z"], col["z"]), row, col, shared["scale"])
+    return above_positives(engine.products(row["z"], col["z"]), row, col, shared["scale"])
 
-  found = pairwise.reduce(
+  found = engine.reduce(
     tile,
     {"z": zimg, "positive": positive},
     {"z": ztxt, "positive": positive},
@@ -44,9 +45,9 @@ def above_positives_lse(
   return found["i2t"], found["t2i"]
 
 
-def contrast(zimg: jax.Array, ztxt: jax.Array, scale: jax.Array) -> jax.Array:
+def contrast(zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, *, engine: Engine) -> jax.Array:
   """[]: the loss without smoothing."""
-  i2t, t2i = above_positives_lse(zimg, ztxt, scale)
+  i2t, t2i = above_positives_lse(zimg, ztxt, scale, engine=engine)
   return (jax.nn.softplus(i2t).mean() + jax.nn.softplus(t2i).mean()) / 2
 
 
@@ -71,12 +72,12 @@ def clip(
   def init(sizes):
     return temperature.init(t_init, b_init=b_init), {}
 
-  def apply(params, state, feats, batch, at):
-    zimg, ztxt = feats["zimg"], feats["ztxt"]
+  def apply(params, state, feats, batch, context):
+    zimg, ztxt, engine = feats["zimg"], feats["ztxt"], context.engine
     scale = jnp.exp(params["t"])
     # The mean of all cosines above that of the positives.
-    even = jnp.sum(zimg.mean(0) * ztxt.mean(0)) - pairwise.paired(zimg, ztxt).mean()
-    loss = contrast(zimg, ztxt, scale) - label_smoothing * scale * even
+    even = jnp.sum(zimg.mean(0) * ztxt.mean(0)) - engine.paired(zimg, ztxt).mean()
+    loss = contrast(zimg, ztxt, scale, engine=engine) - label_smoothing * scale * even
     return loss, (state, {"loss": loss, "contrastive_loss": loss, "logit_scale": scale})
 
   return Loss(frozenset(), init, apply, temperature.clamped(t_max))

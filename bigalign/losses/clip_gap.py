@@ -49,32 +49,33 @@ def clip_gap(
   def init(sizes):
     return temperature.init(t_init, learned=t_learned), {}
 
-  def tile(row, col, shared):
-    other = ~pairwise.same(row, col)
-
-    def gauss(a, b, z):
-      square = row[f"{a}_square"][:, None] + col[f"{b}_square"][None, :] - 2 * z
-      return jnp.where(other, -t * square, -jnp.inf)
-
-    z = pairwise.products(row["img"], col["txt"])
-    within = {k: gauss(k, k, pairwise.products(row[k], col[k])) for k in ("img", "txt")}
-    return {
-      **above_positives(z, row, col, shared["scale"]),
-      **within,
-      "cross": gauss("img", "txt", z),
-    }
-
-  def apply(params, state, feats, batch, at):
-    zimg, ztxt = feats["zimg"], feats["ztxt"]
+  def apply(params, state, feats, batch, context):
+    zimg, ztxt, engine = feats["zimg"], feats["ztxt"], context.engine
     scale = temperature.scale(params, t_init, zimg)
     pairs = {
       "img": zimg,
       "txt": ztxt,
-      "positive": pairwise.paired(zimg, ztxt),
-      "img_square": pairwise.paired(zimg, zimg),
-      "txt_square": pairwise.paired(ztxt, ztxt),
+      "positive": engine.paired(zimg, ztxt),
+      "img_square": engine.paired(zimg, zimg),
+      "txt_square": engine.paired(ztxt, ztxt),
     }
-    found = pairwise.reduce(tile, pairs, pairs, {"scale": scale}, outputs=OUTPUTS)
+
+    def tile(row, col, shared):
+      other = ~pairwise.same(row, col)
+
+      def gauss(a, b, z):
+        square = row[f"{a}_square"][:, None] + col[f"{b}_square"][None, :] - 2 * z
+        return jnp.where(other, -t * square, -jnp.inf)
+
+      z = engine.products(row["img"], col["txt"])
+      within = {k: gauss(k, k, engine.products(row[k], col[k])) for k in ("img", "txt")}
+      return {
+        **above_positives(z, row, col, shared["scale"]),
+        **within,
+        "cross": gauss("img", "txt", z),
+      }
+
+    found = engine.reduce(tile, pairs, pairs, {"scale": scale}, outputs=OUTPUTS)
 
     def log_mean(name):
       return jax.nn.logsumexp(found[name]) - math.log(len(zimg) * (len(zimg) - 1))

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigalign.losses.base import At, Loss
+from bigalign.losses.base import Context, Loss
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.per_sample import global_contrastive as gcl
 from bigalign.losses.per_sample import tables
 
@@ -25,7 +26,7 @@ def diagnose(
   state: Any,
   feats: Mapping[str, jax.Array],
   batch: Mapping[str, jax.Array],
-  at: At,
+  context: Context,
 ) -> dict[str, jax.Array]:
   """Scalars of one batch, from the arguments of `loss.apply`, a weighted sum.
 
@@ -41,11 +42,11 @@ def diagnose(
       temperatures that are kept per sample; "temperature/image/0.01-0.02", …: a histogram of them,
       the share of the batch that lies there.
   """
-  found = {**_negatives(loss, params, feats), **_temperatures(state, batch)}
+  found = {**_negatives(loss, params, feats, context.engine), **_temperatures(state, batch)}
   if len(loss.terms) > 1:
     norms = {
       name: weight
-      * _gradient_norm(term, params.get(name, {}), state.get(name, {}), feats, batch, at)
+      * _gradient_norm(term, params.get(name, {}), state.get(name, {}), feats, batch, context)
       for name, (weight, term) in loss.terms.items()
     }
     whole = sum(norms.values())
@@ -53,13 +54,15 @@ def diagnose(
   return found
 
 
-def _negatives(loss: Loss, params: Any, feats: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _negatives(
+  loss: Loss, params: Any, feats: Mapping[str, jax.Array], engine: Engine
+) -> dict[str, jax.Array]:
   zimg, ztxt = (jax.lax.stop_gradient(feats[k]) for k in ("zimg", "ztxt"))
   scales = [jnp.exp(params[name]["t"]) for name in loss.terms if "t" in params.get(name, {})]
-  own = pairwise.paired(zimg, ztxt)
+  own = engine.paired(zimg, ztxt)
 
   def tile(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
-    s = jnp.where(pairwise.same(row, col), -jnp.inf, pairwise.products(row["z"], col["z"]))
+    s = jnp.where(pairwise.same(row, col), -jnp.inf, engine.products(row["z"], col["z"]))
     scale = shared["scale"]
     return {
       "image": s,
@@ -68,7 +71,7 @@ def _negatives(loss: Loss, params: Any, feats: Mapping[str, jax.Array]) -> dict[
       "text_lse": scale * (s - col["own"][None, :]),
     }
 
-  best = pairwise.reduce(
+  best = engine.reduce(
     tile,
     {"z": zimg, "own": own},
     {"z": ztxt, "own": own},
@@ -90,10 +93,12 @@ def _gradient_norm(
   state: Any,
   feats: Mapping[str, jax.Array],
   batch: Mapping[str, jax.Array],
-  at: At,
+  context: Context,
 ) -> jax.Array:
   real = {k: x for k, x in feats.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-  grads = jax.grad(lambda real: term.apply(params, state, {**feats, **real}, batch, at)[0])(real)
+  grads = jax.grad(lambda real: term.apply(params, state, {**feats, **real}, batch, context)[0])(
+    real
+  )
   return jnp.sqrt(sum(jnp.vdot(g, g) for g in grads.values()))
 
 

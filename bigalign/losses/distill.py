@@ -8,11 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bigalign import config
+from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 
 
 class Teacher(NamedTuple):
@@ -23,10 +24,12 @@ class Teacher(NamedTuple):
   scale: float
   bias: float = 0.0
 
-  def logits(self, row: Mapping[str, jax.Array], col: Mapping[str, jax.Array]) -> jax.Array:
+  def logits(
+    self, row: Mapping[str, jax.Array], col: Mapping[str, jax.Array], *, engine: Engine
+  ) -> jax.Array:
     """[n, m] of a tile whose rows and columns hold "teacher" [n, D], [m, D]."""
     x, y = (side["teacher"][:, self.start : self.stop] for side in (row, col))
-    return jax.lax.stop_gradient(self.scale * pairwise.products(x, y) + self.bias)
+    return jax.lax.stop_gradient(self.scale * engine.products(x, y) + self.bias)
 
 
 def clip_distill(
@@ -52,11 +55,17 @@ def clip_distill(
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     scale = jnp.exp(params["t"])
     teachers = _teachers("clip_distill", batch["teacher_img"], None, (teacher_scale,), (0.0,))
     hard, soft = _hard_and_soft(
-      feats["zimg"], feats["ztxt"], scale, batch["teacher_img"], batch["teacher_txt"], teachers
+      feats["zimg"],
+      feats["ztxt"],
+      scale,
+      batch["teacher_img"],
+      batch["teacher_txt"],
+      teachers,
+      engine=context.engine,
     )
     loss = w_hard * hard + w_soft * soft
     logs = {"contrastive_loss": hard, "distill_loss": soft, "logit_scale": scale}
@@ -96,7 +105,7 @@ def mobileclip_dr(
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     scale = jnp.exp(params["t"])
     teachers = _teachers(
       "mobileclip_dr", batch["teacher_img"], teacher_dims, teacher_scales, no_bias
@@ -105,7 +114,15 @@ def mobileclip_dr(
     if second_text:
       texts.append((feats["ztxt_second"], batch["teacher_txt_second"]))
     parts = [
-      _hard_and_soft(feats["zimg"], z, scale, batch["teacher_img"], teacher, teachers)
+      _hard_and_soft(
+        feats["zimg"],
+        z,
+        scale,
+        batch["teacher_img"],
+        teacher,
+        teachers,
+        engine=context.engine,
+      )
       for z, teacher in texts
     ]
     hard, soft = (sum(x) for x in zip(*parts))
@@ -142,7 +159,7 @@ def siglip_distill(
       softplus(-(2q - 1) logit), which MobileCLIP2 released (https://arxiv.org/abs/2508.20691); its
       optimum is at an infinite logit unless q is 1/2, so the default is "bce".
   """
-  config.known("config.loss.siglip_distill.form", form, ("bce", "signed"))
+  checks.known("config.loss.siglip_distill.form", form, ("bce", "signed"))
   if not 0 <= soft_share <= 1:
     raise ValueError(f"config.loss.siglip_distill.soft_share={soft_share} must be between 0 and 1")
   _check_teachers("siglip_distill", teacher_dims, teacher_scales, teacher_biases)
@@ -150,16 +167,16 @@ def siglip_distill(
   def init(sizes):
     return temperature.init(t_init, b_init=b_init), {}
 
-  def apply(params, state, feats, batch, at):
-    scale = jnp.exp(params["t"])
+  def apply(params, state, feats, batch, context):
+    engine, scale = context.engine, jnp.exp(params["t"])
     teachers = _teachers(
       "siglip_distill", batch["teacher_img"], teacher_dims, teacher_scales, teacher_biases
     )
 
     def tile(row, col, shared):
-      logits = shared["scale"] * pairwise.products(row["z"], col["z"]) + shared["bias"]
+      logits = shared["scale"] * engine.products(row["z"], col["z"]) + shared["bias"]
       hard = jax.nn.softplus(jnp.where(pairwise.same(row, col), -logits, logits))
-      of_teachers = [teacher.logits(row, col) for teacher in teachers]
+      of_teachers = [teacher.logits(row, col, engine=engine) for teacher in teachers]
       if form == "signed":
         sign = _mean([jnp.tanh(x / 2) for x in of_teachers])  # 2q - 1
         soft = jax.nn.softplus(-sign * logits)
@@ -172,7 +189,7 @@ def siglip_distill(
     rows = {"z": feats["zimg"], "teacher": batch["teacher_img"].astype(dtype)}
     columns = {"z": feats["ztxt"], "teacher": batch["teacher_txt"].astype(dtype)}
     shared = {"scale": scale, "bias": params["b"]}
-    loss = pairwise.total(tile, rows, columns, shared, fixed={"teacher"}) / len(feats["zimg"])
+    loss = engine.total(tile, rows, columns, shared, fixed={"teacher"}) / len(feats["zimg"])
     return loss, (state, {"loss": loss, "logit_scale": scale, "logit_bias": params["b"]})
 
   return Loss(frozenset({"teacher"}), init, apply, temperature.clamped(t_max))
@@ -185,6 +202,8 @@ def _hard_and_soft(
   teacher_img: jax.Array,
   teacher_txt: jax.Array,
   teachers: Sequence[Teacher],
+  *,
+  engine: Engine,
 ) -> tuple[jax.Array, jax.Array]:
   """CLIP's loss [] and the cross-entropy [] to the mean probability of the teachers.
 
@@ -195,26 +214,26 @@ def _hard_and_soft(
   ways |= {f"t2i{k}": "col_lse" for k in range(len(teachers))}
 
   def of_teachers(row, col, shared):
-    logits = [teacher.logits(row, col) for teacher in teachers]
+    logits = [teacher.logits(row, col, engine=engine) for teacher in teachers]
     return {way: logits[int(way[3:])] for way in ways}
 
   norms = jax.lax.stop_gradient(
-    pairwise.reduce(of_teachers, {"teacher": x}, {"teacher": y}, outputs=ways)
+    engine.reduce(of_teachers, {"teacher": x}, {"teacher": y}, outputs=ways)
   )
-  positive = pairwise.paired(zimg, ztxt)  # [B]
+  positive = engine.paired(zimg, ztxt)  # [B]
 
   def tile(row, col, shared):
-    above = above_positives(pairwise.products(row["z"], col["z"]), row, col, shared["scale"])
+    above = above_positives(engine.products(row["z"], col["z"]), row, col, shared["scale"])
     # Its own positive is 0 above itself, whatever the teachers give it.
     i2t, t2i = (jnp.where(pairwise.same(row, col), 0, above[way]) for way in ("i2t", "t2i"))
-    logits = [teacher.logits(row, col) for teacher in teachers]
+    logits = [teacher.logits(row, col, engine=engine) for teacher in teachers]
     p = _mean([jnp.exp(v - row[f"i2t{k}"][:, None]) for k, v in enumerate(logits)])
     q = _mean([jnp.exp(v - col[f"t2i{k}"][None, :]) for k, v in enumerate(logits)])
     return {**above, "wanted": p * i2t + q * t2i}
 
   rows = {"z": zimg, "positive": positive, "teacher": x}
   columns = {"z": ztxt, "positive": positive, "teacher": y}
-  found = pairwise.reduce(
+  found = engine.reduce(
     tile,
     rows | {way: norms[way] for way in ways if way.startswith("i2t")},
     columns | {way: norms[way] for way in ways if way.startswith("t2i")},

@@ -42,9 +42,10 @@ def focal_itc(
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     scale = jnp.exp(params["t"])
-    i2t, t2i = (anchors(x).mean() for x in above_positives_lse(feats["zimg"], feats["ztxt"], scale))
+    above = above_positives_lse(feats["zimg"], feats["ztxt"], scale, engine=context.engine)
+    i2t, t2i = (anchors(x).mean() for x in above)
     loss = (i2t + t2i) / 2
     return loss, (state, {"loss": loss, "i2t": i2t, "t2i": t2i, "logit_scale": scale})
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import DEFAULT, Engine
 
 
 def cloc_region(
@@ -15,6 +15,8 @@ def cloc_region(
   mask: jax.Array,
   phrase_id: jax.Array,
   scale: jax.Array,
+  *,
+  engine: Engine = DEFAULT,
 ) -> tuple[jax.Array, jax.Array]:
   """Contrast of image regions and their phrases, after CLOC (https://arxiv.org/abs/2410.02746).
 
@@ -33,17 +35,17 @@ def cloc_region(
   """
   zr, zp = (rearrange(x, "b m d -> (b m) d") for x in (regions, phrases))
   real, ids = (rearrange(x, "b m -> (b m)") for x in (mask != 0, phrase_id))
-  both = {"positive": pairwise.paired(zr, zp), "real": real, "id": ids}
+  both = {"positive": engine.paired(zr, zp), "real": real, "id": ids}
 
   def tile(row, col, shared):
-    z = pairwise.products(row["z"], col["z"])
+    z = engine.products(row["z"], col["z"])
     seen = row["real"][:, None] & col["real"][None, :] & (row["id"][:, None] != col["id"][None, :])
     # Relative to the positive: at a scale of 100 the loss would be lost in 100 - 100.
     i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
     scale = shared["scale"]
     return {k: jnp.where(seen, scale * v, -jnp.inf) for k, v in (("r2t", i2t), ("t2r", t2i))}
 
-  found = pairwise.reduce(
+  found = engine.reduce(
     tile,
     {"z": zr, **both},
     {"z": zp, **both},

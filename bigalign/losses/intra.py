@@ -11,6 +11,7 @@ from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 from bigalign.sphere import unit
 
 BOTH = {"i2t": "row_lse", "t2i": "col_lse"}
@@ -21,9 +22,9 @@ def _contrast(found):
   return tuple(jax.nn.softplus(found[k]).mean() for k in ("i2t", "t2i"))
 
 
-def _pairs(feats):
+def _pairs(feats, engine: Engine):
   """Both sides of a sweep in which every tile can compare any modality with any."""
-  positive = pairwise.paired(feats["zimg"], feats["ztxt"])
+  positive = engine.paired(feats["zimg"], feats["ztxt"])
   return {"img": feats["zimg"], "txt": feats["ztxt"], "positive": positive}
 
 
@@ -52,15 +53,17 @@ def cyclip(
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def tile(row, col, shared):
-    i2t = pairwise.products(row["img"], col["txt"])
-    cross = i2t - pairwise.products(row["txt"], col["img"])
-    within = pairwise.products(row["img"], col["img"]) - pairwise.products(row["txt"], col["txt"])
-    return {**above_positives(i2t, row, col, shared["scale"]), "in": within**2, "cross": cross**2}
+  def apply(params, state, feats, batch, context):
+    engine, scale = context.engine, jnp.exp(params["t"])
+    pairs = _pairs(feats, engine)
 
-  def apply(params, state, feats, batch, at):
-    scale, pairs = jnp.exp(params["t"]), _pairs(feats)
-    found = pairwise.reduce(
+    def tile(row, col, shared):
+      i2t = engine.products(row["img"], col["txt"])
+      cross = i2t - engine.products(row["txt"], col["img"])
+      within = engine.products(row["img"], col["img"]) - engine.products(row["txt"], col["txt"])
+      return {**above_positives(i2t, row, col, shared["scale"]), "in": within**2, "cross": cross**2}
+
+    found = engine.reduce(
       tile, pairs, pairs, {"scale": scale}, outputs={**BOTH, "in": "row_sum", "cross": "row_sum"}
     )
     clip = sum(_contrast(found)) / 2
@@ -102,18 +105,20 @@ def alignclip(
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def tile(row, col, shared):
-    scale = shared["scale"]
-    values = above_positives(pairwise.products(row["img"], col["txt"]), row, col, scale)
-    unlike = 1 - pairwise.products(row["sentence"], col["sentence"])
-    for name, modality in chosen.items():
-      z = unlike * pairwise.products(row[modality], col[modality])
-      values[name] = _above(z, row, col, scale)
-    return values
+  def apply(params, state, feats, batch, context):
+    engine, scale = context.engine, jnp.exp(params["t"])
+    pairs = {**_pairs(feats, engine), "sentence": unit(batch["teacher_txt"])}
 
-  def apply(params, state, feats, batch, at):
-    scale, pairs = jnp.exp(params["t"]), {**_pairs(feats), "sentence": unit(batch["teacher_txt"])}
-    found = pairwise.reduce(
+    def tile(row, col, shared):
+      scale = shared["scale"]
+      values = above_positives(engine.products(row["img"], col["txt"]), row, col, scale)
+      unlike = 1 - engine.products(row["sentence"], col["sentence"])
+      for name, modality in chosen.items():
+        z = unlike * engine.products(row[modality], col[modality])
+        values[name] = _above(z, row, col, scale)
+      return values
+
+    found = engine.reduce(
       tile,
       pairs,
       pairs,
@@ -153,17 +158,19 @@ def clip_intra_neg(
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def tile(row, col, shared):
-    scale = shared["scale"]
-    values = above_positives(pairwise.products(row["img"], col["txt"]), row, col, scale)
-    for modality, weight in weights.items():
-      z = pairwise.products(row[modality], col[modality])
-      values[modality] = _above(z, row, col, scale) + math.log(weight)
-    return values
+  def apply(params, state, feats, batch, context):
+    engine, scale = context.engine, jnp.exp(params["t"])
+    pairs = _pairs(feats, engine)
 
-  def apply(params, state, feats, batch, at):
-    scale, pairs = jnp.exp(params["t"]), _pairs(feats)
-    found = pairwise.reduce(
+    def tile(row, col, shared):
+      scale = shared["scale"]
+      values = above_positives(engine.products(row["img"], col["txt"]), row, col, scale)
+      for modality, weight in weights.items():
+        z = engine.products(row[modality], col[modality])
+        values[modality] = _above(z, row, col, scale) + math.log(weight)
+      return values
+
+    found = engine.reduce(
       tile, pairs, pairs, {"scale": scale}, outputs={**BOTH, **dict.fromkeys(weights, "row_lse")}
     )
     for direction, modality in (("i2t", "img"), ("t2i", "txt")):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bigalign import config, sharding
+from bigalign import checks, sharding
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.mixup import two_positives
 from bigalign.sphere import unit
 
@@ -44,6 +45,8 @@ def mixed_direction(
   partner: jax.Array,
   scale: jax.Array,
   parts: int = 1,
+  *,
+  engine: Engine,
 ) -> jax.Array:
   """[]: rows of `a` [B, E], mixed before they are normalised, against those of `c` [B, E].
 
@@ -51,11 +54,16 @@ def mixed_direction(
   """
   of_first = share[:, None]
   mixed = unit(of_first * a + (1 - of_first) * permuted(a, partner, parts))
-  return two_positives(mixed, unit(c), scale, share, 1 - share, partner)
+  return two_positives(mixed, unit(c), scale, share, 1 - share, partner, engine=engine)
 
 
 def soft_direction(
-  a: jax.Array, c: jax.Array, scale: jax.Array, detach_targets: bool = False
+  a: jax.Array,
+  c: jax.Array,
+  scale: jax.Array,
+  detach_targets: bool = False,
+  *,
+  engine: Engine,
 ) -> jax.Array:
   """[]: logits of [B, E] and [B, E], both ways, against the targets softmax(scale c c^T)."""
   a, c = unit(a), unit(c)
@@ -64,23 +72,23 @@ def soft_direction(
     return jax.lax.stop_gradient(x) if detach_targets else x
 
   def of_targets(row, col, shared):
-    return shared["scale"] * pairwise.products(kept(row["c"]), kept(col["c"]))
+    return shared["scale"] * engine.products(kept(row["c"]), kept(col["c"]))
 
   def statistics(row, col, shared):
-    z = pairwise.products(row["a"], col["c"])
+    z = engine.products(row["a"], col["c"])
     above = above_positives(z, row, col, shared["scale"])
     return {**above, "targets": of_targets(row, col, shared)}
 
   def expected(row, col, shared):
     """Targets times logits above the positive's, both ways; a positive adds 0."""
-    z, own = pairwise.products(row["a"], col["c"]), of_targets(row, col, shared)
+    z, own = engine.products(row["a"], col["c"]), of_targets(row, col, shared)
     forth = jnp.exp(own - row["norm"][:, None]) * (z - row["positive"][:, None])
     back = jnp.exp(own - col["norm"][None, :]) * (z - col["positive"][None, :])
     return {"both": jnp.where(pairwise.same(row, col), 0, shared["scale"] * (forth + back))}
 
-  positive = pairwise.paired(a, c)
+  positive = engine.paired(a, c)
   rows, columns = {"a": a, "c": c, "positive": positive}, {"c": c, "positive": positive}
-  found = pairwise.reduce(
+  found = engine.reduce(
     statistics,
     rows,
     columns,
@@ -88,7 +96,7 @@ def soft_direction(
     outputs={"i2t": "row_lse", "t2i": "col_lse", "targets": "row_lse"},
   )
   norm = {"norm": kept(found["targets"])}
-  matched = pairwise.total(expected, rows | norm, columns | norm, {"scale": scale}) / len(a)
+  matched = engine.total(expected, rows | norm, columns | norm, {"scale": scale}) / len(a)
   return sum(jax.nn.softplus(found[k]).mean() for k in ("i2t", "t2i")) / 2 - matched / 2
 
 
@@ -119,27 +127,34 @@ def m3co(
       detach_targets; the authors' 0.33. None: never.
   """
   where = "config.loss.m3co"
-  config.known(f"{where}.perm_scope", perm_scope, PERM_SCOPES)
+  checks.known(f"{where}.perm_scope", perm_scope, PERM_SCOPES)
   if not alpha > 0:
     raise ValueError(f"{where}.alpha={alpha!r} of a Beta distribution: above 0")
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     img, txt = feats["raw_img"], feats["raw_txt"]
     parts = sharding.batch_parts() if perm_scope == "shard" else 1
 
     def mixed():
       scale = jnp.asarray(1 / tau, img.dtype)
       loss = jnp.zeros((), img.dtype)
-      for key, a, c in zip(jax.random.split(at.key), (img, txt), (txt, img)):
+      for key, a, c in zip(jax.random.split(context.key), (img, txt), (txt, img)):
         share, partner = draw(key, len(a), alpha=alpha, probability=probability, parts=parts)
-        loss += mixed_direction(a, c, share.astype(a.dtype), partner, scale, parts)
+        loss += mixed_direction(
+          a, c, share.astype(a.dtype), partner, scale, parts, engine=context.engine
+        )
       return loss
 
     def soft():
       scale = jnp.asarray(1 / soft_tau, img.dtype)
-      return sum(soft_direction(a, c, scale, detach_targets) for a, c in ((img, txt), (txt, img)))
+      return sum(
+        soft_direction(a, c, scale, detach_targets, engine=context.engine)
+        for a, c in ((img, txt), (txt, img))
+      )
 
-    loss = mixed() if soft_after is None else jax.lax.cond(at.progress < soft_after, mixed, soft)
+    loss = (
+      mixed() if soft_after is None else jax.lax.cond(context.progress < soft_after, mixed, soft)
+    )
     return loss, (state, {"loss": loss})
 
   return Loss(frozenset({"raw"}), lambda sizes: ({}, {}), apply)
@@ -156,12 +171,12 @@ def softclip_m3co(*, tau: float = 0.125, detach_targets: bool = False) -> Loss:
     detach_targets: no gradient through targets; in the authors' code there is one.
   """
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     img, txt = feats["raw_img"], feats["raw_txt"]
     scale = jnp.asarray(1 / tau, img.dtype)
     parts = {
-      "img_to_txt": soft_direction(img, txt, scale, detach_targets),
-      "txt_to_img": soft_direction(txt, img, scale, detach_targets),
+      "img_to_txt": soft_direction(img, txt, scale, detach_targets, engine=context.engine),
+      "txt_to_img": soft_direction(txt, img, scale, detach_targets, engine=context.engine),
     }
     loss = sum(parts.values())
     return loss, (state, {"loss": loss, **parts})

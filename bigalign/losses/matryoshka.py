@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigalign import config
+from bigalign import checks
 from bigalign.losses.base import Loss
+from bigalign.options import call
 from bigalign.sphere import unit
 
 REDUCTIONS = ("sum", "mean")
@@ -41,10 +42,10 @@ def matryoshka(
   from bigalign.losses import LOSSES
 
   where = "config.loss.matryoshka"
-  loss = config.call(
-    config.choose(LOSSES, base, f"{where}.base"), base_options or {}, f"{where}.base_options"
+  loss = call(
+    checks.choose(LOSSES, base, f"{where}.base"), base_options or {}, f"{where}.base_options"
   )
-  config.known(f"{where}.reduction", reduction, REDUCTIONS)
+  checks.known(f"{where}.reduction", reduction, REDUCTIONS)
   if dims is not None and (not dims or list(dims) != sorted({*dims}) or dims[0] < 1):
     raise ValueError(f"{where}.dims={tuple(dims)} must be ascending widths, such as (64, 128, 256)")
   if weights is not None and (dims is None or len(weights) != len(dims)):
@@ -63,7 +64,7 @@ def matryoshka(
       {name: loss.init(sizes)[1] for name in each} if state else {},
     )
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     chosen = _widths(dims, feats["zimg"].shape[-1])
     scales = jnp.asarray(weights or [1.0] * len(chosen), feats["zimg"].dtype)
     if reduction == "mean":
@@ -72,7 +73,7 @@ def matryoshka(
     objective = value = jnp.zeros((), feats["zimg"].dtype)
     for weight, m in zip(scales, chosen):
       own = params if shared else params[f"d{m}"]
-      term, (new, last) = loss.apply(own, state.get(f"d{m}", {}), _prefix(feats, m), batch, at)
+      term, (new, last) = loss.apply(own, state.get(f"d{m}", {}), _prefix(feats, m), batch, context)
       if new:
         states[f"d{m}"] = new
       logs[f"d{m}"] = last["loss"]

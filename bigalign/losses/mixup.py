@@ -12,6 +12,7 @@ from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives, contrast
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 from bigalign.sphere import geodesic
 
 TERMS = ("v", "l", "vl", "m2")
@@ -24,6 +25,8 @@ def two_positives(
   first: jax.Array,
   second: jax.Array,
   partner: jax.Array,
+  *,
+  engine: Engine,
 ) -> jax.Array:
   """[]: cross-entropy of [B, E] against [B, E] in both directions, averaged.
 
@@ -31,11 +34,11 @@ def two_positives(
   where these are one; `partner` [B] int32 is a permutation. Masses need not add to 1, neither here
   nor in the other direction, whose targets are the transposed ones.
   """
-  positive = pairwise.paired(a, c)  # [B]
+  positive = engine.paired(a, c)  # [B]
 
   def tile(row, col, shared):
-    z = pairwise.products(row["z"], col["z"])
-    partners = row["partner"][:, None] == col["at"][None, :]
+    z = engine.products(row["z"], col["z"])
+    partners = row["partner"][:, None] == col["batch_index"][None, :]
     above = above_positives(z, row, col, shared["scale"])
     others = {k: jnp.where(partners, -jnp.inf, v) for k, v in above.items()}
     found = jnp.where(partners, z, 0)
@@ -46,7 +49,7 @@ def two_positives(
       "col_second": jnp.where(partners, row["second"][:, None], 0),
     }
 
-  found = pairwise.reduce(
+  found = engine.reduce(
     tile,
     {"z": a, "positive": positive, "second": second, "partner": partner},
     {"z": c, "positive": positive},
@@ -73,22 +76,24 @@ def two_positives(
   return (rows.mean() + columns.mean()) / 2
 
 
-def pair_mixed(zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, share: jax.Array) -> jax.Array:
+def pair_mixed(
+  zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, share: jax.Array, *, engine: Engine
+) -> jax.Array:
   """[]: the sum of both directions where pairs, mixed, take the place of the negatives (m²-mix)."""
   mixed = geodesic(zimg, ztxt, share)
-  positive = pairwise.paired(zimg, ztxt)
+  positive = engine.paired(zimg, ztxt)
 
   def tile(row, col, shared):
     return {
       k: jnp.where(
         pairwise.same(row, col),
         -jnp.inf,
-        shared["scale"] * (pairwise.products(row[k], col["mixed"]) - row["positive"][:, None]),
+        shared["scale"] * (engine.products(row[k], col["mixed"]) - row["positive"][:, None]),
       )
       for k in ("img", "txt")
     }
 
-  found = pairwise.reduce(
+  found = engine.reduce(
     tile,
     {"img": zimg, "txt": ztxt, "positive": positive},
     {"mixed": mixed},
@@ -107,6 +112,7 @@ def mixture(
   *,
   tau2: float | None,
   m2_average: bool,
+  engine: Engine,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """CLIP + the weighted terms that `weights` names, and the value of each; options as of `m3mix`.
 
@@ -116,18 +122,19 @@ def mixture(
   """
   partner = jnp.arange(len(zimg) - 1, -1, -1, dtype=jnp.int32)
   every = jnp.ones(len(zimg), zimg.dtype)
-  terms = {"clip": contrast(zimg, ztxt, scale)}
+  terms = {"clip": contrast(zimg, ztxt, scale, engine=engine)}
   for name in weights:
     share = jnp.asarray(shares[name], zimg.dtype)
     if name == "m2":
       m2_scale = scale if tau2 is None else jnp.asarray(1 / tau2, zimg.dtype)
-      terms[name] = pair_mixed(zimg, ztxt, m2_scale, share) * (0.5 if m2_average else 1)
+      both = pair_mixed(zimg, ztxt, m2_scale, share, engine=engine)
+      terms[name] = both * (0.5 if m2_average else 1)
       continue
     a = geodesic(zimg, zimg[::-1], share) if "v" in name else zimg
     c = geodesic(ztxt, ztxt[::-1], share) if "l" in name else ztxt
     # Where both are mixed, both positives count in full.
     first, second = (every, every) if name == "vl" else (share * every, (1 - share) * every)
-    terms[name] = two_positives(a, c, scale, first, second, partner)
+    terms[name] = two_positives(a, c, scale, first, second, partner, engine=engine)
   return terms["clip"] + sum(w * terms[name] for name, w in weights.items()), terms
 
 
@@ -176,18 +183,19 @@ def m3mix(
   def init(sizes):
     return temperature.init(t_init, learned=t_learned), {}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     scale = temperature.scale(params, t_init, zimg)
-    now = 1 / (1 + jnp.floor(at.epochs)) if decay else 1.0
+    now = 1 / (1 + jnp.floor(context.epochs)) if decay else 1.0
     loss, terms = mixture(
       zimg,
       ztxt,
       scale,
-      draw(at.key),
+      draw(context.key),
       {name: now * w for name, w in weights.items()},
       tau2=tau2,
       m2_average=m2_average,
+      engine=context.engine,
     )
     logs = {"contrastive_loss": terms.pop("clip"), **terms, "logit_scale": scale}
     return loss, (state, {"loss": loss, **logs})

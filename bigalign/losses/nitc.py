@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives_lse
-from bigalign.losses.engine import pairwise
 
 
 def nitc(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: float = 0.5) -> Loss:
@@ -29,17 +28,17 @@ def nitc(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: fl
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, ztxt, scale = feats["zimg"], feats["ztxt"], jnp.exp(params["t"])
-    size = len(zimg)
+    engine, size = context.engine, len(zimg)
     given = smoothing * batch["noise_prob"].astype(zimg.dtype) / max(size - 1, 1)  # [B], to each
-    positive = pairwise.paired(zimg, ztxt)
-    above = above_positives_lse(zimg, ztxt, scale)
+    positive = engine.paired(zimg, ztxt)
+    above = above_positives_lse(zimg, ztxt, scale, engine=engine)
 
     def direction(above, anchor, others):
       # The sum of an anchor's logits above that of its positive.
       even = scale * (
-        pairwise.paired(anchor, jnp.broadcast_to(others.sum(0), anchor.shape)) - size * positive
+        engine.paired(anchor, jnp.broadcast_to(others.sum(0), anchor.shape)) - size * positive
       )
       return (jax.nn.softplus(above) - given * even).mean()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from bigalign import config
+from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.siglip import binary
@@ -30,14 +30,17 @@ def sail(
       tuned with it; "row_sum" by the B images: the sigmoid losses of both kinds added, 2 B times as
       much. Optimizers that ignore the scale of gradients differ by clipping only.
   """
-  config.known("config.loss.sail.reduction", reduction, REDUCTIONS)
+  checks.known("config.loss.sail.reduction", reduction, REDUCTIONS)
 
   def init(sizes):
     return temperature.init(t_init, b_init=b_init), {}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, scale, bias = feats["zimg"], jnp.exp(params["t"]), params["b"]
-    short, long = (binary(zimg, feats[k], scale, bias) / len(zimg) for k in ("ztxt", "ztxt_second"))
+    short, long = (
+      binary(zimg, feats[k], scale, bias, engine=context.engine) / len(zimg)
+      for k in ("ztxt", "ztxt_second")
+    )
     loss = (short + long) / (1 if reduction == "row_sum" else 2 * len(zimg))
     logs = {"short": short, "long": long, "logit_scale": scale, "logit_bias": bias}
     return loss, (state, {"loss": loss, **logs})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bigalign import config
+from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 
 
 def binary(
@@ -17,6 +18,8 @@ def binary(
   scale: jax.Array,
   bias: jax.Array,
   owners: tuple[jax.Array, jax.Array] | None = None,
+  *,
+  engine: Engine,
 ) -> jax.Array:
   """[]: the sum over all pairs of an image [N, E] and a text [M, E].
 
@@ -28,7 +31,7 @@ def binary(
     rows["id"], columns["id"] = owners
 
   def tile(row, col, shared):
-    logits = shared["scale"] * pairwise.products(row["z"], col["z"]) + shared["bias"]
+    logits = shared["scale"] * engine.products(row["z"], col["z"]) + shared["bias"]
     if owners is None:
       positive = pairwise.same(row, col)
     else:
@@ -36,7 +39,7 @@ def binary(
     # The sign goes inside: 1 - sigmoid would lose what a confident positive still costs.
     return {"loss": jax.nn.softplus(jnp.where(positive, -logits, logits))}
 
-  return pairwise.total(tile, rows, columns, {"scale": scale, "bias": bias})
+  return engine.total(tile, rows, columns, {"scale": scale, "bias": bias})
 
 
 def siglip(
@@ -62,18 +65,18 @@ def siglip(
       text's (`image_id` [B, 2], `owner_id` [M, 2] uint32).
     reduction: "row_sum" divides by the number of images, "mean_all" by the number of pairs.
   """
-  config.known("config.loss.siglip.positives", positives, ("pair", "ids"))
-  config.known("config.loss.siglip.reduction", reduction, ("row_sum", "mean_all"))
+  checks.known("config.loss.siglip.positives", positives, ("pair", "ids"))
+  checks.known("config.loss.siglip.reduction", reduction, ("row_sum", "mean_all"))
 
   def init(sizes):
     return temperature.init(t_init, b_init=b_init), {}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     scale, owners = jnp.exp(params["t"]), None
     if positives == "ids":
       owners = batch["image_id"], batch.get("owner_id", batch["image_id"])
-    loss = binary(zimg, ztxt, scale, params["b"], owners)
+    loss = binary(zimg, ztxt, scale, params["b"], owners, engine=context.engine)
     loss /= len(zimg) if reduction == "row_sum" else len(zimg) * len(ztxt)
     logs = {"contrastive_loss": loss, "logit_scale": scale, "logit_bias": params["b"]}
     return loss, (state, {"loss": loss, **logs})

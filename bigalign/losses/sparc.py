@@ -39,9 +39,9 @@ def sparc(
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     scale = jnp.exp(params["t"])
-    coarse = contrast(feats["zimg"], feats["ztxt"], scale)
+    coarse = contrast(feats["zimg"], feats["ztxt"], scale, engine=context.engine)
     dtype = feats["zimg"].dtype
     patches, tokens = (feats[name].astype(dtype) for name in ("tokens_img", "tokens_txt"))
     if patches.shape[2] != tokens.shape[2]:

@@ -26,18 +26,20 @@ def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
   def init(sizes):
     return temperature.init(t_init), {}
 
-  def tile(row, col, shared):
-    above = above_positives(pairwise.products(row["z"], col["z"]), row, col, shared["scale"])
-    alike = (row["label"][:, None] == col["label"][None, :]) & (row["label"] >= 0)[:, None]
-    alike &= ~pairwise.same(row, col)
-    # Besides the pair itself, which adds a logit of 0 above its own.
-    matched = {f"{k}_matched": jnp.where(alike, v, 0) for k, v in above.items()}
-    return {**above, **matched, "matches": alike.astype(row["z"].dtype)}
-
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, ztxt, scale = feats["zimg"], feats["ztxt"], jnp.exp(params["t"])
-    pair = {"positive": pairwise.paired(zimg, ztxt), "label": batch["label"]}
-    found = pairwise.reduce(
+    engine = context.engine
+    pair = {"positive": engine.paired(zimg, ztxt), "label": batch["label"]}
+
+    def tile(row, col, shared):
+      above = above_positives(engine.products(row["z"], col["z"]), row, col, shared["scale"])
+      alike = (row["label"][:, None] == col["label"][None, :]) & (row["label"] >= 0)[:, None]
+      alike &= ~pairwise.same(row, col)
+      # Besides the pair itself, which adds a logit of 0 above its own.
+      matched = {f"{k}_matched": jnp.where(alike, v, 0) for k, v in above.items()}
+      return {**above, **matched, "matches": alike.astype(row["z"].dtype)}
+
+    found = engine.reduce(
       tile,
       {"z": zimg, **pair},
       {"z": ztxt, **pair},

@@ -89,10 +89,8 @@ def measure(
   abstract = {name: x for name, x in fields(batch, width).items() if name in names}
 
   def value(params: Any, feats: Any, state: Any, rest: Any) -> Any:
-    zero = jnp.zeros(())
-    at = losses.At(jnp.zeros((), jnp.int32), zero, zero, zero, jax.random.key(0))
-    with pairwise.engine(pairwise.Engine(way, dtype)):
-      objective, (after, _) = loss.apply(params, state, {**rest, **feats}, rest, at)
+    context = losses.first_context(pairwise.Engine(way, dtype))
+    objective, (after, _) = loss.apply(params, state, {**rest, **feats}, rest, context)
     return objective, after
 
   def placed(x: Any, spec: Any) -> Any:

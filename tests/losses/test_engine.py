@@ -118,10 +118,8 @@ def step(name, options, dtype, way, mesh, microbatches, dropout=0.0):
 
   def run(params, state, batch):
     def objective(params, feats):
-      with pairwise.engine(small(way, mesh)):
-        value, (after, logs) = loss.apply(
-          params["loss"], state, feats, batch, at(step=3, epochs=1.25)
-        )
+      context = at(step=3, epochs=1.25, engine=small(way, mesh))
+      value, (after, logs) = loss.apply(params["loss"], state, feats, batch, context)
       return value, (logs["loss"], after)
 
     (value, (logged, after)), grads = gradcache.value_and_grad(
@@ -234,19 +232,20 @@ def test_uneven_rows_columns_and_tiles(way, devices):
     f"{side}_{kind}": f"{side}_{kind}" for side in ("row", "col") for kind in ("lse", "sum", "max")
   }
 
+  # Two columns in a tile of 11, or of the 2 to 16 of a block: the last one is padded.
+  engine = pairwise.Engine(way, tile_mb=8.5 * 13 / devices / 1e6, budget_mb=1e-4)
+
   def tile(row, col, shared):
-    return dict.fromkeys(outputs, shared["scale"] * pairwise.products(row["z"], col["z"]))
+    return dict.fromkeys(outputs, shared["scale"] * engine.products(row["z"], col["z"]))
 
   def value(x, y, scale):
-    # Two columns in a tile of 11, or of the 2 to 16 of a block: the last one is padded.
-    with pairwise.engine(pairwise.Engine(way, tile_mb=8.5 * 13 / devices / 1e6, budget_mb=1e-4)):
-      found = pairwise.reduce(tile, {"z": x}, {"z": y}, {"scale": scale}, outputs=outputs)
-      cubes = pairwise.total(
-        lambda row, col, shared: {k: v**3 for k, v in [*tile(row, col, shared).items()][:1]},
-        {"z": x},
-        {"z": y},
-        {"scale": scale},
-      )
+    found = engine.reduce(tile, {"z": x}, {"z": y}, {"scale": scale}, outputs=outputs)
+    cubes = engine.total(
+      lambda row, col, shared: {k: v**3 for k, v in [*tile(row, col, shared).items()][:1]},
+      {"z": x},
+      {"z": y},
+      {"scale": scale},
+    )
     return sum((v**2).sum() for v in found.values()) + cubes, found
 
   def wanted(x, y, scale):
@@ -273,8 +272,8 @@ def test_bfloat16_is_the_same_in_every_way_and_near_float32():
 
   def grads(way, dtype, mesh):
     def value(zimg, ztxt):
-      with pairwise.engine(pairwise.Engine(way, dtype)):
-        return loss.apply(params, state, {"zimg": zimg, "ztxt": ztxt}, {}, at())[0]
+      context = at(engine=pairwise.Engine(way, dtype))
+      return loss.apply(params, state, {"zimg": zimg, "ztxt": ztxt}, {}, context)[0]
 
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
       return jax.jit(jax.value_and_grad(value, (0, 1)))(feats["zimg"], feats["ztxt"])
@@ -326,8 +325,8 @@ def test_saturated_logits_keep_their_digits(name, way):
     params = {name: {"t": jnp.asarray(np.log(100), dtype), "b": jnp.asarray(-60.0, dtype)}}
 
     def objective(x, y):
-      with pairwise.engine(small(way, mesh, len(x))):
-        return loss.apply(params, {name: {}}, {"zimg": x, "ztxt": y}, {}, at())[0]
+      context = at(engine=small(way, mesh, len(x)))
+      return loss.apply(params, {name: {}}, {"zimg": x, "ztxt": y}, {}, context)[0]
 
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
       if mesh:

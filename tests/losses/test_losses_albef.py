@@ -79,7 +79,7 @@ def some(size=16, width=8, seed=0, dtype=jnp.float32):
   return {name: jnp.asarray(x, dtype) for name, x in zip(names, z)}
 
 
-def several(loss, dtype, steps=3):
+def several(loss, dtype, engine, steps=3):
   """Gradients and losses of some steps, and the last state, in float64."""
   params, state = jax.tree.map(
     lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, loss.init({"embed": 8})
@@ -88,7 +88,12 @@ def several(loss, dtype, steps=3):
   for k in range(steps):
     batch = {"image_id": ids(np.arange(12) // 3 + 3 * k)}
     grads, state, metrics = one_step(
-      loss, params, state, some(size=12, seed=k, dtype=dtype), batch, at(epochs=k / 2)
+      loss,
+      params,
+      state,
+      some(size=12, seed=k, dtype=dtype),
+      batch,
+      at(epochs=k / 2, engine=engine),
     )
     found.append({**grads, "loss": metrics["loss"]})
   return jax.tree.map(lambda x: np.asarray(x, np.float64), (found, state))
@@ -98,13 +103,11 @@ def several(loss, dtype, steps=3):
 def test_steps_over_the_mesh_are_the_same(way):
   # Neither 12 anchors nor 12 + 24 keys divide over eight devices.
   options = dict(queue_size=24, positives="ids", local_keys=6)
-  with jax.enable_x64(True), pairwise.engine(pairwise.Engine("dense")):
-    expected = several(make("albef_itc", options), "float64")
-  with (
-    jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)),
-    pairwise.engine(pairwise.Engine(way, tile_mb=1.5e-4)),
-  ):
-    found = several(make("albef_itc", options), "float32")
+  with jax.enable_x64(True):
+    expected = several(make("albef_itc", options), "float64", pairwise.Engine("dense"))
+  with jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)):
+    engine = pairwise.Engine(way, tile_mb=1.5e-4)
+    found = several(make("albef_itc", options), "float32", engine)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-3)),
     found,

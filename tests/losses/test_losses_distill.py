@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loss_oracles import AT, both_precisions, cases, check, make, oracles, run
+from helpers.loss_oracles import at, both_precisions, cases, check, make, oracles, run
 
 from bigalign import sharding
 from bigalign.losses.engine import pairwise
@@ -74,7 +74,7 @@ def random_batch(size=32, width=16, teacher=24, noise=0.5, seed=0):
   return feats, fields
 
 
-def value_and_gradients(loss, feats, fields, dtype, params=None):
+def value_and_gradients(loss, feats, fields, dtype, params=None, engine=pairwise.DEFAULT):
   """{"loss", features and parameters}: the objective and its gradients, as numpy in float64."""
   given = {k: jnp.asarray(x, dtype) for k, x in (params or loss.init({})[0]).items()}
   feats, fields = ({k: jnp.asarray(x, dtype) for k, x in d.items()} for d in (feats, fields))
@@ -82,7 +82,7 @@ def value_and_gradients(loss, feats, fields, dtype, params=None):
   @jax.jit
   def both(given, feats, fields):
     def value(given, feats):
-      return loss.apply(given, {}, feats, fields, AT)[0]
+      return loss.apply(given, {}, feats, fields, at(engine=engine))[0]
 
     return jax.value_and_grad(value, (0, 1))(given, feats)
 
@@ -101,13 +101,12 @@ def value_and_gradients(loss, feats, fields, dtype, params=None):
   ],
 )
 def test_a_ring_of_devices_gives_the_same(name, options):
-  with jax.enable_x64(True), pairwise.engine(pairwise.Engine("dense")):
-    expected = value_and_gradients(make(name, options), *random_batch(), "float64")
-  with (
-    jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)),
-    pairwise.engine(pairwise.Engine("ring", tile_mb=1.5e-4)),
-  ):
-    found = value_and_gradients(make(name, options), *random_batch(), "float32")
+  loss, batch = make(name, options), random_batch()
+  with jax.enable_x64(True):
+    expected = value_and_gradients(loss, *batch, "float64", engine=pairwise.Engine("dense"))
+  with jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)):
+    engine = pairwise.Engine("ring", tile_mb=1.5e-4)
+    found = value_and_gradients(loss, *batch, "float32", engine=engine)
   for key, x in expected.items():
     np.testing.assert_allclose(found[key], x, atol=1e-5 * max(np.abs(x).max(), 1e-3), err_msg=key)
 

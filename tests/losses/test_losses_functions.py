@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,21 +86,19 @@ def test_regions_are_compared_over_the_mesh(way):
   mask = jnp.asarray(rng.random((8, 3)) < 0.7)
   phrase_id = jnp.asarray(rng.integers(0, 12, (8, 3)))
 
-  @jax.jit
-  def run(regions, phrases):
+  @functools.partial(jax.jit, static_argnums=2)
+  def run(regions, phrases, engine):
     def value(regions, phrases):
-      return sum(functions.cloc_region(regions, phrases, mask, phrase_id, jnp.asarray(20.0)))
+      losses = functions.cloc_region(
+        regions, phrases, mask, phrase_id, jnp.asarray(20.0), engine=engine
+      )
+      return sum(losses)
 
     return jax.value_and_grad(value, (0, 1))(regions, phrases)
 
-  with pairwise.engine(pairwise.Engine("dense")):
-    expected = jax.tree.map(np.asarray, run(regions, phrases))
-  run.clear_cache()
-  with (
-    jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)),
-    pairwise.engine(pairwise.Engine(way, tile_mb=1e-3)),
-  ):
-    found = run(regions, phrases)
+  expected = jax.tree.map(np.asarray, run(regions, phrases, pairwise.Engine("dense")))
+  with jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)):
+    found = run(regions, phrases, pairwise.Engine(way, tile_mb=1e-3))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected
   )

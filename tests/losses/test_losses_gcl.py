@@ -275,13 +275,11 @@ def test_eight_devices_remember_what_one_does(name):
     step, params, state = fresh(name, **options)
     if mesh:
       state = jax.device_put(state, jax.tree.map(lambda x: tables.placed(x, mesh), state))
-    with (
-      pairwise.engine(pairwise.Engine("ring" if mesh else "dense")),
-      jax.set_mesh(mesh) if mesh else contextlib.nullcontext(),
-    ):
+    engine = pairwise.Engine("ring" if mesh else "dense")
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
       for k in range(2):
         dz, dp, state, metrics = step(
-          params, state, *random_batch(k, repeated=True), at(k, epochs=1.5 * k)
+          params, state, *random_batch(k, repeated=True), at(k, epochs=1.5 * k, engine=engine)
         )
     return jax.tree.map(np.asarray, (dz, dp, state, metrics))
 
@@ -298,7 +296,7 @@ def test_eight_devices_remember_what_one_does(name):
   [
     (500, dict(step=250), 0.5),
     ("500 steps", dict(step=1000), 2),
-    ("1e9 samples", dict(samples=5e8), 0.5),
+    ("1e9 samples", dict(samples_seen=5e8), 0.5),
     ("18 epochs", dict(epochs=9.9), 0.5),
     ("50%", dict(progress=0.25), 0.5),
   ],

@@ -10,6 +10,7 @@ from helpers.loss_oracles import AT, both_precisions, cases, check, floats, make
 
 from bigalign import losses, sharding
 from bigalign.losses.base import Loss
+from bigalign.losses.engine.pairwise import DEFAULT
 from bigalign.losses.m3co import draw, mixed_direction, permuted
 from bigalign.losses.mixup import mixture
 from bigalign.sphere import geodesic
@@ -63,7 +64,7 @@ def test_m3mix(case, precision):
   options = case["params"]
   names = dict(v="v", l="l", vl="vl", m2="m")
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     shares = {ours: options[f"lam_{k}"] for ours, k in names.items()}
     weights = {ours: options[f"w_{k}"] for ours, k in names.items()}
     loss, parts = mixture(
@@ -74,6 +75,7 @@ def test_m3mix(case, precision):
       weights,
       tau2=options["tau2"],
       m2_average=options["m2_average"],
+      engine=context.engine,
     )
     return loss, (state, {"loss": loss, **parts})
 
@@ -85,11 +87,13 @@ def test_m3mix(case, precision):
 def test_m3co(case, precision):
   drawn = floats(oracles().inputs(case), precision)
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     img, txt = feats["raw_img"], feats["raw_txt"]
     scale = jnp.asarray(1 / case["params"]["tau"], img.dtype)
     parts = {
-      f"{k}_mix": mixed_direction(a, c, drawn[f"lam_{k}"], drawn[f"perm_{k}"], scale)
+      f"{k}_mix": mixed_direction(
+        a, c, drawn[f"lam_{k}"], drawn[f"perm_{k}"], scale, engine=context.engine
+      )
       for k, a, c in (("img", img, txt), ("txt", txt, img))
     }
     loss = sum(parts.values())
@@ -214,7 +218,14 @@ def test_a_mixture_of_one_is_clip_also_when_saturated(share):
   feats, _ = pairs(32, 64, 1.95, dtype=np.float32)
   shares = dict.fromkeys(("v", "l"), share)
   _, parts = mixture(
-    feats["zimg"], feats["ztxt"], jnp.asarray(100.0), shares, shares, tau2=None, m2_average=False
+    feats["zimg"],
+    feats["ztxt"],
+    jnp.asarray(100.0),
+    shares,
+    shares,
+    tau2=None,
+    m2_average=False,
+    engine=DEFAULT,
   )
   x, y = (np.asarray(feats[k], np.float64) for k in ("zimg", "ztxt"))
   with jax.enable_x64(True):
@@ -253,7 +264,7 @@ def test_an_odd_batch_mixes_its_middle_with_itself():
     scale, weights = jnp.asarray(20.0), dict.fromkeys(shares, 1.0)
 
     def mixed(x, y):
-      return mixture(x, y, scale, shares, weights, tau2=None, m2_average=False)
+      return mixture(x, y, scale, shares, weights, tau2=None, m2_average=False, engine=DEFAULT)
 
     args = jnp.asarray(x), jnp.asarray(y)
     (_, parts), gradient = jax.value_and_grad(mixed, (0, 1), has_aux=True)(*args)
@@ -267,7 +278,9 @@ def test_pairs_mixed_to_texts_only_leave_one_direction_of_clip():
   with jax.enable_x64(True):
     feats, _ = pairs()
     x, y, scale = feats["zimg"], feats["ztxt"], jnp.asarray(20.0)
-    _, parts = mixture(x, y, scale, {"m2": 0.0}, {"m2": 1.0}, tau2=None, m2_average=False)
+    _, parts = mixture(
+      x, y, scale, {"m2": 0.0}, {"m2": 1.0}, tau2=None, m2_average=False, engine=DEFAULT
+    )
     own = jnp.sum(x * y, -1)
     among_texts = scale * jnp.where(jnp.eye(12, dtype=bool), own[:, None], y @ y.T)
     expected = cross_entropy(np.eye(12), scale * x @ y.T) + cross_entropy(np.eye(12), among_texts)
@@ -382,7 +395,7 @@ def test_each_width_has_its_own_state_and_scalars(monkeypatch):
   def counting():
     """Remembers the width that it saw."""
 
-    def apply(params, state, feats, batch, at):
+    def apply(params, state, feats, batch, context):
       seen = state["seen"] + feats["zimg"].shape[1]
       objective = params["t"] * feats["zimg"][0, 0]
       return objective, ({"seen": seen}, {"loss": 10 * objective})

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loss_oracles import AT, both_precisions, cases, floats, make, oracles
+from helpers.loss_oracles import at, both_precisions, cases, floats, make, oracles
 
 from bigalign import sharding
 from bigalign.losses.engine import pairwise
@@ -16,14 +16,14 @@ from bigalign.losses.engine import pairwise
 INPUTS = dict(patches="tokens_img", tokens="tokens_txt", img="zimg", txt="ztxt")
 
 
-def value_and_gradients(loss, feats, params):
-  return of_apply(loss.apply, feats, params)
+def value_and_gradients(loss, feats, params, engine=pairwise.DEFAULT):
+  return of_apply(loss.apply, feats, params, at(engine=engine))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def of_apply(apply, feats, params):
+def of_apply(apply, feats, params, context):
   def value(feats, params):
-    objective, (_, metrics) = apply(params, {}, {**rest, **feats}, {}, AT)
+    objective, (_, metrics) = apply(params, {}, {**rest, **feats}, {}, context)
     return objective, metrics
 
   rest = {"mask_txt": feats["mask_txt"]} if "mask_txt" in feats else {}
@@ -72,12 +72,14 @@ def some(size=16, dtype=jnp.float32, width=12):
 
 def test_a_mesh_gives_the_same():
   loss, params = make("sparc", {}), {"t": jnp.asarray(2.0)}
-  with jax.enable_x64(True), pairwise.engine(pairwise.Engine("dense")):
-    expected = value_and_gradients(loss, some(dtype="float64"), {"t": jnp.asarray(2.0, "float64")})
+  with jax.enable_x64(True):
+    expected = value_and_gradients(
+      loss, some(dtype="float64"), {"t": jnp.asarray(2.0, "float64")}, pairwise.Engine("dense")
+    )
   mesh = sharding.make_mesh(data=4, fsdp=2)
   feats = jax.device_put(some(), sharding.batch_sharding(mesh))
-  with jax.set_mesh(mesh), pairwise.engine(pairwise.Engine("ring")):
-    found = value_and_gradients(loss, feats, params)
+  with jax.set_mesh(mesh):
+    found = value_and_gradients(loss, feats, params, pairwise.Engine("ring"))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-3)),
     found,

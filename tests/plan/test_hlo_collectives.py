@@ -113,14 +113,14 @@ ENTRY %main (p: f32[2,8]) -> f32[16,8] {
 
 
 def test_a_sharded_product_counts_for_all_devices():
-  mesh = sharding.make_mesh(data=8)
+  mesh, engine = sharding.make_mesh(data=8), pairwise.DEFAULT
   z = jax.ShapeDtypeStruct((64, 16), jnp.float32)
 
   def value(x, y):
     def tile(row, col, shared):
-      return {"i2t": pairwise.products(row["z"], col["z"])}
+      return {"i2t": engine.products(row["z"], col["z"])}
 
-    return pairwise.reduce(tile, {"z": x}, {"z": y}, outputs={"i2t": "row_lse"})["i2t"].sum()
+    return engine.reduce(tile, {"z": x}, {"z": y}, outputs={"i2t": "row_lse"})["i2t"].sum()
 
   with jax.set_mesh(mesh):
     assert flops.count(value, z, z) == 2 * 64 * 64 * 16
@@ -129,17 +129,16 @@ def test_a_sharded_product_counts_for_all_devices():
 
 def test_fixed_columns_send_no_gradient():
   """A teacher's rows are gathered twice; only the student's gradient is scattered."""
-  mesh = sharding.make_mesh(data=8)
+  mesh, engine = sharding.make_mesh(data=8), pairwise.Engine("gather")
   z = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=sharding.batch_sharding(mesh))
   t = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=sharding.batch_sharding(mesh))
 
   def value(z, t):
     def tile(row, col, shared):
-      student, teacher = (pairwise.products(row[k], col[k]) for k in ("z", "t"))
+      student, teacher = (engine.products(row[k], col[k]) for k in ("z", "t"))
       return {"loss": jnp.exp(student) * teacher}
 
-    with pairwise.engine(pairwise.Engine("gather")):
-      return pairwise.total(tile, {"z": z, "t": t}, {"z": z, "t": t}, fixed={"t"})
+    return engine.total(tile, {"z": z, "t": t}, {"z": z, "t": t}, fixed={"t"})
 
   with jax.set_mesh(mesh):
     text = jax.jit(jax.grad(value)).lower(z, t).compile().as_text()

@@ -33,8 +33,8 @@ def compiled(name, way, batch, mesh):
   params, state = loss.init({})
 
   def value(params, zimg, ztxt):
-    with pairwise.engine(pairwise.Engine(way, "bfloat16")):
-      return loss.apply(params, state, {"zimg": zimg, "ztxt": ztxt}, {}, at())[0]
+    context = at(engine=pairwise.Engine(way, "bfloat16"))
+    return loss.apply(params, state, {"zimg": zimg, "ztxt": ztxt}, {}, context)[0]
 
   def abstract(x, place):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)

@@ -1,1 +1,1 @@
-"""The logit matrices of a global batch: formed in tiles, exchanged over the mesh, in bounded memory."""
+"""Forms the logit matrices of a global batch: in tiles, over a mesh, in bounded memory."""

@@ -80,7 +80,7 @@ def _placed(plan: Plan, arrays: Arrays, limit: int) -> Arrays:
   at = jnp.arange(n, dtype=jnp.int32)
   if plan.axes:
     at += jax.lax.axis_index(plan.axes) * n
-  return {**arrays, "at": jnp.where(at < limit, at, -1)}
+  return {**arrays, "batch_index": jnp.where(at < limit, at, -1)}
 
 
 def _wired(plan: Plan, columns: Arrays) -> Arrays:
@@ -93,7 +93,7 @@ def _wired(plan: Plan, columns: Arrays) -> Arrays:
 
 def _segments(plan: Plan, own: dict[str, Arrays]) -> Any:
   """A device's own columns [m, ...] as [segments, m / segments, ...], padded."""
-  m = own["columns"]["at"].shape[0]
+  m = own["columns"]["batch_index"].shape[0]
   size = -(-m // plan.segments) * plan.segments
   if size > m:
     own = {part: tiles.padded(x, size) for part, x in own.items()}
@@ -116,7 +116,7 @@ def _visits(
   travelling: for the ring, what a block carries before its first visit.
   home: for the ring, (carried, found) -> carried; else (None, found) -> this device's own part.
   """
-  m = own["columns"]["at"].shape[0]
+  m = own["columns"]["batch_index"].shape[0]
   if plan.ring:
 
     def hop(state: Any, _: None) -> Any:
@@ -144,7 +144,7 @@ def _local_forward(what: What, rows: Arrays, columns: Arrays, shared: Arrays) ->
   rows = _placed(plan, tiles.wide(_wired(plan, rows)), plan.rows)
   own = {"columns": _placed(plan, _wired(plan, columns), plan.columns)}
   dtype = jnp.result_type(jnp.float32, *tiles.split(rows)[0].values())
-  n, m = (x["at"].shape[0] for x in (rows, own["columns"]))
+  n, m = (x["batch_index"].shape[0] for x in (rows, own["columns"]))
 
   def home(carried: Any, found: dict[str, Stat]) -> dict[str, Stat]:
     if carried is None:

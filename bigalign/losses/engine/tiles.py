@@ -54,7 +54,7 @@ class What:
 
 def _masked(values: Arrays, row: Arrays, col: Arrays, fills: dict[str, float]) -> Arrays:
   """Padding has the place -1 and takes no part."""
-  real = (row["at"] >= 0)[:, None] & (col["at"] >= 0)[None, :]
+  real = (row["batch_index"] >= 0)[:, None] & (col["batch_index"] >= 0)[None, :]
   return {name: jnp.where(real, v, fills[name]) for name, v in values.items()}
 
 
@@ -82,7 +82,11 @@ def padded(columns: Arrays, size: int) -> Arrays:
 
   def longer(name: str, x: jax.Array) -> jax.Array:
     ends = [(0, size - x.shape[0]), *[(0, 0)] * (x.ndim - 1)]
-    return jnp.pad(x, ends, constant_values=-1) if name == "at" else jnp.pad(x, ends, mode="edge")
+    return (
+      jnp.pad(x, ends, constant_values=-1)
+      if name == "batch_index"
+      else jnp.pad(x, ends, mode="edge")
+    )
 
   return {name: longer(name, x) for name, x in columns.items()}
 
@@ -192,7 +196,7 @@ def dense_total(tile: Tile, rows: Arrays, columns: Arrays, shared: Arrays) -> ja
 def _dense_tile(tile: Tile, rows: Arrays, columns: Arrays, shared: Arrays) -> Arrays:
   def placed(x: Arrays) -> Arrays:
     n = next(iter(x.values())).shape[0]
-    return {**x, "at": jnp.arange(n, dtype=jnp.int32)}
+    return {**x, "batch_index": jnp.arange(n, dtype=jnp.int32)}
 
   # Pinned rows make it one-sided: columns are gathered, rows stay.
   values = tile(placed(rows), placed(columns), shared)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigalign import config
+from bigalign import checks
 from bigalign.losses import schedules
 from bigalign.losses.base import Loss
 from bigalign.losses.per_sample import global_contrastive as gcl
@@ -46,12 +46,12 @@ def fastclip_v0(
     eps: added to u; 1e-6 at LAION's scale. It is no guard against rounding: anchors with a u far
       below it have no weight.
   """
-  config.known("config.loss.fastclip_v0.tau_gradient", tau_gradient, GRADIENTS)
+  checks.known("config.loss.fastclip_v0.tau_gradient", tau_gradient, GRADIENTS)
 
   def gradient(tau, found):
     return found["h"] if tau_gradient == "released" else found["h"] / 2
 
-  config.above_zero("config.loss.fastclip_v0", tau_init=tau_init)
+  checks.above_zero("config.loss.fastclip_v0", tau_init=tau_init)
   averaged = _schedule("fastclip_v0", gamma_schedule, gamma, gamma_over)
   return _one_temperature(tau_init, gradient, averaged, eps)
 
@@ -65,7 +65,7 @@ def fastclip_v1(
   eps: float = 1e-14,
 ) -> Loss:
   """`fastclip_v0` with a constant temperature `tau`; the gradient is SogCLR's / (2 tau)."""
-  config.above_zero("config.loss.fastclip_v1", tau=tau)
+  checks.above_zero("config.loss.fastclip_v1", tau=tau)
   averaged = _schedule("fastclip_v1", gamma_schedule, gamma, gamma_over)
   return _one_temperature(tau, None, averaged, eps)
 
@@ -93,7 +93,7 @@ def fastclip_v3(
       the default for that reason. A number, or a schedules.ramp.
     others: as in `fastclip_v0`.
   """
-  config.known("config.loss.fastclip_v3.tau_gradient", tau_gradient, GRADIENTS)
+  checks.known("config.loss.fastclip_v3.tau_gradient", tau_gradient, GRADIENTS)
 
   def gradient(tau, found):
     rho = found["rho"]
@@ -101,7 +101,7 @@ def fastclip_v3(
       return -tau / 2 * (found["log_u"] + 2 * rho - 2 * found["h"])
     return -tau / 2 * (found["log_den"] + 2 * rho - found["h"])
 
-  config.above_zero("config.loss.fastclip_v3", tau_init=tau_init)
+  checks.above_zero("config.loss.fastclip_v3", tau_init=tau_init)
   averaged = _schedule("fastclip_v3", gamma_schedule, gamma, gamma_over)
   robust = schedules.ramp(rho, "config.loss.fastclip_v3.rho")
   return _one_temperature(tau_init, gradient, averaged, eps, robust, slow_below)
@@ -139,8 +139,8 @@ def fastclip_v2(
       of the robust objective. Published numbers are of the former, the default.
     others: as in `fastclip_v0`, with eps in units of exp(b), the largest exponent met.
   """
-  config.known("config.loss.fastclip_v2.weighting", weighting, WEIGHTINGS)
-  config.above_zero("config.loss.fastclip_v2", tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
+  checks.known("config.loss.fastclip_v2.weighting", weighting, WEIGHTINGS)
+  checks.above_zero("config.loss.fastclip_v2", tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
   averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over)
   robust = schedules.ramp(rho, "config.loss.fastclip_v2.rho")
   rate = schedules.ramp(lr_tau, "config.loss.fastclip_v2.lr_tau")
@@ -149,14 +149,14 @@ def fastclip_v2(
     fills = dict(log_u=-math.inf, b=0.0, tau=tau_init, m=0.0, v=0.0)
     return {}, gcl.remember(sizes, **fills)
 
-  def moved(at, old, log_den, pull):
+  def moved(context, old, log_den, pull):
     """The next moments and temperature of each anchor."""
-    q = jnp.clip(log_den + robust(at) - pull / old["tau"], -grad_clip, grad_clip)
-    visits = jnp.floor(at.epochs).astype(q.dtype) + 1
+    q = jnp.clip(log_den + robust(context) - pull / old["tau"], -grad_clip, grad_clip)
+    visits = jnp.floor(context.epochs).astype(q.dtype) + 1
     beta1, beta2 = (jnp.where(visits > 1, b, 0.0).astype(q.dtype) for b in (b1, b2))
     m, v = beta1 * old["m"] + (1 - beta1) * q, beta2 * old["v"] + (1 - beta2) * q**2
     mhat, vhat = m / (1 - beta1**visits), v / (1 - beta2**visits)
-    tau = old["tau"] - rate(at) * mhat / (jnp.sqrt(vhat) + eps_tau)
+    tau = old["tau"] - rate(context) * mhat / (jnp.sqrt(vhat) + eps_tau)
     return {"m": m, "v": v, "tau": jnp.clip(tau, tau_min, tau_max)}
 
   def visited(weight, old, log_g, top):
@@ -164,21 +164,21 @@ def fastclip_v2(
     b = jnp.maximum(old["b"], top)
     return {"log_u": gcl.average(old["log_u"], log_g, weight, fresh), "b": b}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
-    weight = averaged(at)
+    weight = averaged(context)
     old = gcl.recall(state, batch)
     taus = gcl.each(lambda x: x["tau"], old)
-    log_g, top = gcl.means(zimg, ztxt, taus)
+    log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
     now = gcl.each(functools.partial(visited, weight), old, log_g, top)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x["b"]), now)
-    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g)
-    steps = gcl.each(functools.partial(moved, at), old, log_den, jax.lax.stop_gradient(pulls))
+    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
+    steps = gcl.each(functools.partial(moved, context), old, log_den, jax.lax.stop_gradient(pulls))
     state, _ = gcl.update(state, batch, gcl.each(lambda a, b: a | b, now, steps))
     divisors = taus if weighting == "released" else gcl.each(jnp.ones_like, taus)
     surrogate = gcl.both(gcl.each(lambda pull, by: pull / (2 * by), pulls, divisors))
     loss = gcl.both(gcl.mass(log_g, log_den))
-    objective = gcl.both(gcl.each(lambda t, d: t * (d + robust(at)), taus, log_den)) / 2
+    objective = gcl.both(gcl.each(lambda t, d: t * (d + robust(context)), taus, log_den)) / 2
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
     logs |= {"loss": loss, "objective": objective, "gamma": weight}
     logs["finite_state"] = gcl.sound(now, steps)
@@ -196,23 +196,23 @@ def _one_temperature(
   slow_below: float = 0.0,
 ) -> Loss:
   """v0, v1 and v3. gradient: (tau, sums over both sides of means) -> d / dt, None: tau is constant.
-  robust: (at) -> rho (v3). slow_below: where tau moves a third as far."""
+  robust: (context) -> rho (v3). slow_below: where tau moves a third as far."""
 
   def init(sizes):
     params = {} if gradient is None else {"t": jnp.asarray(-math.log(tau_init), jnp.float32)}
     return params, gcl.remember(sizes, log_u=-math.inf)
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     tau = jnp.exp(-jax.lax.stop_gradient(params["t"])) if params else jnp.asarray(tau_init, float)
-    weight = averaged(at)
+    weight = averaged(context)
     old = gcl.each(lambda x: x["log_u"], gcl.recall(state, batch))
     taus = gcl.each(lambda x: jnp.full_like(x, tau), old)
-    log_g, _ = gcl.means(zimg, ztxt, taus)
+    log_g, _ = gcl.means(zimg, ztxt, taus, engine=context.engine)
     log_u = gcl.each(lambda u, g: gcl.average(u, g, weight, _lost(u)), old, log_g)
     state, _ = gcl.update(state, batch, gcl.each(lambda u: {"log_u": u}, log_u))
     log_den = gcl.each(lambda u: gcl.with_eps(u, eps), log_u)
-    pull = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g)
+    pull = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
     found = {
       "h": jax.lax.stop_gradient(pull) / tau,
       "log_u": gcl.both(log_u),
@@ -222,7 +222,7 @@ def _one_temperature(
     objective = found["log_den"] / 2
     surrogate = pull / (2 * tau) if robust is None else pull / 2
     if robust is not None:
-      rho = found["rho"] = robust(at)
+      rho = found["rho"] = robust(context)
       loss, objective = tau * (loss + rho + found["log_u"] / 2), tau * (objective + rho)
     if gradient is not None:
       surrogate += gradient(tau, found) * params["t"]
@@ -242,12 +242,12 @@ def _one_temperature(
 
 
 def _schedule(name: str, schedule: str, end: float, over: int | str) -> Any:
-  """(at) -> the weight of the new value in the moving average."""
+  """(context) -> the weight of the new value in the moving average."""
   where = f"config.loss.{name}"
-  config.above_zero(where, most=1.0, gamma=end)
-  config.known(f"{where}.gamma_schedule", schedule, ("cosine", "constant"))
+  checks.above_zero(where, most=1.0, gamma=end)
+  checks.known(f"{where}.gamma_schedule", schedule, ("cosine", "constant"))
   length = schedules.duration(over, f"{where}.gamma_over")
-  return lambda at: schedules.gamma(schedule, end, length, at)
+  return lambda context: schedules.gamma(schedule, end, length, context)
 
 
 def _lost(log_u: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ Both modalities are anchors; what is kept of them is {"img": ..., "txt": ...}, a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.per_sample import tables
 
 Anchors = dict[str, jax.Array]  # "img", "txt": [B]
@@ -64,19 +66,21 @@ def sound(*remembered: Mapping[str, Any]) -> jax.Array:
   return jnp.stack([jnp.all(x < jnp.inf) for x in jax.tree.leaves(remembered)]).all()
 
 
-def means(zimg: jax.Array, ztxt: jax.Array, tau: Anchors) -> tuple[Anchors, Anchors]:
+def means(
+  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, *, engine: Engine
+) -> tuple[Anchors, Anchors]:
   """log g and the largest exponent of each anchor; not differentiated."""
   zimg, ztxt = jax.lax.stop_gradient((zimg, ztxt))
 
   def tile(row, col, shared):
     other = ~pairwise.same(row, col)
-    (img, txt), (scale_img, scale_txt) = _differences(row, col), _scales(row, col)
+    (img, txt), (scale_img, scale_txt) = _differences(row, col, engine), _scales(row, col)
     img, txt = (jnp.where(other, x, -jnp.inf) for x in (scale_img * img, scale_txt * txt))
     return {"img": img, "txt": txt, "img_top": img, "txt_top": txt}
 
-  found = pairwise.reduce(
+  found = engine.reduce(
     tile,
-    *_rows_and_columns(zimg, ztxt, tau),
+    *_rows_and_columns(zimg, ztxt, tau, engine=engine),
     outputs=dict(img="row_lse", txt="col_lse", img_top="row_max", txt_top="col_max"),
   )
   others = math.log(len(zimg) - 1)
@@ -105,15 +109,21 @@ def mass(log_g: Anchors, log_den: Anchors) -> Anchors:
 
 
 def weighted(
-  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors, log_g: Anchors
+  zimg: jax.Array,
+  ztxt: jax.Array,
+  tau: Anchors,
+  log_den: Anchors,
+  log_g: Anchors,
+  *,
+  engine: Engine,
 ) -> Anchors:
   """[B] per anchor: sum over k of w_ik A_ik / (B - 1), where w is constant.
 
   A mean of it is a surrogate whose gradient is that of tau_i g_i / exp(log_den_i).
   """
-  found = pairwise.reduce(
-    _pull,
-    *_rows_and_columns(zimg, ztxt, tau, log_den),
+  found = engine.reduce(
+    functools.partial(_pull, engine),
+    *_rows_and_columns(zimg, ztxt, tau, log_den, engine=engine),
     outputs=dict(img="row_sum", txt="col_sum"),
     fixed=FIXED,
   )
@@ -122,11 +132,21 @@ def weighted(
 
 
 def weighted_both(
-  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors, log_g: Anchors
+  zimg: jax.Array,
+  ztxt: jax.Array,
+  tau: Anchors,
+  log_den: Anchors,
+  log_g: Anchors,
+  *,
+  engine: Engine,
 ) -> jax.Array:
   """[]: `both(weighted(...))`, in one pass over the products less."""
   b = len(zimg)
-  sums = pairwise.total(_pull, *_rows_and_columns(zimg, ztxt, tau, log_den), fixed=FIXED)
+  sums = engine.total(
+    functools.partial(_pull, engine),
+    *_rows_and_columns(zimg, ztxt, tau, log_den, engine=engine),
+    fixed=FIXED,
+  )
   return sums / (b * (b - 1)) + both(_bases(tau, log_den, log_g))
 
 
@@ -136,7 +156,7 @@ def _bases(tau: Anchors, log_den: Anchors, log_g: Anchors) -> Anchors:
   return each(lambda t, den, m: t * den * m, tau, log_den, mass(log_g, log_den))
 
 
-def _pull(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
+def _pull(engine: Engine, row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
   other = ~pairwise.same(row, col)
 
   def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array) -> jax.Array:
@@ -145,7 +165,7 @@ def _pull(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
     w = jnp.where(other, jnp.exp(jnp.minimum(exponent, _largest(exponent.dtype))), 0)
     return jax.lax.stop_gradient(w / scale) * exponent
 
-  (img, txt), (scale_img, scale_txt) = _differences(row, col), _scales(row, col)
+  (img, txt), (scale_img, scale_txt) = _differences(row, col, engine), _scales(row, col)
   return {
     "img": pulled(img, scale_img, row["log_den"][:, None]),
     "txt": pulled(txt, scale_txt, col["log_den"][None, :]),
@@ -157,9 +177,9 @@ def _largest(dtype: Any) -> float:
   return math.log(jnp.finfo(dtype).max) - 8
 
 
-def _differences(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:
+def _differences(row: Any, col: Any, engine: Engine) -> tuple[jax.Array, jax.Array]:
   """A of a tile's images and of its texts."""
-  z = pairwise.products(row["z"], col["z"])
+  z = engine.products(row["z"], col["z"])
   return z - row["positive"][:, None], z - col["positive"][None, :]
 
 
@@ -168,9 +188,14 @@ def _scales(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _rows_and_columns(
-  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, log_den: Anchors | None = None
+  zimg: jax.Array,
+  ztxt: jax.Array,
+  tau: Anchors,
+  log_den: Anchors | None = None,
+  *,
+  engine: Engine,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-  positive = pairwise.paired(zimg, ztxt)
+  positive = engine.paired(zimg, ztxt)
 
   def side(z: jax.Array, name: str) -> dict[str, jax.Array]:
     more = {} if log_den is None else {"log_den": log_den[name]}

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bigalign import config
+from bigalign import checks
 from bigalign.losses import schedules
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
+from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.per_sample import global_contrastive as gcl
 from bigalign.losses.per_sample import tables
 
@@ -45,19 +46,19 @@ def sogclr(
       remembered, a float per sample. None: 0 for "paper", 1e-10 for "released".
   """
   eps = _checked("sogclr", variant, gamma, eps)
-  config.above_zero("config.loss.sogclr", tau=tau)
+  checks.above_zero("config.loss.sogclr", tau=tau)
 
   def init(sizes):
     return {}, gcl.remember(sizes, log_u=-math.inf, **({"b": 0.0} if eps else {}))
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     old = gcl.recall(state, batch)
     taus = gcl.each(lambda x: jnp.full_like(x["log_u"], tau), old)
-    log_g, top = gcl.means(zimg, ztxt, taus)
+    log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
     state, now = _visit(state, batch, old, log_g, top, gamma, variant)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
-    loss = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g)
+    loss = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
     objective = tau * gcl.both(gcl.each(lambda x: x["log_u"], now))
     logs = {"loss": loss, "objective": objective, "finite_state": gcl.sound(now)}
     return loss, (state, logs)
@@ -103,9 +104,9 @@ def isogclr(
   """
   eps = _checked("isogclr", variant, gamma, eps)
   where = "config.loss.isogclr"
-  config.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
+  checks.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
   periods = {"constant": "100%", "cosine": "100%", "exponential": "1 epoch"}
-  config.known(f"{where}.eta_schedule", eta_schedule, periods)
+  checks.known(f"{where}.eta_schedule", eta_schedule, periods)
   over = schedules.duration(eta_over or periods[eta_schedule], f"{where}.eta_over")
   robust = schedules.ramp(rho, f"{where}.rho")
 
@@ -119,21 +120,21 @@ def isogclr(
     m = (1 - beta) * old["m"] + beta * q
     return {"m": m, "tau": jnp.clip(old["tau"] - rate * m, tau_min, tau_max)}
 
-  def apply(params, state, feats, batch, at):
+  def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
-    rate = schedules.eta(eta_schedule, eta, eta_min, over, eta_decay, at)
+    rate = schedules.eta(eta_schedule, eta, eta_min, over, eta_decay, context)
     old = gcl.recall(state, batch)
     taus = gcl.each(lambda x: x["tau"], old)
-    log_g, top = gcl.means(zimg, ztxt, taus)
+    log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
     state, now = _visit(state, batch, old, log_g, top, gamma, variant)
     log_u = gcl.each(lambda x: x["log_u"], now)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
-    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g)
-    step = functools.partial(moved, rate, robust(at))
+    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
+    step = functools.partial(moved, rate, robust(context))
     new = gcl.each(step, old, log_u, jax.lax.stop_gradient(pulls))
     state, _ = gcl.update(state, batch, new)
     loss = gcl.both(pulls)
-    objective = gcl.both(gcl.each(lambda t, u: t * (u + robust(at)), taus, log_u))
+    objective = gcl.both(gcl.each(lambda t, u: t * (u + robust(context)), taus, log_u))
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
     logs["finite_state"] = gcl.sound(now, new)
     return loss, (state, {"loss": loss, "objective": objective, "eta": rate, **logs})
@@ -153,17 +154,18 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
     gamma: weight of the new value in the moving average of u; tune it in 0.1 to 0.99. A batch of
       which nothing has been seen before uses 1.
   """
-  config.above_zero("config.loss.sogclr_unimodal", tau=tau)
-  config.above_zero("config.loss.sogclr_unimodal", most=1.0, gamma=gamma)
+  checks.above_zero("config.loss.sogclr_unimodal", tau=tau)
+  checks.above_zero("config.loss.sogclr_unimodal", most=1.0, gamma=gamma)
 
   def init(sizes):
     return {}, {"log_u": tables.make(sizes["image"], -math.inf)}
 
-  def apply(params, state, feats, batch, at):
-    x, y = feats["zimg"], feats["ztxt"]
+  def apply(params, state, feats, batch, context):
+    x, y, engine = feats["zimg"], feats["ztxt"], context.engine
     old = tables.read(state, batch["image_id"])["log_u"]
     weight = jnp.where(jnp.isneginf(old).all(), 1.0, gamma)
-    log_u = {k: gcl.average(old, v, weight, None) for k, v in _view_means(x, y, tau).items()}
+    log_g = _view_means(x, y, tau, engine)
+    log_u = {k: gcl.average(old, v, weight, None) for k, v in log_g.items()}
     mean = jnp.logaddexp(log_u["x"], log_u["y"]) - math.log(2)
     state, _ = tables.write(state, batch["image_id"], {"log_u": mean})
 
@@ -174,7 +176,7 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
         w = jnp.where(other, jnp.exp(s / tau - of), 0)
         return {name: jax.lax.stop_gradient(w) * s}
 
-      xy, xx, yy = _view_products(row, col)
+      xy, xx, yy = _view_products(row, col, engine)
       return (
         pulled("xy", xy, row["x_log_u"][:, None])
         | pulled("yx", xy, col["y_log_u"][None, :])
@@ -185,29 +187,29 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
     views = {"x": x, "y": y, **{f"{k}_log_u": u for k, u in log_u.items()}}
     b = len(x)
     fixed = ("x_log_u", "y_log_u")
-    pull = pairwise.total(tile, views, views, fixed=fixed) / (2 * b * (b - 1))
-    loss = pull - 2 * pairwise.paired(x, y).mean()
+    pull = engine.total(tile, views, views, fixed=fixed) / (2 * b * (b - 1))
+    loss = pull - 2 * engine.paired(x, y).mean()
     return loss, (state, {"loss": loss})
 
   return Loss(frozenset({"ids"}), init, apply)
 
 
-def _view_products(row: Any, col: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _view_products(row: Any, col: Any, engine: Engine) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Between the views, and within each."""
-  xy, xx, yy = (pairwise.products(row[a], col[b]) for a, b in ("xy", "xx", "yy"))
+  xy, xx, yy = (engine.products(row[a], col[b]) for a, b in ("xy", "xx", "yy"))
   return xy, xx, yy
 
 
-def _view_means(x: jax.Array, y: jax.Array, tau: float) -> dict[str, jax.Array]:
+def _view_means(x: jax.Array, y: jax.Array, tau: float, engine: Engine) -> dict[str, jax.Array]:
   """log g of the anchors of each view; not differentiated."""
   views = jax.lax.stop_gradient({"x": x, "y": y})
 
   def tile(row, col, shared):
     other = ~pairwise.same(row, col)
-    xy, xx, yy = (jnp.where(other, s / tau, -jnp.inf) for s in _view_products(row, col))
+    xy, xx, yy = (jnp.where(other, s / tau, -jnp.inf) for s in _view_products(row, col, engine))
     return {"xy": xy, "yx": xy, "xx": xx, "yy": yy}
 
-  found = pairwise.reduce(
+  found = engine.reduce(
     tile, views, views, outputs=dict(xy="row_lse", yx="col_lse", xx="row_lse", yy="row_lse")
   )
   others = math.log(2 * (len(x) - 1))
@@ -219,8 +221,8 @@ def _view_means(x: jax.Array, y: jax.Array, tau: float) -> dict[str, jax.Array]:
 
 def _checked(name: str, variant: str, gamma: float, eps: float | None) -> float:
   """The variant's eps, or the given one."""
-  config.known(f"config.loss.{name}.variant", variant, VARIANTS)
-  config.above_zero(f"config.loss.{name}", most=1.0, gamma=gamma)
+  checks.known(f"config.loss.{name}.variant", variant, VARIANTS)
+  checks.above_zero(f"config.loss.{name}", most=1.0, gamma=gamma)
   if eps is None:
     return RELEASED_EPS if variant == "released" else 0.0
   return eps
