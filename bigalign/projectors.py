@@ -1,6 +1,6 @@
-"""From what a tower makes to the shared space.
+"""Projectors from a tower's output to the shared embedding space.
 
-Each takes a TowerOutput of B rows, D wide, and gives [B, E]. `dropout` is of training.
+Each takes a TowerOutput of B rows, D wide, and returns [B, E]. `train` turns dropout on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,19 @@ from bigalign.towers.linear import Dense
 
 
 class Linear(nn.Module):
-  """One matrix, with a bias if asked for (CLIP has none, SigLIP's text side has one)."""
+  """One linear map of the pooled vector.
+
+  >>> import jax
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> embeddings, parameters = Linear(dim=4).init_with_output(jax.random.key(0), out)
+  >>> embeddings.shape
+  (2, 4)
+
+  Args:
+    dim: E, the width of the embeddings.
+    bias: whether the map has a bias (CLIP: no; the text side of SigLIP: yes).
+    dtype: dtype of the computation.
+  """
 
   dim: int
   bias: bool = False
@@ -29,9 +41,20 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Linear, GELU, linear; `hidden` units between, (D + E) // 2 if None.
+  """A linear map, GELU and another linear map of the pooled vector.
 
-  bias: of both layers, or of the first if `out_bias` says another thing of the last.
+  >>> import jax
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> embeddings, parameters = Mlp(dim=4).init_with_output(jax.random.key(0), out)
+  >>> parameters["params"]["fc1"]["kernel"].shape  # (D + E) // 2 hidden units
+  (8, 6)
+
+  Args:
+    dim: E, the width of the embeddings.
+    hidden: number of hidden units; None: (D + E) // 2.
+    bias: whether the layers have a bias.
+    out_bias: whether the second layer has a bias; None: as `bias`.
+    dtype: dtype of the computation.
   """
 
   dim: int
@@ -52,13 +75,25 @@ class Mlp(nn.Module):
 
 
 class Identity(nn.Module):
-  """The pooled vector itself; the tower's width must be the embedding's."""
+  """The pooled vector itself.
+
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> Identity(dim=8).apply({}, out).shape
+  (2, 8)
+
+  Args:
+    dim: E, the width of the embeddings, which must be the tower's width.
+  """
 
   dim: int
 
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
-    """-> [B, E]."""
+    """-> [B, E].
+
+    Raises:
+      ValueError: if the tower has another width.
+    """
     x = _pooled(out)
     if x.shape[-1] != self.dim:
       raise ValueError(
@@ -71,9 +106,20 @@ class Identity(nn.Module):
 class Gated(nn.Module):
   """SAIL's alignment layer, https://arxiv.org/abs/2412.04616: W3 (ReLU6(a) c) + b3.
 
-  a and c are linear maps, clipped to ±1000, of the LayerNorm of the pooled vector, `ratio` times as
-  wide as it: 8 D (2 D + E + 2) + 2 D + E parameters. The gate is ReLU6, as released; the paper
-  calls it GLU.
+  a and c are linear maps, clipped to [-1000, 1000], of the LayerNorm of the pooled vector. The
+  gate is ReLU6, as in the released code; the paper calls it GLU. With ratio 8 the layer has
+  8 D (2 D + E + 2) + 2 D + E parameters.
+
+  >>> import jax
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> embeddings, parameters = Gated(dim=4).init_with_output(jax.random.key(0), out)
+  >>> embeddings.shape, parameters["params"]["gate"]["kernel"].shape
+  ((2, 4), (8, 64))
+
+  Args:
+    dim: E, the width of the embeddings.
+    ratio: width of a and c per unit of D.
+    dtype: dtype of the computation.
   """
 
   dim: int
@@ -96,13 +142,23 @@ class Gated(nn.Module):
 
 
 class Residual(nn.Module):
-  """A linear map and a small MLP beside it, of the pooled vector's LayerNorm.
+  """The sum of a linear map and a small MLP of the pooled vector's LayerNorm.
 
-  P(x) = A x + a + W2 GELU(W1 x + b1) + b2, E (D + 1) + H (D + 1) + E (H + 1) parameters and 2 D
-  of the norm; the projector that freeze-align has for tokens, https://arxiv.org/abs/2409.19425.
+  P(x) = A x + a + W2 GELU(W1 x + b1) + b2: E (D + 1) + H (D + 1) + E (H + 1) parameters and 2 D
+  of the norm. freeze-align has this projector for tokens, https://arxiv.org/abs/2409.19425.
 
-  hidden: H, E if None.
-  dropout: of the norm's result, the hidden units by `hidden_dropout`.
+  >>> import jax
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> embeddings, parameters = Residual(dim=4).init_with_output(jax.random.key(0), out)
+  >>> embeddings.shape
+  (2, 4)
+
+  Args:
+    dim: E, the width of the embeddings.
+    hidden: H, the number of hidden units; None: E.
+    dropout: rate of dropout on the normed input, in training.
+    hidden_dropout: rate of dropout on the hidden units, in training.
+    dtype: dtype of the computation.
   """
 
   dim: int
@@ -129,10 +185,22 @@ class Residual(nn.Module):
 
 
 class PatchesAndClass(nn.Module):
-  """freeze-align's image side: P_class(pooled) + the mean over tokens of P_patches(token).
+  """freeze-align's image side, https://arxiv.org/abs/2409.19425.
 
-  https://arxiv.org/abs/2409.19425; the tower's pool must be its class token. A store for it
-  holds tokens: `bigalign embed --tokens`.
+  P_class(pooled) + the mean over tokens of P_patches(token), where the tower pools its class token.
+  With an embedding store, the store must hold tokens: `bigalign embed --tokens`.
+
+  >>> import jax
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> embeddings, parameters = PatchesAndClass(dim=4).init_with_output(jax.random.key(0), out)
+  >>> embeddings.shape, sorted(parameters["params"])
+  ((2, 4), ['class', 'patches'])
+
+  Args:
+    dim: E, the width of the embeddings.
+    hidden: hidden units of both projectors; None: E.
+    dropout: rate of dropout on the normed inputs, in training.
+    dtype: dtype of the computation.
   """
 
   dim: int
@@ -149,9 +217,22 @@ class PatchesAndClass(nn.Module):
 
 
 class Tokens(nn.Module):
-  """freeze-align's text side: M(the mean over real tokens of P(token)).
+  """freeze-align's text side, https://arxiv.org/abs/2409.19425.
 
-  https://arxiv.org/abs/2409.19425, M(x) = LayerNorm(p + dropout(U GELU(p) + c)) with p = W x + b.
+  M(the mean over real tokens of P(token)), where M(x) = LayerNorm(p + dropout(U GELU(p) + c)) with
+  p = W x + b.
+
+  >>> import jax
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> embeddings, parameters = Tokens(dim=4).init_with_output(jax.random.key(0), out)
+  >>> embeddings.shape, sorted(parameters["params"])
+  ((2, 4), ['fc1', 'fc2', 'ln', 'tokens'])
+
+  Args:
+    dim: E, the width of the embeddings.
+    hidden: hidden units of P; None: E.
+    dropout: rate of dropout in P and M, in training.
+    dtype: dtype of the computation.
   """
 
   dim: int
@@ -172,14 +253,20 @@ class Tokens(nn.Module):
 
 
 def _pooled(out: TowerOutput) -> jax.Array:
+  """[B, D] float32."""
   return out.pooled.astype(jnp.float32)
 
 
 def _tokens(out: TowerOutput) -> jax.Array:
+  """[B, N, D] float32.
+
+  Raises:
+    ValueError: if the output comes from a store without tokens.
+  """
   if not out.tokens.shape[1]:
     raise ValueError(
       "this projector reads tokens, and config.data.stores holds pooled vectors: choose another,"
-      " embed with --tokens, or leave the tower in the loop"
+      " embed with --tokens, or train with the tower instead of a store"
     )
   return out.tokens.astype(jnp.float32)
 

@@ -67,21 +67,41 @@ def partition(
   return hit, {path: x for path, x in flat.items() if path not in hit}
 
 
+def is_stacked(path: str) -> bool:
+  """Whether a parameter holds all blocks of a scanned tower, with the layer as its first axis."""
+  return "/blocks/" in path
+
+
+def layer_path(path: str, layer: int) -> str:
+  """The path that one layer of a stacked parameter has in a tower without scan."""
+  return path.replace("/blocks/", f"/block_{layer}/")
+
+
 def _tells_layers_apart(pattern: str, path: str, stack: Any) -> bool:
   """Whether the pattern would take some layers of a stack but not all, or all but not the stack."""
-  if "/blocks/" not in path:
+  if not is_stacked(path):
     return False
-  layers = (path.replace("/blocks/", f"/block_{i}/") for i in range(stack.shape[0]))
+  layers = (layer_path(path, i) for i in range(stack.shape[0]))
   taken = {bool(re.search(pattern, layer)) for layer in layers}
   return taken == {True, False} or (taken == {True} and not re.search(pattern, path))
 
 
 def match(
-  rules: Sequence[tuple[str, T]], paths: Iterable[str], what: str = "rules"
+  rules: Sequence[tuple[str, T]],
+  paths: Iterable[str],
+  what: str = "rules",
+  idle_rules: bool = False,
 ) -> dict[str, T]:
   """The value of the first rule (regular expression, value) found in each path.
 
-  Raises ValueError for a path that no rule matches, and for a rule that is first for no path.
+  Args:
+    rules: in their order.
+    paths: to be matched.
+    what: the place of the rules in the config, for errors.
+    idle_rules: whether rules may match no path, as general defaults do.
+
+  Raises:
+    ValueError: for a path that no rule matches, and for a rule that is first for no path.
   """
   paths = list(paths)
   chosen: dict[str, T] = {}
@@ -96,7 +116,7 @@ def match(
   if missing:
     raise ValueError(f"{what}: no rule matches {missing}. Rules: {[r for r, _ in rules]}")
   idle = [pattern for i, (pattern, _) in enumerate(rules) if i not in used]
-  if idle:
+  if idle and not idle_rules:
     raise ValueError(f"{what}: rules {idle} match no path that is left to them. Paths: {paths}")
   return chosen
 

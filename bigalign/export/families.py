@@ -32,7 +32,7 @@ def _act(activation: str) -> dict[str, Any]:
 
 
 def _text(subject: Subject) -> dict[str, Any]:
-  tower = subject.model.text_tower
+  tower = subject.model.text_tower.options
   pool = dict(pool_type=tower.pool)
   if tower.pool == "eos":
     pool = dict(pool_type="eos", eos_id=subject.end)
@@ -47,16 +47,16 @@ def _text(subject: Subject) -> dict[str, Any]:
   return dict(
     context_length=tower.length,
     vocab_size=tower.vocab_size,
-    width=tower.width,
-    heads=tower.heads,
-    layers=tower.depth,
-    mlp_ratio=tower.hidden / tower.width,
-    no_causal_mask=not tower.block["causal"],
+    width=tower.sizes.width,
+    heads=tower.sizes.heads,
+    layers=tower.sizes.depth,
+    mlp_ratio=tower.sizes.hidden / tower.sizes.width,
+    no_causal_mask=not tower.causal,
     pad_id=subject.tokenizer.pad,
     proj_type="none" if type(subject.model.text_projector).__name__ == "Identity" else "linear",
     proj_bias=getattr(subject.model.text_projector, "bias", False),
-    norm_kwargs=dict(eps=tower.block["epsilon"]),
-    **_act(tower.block["activation"]),
+    norm_kwargs=dict(eps=tower.epsilon),
+    **_act(tower.activation),
     **pool,
     **files,
   )
@@ -72,33 +72,33 @@ def _open_clip(vision: dict[str, Any], subject: Subject) -> dict[str, Any]:
 
 
 def _vit(subject: Subject) -> dict[str, Any]:
-  tower = subject.model.image_tower
+  tower = subject.model.image_tower.options
   vision = dict(
     image_size=subject.data["image_size"],
-    layers=tower.depth,
-    width=tower.width,
-    head_width=tower.width // tower.heads,
-    mlp_ratio=tower.hidden / tower.width,
+    layers=tower.sizes.depth,
+    width=tower.sizes.width,
+    head_width=tower.sizes.width // tower.sizes.heads,
+    mlp_ratio=tower.sizes.hidden / tower.sizes.width,
     patch_size=tower.patch,
     no_ln_pre=not tower.pre_norm,
-    norm_kwargs=dict(eps=tower.block["epsilon"]),
-    **_act(tower.block["activation"]),
+    norm_kwargs=dict(eps=tower.epsilon),
+    **_act(tower.activation),
   )
-  if tower.block["layer_scale"] is not None:
-    vision["ls_init_value"] = tower.block["layer_scale"]
-  quick = "quick_gelu" in (tower.block["activation"], subject.model.text_tower.block["activation"])
+  if tower.layer_scale is not None:
+    vision["ls_init_value"] = tower.layer_scale
+  quick = "quick_gelu" in (tower.activation, subject.model.text_tower.options.activation)
   return _open_clip(vision, subject) | dict(quick_gelu=quick)
 
 
 def _trunk(subject: Subject) -> dict[str, Any]:
   """The trunk of timm that is nearest: of this size, else of this patch, else the first."""
-  tower, size = subject.model.image_tower, subject.data["image_size"]
+  tower, size = subject.model.image_tower.options, subject.data["image_size"]
 
   def far(name: str) -> tuple[bool, ...]:
     x = timm.named(name)
     return (
-      x.width != tower.width,
-      x.depth != tower.depth,
+      x.width != tower.sizes.width,
+      x.depth != tower.sizes.depth,
       x.patch != tower.patch,
       not name.endswith(f"_{size}"),
     )
@@ -127,26 +127,26 @@ OPEN_CLIP = (
 
 def _two_towers(subject: Subject) -> dict[str, jax.ShapeDtypeStruct]:
   """{key: shape} of what a big_vision npz is known by."""
-  image, text = subject.model.image_tower, subject.model.text_tower
+  image, text = subject.model.image_tower.options, subject.model.text_tower.options
   side = subject.data["image_size"] // image.patch
   found: dict[str, tuple[int, ...]] = {
-    "params/img/embedding/kernel": (image.patch, image.patch, 3, image.width),
-    "params/img/pos_embedding": (1, side * side, image.width),
-    "params/txt/Embed_0/embedding": (text.vocab_size, text.width),
-    "params/txt/pos_embedding": (1, text.length, text.width),
-    "params/txt/head/kernel": (text.width, subject.model.text_projector.dim),
+    "params/img/embedding/kernel": (image.patch, image.patch, 3, image.sizes.width),
+    "params/img/pos_embedding": (1, side * side, image.sizes.width),
+    "params/txt/Embed_0/embedding": (text.vocab_size, text.sizes.width),
+    "params/txt/pos_embedding": (1, text.length, text.sizes.width),
+    "params/txt/head/kernel": (text.sizes.width, subject.model.text_projector.dim),
     **{f"params/{name}": (1,) for name in ("t", "b") if name in subject.arrays},
   }
   for start, tower in (("img/Transformer", image), ("txt/Encoder_0", text)):
-    for i in range(tower.depth):
+    for i in range(tower.sizes.depth):
       block = f"params/{start}/encoderblock_{i}"
       found |= {
         f"{block}/MultiHeadDotProductAttention_0/query/kernel": (
-          tower.width,
-          tower.heads,
-          tower.width // tower.heads,
+          tower.sizes.width,
+          tower.sizes.heads,
+          tower.sizes.width // tower.sizes.heads,
         ),
-        f"{block}/MlpBlock_0/Dense_0/kernel": (tower.width, tower.hidden),
+        f"{block}/MlpBlock_0/Dense_0/kernel": (tower.sizes.width, tower.sizes.hidden),
       }
   return {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in found.items()}
 

@@ -14,8 +14,10 @@ from bigalign import tree, weights
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.model import DualEncoder, make_model
 from bigalign.options import call
-from bigalign.towers.bert import Bert
+from bigalign.towers.base import TransformerOptions
+from bigalign.towers.bert import BertOptions
 from bigalign.towers.features import Features
+from bigalign.towers.vit import VitOptions
 from bigalign.weights import transfer
 from bigalign.weights.layout import ACTIVATIONS, Layout
 
@@ -32,7 +34,7 @@ _SILENT = {
   "scan",
   "remat",
   "dtype",
-  "implementation",
+  "attention",
   "patch_bias",
   "class_position",
   "layer_scale",
@@ -56,7 +58,7 @@ class Subject(NamedTuple):
   def vectors(self) -> tuple[int, ...] | None:
     """Shape of a text, where texts are vectors of a store: (D,), or (1 + T, D)."""
     tower = self.model.text_tower
-    return tower.row if isinstance(tower, Features) else None
+    return tower.options.row_shape if isinstance(tower, Features) else None
 
   @property
   def end(self) -> int:
@@ -96,14 +98,14 @@ class Fitted(NamedTuple):
 
 def pads_unseen(subject: Subject) -> bool:
   """No token that is read sees the padding behind the end of a text."""
-  text = subject.model.text_tower
-  return bool(text.block.get("causal")) and _reads_end(text, subject)
+  text = subject.model.text_tower.options
+  return getattr(text, "causal", False) and _reads_end(text, subject)
 
 
 def hides_padding(subject: Subject) -> bool:
   """The text tower's attention leaves padding out; BERT's always does."""
-  text = subject.model.text_tower
-  return isinstance(text, Bert) or bool(text.mask_padding)
+  text = subject.model.text_tower.options
+  return isinstance(text, BertOptions) or bool(text.mask_padding)
 
 
 def fit(family: Family, subject: Subject) -> Fitted | list[str]:
@@ -146,15 +148,20 @@ def _model(layout: Layout, ours: DualEncoder) -> DualEncoder:
   """Their model in our words, its layers stacked where ours are."""
   options: dict[str, Any] = {k: v for k, v in layout.model.items() if k != "pixels"}
   for side in ("image", "text"):
-    scan = getattr(ours, f"{side}_tower").scan
+    scan = getattr(ours, f"{side}_tower").options.scan
     options[side] = {**options[side], "scan": scan, "dtype": "float32"}
   return call(make_model, options, "config.model")
 
 
 def _options(module: Any) -> dict[str, Any]:
-  """What decides the values that a module computes."""
-  found = {x.name: getattr(module, x.name) for x in dataclasses.fields(module)}
-  found |= found.pop("block", {})
+  """{option: value} of those that decide the values that a tower or projector computes."""
+  options = getattr(module, "options", module)
+  found = {x.name: getattr(options, x.name) for x in dataclasses.fields(options)}
+  if isinstance(options, TransformerOptions):
+    found = {k: v for k, v in found.items() if k not in ("variant", "mlp_ratio")}
+    found |= options.sizes._asdict()
+  if isinstance(options, VitOptions):
+    found["class_token"] = options.has_class_token
   if found.get("positions") != "rope":
     found.pop("rope_theta", None)
   return {"name": type(module).__name__.lower()} | {
@@ -170,7 +177,7 @@ def differences(
   if a["name"] != b["name"]:
     return {"name": (a["name"], b["name"])}
   if "pool" in a and "causal" in a:
-    if _reads_end(ours, subject) and _reads_end(theirs, subject):
+    if _reads_end(ours.options, subject) and _reads_end(theirs.options, subject):
       a |= {"pool": "end", "eos": None}
       b |= {"pool": "end", "eos": None}
       if a["causal"]:  # what comes behind the end is not seen anyway

@@ -7,31 +7,32 @@ from collections.abc import Callable
 from typing import Any
 
 from bigalign.export.fit import HF_ACTIVATIONS, Family, Subject
+from bigalign.towers.base import TransformerOptions
 from bigalign.towers.bert import Bert
 from bigalign.towers.text import Text
 from bigalign.towers.vit import ViT
 
 
-def _sizes(tower: Any) -> dict[str, Any]:
+def _sizes(options: TransformerOptions) -> dict[str, Any]:
   return dict(
-    hidden_size=tower.width,
-    intermediate_size=tower.block["hidden"],
-    num_hidden_layers=tower.depth,
-    num_attention_heads=tower.block["heads"],
-    hidden_act=HF_ACTIVATIONS[tower.block["activation"]],
-    layer_norm_eps=tower.block["epsilon"],
+    hidden_size=options.sizes.width,
+    intermediate_size=options.sizes.hidden,
+    num_hidden_layers=options.sizes.depth,
+    num_attention_heads=options.sizes.heads,
+    hidden_act=HF_ACTIVATIONS[options.activation],
+    layer_norm_eps=options.epsilon,
   )
 
 
 def _vision(kind: str, subject: Subject) -> dict[str, Any]:
-  tower = subject.model.image_tower
+  tower = subject.model.image_tower.options
   return dict(
     model_type=kind, image_size=subject.data["image_size"], patch_size=tower.patch, **_sizes(tower)
   )
 
 
 def _text(kind: str, subject: Subject) -> dict[str, Any]:
-  tower = subject.model.text_tower
+  tower = subject.model.text_tower.options
   return dict(
     model_type=kind,
     vocab_size=tower.vocab_size,
@@ -72,7 +73,7 @@ def bert(subject: Subject) -> dict[str, Any]:
   Raises:
     ValueError: if positions are counted from another token than the tokenizer's padding.
   """
-  tower, pad = subject.model.text_tower, subject.tokenizer.pad
+  tower, pad = subject.model.text_tower.options, subject.tokenizer.pad
   if tower.skip_padding and tower.pad != pad:
     raise ValueError(f"config.model.text.pad={tower.pad}, but the tokenizer pads with {pad}")
   kind = "mpnet" if tower.buckets else "roberta" if tower.skip_padding else "bert"
@@ -89,10 +90,10 @@ def bert(subject: Subject) -> dict[str, Any]:
 
 def _dual(text: Callable[[Subject], dict[str, Any]], subject: Subject) -> dict[str, Any]:
   """A plain ViT beside a text tower: DINOv2's is the one that is read by its class token."""
-  tower = subject.model.image_tower
+  tower = subject.model.image_tower.options
   kind = "dinov2_with_registers" if tower.registers else "dinov2"
   kind = "vit" if tower.pool == "pooler" else kind
-  vision = _vision(kind, subject) | dict(mlp_ratio=round(tower.hidden / tower.width))
+  vision = _vision(kind, subject) | dict(mlp_ratio=round(tower.sizes.hidden / tower.sizes.width))
   if tower.registers:
     vision |= dict(num_register_tokens=tower.registers)
   return dict(
@@ -108,7 +109,7 @@ def _dual(text: Callable[[Subject], dict[str, Any]], subject: Subject) -> dict[s
 def _poolers(subject: Subject) -> dict[str, None]:
   """The keys by which a reader knows that BERT, or ViT, is read by its pooler."""
   sides = {
-    "vision": subject.model.image_tower.pool == "pooler",
+    "vision": subject.model.image_tower.options.pool == "pooler",
     "text": isinstance(subject.model.text_tower, Bert),
   }
   return {f"{side}_model.pooler.dense.weight": None for side, has in sides.items() if has}

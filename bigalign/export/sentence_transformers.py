@@ -11,7 +11,7 @@ import numpy as np
 from bigalign import tree, weights
 from bigalign.export import hugging_face
 from bigalign.export.fit import Arrays, Subject, differences
-from bigalign.towers.bert import Bert, bert
+from bigalign.towers.bert import Bert, BertOptions
 from bigalign.weights import transfer
 from bigalign.weights.layout import Layout
 
@@ -39,13 +39,14 @@ def folder(it: Subject) -> tuple[dict[str, Any], dict[str, Callable[[], Arrays]]
   except ValueError as error:  # what the reader of their config would say
     return [str(error)]
   options = {k: v for k, v in layout.model["text"].items() if k != "name"}
-  theirs = bert(**{**options, "pool": tower.pool, "unit": tower.unit})
+  ours = tower.options
+  theirs = BertOptions(**{**options, "pool": ours.pool, "unit": ours.unit}).build()
   wrong = [
     f"config.model.text.{name}={a!r}, there {b!r}"
     for name, (a, b) in differences(tower, theirs, it).items()
   ]
-  if tower.pool not in _POOLS:
-    wrong.append(f"config.model.text.pool={tower.pool!r}, there {' or '.join(map(repr, _POOLS))}")
+  if ours.pool not in _POOLS:
+    wrong.append(f"config.model.text.pool={ours.pool!r}, there {' or '.join(map(repr, _POOLS))}")
   projector = type(it.model.text_projector).__name__
   if projector not in _DENSE:
     wrong.append(f"config.model.text_projector.name: no {projector} in it, only what Dense holds")
@@ -74,7 +75,7 @@ def folder(it: Subject) -> tuple[dict[str, Any], dict[str, Callable[[], Arrays]]
 
 def _encoder(layout: Layout, it: Subject) -> Arrays:
   """With zeros for the pooler, which their classes have and nothing reads here."""
-  width = it.model.text_tower.width
+  width = it.model.text_tower.options.sizes.width
   pooler = {"pooler.dense.weight": (width, width), "pooler.dense.bias": (width,)}
   zeros = {key: np.zeros(shape, np.float32) for key, shape in pooler.items()}
   return dict(transfer.write(layout, it.arrays)) | zeros
@@ -82,9 +83,9 @@ def _encoder(layout: Layout, it: Subject) -> Arrays:
 
 def _modules(it: Subject) -> Iterator[tuple[str, dict[str, Any], Arrays]]:
   """(kind, config, tensors) of what follows the encoder."""
-  tower, projector = it.model.text_tower, it.model.text_projector
+  tower, projector = it.model.text_tower.options, it.model.text_projector
   pooling = {name: pool == tower.pool for pool, name in _POOLS.items()}
-  yield "Pooling", dict(word_embedding_dimension=tower.width, **pooling), {}
+  yield "Pooling", dict(word_embedding_dimension=tower.sizes.width, **pooling), {}
   layers = _DENSE[type(projector).__name__]
   if tower.unit and layers:
     yield "Normalize", {}, {}

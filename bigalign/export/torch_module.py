@@ -9,14 +9,17 @@ from typing import Any
 import einops
 import numpy as np
 
+from bigalign import tree
 from bigalign.export.fit import Arrays, Subject
 from bigalign.model import PIXELS
 from bigalign.projectors import READ_TOKENS, Tokens
 from bigalign.towers import mobilenet
-from bigalign.towers.bert import Bert, buckets
-from bigalign.towers.features import Features
-from bigalign.towers.text import Text
-from bigalign.towers.vit import ViT, sincos2d
+from bigalign.towers.base import TransformerOptions
+from bigalign.towers.bert import BertOptions, buckets
+from bigalign.towers.features import FeaturesOptions
+from bigalign.towers.mobilenet import MobilenetOptions
+from bigalign.towers.text import TextOptions
+from bigalign.towers.vit import VitOptions, sincos2d
 
 SOURCE = pathlib.Path(__file__).with_name("torch_model.txt")
 # Axes of ours -> torch's, by the end of a path; the first that fits.
@@ -37,12 +40,13 @@ def reasons(it: Subject) -> list[str]:
   found = [
     f"config.model.{side}.name: no {type(tower).__name__} in it"
     for side, tower, kinds in (("image", image, IMAGE), ("text", text, TEXT))
-    if type(tower) not in kinds
+    if type(tower.options) not in kinds
   ]
-  if type(image) is ViT:
-    if image.stem != "patch":
-      found.append(f"config.model.image.stem={image.stem!r}, there 'patch'")
-    if image.positions == "rope":
+  options = image.options
+  if isinstance(options, VitOptions):
+    if options.stem != "patch":
+      found.append(f"config.model.image.stem={options.stem!r}, there 'patch'")
+    if options.positions == "rope":
       found.append("config.model.image.positions='rope', there 'learned' or 'sincos2d'")
   if it.data.get("resize", "squash") == "longest":
     found.append("config.data.resize='longest', there 'squash' or 'shortest'")
@@ -51,75 +55,70 @@ def reasons(it: Subject) -> list[str]:
 
 def config(it: Subject) -> dict[str, Any]:
   """config.json: the arguments of the module's classes."""
-  image, text, size = it.model.image_tower, it.model.text_tower, it.data["image_size"]
+  image, text = it.model.image_tower.options, it.model.text_tower.options
+  size = it.data["image_size"]
   mean, std = PIXELS[it.model.pixels]
-  both = image.width * (2 if getattr(image, "pool", "") == "cls+mean" else 1)
+  both = image.token_width * (2 if getattr(image, "pool", "") == "cls+mean" else 1)
   return dict(
     image_tower=IMAGE[type(image)](image, size),
     text_tower=TEXT[type(text)](text),
     image_projector=_projector(it.model.image_projector, both),
-    text_projector=_projector(it.model.text_projector, text.width),
+    text_projector=_projector(it.model.text_projector, text.token_width),
     preprocess=dict(size=size, resize=it.data.get("resize", "squash"), mean=mean, std=std),
   )
 
 
-def _some(of: Any, *names: str) -> dict[str, Any]:
-  return {name: getattr(of, name) for name in names}
+def _some(options: Any, *names: str) -> dict[str, Any]:
+  return {name: getattr(options, name) for name in names}
 
 
-def _block(tower: Any, *names: str) -> dict[str, Any]:
-  return {k: tower.block[k] for k in names if k in tower.block}
+def _transformer(options: TransformerOptions, *of_blocks: str) -> dict[str, Any]:
+  """Sizes and the arguments of the blocks, which can be more options than all towers share."""
+  width, depth, heads, hidden = options.sizes
+  block = dict(heads=heads, hidden=hidden, **_some(options, "activation", "epsilon", *of_blocks))
+  return dict(width=width, depth=depth, block=block)
 
 
-_PRE_NORM = (
-  "heads",
-  "hidden",
-  "activation",
-  "epsilon",
-  "biases",
-  "gated",
-  "mlp_bias",
-  "layer_scale",
-)
-
-
-def _vit(image: ViT, size: int) -> dict[str, Any]:
+def _vit(options: VitOptions, size: int) -> dict[str, Any]:
   return dict(
     name="vit",
     image_size=size,
-    extra=image.class_token + image.registers,
-    **_some(image, "patch", "width", "depth", "pool", "class_position", "pre_norm", "patch_bias"),
-    block=_block(image, *_PRE_NORM),
+    extra=options.extra_tokens,
+    **_some(options, "patch", "pool", "class_position", "pre_norm", "patch_bias"),
+    **_transformer(options, "biases", "gated", "mlp_bias", "layer_scale"),
   )
 
 
-def _mobilenet(image: mobilenet.MobileNetV2, size: int) -> dict[str, Any]:
+def _mobilenet(options: MobilenetOptions, size: int) -> dict[str, Any]:
   del size  # any
-  return dict(name="mobilenet_v2", stem=mobilenet.STEM, stages=mobilenet.STAGES, width=image.width)
+  width = options.token_width
+  return dict(name="mobilenet_v2", stem=mobilenet.STEM, stages=mobilenet.STAGES, width=width)
 
 
-def _text(text: Text) -> dict[str, Any]:
+def _text(options: TextOptions) -> dict[str, Any]:
   return dict(
     name="text",
-    causal=text.block["causal"],
-    block=_block(text, *_PRE_NORM),
-    **_some(text, "vocab_size", "length", "width", "depth", "pool", "eos", "mask_padding"),
+    **_some(options, "causal", "vocab_size", "length", "pool", "eos", "mask_padding"),
+    **_transformer(options),
   )
 
 
-def _bert(text: Bert) -> dict[str, Any]:
+def _bert(options: BertOptions) -> dict[str, Any]:
   return dict(
     name="bert",
-    relative=bool(text.buckets),
-    block=_block(text, "heads", "hidden", "activation", "epsilon"),
-    **_some(
-      text, "vocab_size", "length", "width", "depth", "types", "pad", "skip_padding", "pool", "unit"
-    ),
+    relative=bool(options.buckets),
+    **_some(options, "vocab_size", "length", "types", "pad", "skip_padding", "pool", "unit"),
+    **_transformer(options),
   )
 
 
-IMAGE: dict[type, Any] = {ViT: _vit, mobilenet.MobileNetV2: _mobilenet}
-TEXT: dict[type, Any] = {Text: _text, Bert: _bert, Features: lambda _: dict(name="features")}
+# By the class of a tower's options: the arguments of the module's class.
+IMAGE: dict[type, Any] = {VitOptions: _vit, MobilenetOptions: _mobilenet}
+TEXT: dict[type, Any] = {
+  TextOptions: _text,
+  BertOptions: _bert,
+  FeaturesOptions: lambda options: dict(name="features"),
+}
 
 
 def _projector(module: Any, width: int) -> dict[str, Any]:
@@ -143,20 +142,23 @@ def _projector(module: Any, width: int) -> dict[str, Any]:
 def state(it: Subject) -> Arrays:
   """The module's state_dict."""
   arrays = {"b": np.zeros((), np.float32), **it.arrays}
-  image, text = it.model.image_tower, it.model.text_tower
-  if type(text) is Bert and text.buckets:
+  image, text = it.model.image_tower.options, it.model.text_tower.options
+  if isinstance(text, BertOptions) and text.buckets:
     biases = arrays["text_tower/relative"][buckets(text.length, text.buckets)]
     arrays["text_tower/relative"] = einops.rearrange(biases, "n m h -> 1 h n m")
-  if type(image) is ViT and image.positions == "sincos2d":
+  if isinstance(image, VitOptions) and image.positions == "sincos2d":
     side = it.data["image_size"] // image.patch
-    arrays["image_tower/positions"] = sincos2d(side, side, image.width)[None]
-  found = {}
+    arrays["image_tower/positions"] = sincos2d(side, side, image.sizes.width)[None]
+  tensors = {}
   for path, x in arrays.items():
-    stacked = "/blocks/" in path
-    for i, layer in enumerate(x) if stacked else ((0, x),):
-      name = path.replace("/blocks/", f"/block_{i}/")
+    layers = (
+      {tree.layer_path(path, i): layer for i, layer in enumerate(x)}
+      if tree.is_stacked(path)
+      else {path: x}
+    )
+    for name, layer in layers.items():
       rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), None)
       name = re.sub(r"/(kernel|scale)$", "/weight", name)
       name = re.sub(r"^text_tower/embedding$", "text_tower/embedding/weight", name)
-      found[name.replace("/", ".")] = einops.rearrange(layer, rule) if rule else layer
-  return found
+      tensors[name.replace("/", ".")] = einops.rearrange(layer, rule) if rule else layer
+  return tensors

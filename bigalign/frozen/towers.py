@@ -158,7 +158,7 @@ def check_stores(
     expected = (
       header(side, data, model, params)
       if params
-      else dict(width=getattr(program.model, f"{side}_tower").width)
+      else dict(width=getattr(program.model, f"{side}_tower").options.token_width)
     )
     for found in some:
       reader.check_header(found.folder, expected)

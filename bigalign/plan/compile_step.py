@@ -112,7 +112,7 @@ def measure(
       "batch_size": config["batch_size"],
       "batch_per_chip": config["batch_size"] / mesh.size,
       "microbatches": program.microbatches,
-      "remat": {side: getattr(tower, "remat", "none") for side, tower in towers.items()},
+      "remat": {side: getattr(tower.options, "remat", "none") for side, tower in towers.items()},
       "first_step": step.stage.begin,
       "total_steps": step.stage.end - step.stage.begin,
       "parameters": sum(x.size for x in {**step.state.trainable, **step.state.frozen}.values()),

@@ -1,21 +1,23 @@
-"""What all towers are made of: blocks, a stack of them under scan and remat, pooling."""
+"""What the towers share: options, transformer blocks, an encoder with scan and remat, pooling."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import einops
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bigalign import config, sharding
+from bigalign import checks, sharding
 from bigalign.towers.linear import Dense, DenseGeneral
 
 # name: (width, depth, heads, hidden units per width). ViT and scaling-ViT sizes,
 # https://arxiv.org/abs/2010.11929, 2106.04560; So400m https://arxiv.org/abs/2305.13035.
-VARIANTS = {
+VARIANTS: dict[str, tuple[int, int, int, float]] = {
   "Ti": (192, 12, 3, 4.0),
   "S": (384, 12, 6, 4.0),
   "M": (512, 12, 8, 4.0),
@@ -27,7 +29,7 @@ VARIANTS = {
   "G": (1664, 48, 16, 8192 / 1664),
 }
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
   "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
@@ -36,15 +38,128 @@ ACTIVATIONS = {
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
-REMAT = {
+REMAT: dict[str, Any] = {  # name: checkpoint policy of each block
   "none": None,  # keep every activation
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matmuls of weights
   "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each layer
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerOptions:
+  """The options that all towers share.
+
+  Args:
+    remat: activations kept for the backward pass: "none" keeps all, "dots" keeps the matmuls of
+      weights, "full" keeps the input of each block. The others are computed again.
+    dtype: dtype of the computation; parameters are float32.
+
+  Raises:
+    ValueError: for an unknown name, with the known ones.
+  """
+
+  place: ClassVar[str]  # of these options in the config, for error messages
+
+  remat: str = "none"
+  dtype: str = "bfloat16"
+
+  def __post_init__(self) -> None:
+    """Checks the values."""
+    checks.known(f"{self.place}.remat", self.remat, REMAT)
+    checks.known(f"{self.place}.dtype", self.dtype, DTYPES)
+
+  @property
+  def compute_dtype(self) -> Any:
+    """`dtype` as a numpy dtype."""
+    return jnp.dtype(self.dtype)
+
+
+class Sizes(NamedTuple):
+  """The sizes of a transformer: width D, layers, attention heads, hidden units of the MLP."""
+
+  width: int
+  depth: int
+  heads: int
+  hidden: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerOptions(TowerOptions):
+  """The options that all transformer towers share.
+
+  Args:
+    variant: Ti, S, M, B, L, So400m, H, g or G: a named width, depth, number of heads and MLP
+      ratio. Each of the four can be overridden.
+    width: width of the tokens; None: the variant's.
+    depth: number of blocks; None: the variant's.
+    heads: attention heads, which must divide the width; None: the variant's.
+    mlp_ratio: hidden units of the MLP per unit of width; None: the variant's.
+    dropout: rate of dropout on the embedding and on both branches of each block, in training.
+    activation: activation of the MLP: "gelu", "gelu_tanh", "quick_gelu" or "silu".
+    epsilon: epsilon of every layer norm.
+    scan: compile one program for all blocks and stack their parameters; False gives each block
+      its own parameters.
+    attention: implementation in jax.nn.dot_product_attention: None (its choice), "xla" or "cudnn".
+
+  Raises:
+    ValueError: for an unknown name, with the known ones, or for heads that do not divide the width.
+  """
+
+  variant: str = "B"
+  width: int | None = None
+  depth: int | None = None
+  heads: int | None = None
+  mlp_ratio: float | None = None
+  dropout: float = 0.0
+  activation: str = "gelu_tanh"
+  epsilon: float = 1e-6
+  scan: bool = True
+  attention: str | None = None
+
+  def __post_init__(self) -> None:
+    """Checks the values."""
+    checks.known(f"{self.place}.activation", self.activation, ACTIVATIONS)
+    super().__post_init__()
+    width, _, heads, _ = self.sizes
+    if width % heads:
+      raise ValueError(f"width {width} does not divide into {heads} heads; set heads or the width")
+
+  @property
+  def sizes(self) -> Sizes:
+    """The sizes of the variant, with the overrides."""
+    width, depth, heads, ratio = checks.choose(VARIANTS, self.variant, "variant")
+    width = self.width or width
+    hidden = round(width * (self.mlp_ratio or ratio))
+    return Sizes(width, self.depth or depth, self.heads or heads, hidden)
+
+  @property
+  def token_width(self) -> int:
+    """D, the width of the tower's tokens."""
+    return self.sizes.width
+
+
+def block_arguments(options: TransformerOptions, **others: Any) -> flax.core.FrozenDict[str, Any]:
+  """Arguments of a block: those that follow from the shared options, and `others`."""
+  return flax.core.FrozenDict(
+    heads=options.sizes.heads,
+    hidden=options.sizes.hidden,
+    activation=options.activation,
+    dropout=options.dropout,
+    epsilon=options.epsilon,
+    dtype=options.compute_dtype,
+    implementation=options.attention,
+    **others,
+  )
+
+
 class TowerOutput(NamedTuple):
-  """pooled [B, D]; tokens [B, N, D], normed; mask [B, N] bool where tokens can be padding."""
+  """The output of a tower.
+
+  Args:
+    pooled: [B, D], or [B, 2 D] with pool="cls+mean".
+    tokens: [B, N, D], after the last layer norm.
+    mask: [B, N] bool, True = no padding; None where no token is padding.
+  """
 
   pooled: jax.Array
   tokens: jax.Array
@@ -52,18 +167,26 @@ class TowerOutput(NamedTuple):
 
 
 def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
-  """Turns each half of a head against the other: x [B, N, H, K], rotation [2, N, K] cos and sin."""
+  """Rotary position embedding of x [B, N, H, K], halves rotated; rotation [2, N, K]: cos, sin."""
   cos, sin = rotation[:, None, :, None, :]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return (x * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
+  rotated: jax.Array = x * cos + jnp.concatenate([-second, first], -1) * sin
+  return rotated.astype(x.dtype)
 
 
 class Attention(nn.Module):
-  """Multi-head attention; `biases`: which of q, k, v and o(ut) have one."""
+  """Multi-head attention.
+
+  Args:
+    heads: number of heads, which must divide the width.
+    dtype: dtype of the computation.
+    implementation: implementation in jax.nn.dot_product_attention.
+    biases: which of the q(uery), k(ey), v(alue) and o(ut) maps have a bias.
+  """
 
   heads: int
   dtype: Any = jnp.float32
-  implementation: Any = None  # see vit
+  implementation: Any = None
   biases: str = "qkvo"
 
   @nn.compact
@@ -76,9 +199,15 @@ class Attention(nn.Module):
     rotation: jax.Array | None = None,
     bias: jax.Array | None = None,
   ) -> jax.Array:
-    """Queries [B, N, D] from x, keys and values from memory [B, M, D]; mask [B, M], True = seen.
+    """[B, N, D] -> [B, N, D]: every token of x attends to the tokens of memory.
 
-    rotation [2, N, K] of queries and keys; bias [1, H, N, M] is added to the logits.
+    Args:
+      x: [B, N, D], the source of the queries.
+      memory: [B, M, D], the source of keys and values.
+      mask: [B, M] bool, True = attended to; None: all of memory.
+      causal: whether token n attends only to the tokens up to n.
+      rotation: [2, N, K], rotary embedding of queries and keys: cos, sin.
+      bias: [1, H, N, M], added to the logits.
     """
     width = x.shape[-1]
 
@@ -114,7 +243,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two layers with an activation between; gated: https://arxiv.org/abs/2002.05202."""
+  """Two layers with an activation in between; `gated` as in https://arxiv.org/abs/2002.05202."""
 
   hidden: int
   activation: str = "gelu_tanh"
@@ -163,7 +292,7 @@ class Block(nn.Module):
     deterministic: bool = True,
     rotation: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
-    """[B, N, D] -> [B, N, D], and None: the second half of a scan's pair."""
+    """[B, N, D] -> ([B, N, D], None); nn.scan expects a pair. See Attention for the arguments."""
     norm = {"epsilon": self.epsilon, "dtype": self.dtype}
     y = nn.LayerNorm(name="ln1", **norm)(x)
     y = Attention(self.heads, self.dtype, self.implementation, self.biases, name="attn")(
@@ -186,17 +315,21 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """`depth` blocks and a last norm.
+  """A stack of blocks and a layer norm.
 
-  With scan the layers are one program and one stacked array per parameter, "blocks/…": compile
-  time does not grow with depth. Without, each has its own, "block_3/…", can be frozen or given a
-  learning rate alone, and runs about 1.15 times faster on CPUs.
+  With scan the blocks are one program and one stacked array per parameter, "blocks/…": compile
+  time does not grow with depth. Without, each block has its own, "block_3/…", can be frozen or
+  given its own learning rate, and runs about 1.15 times faster on CPUs.
+
+  Args:
+    options: depth, scan, remat, and the epsilon and dtype of the last norm.
+    block: arguments of `kind`.
+    kind: class of a block.
+    norm: whether a layer norm follows the last block.
   """
 
-  depth: int
-  block: Mapping[str, Any]  # arguments of `kind`
-  scan: bool = True
-  remat: str = "none"
+  options: TransformerOptions
+  block: Mapping[str, Any]
   kind: Any = Block
   norm: bool = True
 
@@ -208,67 +341,63 @@ class Encoder(nn.Module):
     train: bool = False,
     relation: jax.Array | None = None,
   ) -> jax.Array:
-    """[B, N, D] -> [B, N, D], normed; mask [B, N], True = a key that is seen.
+    """[B, N, D] -> [B, N, D], normed.
 
-    relation: how tokens lie to each other, for every block: a rotation, or a bias of attention.
+    Args:
+      x: [B, N, D].
+      mask: [B, N] bool, True = attended to.
+      train: whether dropout is on.
+      relation: relative positions, for every block: a rotation or a bias of attention.
     """
-    block: Any = self.kind
-    policy = config.choose(REMAT, self.remat, "remat")
+    options, block = self.options, self.kind
+    policy = checks.choose(REMAT, options.remat, "remat")
     if policy is not None:
       # Inside a scan the compiler cannot undo the remat, and the guards against it cost fusions.
-      block = nn.remat(block, policy=policy, prevent_cse=not self.scan, static_argnums=(3,))
-    if self.scan:
+      block = nn.remat(block, policy=policy, prevent_cse=not options.scan, static_argnums=(3,))
+    if options.scan:
       stack = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
-        length=self.depth,
+        length=options.sizes.depth,
       )
       x, _ = stack(name="blocks", **self.block)(x, mask, not train, relation)
     else:
-      for i in range(self.depth):
+      for i in range(options.sizes.depth):
         x, _ = block(name=f"block_{i}", **self.block)(x, mask, not train, relation)
-    if not self.norm:
-      return x
-    return nn.LayerNorm(epsilon=self.block["epsilon"], dtype=self.block["dtype"], name="ln")(x)
+    encoded: jax.Array = x
+    if self.norm:
+      norm = nn.LayerNorm(epsilon=options.epsilon, dtype=options.compute_dtype, name="ln")
+      encoded = norm(encoded)
+    return encoded
 
 
 class MapHead(nn.Module):
-  """Multi-head attention pooling: a learned query, then a residual MLP."""
+  """Multi-head attention pooling: a learned query, then a residual MLP.
 
-  heads: int
-  hidden: int
-  activation: str = "gelu_tanh"
-  epsilon: float = 1e-6
-  dtype: Any = jnp.float32
+  Args:
+    options: the sizes, activation, epsilon and dtype of its tower.
+  """
+
+  options: TransformerOptions
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """[B, N, D] -> [B, D]."""
+    """[B, N, D] -> [B, D]; mask [B, N] bool, True = attended to."""
+    options, dtype = self.options, self.options.compute_dtype
     probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
-    probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
-    y = Attention(self.heads, self.dtype, name="attn")(probe, x, mask)
-    z = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="ln")(y)
-    y = y + Mlp(self.hidden, self.activation, dtype=self.dtype, name="mlp")(z)
+    probe = jnp.broadcast_to(probe.astype(dtype), (x.shape[0], 1, x.shape[-1]))
+    y = Attention(options.sizes.heads, dtype, name="attn")(probe, x, mask)
+    z = nn.LayerNorm(epsilon=options.epsilon, dtype=dtype, name="ln")(y)
+    y = y + Mlp(options.sizes.hidden, options.activation, dtype=dtype, name="mlp")(z)
     return einops.rearrange(y, "b 1 d -> b d")
 
 
 def masked_mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """[B, N, D] -> [B, D], float32: the mean over the tokens that the mask [B, N] keeps."""
+  """[B, N, D] -> [B, D], float32: the mean over the tokens where mask [B, N] is True."""
   x = x.astype(jnp.float32)
   if mask is None:
     return x.mean(1)
   w = mask.astype(jnp.float32)[..., None]
   return (x * w).sum(1) / jnp.maximum(w.sum(1), 1.0)
-
-
-def size(
-  variant: str, width: int | None, depth: int | None, heads: int | None, mlp_ratio: float | None
-) -> tuple[int, int, int, int]:
-  """(width, depth, heads, hidden) of a named variant, with what is given in its place."""
-  w, d, h, r = config.choose(VARIANTS, variant, "variant")
-  width, depth, heads = width or w, depth or d, heads or h
-  if width % heads:
-    raise ValueError(f"width {width} does not divide into {heads} heads; set heads or the width")
-  return width, depth, heads, round(width * (mlp_ratio or r))

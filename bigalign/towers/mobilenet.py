@@ -1,15 +1,16 @@
-"""MobileNetV2, https://arxiv.org/abs/1801.04381, of width 1.0."""
+"""MobileNetV2 of width 1.0, https://arxiv.org/abs/1801.04381."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bigalign import config, sharding
+from bigalign import sharding
 from bigalign.towers import base
 from bigalign.towers.linear import Dense
 
@@ -27,14 +28,14 @@ STEM, WIDTH = 32, 1280
 
 
 def pointwise(x: jax.Array, features: int, dtype: Any, name: str) -> jax.Array:
-  """A 1 x 1 convolution with a bias: a product."""
+  """A 1 x 1 convolution with a bias: a matmul."""
   return Dense(features, dtype=dtype, name=name)(x)
 
 
 class Depthwise(nn.Module):
-  """3 x 3 within each channel, with a bias and TensorFlow's padding.
+  """A 3 x 3 convolution of each channel, with a bias and TensorFlow's padding.
 
-  As nine products: XLA's grouped convolutions take 5 to 13 times as long on CPUs.
+  It is computed as nine products: XLA's grouped convolutions take 5 to 13 times as long on CPUs.
   """
 
   stride: int
@@ -58,7 +59,7 @@ class Depthwise(nn.Module):
 
 
 class Bottleneck(nn.Module):
-  """Inverted residual: wide and depthwise inside, narrow and linear at its ends."""
+  """Inverted residual: a wide depthwise convolution between two narrow linear ends."""
 
   expansion: int
   features: int
@@ -76,49 +77,71 @@ class Bottleneck(nn.Module):
     return sharding.constrain_batch(x + y if x.shape == y.shape else y)
 
 
-class MobileNetV2(nn.Module):
-  """See `mobilenet_v2` for the options."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MobilenetOptions(base.TowerOptions):
+  """The options of MobileNetV2 with batch norm folded into its convolutions.
 
-  remat: str
-  dtype: Any
-  width: int = WIDTH
+  The tower is meant to start from pretrained weights.
+
+  Raises:
+    ValueError: for an unknown name, with the known ones.
+  """
+
+  place: ClassVar[str] = "config.model.image"
+
+  @property
+  def token_width(self) -> int:
+    """D, the width of the tower's tokens."""
+    return WIDTH
+
+  def build(self) -> MobileNetV2:
+    """The tower with these options."""
+    return MobileNetV2(self)
+
+
+class MobileNetV2(nn.Module):
+  """MobileNetV2 of width 1.0.
+
+  >>> import jax
+  >>> tower = MobilenetOptions().build()
+  >>> images = jax.ShapeDtypeStruct((2, 64, 64, 3), "float32")
+  >>> output, parameters = jax.eval_shape(tower.init_with_output, jax.random.key(0), images)
+  >>> output.pooled.shape, output.tokens.shape
+  ((2, 1280), (2, 4, 1280))
+
+  Args:
+    options: see MobilenetOptions.
+  """
+
+  options: MobilenetOptions
 
   @nn.compact
   def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
-    """[B, H, W, 3] normalised -> pooled [B, 1280], tokens [B, N, 1280]: the last map's pixels.
+    """Embeds images.
 
-    N = H / 32 * W / 32, each rounded up: 49 for images of 224 x 224. `train` changes nothing.
+    Args:
+      image: [B, H, W, 3], normalised.
+      train: changes nothing.
+
+    Returns:
+      pooled [B, 1280], tokens [B, N, 1280]: the pixels of the last feature map.
+      N = H / 32 * W / 32, each rounded up: 49 for images of 224 x 224.
     """
+    dtype, policy = self.options.compute_dtype, base.REMAT[self.options.remat]
     x = nn.Conv(
       STEM,
       (3, 3),
       2,
       "SAME",
-      dtype=self.dtype,
+      dtype=dtype,
       kernel_init=nn.initializers.he_normal(),
       name="stem",
-    )(image.astype(self.dtype))
+    )(image.astype(dtype))
     x = nn.relu6(x)
-    bottleneck: Any = Bottleneck
-    if base.REMAT[self.remat] is not None:
-      bottleneck = nn.remat(Bottleneck, policy=base.REMAT[self.remat])
+    bottleneck: Any = Bottleneck if policy is None else nn.remat(Bottleneck, policy=policy)
     blocks = ((t, c, s if i == 0 else 1) for t, c, n, s in STAGES for i in range(n))
     for i, (expansion, features, stride) in enumerate(blocks, 1):
-      x = bottleneck(expansion, features, stride, self.dtype, name=f"bottleneck_{i}")(x)
-    x = nn.relu6(pointwise(x, self.width, self.dtype, "head"))
+      x = bottleneck(expansion, features, stride, dtype, name=f"bottleneck_{i}")(x)
+    x = nn.relu6(pointwise(x, WIDTH, dtype, "head"))
     tokens = einops.rearrange(x, "b h w d -> b (h w) d")
     return base.TowerOutput(base.masked_mean(tokens, None), tokens)
-
-
-def mobilenet_v2(*, remat: str = "none", dtype: str = "bfloat16") -> MobileNetV2:
-  """MobileNetV2 with batch norm folded into its convolutions, to start from pretrained weights.
-
-  Args:
-    remat, dtype: as in `vit`, for each block.
-
-  Raises:
-    ValueError: for an unknown name.
-  """
-  config.known("config.model.image.remat", remat, base.REMAT)
-  config.known("config.model.image.dtype", dtype, base.DTYPES)
-  return MobileNetV2(remat, jnp.dtype(dtype))

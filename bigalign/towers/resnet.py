@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bigalign import config, sharding
+from bigalign import sharding
 from bigalign.towers import base
 
 WIDTHS = (16, 32, 64)  # of the three stages
 
 
 class FrozenBatchNorm(nn.Module):
-  """Batch norm with the statistics of pretraining, in training too: an affine map per channel.
+  """Batch norm with the statistics of pretraining, also in training: an affine map per channel.
 
-  The statistics are parameters, so that checkpoints hold them; no gradient reaches them, and by
-  default only kernels decay. A batch's own would tie its samples to each other.
+  The statistics are parameters, so that checkpoints hold them. They have no gradient, and weight
+  decay is by default for kernels only. Statistics of the batch would couple its samples.
   """
 
   dtype: Any
@@ -40,13 +41,13 @@ class FrozenBatchNorm(nn.Module):
 
 
 def shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
-  """Option A, without parameters: every second pixel, and zeros for the new channels."""
+  """The paper's option A, without parameters: strided pixels, and zeros for the new channels."""
   more = (features - x.shape[-1]) // 2
   return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (more, more)))
 
 
 def convolve(x: jax.Array, features: int, stride: int, dtype: Any, number: int) -> jax.Array:
-  """3 x 3 and its norm; one pixel of zeros on every side whatever the stride, as in torch."""
+  """A 3 x 3 convolution and its norm, padded by one pixel on each side for any stride, as torch."""
   x = nn.Conv(
     features,
     (3, 3),
@@ -75,44 +76,73 @@ class Block(nn.Module):
     return sharding.constrain_batch(nn.relu(y + shortcut(x, self.features, self.stride)))
 
 
-class ResNetCifar(nn.Module):
-  """See `resnet_cifar` for the options."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResnetOptions(base.TowerOptions):
+  """The options of a small residual network for small images.
 
-  depth: int
-  remat: str
-  dtype: Any
-  width: int = WIDTHS[-1]
-
-  @nn.compact
-  def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
-    """[B, H, W, 3] normalised -> pooled [B, 64], tokens [B, N, 64]: the last map's pixels.
-
-    N = H / 4 * W / 4, 64 for images of 32 x 32. `train` changes nothing.
-    """
-    x = nn.relu(convolve(image.astype(self.dtype), WIDTHS[0], 1, self.dtype, 1))
-    block: Any = Block
-    if base.REMAT[self.remat] is not None:
-      block = nn.remat(Block, policy=base.REMAT[self.remat])
-    for stage, features in enumerate(WIDTHS, 1):
-      for i in range((self.depth - 2) // 6):
-        stride = 2 if stage > 1 and i == 0 else 1
-        x = block(features, stride, self.dtype, name=f"stage_{stage}_block_{i}")(x)
-    tokens = einops.rearrange(x, "b h w d -> b (h w) d")
-    return base.TowerOutput(base.masked_mean(tokens, None), tokens)
-
-
-def resnet_cifar(*, depth: int = 20, remat: str = "none", dtype: str = "bfloat16") -> ResNetCifar:
-  """A small residual network for small images, to start from pretrained weights.
+  The tower is meant to start from pretrained weights.
 
   Args:
-    depth: weighted layers, classifier included: 20, 32, 44, 56, 110, any 6 n + 2.
-    remat, dtype: as in `vit`, for each block.
+    depth: layers with weights, including the classifier: 20, 32, 44, 56, 110, any 6 n + 2.
 
   Raises:
     ValueError: for a depth of another form or an unknown name.
   """
-  if depth < 8 or depth % 6 != 2:
-    raise ValueError(f"config.model.image.depth={depth}: must be 6 n + 2, as 20 or 56")
-  config.known("config.model.image.remat", remat, base.REMAT)
-  config.known("config.model.image.dtype", dtype, base.DTYPES)
-  return ResNetCifar(depth, remat, jnp.dtype(dtype))
+
+  place: ClassVar[str] = "config.model.image"
+
+  depth: int = 20
+
+  def __post_init__(self) -> None:
+    """Checks the values."""
+    if self.depth < 8 or self.depth % 6 != 2:
+      raise ValueError(f"{self.place}.depth={self.depth}: must be 6 n + 2, as 20 or 56")
+    super().__post_init__()
+
+  @property
+  def token_width(self) -> int:
+    """D, the width of the tower's tokens."""
+    return WIDTHS[-1]
+
+  def build(self) -> ResNetCifar:
+    """The tower with these options."""
+    return ResNetCifar(self)
+
+
+class ResNetCifar(nn.Module):
+  """A residual network for CIFAR.
+
+  >>> import jax
+  >>> tower = ResnetOptions(depth=8).build()
+  >>> images = jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")
+  >>> output, parameters = jax.eval_shape(tower.init_with_output, jax.random.key(0), images)
+  >>> output.pooled.shape, output.tokens.shape
+  ((2, 64), (2, 64, 64))
+
+  Args:
+    options: see ResnetOptions.
+  """
+
+  options: ResnetOptions
+
+  @nn.compact
+  def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
+    """Embeds images.
+
+    Args:
+      image: [B, H, W, 3], normalised.
+      train: changes nothing.
+
+    Returns:
+      pooled [B, 64], tokens [B, N, 64]: the pixels of the last feature map. N = H / 4 * W / 4, 64
+      for images of 32 x 32.
+    """
+    dtype, policy = self.options.compute_dtype, base.REMAT[self.options.remat]
+    x = nn.relu(convolve(image.astype(dtype), WIDTHS[0], 1, dtype, 1))
+    block: Any = Block if policy is None else nn.remat(Block, policy=policy)
+    for stage, features in enumerate(WIDTHS, 1):
+      for i in range((self.options.depth - 2) // 6):
+        stride = 2 if stage > 1 and i == 0 else 1
+        x = block(features, stride, dtype, name=f"stage_{stage}_block_{i}")(x)
+    tokens = einops.rearrange(x, "b h w d -> b (h w) d")
+    return base.TowerOutput(base.masked_mean(tokens, None), tokens)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import einops
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import config, sharding
+from bigalign import checks, sharding
 from bigalign.towers import base
 from bigalign.towers.linear import Dense, product
 
@@ -20,7 +20,17 @@ POSITIONS = ("learned", "sincos2d", "rope")
 
 
 def sincos2d(rows: int, cols: int, width: int, temperature: float = 10_000.0) -> np.ndarray:
-  """[rows * cols, width] float32: sines and cosines of both coordinates, as in MoCo v3."""
+  """Fixed positions of a grid: sines and cosines of both coordinates, as in MoCo v3.
+
+  Args:
+    rows: rows of patches.
+    cols: columns of patches.
+    width: width of the tokens, which 4 must divide.
+    temperature: longest wavelength, as a multiple of 2 pi patches.
+
+  Returns:
+    [rows * cols, width] float32.
+  """
   if width % 4:
     raise ValueError(f"sincos2d positions need a width that 4 divides, not {width}")
   omega = 1.0 / temperature ** (np.arange(width // 4) / (width // 4 - 1))
@@ -30,10 +40,19 @@ def sincos2d(rows: int, cols: int, width: int, temperature: float = 10_000.0) ->
 
 
 def rope(rows: int, cols: int, before: int, width: int, theta: float) -> np.ndarray:
-  """[2, before + rows * cols, width] float32: cos and sin of patch centres, as in DINOv3.
+  """Rotary position embedding of a grid of patches as in DINOv3, https://arxiv.org/abs/2508.10104.
 
-  Centres lie in [-1, 1] on both axes whatever the grid; the tokens `before` are not turned.
-  https://arxiv.org/abs/2508.10104
+  The coordinates of patch centres are in [-1, 1] on both axes, whatever the grid.
+
+  Args:
+    rows: rows of patches.
+    cols: columns of patches.
+    before: number of tokens before the patches; they are not rotated.
+    width: width of a head, which 4 must divide.
+    theta: inverse of the lowest frequency; the highest is 1.
+
+  Returns:
+    [2, before + rows * cols, width] float32: cosines and sines of the angles.
   """
   if width % 4:
     raise ValueError(f"positions='rope' needs heads of a width that 4 divides, not {width}")
@@ -46,19 +65,28 @@ def rope(rows: int, cols: int, before: int, width: int, theta: float) -> np.ndar
 
 
 def resampled(table: jax.Array, grid: tuple[int, int], to: tuple[int, int]) -> jax.Array:
-  """Positions [1, n, D] of a grid of n patches for another grid, linear and antialiased: [1, m, D].
+  """Position embeddings of another grid of patches, linearly interpolated with antialiasing.
 
-  In each step, as FlexiViT does, https://arxiv.org/abs/2212.08013. Those of the same grid stay.
+  FlexiViT does the same in every step, https://arxiv.org/abs/2212.08013.
+
+  Args:
+    table: [1, n, D], positions of the n patches of `grid`.
+    grid: (rows, columns) of the table.
+    to: (rows, columns) of the result.
+
+  Returns:
+    [1, m, D]; the table itself if the grids are equal.
   """
   if grid == to:
     return table
   square = einops.rearrange(table, "1 (y x) d -> y x d", y=grid[0])
   square = jax.image.resize(square, (*to, table.shape[-1]), "linear", antialias=True)
-  return einops.rearrange(square, "y x d -> 1 (y x) d")
+  positions: jax.Array = einops.rearrange(square, "y x d -> 1 (y x) d")
+  return positions
 
 
 class PatchEmbed(nn.Module):
-  """Non-overlapping patches through one linear map, as a product: a strided convolution."""
+  """A linear map of non-overlapping patches: a strided convolution, computed as a matmul."""
 
   patch: int
   width: int
@@ -84,7 +112,7 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-  """3 x 3 convolutions of stride 2 down to the patch grid, https://arxiv.org/abs/2106.14881."""
+  """3 x 3 convolutions of stride 2 down to the grid of patches, https://arxiv.org/abs/2106.14881."""
 
   patch: int
   width: int
@@ -106,224 +134,202 @@ class ConvStem(nn.Module):
 STEMS = {"patch": PatchEmbed, "conv": ConvStem}
 
 
-class ViT(nn.Module):
-  """See `vit` for the options."""
-
-  patch: int
-  width: int
-  depth: int
-  heads: int
-  hidden: int
-  stem: str
-  patch_bias: bool
-  pool: str
-  positions: str
-  rope_theta: float
-  class_token: bool
-  class_position: bool
-  registers: int
-  patch_dropout: float
-  dropout: float
-  pre_norm: bool
-  scan: bool
-  remat: str
-  block: flax.core.FrozenDict[str, Any]  # arguments of base.Block
-  dtype: Any
-  grid: tuple[int, int] | None = None  # of the learned positions; None: that of the image
-  drawn: tuple[int, int] | None = None  # grid that they begin on, resampled; None: their own
-
-  @nn.compact
-  def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
-    """[B, H, W, 3] normalised -> pooled [B, D or 2 D], tokens [B, N, D] of the patches.
-
-    Random keys in training: "dropout" for dropout, "patch_dropout" for patch dropout.
-    """
-    _, height, width, _ = image.shape
-    if height % self.patch or width % self.patch:
-      raise ValueError(
-        f"model.image.patch={self.patch} does not divide the image of {height} x {width} pixels"
-      )
-    options = {} if self.patch_bias else {"bias": False}
-    x = STEMS[self.stem](self.patch, self.width, self.dtype, name="embedding", **options)(image)
-    rows, cols = x.shape[1:3]
-    x = einops.rearrange(x, "b h w d -> b (h w) d")
-    rotation = None
-    extra = self.class_token + self.registers
-    if self.positions == "rope":
-      rotation = jnp.asarray(rope(rows, cols, extra, self.width // self.heads, self.rope_theta))
-    else:
-      x = x + self._positions(rows, cols).astype(self.dtype)
-    if train and self.patch_dropout:
-      x = self._keep_some(x)
-    if extra:
-      x = jnp.concatenate([self._extra_tokens(x, extra), x], 1)
-    if self.pre_norm:
-      x = nn.LayerNorm(epsilon=self.block["epsilon"], dtype=self.dtype, name="ln_pre")(x)
-    x = nn.Dropout(self.dropout, name="dropout")(x, not train)
-    x = base.Encoder(self.depth, self.block, self.scan, self.remat, name="encoder")(
-      sharding.constrain_batch(x), train=train, relation=rotation
-    )
-    patches = x[:, extra:]
-    if self.pool == "cls":
-      pooled = x[:, 0]
-    elif self.pool == "pooler":
-      pooled = jnp.tanh(Dense(self.width, dtype=self.dtype, name="pooler")(x[:, 0]))
-    elif self.pool == "mean":
-      pooled = base.masked_mean(patches, None)
-    elif self.pool == "cls+mean":
-      pooled = jnp.concatenate([x[:, 0], base.masked_mean(patches, None)], -1)
-    else:
-      pooled = base.MapHead(
-        self.heads,
-        self.hidden,
-        self.block["activation"],
-        self.block["epsilon"],
-        self.dtype,
-        name="map_head",
-      )(x)
-    return base.TowerOutput(pooled, patches)
-
-  def _positions(self, rows: int, cols: int) -> jax.Array:
-    """[1, rows * cols, D]."""
-    if self.positions == "sincos2d":
-      return jnp.asarray(sincos2d(rows, cols, self.width))[None]
-    grid = self.grid or (rows, cols)
-    drawn = self.drawn or grid
-
-    def init(key: jax.Array) -> jax.Array:
-      draw = nn.initializers.normal(1 / np.sqrt(self.width))
-      return resampled(draw(key, (1, drawn[0] * drawn[1], self.width)), drawn, grid)
-
-    return resampled(self.param("positions", init), grid, (rows, cols))
-
-  def _extra_tokens(self, x: jax.Array, extra: int) -> jax.Array:
-    """[B, extra, D]: the class token, which alone can have a position, and the registers."""
-    tokens = self.param("extra_tokens", nn.initializers.normal(0.02), (1, extra, self.width))
-    tokens = jnp.asarray(tokens, self.dtype)
-    if self.class_position:
-      position = self.param("class_position", nn.initializers.zeros, (1, 1, self.width))
-      tokens = tokens.at[:, :1].add(position.astype(self.dtype))
-    return jnp.broadcast_to(tokens, (x.shape[0], extra, self.width))
-
-  def _keep_some(self, x: jax.Array) -> jax.Array:
-    """[B, N, D] -> [B, n, D]: another random subset for each image, in the patches' order."""
-    batch, n, _ = x.shape
-    keep = max(1, round(n * (1 - self.patch_dropout)))
-    draws = jax.random.uniform(self.make_rng("patch_dropout"), (batch, n))
-    chosen = jnp.sort(jnp.argsort(draws, axis=1)[:, :keep], axis=1)
-    return jnp.take_along_axis(x, chosen[..., None], axis=1)
-
-
-def vit(
-  *,
-  variant: str = "B",
-  patch: int = 16,
-  width: int | None = None,
-  depth: int | None = None,
-  heads: int | None = None,
-  mlp_ratio: float | None = None,
-  stem: str = "patch",
-  patch_bias: bool = True,
-  pool: str = "map",
-  positions: str = "learned",
-  rope_theta: float = 100.0,
-  class_token: bool | None = None,
-  class_position: bool = False,
-  registers: int = 0,
-  patch_dropout: float = 0.0,
-  dropout: float = 0.0,
-  activation: str = "gelu_tanh",
-  epsilon: float = 1e-6,
-  pre_norm: bool = False,
-  biases: str = "qkvo",
-  gated: bool = False,
-  mlp_bias: bool = True,
-  layer_scale: float | None = None,
-  scan: bool = True,
-  remat: str = "none",
-  dtype: str = "bfloat16",
-  attention: str | None = None,
-) -> ViT:
-  """A vision transformer.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VitOptions(base.TransformerOptions):
+  """The options of a vision transformer.
 
   Args:
-    variant: Ti, S, M, B, L, So400m, H, g, G: width, depth, heads and MLP ratio, each of which can
-      be given in its place.
     patch: pixels per side of a patch; must divide the image.
-    stem: "patch", or "conv": 3 x 3 convolutions of stride 2 (patch must be a power of 2).
-    patch_bias: of the patch stem; CLIP has none.
-    pool: "map" (attention pooling, SigLIP), "cls" (a class token), "pooler" (tanh of a linear map
-      of it), "mean" of the patches, "cls+mean" (SAIL: one behind the other, 2 D wide).
+    stem: "patch" (one linear map of each patch) or "conv" (3 x 3 convolutions of stride 2; the
+      patch must be a power of 2).
+    patch_bias: whether the patch stem has a bias; CLIP's has none.
+    pool: "map" (attention pooling, SigLIP), "cls" (the class token), "pooler" (tanh of a linear
+      map of the class token), "mean" (of the patches), or "cls+mean" (SAIL: both concatenated,
+      2 D wide).
     positions: "learned" (for one image size; stages of a run resample them), "sincos2d" (fixed) or
-      "rope" (DINOv3), with frequencies from 1 down to 1 / rope_theta.
-    class_token: whether there is one; None: where `pool` reads it.
-    class_position: it has a learned position of its own.
-    registers: extra tokens without a position, https://arxiv.org/abs/2309.16588.
+      "rope" (DINOv3).
+    rope_theta: inverse of rope's lowest frequency; the highest is 1.
+    class_token: whether the tower has a class token; None: if `pool` reads it.
+    class_position: whether the class token has a learned position.
+    registers: number of extra tokens without a position, https://arxiv.org/abs/2309.16588.
     patch_dropout: share of the patches left out in training, https://arxiv.org/abs/2212.00794.
-    dropout: on the embedding and both branches of each block.
-    epsilon: of every layer norm.
-    pre_norm: a layer norm before the first block (CLIP).
-    biases: which of the q, k, v and o(ut) maps have one; mlp_bias: whether the MLP's have.
-    gated: a gated MLP; SwiGLU with activation="silu".
-    layer_scale: first value of a factor per channel on each branch; None: no such factor.
-    scan: one program for all layers; False gives each layer its own parameters.
-    remat: "none", "dots" or "full": activations kept, kept for weight matmuls, recomputed.
-    dtype: of the computation; parameters are float32.
-    attention: implementation in jax.nn.dot_product_attention: None (its choice), "xla", "cudnn".
+    pre_norm: whether a layer norm precedes the first block (CLIP).
+    biases: which of the q(uery), k(ey), v(alue) and o(ut) maps of attention have a bias.
+    gated: whether the MLP is gated; SwiGLU with activation="silu".
+    mlp_bias: whether the layers of the MLP have a bias.
+    layer_scale: initial value of LayerScale, a factor per channel on each branch,
+      https://arxiv.org/abs/2103.17239; None: without.
 
   Raises:
     ValueError: for an unknown name, with the known ones, or options that exclude each other.
   """
-  for name, value, names in (
-    ("stem", stem, STEMS),
-    ("pool", pool, POOLS),
-    ("positions", positions, POSITIONS),
-    ("activation", activation, base.ACTIVATIONS),
-    ("remat", remat, base.REMAT),
-    ("dtype", dtype, base.DTYPES),
-  ):
-    config.known(f"config.model.image.{name}", value, names)
-  if stem == "conv" and (patch & (patch - 1) or not patch_bias):
-    raise ValueError(f"config.model.image.patch={patch}: a conv stem needs a power of 2, and bias")
-  needs_class = pool in ("cls", "pooler", "cls+mean")
-  class_token = needs_class if class_token is None else class_token
-  if not class_token and (needs_class or class_position):
-    raise ValueError(f"config.model.image.class_token=False: pool={pool!r} or a position needs it")
-  if positions == "rope" and patch_dropout:
-    raise ValueError("config.model.image.patch_dropout: not with positions='rope'")
-  width, depth, heads, hidden = base.size(variant, width, depth, heads, mlp_ratio)
-  block: flax.core.FrozenDict[str, Any] = flax.core.FrozenDict(
-    heads=heads,
-    hidden=hidden,
-    activation=activation,
-    dropout=dropout,
-    epsilon=epsilon,
-    dtype=jnp.dtype(dtype),
-    implementation=attention,
-    biases=biases,
-    gated=gated,
-    mlp_bias=mlp_bias,
-    layer_scale=layer_scale,
-  )
-  return ViT(
-    patch,
-    width,
-    depth,
-    heads,
-    hidden,
-    stem,
-    patch_bias,
-    pool,
-    positions,
-    rope_theta,
-    class_token,
-    class_position,
-    registers,
-    patch_dropout,
-    dropout,
-    pre_norm,
-    scan,
-    remat,
-    block,
-    jnp.dtype(dtype),
-  )
+
+  place: ClassVar[str] = "config.model.image"
+
+  patch: int = 16
+  stem: str = "patch"
+  patch_bias: bool = True
+  pool: str = "map"
+  positions: str = "learned"
+  rope_theta: float = 100.0
+  class_token: bool | None = None
+  class_position: bool = False
+  registers: int = 0
+  patch_dropout: float = 0.0
+  pre_norm: bool = False
+  biases: str = "qkvo"
+  gated: bool = False
+  mlp_bias: bool = True
+  layer_scale: float | None = None
+
+  def __post_init__(self) -> None:
+    """Checks the values."""
+    checks.known(f"{self.place}.stem", self.stem, STEMS)
+    checks.known(f"{self.place}.pool", self.pool, POOLS)
+    checks.known(f"{self.place}.positions", self.positions, POSITIONS)
+    super().__post_init__()
+    if self.stem == "conv" and (self.patch & (self.patch - 1) or not self.patch_bias):
+      raise ValueError(f"{self.place}.patch={self.patch}: a conv stem needs a power of 2, and bias")
+    if not self.has_class_token and (self._pool_reads_class_token or self.class_position):
+      raise ValueError(
+        f"{self.place}.class_token=False: pool={self.pool!r} or class_position needs it"
+      )
+    if self.positions == "rope" and self.patch_dropout:
+      raise ValueError(f"{self.place}.patch_dropout: not with positions='rope'")
+
+  @property
+  def _pool_reads_class_token(self) -> bool:
+    return self.pool in ("cls", "pooler", "cls+mean")
+
+  @property
+  def has_class_token(self) -> bool:
+    """`class_token`, resolved."""
+    return self._pool_reads_class_token if self.class_token is None else self.class_token
+
+  @property
+  def extra_tokens(self) -> int:
+    """The number of tokens before the patches: class token and registers."""
+    return self.has_class_token + self.registers
+
+  def build(self) -> ViT:
+    """The tower with these options."""
+    return ViT(self)
+
+
+class ViT(nn.Module):
+  """Vision transformer, https://arxiv.org/abs/2010.11929.
+
+  >>> import jax
+  >>> tower = VitOptions(patch=8, width=16, depth=1, heads=2, pool="mean").build()
+  >>> images = jax.numpy.zeros((2, 32, 16, 3))
+  >>> output, parameters = tower.init_with_output(jax.random.key(0), images)
+  >>> output.pooled.shape, output.tokens.shape
+  ((2, 16), (2, 8, 16))
+
+  Args:
+    options: see VitOptions.
+    grid: (rows, columns) of the learned positions; None: those of the image.
+    drawn: (rows, columns) of the random initial positions, which are resampled to `grid`; None:
+      `grid` itself.
+  """
+
+  options: VitOptions
+  grid: tuple[int, int] | None = None
+  drawn: tuple[int, int] | None = None
+
+  @nn.compact
+  def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
+    """Embeds images.
+
+    Random keys in training: "dropout" for dropout, "patch_dropout" for patch dropout.
+
+    Args:
+      image: [B, H, W, 3], normalised.
+      train: whether dropout and patch dropout are on.
+
+    Returns:
+      pooled [B, D or 2 D], tokens [B, N, D] of the patches.
+
+    Raises:
+      ValueError: if the patch does not divide the image.
+    """
+    options, sizes, dtype = self.options, self.options.sizes, self.options.compute_dtype
+    patch, extra = options.patch, options.extra_tokens
+    _, height, width, _ = image.shape
+    if height % patch or width % patch:
+      raise ValueError(
+        f"model.image.patch={patch} does not divide the image of {height} x {width} pixels"
+      )
+    bias = {} if options.patch_bias else {"bias": False}
+    x = STEMS[options.stem](patch, sizes.width, dtype, name="embedding", **bias)(image)
+    rows, cols = x.shape[1:3]
+    x = einops.rearrange(x, "b h w d -> b (h w) d")
+    rotation = None
+    if options.positions == "rope":
+      rotation = jnp.asarray(
+        rope(rows, cols, extra, sizes.width // sizes.heads, options.rope_theta)
+      )
+    else:
+      x = x + self._positions(rows, cols).astype(dtype)
+    if train and options.patch_dropout:
+      x = self._keep_some(x)
+    if extra:
+      x = jnp.concatenate([self._extra_tokens(x), x], 1)
+    if options.pre_norm:
+      x = nn.LayerNorm(epsilon=options.epsilon, dtype=dtype, name="ln_pre")(x)
+    x = nn.Dropout(options.dropout, name="dropout")(x, not train)
+    block = base.block_arguments(
+      options,
+      biases=options.biases,
+      gated=options.gated,
+      mlp_bias=options.mlp_bias,
+      layer_scale=options.layer_scale,
+    )
+    x = base.Encoder(options, block, name="encoder")(
+      sharding.constrain_batch(x), train=train, relation=rotation
+    )
+    patches = x[:, extra:]
+    if options.pool == "cls":
+      pooled = x[:, 0]
+    elif options.pool == "pooler":
+      pooled = jnp.tanh(Dense(sizes.width, dtype=dtype, name="pooler")(x[:, 0]))
+    elif options.pool == "mean":
+      pooled = base.masked_mean(patches, None)
+    elif options.pool == "cls+mean":
+      pooled = jnp.concatenate([x[:, 0], base.masked_mean(patches, None)], -1)
+    else:
+      pooled = base.MapHead(options, name="map_head")(x)
+    return base.TowerOutput(pooled, patches)
+
+  def _positions(self, rows: int, cols: int) -> jax.Array:
+    """[1, rows * cols, D]."""
+    width = self.options.sizes.width
+    if self.options.positions == "sincos2d":
+      return jnp.asarray(sincos2d(rows, cols, width))[None]
+    grid = self.grid or (rows, cols)
+    drawn = self.drawn or grid
+
+    def init(key: jax.Array) -> jax.Array:
+      draw = nn.initializers.normal(1 / np.sqrt(width))
+      return resampled(draw(key, (1, drawn[0] * drawn[1], width)), drawn, grid)
+
+    return resampled(self.param("positions", init), grid, (rows, cols))
+
+  def _extra_tokens(self, x: jax.Array) -> jax.Array:
+    """[B, extra, D]: the class token, the only one that can have a position, and the registers."""
+    options, width, dtype = self.options, self.options.sizes.width, self.options.compute_dtype
+    shape = (1, options.extra_tokens, width)
+    tokens = self.param("extra_tokens", nn.initializers.normal(0.02), shape)
+    tokens = jnp.asarray(tokens, dtype)
+    if options.class_position:
+      position = self.param("class_position", nn.initializers.zeros, (1, 1, width))
+      tokens = tokens.at[:, :1].add(position.astype(dtype))
+    return jnp.broadcast_to(tokens, (x.shape[0], *shape[1:]))
+
+  def _keep_some(self, x: jax.Array) -> jax.Array:
+    """[B, N, D] -> [B, n, D]: a random subset for each image, in the order of the patches."""
+    batch, n, _ = x.shape
+    keep = max(1, round(n * (1 - self.options.patch_dropout)))
+    draws = jax.random.uniform(self.make_rng("patch_dropout"), (batch, n))
+    chosen = jnp.sort(jnp.argsort(draws, axis=1)[:, :keep], axis=1)
+    return jnp.take_along_axis(x, chosen[..., None], axis=1)

@@ -96,7 +96,7 @@ def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale
   made = make_model(**model)
   text = jnp.zeros((1, tokenizer["length"]), jnp.int32)
   if model["text"]["name"] == "features":
-    text = jnp.zeros((1, *made.text_tower.row))
+    text = jnp.zeros((1, *made.text_tower.options.row_shape))
   shapes = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8), text)
   rng = np.random.default_rng(seed)
   params = {

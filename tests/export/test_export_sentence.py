@@ -14,7 +14,7 @@ from test_export import BERT, CLIP, CLIP_LOSS, SIGLIP_LOSS, make_run, pieces_for
 from bigalign import tree, weights
 from bigalign.export import check, main
 from bigalign.export.formats import prepare
-from bigalign.towers.bert import bert
+from bigalign.towers.bert import BertOptions
 from bigalign.weights.files import open_tensors
 
 SENTENCES = {
@@ -74,9 +74,8 @@ def encoded(out, ids, mask):
   (out / "modules.json").rename(out / "kept.json")
   checkpoint = weights.describe(out)
   (out / "kept.json").rename(out / "modules.json")
-  tower = bert(
-    **{k: v for k, v in checkpoint.model["text"].items() if k != "name"}, dtype="float32"
-  )
+  options = {k: v for k, v in checkpoint.model["text"].items() if k != "name"}
+  tower = BertOptions(**options, dtype="float32").build()
   made = jax.eval_shape(tower.init, jax.random.key(0), jnp.asarray(ids))["params"]
   arrays = checkpoint.load(tree.flatten(made, "text_tower/"))
   params = tree.unflatten(tree.subtree(arrays, "text_tower/"))

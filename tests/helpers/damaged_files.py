@@ -37,7 +37,7 @@ def shapes_of(checkpoint):
     if side not in checkpoint.model:
       continue
     given = dict(checkpoint.model[side])
-    tower = TOWERS[given.pop("name")](**given)
+    tower = TOWERS[given.pop("name")](**given).build()
     made = jax.eval_shape(tower.init, jax.random.key(0), example)["params"]
     shapes |= tree.flatten(made, f"{side}_tower/")
   return shapes

@@ -98,7 +98,7 @@ def bert_keys(config, prefix="", norm=("weight", "bias")):
     {}, "", "", **{k: v for k, v in config.items() if k not in ("model_type", "projection_dim")}
   )
   tower = dict(canonical.model["text"])
-  made = TOWERS[tower.pop("name")](**tower, dtype="float32")
+  made = TOWERS[tower.pop("name")](**tower, dtype="float32").build()
   params = jax.jit(made.init)(jax.random.key(1), IDS)["params"]
   ours = tree.flatten(params, "text_tower/")
   keys = dict(transfer.write(canonical, ours))

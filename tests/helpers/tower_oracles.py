@@ -59,7 +59,7 @@ class Side:
   def __init__(self, checkpoint, side, example, tower=None, **options):
     model = checkpoint.model
     given = {**model[side], "dtype": "float32", **(tower or {})}
-    self.tower = TOWERS[given.pop("name")](**given)
+    self.tower = TOWERS[given.pop("name")](**given).build()
     shapes = jax.eval_shape(self.tower.init, KEY, *example)["params"]
     flat = tree.flatten(shapes, f"{side}_tower/")
     self.projector = None
@@ -76,7 +76,8 @@ class Side:
         **{f"{side}_projector": model[f"{side}_projector"]},
       )
       self.projector = getattr(made, f"{side}_projector")
-      out = TowerOutput(jnp.zeros((1, self.tower.width)), jnp.zeros((1, 1, self.tower.width)))
+      width = self.tower.options.token_width
+      out = TowerOutput(jnp.zeros((1, width)), jnp.zeros((1, 1, width)))
       shapes = jax.eval_shape(self.projector.init, KEY, out).get("params", {})
       flat |= tree.flatten(shapes, f"{side}_projector/")
     self.side, self.flat = side, checkpoint.load(flat, **options)

@@ -34,7 +34,7 @@ FILES = {
 def make(checkpoint):
   """(tower, {path: array}) of a file."""
   options = {**checkpoint.model["image"], "dtype": "float32"}
-  tower = TOWERS[options.pop("name")](**options)
+  tower = TOWERS[options.pop("name")](**options).build()
   shapes = jax.eval_shape(tower.init, KEY, jnp.zeros((1, 32, 32, 3)))["params"]
   return tower, checkpoint.load(tree.flatten(shapes, "image_tower/"))
 
@@ -158,7 +158,7 @@ def test_mobilenet_features_name_what_captions_do(data_root):
 )
 def test_towers_have_the_published_sizes(options, size, parameters, products):
   options = dict(options)
-  tower = TOWERS[options.pop("name")](**options)
+  tower = TOWERS[options.pop("name")](**options).build()
   image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   shapes = jax.eval_shape(tower.init, KEY, image)
   learned = [x.size for k, x in tree.flatten(shapes).items() if not k.endswith(("mean", "var"))]
@@ -236,10 +236,10 @@ def test_a_step_on_a_mesh_is_that_of_one_device(name, shallow):
 @pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
 def test_remat_computes_blocks_again(name, shallow):
   image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-  shapes = jax.eval_shape(TOWERS[name]().init, KEY, image)
+  shapes = jax.eval_shape(TOWERS[name]().build().init, KEY, image)
 
   def work(remat):
-    tower = TOWERS[name](remat=remat)
+    tower = TOWERS[name](remat=remat).build()
     return flops.count(jax.grad(lambda p, x: tower.apply(p, x).pooled.sum()), shapes, image)
 
   # In bfloat16. Of what "dots" keeps, the residual network has nothing, MobileNetV2 nothing else.

@@ -84,7 +84,7 @@ def build(family, **options):
   given = {**SIZE, "dtype": "float32", **given, **options}
   if given["name"] in ("vit", "naflex"):
     given["patch"] = 4
-  return TOWERS[given.pop("name")](**given), inputs
+  return TOWERS[given.pop("name")](**given).build(), inputs
 
 
 @pytest.mark.parametrize(

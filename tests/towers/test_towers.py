@@ -44,8 +44,8 @@ def stack_layers(params):
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_scan_and_remat_do_not_change_values(remat):
   """Outputs and gradients of separate layers, against scanned and rematerialised ones."""
-  plain = TOWERS["vit"](patch=8, scan=False, **SMALL)
-  other = TOWERS["vit"](patch=8, scan=True, remat=remat, **SMALL)
+  plain = TOWERS["vit"](patch=8, scan=False, **SMALL).build()
+  other = TOWERS["vit"](patch=8, scan=True, remat=remat, **SMALL).build()
   params = jax.jit(plain.init)(KEY, IMAGE)["params"]
 
   def value(tower, p):
@@ -63,7 +63,7 @@ def test_scan_and_remat_do_not_change_values(remat):
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_does_not_move_the_embedding(pool, causal):
   """Neither what stands in the padding nor how much of it there is."""
-  tower = TOWERS["text"](vocab_size=50, length=16, pool=pool, causal=causal, **SMALL)
+  tower = TOWERS["text"](vocab_size=50, length=16, pool=pool, causal=causal, **SMALL).build()
   ids = jax.random.randint(KEY, (3, 16), 1, 50)
   real = jnp.asarray([5, 9, 12])
   mask = jnp.arange(16)[None] < real[:, None]
@@ -79,7 +79,7 @@ def test_padding_does_not_move_the_embedding(pool, causal):
 
 def test_siglip_attends_to_padding():
   """mask_padding=False: what stands in the padding matters, as in the published SigLIP."""
-  tower = TOWERS["text"](vocab_size=50, length=8, pool="last", mask_padding=False, **SMALL)
+  tower = TOWERS["text"](vocab_size=50, length=8, pool="last", mask_padding=False, **SMALL).build()
   ids = jnp.ones((1, 8), jnp.int32)
   mask = jnp.arange(8)[None] < 4
   params = jax.jit(tower.init)(KEY, ids, mask)
@@ -88,7 +88,7 @@ def test_siglip_attends_to_padding():
 
 
 def test_a_causal_text_does_not_see_ahead():
-  tower = TOWERS["text"](vocab_size=50, length=8, causal=True, **SMALL)
+  tower = TOWERS["text"](vocab_size=50, length=8, causal=True, **SMALL).build()
   ids = jnp.arange(8)[None]
   params = jax.jit(tower.init)(KEY, ids)
   tokens = apply(tower, params, ids).tokens
@@ -98,7 +98,7 @@ def test_a_causal_text_does_not_see_ahead():
 
 
 def test_patch_dropout_keeps_a_random_part_in_training_only():
-  tower = TOWERS["vit"](patch=8, patch_dropout=0.75, **SMALL)
+  tower = TOWERS["vit"](patch=8, patch_dropout=0.75, **SMALL).build()
   params = jax.jit(tower.init)(KEY, IMAGE)
   keys = [{"patch_dropout": jax.random.key(i), "dropout": KEY} for i in (0, 1)]
   one, two = (apply(tower, params, IMAGE, train=True, rngs=k) for k in keys)
@@ -115,7 +115,7 @@ def test_every_shape_of_vit(pool, stem, positions):
   """Registers are no patches; the pooled vector depends on the image."""
   tower = TOWERS["vit"](
     patch=8, pool=pool, stem=stem, positions=positions, registers=2, **{**SMALL, "depth": 1}
-  )
+  ).build()
   params = jax.jit(tower.init)(KEY, IMAGE)
   out = apply(tower, params, IMAGE)
   assert out.pooled.shape == (2, 32) and out.tokens.shape == (2, 16, 32)
@@ -124,9 +124,11 @@ def test_every_shape_of_vit(pool, stem, positions):
 
 def test_class_token_and_patches_in_one_vector():
   options = dict(patch=8, registers=2, **{**SMALL, "depth": 1})
-  one, other, both = (TOWERS["vit"](pool=pool, **options) for pool in ("cls", "mean", "cls+mean"))
+  one, other, both = (
+    TOWERS["vit"](pool=pool, **options).build() for pool in ("cls", "mean", "cls+mean")
+  )
   params = jax.jit(both.init)(KEY, IMAGE)
-  other = other.clone(class_token=True)
+  other = TOWERS["vit"](pool="mean", class_token=True, **options).build()
   expected = [apply(tower, params, IMAGE).pooled for tower in (one, other)]
   np.testing.assert_array_equal(apply(both, params, IMAGE).pooled, np.concatenate(expected, 1))
 
@@ -178,7 +180,7 @@ def test_variants_have_the_published_sizes():
   """Parameters of the encoders in millions, from the papers' tables (Ti, S, B, L, So400m)."""
   published = {"Ti": 5.5, "S": 21.7, "B": 85.8, "L": 303.3, "So400m": 411.0}
   for name, millions in published.items():
-    tower = TOWERS["vit"](variant=name, patch=16, pool="mean")
+    tower = TOWERS["vit"](variant=name, patch=16, pool="mean").build()
     shapes = jax.eval_shape(tower.init, KEY, jnp.zeros((1, 224, 224, 3)))
     count = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
     assert abs(count - millions) / millions < 0.02, (name, count)
@@ -192,7 +194,7 @@ def test_variants_have_the_published_sizes():
     (lambda: TOWERS["vit"](variant="XL"), "variant: unknown 'XL'"),
     (lambda: TOWERS["vit"](width=30, heads=4), "does not divide into 4 heads"),
     (lambda: TOWERS["vit"](patch=12, stem="conv"), "power of 2"),
-    (lambda: TOWERS["vit"](patch=7, **SMALL).init(KEY, IMAGE), "does not divide the image"),
+    (lambda: TOWERS["vit"](patch=7, **SMALL).build().init(KEY, IMAGE), "does not divide the image"),
     (lambda: TOWERS["text"](vocab_size=9, length=4, remat="some"), "known: .'dots', 'full'"),
     (
       lambda: PROJECTORS["identity"](8).init(KEY, base.TowerOutput(jnp.ones((1, 4)), IMAGE)),
@@ -244,7 +246,7 @@ def test_no_kernel_of_a_product_has_a_rounded_gradient(tower, projector, kernels
   """In towers and projectors of bfloat16; those of convolutions have."""
   name, options = tower
   dtype = dict(dtype="bfloat16")
-  tower = TOWERS[name](width=16, depth=1, heads=2, scan=False, **options, **dtype)
+  tower = TOWERS[name](width=16, depth=1, heads=2, scan=False, **options, **dtype).build()
   projector = PROJECTORS[projector](dim=8, **dtype)
   x = (
     jax.random.uniform(jax.random.key(0), (8, 16, 16, 3))
@@ -310,7 +312,7 @@ def test_tables_of_bfloat16_towers_learn_what_those_of_float32_do(name, options)
   weights = jax.random.normal(jax.random.key(2), (16,))
 
   def grads(dtype, params=None):
-    tower = TOWERS[name](**options, dtype=dtype)
+    tower = TOWERS[name](**options, dtype=dtype).build()
     params = params or tower.init(jax.random.key(0), ids)
     return params, tree.flatten(
       jax.grad(lambda p: (tower.apply(p, ids, **types).pooled.astype(jnp.float32) @ weights).sum())(

@@ -378,7 +378,7 @@ def test_names_of_open_clip_are_sizes(tmp_path):
   assert (model["image"]["width"], model["image"]["depth"], model["embed_dim"]) == (128, 3, 16)
   assert model["pixels"] == "clip" and model["image"]["dropout"] == 0.1
   program, loaded = load_all(dict(open_clip=str(file)))
-  assert not loaded and program.model.image_tower.width == 128
+  assert not loaded and program.model.image_tower.options.sizes.width == 128
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def bert_shapes(config):
   given = {k: v for k, v in config.items() if k not in ("model_type", "projection_dim")}
   layout = LAYOUTS["bert"]({}, "", "", **given)
   tower = dict(layout.model["text"])
-  made = TOWERS[tower.pop("name")](**tower)
+  made = TOWERS[tower.pop("name")](**tower).build()
   params = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 6), jnp.int32))["params"]
   ours = tree.flatten(params, "text_tower/")
   return {

@@ -277,7 +277,7 @@ def test_any_config_is_read_or_refused_by_name(case, tmp_path):
       checkpoint = weights.describe(path)
       for side in checkpoint.model.keys() & {"image", "text"}:
         given = dict(checkpoint.model[side])
-        TOWERS[given.pop("name")](**given)
+        TOWERS[given.pop("name")](**given).build()
     except (ValueError, FileNotFoundError) as error:
       assert str(path) in str(error), (bad, error)
     file.write_text(good)

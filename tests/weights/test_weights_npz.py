@@ -37,7 +37,7 @@ def siglip(tmp_path_factory):
   rng = np.random.default_rng(0)
   for side, example in (("image", PICTURE), ("text", IDS)):
     given = dict(model[side])
-    tower = TOWERS[given.pop("name")](**given)
+    tower = TOWERS[given.pop("name")](**given).build()
     made = jax.eval_shape(tower.init, jax.random.key(0), example)["params"]
     shapes |= tree.flatten(made, f"{side}_tower/")
   arrays = {k: rng.standard_normal(x.shape).astype(np.float32) for k, x in shapes.items()}
