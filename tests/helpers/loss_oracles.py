@@ -1,12 +1,11 @@
-"""Reads the loss oracles and puts their cases through the registry, in the oracles' names."""
+"""Reads the expected values of the losses and runs their cases through the registry."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import json
 import os
 import pathlib
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +13,27 @@ import numpy as np
 import pytest
 
 from bigalign import losses
-from bigalign.losses.base import At
+from bigalign.losses.base import Context
+from bigalign.losses.engine import pairwise
 
-ROOT = pathlib.Path(
-  os.environ.get("BIGALIGN_LOSS_ORACLES")
-  or pathlib.Path(__file__).parents[3] / "shared" / "oracles" / "losses"
-)
+# Made by tests/expected/make_losses.py.
+SMALL = pathlib.Path(__file__).parents[1] / "expected/losses"
+ROOT = pathlib.Path(os.environ.get("BIGALIGN_LOSS_ORACLES") or SMALL)
+# Inputs of a case with steps whose first axis is the step.
+PER_STEP = ("traj/", "albef/t_")
+# A gradient below this share of the largest gradient of its case is compared with that share.
+SMALL_GRADIENT = 1e-6
 
 
-def at(step=0, epochs=0.0):
-  """A place in training."""
-  return At(
+def at(step=0, epochs=0.0, engine=pairwise.DEFAULT):
+  """The context of a step."""
+  return Context(
     jnp.asarray(step),
     jnp.zeros(()),
     jnp.zeros(()),
     jnp.asarray(epochs, jnp.float32),
     jax.random.key(0),
+    engine,
   )
 
 
@@ -48,24 +52,85 @@ SCALARS = dict(log_scale="t", bias="b")
 
 
 def cases(name, contains=""):
-  """The oracle cases of one loss, or one placeholder that skips with the reason."""
-  if not (ROOT / "oracles.json").exists():
-    assert "BIGALIGN_LOSS_ORACLES" not in os.environ, f"no oracles.json in {ROOT}"
-    reason = "BIGALIGN_LOSS_ORACLES is not set: the folder of the loss oracles"
-    return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id=f"oracle-{name}")]
-  found = list(oracles().cases(loss=name, contains=contains))
-  assert found, f"{ROOT} holds no case of {name!r}"
-  return [pytest.param(c, id=f"oracle-{name}-{c['id']}") for c in found]
+  """The cases of one loss, as parameters of a test."""
+  cases = list(oracles().cases(loss=name, contains=contains))
+  assert cases, f"{ROOT} holds no case of {name!r}"
+  return [pytest.param(case, id=f"oracle-{name}-{case['id']}") for case in cases]
+
+
+class Oracles:
+  """Cases of oracles.json with their arrays from oracles.npz; make_losses.py has the format."""
+
+  def __init__(self, root: pathlib.Path):
+    self._cases = json.loads((root / "oracles.json").read_text())["cases"]
+    with np.load(root / "oracles.npz") as arrays:
+      self._arrays = dict(arrays)
+
+  def cases(self, loss=None, contains=""):
+    """The cases of one loss, or all, whose id contains a text."""
+    for case in self._cases:
+      if loss in (None, case["loss"]) and contains in case["id"]:
+        yield case
+
+  def inputs(self, case, step=None):
+    """{name: array}, of one step if the case has steps."""
+    inputs = {}
+    for name, key in case["inputs"].items():
+      x = self._arrays[key]
+      inputs[name] = x[step] if step is not None and key.startswith(PER_STEP) else x
+    return inputs
+
+  def expected(self, case, step=None):
+    """{name: (value, kind)}; kind is "scalar", "full", or "probe": a projection of the array."""
+    of = case if step is None else case["steps"][step]
+    scalars = {name: (np.asarray(x), "scalar") for name, x in of["expect"].items()}
+    arrays = of.get("arrays", {}).items()
+    return scalars | {name: (self._arrays[x["key"]], x["kind"]) for name, x in arrays}
+
+  def errors(self, case, got, step=None):
+    """{name: error} of the values in both: the largest difference over the largest value."""
+    expected = self.expected(case, step)
+    largest = max(
+      (np.abs(x).max() for name, (x, kind) in expected.items() if _is_gradient(name, kind)),
+      default=0.0,
+    )
+    errors = {}
+    for name in expected.keys() & got.keys():
+      theirs, kind = expected[name]
+      ours = np.asarray(got[name], np.float64)
+      if kind == "probe":
+        ours = ours @ self._arrays[f"probe/{ours.shape[-1]}"]
+      assert ours.shape == theirs.shape, (case["id"], name, ours.shape, theirs.shape)
+      finite = np.isfinite(theirs)
+      if not np.array_equal(np.isfinite(ours), finite):
+        errors[name] = np.inf
+        continue
+      difference = np.abs(ours[finite] - theirs[finite]).max(initial=0)
+      top = np.abs(theirs[finite]).max(initial=0)
+      if top < 1e-10:  # zero but for rounding
+        errors[name] = float(difference)
+      else:
+        floor = SMALL_GRADIENT * max(largest, 1e-8) if name.startswith("d_") else 1e-8
+        errors[name] = float(difference / max(top, floor))
+    return errors
+
+  def check(self, case, got, step=None, rtol=1e-5, require=()):
+    """Fails on an error above rtol, and on a required value that is not among both."""
+    errors = self.errors(case, got, step)
+    assert errors, f"{case['id']}: nothing to compare with {sorted(got)}"
+    missing = set(require) - errors.keys()
+    assert not missing, f"{case['id']}: {sorted(missing)} missing"
+    wrong = {name: x for name, x in errors.items() if not x <= rtol}
+    assert not wrong, f"{case['id']} step={step}: {wrong}"
+
+
+def _is_gradient(name, kind):
+  return name.startswith("d_") and kind != "scalar"
 
 
 @functools.cache
 def oracles():
-  spec = importlib.util.spec_from_file_location("loss_oracle_harness", ROOT / "harness.py")
-  harness = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(harness)
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore", ResourceWarning)  # the harness leaves its file to the collector
-    return harness.Oracles(str(ROOT))
+  return Oracles(ROOT)
 
 
 def unit(x):
