@@ -1,9 +1,8 @@
-"""Checkpoints by orbax: {path: array} in named parts, the frozen half once, JSON beside it."""
+"""Checkpoints, by orbax: {path: array} in named parts, and JSON; frozen parameters once per run."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pathlib
 import subprocess
@@ -16,24 +15,12 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from bigalign import checks, tree
+from bigalign.private_apis import ignore_preemption, quiet_orbax
 
-# orbax says in thirty lines per checkpoint that all is well, and warns of read_only, which is
-# meant, and of a file that the parts of a checkpoint do not have. Other warnings come through.
-_EXPECTED = (
-  "read_only=True",
-  "directory is read only",
-  "Metadata file does not exist",
-  "overriding",
-)
-logging.getLogger("absl").addFilter(
-  lambda record: (
-    "/orbax/" not in record.pathname
-    or (record.levelno > logging.INFO and not any(w in record.getMessage() for w in _EXPECTED))
-  )
-)
+quiet_orbax()
 
-# Replicas share the writing of large arrays only: by default every bias would be sliced over all
-# devices, one compiled slice at a time, which took seconds per checkpoint.
+# Only large arrays are split over the replicas for writing. By default orbax slices every bias over
+# all devices, one compiled slice at a time, which took seconds per checkpoint.
 ocp.type_handlers.register_type_handler(
   jax.Array,
   ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
@@ -46,9 +33,9 @@ Arrays = Mapping[str, Any]  # {path: array}, or {path: jax.ShapeDtypeStruct with
 class Checkpoints:
   """The checkpoints of one run, in <workdir>/checkpoints/<step>.
 
-  Saving is asynchronous: the arrays are copied, the loop goes on, a commit by renaming ends it. A
-  checkpoint that was being written when the process died has no final name, in a bucket no marker,
-  and is never read.
+  Saving is asynchronous: the arrays are copied, the loop continues, and a rename commits the
+  checkpoint. If the process dies while it writes one, the folder has no final name (in a bucket: no
+  commit marker) and is never read.
   """
 
   def __init__(
@@ -63,12 +50,15 @@ class Checkpoints:
   ) -> None:
     """
     Args:
-      workdir: folder of the run, or its address, gs://…
-      last: how many of the newest are kept.
-      every: those at multiples of this many steps are kept for good.
-      best: name of an evaluation metric; the checkpoint with its best value is kept too.
-      mode: "max" or "min": which value of it is best.
-      read_only: for programs that only look: nothing is created or deleted.
+      workdir: folder of the run, or its address gs://…
+      last: number of newest checkpoints to keep.
+      every: also keep the checkpoints at multiples of this many steps.
+      best: name of an evaluation metric; also keep the checkpoint with its best value.
+      mode: "max" or "min": which value of `best` is the best.
+      read_only: for programs that only read: nothing is created or deleted.
+
+    Raises:
+      ValueError: for an unknown mode.
     """
     checks.known("config.keep.mode", mode, ("max", "min"))
     address = os.fspath(workdir)
@@ -100,9 +90,7 @@ class Checkpoints:
         cleanup_tmp_directories=not read_only,
       ),
     )
-    # Its threads ask for steps that the loop has left behind, while the hosts agree on where to end
-    # from the last step that each asked for: survival.Notice alone asks.
-    self._manager.reached_preemption = lambda step: False  # type: ignore[method-assign]
+    ignore_preemption(self._manager)
 
   def save(
     self,
@@ -111,7 +99,14 @@ class Checkpoints:
     meta: Mapping[str, Any],
     metrics: Mapping[str, float],
   ) -> None:
-    """Starts to write {part: {path: array}} and JSON; `metrics` are those of this very step."""
+    """Starts to write a checkpoint.
+
+    Args:
+      step: number of updates done.
+      parts: {part: {path: array}}; empty parts are left out.
+      meta: anything that JSON can hold.
+      metrics: the evaluation metrics of this step, empty if it was not evaluated.
+    """
     items = {
       name: ocp.args.StandardSave(tree.unflatten(arrays))
       for name, arrays in parts.items()
@@ -124,71 +119,96 @@ class Checkpoints:
     )
 
   def check_best(self, metrics: Mapping[str, float]) -> None:
-    """Raises ValueError if config.keep.best is none of the metrics that evaluation gives."""
+    """Checks that config.keep.best is one of the metrics that evaluation returns.
+
+    Raises:
+      ValueError: if it is not; lists the metrics.
+    """
     if self._best and self._best not in metrics:
       raise ValueError(
-        f"config.keep.best: no metric {self._best!r}.{tree.nearest(self._best, metrics)} There are"
+        f"config.keep.best: no metric {self._best!r}.{tree.nearest(self._best, metrics)} Known:"
         f" {sorted(metrics)}"
       )
 
   def latest(self) -> int | None:
-    """The newest complete step, None if there is none."""
+    """Returns the step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def find(self, step: int | str = "latest") -> int:
-    """A step from "latest", "best" or a number.
+    """Returns the step of a checkpoint.
+
+    Args:
+      step: "latest", "best" or a number.
 
     Raises:
-      FileNotFoundError: if the run has no such checkpoint; names those it has.
+      FileNotFoundError: if the run has no such checkpoint; lists the existing ones.
+      ValueError: for "best" without config.keep.best.
     """
-    there = sorted(self._manager.all_steps())
+    existing = sorted(self._manager.all_steps())
     if step == "best":
       if not self._best:
         raise ValueError("no checkpoint is 'best': the run's config.keep.best names no metric")
-      found = self._manager.best_step()
+      number = self._manager.best_step()
     else:
-      found = self._manager.latest_step() if step == "latest" else int(step)
-    if found is None or found not in there:
-      raise FileNotFoundError(f"no checkpoint {step!r} in {self.folder}; there are {there}")
-    return found
+      number = self._manager.latest_step() if step == "latest" else int(step)
+    if number is None or number not in existing:
+      raise FileNotFoundError(f"no checkpoint {step!r} in {self.folder}; there are {existing}")
+    return number
 
   def meta(self, step: int) -> dict[str, Any]:
-    """The JSON beside the arrays."""
-    with _damage(self.folder / str(step)):
+    """Returns the JSON of a checkpoint.
+
+    Raises:
+      RuntimeError: if the checkpoint is damaged.
+    """
+    with _name_damaged(self.folder / str(step)):
       restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    return restored["meta"]
+    meta: dict[str, Any] = restored["meta"]
+    return meta
 
   def restore(self, step: int, parts: Mapping[str, Arrays]) -> dict[str, dict[str, jax.Array]]:
-    """{part: {path: array}}, each array born in the sharding asked for, whatever wrote it.
+    """Restores arrays directly into their shardings, whatever mesh they were written from.
+
+    Args:
+      step: of the checkpoint.
+      parts: {part: {path: shape, dtype and sharding to restore}}.
+
+    Returns:
+      {part: {path: array}}.
 
     Raises:
       ValueError: for another model's checkpoint; names the first path that differs.
-      RuntimeError: for one that lost files, or parts of them, since it was written.
+      RuntimeError: if the checkpoint is damaged: files were lost or cut since it was written.
     """
     wanted = {name: arrays for name, arrays in parts.items() if arrays}
     for name, arrays in wanted.items():
       folder = self.folder / str(step) / name
       if not folder.exists():
-        raise ValueError(f"{folder.parent} has no {name!r}, which this config asks for")
-      with _damage(folder.parent):
+        raise ValueError(f"{folder.parent} has no {name!r}, which this config needs")
+      with _name_damaged(folder.parent):
         stored = _shapes(folder)
       _compare(stored, arrays, folder)
     items = {name: ocp.args.StandardRestore(tree.unflatten(x)) for name, x in wanted.items()}
-    with _damage(self.folder / str(step)):
+    with _name_damaged(self.folder / str(step)):
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     return {name: tree.flatten(restored[name]) if name in wanted else {} for name in parts}
 
   def save_frozen(self, arrays: Arrays) -> None:
-    """Writes the parameters that never change: once, when a run is born.
+    """Writes the frozen parameters, once per run, when it starts.
 
-    What a birth before left, one that was killed before its first checkpoint, is replaced.
+    Replaces those of an earlier start that was killed before its first checkpoint.
     """
     if arrays:
       with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(self._frozen, tree.unflatten(arrays), force=True)
 
   def restore_frozen(self, arrays: Arrays) -> dict[str, jax.Array]:
-    """The parameters that never change, in the shardings asked for."""
+    """Restores the frozen parameters into the given shardings.
+
+    Raises:
+      FileNotFoundError: if the run has none.
+      ValueError: if they belong to another model.
+    """
     if not arrays:
       return {}
     if not self._frozen.exists():
@@ -201,30 +221,30 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-    # After a failure on one host the others will not come to the barriers of a common end.
+    # If one host fails, the others do not reach the barriers of a common close.
     if kind is None or jax.process_count() == 1:
       self.close()
 
   def close(self) -> None:
-    """Waits for what is being written."""
+    """Waits for pending writes and closes."""
     self._manager.wait_until_finished()
     self._manager.close()
 
 
 @contextlib.contextmanager
-def _damage(folder: epath.Path) -> Iterator[None]:
-  """Gives what orbax says of a damaged checkpoint, which can be anything, a name and a way on."""
+def _name_damaged(folder: epath.Path) -> Iterator[None]:
+  """Names a damaged checkpoint in orbax's error, which can be of any type, and says what to do."""
   try:
     yield
   except Exception as error:
     raise RuntimeError(
-      f"{folder} is complete by its name, but cannot be read: {type(error).__name__}: {error}\n"
-      "Move this folder away, and the run goes on from the checkpoint before it."
+      f"{folder} was committed but cannot be read: {type(error).__name__}: {error}\n"
+      "Move this folder away; the run then resumes from the checkpoint before it."
     ) from error
 
 
 def _shapes(folder: epath.Path) -> dict[str, Any]:
-  """{path: metadata with shape and dtype} of what is stored in a folder."""
+  """{path: metadata with shape and dtype} of the arrays in a folder."""
   with ocp.StandardCheckpointer() as checkpointer:
     return tree.flatten(checkpointer.metadata(folder).item_metadata.tree)
 
@@ -235,17 +255,17 @@ def _compare(stored: Mapping[str, Any], wanted: Arrays, folder: epath.Path) -> N
     there = (tuple(stored[path].shape), str(stored[path].dtype)) if path in stored else "nothing"
     if here != there:
       raise ValueError(
-        f"{folder} is of another model. First difference: {path}: stored {there}, this config has"
-        f" {here}. Give the config that wrote it, or another --workdir."
+        f"{folder} belongs to another model. First difference: {path}: stored {there}, this config"
+        f" has {here}. Use the config that wrote it, or another --workdir."
       )
 
 
 def revision() -> str:
-  """The commit of the code with "-dirty" if it was changed since, "unknown" outside of git."""
+  """Returns the git commit of the code, with "-dirty" for uncommitted changes, or "unknown"."""
   here = pathlib.Path(__file__).parent
   command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
   try:
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
   except (OSError, subprocess.SubprocessError):
     return "unknown"
-  return found.stdout.strip()
+  return described.stdout.strip()

@@ -13,7 +13,7 @@ from bigalign import config as configs
 from bigalign import tree
 from bigalign.evaluate import Run
 from bigalign.report import figures
-from bigalign.run.metrics import WALL_CLOCK
+from bigalign.run.metrics import is_wall_clock
 
 MATRIX = 48  # pairs in the similarity matrix
 SHOWN = 6  # best and worst retrievals, each way
@@ -270,7 +270,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = Fa
 
 def throughput(rows: Rows) -> str:
   """Medians over the run of what was timed."""
-  timed = sorted({name for row in rows for name in row if WALL_CLOCK(name)})
+  timed = sorted({name for row in rows for name in row if is_wall_clock(name)})
   body = []
   for name in timed:
     values = series(rows, name)[1]

@@ -1,4 +1,4 @@
-"""Scalars of a run: metrics.jsonl, TensorBoard and W&B, and the progress bar; process 0 only."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, W&B and the progress bar, in process 0 only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -23,18 +22,30 @@ from bigalign.data.files import storage
 
 FILE = "metrics.jsonl"
 _NON_FINITE: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_TIMED = re.compile(
-  r"perf/.*|train/(batch_time|data_time|samples_per_second|samples_per_second_per_gpu)"
+# Metrics measured in wall time: this prefix and these names. They differ between a run and its
+# repetition; all other metrics are equal to the bit after a resume.
+WALL_CLOCK_PREFIX = "perf/"
+WALL_CLOCK_METRICS = frozenset(
+  {
+    "train/batch_time",
+    "train/data_time",
+    "train/samples_per_second",
+    "train/samples_per_second_per_gpu",
+  }
 )
 
 
-def WALL_CLOCK(name: str) -> bool:
-  """Whether a metric is a time on the wall; all the others are equal to the bit after a resume."""
-  return _TIMED.fullmatch(name) is not None
+def is_wall_clock(name: str) -> bool:
+  """Returns whether a metric is measured in wall time, by WALL_CLOCK_PREFIX and _METRICS."""
+  return name.startswith(WALL_CLOCK_PREFIX) or name in WALL_CLOCK_METRICS
 
 
 def scalar(name: str, value: Any) -> int | float:
-  """A Python number of the same value: an int for integers, else a float.
+  """Returns a Python number of the same value: an int for integers and booleans, else a float.
+
+  Args:
+    name: of the metric, for the error.
+    value: a number, or an array of one element.
 
   Raises:
     TypeError: if the value is not one real number.
@@ -49,8 +60,11 @@ def scalar(name: str, value: Any) -> int | float:
 
 
 def _line(step: int, metrics: Mapping[str, int | float]) -> str:
-  """One line of JSON. Floats are written by repr, which reads back to the same bits; JSON has no
-  word for the three that are not finite, so they are the strings "nan", "inf" and "-inf"."""
+  """Returns one line of JSON.
+
+  Floats are written by repr, which reads back to the same bits. JSON has no non-finite numbers, so
+  these are the strings "nan", "inf" and "-inf".
+  """
   plain = {name: value if math.isfinite(value) else repr(value) for name, value in metrics.items()}
   return json.dumps({"step": step, **plain}, allow_nan=False) + "\n"
 
@@ -61,21 +75,26 @@ def _parse(line: str, where: str) -> dict[str, int | float]:
   except json.JSONDecodeError as error:
     raise ValueError(f"{where}: not a line of JSON: {line[:80]!r}") from error
   if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-    raise ValueError(f"{where}: no object with an integer 'step': {line[:80]!r}")
+    raise ValueError(f"{where}: not an object with an integer 'step': {line[:80]!r}")
   words = [v for v in row.values() if isinstance(v, str) and v not in _NON_FINITE]
   if words:
-    raise ValueError(f"{where}: {words[0]!r} is not a number; of words only {[*_NON_FINITE]} are")
+    raise ValueError(
+      f"{where}: {words[0]!r} is not a number; the only strings allowed are {[*_NON_FINITE]}"
+    )
   return {name: _NON_FINITE[v] if isinstance(v, str) else v for name, v in row.items()}
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
-  """The rows of a metrics.jsonl, or of the one in a workdir, each with its "step".
+  """Returns the rows of a metrics.jsonl, each a dict {name: number} with its "step".
 
-  A last line without its newline is a write that was cut short; it is left out with a warning.
+  A last line without a newline is an incomplete write; it is skipped with a warning.
+
+  Args:
+    path: the file, or the workdir that holds it.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: for any other line that is not a row; it names file and line.
+    FileNotFoundError: if the file does not exist.
+    ValueError: for any other line that is not a row; names file and line.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -84,43 +103,36 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
     raise FileNotFoundError(f"{path} does not exist; a training run writes it to its workdir")
   lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
   if lines and not lines[-1].endswith("\n"):
-    logging.warning("%s: the last line was cut short and is left out: %r", path, lines.pop()[:80])
+    logging.warning("%s: skipped the incomplete last line: %r", path, lines.pop()[:80])
   return [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1)]
 
 
 def _rewind(path: pathlib.Path, step: int | None) -> None:
-  """Keeps the rows up to `step`; a run from the start (None) sets an older file aside, whole."""
+  """Cuts the rows after `step`; for a run from the start (None), renames an older file."""
   if not path.exists():
     return
   if step is None:
     older = len(list(path.parent.glob("metrics.jsonl.old*")))
     aside = path.with_suffix(f".jsonl.old{older or ''}")
-    logging.warning("%s belongs to an earlier start of this run; it is now %s", path, aside.name)
+    logging.warning("%s belongs to an earlier start of this run; renamed to %s", path, aside.name)
     os.replace(path, aside)
     return
   rows = read_metrics(path)
   kept = [row for row in rows if row["step"] <= step]
   if len(kept) < len(rows):
-    logging.info("%s: %d rows after step %d are made again", path, len(rows) - len(kept), step)
-  with storage.whole(path) as file:  # a kill in between leaves the old file or the new one
+    logging.info("%s: cut the rows after step %d: %d", path, step, len(rows) - len(kept))
+  with storage.atomic_write(
+    path
+  ) as file:  # if it is killed, the old file or the new one is complete
     for row in kept:
       file.write(_line(int(row.pop("step")), row).encode())
 
 
 class MetricWriter:
-  """Writes {name: number} of a step to workdir/metrics.jsonl and to the boards asked for.
+  """Writes the metrics of a step to workdir/metrics.jsonl, TensorBoard and W&B.
 
-  A step may be written several times (training and evaluation metrics of one step are two rows).
-  Every process may call it; only process 0 writes.
-
-  Args:
-    workdir: a local folder; made if it is missing.
-    tensorboard: event files in workdir/tensorboard.
-    wandb: options of wandb.init ({} for its defaults), or None for no W&B.
-    resume_step: the restored step; later rows are cut. None for a run from the start.
-
-  Raises:
-    ImportError: if W&B is asked for and not installed.
+  A step can have several rows: training and evaluation metrics of one step are two. Every process
+  may call it; only process 0 writes.
   """
 
   def __init__(
@@ -130,9 +142,19 @@ class MetricWriter:
     tensorboard: bool = True,
     wandb: Mapping[str, Any] | None = None,
     resume_step: int | None = None,
-  ):
+  ) -> None:
+    """
+    Args:
+      workdir: a local folder; created if it is missing.
+      tensorboard: write event files to workdir/tensorboard.
+      wandb: options of wandb.init ({} for its defaults), or None for no W&B.
+      resume_step: the restored step; later rows are cut. None for a run from the start.
+
+    Raises:
+      ImportError: if W&B is requested and not installed.
+    """
     self._file: TextIO | None = None
-    self._board: Any = None
+    self._tensorboard: Any = None
     self._wandb: Any = None
     if jax.process_index() != 0:
       return
@@ -143,41 +165,45 @@ class MetricWriter:
     _rewind(folder / FILE, resume_step)
     self._file = (folder / FILE).open("a", encoding="utf-8")
     if tensorboard:
-      # It imports torch, where there is one, which takes seconds.
+      # This imports torch if it is installed, which takes seconds.
       from tensorboardX import SummaryWriter
 
       # TensorBoard hides what an earlier start wrote at purge_step and later.
       purge = 0 if resume_step is None else resume_step + 1
-      self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+      self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Appends one row; numbers may be Python's, numpy's or arrays of one element.
+    """Appends one row.
+
+    Args:
+      step: number of updates done.
+      metrics: {name: a Python or numpy number, or an array of one element}.
 
     Raises:
-      TypeError: if a value is not one real number; it names the metric.
+      TypeError: if a value is not one real number; names the metric.
     """
     row = {name: scalar(name, value) for name, value in metrics.items()}
     if self._file is not None:
       self._file.write(_line(step, row))
       self._file.flush()
-    if self._board is not None:
+    if self._tensorboard is not None:
       from tensorboardX.proto.summary_pb2 import Summary
 
       # add_scalar would write R@1 as R_1.
       values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-      self._board.file_writer.add_summary(Summary(value=values), step)
+      self._tensorboard.file_writer.add_summary(Summary(value=values), step)
     if self._wandb is not None:
       self._wandb.log({"step": step, **row})
 
   def close(self) -> None:
-    """Flushes and closes; a second call does nothing."""
+    """Flushes and closes all writers; a second call does nothing."""
     if self._file is not None:
       self._file.close()
-    if self._board is not None:
-      self._board.close()
+    if self._tensorboard is not None:
+      self._tensorboard.close()
     if self._wandb is not None:
       self._wandb.finish()
-    self._file = self._board = self._wandb = None
+    self._file = self._tensorboard = self._wandb = None
 
   def __enter__(self) -> MetricWriter:
     return self
@@ -187,19 +213,19 @@ class MetricWriter:
 
 
 def _start_wandb(folder: pathlib.Path, options: Mapping[str, Any]) -> Any:
-  """A W&B run; its id is kept in the workdir, so that a resumed run continues the same curves."""
+  """Starts a W&B run; its id is kept in the workdir, so that a resume continues the same curves."""
   try:
     wandb = importlib.import_module("wandb")
   except ImportError as error:
     raise ImportError(
-      "config.writer.wandb asks for Weights & Biases, which is not installed:"
+      "config.writer.wandb requests Weights & Biases, which is not installed:"
       " pip install 'bigalign[wandb]', or set config.writer.wandb=None"
     ) from error
   name = folder / "wandb_id.txt"
   known = {"id": name.read_text(encoding="utf-8").strip()} if name.exists() else {}
   run = wandb.init(**{"dir": str(folder), "resume": "allow", **known, **options})
   name.write_text(run.id + "\n", encoding="utf-8")
-  # W&B's own step may not go back, as ours does when a run resumes from a checkpoint.
+  # Our step goes back when a run resumes from a checkpoint; W&B's own step must not.
   run.define_metric("*", step_metric="step")
   return run
 
@@ -209,14 +235,19 @@ def _short(value: int | float) -> str:
 
 
 class Progress:
-  """A live bar on a terminal, a line per log anywhere else; process 0 only.
+  """A progress bar on a terminal, otherwise a line for each log; process 0 only.
 
   with Progress(280, start=0) as progress:
-    progress.advance(step)       # each step; cheap, waits for nothing
-    progress.log(step, metrics)  # train/* go to the bar, all others to a line of their own
+    progress.advance(step)       # after each step; cheap, waits for nothing
+    progress.log(step, metrics)  # train/* go to the bar, all others to lines of their own
+
+  Args:
+    total_steps: of the run.
+    start: steps done before.
+    stream: where to write; standard error by default.
   """
 
-  def __init__(self, total_steps: int, *, start: int = 0, stream: TextIO | None = None):
+  def __init__(self, total_steps: int, *, start: int = 0, stream: TextIO | None = None) -> None:
     self._total, self._start, self._began = total_steps, start, time.monotonic()
     self._shown = jax.process_index() == 0
     self._console = rich.console.Console(file=stream or sys.stderr)
@@ -242,7 +273,7 @@ class Progress:
       )
       self._task = self._bar.add_task("compile", total=self._total, completed=self._start, shown="")
       self._bar.start()
-      # rich draws around what goes through sys.stderr; absl holds the stream from before.
+      # rich keeps the bar below whatever goes through sys.stderr; absl still holds the old stream.
       self._handler.stream = sys.stderr
     return self
 
@@ -253,12 +284,12 @@ class Progress:
       self._bar = None
 
   def advance(self, step: int) -> None:
-    """`step` updates are on their way."""
+    """Shows that `step` updates were started."""
     if self._bar is not None:
       self._bar.update(self._task, completed=step, description="train")
 
   def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Shows the metrics of a step."""
+    """Shows the metrics {name: number} of a step."""
     if not self._shown:
       return
     values = {name: scalar(name, value) for name, value in metrics.items()}
@@ -278,7 +309,7 @@ class Progress:
     names = dict.fromkeys(name.removeprefix("ema/") for name in others)
     lines = [f"step {step}"]
     for name in names:
-      # What the running average of the parameters scores stands beside, not below.
+      # The scores of the running average of the parameters share the line of the plain ones.
       pair = [("", others.get(name)), ("ema ", others.get(f"ema/{name}"))]
       shown = "  ".join(label + _short(value) for label, value in pair if value is not None)
       lines.append(f"  {name:<{max(map(len, names))}}  {shown}")

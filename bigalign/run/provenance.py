@@ -1,4 +1,4 @@
-"""Whether a run is what its folder, its data and the other processes take it for."""
+"""Checks that a run matches its folder, its data and the other processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,77 +15,142 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from bigalign import config as configs
+from bigalign import tree
 from bigalign.data.files import storage
+from bigalign.options import plain
+
+# Options that may change between two starts in one workdir, because they do not affect what is
+# learned.
+HARMLESS = re.compile(
+  r"^(mesh|topology|rules|evals|writer|runtime|keep|profile|logits)(/|$)"
+  r"|^(log_every|checkpoint_every|eval_every|diagnose_every|(stages/\d+/)?microbatches|patience)$"
+  # Paths of data; its content has a fingerprint.
+  r"|^data/(workers|source)$|^data/stores/(image|text|second|keep)$|^data/tokenizer/(path|vocabulary)$"
+)
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+  """Compares two configs, without options that do not affect what is learned (HARMLESS).
+
+  Args:
+    old: a config, as nested mappings.
+    new: another one.
+
+  Returns:
+    {path: (old value, new value)} of each difference; "(absent)" for a missing key.
+  """
+  a, b = (
+    tree.flatten({**x, "stages": {str(i): stage for i, stage in enumerate(x.get("stages") or ())}})
+    for x in (plain(old), plain(new))
+  )
+  return {
+    path: (a.get(path, "(absent)"), b.get(path, "(absent)"))
+    for path in sorted({*a, *b})
+    if a.get(path, "(absent)") != b.get(path, "(absent)") and not HARMLESS.search(path)
+  }
 
 
 def digest(options: Mapping[str, Any]) -> str:
-  """16 hex digits of a tokenizer's options and of the files that they name, not of their paths."""
-  found = hashlib.sha256()
+  """Returns 16 hex digits that identify a tokenizer.
+
+  Args:
+    options: the tokenizer's options. The content of a file that one of them names counts, its path
+      does not.
+  """
+  sha = hashlib.sha256()
   for name, value in sorted(options.items()):
     path = pathlib.Path(os.path.expandvars(str(value)))
     is_file = isinstance(value, str) and path.is_file()
-    found.update(name.encode() + (path.read_bytes() if is_file else repr(value).encode()))
-  return found.hexdigest()[:16]
+    sha.update(name.encode() + (path.read_bytes() if is_file else repr(value).encode()))
+  return sha.hexdigest()[:16]
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """What config.json says of the run that is in a folder; None if there is none."""
+  """Returns the content of workdir/config.json, or None if the folder holds no run."""
   path = workdir / "config.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  recorded: dict[str, Any] = json.loads(path.read_text())
+  return recorded
 
 
-def check_config(workdir: pathlib.Path, meta: Mapping[str, Any], allow_config_change: bool) -> None:
-  """Makes the folder of the run, or compares with the run that is in it; changes nothing there.
+def check_config(
+  workdir: pathlib.Path,
+  recorded: Mapping[str, Any] | None,
+  meta: Mapping[str, Any],
+  allow_config_change: bool,
+) -> None:
+  """Creates the folder of a run, or compares the config with that of the run in it.
+
+  Args:
+    workdir: local folder of the run; an existing config.json is not changed.
+    recorded: the content of config.json, with the defaults of newer options; None for a new run.
+    meta: what `write_config` will record of this run.
+    allow_config_change: accept another config.
 
   Raises:
-    ValueError: if the workdir belongs to a run that learns something else; lists the differences.
+    ValueError: if the folder belongs to a run that learns something else; lists the differences.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  before = read_config(workdir)
-  if before is None:
+  if recorded is None:
     return
-  # As they were written: a checkpoint's own options are no matter of the config.
-  was, now = ({**x["config"], "model": x["model"]} for x in (before, meta))
-  changed = configs.differences(was, now)
+  # Compares the model options as the user wrote them, not those filled in from a checkpoint.
+  was, now = ({**x["config"], "model": x["model"]} for x in (recorded, meta))
+  changed = differences(was, now)
   if changed and not allow_config_change:
     listed = "\n".join(f"  config.{k}: was {a!r}, now {b!r}" for k, (a, b) in changed.items())
     raise ValueError(
       f"{workdir} belongs to a run with another config:\n{listed}\nChoose another --workdir, or"
-      " pass --allow_config_change to go on with the new one."
+      " pass --allow_config_change to resume with the new one."
     )
-  if before["versions"] != meta["versions"]:
+  if recorded["versions"] != meta["versions"]:
     logging.warning(
       "Package versions changed since this run began: %s -> %s",
-      before["versions"],
+      recorded["versions"],
       meta["versions"],
     )
 
 
 def write_config(workdir: pathlib.Path, meta: Mapping[str, Any]) -> None:
-  """Writes workdir/config.json, once it is known that this run can go on there."""
+  """Writes `meta` to workdir/config.json; call it once it is certain that the run can start."""
   if jax.process_index() == 0:
-    with storage.whole(workdir / "config.json") as file:  # other processes may be reading it
+    with storage.atomic_write(workdir / "config.json") as file:  # other processes may be reading it
       file.write((json.dumps(meta, indent=1) + "\n").encode())
 
 
 def check_data(
-  before: Mapping[str, Any], meta: Mapping[str, Any], workdir: pathlib.Path, allow: bool
+  recorded: Mapping[str, Any], meta: Mapping[str, Any], workdir: pathlib.Path, allow: bool
 ) -> None:
-  """Raises ValueError if samples or tokenizer changed under a run, which could not go on exactly.
+  """Checks that samples and tokenizer are those that the run was trained on.
 
-  Where they lie may change: what counts is their fingerprint.
+  Only fingerprints are compared; files may have moved.
+
+  Args:
+    recorded: the JSON of the checkpoint to resume from.
+    meta: the same of this start.
+    workdir: for the message.
+    allow: accept other data.
+
+  Raises:
+    ValueError: if they changed, because the run could not resume exactly.
   """
   for key, what in (("data", "config.data.source"), ("tokenizer", "config.data.tokenizer")):
-    if before[key] != meta[key] and not allow:
+    if recorded[key] != meta[key] and not allow:
       raise ValueError(
-        f"{what}: not what {workdir} was trained on (fingerprint {meta[key]}, was {before[key]});"
-        " choose another --workdir, or pass --allow_config_change to go on with the new"
+        f"{what}: not what {workdir} was trained on (fingerprint {meta[key]}, was {recorded[key]});"
+        " choose another --workdir, or pass --allow_config_change to resume with the new"
       )
 
 
 def check_hosts_agree(meta: Mapping[str, Any]) -> None:
-  """Raises RuntimeError if config, code, packages or data differ between the processes."""
+  """Checks that all processes have the same values.
+
+  Args:
+    meta: {name: value that JSON can hold}, such as config, code version, packages and data.
+
+  Raises:
+    RuntimeError: if they differ; names the value and the processes.
+  """
   if jax.process_count() == 1:
     return
   digests = {

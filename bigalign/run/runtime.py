@@ -1,21 +1,20 @@
-"""The machine under a program: flags of XLA, memory, the compilation cache, the other processes."""
+"""The machine that a program runs on: XLA flags, memory, compilation cache, other processes."""
 
 from __future__ import annotations
 
-import functools
 import glob
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
 from typing import Any
-from unittest import mock
 
 import jax
 from absl import logging
-from jax._src import distributed
 
-CONNECT_TIMEOUT = 300  # seconds for all processes to come
+from bigalign.private_apis import registration_timeout
+
+CONNECT_TIMEOUT = 300  # seconds within which all processes must connect
 
 # Collectives overlap with computation.
 LIBTPU_INIT_ARGS = (
@@ -23,21 +22,21 @@ LIBTPU_INIT_ARGS = (
   "--xla_tpu_overlap_compute_collective_tc=true",
   "--xla_enable_async_all_gather=true",
 )
-# The compiler refuses it for every other kind.
+# The compiler refuses this flag for every other kind of chip.
 _V5E = ("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",)
-# What one kind of chip needs besides, by the first word of its accelerator type or topology.
+# Additional flags by kind of chip: the first word of its accelerator type or topology.
 LIBTPU_INIT_ARGS_OF_KIND = {
   "v5litepod": _V5E,
   "v5e": _V5E,
-  # Three quarters of its 128 MiB of VMEM for one fusion; common practice, in no maker's manual.
+  # Three quarters of its 128 MiB of VMEM for one fusion: common practice, not documented by Google.
   "v6e": ("--xla_tpu_scoped_vmem_limit_kib=98304",),
 }
-# NVIDIA's own images set this one and no other, whatever the GPU:
+# The only flag that NVIDIA's own images set, for all GPUs:
 # https://docs.nvidia.com/jax-toolbox/environment-variables
 XLA_FLAGS_GPU = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
 XLA_FLAGS_DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
 
-
+# Vendor id of Google, and kind of TPU by device id.
 PCI = "/sys/bus/pci/devices"
 GOOGLE = "0x1ae0"
 TPU_OF_PCI = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5litepod", "0x006f": "v6e"}
@@ -50,21 +49,21 @@ def setup(
   cache: str | None = "~/.cache/bigalign/xla",
   debug_nans: bool = False,
 ) -> None:
-  """Sets what must be set before the first device is touched; what the user has set stays.
+  """Sets what must be set before the first device is used; settings of the user are kept.
 
   Args:
-    deterministic: equal runs give equal bits on GPUs too (slower); CPUs and TPUs always do.
-    gpu_memory_fraction: share of each GPU's memory that is taken at the start; None: JAX's 0.75.
-    cache: folder of compiled programs, so that a second start does not compile; None for none.
-    debug_nans: stop at the operation that first makes a NaN (slow).
+    deterministic: equal runs give equal bits on GPUs too, which is slower; CPUs and TPUs always do.
+    gpu_memory_fraction: share of each GPU's memory to allocate at the start; None: JAX's 0.75.
+    cache: folder of the compilation cache, so that a second start does not compile; None: no cache.
+    debug_nans: stop at the operation that first produces a NaN (slow).
   """
   if _gpu():
     flags = XLA_FLAGS_GPU + (XLA_FLAGS_DETERMINISTIC if deterministic else ())
     _add_flags("XLA_FLAGS", flags)
   if _tpu():
     set_libtpu_flags(_tpu_kind())
-  taken = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
-  if gpu_memory_fraction is not None and not taken:
+  set_by_user = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
+  if gpu_memory_fraction is not None and not set_by_user:
     os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gpu_memory_fraction)
   if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
@@ -74,21 +73,29 @@ def setup(
 
 
 def set_libtpu_flags(kind: str) -> None:
-  """What libtpu is told, on the TPU or where it compiles for one; before it is loaded."""
+  """Sets libtpu's flags for a kind of chip such as "v5e"; call it before libtpu is loaded.
+
+  On a TPU they apply to the run, on another machine to ahead-of-time compilation.
+  """
   _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS + LIBTPU_INIT_ARGS_OF_KIND.get(kind, ()))
 
 
 def connect(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-  """Joins the other processes of the run; before any device is touched.
+  """Connects to the other processes of the run; call it before any device is used.
 
-  From the arguments (the flags --coordinator, --num_processes, --process_id), else from the
-  variables BIGALIGN_COORDINATOR ("host:port" of process 0), BIGALIGN_NUM_PROCESSES and
-  BIGALIGN_PROCESS_ID, else by itself on TPU pods and under Slurm; a single process needs nothing.
+  Each value comes from its argument, or from the variables BIGALIGN_COORDINATOR,
+  BIGALIGN_NUM_PROCESSES and BIGALIGN_PROCESS_ID. Without any of them, TPU pods and Slurm are
+  detected. A single process needs nothing.
+
+  Args:
+    coordinator: "host:port" of process 0 (flag --coordinator).
+    num_processes: number of processes (flag --num_processes).
+    process_id: number of this process, from 0 (flag --process_id).
 
   Raises:
-    ValueError: if only some of the three are given, or one is no number.
+    ValueError: if only some of the three are given, or one is not a number.
   """
   given = {
     "coordinator": coordinator or os.environ.get("BIGALIGN_COORDINATOR") or None,
@@ -109,20 +116,17 @@ def connect(
 
 
 def _initialize(**given: Any) -> None:
-  """jax.distributed.initialize, which ends the program after CONNECT_TIMEOUT seconds with the numbers of
-  the processes that have not come.
+  """Runs jax.distributed.initialize; after CONNECT_TIMEOUT the error names the missing processes.
 
-  JAX gives that time to each process alone, which knows nothing of the others. Given to the service
-  with which all register, it makes the error that lists them.
+  JAX's own timeout is per process, and a process knows nothing of the others. The coordination
+  service, at which all register, can list those that are missing.
   """
-  service = distributed._jax.get_distributed_runtime_service
-  told = functools.partial(service, cluster_register_timeout=CONNECT_TIMEOUT)
   logging.info(
-    "Waiting up to %d s for the other processes; exit code 134 if some do not come:"
-    " see that each host runs the same command and reaches the coordinator",
+    "Waiting up to %d s for the other processes; the exit code is 134 if some do not connect. Check"
+    " that every host runs the same command and can reach the coordinator.",
     CONNECT_TIMEOUT,
   )
-  with mock.patch.object(distributed._jax, "get_distributed_runtime_service", told):
+  with registration_timeout(CONNECT_TIMEOUT):
     jax.distributed.initialize(**given, initialization_timeout=CONNECT_TIMEOUT + 30)
 
 
@@ -131,12 +135,12 @@ def _number(name: str, value: int | None) -> int | None:
   if value is not None or text is None:
     return value
   if not text.isdecimal():
-    raise ValueError(f"BIGALIGN_{name.upper()}={text!r} is no number")
+    raise ValueError(f"BIGALIGN_{name.upper()}={text!r} is not a number")
   return int(text)
 
 
 def _add_flags(variable: str, flags: tuple[str, ...]) -> None:
-  """Appends the flags whose name the variable does not hold yet."""
+  """Appends to an environment variable the flags whose names it does not contain yet."""
   held = os.environ.get(variable, "")
   new = [flag for flag in flags if flag.split("=")[0] not in held]
   os.environ[variable] = " ".join([held, *new]).strip()
@@ -147,19 +151,19 @@ def _platforms() -> str:
 
 
 def _tpu() -> bool:
-  """A TPU host, from its devices and packages: asking JAX would start it."""
+  """Whether this is a TPU host, by its devices and packages: asking JAX would initialise it."""
   chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
   has = bool(chips) and importlib.util.find_spec("libtpu") is not None
   return has and ("tpu" in _platforms() or not _platforms())
 
 
 def _tpu_kind() -> str:
-  """From TPU_ACCELERATOR_TYPE ("v6e-8" is a "v6e"), else from the PCI bus; "" if unknown."""
-  named = os.environ.get("TPU_ACCELERATOR_TYPE", "").split("-")[0]
-  for vendor in [] if named else glob.glob(f"{PCI}/*/vendor"):
+  """Kind of TPU from TPU_ACCELERATOR_TYPE ("v6e-8": "v6e") or from the PCI bus; "" if unknown."""
+  kind = os.environ.get("TPU_ACCELERATOR_TYPE", "").split("-")[0]
+  for vendor in [] if kind else glob.glob(f"{PCI}/*/vendor"):
     if pathlib.Path(vendor).read_text().strip() == GOOGLE:
-      named = TPU_OF_PCI.get(pathlib.Path(vendor).with_name("device").read_text().strip(), "")
-  return named
+      kind = TPU_OF_PCI.get(pathlib.Path(vendor).with_name("device").read_text().strip(), "")
+  return kind
 
 
 def _gpu() -> bool:
@@ -168,7 +172,7 @@ def _gpu() -> bool:
 
 
 def versions() -> dict[str, str]:
-  """Installed versions of the packages that shape a run's numbers, pixels and tokens."""
+  """Returns the versions of the packages that determine a run's numbers, pixels and tokens."""
   packages = (
     "jax",
     "jaxlib",
@@ -189,7 +193,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-  """The devices of this run, for logs and reports."""
+  """Returns the platform, kind and number of devices, and the number of processes."""
   device = jax.devices()[0]
   return {
     "platform": device.platform,

@@ -1,4 +1,4 @@
-"""Seconds to the first step and per step, images per second, share of the chip's peak."""
+"""Seconds to the first step and per step, images per second, and the share of the chips' peak."""
 
 from __future__ import annotations
 
@@ -13,53 +13,64 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from bigalign.private_apis import (
+  COMPILATION_CACHE_HIT_EVENT,
+  COMPILE_REQUEST_EVENT,
+  COMPILE_SECONDS_EVENT,
+)
 from bigalign.run import flops
 
 
 class StepTimer:
-  """Wall time between two logs, without evaluation and saving, and what it was spent on.
+  """Measures the wall time of the steps between two logs, without evaluation and saving.
 
-  MFU is the share of the chips' peak that goes into the model's FLOPs, which are
-  perf/flops_per_step: what remat and microbatches compute again is work for the chips, but no use,
-  and not counted.
+  MFU is the model's FLOPs (perf/flops_per_step) per second over the peak of the chips. Work that
+  remat and microbatches repeat occupies the chips but is not useful, and is not counted.
+
+  Args:
+    step: the number of steps done when the timer starts.
   """
 
   def __init__(self, step: int) -> None:
     self._start = time.perf_counter()
-    self._data = self._pause = self._device = 0.0
+    self._seconds: dict[str, float] = collections.defaultdict(float)
     self._step = step
 
   @contextlib.contextmanager
-  def _timer(self, name: str) -> Iterator[None]:
+  def _timed(self, activity: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
-    setattr(self, name, getattr(self, name) + time.perf_counter() - begin)
+    self._seconds[activity] += time.perf_counter() - begin
 
   def waiting_for_data(self) -> contextlib.AbstractContextManager[None]:
     """A context in which the loop waits for data."""
-    return self._timer("_data")
+    return self._timed("data")
 
   def waiting_for_device(self) -> contextlib.AbstractContextManager[None]:
     """A context in which the loop waits for the device."""
-    return self._timer("_device")
+    return self._timed("device")
 
   def paused(self) -> contextlib.AbstractContextManager[None]:
-    """A context that does not count."""
-    return self._timer("_pause")
+    """A context whose time does not count."""
+    return self._timed("paused")
 
   def read(self, step: int, batch_size: int, work: int) -> dict[str, float]:
-    """Metrics since the last read, of steps of one batch size and of `work` useful FLOPs each.
+    """Returns the metrics since the last call; all hosts must call it.
 
-    All hosts must call it.
+    Args:
+      step: the number of steps done now.
+      batch_size: global batch size of these steps.
+      work: useful FLOPs of one step, over all devices.
     """
     now = time.perf_counter()
     steps = step - self._step
-    seconds = max(now - self._start - self._pause, 1e-9) / steps
-    data = self._data / steps
-    # All hosts wait for the slowest in the collectives; what a host itself was busy with tells it.
-    busy = max(seconds - self._device / steps, 0.0)
+    seconds = max(now - self._start - self._seconds["paused"], 1e-9) / steps
+    data = self._seconds["data"] / steps
+    # In the collectives all hosts wait for the slowest one; the time that a host was busy itself
+    # shows which one that is.
+    busy = max(seconds - self._seconds["device"] / steps, 0.0)
     self._start, self._step = now, step
-    self._data = self._pause = self._device = 0.0
+    self._seconds.clear()
     chips = jax.device_count()
     row = {
       "train/batch_time": seconds,
@@ -73,19 +84,19 @@ class StepTimer:
     if peak:
       row["perf/mfu"] = work / seconds / chips / peak
     if jax.process_count() > 1:
-      every = multihost_utils.process_allgather(np.asarray([busy, data], np.float32))
-      for i, (own, waited) in enumerate(every.tolist()):
-        row |= {f"perf/host_{i}_busy_time": own, f"perf/host_{i}_data_time": waited}
+      hosts = multihost_utils.process_allgather(np.asarray([busy, data], np.float32))
+      for i, (host_busy, host_data) in enumerate(hosts.tolist()):
+        row |= {f"perf/host_{i}_busy_time": host_busy, f"perf/host_{i}_data_time": host_data}
     return row
 
 
 class StartupTimer:
-  """What goes by from here to the end of the first step."""
+  """Measures the time from its creation to the end of the first step, and the compilations."""
 
   def __init__(self) -> None:
     self._begin = time.perf_counter()
     self._sums: dict[str, float] = collections.defaultdict(float)
-    self._row: dict[str, float] | None = None
+    self._metrics: dict[str, float] | None = None
     jax.monitoring.register_event_listener(self._count)
     jax.monitoring.register_event_duration_secs_listener(self._add)
 
@@ -96,25 +107,34 @@ class StartupTimer:
     self._sums[event] += duration_secs
 
   def first_step(self, metrics: Any) -> None:
-    """Waits for the metrics of the first step, of no other, and logs the times."""
-    if self._row is not None:
+    """Waits for the metrics of the first step and logs the times; later calls do nothing.
+
+    Args:
+      metrics: the arrays that the step returned.
+    """
+    if self._metrics is not None:
       return
     jax.block_until_ready(metrics)
     jax.monitoring.unregister_event_listener(self._count)
     jax.monitoring.unregister_event_duration_listener(self._add)
-    self._row = {
+    self._metrics = {
       "perf/seconds_to_first_step": time.perf_counter() - self._begin,
-      "perf/compile_seconds": self._sums["/jax/core/compile/backend_compile_duration"],
-      "perf/programs": self._sums["/jax/compilation_cache/compile_requests_use_cache"],
-      "perf/programs_from_cache": self._sums["/jax/compilation_cache/cache_hits"],
+      "perf/compile_seconds": self._sums[COMPILE_SECONDS_EVENT],
+      "perf/programs": self._sums[COMPILE_REQUEST_EVENT],
+      "perf/programs_from_cache": self._sums[COMPILATION_CACHE_HIT_EVENT],
     }
+    seconds, compiling, programs, cached = self._metrics.values()
     logging.info(
-      "The first step ended after %.1f s, %.1f of them in the compiler; of %d programs the"
-      " compilation cache had %d",
-      *self._row.values(),
+      "First step done after %.1f s (%.1f s compiling; %d of %d program%s came from the compilation"
+      " cache).",
+      seconds,
+      compiling,
+      cached,
+      programs,
+      "" if programs == 1 else "s",
     )
 
   def take_metrics(self) -> dict[str, float]:
-    """The metrics of this, once."""
-    row, self._row = self._row or {}, {}
-    return row
+    """Returns the metrics of the start once; later calls return an empty dict."""
+    metrics, self._metrics = self._metrics or {}, {}
+    return metrics

@@ -1,9 +1,9 @@
-"""Where a run lies: a folder, or a bucket whose small files are kept in a folder beside it.
+"""A run's folder: local, or a bucket whose small files have a local copy.
 
-Checkpoints go to gs:// as they are written, a marker last. All else of a run is small and grows
-line by line, which no bucket allows: it is written to a local folder, fetched before a run goes on,
-and put into the bucket before each checkpoint and at the end. A machine may be lost at any time,
-with nothing but what the next one computes again.
+Checkpoints are written to gs:// directly, with a commit marker last. All other files of a run are
+small and grow line by line, which buckets do not allow. They are written to a local folder,
+downloaded before a run resumes, and uploaded before each checkpoint and at the end. Losing a
+machine therefore loses only the work since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,19 +22,26 @@ from bigalign.data.files import storage
 class Workdir:
   """A run's folder.
 
-  local: where its small files are. root: where its checkpoints are; `local`, or the address.
-  reader: only looks, and has a local folder of its own beside that of a run that goes on here.
-
-  Raises:
-    ValueError: for the address of another store than gs://.
-    ImportError: if gcsfs is missing.
+  Attributes:
+    local: folder of the small files.
+    root: parent of the checkpoints: `local`, or the address of the bucket.
   """
 
-  def __init__(self, place: str | os.PathLike[str], *, reader: bool = False):
-    address = os.fspath(place)
+  def __init__(self, workdir: str | os.PathLike[str], *, reader: bool = False) -> None:
+    """
+    Args:
+      workdir: a folder, or an address gs://…
+      reader: for programs that only read: uses a local folder of its own, so that it does not
+        disturb a run that is training on this machine.
+
+    Raises:
+      ValueError: for the address of another object store than gs://.
+      ImportError: if gcsfs is missing.
+    """
+    address = os.fspath(workdir)
     self.root: Any = pathlib.Path(address).absolute()
     self.local: pathlib.Path = self.root
-    self._there: dict[str, int] = {}  # {file: time of change} of those that are in the bucket
+    self._uploaded: dict[str, int] = {}  # {file in the bucket: mtime of its local copy, ns}
     if "://" not in address:
       return
     if not address.startswith("gs://"):
@@ -48,21 +55,26 @@ class Workdir:
     self.local = pathlib.Path(cache).expanduser() / (f"{name}-reader" if reader else name)
 
   def download(self) -> None:
-    """Makes the local folder what is in the bucket; all processes do, before any writes there."""
+    """Makes the local folder equal to the bucket; every process calls it before it writes."""
     if self.root is self.local:
       return
     self.local.mkdir(parents=True, exist_ok=True)
-    there = [x for x in self.root.iterdir() if not x.is_dir()] if self.root.exists() else []
-    for path in {*self.local.iterdir()} - {self.local / file.name for file in there}:
-      if path.is_file() and path.suffix != ".tmp":  # which another process is about to rename
+    remote = [x for x in self.root.iterdir() if not x.is_dir()] if self.root.exists() else []
+    for path in {*self.local.iterdir()} - {self.local / file.name for file in remote}:
+      if path.is_file() and path.suffix != ".tmp":  # another process is about to rename those
         path.unlink(missing_ok=True)
-    for file in there:
-      with storage.whole(self.local / file.name, mark=storage.own_mark()) as copy:
+    for file in remote:
+      with storage.atomic_write(self.local / file.name, suffix=storage.unique_suffix()) as copy:
         copy.write(file.read_bytes())
-      self._there[file.name] = (self.local / file.name).stat().st_mtime_ns
+      self._uploaded[file.name] = (self.local / file.name).stat().st_mtime_ns
 
   def upload(self, process: int) -> None:
-    """Puts what changed into the bucket: process 0 all that is not another's rejected samples."""
+    """Uploads the files that changed.
+
+    Args:
+      process: number of this process. Each one uploads its own log of rejected samples; process 0
+        uploads all other files too.
+    """
     if self.root is self.local:
       return
     for path in sorted(self.local.rglob("*")):
@@ -71,6 +83,6 @@ class Workdir:
       if not path.is_file() or path.suffix == ".part" or (others and not name.startswith(own)):
         continue
       stamp = path.stat().st_mtime_ns
-      if self._there.get(name) != stamp:
+      if self._uploaded.get(name) != stamp:
         (self.root / name).write_bytes(path.read_bytes())
-        self._there[name] = stamp
+        self._uploaded[name] = stamp

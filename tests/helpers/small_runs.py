@@ -21,7 +21,7 @@ from jax._src import compiler, distributed
 
 from bigalign import train as program
 from bigalign.run import flags
-from bigalign.run.metrics import WALL_CLOCK, read_metrics
+from bigalign.run.metrics import is_wall_clock, read_metrics
 
 # Narrow and flat: what a run costs here is its start, tracing and compiling.
 SMALL = {
@@ -132,7 +132,7 @@ def losses(workdir):
 
 def exact(workdir):
   """The rows of metrics.jsonl without what a clock says."""
-  return [{k: v for k, v in row.items() if not WALL_CLOCK(k)} for row in read_metrics(workdir)]
+  return [{k: v for k, v in row.items() if not is_wall_clock(k)} for row in read_metrics(workdir)]
 
 
 def last_step(workdir):

@@ -13,9 +13,9 @@ import time
 import pytest
 from helpers.shipped import ROOT, load
 
-from bigalign import config
 from bigalign import state as states
 from bigalign.plan import chips, compile_step, hlo_memory, largest_batch, main, topologies
+from bigalign.run import provenance
 
 needs_libtpu = pytest.mark.skipif(
   not topologies.installed(), reason="libtpu is not installed: the extra plan"
@@ -219,7 +219,7 @@ def test_stores_that_are_not_here_hold_what_the_towers_make():
 def test_every_config_names_a_topology(name):
   c = load(name)
   assert chips.kind(c.topology) in chips.CHIPS
-  assert config.HARMLESS.search("topology"), "another pod is no other experiment"
+  assert provenance.HARMLESS.search("topology"), "another pod is no other experiment"
 
 
 @needs_libtpu

@@ -139,8 +139,8 @@ def test_mistakes_exit_with_1_and_lost_processes_with_143(error, code, monkeypat
 
 def test_who_hangs_is_named():
   said = preemption.hang_message({0: 13, 1: 12, 2: 13}, 600.0)
-  assert "No step in 600 s: processes [1] hang behind step 12" in said
-  assert "all 2 processes hang behind step 7" in preemption.hang_message({0: 7, 1: 7}, 60.0)
+  assert "No step in 600 s: processes [1] hang after step 12" in said
+  assert "all 2 processes hang after step 7" in preemption.hang_message({0: 7, 1: 7}, 60.0)
 
 
 def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
@@ -179,7 +179,7 @@ def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
     try:
       assert taken(copy) == 2
     except RuntimeError as error:
-      assert f"{copy / 'checkpoints/2'} is complete by its name, but cannot be read" in str(error)
+      assert f"{copy / 'checkpoints/2'} was committed but cannot be read" in str(error)
       refused += 1
       shutil.rmtree(copy / "checkpoints/2")
       assert taken(copy) == 1
@@ -213,7 +213,7 @@ def test_processes_that_do_not_come_or_hang_are_named(tmp_path):
   with small_runs.Run(tmp_path / "hang", 3, "come", devices=3, program=late) as run:
     codes = run.codes()
     assert 143 in codes and all(code in (143, -6) for code in codes), codes
-    assert "processes [1] hang behind step 5" in "".join(map(run.read, range(3)))
+    assert "processes [1] hang after step 5" in "".join(map(run.read, range(3)))
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from helpers.shipped import ROOT, load
 from helpers.small_shards import write_tar
 
 from bigalign import config as configs
-from bigalign.data.order import order
+from bigalign.data.order.permutation import sample_index
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import open_source
 from bigalign.run.metrics import read_metrics
@@ -95,7 +95,7 @@ def test_a_truncated_photo_is_counted_and_replaced(data_root, tmp_path):
   c.evals = dict(emoji=dict(type="retrieval", source=shard, captions=1))
   train(tmp_path / "run", **configs.plain(c))
   rows = read_metrics(tmp_path / "run")
-  seen = order.sample_index(np.arange(15 * 32), size=len(photos), seed=0)
+  seen = sample_index(np.arange(15 * 32), size=len(photos), seed=0)
   met = int((seen == broken).sum())
   assert len(photos) < 15 * 32 and met >= 1
   last = [row for row in rows if "train/loss" in row][-1]

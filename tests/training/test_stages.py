@@ -24,9 +24,10 @@ from bigalign import state as states
 from bigalign import train as program
 from bigalign.data.loader import training
 from bigalign.plan import chips, main, table, topologies
-from bigalign.run.metrics import WALL_CLOCK, read_metrics
+from bigalign.run import provenance
+from bigalign.run.metrics import is_wall_clock, read_metrics
 from bigalign.step import jitted, seen
-from bigalign.towers.vit import resampled, vit
+from bigalign.towers.vit import VitOptions, resampled
 
 needs_libtpu = pytest.mark.skipif(
   not topologies.installed(), reason="libtpu is not installed: the extra plan"
@@ -59,7 +60,7 @@ def whole(tmp_path_factory):
 
 def exact(workdir):
   """The rows of metrics.jsonl without what a clock says."""
-  return [{k: v for k, v in row.items() if not WALL_CLOCK(k)} for row in read_metrics(workdir)]
+  return [{k: v for k, v in row.items() if not is_wall_clock(k)} for row in read_metrics(workdir)]
 
 
 def assert_same_bits(a, b):
@@ -367,16 +368,16 @@ def test_a_stage_that_does_not_fit_is_named_before_the_run(stage, error, told, t
 
 def test_stages_are_part_of_what_a_run_is():
   def differences(**changes):
-    return config.differences(tiny(), tiny(stages=[FIRST | changes]))
+    return provenance.differences(tiny(), tiny(stages=[FIRST | changes]))
 
   assert differences(until=3) == {"stages/0/until": (2, 3)}
   assert not differences(microbatches=4)
-  assert config.differences(tiny(stages=()), tiny())["stages/0/batch_size"] == ("(absent)", 32)
+  assert provenance.differences(tiny(stages=()), tiny())["stages/0/batch_size"] == ("(absent)", 32)
 
 
 def test_positions_of_the_same_grid_are_untouched():
   """The same parameters, whatever image they are made with, and the same program, as without."""
-  tower = vit(patch=8, width=32, depth=1, heads=4, dtype="float32", scan=False)
+  tower = VitOptions(patch=8, width=32, depth=1, heads=4, dtype="float32", scan=False).build()
   image = jnp.zeros((2, 32, 16, 3))
   grid = tower.clone(grid=(4, 2))
   shapes = jax.eval_shape(tower.init, jax.random.key(1), image)

@@ -23,7 +23,7 @@ from bigalign import train as program
 from bigalign.checkpoint import Checkpoints
 from bigalign.data.loader import training
 from bigalign.run import flops
-from bigalign.run.metrics import WALL_CLOCK, read_metrics
+from bigalign.run.metrics import is_wall_clock, read_metrics
 from bigalign.step import seen, train_step, useful_work
 
 
@@ -45,7 +45,7 @@ def run(workdir, c, **changes):
 
 def exact(workdir):
   """The rows of metrics.jsonl without what a clock says."""
-  return [{k: v for k, v in row.items() if not WALL_CLOCK(k)} for row in read_metrics(workdir)]
+  return [{k: v for k, v in row.items() if not is_wall_clock(k)} for row in read_metrics(workdir)]
 
 
 def assert_same_bits(a, b):
@@ -318,7 +318,7 @@ def test_misspelt_flag_names_the_nearest_key(tmp_path):
   ]
   for flag, message in (
     ("--config.total_stepz=3", 'Did you mean "total_steps"'),
-    ("--config.model.image.registers=2", "A flag changes what the config file writes out"),
+    ("--config.model.image.registers=2", "A flag can only change a key that the config file sets"),
     ("--config.total_steps=many", "config.total_steps: 'many' is no duration"),
     ("--config.batch_size=many", "many"),
   ):

@@ -1,0 +1,221 @@
+"""Undocumented parts of other libraries still work as bigalign/private_apis.py expects.
+
+If a test fails after an upgrade of a library, the function that it names has to change.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+from absl import flags
+from helpers.shipped import ROOT
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import FieldReference, config_flags
+
+from bigalign import private_apis
+from bigalign.checkpoint import Checkpoints
+from bigalign.plan import topologies
+
+# One process, which is its own coordinator.
+ALONE = """
+import sys, jax
+from jax._src import distributed
+from bigalign import private_apis
+start_service = distributed._jax.get_distributed_runtime_service
+with private_apis.registration_timeout(20):
+  jax.distributed.initialize(sys.argv[1], 1, 0)
+assert distributed._jax.get_distributed_runtime_service is start_service
+client = private_apis.coordination_client()
+client.key_value_set("folder/a", "1", allow_overwrite=True)
+client.key_value_set("folder/a", "2", allow_overwrite=True)
+assert client.key_value_dir_get("folder/") == [("folder/a", "2")]
+client.wait_at_barrier("end", 1000)
+"""
+# Process 0 of two; the other never starts.
+UNCONNECTED = """
+import sys, jax
+from bigalign import private_apis
+with private_apis.registration_timeout(2):
+  jax.distributed.initialize(sys.argv[1], 2, 0, initialization_timeout=30)
+"""
+# Two clients of one service, of which only the first reaches the barrier.
+BARRIER = """
+import os, sys, threading, jax
+from jaxlib import _jax
+from bigalign import private_apis
+times = dict(heartbeat_timeout=10, shutdown_timeout=1)
+service = _jax.get_distributed_runtime_service(sys.argv[1], 2, cluster_register_timeout=20, **times)
+clients = [
+  _jax.get_distributed_runtime_client(
+    sys.argv[1], i, init_timeout=20, shutdown_on_destruction=False, **times
+  )
+  for i in range(2)
+]
+thread = threading.Thread(target=clients[1].connect)
+thread.start()
+clients[0].connect()
+thread.join()
+try:
+  clients[0].wait_at_barrier("end", 500)
+except jax.errors.JaxRuntimeError as error:
+  assert private_apis.missing_at_barrier(error) == [1], error
+  assert private_apis.is_lost_process(error), error
+  os._exit(0)
+"""
+# 32 GiB of arguments and 32 GiB of results for a chip that has 15.75.
+OUT_OF_MEMORY = """
+import jax, jax.numpy as jnp
+from bigalign import private_apis, sharding
+from bigalign.plan import topologies
+mesh = sharding.make_mesh(devices=topologies.devices("v5e:1x1"))
+x = jax.ShapeDtypeStruct((2**17, 2**16), "float32", sharding=sharding.replicated_sharding(mesh))
+try:
+  topologies.compiled(jax.jit(jnp.sin).lower(x))
+except jax.errors.JaxRuntimeError as error:
+  assert private_apis.is_out_of_memory(error), error
+  assert private_apis.memory_of_error(error) == (64 * 2**30, 15.75 * 2**30), error
+  raise SystemExit(0)
+raise SystemExit("it compiled")
+"""
+
+
+def program(script):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environment = {
+    k: x for k, x in os.environ.items() if k != "XLA_FLAGS"
+  }  # libtpu refuses CPU flags
+  return subprocess.run(
+    [sys.executable, "-c", script, address],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    timeout=120,
+    env=environment,
+  )
+
+
+def test_the_coordination_service_is_a_key_value_store_with_barriers():
+  done = program(ALONE)
+  assert done.returncode == 0, done.stderr
+
+
+def test_a_registration_timeout_names_the_missing_processes():
+  done = program(UNCONNECTED)
+  assert done.returncode == -6, done.stderr
+  assert "timed out task names:\n1\n" in done.stderr
+  assert "currently set to: 2s" in done.stderr
+
+
+def test_a_barrier_timeout_names_the_missing_processes():
+  done = program(BARRIER)
+  assert done.returncode == 0, done.stderr
+
+
+def test_other_errors_name_no_process():
+  assert not private_apis.is_lost_process(FloatingPointError("step 3: loss is not finite"))
+  assert private_apis.missing_at_barrier(RuntimeError("connection refused")) == [0]
+
+
+@pytest.mark.skipif(not topologies.installed(), reason="libtpu is not installed: the extra plan")
+def test_the_tpu_compiler_says_how_much_memory_it_needs():
+  done = program(OUT_OF_MEMORY)
+  assert done.returncode == 0, done.stderr
+  assert private_apis.memory_of_error(RuntimeError("RESOURCE_EXHAUSTED: something else")) is None
+
+
+def test_jax_reports_compilations_under_these_names(tmp_path):
+  counts = collections.Counter()
+
+  def count(event, *_, **__):
+    counts[event] += 1
+
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [jax.config.values[name] for name in names]
+  for name, value in zip(names, (str(tmp_path), 0.0)):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  jax.monitoring.register_event_listener(count)
+  jax.monitoring.register_event_duration_secs_listener(count)
+  try:
+    for _ in range(2):
+      jax.jit(lambda x: x @ x.T).lower(jax.ShapeDtypeStruct((8, 8), "float32")).compile()
+  finally:
+    jax.monitoring.unregister_event_listener(count)
+    jax.monitoring.unregister_event_duration_listener(count)
+    for name, value in zip(names, before):
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+  assert counts[private_apis.COMPILE_SECONDS_EVENT] == 2
+  assert counts[private_apis.COMPILE_REQUEST_EVENT] == 2
+  assert counts[private_apis.COMPILATION_CACHE_HIT_EVENT] == 1
+
+
+def test_checkpoints_do_not_ask_for_preemption(tmp_path, monkeypatch):
+  """A CheckpointManager asks in every save, unless ignore_preemption was called."""
+  steps = []
+
+  def ask(step):
+    steps.append(step)
+    return False
+
+  monkeypatch.setattr("orbax.checkpoint.checkpoint_manager.utils.reached_preemption", ask)
+  items = ocp.args.StandardSave({"a": jnp.ones(3)})
+  with ocp.CheckpointManager(tmp_path / "plain") as manager:
+    manager.save(1, args=items)
+  assert steps
+  steps.clear()
+  with ocp.CheckpointManager(tmp_path / "ignoring") as manager:
+    private_apis.ignore_preemption(manager)
+    manager.save(1, args=items)
+  assert not steps
+
+
+def test_orbax_logs_nothing_about_a_sound_checkpoint(tmp_path, caplog):
+  parts = {"trainable": {"a": jnp.ones(3)}}
+  logger = logging.getLogger("absl")
+  logger.addHandler(caplog.handler)
+  level = logger.level
+  logger.setLevel(logging.INFO)
+  try:
+    with Checkpoints(tmp_path) as checkpoints:
+      checkpoints.save_frozen(parts["trainable"])
+      checkpoints.save(1, parts, {"step": 1}, {})
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+      checkpoints.restore(1, parts)
+      checkpoints.restore_frozen(parts["trainable"])
+  finally:
+    logger.setLevel(level)
+    logger.removeHandler(caplog.handler)
+  assert not [x.getMessage() for x in caplog.records if "orbax" in x.pathname]
+
+
+def test_a_config_file_is_transformed_before_overrides_are_parsed(tmp_path, monkeypatch):
+  file = tmp_path / "c.py"
+  file.write_text(
+    "from ml_collections import ConfigDict\n\n"
+    "def get_config():\n  return ConfigDict(dict(steps=40))\n"
+  )
+  values = flags.FlagValues()
+  monkeypatch.setattr(flags, "FLAGS", values)
+  config_flags.DEFINE_config_file("config", flag_values=values)
+
+  def free(config):
+    config.steps = FieldReference(config.steps, field_type=object)
+    return config
+
+  private_apis.transform_config_file("config", free)
+  argv = ["program", f"--config={file}", "--config.steps=3 epochs"]
+  monkeypatch.setattr(sys, "argv", argv)  # ml_collections finds overrides there
+  values(argv)
+  assert values.config.steps == "3 epochs"
