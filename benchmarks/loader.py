@@ -35,7 +35,7 @@ from PIL import Image
 
 from bigalign.data.image import decode, transforms
 from bigalign.data.loader import training, workers
-from bigalign.data.order import order
+from bigalign.data.order.permutation import philox
 from bigalign.data.sources.base import Source, open_source
 
 BATCH, SIZE, SCALE, WORKERS = 128, 224, (0.9, 1.0), 2
@@ -147,9 +147,7 @@ class Decoding:
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     for r in range(BATCH):
       i = (k * BATCH + r) % len(self._images)
-      transforms.train_image(
-        decode.decode(self._images[i]), order.philox(0, i), size=SIZE, scale=SCALE
-      )
+      transforms.train_image(decode.decode(self._images[i]), philox(0, i), size=SIZE, scale=SCALE)
     return dict(number=np.asarray([k]))
 
 
@@ -245,10 +243,10 @@ def error_of_fast_resize(pattern: str, *, images: int = 200) -> float:
   differences = []
   for i in range(0, len(source), -(-len(source) // images)):
     data = source[i]["image"]
-    ours = transforms.train_image(decode.decode(data), order.philox(0, i), size=SIZE, scale=SCALE)
+    ours = transforms.train_image(decode.decode(data), philox(0, i), size=SIZE, scale=SCALE)
     pixels = Image.open(io.BytesIO(data)).convert("RGB")
     top, left, height, width = transforms._random_box(
-      order.philox(0, i),
+      philox(0, i),
       height=pixels.height,
       width=pixels.width,
       scale=SCALE,

@@ -24,8 +24,8 @@ import numpy as np
 from step import machine
 
 from bigalign.checkpoint import revision
+from bigalign.data.order.order import Order
 from bigalign.data.sources.base import open_source
-from bigalign.data.sources.mixture import Order
 from bigalign.data.tar.remote_blocks import RUN, Runs
 from bigalign.run import runtime
 from bigalign.shards import index

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data.files.storage import whole
+from bigalign.data.files.storage import atomic_write
 from bigalign.data.stores.reader import Store
 
 CHUNK = 1 << 24  # scores in memory at a time
@@ -192,9 +192,9 @@ def _write(out: str, samples: np.ndarray, store: Store, manifest: dict[str, Any]
     inside = samples[:, 1] - np.uint64(source["place"])  # of one before, this wraps around
     lists[f"{out}.{i}.places.npy"] = np.sort(inside[inside < source["samples"]]).astype(np.int64)
   for path, array in lists.items():
-    with whole(path) as file:
+    with atomic_write(path) as file:
       np.save(file, array, allow_pickle=False)
-  with whole(f"{out}.json") as file:
+  with atomic_write(f"{out}.json") as file:
     file.write((json.dumps(manifest, indent=1) + "\n").encode())
 
 

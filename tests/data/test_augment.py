@@ -13,7 +13,7 @@ from PIL import Image
 from bigalign.data.image import augment
 from bigalign.data.image.transforms import train_image
 from bigalign.data.loader.training import train_batches
-from bigalign.data.order.order import philox
+from bigalign.data.order.permutation import philox
 from bigalign.inputs import open_data
 
 JITTER = dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)

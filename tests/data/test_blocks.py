@@ -8,7 +8,8 @@ import fractions
 import numpy as np
 import pytest
 
-from bigalign.data.order import blocks, order
+from bigalign.data.order import blocks
+from bigalign.data.order.permutation import sample_index
 
 
 def lanes_of(rows, block, **options):
@@ -107,7 +108,7 @@ def test_blocks_are_read_once(hosts, workers):
 
 def test_the_exact_shuffle_would_read_them_often():
   """What the figure above is worth: the same reader on the other order."""
-  index = order.sample_index(np.arange(100_000), size=100_000, seed=5)
+  index = sample_index(np.arange(100_000), size=100_000, seed=5)
   assert reads(index, batch=512, hosts=1, workers=1, block=32, held=1000) > 20 * 100_000 / 32
 
 

@@ -15,7 +15,7 @@ from bigalign.data.image import transforms
 from bigalign.data.image.decode import decode
 from bigalign.data.loader.evaluation import eval_batches
 from bigalign.data.loader.training import train_batches
-from bigalign.data.order import order
+from bigalign.data.order.permutation import philox, sample_index
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import open_source
 from bigalign.evals.embed import Context
@@ -120,7 +120,7 @@ def test_captions_of_the_wild(tmp_path):
   with contextlib.closing(train_batches(source, seed=0, stop=stop, **OPTIONS)) as batches:
     found = list(batches)
   ids = np.concatenate([batch["image_id"][:, 1] for batch in found])
-  tried = order.sample_index(np.arange(len(ids)), size=len(source), seed=0)
+  tried = sample_index(np.arange(len(ids)), size=len(source), seed=0)
   blank = np.isin(tried, [7, 11])
   assert blank.sum() >= 3 and not np.isin(ids, [7, 11]).any()
   np.testing.assert_array_equal(ids[~blank], tried[~blank])
@@ -234,7 +234,7 @@ def test_shrinking_leaves_twice_the_pixels_of_every_view():
     assert factor > 1
     for position in range(200):
       _, _, h, w = transforms._random_box(
-        order.philox(0, position),
+        philox(0, position),
         height=height // factor,
         width=width // factor,
         scale=views["scale"],
@@ -252,7 +252,7 @@ def test_training_reads_large_photos_shrunk():
   )
   assert small.shape == (300, 400, 3)
   views = [
-    transforms.train_image(view, order.philox(0, 0), size=128, crop="squash").astype(int)
+    transforms.train_image(view, philox(0, 0), size=128, crop="squash").astype(int)
     for view in (small, np.asarray(image))
   ]
   assert np.abs(views[0] - views[1]).mean() < 1

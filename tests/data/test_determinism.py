@@ -12,8 +12,9 @@ from helpers.small_shards import picture, samples, write_tar
 
 from bigalign import inputs
 from bigalign.data.loader.training import train_batches
-from bigalign.data.order import blocks, order
-from bigalign.data.sources.mixture import Mixture, Order
+from bigalign.data.order import blocks, permutation
+from bigalign.data.order.order import Order
+from bigalign.data.sources.mixture import Mixture
 
 B, STEPS = 24, 9
 HOSTS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 3)
@@ -167,13 +168,13 @@ def test_step_a_million_costs_what_step_zero_costs(kind, monkeypatch):
     other = dict(a=1.0, b=3.0)
     whole = Mixture(dict(a=source, b=source), ((0, other), ("1000 steps", dict(a=1.0))))
   hashed = [0]
-  mix = order._mix
+  mix = permutation._mix
 
   def counting(x):
     hashed[0] += x.size
     return mix(x)
 
-  monkeypatch.setattr(order, "_mix", counting)
+  monkeypatch.setattr(permutation, "_mix", counting)
 
   def cost(start):
     source.reads, hashed[0] = 0, 0
@@ -195,5 +196,5 @@ def test_the_order_of_lanes_is_not_that_of_the_exact_shuffle(settings):
   lanes = blocks.make_lanes(fractions.Fraction(B), block=4)
   assert not np.array_equal(
     blocks.block_index(places, size=70, seed=5, lanes=lanes),
-    order.sample_index(places, size=70, seed=5),
+    permutation.sample_index(places, size=70, seed=5),
   )

@@ -59,7 +59,7 @@ def test_an_index_beside_the_shards_is_used_and_never_written(tmp_path):
   ]
   assert not os.path.exists(index.home(folder))
   write_tar(tmp_path / "3.tar", samples(30, 3))
-  with pytest.raises(ValueError, match=r"1 of 4 shards in .* the first: 3\.tar.*bigalign index '"):
+  with pytest.raises(ValueError, match=r"1 of 4 shards .* not in an index.* 3\.tar.*bigalign index '"):
     open_source(f"{folder}/*.tar")
   assert (tmp_path / index.FILE).read_bytes() == before
 
@@ -96,7 +96,7 @@ def test_the_index_beside_the_shards_goes_before_one_that_is_as_good(tmp_path):
   for place in (folder, index.home(folder)):
     index.index_shard(path, place)
     index.merge(folder, place)
-  assert open_source(path).shards.place(0) == folder
+  assert open_source(path).shards.index_folder(0) == folder
 
 
 def test_opening_indexes_what_is_small_once(tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_broken_index_says_so(tmp_path):
   open_source(f"{tmp_path}/0.tar")
   path = pathlib.Path(index.home(str(tmp_path))) / index.FILE
   path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(ValueError, match="not a whole index of this version"):
+  with pytest.raises(ValueError, match="not a complete index of this version"):
     open_source(f"{tmp_path}/0.tar")
 
 

@@ -65,16 +65,16 @@ def test_a_list_of_keys_is_a_view(tmp_path, capsys):
   # The same names in another folder: both samples are kept, and it is told.
   write_tar(tmp_path / "b/0.tar", samples(40, 20))
   both = keys.find(Spec(f"{pattern}::{tmp_path}/b/0.tar"), f"{tmp_path}/keys.txt.gz", workers=1)
-  assert both.places.tolist() == [3, 49, 50, 107, 108, 119] and both[1:] == (6, 1, 1)
+  assert both.indices.tolist() == [3, 49, 50, 107, 108, 119] and both[1:] == (6, 1, 1)
   (tmp_path / "other.txt").write_text("000007\n")
   with pytest.raises(
     ValueError,
-    match=r"other\.txt names no sample of .*: it holds keys such as"
-    r" '000007', the source such as '0\.tar/000000'",
+    match=r"other\.txt names no sample of .*: its keys are like"
+    r" '000007', and those of the source like '0\.tar/000000'",
   ):
     keys.find(Spec(pattern), f"{tmp_path}/other.txt", workers=1)
   (tmp_path / "empty.txt").write_text("\n")
-  with pytest.raises(ValueError, match=r"empty\.txt: no keys; one sample key a line"):
+  with pytest.raises(ValueError, match=r"empty\.txt: no keys; expected one sample key per line"):
     keys.find(Spec(pattern), f"{tmp_path}/empty.txt", workers=1)
 
 
@@ -87,7 +87,7 @@ def test_far_shards_and_far_lists(tmp_path, monkeypatch):
     (tmp_path / "keys.txt").write_text("1.tar/000050\n0.tar/000001")
     server.requests.clear()
     found = keys.find(Spec(pattern), f"{server.url}/keys.txt", workers=1)
-    assert found.places.tolist() == [1, 50]
+    assert found.indices.tolist() == [1, 50]
     assert len(server.requests) < 12  # runs of samples, and not a request for each
 
 
@@ -124,5 +124,5 @@ def test_a_long_list_is_held_as_numbers(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
   finally:
     tracemalloc.stop()
-  assert found.listed == 100_000 and len(found.places) == 54
+  assert found.listed == 100_000 and len(found.indices) == 54
   assert peak < 6e6  # a list of the texts alone has 7 MB

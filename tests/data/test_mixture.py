@@ -13,8 +13,10 @@ from helpers.small_shards import samples, write_tar
 from bigalign import config as configs
 from bigalign import inputs
 from bigalign.data.loader.training import train_batches
+from bigalign.data.order.order import Order
+from bigalign.data.order.schedule import MixtureSchedule, check_sizes, epochs
 from bigalign.data.sources.base import open_source
-from bigalign.data.sources.mixture import Mixture, Order, Split, check_sizes, epochs
+from bigalign.data.sources.mixture import Mixture
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
@@ -47,7 +49,7 @@ THREE = dict(a=5.0, b=0.3, c=1.7)
 
 
 def test_shares_are_held_at_every_place():
-  split = Split(mixture(THREE), batch_size=8)
+  split = MixtureSchedule(mixture(THREE), batch_size=8)
   source, _ = split(np.arange(70_000))
   for s, weight in enumerate(THREE.values()):
     so_far = np.cumsum(source == s)
@@ -63,7 +65,7 @@ def test_the_positions_of_a_source_are_a_line():
     ("1 epochs", THREE),
   )
   mixed = mixture(THREE, sizes=dict(a=1000, b=2000, c=500), phases=phases)
-  split = Split(mixed, batch_size=8)
+  split = MixtureSchedule(mixed, batch_size=8)
   assert split.starts.tolist() == [0, 1000, 1600, 3500]
   source, own = split(np.arange(6000))
   for s in range(3):
@@ -176,7 +178,7 @@ def test_a_schedule_begins_as_it_says(tmp_path):
     (r"'b' has both a weight and an upsampling", dict(b=dict(weight=1, upsampling=1))),
     (r"config.data.mixture\[1\]: unknown option 'wieght'", dict(b=dict(wieght=1))),
     (r"config.data.mixture\[1\].name='a': the name of another", dict(b=dict(name="a"))),
-    (r"no source 'z'; there are \('a', 'b'\)", dict(schedule=((0, dict(z=1)),))),
+    (r"no source 'z'; known: \('a', 'b'\)", dict(schedule=((0, dict(z=1)),))),
     (r"either source or mixture", dict(source="glyphs")),
     (
       r"'b' names captions, and config.data.captions",
@@ -193,10 +195,10 @@ def test_what_cannot_be_is_said(tmp_path, message, options):
 
 def test_a_start_that_is_none_or_comes_too_early_is_said():
   for start in ("soon", "5 miles", "5"):
-    with pytest.raises(ValueError, match=rf"'{start}' is no start"):
-      Split(mixture(THREE, phases=((0, THREE), (start, THREE))), batch_size=8)
+    with pytest.raises(ValueError, match=rf"'{start}' is not a start"):
+      MixtureSchedule(mixture(THREE, phases=((0, THREE), (start, THREE))), batch_size=8)
   with pytest.raises(ValueError, match=r"start at samples \[0, 80, 80\]"):
-    Split(
+    MixtureSchedule(
       mixture(THREE, phases=((0, THREE), ("10 steps", THREE), ("80 samples", THREE))), batch_size=8
     )
 

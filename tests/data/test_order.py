@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bigalign.data.order.order import philox, sample_index, substitute
+from bigalign.data.order.permutation import philox, sample_index, substitute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 16, 17, 1000, 100_003])

@@ -373,7 +373,7 @@ def test_a_killed_worker_is_noticed_within_seconds(shards, tmp_path):
   seconds, said = line.split(" ", 1)
   assert float(seconds) < 10
   assert said.startswith(f"The data's worker process {pid} was killed by SIGKILL, which is what")
-  assert "take fewer workers (config.data.workers), and run the same command again" in said
+  assert "use fewer workers (config.data.workers), and run the same command again" in said
 
 
 @pytest.mark.parametrize(

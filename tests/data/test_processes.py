@@ -30,6 +30,6 @@ def test_results_come_in_order_and_a_killed_process_is_named():
   assert time.monotonic() - begin < 20
   assert re.fullmatch(
     r"worker process \d+ was killed by SIGKILL, which is what the system does when memory runs out"
-    r" \(see dmesg\): take fewer workers, and run the same command again",
+    r" \(see dmesg\): use fewer workers, and run the same command again",
     str(caught.value),
   )

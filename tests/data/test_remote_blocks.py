@@ -10,7 +10,7 @@ import pytest
 
 from bigalign.data.files import storage
 from bigalign.data.order import blocks
-from bigalign.data.tar.remote_blocks import Runs
+from bigalign.data.tar.remote_blocks import RemoteBlocks
 
 BLOCK = 32
 
@@ -56,34 +56,34 @@ def test_what_an_order_holds_is_enough_to_fetch_once(sent, hosts, workers):
   lanes = blocks.make_lanes(fractions.Fraction(batch), block=BLOCK)
   index = blocks.block_index(np.arange(3 * size // 2), size=size, seed=5, lanes=lanes)
   batches = [index[k : k + own].tolist() for k in range(0, len(index) - batch, batch * workers)]
-  runs = Runs(Bytes(size), block=BLOCK, hold=0)
+  remote = RemoteBlocks(Bytes(size), block=BLOCK, hold=0)
   hold = blocks.held(lanes, 1 / hosts / workers)
   for now, coming in itertools.pairwise(batches):
-    runs.prefetch(now + coming, hold=hold)
-    assert [runs[i][0] for i in now] == [i % 251 for i in now]
+    remote.prefetch(now + coming, hold=hold)
+    assert [remote[i][0] for i in now] == [i % 251 for i in now]
   read = own * (len(batches) - 1)
-  assert read <= sum(sent) - runs._unread <= 1.05 * read
+  assert read <= sum(sent) - remote._unread <= 1.05 * read
 
 
-def test_runs_that_are_read_in_part_make_room_for_others(sent):
+def test_blocks_that_are_read_in_part_make_room_for_others(sent):
   """Of a view, or of what stood in for bad samples: else nothing would be prefetched after them."""
-  runs = Runs(Bytes(100_000), block=BLOCK, hold=320)
+  remote = RemoteBlocks(Bytes(100_000), block=BLOCK, hold=320)
   for i in range(0, 3200, BLOCK):
-    runs.prefetch([i, i + BLOCK])
-    assert runs._unread == sum(len(run.unread) for run in runs._runs.values()) <= 320
-    assert {i // BLOCK, i // BLOCK + 1} <= runs._runs.keys()
-    assert runs[i] == bytes([i % 251])
+    remote.prefetch([i, i + BLOCK])
+    assert remote._unread == sum(len(block.unread) for block in remote._blocks.values()) <= 320
+    assert {i // BLOCK, i // BLOCK + 1} <= remote._blocks.keys()
+    assert remote[i] == bytes([i % 251])
   assert len(sent) == 101
-  runs.prefetch(range(50_000))
-  assert 288 < runs._unread <= 320 and len(sent) <= 111  # no more than can be held
+  remote.prefetch(range(50_000))
+  assert 288 < remote._unread <= 320 and len(sent) <= 111  # no more than can be held
 
 
 def test_a_sample_is_let_go_when_it_was_read(sent):
-  runs = Runs(Bytes(40), block=BLOCK)
-  assert [runs[5], runs[5], runs[39]] == [b"\5", b"\5", b"\x27"]
+  remote = RemoteBlocks(Bytes(40), block=BLOCK)
+  assert [remote[5], remote[5], remote[39]] == [b"\5", b"\5", b"\x27"]
   assert sent == [32, 1, 8]
-  assert len(runs._runs[0].samples.result()) == 31 and 5 not in runs._runs[0].unread
+  assert len(remote._blocks[0].samples.result()) == 31 and 5 not in remote._blocks[0].unread
   for i in range(32):
     if i != 5:
-      runs[i]
-  assert runs._runs.keys() == {1} and runs._unread == 7
+      remote[i]
+  assert remote._blocks.keys() == {1} and remote._unread == 7

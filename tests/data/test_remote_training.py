@@ -162,10 +162,12 @@ def test_parquet_of_a_store_that_is_gone_or_changed_is_named(tmp_path):
       open_source(f"{server.url}/{{0..1}}.parquet")
     remote = open_source(f"{server.url}/0.parquet")
     write_parquet(tmp_path, records[::-1], files=1, rows=5)
-    with pytest.raises(storage.Changed, match=r"0.parquet: the shard changed"):
+    with pytest.raises(storage.FileChanged, match=r"0.parquet: the shard changed"):
       remote[3]
     (tmp_path / "2.parquet").write_bytes(b"<html>no such page</html>")
-    with pytest.raises(ValueError, match=r"2.parquet: not a whole Parquet file: .*Fetch it again"):
+    with pytest.raises(
+      ValueError, match=r"2.parquet: not a complete Parquet file: .*Fetch it again"
+    ):
       open_source(f"{server.url}/2.parquet")
 
 

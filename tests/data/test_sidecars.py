@@ -15,7 +15,7 @@ from helpers.object_store_server import store
 from helpers.small_shards import picture, write_tar
 
 from bigalign.batches import make_batches
-from bigalign.data.files.storage import Changed
+from bigalign.data.files.storage import FileChanged
 from bigalign.data.sources.base import Spec, open_source
 from bigalign.inputs import open_data
 from bigalign.shards import index as program
@@ -120,19 +120,19 @@ def test_what_is_wrong_with_a_sidecar_is_named(tmp_path, capsys):
   assert "2 current" in capsys.readouterr().out.splitlines()[-2]
   path = tmp_path / "1.recap.parquet"
   os.utime(path, ns=(1, 1))
-  with pytest.raises(Changed, match=r"1\.recap\.parquet changed since it was read; .*bigalign"):
+  with pytest.raises(FileChanged, match=r"1\.recap\.parquet changed since it was read; .*bigalign"):
     open_source(pattern, captions=(PARQUET,))
   assert read(pattern, PARQUET) == 0
   os.unlink(path)
   assert open_source(pattern, captions=(PARQUET,))[21]["captions"][0] == "recap sub/1011"
   for field, said in {
-    "recap.parquet:text": "no column 'text'; the columns there are: ['caption', 'key', 'score']",
+    "recap.parquet:text": "no column 'text'; the columns are: ['caption', 'key', 'score']",
     "none.jsonl:caption": "none.jsonl",
     "bad.jsonl:caption": "0.bad.jsonl, line 2: ",
     "list.jsonl:caption": "0.list.jsonl, line 1: a list, expected an object",
-    "other.jsonl:caption": "tells of none of the samples of 0.tar: its keys are such as '7', those"
-    " of the shard such as 'sub/0000'",
-    "cut.parquet:caption": "not a whole Parquet file",
+    "other.jsonl:caption": "has no row for any sample of 0.tar: its keys are like '7', and those"
+    " of the shard like 'sub/0000'",
+    "cut.parquet:caption": "not a complete Parquet file",
   }.items():
     (tmp_path / "0.bad.jsonl").write_text('{"key": "a", "caption": "b"}\n{')
     (tmp_path / "0.list.jsonl").write_text("[]")

@@ -26,7 +26,7 @@ from helpers.shipped import load
 from helpers.small_shards import picture
 
 from bigalign import config as configs
-from bigalign.data.files.cache import Recent
+from bigalign.data.files.cache import LRUCache
 from bigalign.data.loader.training import train_batches
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import open_source, where
@@ -91,11 +91,14 @@ def test_every_record_by_random_access(tmp_path, version):
   assert source.fingerprint != open_source(other, captions=captions).fingerprint
   with pytest.raises(
     ValueError,
-    match=r"no caption column \['recap'\]; the columns there are: "
+    match=r"no caption column \['recap'\]; the columns are: "
     r"\['(captions|filepath)', .*captions=",
   ):
     open_source(spec, captions=("recap",), label="class")
-  with pytest.raises(ValueError, match=r"no image column 'photo'; .*label'.*Set image="):
+  with pytest.raises(
+    ValueError,
+    match=r"no image column 'photo'; .*label'.*Set config.data.source_options=dict\(image=",
+  ):
     open_source(spec, image="photo")
 
 
@@ -293,7 +296,7 @@ def test_broken_files_say_so(tmp_path, name):
   whole = next((tmp_path / "whole").iterdir()).read_bytes()
   for data in (b"", b"<html>404</html>" * 100, whole[: len(whole) // 2]):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=rf"{name}: not a whole .* \({len(data)} bytes\)"):
+    with pytest.raises(ValueError, match=rf"{name}: not a complete .* \({len(data)} bytes\)"):
       open_source(f"{tmp_path}/{name}")
   assert len(open_source(spec)) == 20
 
@@ -384,9 +387,9 @@ def test_parquet_columns(tmp_path):
     Parquet(f"{tmp_path}/1.parquet")
 
 
-def test_recent_keeps_to_its_room():
+def test_the_cache_keeps_to_its_capacity():
   made: list[int] = []
-  recent = Recent(lambda key: (made.append(key) or -key, key), room=10)
-  assert [recent[key] for key in (4, 5, 4, 6, 4, 5)] == [-4, -5, -4, -6, -4, -5]
+  cache = LRUCache(lambda key: (made.append(key) or -key, key), capacity=10)
+  assert [cache[key] for key in (4, 5, 4, 6, 4, 5)] == [-4, -5, -4, -6, -4, -5]
   assert made == [4, 5, 6, 5]  # 6 drove out 5, which was used longer ago than 4
-  assert recent[50] == -50 and list(recent._values) == [50]  # too large for the room, but in use
+  assert cache[50] == -50 and list(cache._values) == [50]  # larger than the capacity, but used last

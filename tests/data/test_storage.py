@@ -47,7 +47,7 @@ def test_ranges_and_ends(tmp_path, remote):
       (size + 5, size + 9),
     ):
       assert storage.read(path, start, end) == DATA[start:end], (start, end)
-    blocks = storage.Blocks(path, block=1000)
+    blocks = storage.BlockReader(path, block=1000)
     for start, end in ((0, 512), (900, 2100), (size - 10, size + 500), (size + 512, size + 1024)):
       assert blocks[start:end] == DATA[start:end], (start, end)
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -63,7 +63,7 @@ def test_a_file_that_changed_is_noticed(tmp_path, remote):
     assert storage.read(path, 3, 5, expect=before) == DATA[3:5]
     (tmp_path / "x").write_bytes(DATA[::-1])
     os.utime(tmp_path / "x", (1, 1))
-    with pytest.raises(storage.Changed, match="changed since it was indexed"):
+    with pytest.raises(storage.FileChanged, match="changed since it was indexed"):
       storage.read(path, 3, 5, expect=before)
 
 

@@ -85,7 +85,7 @@ def test_another_source_is_appended(tmp_path):
   assert len(found) == 16 and first.fingerprint != found.fingerprint
   rows, count = found.find(np.arange(20, 26, dtype=np.uint64))
   assert (count == 1).all() and found.samples(rows)[:, 1].tolist() == list(range(10, 16))
-  with pytest.raises(ValueError, match=r"begun in batches of 4, .* now they would have 5"):
+  with pytest.raises(ValueError, match=r"begun with batch size 4, .* the batch size is now 5"):
     writer.claim(tmp_path / "s", "b", 6, "b", batch_size=5, batches=1, write=True)
 
 
@@ -114,15 +114,17 @@ def test_writers_are_told_what_a_header_needs(tmp_path):
 def test_repeated_ids_are_refused_by_place(tmp_path):
   with pytest.raises(
     ValueError,
-    match=r"1 rows have the id of another sample, first samples 2 and"
+    match=r"1 row has the id of another sample, first samples 2 and"
     r" 5.*config\.data\.mixture",
   ):
     write(tmp_path / "image", [1, 2, 7, 3, 4, 7])
   with pytest.raises(ValueError, match="first samples 2 and 5"):
     write(tmp_path / "text", [1, 2, 7, 3, 4, 7], texts=[1, 2, 2, 0, 1, 1])
-  with pytest.raises(FileNotFoundError, match="no store yet: run the same `bigalign embed` again"):
+  with pytest.raises(
+    FileNotFoundError, match="not a complete store yet: run the same `bigalign embed` again"
+  ):
     Store(tmp_path / "text")
-  with pytest.raises(FileNotFoundError, match="no embedding store"):
+  with pytest.raises(FileNotFoundError, match="not an embedding store"):
     Store(tmp_path)
 
 
@@ -144,8 +146,8 @@ def test_what_changed_on_the_disk_is_found(tmp_path):
   np.save(path, array)
   (folder / "00000.0-of-1.samples.npy").unlink()
   wrong = list(Store(folder).verify())
-  assert len(wrong) == 3 and "samples.npy is missing" in wrong[0] and "sum differs" in wrong[1]
-  assert "1 rows hold NaN or infinity, of samples [6] first" in wrong[2]
+  assert len(wrong) == 3 and "samples.npy is missing" in wrong[0] and "checksum differs" in wrong[1]
+  assert "1 row holds NaN or infinity; the first samples: [6]" in wrong[2]
 
 
 def test_a_damaged_index_is_found(tmp_path):
@@ -165,7 +167,7 @@ def test_a_damaged_index_is_found(tmp_path):
 def test_a_store_lacks_no_piece(tmp_path):
   folder = write(tmp_path / "s", range(1, 9))
   (folder / "00001.0-of-1.json").unlink()
-  with pytest.raises(ValueError, match=r"pieces \[1\] of a are not there; do all processes write"):
+  with pytest.raises(ValueError, match=r"pieces \[1\] of a are missing; do all processes write"):
     writer.finish(folder, captions=False)
 
 

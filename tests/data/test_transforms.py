@@ -17,7 +17,7 @@ from PIL import Image
 from bigalign.data.image import naflex, transforms
 from bigalign.data.image.decode import decode
 from bigalign.data.image.transforms import eval_image, train_image
-from bigalign.data.order.order import philox
+from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import REASONS, Rejected
 from bigalign.model import PIXELS
 

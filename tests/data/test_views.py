@@ -115,7 +115,7 @@ def test_a_list_is_a_view(tmp_path):
     ("'a' > 1", "is not allowed"),
     ("width >= ", "invalid syntax at character"),
     ("depth > 3", r"no column 'depth'; it has \['height', 'json.score', 'sha256', 'width'\]"),
-    ("sha256 > 3", "'sha256' holds no numbers"),
+    ("sha256 > 3", "'sha256' does not hold numbers"),
     ("width > 1e9", "no sample is left of 70: .*'not width > 1000000000.0': 70"),
   ],
 )
@@ -164,7 +164,9 @@ def test_a_run_reads_a_view_and_knows_it(tmp_path, capsys):
     assert sorted(numbers) == [*range(0, 30, 2)]
     np.testing.assert_array_equal(np.sort(batch["image_id"][:, 1]), np.arange(15))
   other = open_source(write_tar(tmp_path / "1.tar", samples(0, 31)))
-  with pytest.raises(ValueError, match=r"is of '.*0\.tar', fingerprint .* make it again"):
+  with pytest.raises(
+    ValueError, match=r"was made of '.*0\.tar', fingerprint .* make the view again"
+  ):
     View(other, f"{tmp_path}/even")
   with pytest.raises(FileNotFoundError, match=r"no .*odd\.json; make it with bigalign view"):
     View(other, f"{tmp_path}/odd")

@@ -185,5 +185,5 @@ def test_what_cannot_be_compared_is_named(stores, tmp_path):
     np.save(rows, np.full_like(np.load(rows), value))
     with pytest.raises(ValueError, match=message):
       compare.compare(images[0], text)
-  with pytest.raises(FileNotFoundError, match="no embedding store"):
+  with pytest.raises(FileNotFoundError, match="not an embedding store"):
     compare.main(["--image", str(tmp_path), "--text", text])

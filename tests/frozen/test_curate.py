@@ -12,9 +12,10 @@ from helpers.small_shards import samples, write_tar
 
 from bigalign import inputs, train
 from bigalign.data.loader.pairs import Pairs
+from bigalign.data.samples.ids import sample_id
 from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
-from bigalign.data.stores.reader import Store, sample_id
+from bigalign.data.stores.reader import Store
 from bigalign.frozen import curate, embed
 from bigalign.run.metrics import read_metrics
 from bigalign.shards import view

@@ -20,12 +20,13 @@ from helpers.small_shards import samples, write_tar
 
 from bigalign import evaluate, train
 from bigalign.batches import make_batches
-from bigalign.data.files.storage import alone
+from bigalign.data.files.storage import locked
 from bigalign.data.image.decode import decode
 from bigalign.data.image.transforms import eval_image
+from bigalign.data.samples.ids import sample_id
 from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
-from bigalign.data.stores.reader import Store, sample_id
+from bigalign.data.stores.reader import Store
 from bigalign.frozen import compare
 from bigalign.frozen.embed import embed
 from bigalign.inputs import fingerprint, open_data
@@ -201,7 +202,7 @@ def test_stores_of_other_towers_are_refused(config, tmp_path, change, message):
 
 def test_two_programs_do_not_embed_into_one_folder(config, tmp_path):
   folders = embed(config, tmp_path / "stores", batch_size=8)
-  with alone(folders["text"], "x"), pytest.raises(BlockingIOError, match="another bigalign embed"):
+  with locked(folders["text"], "x"), pytest.raises(BlockingIOError, match="another bigalign embed"):
     embed(config, tmp_path / "stores", batch_size=8)
   embed(config, tmp_path / "stores", batch_size=8)
 

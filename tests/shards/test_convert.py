@@ -21,7 +21,7 @@ from helpers.small_shards import picture, samples, write_tar
 from PIL import Image
 from test_sources_files import SHARDS, first_batches
 
-from bigalign.data.files.storage import alone
+from bigalign.data.files.storage import locked
 from bigalign.data.image.decode import decode
 from bigalign.data.loader.training import train_batches
 from bigalign.data.samples.rejects import REASONS, Rejected
@@ -273,7 +273,7 @@ def test_what_is_in_the_way_is_named(tmp_path):
   assert os.listdir(f"{out}.part") == [program.LOG]
   with pytest.raises(ValueError, match=r"out\.part was begun with short_side=0, now 8\. Finish"):
     convert(Spec(shard), out, records=20, short_side=8)
-  with alone(f"{out}.part", "x"), pytest.raises(BlockingIOError, match="another bigalign"):
+  with locked(f"{out}.part", "x"), pytest.raises(BlockingIOError, match="another bigalign"):
     convert(Spec(shard), out, records=20)
   assert convert(Spec(shard), out, records=20)["records"] == 30
   with pytest.raises(FileExistsError, match=f"{out} exists; name a folder that does not"):

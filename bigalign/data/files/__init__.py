@@ -1,1 +1,1 @@
-"""Files, local and remote: storage, patterns, fingerprints, the cache."""
+"""Files, local and remote: storage, patterns, fingerprints, the cache, pools of processes."""

@@ -1,43 +1,50 @@
-"""What was opened or read last, in a bounded room."""
+"""The values that were made or used last, within a bounded size."""
 
 from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
-class Recent:
-  """Values made on first use; the least recently used go when their sizes exceed the room.
+# cachetools.LRUCache has no lock, refuses a value larger than its capacity, and pickles its values.
+class LRUCache(Generic[Key, Value]):
+  """Makes values on first use, and drops the least recently used ones beyond a capacity.
 
-  The last one always stays, however large. Pickles as empty: open files do not travel.
+  The value used last always stays, however large it is. A copy that was pickled starts empty,
+  because open files cannot be pickled.
 
-  make  key → (value, its size)
+  Args:
+    make: takes a key, returns (value, size of the value).
+    capacity: the largest sum of sizes, in the unit of these sizes.
   """
 
-  def __init__(self, make: Callable[[Any], tuple[Any, int]], *, room: int):
-    self._make, self._room = make, room
+  def __init__(self, make: Callable[[Key], tuple[Value, int]], *, capacity: int):
+    self._make, self._capacity = make, capacity
     self._clear()
 
-  def __getitem__(self, key: Hashable) -> Any:
+  def __getitem__(self, key: Key) -> Value:
     with self._lock:
       if key not in self._values:
         self._values[key] = self._make(key)
         self._used += self._values[key][1]
-        while self._used > self._room and len(self._values) > 1:
+        while self._used > self._capacity and len(self._values) > 1:
           self._used -= self._values.popitem(last=False)[1][1]
       self._values.move_to_end(key)
       return self._values[key][0]
 
   def __getstate__(self) -> dict[str, Any]:
-    return dict(_make=self._make, _room=self._room)
+    return dict(_make=self._make, _capacity=self._capacity)
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
     self._clear()
 
   def _clear(self) -> None:
-    self._values: collections.OrderedDict[Hashable, tuple[Any, int]] = collections.OrderedDict()
+    self._values: collections.OrderedDict[Key, tuple[Value, int]] = collections.OrderedDict()
     self._used = 0
     self._lock = threading.Lock()

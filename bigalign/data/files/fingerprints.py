@@ -1,4 +1,4 @@
-"""Whether data is still what it was, without reading it through."""
+"""Fingerprints show whether data changed, without reading all of it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ _TAIL = 1 << 16  # bytes
 
 
 def of_names(*names: str, sep: str = " ") -> str:
-  """32 hex digits of some fingerprints, or of a fingerprint and what is done with it, in order."""
+  """Returns 32 hex digits for a sequence of fingerprints, or a fingerprint and options."""
   return hashlib.sha256(sep.join(names).encode()).hexdigest()[:32]
 
 
 def of_files(paths: Iterable[str], *more: bytes) -> str:
-  """32 hex digits of names, sizes, and the ends, where Parquet and ArrayRecord keep their index."""
+  """Returns 32 hex digits for the names, sizes and last bytes of files.
+
+  Parquet and ArrayRecord keep their index in the last bytes. The size of a remote file is left
+  out, because object stores do not send it with a read.
+
+  Args:
+    paths: local or remote files.
+    *more: bytes to include.
+  """
   digest = hashlib.sha256()
   for path in paths:
-    if storage.is_remote(path):  # stores do not tell the size with what they send
+    if storage.is_remote(path):
       digest.update(f"{os.path.basename(path)}\n".encode() + storage.tail(path, _TAIL)[0])
       continue
     with open(path, "rb") as file:
       size = file.seek(0, os.SEEK_END)
       file.seek(max(size - _TAIL, 0))
       digest.update(f"{os.path.basename(path)}\n{size}\n".encode() + file.read())
-  for each in more:
-    digest.update(each)
+  for extra in more:
+    digest.update(extra)
   return digest.hexdigest()[:32]

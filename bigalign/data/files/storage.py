@@ -1,12 +1,13 @@
-"""Bytes out of files: local ones, and objects under gs://, s3://, http:// and https://.
+"""Bytes of files: local ones, and objects under gs://, s3://, http:// and https://.
 
-What is remote goes through tensorstore's key-value stores, which bring the credentials and the
-pools of connections; it is imported when the first remote path is read.
+Remote files are read through tensorstore's key-value stores, which find the credentials and pool
+the connections. epath and gcsfs, which write work directories, do not serve here: a read does not
+return the generation of the object, and http:// and s3:// would need more packages. tensorstore in
+turn has no files to append to or rename. It is imported when the first remote path is read.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import fcntl
 import functools
@@ -16,33 +17,39 @@ import logging
 import os
 import pathlib
 import random
-import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from bigalign.data.files.cache import LRUCache
+from bigalign.private_apis import tensorstore_status
+
 logger = logging.getLogger(__name__)
 
-TRIES = 8  # of a request, over 40 s at least
-FIRST_WAIT = 0.25  # seconds after the first failure, doubled after each
+TRIES = 8  # of a request, within at least 40 s
+FIRST_WAIT = 0.25  # seconds after the first failure; doubles after each
+_OPEN_FILES = 128  # local files that stay open
 _TRANSIENT = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 _DRIVERS = ("gs", "s3", "http", "https")
 
 
 class Stat(NamedTuple):
-  """What tells that a file is another one than before."""
+  """Differs if a file was changed or replaced."""
 
-  size: int  # bytes; of a remote file -1, as stores do not tell it with every read
-  stamp: int  # time of change in ns of a local file, hash of the generation or ETag of a remote one
+  size: int  # bytes; -1 for a remote file, because stores do not send the size with every read
+  stamp: int  # local: modification time in ns; remote: hash of the generation or ETag
 
 
-class Changed(OSError):
+class FileChanged(OSError):
   """The file is not the one that was indexed."""
 
 
 def is_remote(path: str) -> bool:
-  """Whether the path is a URL of an object store."""
+  """Returns whether the path is a URL of an object store.
+
+  Raises:
+    ValueError: for an unknown scheme.
+  """
   if "://" not in path:
     return False
   scheme = path.partition("://")[0]
@@ -55,68 +62,84 @@ def is_remote(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike[str], *, mark: str = "part") -> Iterator[BinaryIO]:
-  """A local file that gets its name when all of it is on the disk.
+def atomic_write(path: str | os.PathLike[str], *, suffix: str = "part") -> Iterator[BinaryIO]:
+  """Opens a local file that appears under its name only once all of it is on the disk.
 
-  mark  ends the name until then; of several that may write the same file each needs its own.
+  Args:
+    path: of the file; an old file of this name is replaced.
+    suffix: ends the name until then. Processes that may write the same file at the same time each
+      need their own, such as unique_suffix().
   """
-  half = pathlib.Path(f"{os.fspath(path)}.{mark}")
-  with half.open("wb") as file:
+  partial = pathlib.Path(f"{os.fspath(path)}.{suffix}")
+  with partial.open("wb") as file:
     yield file
     file.flush()
     os.fsync(file.fileno())
-  half.replace(path)
+  partial.replace(path)
 
 
 @contextlib.contextmanager
-def alone(folder: str | os.PathLike[str], who: str, *, wait: bool = False) -> Iterator[None]:
-  """One process of this machine at a time in a folder; ends with the process too.
+def locked(folder: str | os.PathLike[str], program: str, *, wait: bool = False) -> Iterator[None]:
+  """Locks a folder for one process of this machine; the lock also ends with the process.
+
+  Args:
+    folder: to lock.
+    program: what another process that holds the lock probably is, for the error.
+    wait: until the other process has ended, instead of raising.
 
   Raises:
-    BlockingIOError: if another one is there, unless it shall `wait`; `who` says what it may be.
+    BlockingIOError: if another process holds the lock.
   """
   descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
   try:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-      raise BlockingIOError(f"{folder}: another {who} writes there; wait for it") from None
+      raise BlockingIOError(f"{folder}: another {program} writes there; wait for it") from None
     yield
   finally:
     os.close(descriptor)
 
 
-def own_mark() -> str:
-  """A mark for `whole` that no other process on any machine has."""
+def unique_suffix() -> str:
+  """Returns a suffix for atomic_write that no other process on any machine has."""
   return f"{os.uname().nodename}-{os.getpid()}.tmp"
 
 
 def read(path: str, start: int, end: int, *, expect: Stat | None = None) -> bytes:
-  """Bytes [start, end) of a file, fewer where it ends before.
+  """Returns bytes [start, end) of a file, fewer if the file ends before.
 
-  Raises FileNotFoundError, and Changed if the file is not the one that `expect` was taken of.
+  Raises:
+    FileNotFoundError: if the file is missing.
+    FileChanged: if the file is not the one that `expect` describes.
   """
-  data, found = (_read_remote if is_remote(path) else _FILES.read)(path, start, end)
-  if expect is not None and found != expect:
-    raise Changed(f"{path}: {_difference(expect, Stat(*found))}")
+  data, current = (_read_remote if is_remote(path) else _read_local)(path, start, end)
+  if expect is not None and current != expect:
+    raise FileChanged(f"{path}: {_difference(expect, Stat(*current))}")
   return data
 
 
 def tail(path: str, size: int) -> tuple[bytes, Stat]:
-  """The last bytes of a remote file, all of a smaller one; and what the file is."""
+  """Returns the last `size` bytes of a remote file (all bytes of a smaller one), and its Stat."""
   try:
     return _read_remote(path, -size, None)
   except ValueError as error:
-    if not _status(error) == "OUT_OF_RANGE":
+    if tensorstore_status(error) != "OUT_OF_RANGE":
       raise
     return _read_remote(path, 0, None)
 
 
-class Ranges(io.RawIOBase):
-  """A remote file to seek in, up to `size`; each read is a request."""
+class SeekableFile(io.RawIOBase):
+  """A remote file with seek; each read is a request.
+
+  Args:
+    path: of the file.
+    size: where the file ends for the reader, in bytes.
+    expect: which version of the file to read; another one raises FileChanged.
+  """
 
   def __init__(self, path: str, size: int, expect: Stat):
-    self._path, self._size, self._expect, self._at = path, size, expect, 0
+    self._path, self._size, self._expect, self._position = path, size, expect, 0
 
   def readable(self) -> bool:
     return True
@@ -125,74 +148,87 @@ class Ranges(io.RawIOBase):
     return True
 
   def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-    self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-    return self._at
+    origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
+    self._position = offset + origin[whence]
+    return self._position
 
   def tell(self) -> int:
-    return self._at
+    return self._position
 
   def readinto(self, buffer: Any) -> int:
-    end = min(self._at + len(buffer), self._size)
-    data = read(self._path, self._at, end, expect=self._expect) if end > self._at else b""
+    end = min(self._position + len(buffer), self._size)
+    data = b""
+    if end > self._position:
+      data = read(self._path, self._position, end, expect=self._expect)
     buffer[: len(data)] = data
-    self._at += len(data)
+    self._position += len(data)
     return len(data)
 
 
 def stat(path: str) -> Stat:
-  """Size and stamp as they are now."""
-  return _read_remote(path, 0, 0)[1] if is_remote(path) else _local(os.stat(path))
+  """Returns the size and stamp that the file has now."""
+  return _read_remote(path, 0, 0)[1] if is_remote(path) else _local_stat(os.stat(path))
 
 
 def check(path: str, expect: Stat) -> None:
-  """Raises Changed if the file is not the one that `expect` was taken of."""
-  found = stat(path)
-  if found != expect:
-    raise Changed(f"{path}: {_difference(expect, found)}")
+  """Raises FileChanged if the file is not the one that `expect` describes."""
+  current = stat(path)
+  if current != expect:
+    raise FileChanged(f"{path}: {_difference(expect, current)}")
 
 
 def names(folder: str) -> list[str]:
-  """What a folder holds, in no order."""
+  """Returns the names of the files in a folder, unsorted.
+
+  Raises:
+    ValueError: for a store that cannot list files, such as http://.
+  """
   if not is_remote(folder):
     return os.listdir(folder or os.curdir)
   try:
-    found = _request(folder, lambda: _store(folder).list().result())
+    keys = _request(folder, lambda: _store(folder).list().result())
   except NotImplementedError:
     raise ValueError(
       f"{folder}: this store cannot list its files; write the names out, as in {{00000..00099}}.tar"
     ) from None
-  return [key.decode() for key in found if b"/" not in key]
+  return [key.decode() for key in keys if b"/" not in key]
 
 
-class Blocks:
-  """A file that is read once from front to back, sliced like bytes; holds two blocks of it."""
+class BlockReader:
+  """A file that is read once from front to back, sliced like bytes; keeps two blocks in memory.
+
+  Args:
+    path: of the file, local or remote.
+    block: bytes that are read at once.
+  """
 
   def __init__(self, path: str, *, block: int = 1 << 23):
-    self._path = path
     self._block = block
-    self._held: collections.OrderedDict[int, bytes] = collections.OrderedDict()
+    # Two, because a slice may end in the next block, and the following slice begin before it.
+    self._blocks = LRUCache(functools.partial(_read_block, path, block), capacity=2)
 
   def __getitem__(self, part: slice) -> bytes:
-    """buffer[start:end], cut where the file ends."""
+    """Returns buffer[start:end], cut where the file ends."""
     parts = []
     for n in range(part.start // self._block, -(-part.stop // self._block)):
-      if n not in self._held:
-        while len(self._held) > 1:
-          self._held.popitem(last=False)
-        self._held[n] = read(self._path, n * self._block, (n + 1) * self._block)
-      block, first = self._held[n], n * self._block
+      block, first = self._blocks[n], n * self._block
       parts.append(block[max(part.start - first, 0) : part.stop - first])
     return b"".join(parts)
 
 
-class Window:
-  """Bytes [start, end) of a file, sliced like bytes; each slice is read when it is asked for."""
+def _read_block(path: str, block: int, n: int) -> tuple[bytes, int]:
+  """Block n of a file, and its size as LRUCache counts it."""
+  return read(path, n * block, (n + 1) * block), 1
+
+
+class FileSlice:
+  """Bytes [start, end) of a file, sliced like bytes; each slice is read when it is taken."""
 
   def __init__(self, path: str, start: int, end: int, *, expect: Stat | None = None):
     self._path, self._start, self._end, self._expect = path, start, end, expect
 
   def __getitem__(self, part: slice) -> bytes:
-    first, last = (min(self._start + place, self._end) for place in (part.start, part.stop))
+    first, last = (min(self._start + offset, self._end) for offset in (part.start, part.stop))
     return read(self._path, first, last, expect=self._expect)
 
 
@@ -200,56 +236,59 @@ class Stream(io.RawIOBase):
   """A file, local or remote, read from front to back; for io.BufferedReader."""
 
   def __init__(self, path: str):
-    self._blocks, self._place = Blocks(path, block=1 << 20), 0
+    self._blocks, self._position = BlockReader(path, block=1 << 20), 0
 
   def readable(self) -> bool:
     return True
 
   def readinto(self, buffer: Any) -> int:
-    data = self._blocks[self._place : self._place + len(buffer)]
+    data = self._blocks[self._position : self._position + len(buffer)]
     buffer[: len(data)] = data
-    self._place += len(data)
+    self._position += len(data)
     return len(data)
 
 
-def _difference(expect: Stat, found: Stat) -> str:
-  if expect.size != found.size:
-    return f"the shard changed since it was indexed: {expect.size} bytes then, {found.size} now"
+def _difference(expect: Stat, current: Stat) -> str:
+  if expect.size != current.size:
+    return f"the shard changed since it was indexed: {expect.size} bytes then, {current.size} now"
   return "the shard changed since it was indexed: it was written again, to the same size"
 
 
-def _local(status: os.stat_result) -> Stat:
+def _local_stat(status: os.stat_result) -> Stat:
   return Stat(status.st_size, status.st_mtime_ns)
 
 
-class _Files:
-  """Local files opened on first use, the least recently used closed."""
+class _OpenFile:
+  """The descriptor of a file; closes once neither the cache nor a thread that reads holds it."""
 
-  def __init__(self, limit: int = 128):
-    self._limit = limit
-    self._open: collections.OrderedDict[str, int] = collections.OrderedDict()
-    self._lock = threading.Lock()
+  __slots__ = ("descriptor",)
 
-  def read(self, path: str, start: int, end: int) -> tuple[bytes, tuple[int, int]]:
-    """Bytes, and what Stat holds: random reads are so short that to make one would show."""
-    with self._lock:  # else another thread could close the file under the read
-      if path not in self._open:
-        while len(self._open) >= self._limit:
-          os.close(self._open.popitem(last=False)[1])
-        self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-      else:
-        self._open.move_to_end(path)
-      descriptor = self._open[path]
-      data, status = os.pread(descriptor, end - start, start), os.fstat(descriptor)
-    return data, (status.st_size, status.st_mtime_ns)
+  def __init__(self, path: str):
+    self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+  def __del__(self) -> None:
+    if hasattr(self, "descriptor"):  # missing if the file could not be opened
+      os.close(self.descriptor)
 
 
-_FILES = _Files()
+def _open_local(path: str) -> tuple[_OpenFile, int]:
+  """An open file, and its size as LRUCache counts it."""
+  return _OpenFile(path), 1
+
+
+_LOCAL_FILES: LRUCache[str, _OpenFile] = LRUCache(_open_local, capacity=_OPEN_FILES)
+
+
+def _read_local(path: str, start: int, end: int) -> tuple[bytes, tuple[int, int]]:
+  """Bytes, and the fields of Stat; making a Stat would slow down short random reads."""
+  file = _LOCAL_FILES[path]
+  data, status = os.pread(file.descriptor, end - start, start), os.fstat(file.descriptor)
+  return data, (status.st_size, status.st_mtime_ns)
 
 
 @functools.cache
 def _store(folder: str) -> Any:
-  """tensorstore's key-value store of a remote folder; what fails is tried again here, not there."""
+  """tensorstore's key-value store of a remote folder. _request retries, so tensorstore does not."""
   import tensorstore
 
   retries = {f"{driver}_request_retries": {"max_retries": 0} for driver in ("http", "gcs", "s3")}
@@ -262,40 +301,34 @@ def _read_remote(path: str, start: int, end: int | None) -> tuple[bytes, Stat]:
   folder, _, name = path.rpartition("/")
   store = _store(folder)
   try:
-    found = _request(path, lambda: store.read(name, byte_range=slice(start, end)).result())
+    answer = _request(path, lambda: store.read(name, byte_range=slice(start, end)).result())
   except ValueError as error:
-    # Stores answer a range past the end with an error, and do not tell the size beforehand.
-    if not _status(error) == "OUT_OF_RANGE" or start < 0 or end is None:
+    # Stores answer a range past the end with an error, and do not send the size before.
+    if tensorstore_status(error) != "OUT_OF_RANGE" or start < 0 or end is None:
       raise
     try:
-      found = _request(path, lambda: store.read(name, byte_range=slice(start, None)).result())
-    except ValueError as past:
-      if not _status(past) == "OUT_OF_RANGE":
+      answer = _request(path, lambda: store.read(name, byte_range=slice(start, None)).result())
+    except ValueError as past_the_end:
+      if tensorstore_status(past_the_end) != "OUT_OF_RANGE":
         raise
       return b"", stat(path)
-  if found.state == "missing":
+  if answer.state == "missing":
     raise FileNotFoundError(f"{path}: there is no such object")
-  generation = hashlib.sha256(found.stamp.generation).digest()
-  return found.value, Stat(-1, int.from_bytes(generation[:8], "little"))
+  generation = hashlib.sha256(answer.stamp.generation).digest()
+  return answer.value, Stat(-1, int.from_bytes(generation[:8], "little"))
 
 
 def _request(path: str, send: Callable[[], Any]) -> Any:
-  """The answer, asked for again after 429, 5xx and broken connections."""
+  """Returns the answer of a store; retries after 429, 5xx and broken connections."""
   for attempt in range(1, TRIES + 1):
     try:
       return send()
     except ValueError as error:
-      if _status(error) not in _TRANSIENT:
+      if tensorstore_status(error) not in _TRANSIENT:
         raise
       if attempt == TRIES:
         raise OSError(f"{path}: given up after {TRIES} tries: {error}") from error
-      # Jitter, so that workers that failed together do not come back together.
+      # Jitter, so that workers that failed together do not retry together.
       wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
       logger.warning("%s: %s; try %d of %d in %.1f s", path, error, attempt + 1, TRIES, wait)
       time.sleep(wait)
-
-
-def _status(error: ValueError) -> str:
-  """tensorstore puts the status before its message: "UNAVAILABLE: Too Many Requests …"."""
-  found = re.match(r"[A-Z_]+(?=: )", str(error))
-  return found[0] if found else ""

@@ -1,1 +1,1 @@
-"""Which sample is at a position: pure functions."""
+"""Which sample of a source is at which position of the training stream."""

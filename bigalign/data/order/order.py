@@ -1,115 +1,111 @@
-"""Which sample stands at a position: pure functions, no state, any epoch in constant memory.
-
-Words used here, in blocks.py, mixture.py and pipeline.py:
-  position   place in the endless stream of training samples; row r of a global batch is
-             position samples_seen + r
-  index      place of a sample in its source, 0 <= index < size
-  epoch      position // size; each index occurs exactly once per epoch
-"""
+"""The order in which a run reads a source, or the sources of a mixture."""
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import overload
+import fractions
+import itertools
 
 import numpy as np
 
-_ROUNDS = 8
-# Keeps the hashes of different purposes apart when seed and position agree.
-_ORDER, _SUBSTITUTE, _DRAWS, BLOCK, WINDOW, SOURCE, CAPTION = range(1, 8)
-_MASK = (1 << 64) - 1
+from bigalign.data.order.blocks import Lanes, block_index, held, make_lanes
+from bigalign.data.order.permutation import SOURCE, hash_words, sample_index, substitute
+from bigalign.data.order.schedule import SHARES, MixtureSchedule
+from bigalign.data.sources.base import Source, prefetch
+from bigalign.data.sources.mixture import Mixture
+
+ORDERS = ("auto", "exact", "block")
+BLOCK = 32  # samples, for "block" on a source that reads them one by one
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-  """splitmix64's finalizer, a bijection of uint64. Arrays wrap silently, as wanted."""
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))
+class Order:
+  """Maps positions to the indices of samples, and rejected samples to their substitutes.
 
+  Args:
+    source: one source, or a Mixture.
+    seed: of the shuffle.
+    lane_rows: the batch size that the lanes of "block" are made for. The order depends on it, so a
+      run that resumes with another batch size keeps it.
+    shuffle: False reads the samples in the order of the source.
+    kind: "exact": each epoch is a permutation of all samples; "block": the block shuffle of
+      blocks.py, for sources that read many samples in one request (their `block`); "auto":
+      "block" for those sources, "exact" for others.
 
-def hash_words(*words: int | np.ndarray) -> np.ndarray:
-  """A uint64 hash of a sequence of 64-bit words, vectorised: at least one dimension."""
-  state = np.full(1, 0x9E3779B97F4A7C15, np.uint64)
-  for word in words:
-    if not isinstance(word, np.ndarray):
-      word = np.full(1, int(word) & _MASK, np.uint64)
-    state = _mix(
-      (state ^ word.astype(np.uint64)) * np.uint64(0xD1342543DE82EF95)
-      + np.uint64(0x9E3779B97F4A7C15)
+  Raises:
+    ValueError: for an unknown kind, or a mixture whose phases are wrong.
+  """
+
+  def __init__(
+    self, source: Source, *, seed: int, lane_rows: int, shuffle: bool = True, kind: str = "auto"
+  ):
+    if kind not in ORDERS:
+      raise ValueError(f"config.data.order={kind!r}; known: {ORDERS}")
+    self._schedule = (
+      MixtureSchedule(source, batch_size=lane_rows) if isinstance(source, Mixture) else None
     )
-  return state
+    self._parts = source.sources if isinstance(source, Mixture) else (source,)
+    self._sizes = [len(part) for part in self._parts]
+    self._firsts = np.array([0, *itertools.accumulate(self._sizes)])
+    self._seeds = (
+      [seed]
+      if self._schedule is None
+      else [int(hash_words(SOURCE, seed, s)[0]) for s in range(len(self._parts))]
+    )
+    self._shuffle = shuffle
+    self._lanes = [self._make_lanes(part, s, kind, lane_rows) for s, part in enumerate(self._parts)]
 
+  def _make_lanes(self, part: Source, s: int, kind: str, rows: int) -> Lanes | None:
+    block = getattr(part, "block", 1)
+    if kind == "exact" or (kind == "auto" and block < 2) or not self._shuffle:
+      return None
+    # The last phase is the longest. In the other phases lanes drift from worker to worker.
+    share = SHARES if self._schedule is None else int(self._schedule.shares[-1, s] or SHARES)
+    own_rows = fractions.Fraction(rows * share, SHARES)
+    return make_lanes(own_rows, block=block if block > 1 else BLOCK)
 
-def permute(x: np.ndarray, *, size: int | np.ndarray, key: np.ndarray) -> np.ndarray:
-  """[N] uint64 below `size` → [N] uint64 below `size`; a bijection for every value of `key` [N].
+  def __call__(self, positions: np.ndarray) -> np.ndarray:
+    """Returns the index at each position: [N] int64 → [N] int64, below the number of samples."""
+    if self._schedule is None:
+      return self._own(0, positions)
+    source, own = self._schedule(positions)
+    indices = np.empty_like(positions)
+    for s in np.unique(source):
+      belongs = source == s
+      indices[belongs] = self._firsts[s] + self._own(s, own[belongs])
+    return indices
 
-  `size` may differ between places, [N]; `key` then tells the bijections apart.
+  def source_of(self, indices: np.ndarray) -> np.ndarray:
+    """Returns the number of the source that each index belongs to, [N] → [N]."""
+    return np.searchsorted(self._firsts, indices, side="right") - 1
 
-  A Feistel network on the rectangle Z_a x Z_b with a * b >= size, so that hardly any point falls
-  outside; those that do are walked along their cycle until they come back in.
-  """
-  sizes, which = np.unique(np.asarray(size, np.int64), return_inverse=True)
-  sides = np.array([math.isqrt(int(n) - 1) + 1 for n in sizes])
-  a_of = np.broadcast_to(sides.astype(np.uint64)[which], x.shape)
-  b_of = np.broadcast_to((-(-sizes // sides)).astype(np.uint64)[which], x.shape)
-  limit = np.broadcast_to(sizes.astype(np.uint64)[which], x.shape)
-  out = x.copy()
-  todo = np.arange(len(x))
-  while len(todo):
-    a, b = a_of[todo], b_of[todo]
-    left: np.ndarray = out[todo] // b
-    right: np.ndarray = out[todo] % b
-    for r in range(0, _ROUNDS, 2):
-      round_key = key[todo] + np.uint64(r)
-      left = (left + _mix(_mix(round_key) ^ right) % a) % a
-      right = (right + _mix(_mix(round_key + np.uint64(1)) ^ left) % b) % b
-    out[todo] = left * b + right
-    todo = todo[out[todo] >= limit[todo]]
-  return out
+  def prefetch(self, indices: np.ndarray, *, share: float) -> None:
+    """Lets the sources begin to fetch samples.
 
+    Args:
+      indices: [N], of the samples that are read next.
+      share: of all positions, the part that is read here.
+    """
+    for s, (part, lanes) in enumerate(zip(self._parts, self._lanes)):
+      own = indices - self._firsts[s]
+      prefetch(
+        part,
+        own[(own >= 0) & (own < self._sizes[s])].tolist(),
+        hold=held(lanes, share) if lanes else 0,
+      )
 
-@overload
-def sample_index(position: int, *, size: int, seed: int, shuffle: bool = True) -> int: ...
-@overload
-def sample_index(
-  position: np.ndarray, *, size: int, seed: int, shuffle: bool = True
-) -> np.ndarray: ...
-def sample_index(position, *, size, seed, shuffle=True):
-  """The index at each position: an exact global shuffle without replacement, new in every epoch.
+  def _own(self, s: int, positions: np.ndarray) -> np.ndarray:
+    """Returns the indices within source s at its own positions."""
+    size, seed, lanes = self._sizes[s], self._seeds[s], self._lanes[s]
+    if lanes is not None:
+      return block_index(positions, size=size, seed=seed, lanes=lanes)
+    return sample_index(positions, size=size, seed=seed, shuffle=self._shuffle)
 
-  `position` is an int or an integer array; the result has its shape (int64). Any size up to 2**62.
-  """
-  if size < 1:
-    raise ValueError(f"An order needs at least one sample; size is {size}.")
-  positions = np.asarray(position, np.int64)
-  if positions.size and positions.min() < 0:
-    raise ValueError(f"Positions start at 0; found {positions.min()}.")
-  flat = positions.reshape(-1).astype(np.uint64)
-  index: np.ndarray = flat % np.uint64(size)
-  if shuffle:
-    index = permute(index, size=size, key=hash_words(_ORDER, seed, flat // np.uint64(size)))
-  index = index.astype(np.int64).reshape(positions.shape)
-  return index if isinstance(position, np.ndarray) else int(index)
+  def substitute(self, position: int, attempt: int, index: int) -> int:
+    """Returns the index that replaces a rejected one, from the same source.
 
-
-def substitute(position: int, attempt: int, size: int, seed: int) -> int:
-  """The index that replaces a rejected sample at this position; attempt counts from 1.
-
-  The attempts are the start of a permutation of their own, so they never repeat before every
-  sample was tried.
-  """
-  key = hash_words(_SUBSTITUTE, seed, position)
-  first = np.full(1, (attempt - 1) % size, np.uint64)
-  return int(permute(first, size=size, key=key)[0])
-
-
-def philox(seed: int, position: int) -> np.random.Generator:
-  """The generator of one position's random draws (caption, crop, flip)."""
-  key = np.array([_draws_key(seed), position], np.uint64)
-  return np.random.Generator(np.random.Philox(key=key))
-
-
-@functools.cache
-def _draws_key(seed: int) -> int:
-  return int(hash_words(_DRAWS, seed)[0])
+    Args:
+      position: of the rejected sample.
+      attempt: counts from 1.
+      index: of the rejected sample.
+    """
+    s = int(self.source_of(np.asarray(index)))
+    return int(self._firsts[s]) + substitute(position, attempt, self._sizes[s], self._seeds[s])

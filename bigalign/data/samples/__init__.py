@@ -1,1 +1,1 @@
-"""What the fields of a sample mean, and why a sample is rejected."""
+"""The parts of a sample: its id, members and columns, and why it is rejected."""

@@ -1,4 +1,7 @@
-"""What the members of a sample say: image, captions, label."""
+"""Image, captions and label of a sample that consists of the members of a tar.
+
+`members` is {extension: bytes}, such as {"jpg": ..., "txt": ..., "json": ...}.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,34 @@ logger = logging.getLogger(__name__)
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 
 
-def image(fields: Mapping[str, bytes]) -> bytes | None:
-  """The first member with the extension of an image; None if there is none."""
-  for kind in IMAGES:
-    if kind in fields:
-      return fields[kind]
+def image(members: Mapping[str, bytes]) -> bytes | None:
+  """Returns the first member with the extension of an image; None if there is none."""
+  for extension in IMAGES:
+    if extension in members:
+      return members[extension]
   return None
 
 
-def label(fields: Mapping[str, bytes], *, key: str) -> int:
-  """The number in .cls, -1 without it; Rejected if it holds something else."""
-  if "cls" not in fields:
+def label(members: Mapping[str, bytes], *, key: str) -> int:
+  """Returns the integer in the .cls member; -1 without it.
+
+  Raises:
+    Rejected: if .cls holds something else; names `key`.
+  """
+  if "cls" not in members:
     return -1
   try:
-    return int(fields["cls"])
+    return int(members["cls"])
   except ValueError:
-    raise Rejected("bad_metadata", f"{key}.cls holds {fields['cls'][:32]!r}") from None
+    raise Rejected("bad_metadata", f"{key}.cls holds {members['cls'][:32]!r}") from None
 
 
 def read_json(data: bytes, *, key: str) -> dict[str, Any]:
-  """The object in a .json member; Rejected if it holds something else."""
+  """Returns the object in a .json member.
+
+  Raises:
+    Rejected: if it holds something else; names `key`.
+  """
   try:
     value = json.loads(data)
   except ValueError as error:
@@ -44,19 +55,32 @@ def read_json(data: bytes, *, key: str) -> dict[str, Any]:
 
 
 def captions(texts: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-  """`captions`, those of the first field that is not blank; of several fields `texts` too."""
-  found = next(filter(None, texts.values()), ())
-  return dict(captions=found, texts=dict(texts)) if len(texts) > 1 else dict(captions=found)
+  """Returns dict(captions=...) of the first field that has any; of several fields also `texts`.
+
+  Args:
+    texts: {field: captions}, in order of preference.
+  """
+  first = next(filter(None, texts.values()), ())
+  return dict(captions=first, texts=dict(texts)) if len(texts) > 1 else dict(captions=first)
 
 
-def field_texts(fields: Mapping[str, bytes], name: str, *, key: str) -> tuple[str, ...]:
-  """The texts of one caption field that are not blank, stripped."""
-  field, _, path = name.partition(".")
+def field_texts(members: Mapping[str, bytes], name: str, *, key: str) -> tuple[str, ...]:
+  """Returns the captions of one field, stripped, without blank ones.
+
+  Args:
+    members: of the sample.
+    name: "txt" for the member .txt; "json.a.b" for the entry b of a in .json, a string or a list.
+    key: names the sample in errors.
+
+  Raises:
+    Rejected: if .json does not hold an object.
+  """
+  extension, _, path = name.partition(".")
   value: Any = None
-  if field == "json" and path:
-    value = entry(read_json(fields["json"], key=key), path) if "json" in fields else None
-  elif name in fields:
-    value = _decode_text(fields[name], key=f"{key}.{name}")
+  if extension == "json" and path:
+    value = entry(read_json(members["json"], key=key), path) if "json" in members else None
+  elif name in members:
+    value = _decode_text(members[name], key=f"{key}.{name}")
   if isinstance(value, str):
     text = value.strip()
     return (text,) if text else ()
@@ -65,7 +89,7 @@ def field_texts(fields: Mapping[str, bytes], name: str, *, key: str) -> tuple[st
 
 
 def entry(row: Any, path: str) -> Any:
-  """What a mapping has under a name, or the mapping under its a has, for "a.b"; None if nothing."""
+  """Returns row["a.b"] if it exists, else row["a"]["b"], for the path "a.b"; None if missing."""
   if isinstance(row, Mapping) and path in row:
     return row[path]
   first, dot, rest = path.partition(".")
@@ -76,5 +100,5 @@ def _decode_text(data: bytes, *, key: str) -> str:
   try:
     return data.decode("utf-8")
   except UnicodeDecodeError as error:
-    logger.warning("%s: not UTF-8 (%s); the bytes in question are replaced", key, error.reason)
+    logger.warning("%s: invalid UTF-8 (%s); replaced by U+FFFD", key, error.reason)
     return data.decode("utf-8", "replace")

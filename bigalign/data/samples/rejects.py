@@ -1,4 +1,4 @@
-"""Why a sample cannot be used: counted in every batch, written down, never silent."""
+"""Why a sample is rejected. Rejected samples are counted in every batch, logged, and replaced."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-# A column of batch["rejects"] each, in this order; append only, it is a public format.
+# The columns of batch["rejects"], in this order. A public format: append only.
 REASONS = (
   "no_image",  # the sample has no member with a known image extension
   "empty",  # the image has no bytes
   "truncated",  # the image ends too early
   "undecodable",  # not an image, or a broken one
   "too_large",  # more pixels than max_pixels
-  "no_caption",  # none of the caption fields is there and not blank
+  "no_caption",  # every caption field is missing or blank
   "bad_metadata",  # a .json or .cls member that cannot be read
-  "no_vector",  # the embedding store that is read beside the source has no row of it
+  "no_vector",  # the embedding store that is read with the source has no row for it
 )
 
 
 class Rejected(Exception):
-  """This sample cannot be used, for a reason out of REASONS."""
+  """A sample cannot be used.
+
+  Args:
+    reason: one of REASONS.
+    detail: what is wrong with it, for the log.
+  """
 
   def __init__(self, reason: str, detail: str = ""):
     if reason not in REASONS:
@@ -41,22 +46,23 @@ class Rejected(Exception):
 
 
 def write_down(path: str, **line: Any) -> None:
-  """Appends a line of JSON. All workers of a host share the file: a line is one write."""
+  """Appends a line of JSON to a file that all workers of a host share."""
   file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
   try:
-    os.write(file, json.dumps(line).encode() + b"\n")
+    os.write(file, json.dumps(line).encode() + b"\n")  # one write, so that lines do not mix
   finally:
     os.close(file)
 
 
 class Watch:
-  """The share of rejected samples of each source, over its last samples.
+  """Tracks the share of rejected samples of each source, over its last samples.
 
-  names  of the sources
-  warn   share of the samples tried above which a warning is logged, once for each source
-  stop   share above which `check` raises; 1 never does
-  last   samples over which a share is taken
-  after  samples of a source below which no share is taken
+  Args:
+    names: of the sources.
+    warn: the share of tried samples above which a warning is logged, once for each source.
+    stop: the share above which `check` raises; 1 never does.
+    last: the number of samples over which a share is taken.
+    after: the number of samples of a source below which no share is taken.
   """
 
   def __init__(
@@ -75,9 +81,13 @@ class Watch:
     self._warned: set[str] = set()
 
   def add(self, tally: np.ndarray) -> dict[str, int]:
-    """A global batch: rows of each source, and samples rejected for them, [sources, 2].
+    """Adds a global batch.
 
-    Returns the number of those of each source; of one source alone nothing.
+    Args:
+      tally: [sources, 2]: rows of each source in the batch, and samples rejected for them.
+
+    Returns:
+      {name: rejected samples} of several sources; {} of a single one.
     """
     for sums, steps, (rows, bad) in zip(self._sums, self._steps, tally.tolist()):
       steps.append((rows, bad))
@@ -88,20 +98,20 @@ class Watch:
     return dict(zip(self._names, tally[:, 1].tolist())) if several else {}
 
   def check(self) -> None:
-    """Raises ValueError, naming the source, if too many of its samples cannot be used."""
+    """Raises ValueError if too many samples of a source are rejected; names the source."""
     for name, (positions, bad) in zip(self._names, self._sums.tolist()):
       share = bad / max(positions + bad, 1)
       if positions < self._after or share <= self._warn:
         continue
-      told = (
+      text = (
         f"{name}: {share:.1%} of the last {positions + bad} samples tried cannot be used;"
-        " rejected-*.jsonl in the run's folder names them and tells why"
+        " rejected-*.jsonl in the run's folder lists them with the reasons"
       )
       if share > self._stop:
         raise ValueError(
-          f"{told}. Mend or leave out what is broken, or set config.data.rejects ="
+          f"{text}. Fix or leave out the broken samples, or set config.data.rejects ="
           f" dict(stop=…), now {self._stop}"
         )
       if name not in self._warned:
         self._warned.add(name)
-        logger.warning("%s", told)
+        logger.warning("%s", text)

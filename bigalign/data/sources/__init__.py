@@ -1,1 +1,1 @@
-"""Sources: objects with __len__ and __getitem__(i) -> record."""
+"""Data sources: random access to samples, from webdataset tars to glyphs that are drawn."""

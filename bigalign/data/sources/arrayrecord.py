@@ -9,31 +9,49 @@ from typing import Any
 import numpy as np
 
 from bigalign.data.files import fingerprints
-from bigalign.data.files.cache import Recent
+from bigalign.data.files.cache import LRUCache
 from bigalign.data.files.patterns import expand_local
 from bigalign.data.samples import columns
 from bigalign.data.samples.rejects import Rejected
-from bigalign.data.sources.webdataset import classnames_beside
+from bigalign.data.sources.webdataset import classnames_near
+from bigalign.private_apis import is_corrupt_array_record
 
-KEY = "__key__"  # webdataset's word
-_OPEN = 128  # files
+KEY = "__key__"  # as webdataset names it
+_OPEN_FILES = 128
 _KINDS = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
 _CAPTIONS = ("caption", "captions", "captions/text", "text", "txt", "title")
 
 
 class ArrayRecord:
-  """One tf.train.Example per record; each feature is a column.
+  """Random access to records that are a tf.train.Example each; each feature is a column.
 
-  image     the feature of the encoded image; by default image, or jpg, png, …
-  captions  features of one or more UTF-8 strings, in order of preference
-  label     the feature of the integer class, used if it is there
+  `bigalign convert`, TFDS and most converters write such files. Their names end in .array_record,
+  or the source is written as arrayrecord:PATTERN. The key of a sample is the feature __key__, or
+  else the file and the place in it. The names of the classes are read from a classnames.txt, as for
+  webdataset shards.
 
-  A feature __key__ names the sample; without it the file and the place in it do. classnames.txt is
-  looked for as beside webdataset shards.
+  Args:
+    pattern: of local files.
+    image: the feature of the encoded image; by default image, or jpg, png, ...
+    captions: features of one or more UTF-8 strings, in order of preference.
+    label: the feature of the integer class, if it exists.
 
-  This is what bigalign convert, TFDS and most converters write. The file names end in
-  .array_record, or the source is named arrayrecord:PATTERN. Which features there are is seen in the
-  first record; one that it lacks counts as absent.
+  Raises:
+    ValueError: if there are no records, or the first one has no image feature, or neither a caption
+      feature nor a label.
+
+  Example:
+    >>> import tempfile
+    >>> from array_record.python.array_record_module import ArrayRecordWriter
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> writer = ArrayRecordWriter(f"{folder.name}/0.array_record", "group_size:1")
+    >>> features = dict(image=[b"an encoded image"], caption=[b"a photo of a cat"])
+    >>> _ = writer.write(make_example(features))
+    >>> writer.close()
+    >>> source = ArrayRecord(f"{folder.name}/*.array_record", captions=("caption",))
+    >>> source[0]["key"], source[0]["captions"]
+    ('0.array_record/0', ('a photo of a cat',))
+    >>> folder.cleanup()
   """
 
   def __init__(
@@ -48,17 +66,17 @@ class ArrayRecord:
     self.captions = tuple(captions)
     self._label = label
     self._paths = expand_local(pattern, kind="ArrayRecord")
-    # Not through _files: that many may be more than a process can have open.
+    # Not through self._files: there may be more files than a process can have open.
     counts = [open_file(path)[0].num_records() for path in self._paths]
     self._firsts = np.cumsum([0, *counts])
-    self._files = Recent(open_file, room=_OPEN)
+    self._files = LRUCache(open_file, capacity=_OPEN_FILES)
     if not len(self):
       raise ValueError(f"{pattern!r}: no records in {len(self._paths)} files")
     _, features = self._features(0)
     what = repr(pattern)
     self._image = columns.image_column(features, image, what=what)
     columns.check_captions(features, captions, label=label, what=what)
-    self.classnames = classnames_beside(self._paths[0])
+    self.classnames = classnames_near(self._paths[0])
     self.fingerprint = fingerprints.of_files(self._paths)
 
   def __repr__(self) -> str:
@@ -80,13 +98,13 @@ class ArrayRecord:
     )
 
   def where(self, i: int) -> tuple[str, int, int]:
-    """The file of record i, its place there, and how many it holds."""
+    """Returns the file of record i, its place there, and the records of the file."""
     which = int(np.searchsorted(self._firsts, i, side="right")) - 1
     first, end = self._firsts[which : which + 2].tolist()
     return self._paths[which], i - first, end - first
 
   def fields(self, i: int) -> dict[str, list[Any]]:
-    """The features of record i."""
+    """Returns {feature: values} of record i."""
     return self._features(i)[1]
 
   def _features(self, i: int) -> tuple[str, dict[str, list[Any]]]:
@@ -98,7 +116,7 @@ class ArrayRecord:
     try:
       data = self._files[path].read([place])[0]
     except RuntimeError as error:
-      if "Corrupted" not in str(error):  # the disk's fault, not the record's
+      if not is_corrupt_array_record(error):  # an error of the disk
         raise
       raise Rejected("undecodable", f"{key}: {error}") from error
     features = parse_example(data, key=key)
@@ -107,30 +125,48 @@ class ArrayRecord:
 
 
 def open_file(path: str) -> tuple[Any, int]:
-  """A reader of an ArrayRecord file, and 1: it counts as one open file."""
-  from array_record.python import array_record_module  # absl's flags come with it
+  """Opens an ArrayRecord file.
+
+  Returns:
+    (reader, 1); 1 is the size for LRUCache.
+
+  Raises:
+    ValueError: if the file is incomplete.
+  """
+  from array_record.python import array_record_module  # defines absl flags
 
   reader = array_record_module.ArrayRecordReader(
     path, options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32_768
   )
-  if not reader.ok():  # it opens what it cannot read, and reads nothing from it
+  if not reader.ok():  # a broken file opens without an error, and has no records
     raise ValueError(
-      f"{path}: not a whole ArrayRecord file ({os.path.getsize(path)} bytes); its "
-      "index stands at the end. Fetch it again."
+      f"{path}: not a complete ArrayRecord file ({os.path.getsize(path)} bytes): the index at its"
+      " end is missing. Fetch it again."
     )
   return reader, 1
 
 
 def parse_example(data: bytes, *, key: str) -> dict[str, list[Any]]:
-  """A serialised tf.train.Example → its features, each a list of bytes, floats or ints."""
-  # Half a second to import, and only this source needs it.
+  """Parses a serialised tf.train.Example.
+
+  Args:
+    data: of a record.
+    key: names the record in the error.
+
+  Returns:
+    {feature: list of bytes, floats or integers}.
+
+  Raises:
+    Rejected: if the data is something else.
+  """
+  # Takes half a second to import, and only this source needs it.
   from google.protobuf.message import DecodeError
   from tensorflow_datasets.proto import tf_example_pb2
 
   try:
     features = tf_example_pb2.Example.FromString(data).features.feature
   except DecodeError as broken:
-    raise Rejected("bad_metadata", f"{key}: no tf.train.Example ({broken})") from None
+    raise Rejected("bad_metadata", f"{key}: not a tf.train.Example ({broken})") from None
   return {
     name: list(getattr(feature, feature.WhichOneof("kind")).value)
     for name, feature in features.items()
@@ -139,7 +175,11 @@ def parse_example(data: bytes, *, key: str) -> dict[str, list[Any]]:
 
 
 def make_example(features: Mapping[str, Sequence[bytes | int | float]]) -> bytes:
-  """A serialised tf.train.Example; equal features give equal bytes."""
+  """Returns a serialised tf.train.Example; equal features give equal bytes.
+
+  Args:
+    features: {name: values}, all bytes, all integers or all floats.
+  """
   from tensorflow_datasets.proto import tf_example_pb2
 
   message = tf_example_pb2.Example()
@@ -149,7 +189,7 @@ def make_example(features: Mapping[str, Sequence[bytes | int | float]]) -> bytes
       "bytes_list",
     )
     column = getattr(message.features.feature[name], kind)
-    column.SetInParent()  # an empty list is there too
+    column.SetInParent()  # so that an empty list is written too
     column.value.extend(values)
   data: bytes = message.SerializeToString(deterministic=True)
   return data

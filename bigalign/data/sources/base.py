@@ -1,9 +1,9 @@
-"""Things with __len__ and __getitem__(i) → record: glyphs, shards, tables, TFDS, and lists of them.
+"""Sources: objects with __len__ and __getitem__(i) → record. Opening them, and joining several.
 
-A record is dict(image=bytes | uint8 [H, W, 3], captions=tuple[str, ...], key=str, label=int);
-label is -1 where there is none. Sources add texts={field: captions} of all fields that
-were asked for; `captions` are those of the first that is not blank. A source knows no order: that
-belongs to order.py.
+A record is dict(image=bytes | uint8 [H, W, 3], captions=tuple[str, ...], key=str, label=int), with
+label -1 if there is none. Sources that were asked for several caption fields add
+texts={field: captions}; `captions` are those of the first field that is not blank. A source has no
+order: data/order chooses which sample is read next.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import bisect
 import functools
 import importlib
 import itertools
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from bigalign.data.files import fingerprints
+from bigalign.data.files.patterns import expand_variables
 from bigalign.data.sources.arrayrecord import ArrayRecord
 from bigalign.data.sources.parquet import Parquet
 from bigalign.data.sources.synthetic import Synthetic
@@ -27,25 +26,31 @@ from bigalign.data.sources.webdataset import WebDataset
 
 
 class Source(Protocol):
-  """Random access to records. Picklable: paths only, files are opened lazily per process.
+  """Random access to records. Picklable: holds paths; each process opens the files for itself.
 
-  May have `classnames`, a tuple in the order of the labels; `block`, how many consecutive samples
-  it reads at once if not one; `where`(i) → (file of sample i, its place there, samples in that
-  file); `fields`(i) → all that is stored of sample i, by name; `key`(i), for less than the record
-  costs; `prefetch`(ids, hold=n), which begins to fetch what is far away and from then on has room
-  for n samples that were fetched and not read. __getitem__ and key may raise Rejected.
+  A source may also have:
+    classnames: a tuple, in the order of the labels.
+    block: how many consecutive samples it reads at once, if more than one.
+    where(i): (file of sample i, its place there, samples in that file).
+    fields(i): all that is stored of sample i, {name: value}.
+    key(i): the key of sample i, if that is cheaper than its record.
+    prefetch(ids, hold=n): begins to fetch remote samples, and from then on has room for n samples
+      that are fetched and not read yet.
+
+  __getitem__ and key may raise Rejected.
   """
 
-  fingerprint: str  # hex; changes if the data changed
+  fingerprint: str  # hex digits that change if the data changes
 
   def __len__(self) -> int: ...
   def __getitem__(self, i: int, /) -> dict[str, Any]: ...
 
 
 def _glyphs(split: str, **options: Any) -> Source:
-  # Looked up late: drawing needs FreeType, which readers of shards do not.
+  # Imported late: drawing needs FreeType, but reading shards does not.
   glyphs = importlib.import_module("bigalign.data.sources.glyphs")
-  return glyphs.Glyphs(split=split or "train", **options)
+  source: Source = glyphs.Glyphs(split=split or "train", **options)
+  return source
 
 
 SOURCES: dict[str, Callable[..., Source]] = dict(
@@ -68,18 +73,29 @@ _ENDINGS = {
 }
 
 
-def open_source(spec: str, *, captions: Sequence[str] | None = None, **options) -> Source:
-  """Open what a spec names; parts joined by "::" are read as one, each sample once per epoch.
+def open_source(spec: str, *, captions: Sequence[str] | None = None, **options: Any) -> Source:
+  """Opens the source that a spec names.
 
-    glyphs, glyphs:heldout                  the embedded dataset and its splits
-    synthetic:1000000                       noise, to measure with
-    DIR/{00000..00005}.tar, DIR/*.tar       webdataset shards
-    DIR/*.parquet, DIR/*.array_record       encoded images beside their captions
-    DIR/train.tsv, .csv, .jsonl             paths of image files beside their captions
-    tfds:cifar10:train                      a TFDS dataset prepared as array_record
-  KIND: before a pattern says what its ending does not. $NAME in a spec is an environment variable.
-  `captions` names the fields to take captions from (all but glyphs and synthetic, which have their
-  own); `options` go to every part.
+  Args:
+    spec: one of these, or several joined by "::", which are read as one source:
+      glyphs, glyphs:heldout: the embedded dataset and its splits.
+      synthetic:1000000: random images, for benchmarks.
+      DIR/{00000..00005}.tar, DIR/*.tar: webdataset shards.
+      DIR/*.parquet, DIR/*.array_record: encoded images with their captions.
+      DIR/train.tsv, .csv, .jsonl: paths of image files with their captions.
+      tfds:cifar10:train: a TFDS dataset prepared as array_record.
+      KIND:PATTERN: a pattern of files with another ending; KIND is one of SOURCES.
+      $NAME in a spec is an environment variable.
+    captions: the fields to take captions from; not for glyphs and synthetic, which have their own.
+    **options: of the class of the source, for every part.
+
+  Raises:
+    ValueError: for an unknown source.
+
+  Example:
+    >>> source = open_source("synthetic:1000", size=32)
+    >>> len(source), source[7]["captions"], source[7]["image"].shape
+    (1000, ('synthetic picture number 7',), (32, 32, 3))
   """
   parts = [part.strip() for part in expand_variables(spec, what="source").split("::")]
   sources = [_open_part(part, spec=spec, captions=captions, options=options) for part in parts]
@@ -87,7 +103,7 @@ def open_source(spec: str, *, captions: Sequence[str] | None = None, **options) 
 
 
 class Spec(NamedTuple):
-  """The arguments of open_source, to open a source in another process."""
+  """The arguments of open_source, to open the source in another process."""
 
   source: str
   captions: tuple[str, ...] | None = None
@@ -96,12 +112,17 @@ class Spec(NamedTuple):
 
 @functools.cache
 def open_spec(spec: Spec) -> Source:
-  """The source, opened once in each process."""
+  """Returns the source of a spec, which is opened once in each process."""
   return open_source(spec.source, captions=spec.captions, **dict(spec.options))
 
 
 def texts_of(record: Mapping[str, Any], spec: Spec) -> Mapping[str, Sequence[str]]:
-  """{name: captions} of a record; of a source that has one field and no name for it, "caption"."""
+  """Returns {field: captions} of a record; the only field of a source without names is "caption".
+
+  Args:
+    record: of a sample.
+    spec: of its source.
+  """
   texts: Mapping[str, Sequence[str]] = record.get("texts") or {
     (spec.captions or ("caption",))[0]: record["captions"]
   }
@@ -125,21 +146,6 @@ def _open_part(
   return SOURCES[kind](rest, **chosen, **options)
 
 
-def expand_variables(text: str, *, what: str) -> str:
-  """$NAME and ${NAME} from the environment; a KeyError with the name if it is not set."""
-
-  def value(match: re.Match) -> str:
-    name = match[1] or match[2]
-    if name not in os.environ:
-      raise KeyError(
-        f"{what} {text!r}: the environment variable {name} is not set; "
-        f"export {name}=... or write the path out"
-      )
-    return os.environ[name]
-
-  return re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, text)
-
-
 class Concatenation:
   """Several sources as one, in order."""
 
@@ -148,7 +154,7 @@ class Concatenation:
     self._firsts = [0, *itertools.accumulate(len(source) for source in sources)]
     self.fingerprint = fingerprints.of_names(*(source.fingerprint for source in sources), sep="::")
     names = {getattr(source, "classnames", ()) for source in sources}
-    # Labels of different class lists must not meet in one column.
+    # Labels of different lists of classes would mean different things in one batch.
     self.classnames = names.pop() if len(names) == 1 else ()
     self.block = max(getattr(source, "block", 1) for source in self.sources)
 
@@ -165,44 +171,60 @@ class Concatenation:
     return self.sources[which][i - self._firsts[which]]
 
   def where(self, i: int) -> tuple[str, int, int]:
+    """Returns the file of sample i, its place there, and the samples in that file."""
     which = bisect.bisect_right(self._firsts, i) - 1
     return where(self.sources[which], i - self._firsts[which])
 
   def fields(self, i: int) -> dict[str, Any]:
+    """Returns all that is stored of sample i."""
     which = bisect.bisect_right(self._firsts, i) - 1
     return fields(self.sources[which], i - self._firsts[which])
 
   def key(self, i: int) -> str:
+    """Returns the key of sample i."""
     which = bisect.bisect_right(self._firsts, i) - 1
     return key(self.sources[which], i - self._firsts[which])
 
   def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
+    """Lets each source begin to fetch its samples."""
     ids = list(ids)
     for source, first, end in zip(self.sources, self._firsts, self._firsts[1:]):
       prefetch(source, [i - first for i in ids if first <= i < end], hold=hold)
 
 
 def prefetch(source: Source, ids: Iterable[int], *, hold: int = 0) -> None:
-  """Has a source that can begin to fetch samples; nothing for others."""
+  """Lets a source begin to fetch samples, if it can.
+
+  Args:
+    source: any.
+    ids: of the samples that are read next.
+    hold: room for this many samples that are fetched and not read yet.
+  """
   if hasattr(source, "prefetch"):
     source.prefetch(ids, hold=hold)
 
 
 def where(source: Source, i: int) -> tuple[str, int, int]:
-  """The file of sample i, its place there, and how many samples it holds; of a source that does not
-  tell, all of it."""
+  """Returns the file of sample i, its place there, and the samples in that file.
+
+  A source that does not know its files counts as one file.
+  """
   if hasattr(source, "where"):
-    found: tuple[str, int, int] = source.where(i)
-    return found
+    location: tuple[str, int, int] = source.where(i)
+    return location
   return repr(source), i, len(source)
 
 
 def fields(source: Source, i: int) -> dict[str, Any]:
-  """All that is stored of sample i, by the names there; {} of a source that does not tell."""
+  """Returns all that is stored of sample i, {name: value}; {} if the source does not support it."""
   return dict(source.fields(i)) if hasattr(source, "fields") else {}
 
 
 def key(source: Source, i: int) -> str:
-  """The key of sample i; Rejected if it is not known of a sample that cannot be used."""
-  found: str = source.key(i) if hasattr(source, "key") else source[i]["key"]
-  return found
+  """Returns the key of sample i.
+
+  Raises:
+    Rejected: if the sample cannot be used and its key is unknown.
+  """
+  text: str = source.key(i) if hasattr(source, "key") else source[i]["key"]
+  return text

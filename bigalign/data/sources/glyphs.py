@@ -1,12 +1,11 @@
 """Glyphs: characters of open fonts, drawn on demand and captioned with their Unicode names.
 
-The dataset that needs no download: matplotlib ships the fonts, FreeType draws them, Unicode names
-them. Which characters are held out is in glyphs_heldout.txt, by the rule of glyphs_heldout.py.
+The dataset needs no download: matplotlib ships the fonts, FreeType draws them, Unicode names them.
+glyphs_heldout.txt lists the characters that are held out; glyphs_heldout.py chooses them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib.resources
@@ -21,8 +20,10 @@ from typing import Any, NamedTuple
 import freetype
 import numpy as np
 
-# Font file -> the words of its cut. Named one by one: the folder also holds LastResort, which
-# draws a box for every code point there is.
+from bigalign.private_apis import rendered_glyph
+
+# Font file -> the words of its cut. Listed one by one, because the folder also holds LastResort,
+# which draws a box for every code point.
 CUTS = {
   "DejaVuSans": "sans",
   "DejaVuSans-Bold": "bold sans",
@@ -41,7 +42,7 @@ CUTS = {
   "STIXGeneralItalic": "italic stix",
   "STIXGeneralBolIta": "bold italic stix",
 }
-FONTS = tuple(CUTS)  # a cut's ordinal is its place here
+FONTS = tuple(CUTS)  # the ordinal of a cut is its place in this tuple
 # The two cuts that evaluation averages; every held-out character has both.
 PROBES = ("DejaVuSans", "DejaVuSerif-Bold")
 SPLITS = ("train", "heldout", "heldout_dev", "seen")
@@ -49,15 +50,15 @@ LIST = "glyphs_heldout.txt"
 MARKED_SHARE = 0.6  # of the training samples are letters with marks
 
 _MARKED = re.compile(r"((?:latin|greek|cyrillic) (?:small|capital) letter .+?) with (.+)")
-# No hinting: the outlines alone decide the pixels, whatever FreeType's hinter does this year.
+# No hinting: only the outlines decide the pixels, not the version of FreeType's hinter.
 _LOAD = freetype.FT_LOAD_NO_HINTING | freetype.FT_LOAD_NO_BITMAP
 
-# FreeType forbids two threads in one font, and ctypes lets go of Python's own lock in calls.
+# FreeType forbids two threads in one font, and ctypes releases the GIL during a call.
 _FREETYPE = threading.Lock()
 
 
 class Alphabet(NamedTuple):
-  """Every character that is drawn, and in which cuts."""
+  """All characters that are drawn, and the cuts that have them."""
 
   codes: tuple[int, ...]  # [K] code points, ascending; the position is the label
   names: tuple[str, ...]  # [K] lower-case Unicode names, all distinct
@@ -66,33 +67,33 @@ class Alphabet(NamedTuple):
 
 @functools.cache
 def alphabet() -> Alphabet:
-  """Characters with a Unicode name and ink in at least one of CUTS.
+  """Returns the characters that have a Unicode name, and ink in at least one of CUTS.
 
   Names and decompositions never change, and the only nameless characters of these fonts are
-  private ones and five holes in the Hebrew presentation forms, so the list is the same under
-  every version of unicodedata from 3.11 on.
+  private ones and five gaps in the Hebrew presentation forms. So the list is the same for every
+  version of unicodedata since Python 3.11.
   """
-  found = []
+  drawn = []
   for cut, stem in enumerate(FONTS):
     face = freetype.Face(str(font_folder() / f"{stem}.ttf"))
     for code, glyph in face.get_chars():
-      # Separators and format controls draw nothing, or a picture of the control in some fonts.
+      # Separators and format controls draw nothing, or in some fonts a symbol of the control.
       if unicodedata.category(chr(code)) in ("Zs", "Zl", "Zp", "Cf", "Cc", "Co", "Cn"):
         continue
       face.load_glyph(glyph, freetype.FT_LOAD_NO_SCALE)
       if glyph and face.glyph.outline.n_points:
-        found.append((code, cut, glyph))
-  codes = sorted({code for code, _, _ in found})
+        drawn.append((code, cut, glyph))
+  codes = sorted({code for code, _, _ in drawn})
   label = {code: i for i, code in enumerate(codes)}
   return Alphabet(
     tuple(codes),
     tuple(unicodedata.name(chr(code)).lower() for code in codes),
-    np.asarray(sorted((label[code], cut, glyph) for code, cut, glyph in found), np.int32),
+    np.asarray(sorted((label[code], cut, glyph) for code, cut, glyph in drawn), np.int32),
   )
 
 
 def font_folder() -> pathlib.Path:
-  """Where matplotlib keeps its fonts, found without importing it."""
+  """Returns the folder of matplotlib's fonts, without importing matplotlib."""
   spec = importlib.util.find_spec("matplotlib")
   if spec is None or spec.origin is None:
     raise FileNotFoundError("glyphs draws the fonts that matplotlib ships; pip install matplotlib")
@@ -100,24 +101,32 @@ def font_folder() -> pathlib.Path:
 
 
 def parts(name: str) -> tuple[str, str] | None:
-  """'latin small letter e with acute' -> ('latin small letter e', 'acute'); None when unmarked."""
+  """Splits the name of a letter with marks; None for other characters.
+
+  >>> parts("latin small letter e with acute")
+  ('latin small letter e', 'acute')
+  """
   match = _MARKED.fullmatch(name)
   return (match[1], match[2]) if match else None
 
 
 def words(caption: str) -> list[str]:
-  """The words of a caption: runs of letters and digits."""
+  """Returns the words of a caption: sequences of letters and digits."""
   return re.findall(r"[a-z0-9]+", caption)
 
 
 def vocabulary() -> tuple[str, ...]:
-  """Every word that a caption can hold, sorted."""
+  """Returns all words that captions contain, sorted."""
   captions = [*alphabet().names, *CUTS.values()]
   return tuple(sorted({word for caption in captions for word in words(caption)}))
 
 
 class Pen:
-  """Draws glyphs with FreeType, at a size and on a baseline common to all of them."""
+  """Draws glyphs with FreeType, all with the same size and baseline.
+
+  Args:
+    size: of the images, pixels per side.
+  """
 
   def __init__(self, size: int):
     self.size = size
@@ -126,7 +135,7 @@ class Pen:
     self.faces: dict[int, Any] = {}
 
   def draw(self, cut: int, glyph: int) -> np.ndarray:
-    """[size, size] uint8, black on white; centred sideways, reduced only where it would not fit."""
+    """Returns [size, size] uint8, black on white, centred; glyphs that do not fit are reduced."""
     with _FREETYPE:
       ink, top = self._ink(cut, glyph)
     height, width = ink.shape
@@ -137,7 +146,7 @@ class Pen:
     return image
 
   def _ink(self, cut: int, glyph: int) -> tuple[np.ndarray, int]:
-    """Coverage [h, w] uint8, and the rows between its top and the baseline."""
+    """The coverage [h, w] uint8, and the rows between its top and the baseline."""
     if cut not in self.faces:
       face = freetype.Face(str(font_folder() / f"{FONTS[cut]}.ttf"))
       face.set_char_size(round(64 * self.em))
@@ -154,22 +163,26 @@ class Pen:
 
 def _rasterise(face: Any, glyph: int) -> tuple[np.ndarray, int]:
   face.load_glyph(glyph, _LOAD | freetype.FT_LOAD_RENDER)
-  # The wrapper's bitmap.buffer makes a list of Python integers; this reads it in one piece.
-  slot = face._FT_Face.contents.glyph.contents
-  bitmap = slot.bitmap
-  rows, pitch = bitmap.rows, bitmap.pitch
-  flat = np.frombuffer(ctypes.string_at(bitmap.buffer, rows * pitch), np.uint8)
-  return flat.reshape(rows, pitch)[:, : bitmap.width], slot.bitmap_top
+  return rendered_glyph(face)
 
 
 class Glyphs:
-  """The glyphs as a source: a record per character and cut.
+  """The glyphs as a source: one record per character and cut.
 
-  Splits: `train`, in which MARKED_SHARE of the samples are letters with marks (repeated for it);
-  `heldout`, characters that are in train in no font, while their parts are; `heldout_dev`, more
-  of them, for tuning; `seen`, characters of train of the same kind, for comparison.
+  Args:
+    split: "train": MARKED_SHARE of the samples are letters with marks, which are repeated for that.
+      "heldout": characters of which train has no font, but has their parts. "heldout_dev": more of
+      them, for tuning. "seen": characters of the same kind that train has, for comparison.
+    size: of the images, pixels per side.
+    cuts: names of font files, such as ("DejaVuSans",); all of CUTS by default.
 
-  `cuts` takes fonts by their file name, such as ("DejaVuSans",); all of CUTS by default.
+  Raises:
+    ValueError: for an unknown split or cut.
+
+  Example:
+    >>> glyphs = Glyphs("heldout", size=24)
+    >>> glyphs[0]["key"], glyphs[0]["captions"], glyphs[0]["image"].shape
+    ('U+00D3/DejaVuSans', ('latin capital letter o with acute, sans',), (24, 24, 3))
   """
 
   def __init__(self, split: str = "train", size: int = 32, cuts: Sequence[str] | None = None):
@@ -211,30 +224,31 @@ class Glyphs:
     return f"Glyphs({self.split!r})"
 
   def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | dict(_pen=None)  # FreeType's handles stay in their process
+    return self.__dict__ | dict(_pen=None)  # handles of FreeType cannot be pickled
 
 
 @functools.cache
 def listed() -> dict[str, tuple[int, ...]]:
-  """Split -> labels from the committed list. All but those of `seen` are never in train."""
+  """Returns {split: labels} of the list in LIST. Only labels of `seen` are also in train."""
   letters = alphabet()
   label = {code: i for i, code in enumerate(letters.codes)}
   text = importlib.resources.files("bigalign.data.sources").joinpath(LIST).read_text("utf-8")
-  found: dict[str, list[int]] = {split: [] for split in SPLITS if split != "train"}
+  chosen: dict[str, list[int]] = {split: [] for split in SPLITS if split != "train"}
   for line in text.splitlines():
     split, code, name = line.split("\t")
     index = label.get(int(code.removeprefix("U+"), 16))
     if index is None or letters.names[index] != name:
       raise ValueError(
         f"{LIST} names {code} ({name}), which the fonts in {font_folder()} do not draw; "
-        "install matplotlib's own fonts, or choose again: python -m bigalign.data.glyphs_heldout"
+        "install matplotlib's own fonts, or choose again:"
+        " python -m bigalign.data.sources.glyphs_heldout"
       )
-    found[split].append(index)
-  return {split: tuple(labels) for split, labels in found.items()}
+    chosen[split].append(index)
+  return {split: tuple(labels) for split, labels in chosen.items()}
 
 
 def _items(split: str, cuts: Sequence[str] | None) -> np.ndarray:
-  """[N, 3] int32 rows of alphabet().items that make up a split, in order, with repetition."""
+  """The rows of alphabet().items in a split, in order and with repetitions, [N, 3] int32."""
   letters, lists = alphabet(), listed()
   items = letters.items
   if cuts is not None:

@@ -1,4 +1,7 @@
-"""Which glyphs are held out: python -m bigalign.data.glyphs_heldout writes the list again."""
+"""Chooses the glyphs that are held out.
+
+`python -m bigalign.data.sources.glyphs_heldout` writes the list again.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,20 @@ import numpy as np
 from bigalign.data.sources.glyphs import FONTS, LIST, PROBES, Pen, alphabet, parts
 
 COUNTS = dict(heldout=210, heldout_dev=90, seen=210)  # characters
-# Two pictures are twins below this sum of squared differences: one pixel between black and white.
+# Two images are twins below this sum of squared differences, one pixel from black to white.
 TWIN = 1.0
 
 
 def choose() -> dict[str, list[int]]:
-  """Split -> labels: the rule behind LIST.
+  """Chooses the characters of LIST.
 
   Candidates are the letters that Unicode decomposes into a letter and marks, that both PROBES
-  draw, that have no twin, and of whose parts train keeps enough: the bare letter, the letter with
-  two other marks, and the marks on two other letters of the script. In the order of a hash of
-  their names they are dealt to the splits, until each has its COUNTS.
+  draw, that have no twin, and whose parts train keeps: the bare letter, the letter with two other
+  marks, and the marks on two other letters of the script. They are distributed to the splits in the
+  order of a hash of their names, until each split has its COUNTS.
+
+  Returns:
+    {split: labels}.
   """
   letters = alphabet()
   names = letters.names
@@ -54,33 +60,39 @@ def choose() -> dict[str, list[int]]:
 
 
 def _lot(name: str) -> str:
-  """A draw that no version of any library can change."""
+  """A random sort key that does not depend on the version of any library."""
   return hashlib.sha256(f"bigalign glyphs {name}".encode()).hexdigest()
 
 
 def twins(labels: Sequence[int], size: int = 32) -> set[int]:
-  """Those of `labels` that another character equals in any cut, or is within TWIN of in the same.
+  """Returns the labels whose image looks like that of another character.
 
-  size: of the pictures, pixels per side.
+  Args:
+    labels: of the characters to compare with all others.
+    size: of the images, pixels per side.
+
+  Returns:
+    Labels whose image equals one of another character in any cut, or differs by less than TWIN in
+    the same cut.
   """
   items, pen = alphabet().items, Pen(size)
   ink = np.stack([255 - pen.draw(cut, glyph).ravel() for _, cut, glyph in items.tolist()])
   owners = collections.defaultdict(set)
-  for label, picture in zip(items[:, 0].tolist(), ink):
-    owners[picture.tobytes()].add(label)
-  found = set().union(*(same for same in owners.values() if len(same) > 1))
+  for label, image in zip(items[:, 0].tolist(), ink):
+    owners[image.tobytes()].add(label)
+  similar = set().union(*(same for same in owners.values() if len(same) > 1))
   for cut in range(len(FONTS)):
     rows = np.flatnonzero(items[:, 1] == cut)
-    ours = rows[np.isin(items[rows, 0], labels)]
-    x, y = (ink[i].astype(np.float32) / 255 for i in (ours, rows))
-    apart = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
-    apart[items[ours, 0][:, None] == items[rows, 0][None]] = np.inf  # itself
-    found |= set(items[ours[apart.min(1) < TWIN], 0].tolist())
-  return found & set(labels)
+    own = rows[np.isin(items[rows, 0], labels)]
+    x, y = (ink[i].astype(np.float32) / 255 for i in (own, rows))
+    distances = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
+    distances[items[own, 0][:, None] == items[rows, 0][None]] = np.inf  # the character itself
+    similar |= set(items[own[distances.min(1) < TWIN], 0].tolist())
+  return similar & set(labels)
 
 
 def as_text(chosen: Mapping[str, Sequence[int]]) -> str:
-  """The text of LIST: a line per character, its split, code point and name between tabs."""
+  """Returns the text of LIST: a line per character with split, code point and name between tabs."""
   letters = alphabet()
   return "".join(
     f"{split}\tU+{letters.codes[i]:04X}\t{letters.names[i]}\n"

@@ -1,4 +1,4 @@
-"""Random access to .csv, .tsv and .jsonl files that name image files and hold their captions."""
+"""Random access to .csv, .tsv and .jsonl files with paths of image files and their captions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,36 @@ from bigalign.data.samples import columns
 from bigalign.data.samples.rejects import Rejected
 
 _CHUNK = 1 << 24  # bytes
-# The row is wrong, not the disk.
+# Errors of a row, not of the disk.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 class TableFiles:
-  """One row per sample in .csv, .tsv or .jsonl files; the images are files.
+  """Random access to .csv, .tsv or .jsonl files with a row per sample; the images are files.
 
-  image     the column of the image files' paths, relative to the folder of the table
-  captions  columns in order of preference; "a.b" is the entry b of an object in a .jsonl
-  label     the column of the integer class, used if it is there
+  The defaults are those of open_clip. A .csv or .tsv begins with the names of its columns; the
+  separator is a tab if this line has one, else a comma. Fields in double quotes may hold
+  separators, line ends and doubled double quotes. A row takes eight bytes of memory.
 
-  The defaults are open_clip's. A .csv or .tsv begins with the names of its columns; what separates
-  them is a tab if there is one in that line, else a comma. Fields in double quotes may hold
-  separators, line ends and doubled double quotes. In memory are eight bytes per row.
+  Args:
+    pattern: of local tables.
+    image: the column of the paths of the image files, relative to the folder of the table.
+    captions: columns in order of preference; "a.b" is the entry b of an object a in a .jsonl.
+    label: the column of the integer class, if it exists.
+
+  Raises:
+    ValueError: if there are no rows, no image column, or neither a caption column nor a label.
+
+  Example:
+    >>> import pathlib, tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> root = pathlib.Path(folder.name)
+    >>> _ = (root / "cat.jpg").write_bytes(b"an encoded image")
+    >>> _ = (root / "train.csv").write_text("filepath,title\\ncat.jpg,a photo of a cat\\n")
+    >>> source = TableFiles(f"{root}/train.csv")
+    >>> source[0]["key"], source[0]["captions"]
+    ('train.csv/cat.jpg', ('a photo of a cat',))
+    >>> folder.cleanup()
   """
 
   def __init__(
@@ -52,8 +68,8 @@ class TableFiles:
       row_starts(path, separator=header and header[1])
       for path, header in zip(self._paths, self._headers)
     ]
-    self._firsts = np.cumsum([0] + [len(each) - 1 for each in starts])
-    # Each file has one entry more than rows: its end.
+    self._firsts = np.cumsum([0] + [len(file) - 1 for file in starts])
+    # The entries of a file are the starts of its rows, and its end.
     self._starts = np.concatenate(starts)
     if not len(self):
       raise ValueError(f"{pattern!r}: no rows in {len(self._paths)} files")
@@ -78,7 +94,7 @@ class TableFiles:
     )
 
   def key(self, i: int) -> str:
-    """The key of row i; the image is not read."""
+    """Returns the key of row i; does not read the image."""
     return self._key(i, *self._row(i))
 
   def _key(self, i: int, path: str, row: Mapping[str, Any]) -> str:
@@ -88,17 +104,17 @@ class TableFiles:
     return f"{os.path.basename(path)}/{name}"
 
   def where(self, i: int) -> tuple[str, int, int]:
-    """The table of row i, its place there, and how many rows it has."""
+    """Returns the table of row i, its place there, and the rows of the table."""
     which = int(np.searchsorted(self._firsts, i, side="right")) - 1
     first, end = self._firsts[which : which + 2].tolist()
     return self._paths[which], i - first, end - first
 
   def fields(self, i: int) -> dict[str, Any]:
-    """Row i by column."""
+    """Returns {column: value} of row i."""
     return self._row(i)[1]
 
   def _row(self, i: int) -> tuple[str, dict[str, Any]]:
-    """The table of row i, and the row by column."""
+    """The table of row i, and {column: value}."""
     if not 0 <= i < len(self):
       raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
     which = int(np.searchsorted(self._firsts, i, side="right")) - 1
@@ -106,7 +122,9 @@ class TableFiles:
     start, end = self._starts[i + which : i + which + 2].tolist()
     with open(path, "rb", buffering=0) as file:
       if os.fstat(file.fileno()).st_size != self._sizes[which]:
-        raise OSError(f"{path}: the file changed while in use; start again, to have it read anew")
+        raise OSError(
+          f"{path}: the file changed while in use; start again to read it from the start"
+        )
       line = os.pread(file.fileno(), end - start, start).strip(b"\r\n")
     key = f"{os.path.basename(path)}, byte {start}"
     return path, _parse_json(line, key=key) if header is None else _parse_fields(
@@ -114,11 +132,12 @@ class TableFiles:
     )
 
   def _check(self) -> None:
+    """Raises ValueError if the image column, or both captions and label, are missing."""
     have: set[str] = set()
     for header in self._headers:
       have.update(header[0] if header else ())
     if None in self._headers:
-      for i in range(0, len(self), -(-len(self) // 100)):  # a hundred objects stand for the rest
+      for i in range(0, len(self), -(-len(self) // 100)):  # a hundred rows suffice
         try:
           have.update(self._row(i)[1])
         except Rejected:
@@ -128,9 +147,18 @@ class TableFiles:
 
 
 def row_starts(path: str, *, separator: bytes | None) -> np.ndarray:
-  """Byte offsets [N + 1] int64 of the rows that are not blank, and of the end of the last.
+  """Finds the rows of a table that are not blank.
 
-  With a `separator` fields may be quoted, and the first row, the header, is left out.
+  Args:
+    path: of the table.
+    separator: of its fields, for a .csv or .tsv: fields may be quoted, and the first row, the
+      header, is left out. None for a .jsonl.
+
+  Returns:
+    [N + 1] int64: byte offsets of the rows, and of the end of the last one.
+
+  Raises:
+    ValueError: if a double quote is not closed.
   """
   if not os.path.getsize(path):
     return np.zeros(1, np.int64)
@@ -149,12 +177,14 @@ def row_starts(path: str, *, separator: bytes | None) -> np.ndarray:
 
 
 def _line_ends(buffer: mmap.mmap) -> Iterator[np.ndarray]:
+  """Yields the offsets after each line end, a chunk at a time."""
   for start in range(0, len(buffer), _CHUNK):
     chunk = np.frombuffer(buffer[start : start + _CHUNK], np.uint8)
     yield np.flatnonzero(chunk == ord("\n")).astype(np.int64) + start + 1
 
 
 def _quoted_ends(buffer: mmap.mmap, separator: bytes, *, path: str) -> Iterator[int]:
+  """Yields the offset after each row; a quoted field may hold line ends."""
   field = _field(separator)
   row = re.compile(field + b"(?:" + re.escape(separator) + field + rb")*+(?:\n|\Z)")
   position = 0
@@ -164,23 +194,23 @@ def _quoted_ends(buffer: mmap.mmap, separator: bytes, *, path: str) -> Iterator[
       line = buffer[:position].count(b"\n") + 1
       raise ValueError(
         f"{path}: a field in the row that begins in line {line} opens a double quote"
-        " that nothing closes; close it, or double those inside of a quoted field"
+        " that is never closed; close it, and double the quotes inside of a quoted field"
       )
     position = match.end()
     yield position
 
 
 def _field(separator: bytes) -> bytes:
-  """A regular expression: in quotes if it begins with one, else whatever it holds is taken as is.
+  """A regular expression of a field: quoted if it begins with a double quote, else taken literally.
 
-  Quantifiers are possessive, so that time is linear in the length.
+  The quantifiers are possessive, so that matching takes linear time.
   """
   rest = b"[^\n" + re.escape(separator) + b"]*+"
   return b'(?:"((?:[^"]++|"")*+)"(' + rest + b')|((?!")' + rest + b"))"
 
 
 def _header(path: str) -> tuple[list[str], bytes] | None:
-  """The columns of a .csv or .tsv and what separates them; None for a .jsonl."""
+  """The columns of a .csv or .tsv and the separator; None for a .jsonl."""
   if path.endswith((".jsonl", ".ndjson")):
     return None
   with open(path, "rb") as file:
@@ -190,6 +220,7 @@ def _header(path: str) -> tuple[list[str], bytes] | None:
 
 
 def _split(line: bytes, separator: bytes) -> list[bytes]:
+  """The fields of a row, without quotes."""
   field, fields, position = re.compile(_field(separator)), [], 0
   while True:
     match = field.match(line, position)
@@ -223,7 +254,7 @@ def _read_image(path: str, *, key: str) -> bytes:
   try:
     with open(path, "rb", buffering=0) as file:
       return file.readall()
-  except (OSError, ValueError) as error:  # ValueError: a zero in the name
+  except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
     if isinstance(error, OSError) and error.errno not in _NO_FILE:
       raise
     raise Rejected("no_image", f"{key}: {error}") from None

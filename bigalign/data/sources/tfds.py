@@ -1,4 +1,4 @@
-"""TFDS datasets by random access, without TensorFlow: those prepared as array_record."""
+"""Random access to TFDS datasets that were prepared as array_record, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from typing import Any
 
 from bigalign.data.samples import columns
 
-# TFDS writes Parquet too, but loses every other slice of records in doing so (4.9.10).
+# TFDS 4.9.10 also writes Parquet, but then loses every other slice of records.
 _FORMAT = "array_record"
 _CAPTIONS = ("caption", "captions", "captions.text", "text")
 
 
 class Tfds:
-  """A split of a prepared TFDS dataset; `name` as in "cifar10:train", "coco:1.1.0:train[:10%]".
+  """Random access to a split of a prepared TFDS dataset.
 
-  image     the feature that holds the image
-  captions  features in order of preference, "captions.text" for a nested one; by default caption,
-            captions or text, and where none of them is there the name of the label
-  label     the feature that holds the class, used if it is there
-  data_dir  where the dataset was prepared; TFDS's own default if None
+  Nothing is downloaded, because each host of a run would download it again.
 
-  Nothing is downloaded: sixty-four hosts would do it sixty-four times.
+  Args:
+    name: dataset and split, such as "cifar10:train" or "coco:1.1.0:train[:10%]".
+    image: the feature that holds the image.
+    captions: features in order of preference, "captions.text" for a nested one. By default caption,
+      captions or text; if none of them exists, the name of the label.
+    label: the feature that holds the class, if it exists.
+    data_dir: where the dataset was prepared; None for TFDS's own default.
+
+  Raises:
+    ValueError: if the name has no split, TFDS does not know the dataset, it is prepared in another
+      format, or a feature is missing.
+    FileNotFoundError: if the dataset is not prepared; gives the command.
+
+  Example:
+    tfds:cifar10:train opens Tfds("cifar10:train"), after
+    tensorflow_datasets.builder("cifar10", file_format="array_record").download_and_prepare().
   """
 
   def __init__(
@@ -48,7 +59,7 @@ class Tfds:
     self._check(features, captions)
     info = builder.info.splits[self.split]
     self._size = info.num_examples
-    # A FeaturesDict is no dict: it has no get.
+    # A FeaturesDict is not a dict: it has no get.
     classes = features[label] if label in features else None  # noqa: SIM401
     self.classnames = tuple(getattr(classes, "names", None) or ())
     self._has_label = hasattr(classes, "num_classes")
@@ -84,20 +95,21 @@ class Tfds:
     return dict(image=example[self._image], label=label, **texts, key=self.key(i))
 
   def key(self, i: int) -> str:
-    """The key of sample i."""
+    """Returns the key of sample i."""
     return f"{self.name}:{self.split}/{i}"
 
   def __getstate__(self) -> dict[str, Any]:
-    return {**self.__dict__, "_data": None}  # files are opened anew in each process
+    return {**self.__dict__, "_data": None}  # each process opens the files for itself
 
-  def _builder(self):
-    import tensorflow_datasets as tfds  # half a second, and only this source needs it
+  def _builder(self) -> Any:
+    # Takes half a second to import, and only this source needs it.
+    import tensorflow_datasets as tfds
 
     try:
       builder = tfds.builder(self.name, data_dir=self.data_dir)
     except tfds.core.DatasetNotFoundError as error:
       raise ValueError(
-        f"TFDS knows no dataset {self.name!r} and finds none prepared in data_dir={self.data_dir!r}"
+        f"TFDS does not know {self.name!r}, and it is not prepared in data_dir={self.data_dir!r}"
       ) from error
     if not builder.is_prepared():
       raise FileNotFoundError(
@@ -114,14 +126,15 @@ class Tfds:
       )
     return builder
 
-  def _open(self):
+  def _open(self) -> Any:
     import tensorflow_datasets as tfds
 
     return self._builder().as_data_source(
       self.split, decoders={self._image: tfds.decode.SkipDecoding()}, file_format=_FORMAT
     )
 
-  def _check(self, features, captions: Sequence[str] | None) -> None:
+  def _check(self, features: Any, captions: Sequence[str] | None) -> None:
+    """Raises ValueError if a feature is missing."""
     wanted = [self._image] + [path.partition(".")[0] for path in captions or ()]
     absent = [feature for feature in wanted if feature not in features]
     if absent:

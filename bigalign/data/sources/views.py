@@ -1,13 +1,14 @@
-"""Views: the samples of a source that a predicate, a deduplication or a list leaves.
+"""Views: the samples of a source that pass a filter, a deduplication or a list.
 
   bigalign view 'DIR/{00000..00099}.tar' --where 'width >= 200 and json.similarity > 0.28' \\
       --unique sha256 --out good
 
-Computed once, offline, from the columns of `bigalign index --stats`; nothing is filtered while a
-run reads. good.npy holds the places of the kept samples, ascending, 4 bytes each; good.json says
-what they are of, by which rule, and how many each part of it took away. config.data.view="good"
-reads them. The samples of a view are numbered anew, without holes: the tables of a loss have a row
-for each kept sample, and a run does not go on with another view, whose fingerprint differs.
+A view is computed once, offline, from the columns of `bigalign index --stats`; a run filters
+nothing while it reads. good.npy holds the indices of the kept samples, ascending, 4 bytes each;
+good.json holds the source, the rule, and how many samples each part of the rule removed.
+config.data.view="good" reads them. The samples of a view are numbered again without gaps, so the
+tables of a loss have a row for each kept sample. A run does not resume with another view, because
+its fingerprint differs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from bigalign.data.files import fingerprints, storage
-from bigalign.data.sources.base import Source, expand_variables, prefetch, where
+from bigalign.data.files.patterns import expand_variables
+from bigalign.data.sources.base import Source, prefetch, where
 
 Columns = Mapping[str, np.ndarray]
 
@@ -48,28 +50,37 @@ _OPERATIONS: dict[type, Callable[..., Any]] = {
 
 
 class View:
-  """A source without the samples that a view at `path` leaves out."""
+  """The samples of a source that a view keeps.
+
+  Args:
+    source: that the view was made of.
+    path: of the view, without .npy or .json; may hold $NAME.
+
+  Raises:
+    ValueError: if the view was made of another source, or the source changed since.
+    FileNotFoundError: if there is no such view.
+  """
 
   def __init__(self, source: Source, path: str):
     name = expand_variables(path, what="config.data.view")
     manifest = _manifest(name)
     if manifest["fingerprint"] != source.fingerprint:
       raise ValueError(
-        f"config.data.view={path!r} is of {manifest['source']!r}, fingerprint"
-        f" {manifest['fingerprint']}, and not of {source!r}, {source.fingerprint},"
-        " or that has changed since; make it again with bigalign view"
+        f"config.data.view={path!r} was made of {manifest['source']!r}, fingerprint"
+        f" {manifest['fingerprint']}, but the source is {source!r}, {source.fingerprint}. It is"
+        " another one, or changed since; make the view again with bigalign view"
       )
     self._source, self._path = source, path
+    # The lower 32 bits of each kept index, and how many are below 2**32, below 2 * 2**32, ...
     self._low = np.load(f"{name}.npy", mmap_mode="r")
-    # Kept places below 2**32, below 2 * 2**32, …: a place is stored as its lower 32 bits.
     self._ends = np.cumsum(manifest["kept_per_2**32"])
     self.fingerprint = fingerprints.of_names(source.fingerprint, manifest["kept_sha256"])
     self.classnames = getattr(source, "classnames", ())
-    # What stands side by side in a view is read together only as far as it does in the source.
+    # Adjacent samples of a view are read together only if they are adjacent in the source.
     self.block = getattr(source, "block", 1)
 
-  def __reduce__(self):
-    return View, (self._source, self._path)  # not what is mapped into memory
+  def __reduce__(self) -> tuple[Any, ...]:
+    return View, (self._source, self._path)  # without the memory map
 
   def __repr__(self) -> str:
     return f"View({self._source!r}, {self._path!r})"
@@ -80,17 +91,20 @@ class View:
   def __getitem__(self, i: int) -> dict[str, Any]:
     if not 0 <= i < len(self):
       raise IndexError(f"{self!r} has {len(self)} samples; asked for {i}")
-    return self._source[self._place(i)]
+    return self._source[self._index(i)]
 
   def where(self, i: int) -> tuple[str, int, int]:
-    return where(self._source, self._place(i))
+    """Returns the file of sample i, its place there, and the samples in that file."""
+    return where(self._source, self._index(i))
 
   def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
-    # Samples that the view leaves out are fetched with their neighbours, a block for one at most.
+    """Lets the source begin to fetch samples."""
+    # Each sample may bring left-out neighbours with it, at most a block.
     fetched = min(-(-len(self._source) // len(self)), self.block)
-    prefetch(self._source, map(self._place, ids), hold=hold * fetched)
+    prefetch(self._source, map(self._index, ids), hold=hold * fetched)
 
-  def _place(self, i: int) -> int:
+  def _index(self, i: int) -> int:
+    """The index of sample i in the source."""
     high = int(np.searchsorted(self._ends, i, side="right"))
     return (high << 32) + int(self._low[i])
 
@@ -104,16 +118,26 @@ def make_view(
   unique: str = "",
   ids: np.ndarray | None = None,
 ) -> dict[str, Any]:
-  """Writes out.npy and out.json, and returns the manifest.
+  """Writes the view out.npy and out.json.
 
-  spec    the text that names the source, for those who read the manifest
-  rule    a comparison of columns and numbers with and, or, not, + - * /; a value that a sample does
-          not have is unlike every number, so that a comparison with it does not hold
-  unique  a column; of equal values the first sample that is left stays. Hashes are compared by
-          their first 64 bits, and all of them are held in memory, 8 bytes each
-  ids     places of samples to choose from
+  Args:
+    source: with columns, for `rule` and `unique`.
+    out: path of the view.
+    spec: the text that names the source, for the manifest.
+    rule: a comparison of columns and numbers with and, or, not, + - * /. A comparison with a value
+      that a sample does not have is false.
+    unique: a column; of samples with equal values the first one is kept. Hashes are compared by
+      their first 64 bits; all are held in memory, 8 bytes each.
+    ids: indices of the samples to choose from; all if None.
+
+  Returns:
+    The manifest, which is the content of out.json.
+
+  Raises:
+    ValueError: for a wrong rule, an unknown column, an id that is too large, or if no sample is
+      left.
   """
-  kept, taken = _filtered(source, rule) if rule else (np.arange(len(source)), {})
+  kept, removed = _filtered(source, rule) if rule else (np.arange(len(source)), {})
   if ids is not None:
     ids = np.unique(np.asarray(ids, np.int64))
     if ids.size and (ids[0] < 0 or ids[-1] >= len(source)):
@@ -122,43 +146,43 @@ def make_view(
         f" {len(source) - 1}"
       )
     chosen = np.intersect1d(kept, ids, assume_unique=True)
-    taken["not in the list"] = len(kept) - len(chosen)
+    removed["not in the list"] = len(kept) - len(chosen)
     kept = chosen
   if unique:
     values = np.concatenate([_words(_column(part, unique, source)) for part in _columns(source)])
     _, first = np.unique(values[kept], return_index=True)
-    taken[f"{unique} of a sample before"] = len(kept) - len(first)
+    removed[f"{unique} of a sample before"] = len(kept) - len(first)
     kept = kept[np.sort(first)]
   if not len(kept):
-    raise ValueError(f"{source!r}: no sample is left of {len(source)}: {taken}")
-  return _write(kept, taken, source, out, dict(source=spec, where=rule, unique=unique))
+    raise ValueError(f"{source!r}: no sample is left of {len(source)}: {removed}")
+  return _write(kept, removed, source, out, dict(source=spec, where=rule, unique=unique))
 
 
 def _filtered(source: Source, rule: str) -> tuple[np.ndarray, dict[str, int]]:
-  """The places of the samples for which `rule` holds; what its parts took, one after the other."""
+  """The indices of the samples for which `rule` holds; how many each part of it removed in turn."""
   tree = _parse(rule)
   top = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
-  found, first = [], 0
-  taken = {f"not {ast.unparse(part)}": 0 for part in top}
+  passed, first = [], 0
+  removed = {f"not {ast.unparse(part)}": 0 for part in top}
   for columns in _columns(source):
     size = len(next(iter(columns.values())))
     left = np.ones(size, bool)
     for part in top:
       holds = _evaluate(part, functools.partial(_column, columns, source=source))
       now = left & np.asarray(holds, bool)
-      taken[f"not {ast.unparse(part)}"] += int(left.sum() - now.sum())
+      removed[f"not {ast.unparse(part)}"] += int(left.sum() - now.sum())
       left = now
-    found.append(first + np.flatnonzero(left))
+    passed.append(first + np.flatnonzero(left))
     first += size
-  return np.concatenate(found), taken
+  return np.concatenate(passed), removed
 
 
 def _columns(source: Source) -> list[Columns]:
-  """The columns of each part of a source; those that only some parts have are NaN in the others."""
+  """The columns of each part of a source; columns that a part does not have are NaN there."""
   if not hasattr(source, "columns"):
     raise ValueError(
-      f"{source!r} has no columns to filter by; those of webdataset shards are"
-      " written by bigalign index --stats"
+      f"{source!r} has no columns to filter by; bigalign index --stats writes them for webdataset"
+      " shards"
     )
   parts: list[np.ndarray] = list(source.columns())
   if sum(map(len, parts)) != len(source):
@@ -183,7 +207,7 @@ def _column(columns: Columns, name: str, source: Source) -> np.ndarray:
 
 
 def _words(values: np.ndarray) -> np.ndarray:
-  """[N] or [N, 32] bytes → [N] uint64 to compare by."""
+  """[N] numbers or [N, 32] bytes → [N] uint64; equal values give equal numbers."""
   if values.ndim == 2:
     return np.ascontiguousarray(values[:, :8]).view("<u8")[:, 0]
   return np.ascontiguousarray(values, np.float64).view(np.uint64)
@@ -197,23 +221,23 @@ def _parse(text: str) -> Any:
 
 
 def _evaluate(node: Any, column: Callable[[str], np.ndarray]) -> Any:
-  """The value of an expression for every row: a closed list of node types, no names but columns.
+  """The value of an expression for every row; only columns, numbers and _OPERATIONS are allowed.
 
   Raises:
     ValueError: for anything else.
   """
 
-  def of(part: Any) -> Any:
+  def value_of(part: Any) -> Any:
     return _evaluate(part, column)
 
   with np.errstate(divide="ignore", invalid="ignore"):
     match node:
       case ast.BoolOp(op=op, values=values):
-        return _OPERATIONS[type(op)].reduce([of(value) for value in values])  # type: ignore
+        return _OPERATIONS[type(op)].reduce([value_of(value) for value in values])  # type: ignore
       case ast.Compare(left=left, ops=ops, comparators=rest) if all(
         type(op) in _OPERATIONS for op in ops
       ):
-        sides = [of(part) for part in (left, *rest)]
+        sides = [value_of(part) for part in (left, *rest)]
         return np.logical_and.reduce(
           [
             _OPERATIONS[type(op)](x, y) & ~(np.isnan(x) | np.isnan(y))
@@ -221,15 +245,15 @@ def _evaluate(node: Any, column: Callable[[str], np.ndarray]) -> Any:
           ]
         )
       case ast.BinOp(left=a, op=op, right=b) if type(op) in _OPERATIONS:
-        return _OPERATIONS[type(op)](of(a), of(b))
+        return _OPERATIONS[type(op)](value_of(a), value_of(b))
       case ast.UnaryOp(op=op, operand=a) if type(op) in _OPERATIONS:
-        return _OPERATIONS[type(op)](of(a))
+        return _OPERATIONS[type(op)](value_of(a))
       case ast.Constant(value=int() | float() as number):
         return np.float64(number)
       case ast.Name() | ast.Attribute():
         numbers = column(ast.unparse(node))
         if numbers.ndim != 1:
-          raise ValueError(f"where: the column {ast.unparse(node)!r} holds no numbers")
+          raise ValueError(f"where: the column {ast.unparse(node)!r} does not hold numbers")
         return numbers.astype(np.float64)
   raise ValueError(
     f"where: {ast.unparse(node)!r} is not allowed; write comparisons of columns and"
@@ -238,7 +262,7 @@ def _evaluate(node: Any, column: Callable[[str], np.ndarray]) -> Any:
 
 
 def _write(
-  kept: np.ndarray, taken: Mapping[str, int], source: Source, out: str, made_by: Mapping[str, str]
+  kept: np.ndarray, removed: Mapping[str, int], source: Source, out: str, made_by: Mapping[str, str]
 ) -> dict[str, Any]:
   low = (kept & 0xFFFFFFFF).astype("<u4")
   manifest = dict(
@@ -246,15 +270,15 @@ def _write(
     fingerprint=source.fingerprint,
     samples=len(source),
     kept=len(kept),
-    left_out=dict(taken),
+    left_out=dict(removed),
     kept_sha256=hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest(),
     **{"kept_per_2**32": np.bincount(kept >> 32).tolist()},
   )
   pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
-  # The manifest comes last: without it there is no view.
-  with storage.whole(f"{out}.npy") as file:
+  # The manifest is written last: a view is valid once it exists.
+  with storage.atomic_write(f"{out}.npy") as file:
     np.save(file, low)
-  with storage.whole(f"{out}.json") as file:
+  with storage.atomic_write(f"{out}.json") as file:
     file.write(json.dumps(manifest, indent=1).encode() + b"\n")
   return manifest
 
@@ -263,5 +287,5 @@ def _manifest(name: str) -> dict[str, Any]:
   path = pathlib.Path(f"{name}.json")
   if not path.is_file():
     raise FileNotFoundError(f"config.data.view={name!r}: no {path}; make it with bigalign view")
-  found: dict[str, Any] = json.loads(path.read_text())
-  return found
+  manifest: dict[str, Any] = json.loads(path.read_text())
+  return manifest

@@ -1,4 +1,4 @@
-"""Random access to webdataset .tar shards (img2dataset, CLIP_benchmark) as they are."""
+"""Random access to webdataset .tar shards, as img2dataset and CLIP_benchmark write them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,45 @@ from bigalign.data.files.patterns import expand_shards
 from bigalign.data.samples import members
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.tar import parse, sidecars, stats
-from bigalign.data.tar.remote_blocks import RUN, Runs
+from bigalign.data.tar.remote_blocks import BLOCK, RemoteBlocks
 from bigalign.data.tar.shards import Shards
 from bigalign.data.tar.sidecars import Sidecars
 
 
 class WebDataset:
-  """Random access to webdataset .tar shards as they are.
+  """Random access to webdataset .tar shards, local or remote, without unpacking them.
 
-  captions  fields in order of preference; the first that is there and not blank gives the
-            captions. "txt" is the member KEY.txt; "json.captions" the entry `captions` of
-            KEY.json, a string or a list of strings, "json.names.de" the entry `de` of an object
-            `names`; "recap.parquet:caption" the column `caption` of 00000.recap.parquet beside
-            00000.tar (sidecars.py).
-  KEY.cls holds the label; names of the classes are read from classnames.txt (one per line) in the
-  folder of the shards or the one above it. A source without any of the caption fields is an error
-  unless it has labels.
+  KEY.cls holds the label. The names of the classes are read from classnames.txt, one per line, in
+  the folder of the shards or in its parent. A source that has none of the caption fields is an
+  error unless it has labels.
 
-  block  consecutive samples that are fetched with one request and kept until all are read: an
-         order that stays within blocks pays; 1 on local disks, where any order is as good
+  `block` is the number of consecutive samples that are fetched with one request and kept until all
+  are read, so an order that stays within blocks is fast. It is 1 on local disks, where every order
+  is equally fast.
+
+  Args:
+    pattern: of the shards, such as DIR/{00000..00005}.tar.
+    captions: fields in order of preference; the captions are those of the first that is not blank.
+      "txt" is the member KEY.txt. "json.captions" is the entry `captions` of KEY.json, a string or
+      a list of strings; "json.names.de" the entry `de` of an object `names`.
+      "recap.parquet:caption" is the column `caption` of 00000.recap.parquet next to 00000.tar
+      (sidecars.py).
+
+  Raises:
+    ValueError: if there are no samples, or none of the caption fields.
+
+  Example:
+    >>> import io, tarfile, tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with tarfile.open(f"{folder.name}/00000.tar", "w") as tar:
+    ...   for name, data in (("cat.jpg", b"an encoded image"), ("cat.txt", b"a photo of a cat")):
+    ...     member = tarfile.TarInfo(name)
+    ...     member.size = len(data)
+    ...     tar.addfile(member, io.BytesIO(data))
+    >>> source = WebDataset(f"{folder.name}/*.tar", captions=("txt",))
+    >>> source[0]["key"], source[0]["captions"]
+    ('00000.tar/cat', ('a photo of a cat',))
+    >>> folder.cleanup()
   """
 
   def __init__(self, pattern: str, *, captions: Sequence[str] = ("txt",)):
@@ -45,10 +65,11 @@ class WebDataset:
         f"{pattern!r}: no samples in {len(self.shards.paths)} shards; members are "
         "named KEY.jpg, KEY.txt, KEY.json"
       )
-    self.block = RUN if self.shards.remote else 1
-    self._runs = Runs(self.shards, block=RUN) if self.shards.remote else None
-    self._held: tuple[int, tuple[int, str, dict[str, bytes]]] | None = None
-    self.classnames = classnames_beside(self.shards.paths[0])
+    self.block = BLOCK if self.shards.remote else 1
+    self._remote = RemoteBlocks(self.shards, block=BLOCK) if self.shards.remote else None
+    # (i, members of sample i) that `fields` read last.
+    self._last: tuple[int, tuple[int, str, dict[str, bytes]]] | None = None
+    self.classnames = classnames_near(self.shards.paths[0])
     self.fingerprint = self.shards.fingerprint
     self._sidecars = {
       name: Sidecars(self.shards, name, pattern=pattern)
@@ -64,35 +85,35 @@ class WebDataset:
     return len(self.shards)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    shard, name, found = self._members(i)
+    shard, name, fields = self._members(i)
     key = self._key(shard, name)
-    image = members.image(found)
+    image = members.image(fields)
     if image is None:
-      raise Rejected("no_image", f"{key} has {sorted(found)}")
+      raise Rejected("no_image", f"{key} has {sorted(fields)}")
     texts = {
       field: self._sidecars[field].texts(i, shard)
       if field in self._sidecars
-      else members.field_texts(found, field, key=key)
+      else members.field_texts(fields, field, key=key)
       for field in self.captions
     }
     return dict(
-      image=image, key=key, label=members.label(found, key=key), **members.captions(texts)
+      image=image, key=key, label=members.label(fields, key=key), **members.captions(texts)
     )
 
   def fields(self, i: int) -> dict[str, bytes]:
-    """The members of sample i by their extensions; its record does not fetch them once more."""
-    found = self._members(i)
-    self._held = i, found
-    return found[2]
+    """Returns {extension: bytes} of sample i; its record then needs no further read."""
+    sample = self._members(i)
+    self._last = i, sample
+    return sample[2]
 
   def key(self, i: int) -> str:
-    """The key of sample i; of a local shard nothing is read but the headers of its first member."""
+    """Returns the key of sample i; reads only the header of its first member if it is local."""
     shard = self.shards.shard(i)
     try:
       buffer: parse.Buffer = (
-        self._runs[i]
-        if self._runs
-        else storage.Window(
+        self._remote[i]
+        if self._remote
+        else storage.FileSlice(
           self.shards.paths[shard], *self.shards.span(i, shard), expect=self.shards.stat(shard)
         )
       )
@@ -100,79 +121,80 @@ class WebDataset:
         parse.split_name(member.name) for member in parse.members(buffer) if member is not None
       )
       return self._key(shard, next(filter(None, names))[0])
-    except (storage.Changed, parse.BrokenTar) as error:
-      raise self._told(error, i, shard) from error
+    except (storage.FileChanged, parse.BrokenTar) as error:
+      raise self._read_error(error, i, shard) from error
 
   def _key(self, shard: int, name: str) -> str:
     return f"{os.path.basename(self.shards.paths[shard])}/{name}"
 
   def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
-    """Begins to fetch the blocks of samples that will be read soon; of no use on local disks."""
-    if self._runs:
-      self._runs.prefetch(ids, hold=hold)
+    """Begins to fetch the blocks of samples that are read next; does nothing on local disks."""
+    if self._remote:
+      self._remote.prefetch(ids, hold=hold)
 
   def columns(self) -> Iterator[np.ndarray]:
-    """The columns for filters (stats.py) of each shard in order, [N] each, mapped into memory."""
+    """Yields the statistics (stats.py) of each shard in order, [N] each, mapped into memory."""
     for shard, path in enumerate(self.shards.paths):
       yield stats.load(
         os.path.basename(path),
-        self.shards.place(shard),
+        self.shards.index_folder(shard),
         self.shards.stat(shard),
         pattern=self.pattern,
       )
 
   def where(self, i: int) -> tuple[str, int, int]:
-    """The path of the shard of sample i, the place of i in it, and how many samples it holds."""
+    """Returns the path of the shard of sample i, its place there, and the samples of the shard."""
     shard = self.shards.shard(i)
     first = self.shards.firsts[shard]
     return self.shards.paths[shard], i - first, self.shards.firsts[shard + 1] - first
 
   def _members(self, i: int) -> tuple[int, str, dict[str, bytes]]:
-    """The shard of sample i, its key in there, and its members by field."""
+    """The shard of sample i, its key in there, and {extension: bytes}."""
     if not 0 <= i < len(self):
       raise IndexError(f"{self.pattern!r} has {len(self)} samples; asked for {i}")
-    if self._held and self._held[0] == i:
-      return self._held[1]
+    if self._last and self._last[0] == i:
+      return self._last[1]
     shard = self.shards.shard(i)
     path = self.shards.paths[shard]
     try:
       buffer = (
-        self._runs[i]
-        if self._runs
+        self._remote[i]
+        if self._remote
         else storage.read(path, *self.shards.span(i, shard), expect=self.shards.stat(shard))
       )
       return shard, *parse.sample(buffer)
-    except (storage.Changed, parse.BrokenTar) as error:
-      raise self._told(error, i, shard) from error
+    except (storage.FileChanged, parse.BrokenTar) as error:
+      raise self._read_error(error, i, shard) from error
 
-  def _told(self, error: Exception, i: int, shard: int) -> OSError:
-    """The error that says which sample could not be read."""
-    if isinstance(error, storage.Changed):
+  def _read_error(self, error: Exception, i: int, shard: int) -> OSError:
+    """The error that names the sample, or the command that indexes a changed shard again."""
+    if isinstance(error, storage.FileChanged):
       return self.shards.changed(error)
-    return OSError(f"{self.shards.paths[shard]}: sample {i} is not what was indexed: {error}")
+    return OSError(f"{self.shards.paths[shard]}: sample {i} differs from its index: {error}")
 
   def _check_fields(self) -> None:
+    """Raises ValueError if the shards have neither a caption field nor labels."""
     if not self.captions or self._sidecars or "cls" in self.shards.fields:
       return
     have = set(self.shards.fields)
     if "json" in self.shards.fields:
-      # The keys inside .json members are not indexed: a few samples stand for the rest.
+      # The index does not list the keys inside of .json members, so a few samples are read.
       for i in range(0, len(self), max(1, len(self) // 8)):
-        _, _, found = self._members(i)
-        with contextlib.suppress(Rejected):  # a broken one is counted when it is drawn
-          have |= {f"json.{key}" for key in members.read_json(found.get("json", b"{}"), key="")}
-    # Of "json.names.de" the entry `names` is looked for.
+        _, _, fields = self._members(i)
+        with contextlib.suppress(Rejected):  # a broken one is counted when training reads it
+          have |= {f"json.{key}" for key in members.read_json(fields.get("json", b"{}"), key="")}
+    # Of "json.names.de", the entry `names` is enough.
     if not have & {
       part for name in self.captions for part in (name, ".".join(name.split(".")[:2]))
     }:
       raise ValueError(
         f"{self.pattern!r}: no caption field {list(self.captions)} in these shards; "
-        f"the fields there are: {sorted(have)}. Set captions=(...) to one of them."
+        f"the fields are: {sorted(have)}. Set captions=(...) to one of them."
       )
 
 
-def classnames_beside(shard: str) -> tuple[str, ...]:
-  """The names in the classnames.txt of the folder of a shard or of the one above it."""
+def classnames_near(shard: str) -> tuple[str, ...]:
+  """Returns the names in the classnames.txt in the folder of a shard or its parent; () if none."""
   folder = pathlib.Path(shard).parent
   for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):
     if path.is_file():
@@ -181,16 +203,15 @@ def classnames_beside(shard: str) -> tuple[str, ...]:
 
 
 def read_classnames(path: pathlib.Path) -> tuple[str, ...]:
-  """The names of the classes, one per line; the label of a class is the number of its line, from 0.
+  """Returns the names of the classes in a file, one per line; the label is the line, from 0.
 
   Raises:
-    ValueError: for a blank line before the last name; leaving it out would move all labels after.
+    ValueError: for a blank line before the last name; to skip it would shift all labels after it.
   """
   names = tuple(line.strip() for line in path.read_text("utf-8").rstrip().splitlines())
   if "" in names:
     raise ValueError(
-      f"{path}: line {names.index('') + 1} is blank, but the place of a name is its "
-      "label; write the name of that class there, or take the line out if none is "
-      "missing"
+      f"{path}: line {names.index('') + 1} is blank, but the line number of a name is its label;"
+      " write the name of that class there, or remove the line if no class is missing"
     )
   return names

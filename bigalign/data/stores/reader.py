@@ -1,21 +1,21 @@
 """Embedding stores: rows of vectors in flat files, found by the id of their sample.
 
-A store is a folder. While it is written it holds, for each piece of the source and each process,
+A store is a folder. While it is written, it holds for each piece of the source and each process:
 
-  00012.3-of-8.vectors.npy   [N, D] float16, float32, or bfloat16 as its 16 bits; of towers' tokens
-                             [N, 1 + T, D]: the pooled vector, then the tokens, padding as zeros
+  00012.3-of-8.vectors.npy   [N, D] float16, float32, or bfloat16 as its 16 bits; with the tokens of
+                             a tower [N, 1 + T, D]: the pooled vector, then the tokens, zero-padded
   00012.3-of-8.samples.npy   [N, 2] uint64: the id of each row's sample, and its place in the source
-  00012.3-of-8.labels.npy    [N] int32, of images: the label of each, -1 for none
-  00012.3-of-8.json          rows, sums of the files, and what was left out; written last
+  00012.3-of-8.labels.npy    [N] int32, for images: the label of each, -1 for none
+  00012.3-of-8.json          rows, checksums of the files, and what was left out; written last
 
-and once all pieces are there
+Once all pieces exist, it also holds:
 
-  manifest.json              what was embedded with what, and the list of files
+  manifest.json              the sources, how they were embedded, and the list of files
   ids-….npy, rows-….npy      [rows] uint64: the ids in ascending order, and the row of each
 
-Rows of one sample (the captions of an image) stand side by side, in their order. Files are moved
-into place when they are whole, so a process may be killed at any time; a piece is redone unless all
-of its parts are there. All is mapped into memory and read where it is needed.
+Rows of one sample (the captions of an image) are adjacent, in their order. Each file is written
+atomically, so a process may be killed at any time; a piece is embedded again unless all of its
+parts exist. The files are mapped into memory.
 """
 
 from __future__ import annotations
@@ -32,59 +32,58 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bigalign.data.files.cache import Recent
+from bigalign.data.files.cache import LRUCache
 
 DTYPES = {name: np.dtype(name) for name in ("float16", "float32")} | {
   "bfloat16": np.dtype(ml_dtypes.bfloat16)
 }
 CHUNK = 1 << 22  # rows sorted or compared at a time
-# Files that stay mapped; each takes a descriptor, of which two stores and all else share a few.
+# Files that stay mapped. Each takes a descriptor, and a process with two stores has few of them.
 OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
 
 
-def sample_id(key: str) -> int:
-  """64 bits of the key of a sample: the same in every store, wherever its shards lie."""
-  return int.from_bytes(
-    hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
-  )
-
-
 def check_header(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:
-  """Raises ValueError if the vectors in a store are not what `expected` says."""
-  found = dict(tokens=0) | json.loads((folder / "header.json").read_text())
+  """Raises ValueError if the header of a store differs from `expected`; lists what differs."""
+  header = dict(tokens=0) | json.loads((folder / "header.json").read_text())
   wanted = json.loads(json.dumps(expected))
-  differ = [name for name in wanted if found.get(name) != wanted[name]]
-  if differ:
-    told = "\n".join(
-      f"  {name}: {found.get(name)!r} there, {wanted[name]!r} here" for name in differ
+  differing = [name for name in wanted if header.get(name) != wanted[name]]
+  if differing:
+    text = "\n".join(
+      f"  {name}: {header.get(name)!r} there, {wanted[name]!r} here" for name in differing
     )
     raise ValueError(
-      f"{folder} holds vectors that were made another way:\n{told}\nEmbed into"
-      " another folder, or use what they were made with."
+      f"{folder} holds vectors that were made another way:\n{text}\nEmbed into"
+      " another folder, or use the same towers and preprocessing."
     )
 
 
 def row_shape(header: Mapping[str, Any]) -> tuple[int, ...]:
-  """(D,), or (1 + T, D) where the header says of how many `tokens`."""
+  """Returns the shape of a row: (D,), or (1 + T, D) if the header has a number of `tokens`."""
   tokens = header.get("tokens", 0)
   return (1 + tokens, header["width"]) if tokens else (header["width"],)
 
 
 def finite(vectors: np.ndarray) -> np.ndarray:
-  """[N, ...] of any dtype of DTYPES → [N] bool: which rows hold neither NaN nor infinity."""
-  whole = np.isfinite(vectors.astype(np.float32))
-  return np.asarray(whole.all(tuple(range(1, vectors.ndim))))
+  """Returns which rows hold neither NaN nor infinity: [N, ...] of a dtype of DTYPES → [N] bool."""
+  is_finite = np.isfinite(vectors.astype(np.float32))
+  return np.asarray(is_finite.all(tuple(range(1, vectors.ndim))))
 
 
 class Store:
-  """A store that is whole, read only. Picklable: paths only, files are mapped on first use.
+  """A complete store, read-only. Picklable: holds paths; files are mapped on first use.
 
-  header  what was embedded with what. ids  hex digits that two stores of the same samples share.
-  fingerprint  hex digits that change if a file does. sources  what was embedded, one behind the
-  other: of each its name, how many `samples` it has and the `place` of the first.
+  Attributes:
+    header: the towers, the preprocessing, and the dtype and width of the vectors.
+    ids: hex digits that are equal for two stores of the same samples.
+    fingerprint: hex digits that change if a file changes.
+    sources: the sources that were embedded, in order: the name of each, its number of `samples`,
+      and the `place` of its first sample.
+
+  Args:
+    folder: of the store.
 
   Raises:
-    FileNotFoundError: for a folder that is none, or not whole yet.
+    FileNotFoundError: if the folder is not a store, or not a complete one.
   """
 
   def __init__(self, folder: str | pathlib.Path):
@@ -93,9 +92,9 @@ class Store:
     if not path.exists():
       begun = (self.folder / "header.json").exists()
       raise FileNotFoundError(
-        f"{self.folder} is no store yet: run the same `bigalign embed` again, it goes on"
+        f"{self.folder} is not a complete store yet: run the same `bigalign embed` again to resume"
         if begun
-        else f"{self.folder} is no embedding store; `bigalign embed` makes one"
+        else f"{self.folder} is not an embedding store; `bigalign embed` makes one"
       )
     manifest = json.loads(path.read_text())
     self.header, self.ids, self.left_out, self.sources = (
@@ -106,8 +105,9 @@ class Store:
     self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     self.dtype, self.width = DTYPES[self.header["dtype"]], self.header["width"]
     self.shape = row_shape(self.header)
-    self._mapped = Recent(self._map, room=OPEN)
-    self._sorted = Recent(self._map_index, room=2)  # stays: its files may go after two appends
+    self._mapped = LRUCache(self._map, capacity=OPEN)
+    # The index stays mapped, because two appends delete its files.
+    self._sorted = LRUCache(self._map_index, capacity=2)
 
   def __len__(self) -> int:
     return int(self._firsts[-1])
@@ -116,50 +116,58 @@ class Store:
     return f"Store({str(self.folder)!r})"
 
   def read(self, rows: np.ndarray) -> np.ndarray:
-    """[N] → [N, D], or [N, 1 + T, D], in the store's dtype."""
+    """Returns rows by their numbers: [N] → [N, D], or [N, 1 + T, D], in the store's dtype."""
     return self._gather("vectors", rows, np.empty((len(rows), *self.shape), self.dtype))
 
   def samples(self, rows: np.ndarray) -> np.ndarray:
-    """[N] → [N, 2] uint64: the id of each row's sample, and its place in what was embedded."""
+    """Returns [N, 2] uint64: the id of each row's sample, and its place in all sources."""
     return self._gather("samples", rows, np.empty((len(rows), 2), np.uint64))
 
   def labels(self, rows: np.ndarray) -> np.ndarray:
-    """[N] → [N] int32, of images: -1 without a label.
+    """Returns the labels of rows of images, [N] int32; -1 without a label.
 
     Raises:
-      ValueError: for a store of texts, or one that was written without labels.
+      ValueError: for a store without labels, such as a store of texts.
     """
     if any("labels" not in file["sums"] for file in self._files):
-      raise ValueError(f"{self.folder} holds no labels; `bigalign embed` writes those of images")
+      raise ValueError(f"{self.folder} holds no labels; `bigalign embed` writes them for images")
     return self._gather("labels", rows, np.empty(len(rows), np.int32))
 
   def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[N] uint64 → the first row of each sample, and how many it has, [N] int64; 0 if none."""
+    """Finds the rows of samples.
+
+    Args:
+      ids: [N] uint64, from sample_id.
+
+    Returns:
+      The first row of each sample [N], and its number of rows [N], int64; 0 rows if it is not in
+      the store.
+    """
     known, rows = self._sorted["ids"], self._sorted["rows"]
     first = np.searchsorted(known, ids, "left")
     count = np.searchsorted(known, ids, "right") - first
     return rows[np.minimum(first, len(known) - 1)].astype(np.int64), count
 
   def sorted_ids(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids in ascending order and their rows, a chunk at a time."""
+    """Yields ids in ascending order and their rows, a chunk at a time."""
     ids, rows = self._sorted["ids"], self._sorted["rows"]
     for start in range(0, len(ids), CHUNK):
       yield np.asarray(ids[start : start + CHUNK]), np.asarray(rows[start : start + CHUNK])
 
   def verify(self) -> Iterator[str]:
-    """What is wrong with the store, a sentence each: files that changed, rows that are no numbers.
+    """Yields a sentence for each fault of the store: files that changed, rows that are not finite.
 
-    Reads all of it.
+    Reads all files.
     """
     sums = dict(self._index)
     for file in self._files:
-      sums |= {f"{file['stem']}.{name}.npy": found for name, found in file["sums"].items()}
+      sums |= {f"{file['stem']}.{name}.npy": digest for name, digest in file["sums"].items()}
     for name, expected in sums.items():
       path = self.folder / name
       if not path.exists():
         yield f"{path} is missing"
       elif checksum(path) != expected:
-        yield f"{path} is not what was written: its sum differs"
+        yield f"{path} changed after it was written: its checksum differs"
     for number in range(len(self._files)):
       try:
         yield from self._not_finite(number)
@@ -167,7 +175,7 @@ class Store:
         yield f"{self._files[number]['stem']} cannot be read: {error}"
 
   def _not_finite(self, number: int) -> Iterator[str]:
-    """About the rows of a file that hold NaN or infinity."""
+    """Yields a sentence for rows of a file that hold NaN or infinity."""
     first, end = (int(x) for x in self._firsts[number : number + 2])
     step = max(1, (1 << 26) // math.prod(self.shape))
     for start in range(first, end, step):
@@ -175,21 +183,23 @@ class Store:
       bad = rows[~finite(self.read(rows))]
       if len(bad):
         places = self.samples(bad[:8])[:, 1].tolist()
+        rows_hold = "row holds" if len(bad) == 1 else "rows hold"
         yield (
-          f"{self._files[number]['stem']}: {len(bad)} rows hold NaN or infinity, of samples"
-          f" {places} first"
+          f"{self._files[number]['stem']}: {len(bad)} {rows_hold} NaN or infinity; the first"
+          f" samples: {places}"
         )
 
   def _gather(self, name: str, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Copies rows of an array of the files into `out`."""
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
       raise IndexError(f"{self!r} has {len(self)} rows; asked for {rows.min()} to {rows.max()}")
     which = np.searchsorted(self._firsts, rows, "right") - 1
     by_file = np.argsort(which, kind="stable")
     edges = np.flatnonzero(np.diff(which[by_file])) + 1
-    for mine in np.split(by_file, edges) if len(rows) else ():
-      number = which[mine[0]]
+    for chosen in np.split(by_file, edges) if len(rows) else ():
+      number = which[chosen[0]]
       array = self._mapped[self._files[number]["stem"], name]
-      out[mine] = array[rows[mine] - self._firsts[number]]
+      out[chosen] = array[rows[chosen] - self._firsts[number]]
     return out
 
   def _map_index(self, name: str) -> tuple[np.ndarray, int]:
@@ -203,6 +213,6 @@ class Store:
 
 
 def checksum(path: pathlib.Path) -> str:
-  """SHA-256 of a file, in hex."""
+  """Returns the SHA-256 of a file, in hex."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

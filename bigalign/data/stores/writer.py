@@ -1,4 +1,4 @@
-"""Writing embedding stores, piece by piece; store.py tells what they look like."""
+"""Writes embedding stores, piece by piece; reader.py documents the files."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigalign.data.files.storage import whole
+from bigalign.data.files.storage import atomic_write
 from bigalign.data.stores import reader
 
 
 class Range(NamedTuple):
-  """Where a source lies in a store.
+  """The pieces of a source in a store."""
 
-  first: its first piece. place: of its first sample, among those of all sources. next: the first
-  piece of its own that is missing. done: none is.
-  """
-
-  first: int
-  place: int
-  next: int
-  done: bool
+  first: int  # its first piece, counted over all sources
+  place: int  # of its first sample, counted over all sources
+  next: int  # its first piece that is missing, counted from its own first one
+  done: bool  # no piece is missing
 
 
 def begin(folder: pathlib.Path, header: Mapping[str, Any]) -> None:
-  """Makes the folder, or finds it made for the same vectors; `header` is what tells them apart.
+  """Makes the folder of a store, or checks that it was made for the same vectors.
+
+  Args:
+    folder: of the store.
+    header: the towers and the preprocessing; needs `dtype` and `width`.
 
   Raises:
-    ValueError: if it holds vectors of another tower or preprocessing; lists what differs. Without
-      `dtype` and `width` in the header.
+    ValueError: if the folder holds vectors of another tower or preprocessing (lists what differs),
+      or the header lacks `dtype` or `width`.
   """
   if header.get("dtype") not in reader.DTYPES or not isinstance(header.get("width"), int):
     raise ValueError(
       f"the header of {folder} needs `dtype`, one of {[*reader.DTYPES]}, and `width`,"
-      f" of its vectors, and holds {dict(header)}"
+      f" of its vectors; it is {dict(header)}"
     )
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / "header.json"
@@ -59,25 +59,34 @@ def claim(
   batches: int,
   write: bool,
 ) -> Range:
-  """The pieces of a source in a store: those that it has, or new ones behind all others.
+  """Returns the pieces of a source in a store: existing ones, or new ones after all others.
 
-  batches  of a piece. write: only one process may; all must claim before one fills.
+  All processes must claim before one of them writes a piece.
+
+  Args:
+    folder: of the store.
+    fingerprint: of the source.
+    samples: of the source.
+    name: of the source.
+    batch_size: rows of a global batch.
+    batches: per piece.
+    write: whether to write the claim; True in exactly one process.
 
   Raises:
-    ValueError: if another source is not whole yet, or this one was begun in other batches.
+    ValueError: if another source is incomplete, or this one was begun with another batch size.
   """
   path, piece = folder / "sources.json", batch_size * batches
   entries = json.loads(path.read_text()) if path.exists() else []
-  whole = pieces(folder)
+  complete = pieces(folder)
   entry = next((x for x in entries if x["fingerprint"] == fingerprint), None)
   if entry is None:
-    if entries and not any(entries[-1]["first"] <= found for found in whole):
-      entries.pop()  # it was named and never begun
+    if entries and not any(entries[-1]["first"] <= number for number in complete):
+      entries.pop()  # it was claimed but never begun
     for before in entries:
-      if _missing(before, whole):
+      if missing := len(_missing(before, complete)):
         raise ValueError(
-          f"{folder}: {len(_missing(before, whole))} pieces of {before['source']}"
-          " are still missing; embed it again to go on, then append another source"
+          f"{folder}: {missing} {'piece' if missing == 1 else 'pieces'} of {before['source']}"
+          " still missing; embed it again to resume, then append another source"
         )
     last = entries[-1] if entries else dict(first=0, samples=0, piece=1, place=0)
     entry = dict(
@@ -93,17 +102,18 @@ def claim(
       _write_json(path, [*entries, entry])
   if entry["batch_size"] != batch_size:
     raise ValueError(
-      f"{folder} was begun in batches of {entry['batch_size']}, which say what lies"
-      f" in which file; now they would have {batch_size}"
+      f"{folder} was begun with batch size {entry['batch_size']}, which decides what is in which"
+      f" file; the batch size is now {batch_size}"
     )
-  left = _missing(entry, whole)
+  left = _missing(entry, complete)
   count = -(-samples // piece)
   return Range(entry["first"], entry["place"], left[0] if left else count, not left)
 
 
-def _missing(entry: Mapping[str, Any], whole: Mapping[int, Any]) -> list[int]:
+def _missing(entry: Mapping[str, Any], complete: Mapping[int, Any]) -> list[int]:
+  """The pieces of a source that are missing, counted from its first one."""
   count = -(-entry["samples"] // entry["piece"])
-  return [i for i in range(count) if entry["first"] + i not in whole]
+  return [i for i in range(count) if entry["first"] + i not in complete]
 
 
 def write(
@@ -119,8 +129,18 @@ def write(
 ) -> None:
   """Writes this process's rows of a piece.
 
-  vectors [N, D], or [N, 1 + T, D], of store.DTYPES; samples [N, 2] uint64; labels [N] int32, of
-  images; left_out  how many samples, by reason.
+  Args:
+    folder: of the store.
+    piece: its number, counted over all sources.
+    vectors: [N, D] or [N, 1 + T, D], of a dtype of reader.DTYPES.
+    samples: [N, 2] uint64: the id of each row's sample, and its place.
+    labels: [N] int32, for images.
+    part: the number of this process.
+    parts: the number of processes.
+    left_out: {reason: number of samples without a row}.
+
+  Raises:
+    ValueError: if the dtype or shape differs from the header.
   """
   header = json.loads((folder / "header.json").read_text())
   shape = reader.row_shape(header)
@@ -131,12 +151,12 @@ def write(
     )
   stem = f"{piece:05}.{part}-of-{parts}"
   bits = vectors.view(np.uint16) if vectors.dtype == reader.DTYPES["bfloat16"] else vectors
-  (folder / f"{stem}.json").unlink(missing_ok=True)  # what it says will not be so any more
+  (folder / f"{stem}.json").unlink(missing_ok=True)  # marks the old files as complete
   arrays = {"vectors": bits, "samples": np.asarray(samples, np.uint64)}
   if labels is not None:
     arrays["labels"] = np.asarray(labels, np.int32)
   for name, array in arrays.items():
-    with whole(folder / f"{stem}.{name}.npy") as file:
+    with atomic_write(folder / f"{stem}.{name}.npy") as file:
       np.save(file, array, allow_pickle=False)
   sums = {name: reader.checksum(folder / f"{stem}.{name}.npy") for name in arrays}
   _write_json(
@@ -153,37 +173,39 @@ def write(
 
 
 def pieces(folder: pathlib.Path) -> dict[int, list[dict[str, Any]]]:
-  """{piece: its parts, in order} of the pieces of which all parts are there."""
-  found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+  """Returns {piece: its parts, in order} of the pieces of which all parts exist."""
+  by_piece: dict[tuple[int, int], list[dict[str, Any]]] = {}
   for path in folder.glob("*-of-*.json"):
-    one = json.loads(path.read_text()) | dict(stem=path.stem)
-    found.setdefault((one["piece"], one["parts"]), []).append(one)
+    part = json.loads(path.read_text()) | dict(stem=path.stem)
+    by_piece.setdefault((part["piece"], part["parts"]), []).append(part)
   return {
-    piece: sorted(some, key=lambda x: x["part"])
-    for (piece, parts), some in sorted(found.items())
-    if len(some) == parts
+    piece: sorted(existing, key=lambda part: part["part"])
+    for (piece, parts), existing in sorted(by_piece.items())
+    if len(existing) == parts
   }
 
 
 def finish(folder: pathlib.Path, *, captions: bool) -> None:
-  """Makes a store of the pieces; what lies there beside them stays.
+  """Makes a store of the pieces in a folder; other files in it stay.
 
-  captions  a sample may have several rows
+  Args:
+    folder: of the store.
+    captions: whether a sample may have several rows.
 
   Raises:
-    ValueError: if a piece is missing, an id belongs to two samples, or there is no row at all.
+    ValueError: if a piece is missing, an id belongs to two samples, or there are no rows.
   """
   header, sources = (
     json.loads((folder / f"{name}.json").read_text()) for name in ("header", "sources")
   )
-  whole = pieces(folder)
+  complete = pieces(folder)
   for entry in sources:
-    if _missing(entry, whole):
+    if _missing(entry, complete):
       raise ValueError(
-        f"{folder}: pieces {_missing(entry, whole)[:8]} of {entry['source']} are not"
-        " there; do all processes write to the same disk?"
+        f"{folder}: pieces {_missing(entry, complete)[:8]} of {entry['source']} are missing;"
+        " do all processes write to the same disk?"
       )
-  files = [part for parts in whole.values() for part in parts]
+  files = [part for parts in complete.values() for part in parts]
   path = folder / "manifest.json"
   before = json.loads(path.read_text()) if path.exists() else None
   if before and before["files"] == files:
@@ -206,39 +228,39 @@ def finish(folder: pathlib.Path, *, captions: bool) -> None:
       files=files,
     ),
   )
-  # Who reads the store as it was before may still want to open the index of then.
+  # A process that reads the store as it was before may still open the index of that time.
   known = {*index, *(before or dict(index={}))["index"]}
-  for one in [*folder.glob("ids-*.npy"), *folder.glob("rows-*.npy")]:
-    if one.name not in known:
-      one.unlink()
+  for index_file in [*folder.glob("ids-*.npy"), *folder.glob("rows-*.npy")]:
+    if index_file.name not in known:
+      index_file.unlink()
 
 
 def _index(
   folder: pathlib.Path, files: Sequence[Mapping[str, Any]], *, captions: bool
 ) -> tuple[str, dict[str, str]]:
-  """Writes the index of these files, beside that of others; (digits of the ids, {file: sum})."""
+  """Writes the index of these files; returns hex digits of the ids, and {file: checksum}."""
   count = sum(file["rows"] for file in files)
-  told = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
-  paths = [folder / f"{name}-{told}.npy" for name in ("ids", "rows")]
+  files_hash = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+  paths = [folder / f"{name}-{files_hash}.npy" for name in ("ids", "rows")]
   ids, rows = (
     np.lib.format.open_memmap(f"{path}.part", "w+", np.uint64, (count,)) for path in paths
   )
   digest, done = hashlib.sha256(), 0
-  for some in _by_high_bits(folder, files, count):
-    some = some[np.argsort(some[:, 0], kind="stable")]
-    again = some[1:, 0] == some[:-1, 0]
-    wrong = again & (some[1:, 2] != some[:-1, 2]) if captions else again
+  for chunk in _by_high_bits(folder, files, count):
+    chunk = chunk[np.argsort(chunk[:, 0], kind="stable")]
+    repeated = chunk[1:, 0] == chunk[:-1, 0]
+    wrong = repeated & (chunk[1:, 2] != chunk[:-1, 2]) if captions else repeated
     if wrong.any():
-      at = int(np.flatnonzero(wrong)[0])
+      i, number = int(np.flatnonzero(wrong)[0]), int(wrong.sum())
       raise ValueError(
-        f"{folder}: {int(wrong.sum())} rows have the id of another sample, first samples"
-        f" {int(some[at, 2])} and {int(some[at + 1, 2])}, so nobody could tell their pairs apart."
-        " Samples of several sources need names, a part of config.data.mixture each: delete the"
-        " folder and embed them so."
+        f"{folder}: {number} {'row has' if number == 1 else 'rows have'} the id of another sample,"
+        f" first samples {int(chunk[i, 2])} and {int(chunk[i + 1, 2])}, so their pairs cannot be"
+        " told apart. Give each of several sources a name, as parts of config.data.mixture: delete"
+        " the folder and embed them again."
       )
-    ids[done : done + len(some)], rows[done : done + len(some)] = some[:, 0], some[:, 1]
-    digest.update(some[:, 0][np.append(True, ~again)[: len(some)]].tobytes())
-    done += len(some)
+    ids[done : done + len(chunk)], rows[done : done + len(chunk)] = chunk[:, 0], chunk[:, 1]
+    digest.update(chunk[:, 0][np.append(True, ~repeated)[: len(chunk)]].tobytes())
+    done += len(chunk)
   for path, array in zip(paths, (ids, rows)):
     array.flush()
     pathlib.Path(f"{path}.part").replace(path)
@@ -248,7 +270,10 @@ def _index(
 def _by_high_bits(
   folder: pathlib.Path, files: Sequence[Mapping[str, Any]], count: int
 ) -> Iterator[np.ndarray]:
-  """[N, 3] uint64 (id, row, place) of all rows, by ascending ranges of ids that fit in memory."""
+  """Yields (id, row, place) of all rows, [N, 3] uint64, by ascending ranges of ids.
+
+  Each range fits in memory.
+  """
   bits = max(0, (count // reader.CHUNK).bit_length())
   with contextlib.ExitStack() as scratch:
     heaps = [scratch.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(1 << bits)]
@@ -256,12 +281,12 @@ def _by_high_bits(
     for file in files:
       samples = np.load(folder / f"{file['stem']}.samples.npy", mmap_mode="r", allow_pickle=False)
       for start in range(0, len(samples), reader.CHUNK):
-        some = np.asarray(samples[start : start + reader.CHUNK])
+        chunk = np.asarray(samples[start : start + reader.CHUNK])
         table = np.stack(
-          [some[:, 0], np.arange(row, row + len(some), dtype=np.uint64), some[:, 1]], 1
+          [chunk[:, 0], np.arange(row, row + len(chunk), dtype=np.uint64), chunk[:, 1]], 1
         )
-        row += len(some)
-        heap = some[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(some), np.uint64)
+        row += len(chunk)
+        heap = chunk[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(chunk), np.uint64)
         for i in np.unique(heap).tolist():
           heaps[i].write(table[heap == i].tobytes())
     for heap_file in heaps:
@@ -270,5 +295,5 @@ def _by_high_bits(
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-  with whole(path) as file:
+  with atomic_write(path) as file:
     file.write((json.dumps(value, indent=1) + "\n").encode())

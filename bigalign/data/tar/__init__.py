@@ -1,1 +1,1 @@
-"""Webdataset shards: headers, index, sidecars, remote blocks."""
+"""Webdataset tars: the index, samples by number, sidecars, statistics, remote blocks."""

@@ -1,24 +1,25 @@
-"""A sidecar of tar shards: where each sample lies, 4 bytes a sample, read as they are asked for.
+"""The index of tar shards: where each sample is, 4 bytes per sample, read from the disk on demand.
 
-One file per folder of shards, for those of them that were indexed, sorted by name:
+One file per folder of shards, for the shards that were indexed, sorted by name:
 
-  FOLDER/bigalign.index          beside the shards, which `bigalign index` writes
-  ROOT/NAME-HASH/bigalign.index  of a folder that cannot be written, a remote one, or one that was
-                                 indexed when it was opened; ROOT is $BIGALIGN_INDEX or
-                                 ~/.cache/bigalign/index, HASH that of the folder's absolute path
+  FOLDER/bigalign.index: next to the shards; `bigalign index` writes it.
+  ROOT/NAME-HASH/bigalign.index: for a folder that is read-only or remote, or that was indexed when
+    it was opened. ROOT is $BIGALIGN_INDEX or ~/.cache/bigalign/index; HASH is a hash of the
+    folder's absolute path.
 
 All numbers are little-endian:
 
   8 bytes     b"BAINDEX1"
-  8 bytes     S, the shards (uint32), and the bytes of the JSON text at the end (uint32)
-  8 bytes     E, the entries (uint64): samples + S
-  4 E bytes   uint32 entries: the first block of 512 bytes of each sample of a shard in order, then
-              the block after its last sample; then the next shard
+  8 bytes     S, the number of shards (uint32), and the bytes of the JSON text at the end (uint32)
+  8 bytes     E, the number of entries (uint64): samples + S
+  4 E bytes   uint32 entries: for each shard the first block of 512 bytes of each sample in order,
+              then the block after its last sample
   30 S bytes  TABLE, a row per shard
-  JSON        [names, lists of member extensions that TABLE's `fields` counts, {name: what broke
-              the tar off}]
-While shards are indexed, each has such a file of its own in bigalign.index.parts/, so that any
-number of processes or machines can work and stop and go on; they are merged at the end.
+  JSON        [names, lists of member extensions that TABLE's `fields` counts, {name: where the tar
+              is cut off}]
+
+While shards are indexed, each has such a file of its own in bigalign.index.parts/. So any number of
+processes or machines can work, stop and resume; the parts are merged at the end.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ MAGIC = b"BAINDEX1"
 HEADER = struct.Struct("<8sIIQ")
 TABLE = np.dtype(
   [
-    ("size", "<i8"),  # bytes of the shard, -1 of a remote one
+    ("size", "<i8"),  # bytes of the shard, -1 if it is remote
     ("stamp", "<u8"),  # storage.Stat.stamp
     ("digest", "<u8"),  # the first bytes of the SHA-256 of its name and entries
     ("entries", "<u4"),  # samples + 1
@@ -57,18 +58,27 @@ _PAIR = struct.Struct("<II")
 
 
 class Part(NamedTuple):
-  """What the index says of one shard."""
+  """The index of one shard."""
 
   name: str
   stat: storage.Stat
   digest: int
   entries: int  # samples + 1
-  fields: tuple[str, ...]
-  problem: str
+  fields: tuple[str, ...]  # extensions of the members
+  problem: str  # where the tar is cut off; "" if it is complete
 
 
 class Index:
-  """An index file: the table in memory, the entries on the disk, held open until `close`."""
+  """An index file: the table in memory, the entries on the disk.
+
+  The file stays open until `close`.
+
+  Args:
+    path: of the file.
+
+  Raises:
+    ValueError: if the file is incomplete or of another version.
+  """
 
   def __init__(self, path: str):
     self.path = path
@@ -80,18 +90,18 @@ class Index:
     size = TABLE.itemsize * shards + tail
     if magic != MAGIC or os.fstat(self._descriptor).st_size != after + size:
       raise ValueError(
-        f"{path}: not a whole index of this version ({magic!r}); remove it, and "
+        f"{path}: not a complete index of this version ({magic!r}); remove it, and "
         "run bigalign index again"
       )
     rest = os.pread(self._descriptor, size, after)
     self.table, text = np.frombuffer(rest, TABLE, shards), rest[len(rest) - tail :]
     self.names, self.fields, self.problems = json.loads(text)
     self.rows = {name: row for row, name in enumerate(self.names)}
-    # Entry first[row] is the first of a shard.
+    # Entry first[row] is the first one of a shard.
     self.first = np.cumsum(self.table["entries"], dtype=np.int64) - self.table["entries"]
 
   def part(self, row: int) -> Part:
-    """What it says of a shard."""
+    """Returns the index of one shard."""
     size, stamp, digest, entries, fields = self.table[row].tolist()
     name = self.names[row]
     return Part(
@@ -104,14 +114,14 @@ class Index:
     )
 
   def span(self, entry: int) -> tuple[int, int]:
-    """(first byte, byte after the last) of the sample with this entry."""
-    # A map would cost no call, but the kernel maps 16 pages around each, and an hour of random
-    # reads would count the whole index as memory of every worker.
+    """Returns (first byte, byte after the last) of the sample with this entry."""
+    # A memory map would need no system call. But the kernel maps 16 pages around each read, so that
+    # after an hour of random reads the whole index counts as memory of every worker.
     start, end = _PAIR.unpack(os.pread(self._descriptor, 8, HEADER.size + 4 * entry))
     return start * parse.BLOCK, end * parse.BLOCK
 
   def starts(self, row: int) -> np.ndarray:
-    """[entries] uint32; works after `close`."""
+    """Returns the entries of a shard, [entries] uint32; works after `close`."""
     return np.fromfile(
       self.path,
       "<u4",
@@ -121,92 +131,111 @@ class Index:
 
 
 def home(folder: str, root: str | None = None) -> str:
-  """Where the index of a folder goes if not beside the shards; under `root` if it is given."""
+  """Returns the folder of an index that is not next to its shards.
+
+  Args:
+    folder: of the shards.
+    root: of all such indexes; by default $BIGALIGN_INDEX or ~/.cache/bigalign/index.
+  """
   root = root or os.environ.get("BIGALIGN_INDEX") or "~/.cache/bigalign/index"
-  where = folder.rstrip("/") if storage.is_remote(folder) else os.path.abspath(folder)
-  name = f"{os.path.basename(where)}-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
+  absolute = folder.rstrip("/") if storage.is_remote(folder) else os.path.abspath(folder)
+  name = f"{os.path.basename(absolute)}-{hashlib.sha256(absolute.encode()).hexdigest()[:16]}"
   return os.path.join(os.path.expanduser(root), name)
 
 
-def places(folder: str) -> list[str]:
-  """Where a folder has an index: beside the shards, in its `home`, in both or nowhere."""
+def index_folders(folder: str) -> list[str]:
+  """Returns the folders that have an index of these shards: their own, its `home`, or both."""
   candidates = [home(folder)] if storage.is_remote(folder) else [folder, home(folder)]
-  return [place for place in candidates if os.path.exists(os.path.join(place, FILE))]
+  return [path for path in candidates if os.path.exists(os.path.join(path, FILE))]
 
 
-def index_shard(path: str, place: str) -> Part:
-  """Scans a shard and writes its part of the index that lies in `place`.
+def index_shard(path: str, index_folder: str) -> Part:
+  """Scans a shard and writes its part of the index.
 
-  Raises ValueError if it is no tar or its samples lie apart; a shard that breaks off keeps its
-  whole samples, and the part tells the problem.
+  Args:
+    path: of the shard.
+    index_folder: of the index.
+
+  Returns:
+    What was written. A shard that is cut off keeps its complete samples, and has a `problem`.
+
+  Raises:
+    ValueError: if the shard is empty or not a tar, or if members of a sample are not adjacent.
+    storage.FileChanged: if the shard was written meanwhile.
   """
   stat = storage.stat(path)
   if not stat.size:
     raise ValueError(f"{path}: the shard is an empty file (0 bytes); fetch it again")
-  with buffer_of(path) as buffer:
-    found = parse.scan(buffer, path=path)
-  storage.check(path, stat)  # not written while it was read
-  name, starts = os.path.basename(path), found.starts.astype("<u4")
+  with open_buffer(path) as buffer:
+    scan = parse.scan(buffer, path=path)
+  storage.check(path, stat)
+  name, starts = os.path.basename(path), scan.starts.astype("<u4")
   digest = hashlib.sha256(name.encode() + b"/" + starts.tobytes()).digest()
   part = Part(
-    name, stat, int.from_bytes(digest[:8], "little"), len(starts), found.fields, found.problem
+    name, stat, int.from_bytes(digest[:8], "little"), len(starts), scan.fields, scan.problem
   )
-  folder = os.path.join(place, PARTS)
+  folder = os.path.join(index_folder, PARTS)
   os.makedirs(folder, exist_ok=True)
   _write(os.path.join(folder, f"{part.name}.index"), [part], lambda file: file.write(starts.data))
   return part
 
 
 @contextlib.contextmanager
-def buffer_of(path: str) -> Iterator[parse.Buffer]:
-  """A file as bytes that are read where they are looked at."""
+def open_buffer(path: str) -> Iterator[parse.Buffer]:
+  """Opens a file, local or remote, as bytes that are read when they are sliced."""
   if storage.is_remote(path):
-    yield storage.Blocks(path)
+    yield storage.BlockReader(path)
     return
   with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
     yield buffer
 
 
-def locate(name: str, place: str) -> tuple[Index, int] | None:
-  """Where the index in `place` tells of a shard: (Index, row); a part goes before the whole."""
-  for path in (os.path.join(place, PARTS, f"{name}.index"), os.path.join(place, FILE)):
+def locate(name: str, index_folder: str) -> tuple[Index, int] | None:
+  """Returns (Index, row) of a shard, from its part if there is one; None if it is not indexed."""
+  for path in (
+    os.path.join(index_folder, PARTS, f"{name}.index"),
+    os.path.join(index_folder, FILE),
+  ):
     if os.path.exists(path):
-      found = Index(path)
-      if name in found.rows:
-        return found, found.rows[name]
+      index = Index(path)
+      if name in index.rows:
+        return index, index.rows[name]
   return None
 
 
-def current(paths: Sequence[str], place: str) -> dict[str, Part]:
-  """The shards that need no scan: path → what the index in `place` or its part says."""
+def current(paths: Sequence[str], index_folder: str) -> dict[str, Part]:
+  """Returns {path: Part} of the shards that did not change since they were indexed."""
   known: dict[str, Part] = {}
-  parts = os.path.join(place, PARTS)
+  parts = os.path.join(index_folder, PARTS)
   own = sorted(os.listdir(parts)) if os.path.isdir(parts) else []
-  for path in (os.path.join(place, FILE), *(os.path.join(parts, name) for name in own)):
+  for path in (os.path.join(index_folder, FILE), *(os.path.join(parts, name) for name in own)):
     if path.endswith(".index") and os.path.exists(path):
-      found = Index(path)
-      known |= {name: found.part(row) for name, row in found.rows.items()}
+      index = Index(path)
+      known |= {name: index.part(row) for name, row in index.rows.items()}
   pairs = [(path, known.get(os.path.basename(path))) for path in paths]
   return {path: part for path, part in pairs if part and part.stat == storage.stat(path)}
 
 
-def merge(folder: str, place: str) -> None:
-  """Puts the parts into the index in `place`, and leaves out the shards that are there no more."""
-  parts = os.path.join(place, PARTS)
+def merge(folder: str, index_folder: str) -> None:
+  """Merges the parts into the index, and drops shards that no longer exist.
+
+  Args:
+    folder: of the shards.
+    index_folder: of the index and its parts.
+  """
+  parts = os.path.join(index_folder, PARTS)
   if not os.path.isdir(parts):
     return
-  with storage.alone(parts, "bigalign index", wait=True):
-    whole = os.path.join(place, FILE)
-    fresh = sorted(
-      os.path.join(parts, name) for name in os.listdir(parts) if name.endswith(".index")
-    )
-    there = None if storage.is_remote(folder) else set(storage.names(folder))
+  with storage.locked(parts, "bigalign index", wait=True):
+    merged = os.path.join(index_folder, FILE)
+    new = sorted(os.path.join(parts, name) for name in os.listdir(parts) if name.endswith(".index"))
+    present = None if storage.is_remote(folder) else set(storage.names(folder))
     chosen: dict[str, tuple[Index, int]] = {}
-    for path in ([whole] if os.path.exists(whole) else []) + fresh:
+    for path in ([merged] if os.path.exists(merged) else []) + new:
       index = Index(path)
-      index.close()  # there may be more parts than files can be open
+      index.close()  # there may be more parts than a process can have open files
       chosen |= {
-        name: (index, row) for name, row in index.rows.items() if there is None or name in there
+        name: (index, row) for name, row in index.rows.items() if present is None or name in present
       }
     order = [chosen[name] for name in sorted(chosen)]
 
@@ -214,15 +243,15 @@ def merge(folder: str, place: str) -> None:
       for index, row in order:
         file.write(index.starts(row).data)
 
-    _write(whole, [index.part(row) for index, row in order], write_starts)
-    for path in fresh:
+    _write(merged, [index.part(row) for index, row in order], write_starts)
+    for path in new:
       os.unlink(path)
   with contextlib.suppress(OSError):  # another process may have begun a part
     os.rmdir(parts)
 
 
 def _write(path: str, parts: Sequence[Part], write_starts: Callable[[IO[bytes]], Any]) -> None:
-  """An index file."""
+  """Writes an index file; `write_starts` writes the entries of all parts to it."""
   fields = sorted({part.fields for part in parts})
   table = np.array(
     [(*part.stat, part.digest, part.entries, fields.index(part.fields)) for part in parts], TABLE
@@ -232,7 +261,7 @@ def _write(path: str, parts: Sequence[Part], write_starts: Callable[[IO[bytes]],
     [[part.name for part in parts], fields, problems], separators=(",", ":")
   ).encode()
 
-  with storage.whole(path, mark=storage.own_mark()) as file:
+  with storage.atomic_write(path, suffix=storage.unique_suffix()) as file:
     file.write(HEADER.pack(MAGIC, len(parts), len(tail), sum(part.entries for part in parts)))
     write_starts(file)
     file.write(table.tobytes() + tail)

@@ -1,7 +1,7 @@
-"""Where the samples of a webdataset shard lie, found by one pass over the headers of its tar.
+"""Finds the samples of a webdataset shard in one pass over the headers of its tar.
 
-A tar is a line of 512-byte blocks; a sample is a run of members with the same name up to the
-first dot. Shards are not converted or unpacked.
+A tar is a sequence of 512-byte blocks. A sample is a sequence of adjacent members whose names are
+equal up to the first dot. Shards are neither converted nor unpacked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HEADER = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
 
 
 class BrokenTar(ValueError):
-  """The bytes at `offset` are no tar header, or the data ends before the member does."""
+  """The bytes at `offset` are not a tar header, or the data ends inside a member."""
 
   def __init__(self, offset: int, what: str):
     super().__init__(offset, what)
@@ -44,12 +44,21 @@ class Member(NamedTuple):
 
 
 def sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
-  """The key of a sample and its members by field, from the bytes that an index says it lies in.
+  """Returns the key of a sample and its members.
 
-  The index was made from these bytes, and their checksums were right: those of plain headers are
-  not added up again. Raises BrokenTar as `members` does.
+  The checksums were right when the index was made, so those of plain headers are not computed
+  again.
+
+  Args:
+    buffer: the bytes of the sample in its shard, from the index.
+
+  Returns:
+    (key, {extension: bytes}).
+
+  Raises:
+    BrokenTar: as `members` does.
   """
-  key, found, offset, end = "", dict[str, bytes](), 0, len(buffer)
+  key, fields, offset, end = "", dict[str, bytes](), 0, len(buffer)
   while offset + BLOCK <= end:
     name, kind = buffer[offset : offset + 100], buffer[offset + 156 : offset + 157]
     # Nearly all headers: a plain file with a short name, its size in 11 octal digits, no prefix.
@@ -65,32 +74,34 @@ def sample(buffer: bytes) -> tuple[str, dict[str, bytes]]:
     named = split_name(_text(name))
     if named:
       key, field = named
-      found[field] = buffer[start : start + size]
+      fields[field] = buffer[start : start + size]
     offset = start + -(-size // BLOCK) * BLOCK
   else:
-    return key, found
+    return key, fields
   for member in members(buffer):
     named = split_name(member.name) if member else None
-    if member and named:  # all have one key
+    if member and named:  # all members of a sample have the same key
       key, field = named
-      found[field] = buffer[member.start : member.start + member.size]
-  return key, found
+      fields[field] = buffer[member.start : member.start + member.size]
+  return key, fields
 
 
 class Buffer(Protocol):
-  """Bytes that are only sliced: bytes, mmap, storage.Blocks."""
+  """Bytes that can be sliced: bytes, mmap, storage.BlockReader."""
 
   def __getitem__(self, part: slice, /) -> bytes: ...
 
 
 def members(buffer: Buffer) -> Iterator[Member | None]:
-  """The regular files of a tar; a None at the end if an end mark (a block of zeros) was met.
+  """Yields the regular files of a tar, then None if there is an end mark (a block of zeros).
 
-  Understands ustar prefixes, GNU long names and pax paths and sizes. Raises BrokenTar at the
-  first wrong header checksum and where the data ends inside a member.
+  Understands ustar prefixes, GNU long names, and pax paths and sizes.
+
+  Raises:
+    BrokenTar: at the first wrong header checksum, and if the data ends inside a member.
   """
   offset = 0
-  first: int | None = None  # where the extended headers of the coming member began
+  first: int | None = None  # where the extended headers of the next member began
   long_name: str | None = None
   pax: dict[bytes, bytes] = {}
   while header := buffer[offset : offset + BLOCK]:
@@ -100,15 +111,15 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
     if len(header) < BLOCK:
       raise BrokenTar(offset, "a header is cut off")
     name, digits, checksum, kind, magic, prefix = _HEADER.unpack(header)
-    # The lower half of Adler-32 is 1 + the sum of the bytes, modulo 65521, ten times as fast as
-    # sum; the checksum counts its own bytes as spaces.
+    # The checksum is the sum of the header's bytes, with its own bytes counted as spaces. The lower
+    # half of Adler-32 is 1 + this sum, modulo 65521, and ten times as fast as sum().
     total = _number(checksum, offset=offset) + sum(checksum) - 8 * 32 + 1
     if (total - zlib.adler32(header) % 65536) % 65521:
       raise BrokenTar(offset, "wrong header checksum")
     size = _number(digits, offset=offset)
     if kind in _REGULAR and b"size" in pax:
       size = _number(pax[b"size"], offset=offset, base=10)
-    elif kind in b"123456":  # links, devices and folders have no data, whatever the field says
+    elif kind in b"123456":  # links, devices and folders have no data, whatever their size
       size = 0
     start = offset + BLOCK
     end = start + -(-size // BLOCK) * BLOCK
@@ -122,7 +133,7 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
     elif kind not in (b"g", b"K"):
       if kind in _REGULAR:
         text = long_name or _text(pax.get(b"path", name))
-        # Old GNU tars keep times where POSIX ustar has the prefix.
+        # Old GNU tars keep times at the place of the prefix of POSIX ustar.
         if magic == b"ustar\0" and prefix[0] and not (long_name or b"path" in pax):
           text = f"{_text(prefix)}/{text}"
         yield Member(text, first, start, size, end)
@@ -131,9 +142,11 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-  """ "./a/b.seg.png" → ("a/b", "seg.png"); None for what is no member of a sample.
+  """Splits the name of a member: "./a/b.seg.png" → ("a/b", "seg.png").
 
-  No members: names without a dot, and those that start with one, as macOS writes ("._x.jpg").
+  Returns:
+    (key, extension), or None for files that do not belong to a sample: names without a dot, and
+    names that start with one, as macOS writes ("._x.jpg").
   """
   name = name.removeprefix("./")
   folder, slash, base = name.rpartition("/")
@@ -143,18 +156,24 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-  """Sample i of the shard lies in blocks starts[i] to starts[i + 1]."""
+  """The samples of a shard: sample i is in blocks starts[i] to starts[i + 1]."""
 
   starts: np.ndarray  # [N + 1] uint32, in blocks of 512 bytes
   keys: tuple[str, ...]  # of the samples, as split_name gives them
-  fields: tuple[str, ...]  # the extensions that occur, sorted
-  problem: str  # where and how the tar breaks off; "" if it does not
+  fields: tuple[str, ...]  # the extensions of all members, sorted
+  problem: str  # where and how the tar is cut off; "" if it is complete
 
 
 def scan(buffer: Buffer, *, path: str) -> Scan:
-  """Where the samples of a shard lie. Of a shard that breaks off, these are its whole samples.
+  """Finds the samples of a shard; of a shard that is cut off, its complete samples.
 
-  Raises ValueError if the bytes are no tar at all, or if members of a sample lie apart.
+  Args:
+    buffer: the shard.
+    path: names the shard in errors.
+
+  Raises:
+    ValueError: if the bytes are not a tar, if members of a sample are not adjacent, or if a member
+      occurs twice in a sample.
   """
   groups, problem = _groups(buffer, path=path)
   if not groups and problem:
@@ -163,7 +182,8 @@ def scan(buffer: Buffer, *, path: str) -> Scan:
       " access needs plain .tar: gunzip a .tar.gz, and fetch again what was saved as an error"
       " page."
     )
-  # The last one's members may be missing: it is whole only if it has what the one before it has.
+  # The last sample of a shard that is cut off counts as complete if it has the members of the one
+  # before it.
   if problem and len(groups) > 1 and groups[-1].fields < groups[-2].fields:
     groups.pop()
   _check_adjacent(groups, path=path)
@@ -185,7 +205,7 @@ class _Group:
 
 
 def _groups(buffer: Buffer, *, path: str) -> tuple[list[_Group], str]:
-  """The samples in order, and what broke the tar off ("" if nothing did)."""
+  """The samples in order, and where the tar is cut off ("" if it is complete)."""
   groups: list[_Group] = []
   end, end_mark = 0, False
   try:
@@ -215,14 +235,14 @@ def _check_adjacent(groups: list[_Group], *, path: str) -> None:
   for group in groups:
     if group.key in seen:
       raise ValueError(
-        f"{path}: members of sample {group.key!r} lie apart; webdataset wants the members of a"
-        " sample side by side. Rewrite the shard in order: tar --sort=name -cf NEW.tar FOLDER"
+        f"{path}: members of sample {group.key!r} are not adjacent, as webdataset"
+        " requires. Rewrite the shard in order: tar --sort=name -cf NEW.tar FOLDER"
       )
     seen.add(group.key)
 
 
 def _number(field: bytes, *, offset: int, base: int = 8) -> int:
-  """Text up to the first zero byte, or base 256 if the first bit is set (GNU, above 8 GiB)."""
+  """The number in a field: text up to the first zero; base 256 if the first bit is set (GNU)."""
   if field[:1] >= b"\x80":
     return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
   digits = field.partition(b"\0")[0].strip() or b"0"
@@ -230,7 +250,7 @@ def _number(field: bytes, *, offset: int, base: int = 8) -> int:
     number = int(digits, base)
   except ValueError:
     number = -1
-  if number < 0:  # would lead backwards, in a circle
+  if number < 0:  # a negative size would make the scan loop forever
     raise BrokenTar(offset, "wrong number in a header")
   return number
 
@@ -240,7 +260,7 @@ def _text(field: bytes) -> str:
 
 
 def _pax(data: bytes, *, offset: int) -> dict[bytes, bytes]:
-  """Records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record."""
+  """Parses records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record."""
   records = {}
   while data.strip(b"\0"):
     length, space, _ = data.partition(b" ")

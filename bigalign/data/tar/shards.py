@@ -1,4 +1,4 @@
-"""The samples of chosen shards, numbered in the order of the shards, and the bytes they lie in."""
+"""The samples of chosen shards: their numbers, in the order of the shards, and their bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +18,23 @@ from bigalign.data.tar import index
 
 logger = logging.getLogger(__name__)
 
-CHECKED = 1_000  # shards whose stamp is looked at on opening; the others when they are first read
-UNASKED = 50e9  # bytes of local shards that opening indexes by itself: a minute or so
+CHECKED = 1_000  # shards whose stamp is checked when they are opened; others when first read
+UNASKED = 50e9  # bytes of local shards that opening them indexes by itself: about a minute
 
 
 class Shards:
-  """Where sample i of these shards lies. Memory grows with the shards, not with the samples.
+  """Where each sample of these shards is. Memory grows with the shards, not with the samples.
 
   Pickles as the paths; another process opens the indexes for itself.
+
+  Args:
+    paths: of the shards.
+    pattern: names the shards in errors.
+
+  Raises:
+    ValueError: for remote shards, or many bytes of local ones, that are not indexed; gives the
+      command.
+    storage.FileChanged: if a shard changed since it was indexed.
   """
 
   def __init__(self, paths: Sequence[str], *, pattern: str):
@@ -36,18 +46,18 @@ class Shards:
     self.remote = False
     self._problems: dict[int, str] = {}
     for folder, (chosen, names) in patterns.by_folder(self.paths).items():
-      found = self._open(folder, names)
-      rows = [found.rows[name] for name in names]
-      table[chosen], first[chosen] = found.table[rows], found.first[rows]
-      self.fields.update(*(found.fields[k] for k in set(found.table["fields"][rows].tolist())))
+      opened = self._open(folder, names)
+      rows = [opened.rows[name] for name in names]
+      table[chosen], first[chosen] = opened.table[rows], opened.first[rows]
+      self.fields.update(*(opened.fields[k] for k in set(opened.table["fields"][rows].tolist())))
       for n in chosen:
-        self._indexes[n] = found
-      if found.problems:
+        self._indexes[n] = opened
+      if opened.problems:
         self._problems |= {
-          n: found.problems[name] for n, name in zip(chosen, names) if name in found.problems
+          n: opened.problems[name] for n, name in zip(chosen, names) if name in opened.problems
         }
       self.remote = self.remote or storage.is_remote(folder)
-    # Arrays of Python's own: bisect and indexing are several times faster than with numpy.
+    # array.array instead of numpy: bisect and indexing are several times faster.
     counts = table["entries"].astype(np.int64) - 1
     self.firsts = array.array("q", np.cumsum(np.append(0, counts)).tobytes())
     self._entries = array.array("q", first.tobytes())
@@ -58,103 +68,107 @@ class Shards:
     self._check()
     self._warn()
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[Any, ...]:
     return _reopen, (self.paths, self._pattern, self.fingerprint)
 
   def __len__(self) -> int:
     return self.firsts[-1]
 
   def shard(self, i: int) -> int:
-    """The shard of sample i."""
+    """Returns the number of the shard of sample i."""
     return bisect.bisect_right(self.firsts, i) - 1
 
   def span(self, i: int, shard: int) -> tuple[int, int]:
-    """The bytes [start, end) of sample i in its shard."""
+    """Returns the bytes [start, end) of sample i in its shard."""
     return self._indexes[shard].span(self._entries[shard] + i - self.firsts[shard])
 
   def stat(self, shard: int) -> storage.Stat:
-    """What the shard was when it was indexed."""
+    """Returns the Stat that the shard had when it was indexed."""
     size, stamp = self._stats
     return storage.Stat(size[shard], stamp[shard])
 
-  def place(self, shard: int) -> str:
-    """The folder of the shard's index."""
+  def index_folder(self, shard: int) -> str:
+    """Returns the folder of the shard's index."""
     return os.path.dirname(self._indexes[shard].path)
 
-  def changed(self, error: storage.Changed) -> storage.Changed:
-    """The error with the way on."""
-    return storage.Changed(f"{error}; index it again: bigalign index {shlex.quote(self._pattern)}")
+  def changed(self, error: storage.FileChanged) -> storage.FileChanged:
+    """Returns the error, with the command that indexes the shards again."""
+    command = f"bigalign index {shlex.quote(self._pattern)}"
+    return storage.FileChanged(f"{error}; index it again: {command}")
 
   def _open(self, folder: str, names: Sequence[str]) -> index.Index:
-    """The index of a folder, made first if it is missing and that is little work."""
-    found = _fittest(folder, names)
-    lacking = [os.path.join(folder, name) for name in names if not found or name not in found.rows]
-    if found and not lacking:
-      return found
+    """The index of a folder; makes it first if it is missing and takes little time."""
+    best = _best_index(folder, names)
+    missing = [os.path.join(folder, name) for name in names if not best or name not in best.rows]
+    if best and not missing:
+      return best
     own, remote = index.home(folder), storage.is_remote(folder)
-    size = 0 if remote else sum(storage.stat(path).size for path in lacking)
-    beside = found is not None and os.path.dirname(found.path) == folder
-    if remote or beside or size > UNASKED:
+    size = 0 if remote else sum(storage.stat(path).size for path in missing)
+    next_to_shards = best is not None and os.path.dirname(best.path) == folder
+    if remote or next_to_shards or size > UNASKED:
       raise ValueError(
-        f"{self._pattern!r}: {len(lacking)} of {len(names)} shards in {folder or os.curdir} are"
-        f" in no index (sought beside them and in {own}; the first: "
-        f"{os.path.basename(lacking[0])}). Build it, once: "
+        f"{self._pattern!r}: {len(missing)} of {len(names)} shards in {folder or os.curdir} are"
+        f" not in an index, neither next to them nor in {own} (the first: "
+        f"{os.path.basename(missing[0])}). Build it, once: "
         f"bigalign index {shlex.quote(self._pattern)}; after --out DIR, also set "
         "BIGALIGN_INDEX=DIR"
       )
-    logger.info("Indexing %d shards of %s, %.2g GB, into %s", len(lacking), folder, size / 1e9, own)
-    for path in lacking:
+    logger.info("Indexing %d shards of %s, %.2g GB, into %s", len(missing), folder, size / 1e9, own)
+    for path in missing:
       index.index_shard(path, own)
     index.merge(folder, own)
     return index.Index(os.path.join(own, index.FILE))
 
   def _check(self) -> None:
+    """Raises FileChanged if a local shard changed; looks at CHECKED of them."""
     step = -(-len(self.paths) // CHECKED)
     try:
       for n in range(0, len(self.paths), step):
-        if not storage.is_remote(self.paths[n]):  # a request each would take minutes
+        if not storage.is_remote(self.paths[n]):  # one request per shard would take minutes
           storage.check(self.paths[n], self.stat(n))
-    except storage.Changed as error:
+    except storage.FileChanged as error:
       raise self.changed(error) from None
 
   def _warn(self) -> None:
+    """Logs which shards are cut off."""
     for n, problem in list(self._problems.items())[:5]:
       logger.warning(
-        "%s: %s; the %d whole samples before it are used, what follows is lost",
+        "%s: %s; its first %d samples, which are complete, are used; the rest is lost",
         self.paths[n],
         problem,
         self.firsts[n + 1] - self.firsts[n],
       )
     if len(self._problems) > 5:
       logger.warning(
-        "%s: %d more of %d shards break off",
+        "%s: %d more of %d shards are cut off",
         self._pattern,
         len(self._problems) - 5,
         len(self.paths),
       )
 
 
-def _fittest(folder: str, names: Sequence[str]) -> index.Index | None:
-  """Of the indexes of a folder the one that is wrong about the fewest of these shards.
+def _best_index(folder: str, names: Sequence[str]) -> index.Index | None:
+  """Of the indexes of a folder, the one that is wrong about the fewest of these shards.
 
-  What lies in a folder that cannot be written can be old, and a newer index only lie elsewhere.
+  An index in a read-only folder can be old; a newer one can only be elsewhere.
   """
-  found = [index.Index(os.path.join(place, index.FILE)) for place in index.places(folder)]
-  if len(found) < 2:
-    return next(iter(found), None)
+  indexes = [index.Index(os.path.join(path, index.FILE)) for path in index.index_folders(folder)]
+  if len(indexes) < 2:
+    return next(iter(indexes), None)
 
-  def wrong(one: index.Index) -> int:
-    known = [name for name in names if name in one.rows]
-    looked = known[:: -(-len(known) // CHECKED) or 1]
+  def count_wrong(candidate: index.Index) -> int:
+    known = [name for name in names if name in candidate.rows]
+    checked = known[:: -(-len(known) // CHECKED) or 1]
     return (
       len(names)
       - len(known)
       + sum(
-        one.part(one.rows[name]).stat != storage.stat(os.path.join(folder, name)) for name in looked
+        candidate.part(candidate.rows[name]).stat != storage.stat(os.path.join(folder, name))
+        for name in checked
       )
     )
 
-  return min(found, key=wrong)  # of equals the one beside the shards
+  return min(indexes, key=count_wrong)  # on a tie, the one next to the shards
 
 
 def _reopen(paths: Sequence[str], pattern: str, fingerprint: str) -> Shards:

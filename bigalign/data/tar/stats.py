@@ -1,23 +1,22 @@
-"""What filters look at: one row of columns per sample, in the order of the samples of a shard.
+"""Statistics to filter by: one row of columns per sample, in the order of the samples of a shard.
 
-`bigalign index --stats` writes, beside the index, one file per shard: a numpy structured array [N]
+`bigalign index --stats` writes one file per shard next to the index: a numpy structured array [N]
 (.npy, little-endian, no pickle) whose row i belongs to sample i of the shard.
 
   bigalign.stats/00000.tar.STAMP.npy   STAMP: 16 hex digits, the time stamp of the shard in the
-                                       index. A shard that changed has no stats until they are
-                                       written again.
+                                       index. If a shard changes, its statistics must be written
+                                       again.
 
-  image_bytes      uint32          size of the image member; 0: the sample has no image
-  width, height    uint32          pixels, from the header of the image; 0: it has none that is
-                                   understood
+  image_bytes      uint32          size of the image member; 0 if the sample has no image
+  width, height    uint32          pixels, from the header of the image; 0 if it is not understood
   sha256           uint8 [32]      of the bytes of the image member, as img2dataset computes it
   length.FIELD     uint32          characters of the first caption of a caption field ("txt",
-                                   "json.caption", as in WebDataset), stripped; 0: none
-  json.KEY         float64         each number or boolean at the top of the .json members, NaN where
-                                   a sample has none; the keys are those of the shard, sorted
+                                   "json.caption", as in WebDataset), stripped; 0 if none
+  json.KEY         float64         each number or boolean at the top of the .json members, NaN if a
+                                   sample has none; the keys are those of the shard, sorted
 
-`WebDataset.columns()` gives these arrays, mapped into memory, shard by shard in the order of the
-source. Shards may differ in their json.KEY columns, not in the others.
+`WebDataset.columns()` yields these arrays, mapped into memory, shard by shard in the order of the
+source. Shards may differ in their json.KEY columns, but not in the others.
 """
 
 from __future__ import annotations
@@ -41,17 +40,26 @@ from bigalign.data.tar import index, parse
 FOLDER = "bigalign.stats"
 
 
-def path_of(name: str, place: str, stat: storage.Stat) -> str:
-  """Where the stats of a shard lie; `place` is the folder of its index."""
-  return os.path.join(place, FOLDER, f"{name}.{stat.stamp:016x}.npy")
+def path_of(name: str, index_folder: str, stat: storage.Stat) -> str:
+  """Returns the path of the statistics of a shard."""
+  return os.path.join(index_folder, FOLDER, f"{name}.{stat.stamp:016x}.npy")
 
 
-def load(name: str, place: str, stat: storage.Stat, *, pattern: str = "SHARDS") -> np.ndarray:
-  """The rows of a shard, mapped into memory.
+def load(
+  name: str, index_folder: str, stat: storage.Stat, *, pattern: str = "SHARDS"
+) -> np.ndarray:
+  """Returns the statistics of a shard, [N] of columns, mapped into memory.
 
-  Raises FileNotFoundError with the command that writes them.
+  Args:
+    name: of the shard.
+    index_folder: of its index.
+    stat: of the shard, from the index.
+    pattern: names the source in the error.
+
+  Raises:
+    FileNotFoundError: if they were not written; gives the command that writes them.
   """
-  path = path_of(name, place, stat)
+  path = path_of(name, index_folder, stat)
   if not os.path.exists(path):
     raise FileNotFoundError(
       f"{name} has no stats ({path}); write them: bigalign index --stats {shlex.quote(pattern)}"
@@ -59,26 +67,35 @@ def load(name: str, place: str, stat: storage.Stat, *, pattern: str = "SHARDS") 
   return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def is_current(name: str, place: str, stat: storage.Stat, captions: Sequence[str]) -> bool:
-  """Whether the stats are there, with the lengths of these caption fields."""
+def is_current(name: str, index_folder: str, stat: storage.Stat, captions: Sequence[str]) -> bool:
+  """Returns whether the statistics exist, with the lengths of these caption fields."""
   try:
-    have = load(name, place, stat).dtype.names or ()
+    have = load(name, index_folder, stat).dtype.names or ()
   except FileNotFoundError:
     return False
   return {f"length.{field}" for field in captions} <= set(have)
 
 
-def write(path: str, place: str, *, captions: Sequence[str]) -> None:
-  """Writes the stats of an indexed shard."""
+def write(path: str, index_folder: str, *, captions: Sequence[str]) -> None:
+  """Writes the statistics of an indexed shard.
+
+  Args:
+    path: of the shard.
+    index_folder: of its index.
+    captions: caption fields, of which lengths are written.
+
+  Raises:
+    ValueError: if the shard is not indexed.
+  """
   name = os.path.basename(path)
-  located = index.locate(name, place)
+  located = index.locate(name, index_folder)
   if located is None:
-    raise ValueError(f"{path} is not in the index in {place}")
-  found, row = located
-  part, first = found.part(row), int(found.first[row])
+    raise ValueError(f"{path} is not in the index in {index_folder}")
+  shard_index, row = located
+  part, first = shard_index.part(row), int(shard_index.first[row])
   rows = []
   for entry in range(first, first + part.entries - 1):
-    buffer = storage.read(path, *found.span(entry), expect=part.stat)
+    buffer = storage.read(path, *shard_index.span(entry), expect=part.stat)
     rows.append(_row(parse.sample(buffer)[1], captions))
   scores = sorted({key for row in rows for key in row if key.startswith("json.")})
   fixed = [("image_bytes", "<u4"), ("width", "<u4"), ("height", "<u4"), ("sha256", "u1", (32,))]
@@ -89,36 +106,38 @@ def write(path: str, place: str, *, captions: Sequence[str]) -> None:
   for i, values in enumerate(rows):
     for column, value in values.items():
       table[column][i] = value
-  os.makedirs(os.path.join(place, FOLDER), exist_ok=True)
-  with storage.whole(path_of(name, place, part.stat), mark=storage.own_mark()) as file:
+  os.makedirs(os.path.join(index_folder, FOLDER), exist_ok=True)
+  target = path_of(name, index_folder, part.stat)
+  with storage.atomic_write(target, suffix=storage.unique_suffix()) as file:
     np.save(file, table, allow_pickle=False)
 
 
-def _row(found: Mapping[str, bytes], captions: Sequence[str]) -> dict[str, Any]:
-  image = members.image(found) or b""
+def _row(fields: Mapping[str, bytes], captions: Sequence[str]) -> dict[str, Any]:
+  """The columns of one sample, from its members; columns that it does not have are missing."""
+  image = members.image(fields) or b""
   width, height = size_of(image)
   row: dict[str, Any] = dict(image_bytes=len(image), width=width, height=height)
   if image:
     row["sha256"] = np.frombuffer(hashlib.sha256(image).digest(), np.uint8)
   try:
-    entries = members.read_json(found["json"], key="") if "json" in found else {}
+    entries = members.read_json(fields["json"], key="") if "json" in fields else {}
   except Rejected:  # the loader counts it; a filter sees NaN
     entries = {}
-    found = {name: data for name, data in found.items() if name != "json"}
-  for field in captions:
-    row[f"length.{field}"] = len(next(iter(members.field_texts(found, field, key="")), ""))
+    fields = {name: data for name, data in fields.items() if name != "json"}
+  for name in captions:
+    row[f"length.{name}"] = len(next(iter(members.field_texts(fields, name, key="")), ""))
   return row | {
     f"json.{key}": value for key, value in entries.items() if isinstance(value, int | float)
   }
 
 
 def size_of(image: bytes) -> tuple[int, int]:
-  """(width, height) from the header of an image; zeros if it has none that is understood."""
+  """Returns (width, height) from the header of an image; zeros if it is not understood."""
   try:
     if image.startswith(b"\xff\xd8\xff"):
       height, width, _, _ = simplejpeg.decode_jpeg_header(image)
       return width, height
-    if image.startswith(b"\x89PNG") and len(image) >= 24:  # Pillow would not open a pixel bomb
+    if image.startswith(b"\x89PNG") and len(image) >= 24:  # Pillow refuses decompression bombs
       return int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
     with Image.open(io.BytesIO(image)) as opened:
       return opened.size

@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from bigalign.data.sources.base import expand_variables
+from bigalign.data.files.patterns import expand_variables
 from bigalign.data.text import clip_text
 
 
