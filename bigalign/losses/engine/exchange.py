@@ -1,7 +1,7 @@
-"""Columns that come by: the engine under `pairwise`, forward and backward, on one device or many.
+"""Distributes a TiledReduction over the mesh: streams the columns past each device's rows.
 
-Inside of a mesh every function here that begins with `_local` runs once per device (shard_map), on
-that device's rows and columns. A device's own columns are [m], a block that has come to it is [g].
+Functions that begin with `_local` run once per device (shard_map), on that device's rows and
+columns. A device's own columns are [m]; a block of columns that it receives is [g].
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding
 from bigalign.losses.engine import reductions, tiles
-from bigalign.losses.engine.reductions import Stat
-from bigalign.losses.engine.tiles import Arrays, Plan, What
+from bigalign.losses.engine.reductions import Partial
+from bigalign.losses.engine.tiles import Arrays, Plan, TiledReduction
 
-# --- over the mesh --------------------------------------------------------------------------------
+# --- communication --------------------------------------------------------------------------------
 
 
 def _gather(plan: Plan, x: Any) -> Any:
   return jax.lax.all_gather(x, plan.axes, tiled=True) if plan.axes else x
 
 
-# An axis of this many devices is summed over in two stages.
+# From this number of devices on, a mesh axis is reduced in two stages.
 STAGED = 64
 
 
 def _scatter(plan: Plan, x: Any) -> Any:
-  """Sums [g, ...] over the devices and leaves each with its own part.
+  """Sums [g, ...] over the devices and leaves each device with its own part (a reduce-scatter).
 
-  One axis after the other, and a long one in two stages: TPUs turn a reduce-scatter over more than
-  one direction of their torus into an all-reduce of the whole.
+  One axis after the other, and a long axis in two stages: TPUs turn a reduce-scatter over more than
+  one direction of their torus into an all-reduce of the whole array.
   """
   for axis in plan.axes:
     n = jax.lax.axis_size(axis)
     inner = max(k for k in range(1, math.isqrt(n) + 1) if n % k == 0) if n >= STAGED else 1
     if inner > 1:
-      places = np.arange(n).reshape(-1, inner)
-      x = jax.lax.psum_scatter(x, axis, axis_index_groups=places.T.tolist(), tiled=True)
-      x = jax.lax.psum_scatter(x, axis, axis_index_groups=places.tolist(), tiled=True)
+      groups = np.arange(n).reshape(-1, inner)
+      x = jax.lax.psum_scatter(x, axis, axis_index_groups=groups.T.tolist(), tiled=True)
+      x = jax.lax.psum_scatter(x, axis, axis_index_groups=groups.tolist(), tiled=True)
     elif n > 1:
       x = jax.lax.psum_scatter(x, axis, tiled=True)
   return x
 
 
-def _own_column_stats(plan: Plan, kind: str, a: Stat) -> Stat:
-  """A gathered block's statistics over this device's rows -> its own columns' over all rows."""
+def _scatter_reduction(plan: Plan, kind: str, a: Partial) -> Partial:
+  """A gathered block's reductions over this device's rows -> its own columns' over all rows."""
   if not plan.axes:
     return a
   if kind == "sum":
@@ -66,200 +66,223 @@ def _own_column_stats(plan: Plan, kind: str, a: Stat) -> Stat:
   return own, _scatter(plan, a[1] * jnp.exp(a[0] - reductions.finite(top)))
 
 
-def _next(plan: Plan, x: Any) -> Any:
-  """What the neighbour holds."""
+def _from_neighbour(plan: Plan, x: Any) -> Any:
+  """The arrays of the next device in the ring."""
   if not plan.axes:
     return x
   n = jax.lax.axis_size(plan.axes)
   return jax.lax.ppermute(x, plan.axes, [((i + 1) % n, i) for i in range(n)])
 
 
-def _placed(plan: Plan, arrays: Arrays, limit: int) -> Arrays:
-  """A device's arrays [n, ...] with their places in the batch, -1 for padding."""
+def _indexed(plan: Plan, arrays: Arrays, limit: int) -> Arrays:
+  """A device's arrays [n, ...] with their batch_index [n]: -1 for padding, from `limit` on."""
   n = next(iter(arrays.values())).shape[0]
-  at = jnp.arange(n, dtype=jnp.int32)
+  index = jnp.arange(n, dtype=jnp.int32)
   if plan.axes:
-    at += jax.lax.axis_index(plan.axes) * n
-  return {**arrays, "batch_index": jnp.where(at < limit, at, -1)}
+    index += jax.lax.axis_index(plan.axes) * n
+  return {**arrays, "batch_index": jnp.where(index < limit, index, -1)}
 
 
-def _wired(plan: Plan, columns: Arrays) -> Arrays:
-  """Features in the dtype of the wires."""
+def _narrowed(plan: Plan, arrays: Arrays) -> Arrays:
+  """Features in the dtype in which they are communicated."""
   return {
     k: x.astype(plan.dtype) if x.ndim > 1 and x.dtype == jnp.float32 else x
-    for k, x in columns.items()
+    for k, x in arrays.items()
   }
 
 
-def _segments(plan: Plan, own: dict[str, Arrays]) -> Any:
+def _segments(plan: Plan, local: dict[str, Arrays]) -> Any:
   """A device's own columns [m, ...] as [segments, m / segments, ...], padded."""
-  m = own["columns"]["batch_index"].shape[0]
+  m = local["columns"]["batch_index"].shape[0]
   size = -(-m // plan.segments) * plan.segments
   if size > m:
-    own = {part: tiles.padded(x, size) for part, x in own.items()}
-  return jax.tree.map(lambda x: rearrange(x, "(s k) ... -> s k ...", s=plan.segments), own)
+    local = {part: tiles.padded(x, size) for part, x in local.items()}
+  return jax.tree.map(lambda x: rearrange(x, "(s k) ... -> s k ...", s=plan.segments), local)
 
 
-def _visits(
+def _stream_columns(
   plan: Plan,
-  own: dict[str, Arrays],
-  visit: Callable[[Any, Any], tuple[Any, Any]],
+  local: dict[str, Arrays],
+  process: Callable[[Any, Any], tuple[Any, Any]],
   carry: Any,
-  travelling: Any,
-  home: Callable[[Any, Any], Any],
+  initial: Any,
+  merge: Callable[[Any, Any], Any],
 ) -> tuple[Any, Any]:
-  """Brings every block of columns to these rows once; returns the carry and what the devices found
-  for this device's own columns.
+  """Processes every block of columns once with this device's rows.
 
-  own: this device's columns and what belongs to them, [m, ...].
-  visit: (carry, block) -> (carry, found), with `found` [g, ...] for the block's columns.
-  travelling: for the ring, what a block carries before its first visit.
-  home: for the ring, (carried, found) -> carried; else (None, found) -> this device's own part.
+  Args:
+    plan: how the columns are distributed.
+    local: this device's own columns and their outputs, {"columns": {name: [m, ...]}, ...}.
+    process: (carry, block) -> (carry, result), with `result` [g, ...] for the block's columns.
+    carry: before the first block.
+    initial: for the ring, the accumulated result of a block that no device has processed.
+    merge: for the ring, (accumulated, result) -> accumulated; else (None, result) -> the sum over
+      the devices, of this device's own columns.
+
+  Returns:
+    The last carry, and the results of all devices for this device's own columns.
   """
-  m = own["columns"]["batch_index"].shape[0]
+  m = local["columns"]["batch_index"].shape[0]
   if plan.ring:
 
     def hop(state: Any, _: None) -> Any:
-      carry, block, carried = state
-      after = _next(plan, block)
-      carry, found = visit(carry, block)
-      return (carry, after, _next(plan, home(carried, found))), None
+      carry, block, accumulated = state
+      incoming = _from_neighbour(plan, block)
+      carry, result = process(carry, block)
+      return (carry, incoming, _from_neighbour(plan, merge(accumulated, result))), None
 
     hops = jax.lax.axis_size(plan.axes) if plan.axes else 1
-    (carry, _, carried), _ = jax.lax.scan(hop, (carry, own, travelling), length=hops)
-    return carry, carried
+    (carry, _, accumulated), _ = jax.lax.scan(hop, (carry, local, initial), length=hops)
+    return carry, accumulated
 
   def segment(carry: Any, part: Any) -> Any:
-    carry, found = visit(carry, _gather(plan, part))
-    return carry, home(None, found)
+    carry, result = process(carry, _gather(plan, part))
+    return carry, merge(None, result)
 
   if plan.segments == 1:
-    return segment(carry, own)
-  carry, found = jax.lax.scan(segment, carry, _segments(plan, own))
-  return carry, jax.tree.map(lambda x: rearrange(x, "s k ... -> (s k) ...")[:m], found)
+    return segment(carry, local)
+  carry, results = jax.lax.scan(segment, carry, _segments(plan, local))
+  return carry, jax.tree.map(lambda x: rearrange(x, "s k ... -> (s k) ...")[:m], results)
 
 
-def _local_forward(what: What, rows: Arrays, columns: Arrays, shared: Arrays) -> Arrays:
-  plan, kinds = what.plan, {name: kind.split("_") for name, kind in what.outputs}
-  rows = _placed(plan, tiles.wide(_wired(plan, rows)), plan.rows)
-  own = {"columns": _placed(plan, _wired(plan, columns), plan.columns)}
+def _local_forward(
+  reduction: TiledReduction, rows: Arrays, columns: Arrays, shared: Arrays
+) -> Arrays:
+  """{name: [n] or [m]}: the outputs of this device's own rows and columns."""
+  plan, kinds = reduction.plan, {name: kind.split("_") for name, kind in reduction.outputs}
+  rows = _indexed(plan, tiles.widened(_narrowed(plan, rows)), plan.rows)
+  local = {"columns": _indexed(plan, _narrowed(plan, columns), plan.columns)}
   dtype = jnp.result_type(jnp.float32, *tiles.split(rows)[0].values())
-  n, m = (x["batch_index"].shape[0] for x in (rows, own["columns"]))
+  n, m = (x["batch_index"].shape[0] for x in (rows, local["columns"]))
 
-  def home(carried: Any, found: dict[str, Stat]) -> dict[str, Stat]:
-    if carried is None:
-      return {k: _own_column_stats(plan, kinds[k][1], x) for k, x in found.items()}
-    return {k: reductions.join(kinds[k][1], carried[k], x) for k, x in found.items()}
+  def merge(accumulated: Any, result: dict[str, Partial]) -> dict[str, Partial]:
+    if accumulated is None:
+      return {k: _scatter_reduction(plan, kinds[k][1], x) for k, x in result.items()}
+    return {k: reductions.combine(kinds[k][1], accumulated[k], x) for k, x in result.items()}
 
-  found, col = _visits(
+  of_rows, of_columns = _stream_columns(
     plan,
-    own,
-    lambda stats, block: tiles.forward(what, rows, shared, block, stats),
+    local,
+    lambda partials, block: tiles.forward(reduction, rows, shared, block, partials),
     {k: reductions.empty(kind, n, dtype) for k, (side, kind) in kinds.items() if side == "row"},
     {k: reductions.empty(kind, m, dtype) for k, (side, kind) in kinds.items() if side == "col"},
-    home,
+    merge,
   )
-  return {k: reductions.done(kinds[k][1], x) for k, x in {**found, **col}.items()}
+  return {k: reductions.result(kinds[k][1], x) for k, x in {**of_rows, **of_columns}.items()}
 
 
 def _local_backward(
-  what: What, rows: Arrays, columns: Arrays, shared: Arrays, cts: Arrays, found: Arrays
+  reduction: TiledReduction,
+  rows: Arrays,
+  columns: Arrays,
+  shared: Arrays,
+  cts: Arrays,
+  values: Arrays,
 ) -> tuple[Arrays, Arrays, Arrays, jax.Array]:
   """d rows, d columns, d shared, and the sum of all entries if there are no outputs."""
-  plan = what.plan
-  rows = _placed(plan, tiles.wide(_wired(plan, rows)), plan.rows)
-  own_columns = _placed(plan, _wired(plan, columns), plan.columns)
+  plan = reduction.plan
+  rows = _indexed(plan, tiles.widened(_narrowed(plan, rows)), plan.rows)
+  local_columns = _indexed(plan, _narrowed(plan, columns), plan.columns)
 
-  def side(name: str) -> dict[str, Arrays]:
-    named = [k for k, kind in what.outputs if kind.startswith(name)]
-    return {"ct": {k: cts[k] for k in named}, "found": {k: found[k] for k in named}}
+  def outputs_of(side: str) -> dict[str, Arrays]:
+    names = [k for k, kind in reduction.outputs if kind.startswith(side)]
+    return {"cotangents": {k: cts[k] for k in names}, "values": {k: values[k] for k in names}}
 
-  def home(carried: Any, d_block: Arrays) -> Arrays:
+  def merge(accumulated: Any, d_block: Arrays) -> Arrays:
     return (
       jax.tree.map(lambda x: _scatter(plan, x), d_block)
-      if carried is None
-      else tiles.add(carried, d_block)
+      if accumulated is None
+      else tiles.add(accumulated, d_block)
     )
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
-  row_in = tiles.split(rows, what.fixed)[0]
+  row_in = tiles.split(rows, reduction.fixed)[0]
   value = jnp.zeros((), jnp.result_type(jnp.float32, *row_in.values()))
-  (d_rows, d_shared, value), d_columns = _visits(
+  (d_rows, d_shared, value), d_columns = _stream_columns(
     plan,
-    {"columns": own_columns, **side("col")},
-    lambda sums, block: tiles.backward(what, rows, shared, side("row"), block, sums),
+    {"columns": local_columns, **outputs_of("col")},
+    lambda sums, block: tiles.backward(reduction, rows, shared, outputs_of("row"), block, sums),
     (zeros(row_in), zeros(tiles.split(shared)[0]), value),
-    zeros(tiles.split(columns, what.fixed)[0]),
-    home,
+    zeros(tiles.split(columns, reduction.fixed)[0]),
+    merge,
   )
   if plan.axes:
     d_shared, value = jax.lax.psum((d_shared, value), plan.axes)
   return d_rows, d_columns, d_shared, value
 
 
-# --- global view ----------------------------------------------------------------------------------
+# --- global arrays --------------------------------------------------------------------------------
 
 
-def _fit(arrays: Arrays) -> Arrays:
-  """Padded so that every device has as many."""
+def _padded(arrays: Arrays) -> Arrays:
+  """Arrays padded so that they divide over the devices."""
   n = next(iter(arrays.values())).shape[0]
   _, parts = sharding.devices()
   size = -(-n // parts) * parts
   return tiles.padded(arrays, size) if size > n else arrays
 
 
+def _padded_each(arrays: Arrays) -> Arrays:
+  return {k: _padded({k: x})[k] for k, x in arrays.items()}
+
+
 def _cut(arrays: Arrays, like: Arrays) -> Arrays:
+  """Arrays cut to the length of `like`."""
   n = next(iter(like.values())).shape[0]
   return {k: x[:n] for k, x in arrays.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def reduce(what: What, rows: Arrays, columns: Arrays, shared: Arrays) -> Arrays:
-  """See pairwise.reduce."""
-  split = P(what.plan.axes)
-  found = sharding.on_each_device(
-    functools.partial(_local_forward, what), (split, split, P()), split
-  )(_fit(rows), _fit(columns), shared)
+def reduce(reduction: TiledReduction, rows: Arrays, columns: Arrays, shared: Arrays) -> Arrays:
+  """{name: [N] or [M]}: the outputs of a reduction; see Engine.reduce."""
+  split = P(reduction.plan.axes)
+  outputs = sharding.on_each_device(
+    functools.partial(_local_forward, reduction), (split, split, P()), split
+  )(_padded(rows), _padded(columns), shared)
   return {
-    k: found[k][: what.plan.rows if kind.startswith("row") else what.plan.columns]
-    for k, kind in what.outputs
+    k: outputs[k][: reduction.plan.rows if kind.startswith("row") else reduction.plan.columns]
+    for k, kind in reduction.outputs
   }
 
 
-def _reduce_forward(what: What, rows: Arrays, columns: Arrays, shared: Arrays) -> Any:
-  found = reduce(what, rows, columns, shared)
-  return found, (rows, columns, shared, found)
+def _reduce_forward(
+  reduction: TiledReduction, rows: Arrays, columns: Arrays, shared: Arrays
+) -> Any:
+  outputs = reduce(reduction, rows, columns, shared)
+  return outputs, (rows, columns, shared, outputs)
 
 
-def _reduce_backward(what: What, saved: Any, cts: Arrays) -> Any:
-  rows, columns, shared, found = saved
-  d_rows, d_columns, d_shared, _ = _gradients(what, rows, columns, shared, cts, found)
+def _reduce_backward(reduction: TiledReduction, saved: Any, cts: Arrays) -> Any:
+  rows, columns, shared, outputs = saved
+  d_rows, d_columns, d_shared, _ = _gradients(reduction, rows, columns, shared, cts, outputs)
   return d_rows, d_columns, d_shared
 
 
 def _gradients(
-  what: What, rows: Arrays, columns: Arrays, shared: Arrays, cts: Arrays, found: Arrays
+  reduction: TiledReduction,
+  rows: Arrays,
+  columns: Arrays,
+  shared: Arrays,
+  cts: Arrays,
+  values: Arrays,
 ) -> tuple[Arrays, Arrays, Arrays, jax.Array]:
-  split = P(what.plan.axes)
+  """d rows, d columns, d shared, and the sum of all entries if there are no outputs."""
+  split = P(reduction.plan.axes)
   d_rows, d_columns, d_shared, value = sharding.on_each_device(
-    functools.partial(_local_backward, what),
+    functools.partial(_local_backward, reduction),
     (split, split, P(), split, split),
     (split, split, P(), P()),
-  )(_fit(rows), _fit(columns), shared, *(_fit_each(x) for x in (cts, found)))
+  )(_padded(rows), _padded(columns), shared, *(_padded_each(x) for x in (cts, values)))
   return (
-    _all_of(rows, _cut(d_rows, rows)),
-    _all_of(columns, _cut(d_columns, columns)),
-    _all_of(shared, d_shared),
+    _with_zeros(rows, _cut(d_rows, rows)),
+    _with_zeros(columns, _cut(d_columns, columns)),
+    _with_zeros(shared, d_shared),
     value,
   )
 
 
-def _fit_each(arrays: Arrays) -> Arrays:
-  return {k: _fit({k: x})[k] for k, x in arrays.items()}
-
-
-def _all_of(arrays: Arrays, gradients: Arrays) -> dict[str, Any]:
-  """Gradients of all: zeros for what is fixed, JAX's own kind of zero for integers."""
+def _with_zeros(arrays: Arrays, gradients: Arrays) -> dict[str, Any]:
+  """Gradients of all arrays: zeros for fixed ones, JAX's float0 zeros for integers."""
 
   def zeros(x: jax.Array) -> Any:
     real = jnp.issubdtype(x.dtype, jnp.inexact)
@@ -272,24 +295,24 @@ reduce.defvjp(_reduce_forward, _reduce_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def total(what: What, rows: Arrays, columns: Arrays, shared: Arrays) -> jax.Array:
-  """See pairwise.total."""
+def total(reduction: TiledReduction, rows: Arrays, columns: Arrays, shared: Arrays) -> jax.Array:
+  """[]: the sum of all entries; see Engine.total."""
 
   def tile(row: Arrays, col: Arrays, shared: Arrays) -> Arrays:
-    values = list(what.tile(row, col, shared).values())
+    values = list(reduction.tile(row, col, shared).values())
     return {"row": functools.reduce(jnp.add, values)}
 
-  each = dataclasses.replace(what, tile=tile, outputs=(("row", "row_sum"),))
-  return reduce(each, rows, columns, shared)["row"].sum()
+  by_row = dataclasses.replace(reduction, tile=tile, outputs=(("row", "row_sum"),))
+  return reduce(by_row, rows, columns, shared)["row"].sum()
 
 
-def _total_forward(what: What, rows: Arrays, columns: Arrays, shared: Arrays) -> Any:
-  d_rows, d_columns, d_shared, value = _gradients(what, rows, columns, shared, {}, {})
+def _total_forward(reduction: TiledReduction, rows: Arrays, columns: Arrays, shared: Arrays) -> Any:
+  d_rows, d_columns, d_shared, value = _gradients(reduction, rows, columns, shared, {}, {})
   return value, (d_rows, d_columns, d_shared)
 
 
-def _total_backward(what: What, saved: Any, ct: jax.Array) -> Any:
-  del what
+def _total_backward(reduction: TiledReduction, saved: Any, ct: jax.Array) -> Any:
+  del reduction
 
   def scaled(x: Any) -> Any:
     return x if x.dtype == jax.dtypes.float0 else x * ct

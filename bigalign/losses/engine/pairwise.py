@@ -115,8 +115,8 @@ class Engine:
     if plan is None:
       rows, columns = (self._as_communicated(x, fixed) for x in (rows, columns))
       return tiles.dense(tile, dict(outputs), rows, columns, dict(shared or {}))
-    what = tiles.What(tile, tuple(outputs.items()), frozenset(fixed), plan)
-    return exchange.reduce(what, dict(rows), dict(columns), dict(shared or {}))
+    reduction = tiles.TiledReduction(tile, tuple(outputs.items()), frozenset(fixed), plan)
+    return exchange.reduce(reduction, dict(rows), dict(columns), dict(shared or {}))
 
   def total(
     self,
@@ -136,8 +136,8 @@ class Engine:
     if plan is None:
       rows, columns = (self._as_communicated(x, fixed) for x in (rows, columns))
       return tiles.dense_total(tile, rows, columns, dict(shared or {}))
-    what = tiles.What(tile, (), frozenset(fixed), plan)
-    return exchange.total(what, dict(rows), dict(columns), dict(shared or {}))
+    reduction = tiles.TiledReduction(tile, (), frozenset(fixed), plan)
+    return exchange.total(reduction, dict(rows), dict(columns), dict(shared or {}))
 
   def _rounded(self, x: jax.Array) -> jax.Array:
     """x rounded to the engine's dtype, as the products see it, with the gradient of x."""

@@ -1,4 +1,4 @@
-"""What a tile leaves of its rows and columns: sums, maxima, logs of sums of exponentials."""
+"""Reductions of logit tiles over an axis, built up part by part: sum, max and log-sum-exp (lse)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Stat = tuple[jax.Array, ...]  # what has been seen so far: (sum,), (max,) or (max, sum of exp)
+# The reduction of the entries so far: (sum,), (max,) or, for an lse, (max, sum of exp(x - max)).
+Partial = tuple[jax.Array, ...]
 
 
-def empty(kind: str, n: int, dtype: Any) -> Stat:
-  """The statistic of nothing, [n]."""
+def empty(kind: str, n: int, dtype: Any) -> Partial:
+  """The reduction of no entries, [n]."""
   zeros, low = jnp.zeros(n, dtype), jnp.full(n, -jnp.inf, dtype)
   return {"sum": (zeros,), "max": (low,), "lse": (low, zeros)}[kind]
 
 
-def of(kind: str, v: jax.Array, axis: int) -> Stat:
-  """The statistic of a tile [n, m] over one of its axes."""
+def of_tile(kind: str, v: jax.Array, axis: int) -> Partial:
+  """The reduction of a tile [n, m] over one of its axes."""
   if kind == "sum":
     return (v.sum(axis),)
   top = jax.lax.stop_gradient(v.max(axis))
@@ -26,8 +27,8 @@ def of(kind: str, v: jax.Array, axis: int) -> Stat:
   return top, jnp.exp(v - jnp.expand_dims(finite(top), axis)).sum(axis)
 
 
-def join(kind: str, a: Stat, b: Stat) -> Stat:
-  """The statistic of what both have seen."""
+def combine(kind: str, a: Partial, b: Partial) -> Partial:
+  """The reduction of the entries of both."""
   if kind == "sum":
     return (a[0] + b[0],)
   top = jnp.maximum(a[0], b[0])
@@ -37,24 +38,31 @@ def join(kind: str, a: Stat, b: Stat) -> Stat:
   return top, a[1] * jnp.exp(a[0] - base) + b[1] * jnp.exp(b[0] - base)
 
 
-def done(kind: str, a: Stat) -> jax.Array:
-  """[n]: the value; an lse over nothing is -inf, with gradient 0."""
+def result(kind: str, a: Partial) -> jax.Array:
+  """[n]: the value of a reduction; an lse over no entries is -inf, with gradient 0."""
   if kind != "lse":
     return a[0]
-  # A gradient passes through both branches of a where. NaN is not nothing: it stays NaN.
-  seen = a[1] != 0
-  return jnp.where(seen, jnp.log(jnp.where(seen, a[1], 1)) + finite(a[0]), -jnp.inf)
+  # A gradient passes through both branches of a where. A NaN sum counts as not empty and stays NaN.
+  nonempty = a[1] != 0
+  return jnp.where(nonempty, jnp.log(jnp.where(nonempty, a[1], 1)) + finite(a[0]), -jnp.inf)
 
 
 def finite(x: jax.Array) -> jax.Array:
-  """x, or 0 where it is not finite: what can be subtracted."""
+  """x, or 0 where it is not finite, so that it can be subtracted."""
   return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def pull(kind: str, v: jax.Array, ct: jax.Array, found: jax.Array) -> jax.Array:
-  """The cotangent of a tile from that of its statistic, both spread over the tile."""
+def tile_cotangent(kind: str, v: jax.Array, ct: jax.Array, value: jax.Array) -> jax.Array:
+  """The cotangent of a tile, from those of its reduction.
+
+  Args:
+    kind: "sum", "max" or "lse".
+    v: [n, m], the tile.
+    ct: [n, 1] or [1, m], the cotangent of the reduction.
+    value: of the same shape, the value of the reduction.
+  """
   if kind == "sum":
     return jnp.broadcast_to(ct, v.shape)
   if kind == "max":
     return jnp.zeros_like(v)
-  return ct * jnp.exp(v - finite(found))
+  return ct * jnp.exp(v - finite(value))

@@ -1,4 +1,4 @@
-"""A block of columns against a device's rows, in tiles: statistics forward, gradients backward."""
+"""Computes a block of columns against a device's rows, tile by tile: reductions and gradients."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from einops import rearrange
 
 from bigalign import sharding
 from bigalign.losses.engine import reductions
-from bigalign.losses.engine.reductions import Stat
+from bigalign.losses.engine.reductions import Partial
 
 Arrays = dict[str, jax.Array]
 Tile = Callable[[Arrays, Arrays, dict[str, Any]], Arrays]
-Sums = tuple[Arrays, Arrays, jax.Array]  # gradients of rows and of what is shared, and the value
+Sums = tuple[Arrays, Arrays, jax.Array]  # gradients of rows and shared arrays, and the value
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How the columns come to the rows.
+  """How the columns are distributed and streamed past the rows.
 
-  axes: mesh axes that split rows and columns; none outside of a mesh.
-  ring: block by block from the neighbour; else gathered in `segments` parts.
-  chunk: columns of one tile.
-  dtype: of the features on the wires.
-  rows, columns: N and M, before padding to the devices.
+  Args:
+    axes: mesh axes that shard rows and columns; () outside of a mesh.
+    ring: whether blocks of columns are passed from device to device; else they are all-gathered.
+    segments: number of parts in which columns are all-gathered.
+    chunk: largest number of columns of a tile.
+    dtype: of communicated features.
+    rows: N, before padding to a multiple of the devices.
+    columns: M, likewise.
   """
 
   axes: tuple[str, ...]
@@ -42,9 +45,15 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class What:
-  """A tile, its reductions as (name, kind) pairs (none: the sum of all), rows and columns that have
-  no gradient, and the plan."""
+class TiledReduction:
+  """Which tile function to evaluate, how to reduce it, and how its columns are distributed.
+
+  Args:
+    tile: (row, col, shared) -> {name: [n, m]}.
+    outputs: (name, kind) pairs; (): the sum of all entries.
+    fixed: names of row and column arrays that get no gradient.
+    plan: how the columns are distributed.
+  """
 
   tile: Tile
   outputs: tuple[tuple[str, str], ...]
@@ -53,116 +62,144 @@ class What:
 
 
 def _masked(values: Arrays, row: Arrays, col: Arrays, fills: dict[str, float]) -> Arrays:
-  """Padding has the place -1 and takes no part."""
+  """The values, with the fill in the rows and columns of padding, whose batch_index is -1."""
   real = (row["batch_index"] >= 0)[:, None] & (col["batch_index"] >= 0)[None, :]
   return {name: jnp.where(real, v, fills[name]) for name, v in values.items()}
 
 
-def _in_tiles(
+def _scan_tiles(
   plan: Plan, block: Any, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any
 ) -> tuple[Any, Any]:
-  """Scans `step` over a block's columns, at most `chunk` at a time; what it returns besides is
-  joined."""
+  """Scans `step` over a block's columns [g, ...], at most `chunk` at a time.
+
+  Returns:
+    The last carry, and the second results of all steps, concatenated to [g, ...].
+  """
   g = jax.tree.leaves(block)[0].shape[0]
   least = -(-g // plan.chunk)
   if least == 1:
     return step(carry, block)
-  # Equal tiles if up to twice as many make them so, else a padded last one.
+  # Equal tiles if at most twice as many of them divide the block, else a padded last tile.
   k = next((k for k in range(least, 2 * least) if g % k == 0), least)
   width = -(-g // k)
   if k * width > g:
     block = {part: padded(x, k * width) for part, x in block.items()}
   tiles = jax.tree.map(lambda x: rearrange(x, "(k c) ... -> k c ...", k=k), block)
-  carry, found = jax.lax.scan(step, carry, tiles)
-  return carry, jax.tree.map(lambda x: rearrange(x, "k c ... -> (k c) ...")[:g], found)
+  carry, per_tile = jax.lax.scan(step, carry, tiles)
+  return carry, jax.tree.map(lambda x: rearrange(x, "k c ... -> (k c) ...")[:g], per_tile)
 
 
 def padded(columns: Arrays, size: int) -> Arrays:
-  """Columns repeated up to `size`, with the place -1: a copy is a safe thing to compute with."""
+  """Columns padded to `size` with copies of the last one, which are safe to compute with.
+
+  Their batch_index is -1.
+  """
 
   def longer(name: str, x: jax.Array) -> jax.Array:
     ends = [(0, size - x.shape[0]), *[(0, 0)] * (x.ndim - 1)]
-    return (
-      jnp.pad(x, ends, constant_values=-1)
-      if name == "batch_index"
-      else jnp.pad(x, ends, mode="edge")
-    )
+    if name == "batch_index":
+      return jnp.pad(x, ends, constant_values=-1)
+    return jnp.pad(x, ends, mode="edge")
 
   return {name: longer(name, x) for name, x in columns.items()}
 
 
-def wide(arrays: Arrays) -> Arrays:
-  """Features off the wire, in float32 again."""
+def widened(arrays: Arrays) -> Arrays:
+  """Communicated features, in float32 again."""
   return {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in arrays.items()}
 
 
 def forward(
-  what: What, rows: Arrays, shared: Arrays, block: dict[str, Arrays], stats: dict[str, Stat]
-) -> tuple[dict[str, Stat], dict[str, Stat]]:
-  """Joins a block into the rows' statistics, and the statistics of its columns over these rows."""
-  kinds = {name: kind.split("_") for name, kind in what.outputs}
+  reduction: TiledReduction,
+  rows: Arrays,
+  shared: Arrays,
+  block: dict[str, Arrays],
+  partials: dict[str, Partial],
+) -> tuple[dict[str, Partial], dict[str, Partial]]:
+  """Reduces a block of columns against the device's rows.
+
+  Args:
+    reduction: what to compute.
+    rows: {name: [n, ...]} of this device.
+    shared: what every tile reads.
+    block: {"columns": {name: [g, ...]}}.
+    partials: row reductions of the blocks so far, [n].
+
+  Returns:
+    The row reductions with this block included, [n], and the block's column reductions over these
+    rows, [g].
+  """
+  kinds = {name: kind.split("_") for name, kind in reduction.outputs}
   fills = {name: 0.0 if kind == "sum" else -np.inf for name, (_, kind) in kinds.items()}
 
-  def step(stats: dict[str, Stat], tiles: dict[str, Arrays]) -> tuple[Any, Any]:
-    col = wide(tiles["columns"])
-    values = _masked(what.tile(rows, col, shared), rows, col, fills)
-    new, own = {}, {}
+  def step(partials: dict[str, Partial], tiles: dict[str, Arrays]) -> tuple[Any, Any]:
+    col = widened(tiles["columns"])
+    values = _masked(reduction.tile(rows, col, shared), rows, col, fills)
+    of_rows, of_columns = {}, {}
     for name, (side, kind) in kinds.items():
       if side == "row":
-        new[name] = reductions.join(kind, stats[name], reductions.of(kind, values[name], 1))
+        of_this = reductions.of_tile(kind, values[name], 1)
+        of_rows[name] = reductions.combine(kind, partials[name], of_this)
       else:
-        own[name] = reductions.of(kind, values[name], 0)
-    return new, own
+        of_columns[name] = reductions.of_tile(kind, values[name], 0)
+    return of_rows, of_columns
 
-  return _in_tiles(what.plan, block, step, stats)
+  return _scan_tiles(reduction.plan, block, step, partials)
 
 
 def backward(
-  what: What,
+  reduction: TiledReduction,
   rows: Arrays,
   shared: Arrays,
-  row: dict[str, Arrays],
+  row_outputs: dict[str, Arrays],
   block: dict[str, Arrays],
   sums: Sums,
 ) -> tuple[Sums, Arrays]:
   """Adds a block's part to (d rows, d shared, value) and returns d columns.
 
-  row: "ct" and "found", cotangents and values of the rows' statistics; block: the same for its
-  columns, and "columns".
+  Args:
+    reduction: what `forward` computed.
+    rows: {name: [n, ...]} of this device.
+    shared: what every tile reads.
+    row_outputs: "cotangents" and "values" of the row reductions, {name: [n]}.
+    block: "columns" {name: [g, ...]}, and "cotangents" and "values" of the column reductions,
+      {name: [g]}.
+    sums: of the blocks so far. The value is the sum of all entries, if there are no outputs.
   """
-  kinds = {name: kind.split("_") for name, kind in what.outputs}
+  kinds = {name: kind.split("_") for name, kind in reduction.outputs}
 
-  def cotangent(name: str, v: jax.Array, col: dict[str, Arrays]) -> jax.Array:
+  def cotangent(name: str, v: jax.Array, tiles: dict[str, Arrays]) -> jax.Array:
     if not kinds:
       return jnp.ones_like(v)
     side, kind = kinds[name]
-    of, axis = (row, 1) if side == "row" else (col, 0)
-    ct, found = (jnp.expand_dims(of[part][name], axis) for part in ("ct", "found"))
-    return reductions.pull(kind, v, ct, found)
+    outputs, axis = (row_outputs, 1) if side == "row" else (tiles, 0)
+    ct, value = (jnp.expand_dims(outputs[part][name], axis) for part in ("cotangents", "values"))
+    return reductions.tile_cotangent(kind, v, ct, value)
 
   def step(sums: Sums, tiles: dict[str, Arrays]) -> tuple[Sums, Arrays]:
     d_rows, d_shared, value = sums
-    col = wide(tiles["columns"])
-    (row_in, row_rest), (col_in, col_rest) = split(rows, what.fixed), split(col, what.fixed)
+    col = widened(tiles["columns"])
+    row_in, row_rest = split(rows, reduction.fixed)
+    col_in, col_rest = split(col, reduction.fixed)
     shared_in, shared_rest = split(shared)
     values, pull = jax.vjp(
-      lambda r, c, s: what.tile(r | row_rest, c | col_rest, s | shared_rest),
+      lambda r, c, s: reduction.tile(r | row_rest, c | col_rest, s | shared_rest),
       row_in,
       col_in,
       shared_in,
     )
-    none = dict.fromkeys(values, 0.0)
+    zero_fills = dict.fromkeys(values, 0.0)
     cts = {name: cotangent(name, v, tiles) for name, v in values.items()}
-    more_rows, d_col, more_shared = pull(_masked(cts, rows, col, none))
+    more_rows, d_col, more_shared = pull(_masked(cts, rows, col, zero_fills))
     if not kinds:
-      value += sum(v.sum() for v in _masked(values, rows, col, none).values())
+      value += sum(v.sum() for v in _masked(values, rows, col, zero_fills).values())
     return (add(d_rows, more_rows), add(d_shared, more_shared), value), d_col
 
-  return _in_tiles(what.plan, block, step, sums)
+  return _scan_tiles(reduction.plan, block, step, sums)
 
 
 def split(arrays: Arrays, fixed: frozenset[str] = frozenset()) -> tuple[Arrays, Arrays]:
-  """Those that have a gradient, and the others."""
+  """The arrays that get a gradient, and the others: integers and `fixed`."""
   real = {
     k: x for k, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.inexact) and k not in fixed
   }
@@ -170,34 +207,35 @@ def split(arrays: Arrays, fixed: frozenset[str] = frozenset()) -> tuple[Arrays, 
 
 
 def add(a: Any, b: Any) -> Any:
+  """The sum of two trees of arrays."""
   return jax.tree.map(jnp.add, a, b)
 
 
 def dense(
   tile: Tile, outputs: dict[str, str], rows: Arrays, columns: Arrays, shared: Arrays
 ) -> Arrays:
-  """The whole matrix, in the compiler's hands."""
+  """The reductions of one whole matrix, which the compiler lays out."""
   values = _dense_tile(tile, rows, columns, shared)
-  found = {}
-  for name, kind in outputs.items():
-    side, what = kind.split("_")
-    stat = reductions.of(what, values[name], 1 if side == "row" else 0)
-    found[name] = reductions.done(what, stat)
-  return found
+  results = {}
+  for name, side_kind in outputs.items():
+    side, kind = side_kind.split("_")
+    partial = reductions.of_tile(kind, values[name], 1 if side == "row" else 0)
+    results[name] = reductions.result(kind, partial)
+  return results
 
 
 def dense_total(tile: Tile, rows: Arrays, columns: Arrays, shared: Arrays) -> jax.Array:
-  """The sum of the whole matrix."""
+  """[]: the sum of one whole matrix."""
   return functools.reduce(
     jnp.add, (v.sum() for v in _dense_tile(tile, rows, columns, shared).values())
   )
 
 
 def _dense_tile(tile: Tile, rows: Arrays, columns: Arrays, shared: Arrays) -> Arrays:
-  def placed(x: Arrays) -> Arrays:
+  def indexed(x: Arrays) -> Arrays:
     n = next(iter(x.values())).shape[0]
     return {**x, "batch_index": jnp.arange(n, dtype=jnp.int32)}
 
-  # Pinned rows make it one-sided: columns are gathered, rows stay.
-  values = tile(placed(rows), placed(columns), shared)
+  # With its rows constrained, the matrix is one-sided: columns are gathered, rows stay.
+  values = tile(indexed(rows), indexed(columns), shared)
   return {name: sharding.constrain_batch(v) for name, v in values.items()}
