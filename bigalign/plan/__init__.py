@@ -1,1 +1,1 @@
-"""Memory, communication and cost of a config on a TPU slice, by ahead-of-time compilation: `bigalign plan`."""
+"""Memory, communication and cost of a config on a TPU slice, by ahead-of-time compilation."""

@@ -1,4 +1,4 @@
-"""What TPUs can do at best, and what a step takes there: computed, never measured."""
+"""Data sheets of TPU chips, and estimates of a step's time and a run's cost computed from them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-  """One device of a kind: what its maker's data sheet says.
+  """One device of a kind, by its data sheet.
 
-  memory: bytes that the compiler gives a program. bandwidth: bytes/s of it. links: bytes/s that it
-  sends over all its links between chips.
-  devices: how many of these are one chip.
+  Attributes:
+    memory: bytes that the compiler can give to a program.
+    bandwidth: memory bandwidth, bytes/s.
+    links: bytes/s that the device sends over all its links to other chips.
+    devices: number of devices in one chip.
   """
 
   memory: float
@@ -30,42 +32,48 @@ CHIPS = {
 
 
 def kind(topology: str) -> str:
-  """ "v5e:16x16*2" -> "v5e"."""
+  """Returns the kind of chip of a topology: "v5e:16x16*2" -> "v5e"."""
   return topology.split(":")[0]
 
 
-def seconds(found: Mapping[str, Any]) -> tuple[float, float]:
-  """(least, most) of a step, from what plan_step.measure found of it.
+def step_seconds(plan: Mapping[str, Any]) -> tuple[float, float]:
+  """Returns (shortest, longest) seconds of a step.
 
-  The least is the longer of products and memory traffic at 92 and 95 % of the data sheet; the most
-  is their longer one at 55 and 70 %, and all bytes on the wires after it.
+  The shortest is the longer of matrix products and memory traffic, at 92 and 95 % of the data
+  sheet. The longest is the longer of the two at 55 and 70 %, followed by all communication.
+
+  Args:
+    plan: a plan that fits, from compile_step.measure.
   """
-  chip = CHIPS[kind(found["topology"])]
-  products = found["flops_per_chip"] / found["peak_flops_per_second"]
-  memory = found["memory_traffic_bytes_per_chip"] / chip.bandwidth
-  wires = sum(x["bytes"] for x in found["collectives"].values()) / chip.links
-  return max(products / 0.92, memory / 0.95), max(products / 0.55, memory / 0.70) + wires
+  chip = CHIPS[kind(plan["topology"])]
+  products = plan["flops_per_chip"] / plan["peak_flops_per_second"]
+  memory = plan["memory_traffic_bytes_per_chip"] / chip.bandwidth
+  communication = sum(x["bytes"] for x in plan["collectives"].values()) / chip.links
+  return max(products / 0.92, memory / 0.95), max(products / 0.55, memory / 0.70) + communication
 
 
-def estimate(found: Mapping[str, Any], prices: Mapping[str, float]) -> dict[str, Any]:
-  """The figures of a run that fits, each as [worst, best], from its steps in all.
+def estimate(plan: Mapping[str, Any], prices: Mapping[str, float]) -> dict[str, Any]:
+  """Returns the estimated speed and cost of a run, each as [worst, best]; {} if it does not fit.
 
-  prices: of a chip for an hour, by kind: {"v5e": 1.2}; without one no cost.
+  Args:
+    plan: from compile_step.measure.
+    prices: {kind of chip: price of one chip for an hour}, such as {"v5e": 1.2}; the cost is None
+      for other kinds.
   """
-  if not found["fits"]:
+  if not plan["fits"]:
     return {}
-  least, most = seconds(found)
-  rates = [found["batch_size"] / t for t in (most, least)]
-  samples = found["batch_size"] * found["total_steps"]
-  of = kind(found["topology"])
-  chips = found["devices"] / CHIPS[of].devices
+  shortest, longest = step_seconds(plan)
+  rates = [plan["batch_size"] / seconds for seconds in (longest, shortest)]
+  samples = plan["batch_size"] * plan["total_steps"]
+  chip_kind = kind(plan["topology"])
+  chips = plan["devices"] / CHIPS[chip_kind].devices
   hours = [chips * samples / rate / 3600 for rate in rates]
   return {
     "measured": False,
-    "seconds_per_step": [most, least],
+    "seconds_per_step": [longest, shortest],
     "images_per_second": rates,
     "samples_per_day": [86_400 * rate for rate in rates],
     "total_samples": samples,
     "chip_hours": hours,
-    "cost": [prices[of] * x for x in hours] if of in prices else None,
+    "cost": [prices[chip_kind] * x for x in hours] if chip_kind in prices else None,
   }

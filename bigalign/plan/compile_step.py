@@ -8,65 +8,58 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bigalign import batches, inputs, sharding, stages, tree
-from bigalign import config as configs
-from bigalign import state as states
-from bigalign.data.loader.pairs import stored_sides
-from bigalign.data.loader.training import CAPTIONS_PER_IMAGE
+from bigalign import checks, inputs, sharding, stages, tree
+from bigalign.config import Config, resolve_config
 from bigalign.losses import check_needs, remembers
 from bigalign.model import provided
+from bigalign.options import plain
 from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, topologies
+from bigalign.program import Program, init_params, layout, make_program, stage_program
 from bigalign.projectors import READ_TOKENS
 from bigalign.run import flops, runtime
+from bigalign.state import State
 from bigalign.step import jitted
-from bigalign.weights import init as beginnings
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 _TOO_MUCH = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
-_WORDS = ("init", "fresh", "drop")  # what config.model says of checkpoints
 
 
 class Step(NamedTuple):
   """A train step to compile: traced, with the shapes and places of its arguments."""
 
   traced: Any
-  program: states.Program
+  program: Program
   mesh: jax.sharding.Mesh
-  state: states.State
+  state: State
   batch: dict[str, Any]
   stage: stages.Stage
 
 
-def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: int = -1) -> Step:
+def trace(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> Step:
   """The step of a config for a topology; arguments and errors as of `measure`."""
-  config = {**config, "model": model_options(config["model"])}
-  configs.choose(chips.CHIPS, chips.kind(topology), "--topology")
+  config = resolve_config(values, files_needed=False)
+  checks.choose(chips.CHIPS, chips.kind(topology), "--topology")
   runtime.set_libtpu_flags(chips.kind(topology))
   held = topologies.devices(topology)
-  mesh = configs.call(sharding.make_mesh, config.get("mesh") or {}, "config.mesh", devices=held)
-  course = stages.split(config, dataset_size=samples)
-  batches.check_stored(course)
-  chosen = course[stage]
-  program = states.make_program(
-    **config,
-    dataset_size=samples,
-    captions_per_image=config["data"].get("captions_per_image", CAPTIONS_PER_IMAGE),
-  )
+  mesh = config.mesh.make(devices=held)
+  run_stages = stages.split(config, dataset_size=samples)
+  inputs.check_stored(run_stages)
+  chosen = run_stages[stage]
+  program = make_program(config, dataset_size=samples)
   if not samples and remembers(program.loss, program.sizes):
     raise ValueError(
-      f"config.loss={[*config['loss']]} remembers the samples of a dataset; tell how"
-      " many they are: --samples=400000000"
+      f"config.loss={[*config.loss]} has state for every sample; give the number of samples:"
+      " --samples=400000000"
     )
   check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
-  own = states.of_stage(program, chosen, mesh)
-  shapes, places = states.layout(program, mesh, config.get("rules", sharding.RULES))
+  own = stage_program(program, chosen, mesh)
+  shapes, places = layout(program, mesh, config.rules)
   state = jax.tree.map(_placed, shapes, places)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
   batch = {name: _placed(x, rows) for name, x in shapes_of_batch(chosen.config, own).items()}
@@ -76,13 +69,11 @@ def trace(config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: 
   return Step(traced, own, mesh, state, batch, chosen)
 
 
-def measure(
-  config: Mapping[str, Any], topology: str, *, samples: int = 0, stage: int = -1
-) -> dict[str, Any]:
+def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> dict[str, Any]:
   """What the step of a config needs on each device of a topology; bytes, and plain numbers.
 
   Args:
-    config: as `bigalign train` takes it.
+    values: a config as `bigalign train` takes it, in plain values.
     topology: a TPU slice, or several of them: "v5e:16x16", "v5e:16x16*2".
     samples: of the dataset, for durations in epochs and losses that remember samples.
     stage: which of the config's stages; the last is the config itself.
@@ -95,7 +86,7 @@ def measure(
     ValueError: for a mesh that is not the topology, a batch that does not divide over it, an
       unknown topology; each says what would work.
   """
-  step = trace(config, topology, samples=samples, stage=stage)
+  step = trace(values, topology, samples=samples, stage=stage)
   program, mesh, config = step.program, step.mesh, step.stage.config
   towers = {side: getattr(program.model, f"{side}_tower") for side in ("image", "text")}
   with jax.set_mesh(mesh):
@@ -107,10 +98,10 @@ def measure(
       "devices": mesh.size,
       "mesh": dict(mesh.shape),
       "stage": step.stage.number,
-      "image_size": config["data"]["image_size"],
-      "text_length": config["data"]["tokenizer"]["length"],
-      "batch_size": config["batch_size"],
-      "batch_per_chip": config["batch_size"] / mesh.size,
+      "image_size": config.data.image_size,
+      "text_length": config.data.text_length,
+      "batch_size": config.batch_size,
+      "batch_per_chip": config.batch_size / mesh.size,
       "microbatches": program.microbatches,
       "remat": {side: getattr(tower.options, "remat", "none") for side, tower in towers.items()},
       "first_step": step.stage.begin,
@@ -123,7 +114,7 @@ def measure(
     }
     begin = time.perf_counter()
     try:
-      compiled = topologies.compiled(lowered)
+      compiled = topologies.compile_without_cache(lowered)
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
@@ -138,38 +129,18 @@ def measure(
   }
 
 
-def model_options(given: Mapping[str, Any]) -> dict[str, Any]:
-  """config.model with what its checkpoints say; where they are not on this machine, with the sizes
-  that stand beside `init`."""
-  try:
-    return beginnings.options(given)
-  except (FileNotFoundError, KeyError) as error:
-    model = {
-      k: {o: x for o, x in v.items() if o not in _WORDS} if isinstance(v, Mapping) else v
-      for k, v in given.items()
-      if k not in _WORDS
-    }
-    if any("name" not in model.get(side, {}) for side in ("image", "text")):
-      raise ValueError(
-        "config.model begins from a checkpoint that is not here, and does not say its sizes; write"
-        " them beside `init`, name= among them, or bring its config.json (no weights are read):"
-        f" {error}"
-      ) from error
-    return model
-
-
 def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
-def shapes_of_batch(config: Mapping[str, Any], program: states.Program) -> dict[str, Any]:
+def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
   """Shapes of a global batch; of vectors, as wide as the towers make them, if there are stores."""
   spec = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
-  stored = stored_sides(config["data"].get("stores"))
+  stored = config.data.stores.sides
   if not stored:
     return spec
   inside = {"image": ("image",), "text": ("text", "text_mask")}
-  params = jax.eval_shape(lambda: states.init_params(program, jax.random.key(0)))
+  params = jax.eval_shape(lambda: init_params(program, jax.random.key(0)))
   variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
   for side in stored:
     tokens = isinstance(getattr(program.model, f"{side}_projector"), READ_TOKENS)
@@ -182,15 +153,15 @@ def shapes_of_batch(config: Mapping[str, Any], program: states.Program) -> dict[
     of = {side} | ({"text_second"} & spec.keys() if side == "text" else set())
     spec |= dict.fromkeys(of, jax.ShapeDtypeStruct(row.shape, jnp.float16))
   if "text" in stored:
-    seen = jax.ShapeDtypeStruct((config["batch_size"], 1), jnp.bool_)
+    seen = jax.ShapeDtypeStruct((config.batch_size, 1), jnp.bool_)
     spec |= {name: seen for name in spec if name.endswith("_mask")}
   return spec
 
 
-def _not_checked(program: states.Program, config: Mapping[str, Any]) -> str:
+def _not_checked(program: Program, config: Config) -> str:
   """What only a machine with the files can check: whether the tokenizer fits the text tower."""
   try:
-    inputs.check_tokenizer(program.model.text_tower, config["data"]["tokenizer"])
+    inputs.check_tokenizer(program.model.text_tower, config.data)
   except (OSError, KeyError, ImportError) as error:
     return f"config.data.tokenizer against config.model.text: {error}"
   return ""
@@ -248,7 +219,7 @@ def _moved(text: str) -> dict[str, Any]:
   }
 
 
-def _loss(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
+def _loss(config: Config, step: Step) -> dict[str, Any]:
   """Temporaries of the losses when they are compiled alone: what of a step's they can explain."""
   engine, sizes = step.program.logits, step.program.sizes
   alone = [
@@ -256,12 +227,12 @@ def _loss(config: Mapping[str, Any], step: Step) -> dict[str, Any]:
       name,
       engine.way,
       step.mesh,
-      batch=config["batch_size"],
+      batch=config.batch_size,
       width=sizes["embed"],
       samples=sizes["image"],
       dtype=engine.dtype,
-      options={k: v for k, v in options.items() if k != "weight"},
+      options={k: v for k, v in plain(term.options).items() if k != "weight"},
     )
-    for name, options in config["loss"].items()
+    for name, term in config.loss.items()
   ]
   return {"loss_alone_bytes_per_chip": max(x["temporary_bytes"] for x in alone)}

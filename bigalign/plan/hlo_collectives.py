@@ -1,8 +1,8 @@
-"""What crosses the wires in a compiled program, read from its scheduled HLO.
+"""Communication of a compiled program, read from its scheduled HLO.
 
-The compiler's own cost analysis takes the body of a loop once; here a loop counts as often as it
-turns: as XLA notes beside it, else as the constant says that its counter is compared with, which is
-how a scan ends.
+The compiler's own cost analysis counts the body of a loop once. Here a loop counts as often as it
+runs: the trip count that XLA annotates, or the constant that the loop counter is compared with, as
+in a scan.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|c64|c128)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-  """Collectives of one kind: how many are run, the bytes that one device sees of them, and how many
-  of these bytes travel beside other work."""
+  """The collectives of one kind.
+
+  Attributes:
+    runs: how many run.
+    bytes: bytes of all of them in which one device takes part.
+    hidden: those of these bytes that are communicated asynchronously, during other work.
+  """
 
   runs: int
   bytes: float
@@ -37,14 +42,17 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> dict[str, Collective]:
-  """{kind: Collective} of a compiled program, `compiled.as_text()`.
+  """Returns the collectives of a compiled program by kind.
 
-  Bytes are what a device takes part in: the result of an all-gather, the operand of a
-  reduce-scatter, twice the operand of an all-reduce, what a permute or an all-to-all sends.
+  A device takes part in the result of an all-gather, the operand of a reduce-scatter, twice the
+  operand of an all-reduce, and what it sends in a permute or an all-to-all.
+
+  Args:
+    text: `compiled.as_text()`.
   """
   own: dict[str, list[tuple[str, float, bool]]] = {}
-  seen_before: set[str] = set()
-  beside: set[str] = set()
+  counted_elsewhere: set[str] = set()
+  asynchronous: set[str] = set()
   parts = re.search(r"num_partitions=(\d+)", text)
   devices = int(parts.group(1)) if parts else 1
   name = ""
@@ -53,20 +61,20 @@ def collectives(text: str) -> dict[str, Collective]:
       name = head.group(1)
       own[name] = []
     elif name:
-      # A collective that TPUs run beside other work is written where it starts, in each of these
-      # works and where it ends.
+      # A collective that TPUs run during other work appears where it starts, in each computation
+      # that it overlaps, and where it ends. Only the start is counted.
       if name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in line:
-        seen_before.add(name)
+        counted_elsewhere.add(name)
       if "AsyncCollectiveStart" in line:
-        beside.add(name)
-      if found := _collective(line, devices):
-        # TPUs run a reduce-scatter as a fusion of this name, with an all-reduce written inside.
+        asynchronous.add(name)
+      if collective := _collective(line, devices):
+        # TPUs run a reduce-scatter as a fusion of this name that contains an all-reduce.
         if name.startswith("all-reduce-scatter"):
-          found = ("reduce-scatter", found[1] / 2, found[2])
-        own[name].append(found)
+          collective = ("reduce-scatter", collective[1] / 2, collective[2])
+        own[name].append(collective)
   times = runs(text)
   total: dict[str, Collective] = {}
-  for computation in times.keys() - seen_before:
+  for computation in times.keys() - counted_elsewhere:
     n = times[computation]
     for kind, size, hidden in own[computation]:
       before = total.get(kind, Collective(0, 0.0))
@@ -74,13 +82,17 @@ def collectives(text: str) -> dict[str, Collective]:
       total[kind] = Collective(
         before.runs + n,
         before.bytes + moved,
-        before.hidden + (moved if hidden or computation in beside else 0.0),
+        before.hidden + (moved if hidden or computation in asynchronous else 0.0),
       )
   return total
 
 
 def runs(text: str) -> dict[str, int]:
-  """{computation: how often it runs} in one run of a compiled program."""
+  """Returns {computation: how often it runs} for one run of a compiled program.
+
+  Args:
+    text: `compiled.as_text()`.
+  """
   called: dict[str, list[tuple[str, int]]] = {}
   limits = _limits(text)
   entry = name = ""
@@ -91,8 +103,8 @@ def runs(text: str) -> dict[str, int]:
       entry = name if line.startswith("ENTRY") else entry
     elif name:
       trips = _trips(line, limits)
-      for one, several in _CALLED.findall(line):
-        called[name] += [(callee, trips) for callee in re.findall(r"[\w.\-]+", one or several)]
+      for callee, branches in _CALLED.findall(line):
+        called[name] += [(x, trips) for x in re.findall(r"[\w.\-]+", callee or branches)]
   times: collections.Counter[str] = collections.Counter()
 
   def visit(computation: str, n: int) -> None:
@@ -106,18 +118,19 @@ def runs(text: str) -> dict[str, int]:
 
 
 def _limits(text: str) -> dict[str, int]:
-  """{computation: the largest integer constant in it}; a loop's condition has one."""
+  """{computation: the largest integer constant in it}; the condition of a loop has one."""
   limits: dict[str, int] = {}
   name = ""
   for line in text.splitlines():
     if head := COMPUTATION.match(line):
       name = head.group(1)
-    elif found := _LIMIT.search(line):
-      limits[name] = max(limits.get(name, 0), int(found.group(1)))
+    elif constant := _LIMIT.search(line):
+      limits[name] = max(limits.get(name, 0), int(constant.group(1)))
   return limits
 
 
 def _trips(line: str, limits: dict[str, int]) -> int:
+  """How often the loop in a line runs; 1 if the line is not a loop."""
   if known := _TRIPS.search(line):
     return int(known.group(1))
   loop = _CONDITION.search(line)
@@ -125,14 +138,14 @@ def _trips(line: str, limits: dict[str, int]) -> int:
 
 
 def _collective(line: str, devices: int) -> tuple[str, float, bool] | None:
-  """(kind, bytes, whether it only starts) of one line of HLO, if it is a collective."""
-  found = _COLLECTIVE.search(line)
-  if not found:
+  """(kind, bytes, whether it is asynchronous) of a line of HLO, or None for other instructions."""
+  parsed = _COLLECTIVE.search(line)
+  if not parsed:
     return None
-  shapes, kind, start = found.groups()
+  shapes, kind, start = parsed.groups()
   sizes = [size(*array) for array in _SHAPE.findall(shapes)]
   if start and kind in ("all-gather", "collective-permute"):
-    # Operands, as many results and, of a permute, words of context.
+    # The tuple holds the operands, as many results and, for a permute, context words.
     context = shapes.count("u32[]") if kind == "collective-permute" else 0
     sizes = sizes[: len(sizes) - context]
     sizes = sizes[len(sizes) // 2 :]
@@ -141,7 +154,12 @@ def _collective(line: str, devices: int) -> tuple[str, float, bool] | None:
 
 
 def size(dtype: str, dims: str) -> float:
-  """Bytes of an array as HLO writes it: "bf16", "128,512"."""
+  """Returns the bytes of an array.
+
+  Args:
+    dtype: as HLO writes it: "bf16".
+    dims: as HLO writes them: "128,512".
+  """
   return math.prod(int(d) for d in dims.split(",") if d) * _width(dtype)
 
 
@@ -150,11 +168,11 @@ def _width(dtype: str) -> float:
 
 
 def _group(line: str, devices: int) -> int:
-  """Devices that take part in one group of a collective; all of them if it names none."""
-  if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-    return int(found.group(1))
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-    sizes = dict(axis.split("=") for axis in found.group(1).split(","))
-    return math.prod(int(sizes[axis]) for axis in found.group(2).split(","))
-  found = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-  return found.group(1).count(",") + 1 if found else devices
+  """Number of devices in one group of a collective; all of them if the line names no groups."""
+  if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+    return int(tiled.group(1))
+  if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    sizes = dict(axis.split("=") for axis in mesh.group(1).split(","))
+    return math.prod(int(sizes[axis]) for axis in mesh.group(2).split(","))
+  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+  return listed.group(1).count(",") + 1 if listed else devices

@@ -1,8 +1,8 @@
-"""What a compiled program reads from and writes to the memory of its device, read from its HLO.
+"""Memory traffic of a compiled program: bytes read from and written to HBM, read from its HLO.
 
-Each instruction of the entry and of the loops' bodies reads its operands and writes its result,
-but for what lies in the chip's own memory, S(1); what is fused with it moves nothing. A slice is
-read or written as a slice, also inside a fusion. A loop counts as often as it turns.
+Each instruction of the entry computation and of loop bodies reads its operands and writes its
+result. Arrays in on-chip memory, S(1), do not count, and neither do instructions inside a fusion. A
+slice counts as a slice, also inside a fusion. A loop counts as often as it runs.
 """
 
 from __future__ import annotations
@@ -33,18 +33,31 @@ _MOVES_NOTHING = {
 
 
 class Instruction(NamedTuple):
-  """One line of HLO; `size` is that of its arrays in the device's memory."""
+  """One line of HLO.
+
+  Attributes:
+    op: its operation.
+    size: bytes of its result in HBM.
+    full_size: bytes of its result in any memory.
+    operands: names of the instructions that it reads.
+    calls: the computation of a fusion, else "".
+    result: shapes of the result as text; of a parameter, its number.
+  """
 
   op: str
   size: float
-  whole: float  # wherever it lies
+  full_size: float
   operands: tuple[str, ...]
   calls: str
   result: str
 
 
 def traffic(text: str) -> float:
-  """Bytes that one device moves to and from its memory in a run of `compiled.as_text()`."""
+  """Returns the bytes that one device reads from and writes to its HBM in one run.
+
+  Args:
+    text: `compiled.as_text()`.
+  """
   programs, roots = _read(text)
   inside = {x.calls for program in programs.values() for x in program.values() if x.op == "fusion"}
   return sum(
@@ -55,7 +68,7 @@ def traffic(text: str) -> float:
 
 
 def _read(text: str) -> tuple[dict[str, dict[str, Instruction]], dict[str, str]]:
-  """{computation: {name: Instruction}}, {computation: name of its root}."""
+  """({computation: {name: Instruction}}, {computation: name of its root instruction})."""
   programs: dict[str, dict[str, Instruction]] = {}
   roots: dict[str, str] = {}
   name = ""
@@ -63,8 +76,8 @@ def _read(text: str) -> tuple[dict[str, dict[str, Instruction]], dict[str, str]]
     if head := hlo_collectives.COMPUTATION.match(line):
       name = head.group(1)
       programs[name] = {}
-    elif name and (found := _LINE.match(line)):
-      root, own, result, op, inside, rest = found.groups()
+    elif name and (parsed := _LINE.match(line)):
+      root, own, result, op, inside, rest = parsed.groups()
       calls = _CALLS.search(rest)
       programs[name][own] = Instruction(
         op,
@@ -80,9 +93,11 @@ def _read(text: str) -> tuple[dict[str, dict[str, Instruction]], dict[str, str]]
 
 
 def _size(arrays: str, without: str = "nothing") -> float:
-  found = _ARRAY.findall(arrays)
+  """Bytes of the arrays in a text, except those whose layout contains `without`."""
   return sum(
-    hlo_collectives.size(dtype, dims) for dtype, dims, layout in found if without not in layout
+    hlo_collectives.size(dtype, dims)
+    for dtype, dims, layout in _ARRAY.findall(arrays)
+    if without not in layout
   )
 
 
@@ -93,7 +108,7 @@ def _moved(
   if x.op in _MOVES_NOTHING or x.op.endswith("-done") or not x.operands:
     return 0.0
   around = programs[name]
-  if x.op in ("copy-start", "slice-start"):  # its result holds the operand too
+  if x.op in ("copy-start", "slice-start"):  # its result includes the operand
     both = _ARRAY.findall(x.result)[:2]
     dtype, dims, _ = both[0 if x.op == "copy-start" else 1]
     return hlo_collectives.size(dtype, dims) * sum("S(1)" not in layout for _, _, layout in both)
@@ -104,11 +119,11 @@ def _moved(
 
 
 def _part(x: Instruction, around: dict[str, Instruction], read: float) -> float:
-  """What a slice, or the update of one, moves; `read` for any other."""
+  """Bytes that a slice or the update of a slice moves; `read` for other instructions."""
   if x.op in ("dynamic-slice", "slice", "gather"):
-    return x.whole if around[x.operands[0]].size else 0.0
+    return x.full_size if around[x.operands[0]].size else 0.0
   if x.op == "dynamic-update-slice":
-    return around[x.operands[1]].whole if x.size else 0.0
+    return around[x.operands[1]].full_size if x.size else 0.0
   return read
 
 
@@ -118,7 +133,7 @@ def _fused(
   around: dict[str, Instruction],
   x: Instruction,
 ) -> float:
-  """Reads and writes of a fusion: of its operands what it uses, of its result what it changes."""
+  """Bytes that a fusion moves: the used parts of its operands, the changed part of its result."""
   read = sum(
     min(around[operand].size, _used(programs, x.calls, i))
     for i, operand in enumerate(x.operands)
@@ -128,7 +143,7 @@ def _fused(
 
 
 def _used(programs: dict[str, dict[str, Instruction]], name: str, index: int) -> float:
-  """Bytes of its parameter number `index` that a fused computation reads."""
+  """Bytes of parameter number `index` that a fused computation reads."""
   inside = programs[name]
   ours = next((k for k, x in inside.items() if x.op == "parameter" and x.result == str(index)), "")
   total = 0.0
@@ -137,26 +152,26 @@ def _used(programs: dict[str, dict[str, Instruction]], name: str, index: int) ->
       if operand != ours:
         continue
       if x.op in ("dynamic-slice", "slice", "gather") and i == 0:
-        total += x.whole
+        total += x.full_size
       elif x.op == "fusion" and x.calls in programs:
         total += _used(programs, x.calls, i)
-      elif not (x.op == "dynamic-update-slice" and i == 0):  # written in place
-        total += inside[ours].whole
+      elif not (x.op == "dynamic-update-slice" and i == 0):  # updated in place
+        total += inside[ours].full_size
   return total
 
 
 def _changed(
   programs: dict[str, dict[str, Instruction]], roots: dict[str, str], name: str, of: str = ""
 ) -> float:
-  """Bytes of a fused computation's result that it writes; `of` one of its instructions."""
+  """Bytes that a fused computation writes of its result, or of the instruction `of`."""
   inside = programs[name]
   x = inside[of or roots[name]]
   if x.op == "tuple":
     return sum(_changed(programs, roots, name, y) for y in x.operands)
   if x.op == "dynamic-update-slice":
-    return inside[x.operands[1]].whole
+    return inside[x.operands[1]].full_size
   if x.op == "bitcast":
     return _changed(programs, roots, name, x.operands[0])
   if x.op == "fusion" and x.calls in programs:
     return _changed(programs, roots, x.calls)
-  return x.whole
+  return x.full_size

@@ -1,4 +1,4 @@
-"""The largest batch that fits: guessed from the memory of a few plans, and compiled to be sure."""
+"""The largest batch that fits: predicted from the memory of a few plans, verified by compiling."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from typing import Any
 
 from bigalign.plan import chips
 
-ROWS = 8  # of a device: batches are multiples of these
+ROWS = 8  # the rows of a device in a predicted batch are a multiple of this
 TRIES = 3
 
 
-def likely(points: Sequence[Mapping[str, Any]]) -> int:
-  """The largest batch that should fit, on the line through the last two plans; 0 if none.
+def predict(plans: Sequence[Mapping[str, Any]]) -> int:
+  """Returns the largest batch that should fit, or 0 if memory cannot be extrapolated.
 
-  Through a single one the line begins at what does not grow with the batch.
+  Memory is extrapolated on the line through the last two plans. With a single plan, the line starts
+  at the memory that does not grow with the batch.
+
+  Args:
+    plans: of one config with different batch sizes, from compile_step.measure.
   """
-  last = points[-1]
+  last = plans[-1]
   needed = _needed(last)
   if needed is None:
     return 0
-  rows, others = last["batch_per_chip"], [x for x in points[:-1] if _needed(x) is not None]
+  rows, others = last["batch_per_chip"], [x for x in plans[:-1] if _needed(x) is not None]
   if others:
     slope = (needed - _needed(others[-1])) / (rows - others[-1]["batch_per_chip"])
   else:
@@ -28,21 +32,28 @@ def likely(points: Sequence[Mapping[str, Any]]) -> int:
     slope = (needed - sum(x for k, x in kinds.items() if k not in ("batch", "activations"))) / rows
   room = chips.CHIPS[chips.kind(last["topology"])].memory - needed
   parts = last["mesh"]["data"] * last["mesh"]["fsdp"]
-  most = (last["batch_size"] + room / slope * last["devices"]) / parts if slope > 0 else 0
+  largest = (last["batch_size"] + room / slope * last["devices"]) / parts if slope > 0 else 0
   unit = ROWS * last["microbatches"]
-  return int(most // unit * unit) * parts
+  return int(largest // unit * unit) * parts
 
 
-def largest(found: Mapping[str, Any], at: Callable[[int], Mapping[str, Any]]) -> int:
-  """The largest batch that was compiled and fits, by TRIES more plans, of `at`; 0 if none does."""
-  points = [found]
+def search(plan: Mapping[str, Any], plan_batch: Callable[[int], Mapping[str, Any]]) -> int:
+  """Returns the largest batch that was compiled and fits, or 0 if none does.
+
+  Args:
+    plan: the first plan, from compile_step.measure.
+    plan_batch: returns the plan of the same config with another batch size; called at most TRIES
+      times.
+  """
+  plans = [plan]
   for _ in range(TRIES):
-    guess = likely(points)
-    if guess < 2 or guess in [x["batch_size"] for x in points]:
+    guess = predict(plans)
+    if guess < 2 or guess in [x["batch_size"] for x in plans]:
       break
-    points.append(at(guess))
-  return max((x["batch_size"] for x in points if x["fits"]), default=0)
+    plans.append(plan_batch(guess))
+  return max((x["batch_size"] for x in plans if x["fits"]), default=0)
 
 
-def _needed(found: Mapping[str, Any]) -> Any:
-  return found["peak_bytes_per_chip"] if found["fits"] else found["required_bytes_per_chip"]
+def _needed(plan: Mapping[str, Any]) -> Any:
+  """Bytes that a device needs; None if the compiler did not say."""
+  return plan["peak_bytes_per_chip"] if plan["fits"] else plan["required_bytes_per_chip"]

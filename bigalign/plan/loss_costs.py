@@ -116,7 +116,7 @@ def measure(
     traced = jax.jit(both, donate_argnums=2, out_shardings=places).trace(params, feats, state, rest)
     found["flops"] = flops.of_jaxpr(traced.jaxpr) / mesh.size
     try:
-      compiled = topologies.compiled(traced.lower())
+      compiled = topologies.compile_without_cache(traced.lower())
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise

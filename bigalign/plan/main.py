@@ -22,10 +22,10 @@ from typing import Any
 
 from absl import app, flags
 
-from bigalign import config as configs
+from bigalign import checks, options
 from bigalign.data.files import storage
 from bigalign.plan import chips, largest_batch, table
-from bigalign.run.flags import define_flags, parse_flags
+from bigalign.run.flags import config_name, define_flags, parse_flags
 
 Found = dict[str, Any]
 REMATS = ("none", "dots", "full")
@@ -57,7 +57,7 @@ def plan(
 
   found = compile_step.measure(config, topology, samples=samples, stage=stage)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with storage.whole(path, mark=storage.own_mark()) as file:
+  with storage.atomic_write(path, suffix=storage.unique_suffix()) as file:
     file.write(json.dumps(found).encode())
   return found
 
@@ -67,7 +67,7 @@ def count(config: Mapping[str, Any]) -> int:
   return len(config.get("stages") or ()) + 1
 
 
-def together(found: Sequence[Found]) -> Found:
+def combine_stages(found: Sequence[Found]) -> Found:
   """The plan of a run from those of its stages, with their estimates; it fits if all of them do."""
   whole: Found = {name: found[0][name] for name in ("topology", "device_kind", "devices", "mesh")}
   whole |= {"fits": all(x["fits"] for x in found), "stages": list(found)}
@@ -92,7 +92,7 @@ def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> 
     code.update(file.read_bytes())
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
   files = _files(config["model"])
-  return configs.fingerprint([config, topology, samples, stage, versions, files, code.hexdigest()])
+  return options.fingerprint([config, topology, samples, stage, versions, files, code.hexdigest()])
 
 
 def _installed(name: str) -> bool:
@@ -107,7 +107,7 @@ def _files(model: Mapping[str, Any]) -> list[Any]:
   return [(str(x), x.stat().st_mtime_ns, x.stat().st_size) for x in files if x.exists()]
 
 
-def changed(config: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+def with_changes(config: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
   """The config with another "batch" (pairs), "remat" (of both towers) or "mesh" (its fsdp).
 
   A stage keeps what it says of these itself.
@@ -133,7 +133,7 @@ def variants(config: Mapping[str, Any], axes: Sequence[str], devices: int) -> It
     "mesh": [n for n in (1, 4, 16, 64) if devices % n == 0],
   }
   for axis in axes:
-    configs.known("--sweep", axis, values)
+    checks.known("--sweep", axis, values)
   for chosen in itertools.product(*(values[axis] for axis in axes)):
     yield dict(zip(axes, chosen))
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
   values = flags.FLAGS
   if len(argv) > 1:
     raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
-  config = configs.plain(values.config)
+  config = options.plain(values.config)
   topology = values.topology or config.get("topology")
   if not topology:
     raise app.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
@@ -151,27 +151,29 @@ def main(argv: Sequence[str]) -> None:
   find = functools.partial(plan, topology=topology, samples=values.samples, cache=values.cache)
 
   def told(**what: Any) -> Found:
-    made = changed(config, **what)
+    made = with_changes(config, **what)
     plans = [find(made, stage=i) for i in range(count(made))]
     plans = [{**found, **chips.estimate(found, prices)} for found in plans]
-    return together(plans) if len(plans) > 1 else plans[0]
+    return combine_stages(plans) if len(plans) > 1 else plans[0]
 
   asked = {"batch": values.batch} if values.batch else {}
   found = told(**asked)
-  name = pathlib.Path(getattr(values["config"], "config_filename")).stem  # noqa: B009
-  print(table.one(name, found))
+  name = config_name()
+  print(table.format_plan(name, found))
   last = found.get("stages", [found])[-1]  # the config itself
   if values.largest_batch:
-    found["largest_batch"] = largest_batch.largest(last, lambda n: find(changed(config, batch=n)))
+    found["largest_batch"] = largest_batch.search(
+      last, lambda n: find(with_changes(config, batch=n))
+    )
     print(f"Largest batch that was compiled and fits: {found['largest_batch']:,}")
-  elif guess := largest_batch.likely([last]):
+  elif guess := largest_batch.predict([last]):
     print(f"About {guess:,} pairs should be the most that fit; --largest_batch compiles them")
   if values.sweep:
     found["sweep"] = [
       {"asked": what, **told(**{**asked, **what})}
-      for what in variants(changed(config, **asked), values.sweep, found["devices"])
+      for what in variants(with_changes(config, **asked), values.sweep, found["devices"])
     ]
-    print(table.several(found["sweep"]))
+    print(table.format_sweep(found["sweep"]))
   if values.json:
     pathlib.Path(values.json).write_text(json.dumps(found, indent=1) + "\n")
   sys.exit(0 if found["fits"] else 1)

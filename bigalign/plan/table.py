@@ -1,4 +1,4 @@
-"""Plans for a person to read."""
+"""Plans as text for the terminal."""
 
 from __future__ import annotations
 
@@ -11,42 +11,48 @@ import rich.table
 
 from bigalign.plan import chips
 
-Found = Mapping[str, Any]
+Plan = Mapping[str, Any]  # of one stage, or of a run with "stages": compile_step.measure, main
 
 
-def one(name: str, found: Found) -> str:
-  """A plan as lines of text; of a run in stages, each of them and then all together."""
-  if "stages" in found:
-    each = [one(f"{name}, {_stage(x)}", x) for x in found["stages"]]
-    return "\n".join([*each, _together(name, found)])
-  mesh = " x ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
+def format_plan(name: str, plan: Plan) -> str:
+  """Returns a plan as text; for a run in stages, each stage and then the whole run.
+
+  Args:
+    name: of the config.
+    plan: with its estimates, if it fits.
+  """
+  if "stages" in plan:
+    each = [format_plan(f"{name}, {_stage(x)}", x) for x in plan["stages"]]
+    return "\n".join([*each, _together(name, plan)])
+  mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
   lines = [
-    f"{name} on {found['topology']}: {found['devices']} x {found['device_kind']}, {mesh}",
-    f"batch {found['batch_size']:,} = {found['batch_per_chip']:g} per chip in"
-    f" {found['microbatches']} microbatches; {found['parameters'] / 1e6:,.1f} million parameters,"
-    f" {found['trainable'] / 1e6:,.1f} of them learn",
-    _verdict(found),
+    f"{name} on {plan['topology']}: {plan['devices']} x {plan['device_kind']}, {mesh}",
+    f"batch {plan['batch_size']:,} = {plan['batch_per_chip']:g} per chip in"
+    f" {plan['microbatches']} {_plural(plan['microbatches'], 'microbatch', 'microbatches')};"
+    f" {plan['parameters'] / 1e6:,.1f} million parameters,"
+    f" {plan['trainable'] / 1e6:,.1f} of them trained",
+    _verdict(plan),
     "",
   ]
   rows = [
     (f"memory: {k.replace('_', ' ')}", _size(x), "")
-    for k, x in found["memory_bytes_per_chip"].items()
+    for k, x in plan["memory_bytes_per_chip"].items()
     if x
   ]
-  if found["fits"]:
-    rows += _rows(found)
+  if plan["fits"]:
+    rows += _rows(plan)
   table = rich.table.Table("per chip", "", "", box=rich.box.SIMPLE, show_header=False)
   table.columns[1].justify = "right"
   for row in rows:
     table.add_row(*row)
-  if found["not_checked"]:
-    lines.insert(3, f"Not checked: {found['not_checked']}")
+  if plan["not_checked"]:
+    lines.insert(3, f"Not checked: {plan['not_checked']}")
   return "\n".join(lines) + _text(table)
 
 
-def several(plans: Sequence[Found]) -> str:
-  """The plans of a sweep as a table; of a run in stages, a row for each of them."""
-  staged = any("stages" in found for found in plans)
+def format_sweep(plans: Sequence[Plan]) -> str:
+  """Returns the plans of a sweep as a table, with a row per stage for runs in stages."""
+  staged = any("stages" in plan for plan in plans)
   table = rich.table.Table(
     *["stage"] * staged,
     "batch",
@@ -54,99 +60,107 @@ def several(plans: Sequence[Found]) -> str:
     "fsdp",
     "memory",
     "TFLOP",
-    "wires",
+    "communication",
     "images/s at most",
     box=rich.box.SIMPLE,
   )
-  for found in (stage for whole in plans for stage in whole.get("stages", [whole])):
+  for plan in (stage for run in plans for stage in run.get("stages", [run])):
     start = (
-      *[str(found["stage"])] * staged,
-      f"{found['batch_size']:,}",
-      "/".join(dict.fromkeys(found["remat"].values())),
-      str(found["mesh"]["fsdp"]),
+      *[str(plan["stage"])] * staged,
+      f"{plan['batch_size']:,}",
+      "/".join(dict.fromkeys(plan["remat"].values())),
+      str(plan["mesh"]["fsdp"]),
     )
-    work = f"{found['flops_per_chip'] / 1e12:,.1f}"
-    if found["fits"]:
-      wires = sum(x["bytes"] for x in found["collectives"].values())
+    work = f"{plan['flops_per_chip'] / 1e12:,.1f}"
+    if plan["fits"]:
+      sent = sum(x["bytes"] for x in plan["collectives"].values())
       table.add_row(
         *start,
-        _size(found["peak_bytes_per_chip"]),
+        _size(plan["peak_bytes_per_chip"]),
         work,
-        _size(wires),
-        f"{found['images_per_second'][1]:,.0f}, not measured",
+        _size(sent),
+        f"{plan['images_per_second'][1]:,.0f}, not measured",
       )
     else:
-      table.add_row(*start, f"does not fit: {_needs(found)}", work, "", "")
+      table.add_row(*start, f"does not fit: {_needs(plan)}", work, "", "")
   return _text(table)
 
 
-def _stage(found: Found) -> str:
-  first, last = found["first_step"] + 1, found["first_step"] + found["total_steps"]
+def _stage(plan: Plan) -> str:
+  first, last = plan["first_step"] + 1, plan["first_step"] + plan["total_steps"]
   return (
-    f"stage {found['stage']}, updates {first:,} to {last:,}, {found['image_size']} pixels and"
-    f" {found['text_length']} tokens,"
+    f"stage {plan['stage']}, updates {first:,} to {last:,}, {plan['image_size']} pixels and"
+    f" {plan['text_length']} tokens,"
   )
 
 
-def _together(name: str, found: Found) -> str:
-  bad = [str(x["stage"]) for x in found["stages"] if not x["fits"]]
-  verdict = f"DOES NOT FIT: stages {', '.join(bad)}" if bad else "FITS in all stages"
+def _together(name: str, plan: Plan) -> str:
+  bad = [str(x["stage"]) for x in plan["stages"] if not x["fits"]]
+  verdict = (
+    f"DOES NOT FIT: {_plural(len(bad), 'stage', 'stages')} {', '.join(bad)}"
+    if bad
+    else "FITS in all stages"
+  )
   table = rich.table.Table("", "", "", box=rich.box.SIMPLE, show_header=False)
-  for row in _estimates(found) if found["fits"] else ():
+  for row in _estimates(plan) if plan["fits"] else ():
     table.add_row(*row)
   return (
-    f"{name}, {found['total_steps']:,} updates on {found['topology']}\n{verdict}\n"
-    + several([found])
-    + (_text(table) if found["fits"] else "")
+    f"{name}, {plan['total_steps']:,} updates on {plan['topology']}\n{verdict}\n"
+    + format_sweep([plan])
+    + (_text(table) if plan["fits"] else "")
   )
 
 
-def _verdict(found: Found) -> str:
-  room = chips.CHIPS[chips.kind(found["topology"])].memory
-  if found["fits"]:
-    return f"FITS: {_size(found['peak_bytes_per_chip'])} of {_size(room)} per chip"
-  return f"DOES NOT FIT: {_needs(found)}. The compiler: {found['compiler']}"
+def _verdict(plan: Plan) -> str:
+  room = chips.CHIPS[chips.kind(plan["topology"])].memory
+  if plan["fits"]:
+    return f"FITS: {_size(plan['peak_bytes_per_chip'])} of {_size(room)} per chip"
+  return f"DOES NOT FIT: {_needs(plan)}. The compiler: {plan['compiler']}"
 
 
-def _needs(found: Found) -> str:
-  required = found["required_bytes_per_chip"]
+def _needs(plan: Plan) -> str:
+  required = plan["required_bytes_per_chip"]
   return (
-    "size not told"
+    "size unknown"
     if required is None
-    else (f"needs {_size(required)} of {_size(found['available_bytes_per_chip'])}")
+    else (f"needs {_size(required)} of {_size(plan['available_bytes_per_chip'])}")
   )
 
 
-def _rows(found: Found) -> list[tuple[str, str, str]]:
+def _rows(plan: Plan) -> list[tuple[str, str, str]]:
   rows = [
-    ("of the activations, the loss alone", _size(found["loss_alone_bytes_per_chip"]), "at most"),
-    ("products", f"{found['flops_per_chip'] / 1e12:,.2f} TFLOP", "a step"),
-    ("memory traffic", _size(found["memory_traffic_bytes_per_chip"]), "a step"),
+    ("activations of the loss alone", _size(plan["loss_alone_bytes_per_chip"]), "at most"),
+    ("matrix products", f"{plan['flops_per_chip'] / 1e12:,.2f} TFLOP", "per step"),
+    ("memory traffic", _size(plan["memory_traffic_bytes_per_chip"]), "per step"),
   ]
-  for kind, moved in found["collectives"].items():
+  for kind, moved in plan["collectives"].items():
     share = moved["asynchronous_bytes"] / moved["bytes"] if moved["bytes"] else 0.0
     rows.append(
       (
-        f"wires: {kind}",
+        f"communication: {kind}",
         _size(moved["bytes"]),
-        f"{moved['runs']} a step, {share:.0%} of the bytes asynchronous",
+        f"{moved['runs']} per step, {share:.0%} of the bytes asynchronous",
       )
     )
-  return rows + _estimates(found)
+  return rows + _estimates(plan)
 
 
-def _estimates(found: Found) -> list[tuple[str, str, str]]:
+def _estimates(plan: Plan) -> list[tuple[str, str, str]]:
   rows = []
   for label, key, form in (
     ("seconds per step", "seconds_per_step", "{:.3f}"),
     ("images per second, all chips", "images_per_second", "{:,.0f}"),
     ("samples per day", "samples_per_day", "{:,.0f}"),
-    (f"chip-hours of {found['total_samples'] / 1e6:,.1f} million pairs", "chip_hours", "{:,.0f}"),
+    (f"chip-hours of {plan['total_samples'] / 1e6:,.1f} million pairs", "chip_hours", "{:,.0f}"),
     ("cost", "cost", "{:,.0f}"),
   ):
-    if found.get(key) is not None:
-      rows.append((label, " to ".join(form.format(x) for x in sorted(found[key])), "not measured"))
+    if plan.get(key) is not None:
+      rows.append((label, " to ".join(form.format(x) for x in sorted(plan[key])), "not measured"))
   return rows
+
+
+def _plural(n: int, one: str, many: str) -> str:
+  return one if n == 1 else many
 
 
 def _size(n: float) -> str:

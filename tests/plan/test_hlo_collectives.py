@@ -1,4 +1,4 @@
-"""Collectives and FLOPs as read from programs whose counts are known."""
+"""Collectives and FLOPs read from programs whose counts are known."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_collectives_in_loops_count_as_often_as_they_run():
   }
 
 
-def test_what_a_tpu_writes():
-  """A fusion that scatters, an asynchronous gather, a loop whose trips only its condition tells."""
+def test_hlo_of_a_tpu():
+  """A fused reduce-scatter, an asynchronous all-gather, a loop whose trip count is a constant."""
   text = """
 %all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {
   %all-reduce.1 = f32[64,8]{1,0:T(8,128)} all-reduce(%input), replica_groups={{0,1,2,3}}
@@ -63,8 +63,8 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
   }
 
 
-def test_collectives_that_were_combined_and_groups_that_are_not_named():
-  """Several arrays in one permute, with its two words of context; a scatter over every device."""
+def test_combined_collectives_and_unnamed_groups():
+  """Several arrays in one permute, with two context words; a reduce-scatter over all devices."""
   text = """HloModule jit_f, is_scheduled=true, num_partitions=16
 
 ENTRY %main (p: f32[16,8]) -> f32[16,8] {
@@ -79,7 +79,7 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
   }
 
 
-def test_a_collective_that_runs_beside_a_loop_counts_once():
+def test_a_collective_that_overlaps_a_loop_counts_once():
   text = """
 %fused.1 (p: f32[2,8]) -> (f32[2,8], f32[16,8], u32[]) {
   %ag.1 = f32[16,8] all-gather(%p), channel_id=28, replica_groups=[1,8]<=[8], dimensions={0}
@@ -128,7 +128,7 @@ def test_a_sharded_product_counts_for_all_devices():
 
 
 def test_fixed_columns_send_no_gradient():
-  """A teacher's rows are gathered twice; only the student's gradient is scattered."""
+  """The rows of a teacher are gathered, but only the student's gradient is scattered."""
   mesh, engine = sharding.make_mesh(data=8), pairwise.Engine("gather")
   z = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=sharding.batch_sharding(mesh))
   t = jax.ShapeDtypeStruct((64, 48), jnp.float32, sharding=sharding.batch_sharding(mesh))

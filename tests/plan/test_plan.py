@@ -1,4 +1,4 @@
-"""bigalign plan: verdicts, figures and prices of configs on pods that nobody holds."""
+"""bigalign plan: verdicts, figures and prices of configs on TPU slices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def small(**parts):
-  """Projectors on stored vectors: a step of few lines, whose logits fill the memory."""
+  """Projectors on stored embeddings: a short program whose logits fill the memory."""
   return (
     dict(
       seed=0,
@@ -72,7 +72,7 @@ def made_up(batch, *, fits=True, **parts):
 
 
 def test_time_and_price_follow_the_data_sheet():
-  """Products of half a second at 92 %, traffic at 70 %, wires; 4 chips, 1,000 steps."""
+  """Half a second of products at 92 %, traffic at 70 %, communication; 4 chips, 1,000 steps."""
   found = chips.estimate(made_up(512), {"v5e": 2.0})
   assert found["seconds_per_step"] == pytest.approx([0.46 / 0.55 + 40 / 200, 0.5])
   assert found["images_per_second"][1] == pytest.approx(512 / 0.5)
@@ -82,13 +82,13 @@ def test_time_and_price_follow_the_data_sheet():
   assert chips.estimate(made_up(512), {"v4": 1.0})["cost"] is None
   # One chip of these is two devices.
   pair = chips.estimate(made_up(512, topology="tpu7x:2x2x1"), {})
-  least, _ = chips.seconds(made_up(512, topology="tpu7x:2x2x1"))
+  least, _ = chips.step_seconds(made_up(512, topology="tpu7x:2x2x1"))
   assert pair["chip_hours"][1] == pytest.approx(2 * 1000 * least / 3600)
 
 
 @pytest.mark.parametrize("start", [dict(batch=512), dict(batch=65_536, fits=False)])
 def test_the_largest_batch_is_one_that_was_compiled(start):
-  """From both sides of the line; multiples of 8 rows on each of 4 chips."""
+  """From a batch that fits and one that does not; multiples of 8 rows on each of 4 chips."""
   room = chips.CHIPS["v5e"].memory
   most = int((room - 1e9) / 1e7) // 8 * 8 * 4
   asked = []
@@ -97,10 +97,10 @@ def test_the_largest_batch_is_one_that_was_compiled(start):
     asked.append(batch)
     return made_up(batch, fits=1e9 + 1e7 * batch / 4 <= room)
 
-  assert largest_batch.likely([made_up(**start)]) == most
-  assert largest_batch.largest(made_up(**start), at) == most and asked == [most]
+  assert largest_batch.predict([made_up(**start)]) == most
+  assert largest_batch.search(made_up(**start), at) == most and asked == [most]
   untold = made_up(512, fits=False, required_bytes_per_chip=None)
-  assert largest_batch.likely([untold]) == 0 and largest_batch.largest(untold, at) == 0
+  assert largest_batch.predict([untold]) == 0 and largest_batch.search(untold, at) == 0
 
 
 def test_an_answer_is_kept_until_something_changes(tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_an_answer_is_kept_until_something_changes(tmp_path, monkeypatch):
   for _ in range(2):
     assert ask(c, "v5e:1x1") == {"fits": True}
   assert len(asked) == 1
-  ask(main.changed(c, batch=8), "v5e:1x1")
+  ask(main.with_changes(c, batch=8), "v5e:1x1")
   ask(c, "v5e:2x2")
   ask(c, "v5e:1x1", samples=5)
   (model / "config.json").write_text('{"width": 8}')
@@ -138,13 +138,13 @@ def test_a_sweep_is_all_combinations():
   c = load("clip_b16").to_dict()
   found = list(main.variants(c, ["remat", "mesh"], 8))
   assert len(found) == 3 * 2 and dict(remat="full", mesh=4) in found
-  other = main.changed(c, **found[-1], batch=64)
+  other = main.with_changes(c, **found[-1], batch=64)
   assert other["model"]["text"]["remat"] == found[-1]["remat"] and other["batch_size"] == 64
   assert other["mesh"] == dict(data=-1, fsdp=found[-1]["mesh"], tensor=1)
-  assert c["model"]["text"]["remat"] == "dots", "the config itself stays"
+  assert c["model"]["text"]["remat"] == "dots", "the config itself is unchanged"
   with pytest.raises(ValueError, match=r"known: .*remat"):
     list(main.variants(c, ["remats"], 8))
-  whole = main.changed(
+  whole = main.with_changes(
     dict(model=dict(init="$CLIP", text=dict(name="features", width=4))), remat="full"
   )
   assert whole["model"] == dict(
@@ -192,7 +192,7 @@ ENTRY %main (a: bf16[128,64], b: f32[12,64]) -> f32[128,64] {
   assert hlo_memory.traffic(text) == 12 * 2 * row + prefetched + result
 
 
-def test_a_checkpoint_that_is_not_here_can_be_replaced_by_sizes(tmp_path):
+def test_a_missing_checkpoint_can_be_replaced_by_sizes(tmp_path):
   model = load("lit").to_dict()["model"]
   model["image"]["init"] = str(tmp_path / "nowhere")
   model["text"] = dict(init=str(tmp_path / "either"), name="text", vocab_size=9, length=4)
@@ -206,7 +206,7 @@ def test_a_checkpoint_that_is_not_here_can_be_replaced_by_sizes(tmp_path):
   )
 
 
-def test_stores_that_are_not_here_hold_what_the_towers_make():
+def test_missing_stores_have_the_shapes_of_the_towers():
   c = load("tiny").to_dict()
   c["frozen"] = "_tower/"
   c["data"]["stores"] = dict(image="/nowhere/image", text="/nowhere/text")
@@ -219,12 +219,12 @@ def test_stores_that_are_not_here_hold_what_the_towers_make():
 def test_every_config_names_a_topology(name):
   c = load(name)
   assert chips.kind(c.topology) in chips.CHIPS
-  assert provenance.HARMLESS.search("topology"), "another pod is no other experiment"
+  assert provenance.HARMLESS.search("topology"), "the topology does not change the experiment"
 
 
 @needs_libtpu
 @pytest.mark.parametrize(
-  "parts,topology,told",
+  "parts,topology,message",
   [
     (dict(mesh=dict(data=3)), "v5e:2x2", "must multiply to 4"),
     (dict(batch_size=4097), "v5e:2x2", "try 4096"),
@@ -235,15 +235,15 @@ def test_every_config_names_a_topology(name):
     ({}, "v9:2x2", "Known: .*'v5e'"),
   ],
 )
-def test_what_cannot_be_says_what_can(parts, topology, told):
-  with pytest.raises(ValueError, match=told):
+def test_impossible_plans_say_what_is_possible(parts, topology, message):
+  with pytest.raises(ValueError, match=message):
     compile_step.measure(small(**parts), topology)
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_both_verdicts_from_the_command_line(tmp_path):
-  """Exit status, JSON, prices, and an answer from the cache in seconds, without jax."""
+  """Exit status, JSON, prices, and a cached plan in seconds, without importing jax."""
   file, prices = tmp_path / "small.py", tmp_path / "prices.json"
   c = small(batch_size=16_384)
   file.write_text(
@@ -301,7 +301,7 @@ def test_both_verdicts_from_the_command_line(tmp_path):
   "batch", [4096, 8192, 16_384, 32_768, 49_152, 57_344, 65_536, 98_304, 131_072, 262_144]
 )
 def test_verdicts_on_both_sides_of_the_line(batch):
-  """A verdict and its size say the same: ten batches, half of which fit."""
+  """Verdict and size agree: ten batches, half of which fit."""
   found, room = compile_step.measure(small(batch_size=batch), "v5e:1x1"), chips.CHIPS["v5e"].memory
   assert found["fits"] == (batch < 52_000)
   if found["fits"]:

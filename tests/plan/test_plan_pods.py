@@ -1,4 +1,4 @@
-"""Configs compiled for pods: programs, memory and wires, and the bars of docs/plan.md."""
+"""Configs compiled for TPU slices: programs, memory, communication, the targets of docs/plan.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_libtpu = pytest.mark.skipif(
   not topologies.installed(), reason="libtpu is not installed: the extra plan"
 )
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-# In the place of checkpoints that are not here: DINOv2's size and MiniLM's.
+# Sizes of DINOv2 and MiniLM, instead of their checkpoints.
 TOWERS = dict(
   image=dict(name="vit", variant="B", patch=14),
   text=dict(name="text", vocab_size=30_522, length=77, width=384, depth=6, heads=12, scan=False),
@@ -34,7 +34,7 @@ LOGITS = dict(way="gather", dtype="bfloat16")
 @needs_libtpu
 @pytest.mark.slow
 def test_what_a_small_step_moves():
-  """Copies and FSDP at once, bfloat16 gradients: half the bytes, weights and no activations."""
+  """Data parallelism, FSDP, bfloat16 gradients: half the bytes; weights and no activations."""
   c = load("siglip_b16").to_dict()
   for side in ("image", "text"):
     c["model"][side] |= dict(width=256, heads=2, depth=2, remat="full", pool="mean")
@@ -46,11 +46,11 @@ def test_what_a_small_step_moves():
   c["model"] |= dict(embed_dim=256)
   c["optimizer"]["name"] = "adamw"
   found = compile_step.measure(c, "v5e:2x2")
-  wires, weights = found["collectives"], 2 * found["parameters"]
-  assert found["fits"] and wires["all-gather"]["bytes"] <= 2.6 * weights
-  assert wires.get("reduce-scatter", dict(bytes=0))["bytes"] <= 1.1 * weights
-  assert wires.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
-  assert found["not_checked"], "the vocabulary is not here"
+  moved, weights = found["collectives"], 2 * found["parameters"]
+  assert found["fits"] and moved["all-gather"]["bytes"] <= 2.6 * weights
+  assert moved.get("reduce-scatter", dict(bytes=0))["bytes"] <= 1.1 * weights
+  assert moved.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
+  assert found["not_checked"], "the vocabulary file is missing"
 
 
 @pytest.mark.long
@@ -97,7 +97,7 @@ def test_flops_are_those_that_xla_counts():
 
 
 def shipped(name):
-  """A config as it is, with sizes beside its checkpoints."""
+  """A shipped config, with sizes next to its checkpoints."""
   c = load(name).to_dict()
   for side, tower in TOWERS.items():
     given = c["model"][side]
@@ -111,7 +111,7 @@ def shipped(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_a_program_for_its_topology(name):
-  """Mesh, batch and rules hold, with no data there; test_every_config_fits compiles the program."""
+  """Mesh, batch and rules are valid without data; test_every_config_fits compiles the program."""
   c = shipped(name)
   step = compile_step.trace(c, c["topology"])
   with jax.set_mesh(step.mesh):
@@ -143,14 +143,14 @@ with jax.set_mesh(mesh):
   ],
 )
 def test_every_kind_of_chip_takes_our_flags(topology):
-  """In a process of its own: libtpu reads them once. It refuses what is for another kind."""
+  """In a process of its own: libtpu reads flags once. It refuses flags for another kind."""
   env = {k: x for k, x in os.environ.items() if k != "LIBTPU_INIT_ARGS"}
   subprocess.run([sys.executable, "-c", FLAGS, topology], check=True, cwd=ROOT, env=env)
 
 
 def l14(**parts):
-  """CLIP of L/14 with other parts, as of plan.changed."""
-  c = main.changed(load("clip_b16").to_dict(), **parts)
+  """CLIP L/14 with changes, as in plan.main.with_changes."""
+  c = main.with_changes(load("clip_b16").to_dict(), **parts)
   c["model"]["image"] |= dict(variant="L", patch=14)
   c["model"]["text"] |= dict(width=768, heads=12)
   return c
@@ -159,7 +159,7 @@ def l14(**parts):
 @needs_libtpu
 @pytest.mark.slow
 def test_layers_are_one_program():
-  """L/14: lines of the program that goes to the compiler, which more layers would not add to."""
+  """L/14: the number of lines of the lowered program does not grow with the layers."""
   step = compile_step.trace(l14(remat="full"), "v5e:16x16")
   with jax.set_mesh(step.mesh):
     assert step.traced.lower().as_text().count("\n") <= 10_000
@@ -167,7 +167,7 @@ def test_layers_are_one_program():
 
 @pytest.fixture
 def ask(tmp_path_factory):
-  """plan.plan, which compiles what several tests ask for once."""
+  """plan.main.plan, which compiles once what several tests need."""
   return functools.partial(main.plan, cache=tmp_path_factory.getbasetemp() / "plans")
 
 
@@ -181,8 +181,8 @@ def test_every_config_fits(name, ask):
 
 
 def b16(name="clip_b16", **parts):
-  """A config of B/16 with other parts, as of plan.changed."""
-  return main.changed(load(name).to_dict(), **parts)
+  """A config of B/16 with changes, as in plan.main.with_changes."""
+  return main.with_changes(load(name).to_dict(), **parts)
 
 
 @needs_libtpu
@@ -204,7 +204,7 @@ def test_memory_of_b16(name, remat, rows, most, ask):
 @needs_libtpu
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_gradients_of_b16_travel_once_in_bfloat16(ask):
+def test_gradients_of_b16_are_communicated_once_in_bfloat16(ask):
   """All-reduces are counted as twice their operand; the loss's statistics are among them."""
   c = b16(remat="full") | dict(gradient_dtype="bfloat16")
   found = ask(c, "v5e:16x16")
@@ -227,10 +227,10 @@ def test_so400m_gathers_weights_and_no_activations(ask):
   for side in ("image", "text"):
     c["model"][side]["variant"] = "So400m"
   c["model"]["image"]["patch"], c["model"]["embed_dim"] = 14, 1152
-  wires = ask(c, "v5e:16x16")["collectives"]
-  assert wires["all-gather"]["bytes"] <= 4.3e9
-  assert wires["reduce-scatter"]["bytes"] <= 1.8e9
-  assert wires.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
+  moved = ask(c, "v5e:16x16")["collectives"]
+  assert moved["all-gather"]["bytes"] <= 4.3e9
+  assert moved["reduce-scatter"]["bytes"] <= 1.8e9
+  assert moved.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
 
 
 @needs_libtpu

@@ -1,6 +1,6 @@
-"""Compiled for pods: memory, wires and products of the losses at batches of millions.
+"""Compiled for TPU slices: memory, communication and products of the losses at huge batches.
 
-With `logits.dtype="bfloat16"`: float32 on the wires is half as much again, beyond the bar.
+With `logits.dtype="bfloat16"`: communication in float32 is half as much again, over the target.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def compiled(name, way, batch, mesh):
     context = at(engine=pairwise.Engine(way, "bfloat16"))
     return loss.apply(params, state, {"zimg": zimg, "ztxt": ztxt}, {}, context)[0]
 
-  def abstract(x, place):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  def abstract(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   z = abstract(jax.ShapeDtypeStruct((batch, D), jnp.float32), sharding.batch_sharding(grid))
   params = jax.tree.map(lambda x: abstract(x, sharding.replicated_sharding(grid)), params)
@@ -51,7 +51,7 @@ def compiled(name, way, batch, mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name,products", [("clip", 8.05), ("siglip", 6.05)])
 def test_a_million_pairs(name, products, mesh):
-  """Temporaries, wires and products of the default way at 2^20 pairs of width 1152."""
+  """Temporaries, communication and products of the default way at 2^20 pairs of width 1152."""
   batch = 1 << 20
   work, memory, moved = compiled(name, "auto", batch, mesh)
   assert memory.temp_size_in_bytes <= 256e6
@@ -72,7 +72,7 @@ def test_four_million_pairs_in_a_ring(name):
 
 
 def test_the_whole_matrix_is_what_does_not_fit():
-  """The comparison that gives the bars their sense."""
+  """What the targets are compared with."""
   _, memory, _ = compiled("clip", "dense", 1 << 17, "data")
   _, tiled, _ = compiled("clip", "auto", 1 << 17, "data")
   assert memory.temp_size_in_bytes > 5 * tiled.temp_size_in_bytes
@@ -83,8 +83,8 @@ def test_an_unknown_topology_is_named():
     topologies.devices("v5e:17x3")
 
 
-def test_what_is_compiled_twice_is_not_sought_in_the_cache(tmp_path):
-  """Of what no client compiled the cache holds what cannot be read: a warning, an error here."""
+def test_compiling_without_devices_bypasses_the_cache(tmp_path):
+  """A program compiled without a client cannot be read from the cache: a warning, an error here."""
   x = jax.ShapeDtypeStruct(
     (8, 128),
     jnp.float32,
@@ -96,7 +96,7 @@ def test_what_is_compiled_twice_is_not_sought_in_the_cache(tmp_path):
     jax.config.update(name, value)
   try:
     for _ in range(2):
-      topologies.compiled(jax.jit(lambda x: x @ x.T).lower(x))
+      topologies.compile_without_cache(jax.jit(lambda x: x @ x.T).lower(x))
     assert not [*tmp_path.iterdir()]
   finally:
     for name, value in zip(names, before):

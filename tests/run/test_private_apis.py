@@ -79,7 +79,7 @@ from bigalign.plan import topologies
 mesh = sharding.make_mesh(devices=topologies.devices("v5e:1x1"))
 x = jax.ShapeDtypeStruct((2**17, 2**16), "float32", sharding=sharding.replicated_sharding(mesh))
 try:
-  topologies.compiled(jax.jit(jnp.sin).lower(x))
+  topologies.compile_without_cache(jax.jit(jnp.sin).lower(x))
 except jax.errors.JaxRuntimeError as error:
   assert private_apis.is_out_of_memory(error), error
   assert private_apis.memory_of_error(error) == (64 * 2**30, 15.75 * 2**30), error

@@ -459,8 +459,8 @@ def made_up(stage, fits=True):
 
 def test_a_plan_of_stages_adds_up_and_has_the_worst_verdict():
   def of(*plans):
-    found = main.together([{**x, **chips.estimate(x, {"v5e": 2.0})} for x in plans])
-    return found, table.one("name", found)
+    found = main.combine_stages([{**x, **chips.estimate(x, {"v5e": 2.0})} for x in plans])
+    return found, table.format_plan("name", found)
 
   found, text = of(made_up(0), made_up(1))
   assert found["fits"] and found["total_steps"] == 200 and len(found["stages"]) == 2
@@ -471,7 +471,7 @@ def test_a_plan_of_stages_adds_up_and_has_the_worst_verdict():
   assert found["samples_per_day"][1] == pytest.approx(86_400 * (512 + 1024) / 2 / 0.5)
   assert "FITS in all stages" in text and "stage 1, updates 101 to 200, 112 pixels" in text
   found, text = of(made_up(0), made_up(1, fits=False))
-  assert not found["fits"] and "cost" not in found and "DOES NOT FIT: stages 1" in text
+  assert not found["fits"] and "cost" not in found and "DOES NOT FIT: stage 1" in text
   json.dumps(found)
 
 
@@ -497,7 +497,7 @@ def test_the_exit_status_is_that_of_all_stages(tmp_path, fits):
     cwd=ROOT,
   )
   assert done.returncode == (0 if fits else 1), done.stderr
-  assert ("FITS in all stages" if fits else "DOES NOT FIT: stages 0") in done.stdout
+  assert ("FITS in all stages" if fits else "DOES NOT FIT: stage 0") in done.stdout
 
 
 @needs_libtpu
