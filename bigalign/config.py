@@ -1,182 +1,156 @@
-"""Experiments as data: compared, fingerprinted, handed to functions by their signatures."""
+"""The options of a training run, and how a config becomes them.
+
+A config is a readable file of plain values (configs/*.py, a ConfigDict). `resolve_config` turns it
+into a frozen `Config` once, with every default filled in and every value checked; after that
+nobody reads the plain values. config.json of a run holds the resolved options.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-from ml_collections import ConfigDict
+from bigalign import checks, sharding
+from bigalign.checkpoint import Checkpoints
+from bigalign.data.loader.options import DataOptions
+from bigalign.evals import EvalOptions
+from bigalign.losses import LossTerms
+from bigalign.losses.engine.pairwise import Engine
+from bigalign.model import ModelOptions
+from bigalign.optim import OPTIMIZERS, make_optimizer
+from bigalign.options import Call, Choose, Component, plain, resolve
+from bigalign.run import runtime
+from bigalign.run.metrics import MetricWriter
+from bigalign.weights import init
 
-from bigalign import tree
-
-# What may change between two runs in one workdir without touching what is learned.
-HARMLESS = re.compile(
-  r"^(mesh|topology|rules|evals|writer|runtime|keep|profile|logits)(/|$)"
-  r"|^(log_every|checkpoint_every|eval_every|diagnose_every|(stages/\d+/)?microbatches|patience)$"
-  # Where the data lies; what it is has a fingerprint.
-  r"|^data/(workers|source)$|^data/stores/(image|text|second|keep)$|^data/tokenizer/(path|vocabulary)$"
-)
+OPTIMIZER_FIXED = ("params", "total_steps", "to_steps")  # what the program passes, no options
 
 
-def plain(config: Any) -> Any:
-  """A ConfigDict or any nest of mappings and sequences as dicts and lists that JSON can hold."""
-  if isinstance(config, ConfigDict):
-    config = config.to_dict()
-  if isinstance(config, Mapping):
-    return {str(k): plain(v) for k, v in config.items()}
-  if isinstance(config, list | tuple):
-    return [plain(v) for v in config]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """A training run.
+
+  Args:
+    seed: of the initialisation, the order of the data, augmentation and dropout.
+    total_steps: updates in all, or a duration: "1e9 samples", "3 epochs".
+    batch_size: global: over all devices and hosts.
+    log_every: steps between logs. Apart from the first step, the loop waits for the device only
+      then.
+    checkpoint_every: steps between checkpoints, or a duration; 0: only at the end, where one is
+      always written.
+    data: what the run reads.
+    model: towers, projectors, and pretrained weights.
+    loss: {name: options, weight among them}; the weighted losses are added.
+    optimizer: name, learning rate, schedule and options of the optimizer.
+    stages: earlier stages of the run, which override parts of this config; this config is the last
+      stage.
+    eval_every: steps between evaluations, or a duration; 0: only at the start and the end.
+    diagnose_every: steps between diagnostics of the loss, or a duration: hardest negatives,
+      saturation, shares of the gradient, temperatures; each costs about half a step. 0: none.
+    evals: {name: options, type among them}.
+    frozen: regular expression of the parameters that are not trained.
+    ema: decay of the running average of the parameters, which is evaluated too; 0 for none.
+    microbatches: parts in which a batch is embedded; loss and gradient stay those of the batch.
+    gradient_dtype: dtype in which devices communicate the gradients of kernels and token tables,
+      "float32" or "bfloat16".
+    logits: how the logit matrix of the loss is formed.
+    mesh: sizes of the axes data, fsdp, tensor.
+    topology: the TPU slice that `bigalign plan` compiles for; training uses the devices it finds.
+    rules: (regular expression, axes) pairs: how parameters are sharded; the first match counts.
+      None: the default rules.
+    keep: which checkpoints are kept.
+    writer: where metrics are written.
+    profile: (first, last): the steps traced into workdir/profile; () for none.
+    patience: seconds without a step after which a run of several processes ends and names the
+      process that hangs.
+    runtime: settings of JAX and XLA, applied before the first device is used.
+  """
+
+  seed: int
+  total_steps: int | str
+  batch_size: int
+  log_every: int
+  checkpoint_every: int | str
+  data: DataOptions
+  model: ModelOptions
+  loss: LossTerms
+  optimizer: Annotated[
+    Component,
+    Choose(OPTIMIZERS, fixed=OPTIMIZER_FIXED, shared=make_optimizer, default="adamw"),
+  ]
+  stages: Sequence[Mapping[str, Any]] = ()
+  eval_every: int | str = 0
+  diagnose_every: int | str = 0
+  evals: EvalOptions = None  # type: ignore[assignment]
+  frozen: str = ""
+  ema: float = 0.0
+  microbatches: int = 1
+  gradient_dtype: str = "float32"
+  logits: Engine = None  # type: ignore[assignment]
+  mesh: Annotated[Component, Call(sharding.make_mesh, fixed=("devices",))] = None  # type: ignore[assignment]
+  topology: str = ""
+  rules: Sequence[Any] | None = None
+  keep: Annotated[Component, Call(Checkpoints, fixed=("workdir", "read_only"))] = None  # type: ignore[assignment]
+  writer: Annotated[Component, Call(MetricWriter, fixed=("workdir", "resume_step"))] = None  # type: ignore[assignment]
+  profile: Sequence[int] = ()
+  patience: float = 1800.0
+  runtime: Annotated[Component, Call(runtime.setup)] = None  # type: ignore[assignment]
+
+  def __post_init__(self) -> None:
+    checks.known("config.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
+    if self.log_every < 1:
+      raise ValueError(f"config.log_every={self.log_every}: at least 1")
+
+
+def resolve_config(
+  values: Any, record: Mapping[str, Any] | None = None, *, files_needed: bool = True
+) -> Config:
+  """The options of a config, every default filled in.
+
+  Args:
+    values: a ConfigDict or a mapping of plain values, as a config file gives them.
+    record: config.json of the run that continues, whose pretrained model options hold even if the
+      checkpoint files have changed since.
+    files_needed: False: if a pretrained checkpoint is missing, use the sizes next to its `init`.
+
+  Raises:
+    TypeError, ValueError: for unknown, missing or wrong options; they name the place.
+    FileNotFoundError, KeyError: for a pretrained checkpoint that is missing.
+  """
+  values = plain(values)
+  if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
+    model = values["model"]
+    model = init.options(model, record) if files_needed else init.options_from_sizes(model)
+    values = {**values, "model": model}
+  config: Config = resolve(Config, values, "config")
   return config
 
 
-def fingerprint(config: Any) -> str:
-  """16 hex digits that change when any value does."""
-  return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
+def written_model(values: Mapping[str, Any]) -> dict[str, Any]:
+  """config.model as the user wrote it: without what a pretrained checkpoint adds to it."""
+  model: dict[str, Any] = plain(values["model"])
+  return model
 
 
-def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-  """{path: (old, new)} where two configs part in what is learned; "(absent)" for a missing key."""
-  a, b = (
-    tree.flatten({**x, "stages": {str(i): stage for i, stage in enumerate(x.get("stages") or ())}})
-    for x in (plain(old), plain(new))
-  )
-  return {
-    path: (a.get(path, "(absent)"), b.get(path, "(absent)"))
-    for path in sorted({*a, *b})
-    if a.get(path, "(absent)") != b.get(path, "(absent)") and not HARMLESS.search(path)
-  }
+def without_stores(values: Any) -> dict[str, Any]:
+  """A config in plain values, without the stores and the augmentation of its data."""
+  config: dict[str, Any] = plain(values)
+  data = {k: v for k, v in config["data"].items() if k not in ("stores", "augment")}
+  return {**config, "data": data}
 
 
-def call(function: Callable[..., Any], options: Mapping[str, Any], where: str, **fixed: Any) -> Any:
-  """function(**fixed, **options), where the options come from the config at `where`.
+def setup_runtime(values: Any) -> None:
+  """Applies config.runtime, which must be set before the first device is used."""
+  values = plain(values)
+  given = values.get("runtime") if isinstance(values, Mapping) else None
+  resolve(runtime.setup, given or {}, "config.runtime").make()
 
-  An option that the function does not take, or one that it needs and does not get, is a TypeError
-  that names the place in the config, the nearest known option and all the others.
+
+def recorded_config(record: Mapping[str, Any]) -> Config:
+  """The options of a run from its record: config.json, or what is saved with a checkpoint.
+
+  Options that did not exist when the run was written get their defaults.
   """
-  parameters = inspect.signature(function).parameters
-  known = [name for name in parameters if name not in fixed]
-  anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-  for name in options:
-    if name not in known and not anything:
-      raise TypeError(
-        f"{where}: unknown option {name!r}.{tree.nearest(name, known)} Options: {known}"
-      )
-  missing = [
-    name
-    for name in known
-    if parameters[name].default is inspect.Parameter.empty
-    and name not in options
-    and parameters[name].kind
-    in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-  ]
-  if missing:
-    raise TypeError(f"{where}: option {missing[0]!r} is missing. Options: {known}")
-  for name, value in options.items():
-    if name in parameters and not fits(value, str(parameters[name].annotation)):
-      raise TypeError(
-        f"{where}.{name}={value!r} is of type {type(value).__name__}; it must be"
-        f" {parameters[name].annotation}"
-      )
-  return function(**fixed, **options)
-
-
-_KINDS: dict[str, tuple[type, ...]] = {
-  "int": (int,),
-  "float": (int, float),
-  "str": (str,),
-  "bool": (bool,),
-  "None": (type(None),),
-}
-
-
-def fits(value: Any, annotation: str) -> bool:
-  """Whether a value is of a plain type such as "int" or "float | None"; any other type passes."""
-  kinds = [kind.strip() for kind in annotation.split("|")]
-  if not all(kind in _KINDS for kind in kinds):
-    return not (annotation.startswith("Mapping") and isinstance(value, int | float | str))
-  if isinstance(value, bool) and "bool" not in kinds:
-    return False
-  return isinstance(value, tuple(t for kind in kinds for t in _KINDS[kind]))
-
-
-def choose(registry: Mapping[str, Any], name: str, where: str) -> Any:
-  """registry[name], or a ValueError that names what there is."""
-  if name not in registry:
-    raise ValueError(
-      f"{where}: unknown {name!r}.{tree.nearest(name, registry)} Known: {sorted(registry)}"
-    )
-  return registry[name]
-
-
-def known(where: str, value: Any, names: Iterable[str]) -> None:
-  """Raises ValueError, naming `where`, unless `value` is one of `names`."""
-  names = list(names)
-  if value not in names:
-    raise ValueError(f"{where}: unknown {value!r}; known: {sorted(names)}")
-
-
-def above_zero(where: str, most: float = math.inf, **numbers: float) -> None:
-  """Raises ValueError, naming `where` and the option, for a number not in (0, most]."""
-  for name, value in numbers.items():
-    # What is traced has no value yet.
-    if isinstance(value, int | float) and not 0 < value <= most:
-      bound = "" if most == math.inf else f" and at most {most:g}"
-      raise ValueError(f"{where}.{name}={value!r} must be above 0{bound}")
-
-
-class Duration(NamedTuple):
-  """A stretch of training: 18 of unit "epoch", or "step", "sample", "%" of all updates."""
-
-  number: float
-  unit: str
-
-
-def duration(value: int | str, where: str) -> Duration:
-  """500, "500 steps", "1e9 samples", "18 epochs" or "50%", as a Duration.
-
-  Raises:
-    ValueError: for any other text.
-  """
-  found = re.fullmatch(
-    r"\s*(\d[\d_]*\.?\d*(?:[eE]\+?\d+)?)\s*(steps?|samples?|epochs?|%)?\s*", str(value)
-  )
-  if not found:
-    raise ValueError(
-      f"{where}: {value!r} is no duration; write a number of steps, '1e9 samples', '3 epochs' or"
-      " '2%'"
-    )
-  return Duration(float(found.group(1)), (found.group(2) or "step").rstrip("s"))
-
-
-def steps(
-  value: int | str, where: str, *, batch_size: int, dataset_size: int, total_steps: int = 0
-) -> int:
-  """A duration in updates: 500, "500 steps", "1e9 samples", "3 epochs" or "2%" of total_steps.
-
-  Rounded to the nearest step, never below 1 unless the duration is 0.
-
-  Raises:
-    ValueError: for any other text, or a percentage where there is no total.
-  """
-  if isinstance(value, int):
-    return value
-  number, unit = duration(value, where)
-  length = {
-    "step": 1.0,
-    "sample": 1 / batch_size,
-    "epoch": dataset_size / batch_size,
-    "%": total_steps / 100,
-  }[unit]
-  if not length and unit == "epoch":
-    raise ValueError(
-      f"{where}: {value!r} needs the size of the dataset, which is not known here;"
-      " `bigalign plan` takes it as --samples"
-    )
-  if not length:
-    raise ValueError(f"{where}: {value!r} is a share of the steps in all, which are not known here")
-  return max(1, round(number * length)) if number else 0
+  config: Config = resolve(Config, record["config"], "config")
+  return config

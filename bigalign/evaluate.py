@@ -14,15 +14,17 @@ import rich.console
 import rich.table
 from absl import logging
 
-from bigalign import config as configs
 from bigalign import sharding
-from bigalign import state as states
-from bigalign.checkpoint import Checkpoints
+from bigalign.config import Config, recorded_config
 from bigalign.data.files.patterns import expand_shards
 from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
+from bigalign.options import plain
+from bigalign.program import layout, make_embed, make_program
 from bigalign.run import preemption, runtime
+from bigalign.run.provenance import read_config
 from bigalign.run.workdir import Workdir
+from bigalign.state import restore_params
 
 
 class Run(NamedTuple):
@@ -35,7 +37,7 @@ class Run(NamedTuple):
 
   workdir: pathlib.Path
   step: int
-  config: dict[str, Any]
+  config: Config
   meta: dict[str, Any]
   mesh: jax.sharding.Mesh
   params: dict[str, jax.Array]
@@ -44,41 +46,51 @@ class Run(NamedTuple):
 
 
 def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
-  """Reads a run's config and the parameters of a checkpoint; changes nothing in it.
+  """Reads a run's config and the parameters of a checkpoint; changes nothing in the run.
 
-  step: a number, "latest" or "best" (of config.keep.best).
+  Args:
+    workdir: folder of the run, local or gs://….
+    step: a number, "latest" or "best" (of config.keep.best).
 
   Raises:
-    FileNotFoundError: for a folder that is no run, or a step that it does not have.
-    ValueError: for "best" in a run that does not say what is best.
+    FileNotFoundError: for a folder that is not a run, or a step without a checkpoint.
+    ValueError: for "best" in a run whose config.keep.best is not set.
   """
-  home = Workdir(workdir, reader=True)
-  home.download()
-  workdir = home.local
-  if not (workdir / "config.json").is_file():
+  folder = Workdir(workdir, reader=True)
+  folder.download()
+  record = read_config(folder.local)
+  if record is None:
     raise FileNotFoundError(
-      f"{home.root} holds no config.json, so it is not the --workdir of a training run"
+      f"{folder.root} holds no config.json, so it is not the --workdir of a training run"
     )
-  keep = json.loads((workdir / "config.json").read_text())["config"]["keep"] or {}
-  if step == "best" and not keep.get("best"):
-    raise ValueError(f"{workdir}: config.keep.best names no metric, so no checkpoint is the best")
-  checkpoints = configs.call(Checkpoints, keep, "config.keep", workdir=home.root, read_only=True)
-  found = checkpoints.find(step)
-  meta = checkpoints.meta(found)
-  config = meta.pop("config")
-  program = states.make_program(**config, dataset_size=meta["dataset_size"])
-  # This machine need not be the one that trained: whole copies of the model on all its devices.
+  keep = recorded_config(record).keep
+  if step == "best" and not keep.options["best"]:
+    raise ValueError(
+      f"{folder.local}: config.keep.best names no metric, so no checkpoint is the best"
+    )
+  checkpoints = keep.make(workdir=folder.root, read_only=True)
+  number = checkpoints.find(step)
+  meta = checkpoints.meta(number)
+  config = recorded_config(meta)
+  del meta["config"]
+  program = make_program(config, dataset_size=meta["dataset_size"])
+  # The machine may differ from the one that trained: the model is replicated on all its devices.
   mesh = sharding.make_mesh()
-  abstract, placed = states.layout(program, mesh, config["rules"])
-  params = states.restore_params(checkpoints, found, abstract, placed)
-  ema = states.restore_params(checkpoints, found, abstract, placed, ema=True) if program.ema else {}
+  shapes, shardings = layout(program, mesh, config.rules)
+  params = restore_params(checkpoints, number, shapes, shardings)
+  ema = restore_params(checkpoints, number, shapes, shardings, ema=True) if program.ema else {}
   checkpoints.close()
-  return Run(workdir, found, config, meta, mesh, params, ema, states.make_embed(program.model))
+  return Run(folder.local, number, config, meta, mesh, params, ema, make_embed(program.model))
 
 
-def evaluate(run: Run, evals: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-  """{metric: value} of {name: options, type among them}; the averages' as "ema/..." beside."""
-  evaluators = make_evaluators(evals, mesh=run.mesh, data=run.config["data"], **run.embed)
+def evaluate(run: Run, evals: Mapping[str, Any]) -> dict[str, float]:
+  """{metric: value} of a run; those of the averaged parameters as "ema/…".
+
+  Args:
+    run: of open_run.
+    evals: as config.evals: {name: options, type among them}, in plain values or resolved.
+  """
+  evaluators = make_evaluators(evals, mesh=run.mesh, data=run.config.data, **run.embed)
   metrics: dict[str, float] = {}
   with jax.set_mesh(run.mesh):
     for prefix, params in (("", run.params), ("ema/", run.ema)):
@@ -164,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   if args.zeroshot:
     name, options = zeroshot_folder(args.zeroshot)
     evals[name] = options
-  evals = evals or opened.config["evals"] or {}
+  evals = evals or plain(opened.config)["evals"]
   if not evals:
     parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
   logging.info("Step %d of %s on %s", opened.step, opened.workdir, runtime.describe())

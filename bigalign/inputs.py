@@ -1,259 +1,276 @@
-"""What a config's `data` says, as a source and the way to read it."""
+"""The inputs of a run: its source, opened as config.data says, and its train batches by stage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import contextlib
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigalign import config as configs
+from bigalign import stages
 from bigalign.data.files import fingerprints
-from bigalign.data.image import augment as augmentation
-from bigalign.data.image import transforms
-from bigalign.data.loader import training
-from bigalign.data.loader.pairs import Pairs, stored_sides
-from bigalign.data.order.order import philox
+from bigalign.data.loader.options import DataOptions, MixturePart
+from bigalign.data.loader.pairs import Pairs, pair_batches
+from bigalign.data.loader.training import check_augment, train_batches
+from bigalign.data.loader.workers import Batches
+from bigalign.data.order.schedule import check_sizes
 from bigalign.data.sources.base import Source, open_source
 from bigalign.data.sources.mixture import Mixture, Prefixed
 from bigalign.data.sources.views import View
-from bigalign.data.stores.one_side import Stored
-from bigalign.data.text.captions import columns, fields
-from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer
+from bigalign.data.stores.one_side import OneSide
+from bigalign.data.text.captions import fields
 
 
-def open_data(
-  *,
-  source: str = "",
-  image_size: int,
-  tokenizer: Mapping[str, Any],
-  mixture: Sequence[Mapping[str, Any]] = (),
-  schedule: Sequence[Any] = (),
-  stores: Mapping[str, Any] | None = None,
-  view: str = "",
-  augment: Mapping[str, Any] | None = None,
-  resize: str = "squash",
-  apply_exif: bool = False,
-  captions: Sequence[Any] | None = None,
-  second_captions: Sequence[Any] = (),
-  source_options: Mapping[str, Any] | None = None,
-  captions_per_image: int = training.CAPTIONS_PER_IMAGE,
-  shuffle: bool = True,
-  order: str = "auto",
-  workers: int = 0,
-  rejects: Mapping[str, Any] | None = None,
-  stop_at_bad_shard: bool = True,
-) -> tuple[Source | Pairs, dict[str, Any]]:
-  """What config.data says: the source, and how training reads it.
+class Inputs(NamedTuple):
+  """What a run reads.
 
-  Args:
-    source: "glyphs", shards ("DIR/{00000..00099}.tar"), Parquet, ArrayRecord, tables of image
-      files, "tfds:NAME:SPLIT"; lists joined by "::", of which an epoch holds each sample once.
-    mixture: instead of `source`, several by their shares: options of mixture_part each.
-    schedule: ((start, {name: weight}), …): other weights for a mixture from there on; start is
-      "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
-    stores: vectors of frozen towers that `bigalign embed` made of the source, which is then not
-      read, nor its captions, nor mixed by weights: options of pairs.Pairs, dict(image=DIR,
-      text=DIR). Of one side alone, options of stored.Stored: the source is read, and the other
-      side is learned from it. None, or one without paths: no store.
-    image_size: pixels per side.
-    tokenizer: name, length and options of a tokenizer.
-    view: of the source, made by `bigalign view`: only the samples that it keeps.
-    augment: options of transforms.train_image.
-    resize: of evaluation, which does not augment: "squash", or "shortest" edge and centre crop.
-    apply_exif: turn images as their EXIF orientation says, in training and evaluation. Off, as in
-      img2dataset, open_clip and big_vision: what it wrote has lost the tag or is compared with
-      theirs; right for photos as cameras write them.
-    captions: fields to take captions from, the first that a record has; the source's own if None.
-      With weights, (("json.recap", 3), ("txt", 1)), they are drawn: see data/captions.py.
-    second_captions: fields of a second caption of each image, another one than the first where
-      there is another, for losses that read two; written as `captions` is, which must be given too.
-    source_options: others of the source, such as image= for the column of the images, or data_dir=
-      of TFDS.
-    captions_per_image: room for captions in the ids of texts, and in what a loss remembers of each.
-    shuffle: another order in each epoch; without, that of the source.
-    order: "exact", a shuffle of all samples; "block", of blocks of consecutive ones, for stores
-      that read many at a time; "auto": "block" for sources that say so.
-    workers: processes that read and decode; they have no influence on the batches.
-    rejects: options of rejects.Watch: shares of bad samples at which to warn and to stop.
-    stop_at_bad_shard: stop where no sample of a shard seems to be usable.
+  options: as resolved; captions that come from a store are fields of the store.
+  source: the samples, or the stores of both sides.
+  stored: the stores of one side, if there are any.
   """
-  del resize, rejects  # the evaluators', the loop's
-  open_tokenizer(tokenizer)  # a wrong option is better heard of here than from a worker
-  check_augment(augment or {})
-  first = columns(captions, "config.data.captions")
-  second = columns(second_captions, "config.data.second_captions")
-  if second and captions is None:
-    raise ValueError(
-      f"config.data.second_captions={second_captions}: name the fields of the first"
-      " in config.data.captions too"
+
+  options: DataOptions
+  source: Source | Pairs
+  stored: OneSide | None
+
+  @property
+  def stores(self) -> Pairs | OneSide | None:
+    """The opened stores of one side or of both; None if there are none."""
+    return self.source if isinstance(self.source, Pairs) else self.stored
+
+  @property
+  def fingerprint(self) -> str:
+    """Hex digits that change with the samples, and with the stores that are joined to them."""
+    if self.stored is None:
+      return self.source.fingerprint
+    return fingerprints.of_names(self.source.fingerprint, self.stored.fingerprint)
+
+  def batches(self, *, rejected_log: str, **where: Any) -> Batches:
+    """Train batches; `where`: the other arguments of training.train_batches."""
+    if isinstance(self.source, Pairs):
+      return pair_batches(self.source, self.options, **where)
+    return train_batches(
+      self.source, self.options, rejected_log=rejected_log, stored=self.stored, **where
     )
-  sides = stored_sides(stores)
-  ignored: dict[str, dict[str, Any]] = {
-    "image": dict(augment=augment),
-    "text": dict(captions=None if "image" in sides else captions),
-    "both": dict(view=view, schedule=schedule),
-  }
-  for side in [*sides, *(["both"] if len(sides) == 2 else [])]:
-    for name in (name for name, x in ignored[side].items() if x):
-      raise ValueError(
-        f"config.data.{name} has no effect on what is in config.data.stores; embed"
-        " what it says, or leave it out"
-      )
+
+
+def open_data(options: DataOptions) -> Inputs:
+  """Opens the source and the stores of config.data.
+
+  Raises:
+    FileNotFoundError: for missing files.
+    ValueError: for an empty source, and for options that exclude each other.
+  """
+  options.make_tokenizer()  # here, where an error is easier to read than from a worker
+  check_augment(options.augment)
+  if options.second_columns and options.captions is None:
+    raise ValueError(
+      f"config.data.second_captions={options.second_captions}: name the fields of the first"
+      " captions in config.data.captions too"
+    )
+  sides = options.stores.sides
+  _check_ignored(options)
   if len(sides) == 2:
-    pairs: Pairs = configs.call(Pairs, stores or {}, "config.data.stores")
-    return pairs, dict(shuffle=shuffle, kind=order, captions_per_image=captions_per_image)
-  if bool(source) == bool(mixture):
+    stores = options.stores
+    pairs = Pairs(
+      stores.image, stores.text, second=stores.second, least=stores.least, keep=stores.keep
+    )
+    return Inputs(options, pairs, None)
+  if bool(options.source) == bool(options.mixture):
     raise ValueError("config.data needs either source or mixture, and not both")
-  stored: Stored | None = None
-  given = {name: x for name, x in (stores or {}).items() if x}
-  if sides or "second" in given:
-    stored = configs.call(Stored, given, "config.data.stores")
-    assert stored is not None
+  stored = None
+  if sides or options.stores.second:
+    stored = OneSide(**options.stores.one_side())
     if stored.text:
-      first = columns(("text",), "")
-      second = columns(("text" if stored.again else "second",), "") if stored.second else ()
-  wanted = None if captions is None else fields(first, second)
-  opened: Source
-  if mixture and source_options:
-    raise ValueError("config.data.source_options are of one source; in a mixture each has its own")
-  if mixture and view:
-    raise ValueError("config.data.view is of one source; in a mixture each part names its own")
-  if mixture:
-    opened = open_mixture(mixture, schedule, captions=wanted)
-  else:
-    opened = open_source(source, captions=wanted, **source_options or {})
-    if schedule:
-      raise ValueError("config.data.schedule is of the weights of a mixture; there is none")
-    if view:
-      opened = View(opened, view)
-    if not len(opened):
-      raise ValueError(f"config.data.source={source!r} holds no sample")
-  return opened, dict(
-    image_size=image_size,
-    tokenizer=tokenizer,
-    augment=augment,
-    shuffle=shuffle,
-    kind=order,
-    workers=workers,
-    captions=first,
-    second_captions=second,
-    captions_per_image=captions_per_image,
-    stop_at_bad_shard=stop_at_bad_shard,
-    apply_exif=apply_exif,
-    stored=stored,
-  )
+      second = ("text" if stored.again else "second",) if stored.second else ()
+      wanted = None if options.captions is None else ("text", *second)
+      options = dataclasses.replace(options, captions=("text",), second_captions=second)
+      return Inputs(options, _open_source(options, wanted), stored)
+  wanted = None
+  if options.captions is not None:
+    wanted = fields(options.first_columns, options.second_columns)
+  return Inputs(options, _open_source(options, wanted), stored)
 
 
-def held(source: Source | Pairs, reading: Mapping[str, Any]) -> Pairs | Stored | None:
-  """The stores that open_data opened, of either kind; None if there are none."""
-  return source if isinstance(source, Pairs) else reading["stored"]
+def _check_ignored(options: DataOptions) -> None:
+  """Raises ValueError for an option that has no effect, because its side comes from a store."""
+  sides = options.stores.sides
+  default = DataOptions.__dataclass_fields__
+  ignored: dict[str, tuple[str, ...]] = {
+    "image": ("augment",),
+    "text": () if "image" in sides else ("captions",),
+    "both": ("view", "schedule"),
+  }
+  for side in [*sorted(sides), *(["both"] if len(sides) == 2 else [])]:
+    for name in ignored[side]:
+      value = getattr(options, name)
+      unset = value.is_default if name == "augment" else value == default[name].default
+      if not unset:
+        raise ValueError(
+          f"config.data.{name} has no effect on what is in config.data.stores; embed with it, or"
+          " leave it out"
+        )
 
 
-def fingerprint(source: Source | Pairs, reading: Mapping[str, Any]) -> str:
-  """Hex digits that change with the samples, and with the stores beside them."""
-  stored = held(source, reading)
-  if stored is None or stored is source:
-    return source.fingerprint
-  return fingerprints.of_names(source.fingerprint, stored.fingerprint)
+def _open_source(options: DataOptions, captions: Sequence[str] | None) -> Source:
+  """The source, mixture or view of config.data; captions: the fields that are read."""
+  source: Source
+  if options.mixture:
+    if options.source_options:
+      raise ValueError(
+        "config.data.source_options are of one source; each part of a mixture has its own"
+      )
+    if options.view:
+      raise ValueError("config.data.view is of one source; each part of a mixture has its own")
+    return _open_mixture(options, captions)
+  if options.schedule:
+    raise ValueError(
+      "config.data.schedule changes mixture weights, but config.data.mixture is not set"
+    )
+  source = open_source(options.source, captions=captions, **options.source_options or {})
+  if options.view:
+    source = View(source, options.view)
+  if not len(source):
+    raise ValueError(f"config.data.source={options.source!r} has no samples")
+  return source
 
 
-def open_mixture(
-  mixture: Sequence[Mapping[str, Any]], schedule: Sequence[Any], *, captions: Sequence[str] | None
-) -> Mixture:
+def _open_mixture(options: DataOptions, captions: Sequence[str] | None) -> Mixture:
   """The sources of config.data.mixture, and their weights over time."""
   sources: dict[str, Source] = {}
   weights: dict[str, float] = {}
-  for i, options in enumerate(mixture):
-    where = f"config.data.mixture[{i}]"
-    name, opened, weight = configs.call(mixture_part, options, where, shared_captions=captions)
-    if name in sources:
-      raise ValueError(f"{where}.name={name!r}: the name of another source too")
-    sources[name], weights[name] = opened, weight
-  phases = [(start, dict(some)) for start, some in schedule]
-  # A schedule may say itself how it begins.
+  for i, part in enumerate(options.mixture):
+    if part.name in sources:
+      raise ValueError(
+        f"config.data.mixture[{i}].name={part.name!r} is the name of another source too"
+      )
+    source, weight = _open_part(part, captions)
+    sources[part.name], weights[part.name] = source, weight
+  phases = [(start, dict(some)) for start, some in options.schedule]
+  # A schedule may give the weights of the start itself.
   at_start = [start for start, _ in phases if str(start).split()[0] == "0"]
   return Mixture(sources, [*([] if at_start else [(0, weights)]), *phases])
 
 
-def mixture_part(
+def _open_part(part: MixturePart, captions: Sequence[str] | None) -> tuple[Source, float]:
+  """One source of a mixture and its weight; captions: the fields of config.data.captions."""
+  if part.captions is not None and captions is not None:
+    raise ValueError(
+      f"config.data.mixture: {part.name!r} names captions, and config.data.captions does too; give"
+      " one"
+    )
+  source: Source = open_source(
+    part.source,
+    captions=captions if part.captions is None else part.captions,
+    **part.source_options or {},
+  )
+  if not len(source):
+    raise ValueError(f"config.data.mixture: {part.name!r}, source={part.source!r}, has no samples")
+  if part.view:
+    source = View(source, part.view)
+  if part.prefix:
+    source = Prefixed(source, part.prefix)
+  factor = 1.0 if part.upsampling is None else part.upsampling
+  return source, len(source) * factor if part.weight is None else part.weight
+
+
+def check_tokenizer(text_tower: Any, data: DataOptions) -> None:
+  """Raises ValueError if the text tower's token table or positions are too small for the tokenizer.
+
+  On the device an index past the end is not an error: it reads the last row.
+  """
+  tokenizer = data.make_tokenizer()
+  options = getattr(text_tower, "options", None)
+  for name, needed in (("length", tokenizer.length), ("vocab_size", tokenizer.vocab_size)):
+    available = getattr(options, name, needed)
+    if available < needed:
+      raise ValueError(
+        f"config.model.text.{name}={available} is too small for config.data.tokenizer"
+        f" {data.tokenizer.name!r}, which needs {needed}"
+      )
+
+
+def check_stages(run_stages: Sequence[stages.Stage], inputs: Inputs, text_tower: Any) -> None:
+  """Raises ValueError or TypeError, naming the stage, if a stage does not fit the data."""
+  check_stored(run_stages)
+  for stage in run_stages:
+    with stages.named(stage):
+      check_sizes(inputs.source, batch_size=stage.batch_size)
+      check_tokenizer(text_tower, stage.config.data)
+      check_augment(stage.config.data.augment)
+
+
+def check_stored(run_stages: Sequence[stages.Stage]) -> None:
+  """Raises ValueError, naming the stage, if a stage changes an option of what a store holds."""
+  last = run_stages[-1].config.data
+  options = {"image": ("image_size", "augment"), "text": ("tokenizer",)}
+  stored = [name for side in sorted(last.stores.sides) for name in options[side]]
+  for stage in run_stages:
+    for name in stored:
+      if getattr(stage.config.data, name) != getattr(last, name):
+        raise ValueError(
+          f"{stage.where}.data.{name} has no effect on what is in config.data.stores; leave it out"
+        )
+
+
+def staged_batches(
+  run_stages: Sequence[stages.Stage],
+  inputs: Inputs,
   *,
-  name: str,
-  source: str,
-  weight: float | None = None,
-  upsampling: float | None = None,
-  view: str = "",
-  prefix: str = "",
-  captions: Sequence[str] | None = None,
-  source_options: Mapping[str, Any] | None = None,
-  shared_captions: Sequence[str] | None,
-) -> tuple[str, Source, float]:
-  """One source of a mixture: its name, itself and its weight.
+  rows: Sequence[np.ndarray],
+  step: int,
+  start: int,
+  **where: Any,
+) -> Generator[tuple[stages.Stage, dict[str, np.ndarray]], None, None]:
+  """(stage, train batch) of every update after the first `step` ones, up to the end of the run.
+
+  The first stage's batches are read ahead at once, those of later stages when the stage begins.
+  Close the iterator to end the workers.
 
   Args:
-    name: of the source, in schedules, metrics and errors.
-    source: as config.data.source.
-    weight: share of the stream, relative to the other weights.
-    upsampling: instead of a weight, passes over this source while one with 1 is passed over once:
-      open_clip's --train-data-upsampling-factors. 1 where neither is given.
-    view: of this source, as config.data.view.
-    prefix: begins each of its captions: a language, "de: ".
-    captions: fields of its captions by preference, in place of config.data.captions.
-    source_options: as config.data.source_options.
-    shared_captions: those of config.data.captions.
+    run_stages: the stages of the run.
+    inputs: what the run reads.
+    rows: per stage, the rows of the global batch that this host owns.
+    step: updates that are done.
+    start: position in the data of the first sample; a stage continues where the one before it
+      stopped.
+    where: other arguments of Inputs.batches.
   """
-  if weight is not None and upsampling is not None:
-    raise ValueError(f"config.data.mixture: {name!r} has both a weight and an upsampling; give one")
-  if captions is not None and shared_captions is not None:
-    raise ValueError(
-      f"config.data.mixture: {name!r} names captions, and config.data.captions does too; give one"
+  batches = _staged(run_stages, inputs, rows, step, start, where)
+  next(batches, None)  # makes the first stage's batches, and reads ahead
+  return batches
+
+
+def _staged(
+  run_stages: Sequence[stages.Stage],
+  inputs: Inputs,
+  rows: Sequence[np.ndarray],
+  step: int,
+  start: int,
+  where: Mapping[str, Any],
+) -> Generator[Any, None, None]:
+  first = True
+  for stage, own_rows in zip(run_stages, rows):
+    if stage.end <= step:
+      continue
+    stop = start + (stage.end - step) * stage.batch_size
+    staged = inputs._replace(options=_of_stage(inputs.options, stage.config.data))
+    batches = staged.batches(
+      batch_size=stage.batch_size, rows=own_rows, start=start, stop=stop, **where
     )
-  opened = open_source(
-    source, captions=shared_captions if captions is None else captions, **source_options or {}
+    with contextlib.closing(batches):
+      if first:
+        yield
+      first = False
+      for batch in batches:
+        yield stage, batch
+    step, start = stage.end, stop
+
+
+def _of_stage(options: DataOptions, stage: DataOptions) -> DataOptions:
+  """The options with what a stage may change."""
+  return dataclasses.replace(
+    options, image_size=stage.image_size, tokenizer=stage.tokenizer, augment=stage.augment
   )
-  if not len(opened):
-    raise ValueError(f"config.data.mixture: {name!r}, source={source!r}, holds no sample")
-  if view:
-    opened = View(opened, view)
-  if prefix:
-    opened = Prefixed(opened, prefix)
-  factor = 1.0 if upsampling is None else upsampling
-  return name, opened, len(opened) * factor if weight is None else weight
-
-
-def check_augment(options: Mapping[str, Any]) -> None:
-  """Raises TypeError or ValueError, naming the option, for what `train_image` cannot do."""
-  where, view = "config.data.augment", dict(image=np.zeros((2, 2, 3), np.uint8), rng=philox(0, 0))
-  for function in (augmentation.rand_augment, augmentation.color_jitter):
-    name = function.__name__
-    if isinstance(options.get(name), Mapping):
-      configs.call(function, options[name], f"{where}.{name}", **view)
-  configs.call(transforms.train_image, options, where, **view, size=2)
-
-
-def open_tokenizer(options: Mapping[str, Any]) -> Tokenizer:
-  """The tokenizer of config.data.tokenizer.
-
-  Raises:
-    ValueError, TypeError: for an unknown name or option, with the nearest known one.
-  """
-  where, rest = "config.data.tokenizer", dict(options)
-  made: Tokenizer = configs.call(
-    configs.choose(TOKENIZERS, rest.pop("name", "(absent)"), f"{where}.name"), rest, where
-  )
-  return made
-
-
-def check_tokenizer(text_tower: Any, options: Mapping[str, Any]) -> None:
-  """Raises ValueError if the text tower has no row for some token, or no place for the last one.
-
-  On the device an index past the end is no error: it reads the last row.
-  """
-  tokenizer = open_tokenizer(options)
-  for ours, theirs in (("length", tokenizer.length), ("vocab_size", tokenizer.vocab_size)):
-    room = getattr(text_tower, ours, theirs)
-    if room < theirs:
-      raise ValueError(
-        f"config.model.text.{ours}={room} is too small for config.data.tokenizer"
-        f" {options['name']!r}, which needs {theirs}"
-      )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import config, sharding, sphere
+from bigalign import checks, sharding, sphere
+from bigalign.options import Choose, Component, resolve
 from bigalign.projectors import PROJECTORS
 from bigalign.towers import TOWERS, TowerOutput
 
@@ -20,6 +22,9 @@ PIXELS = {
   "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
   "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+# How a config names a projector; its input width comes from the tower, its output width from E.
+PROJECTOR = Choose(PROJECTORS, fixed=("dim", "parent", "name"), default="linear")
 
 # What DualEncoder returns to the losses; mask_txt too where the text tower masks padding.
 FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
@@ -141,7 +146,7 @@ def _rows(out: TowerOutput) -> jax.Array:
 
 def _stored(vectors: jax.Array) -> TowerOutput:
   """What a store holds as a tower's output: [B, D] without tokens, or [B, 1 + T, D] with them."""
-  vectors = sharding.constrain_batch(sphere)
+  vectors = sharding.constrain_batch(vectors)
   if vectors.ndim == 2:
     return TowerOutput(vectors, vectors[:, None][:, :0])
   tokens = vectors[:, 1:]
@@ -152,46 +157,53 @@ def _stored(vectors: jax.Array) -> TowerOutput:
 def without_remat(model: DualEncoder) -> DualEncoder:
   """The same model with towers that keep every activation."""
   towers = {name: getattr(model, name) for name in ("image_tower", "text_tower")}
-  forgetful = {k: x for k, x in towers.items() if getattr(x, "remat", "none") != "none"}
-  return model.clone(**{name: tower.clone(remat="none") for name, tower in forgetful.items()})
+  changed = {
+    name: tower.clone(options=dataclasses.replace(tower.options, remat="none"))
+    for name, tower in towers.items()
+    if getattr(tower.options, "remat", "none") != "none"
+  }
+  return model.clone(**changed)
 
 
-def make_model(
-  *,
-  image: Mapping[str, Any],
-  text: Mapping[str, Any],
-  embed_dim: int,
-  image_projector: Mapping[str, Any] | None = None,
-  text_projector: Mapping[str, Any] | None = None,
-  pixels: str = "half",
-) -> DualEncoder:
-  """A dual encoder from a config's `model`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+  """A dual encoder.
 
   Args:
-    image, text: dict(name="vit", …), dict(name="text", …): a tower and its options.
+    image: name and options of the image tower.
+    text: name and options of the text tower.
     embed_dim: E, the width of the shared space.
-    image_projector, text_projector: dict(name="linear", …), one of PROJECTORS; linear if None.
+    image_projector: name and options of the projector of images; linear if not given.
+    text_projector: name and options of the projector of texts; linear if not given.
     pixels: normalisation of the image, on the device: "half" (SigLIP), "clip", "imagenet".
+  """
+
+  image: Annotated[Any, Choose(TOWERS)]
+  text: Annotated[Any, Choose(TOWERS)]
+  embed_dim: int
+  image_projector: Annotated[Component, PROJECTOR] = None  # type: ignore[assignment]
+  text_projector: Annotated[Component, PROJECTOR] = None  # type: ignore[assignment]
+  pixels: str = "half"
+
+  def __post_init__(self) -> None:
+    checks.choose(PIXELS, self.pixels, "config.model.pixels")
+
+  def build(self) -> DualEncoder:
+    """The model, without parameters."""
+    return DualEncoder(
+      image_tower=self.image.build(),
+      text_tower=self.text.build(),
+      image_projector=self.image_projector.make(dim=self.embed_dim),
+      text_projector=self.text_projector.make(dim=self.embed_dim),
+      pixels=self.pixels,
+    )
+
+
+def make_model(**values: Any) -> DualEncoder:
+  """A dual encoder from the plain values of a config's `model`: see ModelOptions.
 
   Raises:
     ValueError, TypeError: for an unknown name or option, with the known ones.
   """
-  config.choose(PIXELS, pixels, "config.model.pixels")
-
-  def make(registry: Mapping[str, Any], given: Mapping[str, Any], where: str, **fixed: Any) -> Any:
-    options = dict(given)
-    factory = config.choose(registry, options.pop("name", ""), f"{where}.name")
-    return config.call(factory, options, where, **fixed)
-
-  linear = {"name": "linear"}
-  return DualEncoder(
-    image_tower=make(TOWERS, image, "config.model.image"),
-    text_tower=make(TOWERS, text, "config.model.text"),
-    image_projector=make(
-      PROJECTORS, image_projector or linear, "config.model.image_projector", dim=embed_dim
-    ),
-    text_projector=make(
-      PROJECTORS, text_projector or linear, "config.model.text_projector", dim=embed_dim
-    ),
-    pixels=pixels,
-  )
+  options: ModelOptions = resolve(ModelOptions, values, "config.model")
+  return options.build()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from bigalign import config, tree
+from bigalign import checks, tree
+from bigalign.options import resolve
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -32,7 +33,7 @@ def learning_rate(
     warmup, cooldown: steps.
     end: the last learning rate.
   """
-  config.known("config.optimizer.schedule", name, ("cosine", "linear", "constant", "rsqrt"))
+  checks.known("config.optimizer.schedule", name, ("cosine", "linear", "constant", "rsqrt"))
   if warmup + cooldown > total_steps:
     raise ValueError(
       f"config.optimizer: warmup ({warmup}) and cooldown ({cooldown}) exceed total_steps"
@@ -104,7 +105,7 @@ def sgd(
 
 def _matrix(path: str, ndim: int) -> MuonDimensionNumbers:
   """Which axes of a block's kernel are inputs and which outputs; a layer axis is neither."""
-  first = int("/blocks/" in path)
+  first = int(tree.is_stacked(path))
   if path.endswith("attn/out/kernel"):  # [heads, head, D]
     return MuonDimensionNumbers((first, first + 1), (first + 2,))
   return MuonDimensionNumbers((first,), tuple(range(first + 1, ndim)))
@@ -190,12 +191,7 @@ def make_optimizer(
     ValueError, TypeError: for unknown names and options, and for patterns that match nothing.
   """
   where = "config.optimizer"
-  core = config.choose(OPTIMIZERS, name, f"{where}.name")
-  known = [*inspect.signature(core).parameters, *inspect.signature(make_optimizer).parameters]
-  for option in options:
-    if option not in known:
-      near = tree.nearest(option, known)
-      raise TypeError(f"{where}: unknown option {option!r} of {name!r}.{near} Options: {known}")
+  core = checks.choose(OPTIMIZERS, name, f"{where}.name")
   rate = learning_rate(
     name=schedule,
     lr=lr,
@@ -205,7 +201,7 @@ def make_optimizer(
     cooldown=to_steps(cooldown, f"{where}.cooldown", back=True),
   )
   chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-  chain.append(config.call(core, options, where))
+  chain.append(resolve(core, options, where).make())
   if weight_decay:
     decayed, _ = tree.partition(
       params, decay, f"{where}.decay (for weight_decay), among what config.frozen leaves to learn"
@@ -231,12 +227,26 @@ def make_optimizer(
   return optax.chain(*chain), rate
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+  """A learning rate that changes linearly, for the parameters of one entry of `rates`.
+
+  Args:
+    start: the first learning rate.
+    end: the last one.
+    over: the stretch of training from one to the other, a duration.
+  """
+
+  start: float
+  end: float
+  over: int | str
+
+
 def _own_rate(
   given: float | Mapping[str, Any], where: str, to_steps: Callable[..., int]
 ) -> float | optax.Schedule:
   """A constant, or a line from one learning rate to another."""
-
-  def line(*, start: float, end: float, over: int | str) -> optax.Schedule:
-    return optax.linear_schedule(start, end, to_steps(over, f"{where}.over"))
-
-  return config.call(line, given, where) if isinstance(given, Mapping) else given
+  if not isinstance(given, Mapping):
+    return given
+  line: Line = resolve(Line, given, where)
+  return optax.linear_schedule(line.start, line.end, to_steps(line.over, f"{where}.over"))

@@ -25,7 +25,9 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import functools
+import hashlib
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +57,12 @@ class Component:
   def make(self, *args: Any, **fixed: Any) -> Any:
     """function(*args, **fixed, **options)."""
     return self.function(*args, **fixed, **self.options)
+
+  @property
+  def is_default(self) -> bool:
+    """Whether every option has its default."""
+    known = _definition(self.function)
+    return all(value == known[name].default for name, value in self.options.items())
 
 
 class Call(NamedTuple):
@@ -179,10 +187,25 @@ def resolve(target: Any, given: Any, where: str, fixed: Sequence[str] = ()) -> A
     ValueError: for an unknown name of a registry, and what a dataclass itself refuses.
   """
   known = definition(target, fixed)
-  values = _values(known, given, where)
-  if dataclasses.is_dataclass(target) and isinstance(target, type):
+  others: dict[str, Any] = {}
+  if isinstance(given, Mapping) and _takes_others(target):
+    others = {name: value for name, value in given.items() if name not in known}
+    given = {name: value for name, value in given.items() if name in known}
+  values = {**_values(known, given, where), **others}
+  if not fixed and dataclasses.is_dataclass(target) and isinstance(target, type):
     return target(**values)
   return Component("", target, values, where)
+
+
+def _takes_others(target: Any) -> bool:
+  """Whether a function has **options, of which no name or type is known."""
+  parameters = inspect.signature(target).parameters.values()
+  return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def resolve_value(kind: Any, value: Any, where: str) -> Any:
+  """A plain value as a type wants it, such as an Annotated one; errors as of `resolve`."""
+  return _value(kind, value, where)
 
 
 def call(target: Any, given: Any, where: str, **fixed: Any) -> Any:
@@ -193,7 +216,10 @@ def call(target: Any, given: Any, where: str, **fixed: Any) -> Any:
 
 def _values(known: Mapping[str, Option], given: Any, where: str) -> dict[str, Any]:
   if not isinstance(given, Mapping):
-    raise TypeError(f"{where}={given!r} must be a dict of options: {[*known]}")
+    raise TypeError(
+      f"{where}={given!r} is of type {type(given).__name__}; it must be a dict of options:"
+      f" {[*known]}"
+    )
   for name in given:
     if name not in known:
       raise TypeError(
@@ -215,8 +241,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
   if value is None and optional:
     return None
   if isinstance(marker, Call):
+    value = {} if value is None else value  # a group without an option has its defaults
     return resolve(marker.function, value, where, marker.fixed)
   if isinstance(marker, Choose):
+    if value is None and (marker.default or not marker.key):
+      value = {}
     if marker.key:
       return _chosen(marker, value, where)
     if not isinstance(value, Mapping):
@@ -227,8 +256,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     }
   inner = _without_none(kind)
   if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-    return value if isinstance(value, inner) else resolve(inner, value, where)
+    return value if isinstance(value, inner) else resolve(inner, value or {}, where)
   nested = _nested(inner)
+  if nested and value is None:
+    value = {} if _is_mapping(inner) else ()
   if nested and isinstance(value, Mapping) and _is_mapping(inner):
     return {str(name): _value(nested, x, f"{where}.{name}") for name, x in value.items()}
   if nested and isinstance(value, list | tuple) and not _is_mapping(inner):
@@ -241,6 +272,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 
 def _chosen(marker: Choose, value: Any, where: str) -> Any:
+  if isinstance(value, Component):
+    return value
   if not isinstance(value, Mapping):
     raise TypeError(f"{where}={value!r} must be a dict: dict({marker.key}=…, …)")
   options = dict(value)
@@ -250,6 +283,8 @@ def _chosen(marker: Choose, value: Any, where: str) -> Any:
 
 def _entry(marker: Choose, name: Any, options: Any, naming: str, where: str) -> Any:
   """One entry of a registry with its options; `naming` is the place of its name in the config."""
+  if isinstance(options, Component):
+    return options
   if not isinstance(name, str):
     raise TypeError(f"{naming}={name!r} is of type {type(name).__name__}; it must be str")
   if name not in marker.registry:
@@ -258,8 +293,9 @@ def _entry(marker: Choose, name: Any, options: Any, naming: str, where: str) -> 
       f" Known: {sorted(marker.registry)}"
     )
   entry = marker.registry[name]
-  if dataclasses.is_dataclass(entry) and isinstance(entry, type) and not marker.shared:
-    return resolve(entry, options, where, marker.fixed)
+  is_group = dataclasses.is_dataclass(entry) and isinstance(entry, type)
+  if is_group and not marker.fixed and not marker.shared:
+    return resolve(entry, options, where)
   known = definition(entry, marker.fixed)
   if marker.shared:
     known = {**definition(marker.shared, (*marker.fixed, marker.key)), **known}
@@ -387,6 +423,27 @@ def plain(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [plain(x) for x in value]
   return value
+
+
+def fingerprint(values: Any) -> str:
+  """16 hex digits that change when any value does; the order of keys does not count."""
+  text = json.dumps(plain(values), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without_defaults(value: Any) -> dict[str, Any]:
+  """The plain values of a Component or of a dataclass of options that differ from their defaults.
+
+  A fingerprint of them does not change when an option with a default is added.
+  """
+  if isinstance(value, Component):
+    known = _definition(value.function)
+    named = {"name": value.name} if value.name else {}
+    items: Any = value.options.items()
+  else:
+    known, named = _definition(type(value)), {}
+    items = ((name, getattr(value, name)) for name in known)
+  return {**named, **{name: plain(x) for name, x in items if x != known[name].default}}
 
 
 def _plain_field(kind: Any, value: Any) -> Any:

@@ -5,7 +5,6 @@ Each takes a TowerOutput of B rows, D wide, and returns [B, E]. `train` turns dr
 
 from __future__ import annotations
 
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,7 +31,7 @@ class Linear(nn.Module):
 
   dim: int
   bias: bool = False
-  dtype: Any = jnp.float32
+  dtype: str = "float32"
 
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
@@ -61,7 +60,7 @@ class Mlp(nn.Module):
   hidden: int | None = None
   bias: bool = False
   out_bias: bool | None = None
-  dtype: Any = jnp.float32
+  dtype: str = "float32"
 
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
@@ -124,7 +123,7 @@ class Gated(nn.Module):
 
   dim: int
   ratio: int = 8
-  dtype: Any = jnp.float32
+  dtype: str = "float32"
 
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
@@ -165,7 +164,7 @@ class Residual(nn.Module):
   hidden: int | None = None
   dropout: float = 0.1
   hidden_dropout: float = 0.0
-  dtype: Any = jnp.float32
+  dtype: str = "float32"
 
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
     """-> [B, E]."""
@@ -206,7 +205,7 @@ class PatchesAndClass(nn.Module):
   dim: int
   hidden: int | None = None
   dropout: float = 0.1
-  dtype: Any = jnp.float32
+  dtype: str = "float32"
 
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
@@ -238,7 +237,7 @@ class Tokens(nn.Module):
   dim: int
   hidden: int | None = None
   dropout: float = 0.1
-  dtype: Any = jnp.float32
+  dtype: str = "float32"
 
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:

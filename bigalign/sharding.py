@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, rules over parameter paths, and the global batch."""
+"""The device mesh, shardings of parameters by rules over their paths, and the global batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bigalign import tree
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the batch
 
-# (regular expression, axes of one layer's array). The fsdp axis is added to each parameter where
-# it fits best; "replicate" instead of axes keeps it off.
+# (regular expression, mesh axes of one layer's array). The fsdp axis is added to each parameter on
+# its largest free axis; "replicate" instead of axes prevents that.
 RULES: tuple[tuple[str, Any], ...] = (
   (r"attn/(query|key|value)/kernel$", (None, "tensor", None)),
   (r"attn/(query|key|value)/bias$", ("tensor", None)),
@@ -33,14 +33,14 @@ RULES: tuple[tuple[str, Any], ...] = (
 def make_mesh(
   *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh with the axes data, fsdp, tensor; one size may be -1: what is left.
+  """Returns a mesh with the axes data, fsdp and tensor; one size may be -1: the remaining devices.
 
   Args:
-    data: copies of the model that each see a part of the batch.
-    fsdp: parts of each parameter; the batch is split over it too.
-    tensor: parts of each layer's heads and hidden units.
-    devices: all of them if None. Several slices of TPUs each hold as many of the copies, so that
-      only these speak over the slower network between slices.
+    data: number of copies of the model, each of which sees a part of the batch.
+    fsdp: number of parts of each parameter; the batch is split over them too.
+    tensor: number of parts of the heads and hidden units of each layer.
+    devices: all of them if None. Several TPU slices hold equally many copies of the model, so that
+      only gradients between copies use the slower network between slices.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
@@ -55,17 +55,17 @@ def make_mesh(
   if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != n:
     raise ValueError(
       f"config.mesh: {dict(data=data, fsdp=fsdp, tensor=tensor)} does not fit {n} devices; the"
-      f" three sizes must multiply to {n}, and one of them may be -1, for what is left."
+      f" three sizes must multiply to {n}; one of them may be -1, for the rest."
     )
   if sizes["data"] % slices:
     raise ValueError(
-      f"config.mesh.data={sizes['data']} does not divide over {slices} slices, which copies of the"
-      " model do; make it a multiple, and fsdp and tensor smaller"
+      f"config.mesh.data={sizes['data']} does not divide over {slices} slices. Each slice"
+      " holds whole copies of the model: make data a multiple, and fsdp and tensor smaller"
     )
   if slices > 1:
     inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    array = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
   # jax.make_mesh defaults to Explicit axes, under which FSDP matmuls are ambiguous.
   return jax.make_mesh(
     tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
@@ -73,10 +73,10 @@ def make_mesh(
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, axes: Any) -> P:
-  """The partition of one array: the rule's axes, then fsdp on the largest axis that it divides."""
+  """The partition of one array: the rule's axes, then fsdp on the largest axis it divides."""
   if axes == "replicate":
     return P()
-  first = int("/blocks/" in path)  # scanned layers are stacked on axis 0, which stays whole
+  first = int(tree.is_stacked(path))  # scanned layers are stacked on axis 0, which is not split
   spec: list[Any] = [None] * len(shape)
   if axes:
     if len(axes) != len(shape) - first:
@@ -93,21 +93,28 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, axes: Any) -> P:
         f" of the smaller sizes these do: {fits}"
       )
   n = mesh.shape["fsdp"]
-  whole = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % n == 0]
-  if n > 1 and whole and "fsdp" not in spec and math.prod(shape) >= 1024:
-    spec[max(whole, key=lambda i: shape[i])] = "fsdp"
+  free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % n == 0]
+  if n > 1 and free and "fsdp" not in spec and math.prod(shape) >= 1024:
+    spec[max(free, key=lambda i: shape[i])] = "fsdp"
   return P(*spec)
 
 
 def shardings(
-  arrays: Mapping[str, Any], mesh: Mesh, rules: Sequence[tuple[str, Any]] = RULES
+  arrays: Mapping[str, Any], mesh: Mesh, rules: Sequence[tuple[str, Any]] | None = None
 ) -> dict[str, NamedSharding]:
   """{path: NamedSharding} for arrays (or their shapes) addressed by path, by the first rule.
+
+  Args:
+    arrays: {path: array or shape}.
+    mesh: the mesh.
+    rules: (regular expression, axes) pairs; None: RULES, of which some may match no path.
 
   Raises:
     ValueError: for a path without a rule, a rule without a path, or an axis that does not divide.
   """
-  chosen = tree.match(rules, arrays, "config.rules")
+  chosen = tree.match(
+    RULES if rules is None else rules, arrays, "config.rules", idle_rules=rules is None
+  )
   return {
     path: NamedSharding(mesh, _spec(path, x.shape, mesh, chosen[path]))
     for path, x in arrays.items()
@@ -117,58 +124,74 @@ def shardings(
 def shardings_like(
   structure: Any, params: Mapping[str, NamedSharding], shapes: Mapping[str, Any]
 ) -> Any:
-  """Shardings for any state that is keyed by parameter paths (optimizer moments, averages).
+  """Returns shardings for a state that is keyed by parameter paths, such as optimizer moments.
 
-  A leaf under a parameter's path with the parameter's shape lies where the parameter lies; any
-  other leaf (counters, factored moments) is on every device.
+  A leaf under the path of a parameter, with the shape of the parameter, gets its sharding. Other
+  leaves (counters, factored moments) are replicated.
+
+  Args:
+    structure: tree of arrays or shapes.
+    params: {path: sharding} of the parameters.
+    shapes: {path: array or shape} of the parameters.
+
+  Returns:
+    A tree of the same structure with shardings as leaves.
   """
   mesh = next(iter(params.values())).mesh
 
-  def place(keys: Any, leaf: Any) -> NamedSharding:
+  def sharding_of(keys: Any, leaf: Any) -> NamedSharding:
     for key in reversed(keys):
       path = getattr(key, "key", "")
       if path in params and shapes[path].shape == leaf.shape:
         return params[path]
     return NamedSharding(mesh, P())
 
-  return jax.tree_util.tree_map_with_path(place, structure)
+  return jax.tree_util.tree_map_with_path(sharding_of, structure)
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-  """On every device, whole."""
+  """Returns the sharding of an array that is complete on every device."""
   return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Axis 0 over data and fsdp; equal on all devices of the tensor axis."""
+  """Returns the sharding of a batch: axis 0 over data and fsdp, replicated over tensor."""
   return NamedSharding(mesh, P(BATCH))
 
 
 def devices() -> tuple[tuple[str, ...], int]:
-  """All axes of this mesh, and how many devices it has; () and 1 outside of a mesh."""
+  """Returns the axes of the current mesh and its number of devices; ((), 1) outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   axes = () if mesh.empty else tuple(mesh.axis_names)
   return axes, math.prod(mesh.shape[axis] for axis in axes)
 
 
 def on_each_device(function: Callable[..., Any], specs: Any, out: Any) -> Callable[..., Any]:
-  """`function` of each device's part of the arguments; of the whole outside of a mesh."""
+  """Returns a function that applies `function` to each device's part of its arguments.
+
+  Outside a mesh, it is `function` itself.
+
+  Args:
+    function: of local arrays.
+    specs: PartitionSpecs of the arguments, as in jax.shard_map.
+    out: PartitionSpecs of the results.
+  """
   if not devices()[0]:
     return function
   return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)
 
 
 def batch_parts() -> int:
-  """How many devices share a batch in this mesh; 1 outside of a mesh."""
+  """Returns into how many parts the current mesh splits a batch; 1 outside a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-  """Keeps axis 0 of an activation on the batch axes; outside of a mesh, x.
+  """Constrains axis 0 of an activation to the batch axes; outside a mesh, returns x.
 
-  Without it GSPMD is free to move activations instead of weights: one missing constraint under FSDP cost
-  80 times the bytes on the wire in a compiled So400m step.
+  Without it GSPMD may communicate activations instead of weights: under FSDP, one missing
+  constraint multiplied the communicated bytes of a compiled So400m step by 80.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
@@ -176,11 +199,11 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-  """Gathers an array onto every device before it is used; outside of a mesh, x.
+  """Gathers an array onto every device before it is used; outside a mesh, returns x.
 
-  For what is indexed, such as a table of tokens: looked up in parts, the result comes back split
-  along the table's axes, and GSPMD can bring it to the batch axes only by way of the whole batch
-  on every device ("involuntary full rematerialization").
+  Use it for arrays that are indexed, such as token embeddings. A lookup in a sharded table returns
+  a result split along the axes of the table, and GSPMD can only reshard it to the batch axes through
+  the whole batch on every device ("involuntary full rematerialization").
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
@@ -188,10 +211,10 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def block_on_cpu(x: Any) -> Any:
-  """The arrays of a program that was just started; on several CPU devices, once it has ended.
+  """Returns x, the results of a program just started; on several CPU devices, waits for them.
 
-  The devices of a CPU share a few threads: two programs in flight, each with collectives, can take
-  them all and wait for each other for ever. Accelerators run one program after the other.
+  CPU devices share a few threads: two running programs with collectives can occupy all of them and
+  deadlock. Accelerators run one program after the other.
   """
   if jax.device_count() > 1 and jax.default_backend() == "cpu":
     jax.block_until_ready(x)
@@ -199,7 +222,14 @@ def block_on_cpu(x: Any) -> Any:
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """[b] int64: the rows of the global batch that this process's devices own, ascending.
+  """Returns the rows of the global batch that the devices of this process own.
+
+  Args:
+    mesh: of all devices.
+    batch_size: global.
+
+  Returns:
+    [b] int64, ascending.
 
   Raises:
     ValueError: if the batch does not divide over the mesh.
@@ -211,18 +241,28 @@ def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
       f" (mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}); try"
       f" {max(parts, batch_size // parts * parts)}"
     )
-  places: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-  rows = {i for (s,) in places for i in range(*s.indices(batch_size))}
+  slices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  rows = {i for (s,) in slices for i in range(*s.indices(batch_size))}
   return np.asarray(sorted(rows), np.int64)
 
 
 def global_batch(
   mesh: Mesh, batch: Mapping[str, np.ndarray], rows: np.ndarray, batch_size: int
 ) -> dict[str, jax.Array]:
-  """Host rows [b, ...] of each field -> one global array [batch_size, ...] over the mesh."""
+  """Assembles a global batch from the rows of each host.
+
+  Args:
+    mesh: of all devices.
+    batch: {field: [b, …]}, the rows of this process.
+    rows: [b], their numbers in the global batch: host_rows.
+    batch_size: global.
+
+  Returns:
+    {field: [batch_size, …]}, global arrays split over the batch axes.
+  """
   sharding = batch_sharding(mesh)
 
-  def place(x: np.ndarray) -> jax.Array:
+  def global_array(x: np.ndarray) -> jax.Array:
     def part(index: Any) -> np.ndarray:
       start, stop, _ = index[0].indices(batch_size)
       first = int(np.searchsorted(rows, start))
@@ -230,13 +270,16 @@ def global_batch(
 
     return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
 
-  return {name: place(x) for name, x in batch.items()}
+  return {name: global_array(x) for name, x in batch.items()}
 
 
 def host_part(x: jax.Array) -> np.ndarray:
-  """The rows of a global array, split over the batch axes, that this process's devices own.
+  """Returns the rows of a global array that the devices of this process own.
 
-  In the order of `host_rows`: the way back from `global_batch`.
+  The inverse of `global_batch`, in the order of `host_rows`.
+
+  Args:
+    x: [B, …], split over the batch axes.
   """
   parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
   return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])

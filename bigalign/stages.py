@@ -1,12 +1,12 @@
-"""A run in stages: what each stretch of it does differently from the config.
+"""The stages of a run: stretches with other options than those of the config.
 
   c.stages = (
     dict(until="90%", data=dict(image_size=112, tokenizer=dict(length=16)), batch_size=65_536),
     dict(until="97%", model=dict(image=dict(patch_dropout=0.5))),
   )
 
-The config itself is the last stage, behind the last `until`: its parameters are those of the run,
-and what is evaluated and exported. One learning rate goes over all stages. CLIPA,
+After the last `until`, the config's own options apply: their parameters are those of the run, and
+what is evaluated and exported. One learning rate schedule covers all stages. CLIPA,
 https://arxiv.org/abs/2305.07017; FLIP's tuning without masks, https://arxiv.org/abs/2212.00794.
 """
 
@@ -16,95 +16,99 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bigalign import config as configs
-from bigalign import tree
+from bigalign import durations, tree
+from bigalign.config import Config
+from bigalign.options import fits, plain, resolve, spelled
 
-# What a stage may say beside `until`, and of which type: what changes no parameter's shape.
-OVERRIDES = {
-  "batch_size": "int",
-  "microbatches": "int",
-  "data/image_size": "int",
-  "data/tokenizer/length": "int",
-  "data/augment": "Mapping[str, Any] | None",
-  "model/image/patch_dropout": "float",
-  "model/image/remat": "str",
-  "model/text/remat": "str",
+# What a stage may override, and its type: what changes no parameter's shape.
+OVERRIDES: dict[str, Any] = {
+  "batch_size": int,
+  "microbatches": int,
+  "data/image_size": int,
+  "data/tokenizer/length": int,
+  "data/augment": Mapping[str, Any] | None,
+  "model/image/patch_dropout": float,
+  "model/image/remat": str,
+  "model/text/remat": str,
 }
 
 
 class Stage(NamedTuple):
-  """The updates behind the first `begin` up to the `end`-th, by a config without stages.
+  """The updates `begin` < n <= `end`, run with `config`, which has no stages of its own.
 
-  number: from 0; the last is the config itself. where: its place in the config, for errors.
+  number: from 0; the last stage is the config itself. where: its place in the config, for errors.
   """
 
   number: int
   where: str
   begin: int
   end: int
-  config: Mapping[str, Any]
+  config: Config
 
   @property
   def batch_size(self) -> int:
     """Of the global batch."""
-    return int(self.config["batch_size"])
+    return self.config.batch_size
 
 
-def split(config: Mapping[str, Any], *, dataset_size: int = 0) -> list[Stage]:
-  """The stages of a config in their order; of one without `stages` itself alone.
+def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
+  """The stages of a config in their order; of one without `stages`, the config alone.
 
-  A stage ends where `until` says: behind so many updates ("5000 steps"), or at a place in the data
-  ("1e9 samples", "3 epochs"), to the nearest update, each stage reading batches of its own size.
-  total_steps is such a place too. A share, "90%", is one of total_steps as that is written: of the
-  updates, or of the samples where it says samples or epochs.
+  A stage ends at its `until`: after a number of updates ("5000 steps"), or at a position in the
+  data ("1e9 samples", "3 epochs"), to the nearest update, where each stage reads batches of its own
+  size. total_steps is such a place too. A share, "90%", is a share of total_steps as that is
+  written: of the updates, or of the samples if it counts samples or epochs.
 
   Args:
-    config: as `train` takes it; needs total_steps, batch_size, and what its stages change.
-    dataset_size: samples of an epoch, if something is said in epochs.
+    config: of the run.
+    dataset_size: samples of an epoch, if a duration is in epochs.
 
   Raises:
-    ValueError, TypeError: for a stage that says what none may, that holds no update, or that leaves
-      none to the config itself.
+    ValueError, TypeError: for an option that no stage may change, for a stage without updates, and
+      if no update is left for the config itself.
   """
-  base = configs.plain({k: v for k, v in config.items() if k != "stages"})
-  given = configs.plain(config.get("stages") or [])
-  _check_batch(Stage(0, "config", 0, 0, base))
-  whole = configs.steps(
-    base["total_steps"],
+  base = {k: v for k, v in plain(config).items() if k != "stages"}
+  _check_batch("config", config.batch_size)
+  total_steps = durations.steps(
+    config.total_steps,
     "config.total_steps",
-    batch_size=base["batch_size"],
+    batch_size=config.batch_size,
     dataset_size=dataset_size,
   )
-  if not given:
-    return [Stage(0, "config", 0, whole, base)]
-  total = configs.duration(base["total_steps"], "config.total_steps")
-  found: list[Stage] = []
+  if not config.stages:
+    return [Stage(0, "config", 0, total_steps, config)]
+  total = durations.duration(config.total_steps, "config.total_steps")
+  stages: list[Stage] = []
   begin = samples = 0
-  for number, said in enumerate([*given, {"until": base["total_steps"]}]):
-    last = number == len(given)
+  for number, given in enumerate([*config.stages, {"until": config.total_steps}]):
+    last = number == len(config.stages)
     where = "config" if last else f"config.stages[{number}]"
-    options = {} if last else _overrides(said, where)
-    until, what = said["until"], f"config.{'total_steps' if last else f'stages[{number}].until'}"
-    stage = Stage(number, where, begin, 0, _changed(base, options))
-    _check_batch(stage)
-    place = _place(until, what, total, dataset_size)
-    end = round(place.number)
-    if place.unit == "sample":
-      end = begin + round((place.number - samples) / stage.batch_size)
+    options = {} if last else _overrides(given, where)
+    until = given["until"]
+    place_of_until = "config.total_steps" if last else f"config.stages[{number}].until"
+    batch_size = options.get("batch_size", config.batch_size)
+    _check_batch(where, batch_size)
+    position = _position(until, place_of_until, total, dataset_size)
+    end = round(position.number)
+    if position.unit == "sample":
+      end = begin + round((position.number - samples) / batch_size)
     if end <= begin:
       before = (
         f"config.stages[{number - 1}] before it ends at {begin:,}"
         if number
-        else ("the run begins at 0")
+        else "the run begins at 0"
       )
       raise ValueError(
-        f"{what}={until!r} is update {end:,} of the run, and {before}; each stage must end behind"
-        f" the one before it, and all before config.total_steps={base['total_steps']!r}"
+        f"{place_of_until}={until!r} is update {end:,} of the run, and {before}; each stage must"
+        " end after the one before it, and all before"
+        f" config.total_steps={config.total_steps!r}"
       )
-    found.append(stage._replace(end=end))
-    samples += (end - begin) * stage.batch_size
+    stage = Stage(number, where, begin, end, config)
+    with named(stage):
+      stages.append(stage._replace(config=resolve(Config, _changed(base, options), "config")))
+    samples += (end - begin) * batch_size
     begin = end
-  return found
+  return stages
 
 
 def steps(
@@ -115,13 +119,15 @@ def steps(
   dataset_size: int = 0,
   back: bool = False,
 ) -> int:
-  """config.steps of a stretch at the start of the run, or `back` from its end: its samples are
-  those of the batches that lie in it, whatever their sizes."""
+  """durations.steps of a stretch at the start of the run, or `back` from its end.
+
+  Samples are counted in the batches of the stages that the stretch covers.
+  """
   sizes = dict(dataset_size=dataset_size, total_steps=stages[-1].end)
   alike = len({stage.batch_size for stage in stages}) == 1
-  if alike or isinstance(value, int) or configs.duration(value, where).unit in ("step", "%"):
-    return configs.steps(value, where, batch_size=stages[-1].batch_size, **sizes)
-  asked = left = configs.steps(value, where, batch_size=1, **sizes)
+  if alike or isinstance(value, int) or durations.duration(value, where).unit in ("step", "%"):
+    return durations.steps(value, where, batch_size=stages[-1].batch_size, **sizes)
+  asked = left = durations.steps(value, where, batch_size=1, **sizes)
   done = 0
   for stage in reversed(stages) if back else stages:
     length = round(left / stage.batch_size)
@@ -144,19 +150,19 @@ def named(stage: Stage) -> Iterator[None]:
     raise kind(f"{stage.where}, with what it changes: {error}") from error
 
 
-def _check_batch(stage: Stage) -> None:
-  if stage.batch_size < 2:
+def _check_batch(where: str, batch_size: int) -> None:
+  if batch_size < 2:
+    raise ValueError(f"{where}.batch_size={batch_size}: a contrastive loss needs at least 2 pairs")
+
+
+def _overrides(given: Any, where: str) -> dict[str, Any]:
+  """{path: value} of what a stage overrides, checked."""
+  if not isinstance(given, Mapping) or "until" not in given:
     raise ValueError(
-      f"{stage.where}.batch_size={stage.batch_size}: contrast needs two pairs at least"
+      f"{where}={given!r}: a stage is a dict with the key until, such as until='90%'"
     )
-
-
-def _overrides(said: Any, where: str) -> dict[str, Any]:
-  """{path: value} of what a stage says beside `until`, checked."""
-  if not isinstance(said, Mapping) or "until" not in said:
-    raise ValueError(f"{where}={said!r}: a stage is a dict, and says where it ends: until='90%'")
-  found = dict(_leaves({k: v for k, v in said.items() if k != "until"}))
-  for path, value in found.items():
+  overrides = dict(_leaves({k: v for k, v in given.items() if k != "until"}))
+  for path, value in overrides.items():
     dotted = path.replace("/", ".")
     if path not in OVERRIDES:
       known = [name.replace("/", ".") for name in OVERRIDES]
@@ -164,16 +170,16 @@ def _overrides(said: Any, where: str) -> dict[str, Any]:
         f"{where}: {dotted!r} is the same in all stages.{tree.nearest(dotted, known)} A stage may"
         f" change {', '.join(known)}"
       )
-    if not configs.fits(value, OVERRIDES[path]):
+    if not fits(value, OVERRIDES[path]):
       raise TypeError(
         f"{where}.{dotted}={value!r} is of type {type(value).__name__}; it must be"
-        f" {OVERRIDES[path]}"
+        f" {spelled(OVERRIDES[path])}"
       )
-  return found
+  return overrides
 
 
-def _leaves(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for name, value in said.items():
+def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for name, value in options.items():
     path = prefix + name
     if isinstance(value, Mapping) and path not in OVERRIDES:
       yield from _leaves(value, f"{path}/")
@@ -181,22 +187,22 @@ def _leaves(said: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
       yield path, value
 
 
-def _changed(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-  """A copy of a config with other values at some paths."""
-  made: dict[str, Any] = configs.plain(base)
-  for path, value in options.items():
-    tree.put(made, path, value)
-  return made
+def _changed(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """A copy of plain options with other values at some paths."""
+  changed: dict[str, Any] = plain(base)
+  for path, value in overrides.items():
+    tree.put(changed, path, value)
+  return changed
 
 
-def _place(
-  until: int | str, where: str, total: configs.Duration, dataset_size: int
-) -> configs.Duration:
-  """How far from the start of the run, in units "step" or "sample"."""
-  place = configs.duration(until, where)
-  if place.unit == "%":
-    place = configs.Duration(total.number * place.number / 100, total.unit)
-  if place.unit != "epoch":
-    return place
-  epoch = configs.steps("1 epochs", where, batch_size=1, dataset_size=dataset_size)
-  return configs.Duration(place.number * epoch, "sample")
+def _position(
+  until: int | str, where: str, total: durations.Duration, dataset_size: int
+) -> durations.Duration:
+  """The distance from the start of the run, in units "step" or "sample"."""
+  position = durations.duration(until, where)
+  if position.unit == "%":
+    position = durations.Duration(total.number * position.number / 100, total.unit)
+  if position.unit != "epoch":
+    return position
+  epoch = durations.steps("1 epochs", where, batch_size=1, dataset_size=dataset_size)
+  return durations.Duration(position.number * epoch, "sample")

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,122 +19,153 @@ from bigalign.data.samples.rejects import REASONS
 from bigalign.losses import PROVIDES, Context, Loss, diagnostics
 from bigalign.losses.per_sample import tables
 from bigalign.model import without_remat
+from bigalign.program import Program, compute_dtype
 from bigalign.run import flops
 from bigalign.stages import Stage
-from bigalign.state import Arrays, Program, State, compute_dtype
+from bigalign.state import Arrays, State
 
-SECOND = ("text_second", "text_second_mask")  # fields of the batch, for losses that read two texts
+SECOND = ("text_second", "text_second_mask")  # fields for losses that read two texts
+
+
+class Watched(NamedTuple):
+  """What must be seen of every step, whether it is logged or not.
+
+  finite: {"loss" | "grad_norm" | "state": [] bool}; the step was applied if all are true.
+  rejected: {reason: [] int32}, samples rejected and replaced.
+  repaired_captions: [] int32, captions that were not valid UTF-8.
+  tally: [sources, 2] int32: rows of each source, and samples rejected for them.
+  """
+
+  finite: dict[str, Any]
+  rejected: dict[str, Any]
+  repaired_captions: Any
+  tally: Any
 
 
 def train_step(
-  state: State, batch: Mapping[str, jax.Array], seen: jax.Array, *, program: Program
-) -> tuple[State, dict[str, jax.Array]]:
+  state: State, batch: Mapping[str, jax.Array], position: jax.Array, *, program: Program
+) -> tuple[State, dict[str, jax.Array], Watched]:
   """One update on a global batch.
 
-  A step whose loss or gradient is not finite leaves the state as it was, but for `step` and for
-  what the loss remembers of each sample.
+  If the loss or a gradient is not finite, the step is skipped: only `step` and the per-sample
+  tables change.
 
   Args:
-    batch: as pipeline.train_batches makes it, [B, …] over the batch axes.
-    seen: [2] float32, samples and epochs seen before this step, of `seen`.
+    state: before the update.
+    batch: {name: [B, …]} as training.train_batches makes it, sharded over the batch axes.
+    position: [2] float32, samples and epochs seen before this step, of `data_position`.
+    program: of the run.
 
   Returns:
-    The next state, and scalars: the loss's, "grad_norm", "param_norm", "lr"; and what must be seen
-    of every step: "finite_loss", "finite_grad_norm", of losses that remember samples "finite_state"
-    (bool), "rejected_<reason>", "repaired_captions" and "tally" [sources, 2] (int32): rows, and
-    samples rejected for them, of each source.
+    The next state; scalars for the log: those of the loss, "grad_norm", "param_norm", "lr"; and
+    what must be seen of every step.
   """
-  context, drops = _context(program, state, seen)
+  # --- loss and gradient, of the whole batch whatever its microbatches
+  context, dropout_key = _context(program, state, position)
 
   def objective(trainable: Arrays, feats: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
-    scalars = tree.unflatten(tree.subtree({**trainable, **state.frozen}, "loss/"))
-    return program.loss.apply(scalars, state.loss, feats, batch, context)
+    return program.loss.apply(_loss_params(trainable, state), state.loss, feats, batch, context)
 
-  (value, (remembered, logs)), grads = gradcache.value_and_grad(
+  (value, (loss_state, metrics)), grads = gradcache.value_and_grad(
     functools.partial(features, program, state),
     objective,
     state.trainable,
     _inputs(program, batch),
-    drops,
+    dropout_key,
     microbatches=program.microbatches,
   )
+
+  # --- update
   grad_norm = optax.tree.norm(grads)
   updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
   trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state)
   ema = {
     path: program.ema * old + (1 - program.ema) * trainable[path] for path, old in state.ema.items()
   }
+
+  # --- skip it if anything is not finite
   finite = {
-    "finite_loss": jnp.isfinite(value) & jnp.isfinite(logs["loss"]),
-    "finite_grad_norm": jnp.isfinite(grad_norm),
+    "loss": jnp.isfinite(value) & jnp.isfinite(metrics["loss"]),
+    "grad_norm": jnp.isfinite(grad_norm),
   }
-  states = [logs.pop(name) for name in [*logs] if name.endswith("finite_state")]
+  states = [metrics.pop(name) for name in [*metrics] if name.endswith("finite_state")]
   if states:
-    finite["finite_state"] = jnp.stack(states).all()
-  sound = jnp.stack([*finite.values()]).all()
+    finite["state"] = jnp.stack(states).all()
+  all_finite = jnp.stack([*finite.values()]).all()
 
   def keep(new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, old)
+    return jax.tree.map(lambda a, b: jnp.where(all_finite, a, b), new, old)
 
   def keep_small(new: jax.Array, old: jax.Array) -> jax.Array:
-    # A table is written in place: a choice between two would need both. After an unsound step the
-    # run stops and goes on from a checkpoint, so what stands in it is never read.
+    # A table is updated in place: selecting between two would need memory for both. After a step
+    # that is not finite the run stops and resumes from a checkpoint, so this table is never read.
     return new if tables.is_table(new) else keep(new, old)
 
-  rejects = batch["rejects"].sum(0)
-  metrics = {
-    **logs,
-    "grad_norm": grad_norm,
-    "param_norm": optax.tree.norm(trainable),
-    "lr": program.rate(state.step),
-    **finite,
-    **{f"rejected_{reason}": rejects[i] for i, reason in enumerate(REASONS)},
-    "repaired_captions": batch["repaired"].sum(),
-    "tally": jnp.zeros((program.sources, 2), jnp.int32)
-    .at[batch["source"]]
-    .add(jnp.stack([jnp.ones_like(batch["source"]), batch["rejects"].sum(1)], 1)),
-  }
-  return State(
+  next_state = State(
     step=state.step + 1,
     trainable=keep(trainable, state.trainable),
     frozen=state.frozen,
     ema=keep(ema, state.ema),
     opt=keep(opt, state.opt),
-    loss=jax.tree.map(keep_small, remembered, state.loss),
-  ), metrics
+    loss=jax.tree.map(keep_small, loss_state, state.loss),
+  )
+
+  # --- what is reported
+  rejects = batch["rejects"].sum(0)
+  rows_and_rejects = jnp.stack([jnp.ones_like(batch["source"]), batch["rejects"].sum(1)], 1)
+  watched = Watched(
+    finite=finite,
+    rejected={reason: rejects[i] for i, reason in enumerate(REASONS)},
+    repaired_captions=batch["repaired"].sum(),
+    tally=jnp.zeros((program.sources, 2), jnp.int32).at[batch["source"]].add(rows_and_rejects),
+  )
+  scalars = {
+    **metrics,
+    "grad_norm": grad_norm,
+    "param_norm": optax.tree.norm(trainable),
+    "lr": program.rate(state.step),
+  }
+  return next_state, scalars, watched
 
 
-def jitted(program: Program, placed: State, mesh: jax.sharding.Mesh) -> Any:
-  """train_step as it is run: compiled for a mesh, with the state updated in place."""
+def jitted(program: Program, shardings: State, mesh: jax.sharding.Mesh) -> Any:
+  """train_step as a run uses it: compiled for a mesh, the state updated in place."""
+  replicated = sharding.replicated_sharding(mesh)
   return jax.jit(
     functools.partial(train_step, program=program),
     donate_argnums=0,
-    out_shardings=(placed, sharding.replicated_sharding(mesh)),
+    out_shardings=(shardings, replicated, replicated),
   )
 
 
 def diagnose(
-  state: State, batch: Mapping[str, jax.Array], seen: jax.Array, *, program: Program
+  state: State, batch: Mapping[str, jax.Array], position: jax.Array, *, program: Program
 ) -> dict[str, jax.Array]:
   """losses.diagnostics.diagnose of a global batch; arguments as of train_step."""
-  context, drops = _context(program, state, seen)
-  scalars = tree.unflatten(tree.subtree({**state.trainable, **state.frozen}, "loss/"))
+  context, dropout_key = _context(program, state, position)
   feats = gradcache.embedded(
     functools.partial(features, program, state),
     state.trainable,
     _inputs(program, batch),
-    drops,
+    dropout_key,
     microbatches=program.microbatches,
   )
+  scalars = _loss_params(state.trainable, state)
   return diagnostics.diagnose(program.loss, scalars, state.loss, feats, batch, context)
 
 
-def _context(program: Program, state: State, seen: jax.Array) -> tuple[Context, jax.Array]:
+def _context(program: Program, state: State, position: jax.Array) -> tuple[Context, jax.Array]:
   """The loss's context of this step, and the key of the towers' dropout."""
   key = jax.random.fold_in(jax.random.key(program.seed), state.step)
-  drops, draws = jax.random.split(key)
+  dropout_key, draws = jax.random.split(key)
   progress = state.step / program.total_steps
-  return Context(state.step, progress, seen[0], seen[1], draws, program.logits), drops
+  context = Context(state.step, progress, position[0], position[1], draws, program.logits)
+  return context, dropout_key
+
+
+def _loss_params(trainable: Arrays, state: State) -> Any:
+  """The learned scalars of the loss, trained or frozen."""
+  return tree.unflatten(tree.subtree({**trainable, **state.frozen}, "loss/"))
 
 
 def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -145,18 +176,27 @@ def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.A
 def features(
   program: Program, state: State, trainable: Arrays, part: Mapping[str, jax.Array], key: jax.Array
 ) -> dict[str, jax.Array]:
-  """What the loss reads of the model, for some rows of the batch; nothing else is kept."""
+  """The features of the model that the loss reads, for some rows of the batch.
+
+  Args:
+    program: of the run.
+    state: whose frozen parameters and averages are used.
+    trainable: the trained parameters, an argument of their own because they are differentiated.
+    part: fields of the batch, [b, …].
+    key: of dropout.
+  """
   dropout, patch_dropout = jax.random.split(key)
   inputs = (part["image"], part["text"], part["text_mask"])
 
   def apply(params: Arrays, **options: Any) -> dict[str, jax.Array]:
-    every = {**_sent(program, params), **state.frozen}
-    variables = {"params": tree.unflatten(tree.subtree(every, "model/"))}
-    found: Any = program.model.apply(variables, *inputs, **options)
-    return found
+    variables = {**_cast_for_reduction(program, params), **state.frozen}
+    feats: dict[str, jax.Array] = program.model.apply(  # type: ignore[assignment]
+      {"params": tree.unflatten(tree.subtree(variables, "model/"))}, *inputs, **options
+    )
+    return feats
 
   second = tuple(part[name] for name in SECOND if name in part)
-  found = apply(
+  feats = apply(
     trainable,
     train=True,
     second=second or None,
@@ -165,39 +205,38 @@ def features(
   wanted = {"zimg", "ztxt", *(name for need in program.loss.needs for name in PROVIDES[need])}
   if "tokens" in program.loss.needs:
     wanted |= {"mask_txt"}
-  found = {name: x for name, x in found.items() if name in wanted}
+  feats = {name: x for name, x in feats.items() if name in wanted}
   if "ema_teacher" in program.loss.needs:
     teacher = apply(state.ema)
-    found |= {
+    feats |= {
       f"teacher_{side}": jax.lax.stop_gradient(teacher[f"z{side}"]) for side in ("img", "txt")
     }
-  return found
+  return feats
 
 
-def _sent(program: Program, params: Arrays) -> Arrays:
-  """Kernels and tables of bfloat16 towers cast before they are used, if their gradients shall be
-  bfloat16.
+def _cast_for_reduction(program: Program, params: Arrays) -> Arrays:
+  """Kernels and tables of bfloat16 towers in bfloat16, if config.gradient_dtype says so.
 
-  The towers cast them to the same numbers; but a gradient is added up over the devices in the dtype
-  in which the product with a kernel leaves it, and is float32 before this cast.
+  The towers cast them to the same numbers anyway. But devices add up a gradient in the dtype of the
+  array that it belongs to: bfloat16 after this cast, float32 without it.
   """
   if program.gradient_dtype == "float32":
     return params
 
-  def sent(path: str) -> bool:
-    cast = compute_dtype(program.model, path) == jnp.bfloat16
-    return cast and path.endswith(("/kernel", "/embedding"))
+  def is_cast(path: str) -> bool:
+    in_bfloat16 = compute_dtype(program.model, path) == jnp.bfloat16
+    return in_bfloat16 and path.endswith(("/kernel", "/embedding"))
 
-  return {path: x.astype(jnp.bfloat16) if sent(path) else x for path, x in params.items()}
+  return {path: x.astype(jnp.bfloat16) if is_cast(path) else x for path, x in params.items()}
 
 
-def summary(program: Program, abstract: State) -> str:
+def summary(program: Program, shapes: State) -> str:
   """losses.summary of a run whose state has these shapes."""
   batch: Any = {name: jax.ShapeDtypeStruct(*shape) for name, shape in program.spec.items()}
   feats = jax.eval_shape(
     functools.partial(features, program),
-    abstract,
-    abstract.trainable,
+    shapes,
+    shapes.trainable,
     _inputs(program, batch),
     jax.random.key(0),
   )
@@ -205,83 +244,104 @@ def summary(program: Program, abstract: State) -> str:
 
 
 def constrain(loss: Loss, trainable: Arrays, before: State) -> Arrays:
-  """The updated parameters with the loss's bounds applied to its own."""
-
-  def scalars(learned: Arrays) -> Any:
-    return tree.unflatten(tree.subtree({**learned, **before.frozen}, "loss/"))
-
-  bounded = tree.flatten(loss.constrain(scalars(trainable), scalars(before.trainable)), "loss/")
+  """The updated parameters, with the loss's bounds applied to its own."""
+  bounded = tree.flatten(
+    loss.constrain(_loss_params(trainable, before), _loss_params(before.trainable, before)),
+    "loss/",
+  )
   return {path: bounded.get(path, x) for path, x in trainable.items()}
 
 
-def stop_if_not_finite(since: Sequence[Mapping[str, Any]], step: int) -> None:
-  """Raises FloatingPointError naming the first step of these, the last being `step`, that was not
-  applied, and what was not finite in it."""
-  for i, one in enumerate(since):
-    bad = [name.removeprefix("finite_") for name, ok in one.items() if "finite_" in name and not ok]
+def stop_if_not_finite(watched: Sequence[Watched], step: int) -> None:
+  """Raises FloatingPointError for the first step that was skipped, with what was not finite in it.
+
+  Args:
+    watched: of consecutive steps, on the host.
+    step: the number of the last of them.
+  """
+  for i, one in enumerate(watched):
+    bad = [name for name, is_finite in one.finite.items() if not is_finite]
     if bad:
       raise FloatingPointError(
-        f"step {step - len(since) + i + 1}: {' and '.join(bad)} not finite; the step was not"
+        f"step {step - len(watched) + i + 1}: {' and '.join(bad)} not finite; the step was not"
         " applied, and the last checkpoint is sound. Lower config.optimizer.lr, lengthen its"
         " warmup, or set its clip_norm."
-        + (" The state is what the loss remembers of samples." if "state" in bad else "")
+        + (" The state is the per-sample state of the loss." if "state" in bad else "")
       )
 
 
-def seen(samples: int, dataset_size: int) -> np.ndarray:
-  """[2] float32: samples and epochs seen, for train_step; divided here, where 64 bits are exact."""
-  return np.asarray([samples, samples / dataset_size], np.float32)
+def data_position(samples_seen: int, dataset_size: int) -> np.ndarray:
+  """[2] float32: samples and epochs seen. Divided on the host, where 64 bits are exact."""
+  return np.asarray([samples_seen, samples_seen / dataset_size], np.float32)
 
 
-def useful_work(program: Program, jaxpr: Any, *args: Any) -> int:
-  """FLOPs of one train_step(*args), whose jaxpr is known, but for what the towers do twice: under
-  remat, and in microbatches."""
-  plain = dataclasses.replace(program, model=without_remat(program.model), microbatches=1)
-  if plain == program:
+class CompiledStep(NamedTuple):
+  """A compiled train_step, and the useful floating point operations of one call."""
+
+  run: Any
+  flops: int
+
+
+def useful_flops(program: Program, jaxpr: Any, *args: Any) -> int:
+  """FLOPs of one train_step(*args), without what towers compute twice under remat or microbatches.
+
+  Args:
+    program: of the run.
+    jaxpr: of the step, as traced.
+    args: shapes or arrays of the step's arguments.
+  """
+  once = dataclasses.replace(program, model=without_remat(program.model), microbatches=1)
+  if once == program:
     return flops.of_jaxpr(jaxpr)
-  return flops.count(functools.partial(train_step, program=plain), *args)
+  return flops.count(functools.partial(train_step, program=once), *args)
 
 
-def build(step_fn: Any, program: Program, *args: Any) -> tuple[Any, int]:
-  """The compiled step_fn(*args), a jitted train_step of this program, and its useful FLOPs."""
+def build(step_fn: Any, program: Program, *args: Any) -> CompiledStep:
+  """Compiles step_fn(*args), a jitted train_step of this program."""
   traced = step_fn.trace(*args)
-  work = useful_work(program, traced.jaxpr, *args)
+  work = useful_flops(program, traced.jaxpr, *args)
   begin = time.perf_counter()
   compiled = traced.lower().compile()
   logging.info("Compiled the step in %.1f s: %.3g FLOPs", time.perf_counter() - begin, work)
-  return compiled, work
+  return CompiledStep(compiled, work)
 
 
 def build_stages(
-  course: Sequence[Stage],
+  stages: Sequence[Stage],
   programs: Sequence[Program],
-  placed: State,
+  shardings: State,
   mesh: jax.sharding.Mesh,
   state: State,
   batch: Mapping[str, jax.Array],
-  place: np.ndarray,
-) -> dict[int, tuple[Any, int]]:
-  """{number: (compiled train_step, its useful FLOPs)} of each stage of `course`.
+  position: np.ndarray,
+) -> dict[int, CompiledStep]:
+  """The compiled step of each stage, by the stage's number.
 
-  Shapes stand for the batches, so that what is to come costs no memory, but for its code.
+  Later stages are compiled from the shapes of their batches, so they cost no memory but their code.
 
   Args:
-    course: the stages that are left; `batch` is one of the first of them.
+    stages: the stages that are left; `batch` belongs to the first of them.
     programs: of all stages of the run, by number.
-    place: of `seen`.
+    shardings: of the state.
+    mesh: the mesh.
+    state: of the run.
+    batch: a global batch.
+    position: of `data_position`.
   """
-  built, here = {}, programs[course[0].number].spec
-  for stage in course:
+  steps, spec = {}, programs[stages[0].number].spec
+  for stage in stages:
     program, shapes = programs[stage.number], {}
     for name, x in batch.items():
-      # What comes from a store is as wide as it is there, whatever the spec says.
-      as_here = x.shape == here[name][0]
-      shape = program.spec[name][0] if as_here else (stage.batch_size, *x.shape[1:])
+      # Stored vectors are as wide as in the store, whatever the spec says.
+      is_as_in_spec = x.shape == spec[name][0]
+      shape = program.spec[name][0] if is_as_in_spec else (stage.batch_size, *x.shape[1:])
       shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-    step_fn = jitted(program, placed, mesh)
+    step_fn = jitted(program, shardings, mesh)
     try:
-      built[stage.number] = build(step_fn, program, state, shapes, place)
+      steps[stage.number] = build(step_fn, program, state, shapes, position)
     except jax.errors.JaxRuntimeError as error:
-      error.add_note(f"This is the step of {stage.where}; `bigalign plan` tells what it needs.")
+      error.add_note(
+        f"This is the step of {stage.where}; `bigalign plan` computes the memory that it needs."
+      )
       raise
-  return built
+  return steps

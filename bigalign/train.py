@@ -1,34 +1,51 @@
-"""Trains a dual encoder: python -m bigalign.train --config=configs/tiny.py --workdir=runs/tiny."""
+"""Trains a dual encoder: bigalign train --config=configs/tiny.py --workdir=runs/tiny.
+
+`train` is `setup`, which turns a config into everything that a run needs, and `loop`, which updates
+the state: data, step, log, diagnose, evaluate, save.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import functools
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import clu.profiler
 import jax
+import numpy as np
 from absl import app, flags, logging
 
-from bigalign import config as configs
-from bigalign import sharding
-from bigalign import stages as courses
-from bigalign import state as states
-from bigalign.batches import check_stages, staged_batches
+from bigalign import durations, sharding
 from bigalign.checkpoint import Checkpoints, revision
+from bigalign.config import (
+  Config,
+  recorded_config,
+  resolve_config,
+  setup_runtime,
+  written_model,
+)
+from bigalign.data.order.schedule import epochs
 from bigalign.data.samples.rejects import Watch
-from bigalign.data.sources.mixture import epochs, names
-from bigalign.evals import make_evaluators
+from bigalign.data.sources.mixture import names
+from bigalign.evals import Evaluator, make_evaluators
 from bigalign.frozen.towers import check_stores
-from bigalign.inputs import fingerprint, held, open_data
+from bigalign.inputs import Inputs, check_stages, open_data, staged_batches
 from bigalign.losses import check_ids, check_needs, remembers
 from bigalign.model import provided
-from bigalign.run import preemption
-from bigalign.run import runtime as machine
-from bigalign.run.flags import define_flags, parse_flags, profile_span
+from bigalign.options import plain, without_defaults
+from bigalign.program import (
+  Program,
+  init_on_mesh,
+  layout,
+  make_embed,
+  make_program,
+  stage_program,
+)
+from bigalign.run import preemption, runtime
+from bigalign.run.flags import config_name, define_flags, parse_flags, profile_span
 from bigalign.run.metrics import MetricWriter, Progress
 from bigalign.run.provenance import (
   check_config,
@@ -40,289 +57,370 @@ from bigalign.run.provenance import (
 )
 from bigalign.run.timing import StartupTimer, StepTimer
 from bigalign.run.workdir import Workdir
-from bigalign.state import State
-from bigalign.step import build_stages, diagnose, seen, stop_if_not_finite, summary
-from bigalign.weights import init as beginnings
+from bigalign.stages import Stage, named, split
+from bigalign.state import State, describe, parts, restore
+from bigalign.step import (
+  CompiledStep,
+  Watched,
+  build_stages,
+  data_position,
+  diagnose,
+  stop_if_not_finite,
+  summary,
+)
+from bigalign.weights.init import load
 
 
 def train(
-  workdir: str | pathlib.Path,
-  *,
-  seed: int,
-  total_steps: int | str,
-  batch_size: int,
-  log_every: int,
-  checkpoint_every: int | str,
-  data: Mapping[str, Any],
-  model: Mapping[str, Any],
-  loss: Mapping[str, Any],
-  optimizer: Mapping[str, Any],
-  stages: Sequence[Mapping[str, Any]] = (),
-  eval_every: int | str = 0,
-  diagnose_every: int | str = 0,
-  evals: Mapping[str, Mapping[str, Any]] | None = None,
-  frozen: str = "",
-  ema: float = 0.0,
-  microbatches: int = 1,
-  gradient_dtype: str = "float32",
-  logits: Mapping[str, Any] | None = None,
-  mesh: Mapping[str, int] | None = None,
-  topology: str = "",
-  rules: Sequence[Any] = sharding.RULES,
-  keep: Mapping[str, Any] | None = None,
-  writer: Mapping[str, Any] | None = None,
-  profile: Sequence[int] = (),
-  patience: float = 1800.0,
-  runtime: Mapping[str, Any] | None = None,
-  allow_config_change: bool = False,
+  config: Any, workdir: str | os.PathLike[str], *, allow_config_change: bool = False
 ) -> State:
-  """THE loop: step, log, evaluate, save. Continues from the newest checkpoint in workdir.
+  """Trains a model; continues from the newest checkpoint in workdir.
 
   Args:
-    workdir: folder of the run, here or gs://…: workdirs.py.
-    seed: of the initialisation, the order of the data, augmentation and dropout.
-    total_steps: updates in all, or a duration: "1e9 samples", "3 epochs".
-    batch_size: global: over all devices and hosts.
-    log_every: steps; the only times, but for the first, at which the loop waits for the device.
-    checkpoint_every: steps, or a duration; 0: only at the end, where one is always written.
-    data: options of open_data.
-    model: options of make_model, and where the towers begin: weights/start.py.
-    loss: {name: options, weight among them}.
-    optimizer: options of make_optimizer.
-    stages: what the run does differently before it comes to what stands here: stages.py.
-    eval_every: steps, or a duration; 0: only at the start and the end.
-    diagnose_every: steps, or a duration, between looks at what the loss does: hardest negatives,
-      saturation, shares of the gradient, temperatures; each costs about half a step. 0: none.
-    evals: {name: options, type among them}.
-    frozen: regular expression of the parameters that do not learn.
-    ema: decay of the running average of the parameters, which is evaluated too; 0 for none.
-    microbatches: parts in which a batch is embedded; loss and gradient stay those of the whole.
-    gradient_dtype: of what the devices send of the gradients of kernels and of the token table,
-      "float32" or "bfloat16".
-    logits: how the loss's B x B logits are formed: options of losses.pairwise.Engine.
-    mesh: sizes of the axes data, fsdp, tensor.
-    topology: what `bigalign plan` compiles it for; the loop takes the devices that are there.
-    rules: (regular expression, axes) pairs for the parameters' places.
-    keep: which checkpoints stay: options of Checkpoints.
-    writer: options of MetricWriter.
-    profile: (first, last): what is between these steps is traced into workdir/profile.
-    patience: seconds without a step after which several processes end, naming the one that hangs.
-    runtime: options of runtime.setup, which the caller has made use of; here they are recorded.
-    allow_config_change: continue although the config in workdir says something else.
+    config: a ConfigDict or a mapping of plain values: see bigalign.config.Config.
+    workdir: folder of the run, local or gs://…: see run/workdir.py.
+    allow_config_change: continue although the config of the run in workdir differs.
 
   Returns:
-    The last state; survival.Preempted is raised, behind a checkpoint, if a notice of the end came.
+    The last state.
+
+  Raises:
+    TypeError, ValueError: for a config that is wrong, or differs from that of the run in workdir.
+    FloatingPointError: for a loss or a gradient that is not finite.
+    Preempted: after saving a checkpoint, if the run was asked to stop.
   """
-  config = dict(locals())
-  del config["workdir"], config["allow_config_change"]
+  return loop(setup(config, workdir, allow_config_change=allow_config_change))
+
+
+class Run(NamedTuple):
+  """What the loop needs, besides the arrays that it updates.
+
+  step, samples_seen: where the run starts or continues. lane_rows: of the data order, fixed at the
+  first start. rejected: {metric: count} so far. resumed_from: the restored step, None for a new
+  run. save_every, eval_every, diagnose_every: in steps.
+  """
+
+  config: Config
+  workdir: Workdir
+  meta: dict[str, Any]
+  mesh: jax.sharding.Mesh
+  inputs: Inputs
+  stages: list[Stage]
+  programs: list[Program]
+  rows: list[np.ndarray]
+  shardings: State
+  checkpoints: Checkpoints
+  evaluators: dict[str, Evaluator]
+  reject_watch: Watch
+  startup_timer: StartupTimer
+  state: State
+  step: int
+  resumed_from: int | None
+  samples_seen: int
+  lane_rows: int
+  rejected: collections.Counter[str]
+  save_every: int
+  eval_every: int
+  diagnose_every: int
+
+  @property
+  def total_steps(self) -> int:
+    """Updates in all."""
+    return self.stages[-1].end
+
+
+def setup(
+  config: Any, workdir: str | os.PathLike[str], *, allow_config_change: bool = False
+) -> Run:
+  """Everything that a run needs; arguments and errors as of `train`."""
+  # ------------------------------------------------------------------ options, data, program
   startup_timer = StartupTimer()
-  home = Workdir(workdir)
-  home.download()
-  workdir = home.local
-  given = configs.plain(model)
-  config["model"] = beginnings.options(given, read_config(workdir))
-  source, reading = configs.call(open_data, data, "config.data")
-  course = courses.split(config, dataset_size=len(source))
-  program = states.make_program(
-    **config, dataset_size=len(source), captions_per_image=reading["captions_per_image"]
+  folder = Workdir(workdir)
+  folder.download()
+  values = plain(config)
+  record = read_config(folder.local)
+  options = resolve_config(values, record)
+  inputs = open_data(options.data)
+  dataset_size = len(inputs.source)
+  stages = split(options, dataset_size=dataset_size)
+  program = make_program(options, dataset_size=dataset_size)
+  check_needs(program.loss, provided(program.spec), ema=options.ema > 0)
+  check_stages(stages, inputs, program.model.text_tower)
+  _check_profile(options.profile, program.total_steps)
+  to_steps = functools.partial(
+    durations.steps,
+    batch_size=options.batch_size,
+    dataset_size=dataset_size,
+    total_steps=program.total_steps,
   )
-  check_needs(program.loss, provided(program.spec), ema=ema > 0)
-  check_stages(course, source, program.model.text_tower)
-  total = program.total_steps
-  duration = functools.partial(
-    configs.steps, batch_size=batch_size, dataset_size=len(source), total_steps=total
+  save_every = to_steps(options.checkpoint_every, "config.checkpoint_every")
+  eval_every = to_steps(options.eval_every, "config.eval_every")
+  diagnose_every = to_steps(options.diagnose_every, "config.diagnose_every")
+
+  # ------------------------------------------------------------------ mesh and shapes
+  mesh = options.mesh.make()
+  programs = [stage_program(program, stage, mesh) for stage in stages]
+  rows = [sharding.host_rows(mesh, stage.batch_size) for stage in stages]
+  shapes, shardings = layout(program, mesh, options.rules)
+  for stage in stages:
+    with named(stage):
+      text = summary(programs[stage.number], shapes)
+    logging.info("%s%s", "" if len(stages) == 1 else f"{stage.where}: ", text)
+  evaluators = make_evaluators(
+    options.evals, mesh=mesh, data=options.data, **make_embed(program.model)
   )
-  if log_every < 1:
-    raise ValueError(f"config.log_every={log_every}: at least 1")
-  if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1] <= total):
-    raise ValueError(f"config.profile={profile}: two steps (first, last) of the {total}, or ()")
-  save_every = duration(checkpoint_every, "config.checkpoint_every")
-  eval_every = duration(eval_every, "config.eval_every")
-  diagnose_every = duration(diagnose_every, "config.diagnose_every")
+
+  # ------------------------------------------------------------------ the run in the workdir
   meta = {
-    "config": configs.plain(config),
-    "model": given,
+    "config": plain(options),
+    "model": written_model(values),
     "revision": revision(),
-    "versions": machine.versions(),
-    "hardware": machine.describe(),
-    "dataset_size": len(source),
-    "data": fingerprint(source, reading),
-    "tokenizer": digest(data["tokenizer"]),
+    "versions": runtime.versions(),
+    "hardware": runtime.describe(),
+    "dataset_size": dataset_size,
+    "data": inputs.fingerprint,
+    "tokenizer": digest(without_defaults(options.data.tokenizer)),
   }
   check_hosts_agree(meta)
+  if record:
+    record = {**record, "config": plain(recorded_config(record))}
+  check_config(folder.local, record, meta, allow_config_change)
+  checkpoints = options.keep.make(workdir=folder.root)
+  resumed_from = checkpoints.latest()
+  check_hosts_agree({"newest checkpoint": resumed_from})
 
-  grid = configs.call(sharding.make_mesh, mesh or {}, "config.mesh")
-  programs = [states.of_stage(program, stage, grid) for stage in course]
-  rows = [sharding.host_rows(grid, stage.batch_size) for stage in course]
-  abstract, placed = states.layout(program, grid, rules)
-  for stage in course:
-    with courses.named(stage):
-      told = summary(programs[stage.number], abstract)
-    logging.info("The loss of %s: %s", stage.where, told)
-  remembered = remembers(program.loss, program.sizes)
-  embed = states.make_embed(program.model)
-  evaluators = make_evaluators(evals or {}, mesh=grid, data=data, **embed)
-
-  check_config(workdir, meta, allow_config_change)
-  checkpoints = configs.call(Checkpoints, keep or {}, "config.keep", workdir=home.root)
-  start = checkpoints.latest()
-  check_hosts_agree({"newest checkpoint": start})
+  # ------------------------------------------------------------------ state: new or restored
   rejected: collections.Counter[str] = collections.Counter()
-  if start is None:
-    loaded = beginnings.load(
-      given, loss, {**abstract.trainable, **abstract.frozen}, {**placed.trainable, **placed.frozen}
+  if resumed_from is None:
+    loaded = load(
+      values,
+      {**shapes.trainable, **shapes.frozen},
+      {**shardings.trainable, **shardings.frozen},
     )
-    state = states.born(program, placed, loaded)
+    state = init_on_mesh(program, shardings, loaded)
     checkpoints.save_frozen(state.frozen)
-    samples_seen, lane_rows = 0, course[0].batch_size
-    states.describe(state, workdir)
+    samples_seen, lane_rows = 0, stages[0].batch_size
+    describe(state, folder.local)
   else:
-    before = checkpoints.meta(start)
-    check_data(before, meta, workdir, allow_config_change)
-    state = states.restore(checkpoints, start, abstract, placed)
-    samples_seen, lane_rows = before["samples_seen"], before["lane_rows"]
-    rejected.update(before["rejected"])
-    logging.info("Continue from step %d, %d samples seen", start, samples_seen)
-  stored = held(source, reading)
-  if stored:
-    check_stores(stored.sides, config, program, state)
-  write_config(workdir, meta)
-  watch = configs.call(Watch, data.get("rejects") or {}, "config.data.rejects", names=names(source))
-  step = start or 0
-  # A run that continues behind the first step traces nothing.
-  trace_from, trace_to = profile if profile and step <= profile[0] else (-1, -1)
-  batches = staged_batches(
-    course,
-    source,
-    reading,
+    saved = checkpoints.meta(resumed_from)
+    check_data(saved, meta, folder.local, allow_config_change)
+    state = restore(checkpoints, resumed_from, shapes, shardings)
+    samples_seen, lane_rows = saved["samples_seen"], saved["lane_rows"]
+    rejected.update(saved["rejected"])
+    logging.info("Resuming from step %d, %d samples seen", resumed_from, samples_seen)
+  if inputs.stores:
+    check_stores(inputs.stores.sides, options, program, state)
+  write_config(folder.local, meta)
+  return Run(
+    config=options,
+    workdir=folder,
+    meta=meta,
+    mesh=mesh,
+    inputs=inputs,
+    stages=stages,
+    programs=programs,
     rows=rows,
+    shardings=shardings,
+    checkpoints=checkpoints,
+    evaluators=evaluators,
+    reject_watch=options.data.rejects.make(names(inputs.source)),
+    startup_timer=startup_timer,
+    state=state,
+    step=resumed_from or 0,
+    resumed_from=resumed_from,
+    samples_seen=samples_seen,
+    lane_rows=lane_rows,
+    rejected=rejected,
+    save_every=save_every,
+    eval_every=eval_every,
+    diagnose_every=diagnose_every,
+  )
+
+
+def loop(run: Run) -> State:
+  """Updates the state up to the last step; returns and raises as `train`."""
+  config, state, step, samples_seen = run.config, run.state, run.step, run.samples_seen
+  program, dataset_size, total_steps = run.programs[-1], len(run.inputs.source), run.total_steps
+  has_sample_state = remembers(program.loss, program.sizes)
+  diagnose_fns = [jax.jit(functools.partial(diagnose, program=p)) for p in run.programs]
+  compiled: dict[int, CompiledStep] = {}  # of each stage that is left
+  watched: list[Watched] = []  # of the steps since the last fetch
+  # A run that continues after the first step of the profile traces nothing.
+  profiles = bool(config.profile) and step <= config.profile[0]
+  trace_begin, trace_end = config.profile if profiles else (-1, -1)
+  batches = staged_batches(
+    run.stages,
+    run.inputs,
+    rows=run.rows,
     step=step,
     start=samples_seen,
-    seed=seed,
-    lane_rows=lane_rows,
-    rejected_log=str(workdir / f"rejected-{jax.process_index():05}.jsonl"),
+    seed=config.seed,
+    lane_rows=run.lane_rows,
+    rejected_log=str(run.workdir.local / f"rejected-{jax.process_index():05}.jsonl"),
   )
-  looks = [jax.jit(functools.partial(diagnose, program=program)) for program in programs]
-  built: dict[int, tuple[Any, int]] = {}  # of each stage that is left, the compiled step
-  window: list[dict[str, jax.Array]] = []  # what must be seen of every step, since the last fetch
 
   with (
-    jax.set_mesh(grid),
+    jax.set_mesh(run.mesh),
     contextlib.closing(batches),
-    checkpoints,
-    configs.call(
-      MetricWriter, writer or {}, "config.writer", workdir=workdir, resume_step=start
-    ) as board,
-    Progress(total, start=step) as progress,
+    run.checkpoints,
+    config.writer.make(workdir=run.workdir.local, resume_step=run.resumed_from) as writer,
+    Progress(total_steps, start=step) as progress,
     preemption.PreemptionListener() as listener,
-    preemption.Watchdog(patience, step) as watchdog,
+    preemption.Watchdog(config.patience, step) as watchdog,
   ):
 
-    def evaluate() -> dict[str, float]:
-      found: dict[str, float] = {}
-      for prefix, learned in (("", state.trainable), ("ema/", state.ema)):
-        for run in evaluators.values() if learned else ():
-          found |= {prefix + k: x for k, x in run({**learned, **state.frozen}).items()}
-      if found:
-        board.write(step, found)
-        progress.log(step, found)
-      return found
-
-    def save(found: Mapping[str, float]) -> None:
-      now = dict(step=step, samples_seen=samples_seen, rejected=dict(rejected), lane_rows=lane_rows)
+    def save(scores: Mapping[str, float]) -> None:
+      position = dict(
+        step=step,
+        samples_seen=samples_seen,
+        rejected=dict(run.rejected),
+        lane_rows=run.lane_rows,
+      )
       with timer.paused():
-        home.upload(jax.process_index())  # the rows before the checkpoint that follows them
-        checkpoints.save(step, states.parts(state), {**meta, **now}, found)
+        run.workdir.upload(jax.process_index())  # metrics before the checkpoint that follows them
+        run.checkpoints.save(step, parts(state), {**run.meta, **position}, scores)
 
-    if start is None:
-      checkpoints.check_best(evaluate())
+    # ---------------------------------------------------------------- before the first update
+    if run.resumed_from is None:
+      run.checkpoints.check_best(_evaluate(run.evaluators, state, step, writer, progress))
     preempted = listener.should_stop_at_start(step)
     timer = StepTimer(step)
-    while step < total and not preempted:
-      if step == trace_from:
-        clu.profiler.start(str(workdir / "profile"))
+
+    while step < total_steps and not preempted:
+      # -------------------------------------------------------------- data
+      if step == trace_begin:
+        clu.profiler.start(str(run.workdir.local / "profile"))
       with timer.waiting_for_data():
         stage, host_batch = next(batches)
-      if remembered:
+      if has_sample_state:
         check_ids(host_batch, program.sizes)
-      batch = sharding.global_batch(grid, host_batch, rows[stage.number], stage.batch_size)
-      place = seen(samples_seen, len(source))
-      if not built:
+      batch = sharding.global_batch(run.mesh, host_batch, run.rows[stage.number], stage.batch_size)
+      position = data_position(samples_seen, dataset_size)
+
+      # -------------------------------------------------------------- step
+      if not compiled:
         with timer.paused():
-          left = course[stage.number :]
-          built = build_stages(left, programs, placed, grid, state, batch, place)
-      compiled, work = built[stage.number]
-      state, metrics = compiled(state, batch, place)
+          compiled = build_stages(
+            run.stages[stage.number :],
+            run.programs,
+            run.shardings,
+            run.mesh,
+            state,
+            batch,
+            position,
+          )
+      state, metrics, seen_every_step = compiled[stage.number].run(state, batch, position)
       step += 1
-      watchdog.completed(step)
-      startup_timer.first_step(metrics)
       samples_seen += stage.batch_size
-      seldom = [k for k in metrics if k.startswith(("finite_", "rejected_", "repaired_", "tally"))]
-      window.append({name: metrics.pop(name) for name in seldom})
+      watched.append(seen_every_step)
+      watchdog.completed(step)
+      run.startup_timer.first_step(metrics)
       progress.advance(step)
-      if step == trace_to:
+      if step == trace_end:
         jax.block_until_ready(metrics)
         clu.profiler.stop()
 
-      last, preempted = step == total, listener.should_stop(step)
-      logs = step == stage.end or step % log_every == 0
-      saves = last or preempted or (save_every and step % save_every == 0)
+      # -------------------------------------------------------------- log
+      last, preempted = step == total_steps, listener.should_stop(step)
+      logs = step == stage.end or step % config.log_every == 0
+      saves = last or preempted or (run.save_every and step % run.save_every == 0)
       if logs or saves:
         with timer.waiting_for_device():  # the loop's only wait
-          scalars, since = jax.device_get((metrics, window))
-        window = []
-        for one in since:
-          counted = watch.add(one["tally"])
-          rejected.update({f"rejects_of_{name}": n for name, n in counted.items()})
-          rejected.update(
-            {k: int(n) for k, n in one.items() if k.startswith(("rejected_", "repaired_"))}
-          )
+          scalars, since = jax.device_get((metrics, watched))
+        watched = []
+        _count_rejects(run, since)
       if logs:
-        row = {f"train/{name}": x for name, x in [*scalars.items(), *rejected.items()]}
-        row |= {"train/samples_seen": samples_seen, "train/epoch": samples_seen / len(source)}
-        passes = epochs(source, samples_seen, batch_size=lane_rows)
-        row |= {f"train/epoch_{name}": x for name, x in passes.items()}
-        row |= {"train/stage": stage.number} if stages else {}
-        row |= timer.read(step, stage.batch_size, work) | startup_timer.take_metrics()
-        board.write(step, row)
+        row = {f"train/{name}": x for name, x in [*scalars.items(), *run.rejected.items()]}
+        row |= _data_metrics(run, stage, samples_seen)
+        row |= timer.read(step, stage.batch_size, compiled[stage.number].flops)
+        row |= run.startup_timer.take_metrics()
+        writer.write(step, row)
         progress.log(step, row)
       if logs or saves:
         stop_if_not_finite(since, step)
-        watch.check()
-      if preempted and not last:  # before all else: the machine may have seconds left
+        run.reject_watch.check()
+
+      # -------------------------------------------------------------- diagnose, evaluate, save
+      if preempted and not last:  # before all else: the machine may stop in seconds
         save({})
-      if diagnose_every and step % diagnose_every == 0:
+      if run.diagnose_every and step % run.diagnose_every == 0:
         with timer.paused():
-          findings = jax.device_get(sharding.block_on_cpu(looks[stage.number](state, batch, place)))
-          board.write(step, {f"train/{name}": x for name, x in findings.items()})
-      found: dict[str, float] = {}
-      if last or (eval_every and step % eval_every == 0):
+          findings = diagnose_fns[stage.number](state, batch, position)
+          findings = jax.device_get(sharding.block_on_cpu(findings))
+          writer.write(step, {f"train/{name}": x for name, x in findings.items()})
+      scores: dict[str, float] = {}
+      if last or (run.eval_every and step % run.eval_every == 0):
         with timer.paused():
-          found = evaluate()
+          scores = _evaluate(run.evaluators, state, step, writer, progress)
       if saves and (last or not preempted):
-        save(found)
-  home.upload(jax.process_index())
-  if step < total:
+        save(scores)
+
+  run.workdir.upload(jax.process_index())
+  if step < total_steps:
     raise preemption.Preempted(step)
   return state
 
 
+def _evaluate(
+  evaluators: Mapping[str, Callable[..., dict[str, float]]],
+  state: State,
+  step: int,
+  writer: MetricWriter,
+  progress: Progress,
+) -> dict[str, float]:
+  """{metric: value} of the parameters, and "ema/…" of their averages; written and shown."""
+  scores: dict[str, float] = {}
+  for prefix, learned in (("", state.trainable), ("ema/", state.ema)):
+    for evaluator in evaluators.values() if learned else ():
+      values = evaluator({**learned, **state.frozen})
+      scores |= {prefix + name: value for name, value in values.items()}
+  if scores:
+    writer.write(step, scores)
+    progress.log(step, scores)
+  return scores
+
+
+def _count_rejects(run: Run, watched: Sequence[Watched]) -> None:
+  """Adds the rejected samples of some steps to the counts of the run."""
+  for one in watched:
+    per_source = run.reject_watch.add(one.tally)
+    run.rejected.update({f"rejects_of_{name}": n for name, n in per_source.items()})
+    run.rejected.update({f"rejected_{reason}": int(n) for reason, n in one.rejected.items()})
+    run.rejected.update({"repaired_captions": int(one.repaired_captions)})
+
+
+def _data_metrics(run: Run, stage: Stage, samples_seen: int) -> dict[str, float]:
+  """The position in the data: samples and epochs, of each source of a mixture too; the stage."""
+  row: dict[str, float] = {
+    "train/samples_seen": samples_seen,
+    "train/epoch": samples_seen / len(run.inputs.source),
+  }
+  passes = epochs(run.inputs.source, samples_seen, batch_size=run.lane_rows)
+  row |= {f"train/epoch_{name}": x for name, x in passes.items()}
+  return row | ({"train/stage": stage.number} if len(run.stages) > 1 else {})
+
+
+def _check_profile(profile: Sequence[int], total_steps: int) -> None:
+  """Raises ValueError unless config.profile is () or two steps of the run."""
+  if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1] <= total_steps):
+    raise ValueError(
+      f"config.profile={profile}: two steps (first, last) of the {total_steps}, or ()"
+    )
+
+
 def main(argv: Sequence[str]) -> None:
-  """What runs once absl has read the flags."""
+  """The program, once absl has read the flags."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   values = flags.FLAGS
-  config = configs.plain(values.config)
+  config = plain(values.config)
   config |= {"profile": profile_span(values.profile)} if values.profile else {}
-  configs.call(machine.setup, config.get("runtime", {}), "config.runtime")
-  machine.connect(values.coordinator, values.num_processes, values.process_id)
-  name = pathlib.Path(getattr(values["config"], "config_filename")).stem  # noqa: B009
-  workdir = values.workdir or f"runs/{name}"
-  logging.info("%s in %s on %s", name, workdir, machine.describe())
+  setup_runtime(config)
+  runtime.connect(values.coordinator, values.num_processes, values.process_id)
+  workdir = values.workdir or f"runs/{config_name()}"
+  logging.info("%s in %s on %s", config_name(), workdir, runtime.describe())
   try:
-    configs.call(
-      train, config, "config", workdir=workdir, allow_config_change=values.allow_config_change
-    )
+    train(config, workdir, allow_config_change=values.allow_config_change)
   except Exception as error:
     preemption.exit_on_error(error)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from jax.sharding import Mesh
 
-from bigalign import config
+from bigalign.data.loader.options import DataOptions
 from bigalign.evals import geometry, glyphs, retrieval, zeroshot
 from bigalign.evals.embed import Context
+from bigalign.options import Choose, Component, resolve_value
 
-__all__ = ["EVALS", "Context", "make_evaluators"]
+__all__ = ["EVALS", "Context", "EvalOptions", "make_evaluators"]
 
 Evaluator = Callable[[Any], dict[str, float]]
 
@@ -22,29 +23,28 @@ EVALS: dict[str, Callable[..., Evaluator]] = dict(
   geometry=geometry.geometry,
 )
 
+EvalOptions = Mapping[str, Annotated[Component, Choose(EVALS, key="type", fixed=("context",))]]
+
 
 def make_evaluators(
-  evals: Mapping[str, Mapping[str, Any]],
+  evals: Mapping[str, Any],
   *,
   embed_image: Callable[..., Any],
   embed_text: Callable[..., Any],
   mesh: Mesh,
-  data: Mapping[str, Any],
+  data: DataOptions,
 ) -> dict[str, Evaluator]:
-  """{name: run} for config.evals, {name: dict(type="retrieval", ...options of its factory)}.
-
-  The sources are opened here, so that what is missing is said before the first step.
+  """{name: run} of config.evals. Opens the sources, so that a missing file is an error at the start.
 
   Args:
+    evals: {name: options, type among them}, in plain values or resolved.
     embed_image, embed_text, mesh, data: see Context.
 
   Raises:
     ValueError, TypeError: for an unknown type or option; they name the known ones.
   """
   made = {}
-  for name, options in evals.items():
-    options, where = dict(options), f"config.evals.{name}"
-    factory = config.choose(EVALS, options.pop("type", "(absent)"), f"{where}.type")
+  for name, component in resolve_value(EvalOptions, evals, "config.evals").items():
     context = Context(name, embed_image, embed_text, mesh, data)
-    made[name] = config.call(factory, options, where, context=context)
+    made[name] = component.make(context=context)
   return made

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding
 from bigalign.data.loader import evaluation
+from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS, Rejected
 from bigalign.data.sources.base import open_source
-from bigalign.data.text.captions import names
 
 
 class Context(NamedTuple):
@@ -27,14 +27,14 @@ class Context(NamedTuple):
 
   embed_image: (params, image [B, S, S, 3] uint8) -> [B, E], unit norm, float32; jitted.
   embed_text: (params, ids [B, L] int32, mask [B, L] bool) -> [B, E], unit norm, float32; jitted.
-  data: the options of config.data.
+  data: config.data, whose images and texts are read in the same way.
   """
 
   name: str
   embed_image: Callable[[Any, jax.Array], jax.Array]
   embed_text: Callable[[Any, jax.Array, jax.Array], jax.Array]
   mesh: Mesh
-  data: Mapping[str, Any]
+  data: DataOptions
 
 
 class EvalData(NamedTuple):
@@ -93,20 +93,20 @@ def open_data(
   """
   if captions == 0:
     fields = ()
-  elif fields is None and "captions" in context.data:
-    fields = names(context.data["captions"])
+  elif fields is None:
+    fields = context.data.caption_fields
   opened = open_source(source, captions=fields)
   if not len(opened):
     raise ValueError(f"config.evals.{context.name}.source={source!r} holds no sample")
   if captions is None:
     captions = most_captions(opened)
   size = round_batch(context.mesh, batch_size)
-  shared = ("image_size", "tokenizer", "resize", "apply_exif", "workers")
-  options = {name: context.data[name] for name in shared if name in context.data}
   rows = sharding.host_rows(context.mesh, size)
 
   def batches() -> Iterable[Mapping[str, np.ndarray]]:
-    return evaluation.eval_batches(opened, batch_size=size, rows=rows, captions=captions, **options)
+    return evaluation.eval_batches(
+      opened, context.data, batch_size=size, rows=rows, captions=captions
+    )
 
   return EvalData(opened, size, batches)
 

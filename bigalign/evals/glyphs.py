@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigalign.data.image.transforms import eval_image
 from bigalign.data.sources.glyphs import CUTS, PROBES, Glyphs, parts
 from bigalign.evals.embed import Context, mean_embedder
 from bigalign.evals.zeroshot import class_weights
@@ -52,10 +51,8 @@ def score(
 
 def embedder(context: Context, source: Glyphs, *, batch_size: int) -> Callable[[Any], jax.Array]:
   """embed(params) -> [N, E] on every device: the unit mean over each character's PROBES."""
-  options = {"size": context.data["image_size"]}
-  options |= {name: context.data[name] for name in ("resize",) if name in context.data}
-  # A few hundred small pictures: drawn once, kept on the host.
-  images = np.stack([eval_image(source[i]["image"], **options) for i in range(len(source))])
+  # A few hundred small images: drawn once, kept on the host.
+  images = np.stack([context.data.evaluation_view(source[i]["image"]) for i in range(len(source))])
 
   def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     return context.embed_image(params, batch["image"])

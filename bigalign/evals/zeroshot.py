@@ -15,9 +15,8 @@ import numpy as np
 from clu import metrics as clu_metrics
 
 from bigalign import sharding, tree
-from bigalign.data.sources.base import expand_variables
+from bigalign.data.files.patterns import expand_variables
 from bigalign.data.sources.webdataset import read_classnames
-from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.evals.embed import Context, mean_embedder, open_data, over_mesh, tell_rejects
 
 PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))}
@@ -143,7 +142,7 @@ def class_weights(
 ) -> Callable[[Any], jax.Array]:
   """weigh(params) -> [K, E] on every device: the unit mean over a class's templates."""
   prompts = [fill(template, name) for name in classnames for template in templates]
-  ids, mask = make_tokenizer(**context.data["tokenizer"]).encode_batch(prompts)
+  ids, mask = context.data.make_tokenizer().encode_batch(prompts)
 
   def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     return context.embed_text(params, batch["ids"], batch["mask"])

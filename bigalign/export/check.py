@@ -14,7 +14,7 @@ import tokenizers
 from PIL import Image
 
 from bigalign import tree, weights
-from bigalign.data.image import transforms
+from bigalign.config import recorded_config
 from bigalign.export import torch_module
 from bigalign.model import make_model
 from bigalign.weights.files import read_json
@@ -116,9 +116,8 @@ def _torch(folder: pathlib.Path, images: list[Image.Image], texts: list[str]) ->
 
 def _big_vision(folder: pathlib.Path, images: list[Image.Image], texts: list[str]) -> np.ndarray:
   """big_vision is no package: the file is read by `weights`, the texts by `tokenizers`."""
-  data = read_json(folder / "bigalign.json")["config"]["data"]
-  size, resize = data["image_size"], data.get("resize", "squash")
-  image = np.stack([transforms.eval_image(np.asarray(x), size=size, resize=resize) for x in images])
+  data = recorded_config(read_json(folder / "bigalign.json")).data
+  image = np.stack([data.evaluation_view(np.asarray(x)) for x in images])
   tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
   about = read_json(folder / "tokenizer_config.json")
   length, pad = about["model_max_length"], about["pad_token"]

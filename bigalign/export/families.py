@@ -74,7 +74,7 @@ def _open_clip(vision: dict[str, Any], subject: Subject) -> dict[str, Any]:
 def _vit(subject: Subject) -> dict[str, Any]:
   tower = subject.model.image_tower.options
   vision = dict(
-    image_size=subject.data["image_size"],
+    image_size=subject.data.image_size,
     layers=tower.sizes.depth,
     width=tower.sizes.width,
     head_width=tower.sizes.width // tower.sizes.heads,
@@ -92,7 +92,7 @@ def _vit(subject: Subject) -> dict[str, Any]:
 
 def _trunk(subject: Subject) -> dict[str, Any]:
   """The trunk of timm that is nearest: of this size, else of this patch, else the first."""
-  tower, size = subject.model.image_tower.options, subject.data["image_size"]
+  tower, size = subject.model.image_tower.options, subject.data.image_size
 
   def far(name: str) -> tuple[bool, ...]:
     x = timm.named(name)
@@ -128,7 +128,7 @@ OPEN_CLIP = (
 def _two_towers(subject: Subject) -> dict[str, jax.ShapeDtypeStruct]:
   """{key: shape} of what a big_vision npz is known by."""
   image, text = subject.model.image_tower.options, subject.model.text_tower.options
-  side = subject.data["image_size"] // image.patch
+  side = subject.data.image_size // image.patch
   found: dict[str, tuple[int, ...]] = {
     "params/img/embedding/kernel": (image.patch, image.patch, 3, image.sizes.width),
     "params/img/pos_embedding": (1, side * side, image.sizes.width),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import tree, weights
+from bigalign.data.loader.options import DataOptions
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.model import DualEncoder, make_model
 from bigalign.options import call
@@ -51,7 +52,7 @@ class Subject(NamedTuple):
 
   model: DualEncoder
   arrays: Arrays
-  data: Mapping[str, Any]
+  data: DataOptions
   tokenizer: Tokenizer
 
   @property
@@ -202,7 +203,7 @@ def _reads_end(text: Any, subject: Subject) -> bool:
 
 def _fitted(subject: Subject, theirs: DualEncoder, layout: Layout) -> Arrays | list[str]:
   """Our arrays with those that only they have: zeros for sums, ones for products."""
-  size = subject.data["image_size"]
+  size = subject.data.image_size
   one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
   ids = jax.ShapeDtypeStruct((1, subject.tokenizer.length), jnp.int32)
   made = jax.eval_shape(theirs.init, jax.random.key(0), one, ids)["params"]

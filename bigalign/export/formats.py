@@ -42,7 +42,7 @@ def _tokenizer(it: Subject) -> dict[str, Any]:
 
 
 def _hf(fitted: Fitted, it: Subject) -> dict[str, Any]:
-  size, resize = it.data["image_size"], it.data.get("resize", "squash")
+  size, resize = it.data.image_size, it.data.resize
   kinds: dict[str, dict[str, Any]] = {
     "squash": dict(image_processor_type="SiglipImageProcessor", size=dict(height=size, width=size)),
     "shortest": dict(
@@ -71,14 +71,14 @@ def _hf(fitted: Fitted, it: Subject) -> dict[str, Any]:
 
 def _open_clip(fitted: Fitted, it: Subject) -> dict[str, Any]:
   mean, std = PIXELS[it.model.pixels]
-  size = it.data["image_size"]
+  size = it.data.image_size
   images = dict(
     size=size,
     mode="RGB",
     mean=mean,
     std=std,
     interpolation="bicubic",
-    resize_mode=it.data.get("resize", "squash"),
+    resize_mode=it.data.resize,
     fill_color=0,
   )
   config = {"model_cfg": fitted.config, "preprocess_cfg": images}

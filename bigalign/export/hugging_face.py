@@ -27,7 +27,7 @@ def _sizes(options: TransformerOptions) -> dict[str, Any]:
 def _vision(kind: str, subject: Subject) -> dict[str, Any]:
   tower = subject.model.image_tower.options
   return dict(
-    model_type=kind, image_size=subject.data["image_size"], patch_size=tower.patch, **_sizes(tower)
+    model_type=kind, image_size=subject.data.image_size, patch_size=tower.patch, **_sizes(tower)
   )
 
 

@@ -6,6 +6,7 @@ bigalign export --check clip-b16 compares what the folder computes with the run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -19,16 +20,12 @@ import numpy as np
 from PIL import Image
 
 from bigalign import tree
-from bigalign.data.image import transforms
 from bigalign.evaluate import Run, open_run
 from bigalign.export import check, safetensors
 from bigalign.export import model_card as card
 from bigalign.export.fit import Subject
 from bigalign.export.formats import FORMATS, Files, prepare
 from bigalign.export.tokenizer_files import SAMPLES
-from bigalign.inputs import open_tokenizer
-from bigalign.model import make_model
-from bigalign.options import call
 from bigalign.run import runtime
 
 ABOUT, CARD = "bigalign.json", "README.md"
@@ -58,16 +55,19 @@ def subject(run: Run, ema: bool = False) -> Subject:
   if ema and not run.ema:
     raise ValueError(f"--ema: {run.workdir} keeps no averages (config.ema)")
   params = run.ema if ema else run.params
-  model = dict(run.config["model"])
-  for side in ("image", "text"):
-    if model[side]["name"] != "features":
-      model[side] = {**model[side], "dtype": "float32"}
+  model = run.config.model
+  towers = {"image": model.image, "text": model.text}
+  in_float32 = {
+    side: dataclasses.replace(tower, dtype="float32")
+    for side, tower in towers.items()
+    if hasattr(tower, "dtype")
+  }
   arrays = {k: np.asarray(x).astype(np.float32) for k, x in tree.subtree(params, "model/").items()}
   return Subject(
-    call(make_model, model, "config.model"),
-    arrays | scalars(params, run.config["loss"]),
-    run.config["data"],
-    open_tokenizer(run.config["data"]["tokenizer"]),
+    dataclasses.replace(model, **in_float32).build(),
+    arrays | scalars(params, run.config.loss),
+    run.config.data,
+    run.config.data.make_tokenizer(),
   )
 
 
@@ -101,8 +101,7 @@ def logits(
 
   Where the text tower is a place for vectors, texts are such, [M, D] or [M, 1 + T, D].
   """
-  size, resize = it.data["image_size"], it.data.get("resize", "squash")
-  image = np.stack([transforms.eval_image(x, size=size, resize=resize) for x in images])
+  image = np.stack([it.data.evaluation_view(x) for x in images])
   read = (texts,) if isinstance(texts, np.ndarray) else it.tokenizer.encode_batch(texts)
   with jax.default_matmul_precision("highest"):
     feats = jax.jit(it.model.apply)(_variables(it), image, *read)

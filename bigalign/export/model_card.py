@@ -6,11 +6,15 @@ import itertools
 import json
 from typing import Any
 
+from bigalign.config import recorded_config
+from bigalign.data.loader.options import DataOptions
 from bigalign.evaluate import Run
 from bigalign.export.check import READERS
 from bigalign.export.fit import Subject, hides_padding, pads_unseen
 from bigalign.export.formats import Files
+from bigalign.options import plain
 from bigalign.run.metrics import read_metrics
+from bigalign.stages import split
 
 _HF = """```python
 from PIL import Image
@@ -79,24 +83,23 @@ def facts(run: Run, kind: str, family: str, ema: bool) -> dict[str, Any]:
     "ema": ema,
     **{k: run.meta[k] for k in ("samples_seen", "dataset_size", "data", "revision", "versions")},
     "metrics": measured,
-    "config": run.config,
+    "config": plain(run.config),
   }
 
 
-def _where(data: dict[str, Any]) -> str:
+def _where(data: DataOptions) -> str:
   """The sources of config.data."""
-  names = [part["source"] for part in data.get("mixture", ())] or [data["source"]]
-  return ", ".join(f"`{name}`" for name in names)
+  return ", ".join(f"`{name}`" for name in data.sources)
 
 
-def _padding(data: dict[str, Any], it: Subject) -> str:
+def _padding(data: DataOptions, it: Subject) -> str:
   """What is to know of the padding of texts."""
   if it.vectors:
     return ""
   return (
     "any padding will do, the end of a text is read and nothing sees what is behind it."
     if pads_unseen(it)
-    else f"the model was trained on texts of exactly {data['tokenizer']['length']} tokens, padding"
+    else f"the model was trained on texts of exactly {data.text_length} tokens, padding"
     + (
       " hidden by the attention mask."
       if hides_padding(it)
@@ -108,7 +111,8 @@ def _padding(data: dict[str, Any], it: Subject) -> str:
 def text(about: dict[str, Any], made: Files, it: Subject, license: str, found: float | None) -> str:
   """README.md, in the form that the Hugging Face hub reads."""
   library, use = _USE[about["format"]]
-  data, prefix = about["config"]["data"], "ema/" if about["ema"] else ""
+  config, prefix = recorded_config(about), "ema/" if about["ema"] else ""
+  data = config.data
   what = READERS[about["format"]].what
   task, title = {
     "logits": ("zero-shot-image-classification", "An image-text dual encoder"),
@@ -121,23 +125,21 @@ def text(about: dict[str, Any], made: Files, it: Subject, license: str, found: f
     for k, x in about["metrics"].items()
     if k.startswith("ema/") == about["ema"]
   }
-  every = [*(about["config"].get("stages") or ()), about["config"]]
-  sizes = [
-    n for n, _ in itertools.groupby(x.get("batch_size", every[-1]["batch_size"]) for x in every)
-  ]
+  stages = split(config, dataset_size=about["dataset_size"])
+  sizes = [size for size, _ in itertools.groupby(stage.batch_size for stage in stages)]
   rows = [
     ("trained by", f"bigalign {about['revision']}"),
     ("model", made.family + (", averaged parameters" if prefix else "")),
     ("data", f"{_where(data)} ({about['dataset_size']:,} samples, {about['data']})"),
-    ("loss", ", ".join(about["config"]["loss"])),
+    ("loss", ", ".join(config.loss)),
     ("steps", f"{about['step']:,} of batch {', then '.join(f'{size:,}' for size in sizes)}"),
     ("samples seen", f"{about['samples_seen']:,}"),
-    ("images", f"{data['image_size']} pixels, {data.get('resize', 'squash')}"),
+    ("images", f"{data.image_size} pixels, {data.resize}"),
     (
       "texts",
       f"vectors, {it.vectors[-1]} wide, that another program makes"
       if it.vectors
-      else f"{data['tokenizer']['name']}, {data['tokenizer']['length']} tokens",
+      else f"{data.tokenizer.name}, {data.text_length} tokens",
     ),
     (
       what,

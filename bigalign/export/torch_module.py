@@ -48,7 +48,7 @@ def reasons(it: Subject) -> list[str]:
       found.append(f"config.model.image.stem={options.stem!r}, there 'patch'")
     if options.positions == "rope":
       found.append("config.model.image.positions='rope', there 'learned' or 'sincos2d'")
-  if it.data.get("resize", "squash") == "longest":
+  if it.data.resize == "longest":
     found.append("config.data.resize='longest', there 'squash' or 'shortest'")
   return found
 
@@ -56,7 +56,7 @@ def reasons(it: Subject) -> list[str]:
 def config(it: Subject) -> dict[str, Any]:
   """config.json: the arguments of the module's classes."""
   image, text = it.model.image_tower.options, it.model.text_tower.options
-  size = it.data["image_size"]
+  size = it.data.image_size
   mean, std = PIXELS[it.model.pixels]
   both = image.token_width * (2 if getattr(image, "pool", "") == "cls+mean" else 1)
   return dict(
@@ -64,7 +64,7 @@ def config(it: Subject) -> dict[str, Any]:
     text_tower=TEXT[type(text)](text),
     image_projector=_projector(it.model.image_projector, both),
     text_projector=_projector(it.model.text_projector, text.token_width),
-    preprocess=dict(size=size, resize=it.data.get("resize", "squash"), mean=mean, std=std),
+    preprocess=dict(size=size, resize=it.data.resize, mean=mean, std=std),
   )
 
 
@@ -147,7 +147,7 @@ def state(it: Subject) -> Arrays:
     biases = arrays["text_tower/relative"][buckets(text.length, text.buckets)]
     arrays["text_tower/relative"] = einops.rearrange(biases, "n m h -> 1 h n m")
   if isinstance(image, VitOptions) and image.positions == "sincos2d":
-    side = it.data["image_size"] // image.patch
+    side = it.data.image_size // image.patch
     arrays["image_tower/positions"] = sincos2d(side, side, image.sizes.width)[None]
   tensors = {}
   for path, x in arrays.items():

@@ -25,17 +25,18 @@ import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
-from bigalign import config as configs
-from bigalign import sharding
+from bigalign import checks, sharding
+from bigalign.config import resolve_config, setup_runtime, without_stores
 from bigalign.data.files import storage
 from bigalign.data.loader import evaluation
-from bigalign.data.loader.training import CAPTIONS_PER_IMAGE
+from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import Source
 from bigalign.data.stores import reader, writer
 from bigalign.evals.embed import round_batch
-from bigalign.frozen.towers import Towers, load_towers
+from bigalign.frozen.towers import Towers, like_stored, load_towers
 from bigalign.inputs import open_data
+from bigalign.options import plain, without_defaults
 from bigalign.run import preemption, runtime
 from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.provenance import check_hosts_agree
@@ -58,7 +59,7 @@ class _Rows(NamedTuple):
 
 
 def embed(
-  config: Mapping[str, Any],
+  values: Any,
   out: str | pathlib.Path,
   *,
   sides: Sequence[str] = SIDES,
@@ -67,34 +68,35 @@ def embed(
   projected: bool = False,
   tokens: bool = False,
 ) -> dict[str, pathlib.Path]:
-  """Writes, completes or extends the stores OUT/<side>; their folders.
+  """Writes, completes or extends the stores OUT/<side>; returns their folders.
 
   Args:
-    config: of a training run; its `data`, without stores and augmentation, and its `model`.
+    values: a config of a training run; its `data`, without stores and augmentation, and `model`.
     sides: which towers.
     batch_size: images, or texts, at a time over all devices; rounded up to fit the mesh.
     dtype: of the vectors: float16, bfloat16 or float32.
-    projected: behind the projectors, in the space of images and texts, of unit length.
+    projected: after the projectors, in the shared space, of unit length.
     tokens: each token of the towers too, for projectors that read them.
 
   Raises:
     ValueError: if a tower is not all loaded, or a store holds another tower's vectors.
     BlockingIOError: if another process of this machine embeds into the same folder.
   """
-  config = configs.plain(config)
   for side in sides:
-    configs.choose(dict.fromkeys(SIDES), side, "--towers")
-  data = {k: v for k, v in config["data"].items() if k not in ("stores", "augment")}
-  source, reading = configs.call(open_data, data, "config.data")
-  drawn = [name for name, weight in reading["captions"] if weight]
-  if "text" in sides and (drawn or reading["second_captions"]):
+    checks.choose(dict.fromkeys(SIDES), side, "--towers")
+  values = without_stores(values)
+  config = resolve_config(values)
+  inputs = open_data(config.data)
+  source, data = inputs.source, inputs.options
+  drawn = [name for name, weight in data.first_columns if weight]
+  if "text" in sides and (drawn or data.second_columns):
     raise ValueError(
       "config.data.captions with weights, or second_captions: a store holds the captions of the"
       " first field that a sample has. Embed each field into a store of its own, captions=(FIELD,),"
       " and train with data.stores.text and data.stores.second"
     )
   towers = load_towers(
-    {**config, "data": data}, sides, len(source), dtype=dtype, projected=projected, tokens=tokens
+    values, config, sides, len(source), dtype=dtype, projected=projected, tokens=tokens
   )
   batch_size = round_batch(towers.mesh, batch_size)
   per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
@@ -105,8 +107,8 @@ def embed(
   with contextlib.ExitStack() as held:
     for side, folder in folders.items():
       if jax.process_index() == 0:
-        writer.begin(folder, towers.headers[side])
-        held.enter_context(storage.alone(folder, "bigalign embed"))
+        writer.begin(folder, like_stored(folder, towers.headers[side]))
+        held.enter_context(storage.locked(folder, "bigalign embed"))
       ranges[side] = writer.claim(
         folder,
         fingerprint,
@@ -136,14 +138,14 @@ def embed(
   return folders
 
 
-def _fingerprint(source: Source, data: Mapping[str, Any]) -> str:
+def _fingerprint(source: Source, data: DataOptions) -> str:
   """Of what decides ids and captions: the samples, the names of their parts, and the fields."""
   parts = [
-    {k: v for k, v in part.items() if k not in ("source", "weight", "upsampling")}
-    for part in data.get("mixture", ())
+    {k: v for k, v in without_defaults(part).items() if k not in ("source", "weight", "upsampling")}
+    for part in data.mixture
   ]
-  told = [source.fingerprint, parts, data.get("captions"), data.get("source_options")]
-  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+  content = [source.fingerprint, parts, plain(data.captions), plain(data.source_options)]
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _fill(
@@ -154,23 +156,21 @@ def _fill(
   *,
   batch_size: int,
   per_piece: int,
-  data: Mapping[str, Any],
+  data: DataOptions,
 ) -> None:
   """Embeds the pieces that are missing on some side, one after the other."""
   folders = {side: folder for side, folder in folders.items() if not ranges[side].done}
   first = min(ranges[side].next for side in folders)
   rows = sharding.host_rows(towers.mesh, batch_size)
-  shared = ("image_size", "tokenizer", "resize", "apply_exif", "workers")
-  options = {k: data[k] for k in shared if k in data}
-  room = data.get("captions_per_image", CAPTIONS_PER_IMAGE) if "text" in folders else 0
+  room = data.captions_per_image if "text" in folders else 0
   batches = evaluation.eval_batches(
     source,
+    data,
     batch_size=batch_size,
     rows=rows,
     captions=room,
     images="image" in folders,
     start=first * per_piece * batch_size,
-    **options,
   )
   left = -(-len(source) // batch_size) - first * per_piece
   with contextlib.closing(batches):
@@ -288,8 +288,8 @@ def main(argv: Sequence[str]) -> None:
   values = flags.FLAGS
   if len(argv) > 1:
     raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
-  config = configs.plain(values.config)
-  configs.call(runtime.setup, config.get("runtime", {}), "config.runtime")
+  config = plain(values.config)
+  setup_runtime(config)
   runtime.connect(values.coordinator, values.num_processes, values.process_id)
   if values.verify:
     sound = [verify(pathlib.Path(values.out) / side) for side in values.towers]

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 
 from bigalign import sharding, tree
-from bigalign import state as states
+from bigalign.config import Config
 from bigalign.data.stores import reader
 from bigalign.evals.embed import to_host
+from bigalign.options import Choose, plain, resolve_value, without_defaults
+from bigalign.program import Program, compute_dtype, layout, make_program
 from bigalign.run.provenance import digest
-from bigalign.weights import init as beginnings
+from bigalign.state import State
+from bigalign.towers import TOWERS
+from bigalign.weights.init import load
 
-_SAME = ("remat", "scan", "attention", "init", "fresh", "drop")  # no matter for the vectors
+_SAME = ("remat", "scan", "attention", "init", "fresh", "drop")  # do not change the vectors
 
 
 class Towers(NamedTuple):
@@ -32,7 +38,8 @@ class Towers(NamedTuple):
 
 
 def load_towers(
-  config: Mapping[str, Any],
+  values: Mapping[str, Any],
+  config: Config,
   sides: Sequence[str],
   dataset_size: int,
   *,
@@ -40,22 +47,27 @@ def load_towers(
   projected: bool = False,
   tokens: bool = False,
 ) -> Towers:
-  """The towers of a config as they were pretrained; its durations may be epochs of a dataset.
+  """The pretrained towers of a config.
 
-  projected: with their projectors, which come from a checkpoint too.
-  tokens: with each token.
+  Args:
+    values: the config as written, which names the checkpoints.
+    config: the resolved config.
+    sides: of "image" and "text".
+    dataset_size: samples of an epoch, for durations in epochs.
+    dtype: of the vectors.
+    projected: with their projectors, which come from a checkpoint too.
+    tokens: with each token.
 
   Raises:
-    ValueError: for arrays that come from no checkpoint; for tokens of projected vectors.
+    ValueError: for parameters that come from no checkpoint; for tokens of projected vectors.
   """
   if projected and tokens:
     raise ValueError("--projected and --tokens: a projector makes one vector of all tokens")
-  model = beginnings.options(config["model"])
-  program = states.make_program(**{**config, "model": model}, dataset_size=dataset_size)
+  program = make_program(config, dataset_size=dataset_size)
   mesh = sharding.make_mesh()
-  shapes, placed = states.layout(program, mesh, config.get("rules", sharding.RULES))
+  shapes, placed = layout(program, mesh, config.rules)
   abstract, places = ({**x.trainable, **x.frozen} for x in (shapes, placed))
-  loaded = beginnings.load(config["model"], config["loss"], abstract, places)
+  loaded = load(values, abstract, places)
   run, headers = {}, {}
   for side in sides:
     parts = (f"model/{side}_tower/", f"model/{side}_projector/")[: 1 + projected]
@@ -67,14 +79,12 @@ def load_towers(
         f" ({', '.join(new[:3])} …), and a tower that nobody trained makes no useful vectors; name"
         f" a checkpoint in config.model.{side}.init, or leave it out with --towers"
       )
-    params = {
-      path: loaded[path].astype(states.compute_dtype(program.model, path)) for path in paths
-    }
+    params = {path: loaded[path].astype(compute_dtype(program.model, path)) for path in paths}
     method = ("embed_" if projected else "with_tokens_" if tokens else "pooled_") + side
     run[side] = _runner(program.model, method, params, sharding.batch_sharding(mesh))
     inputs = _inputs(program.spec, side)
     *rows, width = jax.eval_shape(run[side], *inputs).shape[1:]
-    headers[side] = header(side, config["data"], model, params, projected=projected) | dict(
+    headers[side] = header(side, config, params, projected=projected) | dict(
       width=width, dtype=dtype, tokens=rows[0] - 1 if rows else 0
     )
   return Towers(mesh, run, headers)
@@ -98,46 +108,61 @@ def _runner(
 
 
 def header(
-  side: str,
-  data: Mapping[str, Any],
-  model: Mapping[str, Any],
-  params: Mapping[str, jax.Array],
-  *,
-  projected: bool = False,
+  side: str, config: Config, params: Mapping[str, jax.Array], *, projected: bool = False
 ) -> dict[str, Any]:
-  """What vectors depend on: the tower, its parameters as they are used, and what is before it."""
+  """What vectors depend on: the tower, its parameters as they are used, and its preprocessing."""
   weights = hashlib.sha256()
   for path in sorted(params):
     array = to_host(params[path])
     weights.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
-  tower = {k: v for k, v in model[side].items() if k not in _SAME}
   before = (
-    dict(
-      image_size=data["image_size"],
-      resize=data.get("resize", "squash"),
-      apply_exif=data.get("apply_exif", False),
-      pixels=model.get("pixels", "half"),
-    )
+    dict(**config.data.preprocessing(), pixels=config.model.pixels)
     if side == "image"
-    else dict(tokenizer=digest(data["tokenizer"]))
+    else dict(tokenizer=digest(without_defaults(config.data.tokenizer)))
   )
   return dict(
-    side=side, tower=tower, projected=projected, weights=weights.hexdigest()[:32], **before
+    side=side,
+    tower=_tower(plain(config.model)[side]),
+    projected=projected,
+    weights=weights.hexdigest()[:32],
+    **before,
   )
+
+
+def _tower(options: Mapping[str, Any]) -> dict[str, Any]:
+  """A tower's options with every default, without those that do not change its vectors."""
+  options = {name: value for name, value in options.items() if name not in _SAME}
+  tower = resolve_value(Annotated[Any, Choose(TOWERS)], options, "header.json: tower")
+  filled = plain(tower)
+  return {"name": options["name"], **{k: x for k, x in filled.items() if k not in _SAME}}
+
+
+def like_stored(folder: pathlib.Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+  """A header whose tower is written like that of an existing store, if both mean the same.
+
+  A store that was written when an option did not exist, or by a config that gave fewer, has the
+  default of that option.
+  """
+  path = folder / "header.json"
+  stored = json.loads(path.read_text()) if path.exists() else {}
+  tower = stored.get("tower")
+  known = "tower" in expected and isinstance(tower, dict) and tower.get("name") in TOWERS
+  if known and _tower(tower) == expected["tower"]:
+    return {**expected, "tower": tower}
+  return dict(expected)
 
 
 def check_stores(
   sides: Mapping[str, Sequence[reader.Store]],
-  config: Mapping[str, Any],
-  program: states.Program,
-  state: states.State,
+  config: Config,
+  program: Program,
+  state: State,
 ) -> None:
   """Whether the stores of each side hold what the towers of a run would make.
 
   Raises:
     ValueError: if they hold other vectors; if a tower would learn; if the loss reads tokens.
   """
-  model, data = config["model"], config["data"]
   towers = tuple(f"model/{side}_tower/" for side in sides)
   learning = [path for path in state.trainable if path.startswith(towers)]
   if learning:
@@ -156,9 +181,9 @@ def check_stores(
   for side, some in sides.items():
     params = {p: x for p, x in state.frozen.items() if p.startswith(f"model/{side}_tower/")}
     expected = (
-      header(side, data, model, params)
+      header(side, config, params)
       if params
       else dict(width=getattr(program.model, f"{side}_tower").options.token_width)
     )
     for found in some:
-      reader.check_header(found.folder, expected)
+      reader.check_header(found.folder, like_stored(found.folder, expected))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import jax
 import numpy as np
 
+from bigalign.config import Config
 from bigalign.data.loader import evaluation
 from bigalign.data.sources.base import open_source
-from bigalign.data.text.captions import names
 from bigalign.evals.chance import chance
 from bigalign.evals.embed import Context, EvalData, embedder, to_host
 from bigalign.evaluate import Run, open_run
@@ -44,18 +45,19 @@ class _Picked:
     return {**record, "captions": captions[:1]}
 
 
-def held_out(config: Mapping[str, Any]) -> tuple[str, Sequence[str] | None, str]:
-  """(source, caption fields, words for the reader) of what the config evaluates on."""
-  for name, options in (config["evals"] or {}).items():
-    fields = options.get("fields") or names(config["data"].get("captions"))
-    if options["type"] == "glyphs":
-      split = options.get("split", "heldout")
-      return f"glyphs:{split}", None, "pictures of characters that training shows in no font"
-    if options["type"] in ("retrieval", "zeroshot"):
+def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
+  """(source, caption fields, a description) of the samples that the config evaluates on."""
+  default = config.data.caption_fields
+  for name, evaluator in config.evals.items():
+    options = evaluator.options
+    if evaluator.name == "glyphs":
+      return f"glyphs:{options['split']}", None, "characters that training shows in no font"
+    if evaluator.name == "retrieval":
+      fields = options["fields"] or default
       return options["source"], fields, f"held-out samples of config.evals.{name}"
-  fields = names(config["data"].get("captions"))
-  source = config["data"].get("source") or config["data"]["mixture"][0]["source"]
-  return source, fields, "TRAINING samples: the config evaluates on nothing"
+    if evaluator.name == "zeroshot":
+      return options["source"], default, f"held-out samples of config.evals.{name}"
+  return config.data.sources[0], default, "TRAINING samples: config.evals names no source"
 
 
 def embed_pairs(run: Run) -> Pairs:
@@ -64,10 +66,9 @@ def embed_pairs(run: Run) -> Pairs:
   source = open_source(spec, captions=fields)
   picked = _Picked(source, np.linspace(0, len(source) - 1, min(SAMPLES, len(source))).astype(int))
   size = len(jax.devices()) * 16
-  data = run.config["data"]
-  options = {name: data[name] for name in ("image_size", "tokenizer", "resize") if name in data}
+  data = dataclasses.replace(run.config.data, workers=0)  # a few hundred samples
   batches = list(
-    evaluation.eval_batches(picked, batch_size=size, rows=np.arange(size), captions=1, **options)
+    evaluation.eval_batches(picked, data, batch_size=size, rows=np.arange(size), captions=1)
   )
   context = Context("report", mesh=run.mesh, data=data, **run.embed)
   with jax.set_mesh(run.mesh):

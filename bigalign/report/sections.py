@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigalign import config as configs
 from bigalign import tree
 from bigalign.evaluate import Run
+from bigalign.options import plain
 from bigalign.report import figures
 from bigalign.run.metrics import is_wall_clock
 
@@ -92,8 +92,8 @@ def header(run: Run, rows: Rows) -> str:
     "step": f"{run.step:,}",
     "samples seen": f"{run.meta['samples_seen']:,}",
     "parameters": f"{sum(x.size for x in run.params.values()):,}",
-    "loss": " + ".join(run.config["loss"]),
-    "data": run.config["data"]["source"],
+    "loss": " + ".join(run.config.loss),
+    "data": "::".join(run.config.data.sources),
     "revision": run.meta["revision"],
   }
   if speed:
@@ -303,7 +303,7 @@ def everything(rows: Rows, values: Mapping[str, float], guess: Mapping[str, floa
 
 def details(run: Run) -> str:
   """Config, versions, revision, data."""
-  config = [(key, repr(value)) for key, value in tree.flatten(configs.plain(run.config)).items()]
+  config = [(key, repr(value)) for key, value in tree.flatten(plain(run.config)).items()]
   code = {
     "revision": run.meta["revision"],
     "data fingerprint": run.meta["data"],

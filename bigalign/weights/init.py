@@ -20,7 +20,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 
 from bigalign import tree
-from bigalign.data.sources.base import expand_variables
+from bigalign.data.files.patterns import expand_variables
 from bigalign.options import plain
 from bigalign.weights import Checkpoint, describe, open_clip, transfer
 
@@ -79,30 +79,52 @@ def options(given: Mapping[str, Any], record: Mapping[str, Any] | None = None) -
   return plain(model)
 
 
+def options_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
+  """`options`; if checkpoint files are missing on this machine, the sizes written next to `init`.
+
+  Raises:
+    ValueError: if files are missing and the sizes are not written.
+  """
+  try:
+    return options(given)
+  except (FileNotFoundError, KeyError) as error:
+    model = {
+      k: {o: x for o, x in v.items() if o not in _WORDS} if isinstance(v, Mapping) else v
+      for k, v in given.items()
+      if k not in _WORDS
+    }
+    if any("name" not in model.get(side, {}) for side in SIDES):
+      raise ValueError(
+        "config.model.init names a checkpoint that is not on this machine, and the config does not"
+        " give the sizes of the model; write them next to `init`, name= among them, or copy the"
+        f" checkpoint's config.json here (no weights are read): {error}"
+      ) from error
+    return model
+
+
 def load(
-  given: Mapping[str, Any],
-  loss: Mapping[str, Any],
+  values: Mapping[str, Any],
   shapes: Mapping[str, Any],
   shardings: Mapping[str, NamedSharding],
 ) -> dict[str, jax.Array]:
   """{path: array} of what comes from checkpoints, each where it lies.
 
   Args:
-    given: config.model as written.
-    loss: config.loss; a t_init or b_init that it writes is taken, not the checkpoint's.
+    values: the config as written: what its `model` says of checkpoints, and its `loss`. A t_init
+      or b_init that the loss gives is taken, not the checkpoint's.
     shapes: {path: shape and dtype} of all parameters, "model/…" and "loss/…".
 
   Raises:
     ValueError: before a tensor is read, with all that is missing or has no place or another shape.
   """
-  plans = [(start, _plan(start, shapes)) for start in _starts(given)]
+  plans = [(start, _plan(start, shapes)) for start in _starts(values["model"])]
   loaded: dict[str, jax.Array] = {}
   for start, plan in plans:
     _report(start, plan)
     places = {path: shardings[f"model/{path}"] for path in plan.shapes}
     loaded |= {f"model/{path}": x for path, x in plan.arrays(places)}
     if not start.side:
-      loaded |= _scalars(start.checkpoint, loss, shapes, shardings)
+      loaded |= _scalars(start.checkpoint, values["loss"], shapes, shardings)
   if plans:
     logging.info("New, drawn with config.seed: %s", ", ".join(_new(shapes, loaded)) or "nothing")
   return loaded

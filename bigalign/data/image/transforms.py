@@ -6,13 +6,13 @@ Pixels stay uint8; the model normalises them on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
 from bigalign.data.image import augment
+from bigalign.options import Call, Component
 
 _kornia: Any
 try:
@@ -21,6 +21,7 @@ except ImportError:  # no wheel for this platform: Pillow differs from it by at 
   _kornia = None
 
 _BICUBIC = Image.Resampling.BICUBIC
+IMAGE_AND_DRAWS = ("image", "rng")  # what an augmentation gets besides its options
 # Below this output size kornia's fixed cost eats what its kernel saves.
 _KORNIA_FROM = 96
 
@@ -36,23 +37,35 @@ def train_image(
   flip: float = 0.0,
   rotate: float = 0.0,
   shift: float = 0.0,
-  rand_augment: Mapping[str, Any] | None = None,
-  color_jitter: Mapping[str, Any] | None = None,
+  rand_augment: Annotated[Component | None, Call(augment.rand_augment, IMAGE_AND_DRAWS)] = None,
+  color_jitter: Annotated[Component | None, Call(augment.color_jitter, IMAGE_AND_DRAWS)] = None,
   grayscale: float = 0.0,
 ) -> np.ndarray:
-  """[H, W, 3] uint8 → [size, size, 3] uint8, a random view.
+  """A random view of an image.
 
-  crop    "random_resized": a box of `scale` times the area and an aspect within `ratio`, as
-          torchvision draws it; "center": the middle square; "squash": everything
-  flip    probability of a mirror image (text in it becomes unreadable: off by default)
-  rotate  angle, uniform in [-rotate, rotate] degrees
-  shift   translation, uniform in [-shift, shift] of the side, each way
-  What rotation and shift uncover takes the colour of the top left pixel.
-  rand_augment  options of augment.rand_augment, {} for its defaults; None for none
-  color_jitter  options of augment.color_jitter; None for none
-  grayscale     probability of a view without colours
+  The steps follow the order of the arguments and draw from `rng` only if they are on. Rotation and
+  shift fill uncovered pixels with the colour of the top left pixel.
 
-  They are done in the order of this list, and draw from `rng` only where they are on.
+  Args:
+    image: uint8 [H, W, 3].
+    rng: the random numbers of this sample.
+    size: pixels per side of the view.
+    crop: "random_resized": a box of `scale` times the area and an aspect within `ratio`, as
+      torchvision draws it; "center": the middle square; "squash": the whole image.
+    scale: smallest and largest share of the area of a random box.
+    ratio: smallest and largest aspect (width / height) of a random box.
+    flip: probability of a mirror image; off by default, because it mirrors text too.
+    rotate: the angle is uniform in [-rotate, rotate] degrees.
+    shift: the translation is uniform in [-shift, shift] of the side, in both directions.
+    rand_augment: RandAugment, {} for its defaults; None for none.
+    color_jitter: random brightness, contrast, saturation and hue; None for none.
+    grayscale: probability of a view without colours.
+
+  Returns:
+    uint8 [size, size, 3].
+
+  Raises:
+    ValueError: for an unknown `crop`.
   """
   height, width = image.shape[:2]
   if crop == "random_resized":
@@ -70,9 +83,9 @@ def train_image(
   if flip and rng.random() < flip:
     image = image[:, ::-1]
   if rand_augment is not None:
-    image = augment.rand_augment(image, rng, **rand_augment)
+    image = rand_augment.make(image, rng)
   if color_jitter is not None:
-    image = augment.color_jitter(image, rng, **color_jitter)
+    image = color_jitter.make(image, rng)
   if grayscale:
     image = augment.to_grayscale(image, rng, probability=grayscale)
   return image
@@ -88,10 +101,15 @@ def shrink(
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   **_: Any,
 ) -> int:
-  """8, 4, 2 or 1: how much smaller a JPEG may be decoded before `train_image` with these options.
+  """8, 4, 2 or 1: by how much a JPEG may be reduced when it is decoded for `train_image`.
 
-  Every box that can be drawn keeps twice the pixels per side that the view has, so what the DCT
-  cuts off lies in what the bicubic filter removes.
+  Every box that can be drawn keeps at least twice the pixels per side of the view, so the DCT cuts
+  off only frequencies that the bicubic filter removes anyway.
+
+  Args:
+    height: pixels of the image.
+    width: pixels of the image.
+    size, crop, scale, ratio: as of `train_image`.
   """
   smallest: float = min(height, width)
   if crop == "random_resized":
@@ -109,14 +127,24 @@ def eval_image(
   bilinear: bool = False,
   margin: str = "round",
 ) -> np.ndarray:
-  """[H, W, 3] uint8 → [size, size, 3] uint8; Pillow's antialiased filters to the bit.
+  """An image as evaluation sees it; equal to Pillow's antialiased filters to the bit.
 
-  resize    "squash": straight to the square, as SigLIP does; "shortest": the shorter edge to
-            `edge`, then the centre, as CLIP does; "longest": the longer edge to `size`, then black
-            bars, as open_clip offers
-  edge      `size` if None; DINOv2: 256 for a size of 224
-  bilinear  in the place of bicubic, as Hugging Face's ViT
-  margin    of the centre: "round" half to even, as torchvision; "floor", as Hugging Face
+  Args:
+    image: uint8 [H, W, 3].
+    size: pixels per side of the result.
+    resize: "squash": straight to the square, as SigLIP does; "shortest": the shorter edge to
+      `edge`, then the centre, as CLIP does; "longest": the longer edge to `size`, then black bars,
+      as open_clip offers.
+    edge: pixels of the shorter edge; None: `size`. DINOv2 uses 256 for a size of 224.
+    bilinear: a bilinear filter instead of a bicubic one, as Hugging Face's ViT.
+    margin: how the centre is rounded: "round" half to even, as torchvision; "floor", as Hugging
+      Face.
+
+  Returns:
+    uint8 [size, size, 3].
+
+  Raises:
+    ValueError: for an unknown `resize` or `margin`.
   """
   height, width = image.shape[:2]
   pixels = Image.fromarray(image)

@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from bigalign.data.image import transforms
+from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import Decoded, checked_rows, words
 from bigalign.data.loader.workers import Batches, iterate
+from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import Source, prefetch
-from bigalign.data.stores.reader import sample_id
 
 
 def eval_batches(
   source: Source,
+  data: DataOptions,
   *,
   batch_size: int,
   rows: np.ndarray | Sequence[int],
-  image_size: int,
-  tokenizer: Mapping[str, Any],
-  resize: str = "squash",
-  apply_exif: bool = False,
   captions: int = 1,
   images: bool = True,
-  workers: int = 0,
   start: int = 0,
 ) -> Batches:
-  """Every sample from `start` on once, in order, in as many batches on every host.
+  """Every sample from `start` on once, in order, in the same number of batches on every host.
 
-  captions  C, the room for captions of one image. A record with more of them is an error, so that
-            none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
-  images    whether they are decoded; if not, they are black, and none is rejected
-  apply_exif  of decode.decode
   Rows past the end and rejected samples have valid=False. An image without captions stays valid,
   with texts_valid all False.
+
+  Args:
+    source: the samples.
+    data: how they are read; augmentation is not applied.
+    batch_size: of the global batch.
+    rows: the rows of the global batch that this host owns.
+    captions: C, the room for captions of one image. A record with more of them is an error, so that
+      none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
+    images: whether images are decoded; if not, they are black, and none is rejected.
+    start: the first sample.
   """
   batches = _EvalBatches(
     source,
+    data,
     batch_size=batch_size,
     rows=checked_rows(rows, batch_size=batch_size),
-    image_size=image_size,
-    tokenizer=tokenizer,
-    resize=resize,
     captions=captions,
     images=images,
-    apply_exif=apply_exif,
     start=start,
-    ahead=max(workers, 1),
   )
-  return iterate(batches, workers=workers)
+  return iterate(batches, workers=data.workers)
 
 
 class _EvalBatches(Decoded):
@@ -59,28 +56,22 @@ class _EvalBatches(Decoded):
 
   def __init__(
     self,
-    source,
+    source: Source,
+    data: DataOptions,
     *,
     batch_size: int,
     rows: np.ndarray,
-    image_size: int,
-    tokenizer,
-    resize: str,
     captions: int,
     images: bool,
     start: int,
-    apply_exif: bool,
-    ahead: int,
   ):
-    super().__init__(source, image_size=image_size, tokenizer=tokenizer, apply_exif=apply_exif)
+    super().__init__(source, data)
     self._batch_size = batch_size
     self._rows = rows
-    self._resize = resize
-    transforms.eval_image(np.zeros((2, 2, 3), np.uint8), size=2, resize=resize)
     self._captions = captions
     self._images = images
     self._start = start
-    self._ahead = ahead  # batches until this worker's next one
+    self._ahead = max(data.workers, 1)  # batches until this worker's next one
 
   def __len__(self) -> int:
     return -(-(len(self._source) - self._start) // self._batch_size)
@@ -92,7 +83,7 @@ class _EvalBatches(Decoded):
     indices = self._start + k * self._batch_size + self._rows
     soon = np.concatenate([indices, indices + self._ahead * self._batch_size])
     prefetch(self._source, soon[soon < len(self._source)].tolist())
-    b, c, size = len(indices), self._captions, self._image_size
+    b, c, size = len(indices), self._captions, self._data.image_size
     images = np.zeros((b, size, size, 3), np.uint8)
     labels = np.full(b, -1, np.int32)
     valid = np.zeros(b, bool)
@@ -112,7 +103,7 @@ class _EvalBatches(Decoded):
           " number of captions of an image (0: none)"
         )
       if self._images:
-        images[r] = transforms.eval_image(record["image"], size=size, resize=self._resize)
+        images[r] = self._data.evaluation_view(record["image"])
       labels[r] = record["label"]
       valid[r] = True
       ids[r] = sample_id(record["key"])

@@ -5,24 +5,20 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from bigalign.data.files import fingerprints
-from bigalign.data.loader.training import CAPTIONS_PER_IMAGE, checked_rows, words
+from bigalign.data.files.patterns import expand_variables
+from bigalign.data.loader.options import DataOptions
+from bigalign.data.loader.training import checked_rows, words
 from bigalign.data.loader.workers import Batches, iterate
-from bigalign.data.order import order
+from bigalign.data.order.order import Order
+from bigalign.data.order.permutation import CAPTION, hash_words
 from bigalign.data.samples.rejects import REASONS
-from bigalign.data.sources import base
-from bigalign.data.sources.mixture import Order
 from bigalign.data.stores.reader import Store
-
-
-def stored_sides(stores: Mapping[str, Any] | None) -> set[str]:
-  """The sides, "image" and "text", that config.data.stores names a store of."""
-  return {name for name in ("image", "text") if (stores or {}).get(name)}
 
 
 class Pairs:
@@ -91,7 +87,7 @@ class Pairs:
 
 def _ids(path: str) -> np.ndarray:
   """[N] uint64, mapped from a file."""
-  name = base.expand_variables(path, what="config.data.stores.keep")
+  name = expand_variables(path, what="config.data.stores.keep")
   ids: np.ndarray = np.load(name, mmap_mode="r", allow_pickle=False)
   if ids.dtype != np.uint64 or ids.ndim != 1 or not ids.size or (ids[1:] <= ids[:-1]).any():
     raise ValueError(
@@ -141,24 +137,28 @@ def _matching(
 
 def pair_batches(
   source: Pairs,
+  data: DataOptions,
   *,
   batch_size: int,
   rows: np.ndarray | Sequence[int],
   seed: int,
   start: int = 0,
   stop: int | None = None,
-  shuffle: bool = True,
-  kind: str = "auto",
   lane_rows: int = 0,
-  captions_per_image: int = CAPTIONS_PER_IMAGE,
 ) -> Batches:
-  """This host's rows of the global batches of vectors; arguments as of pipeline.train_batches.
+  """This host's rows of the global batches of vectors.
 
-  `image` [b, D] and `text` [b, E] in the dtypes of the stores; of several captions one is drawn.
+  `image` [b, D] and `text` [b, E] have the dtypes of the stores; of several captions one is drawn.
   `text_second` [b, E] comes from the second store, or, if that is the store of the texts, from
-  another caption where there is one.
+  another caption of the image if there is one.
+
+  Args:
+    source: the stores of both sides.
+    data, batch_size, rows, seed, start, stop, lane_rows: as of training.train_batches.
   """
-  places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
+  places = Order(
+    source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=data.shuffle, kind=data.order
+  )
   batches = _PairBatches(
     source,
     batch_size=batch_size,
@@ -167,9 +167,9 @@ def pair_batches(
     start=start,
     stop=stop,
     places=places,
-    captions_per_image=captions_per_image,
+    captions_per_image=data.captions_per_image,
   )
-  return iterate(batches, workers=0)  # a thread will do: rows are only copied
+  return iterate(batches, workers=0)  # a thread is enough: rows are only copied
 
 
 class _PairBatches:
@@ -211,7 +211,7 @@ class _PairBatches:
         f" config.data.captions_per_image, now {self._captions_per_image}, to the"
         " largest number of an image"
       )
-    draw = order.hash_words(order.CAPTION, self._seed, positions)
+    draw = hash_words(CAPTION, self._seed, positions)
     ordinal = (draw % count.astype(np.uint64)).astype(np.int64)
     b = len(positions)
     seen = np.ones((b, 1), bool)
@@ -234,7 +234,7 @@ class _PairBatches:
     store = self._source.second
     assert store is not None
     first, count = _found(store, ids)
-    fresh = order.hash_words(order.CAPTION, draw)
+    fresh = hash_words(CAPTION, draw)
     if store.fingerprint != self._source.text.fingerprint:
       return store.read(first + (fresh % count.astype(np.uint64)).astype(np.int64))
     others = np.maximum(count - 1, 1)

@@ -9,42 +9,43 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from bigalign.data.image import transforms
-from bigalign.data.image.decode import decode
 from bigalign.data.loader import shared_memory
+from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.workers import Batches, iterate
-from bigalign.data.order import blocks, order
+from bigalign.data.order import blocks
+from bigalign.data.order.order import Order
+from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import REASONS, Rejected, write_down
 from bigalign.data.sources.base import Source, where
-from bigalign.data.sources.mixture import Order
-from bigalign.data.stores.one_side import Stored
+from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
-from bigalign.data.text.captions import ANY, Columns, by_field, choose, lacks, repaired
-from bigalign.data.text.tokenizers import Tokenizer, make_tokenizer
+from bigalign.data.text.captions import by_field, choose, lacks, repaired
+from bigalign.data.text.tokenizers import Tokenizer
+from bigalign.options import Component
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8
 PROBES = 8
-CAPTIONS_PER_IMAGE = 8  # text_id = image_id * captions_per_image + ordinal of the caption
 
 
-def batch_spec(
-  *, batch_size: int, image_size: int, tokenizer: Mapping[str, Any], second_text: bool = False
-) -> dict[str, tuple[tuple[int, ...], type]]:
-  """Name → (shape, dtype) of a global train batch; reads no data."""
-  b, length = batch_size, tokenizer["length"]
-  text: dict[str, Any] = dict(text=((b, length), np.int32), text_mask=((b, length), np.bool_))
+def batch_spec(data: DataOptions, *, batch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
+  """{name: (shape, dtype)} of the fields of a global train batch; reads no data."""
+  b, size = batch_size, data.image_size
+  text: dict[str, Any] = dict(
+    text=((b, data.text_length), np.int32), text_mask=((b, data.text_length), np.bool_)
+  )
   second = {name.replace("text", "text_second"): spec for name, spec in text.items()}
   return dict(
-    image=((b, image_size, image_size, 3), np.uint8),
+    image=((b, size, size, 3), np.uint8),
     **text,
-    **(second if second_text else {}),
+    **(second if data.has_second_text else {}),
     image_id=((b, 2), np.uint32),
     text_id=((b, 2), np.uint32),
     label=((b,), np.int32),
@@ -56,71 +57,64 @@ def batch_spec(
 
 def train_batches(
   source: Source,
+  data: DataOptions,
   *,
   batch_size: int,
   rows: np.ndarray | Sequence[int],
   seed: int,
-  image_size: int,
-  tokenizer: Mapping[str, Any],
   start: int = 0,
-  augment: Mapping[str, Any] | None = None,
-  shuffle: bool = True,
-  kind: str = "auto",
-  lane_rows: int = 0,
-  workers: int = 0,
-  captions: Columns = ANY,
-  second_captions: Columns = (),
-  captions_per_image: int = CAPTIONS_PER_IMAGE,
   stop: int | None = None,
+  lane_rows: int = 0,
   rejected_log: str = "",
-  stop_at_bad_shard: bool = True,
-  apply_exif: bool = False,
-  stored: Stored | None = None,
+  stored: OneSide | None = None,
 ) -> Batches:
-  """This host's rows of the global batches from position `start` on; endless without `stop`.
+  """This host's rows of the global batches from a position on.
 
-  batch_size  of the global batch; `rows` are those of its rows that this host owns
-  start       samples seen: the position of row 0 of the first batch
-  stop        the last batch is the last one that lies wholly below this position
-  augment     options of transforms.train_image
-  kind, lane_rows     of mixture.Order; lane_rows is the batch size if 0
-  workers     processes; 0 works in a thread of this one. Has no influence on the batches.
-  captions    the fields that captions are taken from, as captions.columns gives them
-  second_captions     those of a second caption of each image, `text_second`; () for none
-  captions_per_image  room for text ids; an image with more captions is an error
-
-  rejected_log        a file to which each rejected sample is appended, a line of JSON; "" for none
-  stop_at_bad_shard   raise if a sample of a shard and PROBES others spread over it are all rejected
-
-  apply_exif          of decode.decode
-  stored              the stores of one side, whose `image` or `text` is then [b, D]
-
-  A rejected sample is replaced by a substitute chosen by its position, and counted in `rejects`
+  A rejected sample is replaced by a substitute that its position chooses, and counted in `rejects`
   by reason, one count per sample tried. `repaired` counts the captions of a row, one or two, that
-  were not UTF-8. Close the iterator (`.close()`) to end the workers.
+  were not valid UTF-8. Close the iterator (`.close()`) to end the workers.
+
+  Args:
+    source: the samples.
+    data: how they are read. `workers` does not change the batches; 0 works in a thread.
+    batch_size: of the global batch.
+    rows: the rows of the global batch that this host owns.
+    seed: of the order of samples, of the choice of captions, and of augmentation.
+    start: samples seen: the position of row 0 of the first batch.
+    stop: the last batch is the last one whose positions are all below this; None: endless.
+    lane_rows: of Order; the batch size if 0.
+    rejected_log: a file to which each rejected sample is appended, one line of JSON each; "" for
+      none.
+    stored: the stores of one side, whose `image` or `text` is then [b, D].
+
+  Returns:
+    An iterator of {name: array}; the fields are those of `batch_spec`.
   """
-  places = Order(source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=shuffle, kind=kind)
+  places = Order(
+    source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=data.shuffle, kind=data.order
+  )
   batches = _TrainBatches(
     source,
+    data,
     batch_size=batch_size,
     rows=checked_rows(rows, batch_size=batch_size),
     seed=seed,
-    image_size=image_size,
-    tokenizer=tokenizer,
     start=start,
-    augment=augment or {},
-    places=places,
-    captions=captions,
-    second_captions=second_captions,
-    captions_per_image=captions_per_image,
     stop=stop,
+    places=places,
     rejected_log=rejected_log,
-    stop_at_bad_shard=stop_at_bad_shard,
-    apply_exif=apply_exif,
-    workers=workers,
     stored=stored,
   )
-  return iterate(batches, workers=workers)
+  return iterate(batches, workers=data.workers)
+
+
+def check_augment(augment: Component) -> None:
+  """Raises ValueError, naming the option, for a bad value in config.data.augment."""
+  image, rng = np.zeros((2, 2, 3), np.uint8), philox(0, 0)
+  for nested in augment.options.values():
+    if isinstance(nested, Component):
+      nested.make(image, rng)
+  augment.make(image, rng, size=2)
 
 
 def checked_rows(rows, *, batch_size: int) -> np.ndarray:
@@ -141,24 +135,21 @@ def words(ids: np.ndarray) -> np.ndarray:
 
 
 class Decoded:
-  """What train and eval batches share: one decoded sample, and the log of the bad ones."""
+  """What train and eval batches share: one decoded sample, and the log of rejected ones."""
 
   def __init__(
     self,
     source: Source,
+    data: DataOptions,
     *,
-    image_size: int,
-    tokenizer: Mapping[str, Any],
     rejected_log: str = "",
-    apply_exif: bool = False,
-    stored: Stored | None = None,
+    stored: OneSide | None = None,
   ):
     self._source = source
+    self._data = data
     self._stored = stored
-    self._apply_exif = apply_exif
     self._rejected_log = rejected_log
-    self._image_size = image_size
-    self._tokenizer: Tokenizer = make_tokenizer(**tokenizer)
+    self._tokenizer: Tokenizer = data.make_tokenizer()
     self._logged: set[int] = set()
     self._shrink: Callable[[int, int], int] | None = None
 
@@ -174,10 +165,7 @@ class Decoded:
         record = self._stored.replace(record)
       if not decoded or (self._stored and self._stored.image):
         return record
-      return {
-        **record,
-        "image": decode(record["image"], shrink=self._shrink, apply_exif=self._apply_exif),
-      }
+      return {**record, "image": self._data.decode(record["image"], shrink=self._shrink)}
     except Rejected as rejected:
       self._reject(index, key, rejected, rejects=rejects)
       return None
@@ -205,50 +193,34 @@ class _TrainBatches(Decoded):
 
   def __init__(
     self,
-    source,
+    source: Source,
+    data: DataOptions,
     *,
     batch_size: int,
     rows: np.ndarray,
     seed: int,
-    image_size: int,
-    tokenizer,
     start: int,
-    augment: Mapping[str, Any],
-    places: Order,
-    captions: Columns,
-    second_captions: Columns,
-    captions_per_image: int,
     stop: int | None,
+    places: Order,
     rejected_log: str,
-    stop_at_bad_shard: bool,
-    apply_exif: bool,
-    workers: int,
-    stored: Stored | None,
+    stored: OneSide | None,
   ):
-    super().__init__(
-      source,
-      image_size=image_size,
-      tokenizer=tokenizer,
-      rejected_log=rejected_log,
-      apply_exif=apply_exif,
-      stored=stored,
-    )
+    super().__init__(source, data, rejected_log=rejected_log, stored=stored)
     self._images = stored.image if stored else None
     self._texts, self._seconds = (stored.text, stored.second) if stored else (None, None)
-    self._stop_at_bad_shard = stop_at_bad_shard
     self._probed: set[str] = set()
     self._batch_size = batch_size
     self._rows = rows
     self._seed = seed
     self._start = start
-    self._augment = dict(augment)
-    self._shrink = functools.partial(transforms.shrink, size=image_size, **augment)
-    # A wrong option is better heard of here than from a worker.
-    transforms.train_image(np.zeros((2, 2, 3), np.uint8), order.philox(0, 0), size=2, **augment)
+    self._shrink = functools.partial(
+      transforms.shrink, size=data.image_size, **data.augment.options
+    )
+    check_augment(data.augment)  # here, where an error is easier to read than from a worker
     self._places = places
-    self._captions, self._second_captions = captions, second_captions
-    self._captions_per_image = captions_per_image
-    self._next = max(workers, 1)  # a worker makes every workers-th batch
+    self._captions, self._second_captions = data.first_columns, data.second_columns
+    self._captions_per_image = data.captions_per_image
+    self._next = max(data.workers, 1)  # a worker makes every workers-th batch
     # Positions are int64; grain wants a length even of what does not end.
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
 
@@ -262,7 +234,7 @@ class _TrainBatches(Decoded):
     positions = self._positions(k)
     indices = self._places(positions)
     self._prefetch(k, indices)
-    b, size = len(positions), self._image_size
+    b, size = len(positions), self._data.image_size
     images = (
       np.empty(b, np.int64) if self._images else shared_memory.empty((b, size, size, 3), np.uint8)
     )
@@ -274,13 +246,13 @@ class _TrainBatches(Decoded):
     for r in range(b):
       position = int(positions[r])
       index, record, captions = self._usable(position, int(indices[r]), rejects=rejects[r])
-      rng = order.philox(self._seed, position)
+      rng = philox(self._seed, position)
       every = [text for column in captions.values() for text in column]
       ordinal = choose(captions, self._captions, rng)
       images[r] = (
         record["image"]
         if self._images
-        else transforms.train_image(record["image"], rng, size=size, **self._augment)
+        else self._data.augment.make(record["image"], rng, size=size)
       )
       texts.append(every[ordinal])
       if self._second_captions:
@@ -375,7 +347,7 @@ class _TrainBatches(Decoded):
   def _probe_shard(self, index: int) -> None:
     """Raises ValueError if nothing in the shard of a rejected sample seems to be usable."""
     shard, ordinal, size = where(self._source, index)
-    if not self._stop_at_bad_shard or size <= PROBES or shard in self._probed:
+    if not self._data.stop_at_bad_shard or size <= PROBES or shard in self._probed:
       return
     self._probed.add(shard)
     aside = np.zeros(len(REASONS), np.int32)  # probes are no samples of the batch

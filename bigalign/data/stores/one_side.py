@@ -1,4 +1,4 @@
-"""Vectors in the place of one side of each pair, found by the key of a sample that is read."""
+"""Stored vectors instead of one side of each pair, found by the key of the sample."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import Any
 import numpy as np
 
 from bigalign.data.files import fingerprints
+from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import Rejected
-from bigalign.data.stores.reader import Store, sample_id
+from bigalign.data.stores.reader import Store
 
 
-class Stored:
-  """The vectors of images or of captions, in stores; of the other side what the source has.
+class OneSide:
+  """The vectors of images or of captions, from stores; the source gives the other side.
 
-  image, text, second  folders of stores. A caption is then the number of its row, and `second` is
-  another store of captions, or that of `text` once more.
+  Args:
+    image: folder of the store of images; "" for none.
+    text: folder of the store of captions; "" for none. A caption of a record is then the number of
+      its row.
+    second: folder of a second store of captions, or that of `text` once more; "" for none.
 
   Raises:
-    ValueError: for both sides, of which nothing would be read; for `second` without `text`.
+    ValueError: for both sides, which would leave nothing to read; for `second` without `text`.
   """
 
   def __init__(
@@ -44,7 +48,7 @@ class Stored:
     self.fingerprint = fingerprints.of_names(*names)
 
   def replace(self, record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the numbers of rows in the place of its image, or of its captions.
+    """A record with numbers of rows instead of its image, or instead of its captions.
 
     Raises:
       Rejected: if a store has no row of it.

@@ -1,0 +1,50 @@
+"""How images are read: the same options for training, evaluation, embedding, report and export."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bigalign.data.image import transforms
+from bigalign.data.image.decode import decode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageReading:
+  """How the bytes of an image become the square that a model sees.
+
+  Args:
+    image_size: pixels per side of the square.
+    resize: how evaluation, which does not augment, resizes: "squash" to the square, as SigLIP;
+      "shortest" edge to the size, then the centre, as CLIP; "longest" edge to the size, then black
+      bars.
+    apply_exif: rotate images as their EXIF orientation says, in training and evaluation. Off by
+      default, as in img2dataset, open_clip and big_vision: images that img2dataset wrote have lost
+      the tag or are compared with theirs; turn it on for photos as cameras write them.
+  """
+
+  image_size: int
+  resize: str = "squash"
+  apply_exif: bool = False
+
+  def __post_init__(self) -> None:
+    if self.image_size < 1:
+      raise ValueError(f"config.data.image_size={self.image_size}: at least 1")
+    self.evaluation_view(np.zeros((2, 2, 3), np.uint8))  # refuses an unknown `resize`
+
+  def decode(
+    self, data: bytes | np.ndarray, *, shrink: Callable[[int, int], int] | None = None
+  ) -> np.ndarray:
+    """One image as uint8 [H, W, 3]; raises Rejected for anything that is not a whole image."""
+    return decode(data, shrink=shrink, apply_exif=self.apply_exif)
+
+  def evaluation_view(self, image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> [image_size, image_size, 3], without randomness."""
+    return transforms.eval_image(image, size=self.image_size, resize=self.resize)
+
+  def preprocessing(self) -> dict[str, Any]:
+    """What the vectors of an image tower depend on, besides the model: {option: value}."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageReading)}

@@ -1,0 +1,175 @@
+"""The options of config.data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from bigalign.data.image.reading import ImageReading
+from bigalign.data.image.transforms import train_image
+from bigalign.data.samples.rejects import Watch
+from bigalign.data.text.captions import Columns, columns, fields
+from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer
+from bigalign.options import Call, Choose, Component, resolve
+
+CAPTIONS_PER_IMAGE = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixturePart:
+  """One source of a mixture.
+
+  Args:
+    name: of the source, in schedules, metrics and errors.
+    source: as config.data.source.
+    weight: share of the stream, relative to the other weights.
+    upsampling: instead of a weight, passes over this source during one pass over a source with
+      upsampling 1: open_clip's --train-data-upsampling-factors. 1 if neither is given.
+    view: of this source, as config.data.view.
+    prefix: text before each of its captions: a language, "de: ".
+    captions: fields of its captions by preference, instead of config.data.captions.
+    source_options: as config.data.source_options.
+  """
+
+  name: str
+  source: str
+  weight: float | None = None
+  upsampling: float | None = None
+  view: str = ""
+  prefix: str = ""
+  captions: Sequence[str] | None = None
+  source_options: Mapping[str, Any] | None = None
+
+  def __post_init__(self) -> None:
+    if self.weight is not None and self.upsampling is not None:
+      raise ValueError(
+        f"config.data.mixture: {self.name!r} has both a weight and an upsampling; give one"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stores:
+  """Embedding stores that `bigalign embed` made of the source.
+
+  Args:
+    image: folder of the vectors of images; "" for none.
+    text: folder of the vectors of captions; "" for none.
+    second: folder of the vectors of second captions, or that of `text` once more; "" for none.
+    least: share of the images that must have captions, where both sides come from stores.
+    keep: an .npy file of sample ids, ascending, as `bigalign curate` writes: only these samples are
+      read, where both sides come from stores.
+  """
+
+  image: str = ""
+  text: str = ""
+  second: str = ""
+  least: float = 0.99
+  keep: str = ""
+
+  @property
+  def sides(self) -> set[str]:
+    """Of "image" and "text", those with a store."""
+    return {side for side in ("image", "text") if getattr(self, side)}
+
+  def one_side(self) -> dict[str, str]:
+    """The options of stores of one side.
+
+    Raises:
+      ValueError: for an option that only stores of both sides have.
+    """
+    default = Stores()
+    for name in ("least", "keep"):
+      if getattr(self, name) != getattr(default, name):
+        raise ValueError(f"config.data.stores.{name} needs stores of both sides, image and text")
+    return {"image": self.image, "text": self.text, "second": self.second}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(ImageReading):
+  """What a run reads, and how.
+
+  Args:
+    source: "glyphs", shards ("DIR/{00000..00099}.tar"), Parquet, ArrayRecord, tables of image
+      files, "tfds:NAME:SPLIT"; several joined by "::", of which an epoch holds each sample once.
+    tokenizer: name, length and options of a tokenizer.
+    mixture: several sources with shares, instead of `source`.
+    schedule: ((start, {name: weight}), …): other weights for a mixture from there on; start is
+      "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
+    stores: vectors of frozen towers. With both sides, neither the source nor its captions are read;
+      with one side, the source is read for the other side, which is trained.
+    view: of the source, made by `bigalign view`: only the samples that it keeps.
+    augment: random views of images in training; None: the defaults.
+    captions: fields to take captions from, the first that a record has; the source's own if None.
+      With weights, (("json.recap", 3), ("txt", 1)), a field is drawn for each sample.
+    second_captions: fields of a second caption of each image, different from the first if the image
+      has another, for losses that read two; written like `captions`, which must be given too.
+    source_options: other options of the source, such as image= for the column of the images, or
+      data_dir= of TFDS.
+    captions_per_image: room for captions in the ids of texts and in the per-sample state of a
+      loss.
+    shuffle: a new order in each epoch; without it, the order of the source.
+    order: "exact", a shuffle of all samples; "block", of blocks of consecutive samples, for sources
+      that read many at a time; "auto": "block" for sources that ask for it.
+    workers: processes that read and decode; their number does not change the batches.
+    rejects: shares of rejected samples at which to warn and to stop.
+    stop_at_bad_shard: stop if no sample of a shard seems to be usable.
+  """
+
+  tokenizer: Annotated[Component, Choose(TOKENIZERS)]
+  source: str = ""
+  mixture: Sequence[MixturePart] = ()
+  schedule: Sequence[Any] = ()
+  stores: Stores = None  # type: ignore[assignment]
+  view: str = ""
+  augment: Annotated[Component, Call(train_image, fixed=("image", "rng", "size"))] = None  # type: ignore[assignment]
+  captions: Sequence[Any] | None = None
+  second_captions: Sequence[Any] = ()
+  source_options: Mapping[str, Any] | None = None
+  captions_per_image: int = CAPTIONS_PER_IMAGE
+  shuffle: bool = True
+  order: str = "auto"
+  workers: int = 0
+  rejects: Annotated[Component, Call(Watch, fixed=("names",))] = None  # type: ignore[assignment]
+  stop_at_bad_shard: bool = True
+
+  @property
+  def text_length(self) -> int:
+    """L, the number of token ids of a text."""
+    return int(self.tokenizer.options["length"])
+
+  def make_tokenizer(self) -> Tokenizer:
+    """The tokenizer, which reads its files."""
+    tokenizer: Tokenizer = self.tokenizer.make()
+    return tokenizer
+
+  @property
+  def first_columns(self) -> Columns:
+    """The fields of captions with their weights."""
+    return columns(self.captions, "config.data.captions")
+
+  @property
+  def second_columns(self) -> Columns:
+    """The fields of second captions with their weights; () if there are none."""
+    return columns(self.second_captions, "config.data.second_captions")
+
+  @property
+  def caption_fields(self) -> tuple[str, ...] | None:
+    """The fields that a source is opened with for its first captions; None: the source's own."""
+    return None if self.captions is None else fields(self.first_columns)
+
+  @property
+  def has_second_text(self) -> bool:
+    """Whether a batch has a second text of each image."""
+    return bool(self.stores.second if "text" in self.stores.sides else self.second_captions)
+
+  @property
+  def sources(self) -> list[str]:
+    """The patterns of all sources."""
+    return [part.source for part in self.mixture] or [self.source]
+
+
+def resolve_data(values: Any) -> DataOptions:
+  """config.data with every default filled in; errors as of options.resolve."""
+  options: DataOptions = resolve(DataOptions, values, "config.data")
+  return options
