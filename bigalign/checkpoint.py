@@ -132,7 +132,8 @@ class Checkpoints:
 
   def latest(self) -> int | None:
     """Returns the step of the newest complete checkpoint, or None."""
-    return self._manager.latest_step()
+    step: int | None = self._manager.latest_step()
+    return step
 
   def find(self, step: int | str = "latest") -> int:
     """Returns the step of a checkpoint.
@@ -148,7 +149,7 @@ class Checkpoints:
     if step == "best":
       if not self._best:
         raise ValueError("no checkpoint is 'best': the run's config.keep.best names no metric")
-      number = self._manager.best_step()
+      number: int | None = self._manager.best_step()
     else:
       number = self._manager.latest_step() if step == "latest" else int(step)
     if number is None or number not in existing:

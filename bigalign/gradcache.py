@@ -1,8 +1,9 @@
-"""Exact gradients of a loss over a batch whose activations do not fit: in microbatches.
+"""Exact gradients of a loss over a batch whose activations do not fit in memory, by microbatches.
 
-Embed all microbatches and keep only the features; take the loss and its gradient with respect to
-the features of the whole batch; embed each microbatch once more, with the same random keys, and
-pull its part of that gradient back. GradCache: https://arxiv.org/abs/2101.06983, section 3.
+First all microbatches are embedded, keeping only the features. Then come the loss and its gradient
+with respect to the features of the whole batch. Last, each microbatch is embedded once more, with
+the same random keys, and its part of that gradient is propagated to the parameters.
+GradCache: https://arxiv.org/abs/2101.06983, section 3.
 """
 
 from __future__ import annotations
@@ -31,96 +32,103 @@ def value_and_grad(
   *,
   microbatches: int = 1,
 ) -> tuple[tuple[jax.Array, Any], Tree]:
-  """((objective, aux), gradient) of objective(params, embed(params, batch, key)).
+  """Returns value and gradient of objective(params, embed(params, batch, key)).
 
   Args:
-    embed: (params, rows of the batch, key) -> features {name: [b, ...]}, row by row.
+    embed: (params, rows of the batch, key) -> features {name: [b, …]}; rows are independent.
     objective: (params, features of the whole batch) -> (scalar, aux).
-    batch: {name: [B, ...]}.
-    key: microbatch i draws from fold_in(key, i), so what is dropped depends on their number.
-    microbatches: 1 keeps all activations and embeds once.
+    params: differentiated.
+    batch: {name: [B, …]}.
+    key: microbatch i uses fold_in(key, i), so dropout depends on the number of microbatches.
+    microbatches: their number; with 1, all activations are kept and each row is embedded once.
+
+  Returns:
+    ((scalar, aux), gradient with respect to params).
   """
   if microbatches == 1:
 
-    def whole(params: Tree) -> tuple[jax.Array, Any]:
+    def of_params(params: Tree) -> tuple[jax.Array, Any]:
       return objective(params, embed(params, batch, jax.random.fold_in(key, 0)))
 
-    return jax.value_and_grad(whole, has_aux=True)(params)
+    return jax.value_and_grad(of_params, has_aux=True)(params)
 
   parts, keys = _parts(batch, key, microbatches)
-  features = embedded(embed, params, batch, key, microbatches=microbatches)
-  real = {name for name, x in features.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-  rest = {name: x for name, x in features.items() if name not in real}
+  features = embed_batch(embed, params, batch, key, microbatches=microbatches)
+  floats = {name for name, x in features.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+  rest = {name: x for name, x in features.items() if name not in floats}
 
-  def on_features(params: Tree, learned: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+  def of_features(params: Tree, learned: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
     return objective(params, {**rest, **learned})
 
-  found, (grads, wanted) = jax.value_and_grad(on_features, (0, 1), has_aux=True)(
-    params, {name: features[name] for name in real}
+  value, (grads, feature_grads) = jax.value_and_grad(of_features, (0, 1), has_aux=True)(
+    params, {name: features[name] for name in floats}
   )
 
-  def pull(grads: Tree, xs: Any) -> tuple[Tree, None]:
-    part, key, wanted = xs
+  def add_gradient(grads: Tree, xs: Any) -> tuple[Tree, None]:
+    part, key, cotangents = xs
 
     def learned(params: Tree) -> dict[str, jax.Array]:
-      return {name: x for name, x in embed(params, part, key).items() if name in real}
+      return {name: x for name, x in embed(params, part, key).items() if name in floats}
 
-    (more,) = jax.vjp(learned, params)[1](wanted)
+    (more,) = jax.vjp(learned, params)[1](cotangents)
     return jax.tree.map(jnp.add, grads, more), None
 
-  wanted = {name: split(x, microbatches) for name, x in wanted.items()}
-  grads, _ = jax.lax.scan(pull, grads, (parts, keys, wanted))
-  return found, grads
+  cotangents = {name: split(x, microbatches) for name, x in feature_grads.items()}
+  grads, _ = jax.lax.scan(add_gradient, grads, (parts, keys, cotangents))
+  return value, grads
 
 
-def embedded(
+def embed_batch(
   embed: Embed, params: Tree, batch: Mapping[str, jax.Array], key: jax.Array, *, microbatches: int
 ) -> dict[str, jax.Array]:
-  """The features of the whole batch, {name: [B, ...]}, as `value_and_grad` hands them on."""
-  _, found = jax.lax.scan(
+  """Returns the features of the whole batch, {name: [B, …]}, as `objective` gets them.
+
+  The arguments are those of `value_and_grad`.
+  """
+  _, features = jax.lax.scan(
     lambda _, xs: (None, embed(params, *xs)), None, _parts(batch, key, microbatches)
   )
-  return {name: merge(x) for name, x in found.items()}
+  return {name: merge(x) for name, x in features.items()}
 
 
 def _parts(
   batch: Mapping[str, jax.Array], key: jax.Array, n: int
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Microbatches and their keys, on a new first axis."""
+  """The microbatches and their keys, stacked on a new first axis."""
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
   return {name: split(x, n) for name, x in batch.items()}, keys
 
 
-def check(mesh: jax.sharding.Mesh, batch_size: int, microbatches: int) -> None:
-  """Raises ValueError unless each device's rows divide into that many microbatches."""
-  own = batch_size // math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-  if microbatches < 1 or own % microbatches:
-    fits = [n for n in range(1, own + 1) if own % n == 0]
+def check_microbatches(mesh: jax.sharding.Mesh, batch_size: int, microbatches: int) -> None:
+  """Checks that the rows of each device divide into this many microbatches.
+
+  Raises:
+    ValueError: if they do not; lists the numbers that do.
+  """
+  rows = batch_size // math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  if microbatches < 1 or rows % microbatches:
+    fits = [n for n in range(1, rows + 1) if rows % n == 0]
     raise ValueError(
-      f"config.microbatches={microbatches} does not divide the {own} rows of a device"
+      f"config.microbatches={microbatches} does not divide the {rows} rows of a device"
       f" (config.batch_size={batch_size}); these do: {fits[:12]}"
     )
 
 
 def split(x: jax.Array, n: int) -> jax.Array:
-  """[B, ...] -> [n, B / n, ...]; each takes as many rows of every device, so that none moves."""
-  parts = rearrange(x, "(w n b) ... -> n (w b) ...", w=_shards(), n=n)
-  return _pin(parts)
+  """Splits a batch into n microbatches: [B, …] -> [n, B / n, …].
 
-
-def merge(x: jax.Array) -> jax.Array:
-  """The inverse of `split`."""
-  return sharding.constrain_batch(rearrange(x, "n (w b) ... -> (w n b) ...", w=_shards()))
-
-
-def _shards() -> int:
-  """Parts into which the mesh splits a batch."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-
-
-def _pin(parts: jax.Array) -> jax.Array:
+  Each microbatch takes equally many rows of every device, so that no row is communicated.
+  """
+  parts = rearrange(x, "(w n b) ... -> n (w b) ...", w=sharding.batch_parts(), n=n)
   if jax.sharding.get_abstract_mesh().empty:
     return parts
   spec = jax.sharding.PartitionSpec(None, sharding.BATCH, *[None] * (parts.ndim - 2))
-  return jax.lax.with_sharding_constraint(parts, spec)
+  constrained: jax.Array = jax.lax.with_sharding_constraint(parts, spec)
+  return constrained
+
+
+def merge(x: jax.Array) -> jax.Array:
+  """Merges microbatches, the inverse of `split`: [n, b, …] -> [n * b, …]."""
+  return sharding.constrain_batch(
+    rearrange(x, "n (w b) ... -> (w n b) ...", w=sharding.batch_parts())
+  )

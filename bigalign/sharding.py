@@ -102,12 +102,16 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, axes: Any) -> P:
 def shardings(
   arrays: Mapping[str, Any], mesh: Mesh, rules: Sequence[tuple[str, Any]] | None = None
 ) -> dict[str, NamedSharding]:
-  """{path: NamedSharding} for arrays (or their shapes) addressed by path, by the first rule.
+  """Returns the sharding of each array, by the first rule that matches its path.
 
   Args:
     arrays: {path: array or shape}.
-    mesh: the mesh.
-    rules: (regular expression, axes) pairs; None: RULES, of which some may match no path.
+    mesh: the mesh to shard over.
+    rules: (regular expression, mesh axes of one layer's array, or "replicate") pairs; None: RULES,
+      of which some may match no path.
+
+  Returns:
+    {path: NamedSharding}.
 
   Raises:
     ValueError: for a path without a rule, a rule without a path, or an axis that does not divide.
@@ -195,19 +199,21 @@ def constrain_batch(x: jax.Array) -> jax.Array:
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  return jax.lax.with_sharding_constraint(x, P(BATCH, *[None] * (x.ndim - 1)))
+  constrained: jax.Array = jax.lax.with_sharding_constraint(x, P(BATCH, *[None] * (x.ndim - 1)))
+  return constrained
 
 
 def replicate(x: jax.Array) -> jax.Array:
   """Gathers an array onto every device before it is used; outside a mesh, returns x.
 
   Use it for arrays that are indexed, such as token embeddings. A lookup in a sharded table returns
-  a result split along the axes of the table, and GSPMD can only reshard it to the batch axes through
-  the whole batch on every device ("involuntary full rematerialization").
+  a result split along the axes of the table, and GSPMD can only reshard that to the batch axes by
+  gathering the whole batch on every device ("involuntary full rematerialization").
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  return jax.lax.with_sharding_constraint(x, P())
+  replicated: jax.Array = jax.lax.with_sharding_constraint(x, P())
+  return replicated
 
 
 def block_on_cpu(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Trees addressed by path: {"model/image_tower/ln/scale": array}."""
+"""Trees of arrays addressed by path: {"model/image_tower/ln/scale": array}."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ T = TypeVar("T")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": x}} -> {"a/b": x}; the order of the keys is kept, empty dicts vanish."""
+  """Returns nested dicts as one dict of paths: {"a": {"b": x}} -> {"a/b": x}.
+
+  Args:
+    nested: dicts of dicts; the order of the keys is kept, empty dicts vanish.
+    prefix: start of all paths.
+  """
   flat: dict[str, Any] = {}
   for name, value in nested.items():
     if isinstance(value, Mapping):
@@ -22,7 +27,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """{"a/b": x} -> {"a": {"b": x}}, the inverse of `flatten`."""
+  """Returns nested dicts from a dict of paths: {"a/b": x} -> {"a": {"b": x}}."""
   nested: dict[str, Any] = {}
   for path, value in flat.items():
     put(nested, path, value)
@@ -30,7 +35,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def put(nested: dict[str, Any], path: str, value: Any) -> None:
-  """Sets what is at a path, in place; dicts on the way are made."""
+  """Sets the value at a path, in place; missing dicts on the way are created."""
   *parents, name = path.split("/")
   for parent in parents:
     nested = nested.setdefault(parent, {})
@@ -38,29 +43,35 @@ def put(nested: dict[str, Any], path: str, value: Any) -> None:
 
 
 def subtree(flat: Mapping[str, T], prefix: str) -> dict[str, T]:
-  """The entries under `prefix` ("model/"), with the prefix taken off."""
+  """Returns the entries under `prefix` ("model/"), with the prefix removed from their paths."""
   return {path[len(prefix) :]: x for path, x in flat.items() if path.startswith(prefix)}
 
 
 def partition(
   flat: Mapping[str, T], pattern: str, what: str = "pattern"
 ) -> tuple[dict[str, T], dict[str, T]]:
-  """Splits by a regular expression searched in the path: (matching, rest).
+  """Splits a tree by a regular expression that is searched in the paths.
 
-  The empty pattern matches nothing.
+  Args:
+    flat: {path: array}.
+    pattern: the regular expression; the empty one matches nothing.
+    what: the option that holds the pattern, for the error.
+
+  Returns:
+    (matching entries, the others).
 
   Raises:
-    ValueError: for a pattern that matches no path, or that means some layers of a scanned tower,
-      whose layers are one stacked array.
+    ValueError: if no path matches, or if the pattern selects some layers of a scanned tower, whose
+      layers are one stacked array.
   """
   if not pattern:
     return {}, dict(flat)
   hit = {path: x for path, x in flat.items() if re.search(pattern, path)}
-  apart = [path for path, x in flat.items() if _tells_layers_apart(pattern, path, x)]
-  if apart or not hit:
-    found = f"tells the layers of {apart[0]} apart" if apart else "matches no path"
+  split = [path for path, x in flat.items() if _selects_some_layers(pattern, path, x)]
+  if split or not hit:
+    problem = f"selects some layers of {split[0]}" if split else "matches no path"
     raise ValueError(
-      f"{what}: {pattern!r} {found}. A tower with scan=True holds all its layers in one"
+      f"{what}: {pattern!r} {problem}. A tower with scan=True holds all its layers in one"
       f" array per parameter (…/blocks/…); scan=False gives each its own (…/block_3/…)."
       f" Paths: {sorted(flat)}"
     )
@@ -77,13 +88,13 @@ def layer_path(path: str, layer: int) -> str:
   return path.replace("/blocks/", f"/block_{layer}/")
 
 
-def _tells_layers_apart(pattern: str, path: str, stack: Any) -> bool:
-  """Whether the pattern would take some layers of a stack but not all, or all but not the stack."""
+def _selects_some_layers(pattern: str, path: str, stack: Any) -> bool:
+  """Whether a pattern matches some layers of a stacked array, or all of them but not the array."""
   if not is_stacked(path):
     return False
   layers = (layer_path(path, i) for i in range(stack.shape[0]))
-  taken = {bool(re.search(pattern, layer)) for layer in layers}
-  return taken == {True, False} or (taken == {True} and not re.search(pattern, path))
+  matches = {bool(re.search(pattern, layer)) for layer in layers}
+  return matches == {True, False} or (matches == {True} and not re.search(pattern, path))
 
 
 def match(
@@ -92,16 +103,19 @@ def match(
   what: str = "rules",
   idle_rules: bool = False,
 ) -> dict[str, T]:
-  """The value of the first rule (regular expression, value) found in each path.
+  """Returns the value of the first rule that matches each path.
 
   Args:
-    rules: in their order.
-    paths: to be matched.
-    what: the place of the rules in the config, for errors.
-    idle_rules: whether rules may match no path, as general defaults do.
+    rules: (regular expression, value) pairs; the expression is searched in the path.
+    paths: the paths to match.
+    what: the option that holds the rules, for errors.
+    idle_rules: whether a rule may be the first for no path, as general defaults may.
+
+  Returns:
+    {path: value}.
 
   Raises:
-    ValueError: for a path that no rule matches, and for a rule that is first for no path.
+    ValueError: for a path that no rule matches, and for a rule that is the first for no path.
   """
   paths = list(paths)
   chosen: dict[str, T] = {}
@@ -117,11 +131,13 @@ def match(
     raise ValueError(f"{what}: no rule matches {missing}. Rules: {[r for r, _ in rules]}")
   idle = [pattern for i, (pattern, _) in enumerate(rules) if i not in used]
   if idle and not idle_rules:
-    raise ValueError(f"{what}: rules {idle} match no path that is left to them. Paths: {paths}")
+    raise ValueError(
+      f"{what}: rules {idle} match no path that earlier rules do not match. Paths: {paths}"
+    )
   return chosen
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """ " Did you mean 'width'?" where something known is near, else the empty string."""
+  """Returns " Did you mean 'width'?" for a similar known name, or ""."""
   close = difflib.get_close_matches(name, list(known), n=1)
   return f" Did you mean {close[0]!r}?" if close else ""

@@ -113,7 +113,7 @@ def test_multipliers_first_match_wins_and_typing_errors_raise():
   with pytest.raises(ValueError, match=r"config.optimizer.multipliers: 'blokc' matches no path"):
     make(multipliers=[("blokc", 0.0)])
   for some in ("block_0", r"encoder/(?!block_2/)", r"(encoder|image_tower/encoder)/block_\d"):
-    with pytest.raises(ValueError, match=r"tells the layers of model/image_tower/.* apart"):
+    with pytest.raises(ValueError, match=r"selects some layers of model/image_tower/"):
       make(multipliers=[(some, 0.0)])
 
 
