@@ -13,7 +13,7 @@ from bigalign import stages
 from bigalign.data.files import fingerprints
 from bigalign.data.loader.options import DataOptions, MixturePart
 from bigalign.data.loader.pairs import Pairs, pair_batches
-from bigalign.data.loader.training import check_augment, train_batches
+from bigalign.data.loader.training import train_batches
 from bigalign.data.loader.workers import Batches
 from bigalign.data.order.schedule import check_sizes
 from bigalign.data.sources.base import Source, open_source
@@ -64,7 +64,7 @@ def open_data(options: DataOptions) -> Inputs:
     ValueError: for an empty source, and for options that exclude each other.
   """
   options.make_tokenizer()  # here, where an error is easier to read than from a worker
-  check_augment(options.augment)
+  options.check_augment()
   if options.second_columns and options.captions is None:
     raise ValueError(
       f"config.data.second_captions={options.second_captions}: name the fields of the first"
@@ -199,7 +199,7 @@ def check_stages(run_stages: Sequence[stages.Stage], inputs: Inputs, text_tower:
     with stages.named(stage):
       check_sizes(inputs.source, batch_size=stage.batch_size)
       check_tokenizer(text_tower, stage.config.data)
-      check_augment(stage.config.data.augment)
+      stage.config.data.check_augment()
 
 
 def check_stored(run_stages: Sequence[stages.Stage]) -> None:

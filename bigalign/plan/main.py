@@ -1,34 +1,38 @@
-"""Whether a config fits a pod that you do not hold, what it moves there, and what it may cost.
+"""Predicts memory, speed and cost of a config on a TPU slice: bigalign plan --config=FILE
 
   bigalign plan --config=configs/clip_b16.py --topology=v5e:16x16 --json=plan.json
 
 The train step is compiled for the topology on this machine (extra `plan`); nothing runs, and no
-data is read. Exit status 1 if it does not fit. docs/plan.md tells what the figures mean.
+data is read. The exit status is 1 if the step does not fit. docs/plan.md explains the figures.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
-from bigalign import checks, options
+from bigalign import options
 from bigalign.data.files import storage
 from bigalign.plan import chips, largest_batch, table
+from bigalign.plan.variants import (
+  checkpoint_files,
+  combinations,
+  count_stages,
+  topology_of,
+  with_changes,
+)
 from bigalign.run.flags import config_name, define_flags, parse_flags
 
-Found = dict[str, Any]
-REMATS = ("none", "dots", "full")
+Plan = dict[str, Any]
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
 
 
@@ -39,37 +43,51 @@ def plan(
   samples: int = 0,
   stage: int = -1,
   cache: str | pathlib.Path,
-) -> Found:
-  """plan_step.measure of the other arguments, or what it found when it was asked last.
+) -> Plan:
+  """compile_step.measure, from the cache if it holds this plan.
 
-  cache: folder of the answers; one is good for the same config, code and packages.
+  Args:
+    config: as `bigalign train` takes it, in plain values.
+    topology: a TPU slice, or several of them: "v5e:16x16", "v5e:16x16*2".
+    samples: of the dataset.
+    stage: which of the config's stages; the last is the config itself.
+    cache: folder of earlier plans. A plan is reused for the same config, code and packages.
   """
-  stage %= count(config)
+  stage %= count_stages(config)
   path = pathlib.Path(cache).expanduser() / f"{_key(config, topology, samples, stage)}.json"
   if path.exists():
-    found: Found = json.loads(path.read_text())
-    return found
-  # Nothing is set before, and no jax imported: a cached answer takes a second.
+    cached: Plan = json.loads(path.read_text())
+    return cached
+  # JAX is imported only now, because a cached plan takes a second without it.
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  # A program compiled without its device can be written to that cache and not be read back.
+  # A program compiled without its device can be written to that cache but not read back.
   os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
   from bigalign.plan import compile_step
 
-  found = compile_step.measure(config, topology, samples=samples, stage=stage)
+  measured: Plan = compile_step.measure(config, topology, samples=samples, stage=stage)
   path.parent.mkdir(parents=True, exist_ok=True)
   with storage.atomic_write(path, suffix=storage.unique_suffix()) as file:
-    file.write(json.dumps(found).encode())
-  return found
+    file.write(json.dumps(measured).encode())
+  return measured
 
 
-def count(config: Mapping[str, Any]) -> int:
-  """How many stages a config has, itself among them."""
-  return len(config.get("stages") or ()) + 1
+def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> str:
+  """Hex digits of what a plan depends on: arguments, code, packages, checkpoint files."""
+  code = hashlib.sha256()
+  for file in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
+    code.update(file.read_bytes())
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
+  files = checkpoint_files(config)
+  return options.fingerprint([config, topology, samples, stage, versions, files, code.hexdigest()])
 
 
-def combine_stages(found: Sequence[Found]) -> Found:
+def _installed(name: str) -> bool:
+  return any(True for _ in importlib.metadata.distributions(name=name))
+
+
+def combine_stages(found: Sequence[Plan]) -> Plan:
   """The plan of a run from those of its stages, with their estimates; it fits if all of them do."""
-  whole: Found = {name: found[0][name] for name in ("topology", "device_kind", "devices", "mesh")}
+  whole: Plan = {name: found[0][name] for name in ("topology", "device_kind", "devices", "mesh")}
   whole |= {"fits": all(x["fits"] for x in found), "stages": list(found)}
   whole["total_steps"] = sum(x["total_steps"] for x in found)
   if not whole["fits"]:
@@ -86,97 +104,46 @@ def combine_stages(found: Sequence[Found]) -> Found:
   }
 
 
-def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> str:
-  code = hashlib.sha256()
-  for file in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
-    code.update(file.read_bytes())
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
-  files = _files(config["model"])
-  return options.fingerprint([config, topology, samples, stage, versions, files, code.hexdigest()])
-
-
-def _installed(name: str) -> bool:
-  return any(True for _ in importlib.metadata.distributions(name=name))
-
-
-def _files(model: Mapping[str, Any]) -> list[Any]:
-  """What the answer takes from checkpoints that the model names: their files, by time and size."""
-  parts = [model, *(x for x in model.values() if isinstance(x, Mapping))]
-  roots = [pathlib.Path(os.path.expandvars(x["init"])).expanduser() for x in parts if "init" in x]
-  files = [file for root in roots for file in (root, *sorted(root.glob("*")))]
-  return [(str(x), x.stat().st_mtime_ns, x.stat().st_size) for x in files if x.exists()]
-
-
-def with_changes(config: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
-  """The config with another "batch" (pairs), "remat" (of both towers) or "mesh" (its fsdp).
-
-  A stage keeps what it says of these itself.
-  """
-  made = copy.deepcopy(dict(config))
-  if "batch" in parts:
-    made["batch_size"] = parts["batch"]
-  if "remat" in parts:
-    for side in ("image", "text"):
-      tower = made["model"].get(side, {})
-      if tower.get("name") != "features":  # which are vectors, and compute nothing
-        made["model"][side] = {**tower, "remat": parts["remat"]}
-  if "mesh" in parts:
-    made["mesh"] = {**(made.get("mesh") or {}), "data": -1, "fsdp": parts["mesh"]}
-  return made
-
-
-def variants(config: Mapping[str, Any], axes: Sequence[str], devices: int) -> Iterator[Found]:
-  """All combinations of what `changed` takes: half, same and twice the batch; remat; fsdp."""
-  values: dict[str, Sequence[Any]] = {
-    "batch": [config["batch_size"] * n // 2 for n in (1, 2, 4)],
-    "remat": REMATS,
-    "mesh": [n for n in (1, 4, 16, 64) if devices % n == 0],
-  }
-  for axis in axes:
-    checks.known("--sweep", axis, values)
-  for chosen in itertools.product(*(values[axis] for axis in axes)):
-    yield dict(zip(axes, chosen))
-
-
 def main(argv: Sequence[str]) -> None:
-  """What runs once absl has read the flags."""
+  """The program, once absl has read the flags."""
   values = flags.FLAGS
   if len(argv) > 1:
     raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   config = options.plain(values.config)
-  topology = values.topology or config.get("topology")
+  topology = values.topology or topology_of(config)
   if not topology:
     raise app.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
   prices = json.loads(pathlib.Path(values.prices).read_text()) if values.prices else {}
-  find = functools.partial(plan, topology=topology, samples=values.samples, cache=values.cache)
+  plan_stage = functools.partial(
+    plan, topology=topology, samples=values.samples, cache=values.cache
+  )
 
-  def told(**what: Any) -> Found:
-    made = with_changes(config, **what)
-    plans = [find(made, stage=i) for i in range(count(made))]
-    plans = [{**found, **chips.estimate(found, prices)} for found in plans]
-    return combine_stages(plans) if len(plans) > 1 else plans[0]
+  def plan_run(**changes: Any) -> Plan:
+    changed = with_changes(config, **changes)
+    stages = [plan_stage(changed, stage=i) for i in range(count_stages(changed))]
+    stages = [{**stage, **chips.estimate(stage, prices)} for stage in stages]
+    return combine_stages(stages) if len(stages) > 1 else stages[0]
 
   asked = {"batch": values.batch} if values.batch else {}
-  found = told(**asked)
-  name = config_name()
-  print(table.format_plan(name, found))
-  last = found.get("stages", [found])[-1]  # the config itself
+  result = plan_run(**asked)
+  print(table.format_plan(config_name(), result))
+  last = result.get("stages", [result])[-1]  # the config itself
   if values.largest_batch:
-    found["largest_batch"] = largest_batch.search(
-      last, lambda n: find(with_changes(config, batch=n))
+    result["largest_batch"] = largest_batch.search(
+      last, lambda n: plan_stage(with_changes(config, batch=n))
     )
-    print(f"Largest batch that was compiled and fits: {found['largest_batch']:,}")
+    print(f"Largest batch that was compiled and fits: {result['largest_batch']:,}")
   elif guess := largest_batch.predict([last]):
-    print(f"About {guess:,} pairs should be the most that fit; --largest_batch compiles them")
+    print(f"The largest batch that fits is about {guess:,} pairs; --largest_batch compiles it")
   if values.sweep:
-    found["sweep"] = [
-      {"asked": what, **told(**{**asked, **what})}
-      for what in variants(with_changes(config, **asked), values.sweep, found["devices"])
+    result["sweep"] = [
+      {"asked": changes, **plan_run(**{**asked, **changes})}
+      for changes in combinations(with_changes(config, **asked), values.sweep, result["devices"])
     ]
-    print(table.format_sweep(found["sweep"]))
+    print(table.format_sweep(result["sweep"]))
   if values.json:
-    pathlib.Path(values.json).write_text(json.dumps(found, indent=1) + "\n")
-  sys.exit(0 if found["fits"] else 1)
+    pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
+  sys.exit(0 if result["fits"] else 1)
 
 
 def run() -> None:

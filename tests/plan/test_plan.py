@@ -14,7 +14,7 @@ import pytest
 from helpers.shipped import ROOT, load
 
 from bigalign import state as states
-from bigalign.plan import chips, compile_step, hlo_memory, largest_batch, main, topologies
+from bigalign.plan import chips, compile_step, hlo_memory, largest_batch, main, topologies, variants
 from bigalign.run import provenance
 
 needs_libtpu = pytest.mark.skipif(
@@ -120,7 +120,7 @@ def test_an_answer_is_kept_until_something_changes(tmp_path, monkeypatch):
   for _ in range(2):
     assert ask(c, "v5e:1x1") == {"fits": True}
   assert len(asked) == 1
-  ask(main.with_changes(c, batch=8), "v5e:1x1")
+  ask(variants.with_changes(c, batch=8), "v5e:1x1")
   ask(c, "v5e:2x2")
   ask(c, "v5e:1x1", samples=5)
   (model / "config.json").write_text('{"width": 8}')
@@ -136,15 +136,15 @@ def test_an_answer_is_kept_until_something_changes(tmp_path, monkeypatch):
 
 def test_a_sweep_is_all_combinations():
   c = load("clip_b16").to_dict()
-  found = list(main.variants(c, ["remat", "mesh"], 8))
+  found = list(variants.combinations(c, ["remat", "mesh"], 8))
   assert len(found) == 3 * 2 and dict(remat="full", mesh=4) in found
-  other = main.with_changes(c, **found[-1], batch=64)
+  other = variants.with_changes(c, **found[-1], batch=64)
   assert other["model"]["text"]["remat"] == found[-1]["remat"] and other["batch_size"] == 64
   assert other["mesh"] == dict(data=-1, fsdp=found[-1]["mesh"], tensor=1)
   assert c["model"]["text"]["remat"] == "dots", "the config itself is unchanged"
   with pytest.raises(ValueError, match=r"known: .*remat"):
-    list(main.variants(c, ["remats"], 8))
-  whole = main.with_changes(
+    list(variants.combinations(c, ["remats"], 8))
+  whole = variants.with_changes(
     dict(model=dict(init="$CLIP", text=dict(name="features", width=4))), remat="full"
   )
   assert whole["model"] == dict(

@@ -14,7 +14,7 @@ import pytest
 from helpers.shipped import ROOT, load
 
 from bigalign import state as states
-from bigalign.plan import compile_step, main, topologies
+from bigalign.plan import compile_step, main, topologies, variants
 from bigalign.run import flops
 from bigalign.step import train_step
 
@@ -121,7 +121,7 @@ def test_every_config_is_a_program_for_its_topology(name):
 FLAGS = """
 import sys, jax
 from bigalign import sharding
-from bigalign.plan import chips, topologies
+from bigalign.plan import chips, topologies, variants
 from bigalign.run import runtime
 runtime.set_libtpu_flags(chips.kind(sys.argv[1]))
 mesh = sharding.make_mesh(devices=topologies.devices(sys.argv[1]))
@@ -149,8 +149,8 @@ def test_every_kind_of_chip_takes_our_flags(topology):
 
 
 def l14(**parts):
-  """CLIP L/14 with changes, as in plan.main.with_changes."""
-  c = main.with_changes(load("clip_b16").to_dict(), **parts)
+  """CLIP L/14 with changes, as in plan.variants.with_changes."""
+  c = variants.with_changes(load("clip_b16").to_dict(), **parts)
   c["model"]["image"] |= dict(variant="L", patch=14)
   c["model"]["text"] |= dict(width=768, heads=12)
   return c
@@ -181,8 +181,8 @@ def test_every_config_fits(name, ask):
 
 
 def b16(name="clip_b16", **parts):
-  """A config of B/16 with changes, as in plan.main.with_changes."""
-  return main.with_changes(load(name).to_dict(), **parts)
+  """A config of B/16 with changes, as in plan.variants.with_changes."""
+  return variants.with_changes(load(name).to_dict(), **parts)
 
 
 @needs_libtpu

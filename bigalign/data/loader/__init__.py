@@ -1,1 +1,1 @@
-"""Host batches, made ahead in worker processes."""
+"""Batches of this host: made ahead, in worker processes."""

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
+
 from bigalign.data.image.reading import ImageReading
 from bigalign.data.image.transforms import train_image
+from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Watch
 from bigalign.data.text.captions import Columns, columns, fields
 from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer
@@ -142,6 +145,19 @@ class DataOptions(ImageReading):
     """The tokenizer, which reads its files."""
     tokenizer: Tokenizer = self.tokenizer.make()
     return tokenizer
+
+  def training_view(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [H, W, 3] -> [image_size, image_size, 3], augmented with the draws of `rng`."""
+    view: np.ndarray = self.augment.make(image, rng, size=self.image_size)
+    return view
+
+  def check_augment(self) -> None:
+    """Raises ValueError, naming the option, for a bad value in `augment`."""
+    image, rng = np.zeros((2, 2, 3), np.uint8), philox(0, 0)
+    for nested in self.augment.options.values():
+      if isinstance(nested, Component):
+        nested.make(image, rng)
+    dataclasses.replace(self, image_size=2).training_view(image, rng)
 
   @property
   def first_columns(self) -> Columns:

@@ -1,9 +1,9 @@
-"""Batches out of worker processes through memory that is used again and again.
+"""Batches from worker processes through shared memory that is reused.
 
-New shared memory for each batch, which is grain's way, is mapped page by page in both processes;
-that takes several times as long as to copy the batch. Here a worker has a few slots, writes its
-batches into them in turn, and the program copies them out and gives the slots back. A batch that
-finds no slot free, or fits into none, goes grain's way.
+Grain allocates new shared memory for each batch, which both processes map page by page; that takes
+several times as long as copying the batch. Here a worker has a few slots, writes its batches into
+them in turn, and the program copies them out and frees the slots. A batch for which no slot is
+free, or which fits into none, goes through grain.
 """
 
 from __future__ import annotations
@@ -17,50 +17,61 @@ from typing import Any
 
 import numpy as np
 
-SLOTS = 4  # a worker is done with one batch, two wait, and one is being copied
-_HEAD = _ALIGNED = 64  # bytes; the head counts the batches that were copied out
+SLOTS = 4  # one batch is finished, two wait, and one is being copied
+_HEADER = _ALIGNMENT = 64  # bytes; the header holds the number of batches that were copied out
 _MOUNT = "/dev/shm"
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
-  """Where a batch lies: the `number`-th of a worker's memory; {name: (shape, dtype)} in order."""
+class SlotBatch:
+  """Refers to a batch in a slot of a worker's shared memory."""
 
-  memory: str
-  number: int
+  memory: str  # name of the shared memory
+  number: int  # of the batch, among those in this memory
   size: int  # bytes of a slot
-  arrays: dict[str, tuple[tuple[int, ...], str]]
+  arrays: dict[str, tuple[tuple[int, ...], str]]  # {name: (shape, dtype)}, in order
 
-  def places(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-    """(name, shape, dtype, first byte) of each array."""
-    first = _HEAD + self.number % SLOTS * self.size
+  def layout(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+    """Yields (name, shape, dtype, first byte) of each array."""
+    first = _HEADER + self.number % SLOTS * self.size
     for (name, (shape, dtype)), length in zip(self.arrays.items(), _lengths(self.arrays.values())):
       yield name, shape, dtype, first
       first += length
 
 
 def _lengths(arrays: Iterable[tuple[tuple[int, ...], str]]) -> list[int]:
-  """Bytes of each, up to where the next one begins."""
+  """The bytes from the start of each array to the start of the next one."""
   sizes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
-  return [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
+  return [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
 
 
 def _view(memory: SharedMemory, shape: tuple[int, ...], dtype: str, first: int) -> np.ndarray:
   return np.ndarray(shape, dtype, memory.buf, first)
 
 
-_SENDING: list[Sender] = []  # the one whose batch is being made
+_CURRENT: list[Sender] = []  # the sender whose batch is being made, if any
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """numpy.empty for the largest array of a batch; where there is a slot for the batch, in there."""
-  for sender in _SENDING:
+  """Returns an array like numpy.empty, in the slot of the batch that is being made if possible.
+
+  The loader calls it for the largest array of a batch, which then need not be copied.
+
+  Args:
+    shape: of the array.
+    dtype: of the array.
+  """
+  for sender in _CURRENT:
     return sender.reserve(shape, np.dtype(dtype))
   return np.empty(shape, dtype)
 
 
 class Sender:
-  """Batches, each as `Packed` where a slot is free; for one worker process, in order."""
+  """A worker's batches, in order; each is a SlotBatch if a slot is free.
+
+  Args:
+    batches: element k is a batch, {name: array}.
+  """
 
   def __init__(self, batches: Any):
     self._batches = batches
@@ -74,49 +85,50 @@ class Sender:
   def __repr__(self) -> str:
     return repr(self._batches)
 
-  def __getitem__(self, k: int) -> Packed | dict[str, np.ndarray]:
-    _SENDING.append(self)
+  def __getitem__(self, k: int) -> SlotBatch | dict[str, np.ndarray]:
+    _CURRENT.append(self)
     try:
-      made: dict[str, np.ndarray] = self._batches[k]
+      arrays: dict[str, np.ndarray] = self._batches[k]
     finally:
-      _SENDING.clear()
+      _CURRENT.clear()
       reserved, self._reserved = self._reserved, None
-    # What was reserved lies where a slot begins.
-    batch = dict(sorted(made.items(), key=lambda item: item[1] is not reserved))
-    arrays = {name: (x.shape, x.dtype.str) for name, x in batch.items()}
-    size = sum(_lengths(arrays.values()))
-    if not self._size:  # once: where there was no room there will be none
-      self._memory, self._size = _make(size), size
+    # The reserved array is at the start of the slot, so it must come first.
+    batch = dict(sorted(arrays.items(), key=lambda item: item[1] is not reserved))
+    layout = {name: (x.shape, x.dtype.str) for name, x in batch.items()}
+    size = sum(_lengths(layout.values()))
+    if not self._size:  # once: if there is no room now, there will be none later
+      self._memory, self._size = _allocate(size), size
     if self._memory is None or not self._fits(self._memory, size):
-      # Not the slot's own memory, which the next batch may take.
+      # Copy the reserved array out of the slot, which the next batch may use.
       return {name: x.copy() if x is reserved else x for name, x in batch.items()}
-    packed = Packed(self._memory.name, self._sent, self._size, arrays)
-    for name, shape, dtype, first in packed.places():
+    slot_batch = SlotBatch(self._memory.name, self._sent, self._size, layout)
+    for name, shape, dtype, first in slot_batch.layout():
       if batch[name] is not reserved:
         _view(self._memory, shape, dtype, first)[...] = batch[name]
     self._sent += 1
-    return packed
+    return slot_batch
 
   def reserve(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Where the next slot begins, if it is free and this fits; once a batch."""
+    """Returns an empty array at the start of the next slot, once per batch, else anywhere."""
     memory, size = self._memory, math.prod(shape) * dtype.itemsize
     if memory is None or self._reserved is not None or not self._fits(memory, size):
       return np.empty(shape, dtype)
-    first = _HEAD + self._sent % SLOTS * self._size
+    first = _HEADER + self._sent % SLOTS * self._size
     self._reserved = _view(memory, shape, dtype.str, first)
     return self._reserved
 
   def _fits(self, memory: SharedMemory, size: int) -> bool:
-    """Whether the next slot is free and takes so many bytes."""
+    """Whether the next slot is free and has this many bytes."""
     return size <= self._size and self._sent - int(_view(memory, (), "<i8", 0)) < SLOTS
 
 
-def _make(size: int) -> SharedMemory | None:
-  """Memory for SLOTS batches of a size, none of which was copied out; None if there is no room."""
-  memory = SharedMemory(create=True, size=_HEAD + SLOTS * size)
-  place = os.path.join(_MOUNT, memory.name)
-  if os.path.exists(place):  # where no room is left, the one that writes is killed; so take it now
-    descriptor = os.open(place, os.O_RDWR)
+def _allocate(size: int) -> SharedMemory | None:
+  """Shared memory with SLOTS slots of `size` bytes; None if there is no room for it."""
+  memory = SharedMemory(create=True, size=_HEADER + SLOTS * size)
+  path = os.path.join(_MOUNT, memory.name)
+  if os.path.exists(path):
+    # Allocate now: if there is no room, a later write would kill this process.
+    descriptor = os.open(path, os.O_RDWR)
     try:
       os.posix_fallocate(descriptor, 0, memory.size)
     except OSError:
@@ -129,31 +141,31 @@ def _make(size: int) -> SharedMemory | None:
 
 
 class Receiver:
-  """The program's side, of all its workers."""
+  """Copies the batches of all workers out of their slots, in the program."""
 
   def __init__(self) -> None:
     self._memories: dict[str, SharedMemory] = {}
 
-  def unpack(self, found: Packed | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Copies of a batch's arrays; its slot is free then.
+  def unpack(self, batch: SlotBatch | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns copies of a batch's arrays, and frees its slot.
 
-    Copies too of what went grain's way: arrays in shared memory outlive the workers badly, and jax
-    would alias them on CPU.
+    Batches that went through grain are copied too: arrays in its shared memory do not outlive the
+    workers safely, and jax would alias them on CPU.
     """
-    if not isinstance(found, Packed):
-      return {name: np.array(value) for name, value in found.items()}
-    if found.memory not in self._memories:
-      self._memories[found.memory] = SharedMemory(found.memory)
-    memory = self._memories[found.memory]
-    batch = {
+    if not isinstance(batch, SlotBatch):
+      return {name: np.array(value) for name, value in batch.items()}
+    if batch.memory not in self._memories:
+      self._memories[batch.memory] = SharedMemory(batch.memory)
+    memory = self._memories[batch.memory]
+    arrays = {
       name: _view(memory, shape, dtype, first).copy()
-      for name, shape, dtype, first in found.places()
+      for name, shape, dtype, first in batch.layout()
     }
-    _view(memory, (), "<i8", 0)[...] = found.number + 1
-    return batch
+    _view(memory, (), "<i8", 0)[...] = batch.number + 1
+    return arrays
 
   def close(self) -> None:
-    """Gives the memory back; the workers must have ended."""
+    """Deletes the shared memory; the workers must have ended."""
     while self._memories:
       _, memory = self._memories.popitem()
       memory.close()

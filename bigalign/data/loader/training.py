@@ -27,7 +27,6 @@ from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
 from bigalign.data.text.captions import by_field, choose, lacks, repaired
 from bigalign.data.text.tokenizers import Tokenizer
-from bigalign.options import Component
 
 logger = logging.getLogger(__name__)
 
@@ -106,15 +105,6 @@ def train_batches(
     stored=stored,
   )
   return iterate(batches, workers=data.workers)
-
-
-def check_augment(augment: Component) -> None:
-  """Raises ValueError, naming the option, for a bad value in config.data.augment."""
-  image, rng = np.zeros((2, 2, 3), np.uint8), philox(0, 0)
-  for nested in augment.options.values():
-    if isinstance(nested, Component):
-      nested.make(image, rng)
-  augment.make(image, rng, size=2)
 
 
 def checked_rows(rows, *, batch_size: int) -> np.ndarray:
@@ -216,7 +206,7 @@ class _TrainBatches(Decoded):
     self._shrink = functools.partial(
       transforms.shrink, size=data.image_size, **data.augment.options
     )
-    check_augment(data.augment)  # here, where an error is easier to read than from a worker
+    data.check_augment()  # here, where an error is easier to read than from a worker
     self._places = places
     self._captions, self._second_captions = data.first_columns, data.second_columns
     self._captions_per_image = data.captions_per_image
@@ -250,9 +240,7 @@ class _TrainBatches(Decoded):
       every = [text for column in captions.values() for text in column]
       ordinal = choose(captions, self._captions, rng)
       images[r] = (
-        record["image"]
-        if self._images
-        else self._data.augment.make(record["image"], rng, size=size)
+        record["image"] if self._images else self._data.training_view(record["image"], rng)
       )
       texts.append(every[ordinal])
       if self._second_captions:
