@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from step import machine
 
-from bigalign import train
 from bigalign.checkpoint import revision
 from bigalign.data.loader.pairs import Pairs
 from bigalign.frozen.embed import embed
 from bigalign.run import runtime
 from bigalign.run.metrics import read_metrics
+from bigalign.train import train
 
 RATIO, GUARD = 10.0, 0.7
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def ours(config: dict[str, Any], name: str, stores: dict[str, str], folder: str)
   config, steps = copy.deepcopy(config), STEPS[name]
   config |= dict(total_steps=steps, log_every=steps // 3)
   config["data"]["stores"] = stores
-  train.train(folder, **config)
+  train(config, folder)
   rows = [row for row in read_metrics(folder) if "train/samples_per_second" in row]
   return statistics.median(row["train/samples_per_second"] for row in rows[1:])
 

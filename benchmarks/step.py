@@ -29,12 +29,13 @@ import importlib.metadata
 import jax
 import numpy as np
 
-from bigalign import sharding
-from bigalign import state as states
 from bigalign.checkpoint import revision
+from bigalign.config import resolve_config
 from bigalign.data.samples.rejects import REASONS
+from bigalign.program import init_on_mesh, layout, make_program
 from bigalign.run import runtime
-from bigalign.step import build, jitted, seen
+from bigalign.sharding import global_batch, host_rows, make_mesh
+from bigalign.step import build, data_position, jitted
 
 
 class Sizes(NamedTuple):
@@ -96,10 +97,12 @@ def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
       tower["mlp_ratio"] = widths["hidden"] / widths["width"]
     return tower
 
-  program = states.make_program(
+  values = dict(
     seed=0,
     total_steps=10**6,
     batch_size=sizes.batch,
+    log_every=1,
+    checkpoint_every=0,
     data=dict(image_size=sizes.image, tokenizer=dict(name="byte", length=sizes.length)),
     model=dict(
       image=dict(name="vit", patch=sizes.patch, pool="cls", **tower(sizes.vision)),
@@ -117,22 +120,22 @@ def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
     loss=dict(clip=dict(weight=1.0)),
     optimizer=dict(name="adamw", schedule="constant", **ADAMW),
   )
-  mesh = sharding.make_mesh()
-  rules = [("", ())]
-  _, placed = states.layout(program, mesh, rules)
+  program, mesh = make_program(resolve_config(values)), make_mesh()
+  replicated = [("", ())]  # rules: no parameter is sharded
+  _, shardings = layout(program, mesh, replicated)
   with jax.set_mesh(mesh):
-    state = states.born(program, placed)
-    rows = sharding.host_rows(mesh, sizes.batch)
-    on_mesh = sharding.global_batch(mesh, batch(sizes), rows, sizes.batch)
-    place = seen(0, 1)
-    compiled, work = build(jitted(program, placed, mesh), program, state, on_mesh, place)
+    state = init_on_mesh(program, shardings)
+    rows = host_rows(mesh, sizes.batch)
+    on_mesh = global_batch(mesh, batch(sizes), rows, sizes.batch)
+    position = data_position(0, 1)
+    step = build(jitted(program, shardings, mesh), program, state, on_mesh, position)
 
   def run() -> float:
     nonlocal state
-    state, metrics = compiled(state, on_mesh, place)
+    state, metrics, _ = step.run(state, on_mesh, position)
     return float(metrics["loss"])
 
-  return run, work
+  return run, step.flops
 
 
 def import_open_clip() -> None:

@@ -23,10 +23,10 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
-from bigalign import train
-from bigalign.frozen import compare
+from bigalign.frozen.compare import MAPS, SHOWN, compare
 from bigalign.frozen.embed import embed
 from bigalign.run.metrics import read_metrics
+from bigalign.train import train
 
 LEAST = 0.8
 ROOT = pathlib.Path(__file__).parents[1]
@@ -57,10 +57,7 @@ def config(image: str, text: str) -> dict[str, Any]:
 
 def measures(comparison: dict[str, Any]) -> dict[str, float]:
   """Returns one number for each measure."""
-  return {
-    name: comparison[name][compare.SHOWN] if name in compare.MAPS else comparison[name]
-    for name in MEASURES
-  }
+  return {name: comparison[name][SHOWN] if name in MAPS else comparison[name] for name in MEASURES}
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -84,9 +81,7 @@ def main() -> int:
   """Runs the experiment and returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument(
-    "--steps", type=int, default=300, help="steps per pair (%(default)s)"
-  )
+  parser.add_argument("--steps", type=int, default=300, help="steps per pair (%(default)s)")
   args = parser.parse_args()
   out, first = args.out, next(iter(IMAGE))
   images = {
@@ -96,11 +91,11 @@ def main() -> int:
   rows = []
   for image, text in itertools.product(IMAGE, TEXT):
     stores = dict(image=str(images[image]), text=str(texts[text]))
-    before = measures(compare.compare(**stores))
+    before = measures(compare(**stores))
     c = config(image, text) | dict(total_steps=args.steps)
     c["data"]["stores"] = stores
     workdir = out / f"{image}-{text}"
-    train.train(workdir, **c)
+    train(c, workdir)
     last = read_metrics(workdir)[-1]
     trained = np.mean([last[f"val/{name}/text_to_image_R@5"] for name in c["evals"]])
     rows.append(dict(image=image, text=text, **before, trained=float(trained)))
