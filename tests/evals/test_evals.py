@@ -20,14 +20,14 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from bigalign import sharding
-from bigalign.data.text.tokenizers import make_tokenizer
+from bigalign.data.loader.options import resolve_data
 from bigalign.evals import EVALS, embed, make_evaluators, retrieval
 from bigalign.evals.embed import Context, Embedded
 from bigalign.evals.retrieval import ranks
 from bigalign.evals.zeroshot import PROMPTS, fill, read_templates
 
 SIZE, LENGTH, E = 4, 12, 8
-DATA = dict(image_size=SIZE, tokenizer=dict(name="byte", length=LENGTH), workers=0, augment={})
+DATA = resolve_data(dict(image_size=SIZE, tokenizer=dict(name="byte", length=LENGTH)))
 
 
 class Tiny:
@@ -129,7 +129,7 @@ def on_host(source, params, towers=(embed_image, embed_text)):
 
 
 def tokenise(texts):
-  return make_tokenizer(**DATA["tokenizer"]).encode_batch(texts)
+  return DATA.make_tokenizer().encode_batch(texts)
 
 
 def numpy_retrieval(zimg, ztxt, owner):
@@ -357,11 +357,12 @@ def both_evaluators():
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tiny, tmp_path):
   (tmp_path / "two.py").write_text(TWO)
-  here = pathlib.Path(__file__).parents[1]
+  here = pathlib.Path(__file__).parent
+  root = here.parents[1]
   subprocess.run(
     [
       "bash",
-      str(here.parent / "launch/local.sh"),
+      str(root / "launch/local.sh"),
       "-n",
       "2",
       "-d",
@@ -376,7 +377,7 @@ def test_two_processes_find_what_one_finds(tiny, tmp_path):
     ],
     check=True,
     timeout=300,
-    env={**os.environ, "PYTHONPATH": str(here.parent)},
+    env={**os.environ, "PYTHONPATH": str(root)},
   )
   expected = [2, 8, both_evaluators()]
   for process in range(2):

@@ -8,7 +8,6 @@ import pytest
 from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 
-from bigalign import config as configs
 from bigalign import evaluate
 from bigalign.report import main
 from bigalign.run.metrics import read_metrics
@@ -30,7 +29,7 @@ def trained(tmp_path_factory):
   c.model.text.update(width=32, depth=1)
   c.writer = dict(tensorboard=False)
   c.mesh = dict(data=2, fsdp=4)  # the evaluation has another mesh
-  train(folder / "run", **configs.plain(c))
+  train(c, folder / "run")
   return folder / "run"
 
 
