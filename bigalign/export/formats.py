@@ -47,7 +47,7 @@ def _hf(fitted: Fitted, it: Subject) -> dict[str, Any]:
     "squash": dict(image_processor_type="SiglipImageProcessor", size=dict(height=size, width=size)),
     "shortest": dict(
       image_processor_type="CLIPImageProcessor",
-      size=dict(shortest_edge=size),
+      size=dict(shortest_edge=it.data.edge),
       do_center_crop=True,
       crop_size=dict(height=size, width=size),
     ),
@@ -72,6 +72,11 @@ def _hf(fitted: Fitted, it: Subject) -> dict[str, Any]:
 def _open_clip(fitted: Fitted, it: Subject) -> dict[str, Any]:
   mean, std = PIXELS[it.model.pixels]
   size = it.data.image_size
+  if it.data.resize == "shortest" and it.data.edge != size:
+    raise ValueError(
+      f"config.data: images are resized to {it.data.edge} pixels and cropped to {size}; open_clip"
+      " resizes to the size of the crop"
+    )
   images = dict(
     size=size,
     mode="RGB",

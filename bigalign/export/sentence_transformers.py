@@ -34,8 +34,8 @@ def folder(it: Subject) -> tuple[dict[str, Any], dict[str, Callable[[], Arrays]]
   if type(tower) is not Bert:
     return [f"config.model.text.name: no {type(tower).__name__} in it"]
   try:
-    config = hugging_face.bert(it)
-    layout = weights.LAYOUTS[config["model_type"]]({}, NAME, "", **config)
+    bert_config = hugging_face.bert(it)
+    layout = weights.LAYOUTS[bert_config["model_type"]]({}, NAME, "", **bert_config)
   except ValueError as error:  # what the reader of their config would say
     return [str(error)]
   options = {k: v for k, v in layout.model["text"].items() if k != "name"}
@@ -53,7 +53,7 @@ def folder(it: Subject) -> tuple[dict[str, Any], dict[str, Callable[[], Arrays]]
   if wrong:
     return wrong
   files: dict[str, Any] = {
-    "config.json": config | dict(dtype="float32"),
+    "config.json": bert_config | dict(dtype="float32"),
     "sentence_bert_config.json": dict(max_seq_length=it.tokenizer.length, do_lower_case=False),
   }
   tensors: dict[str, Callable[[], Arrays]] = {

@@ -64,7 +64,7 @@ def config(it: Subject) -> dict[str, Any]:
     text_tower=TEXT[type(text)](text),
     image_projector=_projector(it.model.image_projector, both),
     text_projector=_projector(it.model.text_projector, text.token_width),
-    preprocess=dict(size=size, resize=it.data.resize, mean=mean, std=std),
+    preprocess=dict(size=size, resize=it.data.resize, edge=it.data.edge, mean=mean, std=std),
   )
 
 

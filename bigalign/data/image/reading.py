@@ -35,6 +35,11 @@ class ImageReading:
       raise ValueError(f"config.data.image_size={self.image_size}: at least 1")
     self.evaluation_view(np.zeros((2, 2, 3), np.uint8))  # refuses an unknown `resize`
 
+  @property
+  def edge(self) -> int:
+    """Pixels of the shorter edge before the centre crop of resize="shortest"."""
+    return self.image_size
+
   def decode(
     self, data: bytes | np.ndarray, *, shrink: Callable[[int, int], int] | None = None
   ) -> np.ndarray:
@@ -43,7 +48,7 @@ class ImageReading:
 
   def evaluation_view(self, image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] -> [image_size, image_size, 3], without randomness."""
-    return transforms.eval_image(image, size=self.image_size, resize=self.resize)
+    return transforms.eval_image(image, size=self.image_size, resize=self.resize, edge=self.edge)
 
   def preprocessing(self) -> dict[str, Any]:
     """What the vectors of an image tower depend on, besides the model: {option: value}."""
