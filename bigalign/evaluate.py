@@ -64,7 +64,7 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
       f"{folder.root} holds no config.json, so it is not the --workdir of a training run"
     )
   keep = recorded_config(record).keep
-  if step == "best" and not keep.options["best"]:
+  if step == "best" and not keep.option("best"):
     raise ValueError(
       f"{folder.local}: config.keep.best names no metric, so no checkpoint is the best"
     )

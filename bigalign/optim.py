@@ -1,4 +1,4 @@
-"""Schedules and the optax chain over {path: array}."""
+"""Learning rate schedules, optimizers, and the optax chain over {path: array}."""
 
 from __future__ import annotations
 
@@ -22,16 +22,26 @@ Schedule = Callable[[Any], jax.Array]
 def learning_rate(
   *, name: str, lr: float, total_steps: int, warmup: int, cooldown: int, end: float
 ) -> Schedule:
-  """The learning rate of the update that follows `step` updates.
+  """The learning rate of the update after `step` updates.
 
-  lr * (step + 1) / warmup at first (open_clip's warmup: the first update already moves), then the
-  named shape, then, for any shape, a linear cooldown to `end` over the last steps.
+  During warmup it is lr * (step + 1) / warmup, as in open_clip, where the first update already
+  changes the parameters; optax's warmup starts at 0. Then follows the named shape, and at the end,
+  for any shape, a linear cooldown to `end`.
 
   Args:
-    name: "cosine" or "linear" to `end`; "constant"; "rsqrt": lr * sqrt(warmup / step),
-      https://arxiv.org/abs/2106.04560, which wants a cooldown.
-    warmup, cooldown: steps.
+    name: "cosine" or "linear" decay to `end`; "constant"; "rsqrt": lr * sqrt(warmup / step),
+      https://arxiv.org/abs/2106.04560, which is used with a cooldown.
+    lr: the highest learning rate.
+    total_steps: updates in all.
+    warmup: steps.
+    cooldown: steps.
     end: the last learning rate.
+
+  Returns:
+    step -> learning rate, [] float32.
+
+  Raises:
+    ValueError: for an unknown name, or if warmup and cooldown exceed the steps.
   """
   checks.known("config.optimizer.schedule", name, ("cosine", "linear", "constant", "rsqrt"))
   if warmup + cooldown > total_steps:
@@ -67,23 +77,42 @@ def learning_rate(
 def adamw(
   *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, moments: str = "float32"
 ) -> optax.GradientTransformation:
-  """https://arxiv.org/abs/1711.05101; `moments` is the dtype of the first moment."""
+  """AdamW, https://arxiv.org/abs/1711.05101; the weight decay follows in the chain.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    moments: dtype of the first moment.
+  """
   return optax.scale_by_adam(b1, b2, eps, mu_dtype=moments)
 
 
 def lion(
   *, b1: float = 0.9, b2: float = 0.99, moments: str = "float32"
 ) -> optax.GradientTransformation:
-  """https://arxiv.org/abs/2302.06675; wants a learning rate 3-10 times below AdamW's."""
+  """Lion, https://arxiv.org/abs/2302.06675; use a learning rate 3-10 times below AdamW's.
+
+  Args:
+    b1: weight of the momentum in the update.
+    b2: decay of the momentum.
+    moments: dtype of the momentum.
+  """
   return optax.scale_by_lion(b1, b2, mu_dtype=moments)
 
 
 def adafactor(
   *, b1: float = 0.9, b2: float = 0.999, clip: float = 1.0, moments: str = "bfloat16"
 ) -> optax.GradientTransformation:
-  """Factored second moments, https://arxiv.org/abs/1804.04235, with a first moment of dtype
-  `moments` after the update is clipped, as in https://arxiv.org/abs/2106.04560; their decay grows
-  as 1 - step^-0.8 up to `b2`, for which SigLIP takes 0.95."""
+  """Factored second moments, https://arxiv.org/abs/1804.04235, as in
+  https://arxiv.org/abs/2106.04560: the first moment is taken after the update is clipped.
+
+  Args:
+    b1: decay of the first moment.
+    b2: largest decay of the second moments, which grows as 1 - step^-0.8; SigLIP uses 0.95.
+    clip: largest root mean square of a parameter's update.
+    moments: dtype of the first moment.
+  """
 
   def decay(step: Any, power: Any) -> jax.Array:
     return jnp.minimum(b2, 1 - (jnp.asarray(step, jnp.float32) + 1) ** -power)
@@ -99,7 +128,13 @@ def adafactor(
 def sgd(
   *, momentum: float = 0.9, nesterov: bool = False, moments: str = "float32"
 ) -> optax.GradientTransformation:
-  """Gradient descent with momentum."""
+  """Gradient descent with momentum.
+
+  Args:
+    momentum: decay of the momentum.
+    nesterov: whether the update looks ahead.
+    moments: dtype of the momentum.
+  """
   return optax.trace(momentum, nesterov, moments)
 
 
@@ -123,8 +158,17 @@ def muon(
 ) -> optax.GradientTransformation:
   """Orthogonalised momentum for the blocks' matrices, Adam for the rest.
 
-  https://kellerjordan.github.io/posts/muon, scaled as in https://arxiv.org/abs/2502.16982 so that
-  an update's root mean square is `rms`, about AdamW's, and one learning rate serves both.
+  https://kellerjordan.github.io/posts/muon, scaled as in https://arxiv.org/abs/2502.16982.
+
+  Args:
+    beta: decay of the momentum of matrices.
+    rms: root mean square of a matrix's update, about that of AdamW, so that one learning rate works
+      for both.
+    steps: Newton-Schulz iterations.
+    b1: decay of Adam's first moment, for the other parameters.
+    b2: decay of Adam's second moment.
+    eps: added to the root of Adam's second moment.
+    matrices: regular expression of the paths that Muon updates.
   """
 
   def is_matrix(params: Mapping[str, Any]) -> dict[str, str]:
@@ -172,20 +216,23 @@ def make_optimizer(
   Args:
     params: the trainable parameters (or their shapes) by path.
     total_steps: updates in all.
-    to_steps: (duration, where) -> steps from the start; of the cooldown, with back=True, from the
-      end.
+    to_steps: (duration, where) -> steps, counted from the start, or with back=True from the end.
     lr: the highest learning rate.
-    name: adamw, lion, adafactor, sgd, muon; `options` are that function's.
+    name: adamw, lion, adafactor, sgd or muon.
     schedule: cosine, linear, constant, rsqrt.
-    warmup, cooldown: durations.
+    warmup: duration in which the learning rate rises to `lr`.
+    cooldown: duration, at the end, in which it falls linearly to `end`.
     end: the last learning rate.
     weight_decay: times the learning rate, as in AdamW.
-    decay: the parameters that decay; by default matrices alone: no bias, norm, position, token
-      table or temperature.
+    decay: regular expression of the parameters with weight decay; by default kernels only, not
+      biases, norms, positions, token tables or temperatures.
     clip_norm: the largest global norm of the gradient; None does not clip.
-    multipliers: (regular expression, factor) pairs, the first that matches; 1 for the rest.
-    rates: (regular expression, learning rate) pairs of what has a learning rate of its own, without
-      warmup or schedule: a number, or dict(start=2e-4, end=5e-5, over="1e9 samples"), a line.
+    multipliers: (regular expression, factor) pairs, factors of the learning rate; the first match
+      counts, 1 for the rest.
+    rates: (regular expression, learning rate) pairs of parameters with a learning rate of their
+      own, without warmup or schedule: a number, or dict(start=2e-4, end=5e-5, over="1e9 samples"),
+      a line.
+    options: those of the optimizer `name`.
 
   Raises:
     ValueError, TypeError: for unknown names and options, and for patterns that match nothing.

@@ -58,6 +58,10 @@ class Component:
     """function(*args, **fixed, **options)."""
     return self.function(*args, **fixed, **self.options)
 
+  def option(self, name: str) -> Any:
+    """The value of one option, given or default."""
+    return self.options[name]
+
   @property
   def is_default(self) -> bool:
     """Whether every option has its default."""
@@ -265,8 +269,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
   if nested and isinstance(value, list | tuple) and not _is_mapping(inner):
     return tuple(_value(nested, x, f"{where}[{i}]") for i, x in enumerate(value))
   if not fits(value, kind):
+    is_one = isinstance(value, str) and fits((value,), kind)  # a sequence of one was meant
     raise TypeError(
       f"{where}={value!r} is of type {type(value).__name__}; it must be {spelled(kind)}"
+      + (f", such as {(value,)!r}" if is_one else "")
     )
   return frozen(value)
 

@@ -49,14 +49,13 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
   """(source, caption fields, a description) of the samples that the config evaluates on."""
   default = config.data.caption_fields
   for name, evaluator in config.evals.items():
-    options = evaluator.options
     if evaluator.name == "glyphs":
-      return f"glyphs:{options['split']}", None, "characters that training shows in no font"
+      return f"glyphs:{evaluator.option('split')}", None, "characters that training shows in no font"
     if evaluator.name == "retrieval":
-      fields = options["fields"] or default
-      return options["source"], fields, f"held-out samples of config.evals.{name}"
+      fields = evaluator.option("fields") or default
+      return evaluator.option("source"), fields, f"held-out samples of config.evals.{name}"
     if evaluator.name == "zeroshot":
-      return options["source"], default, f"held-out samples of config.evals.{name}"
+      return evaluator.option("source"), default, f"held-out samples of config.evals.{name}"
   return config.data.sources[0], default, "TRAINING samples: config.evals names no source"
 
 
