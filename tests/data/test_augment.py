@@ -7,12 +7,12 @@ import io
 
 import numpy as np
 import pytest
+from helpers.batches import data_options
 from helpers.small_shards import picture, samples, write_tar
 from PIL import Image
 
 from bigalign.data.image import augment
 from bigalign.data.image.transforms import train_image
-from bigalign.data.loader.training import train_batches
 from bigalign.data.order.permutation import philox
 from bigalign.inputs import open_data
 
@@ -162,14 +162,16 @@ def test_batches_are_functions_of_the_position(tmp_path):
   augmented = dict(rand_augment={}, color_jitter=dict(JITTER, probability=0.8), grayscale=0.2)
 
   def images(rows, *, start: int = 0, **options) -> np.ndarray:
-    source, reading = open_data(
-      source=f"{tmp_path}/0.tar",
-      image_size=24,
-      augment=options,
-      tokenizer=dict(name="byte", length=8),
+    inputs = open_data(
+      data_options(
+        source=f"{tmp_path}/0.tar",
+        image_size=24,
+        augment=options,
+        tokenizer=dict(name="byte", length=8),
+      )
     )
     with contextlib.closing(
-      train_batches(source, batch_size=8, rows=rows, seed=0, start=start, stop=24, **reading)
+      inputs.batches(rejected_log="", batch_size=8, rows=rows, seed=0, start=start, stop=24)
     ) as batches:
       return np.stack([batch["image"] for batch in batches])
 
@@ -198,5 +200,7 @@ def test_batches_are_functions_of_the_position(tmp_path):
 def test_a_wrong_option_is_named(options, message):
   with pytest.raises((TypeError, ValueError), match=r"config\.data\." + f".*{message}"):
     open_data(
-      source="glyphs", image_size=24, augment=options, tokenizer=dict(name="byte", length=8)
+      data_options(
+        source="glyphs", image_size=24, augment=options, tokenizer=dict(name="byte", length=8)
+      )
     )

@@ -7,14 +7,15 @@ import json
 
 import numpy as np
 import pytest
+from helpers.batches import data_options
 from helpers.shipped import load
 from helpers.small_shards import picture, write_tar
 
-from bigalign import config as configs
-from bigalign import inputs
-from bigalign.data.loader.training import batch_spec, train_batches
+from bigalign.data.loader.training import batch_spec
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.text.captions import choose, columns
+from bigalign.inputs import open_data
+from bigalign.options import plain
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
@@ -38,11 +39,11 @@ def shard(tmp_path) -> str:
 
 def read(source, epochs=30, **options):
   """Batches of the 20 samples, in their order, as config.data says."""
-  opened, reading = inputs.open_data(
-    source=source, image_size=8, tokenizer=TOKENIZER, shuffle=False, **options
+  inputs = open_data(
+    data_options(source=source, image_size=8, tokenizer=TOKENIZER, shuffle=False, **options)
   )
   with contextlib.closing(
-    train_batches(opened, batch_size=20, rows=np.arange(20), seed=0, stop=20 * epochs, **reading)
+    inputs.batches(rejected_log="", batch_size=20, rows=np.arange(20), seed=0, stop=20 * epochs)
   ) as batches:
     return list(batches)
 
@@ -99,7 +100,7 @@ def test_two_of_one_field_differ_where_there_are_two(shard):
     "other first",
   }
   assert {a for a, b in pairs if a == b} == {f"alt {i}" for i in range(RECAPTIONED, 20)}
-  spec = batch_spec(batch_size=20, image_size=8, tokenizer=TOKENIZER, second_text=True)
+  spec = batch_spec(data_options(image_size=8, tokenizer=TOKENIZER, **options), batch_size=20)
   assert {name: (x.shape, x.dtype) for name, x in batches[0].items()} == {
     name: (shape, np.dtype(dtype)) for name, (shape, dtype) in spec.items()
   }
@@ -131,11 +132,13 @@ def test_what_cannot_be_is_said(shard):
     read(shard, captions=(("txt", -1),))
   with pytest.raises(ValueError, match="'txt' more than once"):
     read(shard, captions=("txt", ("txt", 1)))
-  with pytest.raises(ValueError, match=r"must be a list of fields: \('txt',\)"):
+  with pytest.raises(TypeError, match=r"config\.data\.captions='txt' .*such as \('txt',\)"):
     read(shard, captions="txt")
-  with pytest.raises(ValueError, match=r"name the fields of the first in config\.data\.captions"):
+  with pytest.raises(
+    ValueError, match=r"name the fields of the first captions in config\.data\.captions too"
+  ):
     read(shard, second_captions=("txt",))
-  with pytest.raises(ValueError, match="does not tell \\['txt', 'long'\\] apart"):
+  with pytest.raises(ValueError, match="does not separate the captions of \\['txt', 'long'\\]"):
     read("glyphs", captions=("txt",), second_captions=("long",))
   with pytest.raises(ValueError, match=r"no caption field \['title', 'recaption'\].*txt"):
     read(shard, captions=("title",), second_captions=("recaption",))
@@ -151,7 +154,7 @@ def two_texts(source, fields, **changes):
   c.writer = dict(tensorboard=False)
   for tower in (c.model.image, c.model.text):
     tower.update(width=32, depth=1)
-  return configs.plain(c) | changes
+  return plain(c) | changes
 
 
 def losses(workdir):
@@ -163,20 +166,20 @@ def losses(workdir):
 
 
 def test_a_loss_of_two_texts_trains(shard, tmp_path):
-  train(tmp_path / "run", **two_texts(shard, ("json.recaption", "txt")))
+  train(two_texts(shard, ("json.recaption", "txt")), tmp_path / "run")
   found = np.array(losses(tmp_path / "run"))
   assert found.shape == (4, 3) and (found[:, 1] != found[:, 2]).all()
   one = two_texts(shard, ("txt",))
   del one["data"]["second_captions"]
   with pytest.raises(ValueError, match=r"'ztxt_second'.*Set config\.data\.second_captions"):
-    train(tmp_path / "one", **one)
+    train(one, tmp_path / "one")
 
 
 @pytest.mark.slow
 def test_two_of_the_five_captions_of_a_photo(data_root, tmp_path):
   c = two_texts(f"{data_root}/flickr8k/train/*.tar", ("json.captions",), total_steps=20)
-  train(tmp_path / "whole", **c)
-  train(tmp_path / "parts", **c, microbatches=2)
+  train(c, tmp_path / "whole")
+  train(c | dict(microbatches=2), tmp_path / "parts")
   found = np.array(losses(tmp_path / "whole"))
   np.testing.assert_allclose(np.array(losses(tmp_path / "parts"))[:5], found[:5], rtol=1e-5)
   assert len(found) == 20 and (found[-3:].mean(0) < 0.8 * found[:3].mean(0)).all()
@@ -207,16 +210,18 @@ def test_captions_that_are_no_utf8_are_counted_whatever_their_source(tmp_path):
     )
   )
   for name in ("0.tar", "0.tsv"):
-    source, reading = inputs.open_data(
-      source=f"{tmp_path}/{name}",
-      image_size=8,
-      tokenizer=TOKENIZER,
-      captions=("txt",),
-      second_captions=("alt",),
-      shuffle=False,
+    inputs = open_data(
+      data_options(
+        source=f"{tmp_path}/{name}",
+        image_size=8,
+        tokenizer=TOKENIZER,
+        captions=("txt",),
+        second_captions=("alt",),
+        shuffle=False,
+      )
     )
     with contextlib.closing(
-      train_batches(source, batch_size=4, rows=np.arange(4), seed=0, stop=4, **reading)
+      inputs.batches(rejected_log="", batch_size=4, rows=np.arange(4), seed=0, stop=4)
     ) as batches:
       (batch,) = list(batches)
     assert batch["repaired"].tolist() == [2, 1, 0, 0] and not batch["rejects"].any()

@@ -7,14 +7,13 @@ import io
 
 import numpy as np
 import pytest
+from helpers.batches import data_options, eval_batches, train_batches
 from helpers.small_shards import picture, samples, write_tar
 from PIL import Image, ImageOps
 
 from bigalign import sharding
 from bigalign.data.image import transforms
 from bigalign.data.image.decode import decode
-from bigalign.data.loader.evaluation import eval_batches
-from bigalign.data.loader.training import train_batches
 from bigalign.data.order.permutation import philox, sample_index
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import open_source
@@ -189,14 +188,18 @@ def test_exif_in_training_and_evaluation(tmp_path, apply_exif, expected):
       ("1.txt", b"upright"),
     ],
   )
-  data = dict(
-    source=f"{tmp_path}/0.tar", image_size=16, tokenizer=OPTIONS["tokenizer"], apply_exif=apply_exif
+  data = data_options(
+    source=f"{tmp_path}/0.tar",
+    image_size=16,
+    tokenizer=OPTIONS["tokenizer"],
+    apply_exif=apply_exif,
+    augment=dict(crop="squash"),
+    shuffle=False,
   )
-  source, reading = open_data(**data, augment=dict(crop="squash"), shuffle=False)
   context = Context("val", None, None, sharding.make_mesh(), data)
-  evaluated = open_evaluation(context, data["source"], batch_size=2, captions=0).batches()
+  evaluated = open_evaluation(context, data.source, batch_size=2, captions=0).batches()
   with contextlib.closing(
-    train_batches(source, batch_size=2, rows=np.arange(2), seed=0, stop=2, **reading)
+    open_data(data).batches(rejected_log="", batch_size=2, rows=np.arange(2), seed=0, stop=2)
   ) as batches:
     found = [next(iter(batches)), next(iter(evaluated))]
   for batch in found:

@@ -8,13 +8,13 @@ import hashlib
 
 import numpy as np
 import pytest
+from helpers.batches import data_options
 from helpers.small_shards import picture, samples, write_tar
 
-from bigalign import inputs
-from bigalign.data.loader.training import train_batches
 from bigalign.data.order import blocks, permutation
 from bigalign.data.order.order import Order
 from bigalign.data.sources.mixture import Mixture
+from bigalign.inputs import open_data
 
 B, STEPS = 24, 9
 HOSTS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 3)
@@ -56,17 +56,16 @@ def settings(tmp_path_factory):
 
 def host_batches(options, *, host, hosts, workers=0, start=0, steps=STEPS):
   """What one host makes: its rows of `steps` global batches."""
-  source, reading = inputs.open_data(**READING, **options)
+  inputs = open_data(data_options(**READING, **options, workers=workers))
   own = B // hosts
   with contextlib.closing(
-    train_batches(
-      source,
+    inputs.batches(
+      rejected_log="",
       batch_size=B,
       rows=np.arange(host * own, (host + 1) * own),
       seed=5,
       start=start,
       stop=start + steps * B,
-      **{**reading, "workers": workers},
     )
   ) as batches:
     return list(batches)
@@ -120,18 +119,17 @@ def test_some_of_them_and_some_restarts(settings, name):
 @pytest.mark.parametrize("name", ["exact", "block", "mixture", "mixed_blocks"])
 def test_another_batch_size_goes_on_by_position(settings, name):
   """Rows of 24 and of 8 are the same rows, if the lanes stay those the run began with."""
-  source, reading = inputs.open_data(**READING, **settings[name])
+  inputs = open_data(data_options(**READING, **settings[name]))
 
   def rows(batch, start, **more):
     with contextlib.closing(
-      train_batches(
-        source,
+      inputs.batches(
+        rejected_log="",
         batch_size=batch,
         rows=np.arange(batch),
         seed=5,
         start=start,
         stop=STEPS * B,
-        **reading,
         **more,
       )
     ) as batches:

@@ -7,16 +7,16 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.batches import data_options, train_batches
 from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 
-from bigalign import config as configs
 from bigalign import inputs
-from bigalign.data.loader.training import train_batches
 from bigalign.data.order.order import Order
 from bigalign.data.order.schedule import MixtureSchedule, check_sizes, epochs
 from bigalign.data.sources.base import open_source
 from bigalign.data.sources.mixture import Mixture
+from bigalign.options import plain
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
@@ -128,12 +128,12 @@ def write(tmp_path):
 
 
 def open_data(**options):
-  return inputs.open_data(image_size=4, tokenizer=TOKENIZER, **options)
+  return inputs.open_data(data_options(image_size=4, tokenizer=TOKENIZER, **options))
 
 
-def texts(source, reading, count):
+def texts(opened, count):
   with contextlib.closing(
-    train_batches(source, batch_size=10, rows=np.arange(10), seed=0, stop=count, **reading)
+    opened.batches(rejected_log="", batch_size=10, rows=np.arange(10), seed=0, stop=count)
   ) as batches:
     rows = np.concatenate([batch["text"] for batch in batches])
   return [bytes((row[row > 2] - 3).tolist()).decode() for row in rows]
@@ -142,7 +142,7 @@ def texts(source, reading, count):
 def test_a_config_mixes_shards(tmp_path):
   a, b = write(tmp_path)
   found = texts(
-    *open_data(
+    open_data(
       mixture=(
         dict(name="de", source=a, weight=1.0, prefix="de: "),
         dict(name="en", source=b, weight=3.0),
@@ -157,7 +157,8 @@ def test_a_config_mixes_shards(tmp_path):
 
 def test_upsampling_factors(tmp_path):
   a, b = write(tmp_path)
-  source, _ = open_data(mixture=(dict(name="a", source=a, upsampling=2), dict(name="b", source=b)))
+  mixed = (dict(name="a", source=a, upsampling=2), dict(name="b", source=b))
+  source = open_data(mixture=mixed).source
   # As open_clip's 2::1: twice over the first while the second is passed once.
   assert epochs(source, 120, batch_size=10) == dict(a=2.0, b=1.0)
 
@@ -165,7 +166,7 @@ def test_upsampling_factors(tmp_path):
 def test_a_schedule_begins_as_it_says(tmp_path):
   a, b = write(tmp_path)
   mixed = (dict(name="a", source=a), dict(name="b", source=b))
-  found = texts(*open_data(mixture=mixed, schedule=((0, dict(a=1)), ("3 steps", dict(b=1)))), 60)
+  found = texts(open_data(mixture=mixed, schedule=((0, dict(a=1)), ("3 steps", dict(b=1)))), 60)
   assert {int(text.split()[-1]) < 100 for text in found[:30]} == {True}
   assert {int(text.split()[-1]) < 100 for text in found[30:]} == {False}
 
@@ -177,7 +178,7 @@ def test_a_schedule_begins_as_it_says(tmp_path):
     (r"'b' has weight 0\b", dict(b=dict(weight=0))),
     (r"'b' has both a weight and an upsampling", dict(b=dict(weight=1, upsampling=1))),
     (r"config.data.mixture\[1\]: unknown option 'wieght'", dict(b=dict(wieght=1))),
-    (r"config.data.mixture\[1\].name='a': the name of another", dict(b=dict(name="a"))),
+    (r"config.data.mixture\[1\].name='a' is the name of another", dict(b=dict(name="a"))),
     (r"no source 'z'; known: \('a', 'b'\)", dict(schedule=((0, dict(z=1)),))),
     (r"either source or mixture", dict(source="glyphs")),
     (
@@ -231,13 +232,13 @@ def test_photos_by_shares_go_on_where_they_stopped(data_root, tmp_path):
     ),
     schedule=(("30 steps", dict(emoji=1.0)),),
   )
-  train(tmp_path / "whole", **configs.plain(c))
+  train(plain(c), tmp_path / "whole")
   rows = [row for row in read_metrics(tmp_path / "whole") if "train/loss" in row]
   read = [[row[f"train/epoch_{name}"] for name in SHARES] for row in (rows[29], rows[39])]
   sizes = [len(open_source(f"{data_root}/{name}/train/*.tar")) for name in SHARES]
   np.testing.assert_allclose(np.multiply(read, sizes), [[960, 480, 480], [960, 480, 1120]], atol=2)
   shutil.copytree(tmp_path / "whole", tmp_path / "cut")
   shutil.rmtree(tmp_path / "cut" / "checkpoints" / "40")
-  train(tmp_path / "cut", **configs.plain(c))
+  train(plain(c), tmp_path / "cut")
   again = [row for row in read_metrics(tmp_path / "cut") if "train/loss" in row]
   assert [row["train/loss"] for row in again] == [row["train/loss"] for row in rows]

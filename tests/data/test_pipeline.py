@@ -10,11 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.batches import data_options, eval_batches, train_batches
 from helpers.small_shards import picture, samples, write_tar
 
 from bigalign.data.image.transforms import eval_image
-from bigalign.data.loader.evaluation import eval_batches
-from bigalign.data.loader.training import batch_spec, train_batches
+from bigalign.data.loader.training import batch_spec
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import open_source
 
@@ -224,7 +224,8 @@ def test_stop_ends_the_batches():
 
 
 def test_batch_spec_is_what_comes(shards):
-  spec = batch_spec(batch_size=B, image_size=16, tokenizer=OPTIONS["tokenizer"])
+  data = data_options(image_size=16, tokenizer=OPTIONS["tokenizer"])
+  spec = batch_spec(data, batch_size=B)
   batch = take(open_source(shards), 1)[0]
   assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
     name: (shape, np.dtype(dtype)) for name, (shape, dtype) in spec.items()
@@ -294,12 +295,14 @@ SCRIPT = """
 import multiprocessing
 import sys
 import numpy as np
-from bigalign.data.pipeline import train_batches
-from bigalign.data.sources import open_source
+from bigalign.data.loader.options import resolve_data
+from bigalign.data.loader.training import train_batches
+from bigalign.data.sources.base import open_source
 
 def main():
-  batches = train_batches(open_source(sys.argv[1]), batch_size=8, rows=np.arange(8), seed=0,
-                          image_size=16, tokenizer=dict(name="byte", length=8), workers=1)
+  data = resolve_data(dict(image_size=16, tokenizer=dict(name="byte", length=8), workers=1))
+  batches = train_batches(
+    open_source(sys.argv[1]), data, batch_size=8, rows=np.arange(8), seed=0)
   next(batches)
   print(*[process.pid for process in multiprocessing.active_children()], flush=True)
   if "wait" in sys.argv:
