@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bigalign import checks, inputs, sharding, stages, tree
 from bigalign.config import Config, resolve_config
-from bigalign.losses import check_needs, remembers
+from bigalign.losses import check_needs, has_tables
 from bigalign.model import provided
 from bigalign.options import plain
 from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, topologies
@@ -52,7 +52,7 @@ def trace(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> S
   inputs.check_stored(run_stages)
   chosen = run_stages[stage]
   program = make_program(config, dataset_size=samples)
-  if not samples and remembers(program.loss, program.sizes):
+  if not samples and has_tables(program.loss):
     raise ValueError(
       f"config.loss={[*config.loss]} has state for every sample; give the number of samples:"
       " --samples=400000000"

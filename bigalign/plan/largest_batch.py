@@ -34,7 +34,7 @@ def predict(plans: Sequence[Mapping[str, Any]]) -> int:
   parts = last["mesh"]["data"] * last["mesh"]["fsdp"]
   largest = (last["batch_size"] + room / slope * last["devices"]) / parts if slope > 0 else 0
   unit = ROWS * last["microbatches"]
-  return int(largest // unit * unit) * parts
+  return int(largest // unit * unit) * int(parts)
 
 
 def search(plan: Mapping[str, Any], plan_batch: Callable[[int], Mapping[str, Any]]) -> int:

@@ -98,7 +98,7 @@ def measure(
 
   rows = sharding.batch_sharding(mesh)
   params = jax.tree.map(lambda x: placed(x, sharding.replicated_sharding(mesh)), params)
-  state = jax.tree.map(lambda x: placed(x, tables.placed(x, mesh)), state)
+  state = jax.tree.map(lambda x: placed(x, tables.state_sharding(x, mesh)), state)
   feats = {k: placed(x, rows) for k, x in abstract.items() if k.startswith(LEARNED)}
   rest = {k: placed(x, rows) for k, x in abstract.items() if k not in feats}
   places = jax.tree.map(lambda x: x.sharding, ((None, state), (params, feats)))

@@ -1,4 +1,4 @@
-"""Figures of a report as inline SVG, in the colours of the page that holds them."""
+"""Figures of a report as inline SVG, in the colours of the surrounding page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 Series = tuple[Sequence[float], Sequence[float]]  # steps, values
 
-# Stand-ins that become CSS variables, so that one picture suits a light and a dark page.
+# Placeholders that become CSS variables, so that one figure suits light and dark pages.
 _COLOURS = {
   "#010101": "ink",
   "#020202": "faint",
@@ -59,22 +59,22 @@ _HEAT = LinearSegmentedColormap.from_list(
 
 
 def _svg(figure: Figure) -> str:
-  """The figure as one <svg> element without size, ids of others, or any address in it."""
+  """A figure as one <svg> element without size, metadata or URLs."""
   file = io.StringIO()
-  nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-  figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+  no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+  figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
   text = file.getvalue()
   text = text[text.index("<svg") :]
   text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-  text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML knows the element
+  text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # not needed inside HTML
   text = re.sub(
     r'(<svg[^>]*?) width="[^"]*"',
     r"\1",
     re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1),
     count=1,
   )
-  for stand_in, name in _COLOURS.items():
-    text = text.replace(stand_in, f"var(--{name})")
+  for placeholder, name in _COLOURS.items():
+    text = text.replace(placeholder, f"var(--{name})")
   return text.strip()
 
 
@@ -86,10 +86,14 @@ def curves(
   levels: Mapping[str, float] | None = None,
   percent: bool = False,
 ) -> str:
-  """Lines over steps, with a legend if there are several.
+  """Returns lines over steps, with a legend if there are several.
 
-  log: a logarithmic scale where the values span more than a decade.
-  levels: {name of a line: what guessing would score}, drawn dotted in the line's colour.
+  Args:
+    series: {name of a line: (steps, values)}.
+    title: of the figure.
+    log: use a logarithmic scale if the values span more than a decade.
+    levels: {name of a line: chance level}, drawn dotted in the colour of the line.
+    percent: whether the values are fractions to show in percent.
   """
   with matplotlib.rc_context(_STYLE):
     legend = len(series) if len(series) > 1 else 0
@@ -120,7 +124,7 @@ def curves(
 
 
 def histogram(values: Sequence[float], *, title: str) -> str:
-  """How often values occur, all of them above 0; a logarithmic scale where they span decades."""
+  """Returns a histogram of values above 0, on a logarithmic scale if they span a factor over 20."""
   least, most = min(values), max(values)
   log = most > 20 * least
   edges = np.geomspace(least, most, 41) if log else np.linspace(least, max(most, least + 1e-6), 41)
@@ -140,7 +144,11 @@ def histogram(values: Sequence[float], *, title: str) -> str:
 
 
 def heatmap(sims: np.ndarray) -> str:
-  """[N, N] similarities, rows images, columns captions."""
+  """Returns an image of similarities.
+
+  Args:
+    sims: [N, N], rows are images, columns captions.
+  """
   with matplotlib.rc_context({**_STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
     figure = Figure(figsize=(4.6, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -156,7 +164,14 @@ def heatmap(sims: np.ndarray) -> str:
 
 
 def grid(values: np.ndarray, *, rows: Sequence[str], columns: Sequence[str], title: str) -> bytes:
-  """[R, C] values as a table of colours with their numbers, a PNG on white."""
+  """Returns a table of coloured cells with their numbers as a PNG on white.
+
+  Args:
+    values: [R, C].
+    rows: R names.
+    columns: C names.
+    title: of the figure.
+  """
   size = (
     1.5 + 0.06 * max(map(len, rows)) + 1.1 * len(columns),
     1.3 + 0.04 * max(map(len, columns)) + 0.6 * len(rows),
@@ -177,17 +192,29 @@ def grid(values: np.ndarray, *, rows: Sequence[str], columns: Sequence[str], tit
 
 
 def principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """[N, E] -> coordinates [N, 2] on the two main axes, and their shares of the variance, [2]."""
+  """Projects vectors on their two principal axes.
+
+  Args:
+    z: [N, E].
+
+  Returns:
+    Coordinates [N, 2] and the shares of the variance [2].
+  """
   centred = z - z.mean(0)
   left, scale, _ = np.linalg.svd(centred, full_matrices=False)
   shares = scale**2 / max(float((scale**2).sum()), 1e-30)
-  # The sign of an axis is free; fixed, so that equal runs give equal pictures.
+  # The sign of an axis is arbitrary; fixing it makes equal runs give equal figures.
   sign = np.sign(left[np.abs(left).argmax(0), np.arange(left.shape[1])])
   return (left * scale * sign)[:, :2], shares[:2]
 
 
 def sphere(zimg: np.ndarray, ztxt: np.ndarray) -> str:
-  """Both modalities in the plane of their joint PCA; pairs joined, the two means by an arrow."""
+  """Returns both modalities in the plane of their joint PCA; lines join pairs, an arrow the means.
+
+  Args:
+    zimg: [N, E], embeddings of the images.
+    ztxt: [N, E], embeddings of their captions.
+  """
   xy, shares = principal(np.concatenate([zimg, ztxt]))
   n = len(zimg)
   with matplotlib.rc_context(_STYLE):
@@ -225,10 +252,15 @@ def sphere(zimg: np.ndarray, ztxt: np.ndarray) -> str:
 
 
 def thumbnail(image: np.ndarray, size: int = 112) -> str:
-  """[H, W, 3] uint8 -> a data: address of the image, at most `size` pixels wide and high."""
-  picture = Image.fromarray(image)
-  picture.thumbnail((size, size))
+  """Returns a data: URL of an image.
+
+  Args:
+    image: [H, W, 3] uint8.
+    size: largest width and height, pixels.
+  """
+  small = Image.fromarray(image)
+  small.thumbnail((size, size))
   file = io.BytesIO()
-  kind, options = ("png", {}) if max(picture.size) <= 64 else ("jpeg", {"quality": 85})
-  picture.save(file, kind, **options)
+  kind, options = ("png", {}) if max(small.size) <= 64 else ("jpeg", {"quality": 85})
+  small.save(file, kind, **options)
   return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

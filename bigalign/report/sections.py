@@ -1,4 +1,4 @@
-"""The sections of a report as HTML; whatever comes from data or a config is escaped."""
+"""The sections of a report as HTML; all text from data or a config is escaped."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from bigalign.report import figures
 from bigalign.run.metrics import is_wall_clock
 
 MATRIX = 48  # pairs in the similarity matrix
-SHOWN = 6  # best and worst retrievals, each way
+SHOWN = 6  # best and worst retrievals, in each direction
 
-Rows = list[dict[str, int | float]]
+Rows = list[dict[str, int | float]]  # of metrics.jsonl: {name: number}, "step" among the names
 
 
 class Pairs(NamedTuple):
-  """Held-out pairs: images [N, S, S, 3], the N captions, their embeddings zimg, ztxt [N, E]."""
+  """Held-out pairs.
+
+  Attributes:
+    where: how many they are and what they are, for the page.
+    images: [N, S, S, 3] uint8.
+    captions: N texts.
+    zimg: [N, E], embeddings of the images, unit norm.
+    ztxt: [N, E], embeddings of the captions, unit norm.
+  """
 
   where: str
   images: np.ndarray
@@ -32,20 +40,20 @@ class Pairs(NamedTuple):
 
 
 def series(rows: Rows, name: str) -> figures.Series:
-  """Steps and values of one metric."""
-  found = [(row["step"], row[name]) for row in rows if name in row]
-  return [step for step, _ in found], [value for _, value in found]
+  """Returns the steps and the values of one metric."""
+  points = [(row["step"], row[name]) for row in rows if name in row]
+  return [step for step, _ in points], [value for _, value in points]
 
 
 def final(rows: Rows) -> dict[str, float]:
-  """The last value of each evaluation metric."""
+  """Returns the last value of each evaluation metric."""
   last: dict[str, float] = {}
   for row in rows:
     last |= {k: v for k, v in row.items() if not re.match(r"(train|perf)/|step$", k)}
   return last
 
 
-# What the parts of a metric's name say to a reader.
+# Readable forms of the parts of a metric's name.
 _WORDS = (
   ("-zeroshot-val", " zero-shot"),
   ("-unseen-", ": unseen characters-"),
@@ -58,35 +66,44 @@ _WORDS = (
 )
 
 
-def said(name: str) -> str:
-  """A metric's name for people: "val/coco/image_to_text_R@1" -> "coco · image to text R@1"."""
+def readable(name: str) -> str:
+  """Returns a readable name: "val/coco/image_to_text_R@1" -> "coco · image to text R@1"."""
   name = name.removeprefix("val/")
   for part, words in _WORDS:
     name = name.replace(part, words)
   return re.sub("[-_](?=(top|R@)[0-9])", " ", name).replace("/", " · ")
 
 
-def groups(values: Mapping[str, float], guess: Mapping[str, float]) -> dict[str, dict[int, str]]:
-  """{what is measured: {k: name of its top-k or R@k}} where chance is known for the smallest k.
+def groups(
+  values: Mapping[str, float], by_chance: Mapping[str, float]
+) -> dict[str, dict[int, str]]:
+  """Groups the top-k and R@k metrics whose chance level is known for the smallest k.
 
-  Without those of averaged parameters, which repeat the others.
+  Metrics of averaged parameters are left out, because they repeat the others.
+
+  Args:
+    values: {metric: value}.
+    by_chance: {metric: value by chance}.
+
+  Returns:
+    {what is measured: {k: metric}}.
   """
-  found: dict[str, dict[int, str]] = {}
+  by_k: dict[str, dict[int, str]] = {}
   for name in values:
     match = re.fullmatch(r"(.*?)[-_](?:top|R@)(\d+)", name)
     if match and not name.startswith("ema/"):
-      found.setdefault(match[1], {})[int(match[2])] = name
-  return {what: names for what, names in found.items() if names[min(names)] in guess}
+      by_k.setdefault(match[1], {})[int(match[2])] = name
+  return {what: names for what, names in by_k.items() if names[min(names)] in by_chance}
 
 
 def percent(x: float) -> str:
-  """A fraction with three digits that count: 0.462 -> 46.2, 0.00014 -> 0.014."""
+  """Returns a fraction in percent with two or three significant digits: 0.00014 -> "0.014"."""
   x *= 100
   return f"{x:.1f}" if x >= 1 or x == 0 else f"{x:.2g}"
 
 
 def header(run: Run, rows: Rows) -> str:
-  """Name of the run and the facts that identify it."""
+  """Returns the name of the run and the facts that identify it."""
   speed = series(rows, "train/samples_per_second")[1]
   facts = {
     "step": f"{run.step:,}",
@@ -98,67 +115,67 @@ def header(run: Run, rows: Rows) -> str:
   }
   if speed:
     facts["images/s"] = f"{np.median(speed):,.0f}"
-  told = "".join(f"<span>{escape(k)} <b>{escape(str(v))}</b></span>" for k, v in facts.items())
-  return f'<h1>{escape(run.workdir.name)}</h1><div class="facts">{told}</div>'
+  spans = "".join(f"<span>{escape(k)} <b>{escape(str(v))}</b></span>" for k, v in facts.items())
+  return f'<h1>{escape(run.workdir.name)}</h1><div class="facts">{spans}</div>'
 
 
-def headline(values: Mapping[str, float], guess: Mapping[str, float]) -> str:
-  """A card per thing measured: the figure at the smallest k, chance beside it, the others below."""
+def headline(values: Mapping[str, float], by_chance: Mapping[str, float]) -> str:
+  """Returns a card per group of metrics: value and chance level at the smallest k, larger k."""
   cards = []
-  for what, names in groups(values, guess).items():
+  for what, names in groups(values, by_chance).items():
     first, *others = [names[k] for k in sorted(names)]
-    value, by_chance = values[first], guess[first]
-    ratio = value / by_chance
+    value, level = values[first], by_chance[first]
+    ratio = value / level
     times = f" · <b>{ratio:,.{0 if ratio > 10 else 1}f}× chance</b>" if ratio > 1.5 else ""
     kind = re.search(r"(top|R@)\d+$", first)
     rest = " · ".join(
       f"{escape(re.sub(r'^.*[-_]', '', name))} {percent(values[name])} %" for name in others
     )
     cards.append(
-      f'<div class="card figure"><div class="label">{escape(said(what))}</div>'
+      f'<div class="card figure"><div class="label">{escape(readable(what))}</div>'
       f'<div class="value">{percent(value)}<small>% {kind[0] if kind else ""}</small></div>'
       f'<div class="track"><i style="width:{100 * value:.2f}%"></i>'
-      f'<u style="left:{min(100 * by_chance, 99.5):.2f}%"></u></div>'
-      f'<div class="beside">chance {percent(by_chance)} %{times}</div>'
-      f'<div class="beside">{rest}</div></div>'
+      f'<u style="left:{min(100 * level, 99.5):.2f}%"></u></div>'
+      f'<div class="note">chance {percent(level)} %{times}</div>'
+      f'<div class="note">{rest}</div></div>'
     )
   if not cards:
     return ""
   return (
-    "<h2>Result</h2><p>Final figures; the bar is the figure, the orange mark what guessing scores."
+    "<h2>Result</h2><p>Final results. Bar: score; orange mark: chance level."
     f'</p><div class="grid">{"".join(cards)}</div>'
   )
 
 
-def learning(rows: Rows, guess: Mapping[str, float]) -> str:
-  """The curves: loss, evaluation, temperature, rate, norms."""
-  named = groups(final(rows), guess)
-  evaluated = {said(names[min(names)]): names[min(names)] for names in [*named.values()][:6]}
+def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
+  """Returns the curves: loss, evaluation, temperature, learning rate, gradient norm, speed."""
+  named = groups(final(rows), by_chance)
+  evaluated = {readable(names[min(names)]): names[min(names)] for names in [*named.values()][:6]}
   present = sorted({name for row in rows for name in row})
   temperature = [name for name in present if name.endswith(("logit_scale", "/t"))]
-  drawn = []
+  cards = []
 
   def draw(title: str, names: Mapping[str, str], **options: Any) -> None:
     lines = {label: series(rows, name) for label, name in names.items() if name in present}
     if lines:
-      drawn.append(f'<div class="card">{figures.curves(lines, title=title, **options)}</div>')
+      cards.append(f'<div class="card">{figures.curves(lines, title=title, **options)}</div>')
 
   draw("loss", {"loss": "train/loss"}, log=True)
   draw(
     "evaluation, dotted: chance",
     evaluated,
     percent=True,
-    levels={label: guess[name] for label, name in evaluated.items()},
+    levels={label: by_chance[name] for label, name in evaluated.items()},
   )
-  draw("temperature, as the factor of the cosine", {name: name for name in temperature})
+  draw("temperature (factor of the cosine similarity)", {name: name for name in temperature})
   draw("learning rate", {"rate": "train/lr"})
-  draw("norm of the gradient", {"gradient": "train/grad_norm"}, log=True)
+  draw("gradient norm", {"gradient": "train/grad_norm"}, log=True)
   draw("images per second", {"images/s": "train/samples_per_second"})
-  return f'<h2>Learning</h2><div class="grid two">{"".join(drawn)}</div>' if drawn else ""
+  return f'<h2>Learning</h2><div class="grid two">{"".join(cards)}</div>' if cards else ""
 
 
 def geometry(pairs: Pairs) -> str:
-  """The similarity matrix of a batch, and both modalities on the sphere with their gap."""
+  """Returns the similarity matrix of some pairs, and a PCA of both modalities with their gap."""
   some = np.linspace(0, len(pairs.zimg) - 1, min(MATRIX, len(pairs.zimg))).astype(int)
   sims = pairs.zimg @ pairs.ztxt.T
   same = np.asarray(pairs.captions)[:, None] == np.asarray(pairs.captions)[None]
@@ -166,14 +183,14 @@ def geometry(pairs: Pairs) -> str:
   numbers = {
     "modality gap: distance of the two means": f"{gap:.3f}",
     "mean cosine of matching pairs": f"{sims[same].mean():.3f}",
-    "mean cosine of the others": f"{sims[~same].mean():.3f}" if (~same).any() else "–",
+    "mean cosine of other pairs": f"{sims[~same].mean():.3f}" if (~same).any() else "–",
   }
-  told = "".join(f"<div><b>{v}</b>{escape(k)}</div>" for k, v in numbers.items())
+  cells = "".join(f"<div><b>{v}</b>{escape(k)}</div>" for k, v in numbers.items())
   return (
-    f"<h2>Geometry</h2><p>{escape(pairs.where)}. Left, {len(some)} of them: a bright diagonal on a"
-    " dark ground is what the loss asks for. Right: both modalities in the plane of their joint"
-    " PCA, pairs joined by lines; the arrow is the gap between the two means.</p>"
-    f'<div class="numbers">{told}</div><div class="grid two">'
+    f"<h2>Geometry</h2><p>{escape(pairs.where)}. Left: similarities of {len(some)} of them; a"
+    " well-trained model shows a bright diagonal on a dark background. Right: both modalities in the"
+    " plane of their joint PCA. Lines join pairs; the arrow is the gap between the two means.</p>"
+    f'<div class="numbers">{cells}</div><div class="grid two">'
     f'<div class="card">{figures.heatmap(sims[np.ix_(some, some)])}</div>'
     f'<div class="card">{figures.sphere(pairs.zimg, pairs.ztxt)}</div></div>'
   )
@@ -193,7 +210,7 @@ def _image_card(pairs: Pairs, i: int, texts: list[str], sims: np.ndarray, rank: 
   )
   return (
     f'<div class="card pair">{_image(pairs, i)}<div><div class="caption">'
-    f'{escape(pairs.captions[i])}</div><div class="rank">its caption comes at rank {rank}</div>'
+    f'{escape(pairs.captions[i])}</div><div class="rank">rank of its caption: {rank}</div>'
     f"<ol>{lines}</ol></div></div>"
   )
 
@@ -201,28 +218,36 @@ def _image_card(pairs: Pairs, i: int, texts: list[str], sims: np.ndarray, rank: 
 def _text_card(pairs: Pairs, text: str, sims: np.ndarray, rank: int) -> str:
   order = np.argsort(-sims, kind="stable")
   right = [i for i in order if pairs.captions[i] == text][:1]
-  # The first five; where the right one is not among them, it takes the place of the last.
+  # The first five; if the correct one is not among them, it replaces the fifth.
   shown = order[:5] if rank <= 5 else [*order[:4], *right]
-  found = "".join(
+  results = "".join(
     f"<div{' class=hit' if pairs.captions[i] == text else ''}>{_image(pairs, int(i))}"
     f"{sims[i]:.2f}</div>"
     for i in shown
   )
   return (
     f'<div class="card"><div class="caption">{escape(text)}</div>'
-    f'<div class="rank">its image comes at rank {rank}</div><div class="found">{found}</div></div>'
+    f'<div class="rank">rank of its image: {rank}</div><div class="results">{results}</div></div>'
   )
 
 
 def margins(sims: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """[Q, G] similarities and positives -> by query, own minus best other, and rank from 1."""
+  """Returns how clearly each query finds its positive.
+
+  Args:
+    sims: [Q, G], similarities of queries and candidates.
+    positive: [Q, G], whether a candidate is correct.
+
+  Returns:
+    Margin [Q], the best correct similarity minus the best wrong one, and rank [Q] from 1.
+  """
   own = np.where(positive, sims, -np.inf).max(1)
   others = np.where(positive, -np.inf, sims)
   return own - others.max(1), 1 + (others > own[:, None]).sum(1)
 
 
 def retrieval(pairs: Pairs) -> str:
-  """Best and worst retrievals both ways; equal captions count as one."""
+  """Returns the best and worst retrievals in both directions; equal captions count as one."""
   texts, first = np.unique(pairs.captions, return_index=True)
   if len(texts) < 2:
     return ""
@@ -231,29 +256,35 @@ def retrieval(pairs: Pairs) -> str:
   positive = np.asarray(pairs.captions)[:, None] == texts[None]
   parts = [
     f"<h2>Retrieval</h2><p>Among {escape(pairs.where)}, with {len(names)} different captions,"
-    " ordered by the rank of the right answer, then by its margin over the best wrong one. Right is"
-    " green, and stands last where it is not among the first.</p>"
+    " ordered by the rank of the correct match, then by its margin over the best wrong one. The"
+    " correct match is green; if it is not in the top results, it is shown last.</p>"
   ]
-  for way, scores, right in (
+  for direction, scores, correct in (
     ("image to text", sims, positive),
     ("text to image", sims.T, positive.T),
   ):
-    margin, rank = margins(scores, right)
+    margin, rank = margins(scores, correct)
     best = np.lexsort((-margin, rank))[:SHOWN]
     worst = np.lexsort((margin, -rank))[:SHOWN]
     for title, chosen in (("best", best), ("worst", worst)):
       cards = [
         _image_card(pairs, int(q), names, scores[q], int(rank[q]))
-        if way == "image to text"
+        if direction == "image to text"
         else _text_card(pairs, names[q], scores[q], int(rank[q]))
         for q in chosen
       ]
-      parts.append(f'<h3>{way}, {title}</h3><div class="pairs">{"".join(cards)}</div>')
+      parts.append(f'<h3>{direction}, {title}</h3><div class="pairs">{"".join(cards)}</div>')
   return "".join(parts)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
-  """An HTML table; all but the first column right-aligned if they are numbers."""
+  """Returns an HTML table.
+
+  Args:
+    head: names of the columns.
+    rows: the cells as text.
+    numbers: whether all columns but the first hold numbers, which are right-aligned.
+  """
 
   def line(cells: Sequence[str], tag: str) -> str:
     return (
@@ -269,7 +300,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = Fa
 
 
 def throughput(rows: Rows) -> str:
-  """Medians over the run of what was timed."""
+  """Returns median, least and most of each wall-clock metric over the run."""
   timed = sorted({name for row in rows for name in row if is_wall_clock(name)})
   body = []
   for name in timed:
@@ -283,14 +314,14 @@ def throughput(rows: Rows) -> str:
   )
 
 
-def everything(rows: Rows, values: Mapping[str, float], guess: Mapping[str, float]) -> str:
-  """Every evaluation metric: at its first evaluation, at the last, by chance."""
+def everything(rows: Rows, values: Mapping[str, float], by_chance: Mapping[str, float]) -> str:
+  """Returns each evaluation metric: first value, last value, chance level."""
 
   def cell(x: float | None) -> str:
     return "" if x is None else f"{x:.4f}" if isinstance(x, float) else f"{x:,}"
 
   body = [
-    (name, cell(series(rows, name)[1][0]), cell(value), cell(guess.get(name)))
+    (name, cell(series(rows, name)[1][0]), cell(value), cell(by_chance.get(name)))
     for name, value in values.items()
   ]
   if not body:
@@ -302,7 +333,7 @@ def everything(rows: Rows, values: Mapping[str, float], guess: Mapping[str, floa
 
 
 def details(run: Run) -> str:
-  """Config, versions, revision, data."""
+  """Returns the config, the versions of code and packages, and the fingerprint of the data."""
   config = [(key, repr(value)) for key, value in tree.flatten(plain(run.config)).items()]
   code = {
     "revision": run.meta["revision"],
@@ -311,5 +342,5 @@ def details(run: Run) -> str:
   }
   return (
     f'<h2>Config</h2><div class="card mono">{table(("key", "value"), config)}</div>'
-    f'<h2>Versions</h2><div class="card mono">{table(("what", "which"), [*code.items()])}</div>'
+    f'<h2>Versions</h2><div class="card mono">{table(("name", "version"), [*code.items()])}</div>'
   )

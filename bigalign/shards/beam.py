@@ -1,6 +1,6 @@
-"""A function of a shard through Apache Beam: on this machine, Dataflow, Flink or Spark by flags.
+"""Runs a function on shards by Apache Beam: on this machine, Dataflow, Flink or Spark, by flags.
 
-Beam wants other versions of protobuf, pyarrow and pillow than training does, so it has an
+Beam needs other versions of protobuf, pyarrow and pillow than training, so install it in an
 environment of its own: pip install 'bigalign[beam]'.
 """
 
@@ -17,10 +17,18 @@ Outcome = TypeVar("Outcome")
 def run(
   process: Callable[[Task], Outcome], tasks: Sequence[Task], *, flags: Sequence[str]
 ) -> Iterable[Outcome]:
-  """The outcomes of all tasks, worked on by the runner that Beam's flags name.
+  """Processes all tasks on the runner that Beam's flags name, and returns their outcomes.
 
-  The workers must see the paths of the tasks. What a worker did is found on the disk afterwards:
-  `process` must pass over what is done already, so that here it tells the outcome alone.
+  The workers write to storage that this process can read. Afterwards `process` runs here once more
+  for every task: it must skip finished work and only return the outcome.
+
+  Args:
+    process: function of one task.
+    tasks: whose paths the workers must be able to read.
+    flags: of Beam, such as --runner.
+
+  Raises:
+    ImportError: if Beam is not installed.
   """
   try:
     beam = importlib.import_module("apache_beam")
@@ -32,6 +40,6 @@ def run(
     ) from error
   if tasks:
     with beam.Pipeline(options=options.PipelineOptions(list(flags))) as pipeline:
-      # Without a shuffle the runner would fuse the list with the work, and one worker do it all.
+      # Without a shuffle the runner fuses the list with the work, and one worker does all of it.
       _ = pipeline | beam.Create(list(tasks)) | beam.Reshuffle() | beam.Map(process)
   return map(process, tasks)

@@ -1,16 +1,17 @@
 """Copies a source into ArrayRecord files: bigalign convert 'DIR/*.tar' --out COPY --short_side 256
 
-The files hold tf.train.Examples in the order of the source: training reads from them the same ids,
-and with data.order="exact" the same batches. OUT.part grows until all is there and is then renamed,
-so that OUT is whole; after a kill the same command goes on with the files that are not finished.
+The files hold tf.train.Examples in the order of the source. Training reads the same ids from them,
+and with data.order="exact" the same batches. The files are written to OUT.part, which is renamed to
+OUT when all are complete. After an interruption the same command writes the missing files.
 
-  image      the encoded image as it is; with --short_side a JPEG of --quality where it was larger
-  label      the class, where there is one
+  image      the encoded image, unchanged; with --short_side, larger ones as JPEG of --quality
+  label      the class, if the sample has one
   __key__    the key of the sample in the source
-  FIELD      the captions of each field, and all else that is stored of the sample: members of a
-             tar, columns; what is no text, number or list of them as JSON
-A sample that the source refuses is kept in its place with what there is, and refused for the same
-reason; an image that is broken is kept as it is.
+  FIELD      the captions of each field, and all other content of the sample: members of a tar,
+             columns; values other than texts, numbers and lists of them are stored as JSON
+
+A sample that the source rejects keeps its position and its content, and the copy rejects it for the
+same reason. A broken image is copied unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bigalign.shards import source_flags
 from bigalign.shards.examples import Plan, write_file
 
 LOG = "convert.jsonl"  # the plan, then a line for each finished file
-PROBED = 100  # samples of which one tells which caption fields there are
+PROBED = 100  # samples to try, to learn the caption fields from one of them
 
 
 def convert(
@@ -43,19 +44,31 @@ def convert(
   quality: int = 95,
   workers: int = 1,
 ) -> dict[str, Any]:
-  """Writes the folder `out`, or goes on with it, and returns what it holds in all.
+  """Writes the folder `out`, or resumes writing it.
+
+  Args:
+    spec: the source.
+    out: folder to create.
+    records: samples per file.
+    short_side: pixels; larger images are resized to this shorter side. 0: no resizing.
+    quality: of the JPEGs of resized images.
+    workers: processes.
+
+  Returns:
+    Totals: "files", "records", "bytes", "smaller" (resized images), "refused" by reason, and
+    "already_there", the files that an earlier start had finished.
 
   Raises:
     FileExistsError: if `out` exists, or `out`.part is something else.
-    ValueError: if `out`.part was begun with other arguments or of other data.
+    ValueError: if `out`.part was started with other arguments or data.
   """
   if records < 1 or short_side < 0 or not 1 <= quality <= 100:
     raise ValueError(
-      f"records={records}, short_side={short_side}, quality={quality}: records from"
-      " 1, a side from 0 (none is made smaller), a quality of 1 to 100"
+      f"records={records}, short_side={short_side}, quality={quality}: records must be"
+      " at least 1, short_side at least 0 (0: no resizing), quality from 1 to 100"
     )
   if os.path.exists(out):
-    raise FileExistsError(f"{out} exists; name a folder that does not, or remove it")
+    raise FileExistsError(f"{out} exists; remove it, or choose another folder")
   source = open_spec(spec)
   plan = Plan(
     spec,
@@ -66,10 +79,10 @@ def convert(
     short_side,
     quality,
   )
-  begun = dict(fingerprint=source.fingerprint, **plan._replace(folder="")._asdict())
+  started = dict(fingerprint=source.fingerprint, **plan._replace(folder="")._asdict())
   os.makedirs(plan.folder, exist_ok=True)
-  with storage.alone(plan.folder, "bigalign convert"):
-    done = _resume(plan, json.loads(json.dumps(begun)))
+  with storage.locked(plan.folder, "bigalign convert"):
+    done = _resume(plan, json.loads(json.dumps(started)))
     left = [(plan, n) for n in range(plan.files) if os.path.basename(plan.path(n)) not in done]
     with open(os.path.join(plan.folder, LOG), "a", encoding="utf-8") as log:
       for written in processes.run(write_file, left, workers=workers):
@@ -102,65 +115,69 @@ def _caption_names(source: Source, spec: Spec) -> tuple[str, ...]:
   return spec.captions or ()
 
 
-def _resume(plan: Plan, begun: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """{file: what it holds} of those that are finished. Writes the log anew, without a torn line."""
+def _resume(plan: Plan, started: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """{file: its entry in the log} of the finished files. Rewrites the log without a torn line."""
   path = pathlib.Path(plan.folder, LOG)
   lines = []
   for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
     with contextlib.suppress(ValueError):
       lines.append(json.loads(line))
-  strange = sorted(name for name in os.listdir(plan.folder) if not name.endswith(".tmp"))
-  if strange and not lines:
+  unknown = sorted(name for name in os.listdir(plan.folder) if not name.endswith(".tmp"))
+  if unknown and not lines:
     raise FileExistsError(
-      f"{plan.folder} holds {strange[:3]} and no {LOG} of bigalign convert;"
-      " remove it, or name another --out"
+      f"{plan.folder} holds {unknown[:3]} and no {LOG} of bigalign convert;"
+      " remove it, or choose another --out"
     )
-  other = [
+  changed = [
     f"{name}={lines[0].get(name)!r}, now {value!r}"
-    for name, value in begun.items()
+    for name, value in started.items()
     if lines and lines[0].get(name) != value
   ]
-  if other:
+  if changed:
     raise ValueError(
-      f"{plan.folder} was begun with {'; '.join(other)}. Finish it with the same"
-      " arguments, or remove it to begin anew"
+      f"{plan.folder} was started with {'; '.join(changed)}. Finish it with the same"
+      " arguments, or remove it to start again"
     )
   done = {
     line["file"]: line for line in lines[1:] if pathlib.Path(plan.folder, line["file"]).exists()
   }
-  with storage.whole(path, mark="tmp") as file:
-    file.writelines((json.dumps(line) + "\n").encode() for line in (begun, *done.values()))
+  with storage.atomic_write(path, suffix="tmp") as file:
+    file.writelines((json.dumps(line) + "\n").encode() for line in (started, *done.values()))
   return done
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
-  """The program; what it wrote."""
+  """Runs the program: prints and returns the totals of `convert`."""
   parser = argparse.ArgumentParser(
     "bigalign convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  source_flags.add(parser)
-  parser.add_argument("--out", required=True, help="folder to make")
-  parser.add_argument("--records", type=int, default=10_000, help="of a file (%(default)s)")
+  source_flags.add_source_flags(parser)
+  parser.add_argument("--out", required=True, help="folder to create")
+  parser.add_argument("--records", type=int, default=10_000, help="samples per file (%(default)s)")
   parser.add_argument(
     "--short_side",
     type=int,
     default=0,
-    help="pixels; larger images are made that small and JPEGs, others kept as they are",
+    help="pixels; resize larger images to this shorter side, as JPEG; 0: none",
   )
-  parser.add_argument("--quality", type=int, default=95, help="of these JPEGs (%(default)s)")
-  parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+  parser.add_argument(
+    "--quality", type=int, default=95, help="of the JPEGs of resized images (%(default)s)"
+  )
+  parser.add_argument(
+    "--workers", type=int, default=os.cpu_count(), help="number of processes (%(default)s)"
+  )
   given = parser.parse_args(words)
-  found = convert(
-    source_flags.spec(given),
+  totals = convert(
+    source_flags.spec_from_flags(given),
     given.out,
     records=given.records,
     short_side=given.short_side,
     quality=given.quality,
     workers=given.workers,
   )
-  print(json.dumps(found))
+  print(json.dumps(totals))
   print(f"{given.out}/*.array_record")
-  return found
+  return totals
 
 
 def run() -> None:

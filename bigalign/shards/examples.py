@@ -1,4 +1,4 @@
-"""Samples as tf.train.Examples, and files of them: what bigalign convert hands to a process."""
+"""Samples as tf.train.Examples in ArrayRecord files: the work of a process of bigalign convert."""
 
 from __future__ import annotations
 
@@ -20,43 +20,65 @@ from bigalign.data.sources import arrayrecord, base
 from bigalign.data.sources.base import Source, Spec, open_spec
 from bigalign.data.tar import stats
 
-AHEAD = 256  # samples that a far source may begin to fetch
+AHEAD = 256  # samples that a remote source may prefetch
 
 
 class Plan(NamedTuple):
-  """What all files of a copy share."""
+  """The settings that all files of a copy share.
+
+  Attributes:
+    spec: the source.
+    fields: caption fields; every record has them, possibly empty.
+    folder: of the files.
+    samples: number of samples of the source.
+    records: samples per file.
+    short_side: pixels; larger images are resized to this shorter side. 0: no resizing.
+    quality: of the JPEGs of resized images.
+  """
 
   spec: Spec
-  fields: tuple[str, ...]  # of captions: each record has them, if empty
+  fields: tuple[str, ...]
   folder: str
   samples: int
-  records: int  # of a file
-  short_side: int  # pixels above which images are made smaller; 0: none
-  quality: int  # of the JPEGs
+  records: int
+  short_side: int
+  quality: int
 
   def path(self, n: int) -> str:
-    """Of file n."""
+    """Returns the path of file n."""
     count = self.files
     width = max(5, len(str(count)))
     return os.path.join(self.folder, f"{n:0{width}d}-of-{count:0{width}d}.array_record")
 
   @property
   def files(self) -> int:
+    """Number of files."""
     return -(-self.samples // self.records)
 
 
 def write_file(task: tuple[Plan, int]) -> dict[str, Any]:
-  """Writes file n of a plan, whole or not at all; what it holds."""
+  """Writes a file of a copy atomically.
+
+  Args:
+    task: the plan, and the number of the file.
+
+  Returns:
+    Its entry in the log: "file", "records", "bytes", "smaller" (resized images), "refused" by
+    reason.
+
+  Raises:
+    OSError: if the file cannot be written; tells the free space.
+  """
   from array_record.python.array_record_module import ArrayRecordWriter
 
   plan, n = task
   source, path = open_spec(plan.spec), plan.path(n)
-  half = f"{path}.tmp"
+  partial = f"{path}.tmp"
   span = range(n * plan.records, min((n + 1) * plan.records, plan.samples))
   refused: collections.Counter[str] = collections.Counter()
   smaller = 0
   try:
-    writer = ArrayRecordWriter(half, "group_size:1,uncompressed")  # random reads of JPEGs
+    writer = ArrayRecordWriter(partial, "group_size:1,uncompressed")  # random reads of JPEGs
     for i in span:
       if (i - span.start) % (AHEAD // 2) == 0:
         base.prefetch(source, range(i, min(i + AHEAD, span.stop)))
@@ -65,18 +87,18 @@ def write_file(task: tuple[Plan, int]) -> dict[str, Any]:
       refused[reason] += bool(reason)
       smaller += shrunk
     writer.close()
-    _finish(half, path, len(span))
-  except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's for a write that failed
+    _finish(partial, path, len(span))
+  except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError for a failed write
     if "write() failed" not in str(error):
       raise
     free = shutil.disk_usage(plan.folder).free
     raise OSError(
-      f"{path}: {error}. {free / 1e6:,.0f} MB are free there; make room, and run the"
+      f"{path}: {error}. {free / 1e6:,.0f} MB are free there; free some space and run the"
       " same command again: the finished files are kept"
     ) from error
   finally:
     with contextlib.suppress(FileNotFoundError):
-      os.unlink(half)
+      os.unlink(partial)
   return dict(
     file=os.path.basename(path),
     records=len(span),
@@ -86,51 +108,56 @@ def write_file(task: tuple[Plan, int]) -> dict[str, Any]:
   )
 
 
-def _finish(half: str, path: str, count: int) -> None:
-  """Puts a file in its place once it is on the disk and can be read."""
-  reader, _ = arrayrecord.open_file(half)
+def _finish(partial: str, path: str, count: int) -> None:
+  """Renames a file to its final name once it is on the disk and can be read."""
+  reader, _ = arrayrecord.open_file(partial)
   if reader.num_records() != count:
-    raise OSError(f"{half}: holds {reader.num_records()} of {count} records; write() failed")
-  with open(half, "rb") as file:
+    raise OSError(f"{partial}: holds {reader.num_records()} of {count} records; write() failed")
+  with open(partial, "rb") as file:
     os.fsync(file.fileno())
-  os.replace(half, path)
+  os.replace(partial, path)
 
 
 def _features(source: Source, i: int, plan: Plan) -> tuple[dict[str, list[Any]], str, bool]:
-  """The features of sample i, why the source refuses it ("" if not), whether it was shrunk."""
+  """The features of sample i, why the source rejects it ("" if not), whether it was resized."""
   stored: dict[str, Any] = {}
   with contextlib.suppress(Rejected):
     stored = base.fields(source, i)
-  found: dict[str, list[Any]] = {name: [] for name in plan.fields}
+  features: dict[str, list[Any]] = {name: [] for name in plan.fields}
   try:
     record = source[i]
   except Rejected as error:
-    found |= {name: _values(value) for name, value in stored.items()}
-    return found | _refused(error, found), error.reason, False
+    features |= {name: _values(value) for name, value in stored.items()}
+    return features | _rejected_features(error, features), error.reason, False
   image = _encoded(record["image"])
-  small = _smaller(image, plan) if plan.short_side else image
-  found |= {name: _values(value) for name, value in stored.items() if value not in (image, [image])}
+  small = _resized(image, plan) if plan.short_side else image
+  features |= {
+    name: _values(value) for name, value in stored.items() if value not in (image, [image])
+  }
   texts = base.texts_of(record, plan.spec)
-  found |= {name: _values([*column]) for name, column in texts.items()}
-  found |= {"image": [small], arrayrecord.KEY: [record["key"].encode("utf-8", "surrogateescape")]}
+  features |= {name: _values([*column]) for name, column in texts.items()}
+  features |= {
+    "image": [small],
+    arrayrecord.KEY: [record["key"].encode("utf-8", "surrogateescape")],
+  }
   if record["label"] >= 0:
-    found["label"] = [record["label"]]
-  return found, "", small is not image
+    features["label"] = [record["label"]]
+  return features, "", small is not image
 
 
-def _refused(error: Rejected, found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-  """Features that are refused for the same reason."""
-  told = [str(error).encode("utf-8", "replace")]
+def _rejected_features(error: Rejected, features: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+  """Features that a reader rejects for the same reason."""
+  message = [str(error).encode("utf-8", "replace")]
   if error.reason == "no_image":
     return dict(image=[])
   if error.reason == "bad_metadata":
-    image = next((found[name] for name in ("image", *IMAGES) if found.get(name)), told)
-    return dict(image=image, label=told)  # a label that is no number
-  return dict(image=told)  # that does not decode
+    image = next((features[name] for name in ("image", *IMAGES) if features.get(name)), message)
+    return dict(image=image, label=message)  # a label that is not a number
+  return dict(image=message)  # an image that does not decode
 
 
 def _values(value: Any) -> list[Any]:
-  """A value as a feature: bytes, integers or numbers, several or none; JSON of anything else."""
+  """A value as a feature: a list of bytes, of integers or of floats; other values as JSON."""
   every = value if isinstance(value, list) else [] if value is None else [value]
   types = {type(each) for each in every}
   if types == {str}:
@@ -141,7 +168,7 @@ def _values(value: Any) -> list[Any]:
 
 
 def _encoded(image: Any) -> bytes:
-  """The bytes of an image; pixels as PNG."""
+  """The encoded image; pixels are encoded as PNG."""
   if isinstance(image, bytes):
     return image
   file = io.BytesIO()
@@ -149,8 +176,8 @@ def _encoded(image: Any) -> bytes:
   return file.getvalue()
 
 
-def _smaller(data: bytes, plan: Plan) -> bytes:
-  """A JPEG with that shorter side; what is no larger, or cannot be decoded, as it is."""
+def _resized(data: bytes, plan: Plan) -> bytes:
+  """A JPEG with plan.short_side; an image that is not larger or cannot be decoded is unchanged."""
   if min(stats.size_of(data)) <= plan.short_side:
     return data
   try:
@@ -159,7 +186,7 @@ def _smaller(data: bytes, plan: Plan) -> bytes:
     return data
   size = [round(side * plan.short_side / min(pixels.size)) for side in pixels.size]
   exif = Image.Exif()
-  exif[ExifTags.Base.Orientation] = orientation_of(data)  # config.data.apply_exif asks for it
+  exif[ExifTags.Base.Orientation] = orientation_of(data)  # for config.data.apply_exif
   file = io.BytesIO()
   pixels.resize(size, Image.Resampling.LANCZOS).save(file, "jpeg", quality=plan.quality, exif=exif)
   return file.getvalue()

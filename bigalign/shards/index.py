@@ -1,11 +1,11 @@
-"""Indexes webdataset shards, so that training can read any sample of them: bigalign index SHARDS
+"""Indexes webdataset shards, so that training can read any of their samples: bigalign index SHARDS
 
   bigalign index '/data/laion/{00000..41455}.tar'
   bigalign index '$DATA/a/*.tar::$DATA/b/*.tar' --stats --captions txt,json.caption
 
-Shards that are indexed already and did not change are not read again, so a run that was stopped
-goes on with the same command. A shard that breaks off keeps its whole samples and is listed; one
-that cannot be indexed at all is listed too, and makes the exit status 1.
+Shards that are already indexed and did not change are not read again, so the same command resumes
+after an interruption. If a shard is truncated, its complete samples are indexed and it is listed.
+If a shard cannot be indexed at all, it is listed and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from bigalign.data.files import processes, storage
-from bigalign.data.files.patterns import expand_shards
-from bigalign.data.sources.base import expand_variables
+from bigalign.data.files.patterns import expand_shards, expand_variables
 from bigalign.data.tar import index, sidecars, stats
 from bigalign.shards import beam
 
@@ -27,42 +26,59 @@ STATES = ("indexed", "current", "failed")
 
 
 class Task(NamedTuple):
-  """What is to be done with a shard, and the place of its index."""
+  """The work on one shard.
+
+  Attributes:
+    path: of the shard.
+    index_folder: folder of its index.
+    captions: fields whose lengths go into the stats; None: no stats.
+    sidecars: fields that are read from files next to the shard.
+  """
 
   path: str
-  place: str
-  captions: tuple[str, ...] | None  # the fields whose lengths go into stats; None: no stats
-  sidecars: tuple[str, ...] = ()  # the fields that are read from files beside the shard
+  index_folder: str
+  captions: tuple[str, ...] | None
+  sidecars: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
-  """What came of a shard."""
+  """The result of one shard.
+
+  Attributes:
+    path: of the shard.
+    samples: number of indexed samples.
+    problem: where it is truncated, or why it could not be indexed; "" if neither.
+    state: one of STATES.
+  """
 
   path: str
   samples: int
-  problem: str  # where it breaks off, or why it could not be indexed
-  state: str  # one of STATES
+  problem: str
+  state: str
 
 
 def process_shard(task: Task) -> Outcome:
-  """Indexes one shard. May run anywhere and any number of times: what it writes is whole."""
+  """Indexes one shard.
+
+  It can run in any process and several times, because files are written atomically.
+  """
   try:
-    part = _known(task) or index.index_shard(task.path, task.place)
+    part = _known(task) or index.index_shard(task.path, task.index_folder)
     if task.captions is not None and not stats.is_current(
-      part.name, task.place, part.stat, task.captions
+      part.name, task.index_folder, part.stat, task.captions
     ):
-      stats.write(task.path, task.place, captions=task.captions)
+      stats.write(task.path, task.index_folder, captions=task.captions)
     for field in task.sidecars:
-      if not sidecars.is_current(task.path, task.place, part.stat, field):
-        sidecars.write(task.path, task.place, field)
+      if not sidecars.is_current(task.path, task.index_folder, part.stat, field):
+        sidecars.write(task.path, task.index_folder, field)
   except (ValueError, OSError) as error:
     return Outcome(task.path, 0, str(error), "failed")
   return Outcome(task.path, part.entries - 1, part.problem, "indexed")
 
 
 def _known(task: Task) -> index.Part | None:
-  """What the index says of the shard, if that is current."""
-  located = index.locate(os.path.basename(task.path), task.place)
+  """The shard's entry in the index, or None if there is none or the shard changed."""
+  located = index.locate(os.path.basename(task.path), task.index_folder)
   part = located[0].part(located[1]) if located else None
   return part if part and part.stat == storage.stat(task.path) else None
 
@@ -73,14 +89,20 @@ def build(
   *,
   out: str | None = None,
   captions: tuple[str, ...] | None = None,
-  beside: tuple[str, ...] = (),
+  sidecar_fields: tuple[str, ...] = (),
 ) -> list[Outcome]:
-  """Indexes the shards that need it with `run`, then merges; an outcome per shard, in order.
+  """Indexes the shards that need it, then merges the indexes of each folder.
 
-  out  the folder for indexes of shards whose own folder is not to be written, which readers look
-       for in $BIGALIGN_INDEX
-  captions  the fields whose lengths go into stats; None: no stats
-  beside  the fields that are read from sidecars
+  Args:
+    patterns: of shards; lists are joined by "::".
+    run: returns the outcomes of some tasks, in any order.
+    out: folder for the indexes, if they are not to be written next to the shards; readers find it
+      by $BIGALIGN_INDEX.
+    captions: fields whose lengths go into the stats; None: no stats.
+    sidecar_fields: fields that are read from files next to the shards.
+
+  Returns:
+    An outcome per shard, in the order of the patterns.
   """
   parts = [
     part.strip()
@@ -93,42 +115,53 @@ def build(
   outcomes: dict[str, Outcome] = {}
   tasks = []
   for folder, paths in of_folder.items():
-    place = _place(folder, out)
-    current = index.current(paths, place)
+    index_folder = _index_folder(folder, out)
+    current = index.current(paths, index_folder)
     outcomes |= {
       path: Outcome(path, part.entries - 1, part.problem, "current")
       for path, part in current.items()
-      if (captions is None or stats.is_current(part.name, place, part.stat, captions))
-      and all(sidecars.is_current(path, place, part.stat, field) for field in beside)
+      if (captions is None or stats.is_current(part.name, index_folder, part.stat, captions))
+      and all(sidecars.is_current(path, index_folder, part.stat, field) for field in sidecar_fields)
     }
-    tasks += [Task(path, place, captions, beside) for path in paths if path not in outcomes]
+    tasks += [
+      Task(path, index_folder, captions, sidecar_fields) for path in paths if path not in outcomes
+    ]
   outcomes |= {outcome.path: outcome for outcome in run(tasks)}
   for folder in of_folder:
-    index.merge(folder, _place(folder, out))
+    index.merge(folder, _index_folder(folder, out))
   return [outcomes[path] for paths in of_folder.values() for path in paths]
 
 
-def _place(folder: str, out: str | None) -> str:
+def _index_folder(folder: str, out: str | None) -> str:
   if out or storage.is_remote(folder) or not os.access(folder or os.curdir, os.W_OK):
     return index.home(folder, out)
   return folder
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-  """A line for each shard that is not whole, and one for all."""
+  """Returns a line for each shard with a problem, and a line of totals."""
   lines = []
   for outcome in outcomes:
     if outcome.problem:
-      kept = "not indexed" if outcome.state == "failed" else f"{outcome.samples:,} whole samples"
+      kept = (
+        "not indexed"
+        if outcome.state == "failed"
+        else f"{_count(outcome.samples, 'complete sample')}"
+      )
       lines.append(f"{outcome.path}: {kept}: {outcome.problem.removeprefix(f'{outcome.path}: ')}")
   states = [outcome.state for outcome in outcomes]
   counts = ", ".join(f"{states.count(state):,} {state}" for state in STATES)
   samples = sum(outcome.samples for outcome in outcomes)
-  return "\n".join([*lines, f"{samples:,} samples in {len(outcomes):,} shards: {counts}"])
+  total = f"{_count(samples, 'sample')} in {_count(len(outcomes), 'shard')}: {counts}"
+  return "\n".join([*lines, total])
+
+
+def _count(n: int, noun: str) -> str:
+  return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The exit status."""
+  """Runs the program and returns its exit status."""
   parser = argparse.ArgumentParser(
     prog="bigalign index", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -136,40 +169,42 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--out",
     metavar="DIR",
-    help="write there, not beside the shards; readers find it with\nBIGALIGN_INDEX=DIR",
+    help="write there, not next to the shards; readers find it with\nBIGALIGN_INDEX=DIR",
   )
   parser.add_argument(
     "--stats",
     action="store_true",
-    help="also write the columns that filters "
-    "need: width, height,\nsha256, caption length, numbers of .json",
+    help="also write the columns that filters need: width, height,\nsha256, caption length, numbers"
+    " of .json",
   )
   parser.add_argument(
     "--captions",
     metavar="A,B",
     default="txt",
-    help="fields for --stats: txt, json.caption (%(default)s)",
+    help="caption fields for --stats, such as txt,json.caption (%(default)s)",
   )
   parser.add_argument(
     "--sidecars",
     metavar="A,B",
     default="",
-    help="caption fields from files beside\nthe shards: recap.parquet:caption",
+    help="caption fields from files next to the shards, such as\nrecap.parquet:caption",
   )
-  parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+  parser.add_argument(
+    "--workers", type=int, default=os.cpu_count(), help="number of processes (%(default)s)"
+  )
   parser.add_argument(
     "--runner",
-    help="Apache Beam's: DirectRunner, DataflowRunner, …; flags that are not\nabove go to Beam",
+    help="runner of Apache Beam: DirectRunner, DataflowRunner, …; other flags\nare passed to Beam",
   )
   args, flags = parser.parse_known_args(argv)
   if flags and not args.runner:
     parser.error(f"unknown arguments: {' '.join(flags)}")
-  beside = tuple(filter(None, args.sidecars.split(",")))
-  unsuited = [field for field in beside if not sidecars.is_field(field)]
-  if unsuited:
-    parser.error(f"--sidecars {unsuited[0]}: write ENDING:COLUMN, such as recap.parquet:caption")
+  sidecar_fields = tuple(filter(None, args.sidecars.split(",")))
+  invalid = [field for field in sidecar_fields if not sidecars.is_field(field)]
+  if invalid:
+    parser.error(f"--sidecars {invalid[0]}: write ENDING:COLUMN, such as recap.parquet:caption")
   if args.stats and any(map(sidecars.is_field, args.captions.split(","))):
-    parser.error("--stats counts the characters of fields in the shards, not beside them")
+    parser.error("--captions of --stats must be fields in the shards, not in files next to them")
   run: Callable[[Sequence[Task]], Iterable[Outcome]] = functools.partial(
     processes.run, process_shard, workers=args.workers
   )
@@ -180,11 +215,12 @@ def main(argv: list[str] | None = None) -> int:
     run,
     out=args.out,
     captions=tuple(args.captions.split(",")) if args.stats else None,
-    beside=beside,
+    sidecar_fields=sidecar_fields,
   )
   print(report(outcomes))
-  for place in sorted({_place(os.path.dirname(outcome.path), args.out) for outcome in outcomes}):
-    print(os.path.join(place, index.FILE))
+  folders = {_index_folder(os.path.dirname(outcome.path), args.out) for outcome in outcomes}
+  for index_folder in sorted(folders):
+    print(os.path.join(index_folder, index.FILE))
   return int(any(outcome.state == "failed" for outcome in outcomes))
 
 

@@ -1,8 +1,9 @@
-"""Tells what is in a source before training on it: bigalign inspect 'DIR/*.tar' --out shards.html
+"""Shows the content of a source before training: bigalign inspect 'DIR/*.tar' --out shards.html
 
-Looks at a sample, the same one each time, decodes it and writes a page with a contact sheet:
-resolutions, aspect ratios, captions, scripts, repetitions, bad samples and why they are bad. Then
-times the loader with and without decoding, and says how many hosts such as this one a run needs:
+Reads and decodes evenly spread samples, the same ones each time, and writes a page with a contact
+sheet, resolutions, aspect ratios, captions, scripts, duplicates, and bad samples with the reasons.
+Then measures the speed of the data loader with and without decoding, and computes how many hosts
+like this one a run needs:
 
   bigalign inspect '/data/laion/{00000..41455}.tar' --batch_size=16384 --steps_per_second=2
 """
@@ -19,54 +20,66 @@ from typing import Any
 
 from bigalign.data.files import processes
 from bigalign.data.sources.base import Spec, open_spec
-from bigalign.shards import facts, source_flags, speed
 from bigalign.shards import inspect_page as html
-from bigalign.shards.facts import Fact, Look
+from bigalign.shards import sample_stats, source_flags, speed
+from bigalign.shards.sample_stats import SampleStats, StatsTask
 
 
-def gather(spec: Spec, *, samples: int, language: str | None, workers: int) -> list[Fact]:
-  """The facts of some samples of a source, in its order."""
+def gather(spec: Spec, *, samples: int, language: str | None, workers: int) -> list[SampleStats]:
+  """Returns the statistics of some samples of a source, in its order.
+
+  Args:
+    spec: the source.
+    samples: how many, evenly spread; all if the source has no more.
+    language: the field that holds the language of the captions, or None.
+    workers: processes.
+  """
   source = open_spec(spec)
   tasks = [
-    Look(spec, language, indices)
-    for indices in facts.spread(len(source), samples=samples, block=getattr(source, "block", 1))
+    StatsTask(spec, language, indices)
+    for indices in sample_stats.spread(
+      len(source), samples=samples, block=getattr(source, "block", 1)
+    )
   ]
-  return [fact for found in processes.run(facts.look, tasks, workers=workers) for fact in found]
+  results = processes.run(sample_stats.collect, tasks, workers=workers)
+  return [sample for part in results for sample in part]
 
 
-def summary(found: Sequence[Fact]) -> dict[str, Any]:
-  """The figures of the page, of the samples looked at; lengths in characters, sizes in bytes."""
-  whole = [fact for fact in found if fact.width]
+def summary(samples: Sequence[SampleStats]) -> dict[str, Any]:
+  """Returns the figures of the page; lengths are in characters, sizes in bytes."""
+  decoded = [sample for sample in samples if sample.width]
   texts: dict[str, list[tuple[int, ...]]] = collections.defaultdict(list)
-  for fact in found:
-    for name, lengths in fact.lengths.items():
+  for sample in samples:
+    for name, lengths in sample.lengths.items():
       texts[name].append(lengths)
   return dict(
-    bad=_counts(fact.reason for fact in found if fact.reason),
-    repeated_images=facts.repeated([fact.digest for fact in found if fact.digest]),
-    repeated_captions=facts.repeated([fact.caption for fact in found if fact.caption]),
-    images=dict(
-      width=facts.quantiles(fact.width for fact in whole),
-      height=facts.quantiles(fact.height for fact in whole),
-      shorter_side=facts.quantiles(min(fact.width, fact.height) for fact in whole),
-      aspect_ratio=facts.quantiles(fact.width / fact.height for fact in whole),
-      bytes=facts.quantiles(fact.size for fact in whole),
+    bad=_counts(sample.reason for sample in samples if sample.reason),
+    repeated_images=sample_stats.repeated([sample.digest for sample in samples if sample.digest]),
+    repeated_captions=sample_stats.repeated(
+      [sample.caption for sample in samples if sample.caption]
     ),
-    kinds=_counts(fact.kind for fact in found),
+    images=dict(
+      width=sample_stats.quantiles(sample.width for sample in decoded),
+      height=sample_stats.quantiles(sample.height for sample in decoded),
+      shorter_side=sample_stats.quantiles(min(sample.width, sample.height) for sample in decoded),
+      aspect_ratio=sample_stats.quantiles(sample.width / sample.height for sample in decoded),
+      bytes=sample_stats.quantiles(sample.size for sample in decoded),
+    ),
+    kinds=_counts(sample.kind for sample in samples),
     captions={
       name: dict(
-        samples_with_one=sum(map(bool, lengths)) / len(found),
+        samples_with_one=sum(map(bool, lengths)) / len(samples),
         per_sample=sum(map(len, lengths)) / max(sum(map(bool, lengths)), 1),
-        characters=facts.quantiles(n for each in lengths for n in each),
+        characters=sample_stats.quantiles(n for each in lengths for n in each),
       )
       for name, lengths in texts.items()
     },
-    scripts=_counts(script for fact in found for script in fact.scripts),
-    languages=_counts(language for fact in found for language in fact.languages),
+    scripts=_counts(script for sample in samples for script in sample.scripts),
+    languages=_counts(language for sample in samples for language in sample.languages),
     frequent=dict(
       [
         (text, n)
-        for text, n in _counts(fact.caption for fact in found if fact.caption).items()
+        for text, n in _counts(sample.caption for sample in samples if sample.caption).items()
         if n > 1
       ][:10]
     ),
@@ -80,14 +93,25 @@ def _counts(values: Any) -> dict[str, int]:
 def throughput(
   spec: Spec, *, image_size: int, workers: int, seconds: float, wanted: float
 ) -> dict[str, Any]:
-  """Samples a second, and hosts for `wanted` of them a second (0: not asked); or why not."""
+  """Measures the data loader.
+
+  Args:
+    spec: the source.
+    image_size: of training, pixels.
+    workers: processes of the loader.
+    seconds: length of each measurement.
+    wanted: images per second that a run needs; 0: unknown.
+
+  Returns:
+    "read" and "decoded" samples per second, with `wanted` also "hosts"; or the "problem".
+  """
   try:
-    rates: Mapping[str, Any] = speed.speeds(
+    rates: Mapping[str, Any] = speed.loader_speeds(
       open_spec(spec), image_size=image_size, workers=workers, seconds=seconds
     )
   except ValueError as error:
     return dict(problem=str(error))
-  needed = dict(images_per_second=wanted, hosts=speed.hosts(wanted, rates["decoded"]))
+  needed = dict(images_per_second=wanted, hosts=speed.hosts_needed(wanted, rates["decoded"]))
   return dict(rates, workers=workers, image_size=image_size, **(needed if wanted else {}))
 
 
@@ -102,55 +126,66 @@ def inspect(
   seconds: float = 5,
   wanted: float = 0,
 ) -> dict[str, Any]:
-  """Writes the page `out` and returns its figures.
+  """Writes the page and returns its figures.
 
-  samples   how many to look at, evenly spread; all if there are no more
-  language  the field that says the language of a caption, which spec.captions then holds too
-  image_size, seconds, wanted   of the measurement: pixels, how long (0: none), images a second
-            that a run needs (0: not asked)
+  Args:
+    spec: the source.
+    out: path of the page.
+    samples: how many to read, evenly spread; all if the source has no more.
+    language: the field that holds the language of a caption; spec.captions must contain it too.
+    workers: processes.
+    image_size: of training, pixels, for the measurement of the loader.
+    seconds: length of each measurement; 0: do not measure.
+    wanted: images per second that a run needs; 0: unknown.
   """
-  found = gather(spec, samples=samples, language=language, workers=workers)
+  collected = gather(spec, samples=samples, language=language, workers=workers)
   figures = dict(
-    source=spec.source, samples=len(open_spec(spec)), looked_at=len(found), **summary(found)
+    source=spec.source, samples=len(open_spec(spec)), looked_at=len(collected), **summary(collected)
   )
   if seconds:
     figures["throughput"] = throughput(
       spec, image_size=image_size, workers=workers, seconds=seconds, wanted=wanted
     )
-  # What is no Unicode, in the name of a file or a broken caption, must not lose the page.
+  # Invalid Unicode in a file name or a broken caption must not prevent the page.
   pathlib.Path(out).write_text(
-    html.page(figures, found, spec, language), encoding="utf-8", errors="replace"
+    html.page(figures, collected, spec, language), encoding="utf-8", errors="replace"
   )
   return figures
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
-  """The program; prints the figures and the path of the page."""
+  """Runs the program: prints the figures and the path of the page."""
   parser = argparse.ArgumentParser(
     "bigalign inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  source_flags.add(parser)
-  parser.add_argument("--out", default="inspect.html", help="the page (%(default)s)")
-  parser.add_argument("--language", help="field that holds the language, as json.lang")
-  parser.add_argument("--samples", type=int, default=10_000, help="to look at (%(default)s)")
-  parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
-  parser.add_argument("--image_size", type=int, default=224, help="of training (%(default)s)")
+  source_flags.add_source_flags(parser)
+  parser.add_argument("--out", default="inspect.html", help="path of the page (%(default)s)")
+  parser.add_argument("--language", help="field that holds the language, such as json.lang")
+  parser.add_argument(
+    "--samples", type=int, default=10_000, help="number of samples to read (%(default)s)"
+  )
+  parser.add_argument(
+    "--workers", type=int, default=os.cpu_count(), help="number of processes (%(default)s)"
+  )
+  parser.add_argument(
+    "--image_size", type=int, default=224, help="image size of training, pixels (%(default)s)"
+  )
   parser.add_argument(
     "--seconds",
     type=float,
     default=5,
-    help="of each of two measurements of the loader (%(default)s); 0: none",
+    help="length of each of the two measurements of the loader (%(default)s); 0: do not measure",
   )
-  parser.add_argument("--batch_size", type=int, help="of the run, over all hosts")
-  parser.add_argument("--steps_per_second", type=float, help="of the run")
+  parser.add_argument("--batch_size", type=int, help="batch size of the run, over all hosts")
+  parser.add_argument("--steps_per_second", type=float, help="steps per second of the run")
   given = parser.parse_args(words)
   if (given.batch_size is None) != (given.steps_per_second is None):
-    parser.error("--batch_size and --steps_per_second go together")
+    parser.error("give both --batch_size and --steps_per_second, or neither")
   if given.batch_size and not given.seconds:
-    parser.error("how many hosts are needed is measured: --seconds above 0")
+    parser.error("the number of hosts is measured: set --seconds above 0")
   if given.language and not given.captions:
-    parser.error("--language needs --captions, the fields of the captions themselves")
-  spec = source_flags.spec(given)
+    parser.error("--language also needs --captions, the fields of the captions")
+  spec = source_flags.spec_from_flags(given)
   if given.language:
     spec = spec._replace(captions=(*(spec.captions or ()), given.language))
   figures = inspect(

@@ -1,4 +1,4 @@
-"""The page of bigalign inspect; whatever comes from the data is escaped."""
+"""The HTML page of bigalign inspect; all text from the data is escaped."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ from typing import Any
 from bigalign.data.image.decode import decode
 from bigalign.data.sources.base import Spec, open_spec
 from bigalign.report.figures import histogram, thumbnail
-from bigalign.shards.facts import Fact, captions
+from bigalign.shards.sample_stats import SampleStats, captions
 
 SHEET = 60  # samples on the contact sheet
-FIELDS = 4  # of which a sample there shows the first caption
-BAD = 40  # bad samples that are told one by one
+FIELDS = 4  # caption fields shown for each of them, one caption each
+BAD = 40  # bad samples that are listed
 SHOWN = 240  # characters of a text
 THUMBNAIL = 224  # pixels
 
 
 def page(
-  figures: Mapping[str, Any], found: Sequence[Fact], spec: Spec, language: str | None
+  figures: Mapping[str, Any], samples: Sequence[SampleStats], spec: Spec, language: str | None
 ) -> str:
-  """The whole page; nothing in it points outside."""
+  """Returns the complete page, which contains no links.
+
+  Args:
+    figures: from inspect.inspect.
+    samples: what the figures were computed from.
+    spec: the source.
+    language: the field that holds the language of the captions, or None.
+  """
   body = "\n".join(
     (
       _header(figures),
       _headline(figures),
       _speed(figures.get("throughput")),
-      _images(figures, found),
-      _captions(figures, found),
-      _bad(figures, found),
-      _sheet(found, spec, language),
+      _images(figures, samples),
+      _captions(figures, samples),
+      _bad(figures, samples),
+      _sheet(samples, spec, language),
     )
   )
   template = (
@@ -47,7 +54,13 @@ def page(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, numbers: bool = True) -> str:
-  """Cells of text or numbers; with `numbers` all but the first column stand right."""
+  """Returns an HTML table.
+
+  Args:
+    head: names of the columns; without any, no head.
+    rows: cells of text or numbers.
+    numbers: right-align all columns but the first.
+  """
 
   def line(cells: Sequence[Any], tag: str) -> str:
     return (
@@ -74,35 +87,35 @@ def _cut(text: str) -> str:
 
 
 def _share(share: float) -> str:
-  """In percent, with digits also where it is small."""
+  """A fraction in percent with three significant digits."""
   return f"{100 * share:.3g}"
 
 
 def _header(figures: Mapping[str, Any]) -> str:
-  total, looked = figures["samples"], figures["looked_at"]
-  told = (
-    "All samples were looked at."
-    if looked == total
+  total, read = figures["samples"], figures["looked_at"]
+  scope = (
+    "All samples were read."
+    if read == total
     else (
-      f"All but the number of samples is of {looked:,} of them, spread evenly over the whole, the"
-      " same ones each time."
+      f"Figures are of {read:,} samples, evenly spread over the source; they are the same ones each"
+      " time."
     )
   )
   return (
     f"<h1>{escape(_cut(figures['source']))}</h1><div class=facts><span>samples"
-    f" <b>{total:,}</b></span><span>looked at <b>{looked:,}</b></span></div><p>{told}</p>"
+    f" <b>{total:,}</b></span><span>read <b>{read:,}</b></span></div><p>{scope}</p>"
   )
 
 
 def _headline(figures: Mapping[str, Any]) -> str:
-  looked, sample = figures["looked_at"], figures["looked_at"] < figures["samples"]
+  read, partial = figures["looked_at"], figures["looked_at"] < figures["samples"]
   bad = sum(figures["bad"].values())
-  within = " among those looked at; the whole holds more" if sample else ""
+  within = " among the samples read; the source has more" if partial else ""
   images, texts = figures["repeated_images"], figures["repeated_captions"]
   cards = [
-    ("samples that cannot be used", _share(bad / looked), "%", f"{bad:,} of {looked:,}"),
-    ("images that were there before", _share(images), "%", f"the same bytes{within}"),
-    ("captions that were there before", _share(texts), "%", f"the first of each{within}"),
+    ("unusable samples", _share(bad / read), "%", f"{bad:,} of {read:,}"),
+    ("duplicate images", _share(images), "%", f"equal bytes{within}"),
+    ("duplicate captions", _share(texts), "%", f"first caption of each sample{within}"),
   ]
   if figures["images"]["width"]:
     side = figures["images"]["shorter_side"]
@@ -111,16 +124,16 @@ def _headline(figures: Mapping[str, Any]) -> str:
         "shorter side",
         f"{side['median']:,.0f}",
         "pixels",
-        f"median; {side['1%']:,.0f} to {side['99%']:,.0f} are 98 %",
+        f"median; 98 % are from {side['1%']:,.0f} to {side['99%']:,.0f}",
       )
     )
   rates = figures.get("throughput", {})
   if "decoded" in rates:
-    cards.append(("loader", f"{rates['decoded']:,.0f}", "images/s", _beside(rates)))
+    cards.append(("data loader", f"{rates['decoded']:,.0f}", "images/s", _setting(rates)))
   if "hosts" in rates:
     cards.append(
       (
-        "hosts such as this one",
+        "hosts like this one",
         f"{rates['hosts']:,}",
         "",
         f"for {rates['images_per_second']:,.0f} images/s",
@@ -130,15 +143,16 @@ def _headline(figures: Mapping[str, Any]) -> str:
     '<div class="grid">'
     + "".join(
       f'<div class="card figure"><div class="label">{label}</div><div class="value">{value}'
-      f'<small>{unit}</small></div><div class="beside">{beside}</div></div>'
-      for label, value, unit, beside in cards
+      f'<small>{unit}</small></div><div class="note">{note}</div></div>'
+      for label, value, unit, note in cards
     )
     + "</div>"
   )
 
 
-def _beside(rates: Mapping[str, Any]) -> str:
-  return f"{rates['workers']} workers, {rates['image_size']} pixels"
+def _setting(rates: Mapping[str, Any]) -> str:
+  workers = rates["workers"]
+  return f"{workers} worker{'' if workers == 1 else 's'}, {rates['image_size']} pixels"
 
 
 def _speed(rates: Mapping[str, Any] | None) -> str:
@@ -146,19 +160,22 @@ def _speed(rates: Mapping[str, Any] | None) -> str:
     return ""
   if "problem" in rates:
     return f"<h2>Throughput</h2><p>Not measured: {escape(_cut(rates['problem']))}</p>"
-  told = (
-    "Samples a second that this host gives to training, in training's order. Small sources are read"
-    " again and again, from memory; a first pass over large ones may be slower."
+  note = (
+    "Samples per second of the data loader on this host, in the order of training. Small sources"
+    " are read repeatedly, from memory; a first pass over a large source may be slower."
   )
-  rows = [("read only", rates["read"]), ("read, decoded, cropped, tokenised", rates["decoded"])]
+  rows = [
+    ("reading only", rates["read"]),
+    ("reading, decoding, cropping, tokenising", rates["decoded"]),
+  ]
   return (
-    f"<h2>Throughput</h2><p>{told}</p><div class=card>"
-    f"{table((_beside(rates), 'a second'), [(what, round(n)) for what, n in rows])}</div>"
+    f"<h2>Throughput</h2><p>{note}</p><div class=card>"
+    f"{table((_setting(rates), 'per second'), [(what, round(n)) for what, n in rows])}</div>"
   )
 
 
 def _quantiles(rows: Mapping[str, Mapping[str, float]]) -> str:
-  """A card below others with a line for each name."""
+  """A card with a table, a row for each name."""
   head = ["", *next(iter(rows.values()))]
   body = [[name.replace("_", " "), *row.values()] for name, row in rows.items()]
   return f'<div class="card below">{table(head, body)}</div>'
@@ -170,19 +187,19 @@ def _shares(title: str, counts: Mapping[str, int]) -> str:
   return f"<div class=card><h3>{title}</h3>{table(('', '', ''), rows)}</div>" if rows else ""
 
 
-def _images(figures: Mapping[str, Any], found: Sequence[Fact]) -> str:
-  whole = [fact for fact in found if fact.width]
-  if not whole:
+def _images(figures: Mapping[str, Any], samples: Sequence[SampleStats]) -> str:
+  decoded = [sample for sample in samples if sample.width]
+  if not decoded:
     return ""
   charts: list[tuple[str, list[float]]] = [
-    ("shorter side in pixels", [min(fact.width, fact.height) for fact in whole]),
-    ("width / height", [fact.width / fact.height for fact in whole]),
-    ("bytes", [fact.size for fact in whole]),
+    ("shorter side, pixels", [min(x.width, x.height) for x in decoded]),
+    ("width / height", [x.width / x.height for x in decoded]),
+    ("size, bytes", [x.size for x in decoded]),
   ]
   return (
     "<h2>Images</h2><div class=grid>"
     + _charts(charts)
-    + _shares("kinds, by content", figures["kinds"])
+    + _shares("formats, by content", figures["kinds"])
     + f"</div>{_quantiles(figures['images'])}"
   )
 
@@ -193,8 +210,8 @@ def _charts(charts: list[tuple[str, list[float]]]) -> str:
   )
 
 
-def _captions(figures: Mapping[str, Any], found: Sequence[Fact]) -> str:
-  lengths: list[float] = [n for fact in found for each in fact.lengths.values() for n in each]
+def _captions(figures: Mapping[str, Any], samples: Sequence[SampleStats]) -> str:
+  lengths: list[float] = [n for x in samples for each in x.lengths.values() for n in each]
   if not lengths:
     return ""
   rows = {
@@ -207,13 +224,13 @@ def _captions(figures: Mapping[str, Any], found: Sequence[Fact]) -> str:
     if field["characters"]
   }
   return (
-    "<h2>Captions</h2><p>A caption counts for the script that most letters of its beginning are of;"
-    " a script is no language.</p><div class=grid>"
+    "<h2>Captions</h2><p>The script of a caption is the one of most letters at its beginning; it"
+    " does not determine the language.</p><div class=grid>"
     + _charts([("characters", lengths)])
     + _shares("scripts", figures["scripts"])
-    + _shares("languages, as the data say", figures["languages"])
-    + "</div><h3>Of each field: samples that have it, captions of such a sample, and their lengths"
-    + f" in characters</h3>{_quantiles(rows)}"
+    + _shares("languages, from the data", figures["languages"])
+    + "</div><h3>By field: share of samples that have it, captions per such sample, lengths in"
+    + f" characters</h3>{_quantiles(rows)}"
     + _frequent(figures["frequent"])
   )
 
@@ -221,7 +238,7 @@ def _captions(figures: Mapping[str, Any], found: Sequence[Fact]) -> str:
 def _frequent(counts: Mapping[str, int]) -> str:
   return (
     (
-      f"<h3>The most frequent first captions</h3><div class=card>"
+      f"<h3>Most frequent first captions</h3><div class=card>"
       f"{table(('', 'samples'), [*counts.items()])}</div>"
     )
     if counts
@@ -229,31 +246,31 @@ def _frequent(counts: Mapping[str, int]) -> str:
   )
 
 
-def _bad(figures: Mapping[str, Any], found: Sequence[Fact]) -> str:
+def _bad(figures: Mapping[str, Any], samples: Sequence[SampleStats]) -> str:
   if not figures["bad"]:
     return ""
-  rows = [(fact.place, fact.key, fact.reason, fact.detail) for fact in found if fact.reason][:BAD]
+  rows = [(x.position, x.key, x.reason, x.detail) for x in samples if x.reason][:BAD]
   return (
-    "<h2>Bad samples</h2><p>Training puts another sample in the place of each, and counts it."
+    "<h2>Unusable samples</h2><p>Training replaces each by another sample, and counts it."
     f'</p><div class=grid>{_shares("reasons", figures["bad"])}</div><div class="card below">'
-    f"{table(('index', 'key', 'reason', 'what was found'), rows, numbers=False)}</div>"
+    f"{table(('index', 'key', 'reason', 'details'), rows, numbers=False)}</div>"
   )
 
 
-def _sheet(found: Sequence[Fact], spec: Spec, language: str | None) -> str:
-  usable = [fact for fact in found if not fact.reason]
+def _sheet(samples: Sequence[SampleStats], spec: Spec, language: str | None) -> str:
+  usable = [sample for sample in samples if not sample.reason]
   count = min(SHEET, len(usable))
   chosen = [usable[k * len(usable) // count] for k in range(count)]
-  cards = "".join(_card(fact, spec, language) for fact in chosen)
+  cards = "".join(_card(sample, spec, language) for sample in chosen)
   return (
-    f"<h2>Contact sheet</h2><p>{count} of the samples that can be used, evenly spread.</p>"
+    f"<h2>Contact sheet</h2><p>{count} usable sample{'' if count == 1 else 's'}, evenly spread.</p>"
     f'<div class="sheet">{cards}</div>'
   )
 
 
-def _card(fact: Fact, spec: Spec, language: str | None) -> str:
-  record = open_spec(spec)[fact.place]
-  texts, spoken = captions(record, spec, language)
+def _card(sample: SampleStats, spec: Spec, language: str | None) -> str:
+  record = open_spec(spec)[sample.position]
+  texts, languages = captions(record, spec, language)
   columns = [column for column in texts.values() if column]
   firsts = list(dict.fromkeys(column[0] for column in columns))[:FIELDS]
   lines = "".join(
@@ -261,7 +278,7 @@ def _card(fact: Fact, spec: Spec, language: str | None) -> str:
   )
   left = sum(map(len, columns)) - len(firsts)
   more = f"{left} more · " if left else ""
-  about = " · ".join((f"{fact.width} × {fact.height}", *spoken[:1], _cut(fact.key)))
+  about = " · ".join((f"{sample.width} × {sample.height}", *languages[:1], _cut(sample.key)))
   return (
     f'<div class="card"><img src="{thumbnail(decode(record["image"]), THUMBNAIL)}"'
     f' alt="{escape(_cut(firsts[0]))}">{lines}'

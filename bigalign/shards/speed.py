@@ -1,4 +1,4 @@
-"""How many samples a second a source gives to training, with and without decoding them."""
+"""Samples per second of the training data loader, with and without decoding."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 from bigalign.data.loader.training import train_batches
 from bigalign.data.loader.workers import Batches, iterate
+from bigalign.data.order.order import Order
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import Source
-from bigalign.data.sources.mixture import Order
 
 BATCH = 64
 
 
 class _Reading:
-  """Batches for which samples are read in the order of training, and no more."""
+  """Batches whose samples are read in the order of training, but not decoded."""
 
   def __init__(self, source: Source, workers: int):
     self._source = source
@@ -39,10 +39,20 @@ class _Reading:
     return dict(indices=indices)
 
 
-def speeds(source: Source, *, image_size: int, workers: int, seconds: float) -> dict[str, float]:
-  """{"read", "decoded"}: samples a second, each over so many seconds.
+def loader_speeds(
+  source: Source, *, image_size: int, workers: int, seconds: float
+) -> dict[str, float]:
+  """Measures the data loader.
 
-  Decoding is all that training's workers do: decode, crop, resize, tokenise (into bytes).
+  Args:
+    source: to read.
+    image_size: of training, pixels.
+    workers: processes of the loader.
+    seconds: length of each measurement.
+
+  Returns:
+    Samples per second: "read", and "decoded" with all the work of training: decoding, cropping,
+    resizing and tokenising into bytes.
   """
   batches = train_batches(
     source,
@@ -63,7 +73,7 @@ def speeds(source: Source, *, image_size: int, workers: int, seconds: float) -> 
 
 def _rate(batches: Batches, workers: int, seconds: float) -> float:
   with contextlib.closing(batches):
-    for _ in range(3 * max(workers, 1)):  # what the start has filled
+    for _ in range(3 * max(workers, 1)):  # skip the batches that were prefetched at the start
       next(batches)
     begin, count = time.perf_counter(), 0
     while (taken := time.perf_counter() - begin) < seconds or not count:
@@ -72,6 +82,6 @@ def _rate(batches: Batches, workers: int, seconds: float) -> float:
   return count * BATCH / taken
 
 
-def hosts(images_per_second: float, rate: float) -> int:
-  """How many hosts of this rate give as many images a second."""
+def hosts_needed(images_per_second: float, rate: float) -> int:
+  """Returns how many hosts with this rate deliver this many images per second."""
   return max(1, math.ceil(images_per_second / rate))

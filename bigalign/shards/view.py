@@ -1,4 +1,4 @@
-"""Makes a view of a source: bigalign view 'DIR/*.tar' --where 'width >= 200' --out good."""
+"""Selects samples of a source: bigalign view 'DIR/*.tar' --where 'width >= 200' --out good."""
 
 from __future__ import annotations
 
@@ -16,41 +16,51 @@ from bigalign.shards import source_flags
 
 
 def _read_ids(path: str) -> np.ndarray:
-  """Places of samples: a .npy of integers, or a text with one a line."""
+  """Positions of samples, from a .npy file of integers or a text file with one per line."""
   if path.endswith(".npy"):
-    return np.load(path, allow_pickle=False)
+    ids: np.ndarray = np.load(path, allow_pickle=False)
+    return ids
   return np.loadtxt(path, np.int64, ndmin=1)
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
-  """The program; the manifest of what it wrote."""
+  """Runs the program: prints counts, returns the manifest of the view that it wrote."""
   parser = argparse.ArgumentParser(
     "bigalign view", description=views.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  source_flags.add(parser)
-  parser.add_argument("--out", required=True, help="OUT.npy and OUT.json are written")
-  parser.add_argument("--where", default="", help="rule that the samples fulfil")
-  parser.add_argument("--unique", default="", help="column of which each value is kept once")
-  lists = parser.add_mutually_exclusive_group()
-  lists.add_argument("--ids", default="", help=".npy or text of places to choose from")
-  lists.add_argument(
-    "--keys", default="", help="text of sample keys to choose from, one a line; may be .gz"
+  source_flags.add_source_flags(parser)
+  parser.add_argument("--out", required=True, help="path: OUT.npy and OUT.json are written")
+  parser.add_argument(
+    "--where", default="", help="condition on the columns of the stats, such as 'width >= 200'"
   )
   parser.add_argument(
-    "--workers", type=int, default=os.cpu_count(), help="processes that read keys (%(default)s)"
+    "--unique", default="", help="column; keeps one sample for each of its values"
+  )
+  lists = parser.add_mutually_exclusive_group()
+  lists.add_argument(
+    "--ids", default="", help="file of positions to choose from: .npy, or text with one per line"
+  )
+  lists.add_argument(
+    "--keys", default="", help="text file of sample keys to choose from, one per line; may be .gz"
+  )
+  parser.add_argument(
+    "--workers",
+    type=int,
+    default=os.cpu_count(),
+    help="number of processes that read keys (%(default)s)",
   )
   given = parser.parse_args(words)
-  spec, told = source_flags.spec(given), {}
+  spec, counts = source_flags.spec_from_flags(given), {}
   ids = _read_ids(given.ids) if given.ids else None
   if given.keys:
-    ids, *counts = keys.find(spec, given.keys, workers=given.workers)
-    told = dict(zip(("keys_listed", "keys_unknown", "samples_that_share_a_key"), counts))
-  found = views.make_view(
+    ids, *numbers = keys.find(spec, given.keys, workers=given.workers)
+    counts = dict(zip(("keys_listed", "keys_unknown", "samples_that_share_a_key"), numbers))
+  manifest = views.make_view(
     open_spec(spec), given.out, spec=given.source, rule=given.where, unique=given.unique, ids=ids
   )
-  shown = {name: found[name] for name in ("samples", "kept", "left_out")} | told
+  shown = {name: manifest[name] for name in ("samples", "kept", "left_out")} | counts
   print(json.dumps(shown, indent=1))
-  return found | told
+  return manifest | counts
 
 
 def run() -> None:

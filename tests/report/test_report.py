@@ -1,4 +1,4 @@
-"""The page of a run holds what it promises, is well formed, and needs nothing from outside."""
+"""The page of a run is complete, well formed, escaped and self-contained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVIL = '<script>alert("x")</script> & $x^2$'
 
 
 class Page(html.parser.HTMLParser):
-  """Collects what a page holds; fails on tags that do not close."""
+  """Collects the content of a page; fails on tags that do not close."""
 
   def __init__(self):
     super().__init__()
@@ -98,7 +98,7 @@ def make_rows():
   return rows
 
 
-def test_page_is_whole_escaped_and_points_nowhere_outside(tmp_path):
+def test_page_is_complete_escaped_and_self_contained(tmp_path):
   text = main.page(make_run(tmp_path), make_rows(), make_pairs())
   page = parse(text)
   assert {
@@ -115,8 +115,8 @@ def test_page_is_whole_escaped_and_points_nowhere_outside(tmp_path):
   assert page.tags.count("img") > 20
   assert "script" not in page.tags
   words = " ".join(page.words)
-  for told in ("40.0", "chance 1.0 %", "40× chance", "abc", "f00", "2,560", EVIL):
-    assert told in words, told
+  for word in ("40.0", "chance 1.0 %", "40× chance", "abc", "f00", "2,560", EVIL):
+    assert word in words, word
   assert all(re.match(r"data:image/(png|jpeg);base64,|#", source) for source in page.sources)
   assert not re.search(r"https?:|url\((?!#)|@import", text)
 
@@ -139,7 +139,7 @@ def test_margins_equal_a_sort():
   margin, rank = sections.margins(sims, positive)
   for q in range(9):
     order = np.argsort(-sims[q])
-    # The place of the best positive: only wrong answers can stand before it.
+    # The rank of the best positive: only wrong answers can come before it.
     assert rank[q] == 1 + np.argmax(positive[q][order])
     assert margin[q] == sims[q][positive[q]].max() - sims[q][~positive[q]].max()
 
@@ -219,7 +219,7 @@ def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
     (None, "train"),
   ],
 )
-def test_what_is_held_out_is_read_from_the_config(evals, source):
+def test_held_out_samples_are_those_of_the_evaluators(evals, source):
   config = configs.plain(dict(evals=evals, data=dict(source="train")))
   assert main.held_out(config)[0] == source
 
@@ -240,6 +240,6 @@ def test_zeroshot_folders_of_clip_benchmark(tmp_path):
   assert evaluate.zeroshot_folder(tmp_path / "pets")[1]["templates"].endswith("templates.txt")
 
 
-def test_a_folder_that_is_no_run_is_said(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config\.json.*--workdir"):
     evaluate.open_run(tmp_path)

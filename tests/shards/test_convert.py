@@ -1,4 +1,4 @@
-"""bigalign convert: the same ids and batches, nothing lost, whole after any kill."""
+"""bigalign convert: the same ids and batches, nothing lost, complete after any kill."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.batches import PHOTO_SHARDS, first_photo_batches, train_batches
 from helpers.every_format import VERSIONS
 from helpers.object_store_server import store
 from helpers.small_shards import picture, samples, write_tar
 from PIL import Image
-from test_sources_files import SHARDS, first_batches
 
 from bigalign.data.files.storage import locked
 from bigalign.data.image.decode import decode
-from bigalign.data.loader.training import train_batches
 from bigalign.data.samples.rejects import REASONS, Rejected
 from bigalign.data.sources.base import Spec, open_source
 from bigalign.shards import convert as program
@@ -41,7 +40,7 @@ def batches(pattern, captions):
       seed=0,
       image_size=16,
       stop=96,
-      kind="exact",
+      order="exact",
       tokenizer=dict(name="byte", length=24),
       stop_at_bad_shard=False,
     )
@@ -58,7 +57,7 @@ def assert_equal(found, expected):
 
 
 def tar_with_bad_samples(path):
-  """The first has no image; further on a broken one, a label and a .json that are none, no text."""
+  """Samples without image, with a broken image, an invalid label, invalid JSON, no text."""
   members = dict(samples(0, 60))
   del members["000000.jpg"]
   members["000007.jpg"] = b"<html>"
@@ -70,7 +69,7 @@ def tar_with_bad_samples(path):
   return write_tar(path, sorted(members.items()))
 
 
-def test_bad_samples_stay_where_they_are_and_bad_for_the_same_reason(tmp_path):
+def test_bad_samples_keep_their_position_and_their_reason(tmp_path):
   captions = ("json.caption", "txt")
   shard = tar_with_bad_samples(tmp_path / "0.tar")
   found = convert(Spec(shard, captions), f"{tmp_path}/out", records=25)
@@ -100,18 +99,19 @@ def test_bad_samples_stay_where_they_are_and_bad_for_the_same_reason(tmp_path):
     else:
       assert b[i] == record  # with its key
   assert b.where(30) == (f"{tmp_path}/out/00001-of-00003.array_record", 5, 25)
-  # What was broken can still be mended from the copy.
+  # The copy still contains what was broken.
   assert b.fields(11)["cls"] == [b"a dog"] and b.fields(13)["json"] == [b"{"]
   assert b.fields(13)["image"] == [picture(13)]
   assert json.loads(b.fields(21)["json"][0])["nsfw"] == 0.25
 
 
 def test_photos_have_equal_batches_from_a_copy(data_root, tmp_path):
-  """Ids, pixels, tokens, labels of three collections that are one source."""
+  """Ids, pixels, tokens and labels of three collections in one source."""
   captions = ("json.captions", "txt")
-  convert(Spec(SHARDS, captions), f"{tmp_path}/out", records=400)
+  convert(Spec(PHOTO_SHARDS, captions), f"{tmp_path}/out", records=400)
   assert_equal(
-    first_batches(f"{tmp_path}/out/*.array_record", captions), first_batches(SHARDS, captions)
+    first_photo_batches(f"{tmp_path}/out/*.array_record", captions),
+    first_photo_batches(PHOTO_SHARDS, captions),
   )
 
 
@@ -130,7 +130,7 @@ def test_every_kind_of_source_is_copied(tmp_path, version):
   assert [copy[i]["texts"][name] for i in range(12)] == [each["captions"] for each in records]
 
 
-def test_columns_that_no_one_asked_for_are_copied_too(tmp_path):
+def test_all_other_columns_are_copied_too(tmp_path):
   pq.write_table(
     pa.table(
       dict(
@@ -169,7 +169,7 @@ def test_columns_that_no_one_asked_for_are_copied_too(tmp_path):
   assert pixels["captions"] == glyph["captions"] and pixels["label"] == glyph["label"]
 
 
-def test_far_shards_are_fetched_once(tmp_path, monkeypatch):
+def test_remote_shards_are_fetched_once(tmp_path, monkeypatch):
   monkeypatch.setenv("BIGALIGN_INDEX", str(tmp_path / "index"))
   write_tar(tmp_path / "0.tar", samples(0, 320))
   with store(tmp_path) as server:
@@ -182,7 +182,7 @@ def test_far_shards_are_fetched_once(tmp_path, monkeypatch):
     assert copy[319]["image"] == source[319]["image"]
 
 
-def test_large_images_become_smaller_and_the_others_stay(tmp_path):
+def test_large_images_are_resized_and_others_unchanged(tmp_path):
   turned = io.BytesIO()
   exif = Image.Exif()
   exif[0x0112] = 6
@@ -217,7 +217,7 @@ def test_large_images_become_smaller_and_the_others_stay(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_copy_goes_on_where_it_was(tmp_path):
+def test_a_killed_copy_resumes(tmp_path):
   shard = write_tar(tmp_path / "0.tar", samples(0, 1200))
   words = [
     sys.executable,
@@ -256,7 +256,7 @@ def test_a_killed_copy_goes_on_where_it_was(tmp_path):
   assert len(kept) == found["already_there"]
 
 
-def test_what_is_in_the_way_is_named(tmp_path):
+def test_obstacles_are_named(tmp_path):
   shard = write_tar(tmp_path / "0.tar", samples(0, 30))
   out = f"{tmp_path}/out"
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -265,18 +265,18 @@ def test_what_is_in_the_way_is_named(tmp_path):
     with pytest.raises(
       OSError,
       match=r"00000-of-00002\.array_record: .*File too large.* MB are "
-      r"free there; make room, and run the same command again",
+      r"free there; free some space and run the same command again",
     ):
       convert(Spec(shard), out, records=20)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
   assert os.listdir(f"{out}.part") == [program.LOG]
-  with pytest.raises(ValueError, match=r"out\.part was begun with short_side=0, now 8\. Finish"):
+  with pytest.raises(ValueError, match=r"out\.part was started with short_side=0, now 8\. Finish"):
     convert(Spec(shard), out, records=20, short_side=8)
   with locked(f"{out}.part", "x"), pytest.raises(BlockingIOError, match="another bigalign"):
     convert(Spec(shard), out, records=20)
   assert convert(Spec(shard), out, records=20)["records"] == 30
-  with pytest.raises(FileExistsError, match=f"{out} exists; name a folder that does not"):
+  with pytest.raises(FileExistsError, match=f"{out} exists; remove it, or choose another folder"):
     convert(Spec(shard), out)
   (tmp_path / "mine.part").mkdir()
   (tmp_path / "mine.part/photo.jpg").write_bytes(b"")

@@ -78,7 +78,7 @@ def test_beam_and_processes_write_the_same_index(tmp_path, beam):
   assert len(contents[0]) == 6 and contents[0] == contents[1]
 
 
-def test_without_beam_the_way_there_is_told(tmp_path):
+def test_without_beam_the_error_says_how_to_install_it(tmp_path):
   path = write_tar(tmp_path / "0.tar", samples(0, 2))
   with pytest.raises(ImportError, match=r"pip install 'bigalign\[beam\]'"):
     program.main([path, "--runner=DirectRunner"])

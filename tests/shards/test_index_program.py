@@ -26,7 +26,7 @@ def _shards(folder: pathlib.Path, count: int = 4) -> str:
   return f"{folder}/{{00000..{count - 1:05d}}}.tar"
 
 
-def test_processes_make_no_difference(tmp_path, monkeypatch):
+def test_the_index_does_not_depend_on_the_number_of_processes(tmp_path, monkeypatch):
   pattern = _shards(tmp_path / "shards")
   for workers in (1, 2):
     assert program.main([pattern, f"--out={tmp_path}/{workers}", f"--workers={workers}"]) == 0
@@ -40,7 +40,7 @@ def test_processes_make_no_difference(tmp_path, monkeypatch):
   assert len(open_source(pattern)) == 3 + 4 + 5 + 6
 
 
-def test_what_is_current_is_not_read_again(tmp_path, monkeypatch, capsys):
+def test_unchanged_shards_are_not_read_again(tmp_path, monkeypatch, capsys):
   pattern = _shards(tmp_path)
   assert program.main([pattern, "--workers=1"]) == 0
   first = (tmp_path / index.FILE).read_bytes()
@@ -58,7 +58,7 @@ def test_what_is_current_is_not_read_again(tmp_path, monkeypatch, capsys):
   assert len(open_source(pattern)) == 18
 
 
-def test_a_build_that_was_stopped_goes_on(tmp_path):
+def test_an_interrupted_build_resumes(tmp_path):
   pattern = _shards(tmp_path)
 
   def stopped(tasks):
@@ -74,17 +74,17 @@ def test_a_build_that_was_stopped_goes_on(tmp_path):
   assert len(open_source(pattern)) == 18
 
 
-def test_shards_that_break_off_and_what_are_none_are_told(tmp_path, capsys):
+def test_truncated_and_invalid_shards_are_listed(tmp_path, capsys):
   pattern = _shards(tmp_path)
   cut = tmp_path / "00001.tar"
   cut.write_bytes(cut.read_bytes()[:3000])
   assert program.main([pattern, "--workers=1"]) == 0
-  said = capsys.readouterr().out
-  assert "00001.tar" in said and "00000.tar" not in said
+  printed = capsys.readouterr().out
+  assert "00001.tar" in printed and "00000.tar" not in printed
   (tmp_path / "00003.tar").write_bytes(b"<html>404</html>" * 100)
   assert program.main([pattern, "--workers=1"]) == 1
-  said = capsys.readouterr().out
-  assert "0 indexed, 3 current, 1 failed" in said
+  printed = capsys.readouterr().out
+  assert "0 indexed, 3 current, 1 failed" in printed
   with pytest.raises(OSError, match=r"00003\.tar: the shard changed"):
     open_source(pattern)
   assert len(open_source(f"{tmp_path}/{{00000,00002}}.tar")) == 3 + 5
@@ -144,7 +144,7 @@ def test_stats_are_rows_of_the_samples(tmp_path, monkeypatch):
   assert program.main(argv) == 0
 
 
-def test_stats_of_a_shard_that_changed_are_asked_for(tmp_path):
+def test_outdated_stats_are_an_error(tmp_path):
   pattern = _shards(tmp_path, 1)
   with pytest.raises(FileNotFoundError, match=r"00000\.tar has no stats .*index --stats"):
     list(open_source(pattern).columns())

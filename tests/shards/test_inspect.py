@@ -1,4 +1,4 @@
-"""bigalign inspect: exact counts, a page that holds whatever captions bring, any kind of source."""
+"""bigalign inspect: exact counts, a page that escapes all captions, any kind of source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.every_format import VERSIONS
 from helpers.small_shards import picture, write_tar
 
 from bigalign.data.sources.base import Spec
-from bigalign.shards import facts, inspect, speed
+from bigalign.shards import inspect, sample_stats, speed
 
 HOSTILE = '</div><script>alert(1)</script><img src="http://x/y.png" onerror=alert(2)>'
 CAPTIONS = [
@@ -30,7 +30,7 @@ CAPTIONS = [
 
 
 class Page(html.parser.HTMLParser):
-  """What a browser would make of it: tags with their attributes, and the text."""
+  """The tags of a page with their attributes, and its text."""
 
   def __init__(self, text):
     super().__init__()
@@ -45,7 +45,7 @@ class Page(html.parser.HTMLParser):
 
 
 def hostile_shard(path):
-  """A sample of each caption, and bad ones: a page of HTML, half an image, none, no language."""
+  """A sample for each caption, and bad ones: HTML, half an image, no image, invalid language."""
   members = []
   for i, text in enumerate(CAPTIONS):
     key = f"{i:03d}" + ("<b>" if i == 2 else "")
@@ -124,14 +124,14 @@ def test_every_kind_of_source_has_the_same_figures(tmp_path, version):
 
 
 def test_the_same_evenly_spread_samples_each_time():
-  assert sum(facts.spread(100, samples=100, block=1), ()) == tuple(range(100))
+  assert sum(sample_stats.spread(100, samples=100, block=1), ()) == tuple(range(100))
   for size, samples, block, length, longest in (
     (10**9, 1000, 1, 1, 64),
     (10**6, 1000, 20, 20, 20),
     (10_000, 320, 5000, 10, 10),
   ):
-    tasks = facts.spread(size, samples=samples, block=block)
-    assert tasks == facts.spread(size, samples=samples, block=block)
+    tasks = sample_stats.spread(size, samples=samples, block=block)
+    assert tasks == sample_stats.spread(size, samples=samples, block=block)
     chosen = np.array(sum(tasks, ()))
     assert len(chosen) == samples and max(map(len, tasks)) == longest
     assert (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < size
@@ -156,9 +156,13 @@ def test_the_program_measures_the_loader_and_counts_hosts(tmp_path, monkeypatch,
   found = inspect.main([*words, "--batch_size=64000", "--steps_per_second=10"])
   rates = found["throughput"]
   assert rates["read"] > rates["decoded"] > 0
-  assert rates["hosts"] == -(-640_000 // rates["decoded"]) == speed.hosts(640_000, rates["decoded"])
+  assert (
+    rates["hosts"]
+    == -(-640_000 // rates["decoded"])
+    == speed.hosts_needed(640_000, rates["decoded"])
+  )
   page = Page((tmp_path / "inspect.html").read_text()).text
-  assert "All but the number of samples is of 100 of them" in page
+  assert "Figures are of 100 samples, evenly spread over the source" in page
   assert f"{rates['hosts']:,.0f}for 640,000 images/s" in page
   assert capsys.readouterr().out.endswith("inspect.html\n")
   with pytest.raises(SystemExit):
@@ -178,4 +182,4 @@ def test_scripts():
     "漢字とかな": "Han or Kana",
     "عربي": "Arabic",
   }.items():
-    assert facts.script(text) == script
+    assert sample_stats.script(text) == script

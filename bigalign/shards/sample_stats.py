@@ -1,4 +1,4 @@
-"""What is to be known of a sample before training: sizes, captions, scripts, why it is bad."""
+"""Statistics of single samples, for inspection: sizes, captions, scripts, why a sample is bad."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigalign.data.image.decode import decode
-from bigalign.data.order.order import philox
+from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import Spec, open_spec, texts_of
 
-PIECES = 32  # at least, where a source reads many samples at once
-TASK = 64  # samples of a task of a worker, where it reads them one by one
-CUT = 1000  # characters of a caption that are looked at
+PIECES = 32  # least number of pieces, for a source that reads many samples at once
+TASK = 64  # samples per task of a worker, for a source that reads them one by one
+CUT = 1000  # characters of a caption that count
 
 _KINDS = {
   b"\xff\xd8\xff": "jpeg",
@@ -30,47 +30,71 @@ _KINDS = {
   b"II*\0": "tiff",
   b"MM\0*": "tiff",
 }
-# The first word of a letter's Unicode name is its script; Japanese is written with three.
+# The first word of a letter's Unicode name is its script; Japanese uses three scripts.
 _SCRIPTS = dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA"), "Han or Kana")
 
 
-class Fact(NamedTuple):
-  """What is kept of a sample."""
+class SampleStats(NamedTuple):
+  """The statistics of one sample.
 
-  place: int  # in the source
+  Attributes:
+    position: in the source, from 0.
+    key: its key in the source.
+    reason: why it cannot be used, one of rejects.REASONS; "" if it can.
+    detail: details of the reason.
+    kind: image format by content, such as "jpeg".
+    width: of the image, pixels; 0 if it cannot be decoded.
+    height: of the image, pixels.
+    size: bytes of the encoded image.
+    digest: hash of the image; b"" without one.
+    lengths: {field: characters of each caption}.
+    caption: beginning of the first caption.
+    scripts: the script of each caption.
+    languages: content of the language field.
+  """
+
+  position: int
   key: str
-  reason: str  # out of rejects.REASONS; "" if it can be used
+  reason: str
   detail: str
-  kind: str  # of the image, by its content
-  width: int  # pixels; 0 if it cannot be decoded
+  kind: str
+  width: int
   height: int
-  size: int  # bytes of the encoded image
-  digest: bytes  # of the image; b"" without one
-  lengths: dict[str, tuple[int, ...]]  # {field: characters of each caption}
-  caption: str  # the beginning of the first
-  scripts: tuple[str, ...]  # one of each caption
-  languages: tuple[str, ...]  # what the language field says
+  size: int
+  digest: bytes
+  lengths: dict[str, tuple[int, ...]]
+  caption: str
+  scripts: tuple[str, ...]
+  languages: tuple[str, ...]
 
 
-class Look(NamedTuple):
-  """Samples to look at, for a worker process."""
+class StatsTask(NamedTuple):
+  """Samples for a worker process.
+
+  Attributes:
+    spec: the source.
+    language: the field that holds the language, one of spec.captions, or None.
+    indices: positions of the samples.
+  """
 
   spec: Spec
-  language: str | None  # the field that holds it, one of the spec's captions
+  language: str | None
   indices: tuple[int, ...]
 
 
-def look(task: Look) -> list[Fact]:
-  """The facts of some samples."""
-  return [_fact(i, task.spec, task.language) for i in task.indices]
+def collect(task: StatsTask) -> list[SampleStats]:
+  """Returns the statistics of some samples; runs in worker processes."""
+  return [_sample_stats(i, task.spec, task.language) for i in task.indices]
 
 
-def _fact(i: int, spec: Spec, language: str | None) -> Fact:
+def _sample_stats(i: int, spec: Spec, language: str | None) -> SampleStats:
   try:
     record = open_spec(spec)[i]
   except Rejected as error:
-    return Fact(i, f"sample {i}", error.reason, error.detail, "none", 0, 0, 0, b"", {}, "", (), ())
-  texts, spoken = captions(record, spec, language)
+    return SampleStats(
+      i, f"sample {i}", error.reason, error.detail, "none", 0, 0, 0, b"", {}, "", (), ()
+    )
+  texts, languages = captions(record, spec, language)
   every = [text for column in texts.values() for text in column]
   image = record["image"]
   data = image.tobytes() if isinstance(image, np.ndarray) else image
@@ -81,7 +105,7 @@ def _fact(i: int, spec: Spec, language: str | None) -> Fact:
       raise Rejected("no_caption")
   except Rejected as error:
     reason, detail = error.reason, error.detail
-  return Fact(
+  return SampleStats(
     i,
     record["key"],
     reason,
@@ -94,14 +118,23 @@ def _fact(i: int, spec: Spec, language: str | None) -> Fact:
     {name: tuple(map(len, column)) for name, column in texts.items()},
     every[0][:CUT] if every else "",
     tuple(map(script, every)),
-    spoken,
+    languages,
   )
 
 
 def captions(
   record: Mapping[str, Any], spec: Spec, language: str | None
 ) -> tuple[dict[str, Sequence[str]], tuple[str, ...]]:
-  """{field: captions} of a record, and what its language field says."""
+  """Returns the captions of a record and the content of its language field.
+
+  Args:
+    record: from the source.
+    spec: of the source.
+    language: the field that holds the language, or None.
+
+  Returns:
+    {field: captions}, languages.
+  """
   texts = dict(texts_of(record, spec))
   return texts, tuple(texts.pop(language, ())) if language else ()
 
@@ -113,7 +146,7 @@ def _kind(image: bytes | np.ndarray) -> str:
 
 
 def script(text: str) -> str:
-  """The one that most letters at the beginning of a text are of: "Latin", "Cyrillic", "Arabic"."""
+  """Returns the script of most letters at the beginning of a text: "Latin", "Cyrillic"."""
   counts = collections.Counter(map(_script_of, text[:CUT]))
   counts.pop("", None)
   return max(counts, key=lambda name: counts[name]) if counts else "no letters"
@@ -128,10 +161,16 @@ def _script_of(letter: str) -> str:
 
 
 def spread(size: int, *, samples: int, block: int) -> list[tuple[int, ...]]:
-  """Which samples to look at, in tasks: all, or as many spread evenly, the same ones each time.
+  """Chooses samples that are evenly spread over a source, the same ones each time.
 
-  Where a source reads `block` consecutive samples at once, pieces of that length are chosen, but
-  no fewer than PIECES.
+  Args:
+    size: of the source.
+    samples: how many to choose; all if the source has no more.
+    block: consecutive samples that the source reads at once. Pieces of this length are chosen, but
+      at least PIECES of them.
+
+  Returns:
+    Positions, ascending, in tasks for workers.
   """
   if samples >= size:
     length = max(block, TASK)
@@ -139,7 +178,7 @@ def spread(size: int, *, samples: int, block: int) -> list[tuple[int, ...]]:
   length = max(1, min(block, samples // PIECES))
   count = samples // length
   edges = [size * k // count for k in range(count + 1)]
-  # Drawn from its stretch, as an even step could meet the same place of every shard.
+  # Drawn at random within its interval: a constant step could hit the same position of every shard.
   starts = [
     first + int(philox(0, k).integers(end - first - length + 1))
     for k, (first, end) in enumerate(itertools.pairwise(edges))
@@ -150,19 +189,19 @@ def spread(size: int, *, samples: int, block: int) -> list[tuple[int, ...]]:
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float]:
-  """Least, median, most and what lies between; {} of nothing."""
-  found = np.sort(np.fromiter(values, np.float64))
+  """Returns least, most, median and other quantiles of some values; {} if there are none."""
+  ordered = np.sort(np.fromiter(values, np.float64))
   shares = {"least": 0, "1%": 0.01, "25%": 0.25, "median": 0.5, "75%": 0.75, "99%": 0.99, "most": 1}
   return (
     {
-      name: round(float(np.quantile(found, share, method="nearest")), 3)
+      name: round(float(np.quantile(ordered, share, method="nearest")), 3)
       for name, share in shares.items()
     }
-    if len(found)
+    if len(ordered)
     else {}
   )
 
 
 def repeated(values: Sequence[Any]) -> float:
-  """The share of values that stand there a second time or more."""
+  """Returns the share of values that repeat an earlier one."""
   return (len(values) - len(set(values))) / len(values) if values else 0.0
