@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
 import pickle
 import sys
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as rust
+from helpers.tower_oracles import ROOT
 
 from bigalign.data.text import clip_text
 from bigalign.data.text.tokenizers import TOKENIZERS, make_tokenizer
@@ -21,10 +20,18 @@ PIECES = "$BIGALIGN_DATA/tokenizers/maxtext_default_32768.spm.model"
 
 @pytest.fixture(scope="module")
 def expected() -> dict:
-  root = pathlib.Path(os.environ.get("BIGALIGN_TOWER_ORACLES", "../shared/oracles/towers"))
-  if not (root / "tokenize/expected.json").is_file():
-    pytest.skip("BIGALIGN_TOWER_ORACLES names no folder with tokenize/expected.json")
-  return json.loads((root / "tokenize/expected.json").read_text())
+  return json.loads((ROOT / "tokenize/expected.json").read_text())
+
+
+@pytest.fixture
+def vocabularies(request) -> dict[str, str]:
+  """The files that the expected ids belong to: next to them, or else the real vocabularies."""
+  names = dict(clip="clip_merges.txt.gz", wordpiece="wordpiece_vocabulary.txt")
+  files = {name: ROOT / "tokenize" / file for name, file in names.items()}
+  if all(file.is_file() for file in files.values()):
+    return {name: str(file) for name, file in files.items()}
+  request.getfixturevalue("data_root")
+  return dict(clip=CLIP, wordpiece=BERT)
 
 
 def test_bytes_and_their_mask():
@@ -80,8 +87,9 @@ def test_words_of_the_glyphs_leave_none_unknown():
     ("clip77_whitespace", dict(length=77, lower=False)),
   ],
 )
-def test_clip_oracle(data_root, expected, name, options):
-  ids, mask = make_tokenizer("clip", path=CLIP, **options).encode_batch(expected["texts"])
+def test_clip_oracle(vocabularies, expected, name, options):
+  tokenizer = make_tokenizer("clip", path=vocabularies["clip"], **options)
+  ids, mask = tokenizer.encode_batch(expected["texts"])
   np.testing.assert_array_equal(ids, expected[name])
   # The end is the largest id, and the last one that counts.
   assert (mask.sum(1) - 1 == ids.argmax(1)).all()
@@ -94,9 +102,10 @@ def test_clip_cleaning_oracle(expected):
   assert [clip_text.canonicalize(text) for text in clean] == expected["clean_canonicalize"]
 
 
-def test_wordpiece_oracle(data_root, expected):
+def test_wordpiece_oracle(vocabularies, expected):
   length = len(expected["minilm_ids"][0])
-  ids, mask = make_tokenizer("wordpiece", length=length, path=BERT).encode_batch(expected["texts"])
+  tokenizer = make_tokenizer("wordpiece", length=length, path=vocabularies["wordpiece"])
+  ids, mask = tokenizer.encode_batch(expected["texts"])
   np.testing.assert_array_equal(ids, expected["minilm_ids"])
   np.testing.assert_array_equal(mask, np.array(expected["minilm_mask"], bool))
 
@@ -147,7 +156,9 @@ def test_any_tokenizer_json(tokenizer_json):
   )
   assert ids.tolist() == [[3, 1, 4, 9], [3, 1, 2, 4]]
   assert mask.sum(1).tolist() == [3, 4]
-  with pytest.raises(ValueError, match="names no pad token; set pad=ID"):
+  with pytest.raises(
+    ValueError, match=r"defines no padding token\. Set config\.data\.tokenizer\.pad"
+  ):
     make_tokenizer("hf", length=4, path=tokenizer_json)
 
 

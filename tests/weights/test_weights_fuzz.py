@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from helpers.damaged_files import HUGE, Harm, refused, shapes_of
 from helpers.small_checkpoints import CLIP, PICTURE, clip_keys, folder, save
-from helpers.tower_oracles import CASES, ROOT, Side, needed
+from helpers.tower_oracles import CASES, ROOT, Side
 
 from bigalign import weights
 from bigalign.towers import TOWERS
@@ -257,7 +257,6 @@ def places(config, path=()):
       yield from places(value, (*path, key))
 
 
-@needed
 @pytest.mark.parametrize("case", [x for x in CASES if not (ROOT / x / "weights.npz").is_file()])
 def test_any_config_is_read_or_refused_by_name(case, tmp_path):
   """20 changes of each kind of checkpoint, in all of its JSON files."""
