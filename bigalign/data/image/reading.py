@@ -21,6 +21,8 @@ class ImageReading:
     resize: how evaluation, which does not augment, resizes: "squash" to the square, as SigLIP;
       "shortest" edge to the size, then the centre, as CLIP; "longest" edge to the size, then black
       bars.
+    resize_edge: pixels of the shorter edge with resize="shortest", before the centre crop to
+      image_size; None: image_size. DINOv2 and SAIL resize to 256 and crop to 224.
     apply_exif: rotate images as their EXIF orientation says, in training and evaluation. Off by
       default, as in img2dataset, open_clip and big_vision: images that img2dataset wrote have lost
       the tag or are compared with theirs; turn it on for photos as cameras write them.
@@ -28,17 +30,28 @@ class ImageReading:
 
   image_size: int
   resize: str = "squash"
+  resize_edge: int | None = None
   apply_exif: bool = False
 
   def __post_init__(self) -> None:
     if self.image_size < 1:
       raise ValueError(f"config.data.image_size={self.image_size}: at least 1")
+    if self.resize_edge is not None and self.resize != "shortest":
+      raise ValueError(
+        f"config.data.resize_edge={self.resize_edge} has an effect with resize='shortest' only, and"
+        f" resize={self.resize!r}"
+      )
+    if self.edge < self.image_size:
+      raise ValueError(
+        f"config.data.resize_edge={self.resize_edge} is smaller than image_size={self.image_size},"
+        " the size of the crop"
+      )
     self.evaluation_view(np.zeros((2, 2, 3), np.uint8))  # refuses an unknown `resize`
 
   @property
   def edge(self) -> int:
     """Pixels of the shorter edge before the centre crop of resize="shortest"."""
-    return self.image_size
+    return self.resize_edge or self.image_size
 
   def decode(
     self, data: bytes | np.ndarray, *, shrink: Callable[[int, int], int] | None = None

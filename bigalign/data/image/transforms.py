@@ -51,7 +51,8 @@ def train_image(
     rng: the random numbers of this sample.
     size: pixels per side of the view.
     crop: "random_resized": a box of `scale` times the area and an aspect within `ratio`, as
-      torchvision draws it; "center": the middle square; "squash": the whole image.
+      torchvision draws it; "center": the middle square; "squash": the whole image;
+      "evaluation": the view of evaluation, as config.data.resize and resize_edge say.
     scale: smallest and largest share of the area of a random box.
     ratio: smallest and largest aspect (width / height) of a random box.
     flip: probability of a mirror image; off by default, because it mirrors text too.
@@ -73,10 +74,12 @@ def train_image(
   elif crop == "center":
     side = min(height, width)
     box = ((height - side) // 2, (width - side) // 2, side, side)
-  elif crop == "squash":
+  elif crop in ("squash", "evaluation"):  # the latter is size x size already
     box = (0, 0, height, width)
   else:
-    raise ValueError(f"Unknown crop {crop!r}; known: 'random_resized', 'center', 'squash'")
+    raise ValueError(
+      f"Unknown crop {crop!r}; known: 'random_resized', 'center', 'squash', 'evaluation'"
+    )
   image = _resize(image, box, size)
   if rotate or shift:
     image = _move(image, rng, rotate=rotate, shift=shift)
@@ -111,6 +114,8 @@ def shrink(
     width: pixels of the image.
     size, crop, scale, ratio: as of `train_image`.
   """
+  if crop == "evaluation":  # equal to evaluation to the bit, whose JPEGs are decoded whole
+    return 1
   smallest: float = min(height, width)
   if crop == "random_resized":
     side = math.sqrt(height * width * scale[0])

@@ -139,7 +139,7 @@ class DataOptions(ImageReading):
   @property
   def text_length(self) -> int:
     """L, the number of token ids of a text."""
-    return int(self.tokenizer.options["length"])
+    return int(self.tokenizer.option("length"))
 
   def make_tokenizer(self) -> Tokenizer:
     """The tokenizer, which reads its files."""
@@ -148,6 +148,8 @@ class DataOptions(ImageReading):
 
   def training_view(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """uint8 [H, W, 3] -> [image_size, image_size, 3], augmented with the draws of `rng`."""
+    if self.augment.option("crop") == "evaluation":
+      image = self.evaluation_view(image)
     view: np.ndarray = self.augment.make(image, rng, size=self.image_size)
     return view
 
@@ -157,7 +159,8 @@ class DataOptions(ImageReading):
     for nested in self.augment.options.values():
       if isinstance(nested, Component):
         nested.make(image, rng)
-    dataclasses.replace(self, image_size=2).training_view(image, rng)
+    small = dataclasses.replace(self, image_size=2, resize_edge=None)
+    small.training_view(image, rng)
 
   @property
   def first_columns(self) -> Columns:
