@@ -431,6 +431,11 @@ def plain(value: Any) -> Any:
   return value
 
 
+def plain_value(kind: Any, value: Any) -> Any:
+  """`plain` of what resolve_value gave for a type; an entry of a registry is named in it."""
+  return _plain_field(kind, value)
+
+
 def fingerprint(values: Any) -> str:
   """16 hex digits that change when any value does; the order of keys does not count."""
   text = json.dumps(plain(values), sort_keys=True)

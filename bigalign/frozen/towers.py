@@ -15,7 +15,7 @@ from bigalign import sharding, tree
 from bigalign.config import Config
 from bigalign.data.stores import reader
 from bigalign.evals.embed import to_host
-from bigalign.options import Choose, plain, resolve_value, without_defaults
+from bigalign.options import Choose, plain, plain_value, resolve_value, without_defaults
 from bigalign.program import Program, compute_dtype, layout, make_program
 from bigalign.run.provenance import digest
 from bigalign.state import State
@@ -129,12 +129,12 @@ def header(
   )
 
 
-def _tower(options: Mapping[str, Any]) -> dict[str, Any]:
+def _tower(given: Mapping[str, Any]) -> dict[str, Any]:
   """A tower's options with every default, without those that do not change its vectors."""
-  options = {name: value for name, value in options.items() if name not in _SAME}
-  tower = resolve_value(Annotated[Any, Choose(TOWERS)], options, "header.json: tower")
-  filled = plain(tower)
-  return {"name": options["name"], **{k: x for k, x in filled.items() if k not in _SAME}}
+  kind = Annotated[Any, Choose(TOWERS)]
+  kept = {name: value for name, value in given.items() if name not in _SAME}
+  filled = plain_value(kind, resolve_value(kind, kept, "header.json: tower"))
+  return {name: value for name, value in filled.items() if name not in _SAME}
 
 
 def like_stored(folder: pathlib.Path, expected: Mapping[str, Any]) -> dict[str, Any]:
