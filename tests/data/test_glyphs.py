@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from helpers.batches import data_options
 
 from bigalign import sharding
 from bigalign.data.sources import glyphs, glyphs_heldout
-from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.evals.embed import Context
 from bigalign.evals.glyphs import glyphs as evaluate
 from bigalign.evals.glyphs import score
@@ -155,7 +155,9 @@ def test_cuts_select_fonts_and_misspelt_ones_are_named():
     glyphs.Glyphs(cuts=("LastResort",))
 
 
-DATA = dict(image_size=32, tokenizer=dict(name="words", vocabulary="glyphs", length=16), workers=0)
+DATA = data_options(
+  image_size=32, tokenizer=dict(name="words", vocabulary="glyphs", length=16), workers=0
+)
 
 
 @jax.jit
@@ -173,7 +175,7 @@ def embed_text(params, ids, mask):
 
 def test_the_evaluator_equals_ten_lines_of_numpy():
   rng = np.random.default_rng(0)
-  tokenizer = make_tokenizer(**DATA["tokenizer"])
+  tokenizer = DATA.make_tokenizer()
   params = dict(
     image=rng.normal(size=(32 * 32 * 3, 12)).astype(np.float32),
     text=rng.normal(size=(tokenizer.vocab_size, 12)).astype(np.float32),

@@ -59,7 +59,9 @@ def test_an_index_beside_the_shards_is_used_and_never_written(tmp_path):
   ]
   assert not os.path.exists(index.home(folder))
   write_tar(tmp_path / "3.tar", samples(30, 3))
-  with pytest.raises(ValueError, match=r"1 of 4 shards .* not in an index.* 3\.tar.*bigalign index '"):
+  with pytest.raises(
+    ValueError, match=r"1 of 4 shards .* not in an index.* 3\.tar.*bigalign index '"
+  ):
     open_source(f"{folder}/*.tar")
   assert (tmp_path / index.FILE).read_bytes() == before
 

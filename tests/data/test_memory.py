@@ -8,10 +8,10 @@ import pathlib
 
 import numpy as np
 import pytest
+from helpers.batches import train_batches
 from helpers.every_format import write_array_records, write_parquet
 from helpers.small_shards import picture, samples, write_tar
 
-from bigalign.data.loader.training import train_batches
 from bigalign.data.sources.base import open_source
 
 

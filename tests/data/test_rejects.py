@@ -8,13 +8,13 @@ import logging
 
 import numpy as np
 import pytest
+from helpers.batches import train_batches
 from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 
-from bigalign import config as configs
-from bigalign.data.loader.training import train_batches
 from bigalign.data.samples.rejects import Watch
 from bigalign.data.sources.base import open_source
+from bigalign.options import plain
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
@@ -52,7 +52,7 @@ def test_the_share_of_the_last_samples_counts(caplog):
 
 
 def run(c, workdir):
-  train(workdir, **configs.plain(c))
+  train(plain(c), workdir)
   return [row for row in read_metrics(workdir) if "train/loss" in row]
 
 

@@ -8,13 +8,12 @@ import pickle
 
 import numpy as np
 import pytest
+from helpers.batches import eval_batches, train_batches
 from helpers.every_format import write_parquet
 from helpers.object_store_server import store
 from helpers.small_shards import picture, write_tar
 
 from bigalign.data.files import storage
-from bigalign.data.loader.evaluation import eval_batches
-from bigalign.data.loader.training import train_batches
 from bigalign.data.sources.base import open_source, where
 from bigalign.shards import index as program
 
@@ -62,7 +61,7 @@ def epoch(pattern, *, stop=SHARDS * SAMPLES, **options):
       rows=np.arange(B),
       seed=1,
       image_size=8,
-      kind="block",
+      order="block",
       tokenizer=dict(name="byte", length=16),
       stop=stop,
       **options,

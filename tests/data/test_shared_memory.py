@@ -49,13 +49,13 @@ def assert_same(found, expected):
 def test_slots_are_used_in_turn_and_a_full_row_is_passed_by():
   sender, receiver = shared_memory.Sender(Counted()), shared_memory.Receiver()
   sent = [sender[k] for k in range(shared_memory.SLOTS + 2)]
-  assert [isinstance(x, shared_memory.Packed) for x in sent] == [True] * shared_memory.SLOTS + [
+  assert [isinstance(x, shared_memory.SlotBatch) for x in sent] == [True] * shared_memory.SLOTS + [
     False
   ] * 2
   for k, packed in enumerate(sent):
     assert_same(receiver.unpack(packed), Counted()[k])
   again = sender[9]
-  assert isinstance(again, shared_memory.Packed) and again.number == shared_memory.SLOTS
+  assert isinstance(again, shared_memory.SlotBatch) and again.number == shared_memory.SLOTS
   assert_same(receiver.unpack(again), Counted()[9])
   memory = again.memory
   receiver.close()
@@ -64,8 +64,8 @@ def test_slots_are_used_in_turn_and_a_full_row_is_passed_by():
 
 def test_what_fits_into_no_slot_goes_the_other_way():
   sender, receiver = shared_memory.Sender(Counted(grown=1)), shared_memory.Receiver()
-  assert isinstance(sender[0], shared_memory.Packed) and not isinstance(
-    sender[1], shared_memory.Packed
+  assert isinstance(sender[0], shared_memory.SlotBatch) and not isinstance(
+    sender[1], shared_memory.SlotBatch
   )
   assert_same(receiver.unpack(sender[0]), Counted()[0])
   receiver.close()
@@ -89,7 +89,7 @@ def test_without_room_no_memory_is_taken(monkeypatch):
 def test_workers_send_every_batch_once_in_order_and_leave_nothing(grown):
   with contextlib.closing(workers.iterate(Counted(grown), workers=2)) as batches:
     found = list(batches)
-    used = [SHARED / name for name in batches._received._memories]
+    used = [SHARED / name for name in batches._receiver._memories]
     assert len(used) == 2
   assert len(found) == 40
   for k, batch in enumerate(found):

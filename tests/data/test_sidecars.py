@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.batches import data_options
 from helpers.object_store_server import store
 from helpers.small_shards import picture, write_tar
 
-from bigalign.batches import make_batches
 from bigalign.data.files.storage import FileChanged
 from bigalign.data.sources.base import Spec, open_source
 from bigalign.inputs import open_data
@@ -93,17 +93,17 @@ def test_captions_from_beside_the_shards(tmp_path, capsys):
 def test_recaptions_are_drawn_by_their_weights(tmp_path):
   pattern = two_shards(tmp_path)
   assert read(pattern, PARQUET) == 0
-  source, reading = open_data(
-    source=pattern,
-    captions=((PARQUET, 3), ("txt", 1)),
-    second_captions=("txt",),
-    image_size=8,
-    tokenizer=dict(name="byte", length=32),
+  inputs = open_data(
+    data_options(
+      source=pattern,
+      captions=((PARQUET, 3), ("txt", 1)),
+      second_captions=("txt",),
+      image_size=8,
+      tokenizer=dict(name="byte", length=32),
+    )
   )
   with contextlib.closing(
-    make_batches(
-      source, reading, rejected_log="", batch_size=22, rows=np.arange(22), seed=0, stop=660
-    )
+    inputs.batches(rejected_log="", batch_size=22, rows=np.arange(22), seed=0, stop=660)
   ) as found:
     batches = list(found)
   ids = np.concatenate([batch["image_id"][:, 1] for batch in batches])

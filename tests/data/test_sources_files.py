@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import itertools
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.batches import PHOTO_SHARDS, first_photo_batches
 from helpers.every_format import (
   VERSIONS,
   example,
@@ -25,20 +25,14 @@ from helpers.every_format import (
 from helpers.shipped import load
 from helpers.small_shards import picture
 
-from bigalign import config as configs
 from bigalign.data.files.cache import LRUCache
-from bigalign.data.loader.training import train_batches
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import open_source, where
 from bigalign.data.sources.parquet import Parquet
 from bigalign.data.sources.table_files import row_starts
-from bigalign.inputs import open_data
+from bigalign.options import plain
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
-
-SHARDS = "::".join(
-  f"$BIGALIGN_DATA/{name}/train/00000.tar" for name in ("coco2k", "flickr8k", "emoji")
-)
 
 
 def made(count: int, first: int = 0) -> list[dict]:
@@ -102,26 +96,14 @@ def test_every_record_by_random_access(tmp_path, version):
     open_source(spec, image="photo")
 
 
-def first_batches(source: str, captions, **source_options) -> list[dict]:
-  """The first batches of configs/photos.py from another source, whatever order it prefers."""
-  data = configs.plain(load("photos"))["data"] | dict(
-    source=source, captions=captions, source_options=source_options, workers=0, order="exact"
-  )
-  opened, options = open_data(**data)
-  with contextlib.closing(
-    train_batches(opened, batch_size=128, rows=np.arange(128), seed=0, stop=400, **options)
-  ) as batches:
-    return list(batches)
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_photos_have_equal_batches_from_every_format(data_root, tmp_path, version):
   """Ids, pixels, tokens, labels, of three collections that are one source."""
-  tars = open_source(SHARDS, captions=("json.captions", "txt"))
+  tars = open_source(PHOTO_SHARDS, captions=("json.captions", "txt"))
   spec = VERSIONS[version](tmp_path, [tars[i] for i in range(len(tars))])
   options = dict(data_dir=str(tmp_path)) if version == "tfds" else {}
-  expected = first_batches(SHARDS, ("json.captions", "txt"))
-  found = first_batches(spec, ("title",) if version == "folder" else ("captions",), **options)
+  expected = first_photo_batches(PHOTO_SHARDS, ("json.captions", "txt"))
+  found = first_photo_batches(spec, ("title",) if version == "folder" else ("captions",), **options)
   assert len(found) == len(expected) == 3
   for a, b in zip(found, expected):
     assert a.keys() == b.keys()
@@ -138,13 +120,13 @@ def test_photos_train_alike_from_every_format(data_root, tmp_path):
   c.model.text.update(width=32)
   c.model.embed_dim, c.data.workers, c.data.order = 32, 0, "exact"
   c.writer, c.evals = dict(tensorboard=False), {}
-  tars = open_source(SHARDS, captions=("json.captions", "txt"))
+  tars = open_source(PHOTO_SHARDS, captions=("json.captions", "txt"))
   records = [tars[i] for i in range(len(tars))]
   found = {}
   for version in ("tar", *VERSIONS):
     root = tmp_path / version
     data = (
-      dict(source=SHARDS)
+      dict(source=PHOTO_SHARDS)
       if version == "tar"
       else dict(
         source=VERSIONS[version](root, records),
@@ -153,8 +135,8 @@ def test_photos_train_alike_from_every_format(data_root, tmp_path):
     )
     if version == "tfds":
       data["source_options"] = dict(data_dir=str(root))
-    plain = configs.plain(c)
-    train(root / "run", **plain | dict(data=plain["data"] | data))
+    config = plain(c)
+    train(config | dict(data=config["data"] | data), root / "run")
     rows = read_metrics(root / "run")
     found[version] = [row["train/loss"] for row in rows if "train/loss" in row]
   assert len(found["tar"]) == 3

@@ -14,6 +14,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from helpers.batches import data_options
 from helpers.shipped import ROOT
 
 from bigalign.data.loader.pairs import Pairs, pair_batches
@@ -313,8 +314,9 @@ def stores(tmp_path, *, count=40, second=False):
 
 
 def batches(pairs, rows, *, batch_size=8, start=0, stop=80, **options):
+  data = data_options(image_size=1, tokenizer=dict(name="byte", length=2), **options)
   with contextlib.closing(
-    pair_batches(pairs, batch_size=batch_size, rows=rows, seed=5, start=start, stop=stop, **options)
+    pair_batches(pairs, data, batch_size=batch_size, rows=rows, seed=5, start=start, stop=stop)
   ) as found:
     return list(found)
 

@@ -10,13 +10,13 @@ import pickle
 
 import numpy as np
 import pytest
+from helpers.batches import data_options
 from helpers.small_shards import picture, samples, write_tar
 
-from bigalign import inputs
-from bigalign.data.loader.training import train_batches
 from bigalign.data.sources import views
 from bigalign.data.sources.base import open_source
 from bigalign.data.sources.views import View, make_view
+from bigalign.inputs import open_data
 from bigalign.shards import index, view
 
 SIZES = (30, 40)
@@ -153,9 +153,9 @@ def test_a_run_reads_a_view_and_knows_it(tmp_path, capsys):
     dict(source=shard, view=f"{tmp_path}/even"),
     dict(mixture=(dict(name="a", source=shard, view=f"{tmp_path}/even"),)),
   ):
-    source, reading = inputs.open_data(**chosen, **options)
+    inputs = open_data(data_options(**chosen, **options))
     with contextlib.closing(
-      train_batches(source, batch_size=15, rows=np.arange(15), seed=0, stop=15, **reading)
+      inputs.batches(rejected_log="", batch_size=15, rows=np.arange(15), seed=0, stop=15)
     ) as batches:
       (batch,) = batches
     numbers = [

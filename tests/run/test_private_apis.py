@@ -6,23 +6,36 @@ If a test fails after an upgrade of a library, the function that it names has to
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import logging
+import multiprocessing
 import os
+import pathlib
+import signal
 import socket
 import subprocess
 import sys
 
+import freetype
+import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from absl import flags
+from array_record.python.array_record_module import ArrayRecordWriter
+from grain.multiprocessing import SharedMemoryArray
+from helpers.object_store_server import store
 from helpers.shipped import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import FieldReference, config_flags
 
 from bigalign import private_apis
 from bigalign.checkpoint import Checkpoints
+from bigalign.data.sources.arrayrecord import open_file
+from bigalign.data.sources.glyphs import font_folder
 from bigalign.plan import topologies
 
 # One process, which is its own coordinator.
@@ -219,3 +232,109 @@ def test_a_config_file_is_transformed_before_overrides_are_parsed(tmp_path, monk
   monkeypatch.setattr(sys, "argv", argv)  # ml_collections finds overrides there
   values(argv)
   assert values.config.steps == "3 epochs"
+
+
+def test_a_pool_lists_its_processes_which_outlive_it():
+  with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    pid = pool.submit(os.getpid).result()
+    processes = private_apis.pool_processes(pool)
+    assert pid in processes and processes[pid].pid == pid and processes[pid].exitcode is None
+  assert processes[pid].exitcode == 0
+
+
+# Its main file is imported by the process that it starts.
+SPAWNS = """
+import multiprocessing
+from bigalign import private_apis
+
+def report():
+  print(private_apis.imports_main_of_parent())
+
+print(__name__, private_apis.imports_main_of_parent(), flush=True)
+if __name__ == "__main__":
+  process = multiprocessing.get_context("spawn").Process(target=report)
+  process.start()
+  process.join()
+"""
+
+
+def test_a_spawned_process_knows_that_it_imports_the_main_file(tmp_path):
+  (tmp_path / "spawns.py").write_text(SPAWNS)
+  output = subprocess.run(
+    [sys.executable, tmp_path / "spawns.py"], cwd=ROOT, check=True, capture_output=True, text=True
+  ).stdout
+  assert output.splitlines() == ["__main__ False", "__mp_main__ True", "False"]
+
+
+class Killed:
+  """Batches of which the third kills the worker that makes it."""
+
+  def __len__(self):
+    return 8
+
+  def __getitem__(self, k):
+    if k == 2:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return {"k": np.full(1000, k)}
+
+
+def test_a_dead_worker_of_grain_is_recognised_and_its_memory_freed():
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  dataset = grain.MapDataset.source(Killed()).to_iter_dataset()
+  batches = iter(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=1)))
+  with pytest.raises(RuntimeError) as caught:
+    for _ in range(8):
+      next(batches)
+  assert private_apis.is_dead_grain_worker(caught.value)
+  assert not private_apis.is_dead_grain_worker(RuntimeError("another"))
+  batches.close()
+
+
+def test_grain_frees_shared_memory_in_order_in_one_thread():
+  SharedMemoryArray.enable_async_del(1)
+  array = SharedMemoryArray((1000,), np.uint8)
+  path = pathlib.Path("/dev/shm") / array.metadata.name
+  assert path.exists()
+  array.unlink_on_del()
+  del array
+  private_apis.free_grain_shared_memory()
+  assert not path.exists()
+
+
+def test_errors_of_tensorstore_begin_with_their_status(tmp_path):
+  with store(tmp_path) as server:
+    objects = tensorstore.KvStore.open(f"{server.url}/").result()
+    (tmp_path / "x").write_bytes(b"12345")
+    with pytest.raises(ValueError) as caught:
+      objects.read("x", byte_range=slice(9, 10)).result()
+  assert private_apis.tensorstore_status(caught.value) == "OUT_OF_RANGE"
+  assert private_apis.tensorstore_status(ValueError("no status")) == ""
+
+
+def test_a_corrupt_array_record_is_recognised(tmp_path):
+  path = str(tmp_path / "0.array_record")
+  writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+  for _ in range(2):
+    writer.write(b"a record" * 100)
+  writer.close()
+  data = bytearray(pathlib.Path(path).read_bytes())
+  place = data.index(b"a record" * 100) + 50
+  data[place] ^= 1
+  pathlib.Path(path).write_bytes(data)
+  reader, _ = open_file(path)
+  with pytest.raises(RuntimeError) as caught:
+    reader.read([0])
+  assert private_apis.is_corrupt_array_record(caught.value)
+  assert not private_apis.is_corrupt_array_record(RuntimeError("Input/output error"))
+
+
+def test_freetype_gives_the_coverage_of_a_glyph():
+  face = freetype.Face(str(font_folder() / "DejaVuSans.ttf"))
+  face.set_char_size(64 * 24)
+  face.load_char("g", freetype.FT_LOAD_RENDER)
+  ink, top = private_apis.rendered_glyph(face)
+  bitmap = face.glyph.bitmap
+  expected = np.array(bitmap.buffer, np.uint8).reshape(bitmap.rows, bitmap.pitch)
+  np.testing.assert_array_equal(ink, expected[:, : bitmap.width])
+  assert top == face.glyph.bitmap_top and ink.max() == 255

@@ -146,7 +146,7 @@ def _expand_braces(pattern: str) -> list[str]:
   try:
     expanded = braceexpand.braceexpand(pattern, escape=False)
     names = list(itertools.islice(expanded, MOST_NAMES + 1))
-  except braceexpand.UnbalancedBracesError:
+  except ValueError:  # braceexpand.UnbalancedBracesError
     raise ValueError(f"{pattern!r}: a brace is not closed, or not opened") from None
   if len(names) > MOST_NAMES:
     raise ValueError(f"{pattern!r} names more than {MOST_NAMES} files")

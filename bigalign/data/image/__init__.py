@@ -1,1 +1,1 @@
-"""Images: decoding, transforms, augmentation."""
+"""Images: decoding, transforms, augmentation, patches."""

@@ -1,4 +1,4 @@
-"""Image bytes or arrays → uint8 [H, W, 3]; what cannot be decoded is Rejected."""
+"""Decodes images: bytes or arrays → uint8 [H, W, 3]; Rejected if that fails."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bigalign.data.samples.rejects import Rejected
 
 _JPEG = b"\xff\xd8\xff"
-# What Pillow's plugins raise on broken files, apart from its own UnidentifiedImageError (OSError).
+# What Pillow's plugins raise for broken files. Its own UnidentifiedImageError is an OSError.
 _BROKEN = (
   OSError,
   SyntaxError,
@@ -32,7 +32,7 @@ _BROKEN = (
   ZeroDivisionError,
   AssertionError,
 )
-# EXIF orientation → [H, W, 3] as stored → upright; 1 is upright.
+# {EXIF orientation: function from pixels as stored to upright ones}; 1 is upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
   2: lambda x: x[:, ::-1],
   3: lambda x: x[::-1, ::-1],
@@ -51,17 +51,25 @@ def decode(
   shrink: Callable[[int, int], int] | None = None,
   apply_exif: bool = False,
 ) -> np.ndarray:
-  """One image → uint8 [H, W, 3], RGB; raises Rejected for anything that is not a whole image.
+  """Decodes one image.
 
-  The kind is told by the content, not by a file name; the size by the header, before any pixel
-  is decoded. Transparency is laid on white, 16 bits are scaled to 8, of an animation the first
-  frame is taken.
-  Arrays pass through: uint8 [H, W], [H, W, 1], [H, W, 3].
+  The content decides the format, not a file name. The size is read from the header and checked
+  before any pixel is decoded. Transparent pixels are blended with white, 16 bits are scaled to 8,
+  and the first frame of an animation is used.
 
-  shrink  (H, W) → 1, 2, 4 or 8: of a JPEG's DCT only what a picture that much smaller needs is
-          turned into pixels, [ceil(H / 8), ceil(W / 8), 3] for 8; other kinds stay as they are
-  apply_exif  turn and mirror as the EXIF orientation says, after `shrink`; without it the pixels
-              come as they are stored, as img2dataset, open_clip and big_vision read them
+  Args:
+    data: an encoded image, or uint8 [H, W], [H, W, 1] or [H, W, 3].
+    max_pixels: larger images are rejected.
+    shrink: (H, W) → 1, 2, 4 or 8: a JPEG is decoded to a size this many times smaller, which uses
+      only a part of its DCT: [ceil(H / 8), ceil(W / 8), 3] for 8. Other formats keep their size.
+    apply_exif: rotate and mirror by the EXIF orientation, after `shrink`. By default pixels stay as
+      they are stored, as in img2dataset, open_clip and big_vision.
+
+  Returns:
+    uint8 [H, W, 3], RGB.
+
+  Raises:
+    Rejected: for anything that is not a complete image.
   """
   if isinstance(data, np.ndarray):
     return _from_array(data)
@@ -72,7 +80,7 @@ def decode(
       height, width, _, _ = simplejpeg.decode_jpeg_header(data)
       _check_pixels(width, height, max_pixels=max_pixels)
       factor = shrink(height, width) if shrink else 1
-      # Without strict a truncated file comes back half grey and nobody knows.
+      # Without strict, a truncated file gives a half grey image and no error.
       pixels = simplejpeg.decode_jpeg(
         data,
         colorspace="RGB",
@@ -83,7 +91,7 @@ def decode(
       )
       return _upright(pixels, orientation_of(data)) if apply_exif else pixels
     except ValueError:
-      pass  # Pillow reads a few that libjpeg-turbo only warns about, and says better what is wrong.
+      pass  # Pillow reads a few files that libjpeg-turbo warns about, and has better errors.
   return _decode_pillow(data, max_pixels=max_pixels, apply_exif=apply_exif)
 
 
@@ -108,30 +116,33 @@ def _decode_pillow(data: bytes, *, max_pixels: int, apply_exif: bool) -> np.ndar
   try:
     with Image.open(io.BytesIO(data)) as image:
       _check_pixels(*image.size, max_pixels=max_pixels)
-      image.load()  # turns a TIFF upright by itself, and then says so
+      image.load()  # rotates a TIFF itself, and then reports orientation 1
       orientation = _orientation(image) if apply_exif else 1
       return _upright(_to_rgb(image), orientation)
-  # Pillow's own limit lies above our default; a caller who raises ours still meets it.
+  # Pillow's own limit is above our default, but a caller may raise ours above it.
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise Rejected("too_large", str(error)) from error
   except _BROKEN as error:
-    if isinstance(error, Image.UnidentifiedImageError):
-      raise Rejected("undecodable", f"no image, starts with {data[:16]!r}") from error
+    if isinstance(error, UnidentifiedImageError):
+      raise Rejected("undecodable", f"not an image, starts with {data[:16]!r}") from error
     reason = "truncated" if "truncated" in str(error) else "undecodable"
     raise Rejected(reason, str(error)) from error
 
 
 def orientation_of(data: bytes) -> int:
-  """EXIF's orientation of the pixels that `decode` gives without it, 1 to 8; reads the header."""
+  """Returns the EXIF orientation, 1 to 8, of what `decode` returns without apply_exif.
+
+  Reads only the header.
+  """
   try:
     with Image.open(io.BytesIO(data)) as image:
-      return 1 if image.format == "TIFF" else _orientation(image)  # Pillow decodes it upright
-  except _BROKEN:  # simplejpeg has decoded it
+      return 1 if image.format == "TIFF" else _orientation(image)  # Pillow rotates a TIFF itself
+  except _BROKEN:  # but simplejpeg could decode the image
     return 1
 
 
 def _orientation(image: Image.Image) -> int:
-  """1 to 8; 1, upright, also where the EXIF data are broken: the pixels are not."""
+  """1 to 8; 1 (upright) also for broken EXIF data, because the pixels are fine."""
   try:
     value = image.getexif().get(ExifTags.Base.Orientation)
   except _BROKEN:
@@ -149,7 +160,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     grey = ((wide + 128) // 257).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)
   if image.mode == "F":
-    raise Rejected("undecodable", "floating-point pixels have no agreed range")
+    raise Rejected("undecodable", "floating-point pixels have no standard range")
   if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))

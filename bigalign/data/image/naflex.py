@@ -1,4 +1,4 @@
-"""Pictures as patches that keep the aspect: SigLIP 2's NaFlex, https://arxiv.org/abs/2502.14786."""
+"""Images as patches that keep the aspect ratio: NaFlex of SigLIP 2, https://arxiv.org/abs/2502.14786."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from PIL import Image
 
 
 def grid(height: int, width: int, *, patch: int, most: int) -> tuple[int, int]:
-  """(rows, columns) of the largest picture of this aspect with at most `most` patches.
+  """Returns (rows, columns) of the largest image of this aspect ratio with at most `most` patches.
 
-  Both sides are rounded up to whole patches, so the scale is found by halving, to 1e-5.
+  Both sides are rounded up to full patches, so the scale is found by bisection, to 1e-5.
+
+  Args:
+    height: of the image in pixels.
+    width: of the image in pixels.
+    patch: side of a patch in pixels.
+    most: patches.
   """
 
   def scaled(scale: float) -> tuple[int, int]:
@@ -29,9 +35,16 @@ def grid(height: int, width: int, *, patch: int, most: int) -> tuple[int, int]:
 def patches(
   image: np.ndarray, *, patch: int, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """[H, W, 3] uint8 → patches [most, patch * patch * 3] uint8, mask [most] bool, shape [2] int32.
+  """Resizes an image (Pillow, bilinear, antialiased) and cuts it into patches.
 
-  True is a patch; shape is (rows, columns). Bilinear, antialiased, by Pillow.
+  Args:
+    image: [H, W, 3] uint8.
+    patch: side of a patch in pixels.
+    most: patches.
+
+  Returns:
+    patches [most, patch * patch * 3] uint8, padded with zeros; mask [most] bool, True for a patch;
+    shape [2] int32: (rows, columns).
   """
   rows, cols = grid(*image.shape[:2], patch=patch, most=most)
   pixels = Image.fromarray(image).resize((cols * patch, rows * patch), Image.Resampling.BILINEAR)

@@ -27,7 +27,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
   """The finalizer of splitmix64, a bijection of uint64; the products must wrap."""
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return x ^ (x >> np.uint64(31))
+  mixed: np.ndarray = x ^ (x >> np.uint64(31))
+  return mixed
 
 
 def hash_words(*words: int | np.ndarray) -> np.ndarray:

@@ -69,7 +69,9 @@ class MixtureSchedule:
   def before(self, position: int) -> np.ndarray:
     """Returns how many positions below this one belong to each source, [sources] int64."""
     phase = int(np.searchsorted(self.starts, position, side="right")) - 1
-    return self.counts[phase] + _counts(self.shares[phase], position - int(self.starts[phase]))
+    in_phase = _counts(self.shares[phase], position - int(self.starts[phase]))
+    counts: np.ndarray = self.counts[phase] + in_phase
+    return counts
 
 
 def epochs(source: Source, position: int, *, batch_size: int) -> dict[str, float]:
@@ -119,7 +121,8 @@ def _shares(weights: Sequence[float]) -> np.ndarray:
 
 def _times(x: np.ndarray, share: np.ndarray, rest: np.ndarray) -> np.ndarray:
   """floor(x * share / rest), for share <= rest <= SHARES and x below 2**62."""
-  return x // rest * share + x % rest * share // rest
+  product: np.ndarray = x // rest * share + x % rest * share // rest
+  return product
 
 
 def _counts(shares: np.ndarray, length: int) -> np.ndarray:

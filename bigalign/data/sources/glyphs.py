@@ -182,7 +182,7 @@ class Glyphs:
   Example:
     >>> glyphs = Glyphs("heldout", size=24)
     >>> glyphs[0]["key"], glyphs[0]["captions"], glyphs[0]["image"].shape
-    ('U+00D3/DejaVuSans', ('latin capital letter o with acute, sans',), (24, 24, 3))
+    ('U+00C0/DejaVuSans', ('latin capital letter a with grave, sans',), (24, 24, 3))
   """
 
   def __init__(self, split: str = "train", size: int = 32, cuts: Sequence[str] | None = None):

@@ -58,7 +58,7 @@ class Tfds:
     features = builder.info.features
     self._check(features, captions)
     info = builder.info.splits[self.split]
-    self._size = info.num_examples
+    self._size: int = info.num_examples
     # A FeaturesDict is not a dict: it has no get.
     classes = features[label] if label in features else None  # noqa: SIM401
     self.classnames = tuple(getattr(classes, "names", None) or ())

@@ -1,1 +1,1 @@
-"""Embedding stores: written, read, and joined with one side of each pair."""
+"""Embedding stores: written, read, and combined with a source for one side of each pair."""

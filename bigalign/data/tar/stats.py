@@ -64,7 +64,8 @@ def load(
     raise FileNotFoundError(
       f"{name} has no stats ({path}); write them: bigalign index --stats {shlex.quote(pattern)}"
     )
-  return np.load(path, mmap_mode="r", allow_pickle=False)
+  statistics: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+  return statistics
 
 
 def is_current(name: str, index_folder: str, stat: storage.Stat, captions: Sequence[str]) -> bool:

@@ -1,1 +1,1 @@
-"""Captions and tokenizers."""
+"""Text: the choice of captions, and tokenizers."""

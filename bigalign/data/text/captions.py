@@ -1,8 +1,8 @@
-"""Which of a sample's captions a batch gets: by preference or by probability, one or two.
+"""Chooses one or two of a sample's captions, by preference or by probability.
 
-What a config says is a list of columns, each the name of a field or a pair (name, weight). A column
-is drawn with a probability proportional to its weight, among those that the sample has; a name
-alone has weight 0, and is taken only if no column with a weight is there, the first one first.
+A config has a list of columns; each is the name of a field, or a pair (name, weight). Of the
+columns that a sample has, one is drawn with a probability proportional to its weight. A name alone
+has weight 0: the first such column is used if the sample has no column with a weight.
 """
 
 from __future__ import annotations
@@ -14,63 +14,72 @@ from typing import Any
 import numpy as np
 
 Columns = tuple[tuple[str, float], ...]
-ANY: Columns = (("", 0.0),)  # what the source takes captions from by itself
+ANY: Columns = (("", 0.0),)  # the fields that the source takes captions from by default
 
 
 def columns(given: Sequence[Any] | None, where: str) -> Columns:
-  """("txt", ("json.recap", 0.8)) -> (("txt", 0.0), ("json.recap", 0.8)); ANY of None.
+  """Returns the columns of a config with their weights.
+
+  Args:
+    given: names and pairs, such as ("txt", ("json.recap", 0.8)), or None.
+    where: names the option in errors.
+
+  Returns:
+    Pairs, such as (("txt", 0.0), ("json.recap", 0.8)); ANY for None.
 
   Raises:
-    ValueError: for a weight that is none, or a name that stands there twice.
+    ValueError: for a wrong weight, or a name that is given twice.
   """
   if given is None:
     return ANY
   if isinstance(given, str):
     raise ValueError(f"{where}={given!r} must be a list of fields: ({given!r},)")
-  found: dict[str, float] = {}
+  weights: dict[str, float] = {}
   for entry in given:
     name, weight = (entry, 0.0) if isinstance(entry, str) else entry
-    if name in found:
+    if name in weights:
       raise ValueError(f"{where} names {name!r} more than once")
     if not 0 <= weight < np.inf:
-      raise ValueError(f"{where}: {name!r} has weight {weight}; 0 or more, 0 to fall back on it")
-    found[name] = float(weight)
-  return tuple(found.items())
+      raise ValueError(
+        f"{where}: {name!r} has weight {weight}; it must be 0 or more (0: only as fallback)"
+      )
+    weights[name] = float(weight)
+  return tuple(weights.items())
 
 
 def fields(*every: Columns) -> tuple[str, ...]:
-  """The names of some columns, each once."""
+  """Returns the names of columns, each once."""
   return tuple(dict.fromkeys(name for some in every for name, _ in some))
 
 
-def names(given: Sequence[Any] | None) -> tuple[str, ...] | None:
-  """What a source is opened with where a config says `given`, on the way to its captions."""
-  return None if given is None else fields(columns(given, "config.data.captions"))
-
-
 def by_field(record: Mapping[str, Any], first: Columns, second: Columns) -> dict[str, Any]:
-  """{field: captions} of a record, as far as `choose` may look at it.
+  """Returns {field: captions} of a record, for `choose`.
 
-  One caption of each image, from fields by preference, needs no more than a record's `captions`;
-  anything else its `texts`, unless there is but one field.
+  One caption per image from fields by preference needs only the `captions` of a record. Weights and
+  second captions need its `texts`, unless there is only one field.
+
+  Args:
+    record: of a source.
+    first: columns of the first caption.
+    second: columns of the second caption; () for none.
 
   Raises:
-    ValueError: if the source does not tell its fields apart, and must.
+    ValueError: if the source does not separate the captions of its fields, but must.
   """
   wanted = fields(first, second)
   if len(wanted) == 1 or not (second or any(weight for _, weight in first)):
     return {wanted[0]: record["captions"]}
   if "texts" not in record:
     raise ValueError(
-      f"{record['key']}: its source does not tell {list(wanted)} apart, so"
-      " config.data.captions can hold names by preference only, without weights, and"
-      " config.data.second_captions none"
+      f"{record['key']}: its source does not separate the captions of {list(wanted)}, so"
+      " config.data.captions must be names without weights, and config.data.second_captions must"
+      " be empty"
     )
   return {name: record["texts"][name] for name in wanted}
 
 
 def lacks(texts: Mapping[str, Sequence[str]], some: Columns) -> bool:
-  """Whether no column has a caption."""
+  """Returns whether no column of `some` has a caption; False if there are no columns."""
   return bool(some) and not any(texts.get(name) for name, _ in some)
 
 
@@ -81,9 +90,16 @@ def choose(
   *,
   but: int | None = None,
 ) -> int:
-  """The place of one caption among all of `texts`, of which some column has one.
+  """Draws one caption.
 
-  but: a place that is taken only if the chosen column holds nothing else.
+  Args:
+    texts: {field: captions}; at least one column of `some` has a caption.
+    some: the columns to choose from.
+    rng: draws the column and the caption.
+    but: the place of a caption that is chosen only if the column has no other one.
+
+  Returns:
+    The place of the caption among all captions of `texts`.
   """
   present = [(name, weight) for name, weight in some if texts.get(name)]
   drawn = [column for column in present if column[1] > 0] or present[:1]
@@ -100,7 +116,8 @@ def choose(
 
 
 def repaired(texts: Sequence[str]) -> np.ndarray:
-  """[N] int32, 1 where U+FFFD stands in a text: what sources put in the place of bytes that are no
-  UTF-8, if nobody before them did. Such a text is used all the same, and its sample no reject.
+  """Returns [N] int32, 1 for a text that contains U+FFFD.
+
+  Sources replace invalid UTF-8 by U+FFFD. Such a text is still used, and its sample not rejected.
   """
   return np.array(["\ufffd" in text for text in texts], np.int32)

@@ -1,8 +1,8 @@
-"""CLIP's text: open_clip's cleaning and its byte-pair vocabulary, as a Rust tokenizer.
+"""CLIP's text: the cleaning of open_clip, and its byte-pair vocabulary as a Rust tokenizer.
 
-The cleaning fixes badly decoded text with ftfy where that is installed, as open_clip does; without
-it only quotes, ligatures, full-width forms and line ends are made plain, which is the same for
-text that was decoded well.
+If ftfy is installed, it repairs badly decoded text, as in open_clip. Without it, only quotes,
+ligatures, full-width forms and line ends are normalised; for text that was decoded correctly the
+result is the same.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PLAIN = str.maketrans(
 
 
 def clean(text: str) -> str:
-  """Fixed, HTML entities resolved twice, runs of white space made one space."""
+  """Returns repaired text, with HTML entities unescaped twice and white space collapsed."""
   if ftfy is not None:
     text = ftfy.fix_text(text)
   else:
@@ -48,13 +48,17 @@ def clean(text: str) -> str:
 
 
 def canonicalize(text: str) -> str:
-  """Lower case without punctuation, as SigLIP's prompts; "_" becomes a space."""
+  """Returns lower-case text without punctuation, as SigLIP's prompts; "_" becomes a space."""
   text = text.replace("_", " ").translate(_PUNCTUATION).lower()
   return " ".join(text.split())
 
 
 def installed_vocabulary() -> pathlib.Path:
-  """The vocabulary in open_clip_torch, without importing it (that needs torch)."""
+  """Returns the path of the vocabulary in open_clip_torch, without importing it, which needs torch.
+
+  Raises:
+    FileNotFoundError: if open_clip_torch is not installed.
+  """
   spec = importlib.util.find_spec("open_clip")
   if spec is not None and spec.origin is not None:
     file = pathlib.Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
@@ -67,7 +71,14 @@ def installed_vocabulary() -> pathlib.Path:
 
 
 def bpe(file: pathlib.Path) -> tokenizers.Tokenizer:
-  """CLIP's tokenizer from its list of merges, one per line after a heading; gzip or plain."""
+  """Returns CLIP's tokenizer.
+
+  Args:
+    file: the list of merges, one per line after a heading; gzip or plain text.
+
+  Raises:
+    ValueError: if the file is another one.
+  """
   data = file.read_bytes()
   if data.startswith(b"\x1f\x8b"):
     data = gzip.decompress(data)
@@ -105,7 +116,7 @@ def bpe(file: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-  """The characters that stand for bytes, in the order of their ids (GPT-2's table)."""
+  """The characters that represent bytes, in the order of their ids (GPT-2's table)."""
   shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   hidden = 256 - len(shown)
   return [chr(byte) for byte in shown] + [chr(256 + i) for i in range(hidden)]

@@ -1,4 +1,7 @@
-"""Text → [L] int32 ids and a mask. Built inside each worker: a tokenizer pickles as its spec."""
+"""Tokenizers: text → [L] int32 ids and a mask.
+
+A tokenizer pickles as its spec, and each worker builds it again.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,35 @@ from bigalign.data.text import clip_text
 
 
 class Tokenizer:
-  """Subclasses set `vocab_size`, `pad`, `eos`, and give the ids of texts without padding.
+  """Base class; subclasses set `vocab_size`, `pad` and `eos`, and implement `_encode`.
 
-  spec    JSON; make_tokenizer(**spec) builds the same tokenizer
-  eos     ends every text, also one that was cut to `length`; None where there is no such token
+  Attributes:
+    spec: JSON; make_tokenizer(**spec) builds the same tokenizer.
+    length: ids of a text.
+    vocab_size: number of ids.
+    pad: the id of padding.
+    eos: the id that ends every text, also one that was cut to `length`; None if `_encode` cuts.
   """
 
   vocab_size: int
   pad: int
   eos: int | None
 
-  def __init__(self, **spec):
+  def __init__(self, **spec: Any):
     self.spec: dict[str, Any] = spec
     self.length: int = spec["length"]
     if self.length < 2:
       raise ValueError(f"tokenizer length={self.length}; at least 2: one token and its end")
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    """The ids of each text, without padding."""
     raise NotImplementedError
 
   def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """N texts → ids [N, L] int32, mask [N, L] bool; True is a real token, the end included."""
+    """Returns ids [N, L] int32 of N texts, and their mask [N, L] bool.
+
+    The mask is True for all tokens except padding, so also for `eos`.
+    """
     ids = np.full((len(texts), self.length), self.pad, np.int32)
     mask = np.zeros((len(texts), self.length), bool)
     for row, tokens in enumerate(self._encode(texts) if len(texts) else ()):
@@ -49,7 +60,7 @@ class Tokenizer:
         ids[row, -1] = self.eos
     return ids, mask
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[Any, ...]:
     return _from_spec, (self.spec,)
 
 
@@ -62,19 +73,24 @@ class Byte(Tokenizer):
     super().__init__(name="byte", length=length, lower=lower)
     self._lower = lower
 
-  def _encode(self, texts):
-    texts = (text.lower() if self._lower else text for text in texts)
+  def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    lowered = (text.lower() if self._lower else text for text in texts)
     return [
-      [byte + 3 for byte in text.encode("utf-8", "replace")[: self.length]] + [2] for text in texts
+      [byte + 3 for byte in text.encode("utf-8", "replace")[: self.length]] + [2]
+      for text in lowered
     ]
 
 
 class Words(Tokenizer):
-  """Runs of letters and digits; 0 is padding, 1 an unknown word, 2 ends a text.
+  """Words, which are sequences of letters and digits; 0 is padding, 1 an unknown word, 2 the end.
 
-  vocabulary    a file of words between white space, or "glyphs": those of the embedded dataset
-  drop_unknown  unknown words are left out. For a vocabulary of class names alone: the words of a
-                prompt around a name were never trained, so their embeddings are noise
+  Args:
+    length: ids of a text.
+    vocabulary: a file of words separated by white space, or "glyphs": the words of the embedded
+      dataset.
+    lower: whether text is lower-cased.
+    drop_unknown: whether unknown words are left out. For a vocabulary of only class names: other
+      words of a prompt were never trained, so their embeddings are noise.
   """
 
   pad, eos = 0, 2
@@ -87,26 +103,35 @@ class Words(Tokenizer):
     )
     self._lower, self._drop_unknown = lower, drop_unknown
     if vocabulary == "glyphs":
+      # Imported late: drawing needs FreeType, but other tokenizers do not.
       words = importlib.import_module("bigalign.data.sources.glyphs").vocabulary()
     else:
       words = _file(vocabulary, option="vocabulary").read_text("utf-8").split()
     self.ids = {word: i + 3 for i, word in enumerate(dict.fromkeys(words))}
     self.vocab_size = len(self.ids) + 3
 
-  def _encode(self, texts):
-    every = ([self.ids.get(word, 1) for word in self._split(text)] for text in texts)
-    return [[i for i in ids if i != 1 or not self._drop_unknown] + [2] for ids in every]
+  def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    encoded = ([self.ids.get(word, 1) for word in self._split(text)] for text in texts)
+    return [[i for i in ids if i != 1 or not self._drop_unknown] + [2] for ids in encoded]
 
   def _split(self, text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower() if self._lower else text)
 
 
 class SentencePiece(Tokenizer):
-  """A SentencePiece model; SigLIP's use of it: no start token, an end even when cut ("sticky").
+  """A SentencePiece model as SigLIP uses it: no start token; the end also on cut texts ("sticky").
 
-  pad, eos      ids; by default the model's own. SigLIP (c4_en) pads with the end, so that is what
-                a model without a padding id gets; SigLIP 2 (Gemma) pads with 0
-  canonicalize  lower case, punctuation out, as SigLIP's prompts
+  Args:
+    length: ids of a text.
+    path: of the model.
+    lower: whether text is lower-cased.
+    canonicalize: lower-case, and remove punctuation, as for SigLIP's prompts.
+    pad: the id of padding; by default that of the model, or `eos` if it has none, as SigLIP
+      (c4_en). SigLIP 2 (Gemma) pads with 0.
+    eos: the id of the end; by default that of the model.
+
+  Raises:
+    ValueError: if the file is not a SentencePiece model.
   """
 
   def __init__(
@@ -134,22 +159,23 @@ class SentencePiece(Tokenizer):
     except (OSError, RuntimeError) as error:
       raise ValueError(f"tokenizer path={path!r}: not a SentencePiece model: {error}") from error
     self.vocab_size = self.model.get_piece_size()
-    self.eos = _token_id(eos, self.model.eos_id(), option="eos", path=path)
+    end = _token_id(eos, self.model.eos_id(), option="eos", path=path)
+    self.eos = self._end = end
     self.pad = _token_id(
-      pad, self.model.pad_id() if self.model.pad_id() >= 0 else self.eos, option="pad", path=path
+      pad, self.model.pad_id() if self.model.pad_id() >= 0 else end, option="pad", path=path
     )
     self._lower, self._canonicalize = lower, canonicalize
 
-  def _encode(self, texts):
+  def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     if self._canonicalize:
       texts = [clip_text.canonicalize(text) for text in texts]
     elif self._lower:
       texts = [text.lower() for text in texts]
-    return [[*tokens, self.eos] for tokens in self.model.encode(list(texts))]
+    return [[*tokens, self._end] for tokens in self.model.encode(list(texts))]
 
 
 class Rust(Tokenizer):
-  """A tokenizer of the Rust library, which adds the special tokens and cuts between them."""
+  """A tokenizer of the library `tokenizers`, which adds special tokens and cuts the text itself."""
 
   def _set(self, model: tokenizers.Tokenizer, *, pad: int) -> None:
     self.model = model
@@ -158,12 +184,21 @@ class Rust(Tokenizer):
     self.pad, self.eos = pad, None
     self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
 
-  def _encode(self, texts):
+  def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts))]
 
 
 class WordPiece(Rust):
-  """BERT's [CLS] words [SEP] from a vocab.txt with one piece per line."""
+  """BERT's WordPiece: [CLS] text [SEP].
+
+  Args:
+    length: ids of a text.
+    path: of a vocab.txt with one piece per line.
+    lower: whether text is lower-cased.
+
+  Raises:
+    ValueError: if the vocabulary has no special tokens.
+  """
 
   def __init__(self, *, length: int, path: str, lower: bool = True):
     super().__init__(name="wordpiece", length=length, path=path, lower=lower)
@@ -172,7 +207,7 @@ class WordPiece(Rust):
     special = {piece: vocabulary.get(piece, -1) for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")}
     if -1 in special.values():
       raise ValueError(
-        f"tokenizer path={path!r}: no WordPiece vocabulary, it lacks "
+        f"tokenizer path={path!r}: not a WordPiece vocabulary, it lacks "
         f"{[piece for piece, i in special.items() if i < 0]}"
       )
     model = tokenizers.Tokenizer(
@@ -187,26 +222,42 @@ class WordPiece(Rust):
 
 
 class HuggingFace(Rust):
-  """Any tokenizer.json; `pad` is needed where the file names no padding token."""
+  """Any tokenizer.json of Hugging Face.
+
+  Args:
+    length: ids of a text.
+    path: of the file.
+    pad: the id of padding; needed if the file defines no padding token.
+
+  Raises:
+    ValueError: if the file is not a tokenizer.json, or the id of padding is unknown.
+  """
 
   def __init__(self, *, length: int, path: str, pad: int | None = None):
     super().__init__(name="hf", length=length, path=path, pad=pad)
     file = _file(path, option="path")
     try:
       model = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises bare Exception, for every fault
+    except Exception as error:  # the library raises bare Exception for every fault
       raise ValueError(f"tokenizer path={path!r}: not a tokenizer.json: {error}") from error
     named = [model.token_to_id(token) for token in ("[PAD]", "<pad>", "<|pad|>")]
-    found = (model.padding or {}).get("pad_id", next((i for i in named if i is not None), -1))
-    self._set(model, pad=_token_id(pad, found, option="pad", path=path))
+    default = (model.padding or {}).get("pad_id", next((i for i in named if i is not None), -1))
+    self._set(model, pad=_token_id(pad, default, option="pad", path=path))
 
 
 class Clip(Rust):
-  """CLIP's BPE: 49406 text 49407, padded with 0 as open_clip does (Hugging Face: pad=49407).
+  """CLIP's BPE: 49406 text 49407, padded with 0 as in open_clip (Hugging Face: pad=49407).
 
-  path          bpe_simple_vocab_16e6.txt.gz; by default that of an installed open_clip_torch
-  lower         off: open_clip's "whitespace" cleaning
-  canonicalize  also punctuation out: open_clip's "canonicalize"
+  Args:
+    length: ids of a text.
+    path: of bpe_simple_vocab_16e6.txt.gz; by default that of an installed open_clip_torch.
+    lower: whether text is lower-cased; False is open_clip's "whitespace" cleaning.
+    canonicalize: also remove punctuation: open_clip's "canonicalize".
+    pad: the id of padding.
+
+  Raises:
+    FileNotFoundError: if there is no vocabulary.
+    ValueError: if the file is another one.
   """
 
   def __init__(
@@ -225,7 +276,7 @@ class Clip(Rust):
     self._set(clip_text.bpe(file), pad=pad)
     self._lower, self._canonicalize = lower, canonicalize
 
-  def _encode(self, texts):
+  def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     texts = [clip_text.clean(text) for text in texts]
     if self._canonicalize:
       texts = [clip_text.canonicalize(text) for text in texts]
@@ -234,7 +285,7 @@ class Clip(Rust):
     return super()._encode(texts)
 
 
-TOKENIZERS = dict(
+TOKENIZERS: dict[str, type[Tokenizer]] = dict(
   byte=Byte,
   words=Words,
   sentencepiece=SentencePiece,
@@ -244,8 +295,17 @@ TOKENIZERS = dict(
 )
 
 
-def make_tokenizer(name: str, *, length: int, **options) -> Tokenizer:
-  """The tokenizer of that name, for texts of `length` ids. Paths may hold $BIGALIGN_DATA."""
+def make_tokenizer(name: str, *, length: int, **options: Any) -> Tokenizer:
+  """Returns a tokenizer.
+
+  Args:
+    name: one of TOKENIZERS.
+    length: ids of a text.
+    **options: of its class. Paths may contain environment variables, such as $BIGALIGN_DATA.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
   if name not in TOKENIZERS:
     raise ValueError(f"Unknown tokenizer {name!r}; known: {sorted(TOKENIZERS)}")
   return TOKENIZERS[name](length=length, **options)
@@ -256,13 +316,19 @@ def _from_spec(spec: dict[str, Any]) -> Tokenizer:
 
 
 def _file(path: str, *, option: str) -> pathlib.Path:
+  """The path with its variables expanded; FileNotFoundError if it does not exist."""
   file = pathlib.Path(expand_variables(path, what=f"tokenizer {option}")).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f"tokenizer {option}={path!r}: no such file: {file}")
   return file
 
 
-def _token_id(asked: int | None, found: int, *, option: str, path: str) -> int:
-  if asked is None and found < 0:
-    raise ValueError(f"tokenizer path={path!r} names no {option} token; set {option}=ID")
-  return found if asked is None else asked
+def _token_id(chosen: int | None, default: int, *, option: str, path: str) -> int:
+  """The id that a config chooses, or else that of the file (-1: it has none)."""
+  if chosen is None and default < 0:
+    token = {"pad": "padding", "eos": "end-of-text"}[option]
+    raise ValueError(
+      f"tokenizer path={path!r} defines no {token} token. Set config.data.tokenizer.{option} to its"
+      " id; for CLIP usually 49407 (<|endoftext|>)."
+    )
+  return default if chosen is None else chosen
