@@ -45,7 +45,7 @@ GROUPS = re.compile(
   r"|values|options|stores|reading)$"
 )
 
-OF_A_CHECKPOINT = re.compile(r"^(layout|checkpoint)\.model$")  # options that weights/ found
+NOT_OURS = re.compile(r"^(layout|checkpoint)\.model$|^jax\.")  # of a checkpoint, of JAX
 
 
 def reads(source: str) -> list[str]:
@@ -64,7 +64,7 @@ def reads(source: str) -> list[str]:
     # config["data"]["source"] is one read for each level.
     name = ast.unparse(group)
     name = re.sub(r"\[.*\]$", "", name)
-    if is_read and GROUPS.search(name) and not OF_A_CHECKPOINT.search(name):
+    if is_read and GROUPS.search(name) and not NOT_OURS.search(name):
       found.append(f"{node.lineno}: {ast.unparse(node)}")
   return found
 
