@@ -83,10 +83,10 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
   for number, given in enumerate([*config.stages, {"until": config.total_steps}]):
     last = number == len(config.stages)
     where = "config" if last else f"config.stages[{number}]"
-    options = {} if last else _overrides(given, where)
+    overrides = {} if last else _overrides(given, where)
     until = given["until"]
     place_of_until = "config.total_steps" if last else f"config.stages[{number}].until"
-    batch_size = options.get("batch_size", config.batch_size)
+    batch_size = overrides.get("batch_size", config.batch_size)
     _check_batch(where, batch_size)
     position = _position(until, place_of_until, total, dataset_size)
     end = round(position.number)
@@ -105,7 +105,7 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
       )
     stage = Stage(number, where, begin, end, config)
     with named(stage):
-      stages.append(stage._replace(config=resolve(Config, _changed(base, options), "config")))
+      stages.append(stage._replace(config=resolve(Config, _changed(base, overrides), "config")))
     samples += (end - begin) * batch_size
     begin = end
   return stages

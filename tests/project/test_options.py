@@ -97,7 +97,8 @@ def _with_sizes(values):
   for side, name in (("image", "vit"), ("text", "bert")):
     tower = values["model"][side]
     if "init" in tower and "name" not in tower:
-      sizes = dict(name=name, variant="Ti") | ({"vocab_size": 100, "length": 64} if name == "bert" else {})
+      sizes = dict(name=name, variant="Ti")
+      sizes |= dict(vocab_size=100, length=64) if name == "bert" else {}
       values["model"][side] = {**tower, **sizes}
   return values
 
