@@ -1,4 +1,4 @@
-"""Pretrained towers: a checkpoint of another project as our model's options and arrays.
+"""Pretrained towers: checkpoints of other projects as options and arrays of our model.
 
 checkpoint = weights.describe("…/siglip-base-patch16-224")
 model = make_model(**checkpoint.model)
@@ -29,7 +29,7 @@ from bigalign.weights import (
 )
 from bigalign.weights.layout import Layout, call
 
-# By model_type of a Hugging Face config.
+# {model_type of a Hugging Face config: its layout}
 _HUGGING_FACE: dict[str, Callable[..., Layout]] = dict(
   clip=clip.clip,
   clip_vision_model=clip.clip_vision,
@@ -60,9 +60,13 @@ LAYOUTS: dict[str, Callable[..., Layout]] = _HUGGING_FACE | {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A checkpoint that was looked at, not read.
+  """A checkpoint whose keys and config are known; no tensor has been read.
 
-  kind: its name in LAYOUTS. tensors: {key: shape, dtype and place}. layout: its table.
+  Args:
+    path: its file or folder.
+    kind: its name in LAYOUTS.
+    tensors: {key: file, shape and dtype}.
+    layout: its options and table of keys.
   """
 
   path: pathlib.Path
@@ -72,11 +76,11 @@ class Checkpoint:
 
   @property
   def model(self) -> Mapping[str, Any]:
-    """As config.model: "image", "text", "embed_dim" … as far as the checkpoint has them."""
+    """Options as in config.model: "image", "text", "embed_dim" …, as far as it has them."""
     return self.layout.model
 
   def load(self, shapes: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-    """{path: array} for each of `shapes`; see transfer.read for the options and the errors."""
+    """{path: array} for each path of `shapes`; see transfer.read for the options and errors."""
     return dict(transfer.read(self.tensors, self.layout, shapes, **options))
 
 
@@ -86,18 +90,19 @@ def describe(
   image: Mapping[str, Any] | None = None,
   text: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-  """What a folder or file of weights is. Reads names and configs, no tensor.
+  """Identifies a checkpoint by its keys and configs. Reads no tensor.
 
   Args:
     path: a folder of Hugging Face, sentence-transformers or open_clip; a .safetensors file or the
-      index of its shards, with the config beside it; a .npz file of big_vision, of a ResNet for
-      CIFAR or of MobileNetV2, told by its keys.
-    image, text: options of a tower in the place of the checkpoint's, as dict(pool="mean"). Also
-      what the checkpoint does not say: dict(heads=3) for open_clip's timm and Hugging Face towers.
+      index of its shards, with the config next to it; a .npz file of big_vision, of a ResNet for
+      CIFAR or of MobileNetV2, which its keys identify.
+    image: options of the image tower that replace the checkpoint's, such as dict(pool="mean"), or
+      that the checkpoint does not give: dict(heads=3) for open_clip's timm towers.
+    text: the same for the text tower, such as heads of open_clip's Hugging Face towers.
 
   Raises:
-    FileNotFoundError: if there is no such file, or no config beside it.
-    ValueError: for what cannot be read, with the file and the key.
+    FileNotFoundError: if there is no such file, or no config next to it.
+    ValueError: for a checkpoint that cannot be read, with the file and the key.
   """
   path = pathlib.Path(path)
   folder = path if path.is_dir() else path.parent
@@ -131,26 +136,25 @@ def load(
   text: Mapping[str, Any] | None = None,
   **options: Any,
 ) -> dict[str, Any]:
-  """{path: array} for each of `shapes` from a checkpoint; see `describe` and transfer.read."""
+  """{path: array} for each path of `shapes`; see `describe` and transfer.read."""
   return describe(path, image=image, text=text).load(shapes, **options)
 
 
 def _config(folder: pathlib.Path, tensors: files.Tensors) -> tuple[str, str, Mapping[str, Any]]:
-  """(name in LAYOUTS, the config's file for errors, the config)."""
+  """(name in LAYOUTS, the config's file and place for errors, the config)."""
   file = tensors.path
   if file.suffix == ".npz":
     return conv.npz_kind(tensors), str(file), {}
   where = folder / "open_clip_config.json"
   both = (folder / "config.json").is_file()
-  # Some folders hold the same weights twice, under the names of both libraries.
+  # Some folders hold the same weights twice, with the keys of both libraries.
   if where.is_file() and (file.name.startswith("open_clip") or not both):
     config = files.read_json(where).get("model_cfg")
     return "open_clip", f"{where}: model_cfg", config
   where = folder / "config.json"
   if not where.is_file():
     raise FileNotFoundError(
-      f"{where}: no such file; {file.name} does not say what it is, its config.json or"
-      " open_clip_config.json must lie beside it"
+      f"{where}: no such file; {file.name} needs a config.json or open_clip_config.json next to it"
     )
   config = files.read_json(where)
   kind = config.get("model_type")
@@ -160,7 +164,7 @@ def _config(folder: pathlib.Path, tensors: files.Tensors) -> tuple[str, str, Map
 
 
 def _with_heads(config: Any, where: str, extra: dict[str, dict[str, Any]]) -> Any:
-  """open_clip's config with the heads that the caller knows."""
+  """open_clip's config with the number of heads that the caller gives."""
   if not isinstance(config, Mapping):
     raise ValueError(f"{where}: must be an object")
   config = dict(config)
@@ -172,7 +176,9 @@ def _with_heads(config: Any, where: str, extra: dict[str, dict[str, Any]]) -> An
 
 
 def _check_depth(layout: Layout, tensors: files.Tensors, where: str) -> None:
-  """No table longer than the file: a config may ask for millions of layers."""
+  """Raises ValueError for more layers than the file can have: a config may ask for millions."""
   deepest = max((row.layers for row in layout.rows), default=0)
   if deepest > max(len(tensors), max((x.shape[0] for x in tensors.values() if x.shape), default=0)):
-    raise ValueError(f"{where}: num_hidden_layers: {deepest}, for a file of {len(tensors)} tensors")
+    raise ValueError(
+      f"{where}: num_hidden_layers: {deepest}, but the file has only {len(tensors)} tensors"
+    )

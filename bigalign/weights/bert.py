@@ -1,4 +1,4 @@
-"""Hugging Face's BERT, RoBERTa, XLM-RoBERTa and MPNet."""
+"""Layouts of Hugging Face's BERT, RoBERTa, XLM-RoBERTa and MPNet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from bigalign.weights import table
-from bigalign.weights.clip import start
+from bigalign.weights.clip import find_prefix
 from bigalign.weights.layout import Layout, Shapes, activation, sizes
 from bigalign.weights.table import Row
 
@@ -19,7 +19,7 @@ _BERT = (
   "attention.output.dense",
 )
 _MPNET = ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o")
-# Heads of the training task, and buffers.
+# Heads of the pretraining task, and buffers.
 UNUSED = r"position_ids$|^(\w+\.)?embeddings\.token_type_ids$|^(cls|lm_head|classifier|dropout)\."
 
 
@@ -44,14 +44,22 @@ def _bert(
   is_decoder: bool = False,
   **_: Any,
 ) -> Layout:
-  """BertModel and its kin; without a pooler the first token stands for the text."""
+  """The layout of BertModel and its relatives; without a pooler, the first token is pooled.
+
+  Args:
+    skip_padding: whether positions count only real tokens (RoBERTa, MPNet).
+    buckets: buckets of the distance between tokens (MPNet).
+    shapes: what the file holds.
+    where: the config's file, for errors.
+    prefix: of all keys; "" to find it.
+  """
   if position_embedding_type != "absolute":
     raise ValueError(f"position_embedding_type: {position_embedding_type!r}; known: 'absolute'")
   if is_decoder:
     raise ValueError("is_decoder: true; a text tower is an encoder")
   if buckets and pad_token_id != 1:  # MPNetModel counts positions from 1, whatever the config says
     raise ValueError(f"pad_token_id: {pad_token_id!r}; MPNet pads with 1")
-  prefix = prefix or start(shapes, "bert.", "roberta.", "mpnet.")
+  prefix = prefix or find_prefix(shapes, "bert.", "roberta.", "mpnet.")
   pad = pad_token_id or 0
   other, n = f"{prefix}encoder.layer.{{}}.", num_hidden_layers
   qkvo, first = (
@@ -94,7 +102,7 @@ def _bert(
 
 
 def _norm(ours: str, theirs: str, shapes: Shapes, layers: int = 0) -> list[Row]:
-  """A layer norm, which the oldest files call gamma and beta."""
+  """A layer norm, whose parameters are gamma and beta in the oldest files."""
   if f"{theirs.format(0)}.gamma" not in shapes:
     return table.norm(ours, theirs, layers)
   names = {"/scale": (".gamma", ""), "/bias": (".beta", "")}

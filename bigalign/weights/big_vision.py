@@ -1,4 +1,4 @@
-"""big_vision's two_towers models (SigLIP, SigLIP 2) as npz; layers separate, or stacked."""
+"""The layout of big_vision's two_towers (SigLIP, SigLIP 2) as npz, layers separate or stacked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ _ATTENTION = "MultiHeadDotProductAttention_0"
 
 
 def big_vision(shapes: Shapes, where: str, prefix: str) -> Layout:
-  """An npz needs no config: all sizes are those of its tensors.
+  """The layout of an npz, whose sizes are read from its tensors.
 
-  What no tensor says is SigLIP's: tanh gelu, norms of 1e-6, no mask, the last token.
+  The options that no tensor determines are SigLIP's: tanh gelu, an epsilon of 1e-6, no mask, the
+  last token pooled.
+
+  Raises:
+    ValueError: if the keys are not big_vision's.
   """
   prefix = "params/" if any(key.startswith("params/") for key in shapes) else ""
   parts = [
@@ -31,6 +35,7 @@ def big_vision(shapes: Shapes, where: str, prefix: str) -> Layout:
 
 
 def _module(ours: str, theirs: str, layers: int, names: dict[str, str]) -> list[Row]:
+  """Rows of norms and linear maps: {our name: their name}."""
   return [
     Row(f"{ours}{name}/{leaf}", f"{theirs}{other}/{leaf}", "", layers)
     for name, other in names.items()
@@ -39,13 +44,13 @@ def _module(ours: str, theirs: str, layers: int, names: dict[str, str]) -> list[
 
 
 def _parts(norms: dict[str, str]) -> dict[str, str]:
-  """Our names of what a block and the pooling head are made of."""
+  """{our name: theirs} of the modules of a block or of the pooling head."""
   attention = {f"attn/{x}": f"{_ATTENTION}/{x}" for x in ("query", "key", "value", "out")}
   return attention | norms | {"mlp/fc1": "MlpBlock_0/Dense_0", "mlp/fc2": "MlpBlock_0/Dense_1"}
 
 
 def _encoder(shapes: Shapes, ours: str, theirs: str) -> tuple[list[Row], dict[str, Any]]:
-  """(rows of the blocks and the last norm, sizes)."""
+  """(rows of the blocks and the last norm, options of the sizes)."""
   first = f"{theirs}encoderblock_0/"
   layers, stacked = depth(shapes, f"{theirs}encoderblock_", "/"), 0
   other = f"{theirs}encoderblock_{{}}/"

@@ -1,4 +1,4 @@
-"""Hugging Face's CLIPModel and its halves."""
+"""Layouts of Hugging Face's CLIPModel, CLIPVisionModel and CLIPTextModel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNUSED = r"position_ids$"
 
 
 def encoder(ours: str, theirs: str, layers: int) -> list[Row]:
-  """Pre-norm blocks as CLIP and SigLIP name them."""
+  """Rows of pre-norm blocks with the keys of CLIP and SigLIP."""
   block, other = f"{ours}encoder/block_{{}}/", f"{theirs}encoder.layers.{{}}."
   return [
     *table.norm(f"{block}ln1", f"{other}layer_norm1", layers),
@@ -38,7 +38,7 @@ def vision(
   layer_norm_eps: float = 1e-5,
   **_: Any,
 ) -> Layout:
-  """The tower of a vision_config; defaults are Hugging Face's."""
+  """The layout of a vision_config; the defaults are Hugging Face's."""
   ours, embeddings = "image_tower/", f"{prefix}embeddings."
   options = dict(
     name="vit",
@@ -81,9 +81,9 @@ def text(
   eos_token_id: int | None = 49407,
   **_: Any,
 ) -> Layout:
-  """The tower of a text_config."""
+  """The layout of a text_config; the defaults are Hugging Face's."""
   ours, embeddings = "text_tower/", f"{prefix}embeddings."
-  # Configs from before eos_token_id was right say 2; those models read the highest id.
+  # Older configs have a wrong eos_token_id, 2; those models pool the token with the highest id.
   pool = dict(pool="argmax") if eos_token_id in (None, 2) else dict(pool="eos", eos=eos_token_id)
   options = dict(
     name="text",
@@ -114,7 +114,7 @@ def clip(
   projection_dim: int = 512,
   **_: Any,
 ) -> Layout:
-  """CLIPModel."""
+  """The layout of CLIPModel."""
   return join(
     call(vision, vision_config or {}, f"{where}: vision_config", "vision_model."),
     call(text, text_config or {}, f"{where}: text_config", "text_model."),
@@ -126,7 +126,7 @@ def clip(
 
 
 def projections() -> tuple[Row, ...]:
-  """Linear maps without bias and the scale, as CLIP and VisionTextDualEncoder name them."""
+  """Rows of the projections and the scale, with the keys of CLIP and VisionTextDualEncoder."""
   return (
     *table.dense("image_projector/out", "visual_projection", bias=False),
     *table.dense("text_projector/out", "text_projection", bias=False),
@@ -137,8 +137,8 @@ def projections() -> tuple[Row, ...]:
 def clip_vision(
   shapes: Shapes, where: str, prefix: str, *, projection_dim: int = 512, **config: Any
 ) -> Layout:
-  """CLIPVisionModel, with its projection or without."""
-  inner = start(shapes, f"{prefix}vision_model.") or prefix
+  """The layout of CLIPVisionModel, with or without its projection."""
+  inner = find_prefix(shapes, f"{prefix}vision_model.") or prefix
   layout = call(vision, config, where, inner)
   return _projected(layout, shapes, prefix, "image", "visual_projection", projection_dim)
 
@@ -146,8 +146,8 @@ def clip_vision(
 def clip_text(
   shapes: Shapes, where: str, prefix: str, *, projection_dim: int = 512, **config: Any
 ) -> Layout:
-  """CLIPTextModel, with its projection or without."""
-  inner = start(shapes, f"{prefix}text_model.") or prefix
+  """The layout of CLIPTextModel, with or without its projection."""
+  inner = find_prefix(shapes, f"{prefix}text_model.") or prefix
   layout = call(text, config, where, inner)
   return _projected(layout, shapes, prefix, "text", "text_projection", projection_dim)
 
@@ -155,13 +155,13 @@ def clip_text(
 def _projected(
   layout: Layout, shapes: Shapes, prefix: str, side: str, key: str, dim: int
 ) -> Layout:
-  """With the tower's own projection; inside of a pair, under a prefix, the pair has one."""
+  """The layout with the tower's own projection, if it has one; a tower of a pair has none."""
   if prefix or f"{key}.weight" not in shapes:
     return layout
   rows = tuple(table.dense(f"{side}_projector/out", key, bias=False))
   return join(layout, Layout({}, rows), embed_dim=dim, **{f"{side}_projector": dict(name="linear")})
 
 
-def start(shapes: Shapes, *prefixes: str) -> str:
-  """The first prefix that keys have; halves of models are saved with and without theirs."""
+def find_prefix(shapes: Shapes, *prefixes: str) -> str:
+  """The first of the prefixes that a key has, else ""; towers are saved with or without one."""
   return next((x for x in prefixes if any(key.startswith(x) for key in shapes)), "")

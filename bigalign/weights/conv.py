@@ -1,4 +1,4 @@
-"""Convolutional towers as npz files: CIFAR's ResNets by torch's names, MobileNetV2 by TF-slim's."""
+"""Layouts of convolutional towers as npz: CIFAR's ResNets (torch), MobileNetV2 (TF-slim)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RESNET, _MOBILENET = r"layer\d+\.\d+\.conv\d\.weight$", r"expanded_conv_\d+/"
 
 
 def npz_kind(shapes: Shapes) -> str:
-  """The name in LAYOUTS of an npz, which has no config: by its keys; else big_vision's."""
+  """The name in LAYOUTS of an npz, which its keys identify; big_vision's if no other."""
   for name, pattern in (("resnet_cifar", _RESNET), ("mobilenet_v2", _MOBILENET)):
     if any(re.match(pattern, key) for key in shapes):
       return name
@@ -21,7 +21,7 @@ def npz_kind(shapes: Shapes) -> str:
 
 
 def resnet_cifar(shapes: Shapes, where: str, prefix: str) -> Layout:
-  """ResNet-20, 32, 44 …; `linear`, the classifier, is no part of a tower and left out."""
+  """The layout of ResNet-20, 32, 44 …, without `linear`, the classifier."""
   blocks = depth(shapes, "layer1.")
   stages = (
     row
@@ -38,7 +38,7 @@ def resnet_cifar(shapes: Shapes, where: str, prefix: str) -> Layout:
 
 
 def _normed(ours: str, theirs: str, number: int, layers: int = 0) -> list[Row]:
-  """A convolution without bias and the batch norm behind it."""
+  """Rows of a convolution without bias and of the batch norm after it."""
   norm = dict(scale="weight", bias="bias", mean="running_mean", var="running_var")
   kernel = {f"conv{number}/kernel": (f"conv{number}.weight", "o i h w -> h w i o")}
   statistics = {f"bn{number}/{k}": (f"bn{number}.{v}", "") for k, v in norm.items()}
@@ -46,7 +46,7 @@ def _normed(ours: str, theirs: str, number: int, layers: int = 0) -> list[Row]:
 
 
 def mobilenet_v2(shapes: Shapes, where: str, prefix: str) -> Layout:
-  """Width 1.0, batch norm folded in; `top`, the classifier, is left out."""
+  """The layout of MobileNetV2 of width 1.0, batch norm folded in, without `top`, the classifier."""
   wide, depthwise, narrow = "o h w i -> h w i o", "1 h w c -> h w c", "o 1 1 i -> i o"
   convs = [("stem", "Conv2d_0_0", wide), ("head", "Conv2d_18_1", narrow)]
   for i in range(1, 18):

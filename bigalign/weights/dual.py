@@ -1,4 +1,4 @@
-"""Hugging Face's VisionTextDualEncoderModel, and sentence-transformers folders."""
+"""Layouts of Hugging Face's VisionTextDualEncoderModel and of sentence-transformers folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,20 @@ def vision_text(
   projection_dim: int = 512,
   **_: Any,
 ) -> Layout:
-  """VisionTextDualEncoderModel: any two towers by their poolers, and two linear maps."""
+  """The layout of VisionTextDualEncoderModel: any two towers, each with a linear projection.
+
+  Args:
+    layouts: {model_type: layout} of the towers.
+    shapes: what the file holds.
+    where: the config's file, for errors.
+    prefix: unused.
+    vision_config: config of the image tower.
+    text_config: config of the text tower.
+    projection_dim: width of the shared space.
+
+  Raises:
+    ValueError: for an unknown tower, or one of the other side.
+  """
   parts = []
   for name, config in (("vision", vision_config), ("text", text_config)):
     kind = config.get("model_type") if isinstance(config, Mapping) else None
@@ -30,7 +43,7 @@ def vision_text(
       raise ValueError(f"{name}_config: model_type: unknown {kind!r}; known: {sorted(layouts)}")
     part = call(layouts[kind], config, f"{where}: {name}_config", shapes, where, f"{name}_model.")
     if ("image" if name == "vision" else "text") not in part.model:
-      raise ValueError(f"{name}_config: model_type: {kind!r} is no {name} tower")
+      raise ValueError(f"{name}_config: model_type: {kind!r} is not a {name} tower")
     parts.append(part)
   return join(
     *parts,
@@ -42,16 +55,20 @@ def vision_text(
 
 
 def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
-  """A text encoder with the pooling and the norm that its modules.json asks for."""
+  """A text encoder's layout with the pooling, norm and length of a sentence-transformers folder.
+
+  Raises:
+    ValueError: for a module or a setting that our towers do not have.
+  """
   options = dict(layout.model["text"])
-  for place, kind, path in _modules(folder):
+  for number, kind, path in _modules(folder):
     if kind == "Pooling":
       options["pool"] = _pooling(folder / path / "config.json")
     elif kind == "Normalize":
       options["unit"] = True
     elif kind != "Transformer":
       raise ValueError(
-        f"{folder / 'modules.json'}: module {place} is {kind!r}; known: Transformer, Pooling,"
+        f"{folder / 'modules.json'}: module {number} is {kind!r}; known: Transformer, Pooling,"
         " Normalize"
       )
   data = {}
@@ -60,36 +77,36 @@ def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
     length = read_json(file).get("max_seq_length")
     if length is not None and (type(length) is not int or not 1 < length <= options["length"]):
       raise ValueError(
-        f"{file}: max_seq_length: {str(length)[:80]} for a table of {options['length']} positions"
+        f"{file}: max_seq_length: {str(length)[:80]}, but the table has {options['length']}"
+        " positions"
       )
     data = {"length": length or options["length"]}
   return join(layout, Layout({"text": options}, (), data=data))
 
 
 def transformer(folder: pathlib.Path) -> str:
-  """The folder of the encoder, "" in all but the oldest sentence-transformers."""
+  """The subfolder of the encoder: "" in all but the oldest sentence-transformers."""
   return next((path for _, kind, path in _modules(folder) if kind == "Transformer"), "")
 
 
 def _modules(folder: pathlib.Path) -> list[tuple[int, str, str]]:
-  """(place, kind, folder) of each module."""
+  """(number, kind, subfolder) of each module."""
   file = folder / "modules.json"
-  modules = read_json(file, list)
-  found = []
-  for place, module in enumerate(modules):
+  modules = []
+  for number, module in enumerate(read_json(file, list)):
     kind, path = (
       (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
     )
     if not isinstance(kind, str) or not isinstance(path, str):
-      raise ValueError(f"{file}: module {place}: must have a type and a path")
+      raise ValueError(f"{file}: module {number}: must have a type and a path")
     if path and (pathlib.PurePath(path).name != path or path == ".."):
-      raise ValueError(f"{file}: module {place}: path: {path!r} is no folder beside the file")
-    found.append((place, kind.rsplit(".", 1)[-1], path))
-  return found
+      raise ValueError(f"{file}: module {number}: path: {path!r} is not a folder next to the file")
+    modules.append((number, kind.rsplit(".", 1)[-1], path))
+  return modules
 
 
 def _pooling(file: pathlib.Path) -> str:
-  """Our name of the one pooling that is on; newer files say "pooling_mode" in one word."""
+  """Our name of the pooling that is on; newer files have a single "pooling_mode"."""
   names = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
   given = read_json(file)
   chosen = [
@@ -100,5 +117,5 @@ def _pooling(file: pathlib.Path) -> str:
   if isinstance(given.get("pooling_mode"), str):
     chosen = [given["pooling_mode"]]
   if len(chosen) != 1 or chosen[0] not in names:
-    raise ValueError(f"{file}: pooling_mode: {chosen}; one of {sorted(names)} can be read")
+    raise ValueError(f"{file}: pooling_mode: {chosen}; exactly one of {sorted(names)} is needed")
   return names[chosen[0]]

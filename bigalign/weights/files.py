@@ -1,7 +1,7 @@
-"""Tensors by name in safetensors and npz files, read one by one. No torch, and no pickle anywhere.
+"""Reads tensors by key from safetensors and npz files, one at a time, without torch or pickle.
 
-A file is not trusted: what its header says is checked against its true size before any memory is
-taken, and every error names the file and the key.
+Files are not trusted: the header is checked against the size of the file before any memory is
+allocated, and every error names the file and the key.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES: dict[str, Any] = {
   "U8": np.uint8,
   "BOOL": np.bool_,
 }
-# Weights of a folder, by preference; the index names the shards of a big model.
+# The weights of a folder, in order of preference. The index names the shards of a large model.
 NAMES = (
   "model.safetensors",
   "model.safetensors.index.json",
@@ -47,7 +47,15 @@ _DIMENSIONS = 32
 
 
 class Entry(NamedTuple):
-  """Where a tensor lies: at `offset` of a safetensors file, or in the npz member `member`."""
+  """The place of a tensor.
+
+  Args:
+    file: the safetensors or npz file.
+    shape: its shape.
+    dtype: its dtype.
+    offset: of its first byte in a safetensors file.
+    member: its name in an npz file.
+  """
 
   file: pathlib.Path
   shape: tuple[int, ...]
@@ -57,7 +65,12 @@ class Entry(NamedTuple):
 
 
 class Tensors(Mapping[str, Entry]):
-  """{key: Entry} of all files of a checkpoint; `read` brings one tensor into memory."""
+  """{key: Entry} of all files of a checkpoint; `read` returns one tensor.
+
+  Args:
+    path: the file, or the index of the shards.
+    entries: {key: Entry}.
+  """
 
   def __init__(self, path: pathlib.Path, entries: Mapping[str, Entry]):
     self.path = path
@@ -74,9 +87,13 @@ class Tensors(Mapping[str, Entry]):
     return len(self._entries)
 
   def read(self, key: str) -> np.ndarray:
-    """The tensor; that of a safetensors file is a view of the mapped file."""
+    """The tensor; from a safetensors file, a view of the memory-mapped file.
+
+    Raises:
+      ValueError: for damaged data, with the file and the key.
+    """
     entry = self._entries[key]
-    if entry.member:  # rows that make several arrays of one tensor ask for it again
+    if entry.member:  # the last one is kept: a row with several arrays reads it several times
       if self._last is None or self._last[0] != key:
         self._last = None
         self._last = (key, _read_npz(entry, key))
@@ -94,7 +111,7 @@ def open_tensors(path: str | pathlib.Path) -> Tensors:
 
   Raises:
     FileNotFoundError: if there is none.
-    ValueError: for a file that contradicts itself, with its name and the key.
+    ValueError: for a file that contradicts itself, with the file and the key.
   """
   path = pathlib.Path(path)
   file = _weights_of(path) if path.is_dir() else path
@@ -113,32 +130,42 @@ def open_tensors(path: str | pathlib.Path) -> Tensors:
 
 
 def read_json(file: pathlib.Path, kind: type = dict) -> Any:
-  """The object, or the list, in a JSON file; a key that stands twice is an error."""
+  """The object or list in a JSON file.
+
+  Args:
+    file: the file.
+    kind: dict or list.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: for another type, a duplicate key, or invalid JSON, with the file.
+  """
   try:
     if file.stat().st_size > _JSON:
-      raise ValueError(f"{file.stat().st_size} bytes are too many")
+      raise ValueError(f"{file.stat().st_size} bytes are more than {_JSON}")
     return _json(file.read_bytes(), kind)
   except FileNotFoundError:
     raise
   except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"{file}: no JSON {kind.__name__}: {error}") from error
+    raise ValueError(f"{file}: not a JSON {kind.__name__}: {error}") from error
 
 
 def _json(data: bytes, kind: type = dict) -> Any:
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
       twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-      raise ValueError(f"{twice!r} stands there twice")
-    return found
+      raise ValueError(f"duplicate key {twice!r}")
+    return values
 
-  found = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-  if not isinstance(found, kind):
-    raise ValueError(f"it is a {type(found).__name__}")
-  return found
+  value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+  if not isinstance(value, kind):
+    raise ValueError(f"it is a {type(value).__name__}")
+  return value
 
 
 def _weights_of(folder: pathlib.Path) -> pathlib.Path:
+  """The file of weights in a folder, or the index of its shards."""
   for name in NAMES:
     if (folder / name).is_file():
       return folder / name
@@ -146,55 +173,58 @@ def _weights_of(folder: pathlib.Path) -> pathlib.Path:
   if len(others) == 1:
     return others[0]
   if others:
-    raise ValueError(f"{folder}: which of {[x.name for x in others]}? Name the file")
+    raise ValueError(
+      f"{folder} holds several files of weights: {[x.name for x in others]}. Give the path of one"
+    )
   raise FileNotFoundError(
-    f"{folder}: none of {list(NAMES)}, and no .npz. There is: "
+    f"{folder} holds none of {list(NAMES)}, and no .npz. It holds: "
     f"{sorted(x.name for x in folder.iterdir())[:20]}"
   )
 
 
 def _index(file: pathlib.Path) -> dict[str, Entry]:
-  """The tensors of all shards, each where the index says."""
+  """The tensors of all shards, which must agree with the index."""
   names = read_json(file).get("weight_map")
   if not isinstance(names, dict) or not names:
-    raise ValueError(f"{file}: weight_map: must say in which file each tensor lies")
+    raise ValueError(f"{file}: weight_map: must be an object {{key: file of the tensor}}")
   shards: dict[str, dict[str, Entry]] = {}
   for key, name in names.items():
     if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\0" in name:
-      raise ValueError(f"{file}: {key}: {name!r} is no file beside the index")
+      raise ValueError(f"{file}: {key}: {name!r} is not a file next to the index")
     if name not in shards:
       if not (file.parent / name).is_file():
         raise FileNotFoundError(f"{file}: {key}: no such file: {file.parent / name}")
       shards[name] = _safetensors(file.parent / name)
     if key not in shards[name]:
-      raise ValueError(f"{file}: {key}: is not in {name}, where the index puts it")
+      raise ValueError(f"{file}: {key}: is missing in {name}, where it should be")
   for name, entries in shards.items():
     stray = sorted(key for key in entries if names.get(key) != name)
     if stray:
-      raise ValueError(f"{file.parent / name}: {stray[0]}: is in this file, not in the index")
+      raise ValueError(f"{file.parent / name}: {stray[0]}: is in this file but not in the index")
   return {key: shards[name][key] for key, name in names.items()}
 
 
 def _safetensors(file: pathlib.Path) -> dict[str, Entry]:
+  """The tensors of a safetensors file, whose spans must cover it without gaps."""
   size = file.stat().st_size
   with file.open("rb") as f:
     head = f.read(8)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
     if length > min(size - 8, _HEADER):
-      raise ValueError(f"{file}: no safetensors file: {size} bytes, with a header of {length}")
+      raise ValueError(f"{file}: not a safetensors file: {size} bytes, with a header of {length}")
     data = f.read(length)
   try:
     header = _json(data)
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{file}: no safetensors file: its header: {error}") from error
+    raise ValueError(f"{file}: not a safetensors file: its header: {error}") from error
   about = header.pop("__metadata__", {})
   if not isinstance(about, dict) or not all(isinstance(x, str) for x in about.values()):
-    raise ValueError(f"{file}: __metadata__: not an object of texts")
+    raise ValueError(f"{file}: __metadata__: not an object of strings")
   spans = []
   entries = {}
-  for key, found in header.items():
+  for key, description in header.items():
     try:
-      shape, dtype, (start, end) = _described(found, size - 8 - length)
+      shape, dtype, (start, end) = _described(description, size - 8 - length)
     except ValueError as error:
       raise ValueError(f"{file}: {key}: {error}") from error
     entries[key] = Entry(file, shape, dtype, 8 + length + start)
@@ -202,23 +232,28 @@ def _safetensors(file: pathlib.Path) -> dict[str, Entry]:
   last = 0
   for start, end, key in sorted(spans):
     if start != last:
-      raise ValueError(f"{file}: {key}: starts at byte {start}, the tensor before ends at {last}")
+      raise ValueError(
+        f"{file}: {key}: starts at byte {start}, but the previous tensor ends at {last}"
+      )
     last = end
   if last != size - 8 - length:
-    raise ValueError(f"{file}: holds {size - 8 - length} bytes of tensors, its header says {last}")
+    raise ValueError(
+      f"{file}: holds {size - 8 - length} bytes of tensors, but its header says {last}"
+    )
   return entries
 
 
-def _described(found: Any, size: int) -> tuple[tuple[int, ...], np.dtype, tuple[int, int]]:
-  """(shape, dtype, (start, end)) of a header's entry, if they agree and fit into `size` bytes."""
-  if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
-    raise ValueError(f"must be dtype, shape and data_offsets, not {str(found)[:80]}")
-  kind, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
+def _described(description: Any, size: int) -> tuple[tuple[int, ...], np.dtype, tuple[int, int]]:
+  """(shape, dtype, (start, end)) of a header's entry; they must agree and fit into `size` bytes."""
+  names = {"dtype", "shape", "data_offsets"}
+  if not isinstance(description, dict) or set(description) != names:
+    raise ValueError(f"must be dtype, shape and data_offsets, not {str(description)[:80]}")
+  kind, shape, offsets = (description[name] for name in ("dtype", "shape", "data_offsets"))
   if not isinstance(kind, str) or kind not in DTYPES:
     raise ValueError(f"dtype {str(kind)[:80]!r}; known: {sorted(DTYPES)}")
   for name, numbers in (("shape", shape), ("data_offsets", offsets)):
     if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-      raise ValueError(f"{name} {str(numbers)[:80]} is no list of sizes")
+      raise ValueError(f"{name} {str(numbers)[:80]} is not a list of sizes")
   dtype = np.dtype(DTYPES[kind])
   if len(shape) > _DIMENSIONS or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size:
     raise ValueError(f"shape {str(shape)[:80]}, data_offsets {str(offsets)[:80]} of {size} bytes")
@@ -227,7 +262,7 @@ def _described(found: Any, size: int) -> tuple[tuple[int, ...], np.dtype, tuple[
   return tuple(shape), dtype, (offsets[0], offsets[1])
 
 
-# What zipfile and ast raise for damaged files.
+# The errors of zipfile and ast for damaged files.
 _DAMAGE = (
   zipfile.BadZipFile,
   zlib.error,
@@ -246,11 +281,12 @@ _DAMAGE = (
 
 
 def _npz(file: pathlib.Path) -> dict[str, Entry]:
+  """The tensors of an npz file; only headers are read."""
   entries = {}
   try:
     archive = zipfile.ZipFile(file)
   except _DAMAGE as error:
-    raise ValueError(f"{file}: no npz file: {error}") from error
+    raise ValueError(f"{file}: not an npz file: {error}") from error
   with archive:
     for info in archive.infolist():
       key = info.filename.removesuffix(".npy")
@@ -260,23 +296,23 @@ def _npz(file: pathlib.Path) -> dict[str, Entry]:
       except _DAMAGE as error:
         raise ValueError(f"{file}: {key}: {error}") from error
       if key in entries:
-        raise ValueError(f"{file}: {key}: stands there twice")
+        raise ValueError(f"{file}: {key}: duplicate key")
       if math.prod(shape) * dtype.itemsize > info.file_size:
-        raise ValueError(f"{file}: {key}: {dtype} {shape} is more than {info.file_size} bytes")
+        raise ValueError(f"{file}: {key}: {dtype} {shape} needs more than {info.file_size} bytes")
       entries[key] = Entry(file, shape, dtype, member=info.filename)
   return entries
 
 
-# Types of npy headers; numpy writes bfloat16, which it does not know, as two bytes of anything.
+# {descr of an npy header: dtype}. numpy has no bfloat16, and writes it as two bytes of void.
 _NPY = {np.dtype(x).str: np.dtype(x) for x in DTYPES.values() if x is not ml_dtypes.bfloat16}
 _NPY |= {"|V2": np.dtype(ml_dtypes.bfloat16), "<V2": np.dtype(ml_dtypes.bfloat16)}
 
 
 def _npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-  """(shape, whether columns come first, dtype) of an array in a file; never one of objects."""
+  """(shape, whether in Fortran order, dtype) of the npy array in a file; refuses objects."""
   magic = f.read(8)
   if magic not in (b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00"):
-    raise ValueError(f"no array: it begins with {magic!r}")
+    raise ValueError(f"not an npy array: it begins with {magic!r}")
   long = magic[6] == 2
   length = struct.unpack("<I" if long else "<H", f.read(4 if long else 2))[0]
   if length > 10_000:
@@ -295,16 +331,16 @@ def _npy_header(f: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _read_npz(entry: Entry, key: str) -> np.ndarray:
-  """Not np.load, which takes the memory that a header asks for before it looks at the data."""
+  """The tensor. np.load would allocate the memory that the header asks for without a check."""
   size = math.prod(entry.shape) * entry.dtype.itemsize
   try:
     with zipfile.ZipFile(entry.file) as archive, archive.open(entry.member) as f:
       shape, columns, dtype = _npy_header(f)
       data = bytearray()
-      while len(data) <= size and (part := f.read(2**20)):  # to the end, where the checksum is
+      while len(data) <= size and (part := f.read(2**20)):  # to the end: zipfile checks the CRC
         data += part
   except _DAMAGE as error:
     raise ValueError(f"{entry.file}: {key}: {error}") from error
   if shape != entry.shape or dtype != entry.dtype or len(data) != size:
-    raise ValueError(f"{entry.file}: {key}: {dtype} {shape} is not the data that follows")
+    raise ValueError(f"{entry.file}: {key}: {dtype} {shape} does not fit the data that follows")
   return np.frombuffer(data, dtype).reshape(shape, order="F" if columns else "C")

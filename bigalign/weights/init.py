@@ -1,11 +1,11 @@
-"""Where a run starts: what config.model says of a checkpoint, as options and as arrays.
+"""Initialises a run from pretrained checkpoints that config.model names: options and arrays.
 
   dict(init="$CLIP")                                    both towers, their projectors, the scale
   dict(image=dict(init="$DINOV2"), text=dict(init="$MINILM"), embed_dim=384)    projectors are new
   dict(open_clip="ViT-B-16")                            the sizes alone
 
-Beside `init` stand options of the model, in the place of the checkpoint's, and two regular
-expressions: `fresh`, paths that keep their random start; `drop`, keys of the file to leave out.
+Options next to `init` replace those of the checkpoint. Two more are regular expressions: `fresh`
+selects paths that keep their random initial values, `drop` keys of the file to leave out.
 """
 
 from __future__ import annotations
@@ -26,15 +26,21 @@ from bigalign.weights import Checkpoint, describe, open_clip, transfer
 
 SIDES = ("image", "text")
 _WORDS = ("init", "fresh", "drop")
-_OWN = {"image": ("image", "pixels"), "text": ("text",)}  # what a tower of a checkpoint brings
-_SIZE = ("width", "depth", "heads", "mlp_ratio")  # what a variant stands for
+_OWN = {"image": ("image", "pixels"), "text": ("text",)}  # options that come with a single tower
+_SIZE = ("width", "depth", "heads", "mlp_ratio")  # the options that a variant sets
 _SCALAR = re.compile(r"loss/(\w+)/([tb])")  # log of the logit scale, and bias
+_SHOWN = 5  # keys of ignored tensors in the log
 
 
-class Start(NamedTuple):
-  """A checkpoint that a part of the model comes from.
+class Pretrained(NamedTuple):
+  """A checkpoint that initialises a part of the model.
 
-  where: its place in the config. side: "image" or "text"; "" for all of the model.
+  Args:
+    where: its place in the config.
+    side: "image" or "text"; "" for the whole model.
+    checkpoint: the checkpoint.
+    fresh: regular expression of paths that keep their random initial values.
+    drop: regular expression of keys that may be left out.
   """
 
   where: str
@@ -45,42 +51,43 @@ class Start(NamedTuple):
 
 
 def options(given: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """config.model with what its checkpoints say of themselves, for make_model. Reads no tensor.
+  """config.model with the options of its checkpoints filled in, for make_model. Reads no tensor.
 
   Args:
     given: config.model as written.
-    record: config.json of the run that goes on. The same words mean what they meant when it began,
-      whatever became of the files.
+    record: config.json of the run that resumes. If its model was written in the same way, its
+      options are used, and the checkpoints are not needed any more.
 
   Raises:
-    FileNotFoundError, KeyError: for a path that is not there, a variable that is not set.
-    ValueError: for a checkpoint without that tower, or with other statistics of pixels.
+    FileNotFoundError: for a path that does not exist.
+    KeyError: for an environment variable that is not set.
+    ValueError: for a checkpoint without the tower, or with other pixel statistics.
   """
   if record and record["model"] == given:
     return dict(record["config"]["model"])
-  model = _beside_init(given) | {s: _beside_init(given[s]) for s in SIDES if _is_tower(given, s)}
-  starts = _starts(given)
+  model = _own_options(given) | {s: _own_options(given[s]) for s in SIDES if _is_tower(given, s)}
+  parts = _pretrained_parts(given)
   if "open_clip" in model:
-    if starts:
-      raise ValueError(f"config.model.open_clip and {starts[0].where}.init: both say the sizes")
+    if parts:
+      raise ValueError(f"config.model.open_clip and {parts[0].where}.init: both give the sizes")
     name = _expanded(model.pop("open_clip"), "config.model.open_clip")
-    model = _over(open_clip.model(name), model)
-  for start in starts:
-    theirs = start.checkpoint.model
-    if start.side:
-      theirs = {k: v for k, v in theirs.items() if k in _OWN[start.side]}
+    model = _merged(open_clip.model(name), model)
+  for part in parts:
+    theirs = part.checkpoint.model
+    if part.side:
+      theirs = {k: v for k, v in theirs.items() if k in _OWN[part.side]}
     pixels = theirs.get("pixels")
     if pixels and given.get("pixels", pixels) != pixels:
       raise ValueError(
-        f"config.model.pixels={given['pixels']!r}: {start.checkpoint.path} was trained with"
+        f"config.model.pixels={given['pixels']!r}: {part.checkpoint.path} was trained with"
         f" {pixels!r}; leave pixels out"
       )
-    model = _over(theirs, model)
-  return plain(model)
+    model = _merged(theirs, model)
+  return dict(plain(model))
 
 
 def options_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
-  """`options`; if checkpoint files are missing on this machine, the sizes written next to `init`.
+  """`options`; if files of a checkpoint are missing here, the sizes written next to `init`.
 
   Raises:
     ValueError: if files are missing and the sizes are not written.
@@ -107,40 +114,50 @@ def load(
   shapes: Mapping[str, Any],
   shardings: Mapping[str, NamedSharding],
 ) -> dict[str, jax.Array]:
-  """{path: array} of what comes from checkpoints, each where it lies.
+  """Loads the parameters that come from checkpoints, each with its sharding.
 
   Args:
-    values: the config as written: what its `model` says of checkpoints, and its `loss`. A t_init
-      or b_init that the loss gives is taken, not the checkpoint's.
+    values: the config as written; its `model` names the checkpoints. A t_init or b_init in its
+      `loss` takes precedence over the checkpoint's scale or bias.
     shapes: {path: shape and dtype} of all parameters, "model/…" and "loss/…".
+    shardings: {path: sharding} of all parameters.
+
+  Returns:
+    {path: array}.
 
   Raises:
-    ValueError: before a tensor is read, with all that is missing or has no place or another shape.
+    ValueError: before any tensor is read, listing all keys and paths that are missing, unknown, or
+      of another shape.
   """
-  plans = [(start, _plan(start, shapes)) for start in _starts(values["model"])]
+  plans = [(part, _plan(part, shapes)) for part in _pretrained_parts(values["model"])]
   loaded: dict[str, jax.Array] = {}
-  for start, plan in plans:
-    _report(start, plan)
-    places = {path: shardings[f"model/{path}"] for path in plan.shapes}
-    loaded |= {f"model/{path}": x for path, x in plan.arrays(places)}
-    if not start.side:
-      loaded |= _scalars(start.checkpoint, values["loss"], shapes, shardings)
+  for part, plan in plans:
+    of_plan = {path: shardings[f"model/{path}"] for path in plan.shapes}
+    loaded |= {f"model/{path}": x for path, x in plan.arrays(of_plan)}
+    _log(part, plan)
+    if not part.side:
+      loaded |= _scalars(part.checkpoint, values["loss"], shapes, shardings)
   if plans:
-    logging.info("New, drawn with config.seed: %s", ", ".join(_new(shapes, loaded)) or "nothing")
+    random = _not_loaded(shapes, loaded)
+    if random:
+      logging.info("Initialised at random with config.seed: %s", ", ".join(random))
+    else:
+      logging.info("No parameters were initialised at random")
   return loaded
 
 
 def _is_tower(given: Mapping[str, Any], side: str) -> bool:
+  """Whether config.model gives options of a tower."""
   return isinstance(given.get(side), Mapping)
 
 
-def _beside_init(given: Mapping[str, Any]) -> dict[str, Any]:
-  """The options of the model; without an init, `fresh` and `drop` are some that nobody knows."""
+def _own_options(given: Mapping[str, Any]) -> dict[str, Any]:
+  """The options next to `init`; without it, `fresh` and `drop` stay and are refused as unknown."""
   return {k: v for k, v in given.items() if "init" not in given or k not in _WORDS}
 
 
-def _over(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-  """Ours in the place of theirs; of a tower, option by option."""
+def _merged(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+  """Their options, replaced by ours one by one, also in the towers."""
   model = {**theirs, **ours}
   for side in SIDES:
     if side in theirs and _is_tower(ours, side):
@@ -150,49 +167,64 @@ def _over(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
   return model
 
 
-def _starts(given: Mapping[str, Any]) -> list[Start]:
+def _pretrained_parts(given: Mapping[str, Any]) -> list[Pretrained]:
+  """The checkpoints that config.model names.
+
+  Raises:
+    ValueError: if it names one for the whole model and another for a tower.
+  """
   towers = {side: given[side] for side in SIDES if _is_tower(given, side)}
   alone = [side for side, tower in towers.items() if "init" in tower]
   if "init" not in given:
-    return [_start(towers[side], side, towers) for side in alone]
+    return [_pretrained(towers[side], side, towers) for side in alone]
   if alone:
-    raise ValueError(f"config.model.init brings both towers; config.model.{alone[0]}.init, one")
-  return [_start(given, "", towers)]
+    raise ValueError(
+      f"config.model.init sets both towers, config.model.{alone[0]}.init one of them: use either"
+    )
+  return [_pretrained(given, "", towers)]
 
 
-def _start(given: Mapping[str, Any], side: str, towers: Mapping[str, Any]) -> Start:
+def _pretrained(given: Mapping[str, Any], side: str, towers: Mapping[str, Any]) -> Pretrained:
+  """The checkpoint that `init` of the model or of a tower names.
+
+  Raises:
+    FileNotFoundError: if it does not exist.
+    ValueError: if it lacks a tower.
+  """
   where = "config.model" + f".{side}" * bool(side)
   path = pathlib.Path(_expanded(given["init"], f"{where}.init")).expanduser()
   if not path.exists():
     raise FileNotFoundError(f"{where}.init={given['init']!r}: no such file or folder: {path}")
   sides = (side,) if side else SIDES
-  checkpoint = describe(path, **{x: _beside_init(towers[x]) for x in sides if x in towers})
+  checkpoint = describe(path, **{x: _own_options(towers[x]) for x in sides if x in towers})
   lacking = [x for x in sides if x not in checkpoint.model]
   if lacking:
     raise ValueError(
       f"{where}.init: {path} holds no {lacking[0]} tower"
-      + ("" if side else "; name it as init of its own tower, and say what the other one is")
+      + ("" if side else "; set it as init of the tower it holds, and give the other tower too")
     )
-  return Start(where, side, checkpoint, given.get("fresh", ""), given.get("drop", ""))
+  return Pretrained(where, side, checkpoint, given.get("fresh", ""), given.get("drop", ""))
 
 
 def _expanded(text: Any, what: str) -> str:
+  """A text of the config with its environment variables expanded."""
   if not isinstance(text, str):
     raise TypeError(f"{what}={text!r} is of type {type(text).__name__}; it must be str")
   return expand_variables(text, what=what)
 
 
-def _plan(start: Start, shapes: Mapping[str, Any]) -> transfer.Plan:
-  part = f"model/{start.side}_tower/" if start.side else "model/"
-  ours = {path: x for path, x in shapes.items() if path.startswith(part)}
-  fresh, _ = tree.partition(ours, start.fresh, f"{start.where}.fresh")
+def _plan(part: Pretrained, shapes: Mapping[str, Any]) -> transfer.Plan:
+  """Which parameters of the model come from which tensors."""
+  prefix = f"model/{part.side}_tower/" if part.side else "model/"
+  ours = {path: x for path, x in shapes.items() if path.startswith(prefix)}
+  fresh, _ = tree.partition(ours, part.fresh, f"{part.where}.fresh")
   exactly = "|".join(f"^{re.escape(path)}$" for path in tree.subtree(fresh, "model/"))
   return transfer.plan(
-    start.checkpoint.tensors,
-    start.checkpoint.layout,
+    part.checkpoint.tensors,
+    part.checkpoint.layout,
     tree.subtree(ours, "model/"),
     fresh=exactly,
-    drop=start.drop,
+    drop=part.drop,
   )
 
 
@@ -202,37 +234,43 @@ def _scalars(
   shapes: Mapping[str, Any],
   shardings: Mapping[str, NamedSharding],
 ) -> dict[str, jax.Array]:
-  """The logit scale and bias, for each loss that learns one and writes no first value."""
+  """The logit scale and bias for each loss that learns them and gives no initial value."""
   known = {row.ours for row in checkpoint.layout.rows}
-  found = {}
+  scalars = {}
   for path in shapes:
     scalar = _SCALAR.fullmatch(path)
     if scalar and scalar[2] in known and f"{scalar[2]}_init" not in loss[scalar[1]]:
-      place = {scalar[2]: shardings[path]}
-      found[path] = checkpoint.load({scalar[2]: shapes[path]}, shardings=place)[scalar[2]]
-  return found
+      sharding = {scalar[2]: shardings[path]}
+      scalars[path] = checkpoint.load({scalar[2]: shapes[path]}, shardings=sharding)[scalar[2]]
+  return scalars
 
 
-def _report(start: Start, plan: transfer.Plan) -> None:
+def _log(part: Pretrained, plan: transfer.Plan) -> None:
+  """Logs which tensors were loaded, ignored and resized."""
+  loaded = plan.keys
+  ignored = sorted(plan.tensors.keys() - {*loaded})
+  shown = ", ".join(ignored[:_SHOWN])
+  more = f" and {len(ignored) - _SHOWN} more" if len(ignored) > _SHOWN else ""
   logging.info(
-    "%s.init: %d of the %d tensors of %s (%s) make %d arrays",
-    start.where,
-    len(plan.keys),
+    "%s.init: loaded %d of %d tensors from %s (%s) into %d arrays%s",
+    part.where,
+    len(loaded),
     len(plan.tensors),
     plan.tensors.path,
-    start.checkpoint.kind,
+    part.checkpoint.kind,
     len(plan.shapes),
+    f"; ignored: {shown}{more}" if ignored else "",
   )
   for path, (theirs, ours, method) in plan.resized.items():
-    logging.info("model/%s: %d positions made of %d, %s", path, ours, theirs, method)
+    logging.info("model/%s: resized from %d to %d positions (%s)", path, theirs, ours, method)
 
 
-def _new(shapes: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[str]:
-  """What is not loaded: a part of the model as a whole, or path by path where some of it is."""
+def _not_loaded(shapes: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[str]:
+  """The parameters that are not loaded; a part of the model with none loaded as a whole."""
 
   def part(path: str) -> str:
     return "/".join(path.split("/")[:2])
 
   parts = {part(path) for path in loaded}
-  left = (path for path in shapes if path not in loaded)
-  return list(dict.fromkeys(path if part(path) in parts else part(path) for path in left))
+  missing = (path for path in shapes if path not in loaded)
+  return list(dict.fromkeys(path if part(path) in parts else part(path) for path in missing))

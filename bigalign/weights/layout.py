@@ -1,9 +1,8 @@
-"""What a checkpoint is, in our words: the model's options and the table of its names."""
+"""The layout of a checkpoint: our model's options and the table of its keys."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 from bigalign import checks, options
 from bigalign.weights.table import Row
 
-# Names of activations in Hugging Face's configs.
+# {name in Hugging Face's configs: ours}
 ACTIVATIONS = {
   "gelu": "gelu",
   "gelu_new": "gelu_tanh",
@@ -20,20 +19,22 @@ ACTIVATIONS = {
   "quick_gelu": "quick_gelu",
   "silu": "silu",
 }
-_LARGEST = 2**24  # of any size in a config
+_LARGEST = 2**24  # the largest size that a config may give
 _MAY_BE_ZERO = re.compile(r"token_id$|eos_id$|_tokens$|type_vocab_size$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A checkpoint in our words.
+  """How the parameters of a checkpoint map to ours.
 
-  model: as config.model: "image", "text", "embed_dim" … as far as the checkpoint has them.
-  rows: the table, with our paths "image_tower/…", "text_tower/…", "image_projector/…",
-    "text_projector/…", "t" (log of the logit scale), "b" (logit bias).
-  unused: regular expression of keys that hold nothing we need.
-  zeros: {key: shape} of tensors that no forward pass uses; written as zeros.
-  data: what inputs were made for: image_size, length.
+  Args:
+    model: options as in config.model, "image", "text", "embed_dim" …, as far as the checkpoint has
+      them.
+    rows: the table, with our paths "image_tower/…", "text_tower/…", "image_projector/…",
+      "text_projector/…", "t" (log of the logit scale) and "b" (logit bias).
+    unused: regular expression of the keys that we do not need.
+    zeros: {key: shape} of tensors that no forward pass uses; they are written as zeros.
+    data: the inputs that the checkpoint was trained with: image_size, length.
   """
 
   model: Mapping[str, Any]
@@ -43,11 +44,11 @@ class Layout:
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-Shapes = Mapping[str, Any]  # {key: something with a shape}: what a file holds
+Shapes = Mapping[str, Any]  # {key of a file: object with a shape}
 
 
 def join(*layouts: Layout, **model: Any) -> Layout:
-  """One checkpoint of several parts, and what only the whole knows of the model."""
+  """The layout of a checkpoint from the layouts of its parts; `model` adds or replaces options."""
   return Layout(
     model={k: v for x in layouts for k, v in x.model.items()} | model,
     rows=tuple(row for x in layouts for row in x.rows),
@@ -57,16 +58,24 @@ def join(*layouts: Layout, **model: Any) -> Layout:
   )
 
 
-def call(function: Callable[..., Any], given: Any, where: str, *fixed: Any) -> Any:
-  """function(*fixed, **given): a config of another project, whose signature is the schema.
+def call(function: Callable[..., Layout], given: Any, where: str, *fixed: Any) -> Layout:
+  """function(*fixed, **given), where `given` is a config of another project.
+
+  The keyword parameters of the function, their types and defaults are the schema of the config.
+
+  Args:
+    function: returns the layout.
+    given: the config, a JSON object.
+    where: its file and place, for errors.
+    *fixed: the first arguments of the function, which are not in the config.
 
   Raises:
-    ValueError: for a value that cannot be, with the config's file and key.
+    ValueError: for an impossible value, with the config's file and key.
   """
   if not isinstance(given, Mapping):
     raise ValueError(f"{where}: must be an object, not {str(given)[:80]!r}")
-  make = functools.partial(function, *fixed)
-  known = inspect.signature(make).parameters
+  parameters = tuple(inspect.signature(function).parameters)
+  known = parameters[len(fixed) :]
   for key, value in given.items():
     least = 0 if _MAY_BE_ZERO.search(key) else 1
     if key in known and type(value) is int and not least <= value <= _LARGEST:
@@ -74,14 +83,15 @@ def call(function: Callable[..., Any], given: Any, where: str, *fixed: Any) -> A
     if key in known and isinstance(value, float) and not 0 <= value <= _LARGEST:
       raise ValueError(f"{where}: {key}: {value}; it must be from 0 to {_LARGEST}")
   try:
-    return options.call(make, given, where)
+    layout: Layout = options.resolve(function, given, where, parameters[: len(fixed)]).make(*fixed)
+    return layout
   except (TypeError, ValueError) as error:
     text = str(error)
     raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
 def option(given: Any, name: str, key: str, default: Any) -> Any:
-  """given[key], where `given` is the object `name` of a config, or None."""
+  """given[key] or the default, where `given` is the object `name` of a config, or None."""
   if given is None:
     return default
   if not isinstance(given, Mapping):
@@ -91,14 +101,18 @@ def option(given: Any, name: str, key: str, default: Any) -> Any:
 
 def activation(name: str) -> str:
   """Our name of an activation in a Hugging Face config."""
-  return checks.choose(ACTIVATIONS, name, "hidden_act")
+  return str(checks.choose(ACTIVATIONS, name, "hidden_act"))
 
 
 def sizes(width: int, depth: int, heads: int, hidden: int) -> dict[str, Any]:
-  """A transformer's size, as the towers take it."""
+  """The options of a tower for its sizes; `hidden` is the number of hidden units of the MLP.
+
+  Raises:
+    ValueError: for sizes that no transformer can have.
+  """
   for name, value in (("width", width), ("layers", depth), ("heads", heads), ("hidden", hidden)):
     if value < 1:
       raise ValueError(f"{name}: {value}")
   if width % heads:
-    raise ValueError(f"num_attention_heads: a width of {width} is no multiple of {heads}")
+    raise ValueError(f"num_attention_heads: the width {width} is not a multiple of {heads}")
   return dict(width=width, depth=depth, heads=heads, mlp_ratio=hidden / width)

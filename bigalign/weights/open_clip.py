@@ -1,4 +1,4 @@
-"""open_clip's CLIP and CustomTextCLIP, from open_clip_config.json or a model JSON of its own."""
+"""Layouts of open_clip's CLIP and CustomTextCLIP, from open_clip_config.json or a model JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from bigalign import checks
 from bigalign.weights import bert, table, timm
-from bigalign.weights.clip import start
+from bigalign.weights.clip import find_prefix
 from bigalign.weights.files import read_json
 from bigalign.weights.layout import Layout, Shapes, call, join, option, sizes
 from bigalign.weights.table import Row
@@ -30,14 +30,28 @@ def open_clip(
   multimodal_cfg: Any = None,
   **_: Any,
 ) -> Layout:
-  """A model_cfg; unlike Hugging Face's it does not name its class, so the keys decide."""
+  """The layout of a model_cfg. It does not name its class: the keys of the config decide.
+
+  Args:
+    shapes: what the file holds; empty for the sizes alone.
+    where: the config's file, for errors.
+    prefix: unused.
+    embed_dim: width of the shared space.
+    vision_cfg: config of the image tower.
+    text_cfg: config of the text tower.
+    quick_gelu: whether the towers use quick_gelu.
+    multimodal_cfg: config of CoCa's decoder, which is refused.
+
+  Raises:
+    ValueError: for a model without a tower here.
+  """
   if multimodal_cfg is not None:
-    raise ValueError("multimodal_cfg: a CoCa is not read, only a dual encoder")
+    raise ValueError("multimodal_cfg: CoCa is not supported, only dual encoders")
   act = "quick_gelu" if quick_gelu else "gelu"
   timm_tower = isinstance(vision_cfg, Mapping) and "timm_model_name" in vision_cfg
   vision = timm.trunk if timm_tower else _vision
-  # The text of a CustomTextCLIP is a module of its own.
-  inside = start(shapes, "text.")
+  # CustomTextCLIP has the text tower in a submodule.
+  inside = find_prefix(shapes, "text.")
   hf = isinstance(text_cfg, Mapping) and "hf_model_name" in text_cfg
   text = _hugging_face if hf else _text
   scalars = [Row("t", "logit_scale")]
@@ -52,7 +66,7 @@ def open_clip(
 
 
 def _blocks(ours: str, theirs: str, layers: int) -> list[Row]:
-  """torch's MultiheadAttention in residual blocks."""
+  """Rows of residual blocks with torch's MultiheadAttention."""
   block, other = f"{ours}encoder/block_{{}}/", f"{theirs}resblocks.{{}}."
   qkv = tuple(f"{block}attn/{name}" for name in ("query", "key", "value"))
   return [
@@ -67,6 +81,7 @@ def _blocks(ours: str, theirs: str, layers: int) -> list[Row]:
 
 
 def _scales(ours: str, theirs: str, layers: int, value: float | None) -> list[Row]:
+  """Rows of LayerScale, if the config has an initial value of it."""
   if value is None:
     return []
   block, other = f"{ours}encoder/block_{{}}/scale", f"{theirs}resblocks.{{}}.ls_"
@@ -77,7 +92,7 @@ def _epsilon(default: float, kwargs: Any) -> float:
   epsilon = option(kwargs, "norm_kwargs", "eps", default)
   if not isinstance(epsilon, float) or not 0 < epsilon < 1:
     raise ValueError(f"norm_kwargs: eps: {str(epsilon)[:80]}")
-  return epsilon
+  return float(epsilon)
 
 
 def _activation(act: str, kwargs: Any) -> str:
@@ -89,10 +104,10 @@ def _activation(act: str, kwargs: Any) -> str:
 
 
 def _refuse(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-  """Options that change what is computed, and that no tower here has."""
+  """Raises ValueError for an option with another value than `known`: our towers lack it."""
   for name, value in options.items():
     if value != known[name]:
-      raise ValueError(f"{name}: {value!r} is not read; only {known[name]!r}")
+      raise ValueError(f"{name}: {value!r} is not supported; only {known[name]!r}")
 
 
 def _vision(
@@ -115,9 +130,9 @@ def _vision(
   attentional_pool: Any = False,
   **_: Any,
 ) -> Layout:
-  """open_clip's own ViT."""
+  """The layout of open_clip's own ViT."""
   if type(layers) is not int:
-    raise ValueError(f"layers: {str(layers)[:80]}; a ResNet is not read, only a ViT")
+    raise ValueError(f"layers: {str(layers)[:80]}; a ResNet is not supported, only a ViT")
   _refuse(
     dict(
       pool_type=pool_type,
@@ -188,7 +203,7 @@ def _text(
   final_ln_after_pool: bool = False,
   **_: Any,
 ) -> Layout:
-  """open_clip's own text transformer."""
+  """The layout of open_clip's own text transformer."""
   _refuse(
     dict(embed_cls=embed_cls, final_ln_after_pool=final_ln_after_pool, ls_init_value=ls_init_value),
     dict(embed_cls=False, final_ln_after_pool=False, ls_init_value=None),
@@ -222,7 +237,7 @@ def _text(
     "proj_type",
     shapes,
   )
-  if projection and not proj_bias:  # a bare matrix, as it is applied
+  if projection and not proj_bias:  # a bare matrix [in, out], not an nn.Linear
     projection = (Row("text_projector/out/kernel", f"{inside}text_projection"),)
   rows = (
     Row(f"{ours}embedding", f"{inside}token_embedding.weight"),
@@ -236,8 +251,8 @@ def _text(
   )
 
 
-# Sizes of Hugging Face's models, for descriptions without weights:
-# (vocabulary, width, layers, hidden, positions, token types)
+# Sizes of Hugging Face's models, for configs without weights:
+# {name: (vocabulary, width, layers, hidden, positions, token types)}
 _SIZES = {
   "bert-base-uncased": (30522, 768, 12, 3072, 512, 2),
   "bert-large-uncased": (30522, 1024, 24, 4096, 512, 2),
@@ -246,7 +261,7 @@ _SIZES = {
   "xlm-roberta-base": (250002, 768, 12, 3072, 514, 1),
   "xlm-roberta-large": (250002, 1024, 24, 4096, 514, 1),
 }
-# Hugging Face towers by name: (pattern, layout, epsilon of norms)
+# Hugging Face towers: (regular expression of the name, layout, epsilon of the norms)
 _FAMILIES: tuple[tuple[str, Any, float], ...] = (
   (r"mpnet", bert.mpnet, 1e-5),
   (r"roberta", bert.roberta, 1e-5),
@@ -267,12 +282,12 @@ def _hugging_face(
   heads: int | None = None,
   **_: Any,
 ) -> Layout:
-  """A Hugging Face text tower. Its config is not in the file: sizes are those of its tensors."""
+  """The layout of a Hugging Face text tower, whose sizes are read from its tensors."""
   family = next((x for x in _FAMILIES if re.search(x[0], hf_model_name)), None)
   if family is None or hf_pooler_type not in _POOLERS:
     raise ValueError(
-      f"hf_model_name, hf_pooler_type: {hf_model_name!r}, {hf_pooler_type!r}; names with"
-      f" {[x[0] for x in _FAMILIES]} and the poolers {sorted(_POOLERS)} are read"
+      f"hf_model_name, hf_pooler_type: {hf_model_name!r}, {hf_pooler_type!r}; supported are names"
+      f" with {[x[0] for x in _FAMILIES]} and the poolers {sorted(_POOLERS)}"
     )
   layout, epsilon = family[1:]
   prefix = f"{inside}transformer."
@@ -304,9 +319,9 @@ def _hugging_face(
 
 
 def _sizes(shapes: Shapes, prefix: str, name: str) -> tuple[int, ...]:
-  """As in _SIZES; of the tensors, if there are any."""
+  """The sizes of the tensors, or without any those of the name; order as in _SIZES."""
   if not shapes:
-    return checks.choose(_SIZES, name, "hf_model_name, without weights")
+    return tuple(checks.choose(_SIZES, name, "hf_model_name, without weights"))
   tables = f"{prefix}embeddings."
   vocab, width = timm.dims(shapes, f"{tables}word_embeddings.weight", 2)
   types = f"{tables}token_type_embeddings.weight"
@@ -321,13 +336,15 @@ def _sizes(shapes: Shapes, prefix: str, name: str) -> tuple[int, ...]:
 
 
 def model(name: str) -> Mapping[str, Any]:
-  """config.model of one of open_clip's models: a name ("ViT-B-16"), or a JSON file of its kind.
+  """config.model of one of open_clip's models.
 
-  Names are those of an installed open_clip_torch, whose files are read without importing it.
+  Args:
+    name: a model of the installed open_clip_torch, such as "ViT-B-16", whose files are read
+      without importing it; or a JSON file of the same form.
 
   Raises:
     FileNotFoundError: for an unknown name.
-    ValueError: for a model that has no tower here, with the option that says so.
+    ValueError: for a model that our towers do not support, with the option.
   """
   file = pathlib.Path(name)
   if file.suffix != ".json":
@@ -336,6 +353,6 @@ def model(name: str) -> Mapping[str, Any]:
     file = folder / f"model_configs/{name.replace('/', '-')}.json"
     if not file.is_file():
       raise FileNotFoundError(
-        f"{name!r} is no JSON file and no model of an installed open_clip_torch ({file})"
+        f"{name!r} is neither a JSON file nor a model of an installed open_clip_torch ({file})"
       )
   return call(open_clip, read_json(file), str(file), {}, str(file), "").model

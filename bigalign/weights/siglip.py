@@ -1,4 +1,4 @@
-"""Hugging Face's SiglipModel, Siglip2Model (NaFlex) and their halves."""
+"""Layouts of Hugging Face's SiglipModel, Siglip2Model (NaFlex) and their single towers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def vision(
   vision_use_head: bool = True,
   **_: Any,
 ) -> Layout:
-  """The tower of a vision_config; defaults are Hugging Face's."""
+  """The layout of a vision_config, with NaFlex patches or not; the defaults are Hugging Face's."""
   if not vision_use_head:
-    raise ValueError("vision_use_head: a SigLIP tower without its attention pooling is not read")
+    raise ValueError("vision_use_head: false; a SigLIP tower needs its attention pooling")
   ours, embeddings = "image_tower/", f"{prefix}embeddings."
   options = dict(
     patch=patch_size,
@@ -60,13 +60,13 @@ def vision(
 
 
 def _patches(ours: str, theirs: str) -> list[Row]:
-  """A linear map of flat patches, channels last."""
+  """Rows of a linear map of flat patches, channels last."""
   names = {"/kernel": (".weight", "d (p q c) -> p q c d"), "/bias": (".bias", "")}
   return table.rows(ours, theirs, names)
 
 
 def head(ours: str, theirs: str) -> list[Row]:
-  """Attention pooling with torch's MultiheadAttention."""
+  """Rows of attention pooling with torch's MultiheadAttention."""
   qkv = tuple(f"{ours}/attn/{name}" for name in ("query", "key", "value"))
   return [
     Row(f"{ours}/probe", f"{theirs}probe"),
@@ -93,7 +93,7 @@ def text(
   projection_size: int | None = None,
   **_: Any,
 ) -> Layout:
-  """The tower of a text_config; its head is our projector, and padding is attended to."""
+  """The layout of a text_config. Its head is our projector; attention sees padding."""
   ours, embeddings = "text_tower/", f"{prefix}embeddings."
   options = dict(
     name="text",
@@ -134,7 +134,7 @@ def _siglip(
   text_config: Any = None,
   **_: Any,
 ) -> Layout:
-  """SiglipModel, or with NaFlex patches Siglip2Model."""
+  """The layout of SiglipModel, or with NaFlex patches of Siglip2Model."""
   return join(
     call(vision, vision_config or {}, f"{where}: vision_config", naflex, "vision_model."),
     call(text, text_config or {}, f"{where}: text_config", "text_model."),
@@ -144,13 +144,14 @@ def _siglip(
 
 
 def _vision(naflex: bool, shapes: Shapes, where: str, prefix: str, **config: Any) -> Layout:
-  inner = clip.start(shapes, f"{prefix}vision_model.") or prefix
+  """The layout of SiglipVisionModel or Siglip2VisionModel."""
+  inner = clip.find_prefix(shapes, f"{prefix}vision_model.") or prefix
   return call(vision, config, where, naflex, inner)
 
 
 def siglip_text(shapes: Shapes, where: str, prefix: str, **config: Any) -> Layout:
-  """SiglipTextModel, also of SigLIP 2."""
-  return call(text, config, where, clip.start(shapes, f"{prefix}text_model.") or prefix)
+  """The layout of SiglipTextModel, also of SigLIP 2."""
+  return call(text, config, where, clip.find_prefix(shapes, f"{prefix}text_model.") or prefix)
 
 
 # SigLIP 2 of a fixed resolution is saved as a SiglipModel.

@@ -1,7 +1,7 @@
-"""A table of names, strict and two-way: theirs -> ours to read, ours -> theirs to write.
+"""A strict two-way table of keys: theirs -> ours to read, ours -> theirs to write.
 
-A row says which of our paths and which of their keys hold the same numbers, and how the axes lie:
-an einops pattern "theirs -> ours". The pattern reversed writes.
+A row lists our paths and their keys for the same numbers, and the order of the axes as an einops
+pattern "theirs -> ours". The reversed pattern writes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import numpy as np
 class Row(NamedTuple):
   """The same numbers on both sides.
 
-  ours: a path, or several: theirs, divided. Axis "s" of the rule counts equal parts (query, key,
-    value of one matrix); along axis "n" the first part has one row (a class token) and the second
-    the others.
-  theirs: a key, or several, which along axis "n" make one of ours.
-  rule: "theirs -> ours"; empty where the axes lie the same way.
-  layers: with "block_{}" in ours and "{}" in theirs: one row per layer. Theirs without "{}" is
-    stacked, as ours under scan.
-  optional: a tower may have no place for it.
-  resize: how `positions.resize` fits the last of ours to another number of patches.
+  Args:
+    ours: a path, or several, into which their tensor is split: along axis "s" of the rule into
+      equal parts (query, key and value of one matrix), or along axis "n" into the first row (a
+      class token) and the others.
+    theirs: a key, or several, which are concatenated along axis "n".
+    rule: the einops pattern "theirs -> ours"; empty if the axes are the same.
+    layers: with "block_{}" in ours and "{}" in theirs: the number of layers. Theirs without "{}"
+      is stacked, as ours is under scan.
+    optional: whether our tower may lack it.
+    resize: method of `positions.resize` for the last of ours, for another number of patches.
   """
 
   ours: str | tuple[str, ...]
@@ -41,23 +42,30 @@ class Row(NamedTuple):
 def rows(
   ours: str, theirs: str, names: Mapping[str, tuple[str, str]], layers: int = 0
 ) -> list[Row]:
-  """Rows of one module: {our name: (their name, rule)}, with a prefix for each side."""
+  """Rows of one module.
+
+  Args:
+    ours: prefix of our paths.
+    theirs: prefix of their keys.
+    names: {rest of our path: (rest of their key, rule)}.
+    layers: number of layers; 0 for a module outside of blocks.
+  """
   return [Row(ours + name, theirs + other, rule, layers) for name, (other, rule) in names.items()]
 
 
 def norm(ours: str, theirs: str, layers: int = 0) -> list[Row]:
-  """A layer norm."""
+  """Rows of a layer norm."""
   return rows(ours, theirs, {"/scale": (".weight", ""), "/bias": (".bias", "")}, layers)
 
 
 def dense(ours: str, theirs: str, layers: int = 0, *, bias: bool = True) -> list[Row]:
-  """A linear map, [out, in] in torch."""
+  """Rows of a linear map, [out, in] in torch."""
   names = {"/kernel": (".weight", "o i -> i o"), "/bias": (".bias", "")}
   return rows(ours, theirs, names if bias else dict([*names.items()][:1]), layers)
 
 
 def conv(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
-  """A convolution of patches."""
+  """Rows of a convolution of patches."""
   names = {"/kernel": (".weight", "d c p q -> p q c d"), "/bias": (".bias", "")}
   return rows(ours, theirs, names if bias else dict([*names.items()][:1]))
 
@@ -65,19 +73,27 @@ def conv(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
 def attention(
   ours: str, theirs: str, names: tuple[str, str, str, str], layers: int = 0, biases: str = "qkvo"
 ) -> list[Row]:
-  """Attention with a matrix each for query, key, value and output; heads lie first in torch."""
-  found = []
+  """Rows of attention with one matrix each for query, key, value and output.
+
+  Args:
+    ours: prefix of our paths.
+    theirs: prefix of their keys.
+    names: their names of query, key, value and output.
+    layers: number of layers.
+    biases: which of q, k, v and o(utput) have a bias.
+  """
+  projections = []
   for name, other in zip(("query", "key", "value", "out"), names):
     rule = "d (h k) -> h k d" if name == "out" else "(h k) d -> d h k"
-    found.append(Row(f"{ours}/{name}/kernel", f"{theirs}{other}.weight", rule, layers))
+    projections.append(Row(f"{ours}/{name}/kernel", f"{theirs}{other}.weight", rule, layers))
     if other and name[0] in biases:
       rule = "" if name == "out" else "(h k) -> h k"
-      found.append(Row(f"{ours}/{name}/bias", f"{theirs}{other}.bias", rule, layers))
-  return found
+      projections.append(Row(f"{ours}/{name}/bias", f"{theirs}{other}.bias", rule, layers))
+  return projections
 
 
 def fused(ours: tuple[str, ...], weight: str, bias: str, layers: int = 0) -> list[Row]:
-  """Several of query, key and value in one matrix, one after the other."""
+  """Rows of one matrix that concatenates several of query, key and value."""
   kernels, biases = (tuple(f"{x}/{name}" for x in ours) for name in ("kernel", "bias"))
   return [
     Row(kernels, weight, "(s h k) d -> s d h k", layers),
@@ -85,25 +101,34 @@ def fused(ours: tuple[str, ...], weight: str, bias: str, layers: int = 0) -> lis
   ]
 
 
-class Step(NamedTuple):
-  """A row, or one layer of it, for arrays of known shapes."""
+class Conversion(NamedTuple):
+  """A row, or one layer of it, for arrays of known shapes.
+
+  Args:
+    row: the row.
+    ours: our paths.
+    theirs: their keys.
+    shapes: the shapes of our arrays, of one layer if they are stacked.
+    layer: index of the layer in our arrays; None if they are not stacked.
+    their_layer: index of the layer in their tensors; None if they are not stacked.
+  """
 
   row: Row
   ours: tuple[str, ...]
   theirs: tuple[str, ...]
-  shapes: tuple[tuple[int, ...], ...]  # of ours
-  layer: int | None = None  # the index in ours, where that is stacked
-  slot: int | None = None  # the index in theirs, where that is stacked
+  shapes: tuple[tuple[int, ...], ...]
+  layer: int | None = None
+  their_layer: int | None = None
 
 
-def steps(row: Row, shapes: Mapping[str, Any]) -> list[Step]:
-  """The steps of a row; none if `shapes` lacks its paths. Stacked layers count as their own."""
+def conversions(row: Row, shapes: Mapping[str, Any]) -> list[Conversion]:
+  """The conversions of a row, one per layer; none if a path is missing in `shapes`."""
   ours, theirs = _tuple(row.ours), _tuple(row.theirs)
   if not row.layers:
     if not all(path in shapes for path in ours):
       return []
-    return [Step(row, ours, theirs, tuple(tuple(shapes[path].shape) for path in ours))]
-  found = []
+    return [Conversion(row, ours, theirs, tuple(tuple(shapes[path].shape) for path in ours))]
+  layers = []
   for i in range(row.layers):
     paths = tuple(path.format(i) for path in ours)
     layer = None
@@ -111,47 +136,47 @@ def steps(row: Row, shapes: Mapping[str, Any]) -> list[Step]:
       paths, layer = tuple(path.replace("block_{}", "blocks") for path in ours), i
       if not all(path in shapes for path in paths):
         return []
-    of = tuple(tuple(shapes[path].shape)[(layer is not None) :] for path in paths)
+    sizes = tuple(tuple(shapes[path].shape)[(layer is not None) :] for path in paths)
     stacked = any("{}" not in key for key in theirs)
     keys = theirs if stacked else tuple(key.format(i) for key in theirs)
-    found.append(Step(row, paths, keys, of, layer, i if stacked else None))
-  return found
+    layers.append(Conversion(row, paths, keys, sizes, layer, i if stacked else None))
+  return layers
 
 
 def keys(row: Row) -> list[str]:
-  """All of their keys that a row speaks of."""
+  """All of their keys in a row, of all layers."""
   return [key.format(i) for i in range(row.layers or 1) for key in _tuple(row.theirs)]
 
 
-def expected(step: Step) -> tuple[tuple[int, ...], ...]:
-  """The shapes that their tensors must have; a stacked one without its axis of layers."""
-  left, _ = sides(step.row.rule)
-  if not step.row.rule:
-    return (step.shapes[0],)
-  sizes = _sizes(step)
+def expected(conversion: Conversion) -> tuple[tuple[int, ...], ...]:
+  """The shapes that their tensors must have; without the axis of layers if they are stacked."""
+  left, _ = sides(conversion.row.rule)
+  if not conversion.row.rule:
+    return (conversion.shapes[0],)
+  sizes = _sizes(conversion)
   shape = tuple(math.prod(sizes[name] for name in group) for group in left)
-  if len(step.theirs) == 1:
+  if len(conversion.theirs) == 1:
     return (shape,)
   n = left.index(("n",))
-  return tuple((*shape[:n], rows_, *shape[n + 1 :]) for rows_ in (1, shape[n] - 1))
+  return tuple((*shape[:n], count, *shape[n + 1 :]) for count in (1, shape[n] - 1))
 
 
-def to_ours(step: Step, tensors: list[np.ndarray]) -> list[np.ndarray]:
-  """Their tensors of one step as ours."""
-  rule = step.row.rule
+def to_ours(conversion: Conversion, tensors: list[np.ndarray]) -> list[np.ndarray]:
+  """Their tensors of one conversion as ours."""
+  rule = conversion.row.rule
   if not rule:
     return tensors
   left, right = sides(rule)
   x = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, left.index(("n",)))
-  x = _rearrange(x, rule, step)
-  if len(step.ours) == 1:
+  x = _rearrange(x, rule, conversion)
+  if len(conversion.ours) == 1:
     return [x]
   return list(x) if "s" in right else np.split(x, [1], right.index("n"))
 
 
-def to_theirs(step: Step, arrays: list[np.ndarray]) -> list[np.ndarray]:
-  """Our arrays of one step as theirs; the inverse of `to_ours`."""
-  rule = step.row.rule
+def to_theirs(conversion: Conversion, arrays: list[np.ndarray]) -> list[np.ndarray]:
+  """Our arrays of one conversion as theirs; the inverse of `to_ours`."""
+  rule = conversion.row.rule
   if not rule:
     return arrays
   left, right = sides(rule)
@@ -159,28 +184,32 @@ def to_theirs(step: Step, arrays: list[np.ndarray]) -> list[np.ndarray]:
   if len(arrays) > 1:
     x = np.stack(arrays) if "s" in right else np.concatenate(arrays, right.index("n"))
   theirs, ours = rule.split("->")
-  x = _rearrange(x, f"{ours} -> {theirs}", step)
-  return [x] if len(step.theirs) == 1 else np.split(x, [1], left.index(("n",)))
+  x = _rearrange(x, f"{ours} -> {theirs}", conversion)
+  return [x] if len(conversion.theirs) == 1 else np.split(x, [1], left.index(("n",)))
 
 
-def _rearrange(x: np.ndarray, rule: str, step: Step) -> np.ndarray:
-  sizes = {name: n for name, n in _sizes(step).items() if name not in ("1", "n")}
-  return einops.rearrange(x, rule, **{k: v for k, v in sizes.items() if k in rule.split("->")[0]})
+def _rearrange(x: np.ndarray, rule: str, conversion: Conversion) -> np.ndarray:
+  """einops.rearrange with the sizes that the left side of the rule needs."""
+  sizes = {name: n for name, n in _sizes(conversion).items() if name not in ("1", "n")}
+  rearranged: np.ndarray = einops.rearrange(
+    x, rule, **{k: v for k, v in sizes.items() if k in rule.split("->")[0]}
+  )
+  return rearranged
 
 
-def _sizes(step: Step) -> dict[str, int]:
+def _sizes(conversion: Conversion) -> dict[str, int]:
   """The length of every axis of a rule, from our shapes."""
-  _, right = sides(step.row.rule)
-  several = len(step.ours) > 1
+  _, right = sides(conversion.row.rule)
+  several = len(conversion.ours) > 1
   names = right[1:] if several and right[:1] == ("s",) else right
-  sizes = {"1": 1, **({"s": len(step.ours)} if several else {})}
-  for shape in step.shapes:
+  sizes = {"1": 1, **({"s": len(conversion.ours)} if several else {})}
+  for shape in conversion.shapes:
     if len(shape) != len(names):
-      raise ValueError(f"{step.ours}: {shape} does not fit the rule {step.row.rule!r}")
+      raise ValueError(f"{conversion.ours}: {shape} does not fit the rule {conversion.row.rule!r}")
     sizes.update(zip(names, shape))
     sizes["1"] = 1
   if several and "n" in names:
-    sizes["n"] = sum(shape[names.index("n")] for shape in step.shapes)
+    sizes["n"] = sum(shape[names.index("n")] for shape in conversion.shapes)
   return sizes
 
 

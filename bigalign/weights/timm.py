@@ -1,7 +1,7 @@
-"""timm's vision transformers as the trunks of open_clip's models.
+"""Layouts of timm's vision transformers, the trunks of open_clip's models.
 
-Their configs are code in timm. What tensors show is read off the tensors; the rest, and all of it
-where there are no tensors, follows from the model's name.
+Their configs are code in timm. Here sizes are read from the tensors; the other options, and all of
+them if there are no tensors, follow from the model's name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bigalign.weights.layout import Layout, Shapes, option, sizes
 from bigalign.weights.table import Row
 
 OURS, THEIRS = "image_tower/", "visual.trunk."
-# (width, depth, heads, hidden units per width)
+# {size: (width, depth, heads, hidden units per width)}
 _SIZES = {
   "small": (384, 12, 6, 4.0),
   "medium": (512, 12, 8, 4.0),
@@ -33,12 +33,28 @@ _NAME = re.compile(
 _TANH = r"giantopt_|so400m_patch16_siglip_\d|base_patch32_siglip_\d|large_patch16_siglip_512"
 # Activations that are not the exact gelu.
 _ACTIVATIONS = {r"_quickgelu": "quick_gelu", _TANH: "gelu_tanh"}
-# Heads of models whose heads are not 64 wide, timm's and Hugging Face's.
+# Number of heads of models whose heads are not 64 wide, timm's and Hugging Face's.
 _HEADS = {r"so400m|giantopt|huge|gigantic|giant_patch14_clip": 16, r"MiniLM": 12}
 
 
 class Trunk(NamedTuple):
-  """What a trunk is made of."""
+  """The architecture of a trunk.
+
+  Args:
+    width: width of the tokens.
+    depth: number of blocks.
+    heads: attention heads.
+    hidden: hidden units of the MLP.
+    patch: pixels per side of a patch.
+    class_token: whether it has a class token.
+    registers: number of registers.
+    map_pool: whether it has attention pooling.
+    pre_norm: whether a layer norm precedes the blocks.
+    scaled: whether it has LayerScale.
+    gated: whether the MLP is gated.
+    biases: which of q, k, v and o(utput) have a bias.
+    patch_bias: whether the patch embedding has a bias.
+  """
 
   width: int
   depth: int
@@ -56,7 +72,7 @@ class Trunk(NamedTuple):
 
 
 def measured(shapes: Shapes, name: str, heads: int | None) -> Trunk:
-  """A trunk by its tensors; heads are in none."""
+  """A trunk from the shapes of its tensors, and its number of heads, which no tensor shows."""
   p = THEIRS
   width, patch = dims(shapes, f"{p}patch_embed.proj.weight", 4)[::2]
   hidden = dims(shapes, f"{p}blocks.0.mlp.fc1.weight", 2)[0]
@@ -79,16 +95,20 @@ def measured(shapes: Shapes, name: str, heads: int | None) -> Trunk:
 
 
 def named(name: str) -> Trunk:
-  """A trunk of SigLIP's, CLIP's or DINOv2's kind by its name in timm."""
-  found = _NAME.fullmatch(name)
-  if not found or found[1] not in _SIZES:
+  """A trunk of SigLIP, CLIP or DINOv2 from its name in timm.
+
+  Raises:
+    ValueError: for another name.
+  """
+  match = _NAME.fullmatch(name)
+  if not match or match[1] not in _SIZES:
     raise ValueError(
       f"timm_model_name: {name!r}; known without weights: vit_SIZE_patchN_KIND with the sizes"
       f" {sorted(_SIZES)} and the kinds siglip, clip, dinov2, regN_dinov2"
     )
-  width, count, heads, ratio = _SIZES[found[1]]
-  hidden, kind = int(width * ratio), found[4]
-  gated = kind == "dinov2" and found[1] == "giant"
+  width, count, heads, ratio = _SIZES[match[1]]
+  hidden, kind = int(width * ratio), match[4]
+  gated = kind == "dinov2" and match[1] == "giant"
   if gated:
     width, count, heads, hidden = 1536, 40, 24, 4096
   return Trunk(
@@ -96,9 +116,9 @@ def named(name: str) -> Trunk:
     count,
     heads,
     hidden,
-    int(found[2]),
+    int(match[2]),
     kind != "siglip",
-    int(found[3] or 0),
+    int(match[3] or 0),
     kind == "siglip",
     kind == "clip",
     kind == "dinov2",
@@ -109,7 +129,11 @@ def named(name: str) -> Trunk:
 
 
 def dims(shapes: Shapes, key: str, count: int) -> tuple[int, ...]:
-  """The shape of a tensor of `count` axes."""
+  """The shape of a tensor, which must have `count` axes.
+
+  Raises:
+    ValueError: if it is missing or has another number of axes.
+  """
   if key not in shapes:
     raise ValueError(f"{key}: is missing")
   shape = tuple(shapes[key].shape)
@@ -119,18 +143,22 @@ def dims(shapes: Shapes, key: str, count: int) -> tuple[int, ...]:
 
 
 def depth(shapes: Shapes, start: str, end: str = ".") -> int:
-  """The number of layers "start0.", "start1." …"""
-  found = (re.match(rf"{re.escape(start)}(\d{{1,6}}){re.escape(end)}", key) for key in shapes)
-  return max((int(x[1]) + 1 for x in found if x), default=0)
+  """The number of layers, from keys that begin with "start0.", "start1." …"""
+  matches = (re.match(rf"{re.escape(start)}(\d{{1,6}}){re.escape(end)}", key) for key in shapes)
+  return max((int(x[1]) + 1 for x in matches if x), default=0)
 
 
 def count_heads(width: int, given: int | None, name: str = "") -> int:
-  """Heads are in no tensor: those given, those of a known model, or of 64 channels each."""
+  """The number of heads: the given one, that of a known model, or one head per 64 channels.
+
+  Raises:
+    ValueError: if none of these is possible.
+  """
   known = next((n for pattern, n in _HEADS.items() if re.search(pattern, name)), None)
   count = given or known or width // 64
   if not count or width % count or (not given and not known and width % 64):
     raise ValueError(
-      f"heads: unknown for a width of {width}, and the checkpoint does not say; give heads="
+      f"heads: the checkpoint does not give the number for a width of {width}; set heads="
     )
   return count
 
@@ -142,7 +170,18 @@ def projector(
   option: str,
   shapes: Shapes,
 ) -> tuple[dict[str, Any], tuple[Row, ...]]:
-  """(options, rows) of a projector, one of {kind: {our layer: (their name, whether with bias)}}."""
+  """The options and rows of a projector.
+
+  Args:
+    side: "image" or "text".
+    kinds: {kind: {our layer: (their name, whether it has a bias)}}.
+    kind: the kind in their config.
+    option: the name of the kind in their config, for errors.
+    shapes: what the file holds.
+
+  Raises:
+    ValueError: for an unknown kind.
+  """
   if kind not in kinds:
     raise ValueError(f"{option}: {kind!r}; known: {list(kinds)}")
   layers = kinds[kind]
@@ -157,8 +196,10 @@ def projector(
     return dict(name="linear", bias=layers["out"][1]), rows
   first, last = layers["fc1"][1], layers["fc2"][1]
   if not shapes and side == "image":
-    raise ValueError(f"{option}: {kind!r} is not known without weights")
-  # A text's hidden layer is as wide as the mean of both sides: our projector's default.
+    raise ValueError(
+      f"{option}: {kind!r} needs the weights: its hidden units are not in the config"
+    )
+  # The hidden layer of a text projector has the mean width of both sides, our default.
   hidden = dims(shapes, f"{layers['fc1'][0]}.weight", 2)[0] if shapes else None
   return dict(name="mlp", hidden=hidden, bias=first, out_bias=last), rows
 
@@ -176,7 +217,11 @@ def trunk(
   heads: int | None = None,
   **_: Any,
 ) -> Layout:
-  """A vision_cfg with a timm model."""
+  """The layout of a vision_cfg with a timm model.
+
+  Raises:
+    ValueError: for a model without a tower here.
+  """
   p = THEIRS
   has_trunk = any(key.startswith(p) for key in shapes)
   x = measured(shapes, timm_model_name, heads) if has_trunk else named(timm_model_name)
@@ -211,7 +256,7 @@ def trunk(
       if x.registers
       else Row(f"{OURS}extra_tokens", keys[0])
     )
-  # Without a projection of open_clip's, timm's own classifier is the projection.
+  # If open_clip adds no projection, timm's own classifier is the projection.
   own = {"out": (f"{p}head", True)}
   projected, projection = projector(
     "image",
@@ -234,16 +279,17 @@ def trunk(
 
 
 def _pool(timm_pool: str, has_class: bool, has_map: bool) -> str:
+  """Our name of the pooling, which must agree with the tensors."""
   pools = {"map": has_map, "token": has_class, "": True, "avg": True}
   if timm_pool not in pools or not pools[timm_pool]:
     raise ValueError(f"timm_pool: {timm_pool!r} with these tensors; known: 'map', 'token', 'avg'")
   if timm_pool == "avg":
-    raise ValueError("timm_pool: 'avg' moves the last norm behind the mean, which is not read")
+    raise ValueError("timm_pool: 'avg' puts the last norm after the mean, which is not supported")
   return "map" if has_map else "cls"
 
 
 def _activation(model: str, kwargs: Any) -> str:
-  """What the config asks for, else what timm gives a model of this name."""
+  """The activation of the config, else timm's for a model of this name."""
   default = next((x for pattern, x in _ACTIVATIONS.items() if re.search(pattern, model)), "gelu")
   name = option(kwargs, "timm_model_kwargs", "act_layer", default)
   if name not in ("gelu", "gelu_tanh", "quick_gelu"):
@@ -252,6 +298,7 @@ def _activation(model: str, kwargs: Any) -> str:
 
 
 def _positions(p: str, class_position: bool) -> Row:
+  """Positions of the patches, and of the class token if it has one."""
   ours: Any = f"{OURS}positions"
   if class_position:
     ours = (f"{OURS}class_position", ours)
@@ -259,6 +306,7 @@ def _positions(p: str, class_position: bool) -> Row:
 
 
 def _blocks(p: str, x: Trunk) -> list[Row]:
+  """Rows of the blocks."""
   n, block, other = x.depth, f"{OURS}encoder/block_{{}}/", f"{p}blocks.{{}}."
   qkv = tuple(f"{block}attn/{name}" for name in ("query", "key", "value"))
   fused = table.fused(qkv, f"{other}attn.qkv.weight", f"{other}attn.qkv.bias", n)
@@ -284,6 +332,7 @@ def _blocks(p: str, x: Trunk) -> list[Row]:
 
 
 def _map_head(p: str) -> list[Row]:
+  """Rows of the attention pooling."""
   head, other = f"{OURS}map_head", f"{p}attn_pool."
   return [
     Row(f"{head}/probe", f"{other}latent"),

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as our arrays and back, after every key and shape is accounted for."""
+"""Reads and writes a checkpoint, after every key and every shape is accounted for."""
 
 from __future__ import annotations
 
@@ -13,51 +13,61 @@ from jax.sharding import NamedSharding
 from bigalign.weights import slices, table
 from bigalign.weights.files import Tensors
 from bigalign.weights.layout import Layout
-from bigalign.weights.table import Step
+from bigalign.weights.table import Conversion
 
-# What becomes float32 without a loss.
+# dtypes that convert to float32 without a loss.
 FLOATS = ("float32", "float16", "bfloat16")
 _SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is read of a checkpoint, after all keys, shapes and dtypes are found to agree."""
+  """What to read from a checkpoint, after all keys, shapes and dtypes were found to agree.
+
+  Args:
+    tensors: of the checkpoint.
+    shapes: {our path: shape and dtype} of the arrays.
+    conversions: the conversions.
+    grid: (rows, columns) of patches, for positions; None: a square.
+  """
 
   tensors: Tensors
   shapes: Mapping[str, Any]
-  steps: list[Step]
+  conversions: list[Conversion]
   grid: tuple[int, int] | None
 
   @property
   def keys(self) -> list[str]:
-    """Those of the tensors that are read."""
-    return list(dict.fromkeys(key for step in self.steps for key in step.theirs))
+    """The keys of the tensors that are read."""
+    return list(dict.fromkeys(key for conversion in self.conversions for key in conversion.theirs))
 
   @property
   def resized(self) -> dict[str, tuple[int, int, str]]:
-    """{path: (positions in the file, positions of the model, method)} where the two differ."""
-    found = {}
-    for step in (x for x in self.steps if x.row.resize):
-      theirs, ours = (x.shapes[-1][1] for x in (slices.source(self.tensors, step), step))
+    """{path: (positions in the file, positions of the model, method)} if the two differ."""
+    changed = {}
+    for conversion in (x for x in self.conversions if x.row.resize):
+      theirs, ours = (
+        x.shapes[-1][1] for x in (slices.as_in_file(self.tensors, conversion), conversion)
+      )
       if theirs != ours:
-        found[step.ours[-1]] = (theirs, ours, step.row.resize)
-    return found
+        changed[conversion.ours[-1]] = (theirs, ours, conversion.row.resize)
+    return changed
 
   def arrays(
     self, shardings: Mapping[str, NamedSharding] | None = None
   ) -> Iterator[tuple[str, Any]]:
-    """(path, array), one by one: nobody needs to hold them all.
+    """Yields (path, array), one at a time.
 
-    shardings: {path: where it lies}. Each device is then given its part of each array, and the
-    host holds no more than one tensor at a time; without, the arrays are numpy's.
+    Args:
+      shardings: {path: sharding}. Each device gets its part of each array, and the host holds at
+        most one tensor at a time. None: the arrays are numpy arrays.
     """
     for path, pieces in _pieces(self).items():
       spec = self.shapes[path]
       if shardings:
-        yield path, slices.placed(self.tensors, pieces, spec, self.grid, shardings[path])
+        yield path, slices.on_devices(self.tensors, pieces, spec, self.grid, shardings[path])
       else:
-        yield path, slices.host(self.tensors, pieces, spec, self.grid)
+        yield path, slices.on_host(self.tensors, pieces, spec, self.grid)
 
 
 def plan(
@@ -69,22 +79,24 @@ def plan(
   fresh: str = "",
   drop: str = "",
 ) -> Plan:
-  """How `shapes` are made of a checkpoint; reads no tensor.
+  """Plans how to fill `shapes` from a checkpoint. Reads no tensor.
 
   Args:
-    shapes: {path: something with a shape and a dtype}, as of jax.eval_shape, "image_tower/…". Of
-      a checkpoint with two towers the one that has no path here is left out.
-    grid: rows and columns of patches, if position embeddings must be resized to no square.
-    fresh: regular expression of paths that are not read: they keep their random start.
-    drop: regular expression of keys that are left out, though the model has no place for them.
+    tensors: of the checkpoint.
+    layout: of the checkpoint.
+    shapes: {path: object with shape and dtype} as from jax.eval_shape, "image_tower/…". A tower
+      of the checkpoint without a path here is not read.
+    grid: (rows, columns) of patches, if positions must be resized to a grid that is not square.
+    fresh: regular expression of paths that are not read: they keep their random initial values.
+    drop: regular expression of keys that may be left out although the model lacks them.
 
   Raises:
-    ValueError: with all that is missing, that has no place or another shape or type.
+    ValueError: listing all keys and paths that are missing, unknown, or of another shape or dtype.
   """
-  steps = _steps(tensors, layout, shapes, fresh, drop)
-  _compare(tensors, steps, shapes)
+  conversions = _conversions(tensors, layout, shapes, fresh, drop)
+  _compare(tensors, conversions, shapes)
   wanted = {path: x for path, x in shapes.items() if not _matches(fresh, path)}
-  return Plan(tensors, wanted, steps, grid)
+  return Plan(tensors, wanted, conversions, grid)
 
 
 def read(
@@ -95,22 +107,30 @@ def read(
   shardings: Mapping[str, NamedSharding] | None = None,
   **options: Any,
 ) -> Iterator[tuple[str, Any]]:
-  """(path, array) for each of `shapes`; options and errors as of `plan` and Plan.arrays."""
+  """Yields (path, array) for each of `shapes`; options and errors as of `plan` and Plan.arrays."""
   return plan(tensors, layout, shapes, **options).arrays(shardings)
 
 
 def write(layout: Layout, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-  """(key, array) of the checkpoint that `read` makes `arrays` of; unused keys are zeros."""
+  """Yields (key, array) of a checkpoint from our arrays: the inverse of `read`.
+
+  Tensors that no forward pass uses are zeros.
+
+  Raises:
+    ValueError: if an array is missing.
+  """
   for row in layout.rows:
-    steps = table.steps(row, arrays)
-    if not steps and not row.optional:
-      raise ValueError(f"no array for {row.ours}, which {row.theirs} is made of")
+    conversions = table.conversions(row, arrays)
+    if not conversions and not row.optional:
+      raise ValueError(f"{row.ours} is missing, which {row.theirs} needs")
     stacked: dict[str, list[np.ndarray]] = {}
-    for step in steps:
-      ours = [np.asarray(arrays[path]) for path in step.ours]
-      parts = table.to_theirs(step, [x if step.layer is None else x[step.layer] for x in ours])
-      for key, part in zip(step.theirs, parts):
-        if step.slot is None:
+    for conversion in conversions:
+      ours = [np.asarray(arrays[path]) for path in conversion.ours]
+      parts = table.to_theirs(
+        conversion, [x if conversion.layer is None else x[conversion.layer] for x in ours]
+      )
+      for key, part in zip(conversion.theirs, parts):
+        if conversion.their_layer is None:
           yield key, np.array(part, order="C")
         else:
           stacked.setdefault(key, []).append(part)
@@ -120,10 +140,14 @@ def write(layout: Layout, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[st
     yield key, np.zeros(shape, np.float32)
 
 
-def _steps(
+def _conversions(
   tensors: Tensors, layout: Layout, shapes: Mapping[str, Any], fresh: str, drop: str
-) -> list[Step]:
-  """The steps of all rows that are read."""
+) -> list[Conversion]:
+  """The conversions of all rows that are read.
+
+  Raises:
+    ValueError: listing all keys and paths that are missing, unknown or without a counterpart.
+  """
   for what, pattern, names in (("fresh", fresh, shapes), ("drop", drop, tensors)):
     if pattern and not any(re.search(pattern, name) for name in names):
       raise ValueError(f"{what}: {pattern!r} matches none of {sorted(names)[:_SHOWN]}")
@@ -134,45 +158,48 @@ def _steps(
     if key not in known and not _matches(layout.unused, key) and not _matches(drop, key)
   ]
   tops = {path.split("/")[0] for path in shapes}
-  chosen: list[Step] = []
-  homeless = []
+  chosen: list[Conversion] = []
+  no_place = []
   for row in layout.rows:
     paths = row.ours if isinstance(row.ours, tuple) else (row.ours,)
     if paths[0].split("/")[0] not in tops:
       continue
-    steps = table.steps(row, shapes)
-    if steps:
-      chosen += [x for x in steps if not all(_matches(fresh, path) for path in x.ours)]
+    conversions = table.conversions(row, shapes)
+    if conversions:
+      chosen += [x for x in conversions if not all(_matches(fresh, path) for path in x.ours)]
     elif not row.optional:
-      homeless += [key for key in table.keys(row) if not _matches(drop, key)]
-  filled = {path for step in chosen for path in step.ours}
+      no_place += [key for key in table.keys(row) if not _matches(drop, key)]
+  filled = {path for conversion in chosen for path in conversion.ours}
   empty = [path for path in shapes if path not in filled and not _matches(fresh, path)]
-  wanted = [key for step in chosen for key in step.theirs]
+  wanted = [key for conversion in chosen for key in conversion.theirs]
   missing = [key for key in dict.fromkeys(wanted) if key not in tensors]
   problems = [
     ("keys that this kind of checkpoint does not have", unknown),
-    ("keys that the model has no place for (another option, or drop=)", homeless),
-    ("missing keys (fresh= leaves paths as they start)", missing),
+    ("keys that the model has no place for (another option, or drop=)", no_place),
+    ("missing keys (fresh= initialises paths at random)", missing),
     ("paths that nothing fills (another option, or fresh=)", empty),
   ]
   _raise(tensors, problems)
   return chosen
 
 
-def _compare(tensors: Tensors, steps: list[Step], ours: Mapping[str, Any]) -> None:
+def _compare(tensors: Tensors, conversions: list[Conversion], ours: Mapping[str, Any]) -> None:
+  """Raises ValueError listing all tensors of another shape or dtype."""
   shapes, dtypes = [], []
-  for step in steps:
-    if step.layer == 0 and ours[step.ours[0]].shape[0] != step.row.layers:
+  for conversion in conversions:
+    if conversion.layer == 0 and ours[conversion.ours[0]].shape[0] != conversion.row.layers:
       shapes.append(
-        f"{step.row.theirs} has {step.row.layers} layers, {step.ours[0]}"
-        f" {ours[step.ours[0]].shape[0]}"
+        f"{conversion.row.theirs} has {conversion.row.layers} layers, {conversion.ours[0]}"
+        f" {ours[conversion.ours[0]].shape[0]}"
       )
-    for key, shape in zip(step.theirs, table.expected(slices.source(tensors, step))):
+    for key, shape in zip(
+      conversion.theirs, table.expected(slices.as_in_file(tensors, conversion))
+    ):
       entry = tensors[key]
-      found = entry.shape if step.slot is None else entry.shape[1:]
-      if step.slot is not None and entry.shape[:1] != (step.row.layers,):
-        shapes.append(f"{key} {list(entry.shape)}, the model has {step.row.layers} layers")
-      elif found != shape:
+      one_layer = entry.shape if conversion.their_layer is None else entry.shape[1:]
+      if conversion.their_layer is not None and entry.shape[:1] != (conversion.row.layers,):
+        shapes.append(f"{key} {list(entry.shape)}, the model has {conversion.row.layers} layers")
+      elif one_layer != shape:
         shapes.append(f"{key} {list(entry.shape)}, the model's: {list(shape)}")
       if np.dtype(entry.dtype).name not in FLOATS:
         dtypes.append(f"{key} {np.dtype(entry.dtype).name}")
@@ -186,13 +213,13 @@ def _compare(tensors: Tensors, steps: list[Step], ours: Mapping[str, Any]) -> No
 
 
 def _pieces(plan: Plan) -> dict[str, list[slices.Piece]]:
-  """{path: where its layers come from, or the whole}."""
-  found: dict[str, list[slices.Piece]] = {}
-  for step in plan.steps:
-    for i, path in enumerate(step.ours):
+  """{path: the sources of its layers, or of the whole array}."""
+  pieces: dict[str, list[slices.Piece]] = {}
+  for conversion in plan.conversions:
+    for i, path in enumerate(conversion.ours):
       if path in plan.shapes:
-        found.setdefault(path, []).append((step, i))
-  return found
+        pieces.setdefault(path, []).append((conversion, i))
+  return pieces
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Hugging Face's vision towers: ViT, DINOv2 (with registers, SwiGLU), DINOv3."""
+"""Layouts of Hugging Face's vision towers: ViT, DINOv2 (with registers, SwiGLU), DINOv3."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from bigalign.weights import table
-from bigalign.weights.clip import start
+from bigalign.weights.clip import find_prefix
 from bigalign.weights.layout import Layout, Shapes, activation, sizes
 from bigalign.weights.table import Row
 
@@ -16,11 +16,12 @@ _QKVO = ("attention.query", "attention.key", "attention.value", "output.dense")
 
 
 def _positions(theirs: str, method: str) -> Row:
+  """Positions of the class token and of the patches; `method` resizes the latter."""
   return Row((f"{OURS}class_position", f"{OURS}positions"), theirs, "1 n d -> 1 n d", resize=method)
 
 
 def _pooler(key: str, shapes: Shapes) -> tuple[str, list[Row]]:
-  """("pooler", its rows) where a checkpoint has one, else ("cls", none)."""
+  """("pooler", its rows) if the checkpoint has a pooler, else ("cls", no rows)."""
   if f"{key}.weight" not in shapes:
     return "cls", []
   return "pooler", [row._replace(optional=True) for row in table.dense(f"{OURS}pooler", key)]
@@ -43,10 +44,10 @@ def vit(
   pooler_act: str = "tanh",
   **_: Any,
 ) -> Layout:
-  """ViTModel; the classifier of a ViTForImageClassification is left out."""
+  """The layout of ViTModel, without the classifier of a ViTForImageClassification."""
   if pooler_act != "tanh":
     raise ValueError(f"pooler_act: {pooler_act!r}; known: 'tanh'")
-  prefix = prefix or start(shapes, "vit.")
+  prefix = prefix or find_prefix(shapes, "vit.")
   biases = "qkvo" if qkv_bias else "o"
   other, n = f"{prefix}encoder.layer.{{}}.", num_hidden_layers
   pool, pooler = _pooler(f"{prefix}pooler.dense", shapes)
@@ -82,6 +83,7 @@ def vit(
 
 
 def _tokens(prefix: str, registers: int) -> Row:
+  """Class token and registers."""
   keys = (f"{prefix}embeddings.cls_token", f"{prefix}embeddings.register_tokens")
   if not registers:
     return Row(f"{OURS}extra_tokens", keys[0])
@@ -89,11 +91,12 @@ def _tokens(prefix: str, registers: int) -> Row:
 
 
 def _scales(other: str, layers: int) -> list[Row]:
+  """Rows of LayerScale."""
   return [Row(f"{BLOCK}scale{i}", f"{other}layer_scale{i}.lambda1", layers=layers) for i in (1, 2)]
 
 
 def _gated(other: str, layers: int) -> list[Row]:
-  """DINOv2's SwiGLU: gate and input in one matrix."""
+  """Rows of DINOv2's SwiGLU, whose gate and input are one matrix."""
   first = tuple(f"{BLOCK}mlp/{name}" for name in ("gate", "fc1"))
   return [
     Row(
@@ -128,7 +131,7 @@ def _dinov2(
   use_mask_token: bool = True,
   **_: Any,
 ) -> Layout:
-  """Dinov2Model, Dinov2WithRegistersModel."""
+  """The layout of Dinov2Model or Dinov2WithRegistersModel."""
   biases = "qkvo" if qkv_bias else "o"
   other, n = f"{prefix}encoder.layer.{{}}.", num_hidden_layers
   hidden = int(hidden_size * mlp_ratio)
@@ -201,10 +204,10 @@ def dinov3(
   use_gated_mlp: bool = False,
   **_: Any,
 ) -> Layout:
-  """DINOv3ViTModel; its layers are "layer.0" on disk, "model.layer.0" in some files."""
-  given = zip("qkvo", (query_bias, key_bias, value_bias, proj_bias))
-  biases = "".join(name for name, there in given if there)
-  layer = start(shapes, f"{prefix}model.layer.", f"{prefix}layer.") or f"{prefix}layer."
+  """The layout of DINOv3ViTModel; its layers are "layer.0", in some files "model.layer.0"."""
+  has_bias = zip("qkvo", (query_bias, key_bias, value_bias, proj_bias))
+  biases = "".join(name for name, has in has_bias if has)
+  layer = find_prefix(shapes, f"{prefix}model.layer.", f"{prefix}layer.") or f"{prefix}layer."
   other, n = f"{layer}{{}}.", num_hidden_layers
   mlp = {"fc1": "up_proj", "fc2": "down_proj"} | ({"gate": "gate_proj"} if use_gated_mlp else {})
   rows = (

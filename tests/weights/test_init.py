@@ -16,10 +16,13 @@ from helpers.small_shards import samples, write_tar
 from helpers.tower_oracles import CASES, describe, error, images, stored
 from helpers.tower_oracles import ROOT as ORACLES
 
-from bigalign import sharding, train, tree
-from bigalign import state as states
+from bigalign import sharding, tree
+from bigalign.config import resolve_config
 from bigalign.evaluate import open_run
-from bigalign.model import PIXELS, make_model, unit
+from bigalign.model import PIXELS, unit
+from bigalign.program import init_on_mesh, layout, make_program
+from bigalign.towers.resnet import ResnetOptions
+from bigalign.train import train
 from bigalign.weights import files, init, slices
 
 TOLERANCE = 2e-5  # relative to the largest output
@@ -65,7 +68,7 @@ def sizes(case):
 
 def outputs(run, io, pixels="pixel_values"):
   """(pooled images, unit images, pooled texts, unit texts) of a run for normalised pixels."""
-  model = make_model(**run.config["model"])
+  model = run.config.model.build()
   ids, mask = io["input_ids"].astype(np.int32), io["attention_mask"].astype(bool)
 
   def apply(model, x, ids, mask):
@@ -84,13 +87,13 @@ def outputs(run, io, pixels="pixel_values"):
 
 def load_all(given, image_size=16, length=6, loss=None, **changes):
   """(program, {path: loaded array}) of a config.model, on a mesh of eight."""
-  config = load("tiny").to_dict() | dict(loss=loss or dict(clip={})) | changes
-  config["data"] |= dict(image_size=image_size, tokenizer=dict(name="byte", length=length))
-  config["model"] = init.options(given)
-  program = states.make_program(**config, dataset_size=100)
-  shapes, placed = states.layout(program, sharding.make_mesh(fsdp=2))
-  shapes, placed = ({**x.trainable, **x.frozen} for x in (shapes, placed))
-  return program, init.load(given, config["loss"], shapes, placed)
+  values = load("tiny").to_dict() | dict(loss=loss or dict(clip={}), model=given) | changes
+  values["data"] |= dict(image_size=image_size, tokenizer=dict(name="byte", length=length))
+  program = make_program(resolve_config(values), dataset_size=100)
+  shapes, shardings = (
+    {**x.trainable, **x.frozen} for x in layout(program, sharding.make_mesh(fsdp=2))
+  )
+  return program, init.load(values, shapes, shardings)
 
 
 def test_tower_oracle_a_run_begins_with_the_embeddings_of_its_checkpoint(tmp_path):
@@ -98,7 +101,7 @@ def test_tower_oracle_a_run_begins_with_the_embeddings_of_its_checkpoint(tmp_pat
   given = dict(init=str(ORACLES / "hf_clip"), image=FLOAT32, text=FLOAT32)
   c = config(tmp_path, given, **sizes("hf_clip"), ema=0.5)
   c["optimizer"] |= dict(lr=0.0)
-  train.train(tmp_path / "run", **c)
+  train(c, tmp_path / "run")
   run, io = open_run(tmp_path / "run"), stored("hf_clip")
   for params in (run.params, run.ema):
     _, zimg, _, ztxt = outputs(run._replace(params=params), io)
@@ -118,7 +121,8 @@ def test_tower_oracle_two_towers_of_two_checkpoints(tmp_path, caplog):
     text=dict(init=str(tmp_path / "st_bert_mean"), **FLOAT32),
     embed_dim=8,
   )
-  size = stored("hf_dinov2")["pixel_values_interp"].shape[-1]
+  io = stored("st_bert_mean") | stored("hf_dinov2")
+  size = io["pixel_values_interp"].shape[-1]
   c = config(
     tmp_path,
     given,
@@ -131,18 +135,21 @@ def test_tower_oracle_two_towers_of_two_checkpoints(tmp_path, caplog):
   )
   c["optimizer"] |= dict(lr=1e-5)
   caplog.set_level("INFO", logger="absl")
-  whole = train.train(tmp_path / "run", **c)
+  whole = train(c, tmp_path / "run")
+  patch = describe("hf_dinov2").model["image"]["patch"]
+  theirs, ours = ((n // patch) ** 2 for n in (io["pixel_values"].shape[-1], size))
   for line in (
-    "config.model.image.init: 42 of the 43 tensors of",
-    "36 positions made of 16, bicubic",
-    "New, drawn with config.seed: loss/clip, model/image_projector, model/text_projector",
+    "config.model.image.init: loaded 42 of 43 tensors from",
+    f"resized from {theirs} to {ours} positions (bicubic)",
+    "Initialised at random with config.seed: loss/clip, model/image_projector,"
+    " model/text_projector",
     "Frozen: 25 of the 25 arrays of model/image_tower",
   ):
     assert line in caplog.text, line
   for name in ("hf_dinov2", "st_bert_mean"):
     shutil.rmtree(tmp_path / name)
 
-  run, io = open_run(tmp_path / "run"), stored("st_bert_mean") | stored("hf_dinov2")
+  run = open_run(tmp_path / "run")
   image, _, text, _ = outputs(run, io, "pixel_values_interp")
   assert error(image, io["out_pooler_interp"]) <= TOLERANCE
   assert TOLERANCE < error(text, io["out_mean_normalized"]) < 0.05, "it learns, from there"
@@ -154,12 +161,12 @@ def test_tower_oracle_two_towers_of_two_checkpoints(tmp_path, caplog):
 
   for step in ("2", "3"):
     shutil.rmtree(tmp_path / "run/checkpoints" / step)
-  again = train.train(tmp_path / "run", **c)
+  again = train(c, tmp_path / "run")
   jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(x) for x in (whole, again)))
   other = dict(given, text=dict(given["text"], init=str(ORACLES / "st_bert_mean")))
   given["image"]["init"] = str(ORACLES / "hf_dinov2")
   with pytest.raises(ValueError, match=r"(?s)config.model/image/init: was .*model/text/init: was"):
-    train.train(tmp_path / "run", **c | dict(model=other))
+    train(c | dict(model=other), tmp_path / "run")
 
 
 def test_layers_are_frozen_and_slowed_one_by_one(clip, tmp_path):
@@ -179,7 +186,7 @@ def test_layers_are_frozen_and_slowed_one_by_one(clip, tmp_path):
     multipliers=[(f"text_tower/encoder/block_{i}/", x) for i, x in enumerate(factors)],
   )
   first = jax.device_get(load_all(c["model"])[1])
-  after = train.train(tmp_path / "run", **c | dict(total_steps=1))
+  after = train(c | dict(total_steps=1), tmp_path / "run")
   assert all("block_0" in path or "encoder" not in path for path in after.frozen)
   for path, x in after.frozen.items():
     np.testing.assert_array_equal(x, first[path], err_msg=path)
@@ -193,7 +200,7 @@ def test_layers_are_frozen_and_slowed_one_by_one(clip, tmp_path):
 
   c["model"]["image"]["scan"] = True
   with pytest.raises(ValueError, match=r"config.frozen: .*selects some layers of .*scan=False"):
-    train.train(tmp_path / "scanned", **c)
+    train(c, tmp_path / "scanned")
 
 
 def test_a_run_begins_with_a_resnet_for_cifar(data_root, tmp_path):
@@ -202,10 +209,10 @@ def test_a_run_begins_with_a_resnet_for_cifar(data_root, tmp_path):
   file = data_root / "weights/resnet20_cifar10.npz"
   given = dict(image=dict(init=str(file), **FLOAT32), text=TEXT, embed_dim=8)
   c = config(tmp_path, given, image_size=32, frozen=r"image_tower/(stage_[12]|conv1|bn1)")
-  state = train.train(tmp_path / "run", **c)
-  model = open_run(tmp_path / "run").config["model"]
-  assert (model["image"]["name"], model["image"]["depth"]) == ("resnet_cifar", 20)
-  assert model["pixels"] == "imagenet"
+  state = train(c, tmp_path / "run")
+  model = open_run(tmp_path / "run").config.model
+  assert isinstance(model.image, ResnetOptions) and model.image.depth == 20
+  assert model.pixels == "imagenet"
   arrays = jax.device_get({**state.trainable, **state.frozen})
   with np.load(file) as theirs:
     for stage in (1, 3):
@@ -232,9 +239,9 @@ def test_stacks_are_loaded_where_they_lie(clip, small, monkeypatch):
     np.testing.assert_array_equal(kernel[i], jnp.asarray(layer, jnp.bfloat16))
   kernel = loaded["model/text_tower/encoder/blocks/attn/query/kernel"]
   assert kernel.dtype == jnp.float32
-  _, places = states.layout(program, sharding.make_mesh(fsdp=2))
+  _, shardings = layout(program, sharding.make_mesh(fsdp=2))
   for path, x in loaded.items():
-    assert x.sharding == {**places.trainable, **places.frozen}[path], path
+    assert x.sharding == {**shardings.trainable, **shardings.frozen}[path], path
 
 
 @pytest.mark.slow
@@ -266,10 +273,10 @@ def test_what_is_new_is_what_a_run_from_scratch_draws(clip):
   given = dict(image=dict(init=str(clip)), text=dict(init=str(clip)), embed_dim=4)
   program, loaded = load_all(given)
   assert not any("projector" in path or "loss/" in path for path in loaded)
-  _, placed = states.layout(program, sharding.make_mesh(fsdp=2))
+  _, shardings = layout(program, sharding.make_mesh(fsdp=2))
   kept = {path: np.asarray(x) for path, x in loaded.items()}
-  scratch = states.born(program, placed)
-  made = states.born(program, placed, loaded)
+  scratch = init_on_mesh(program, shardings)
+  made = init_on_mesh(program, shardings, loaded)
   for path, x in made.trainable.items():
     np.testing.assert_array_equal(x, kept.get(path, scratch.trainable[path]), err_msg=path)
 
@@ -341,15 +348,19 @@ def test_what_is_asked_for_by_name_is_new(clip, tmp_path):
     (dict(init="$NO_SUCH/clip"), KeyError, "config.model.init.*NO_SUCH is not set; export NO_SUCH"),
     (dict(init="{clip}/x"), FileNotFoundError, "config.model.init='.*/x': no such file or folder"),
     (dict(init=3), TypeError, "config.model.init=3 is of type int"),
-    (dict(init="{bert}"), ValueError, "holds no image tower; name it as init of its own tower"),
+    (dict(init="{bert}"), ValueError, "holds no image tower; set it as init of the tower it holds"),
     (
       dict(image=dict(init="{bert}")),
       ValueError,
       "config.model.image.init: .*holds no image tower",
     ),
-    (dict(init="{clip}", text=dict(init="{bert}")), ValueError, "config.model.text.init, one"),
+    (
+      dict(init="{clip}", text=dict(init="{bert}")),
+      ValueError,
+      "config.model.text.init one of them",
+    ),
     (dict(init="{clip}", pixels="half"), ValueError, "pixels='half': .*was trained with 'clip'"),
-    (dict(init="{clip}", open_clip="ViT-B-16"), ValueError, "both say the sizes"),
+    (dict(init="{clip}", open_clip="ViT-B-16"), ValueError, "both give the sizes"),
     (dict(image=dict(init="{dino}")), ValueError, "preprocessor_config.json: image_mean.*known"),
   ],
 )
@@ -416,9 +427,9 @@ def test_the_shipped_configs(clip, tmp_path, monkeypatch, name, text_depth):
     c["data"]["tokenizer"]["path"] = str(tmp_path / "words.txt")
     c["model"]["text"] |= dict(width=24, depth=1, length=6)
     c["model"]["embed_dim"] = 12
-  state = train.train(
-    tmp_path / "run", **c | dict(total_steps=1, batch_size=8, writer=dict(tensorboard=False))
+  state = train(
+    c | dict(total_steps=1, batch_size=8, writer=dict(tensorboard=False)), tmp_path / "run"
   )
   assert all(c["frozen"] in path for path in state.frozen)
   assert state.frozen["model/image_tower/positions"].shape == (1, 36, 12)
-  assert open_run(tmp_path / "run").config["model"]["text"]["depth"] == text_depth
+  assert open_run(tmp_path / "run").config.model.text.depth == text_depth

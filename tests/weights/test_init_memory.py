@@ -21,10 +21,12 @@ from bigalign.weights import LAYOUTS, table
 FLOAT32 = dict(dtype="float32")
 
 MEMORY = """
-import json, resource, sys
+import functools, json, resource, sys
 import jax, numpy as np
-from bigalign import sharding, state as states
-from bigalign.weights import reading, start
+from bigalign import sharding
+from bigalign.config import resolve_config
+from bigalign.program import init_on_mesh, layout, make_program
+from bigalign.weights import init, slices
 
 def resident():
   with open("/proc/self/statm") as file:
@@ -34,25 +36,23 @@ def peak():  # ru_maxrss would begin at the size of the process that started thi
   with open("/proc/self/status") as file:
     return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
-def prepare(config):
-  made = states.make_program(
-    **config | dict(model=start.options(config["model"])), dataset_size=100
-  )
-  shapes, placed = states.layout(made, sharding.make_mesh())
-  ours, places = ({**x.trainable, **x.frozen} for x in (shapes, placed))
-  return made, placed, lambda: start.load(config["model"], config["loss"], ours, places)
+def prepare(values):
+  program = make_program(resolve_config(values), dataset_size=100)
+  shapes, shardings = layout(program, sharding.make_mesh())
+  of_params = ({**x.trainable, **x.frozen} for x in (shapes, shardings))
+  return program, shardings, functools.partial(init.load, values, *of_params)
 
 # All code runs once before its memory is looked at: compilers and their pages stay.
 small, big = (json.loads(x) for x in sys.argv[1:])
-reading._SMALL = 0
-program, placed, load = prepare(small)
-jax.block_until_ready(states.born(program, placed, load()))
-program, placed, load = prepare(big)
+slices._SMALL = 0
+program, shardings, load = prepare(small)
+jax.block_until_ready(init_on_mesh(program, shardings, load()))
+program, shardings, load = prepare(big)
 before = resident()
 loaded = load()
 at_load, arrays = peak() - before, sum(x.nbytes for x in loaded.values())
 layer = np.asarray(loaded["model/text_tower/encoder/blocks/mlp/fc1/kernel"][5, :3, :3]).tolist()
-jax.block_until_ready(states.born(program, placed, loaded))
+jax.block_until_ready(init_on_mesh(program, shardings, loaded))
 print(json.dumps(dict(loaded=at_load, arrays=arrays, born=peak() - before, layer=layer)))
 """
 
@@ -68,8 +68,8 @@ def bert_shapes(config):
   return {
     key: shape
     for row in layout.rows
-    for step in table.steps(row, ours)
-    for key, shape in zip(step.theirs, table.expected(step))
+    for conversion in table.conversions(row, ours)
+    for key, shape in zip(conversion.theirs, table.expected(conversion))
   }
 
 

@@ -141,15 +141,15 @@ def test_shards_are_one_checkpoint(clip):
     assert all(np.array_equal(x, shards[k]) for k, x in whole.items())
   first = next(iter(names))
   for wrong, message in (
-    ({first: "../x.safetensors"}, "no file beside the index"),
+    ({first: "../x.safetensors"}, "is not a file next to the index"),
     ({first: "none"}, "no such file"),
-    ({"nothing": names[first]}, "nothing: is not in"),
+    ({"nothing": names[first]}, "nothing: is missing in"),
   ):
     index.write_text(json.dumps(dict(weight_map=names | wrong)))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
       weights.describe(path)
   index.write_text(json.dumps(dict(weight_map={k: v for k, v in names.items() if k != first})))
-  with pytest.raises(ValueError, match="is in this file, not in the index"):
+  with pytest.raises(ValueError, match="is in this file but not in the index"):
     weights.describe(path)
 
 
@@ -228,7 +228,7 @@ def test_positions_follow_the_pictures_size(clip):
   np.testing.assert_array_equal(larger["image_tower/class_position"][0], theirs[:1])
   wide = jnp.zeros((1, 8, 24, 3))
   assert image(path, wide, grid=(2, 6)).flat["image_tower/positions"].shape == (1, 12, 12)
-  with pytest.raises(ValueError, match="has 12 positions; say grid="):
+  with pytest.raises(ValueError, match="has 12 positions; give grid="):
     image(path, wide)
 
 
@@ -262,7 +262,11 @@ def test_names_of_old_and_of_headed_models(tmp_path, prefix, norm):
       {"modules.json": [dict(type="x.Transformer", path=""), dict(type="x.Dense", path="2")]},
       "modules.json: module 1 is 'Dense'",
     ),
-    (BERT, {"modules.json": [dict(type="x.Pooling", path="../..")]}, "no folder beside the file"),
+    (
+      BERT,
+      {"modules.json": [dict(type="x.Pooling", path="../..")]},
+      "is not a folder next to the file",
+    ),
     (
       BERT,
       {
@@ -274,7 +278,7 @@ def test_names_of_old_and_of_headed_models(tmp_path, prefix, norm):
     (
       BERT,
       {"modules.json": [], "sentence_bert_config.json": dict(max_seq_length=7)},
-      "max_seq_length: 7 for a table of 6",
+      "max_seq_length: 7, but the table has 6",
     ),
   ],
 )
@@ -317,10 +321,12 @@ def test_an_old_sentence_transformers_folder(tmp_path):
 
 def test_no_config_and_no_weights_are_named(tmp_path):
   save(tmp_path / "a.safetensors", {})
-  with pytest.raises(FileNotFoundError, match=r"config\.json or open_clip_config.json must lie"):
+  with pytest.raises(
+    FileNotFoundError, match=r"needs a config\.json or open_clip_config.json next to it"
+  ):
     weights.describe(tmp_path / "a.safetensors")
   (tmp_path / "a.safetensors").rename(tmp_path / "pytorch_model.bin")
-  with pytest.raises(FileNotFoundError, match=r"There is: .'pytorch_model.bin'"):
+  with pytest.raises(FileNotFoundError, match=r"It holds: .'pytorch_model.bin'"):
     weights.describe(tmp_path)
   with pytest.raises(ValueError, match="holds a pickle, which can run code"):
     weights.describe(tmp_path / "pytorch_model.bin")
