@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 
+from bigalign.data.loader.options import resolve_data
 from bigalign.data.loader.training import train_batches
 from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.order.order import Order
@@ -54,17 +55,16 @@ def loader_speeds(
     Samples per second: "read", and "decoded" with all the work of training: decoding, cropping,
     resizing and tokenising into bytes.
   """
-  batches = train_batches(
-    source,
-    batch_size=BATCH,
-    rows=np.arange(BATCH),
-    seed=0,
-    image_size=image_size,
-    tokenizer=dict(name="byte", length=64),
-    workers=workers,
-    captions_per_image=1 << 16,
-    stop_at_bad_shard=False,
+  data = resolve_data(
+    dict(
+      image_size=image_size,
+      tokenizer=dict(name="byte", length=64),
+      workers=workers,
+      captions_per_image=1 << 16,
+      stop_at_bad_shard=False,
+    )
   )
+  batches = train_batches(source, data, batch_size=BATCH, rows=np.arange(BATCH), seed=0)
   return dict(
     read=_rate(iterate(_Reading(source, workers), workers=workers), workers, seconds),
     decoded=_rate(batches, workers, seconds),

@@ -45,9 +45,9 @@ def test_unchanged_shards_are_not_read_again(tmp_path, monkeypatch, capsys):
   assert program.main([pattern, "--workers=1"]) == 0
   first = (tmp_path / index.FILE).read_bytes()
   seen = []
-  scan = index.tar.scan
+  scan = index.parse.scan
   monkeypatch.setattr(
-    index.tar, "scan", lambda buffer, *, path: seen.append(path) or scan(buffer, path=path)
+    index.parse, "scan", lambda buffer, *, path: seen.append(path) or scan(buffer, path=path)
   )
   assert program.main([f"{tmp_path}/*.tar", "--workers=1"]) == 0
   assert not seen and (tmp_path / index.FILE).read_bytes() == first
@@ -140,7 +140,7 @@ def test_stats_are_rows_of_the_samples(tmp_path, monkeypatch):
   np.testing.assert_array_equal(first["json.nsfw"], [np.nan, np.nan, 0, 0, 0])
   assert first["json.id"][1] == 9007199254740991
   assert second["length.txt"].tolist() == [17] and not second["sha256"].any()
-  monkeypatch.setattr(index.tar, "members", None)  # would fail if called
+  monkeypatch.setattr(index.parse, "members", None)  # would fail if called
   assert program.main(argv) == 0
 
 
