@@ -19,7 +19,7 @@ from absl import app
 from helpers.shipped import ROOT, load
 from jax._src import compiler, distributed
 
-from bigalign import train as program
+from bigalign import train
 from bigalign.run import flags
 from bigalign.run.metrics import is_wall_clock, read_metrics
 
@@ -141,7 +141,7 @@ def last_step(workdir):
   return max(losses(workdir), default=0) if path.exists() else 0
 
 
-def train(argv):
+def main(argv):
   """The program's main, with steps that last long enough for a signal to find one."""
   write = compiler._cache_write
 
@@ -151,11 +151,11 @@ def train(argv):
       write(*args)
 
   compiler._cache_write = write_everywhere
-  pause, seen = float(os.environ["STEP_SECONDS"]), program.seen
-  program.seen = lambda *args: (time.sleep(pause), seen(*args))[1]
-  program.main(argv)
+  pause, position = float(os.environ["STEP_SECONDS"]), train.data_position
+  train.data_position = lambda *args: (time.sleep(pause), position(*args))[1]
+  train.main(argv)
 
 
 if __name__ == "__main__":
-  flags.define()
-  app.run(train, flags_parser=flags.parse)
+  flags.define_flags()
+  app.run(main, flags_parser=flags.parse_flags)

@@ -14,7 +14,6 @@ import pytest
 from helpers.shipped import ROOT, load
 from helpers.small_shards import write_tar
 
-from bigalign import config as configs
 from bigalign.data.order.permutation import sample_index
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import open_source
@@ -59,7 +58,7 @@ def bigalign_train(*words):
 
 def test_photos(data_root, tmp_path):
   """Three collections in one source, up to five captions an image, three evaluations."""
-  train(tmp_path, **configs.plain(small("photos")))
+  train(small("photos"), tmp_path)
   rows = read_metrics(tmp_path)
   assert_learns(rows)
   assert rows[0]["step"] == 0 and rows[-1]["step"] == 15  # where the evaluations stand
@@ -73,7 +72,7 @@ def test_photos(data_root, tmp_path):
 
 
 def test_cifar10(data_root, tmp_path):
-  train(tmp_path, **configs.plain(small("cifar10_captions")))
+  train(small("cifar10_captions"), tmp_path)
   rows = read_metrics(tmp_path)
   assert_learns(rows)
   assert only(rows, "val/cifar10-zeroshot-val-num_samples") == {1000}
@@ -93,7 +92,7 @@ def test_a_truncated_photo_is_counted_and_replaced(data_root, tmp_path):
   c = small("photos")
   c.data.source, c.log_every = shard, 5
   c.evals = dict(emoji=dict(type="retrieval", source=shard, captions=1))
-  train(tmp_path / "run", **configs.plain(c))
+  train(c, tmp_path / "run")
   rows = read_metrics(tmp_path / "run")
   seen = sample_index(np.arange(15 * 32), size=len(photos), seed=0)
   met = int((seen == broken).sum())

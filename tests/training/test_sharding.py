@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import jax
 import numpy as np
 import pytest
+from helpers.shipped import load
 from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding, tree
-from bigalign.step import seen, train_step
+from bigalign.config import resolve_config
+from bigalign.program import layout, make_program
+from bigalign.step import data_position, train_step
 
 
 def shape(*sizes):
@@ -79,31 +83,26 @@ def test_rows_go_where_they_belong(sizes):
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
 def test_activations_do_not_move_under_fsdp(sizes):
-  """On the compiled program: weights are gathered, activations stay; see constrain_batch and replicate in sharding.py."""
-  import functools
-
-  from helpers.shipped import load
-
-  from bigalign import state as states
-
-  c = load("tiny").to_dict()
-  c["batch_size"] = 512
-  program = states.make_program(**c, dataset_size=1000)
+  """The compiled program gathers weights, not activations: sharding.constrain_batch, replicate."""
+  c = load("tiny")
+  c.batch_size = 512
+  program = make_program(resolve_config(c), dataset_size=1000)
   mesh = sharding.make_mesh(**sizes)
-  shapes, placed = states.layout(program, mesh)
+  shapes, shardings = layout(program, mesh)
   batch = {
     k: jax.ShapeDtypeStruct(*s, sharding=sharding.batch_sharding(mesh))
     for k, s in program.spec.items()
   }
   state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
+  replicated = sharding.replicated_sharding(mesh)
   step = jax.jit(
     functools.partial(train_step, program=program),
-    out_shardings=(placed, sharding.replicated_sharding(mesh)),
+    out_shardings=(shardings, replicated, replicated),
   )
   with jax.set_mesh(mesh):
-    text = step.lower(state, batch, seen(0, 1)).compile().as_text()
+    text = step.lower(state, batch, data_position(0, 1)).compile().as_text()
   biggest = max(x.size for x in {**shapes.trainable, **shapes.frozen}.values())
   # The loss gathers the texts' embeddings [512, 64]; nothing else that crosses may hold a batch.
   allowed = max(biggest, 512 * 64)

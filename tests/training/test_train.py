@@ -17,14 +17,16 @@ import pytest
 from helpers.shipped import ROOT, load
 from helpers.small_shards import samples, write_tar
 
-from bigalign import inputs, sharding
-from bigalign import state as states
-from bigalign import train as program
+from bigalign import sharding, train
 from bigalign.checkpoint import Checkpoints
-from bigalign.data.loader import training
+from bigalign.config import resolve_config
+from bigalign.data.loader.options import resolve_data
+from bigalign.inputs import open_data
+from bigalign.program import init_on_mesh, layout, make_embed, make_program
 from bigalign.run import flops
 from bigalign.run.metrics import is_wall_clock, read_metrics
-from bigalign.step import seen, train_step, useful_work
+from bigalign.state import parts
+from bigalign.step import data_position, train_step, useful_flops
 
 
 @pytest.fixture
@@ -40,7 +42,8 @@ def tiny():
 
 
 def run(workdir, c, **changes):
-  return program.train(workdir, **{**c.to_dict(), **changes})
+  allow = changes.pop("allow_config_change", False)
+  return train.train({**c.to_dict(), **changes}, workdir, allow_config_change=allow)
 
 
 def exact(workdir):
@@ -61,7 +64,7 @@ import jax
 from bigalign import train, checkpoint
 {trap}
 if __name__ == "__main__":
-  train.train({workdir!r}, **json.loads({config!r}))
+  train.train(json.loads({config!r}), {workdir!r})
 """
 
 
@@ -81,7 +84,7 @@ def test_resume_after_kill_is_bitwise(tiny, tmp_path):
   whole = run(tmp_path / "whole", tiny)
   # Killed at step 23, three steps after the last checkpoint, whose writing is waited for.
   trap = """
-step, seen = 0, train.seen
+step, data_position = 0, train.data_position
 def counting(*args):
   global step
   step += 1
@@ -90,8 +93,8 @@ def counting(*args):
     while not (pathlib.Path({workdir!r}) / "checkpoints/20/commit_success.txt").exists():
       time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
-  return seen(*args)
-train.seen = counting
+  return data_position(*args)
+train.data_position = counting
 """.replace("{workdir!r}", repr(str(tmp_path / "cut")))
   killed_run(tmp_path / "cut", tiny.to_dict(), trap)
   assert read_metrics(tmp_path / "cut")[-1]["step"] >= 20
@@ -143,11 +146,11 @@ def test_frozen_parameters(tiny, tmp_path):
   """No optimizer state, no gradient, unchanged to the bit, stored once, restored."""
   tiny.frozen, tiny.total_steps = "image_tower", 4
   first = run(tmp_path, tiny)
-  born = states.born(*_program(tiny, first))
+  born = init_on_mesh(*_program(tiny, first))
   assert first.frozen and all("image_tower" in path for path in first.frozen)
   assert not any("image_tower" in path for path in (*first.trainable, *first.ema))
   assert_same_bits(born.frozen, first.frozen)
-  moments = states.parts(first)["opt"]
+  moments = parts(first)["opt"]
   assert not any("image_tower" in path for path in moments)
   assert sum("text_tower" in path for path in moments) == 2 * sum(
     "text_tower" in path for path in first.trainable
@@ -159,26 +162,27 @@ def test_frozen_parameters(tiny, tmp_path):
 
 
 def _program(c, state):
-  made = states.make_program(**c.to_dict(), dataset_size=1000)
+  made = make_program(resolve_config(c), dataset_size=1000)
   return made, jax.tree.map(lambda x: x.sharding, state)
 
 
 def _abstract(program):
   """A program's train_step with the shapes of its arguments."""
-  shapes, _ = states.layout(program, sharding.make_mesh())
+  shapes, _ = layout(program, sharding.make_mesh())
   batch = {k: jax.ShapeDtypeStruct(*s) for k, s in program.spec.items()}
-  return functools.partial(train_step, program=program), shapes, batch, seen(0, 1)
+  return functools.partial(train_step, program=program), shapes, batch, data_position(0, 1)
 
 
 def test_the_frozen_half_costs_no_backward_pass(tiny):
   """FLOPs of a step with a frozen image tower: at least its backward pass less."""
   counts = {}
   for frozen in ("", "image_tower"):
-    made = states.make_program(**{**tiny.to_dict(), "frozen": frozen}, dataset_size=1000)
-    step, shapes, batch, place = _abstract(made)
-    counts[frozen] = flops.count(step, shapes, batch, place)
+    config = resolve_config({**tiny.to_dict(), "frozen": frozen})
+    made = make_program(config, dataset_size=1000)
+    step, shapes, batch, position = _abstract(made)
+    counts[frozen] = flops.count(step, shapes, batch, position)
   image = flops.count(
-    lambda p, x: states.make_embed(made.model)["embed_image"](p, x),
+    lambda p, x: make_embed(made.model)["embed_image"](p, x),
     {**shapes.trainable, **shapes.frozen},
     batch["image"],
   )
@@ -187,16 +191,16 @@ def test_the_frozen_half_costs_no_backward_pass(tiny):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_what_is_done_twice_is_no_useful_work(tiny, scan):
+def test_what_is_done_twice_is_no_useful_flops(tiny, scan):
   useful, done = [], []
   for remat, microbatches in (("none", 1), ("dots", 1), ("full", 1), ("full", 2)):
     tiny.model.image.update(remat=remat, scan=scan)
     tiny.model.text.update(remat=remat, scan=scan)
     config = {**tiny.to_dict(), "microbatches": microbatches}
-    made = states.make_program(**config, dataset_size=1000)
+    made = make_program(resolve_config(config), dataset_size=1000)
     step, *args = _abstract(made)
     jaxpr = jax.make_jaxpr(step)(*args)
-    useful.append(useful_work(made, jaxpr, *args))
+    useful.append(useful_flops(made, jaxpr, *args))
     done.append(flops.of_jaxpr(jaxpr))
   assert {*useful} == {done[0]} and done == sorted({*done})
 
@@ -271,8 +275,12 @@ def test_keep_last_every_and_best(tmp_path):
     ),
     (dict(optimizer=dict(lr=1.0, warmpu=3)), TypeError, "Did you mean 'warmup'"),
     (dict(optimizer=dict(lr="1e-3")), TypeError, "config.optimizer.lr='1e-3' is of type str"),
-    (dict(loss=dict(siglip=1.0)), TypeError, "config.loss.siglip=1.0 must be a dict"),
-    (dict(frozen="."), ValueError, "leaves no parameter to learn"),
+    (
+      dict(loss=dict(siglip=1.0)),
+      TypeError,
+      r"config.loss.siglip=1.0 is of type float; it must be a dict of options: \['weight'",
+    ),
+    (dict(frozen="."), ValueError, "leaves no parameter to train"),
     (dict(frozen="kernel"), ValueError, "decay .* among what config.frozen leaves to learn"),
     (
       dict(model=dict(TINY_MODEL, image=dict(TINY_MODEL["image"], dtype="bf16"))),
@@ -288,18 +296,20 @@ def test_keep_last_every_and_best(tmp_path):
     (dict(log_every=0), ValueError, "config.log_every=0: at least 1"),
     (dict(frozen="image_towr"), ValueError, "config.frozen: 'image_towr' matches no path"),
     (dict(rules=[("attn", ())]), ValueError, "config.rules: no rule matches"),
-    (dict(total_steps="3 weeks"), ValueError, "config.total_steps: '3 weeks' is no duration"),
-    (dict(total_steps="2%"), ValueError, "config.total_steps: '2%' is a share of the steps"),
-    (dict(batch_size=1), ValueError, "config.batch_size=1: contrast needs two pairs"),
+    (dict(total_steps="3 weeks"), ValueError, "config.total_steps: '3 weeks' is not a duration"),
+    (dict(total_steps="2%"), ValueError, "config.total_steps: '2%' is a share of all steps"),
+    (
+      dict(batch_size=1),
+      ValueError,
+      "config.batch_size=1: a contrastive loss needs at least 2 pairs",
+    ),
     (dict(optimizer=dict(name="adamm", lr=1.0)), ValueError, "Did you mean 'adamw'"),
     (dict(optimizer=dict(lr=1.0, b3=1.0)), TypeError, "config.optimizer: unknown option 'b3'"),
   ],
 )
 def test_mistakes_in_a_config_are_named(tiny, tmp_path, change, error, message):
-  from bigalign import config
-
   with pytest.raises(error, match=message):
-    config.call(program.train, {**tiny.to_dict(), **change}, "config", workdir=tmp_path)
+    run(tmp_path, tiny, **change)
 
 
 def test_a_token_without_a_row_is_an_error(tiny, tmp_path):
@@ -319,7 +329,7 @@ def test_misspelt_flag_names_the_nearest_key(tmp_path):
   for flag, message in (
     ("--config.total_stepz=3", 'Did you mean "total_steps"'),
     ("--config.model.image.registers=2", "A flag can only change a key that the config file sets"),
-    ("--config.total_steps=many", "config.total_steps: 'many' is no duration"),
+    ("--config.total_steps=many", "config.total_steps: 'many' is not a duration"),
     ("--config.batch_size=many", "many"),
   ):
     done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=120)
@@ -339,9 +349,9 @@ def test_flags_put_text_where_a_duration_is_a_number():
   code = """
 import sys
 from absl import flags
-from bigalign import command_line
-command_line.define()
-command_line.parse(sys.argv)
+from bigalign.run.flags import define_flags, parse_flags
+define_flags()
+parse_flags(sys.argv)
 print(flags.FLAGS.config.to_json())
 """
   done = subprocess.run(
@@ -354,7 +364,7 @@ print(flags.FLAGS.config.to_json())
 
 
 def test_durations():
-  from bigalign.config import steps
+  from bigalign.durations import steps
 
   sizes = dict(batch_size=100, dataset_size=1000, total_steps=500)
   asked = (7, "7", "7 steps", "1e3 samples", "3 epochs", "2%", 0)
@@ -371,10 +381,8 @@ def test_every_rejected_sample_is_counted(tiny, tmp_path):
   tiny.data.source = write_tar(tmp_path / "00000.tar", broken)
   tiny.log_every = 3
   run(tmp_path / "whole", tiny)
-  source, reading = inputs.open_data(**tiny.data.to_dict())
-  batches = training.train_batches(
-    source, batch_size=16, rows=np.arange(16), seed=0, stop=8 * 16, **reading
-  )
+  inputs = open_data(resolve_data(tiny.data.to_dict()))
+  batches = inputs.batches(batch_size=16, rows=np.arange(16), seed=0, stop=8 * 16, rejected_log="")
   expected = sum(int(batch["rejects"].sum()) for batch in batches)
   counted = read_metrics(tmp_path / "whole")[-1]
   assert sum(x for k, x in counted.items() if k.startswith("train/rejected_")) == expected > 8
