@@ -1,15 +1,23 @@
-"""The registry of losses; a config names them with their weights: dict(siglip=dict(weight=1.0))."""
+"""The registry of losses. A config names losses and weights: dict(siglip=dict(weight=1.0))."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 
 from bigalign.losses.albef import albef_itc
-from bigalign.losses.base import Context, Loss, first_context, weighted_sum
+from bigalign.losses.base import (
+  Context,
+  Loss,
+  apply_once,
+  first_context,
+  has_tables,
+  table_mask,
+  weighted_sum,
+)
 from bigalign.losses.clip import clip
 from bigalign.losses.clip_gap import clip_gap
 from bigalign.losses.distill import clip_distill, mobileclip_dr, siglip_distill
@@ -29,7 +37,21 @@ from bigalign.losses.sparc import sparc
 from bigalign.losses.unicl import unicl
 from bigalign.options import Choose, Component, resolve_value
 
-__all__ = ["LOSSES", "PROVIDES", "Context", "Loss", "first_context", "make_loss", "weighted_sum"]
+__all__ = [
+  "LOSSES",
+  "PROVIDES",
+  "Context",
+  "Loss",
+  "apply_once",
+  "check_ids",
+  "check_needs",
+  "first_context",
+  "has_tables",
+  "make_loss",
+  "summary",
+  "table_mask",
+  "weighted_sum",
+]
 
 LOSSES = dict(
   albef_itc=albef_itc,
@@ -61,7 +83,7 @@ LOSSES = dict(
   unicl=unicl,
 )
 
-# What a loss may need -> the fields of the batch or the features that provide it.
+# What a loss may need -> the features or fields of the batch that provide it.
 PROVIDES = dict(
   ids=("image_id", "text_id"),
   labels=("label",),
@@ -112,14 +134,20 @@ def _term(component: Component) -> tuple[float, Loss]:
 
 
 def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
-  """Raises ValueError if the loss reads a field that neither the batch nor the model has.
+  """Checks that the batch and the model provide all that the loss reads.
 
-  ema: parameters are averaged, so there is a model that makes the fields of "ema_teacher".
+  Args:
+    loss: a weighted sum.
+    fields: names of the batch's fields and of the model's features.
+    ema: whether parameters are averaged (config.ema), which provides "ema_teacher".
+
+  Raises:
+    ValueError: naming the field that is missing.
   """
   if "ema_teacher" in loss.needs and not ema:
     raise ValueError(
-      "config.loss needs the features of averaged parameters, but config.ema is 0; set it, to 0.995"
-      " for example"
+      "config.loss needs the features of averaged parameters, but config.ema is 0; set it, for"
+      " example to 0.995"
     )
   for name, (_, term) in loss.terms.items():
     for need in sorted(term.needs - {"ema_teacher"}):
@@ -127,22 +155,26 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
         if field not in fields:
           raise ValueError(
             f"config.loss.{name} needs {need!r}, but neither the data nor the model has a field"
-            f" {field!r}; there are {sorted(fields)}"
+            f" {field!r}; the fields are {sorted(fields)}"
             + (". Set config.data.second_captions" if need == "second_text" else "")
           )
-
-
-def remembers(loss: Loss, sizes: Mapping[str, int]) -> bool:
-  """Whether the loss keeps something for each sample, so that `check_ids` has a bound to hold."""
-  _, state = jax.eval_shape(lambda: loss.init(sizes))
-  return any(tables.is_table(x) for x in jax.tree.leaves(state))
 
 
 def summary(
   loss: Loss, sizes: Mapping[str, int], feats: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> str:
-  """What a run with this loss needs, in a line: fields, what its logits bring by, and bytes that it
-  remembers. feats, batch: shapes of what `loss.apply` gets."""
+  """What a loss reads, keeps and communicates, in a few sentences for the log.
+
+  Args:
+    loss: a weighted sum.
+    sizes: as for Loss.init.
+    feats: shapes of the features that `loss.apply` gets.
+    batch: shapes of the batch that it gets.
+
+  Returns:
+    Such as "Loss: siglip (weight 1). Extra inputs: none. Per-sample state: none. Logits: 1 BxB
+    matrix, 513 floats communicated per pair."
+  """
   params, state = jax.eval_shape(lambda: loss.init(sizes))
   engine = RecordingEngine()
 
@@ -150,18 +182,44 @@ def summary(
     return loss.apply(params, state, feats, batch, first_context(engine))
 
   jax.eval_shape(value, params, state, feats, batch)
-  columns = engine.floats_per_column
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  terms = " + ".join(f"{name} (weight {weight:g})" for name, (weight, _) in loss.terms.items())
   needs = [f"{need} ({', '.join(PROVIDES[need])})" for need in sorted(loss.needs)]
-  terms = " + ".join(f"{weight:g} {name}" for name, (weight, _) in loss.terms.items())
-  return (
-    f"{terms}; beyond the two embeddings it reads {', '.join(needs) or 'nothing'} and remembers"
-    f" {size / 1e6:,.1f} MB over all devices; it forms {len(columns)} matrices, for which"
-    f" {', '.join(map(str, columns)) or 0} numbers of each pair travel"
-  )
+  mask = jax.tree.leaves(table_mask(loss, state))
+  arrays = jax.tree.leaves(state)
+  of_samples = sum(x.nbytes for x, is_table in zip(arrays, mask) if is_table)
+  others = sum(x.nbytes for x, is_table in zip(arrays, mask) if not is_table)
+  parts = [
+    f"Loss: {terms}",
+    f"Extra inputs: {', '.join(needs) or 'none'}",
+    f"Per-sample state: {_megabytes(of_samples)}",
+    *([f"Other state: {_megabytes(others)}"] if others else []),
+    f"Logits: {_matrices(engine.floats_per_column)}",
+  ]
+  return "".join(f"{part}. " for part in parts).strip()
+
+
+def _megabytes(size: int) -> str:
+  return f"{size / 1e6:,.1f} MB over all devices" if size else "none"
+
+
+def _matrices(floats: Sequence[int]) -> str:
+  """The logit matrices of a loss; floats: values communicated per column, for each matrix."""
+  if not floats:
+    return "no BxB matrix"
+  noun = "matrix" if len(floats) == 1 else "matrices"
+  unit = "float" if [*floats] == [1] else "floats"
+  return f"{len(floats)} BxB {noun}, {' + '.join(map(str, floats))} {unit} communicated per pair"
 
 
 def check_ids(batch: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> None:
-  """Raises ValueError if a host batch names a sample that a loss with a memory has no room for."""
+  """Checks that a host batch only holds ids for which per-sample tables have a row.
+
+  Args:
+    batch: "image_id", "text_id" [b, 2] uint32.
+    sizes: the number of ids, {"image": n, "text": m}.
+
+  Raises:
+    ValueError: naming the first id that is out of range.
+  """
   for side in ("image", "text"):
     tables.check_ids(batch[f"{side}_id"], sizes[side], f"{side}_id")

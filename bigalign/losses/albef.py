@@ -1,4 +1,4 @@
-"""Contrast with the features of a slow copy of the model, and with a queue of earlier ones."""
+"""Contrast with the averaged model's features, and with a queue of earlier ones (ALBEF)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bigalign import checks
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
 
-NO_ID = 0xFFFFFFFF  # both words of the id that an empty place of the queue has
+NO_ID = 0xFFFFFFFF  # both words of the id of an empty position in the queue
 
 
 def albef_itc(
@@ -22,20 +22,30 @@ def albef_itc(
 ) -> Loss:
   """Image-text contrast of ALBEF, with momentum distillation: https://arxiv.org/abs/2107.07651.
 
-  Images and texts are told apart from keys that the average of the parameters makes (config.ema;
-  ALBEF's decay is 0.995): those of the batch, then those of the queue, which forgets the oldest.
-  Targets are a mixture of the truth and of the averaged model's own softmax over the same keys.
-  The gradient reaches the anchors and the temperature.
+  The candidates (keys) are features of the averaged parameters (config.ema; ALBEF's decay is
+  0.995): those of the batch, and those of a queue of earlier batches, in which new keys replace the
+  oldest. The targets mix the true pairs with the averaged model's softmax over the same keys. Only
+  the anchors and the temperature get a gradient.
 
   Args:
     temperature_init: first value of the learned "temperature", which stays in [0.001, 0.5].
-    alpha: share of the averaged model's softmax in the targets, from 0 up within the first epoch.
-    queue_size: keys of each modality that are remembered, a multiple of the batch size; they start
-      as random unit vectors.
+    alpha: share of the averaged model's softmax in the targets; it rises linearly from 0 in the
+      first epoch.
+    queue_size: number of keys of each modality in the queue, a multiple of the batch size; the
+      first keys are random unit vectors.
     positives: "pair": the key of the same pair. "ids": all keys of the same image, in equal parts,
       as in the paper's fine-tuning for retrieval.
-    local_keys: None: the keys of the whole batch. The release sees those of one worker only: so
-      many neighbours of the batch (and the queue); the larger set of negatives is our default.
+    local_keys: None: the keys of the whole batch. A number: only the keys of blocks of that many
+      neighbours in the batch, and the queue, as in the release, where they are those of one worker.
+      The larger set of negatives is our default.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> feats = {"zimg": z, "ztxt": z, "teacher_img": z, "teacher_txt": z}
+    >>> metrics = apply_once(albef_itc(queue_size=4), feats, sizes={"embed": 4})
+    >>> float(metrics["loss"]) > 0, float(metrics["alpha"])
+    (True, 0.0)
   """
   checks.known("config.loss.albef_itc.positives", positives, ("pair", "ids"))
   for name, value in (("queue_size", queue_size), ("local_keys", local_keys)):
@@ -59,8 +69,8 @@ def albef_itc(
     size = len(feats["zimg"])
     if queue_size % size:
       raise ValueError(
-        f"config.loss.albef_itc.queue_size={queue_size} is no multiple of the batch of {size}; try"
-        f" {-(-queue_size // size) * size}"
+        f"config.loss.albef_itc.queue_size={queue_size} is not a multiple of the batch size {size};"
+        f" try {-(-queue_size // size) * size}"
       )
     new = {side: jax.lax.stop_gradient(feats[f"teacher_{side}"]) for side in ("img", "txt")}
     if positives == "ids":
@@ -92,7 +102,7 @@ def albef_itc(
 
 
 def _enqueue(state, new):
-  """The batch's keys in the places of the oldest."""
+  """The queue with its oldest keys replaced by those of the batch."""
   start = state["next"]
   queues = {
     name: jax.lax.dynamic_update_slice_in_dim(state[name], x.astype(state[name].dtype), start, 0)
@@ -103,23 +113,29 @@ def _enqueue(state, new):
 
 
 def _cross_entropy(z, teacher, keys, ids, shared, group, engine):
-  """[]: of anchors [B, E] and keys [B + K, E], of which the first B belong to the anchors.
+  """[]: the cross-entropy of anchors to the mixed targets.
 
-  teacher: [B, E], the averaged model's anchors. ids: [B + K, 2] of the keys, or None. group: number
-  of neighbours in the batch that see each other's keys.
+  Args:
+    z: [B, E], the anchors.
+    teacher: [B, E], the averaged model's features of the anchors.
+    keys: [B + K, E], of which the first B belong to the anchors.
+    ids: [B + K, 2] of the keys, or None.
+    shared: "temperature" and "alpha".
+    group: number of neighbours in the batch that use each other's keys.
+    engine: forms the logits.
   """
   size = len(z)
 
   def targets(row, col, shared):
-    """The averaged model's logits, -inf for keys that the row does not see."""
+    """Which keys are candidates and which are positives, and the averaged model's logits."""
     near = row["batch_index"][:, None] // group == col["batch_index"][None, :] // group
-    seen = near | (col["batch_index"] >= size)[None, :]
+    candidates = near | (col["batch_index"] >= size)[None, :]
     temperature = jax.lax.stop_gradient(shared["temperature"])
     logits = jax.lax.stop_gradient(engine.products(row["teacher"], col["key"])) / temperature
-    match = seen & pairwise.same(row, col)
+    match = candidates & pairwise.same(row, col)
     if ids is not None:
-      match = seen & (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
-    return seen, match, jnp.where(seen, logits, -jnp.inf)
+      match = candidates & (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
+    return candidates, match, jnp.where(candidates, logits, -jnp.inf)
 
   def counts(row, col, shared):
     _, match, logits = targets(row, col, shared)
@@ -128,7 +144,7 @@ def _cross_entropy(z, teacher, keys, ids, shared, group, engine):
   rows, columns = {"teacher": teacher}, {"key": keys}
   if ids is not None:
     rows, columns = rows | {"id": ids[:size]}, columns | {"id": ids}
-  found = jax.lax.stop_gradient(
+  known = jax.lax.stop_gradient(
     engine.reduce(
       counts,
       rows,
@@ -139,22 +155,22 @@ def _cross_entropy(z, teacher, keys, ids, shared, group, engine):
   )
 
   def tile(row, col, shared):
-    seen, match, logits = targets(row, col, shared)
-    # Relative to the positive: else the loss would be lost in the digits of 1 / temperature.
+    candidates, match, logits = targets(row, col, shared)
+    # Relative to the positive: absolute logits of 1 / temperature would round the loss away.
     z = (engine.products(row["z"], col["key"]) - row["positive"][:, None]) / shared["temperature"]
     truth = match / row["matches"][:, None]
     own = jnp.exp(logits - row["norm"][:, None])
-    wanted = (shared["alpha"] * own + (1 - shared["alpha"]) * truth) * z
-    other = seen & ~pairwise.same(row, col)
-    return {"others": jnp.where(other, z, -jnp.inf), "wanted": jnp.where(other, wanted, 0)}
+    weighted = (shared["alpha"] * own + (1 - shared["alpha"]) * truth) * z
+    other = candidates & ~pairwise.same(row, col)
+    return {"others": jnp.where(other, z, -jnp.inf), "weighted": jnp.where(other, weighted, 0)}
 
   positive = engine.paired(z, keys[:size])
-  out = engine.reduce(
+  reduced = engine.reduce(
     tile,
-    rows | found | {"z": z, "positive": positive},
+    rows | known | {"z": z, "positive": positive},
     columns,
     shared,
-    outputs={"others": "row_lse", "wanted": "row_sum"},
-    fixed={"teacher", "key", *found},
+    outputs={"others": "row_lse", "weighted": "row_sum"},
+    fixed={"teacher", "key", *known},
   )
-  return (jax.nn.softplus(out["others"]) - out["wanted"]).mean()
+  return (jax.nn.softplus(reduced["others"]) - reduced["weighted"]).mean()

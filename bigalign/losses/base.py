@@ -1,4 +1,4 @@
-"""What a loss is: three pure functions, as optax does it, and their weighted sum."""
+"""What a loss is: three pure functions, as in optax, and the weighted sum of several losses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from bigalign.losses.engine.pairwise import DEFAULT, Engine
 
 Params = dict[str, Any]  # learned scalars, float32
-State = dict[str, Any]  # what a loss remembers between steps, never differentiated
+State = dict[str, Any]  # arrays that a loss keeps between steps; never differentiated
 Features = Mapping[str, jax.Array]
 
 
 class Context(NamedTuple):
-  """What a loss may read beyond features and batch: the time in training, a key, the engine."""
+  """What a loss may read in addition to features and batch: progress, a key and the engine."""
 
   step: jax.Array  # [] int32, updates done
   progress: jax.Array  # [] float32 in [0, 1], share of all updates that are done
@@ -33,23 +33,26 @@ def first_context(engine: Engine = DEFAULT, seed: int = 0) -> Context:
 
 
 class Loss(NamedTuple):
-  """A loss over the global batch; it knows no devices and no ranks.
+  """A loss over the global batch; it does not know about devices or processes.
 
-  needs: what it reads beyond zimg and ztxt, names of `PROVIDES` in losses/__init__.py.
-  init: (sizes) -> (params, state); sizes holds the number of ids, {"image": n, "text": m}, and the
-    width E of the embeddings, "embed".
-  apply: (params, state, feats, batch, context) -> (objective, (state, metrics)).
-    feats: zimg, ztxt [B, E], unit norm, float32; for "raw" also raw_img, raw_txt [B, E] before
-    normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L]; for
-    "second_text" ztxt_second [B, E], of another caption of the same image; for "ema_teacher"
-    teacher_img, teacher_txt [B, E], zimg and ztxt of the averaged parameters.
-    batch: the data's fields, [B, ...]; for "ids" image_id, text_id [B, 2] uint32, the words of a 64
-    bit number; for "labels" label [B] int32; for "teacher" teacher_img, teacher_txt [B, D]; for
-    "noise" noise_prob [B], the probability that a pair does not belong together.
-    objective: [] float32, what is differentiated (it may be a surrogate);
-    metrics["loss"]: [] float32, the value to log.
-  constrain: (params, params before the update) -> params, after each update: clamped temperatures.
-  terms: of a weighted sum, {name: (weight, loss)}.
+  Args:
+    needs: what it reads in addition to zimg and ztxt, names of `PROVIDES` in losses/__init__.py.
+    init: (sizes) -> (params, state). sizes: the number of ids, {"image": n, "text": m}, and the
+      width E of the embeddings, "embed".
+    apply: (params, state, feats, batch, context) -> (objective, (state, metrics)).
+      feats: zimg, ztxt [B, E], unit norm, float32; for "raw" also raw_img, raw_txt [B, E] before
+      normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L];
+      for "second_text" ztxt_second [B, E], of another caption of the same image; for "ema_teacher"
+      teacher_img, teacher_txt [B, E], zimg and ztxt of the averaged parameters.
+      batch: the data's fields, [B, ...]; for "ids" image_id, text_id [B, 2] uint32, the two words
+      of a 64-bit number; for "labels" label [B] int32; for "teacher" teacher_img, teacher_txt
+      [B, D]; for "noise" noise_prob [B], the probability that a pair does not belong together.
+      objective: [] float32, which is differentiated; it may be a surrogate of the loss.
+      metrics: "loss", [] float32, the value to log, and others.
+    constrain: (params, params before the update) -> params, after each update; clamps temperatures.
+    terms: of a weighted sum, {name: (weight, loss)}.
+    per_sample_state: whether the arrays of its state are per-sample tables (per_sample/tables.py):
+      all of them are, or none.
   """
 
   needs: frozenset[str]
@@ -59,13 +62,50 @@ class Loss(NamedTuple):
   ]
   constrain: Callable[[Params, Params], Params] = lambda params, before: params
   terms: Mapping[str, tuple[float, Loss]] = {}
+  per_sample_state: bool = False
+
+
+def apply_once(
+  loss: Loss,
+  feats: Features,
+  batch: Mapping[str, jax.Array] | None = None,
+  sizes: Mapping[str, int] | None = None,
+  engine: Engine = DEFAULT,
+) -> dict[str, jax.Array]:
+  """The metrics of a loss at its first step, to try it outside of a run.
+
+  Args:
+    loss: to initialise and apply.
+    feats: features, as for Loss.apply.
+    batch: other fields of the batch.
+    sizes: as for Loss.init.
+    engine: forms the logits.
+  """
+  params, state = loss.init(sizes or {})
+  _, (_, metrics) = loss.apply(params, state, feats, batch or {}, first_context(engine))
+  return metrics
+
+
+def has_tables(loss: Loss) -> bool:
+  """Whether the loss keeps per-sample tables, which bound the ids of the data."""
+  return loss.per_sample_state or any(has_tables(term) for _, term in loss.terms.values())
+
+
+def table_mask(loss: Loss, state: State) -> Any:
+  """A tree of bools with the structure of `state`: which arrays are per-sample tables."""
+  if loss.terms:
+    return {name: table_mask(term, state[name]) for name, (_, term) in loss.terms.items()}
+  return jax.tree.map(lambda _: loss.per_sample_state, state)
 
 
 def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
-  """sum of weight * loss, each term with parameters, state and metrics under its own name.
+  """The sum of weight * loss; each term has parameters, state and metrics under its own name.
 
-  The total is logged as "loss". One term alone logs its own metrics under their names, as
-  open_clip does ("contrastive_loss", "logit_scale"); each of several, under "<name>/".
+  The total is logged as "loss". A single term logs its metrics under their own names, as open_clip
+  does ("contrastive_loss", "logit_scale"); several terms log theirs as "<name>/<metric>".
+
+  Args:
+    terms: {name: (weight, loss)}.
   """
 
   def init(sizes: Mapping[str, int]) -> tuple[Params, State]:
@@ -83,8 +123,8 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
       )
       objective += weight * term
       value += weight * logs["loss"]
-      own = "" if len(terms) == 1 else f"{name}/"
-      metrics |= {own + key: x for key, x in logs.items() if key != "loss" or own}
+      prefix = "" if len(terms) == 1 else f"{name}/"
+      metrics |= {prefix + key: x for key, x in logs.items() if key != "loss" or prefix}
     return objective, (states, {"loss": value, **metrics})
 
   def constrain(params: Params, before: Params) -> Params:

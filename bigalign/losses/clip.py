@@ -1,4 +1,4 @@
-"""Softmax contrastive loss."""
+"""The softmax contrastive loss (CLIP)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from bigalign.losses.engine.tiles import Arrays
 
 
 def above_positives(z: jax.Array, row: Arrays, col: Arrays, scale: jax.Array) -> Arrays:
-  """A tile of cosines [n, m] -> logits above that of the row's, and of the column's, positive.
+  """Logits relative to the logit of the row's, and of the column's, positive.
 
   The positives themselves are -inf: with r the lse of a row of "i2t", -log p of its positive is
-  softplus(r). At a scale of 100 the loss would be lost in 100 - 100.
+  softplus(r). Absolute logits would lose the loss to rounding, in 100 - 100 at a scale of 100.
 
   Args:
-    row, col: "positive" [n], [m], the cosines of the pairs, and the places "at".
+    z: [n, m], a tile of cosines.
+    row: "positive" [n], the cosines of the rows' own pairs, and "batch_index".
+    col: likewise of the columns, [m].
+    scale: [], of the logits.
+
+  Returns:
+    "i2t" and "t2i", [n, m].
   """
   other = ~pairwise.same(row, col)
   i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
@@ -29,24 +35,24 @@ def above_positives(z: jax.Array, row: Arrays, col: Arrays, scale: jax.Array) ->
 def above_positives_lse(
   zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, *, engine: Engine
 ) -> tuple[jax.Array, jax.Array]:
-  """[B, E], [B, E] -> [B] per image and [B] per text: the lse of all other logits above its own."""
+  """[B] per image and [B] per text: the lse of its other logits, relative to its positive's."""
   positive = engine.paired(zimg, ztxt)  # [B]
 
   def tile(row, col, shared):
     return above_positives(engine.products(row["z"], col["z"]), row, col, shared["scale"])
 
-  found = engine.reduce(
+  lse = engine.reduce(
     tile,
     {"z": zimg, "positive": positive},
     {"z": ztxt, "positive": positive},
     {"scale": scale},
     outputs={"i2t": "row_lse", "t2i": "col_lse"},
   )
-  return found["i2t"], found["t2i"]
+  return lse["i2t"], lse["t2i"]
 
 
 def contrast(zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, *, engine: Engine) -> jax.Array:
-  """[]: the loss without smoothing."""
+  """[]: the symmetric InfoNCE loss of [B, E] and [B, E], without label smoothing."""
   i2t, t2i = above_positives_lse(zimg, ztxt, scale, engine=engine)
   return (jax.nn.softplus(i2t).mean() + jax.nn.softplus(t2i).mean()) / 2
 
@@ -58,15 +64,23 @@ def clip(
   label_smoothing: float = 0.0,
   b_init: float | None = None,
 ) -> Loss:
-  """InfoNCE in both directions, averaged: https://arxiv.org/abs/2103.00020.
+  """InfoNCE, averaged over both directions: CLIP, https://arxiv.org/abs/2103.00020.
 
   Args:
     t_init: first value of the logit scale (1 / temperature); the learned parameter "t" is its log.
-    t_max: upper bound of the scale, applied to the parameter after each update, together with the
-      lower bound 1; None leaves the scale free. The paper and open_clip use 100.
-    label_smoothing: mass spread evenly over all B candidates, the positive included.
-    b_init: first value of a logit bias "b", which a softmax cannot see (its gradient is 0); only
-      for checkpoints shared with the sigmoid loss.
+    t_max: upper bound of the scale after each update, with the lower bound 1; None: no bounds. The
+      paper and open_clip use 100.
+    label_smoothing: share of the target that is spread evenly over all B candidates, including the
+      positive.
+    b_init: first value of a logit bias "b", which has no effect on a softmax (its gradient is 0);
+      only for checkpoints shared with the sigmoid loss. None: no bias.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)  # aligned pairs, orthogonal to each other
+    >>> metrics = apply_once(clip(t_init=1.0), {"zimg": z, "ztxt": z})
+    >>> round(float(metrics["loss"]), 3)
+    0.744
   """
 
   def init(sizes):
@@ -75,7 +89,7 @@ def clip(
   def apply(params, state, feats, batch, context):
     zimg, ztxt, engine = feats["zimg"], feats["ztxt"], context.engine
     scale = jnp.exp(params["t"])
-    # The mean of all cosines above that of the positives.
+    # The mean of all cosines, relative to the mean of the positives'.
     even = jnp.sum(zimg.mean(0) * ztxt.mean(0)) - engine.paired(zimg, ztxt).mean()
     loss = contrast(zimg, ztxt, scale, engine=engine) - label_smoothing * scale * even
     return loss, (state, {"loss": loss, "contrastive_loss": loss, "logit_scale": scale})

@@ -1,4 +1,4 @@
-"""Softmax loss with the terms that close the gap between the modalities."""
+"""The softmax loss with terms that close the gap between the modalities."""
 
 from __future__ import annotations
 
@@ -34,16 +34,26 @@ def clip_gap(
 ) -> Loss:
   """CLIP + uniformity + alignment + cross-modal uniformity: https://arxiv.org/abs/2405.18570.
 
-  uniform: log mean over i < j of exp(-t |a_i - a_j|²), averaged over the modalities; xuniform: the
-  same over images i and texts j ≠ i; align: mean |x_i - y_i|². Distances are formed from products,
-  squared, so that gradients are finite where two points are one.
+  uniform: log of the mean over i < j of exp(-t |a_i - a_j|²), averaged over the modalities.
+  xuniform: the same over images i and texts j ≠ i. align: the mean of |x_i - y_i|². Distances are
+  computed as squares, from products, so that gradients are finite where two points coincide.
 
   Args:
-    t: of the Gaussian in both uniformities; the paper's 2.
-    w_clip, w_uniform, w_align, w_xuniform: weights, all 1 in the paper; its variant without cross
-      uniformity has w_xuniform=0.
+    t: factor in the Gaussian of both uniformities; 2 in the paper.
+    w_clip: weight of CLIP's loss; 1 in the paper, as the other weights.
+    w_uniform: weight of the uniformity.
+    w_align: weight of the alignment.
+    w_xuniform: weight of the cross-modal uniformity; the paper has a variant with 0.
     t_init: the logit scale. The authors fine-tune with a fixed temperature of 0.01.
     t_learned: whether the scale is learned; it then stays in [1, t_max].
+    t_max: upper bound of a learned scale, with the lower bound 1; None: no bounds.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> metrics = apply_once(clip_gap(t_init=1.0), {"zimg": z, "ztxt": z})
+    >>> [round(float(metrics[name]), 3) for name in ("contrastive_loss", "uniform", "align")]
+    [0.744, -4.0, 0.0]
   """
 
   def init(sizes):
@@ -75,13 +85,13 @@ def clip_gap(
         "cross": gauss("img", "txt", z),
       }
 
-    found = engine.reduce(tile, pairs, pairs, {"scale": scale}, outputs=OUTPUTS)
+    lse = engine.reduce(tile, pairs, pairs, {"scale": scale}, outputs=OUTPUTS)
 
     def log_mean(name):
-      return jax.nn.logsumexp(found[name]) - math.log(len(zimg) * (len(zimg) - 1))
+      return jax.nn.logsumexp(lse[name]) - math.log(len(zimg) * (len(zimg) - 1))
 
     parts = {
-      "contrastive_loss": sum(jax.nn.softplus(found[k]).mean() for k in ("i2t", "t2i")) / 2,
+      "contrastive_loss": sum(jax.nn.softplus(lse[k]).mean() for k in ("i2t", "t2i")) / 2,
       "uniform": (log_mean("img") + log_mean("txt")) / 2,
       "align": jnp.sum((zimg - ztxt) ** 2, -1).mean(),
       "xuniform": log_mean("cross"),

@@ -1,4 +1,4 @@
-"""What a loss does to a batch, beyond its value; too dear for every step, worth it now and then."""
+"""Diagnostics of a loss on one batch; too expensive for every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bigalign.losses.per_sample import global_contrastive as gcl
 from bigalign.losses.per_sample import tables
 
 QUANTILES = (5, 50, 95)
-EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, math.inf)  # of a histogram of temperatures
+EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, math.inf)  # bins of the temperatures
 
 
 def diagnose(
@@ -28,30 +28,31 @@ def diagnose(
   batch: Mapping[str, jax.Array],
   context: Context,
 ) -> dict[str, jax.Array]:
-  """Scalars of one batch, from the arguments of `loss.apply`, a weighted sum.
+  """Diagnostics of a weighted sum of losses on one batch; arguments as of Loss.apply.
 
   Returns:
     "hardest_negative/image", "/text": the largest cosine of an image (a text) with another pair's
       text (image), averaged over the batch; "rank_1/image", "/text": share of images (texts) whose
-      own text (image) is nearer than that.
-    "saturation/image", "/text": share of them whose softmax at the logit scale gives their own more
-      than 0.99, so that they hardly teach any more; only where a loss has a logit scale.
-    "gradient_share/<term>": of several terms, the norm of each one's weighted gradient with respect
+      own text (image) has a larger cosine.
+    "saturation/image", "/text": share of images (texts) whose softmax, at the logit scale, gives
+      their own text (image) more than 0.99, so that their gradient is small; only for a loss with a
+      logit scale.
+    "gradient_share/<term>": for several terms, the norm of a term's weighted gradient with respect
       to the features, divided by the sum of these norms.
     "temperature/image/p5", "/p50", "/p95", "temperature/text/…": quantiles over the batch of
-      temperatures that are kept per sample; "temperature/image/0.01-0.02", …: a histogram of them,
-      the share of the batch that lies there.
+      per-sample temperatures. "temperature/image/0.01-0.02", …: their histogram, the share of the
+      batch in each bin.
   """
-  found = {**_negatives(loss, params, feats, context.engine), **_temperatures(state, batch)}
+  metrics = {**_negatives(loss, params, feats, context.engine), **_temperatures(state, batch)}
   if len(loss.terms) > 1:
     norms = {
       name: weight
       * _gradient_norm(term, params.get(name, {}), state.get(name, {}), feats, batch, context)
       for name, (weight, term) in loss.terms.items()
     }
-    whole = sum(norms.values())
-    found |= {f"gradient_share/{name}": x / whole for name, x in norms.items()}
-  return found
+    total = sum(norms.values())
+    metrics |= {f"gradient_share/{name}": x / total for name, x in norms.items()}
+  return metrics
 
 
 def _negatives(
@@ -59,7 +60,7 @@ def _negatives(
 ) -> dict[str, jax.Array]:
   zimg, ztxt = (jax.lax.stop_gradient(feats[k]) for k in ("zimg", "ztxt"))
   scales = [jnp.exp(params[name]["t"]) for name in loss.terms if "t" in params.get(name, {})]
-  own = engine.paired(zimg, ztxt)
+  positive = engine.paired(zimg, ztxt)
 
   def tile(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
     s = jnp.where(pairwise.same(row, col), -jnp.inf, engine.products(row["z"], col["z"]))
@@ -67,24 +68,24 @@ def _negatives(
     return {
       "image": s,
       "text": s,
-      "image_lse": scale * (s - row["own"][:, None]),
-      "text_lse": scale * (s - col["own"][None, :]),
+      "image_lse": scale * (s - row["positive"][:, None]),
+      "text_lse": scale * (s - col["positive"][None, :]),
     }
 
-  best = engine.reduce(
+  largest = engine.reduce(
     tile,
-    {"z": zimg, "own": own},
-    {"z": ztxt, "own": own},
+    {"z": zimg, "positive": positive},
+    {"z": ztxt, "positive": positive},
     {"scale": scales[0] if scales else jnp.ones(())},
     outputs={"image": "row_max", "text": "col_max", "image_lse": "row_lse", "text_lse": "col_lse"},
   )
-  found = {}
+  metrics = {}
   for side in ("image", "text"):
-    found[f"hardest_negative/{side}"] = best[side].mean()
-    found[f"rank_1/{side}"] = (own > best[side]).mean()
+    metrics[f"hardest_negative/{side}"] = largest[side].mean()
+    metrics[f"rank_1/{side}"] = (positive > largest[side]).mean()
     if scales:
-      found[f"saturation/{side}"] = (jax.nn.sigmoid(-best[f"{side}_lse"]) > 0.99).mean()
-  return found
+      metrics[f"saturation/{side}"] = (jax.nn.sigmoid(-largest[f"{side}_lse"]) > 0.99).mean()
+  return metrics
 
 
 def _gradient_norm(
@@ -104,14 +105,14 @@ def _gradient_norm(
 
 def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Quantiles over this batch of the temperatures that losses keep per sample, <side>/tau."""
-  found = {}
+  metrics = {}
   for path, table in jax.tree_util.tree_leaves_with_path(state):
     side, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2:]
     if name == "tau":
       ids = gcl.IDS[side]
       taus = tables.read({name: table}, batch[f"{ids}_id"])[name]
       for q in QUANTILES:
-        found[f"temperature/{ids}/p{q}"] = jnp.quantile(taus, q / 100)
+        metrics[f"temperature/{ids}/p{q}"] = jnp.quantile(taus, q / 100)
       for low, high in itertools.pairwise(EDGES):
-        found[f"temperature/{ids}/{low:g}-{high:g}"] = ((low <= taus) & (taus < high)).mean()
-  return found
+        metrics[f"temperature/{ids}/{low:g}-{high:g}"] = ((low <= taus) & (taus < high)).mean()
+  return metrics

@@ -1,4 +1,4 @@
-"""Losses that follow a teacher, whose embeddings of the same pairs come with the batch."""
+"""Distillation losses: the batch holds a teacher's embeddings of the same pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bigalign.losses.engine.pairwise import Engine
 
 
 class Teacher(NamedTuple):
-  """One of the teachers whose unit embeddings lie side by side: columns start to stop."""
+  """One of several teachers whose embeddings are concatenated; its columns are start to stop."""
 
   start: int
   stop: int
@@ -27,7 +27,7 @@ class Teacher(NamedTuple):
   def logits(
     self, row: Mapping[str, jax.Array], col: Mapping[str, jax.Array], *, engine: Engine
   ) -> jax.Array:
-    """[n, m] of a tile whose rows and columns hold "teacher" [n, D], [m, D]."""
+    """[n, m]: the teacher's logits of a tile with "teacher" [n, D] and [m, D]."""
     x, y = (side["teacher"][:, self.start : self.stop] for side in (row, col))
     return jax.lax.stop_gradient(self.scale * engine.products(x, y) + self.bias)
 
@@ -40,16 +40,27 @@ def clip_distill(
   w_hard: float = 1.0,
   w_soft: float = 1.0,
 ) -> Loss:
-  """CLIP's loss, and the cross-entropy to the softmax of a teacher's logits, both ways averaged.
+  """CLIP's loss plus a cross-entropy to the softmax of a teacher's logits, in both directions.
 
-  As open_clip has it (https://github.com/mlfoundations/open_clip, --distill-model): cross-entropy
-  and not KL, whose gradient is the same, and a plain sum of the two. The batch holds the teacher's
-  unit embeddings, teacher_img and teacher_txt [B, D].
+  As in open_clip (https://github.com/mlfoundations/open_clip, --distill-model): a cross-entropy,
+  not a KL divergence, whose gradient is the same, and a sum of the two losses. The batch holds the
+  teacher's unit embeddings, teacher_img and teacher_txt [B, D].
 
   Args:
-    t_init, t_max: first and largest logit scale, as in `clip`.
-    teacher_scale: the teacher's own logit scale; 100 for the models that were trained up to it.
-    w_hard, w_soft: weights of CLIP's loss and of the teacher's.
+    t_init: first value of the logit scale, as in `clip`.
+    t_max: upper bound of the logit scale, as in `clip`.
+    teacher_scale: the teacher's own logit scale; 100 for models trained with that upper bound.
+    w_hard: weight of CLIP's loss.
+    w_soft: weight of the cross-entropy to the teacher.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> teacher = {"teacher_img": z, "teacher_txt": z}
+    >>> loss = clip_distill(t_init=1.0, teacher_scale=1.0)
+    >>> metrics = apply_once(loss, {"zimg": z, "ztxt": z}, teacher)
+    >>> round(float(metrics["contrastive_loss"]), 3), round(float(metrics["distill_loss"]), 3)
+    (0.744, 1.268)
   """
 
   def init(sizes):
@@ -83,19 +94,30 @@ def mobileclip_dr(
   soft_share: float = 1.0,
   second_text: bool = False,
 ) -> Loss:
-  """Dataset reinforcement: stored teachers, several of them, https://arxiv.org/abs/2311.17049.
+  """MobileCLIP's dataset reinforcement, with stored teachers: https://arxiv.org/abs/2311.17049.
 
-  (1 - soft_share) CLIP + soft_share cross-entropy to the mean of the teachers' softmax
-  probabilities, each direction from its own softmax; with a second, synthetic caption the sum of
-  that for both, each with its teacher embeddings. The batch holds teacher_img, teacher_txt [B, D]
-  (for the second caption teacher_txt_second), the teachers' unit vectors side by side.
+  (1 - soft_share) times CLIP's loss, plus soft_share times the cross-entropy to the mean of the
+  teachers' softmax probabilities, which each direction has of its own. With a second, synthetic
+  caption it is the sum over both captions, each with its own teacher embeddings. The batch holds
+  teacher_img and teacher_txt [B, D], and teacher_txt_second for the second caption: the
+  concatenated unit vectors of the teachers.
 
   Args:
-    t_init, t_max: first and largest logit scale, as in `clip`.
-    teacher_dims: width of each teacher's embedding; None: one teacher of whatever width comes.
-    teacher_scales: logit scale of each teacher; 100 in the paper, (70, 60) for DFN's two.
-    soft_share: the paper's lambda: 1 for 12 million samples, 0.75 for a billion.
-    second_text: the batch has synthetic captions too.
+    t_init: first value of the logit scale, as in `clip`.
+    t_max: upper bound of the logit scale, as in `clip`.
+    teacher_dims: width of each teacher's embedding; None: one teacher, of any width.
+    teacher_scales: logit scale of each teacher; 100 in the paper, (70, 60) for the two of DFN.
+    soft_share: the paper's lambda; 1 for 12 million samples, 0.75 for a billion.
+    second_text: whether the batch has synthetic captions too.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)  # two teachers with the embeddings of the student
+    >>> both = jnp.concatenate([z, z], axis=1)
+    >>> loss = mobileclip_dr(t_init=1.0, teacher_dims=(4, 4), teacher_scales=(1.0, 1.0))
+    >>> teacher = {"teacher_img": both, "teacher_txt": both}
+    >>> round(float(apply_once(loss, {"zimg": z, "ztxt": z}, teacher)["loss"]), 3)
+    1.268
   """
   if not 0 <= soft_share <= 1:
     raise ValueError(f"config.loss.mobileclip_dr.soft_share={soft_share} must be between 0 and 1")
@@ -145,19 +167,32 @@ def siglip_distill(
   soft_share: float = 1.0,
   form: str = "bce",
 ) -> Loss:
-  """The sigmoid loss towards the probabilities of sigmoid teachers, averaged over these.
+  """The sigmoid loss with the mean probabilities of sigmoid teachers as targets.
 
-  (1 - soft_share) SigLIP + soft_share soft, each summed over texts and averaged over images. The
-  batch holds the teachers' unit vectors side by side, teacher_img and teacher_txt [B, D].
+  (1 - soft_share) times SigLIP's loss, plus soft_share times the loss to the teachers, each summed
+  over texts and averaged over images. The form "signed" is that of MobileCLIP2
+  (https://arxiv.org/abs/2508.20691). The batch holds teacher_img and teacher_txt [B, D], the
+  concatenated unit vectors of the teachers.
 
   Args:
-    t_init, b_init, t_max: first logit scale and bias, largest scale, as in `siglip`.
-    teacher_dims: width of each teacher's embedding; None: one teacher of whatever width comes.
-    teacher_scales, teacher_biases: of each teacher's logits, as it has learned them.
-    soft_share: share of the teachers' term.
-    form: "bce": binary cross-entropy to the teachers' probability q. "signed":
-      softplus(-(2q - 1) logit), which MobileCLIP2 released (https://arxiv.org/abs/2508.20691); its
-      optimum is at an infinite logit unless q is 1/2, so the default is "bce".
+    t_init: first value of the logit scale, as in `siglip`.
+    b_init: first value of the logit bias, as in `siglip`.
+    t_max: upper bound of the logit scale, as in `siglip`.
+    teacher_dims: width of each teacher's embedding; None: one teacher, of any width.
+    teacher_scales: logit scale of each teacher, as it was trained.
+    teacher_biases: logit bias of each teacher, as it was trained.
+    soft_share: share of the loss to the teachers.
+    form: "bce": the binary cross-entropy to the teachers' probability q. "signed":
+      softplus(-(2q - 1) logit), as in MobileCLIP2's release; its optimum is at an infinite logit
+      unless q is 1/2, so it is not the default.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> teacher = {"teacher_img": z, "teacher_txt": z}
+    >>> metrics = apply_once(siglip_distill(b_init=-5.0), {"zimg": z, "ztxt": z}, teacher)
+    >>> round(float(metrics["loss"]), 3)
+    0.028
   """
   checks.known("config.loss.siglip_distill.form", form, ("bce", "signed"))
   if not 0 <= soft_share <= 1:
@@ -176,12 +211,12 @@ def siglip_distill(
     def tile(row, col, shared):
       logits = shared["scale"] * engine.products(row["z"], col["z"]) + shared["bias"]
       hard = jax.nn.softplus(jnp.where(pairwise.same(row, col), -logits, logits))
-      of_teachers = [teacher.logits(row, col, engine=engine) for teacher in teachers]
+      teacher_logits = [teacher.logits(row, col, engine=engine) for teacher in teachers]
       if form == "signed":
-        sign = _mean([jnp.tanh(x / 2) for x in of_teachers])  # 2q - 1
+        sign = _mean([jnp.tanh(x / 2) for x in teacher_logits])  # 2q - 1
         soft = jax.nn.softplus(-sign * logits)
       else:
-        yes, no = (_mean([jax.nn.sigmoid(v * x) for x in of_teachers]) for v in (1, -1))
+        yes, no = (_mean([jax.nn.sigmoid(v * x) for x in teacher_logits]) for v in (1, -1))
         soft = yes * jax.nn.softplus(-logits) + no * jax.nn.softplus(logits)
       return {"loss": (1 - soft_share) * hard + soft_share * soft}
 
@@ -207,59 +242,60 @@ def _hard_and_soft(
 ) -> tuple[jax.Array, jax.Array]:
   """CLIP's loss [] and the cross-entropy [] to the mean probability of the teachers.
 
-  Of the teachers' probabilities only the normalisers are kept, two per pair and teacher.
+  A first pass computes the normalisers of the teachers' softmax: two floats per pair and teacher.
   """
   x, y = (jax.lax.stop_gradient(v.astype(zimg.dtype)) for v in (teacher_img, teacher_txt))
-  ways = {f"i2t{k}": "row_lse" for k in range(len(teachers))}
-  ways |= {f"t2i{k}": "col_lse" for k in range(len(teachers))}
+  kinds = {f"i2t{k}": "row_lse" for k in range(len(teachers))}
+  kinds |= {f"t2i{k}": "col_lse" for k in range(len(teachers))}
 
-  def of_teachers(row, col, shared):
+  def teacher_logits(row, col, shared):
     logits = [teacher.logits(row, col, engine=engine) for teacher in teachers]
-    return {way: logits[int(way[3:])] for way in ways}
+    return {name: logits[int(name[3:])] for name in kinds}
 
   norms = jax.lax.stop_gradient(
-    engine.reduce(of_teachers, {"teacher": x}, {"teacher": y}, outputs=ways)
+    engine.reduce(teacher_logits, {"teacher": x}, {"teacher": y}, outputs=kinds)
   )
   positive = engine.paired(zimg, ztxt)  # [B]
 
   def tile(row, col, shared):
     above = above_positives(engine.products(row["z"], col["z"]), row, col, shared["scale"])
-    # Its own positive is 0 above itself, whatever the teachers give it.
-    i2t, t2i = (jnp.where(pairwise.same(row, col), 0, above[way]) for way in ("i2t", "t2i"))
+    # A positive is 0 relative to itself, whatever the teachers' probability.
+    i2t, t2i = (jnp.where(pairwise.same(row, col), 0, above[name]) for name in ("i2t", "t2i"))
     logits = [teacher.logits(row, col, engine=engine) for teacher in teachers]
     p = _mean([jnp.exp(v - row[f"i2t{k}"][:, None]) for k, v in enumerate(logits)])
     q = _mean([jnp.exp(v - col[f"t2i{k}"][None, :]) for k, v in enumerate(logits)])
-    return {**above, "wanted": p * i2t + q * t2i}
+    return {**above, "weighted": p * i2t + q * t2i}
 
   rows = {"z": zimg, "positive": positive, "teacher": x}
   columns = {"z": ztxt, "positive": positive, "teacher": y}
-  found = engine.reduce(
+  reduced = engine.reduce(
     tile,
-    rows | {way: norms[way] for way in ways if way.startswith("i2t")},
-    columns | {way: norms[way] for way in ways if way.startswith("t2i")},
+    rows | {name: x for name, x in norms.items() if name.startswith("i2t")},
+    columns | {name: x for name, x in norms.items() if name.startswith("t2i")},
     {"scale": scale},
-    outputs={"i2t": "row_lse", "t2i": "col_lse", "wanted": "row_sum"},
-    fixed={"teacher", *ways},
+    outputs={"i2t": "row_lse", "t2i": "col_lse", "weighted": "row_sum"},
+    fixed={"teacher", *kinds},
   )
-  i2t, t2i = (jax.nn.softplus(found[way]).mean() for way in ("i2t", "t2i"))
+  i2t, t2i = (jax.nn.softplus(reduced[name]).mean() for name in ("i2t", "t2i"))
   hard = (i2t + t2i) / 2
-  return hard, hard - found["wanted"].mean() / 2
+  return hard, hard - reduced["weighted"].mean() / 2
 
 
 def _mean(tiles: Sequence[jax.Array]) -> jax.Array:
+  """[n, m]: the mean of several tiles."""
   return sum(tiles[1:], tiles[0]) / len(tiles)
 
 
 def _check_teachers(
   name: str, dims: Sequence[int] | None, scales: Sequence[float], biases: Sequence[float]
 ) -> None:
-  """Raises ValueError unless there is one of each for every teacher."""
+  """Raises ValueError unless every teacher has one scale and one bias."""
   teachers = 1 if dims is None else len(dims)
   for option, values in (("teacher_scales", scales), ("teacher_biases", biases)):
     if len(values) != teachers:
       raise ValueError(
-        f"config.loss.{name}.{option}={tuple(values)} must have one value for each of the"
-        f" {teachers} teachers of teacher_dims={dims}"
+        f"config.loss.{name}.{option}={tuple(values)} must have one value per teacher, and"
+        f" teacher_dims={dims} has {teachers}"
       )
 
 
@@ -270,13 +306,17 @@ def _teachers(
   scales: Sequence[float],
   biases: Sequence[float],
 ) -> list[Teacher]:
-  """The teachers of embeddings [B, D]; raises ValueError if their widths do not add up to D."""
+  """The teachers whose embeddings [B, D] are concatenated.
+
+  Raises:
+    ValueError: if their widths do not add up to D.
+  """
   width = embedded.shape[1]
   dims = [width] if dims is None else list(dims)
   if sum(dims) != width:
     raise ValueError(
-      f"config.loss.{name}.teacher_dims={dims} add up to {sum(dims)}, but teacher_img of the data"
-      f" is {width} wide"
+      f"config.loss.{name}.teacher_dims={dims} add up to {sum(dims)}, but the data's teacher_img is"
+      f" {width} wide"
     )
   stops = [sum(dims[: k + 1]) for k in range(len(dims))]
   return [Teacher(stop - dim, stop, *of) for stop, dim, *of in zip(stops, dims, scales, biases)]

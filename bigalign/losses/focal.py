@@ -1,4 +1,4 @@
-"""Softmax loss that turns to the pairs which are not yet matched."""
+"""The softmax loss with more weight on pairs that are not matched yet (focal loss)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,32 @@ def focal_itc(
   t_init: float = 1 / 0.07,
   t_max: float | None = 100.0,
 ) -> Loss:
-  """-(1 - p)^gamma log p of each anchor's positive, p its softmax probability; both directions.
+  """-(1 - p)^gamma log p, p the softmax probability of an anchor's positive; both directions.
 
-  The focal loss (https://arxiv.org/abs/1708.02002) on image-text contrast, as text-driven soft
-  masks use it (https://arxiv.org/abs/2304.00719); gamma and whether the weight has a gradient are
-  our definition.
+  The focal loss (https://arxiv.org/abs/1708.02002) for image-text contrast, as in text-driven soft
+  masks (https://arxiv.org/abs/2304.00719). Gamma, and whether the weight has a gradient, are our
+  definition.
 
   Args:
-    gamma: 0 is `clip`; 2 is the focal loss's own choice.
-    detach_weight: no gradient through (1 - p)^gamma. By default there is, as in the focal loss: the
-      value is then what is descended.
-    t_init, t_max: first value and upper bound of the logit scale, as in `clip`.
+    gamma: exponent of the weight; 0 is `clip`, 2 is the choice of the focal loss.
+    detach_weight: whether no gradient flows through (1 - p)^gamma. By default it does, as in the
+      focal loss: then the gradient is that of the value.
+    t_init: first value of the logit scale, as in `clip`.
+    t_max: upper bound of the logit scale, as in `clip`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> metrics = apply_once(focal_itc(t_init=1.0), {"zimg": z, "ztxt": z})
+    >>> round(float(metrics["loss"]), 3)
+    0.205
   """
   if gamma < 0:
     raise ValueError(f"config.loss.focal_itc.gamma={gamma!r} must be 0 or more; 0 is clip")
 
   def anchors(above):
-    """lse of the others above the positive [B] -> [B]; softplus(above) is -log p."""
-    if not gamma:
+    """The loss of each anchor [B], from the lse of the others relative to its positive [B]."""
+    if not gamma:  # softplus(above) is -log p
       return jax.nn.softplus(above)
     weight = jnp.exp(-gamma * jax.nn.softplus(-above))  # 1 - p = sigmoid(above), without a pow at 0
     return (jax.lax.stop_gradient(weight) if detach_weight else weight) * jax.nn.softplus(above)

@@ -1,4 +1,8 @@
-"""Losses as plain functions: what they read is not in the batches of a dual encoder."""
+"""Losses as plain functions, for inputs that the batches of a dual encoder do not hold.
+
+No config can name them yet: they are here for models with captioning or region heads, and only
+tests call them.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +24,26 @@ def cloc_region(
 ) -> tuple[jax.Array, jax.Array]:
   """Contrast of image regions and their phrases, after CLOC (https://arxiv.org/abs/2410.02746).
 
-  InfoNCE over all real regions of the global batch. The definition is our own where the paper is
-  silent: phrases equal to the anchor's are not its negatives, means are over real regions, and
-  weight and grounding head of the whole objective are left to the caller.
+  InfoNCE over all real regions of the global batch. Where the paper does not define it, the
+  definition is our own: phrases equal to the anchor's are not its negatives, and means are over
+  real regions. The weight of the loss and the grounding head are left to the caller.
 
   Args:
-    regions, phrases: [B, M, D], unit norm, M places for regions per image.
-    mask: [B, M], nonzero where there is a region.
+    regions: [B, M, D], unit norm, at most M regions per image.
+    phrases: [B, M, D], unit norm.
+    mask: [B, M], nonzero for a real region.
     phrase_id: [B, M] integers, equal for equal phrases.
     scale: [], of the logits.
+    engine: forms the logits.
 
   Returns:
-    [] regions to phrases and [] phrases to regions; the loss is their mean.
+    [], the loss of regions to phrases, and [], of phrases to regions; CLOC uses their mean.
+
+  Example:
+    >>> z, ids = jnp.eye(4)[:, None], jnp.arange(4)[:, None]  # one region per image
+    >>> r2t, t2r = cloc_region(z, z, jnp.ones((4, 1)), ids, jnp.asarray(1.0))
+    >>> round(float(r2t), 3)
+    0.744
   """
   zr, zp = (rearrange(x, "b m d -> (b m) d") for x in (regions, phrases))
   real, ids = (rearrange(x, "b m -> (b m)") for x in (mask != 0, phrase_id))
@@ -39,13 +51,13 @@ def cloc_region(
 
   def tile(row, col, shared):
     z = engine.products(row["z"], col["z"])
-    seen = row["real"][:, None] & col["real"][None, :] & (row["id"][:, None] != col["id"][None, :])
-    # Relative to the positive: at a scale of 100 the loss would be lost in 100 - 100.
+    other = row["real"][:, None] & col["real"][None, :] & (row["id"][:, None] != col["id"][None, :])
+    # Relative to the positive: absolute logits would lose the loss to rounding, in 100 - 100.
     i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
     scale = shared["scale"]
-    return {k: jnp.where(seen, scale * v, -jnp.inf) for k, v in (("r2t", i2t), ("t2r", t2i))}
+    return {k: jnp.where(other, scale * v, -jnp.inf) for k, v in (("r2t", i2t), ("t2r", t2i))}
 
-  found = engine.reduce(
+  lse = engine.reduce(
     tile,
     {"z": zr, **both},
     {"z": zp, **both},
@@ -53,7 +65,7 @@ def cloc_region(
     outputs={"r2t": "row_lse", "t2r": "col_lse"},
   )
   count = jnp.maximum(real.sum(), 1)
-  r2t, t2r = (jnp.where(real, jax.nn.softplus(found[k]), 0).sum() / count for k in ("r2t", "t2r"))
+  r2t, t2r = (jnp.where(real, jax.nn.softplus(lse[k]), 0).sum() / count for k in ("r2t", "t2r"))
   return r2t, t2r
 
 
@@ -67,16 +79,25 @@ def m3l_ratio(
   alpha2: float = 0.5,
   rho: float = 4.0,
 ) -> jax.Array:
-  """Distance to the own image over distance to a negative, https://arxiv.org/abs/2012.05107.
+  """[]: ratio of the distances to the positive and to negatives, https://arxiv.org/abs/2012.05107.
 
-  []: mean over texts a with image p, negative image n and negative text m of
-  alpha1 (|a - p| / |a - n|)^rho + alpha2 (|a - p| / |a - m|)^rho. The formula is from memory and
-  as such our own; how negatives are found is left to the caller.
+  The mean over texts a, with image p, negative image n and negative text m, of
+  alpha1 (|a - p| / |a - n|)^rho + alpha2 (|a - p| / |a - m|)^rho. The formula is from memory, not
+  checked against the paper. The caller chooses the negatives.
 
   Args:
-    zimg, ztxt: [B, E].
-    neg_img, neg_txt: [B] integers, the places of each text's negatives in the batch.
-    alpha1, alpha2, rho: weights of the two negatives, and the power.
+    zimg: [B, E].
+    ztxt: [B, E].
+    neg_img: [B] integers, the position of each text's negative image in the batch.
+    neg_txt: [B] integers, the position of its negative text.
+    alpha1: weight of the negative image.
+    alpha2: weight of the negative text.
+    rho: exponent of the ratios.
+
+  Example:
+    >>> z, other = jnp.eye(4), jnp.asarray([1, 2, 3, 0])
+    >>> float(m3l_ratio(z, z, other, other)), float(m3l_ratio(-z, z, other, other))
+    (0.0, 4.0)
   """
 
   def square(other: jax.Array) -> jax.Array:
@@ -93,15 +114,20 @@ def m3l_ratio(
 def coca_caption(
   logits: jax.Array, labels: jax.Array, *, pad_id: int = 0, weight: float = 2.0
 ) -> jax.Array:
-  """CoCa's captioning loss, https://arxiv.org/abs/2205.01917, on given logits: [].
+  """[]: CoCa's captioning loss on given logits, https://arxiv.org/abs/2205.01917.
 
-  The mean over all real tokens of the global batch; open_clip takes the mean of its workers' means.
+  The mean over all real tokens of the global batch; open_clip averages the means of its workers.
 
   Args:
-    logits: [B, L, V]; those at place t predict the label at place t.
-    labels: [B, L] integers; `pad_id` is no label.
-    pad_id: the token of padding.
-    weight: of this loss beside the contrastive one, which has 1.
+    logits: [B, L, V]; the logits at position t predict the label at position t.
+    labels: [B, L] integers.
+    pad_id: the padding token, which is not predicted.
+    weight: of this loss, where the contrastive loss has the weight 1.
+
+  Example:
+    >>> logits, labels = jnp.zeros((1, 3, 5)), jnp.asarray([[3, 1, 0]])
+    >>> round(float(coca_caption(logits, labels, weight=1.0)), 3)  # log 5
+    1.609
   """
   own = jnp.take_along_axis(logits, labels[:, :, None], -1)[:, :, 0]
   each = jax.nn.logsumexp(logits - own[:, :, None], -1)  # [B, L]

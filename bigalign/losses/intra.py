@@ -1,4 +1,4 @@
-"""Softmax losses that also compare images with images and texts with texts."""
+"""Softmax losses that also compare images with images, and texts with texts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from bigalign.sphere import unit
 BOTH = {"i2t": "row_lse", "t2i": "col_lse"}
 
 
-def _contrast(found):
-  """The lse of both directions -> the loss per image and per text, averaged over the batch."""
-  return tuple(jax.nn.softplus(found[k]).mean() for k in ("i2t", "t2i"))
+def _contrast(lse):
+  """([], []): the mean loss of images and of texts, from the lse of both directions [B]."""
+  return tuple(jax.nn.softplus(lse[k]).mean() for k in ("i2t", "t2i"))
 
 
 def _pairs(feats, engine: Engine):
-  """Both sides of a sweep in which every tile can compare any modality with any."""
+  """Rows, and columns, with which a tile can compare any modality with any."""
   positive = engine.paired(feats["zimg"], feats["ztxt"])
   return {"img": feats["zimg"], "txt": feats["ztxt"], "positive": positive}
 
 
 def _above(z, row, col, scale):
-  """Cosines within a modality [n, m] -> logits above the row's positive, without the diagonal."""
+  """Logits [n, m] within a modality, relative to the row's positive; -inf on the diagonal."""
   return jnp.where(pairwise.same(row, col), -jnp.inf, scale * (z - row["positive"][:, None]))
 
 
@@ -40,14 +40,22 @@ def cyclip(
   t_init: float = 1 / 0.07,
   t_max: float | None = 100.0,
 ) -> Loss:
-  """CLIP with consistent cosines, within and across modalities: https://arxiv.org/abs/2205.14459.
+  """CLIP with consistent cosines in and across modalities: CyCLIP, https://arxiv.org/abs/2205.14459.
 
-  Squares of cosine differences are summed over all B² pairs and divided by B.
+  Squared differences of cosines are summed over all B² pairs and divided by B.
 
   Args:
     l_in: weight of (x_i . x_j - y_i . y_j)², the paper's 0.25.
     l_cross: weight of (x_i . y_j - x_j . y_i)², the paper's 0.25.
-    t_init, t_max: first value and upper bound of the logit scale, as in `clip`.
+    t_init: first value of the logit scale, as in `clip`.
+    t_max: upper bound of the logit scale, as in `clip`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> zimg, ztxt = jnp.eye(4), jnp.roll(jnp.eye(4), 1, axis=1)
+    >>> metrics = apply_once(cyclip(t_init=1.0), {"zimg": zimg, "ztxt": ztxt})
+    >>> round(float(metrics["in_modal"]), 3), round(float(metrics["cross_modal"]), 3)
+    (0.0, 2.0)
   """
 
   def init(sizes):
@@ -63,11 +71,11 @@ def cyclip(
       within = engine.products(row["img"], col["img"]) - engine.products(row["txt"], col["txt"])
       return {**above_positives(i2t, row, col, shared["scale"]), "in": within**2, "cross": cross**2}
 
-    found = engine.reduce(
+    reduced = engine.reduce(
       tile, pairs, pairs, {"scale": scale}, outputs={**BOTH, "in": "row_sum", "cross": "row_sum"}
     )
-    clip = sum(_contrast(found)) / 2
-    within, cross = found["in"].mean(), found["cross"].mean()
+    clip = sum(_contrast(reduced)) / 2
+    within, cross = reduced["in"].mean(), reduced["cross"].mean()
     loss = clip + l_in * within + l_cross * cross
     logs = {"contrastive_loss": clip, "in_modal": within, "cross_modal": cross}
     return loss, (state, {"loss": loss, **logs, "logit_scale": scale})
@@ -84,17 +92,26 @@ def alignclip(
   t_init: float = 1 / 0.07,
   t_max: float | None = 100.0,
 ) -> Loss:
-  """CLIP, and separation within each modality: https://arxiv.org/abs/2406.17639.
+  """CLIP, and separation within each modality: AlignCLIP, https://arxiv.org/abs/2406.17639.
 
-  A text is to be closer to its image than to the other texts, an image closer to its text than to
-  the other images; others count the less the more alike their captions are: cosines are multiplied
-  by 1 - the cosine of the captions' sentence embeddings (teacher_txt, no gradient).
+  A text must be closer to its image than to the other texts, and an image closer to its text than
+  to the other images. Samples with similar captions count less: cosines are multiplied by
+  1 - the cosine of the captions' sentence embeddings (teacher_txt, without a gradient).
 
   Args:
-    alpha: of CLIP, whose directions are added, not averaged, as in the authors' code.
-    beta: of the separation terms.
-    separate_text, separate_image: whether there is one for texts, for images.
-    t_init, t_max: first value and upper bound of the logit scale, as in `clip`.
+    alpha: weight of CLIP's loss, whose directions are added, not averaged, as in the authors' code.
+    beta: weight of the separation terms.
+    separate_text: whether texts have a separation term.
+    separate_image: whether images have one.
+    t_init: first value of the logit scale, as in `clip`.
+    t_max: upper bound of the logit scale, as in `clip`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> metrics = apply_once(alignclip(t_init=1.0), {"zimg": z, "ztxt": z}, {"teacher_txt": z})
+    >>> round(float(metrics["cross"]), 3), round(float(metrics["tt"]), 3)
+    (1.487, 0.744)
   """
   chosen = {
     name: modality
@@ -112,13 +129,13 @@ def alignclip(
     def tile(row, col, shared):
       scale = shared["scale"]
       values = above_positives(engine.products(row["img"], col["txt"]), row, col, scale)
-      unlike = 1 - engine.products(row["sentence"], col["sentence"])
+      dissimilarity = 1 - engine.products(row["sentence"], col["sentence"])
       for name, modality in chosen.items():
-        z = unlike * engine.products(row[modality], col[modality])
+        z = dissimilarity * engine.products(row[modality], col[modality])
         values[name] = _above(z, row, col, scale)
       return values
 
-    found = engine.reduce(
+    reduced = engine.reduce(
       tile,
       pairs,
       pairs,
@@ -126,8 +143,8 @@ def alignclip(
       outputs={**BOTH, **dict.fromkeys(chosen, "row_lse")},
       fixed={"sentence"},
     )
-    cross = sum(_contrast(found))
-    parts = {name: jax.nn.softplus(found[name]).mean() for name in chosen}
+    cross = sum(_contrast(reduced))
+    parts = {name: jax.nn.softplus(reduced[name]).mean() for name in chosen}
     loss = alpha * cross + beta * sum(parts.values())
     return loss, (state, {"loss": loss, "cross": cross, **parts, "logit_scale": scale})
 
@@ -141,14 +158,24 @@ def clip_intra_neg(
   t_init: float = 1 / 0.07,
   t_max: float | None = 100.0,
 ) -> Loss:
-  """CLIP where an image's negatives are the other images too, a text's the other texts too.
+  """CLIP in which the other images are negatives of an image too, and the other texts of a text.
 
-  Our definition: exp(s x_i . x_j), j ≠ i, times w_img joins the denominator of image i, likewise
-  for texts; numerators stay. Both weights 0: `clip`; w_img=0 only pushes unlike texts apart.
+  Our definition, without a paper: w_img exp(s x_i . x_j), j ≠ i, is added to the denominator of
+  image i, and likewise for texts. The numerators do not change. With both weights 0 it is `clip`;
+  with w_img=0 only texts are pushed apart.
 
   Args:
-    w_img, w_txt: weights of images for images and of texts for texts.
-    t_init, t_max: first value and upper bound of the logit scale, as in `clip`.
+    w_img: weight of the other images for an image.
+    w_txt: weight of the other texts for a text.
+    t_init: first value of the logit scale, as in `clip`.
+    t_max: upper bound of the logit scale, as in `clip`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)  # three texts and three images against each positive
+    >>> metrics = apply_once(clip_intra_neg(t_init=1.0), {"zimg": z, "ztxt": z})
+    >>> round(float(metrics["loss"]), 3)
+    1.165
   """
   for name, weight in (("w_img", w_img), ("w_txt", w_txt)):
     if weight < 0:
@@ -170,13 +197,13 @@ def clip_intra_neg(
         values[modality] = _above(z, row, col, scale) + math.log(weight)
       return values
 
-    found = engine.reduce(
+    reduced = engine.reduce(
       tile, pairs, pairs, {"scale": scale}, outputs={**BOTH, **dict.fromkeys(weights, "row_lse")}
     )
     for direction, modality in (("i2t", "img"), ("t2i", "txt")):
       if modality in weights:
-        found[direction] = jnp.logaddexp(found[direction], found[modality])
-    i2t, t2i = _contrast(found)
+        reduced[direction] = jnp.logaddexp(reduced[direction], reduced[modality])
+    i2t, t2i = _contrast(reduced)
     loss = (i2t + t2i) / 2
     return loss, (state, {"loss": loss, "i2t": i2t, "t2i": t2i, "logit_scale": scale})
 

@@ -1,4 +1,4 @@
-"""Softmax losses between mixed samples of one modality and those of the other."""
+"""Softmax losses between mixed samples of one modality and samples of the other (M3CoL)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PERM_SCOPES = ("global", "shard")
 
 
 def permuted(x: jax.Array, partner: jax.Array, parts: int = 1) -> jax.Array:
-  """x[partner] for [B, ...] and [B] int, where no row leaves its of `parts` equal blocks."""
+  """x[partner], for [B, E] and [B] int; partners are in the same one of `parts` equal blocks."""
   blocks = rearrange(x, "(w b) e -> w b e", w=parts)
   own = rearrange(partner, "(w b) -> w b", w=parts) % blocks.shape[1]
   return rearrange(jax.vmap(lambda rows, i: rows[i])(blocks, own), "w b e -> (w b) e")
@@ -27,8 +27,18 @@ def permuted(x: jax.Array, partner: jax.Array, parts: int = 1) -> jax.Array:
 def draw(
   key: jax.Array, n: int, *, alpha: float, probability: float, parts: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Shares [n] and partners [n] of `m3co`, these within `parts` equal blocks; of 32 bits even under
-  x64, which would draw other numbers."""
+  """Draws the mixtures of `m3co`, in 32 bits even under x64, which would draw different numbers.
+
+  Args:
+    key: a JAX key.
+    n: number of samples.
+    alpha: of the Beta distribution of the shares.
+    probability: that a sample is mixed.
+    parts: number of equal blocks of the batch; partners are in the same block.
+
+  Returns:
+    [n] shares that samples keep, and [n] int32, their partners.
+  """
   share, which, order = jax.random.split(key, 3)
   shares = jax.random.beta(share, alpha, alpha, (n,), jnp.float32)
   mixed = jax.random.uniform(which, (n,), jnp.float32) < probability
@@ -48,12 +58,22 @@ def mixed_direction(
   *,
   engine: Engine,
 ) -> jax.Array:
-  """[]: rows of `a` [B, E], mixed before they are normalised, against those of `c` [B, E].
+  """[]: the softmax loss of mixed samples of one modality against the other, in both directions.
 
-  Row i is share[i] of a[i] and the rest of a[partner[i]], and so is its target. `c` stays clean.
+  Row i of the mixture is share[i] a[i] + (1 - share[i]) a[partner[i]], normalised. Its target has
+  the same shares. `c` is not mixed.
+
+  Args:
+    a: [B, E], before normalisation.
+    c: [B, E], before normalisation.
+    share: [B].
+    partner: [B] int32.
+    scale: [], of the logits.
+    parts: number of equal blocks of the batch; partners are in the same block.
+    engine: forms the logits.
   """
-  of_first = share[:, None]
-  mixed = unit(of_first * a + (1 - of_first) * permuted(a, partner, parts))
+  column = share[:, None]
+  mixed = unit(column * a + (1 - column) * permuted(a, partner, parts))
   return two_positives(mixed, unit(c), scale, share, 1 - share, partner, engine=engine)
 
 
@@ -65,7 +85,15 @@ def soft_direction(
   *,
   engine: Engine,
 ) -> jax.Array:
-  """[]: logits of [B, E] and [B, E], both ways, against the targets softmax(scale c c^T)."""
+  """[]: the softmax loss with the targets softmax(scale c c^T), averaged over both directions.
+
+  Args:
+    a: [B, E], before normalisation.
+    c: [B, E], before normalisation.
+    scale: [], of the logits and of the targets.
+    detach_targets: whether targets get no gradient.
+    engine: forms the logits.
+  """
   a, c = unit(a), unit(c)
 
   def kept(x):
@@ -74,30 +102,30 @@ def soft_direction(
   def of_targets(row, col, shared):
     return shared["scale"] * engine.products(kept(row["c"]), kept(col["c"]))
 
-  def statistics(row, col, shared):
+  def logits(row, col, shared):
     z = engine.products(row["a"], col["c"])
     above = above_positives(z, row, col, shared["scale"])
     return {**above, "targets": of_targets(row, col, shared)}
 
   def expected(row, col, shared):
-    """Targets times logits above the positive's, both ways; a positive adds 0."""
+    """Targets times logits relative to the positive's, in both directions; a positive adds 0."""
     z, own = engine.products(row["a"], col["c"]), of_targets(row, col, shared)
-    forth = jnp.exp(own - row["norm"][:, None]) * (z - row["positive"][:, None])
-    back = jnp.exp(own - col["norm"][None, :]) * (z - col["positive"][None, :])
-    return {"both": jnp.where(pairwise.same(row, col), 0, shared["scale"] * (forth + back))}
+    forward = jnp.exp(own - row["norm"][:, None]) * (z - row["positive"][:, None])
+    backward = jnp.exp(own - col["norm"][None, :]) * (z - col["positive"][None, :])
+    return {"both": jnp.where(pairwise.same(row, col), 0, shared["scale"] * (forward + backward))}
 
   positive = engine.paired(a, c)
   rows, columns = {"a": a, "c": c, "positive": positive}, {"c": c, "positive": positive}
-  found = engine.reduce(
-    statistics,
+  reduced = engine.reduce(
+    logits,
     rows,
     columns,
     {"scale": scale},
     outputs={"i2t": "row_lse", "t2i": "col_lse", "targets": "row_lse"},
   )
-  norm = {"norm": kept(found["targets"])}
+  norm = {"norm": kept(reduced["targets"])}
   matched = engine.total(expected, rows | norm, columns | norm, {"scale": scale}) / len(a)
-  return sum(jax.nn.softplus(found[k]).mean() for k in ("i2t", "t2i")) / 2 - matched / 2
+  return sum(jax.nn.softplus(reduced[k]).mean() for k in ("i2t", "t2i")) / 2 - matched / 2
 
 
 def m3co(
@@ -110,26 +138,37 @@ def m3co(
   soft_tau: float = 0.125,
   detach_targets: bool = False,
 ) -> Loss:
-  """Mixed images against texts, and mixed texts against images: https://arxiv.org/abs/2409.17777.
+  """Mixed images against texts plus mixed texts against images: https://arxiv.org/abs/2409.17777.
 
-  Both directions are added. The modality that is not mixed stays clean, as in the paper; the
-  authors' code mixes in place, so that it does not. The mixing is that of projections before they
-  are normalised. The paper adds this to a classification loss with a weight of 0.1.
+  The other modality is not mixed, as in the paper; the authors' code mixes in place, so that it
+  mixes both. Projections are mixed before they are normalised. The paper adds this loss to a
+  classification loss, with a weight of 0.1.
 
   Args:
     tau: fixed temperature.
-    alpha: a sample keeps a share drawn from Beta(alpha, alpha) …
-    probability: … with this probability, else all of itself.
-    perm_scope: "global": partners are drawn from the whole batch, whose projections each device
-      then gathers; "shard": from the same device, for no traffic. This is another distribution, and
-      its draws depend on the number of devices.
-    soft_after: share of training after which `softclip_m3co` takes over, with soft_tau and
-      detach_targets; the authors' 0.33. None: never.
+    alpha: a mixed sample keeps a share drawn from Beta(alpha, alpha).
+    probability: that a sample is mixed.
+    perm_scope: "global": partners are drawn from the whole batch, so each device gathers all
+      projections. "shard": partners are drawn from the same device, without communication; this is
+      a different distribution, and its draws depend on the number of devices.
+    soft_after: share of training after which the loss is `softclip_m3co`; 0.33 in the authors'
+      code. None: never.
+    soft_tau: temperature of `softclip_m3co`.
+    detach_targets: as in `softclip_m3co`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> feats = {"raw_img": 3 * jnp.eye(4), "raw_txt": 2 * jnp.eye(4)}
+    >>> metrics = apply_once(m3co(tau=1.0, probability=0.0), feats)  # nothing is mixed: twice CLIP
+    >>> round(float(metrics["loss"]), 3)
+    1.487
   """
   where = "config.loss.m3co"
   checks.known(f"{where}.perm_scope", perm_scope, PERM_SCOPES)
   if not alpha > 0:
-    raise ValueError(f"{where}.alpha={alpha!r} of a Beta distribution: above 0")
+    raise ValueError(
+      f"{where}.alpha={alpha!r} is a parameter of a Beta distribution; it must be above 0"
+    )
 
   def apply(params, state, feats, batch, context):
     img, txt = feats["raw_img"], feats["raw_txt"]
@@ -161,14 +200,21 @@ def m3co(
 
 
 def softclip_m3co(*, tau: float = 0.125, detach_targets: bool = False) -> Loss:
-  """Targets from within a modality: https://arxiv.org/abs/2409.17777.
+  """The softmax loss with targets from within a modality: https://arxiv.org/abs/2409.17777.
 
-  For images against texts, and texts against images, each both ways: targets are the softmax over
-  the cosines of the second modality with itself. The two are added.
+  The sum of two terms, images against texts and texts against images, each averaged over both
+  directions. The targets are the softmax over the cosines of the second modality with itself.
 
   Args:
-    tau: fixed temperature, of logits and targets.
-    detach_targets: no gradient through targets; in the authors' code there is one.
+    tau: fixed temperature of logits and targets.
+    detach_targets: whether targets get no gradient; in the authors' code they get one.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> feats = {"raw_img": 3 * jnp.eye(4), "raw_txt": 2 * jnp.eye(4)}
+    >>> metrics = apply_once(softclip_m3co(tau=1.0), feats)  # the entropy of the targets
+    >>> round(float(metrics["img_to_txt"]), 3)
+    1.268
   """
 
   def apply(params, state, feats, batch, context):

@@ -1,4 +1,4 @@
-"""Any loss on several prefixes of the embedding."""
+"""Any loss, on several prefixes of the embedding (Matryoshka)."""
 
 from __future__ import annotations
 
@@ -25,20 +25,30 @@ def matryoshka(
   reduction: str = "sum",
   shared: bool = True,
 ) -> Loss:
-  """The first m numbers of an embedding are one too: https://arxiv.org/abs/2205.13147.
+  """A loss on the first m dimensions of the embeddings, for several m.
 
-  The base loss sees the first m numbers of the projections, of unit norm again, once for each m.
-  State is kept per m. Metrics: the values as "d<m>", and what the base logs for the last m.
+  Matryoshka representation learning, https://arxiv.org/abs/2205.13147. The base loss is applied to
+  the first m dimensions of the projections, normalised again, once for each m. Each m has its own
+  state. Metrics: the value of each m as "d<m>", and the base's metrics for the last m.
 
   Args:
-    base, base_options: a loss of the registry and its options.
+    base: name of a loss of the registry.
+    base_options: its options; None: its defaults.
     dims: the m, ascending; None: 8, 16, 32, … as published, and E.
     weights: one for each m; None: all 1.
-    reduction: of the weighted values: "sum", as published; "mean" divides by the sum of weights, so
-      that a learning rate of the base loss fits.
-    shared: whether all m share the base's learned scalars, or each has its own.
+    reduction: of the weighted values: "sum", as published, or "mean", which divides by the sum of
+      the weights, so that a learning rate of the base loss fits.
+    shared: whether all m share the base's learned scalars; else each m has its own.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> feats = {"zimg": z, "ztxt": z, "raw_img": z, "raw_txt": z}
+    >>> metrics = apply_once(matryoshka(base_options=dict(t_init=1.0), dims=(2, 4)), feats)
+    >>> [round(float(metrics[name]), 3) for name in ("d2", "d4")]
+    [1.065, 0.744]
   """
-  # Here, since the registry holds this file too.
+  # Imported here: the registry imports this module.
   from bigalign.losses import LOSSES
 
   where = "config.loss.matryoshka"
@@ -49,14 +59,16 @@ def matryoshka(
   if dims is not None and (not dims or list(dims) != sorted({*dims}) or dims[0] < 1):
     raise ValueError(f"{where}.dims={tuple(dims)} must be ascending widths, such as (64, 128, 256)")
   if weights is not None and (dims is None or len(weights) != len(dims)):
-    raise ValueError(f"{where}.weights={tuple(weights)} must be one for each of dims={dims}")
+    raise ValueError(
+      f"{where}.weights={tuple(weights)} must have one weight for each of dims={dims}"
+    )
 
   def init(sizes):
     params, state = loss.init(sizes)
     if dims is None and (state or not shared):
       raise ValueError(
-        f"{where}.dims: name the widths, such as (64, 128, 256): "
-        + (f"{base!r} keeps a state for each" if state else "shared=False keeps scalars for each")
+        f"{where}.dims must be set, such as (64, 128, 256): "
+        + (f"{base!r} has state for each width" if state else "shared=False has scalars for each")
       )
     each = [f"d{m}" for m in dims or ()]
     return (
@@ -85,23 +97,23 @@ def matryoshka(
       return loss.constrain(params, before)
     return {name: loss.constrain(own, before[name]) for name, own in params.items()}
 
-  return Loss(loss.needs | {"raw"}, init, apply, constrain)
+  return Loss(loss.needs | {"raw"}, init, apply, constrain, per_sample_state=loss.per_sample_state)
 
 
 def _widths(dims: Sequence[int] | None, width: int) -> list[int]:
-  """The prefixes of an embedding [width]."""
+  """The dims of an embedding of this width."""
   if dims is None:
     return [m for m in (1 << k for k in range(3, width.bit_length())) if m < width] + [width]
   if dims[-1] > width:
     raise ValueError(
-      f"config.loss.matryoshka.dims={tuple(dims)}: the embeddings have {width} numbers; take widths"
-      f" up to {width}, or raise config.model.embed_dim"
+      f"config.loss.matryoshka.dims={tuple(dims)}: the embeddings are {width} wide; use widths up"
+      f" to {width}, or raise config.model.embed_dim"
     )
   return list(dims)
 
 
 def _prefix(feats: Mapping[str, jax.Array], m: int) -> dict[str, jax.Array]:
-  """The features as if the projections were m wide. Tokens are not projected, and stay."""
+  """The features as if the projections were m wide. Tokens are not projected and do not change."""
   raw = {k: feats[k][:, :m] for k in ("raw_img", "raw_txt")}
   cut = {**raw, "zimg": unit(raw["raw_img"]), "ztxt": unit(raw["raw_txt"])}
   if "ztxt_second" in feats:

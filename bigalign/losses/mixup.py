@@ -1,4 +1,4 @@
-"""Softmax losses on embeddings mixed along the sphere."""
+"""Softmax losses on embeddings that are mixed along the sphere (geodesic mixup)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,20 @@ def two_positives(
   *,
   engine: Engine,
 ) -> jax.Array:
-  """[]: cross-entropy of [B, E] against [B, E] in both directions, averaged.
+  """[]: a cross-entropy with two positives, averaged over both directions.
 
-  Row i of `a` has the target `first[i]` at row i of `c` and `second[i]` at row `partner[i]`, added
-  where these are one; `partner` [B] int32 is a permutation. Masses need not add to 1, neither here
-  nor in the other direction, whose targets are the transposed ones.
+  Row i of `a` has the target first[i] at row i of `c` and second[i] at row partner[i], added if
+  these are the same row. The targets of the other direction are the transposed ones. The targets of
+  a row need not sum to 1.
+
+  Args:
+    a: [B, E], unit norm.
+    c: [B, E], unit norm.
+    scale: [], of the logits.
+    first: [B], targets.
+    second: [B], targets.
+    partner: [B] int32, a permutation.
+    engine: forms the logits.
   """
   positive = engine.paired(a, c)  # [B]
 
@@ -41,15 +50,15 @@ def two_positives(
     partners = row["partner"][:, None] == col["batch_index"][None, :]
     above = above_positives(z, row, col, shared["scale"])
     others = {k: jnp.where(partners, -jnp.inf, v) for k, v in above.items()}
-    found = jnp.where(partners, z, 0)
+    partner_cosine = jnp.where(partners, z, 0)
     return {
       **others,
-      "row_partner": found,
-      "col_partner": found,
+      "row_partner": partner_cosine,
+      "col_partner": partner_cosine,
       "col_second": jnp.where(partners, row["second"][:, None], 0),
     }
 
-  found = engine.reduce(
+  reduced = engine.reduce(
     tile,
     {"z": a, "positive": positive, "second": second, "partner": partner},
     {"z": c, "positive": positive},
@@ -62,24 +71,32 @@ def two_positives(
       "col_second": "col_sum",
     },
   )
-  alone = partner == jnp.arange(len(partner))
+  self_paired = partner == jnp.arange(len(partner))
 
   def anchors(others, partner_cosine, second):
-    """first * -log p of the first positive + second * -log p of the second, [B]."""
-    ahead = scale * (positive - partner_cosine)
-    own = jnp.where(alone, others, jnp.logaddexp(-ahead, others))
-    partners = jnp.where(alone, others, ahead + jax.nn.softplus(others))
+    """[B]: first * -log p of the first positive + second * -log p of the second."""
+    margin = scale * (positive - partner_cosine)
+    own = jnp.where(self_paired, others, jnp.logaddexp(-margin, others))
+    partners = jnp.where(self_paired, others, margin + jax.nn.softplus(others))
     return first * jax.nn.softplus(own) + second * jax.nn.softplus(partners)
 
-  rows = anchors(found["i2t"], found["row_partner"], second)
-  columns = anchors(found["t2i"], found["col_partner"], found["col_second"])
+  rows = anchors(reduced["i2t"], reduced["row_partner"], second)
+  columns = anchors(reduced["t2i"], reduced["col_partner"], reduced["col_second"])
   return (rows.mean() + columns.mean()) / 2
 
 
 def pair_mixed(
   zimg: jax.Array, ztxt: jax.Array, scale: jax.Array, share: jax.Array, *, engine: Engine
 ) -> jax.Array:
-  """[]: the sum of both directions where pairs, mixed, take the place of the negatives (m²-mix)."""
+  """[]: the softmax loss with mixed pairs as negatives (m²-mix), summed over both directions.
+
+  Args:
+    zimg: [B, E], unit norm.
+    ztxt: [B, E], unit norm.
+    scale: [], of the logits.
+    share: [], share of the image in the mixture of a pair.
+    engine: forms the logits.
+  """
   mixed = geodesic(zimg, ztxt, share)
   positive = engine.paired(zimg, ztxt)
 
@@ -93,14 +110,14 @@ def pair_mixed(
       for k in ("img", "txt")
     }
 
-  found = engine.reduce(
+  lse = engine.reduce(
     tile,
     {"img": zimg, "txt": ztxt, "positive": positive},
     {"mixed": mixed},
     {"scale": scale},
     outputs={"img": "row_lse", "txt": "row_lse"},
   )
-  return jax.nn.softplus(found["img"]).mean() + jax.nn.softplus(found["txt"]).mean()
+  return jax.nn.softplus(lse["img"]).mean() + jax.nn.softplus(lse["txt"]).mean()
 
 
 def mixture(
@@ -114,11 +131,24 @@ def mixture(
   m2_average: bool,
   engine: Engine,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """CLIP + the weighted terms that `weights` names, and the value of each; options as of `m3mix`.
+  """CLIP's loss plus weighted mixture terms.
 
-  shares: for each term, the share [] of the first in its mixtures. "v": images mixed with the image
-    at the same place from the batch's end, against texts; "l": texts so mixed, against images;
-    "vl": both; "m2": see `pair_mixed`.
+  The terms: "v", images against texts, where an image is mixed with the image at the same position
+  from the end of the batch; "l", texts mixed in this way, against images; "vl", both mixed; "m2",
+  see `pair_mixed`.
+
+  Args:
+    zimg: [B, E], unit norm.
+    ztxt: [B, E], unit norm.
+    scale: [], of the logits.
+    shares: {term: []}, the share of the first sample in a mixture.
+    weights: {term: weight}.
+    tau2: as in `m3mix`.
+    m2_average: as in `m3mix`.
+    engine: forms the logits.
+
+  Returns:
+    The sum, and the value of each term, with "clip".
   """
   partner = jnp.arange(len(zimg) - 1, -1, -1, dtype=jnp.int32)
   every = jnp.ones(len(zimg), zimg.dtype)
@@ -132,7 +162,7 @@ def mixture(
       continue
     a = geodesic(zimg, zimg[::-1], share) if "v" in name else zimg
     c = geodesic(ztxt, ztxt[::-1], share) if "l" in name else ztxt
-    # Where both are mixed, both positives count in full.
+    # If both are mixed, both positives have the target 1.
     first, second = (every, every) if name == "vl" else (share * every, (1 - share) * every)
     terms[name] = two_positives(a, c, scale, first, second, partner, engine=engine)
   return terms["clip"] + sum(w * terms[name] for name, w in weights.items()), terms
@@ -153,29 +183,43 @@ def m3mix(
   t_learned: bool = False,
   t_max: float | None = 100.0,
 ) -> Loss:
-  """CLIP and four geodesic mixtures: https://arxiv.org/abs/2203.03897.
+  """CLIP and four geodesic mixtures: m³-mix, https://arxiv.org/abs/2203.03897.
 
-  The shares of a mixture are drawn from Beta(alpha, alpha), one for each term and step. A term of
-  weight 0 is not formed. In an odd batch the middle row is its own partner: it is mixed with
-  itself, and all the mass of its target is its own.
+  The share of a mixture is drawn from Beta(alpha, alpha), once for each term and step. A term with
+  weight 0 is not computed. In an odd batch the middle sample is mixed with itself.
 
   Args:
-    w_v, w_l, w_vl, w_m: weights of mixed images, mixed texts, both mixed, and pairs mixed (m²).
-    alpha, alpha_m: of the first three, and of m².
-    tau2: temperature of m², the release's 0.07; None: that of the other terms.
-    m2_average: m² as the average of its two directions, as the paper writes it; by default their
-      sum, as in the release, whose weights these are.
-    decay: mixtures count 1 / (epochs begun) as much.
+    w_v: weight of mixed images against texts.
+    w_l: weight of mixed texts against images.
+    w_vl: weight of mixed images against mixed texts.
+    w_m: weight of mixed pairs as negatives (m²).
+    alpha: of the Beta distribution of the first three.
+    alpha_m: of that of m².
+    tau2: temperature of m²; 0.07 in the release; None: that of the other terms.
+    m2_average: whether m² is the average of its two directions, as in the paper; by default it is
+      their sum, as in the release, for which the default weights are.
+    decay: whether the weights of the mixtures are divided by the number of epochs begun.
     t_init: the logit scale. The authors fine-tune with a fixed temperature of 0.01.
     t_learned: whether the scale is learned; it then stays in [1, t_max].
+    t_max: upper bound of a learned scale, with the lower bound 1; None: no bounds.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> metrics = apply_once(m3mix(t_init=1.0), {"zimg": z, "ztxt": z})
+    >>> sorted(metrics)
+    ['contrastive_loss', 'l', 'logit_scale', 'loss', 'm2', 'v', 'vl']
   """
   for option, value in dict(alpha=alpha, alpha_m=alpha_m).items():
     if not value > 0:
-      raise ValueError(f"config.loss.m3mix.{option}={value!r} of a Beta distribution: above 0")
+      raise ValueError(
+        f"config.loss.m3mix.{option}={value!r} is a parameter of a Beta distribution; it must be"
+        " above 0"
+      )
   weights = {name: w for name, w in zip(TERMS, (w_v, w_l, w_vl, w_m)) if w}
 
   def draw(key):
-    """The shares; in float32 even under x64, which would draw other numbers."""
+    """The shares, drawn in float32 even under x64, which would draw different numbers."""
     keys = dict(zip(TERMS, jax.random.split(key, len(TERMS))))
     alphas = {name: alpha_m if name == "m2" else alpha for name in weights}
     return {k: jax.random.beta(keys[k], a, a, (), jnp.float32) for k, a in alphas.items()}
@@ -214,8 +258,27 @@ def m2mix(
   t_learned: bool = False,
   t_max: float | None = 100.0,
 ) -> Loss:
-  """CLIP and mixed pairs as negatives, `m3mix` without its other terms and with their options:
-  https://arxiv.org/abs/2203.03897."""
+  """CLIP and mixed pairs as negatives: m²-mix, https://arxiv.org/abs/2203.03897.
+
+  It is `m3mix` without its other terms.
+
+  Args:
+    w_m: weight of the mixed pairs.
+    alpha_m: of the Beta distribution of the mixtures' share.
+    tau2: as in `m3mix`.
+    m2_average: as in `m3mix`.
+    decay: as in `m3mix`.
+    t_init: as in `m3mix`.
+    t_learned: as in `m3mix`.
+    t_max: as in `m3mix`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> metrics = apply_once(m2mix(t_init=1.0), {"zimg": z, "ztxt": z})
+    >>> round(float(metrics["contrastive_loss"]), 3)
+    0.744
+  """
   return m3mix(
     w_v=0.0,
     w_l=0.0,

@@ -1,4 +1,4 @@
-"""Softmax contrast that believes each pair as much as it is worth."""
+"""The softmax loss with label smoothing for each pair, by how noisy it is."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ from bigalign.losses.clip import above_positives_lse
 def nitc(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: float = 0.5) -> Loss:
   """Noise-adaptive contrast, after NLIP (https://arxiv.org/abs/2212.07086); the form is our own.
 
-  Label smoothing by pair: the batch holds noise_prob [B], the probability that a pair does not
-  belong together (in the paper from a mixture of two Gaussians fitted to each pair's loss after a
-  first epoch). A share smoothing * noise_prob of the target goes to the other pairs, in equal
-  parts, in both directions. With noise_prob 0 it is `clip`.
+  Each pair has its own label smoothing. The batch holds noise_prob [B], the probability that a pair
+  does not belong together (in the paper from a mixture of two Gaussians, fitted to each pair's loss
+  after a first epoch). A share smoothing * noise_prob of the target is spread evenly over the other
+  pairs, in both directions. With noise_prob 0 it is `clip`.
 
   Args:
-    t_init, t_max: first and largest logit scale, as in `clip`.
-    smoothing: what a pair that is certainly wrong gives away; unpublished, 0.5 is our choice.
+    t_init: first value of the logit scale, as in `clip`.
+    t_max: upper bound of the logit scale, as in `clip`.
+    smoothing: share of the target that a pair with noise_prob 1 loses; unpublished, 0.5 is our
+      choice.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, noise = jnp.eye(4), jnp.asarray([0.0, 0.0, 0.0, 1.0])
+    >>> metrics = apply_once(nitc(t_init=1.0), {"zimg": z, "ztxt": z}, {"noise_prob": noise})
+    >>> round(float(metrics["loss"]), 3)
+    0.869
   """
   if not 0 <= smoothing <= 1:
     raise ValueError(f"config.loss.nitc.smoothing={smoothing} must be between 0 and 1")
@@ -31,16 +40,18 @@ def nitc(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: fl
   def apply(params, state, feats, batch, context):
     zimg, ztxt, scale = feats["zimg"], feats["ztxt"], jnp.exp(params["t"])
     engine, size = context.engine, len(zimg)
-    given = smoothing * batch["noise_prob"].astype(zimg.dtype) / max(size - 1, 1)  # [B], to each
+    given_away = (
+      smoothing * batch["noise_prob"].astype(zimg.dtype) / max(size - 1, 1)
+    )  # [B], to each other pair
     positive = engine.paired(zimg, ztxt)
     above = above_positives_lse(zimg, ztxt, scale, engine=engine)
 
     def direction(above, anchor, others):
-      # The sum of an anchor's logits above that of its positive.
+      # The sum of an anchor's logits, relative to that of its positive.
       even = scale * (
         engine.paired(anchor, jnp.broadcast_to(others.sum(0), anchor.shape)) - size * positive
       )
-      return (jax.nn.softplus(above) - given * even).mean()
+      return (jax.nn.softplus(above) - given_away * even).mean()
 
     i2t, t2i = direction(above[0], zimg, ztxt), direction(above[1], ztxt, zimg)
     loss = (i2t + t2i) / 2

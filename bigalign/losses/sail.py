@@ -1,4 +1,4 @@
-"""Sigmoid loss with two captions of each image."""
+"""The sigmoid loss with two captions of each image (SAIL)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,26 @@ def sail(
   t_max: float | None = 100.0,
   reduction: str = "mean_all",
 ) -> Loss:
-  """A short and a long caption, both positives of the image: https://arxiv.org/abs/2412.04616.
+  """A short and a long caption, both positives of the image: SAIL, https://arxiv.org/abs/2412.04616.
 
-  Each kind forms its own pairs with the images; its negatives are captions of the same kind.
+  Short and long captions form separate pairs with the images: the negatives of a short caption are
+  short captions. The long caption is the second one, ztxt_second.
 
   Args:
-    t_init, b_init: first values of the logit scale and of the bias; 20 and -10 are the release's.
-    t_max: upper bound of the scale after each update, with the lower bound 1; None: free.
-    reduction: "mean_all" divides the sum by all 2 B² pairs: the release, whose learning rates are
-      tuned with it; "row_sum" by the B images: the sigmoid losses of both kinds added, 2 B times as
-      much. Optimizers that ignore the scale of gradients differ by clipping only.
+    t_init: first value of the logit scale; 20 in the release.
+    b_init: first value of the logit bias; -10 in the release.
+    t_max: upper bound of the scale after each update, with the lower bound 1; None: no bounds.
+    reduction: "mean_all" divides the sum by all 2 B² pairs, as in the release, whose learning rates
+      are tuned for it; "row_sum" divides it by the B images, which is 2 B times as large: the sum
+      of two sigmoid losses. For optimizers that ignore the scale of gradients only clipping
+      differs.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)
+    >>> metrics = apply_once(sail(), {"zimg": z, "ztxt": z, "ztxt_second": z[::-1]})
+    >>> round(float(metrics["short"]), 3), round(float(metrics["long"]), 3)
+    (0.0, 20.0)
   """
   checks.known("config.loss.sail.reduction", reduction, REDUCTIONS)
 

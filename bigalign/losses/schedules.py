@@ -1,4 +1,4 @@
-"""Numbers that change while a loss is trained, and the durations they are given in."""
+"""Schedules of a loss's numbers, and the durations in which they are given."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from bigalign.options import call
 
 
 def duration(value: int | str, where: str) -> durations.Duration:
-  """A durations.duration that has a length; ValueError for one of 0."""
+  """A duration of a config, which must be above 0; else raises ValueError."""
   length = durations.duration(value, where)
   if not length.number:
-    raise ValueError(f"{where}: {value!r} is no duration to divide by; it must be above 0")
+    raise ValueError(f"{where}: {value!r} must be a duration above 0")
   return length
 
 
 def elapsed(length: durations.Duration, context: Context) -> jax.Array:
-  """[]: how many times `length` has passed, from 0 on; in epochs only whole ones count, as the
-  published schedules do, which change between epochs."""
+  """[]: the time since the start of training, in units of `length`.
+
+  A length in epochs counts whole epochs only, as the published schedules do: they change between
+  epochs.
+  """
   done = {
     "step": context.step,
     "sample": context.samples_seen,
@@ -34,12 +37,16 @@ def elapsed(length: durations.Duration, context: Context) -> jax.Array:
 
 
 def ramp(value: float | Mapping[str, Any], where: str) -> Callable[[Context], Any]:
-  """A number of a config, or dict(start=8.0, end=6.0, over="50%", shape="cosine"), by place.
+  """A function of the context, from a number or a ramp of a config.
 
-  From `start` it goes to `end` in the duration `over`, by half a cosine or in a "linear" way.
+  Args:
+    value: a number, which does not change, or dict(start=8.0, end=6.0, over="50%", shape="cosine"),
+      which changes from `start` to `end` in the duration `over`, along half a cosine or "linear".
+    where: the name of the option, for errors.
 
   Raises:
-    TypeError, ValueError: for a dict with other keys, a duration or a shape that is none.
+    TypeError: for a dict with other keys.
+    ValueError: for an invalid duration or shape.
   """
   if isinstance(value, int | float):
     return lambda context: value
@@ -64,10 +71,16 @@ def _ramp(
 
 
 def gamma(name: str, end: float, over: durations.Duration, context: Context) -> jax.Array:
-  """Weight of what is new in FastCLIP's moving average, https://arxiv.org/abs/2407.01445.
+  """[]: weight of the new value in FastCLIP's moving average, https://arxiv.org/abs/2407.01445.
 
-  1 in the first epoch, when nothing has been seen before (the released code does so for "constant"
-  too); then a half cosine from 1 to `end`, which it reaches after `over`, or `end` at once.
+  It is 1 in the first epoch, in which every sample is new, also for "constant", as in the released
+  code.
+
+  Args:
+    name: "cosine": after the first epoch, half a cosine from 1 to `end`; "constant": `end`.
+    end: the last value.
+    over: the duration of the cosine.
+    context: of the step.
   """
   share = jnp.minimum(elapsed(over, context), 1)
   later = {
@@ -80,11 +93,17 @@ def gamma(name: str, end: float, over: durations.Duration, context: Context) -> 
 def eta(
   name: str, start: float, end: float, over: durations.Duration, decay: float, context: Context
 ) -> jax.Array:
-  """Step size of iSogCLR's temperatures, https://arxiv.org/abs/2305.11965.
+  """[]: step size of iSogCLR's temperatures, https://arxiv.org/abs/2305.11965.
 
-  "constant"; "cosine", a quarter of a wave from `start` to `end` in `over`; "exponential", whose
-  part above `end` shrinks by `decay` in each `over`, and is larger by 1 / `decay` at first: the
-  released code counts from one before its first epoch.
+  Args:
+    name: "constant": `start`. "cosine": a quarter of a wave from `start` to `end` in `over`.
+      "exponential": the part above `end` shrinks by the factor `decay` in each `over`; it begins at
+      1 / `decay` times (start - end), since the released code counts from -1.
+    start: the first value.
+    end: the last value.
+    over: duration of the cosine, or of one decay.
+    decay: factor of the exponential schedule.
+    context: of the step.
   """
   share = elapsed(over, context)
   return {

@@ -1,4 +1,4 @@
-"""Pairwise sigmoid loss."""
+"""The pairwise sigmoid loss (SigLIP)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ def binary(
   *,
   engine: Engine,
 ) -> jax.Array:
-  """[]: the sum over all pairs of an image [N, E] and a text [M, E].
+  """[]: the sigmoid loss, summed over all pairs of an image and a text.
 
-  owners: ids [N, 2] of the images and [M, 2] of the texts' images, whose equality makes a positive;
-    None: equal places do.
+  Args:
+    zimg: [N, E], unit norm.
+    ztxt: [M, E], unit norm.
+    scale: [], of the logits.
+    bias: [], of the logits.
+    owners: the ids of the images, [N, 2], and of the texts' images, [M, 2]; a pair with equal ids
+      is a positive. None: a pair with equal positions in the batch is.
+    engine: forms the logits.
   """
   rows, columns = {"z": zimg}, {"z": ztxt}
   if owners:
@@ -36,7 +42,7 @@ def binary(
       positive = pairwise.same(row, col)
     else:
       positive = (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
-    # The sign goes inside: 1 - sigmoid would lose what a confident positive still costs.
+    # The sign goes inside: 1 - sigmoid would round the loss of a confident positive to 0.
     return {"loss": jax.nn.softplus(jnp.where(positive, -logits, logits))}
 
   return engine.total(tile, rows, columns, {"scale": scale, "bias": bias})
@@ -50,20 +56,27 @@ def siglip(
   positives: str = "pair",
   reduction: str = "row_sum",
 ) -> Loss:
-  """Each pair its own binary question: https://arxiv.org/abs/2303.15343.
+  """Classifies each pair as matching or not: SigLIP, https://arxiv.org/abs/2303.15343.
 
-  Summed over texts, averaged over images: the paper's normalisation.
+  The loss is summed over texts and averaged over images, as in the paper.
 
   Args:
     t_init: first value of the logit scale; the learned parameter "t" is its log.
-    b_init: first logit bias; -10 from scratch, -2.71 is big_vision's for LiT on COCO.
-    t_max: upper bound of the scale after each update, with the lower bound 1. The paper has none,
-      open_clip uses 100.
-    positives: "pair": image i belongs to text i. "ids": to every text of the same image, so that
-      several captions of an image and images met twice in a batch are not each other's negatives;
-      the batch then names each image's id and, if the texts are not in the images' order, each
-      text's (`image_id` [B, 2], `owner_id` [M, 2] uint32).
+    b_init: first logit bias; -10 from scratch. big_vision uses -2.71 for LiT on COCO.
+    t_max: upper bound of the scale after each update, with the lower bound 1; None: no bounds, as
+      in the paper. open_clip uses 100.
+    positives: "pair": image i belongs to text i. "ids": an image belongs to every text of the same
+      image, so that several captions of an image, and images that occur twice in a batch, are not
+      negatives. The batch then holds the images' ids, image_id [B, 2] uint32, and, if the texts are
+      not in the order of the images, the ids of the texts' images, owner_id [M, 2].
     reduction: "row_sum" divides by the number of images, "mean_all" by the number of pairs.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z = jnp.eye(4)  # aligned pairs, orthogonal to each other
+    >>> metrics = apply_once(siglip(t_init=10.0, b_init=-5.0), {"zimg": z, "ztxt": z})
+    >>> round(float(metrics["loss"]), 3)
+    0.027
   """
   checks.known("config.loss.siglip.positives", positives, ("pair", "ids"))
   checks.known("config.loss.siglip.reduction", reduction, ("row_sum", "mean_all"))

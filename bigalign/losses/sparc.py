@@ -1,4 +1,4 @@
-"""Patches grouped by the words that they show, told apart within each pair."""
+"""Contrast of words and the patches that show them, within each pair (SPARC)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,29 @@ def sparc(
   w_fine: float = 1.0,
   threshold: float | None = None,
 ) -> Loss:
-  """Sparse fine-grained contrast, https://arxiv.org/abs/2401.09865, beside CLIP's loss.
+  """CLIP and a sparse fine-grained contrast: SPARC, https://arxiv.org/abs/2401.09865.
 
-  Each token of a text takes the patches of its own image that resemble it most, and their mean must
-  be nearer to it than to the other tokens of the same text, and the reverse. The towers' tokens
-  tokens_img [B, P, D] and tokens_txt [B, L, D] are compared as they are: no class token, equal
-  width. Tokens where mask_txt [B, L] is False take no part; means are over the whole batch.
+  Each token of a text is grouped with the patches of its own image that are most similar to it. The
+  mean of these patches must be closer to the token than to the other tokens of the same text, and
+  the reverse. The towers' tokens, tokens_img [B, P, D] and tokens_txt [B, L, D], are compared
+  directly: without a class token, and with equal width. Tokens with mask_txt [B, L] False are
+  ignored. Means are over the whole batch.
 
   Args:
-    t_init, t_max: first and largest logit scale, of both terms, as in `clip`.
-    w_global, w_fine: weights of CLIP's loss and of the fine term; 0.5 and 1 from the paper as we
-      remember it.
-    threshold: of the similarities, scaled to [0, 1] over the patches, those that count; None: 1/P,
-      as in the paper. Other implementations tried 0.3.
+    t_init: first value of the logit scale of both terms, as in `clip`.
+    t_max: upper bound of that scale, as in `clip`.
+    w_global: weight of CLIP's loss; 0.5 in the paper, from memory.
+    w_fine: weight of the fine-grained term; 1 in the paper, from memory.
+    threshold: least similarity of a grouped patch, where similarities are scaled to [0, 1] over the
+      patches; None: 1/P, as in the paper. Other implementations use 0.3.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> tokens = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))  # each word has a patch of its own
+    >>> feats = {"zimg": jnp.eye(2), "ztxt": jnp.eye(2), "tokens_img": tokens, "tokens_txt": tokens}
+    >>> metrics = apply_once(sparc(t_init=1.0), feats)
+    >>> round(float(metrics["contrastive_loss"]), 3), round(float(metrics["fine_loss"]), 3)
+    (0.313, 0.744)
   """
   if threshold is not None and not 0 <= threshold <= 1:
     raise ValueError(f"config.loss.sparc.threshold={threshold} must be between 0 and 1")
@@ -47,7 +57,7 @@ def sparc(
     if patches.shape[2] != tokens.shape[2]:
       raise ValueError(
         f"config.loss.sparc compares patches and words, but tokens_img are {patches.shape[2]} wide"
-        f" and tokens_txt {tokens.shape[2]}: give config.model.image and config.model.text the same"
+        f" and tokens_txt {tokens.shape[2]}; give config.model.image and config.model.text the same"
         " width"
       )
     mask = feats.get("mask_txt", jnp.ones(tokens.shape[:2], bool)).astype(bool)
@@ -64,33 +74,35 @@ def sparc(
 def fine(
   patches: jax.Array, tokens: jax.Array, mask: jax.Array, scale: jax.Array, threshold: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Both directions of the fine term, each a mean over all real tokens of the batch.
+  """Both directions of the fine-grained term, each a mean over all real tokens of the batch.
 
   Args:
-    patches, tokens: [B, P, D], [B, L, D]; any length.
+    patches: [B, P, D], of any norm.
+    tokens: [B, L, D], of any norm.
     mask: [B, L] bool, True for a real token.
-    scale: [] of the logits.
+    scale: [], of the logits.
     threshold: see `sparc`.
 
   Returns:
-    [] grouped patches among tokens, [] tokens among grouped patches.
+    [], the loss of finding a token for its grouped patches, and [], of finding the grouped patches
+    for a token.
   """
   precision = jax.lax.Precision.HIGHEST
-  alike = jnp.einsum("bld,bpd->blp", tokens, patches, precision=precision)
-  low, high = (f(alike, -1, keepdims=True) for f in (jnp.min, jnp.max))
-  # Where all patches are alike there is nothing to choose: no patch is taken.
-  alike = (alike - low) / jnp.maximum(high - low, 1e-8)
-  alike = jnp.where(alike < threshold, 0, alike)
-  weights = alike / jnp.maximum(alike.sum(-1, keepdims=True), 1e-8)
+  similar = jnp.einsum("bld,bpd->blp", tokens, patches, precision=precision)
+  low, high = (f(similar, -1, keepdims=True) for f in (jnp.min, jnp.max))
+  # If all patches are equally similar, none is chosen.
+  similar = (similar - low) / jnp.maximum(high - low, 1e-8)
+  similar = jnp.where(similar < threshold, 0, similar)
+  weights = similar / jnp.maximum(similar.sum(-1, keepdims=True), 1e-8)
   grouped = unit(jnp.einsum("blp,bpd->bld", weights, patches, precision=precision))
   tokens = unit(tokens)
   cosine = jnp.einsum("bld,bud->blu", grouped, tokens, precision=precision)
   own = jnp.sum(grouped * tokens, -1, keepdims=True)
-  seen = mask[:, None, :] | jnp.eye(mask.shape[1], dtype=bool)[None]
+  candidates = mask[:, None, :] | jnp.eye(mask.shape[1], dtype=bool)[None]
 
   def loss(cosine: jax.Array) -> jax.Array:
-    # Relative to the positive, which is among them with 0.
-    each = jax.nn.logsumexp(jnp.where(seen, scale * (cosine - own), -jnp.inf), -1)  # [B, L]
+    # Relative to the positive, which is itself a candidate, with 0.
+    each = jax.nn.logsumexp(jnp.where(candidates, scale * (cosine - own), -jnp.inf), -1)  # [B, L]
     return jnp.sum(jnp.where(mask, each, 0)) / jnp.maximum(mask.sum(), 1)
 
   return loss(cosine), loss(jnp.swapaxes(cosine, 1, 2))

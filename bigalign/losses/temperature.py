@@ -1,4 +1,4 @@
-"""The learned scalars that losses on logits share: the logit scale and a bias."""
+"""The learned scalars that losses on logits share: the logit scale and the bias."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from bigalign.losses.base import Params
 
 
 def init(t_init: float, *, b_init: float | None = None, learned: bool = True) -> Params:
-  """{"t": log of the scale, "b": bias}, float32; no "t" for a scale that stays, no "b" for None."""
+  """The learned scalars of a loss, float32.
+
+  Args:
+    t_init: first value of the logit scale.
+    b_init: first value of the bias; None: no bias.
+    learned: whether the scale is learned; else there is no "t".
+
+  Returns:
+    {"t": log of the scale, "b": bias}.
+  """
   params = {"t": jnp.asarray(math.log(t_init), jnp.float32)} if learned else {}
   if b_init is not None:
     params["b"] = jnp.asarray(b_init, jnp.float32)
@@ -25,7 +34,7 @@ def scale(params: Params, t_init: float, like: jax.Array) -> jax.Array:
 
 
 def clamped(t_max: float | None) -> Callable[[Params, Params], Params]:
-  """A loss's `constrain`: the scale stays in [1, t_max]; None leaves it free."""
+  """A `constrain` of a loss that keeps the scale in [1, t_max]; None: no bounds."""
 
   def constrain(params: Params, before: Params) -> Params:
     del before

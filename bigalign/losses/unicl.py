@@ -1,4 +1,4 @@
-"""Softmax loss with several positives, by label."""
+"""The softmax loss with several positives, chosen by label (UniCL)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from bigalign.losses.engine import pairwise
 
 
 def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
-  """Images and texts of one label are each other's positives: https://arxiv.org/abs/2204.03610.
+  """Images and texts with equal labels are positives: UniCL, https://arxiv.org/abs/2204.03610.
 
-  Targets are even over an anchor's positives; a label of -1 is a caption, the positive of its own
-  image only. The paper sums over the batch; this is the mean, which equals `clip` where all labels
-  are -1.
+  The target is spread evenly over an anchor's positives. A pair with label -1 is a caption: it is a
+  positive of its own image only. The paper sums over the batch; this is the mean, which equals
+  `clip` if all labels are -1.
 
   Args:
-    t_init: first value of the logit scale; that of `clip`. The authors' code begins at e.
-    t_max: upper bound of the scale after each update, with the lower bound 1; None: free.
+    t_init: first value of the logit scale, as in `clip`. The authors' code begins at e.
+    t_max: upper bound of the scale after each update, with the lower bound 1; None: no bounds.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, label = jnp.eye(4), jnp.asarray([0, 0, 1, -1])
+    >>> metrics = apply_once(unicl(t_init=1.0), {"zimg": z, "ztxt": z}, {"label": label})
+    >>> round(float(metrics["loss"]), 3)
+    0.994
   """
 
   def init(sizes):
@@ -33,11 +40,11 @@ def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
 
     def tile(row, col, shared):
       above = above_positives(engine.products(row["z"], col["z"]), row, col, shared["scale"])
-      alike = (row["label"][:, None] == col["label"][None, :]) & (row["label"] >= 0)[:, None]
-      alike &= ~pairwise.same(row, col)
-      # Besides the pair itself, which adds a logit of 0 above its own.
-      matched = {f"{k}_matched": jnp.where(alike, v, 0) for k, v in above.items()}
-      return {**above, **matched, "matches": alike.astype(row["z"].dtype)}
+      same_label = (row["label"][:, None] == col["label"][None, :]) & (row["label"] >= 0)[:, None]
+      same_label &= ~pairwise.same(row, col)
+      # Without the pair itself, whose logit relative to its own is 0.
+      matched = {f"{k}_matched": jnp.where(same_label, v, 0) for k, v in above.items()}
+      return {**above, **matched, "matches": same_label.astype(row["z"].dtype)}
 
     found = engine.reduce(
       tile,

@@ -274,7 +274,7 @@ def test_eight_devices_remember_what_one_does(name):
   def run(mesh):
     step, params, state = fresh(name, **options)
     if mesh:
-      state = jax.device_put(state, jax.tree.map(lambda x: tables.placed(x, mesh), state))
+      state = jax.device_put(state, jax.tree.map(lambda x: tables.state_sharding(x, mesh), state))
     engine = pairwise.Engine("ring" if mesh else "dense")
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
       for k in range(2):

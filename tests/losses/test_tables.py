@@ -67,7 +67,7 @@ def test_eight_devices_read_and_write_as_one(mesh, b):
     return tables.read(table, where), tables.write(table, where, values)
 
   one = jax.jit(both)(table, words(where.tolist()), values)
-  split = jax.device_put(table, {k: tables.placed(x, mesh) for k, x in table.items()})
+  split = jax.device_put(table, {k: tables.state_sharding(x, mesh) for k, x in table.items()})
   with jax.set_mesh(mesh):
     eight = jax.jit(both)(split, words(where.tolist()), values)
   jax.tree.map(np.testing.assert_array_equal, one, eight)
@@ -81,7 +81,7 @@ def test_eight_devices_read_and_write_as_one(mesh, b):
 
 def test_a_donated_table_is_written_in_place(mesh):
   shape = jax.ShapeDtypeStruct((tables.ROWS * 100,), np.float32)
-  shape = {"u": jax.ShapeDtypeStruct(shape.shape, np.float32, sharding=tables.placed(shape, mesh))}
+  shape = {"u": jax.ShapeDtypeStruct(shape.shape, np.float32, sharding=tables.state_sharding(shape, mesh))}
   with jax.set_mesh(mesh):
     compiled = (
       jax.jit(lambda *args: tables.write(*args)[0], donate_argnums=0)
@@ -97,13 +97,13 @@ def test_a_donated_table_is_written_in_place(mesh):
 def test_tables_lie_over_all_devices_and_scalars_on_each(mesh):
   table = tables.make(10, 0.5)
   assert table.shape == (tables.ROWS,)
-  assert tables.placed(table, mesh).shard_shape(table.shape) == (tables.ROWS // 8,)
-  assert tables.placed(jnp.zeros(()), mesh).is_fully_replicated
-  assert tables.placed(jnp.zeros(4100), mesh).is_fully_replicated
+  assert tables.state_sharding(table, mesh).shard_shape(table.shape) == (tables.ROWS // 8,)
+  assert tables.state_sharding(jnp.zeros(()), mesh).is_fully_replicated
+  assert tables.state_sharding(jnp.zeros(4100), mesh).is_fully_replicated
 
 
 def test_a_table_that_does_not_divide_is_explained(mesh):
-  with jax.set_mesh(mesh), pytest.raises(ValueError, match="8 devices do not divide the 9 rows"):
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"9 rows of .u., a per-sample table .* do not divide over 8 devices"):
     tables.read({"u": jnp.zeros(9)}, ids([1]))
 
 
@@ -146,7 +146,7 @@ def test_four_floats_of_each_sample_on_a_pod(n):
     return tables.write(table, ids, {name: x + g for name, x in old.items()})[0]
 
   one = jax.eval_shape(lambda: tables.make(n, 0.0))
-  table = {name: array(one.shape, one.dtype, tables.placed(one, pod)) for name in "utmv"}
+  table = {name: array(one.shape, one.dtype, tables.state_sharding(one, pod)) for name in "utmv"}
   with jax.set_mesh(pod):
     compiled = (
       jax.jit(step, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""FastCLIP: global contrastive losses with a scheduled moving average and learned temperatures."""
+"""FastCLIP: global contrast with a scheduled moving average and learned temperatures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bigalign.losses import schedules
 from bigalign.losses.base import Loss
 from bigalign.losses.per_sample import global_contrastive as gcl
 
-LOG_TINY = math.log(1e-35)  # below it, the released code takes u for lost and starts again
+LOG_TINY = math.log(1e-35)  # below it, the released code restarts u
 GRADIENTS = ("released", "consistent")
 WEIGHTINGS = ("released", "rgcl")
 
@@ -29,27 +29,37 @@ def fastclip_v0(
   gamma_over: int | str = "50%",
   eps: float = 1e-14,
 ) -> Loss:
-  """Global contrastive loss with one learned temperature: https://arxiv.org/abs/2407.01445.
+  """Global contrast with one learned temperature: FastCLIP v0, https://arxiv.org/abs/2407.01445.
 
-  "loss" is what the released code prints, the mean of g / (u + eps) of both sides, close to 2
-  whatever happens; "objective" the mean of log(u + eps) of both sides, halved.
+  "loss" is the value that the released code prints, the mean of g / (u + eps) over images plus that
+  over texts; it stays close to 2. "objective" is half the mean of log(u + eps) over images plus
+  that over texts.
 
   Args:
     tau_init: first temperature; the learned parameter "t" is the log of its inverse, kept in
       [0, ln 100].
-    tau_gradient: "released" counts the temperature's term twice as much as the features';
-      "consistent" is the derivative of what the features minimise.
-    gamma: weight of the new value in the moving average of u at the end: 0.2 for a few million
-      pairs, 0.8 for LAION-400M.
-    gamma_schedule, gamma_over: "cosine", from 1 in this duration, or "constant"; both are 1 in the
-      first epoch, see schedules.gamma. About half of the epochs in the paper.
-    eps: added to u; 1e-6 at LAION's scale. It is no guard against rounding: anchors with a u far
-      below it have no weight.
+    tau_gradient: "released": the temperature's gradient is twice as large as it is in the objective
+      of the features; "consistent": it is the derivative of that objective.
+    gamma: last weight of the new value in the moving average of u; 0.2 for a few million pairs, 0.8
+      for LAION-400M.
+    gamma_schedule: "cosine", from 1 to gamma, or "constant"; both are 1 in the first epoch, see
+      schedules.gamma.
+    gamma_over: duration of the cosine; about half of the epochs in the paper.
+    eps: added to u; 1e-6 at LAION's scale. It does not guard against rounding: anchors with a u far
+      below it get no weight.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, ids = jnp.eye(4), jnp.asarray([[0, 0], [0, 1], [0, 2], [0, 3]], jnp.uint32)
+    >>> batch, sizes = {"image_id": ids, "text_id": ids}, {"image": 4, "text": 4}
+    >>> metrics = apply_once(fastclip_v0(tau_init=0.5), {"zimg": z, "ztxt": z}, batch, sizes)
+    >>> round(float(metrics["loss"]), 3), round(float(metrics["objective"]), 3)
+    (2.0, -2.0)
   """
   checks.known("config.loss.fastclip_v0.tau_gradient", tau_gradient, GRADIENTS)
 
-  def gradient(tau, found):
-    return found["h"] if tau_gradient == "released" else found["h"] / 2
+  def gradient(tau, sums):
+    return sums["h"] if tau_gradient == "released" else sums["h"] / 2
 
   checks.above_zero("config.loss.fastclip_v0", tau_init=tau_init)
   averaged = _schedule("fastclip_v0", gamma_schedule, gamma, gamma_over)
@@ -64,7 +74,26 @@ def fastclip_v1(
   gamma_over: int | str = "50%",
   eps: float = 1e-14,
 ) -> Loss:
-  """`fastclip_v0` with a constant temperature `tau`; the gradient is SogCLR's / (2 tau)."""
+  """Global contrast with a constant temperature: FastCLIP v1, https://arxiv.org/abs/2407.01445.
+
+  The gradient is that of SogCLR, divided by 2 tau. "loss" and "objective" are those of
+  `fastclip_v0`.
+
+  Args:
+    tau: temperature, constant.
+    gamma: as in `fastclip_v0`.
+    gamma_schedule: as in `fastclip_v0`.
+    gamma_over: as in `fastclip_v0`.
+    eps: as in `fastclip_v0`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, ids = jnp.eye(4), jnp.asarray([[0, 0], [0, 1], [0, 2], [0, 3]], jnp.uint32)
+    >>> batch, sizes = {"image_id": ids, "text_id": ids}, {"image": 4, "text": 4}
+    >>> metrics = apply_once(fastclip_v1(tau=0.5), {"zimg": z, "ztxt": z}, batch, sizes)
+    >>> round(float(metrics["objective"]), 3)
+    -2.0
+  """
   checks.above_zero("config.loss.fastclip_v1", tau=tau)
   averaged = _schedule("fastclip_v1", gamma_schedule, gamma, gamma_over)
   return _one_temperature(tau, None, averaged, eps)
@@ -81,25 +110,41 @@ def fastclip_v3(
   gamma_over: int | str = "50%",
   eps: float = 1e-14,
 ) -> Loss:
-  """Robust global contrastive loss, one learned temperature: https://arxiv.org/abs/2407.01445.
+  """Robust global contrast, one learned temperature: FastCLIP v3, https://arxiv.org/abs/2407.01445.
 
-  "loss" is what the released code prints; "objective" is tau / 2 times the mean of
-  log(u + eps) + rho of both sides. The release gives the temperature a constant learning rate of
-  its own, 2e-4 to 5e-5: `optimizer.rates=(("loss/fastclip_v3/t$", 2e-4),)`.
+  "loss" is the value that the released code prints; "objective" is tau / 2 times the mean of
+  log(u + eps) + rho over images plus that over texts. In the release, the temperature has a
+  constant learning rate of its own, 2e-4 to 5e-5:
+  `optimizer.rates=(("loss/fastclip_v3/t$", 2e-4),)`.
 
   Args:
-    slow_below: from this temperature down it moves a third as far, as the release does; 0: never.
-    rho: 6.5 for CC3M, 8.5 for CC12M, 16 for LAION; found with the "released" gradient, which is
-      the default for that reason. A number, or a schedules.ramp.
-    others: as in `fastclip_v0`.
+    tau_init: as in `fastclip_v0`.
+    rho: how far from uniform the weights of the negatives may be; 6.5 for CC3M, 8.5 for CC12M, 16
+      for LAION, tuned with the "released" gradient, which is therefore the default. A number, or a
+      schedules.ramp.
+    slow_below: at and below this temperature, its updates are divided by 3, as in the release; 0:
+      never.
+    tau_gradient: as in `fastclip_v0`.
+    gamma: as in `fastclip_v0`.
+    gamma_schedule: as in `fastclip_v0`.
+    gamma_over: as in `fastclip_v0`.
+    eps: as in `fastclip_v0`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, ids = jnp.eye(4), jnp.asarray([[0, 0], [0, 1], [0, 2], [0, 3]], jnp.uint32)
+    >>> batch, sizes = {"image_id": ids, "text_id": ids}, {"image": 4, "text": 4}
+    >>> metrics = apply_once(fastclip_v3(tau_init=0.5), {"zimg": z, "ztxt": z}, batch, sizes)
+    >>> round(float(metrics["objective"]), 3)  # tau / 2 * 2 * (-1 / tau + rho)
+    2.25
   """
   checks.known("config.loss.fastclip_v3.tau_gradient", tau_gradient, GRADIENTS)
 
-  def gradient(tau, found):
-    rho = found["rho"]
+  def gradient(tau, sums):
+    rho = sums["rho"]
     if tau_gradient == "released":
-      return -tau / 2 * (found["log_u"] + 2 * rho - 2 * found["h"])
-    return -tau / 2 * (found["log_den"] + 2 * rho - found["h"])
+      return -tau / 2 * (sums["log_u"] + 2 * rho - 2 * sums["h"])
+    return -tau / 2 * (sums["log_den"] + 2 * rho - sums["h"])
 
   checks.above_zero("config.loss.fastclip_v3", tau_init=tau_init)
   averaged = _schedule("fastclip_v3", gamma_schedule, gamma, gamma_over)
@@ -124,20 +169,38 @@ def fastclip_v2(
   gamma_over: int | str = "50%",
   eps: float = 1e-14,
 ) -> Loss:
-  """FastCLIP with a temperature per sample, by an Adam per sample: https://arxiv.org/abs/2407.01445.
+  """Global contrast with a temperature per sample: FastCLIP v2, https://arxiv.org/abs/2407.01445.
 
-  "loss" as in `fastclip_v0`; "objective" is half the mean of tau_i (log(u_i + eps) + rho) of both
-  sides, our extension of v3's. Five floats are remembered per image and per text.
+  An Adam per sample learns its temperature; the state is five floats per image and per text. "loss"
+  is that of `fastclip_v0`; "objective" is half the mean of tau_i (log(u_i + eps) + rho) over images
+  plus that over texts, our extension of v3's objective.
 
   Args:
-    tau_init, tau_min, tau_max: first temperature of every sample and its bounds.
+    tau_init: first temperature of every sample.
+    tau_min: lower bound of the temperatures.
+    tau_max: upper bound of the temperatures.
     rho: how far from uniform the weights of the negatives may be; a number, or a schedules.ramp.
-    lr_tau, b1, b2, eps_tau: of the temperatures' Adam; lr_tau may be a ramp too. As released, its
-      bias correction counts epochs, and the first epoch has no memory: steps of lr_tau by sign.
-    grad_clip: bound of a temperature's gradient before Adam.
-    weighting: "released" divides each anchor's term by 2 tau_i; "rgcl" by 2, which is the gradient
-      of the robust objective. Published numbers are of the former, the default.
-    others: as in `fastclip_v0`, with eps in units of exp(b), the largest exponent met.
+    lr_tau: learning rate of the temperatures; a number, or a schedules.ramp. As in the release,
+      Adam's bias correction counts epochs, and its moments start in the second epoch: the steps of
+      the first epoch are lr_tau times the sign of the gradient.
+    b1: Adam's decay of the first moment.
+    b2: Adam's decay of the second moment.
+    eps_tau: Adam's eps.
+    grad_clip: bound of a temperature's gradient, before Adam.
+    weighting: "released" divides each anchor's term by 2 tau_i, "rgcl" by 2, which is the gradient
+      of the robust objective. The published results are those of "released", the default.
+    gamma: as in `fastclip_v0`.
+    gamma_schedule: as in `fastclip_v0`.
+    gamma_over: as in `fastclip_v0`.
+    eps: as in `fastclip_v0`, in units of exp(b), where b is the largest exponent so far.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, ids = jnp.eye(4), jnp.asarray([[0, 0], [0, 1], [0, 2], [0, 3]], jnp.uint32)
+    >>> batch, sizes = {"image_id": ids, "text_id": ids}, {"image": 4, "text": 4}
+    >>> metrics = apply_once(fastclip_v2(tau_init=0.5), {"zimg": z, "ztxt": z}, batch, sizes)
+    >>> round(float(metrics["objective"]), 3)  # 1 / 2 * 2 tau * (-1 / tau + rho)
+    2.5
   """
   checks.known("config.loss.fastclip_v2.weighting", weighting, WEIGHTINGS)
   checks.above_zero("config.loss.fastclip_v2", tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
@@ -147,44 +210,44 @@ def fastclip_v2(
 
   def init(sizes):
     fills = dict(log_u=-math.inf, b=0.0, tau=tau_init, m=0.0, v=0.0)
-    return {}, gcl.remember(sizes, **fills)
+    return {}, gcl.make_tables(sizes, **fills)
 
   def moved(context, old, log_den, pull):
-    """The next moments and temperature of each anchor."""
+    """The next moments and temperature of each anchor [B]."""
     q = jnp.clip(log_den + robust(context) - pull / old["tau"], -grad_clip, grad_clip)
-    visits = jnp.floor(context.epochs).astype(q.dtype) + 1
-    beta1, beta2 = (jnp.where(visits > 1, b, 0.0).astype(q.dtype) for b in (b1, b2))
+    epoch = jnp.floor(context.epochs).astype(q.dtype) + 1
+    beta1, beta2 = (jnp.where(epoch > 1, b, 0.0).astype(q.dtype) for b in (b1, b2))
     m, v = beta1 * old["m"] + (1 - beta1) * q, beta2 * old["v"] + (1 - beta2) * q**2
-    mhat, vhat = m / (1 - beta1**visits), v / (1 - beta2**visits)
+    mhat, vhat = m / (1 - beta1**epoch), v / (1 - beta2**epoch)
     tau = old["tau"] - rate(context) * mhat / (jnp.sqrt(vhat) + eps_tau)
     return {"m": m, "v": v, "tau": jnp.clip(tau, tau_min, tau_max)}
 
-  def visited(weight, old, log_g, top):
-    fresh = _lost(old["log_u"] - old["b"])
+  def updated(weight, old, log_g, top):
+    fresh = _must_restart(old["log_u"] - old["b"])
     b = jnp.maximum(old["b"], top)
     return {"log_u": gcl.average(old["log_u"], log_g, weight, fresh), "b": b}
 
   def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     weight = averaged(context)
-    old = gcl.recall(state, batch)
+    old = gcl.read_tables(state, batch)
     taus = gcl.each(lambda x: x["tau"], old)
     log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
-    now = gcl.each(functools.partial(visited, weight), old, log_g, top)
+    now = gcl.each(functools.partial(updated, weight), old, log_g, top)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x["b"]), now)
     pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
     steps = gcl.each(functools.partial(moved, context), old, log_den, jax.lax.stop_gradient(pulls))
-    state, _ = gcl.update(state, batch, gcl.each(lambda a, b: a | b, now, steps))
+    state, _ = gcl.write_tables(state, batch, gcl.each(lambda a, b: a | b, now, steps))
     divisors = taus if weighting == "released" else gcl.each(jnp.ones_like, taus)
     surrogate = gcl.both(gcl.each(lambda pull, by: pull / (2 * by), pulls, divisors))
     loss = gcl.both(gcl.mass(log_g, log_den))
     objective = gcl.both(gcl.each(lambda t, d: t * (d + robust(context)), taus, log_den)) / 2
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
     logs |= {"loss": loss, "objective": objective, "gamma": weight}
-    logs["finite_state"] = gcl.sound(now, steps)
+    logs["finite_state"] = gcl.is_finite(now, steps)
     return gcl.with_slope(loss, surrogate), (state, logs)
 
-  return Loss(frozenset({"ids"}), init, apply)
+  return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
 
 
 def _one_temperature(
@@ -195,39 +258,48 @@ def _one_temperature(
   robust: Any = None,
   slow_below: float = 0.0,
 ) -> Loss:
-  """v0, v1 and v3. gradient: (tau, sums over both sides of means) -> d / dt, None: tau is constant.
-  robust: (context) -> rho (v3). slow_below: where tau moves a third as far."""
+  """FastCLIP v0, v1 and v3.
+
+  Args:
+    tau_init: first temperature.
+    gradient: (tau, sums) -> the gradient of "t"; None: tau is constant. sums: "h", "log_u",
+      "log_den" and, for v3, "rho": means over images plus means over texts.
+    averaged: (context) -> the weight of the new value in the moving average.
+    eps: added to u.
+    robust: (context) -> rho, for v3.
+    slow_below: at and below this temperature, its updates are divided by 3.
+  """
 
   def init(sizes):
     params = {} if gradient is None else {"t": jnp.asarray(-math.log(tau_init), jnp.float32)}
-    return params, gcl.remember(sizes, log_u=-math.inf)
+    return params, gcl.make_tables(sizes, log_u=-math.inf)
 
   def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     tau = jnp.exp(-jax.lax.stop_gradient(params["t"])) if params else jnp.asarray(tau_init, float)
     weight = averaged(context)
-    old = gcl.each(lambda x: x["log_u"], gcl.recall(state, batch))
+    old = gcl.each(lambda x: x["log_u"], gcl.read_tables(state, batch))
     taus = gcl.each(lambda x: jnp.full_like(x, tau), old)
     log_g, _ = gcl.means(zimg, ztxt, taus, engine=context.engine)
-    log_u = gcl.each(lambda u, g: gcl.average(u, g, weight, _lost(u)), old, log_g)
-    state, _ = gcl.update(state, batch, gcl.each(lambda u: {"log_u": u}, log_u))
+    log_u = gcl.each(lambda u, g: gcl.average(u, g, weight, _must_restart(u)), old, log_g)
+    state, _ = gcl.write_tables(state, batch, gcl.each(lambda u: {"log_u": u}, log_u))
     log_den = gcl.each(lambda u: gcl.with_eps(u, eps), log_u)
     pull = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
-    found = {
+    sums = {
       "h": jax.lax.stop_gradient(pull) / tau,
       "log_u": gcl.both(log_u),
       "log_den": gcl.both(log_den),
     }
     loss = gcl.both(gcl.mass(log_g, log_den))
-    objective = found["log_den"] / 2
+    objective = sums["log_den"] / 2
     surrogate = pull / (2 * tau) if robust is None else pull / 2
     if robust is not None:
-      rho = found["rho"] = robust(context)
-      loss, objective = tau * (loss + rho + found["log_u"] / 2), tau * (objective + rho)
+      rho = sums["rho"] = robust(context)
+      loss, objective = tau * (loss + rho + sums["log_u"] / 2), tau * (objective + rho)
     if gradient is not None:
-      surrogate += gradient(tau, found) * params["t"]
+      surrogate += gradient(tau, sums) * params["t"]
     logs = {"loss": loss, "objective": objective, "gamma": weight, "logit_scale": 1 / tau}
-    logs["finite_state"] = gcl.sound(log_u)
+    logs["finite_state"] = gcl.is_finite(log_u)
     return gcl.with_slope(loss, surrogate), (state, logs)
 
   def constrain(params, before):
@@ -238,7 +310,7 @@ def _one_temperature(
     step = jnp.where(before["t"] >= -math.log(slow_below), step / 3, step) if slow_below else step
     return {"t": jnp.clip(before["t"] + step, 0.0, math.log(100))}
 
-  return Loss(frozenset({"ids"}), init, apply, constrain)
+  return Loss(frozenset({"ids"}), init, apply, constrain, per_sample_state=True)
 
 
 def _schedule(name: str, schedule: str, end: float, over: int | str) -> Any:
@@ -250,6 +322,6 @@ def _schedule(name: str, schedule: str, end: float, over: int | str) -> Any:
   return lambda context: schedules.gamma(schedule, end, length, context)
 
 
-def _lost(log_u: jax.Array) -> jax.Array:
-  """Never visited, too small to tell, or not finite: u starts again from g."""
+def _must_restart(log_u: jax.Array) -> jax.Array:
+  """[B] bool: u is new, too small to represent, or not finite, and must restart from g."""
   return ~((log_u >= LOG_TINY) & (log_u < jnp.inf))

@@ -1,12 +1,12 @@
-"""The machinery that SogCLR, iSogCLR and FastCLIP share.
+"""What SogCLR, iSogCLR and FastCLIP share: global contrast by moving averages per sample.
 
-An anchor i of one modality and its candidates k of the other have A_ik = S_ik - S_ii. Its
-g_i = mean over k != i of exp(A_ik / tau_i) is averaged over the visits of its sample,
-u <- (1 - gamma) u + gamma g, and the features follow the gradient of g_i / (u_i + eps): candidate k
-weighs w_ik = exp(A_ik / tau_i) / (u_i + eps). All of it in logarithms: float32 cannot hold
-exp(1 / tau).
+An anchor i of one modality and its candidates k of the other have A_ik = S_ik - S_ii, for cosines
+S. The anchor's g_i = mean over k != i of exp(A_ik / tau_i) enters a moving average each time its
+sample is in a batch: u <- (1 - gamma) u + gamma g. The features get the gradient of
+g_i / (u_i + eps), in which candidate k has the weight w_ik = exp(A_ik / tau_i) / (u_i + eps). All
+of this is computed in logarithms: float32 cannot represent exp(1 / tau).
 
-Both modalities are anchors; what is kept of them is {"img": ..., "txt": ...}, arrays [B].
+Images and texts are both anchors; their values are {"img": [B], "txt": [B]}.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bigalign.losses.per_sample import tables
 
 Anchors = dict[str, jax.Array]  # "img", "txt": [B]
 IDS = {"img": "image", "txt": "text"}
-FIXED = frozenset({"scale", "log_den"})  # of the rows and columns: no gradient
+FIXED = frozenset({"scale", "log_den"})  # row and column arrays without a gradient
 
 
 def each(function: Callable[..., Any], *anchors: Mapping[str, Any]) -> dict[str, Any]:
-  """`function` of the image anchors and of the text anchors."""
+  """Applies `function` to the image anchors and to the text anchors."""
   return {side: function(*(x[side] for x in anchors)) for side in IDS}
 
 
@@ -38,38 +38,45 @@ def both(anchors: Anchors) -> jax.Array:
   return anchors["img"].mean() + anchors["txt"].mean()
 
 
-def remember(sizes: Mapping[str, int], **fills: float) -> dict[str, Any]:
-  """A table of each name for the images' ids and one for the texts'."""
+def make_tables(sizes: Mapping[str, int], **fills: float) -> dict[str, Any]:
+  """{side: {name: table}}: a table filled with each number, for images and for texts."""
   return {
     side: {name: tables.make(sizes[ids], fill) for name, fill in fills.items()}
     for side, ids in IDS.items()
   }
 
 
-def recall(state: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> dict[str, Any]:
-  """{side: {name: [B]}}: what is remembered of the batch."""
+def read_tables(state: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> dict[str, Any]:
+  """{side: {name: [B]}}: the rows of the batch."""
   return {side: tables.read(state[side], batch[f"{ids}_id"]) for side, ids in IDS.items()}
 
 
-def update(
+def write_tables(
   state: Mapping[str, Any], batch: Mapping[str, jax.Array], values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Remembers {side: {name: [B]}}; returns the state and what now stands under each id."""
-  done = {
+  """Writes {side: {name: [B]}}; returns the state and the values that each id now has."""
+  written = {
     side: tables.write(state[side], batch[f"{ids}_id"], values[side]) for side, ids in IDS.items()
   }
-  return each(lambda x: x[0], done), each(lambda x: x[1], done)
+  return each(lambda x: x[0], written), each(lambda x: x[1], written)
 
 
-def sound(*remembered: Mapping[str, Any]) -> jax.Array:
-  """[] bool: nothing of {side: {name: [B]}} is NaN or above all numbers; log u may be -inf."""
-  return jnp.stack([jnp.all(x < jnp.inf) for x in jax.tree.leaves(remembered)]).all()
+def is_finite(*values: Mapping[str, Any]) -> jax.Array:
+  """[] bool: no value of {side: {name: [B]}} is NaN or +inf; log u may be -inf."""
+  return jnp.stack([jnp.all(x < jnp.inf) for x in jax.tree.leaves(values)]).all()
 
 
 def means(
   zimg: jax.Array, ztxt: jax.Array, tau: Anchors, *, engine: Engine
 ) -> tuple[Anchors, Anchors]:
-  """log g and the largest exponent of each anchor; not differentiated."""
+  """log g and the largest exponent of each anchor, without a gradient.
+
+  Args:
+    zimg: [B, E], unit norm.
+    ztxt: [B, E], unit norm.
+    tau: temperatures of the anchors.
+    engine: forms the logits.
+  """
   zimg, ztxt = jax.lax.stop_gradient((zimg, ztxt))
 
   def tile(row, col, shared):
@@ -78,17 +85,17 @@ def means(
     img, txt = (jnp.where(other, x, -jnp.inf) for x in (scale_img * img, scale_txt * txt))
     return {"img": img, "txt": txt, "img_top": img, "txt_top": txt}
 
-  found = engine.reduce(
+  reduced = engine.reduce(
     tile,
     *_rows_and_columns(zimg, ztxt, tau, engine=engine),
     outputs=dict(img="row_lse", txt="col_lse", img_top="row_max", txt_top="col_max"),
   )
   others = math.log(len(zimg) - 1)
-  return {k: found[k] - others for k in IDS}, {k: found[f"{k}_top"] for k in IDS}
+  return {k: reduced[k] - others for k in IDS}, {k: reduced[f"{k}_top"] for k in IDS}
 
 
 def average(log_u: jax.Array, log_g: jax.Array, gamma: Any, fresh: jax.Array | None) -> jax.Array:
-  """log((1 - gamma) u + gamma g), and log g where `fresh`."""
+  """[B]: log((1 - gamma) u + gamma g), and log g where `fresh` [B] bool."""
   new = jnp.logaddexp(jnp.log1p(-gamma) + log_u, jnp.log(gamma) + log_g)
   return new if fresh is None else jnp.where(fresh, log_g, new)
 
@@ -99,7 +106,7 @@ def with_eps(log_u: jax.Array, eps: float, b: jax.Array | float = 0.0) -> jax.Ar
 
 
 def with_slope(value: jax.Array, surrogate: jax.Array) -> jax.Array:
-  """[]: worth `value`, with the gradient of `surrogate`."""
+  """[]: the value of `value`, with the gradient of `surrogate`."""
   return jax.lax.stop_gradient(value) + (surrogate - jax.lax.stop_gradient(surrogate))
 
 
@@ -117,18 +124,26 @@ def weighted(
   *,
   engine: Engine,
 ) -> Anchors:
-  """[B] per anchor: sum over k of w_ik A_ik / (B - 1), where w is constant.
+  """[B] per anchor: sum over k of w_ik A_ik / (B - 1), with no gradient through w.
 
-  A mean of it is a surrogate whose gradient is that of tau_i g_i / exp(log_den_i).
+  Its mean is a surrogate whose gradient is that of tau_i g_i / exp(log_den_i).
+
+  Args:
+    zimg: [B, E], unit norm.
+    ztxt: [B, E], unit norm.
+    tau: temperatures of the anchors.
+    log_den: log of the denominators u + eps.
+    log_g: from `means`.
+    engine: forms the logits.
   """
-  found = engine.reduce(
+  sums = engine.reduce(
     functools.partial(_pull, engine),
     *_rows_and_columns(zimg, ztxt, tau, log_den, engine=engine),
     outputs=dict(img="row_sum", txt="col_sum"),
     fixed=FIXED,
   )
   others = len(zimg) - 1
-  return each(lambda x, base: x / others + base, found, _bases(tau, log_den, log_g))
+  return each(lambda x, base: x / others + base, sums, _bases(tau, log_den, log_g))
 
 
 def weighted_both(
@@ -140,7 +155,7 @@ def weighted_both(
   *,
   engine: Engine,
 ) -> jax.Array:
-  """[]: `both(weighted(...))`, in one pass over the products less."""
+  """[]: `both(weighted(...))`, with one pass over the products less."""
   b = len(zimg)
   sums = engine.total(
     functools.partial(_pull, engine),
@@ -151,8 +166,11 @@ def weighted_both(
 
 
 def _bases(tau: Anchors, log_den: Anchors, log_g: Anchors) -> Anchors:
-  """What `_pull` leaves out: its exponents are relative to log_den. An error of the weights is then
-  not multiplied by exponents of a hundred."""
+  """[B] per anchor: the part of `weighted` that `_pull` leaves out.
+
+  The exponents of `_pull` are relative to log_den, so that an error of the weights is not
+  multiplied by exponents of a hundred.
+  """
   return each(lambda t, den, m: t * den * m, tau, log_den, mass(log_g, log_den))
 
 
@@ -161,7 +179,8 @@ def _pull(engine: Engine, row: Any, col: Any, shared: Any) -> dict[str, jax.Arra
 
   def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array) -> jax.Array:
     exponent = scale * a - log_den
-    # Of unlike samples with one id, the losers' weights are relative to the winner's u.
+    # If different samples have one id, u is that of the last one, and weights of the others can be
+    # large.
     w = jnp.where(other, jnp.exp(jnp.minimum(exponent, _largest(exponent.dtype))), 0)
     return jax.lax.stop_gradient(w / scale) * exponent
 
@@ -178,7 +197,7 @@ def _largest(dtype: Any) -> float:
 
 
 def _differences(row: Any, col: Any, engine: Engine) -> tuple[jax.Array, jax.Array]:
-  """A of a tile's images and of its texts."""
+  """A [n, m] of a tile's images and of its texts."""
   z = engine.products(row["z"], col["z"])
   return z - row["positive"][:, None], z - col["positive"][None, :]
 

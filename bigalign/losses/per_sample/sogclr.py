@@ -1,4 +1,4 @@
-"""SogCLR and iSogCLR: softmax contrast against all samples, by moving averages."""
+"""SogCLR and iSogCLR: softmax contrast against all samples of the data, by moving averages."""
 
 from __future__ import annotations
 
@@ -29,41 +29,50 @@ def sogclr(
   variant: str = "paper",
   eps: float | None = None,
 ) -> Loss:
-  """Global contrastive loss for small batches: https://arxiv.org/abs/2202.12387.
+  """Global contrastive loss for small batches: SogCLR, https://arxiv.org/abs/2202.12387.
 
-  tau (log u_i + log u_j) is the objective, logged as "objective"; "loss" is the value the released
-  code prints, sum of w A over both sides, a surrogate that says little about progress.
+  The objective is tau times the mean of log u over images plus that over texts, logged as
+  "objective". "loss" is the value that the released code prints, the sum of w A over both sides, a
+  surrogate that says little about progress.
 
   Args:
     tau: temperature, constant. 0.01 is the bimodal script's; the class of the release has 0.07.
-    gamma: weight of the new value in the moving average of u; 1 forgets the past. 0.8 is the
+    gamma: weight of the new value in the moving average of u; 1 ignores earlier values. 0.8 is the
       bimodal script's; the class has 0.1.
-    variant: "paper": negatives are the others, and a sample's first visit sets u = g. "released",
-      as the authors' bimodal code does: the positive stays in the sum (its mask is made and never
-      used), and u starts at 0, which makes first weights 1 / gamma too large. We default to the
-      paper, whose gradient with gamma = 1 is exactly the objective's.
-    eps: guards the division, in units of exp(b), the largest exponent met, which is then also
-      remembered, a float per sample. None: 0 for "paper", 1e-10 for "released".
+    variant: "paper": negatives are the other samples, and u = g the first time a sample is in a
+      batch. "released": as in the authors' bimodal code, the positive stays in the sum (its mask is
+      computed but not used), and u starts at 0, which makes the first weights too large by
+      1 / gamma. The default is the paper, whose gradient with gamma = 1 is that of the objective.
+    eps: added to u, in units of exp(b), where b is the largest exponent so far, one more float per
+      sample. None: 0 for "paper", 1e-10 for "released".
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, ids = jnp.eye(4), jnp.asarray([[0, 0], [0, 1], [0, 2], [0, 3]], jnp.uint32)
+    >>> batch, sizes = {"image_id": ids, "text_id": ids}, {"image": 4, "text": 4}
+    >>> metrics = apply_once(sogclr(tau=0.5), {"zimg": z, "ztxt": z}, batch, sizes)
+    >>> round(float(metrics["objective"]), 3)  # 2 tau log(exp(-1 / tau))
+    -2.0
   """
   eps = _checked("sogclr", variant, gamma, eps)
   checks.above_zero("config.loss.sogclr", tau=tau)
 
   def init(sizes):
-    return {}, gcl.remember(sizes, log_u=-math.inf, **({"b": 0.0} if eps else {}))
+    return {}, gcl.make_tables(sizes, log_u=-math.inf, **({"b": 0.0} if eps else {}))
 
   def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
-    old = gcl.recall(state, batch)
+    old = gcl.read_tables(state, batch)
     taus = gcl.each(lambda x: jnp.full_like(x["log_u"], tau), old)
     log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
-    state, now = _visit(state, batch, old, log_g, top, gamma, variant)
+    state, now = _update(state, batch, old, log_g, top, gamma, variant)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
     loss = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
     objective = tau * gcl.both(gcl.each(lambda x: x["log_u"], now))
-    logs = {"loss": loss, "objective": objective, "finite_state": gcl.sound(now)}
+    logs = {"loss": loss, "objective": objective, "finite_state": gcl.is_finite(now)}
     return loss, (state, logs)
 
-  return Loss(frozenset({"ids"}), init, apply)
+  return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
 
 
 def isogclr(
@@ -83,24 +92,38 @@ def isogclr(
   variant: str = "paper",
   eps: float | None = None,
 ) -> Loss:
-  """SogCLR with a learned temperature per sample: https://arxiv.org/abs/2305.11965.
+  """SogCLR with a learned temperature per sample: iSogCLR, https://arxiv.org/abs/2305.11965.
 
-  "objective" is the mean of tau_i (log u_i + rho) over images plus that over texts; "loss" as in
-  `sogclr`. The temperatures are state, not parameters: each visit of a sample moves its own.
+  "objective" is the mean of tau_i (log u_i + rho) over images plus that over texts; "loss" is that
+  of `sogclr`. The temperatures are state, not parameters: a sample's temperature changes each time
+  it is in a batch.
 
   Args:
-    tau_init, tau_min, tau_max: first temperature of every sample and its bounds; the script's (the
-      class of the release begins at 0.07).
-    rho: how far from uniform the weights of the negatives may be; larger keeps tau smaller. 6 is
-      the script's; the command line's default is 8, the class's 0.1. A number, or a
+    tau_init: first temperature of every sample; the script's. The class of the release has 0.07.
+    tau_min: lower bound of the temperatures.
+    tau_max: upper bound of the temperatures.
+    rho: how far from uniform the weights of the negatives may be; a larger one keeps tau smaller. 6
+      is the script's; the command line's default is 8, the class's 0.1. A number, or a
       schedules.ramp.
-    gamma, variant, eps: as in `sogclr`.
-    eta, eta_min, eta_schedule, eta_over, eta_decay: step size of the temperatures; "constant",
-      "cosine" or "exponential", see schedules.eta. `eta_over` is a duration, by default all of the
-      training ("cosine") or an epoch ("exponential"). 0.03 is the script's, 1e-3 the command
-      line's.
-    beta: weight of the *new* gradient in a temperature's momentum, contrary to custom.
+    gamma: as in `sogclr`.
+    eta: first step size of the temperatures. 0.03 is the script's, 1e-3 the command line's.
+    eta_min: last step size, for the schedules that change it.
+    eta_schedule: "constant", "cosine" or "exponential", see schedules.eta.
+    eta_over: duration of the schedule; None: the whole training ("cosine") or one epoch
+      ("exponential").
+    eta_decay: factor of the exponential schedule.
+    beta: weight of the *new* gradient in a temperature's momentum, unlike the usual convention.
     grad_clip: bound of a temperature's gradient.
+    variant: as in `sogclr`.
+    eps: as in `sogclr`.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, ids = jnp.eye(4), jnp.asarray([[0, 0], [0, 1], [0, 2], [0, 3]], jnp.uint32)
+    >>> batch, sizes = {"image_id": ids, "text_id": ids}, {"image": 4, "text": 4}
+    >>> metrics = apply_once(isogclr(tau_init=0.5), {"zimg": z, "ztxt": z}, batch, sizes)
+    >>> round(float(metrics["objective"]), 3)  # 2 tau (log(exp(-1 / tau)) + rho)
+    4.0
   """
   eps = _checked("isogclr", variant, gamma, eps)
   where = "config.loss.isogclr"
@@ -112,10 +135,10 @@ def isogclr(
 
   def init(sizes):
     fills = {"b": 0.0} if eps else {}
-    return {}, gcl.remember(sizes, log_u=-math.inf, tau=tau_init, m=0.0, **fills)
+    return {}, gcl.make_tables(sizes, log_u=-math.inf, tau=tau_init, m=0.0, **fills)
 
   def moved(rate, rho, old, log_u, pull):
-    """The next momentum and temperature of each anchor."""
+    """The next momentum and temperature of each anchor [B]."""
     q = jnp.clip(log_u + rho - pull / old["tau"], -grad_clip, grad_clip)
     m = (1 - beta) * old["m"] + beta * q
     return {"m": m, "tau": jnp.clip(old["tau"] - rate * m, tau_min, tau_max)}
@@ -123,36 +146,44 @@ def isogclr(
   def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     rate = schedules.eta(eta_schedule, eta, eta_min, over, eta_decay, context)
-    old = gcl.recall(state, batch)
+    old = gcl.read_tables(state, batch)
     taus = gcl.each(lambda x: x["tau"], old)
     log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
-    state, now = _visit(state, batch, old, log_g, top, gamma, variant)
+    state, now = _update(state, batch, old, log_g, top, gamma, variant)
     log_u = gcl.each(lambda x: x["log_u"], now)
     log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
     pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
     step = functools.partial(moved, rate, robust(context))
     new = gcl.each(step, old, log_u, jax.lax.stop_gradient(pulls))
-    state, _ = gcl.update(state, batch, new)
+    state, _ = gcl.write_tables(state, batch, new)
     loss = gcl.both(pulls)
     objective = gcl.both(gcl.each(lambda t, u: t * (u + robust(context)), taus, log_u))
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
-    logs["finite_state"] = gcl.sound(now, new)
+    logs["finite_state"] = gcl.is_finite(now, new)
     return loss, (state, {"loss": loss, "objective": objective, "eta": rate, **logs})
 
-  return Loss(frozenset({"ids"}), init, apply)
+  return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
 
 
 def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
   """SogCLR between two views of a sample: https://arxiv.org/abs/2202.12387.
 
-  The views are what the two towers give, here one modality: an anchor's negatives are the other
-  samples in both views, 2 (B - 1) of them, and the views share one u, keyed by image_id. "loss" is
-  in units of similarity, not divided by tau.
+  The views are the outputs of the two towers, here of one modality. An anchor's negatives are the
+  other samples in both views, 2 (B - 1) of them. The two views share one u, found by image_id.
+  "loss" is in units of similarity: it is not divided by tau.
 
   Args:
     tau: temperature, constant.
-    gamma: weight of the new value in the moving average of u; tune it in 0.1 to 0.99. A batch of
-      which nothing has been seen before uses 1.
+    gamma: weight of the new value in the moving average of u; tune it between 0.1 and 0.99. It is 1
+      for a batch in which every sample is new.
+
+  Example:
+    >>> from bigalign.losses import apply_once
+    >>> z, ids = jnp.eye(4), jnp.asarray([[0, 0], [0, 1], [0, 2], [0, 3]], jnp.uint32)
+    >>> batch = {"image_id": ids}
+    >>> metrics = apply_once(sogclr_unimodal(), {"zimg": z, "ztxt": z}, batch, {"image": 4})
+    >>> round(float(metrics["loss"]), 3)
+    -2.0
   """
   checks.above_zero("config.loss.sogclr_unimodal", tau=tau)
   checks.above_zero("config.loss.sogclr_unimodal", most=1.0, gamma=gamma)
@@ -191,17 +222,17 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
     loss = pull - 2 * engine.paired(x, y).mean()
     return loss, (state, {"loss": loss})
 
-  return Loss(frozenset({"ids"}), init, apply)
+  return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
 
 
 def _view_products(row: Any, col: Any, engine: Engine) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Between the views, and within each."""
+  """[n, m] each: the products between the views, and within each view."""
   xy, xx, yy = (engine.products(row[a], col[b]) for a, b in ("xy", "xx", "yy"))
   return xy, xx, yy
 
 
 def _view_means(x: jax.Array, y: jax.Array, tau: float, engine: Engine) -> dict[str, jax.Array]:
-  """log g of the anchors of each view; not differentiated."""
+  """{"x": [B], "y": [B]}: log g of the anchors of each view, without a gradient."""
   views = jax.lax.stop_gradient({"x": x, "y": y})
 
   def tile(row, col, shared):
@@ -209,18 +240,18 @@ def _view_means(x: jax.Array, y: jax.Array, tau: float, engine: Engine) -> dict[
     xy, xx, yy = (jnp.where(other, s / tau, -jnp.inf) for s in _view_products(row, col, engine))
     return {"xy": xy, "yx": xy, "xx": xx, "yy": yy}
 
-  found = engine.reduce(
+  lse = engine.reduce(
     tile, views, views, outputs=dict(xy="row_lse", yx="col_lse", xx="row_lse", yy="row_lse")
   )
   others = math.log(2 * (len(x) - 1))
   return {
-    "x": jnp.logaddexp(found["xy"], found["xx"]) - others,
-    "y": jnp.logaddexp(found["yx"], found["yy"]) - others,
+    "x": jnp.logaddexp(lse["xy"], lse["xx"]) - others,
+    "y": jnp.logaddexp(lse["yx"], lse["yy"]) - others,
   }
 
 
 def _checked(name: str, variant: str, gamma: float, eps: float | None) -> float:
-  """The variant's eps, or the given one."""
+  """Checks options that two losses share; returns eps, by default that of the variant."""
   checks.known(f"config.loss.{name}.variant", variant, VARIANTS)
   checks.above_zero(f"config.loss.{name}", most=1.0, gamma=gamma)
   if eps is None:
@@ -228,7 +259,7 @@ def _checked(name: str, variant: str, gamma: float, eps: float | None) -> float:
   return eps
 
 
-def _visit(
+def _update(
   state: Any,
   batch: Mapping[str, jax.Array],
   old: Any,
@@ -237,11 +268,15 @@ def _visit(
   gamma: float,
   variant: str,
 ) -> tuple[Any, Any]:
-  """Averages the batch into u, and into b where there is one; returns the state and what every
-  occurrence of an id sees from then on, that of its last."""
+  """Updates u, and b if there is one, with the batch.
+
+  Returns:
+    The state, and the values {side: {name: [B]}} that each id now has: if an id occurs several
+    times, those of its last occurrence.
+  """
   positive = -math.log(len(log_g["img"]) - 1)  # log of exp(0) / (B - 1)
 
-  def visited(old, log_g, top):
+  def updated(old, log_g, top):
     if variant == "released":
       new = {"log_u": gcl.average(old["log_u"], jnp.logaddexp(log_g, positive), gamma, None)}
     else:
@@ -249,4 +284,4 @@ def _visit(
       new = {"log_u": gcl.average(old["log_u"], log_g, gamma, fresh)}
     return new | ({"b": jnp.maximum(old["b"], top)} if "b" in old else {})
 
-  return gcl.update(state, batch, gcl.each(visited, old, log_g, top))
+  return gcl.write_tables(state, batch, gcl.each(updated, old, log_g, top))
