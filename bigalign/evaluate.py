@@ -28,11 +28,12 @@ from bigalign.state import restore_params
 
 
 class Run(NamedTuple):
-  """A run as it stood at one step, on this machine's mesh.
+  """A run at one step, on this machine's mesh.
 
-  config: as it was trained. meta: what stands beside the checkpoint (revision, versions,
-  samples_seen, dataset_size ...). params: all parameters by path. ema: the same with the running
-  averages, empty if the run has none. embed: embed_image and embed_text, jitted.
+  workdir: its local folder. step: of the checkpoint. config: as it was trained. meta: the JSON of
+  the checkpoint (revision, versions, samples_seen, dataset_size ...). params: all parameters by
+  path. ema: the same with running averages, empty if the run has none. embed: embed_image and
+  embed_text, jitted.
   """
 
   workdir: pathlib.Path
@@ -102,8 +103,9 @@ def evaluate(run: Run, evals: Mapping[str, Any]) -> dict[str, float]:
 def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
   """The name and the evaluator's options of a CLIP_benchmark webdataset folder.
 
-  Its shards lie in the folder or in `test` within; classnames.txt and
-  zeroshot_classification_templates.txt beside them or one level up. Without templates: ours.
+  The shards are in the folder or in its subfolder `test`; classnames.txt and
+  zeroshot_classification_templates.txt are next to them or one level up. Without templates, our own
+  are used.
 
   Raises:
     FileNotFoundError: if there is no folder, no shard or no classnames.txt.
@@ -111,12 +113,12 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
   given = pathlib.Path(folder).expanduser().absolute()
   shards = given if any(given.glob("*.tar")) else given / "test"
   pattern = str(shards / "*.tar")
-  expand_shards(pattern)  # says what is wrong with a folder without shards
+  expand_shards(pattern)  # raises for a folder without shards
 
-  def beside(name: str) -> list[pathlib.Path]:
+  def find(name: str) -> list[pathlib.Path]:
     return [path / name for path in (shards, shards.parent) if (path / name).is_file()]
 
-  classnames, templates = beside("classnames.txt"), beside("zeroshot_classification_templates.txt")
+  classnames, templates = find("classnames.txt"), find("zeroshot_classification_templates.txt")
   if not classnames:
     raise FileNotFoundError(
       f"neither {shards} nor {shards.parent} holds a classnames.txt: one name per line, in the"
@@ -129,7 +131,7 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
 
 
 def table(metrics: Mapping[str, float]) -> rich.table.Table:
-  """The metrics with what guessing would score."""
+  """The metrics next to their chance level."""
   guess = chance({name.removeprefix("ema/"): value for name, value in metrics.items()})
   rows = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   rows.add_column("metric")
@@ -137,8 +139,8 @@ def table(metrics: Mapping[str, float]) -> rich.table.Table:
   rows.add_column("chance", justify="right", style="dim")
   for name, value in metrics.items():
     shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
-    beside = guess.get(name.removeprefix("ema/"))
-    rows.add_row(name, shown, "" if beside is None else f"{beside:.4f}")
+    by_chance = guess.get(name.removeprefix("ema/"))
+    rows.add_row(name, shown, "" if by_chance is None else f"{by_chance:.4f}")
   return rows
 
 
@@ -146,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   """The program; returns the metrics that it prints and writes."""
   parser = argparse.ArgumentParser(
     prog="bigalign evaluate",
-    description="Runs the evaluators of a run's config on one of its checkpoints, or, if any are"
-    " given, those asked for here.",
+    description="Runs the evaluators of a run's config on one of its checkpoints, or those given by"
+    " --retrieval and --zeroshot.",
   )
   parser.add_argument("run", help="the --workdir of a training run")
   parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
@@ -164,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     help="folder of a CLIP_benchmark dataset: shards, classnames.txt"
     " and zeroshot_classification_templates.txt",
   )
-  parser.add_argument("--json", metavar="FILE", help="write the metrics there too")
+  parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
   args = parser.parse_args(argv)
   runtime.setup()
   runtime.connect()

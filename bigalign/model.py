@@ -1,4 +1,4 @@
-"""Two towers, two projectors, unit norm."""
+"""The dual encoder: two towers, two projectors, unit norm."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PIXELS = {
 # How a config names a projector; its input width comes from the tower, its output width from E.
 PROJECTOR = Choose(PROJECTORS, fixed=("dim", "parent", "name"), default="linear")
 
-# What DualEncoder returns to the losses; mask_txt too where the text tower masks padding.
+# What DualEncoder returns to the losses, and mask_txt if the text tower masks padding.
 FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
 
 
 def provided(batch: Iterable[str]) -> set[str]:
-  """Fields of a batch -> those, and the features that a model makes of them."""
+  """The fields of a batch and the features that a model computes from them, for check_needs."""
   fields = {*batch, *FEATURES}
   return fields | {"ztxt_second"} if "text_second" in fields else fields
 
@@ -42,11 +42,18 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 class DualEncoder(nn.Module):
-  """An image tower and a text tower that meet on the unit sphere.
+  """An image tower and a text tower whose projectors map to one unit sphere.
 
-  Where a method takes images or texts it also takes floating-point vectors: what the tower would
-  make of them, from an embedding store, pooled [B, D], or with its tokens [B, 1 + T, D], as
-  `with_tokens_image` and `with_tokens_text` give them. Only the projector is left to do then.
+  Each method that takes images or texts also takes floating-point vectors: the output of the tower
+  from an embedding store, pooled [B, D] or with tokens [B, 1 + T, D], as `with_tokens_image` and
+  `with_tokens_text` compute it. Then only the projector is applied.
+
+  Args:
+    image_tower: [B, H, W, 3] -> TowerOutput.
+    text_tower: [B, L] ids -> TowerOutput.
+    image_projector: TowerOutput -> [B, E].
+    text_projector: TowerOutput -> [B, E].
+    pixels: a key of PIXELS.
   """
 
   image_tower: nn.Module
@@ -63,9 +70,18 @@ class DualEncoder(nn.Module):
     train: bool = False,
     second: tuple[jax.Array, jax.Array] | None = None,
   ) -> dict[str, jax.Array]:
-    """What losses read: zimg, ztxt [B, E]; raw_*, the same before the norm; tokens_*, mask_txt.
+    """The features that losses read.
 
-    With `second`, other texts [B, L] and their mask, also ztxt_second [B, E].
+    Args:
+      image: [B, H, W, 3] uint8.
+      text: [B, L] int32.
+      mask: [B, L] bool, True for a token that is not padding.
+      train: whether dropout is applied.
+      second: other texts [B, L] and their mask.
+
+    Returns:
+      zimg, ztxt [B, E], unit norm; raw_img, raw_txt [B, E], before the norm; tokens_img and
+      tokens_txt; mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`.
     """
     raw_img, img = self._image(image, train)
     raw_txt, txt = self._text(text, mask, train)
@@ -92,11 +108,11 @@ class DualEncoder(nn.Module):
     return unit(self._text(text, mask, train)[0])
 
   def pooled_image(self, image: jax.Array) -> jax.Array:
-    """[B, H, W, 3] uint8 -> [B, D], what the projector gets; float32."""
+    """[B, H, W, 3] uint8 -> [B, D], the input of the projector, float32."""
     return self._image_tower(image, False).pooled.astype(jnp.float32)
 
   def pooled_text(self, text: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """[B, L] int32, mask [B, L] bool -> [B, D], what the projector gets; float32."""
+    """[B, L] int32, mask [B, L] bool -> [B, D], the input of the projector, float32."""
     return self._text_tower(text, mask, False).pooled.astype(jnp.float32)
 
   def with_tokens_image(self, image: jax.Array) -> jax.Array:
@@ -145,12 +161,12 @@ def _rows(out: TowerOutput) -> jax.Array:
 
 
 def _stored(vectors: jax.Array) -> TowerOutput:
-  """What a store holds as a tower's output: [B, D] without tokens, or [B, 1 + T, D] with them."""
+  """Stored vectors as a tower's output: [B, D] without tokens, or [B, 1 + T, D] with them."""
   vectors = sharding.constrain_batch(vectors)
   if vectors.ndim == 2:
     return TowerOutput(vectors, vectors[:, None][:, :0])
   tokens = vectors[:, 1:]
-  # No token of a tower is zero throughout: its last layer is a norm.
+  # A tower's last layer is a norm, so a token that is all zeros is padding.
   return TowerOutput(vectors[:, 0], tokens, (tokens != 0).any(-1))
 
 

@@ -1,10 +1,10 @@
-"""A dataset through frozen towers, over the whole mesh, into embedding stores.
+"""Embeds a dataset with frozen towers, over the whole mesh, into embedding stores.
 
   bigalign embed --config=configs/photos_frozen.py --out=stores/photos
   bigalign train --config=configs/photos_frozen.py --config.data.stores.image=stores/photos/image …
 
-What config.model's towers make of config.data, without augmentation, goes into OUT/image and
-OUT/text: what their projectors would get. The same command goes on after a kill; with another
+OUT/image and OUT/text hold the pooled outputs of config.model's towers on config.data, without
+augmentation: the inputs of the projectors. The same command resumes after a kill; with another
 source it appends.
 """
 
@@ -42,15 +42,15 @@ from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.provenance import check_hosts_agree
 
 SIDES = ("image", "text")
-BATCHES = 4  # of a piece, which is what a kill can cost
-PIECES = 4096  # of a source at most; those of a larger one have more batches
+BATCHES = 4  # per piece; a kill loses at most one piece
+PIECES = 4096  # per source at most; the pieces of larger sources have more batches
 
 
 class _Rows(NamedTuple):
-  """What a process has of a piece: rows, the id of each one's sample and its place in the source.
+  """The rows of a piece that one process computed.
 
-  vectors [N, D], or [N, 1 + T, D] with tokens.
-  labels [N], of images.
+  vectors: [N, D], or [N, 1 + T, D] with tokens. samples: [N, 2] uint64, the id of each row's sample
+  and its position in the source. labels: [N], of images.
   """
 
   vectors: np.ndarray
@@ -118,7 +118,7 @@ def embed(
         batches=per_piece,
         write=jax.process_index() == 0,
       )
-    check_hosts_agree({"what is there": ranges})
+    check_hosts_agree({"existing rows": ranges})
     multihost_utils.sync_global_devices("claimed")
     if any(not found.done for found in ranges.values()):
       _fill(
@@ -134,7 +134,7 @@ def embed(
     for side, folder in folders.items():
       if jax.process_index() == 0:
         writer.finish(folder, captions=side == "text")
-    multihost_utils.sync_global_devices("stores are whole")
+    multihost_utils.sync_global_devices("stores are complete")
   return folders
 
 
@@ -180,7 +180,7 @@ def _fill(
       wanted = [side for side in folders if piece >= ranges[side].next]
       found, left_out = _piece(batches, number, towers, wanted, rows, batch_size)
       for side, made in found.items():
-        with np.errstate(over="ignore"):  # of float16, what is beyond 65,504 is left out
+        with np.errstate(over="ignore"):  # vectors beyond float16's 65,504 are left out
           vectors = made.vectors.astype(reader.DTYPES[towers.headers[side]["dtype"]])
         sound = reader.finite(vectors)
         reasons = left_out | ({} if sound.all() else {"not_finite": int((~sound).sum())})
@@ -196,11 +196,14 @@ def _fill(
           parts=jax.process_count(),
           left_out=reasons,
         )
+      rate = number * batch_size / (time.perf_counter() - begin)
       logging.info(
-        "Piece %d: %d batches to go, %.0f images/s",
+        "Piece %d: %d %s left, %.0f images/s, about %.0f min",
         piece,
         left,
-        number * batch_size / (time.perf_counter() - begin),
+        "batch" if left == 1 else "batches",
+        rate,
+        left * batch_size / rate / 60,
       )
 
 
@@ -212,7 +215,7 @@ def _piece(
   rows: np.ndarray,
   batch_size: int,
 ) -> tuple[dict[str, _Rows], dict[str, int]]:
-  """The rows of this process of the next `number` batches, and what was left out of them."""
+  """This process's rows of the next `number` batches, and {reason: samples left out}."""
   images: list[_Rows] = []
   texts: list[dict[str, np.ndarray]] = []
   samples: list[np.ndarray] = []
@@ -258,7 +261,7 @@ def _joined(words: np.ndarray) -> np.ndarray:
 def _texts(
   every: Mapping[str, np.ndarray], towers: Towers, rows: np.ndarray, batch_size: int
 ) -> np.ndarray:
-  """[N, L] -> [N, D] or [N, 1 + L, D]; processes with fewer texts than others fill up."""
+  """[N, L] -> [N, D] or [N, 1 + L, D]; processes with fewer texts than others pad."""
   count, own = len(every["text"]), len(rows)
   longest = int(np.max(multihost_utils.process_allgather(np.int32(-(-count // own)))))
   made = []
@@ -276,15 +279,15 @@ def _texts(
 
 
 def verify(folder: str | pathlib.Path) -> bool:
-  """Prints what is wrong with a store; whether nothing is."""
+  """Prints the errors of a store; returns whether there are none."""
   found = reader.Store(folder)
   wrong = list(found.verify())
-  print("\n".join(wrong) or f"{folder}: {len(found)} rows, all as they were written")
+  print("\n".join(wrong) or f"{folder}: {len(found)} rows, all checksums match")
   return not wrong
 
 
 def main(argv: Sequence[str]) -> None:
-  """What runs once absl has read the flags."""
+  """The program, once absl has read the flags."""
   values = flags.FLAGS
   if len(argv) > 1:
     raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
@@ -318,10 +321,10 @@ def run() -> None:
   """The program `bigalign embed`."""
   define_flags()
   flags.DEFINE_string("out", None, "Folder of the stores, OUT/image and OUT/text.", required=True)
-  flags.DEFINE_list("towers", list(SIDES), "Which: image, text.")
-  flags.DEFINE_bool("verify", False, "Only read what is in OUT, and compare it with its sums.")
-  flags.DEFINE_integer("batch_size", 256, "Images, or texts, at a time over all devices.")
-  flags.DEFINE_enum("dtype", "float16", list(reader.DTYPES), "Of the vectors.")
-  flags.DEFINE_bool("projected", False, "Behind the projectors, in the space of both sides.")
-  flags.DEFINE_bool("tokens", False, "Each token too, for projectors that read them.")
+  flags.DEFINE_list("towers", list(SIDES), "Which towers: image, text.")
+  flags.DEFINE_bool("verify", False, "Only check the stores in OUT against their checksums.")
+  flags.DEFINE_integer("batch_size", 256, "Images or texts per batch, over all devices.")
+  flags.DEFINE_enum("dtype", "float16", list(reader.DTYPES), "dtype of the vectors.")
+  flags.DEFINE_bool("projected", False, "After the projectors, in the shared space.")
+  flags.DEFINE_bool("tokens", False, "Also store every token, for projectors that read tokens.")
   app.run(main, flags_parser=parse_flags)

@@ -1,6 +1,6 @@
-"""The train step of a config compiled for a pod that nobody holds: does it fit, and what it moves.
+"""Compiles the train step of a config for a TPU slice: does it fit, and what it communicates.
 
-Shapes stand for all arrays, so that nothing is read but the config, and nothing is allocated.
+Everything is computed from shapes: only the config is read, and no array is allocated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOO_MUCH = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 
 
 class Step(NamedTuple):
-  """A train step to compile: traced, with the shapes and places of its arguments."""
+  """A traced train step, with the shapes and shardings of its arguments."""
 
   traced: Any
   program: Program
@@ -42,7 +42,7 @@ class Step(NamedTuple):
 
 
 def trace(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> Step:
-  """The step of a config for a topology; arguments and errors as of `measure`."""
+  """Traces the step of a config for a topology; arguments and errors as of `measure`."""
   config = resolve_config(values, files_needed=False)
   checks.choose(chips.CHIPS, chips.kind(topology), "--topology")
   runtime.set_libtpu_flags(chips.kind(topology))
@@ -70,7 +70,7 @@ def trace(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> S
 
 
 def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> dict[str, Any]:
-  """What the step of a config needs on each device of a topology; bytes, and plain numbers.
+  """What the step of a config needs on each device of a topology.
 
   Args:
     values: a config as `bigalign train` takes it, in plain values.
@@ -79,12 +79,13 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
     stage: which of the config's stages; the last is the config itself.
 
   Returns:
-    "fits"; if not, "required_bytes_per_chip" and "available_bytes_per_chip", where the compiler
-    tells them. If it fits, "peak_bytes_per_chip", "memory_bytes_per_chip" by kind and what moves.
+    {name: number}, and "fits". If it does not fit, "required_bytes_per_chip" and
+    "available_bytes_per_chip", if the compiler reports them. If it fits, "peak_bytes_per_chip",
+    "memory_bytes_per_chip" by kind, memory traffic and collectives.
 
   Raises:
-    ValueError: for a mesh that is not the topology, a batch that does not divide over it, an
-      unknown topology; each says what would work.
+    ValueError: for a mesh that does not fit the topology, a batch that does not divide over it, or
+      an unknown topology; the message names what would work.
   """
   step = trace(values, topology, samples=samples, stage=stage)
   program, mesh, config = step.program, step.mesh, step.stage.config
@@ -134,7 +135,7 @@ def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
 
 
 def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
-  """Shapes of a global batch; of vectors, as wide as the towers make them, if there are stores."""
+  """Shapes of a global batch; stored vectors are as wide as the towers' outputs."""
   spec = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
   stored = config.data.stores.sides
   if not stored:
@@ -159,7 +160,7 @@ def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
 
 
 def _not_checked(program: Program, config: Config) -> str:
-  """What only a machine with the files can check: whether the tokenizer fits the text tower."""
+  """Why it could not be checked that the tokenizer fits the text tower; "" if it was checked."""
   try:
     inputs.check_tokenizer(program.model.text_tower, config.data)
   except (OSError, KeyError, ImportError) as error:
@@ -168,7 +169,7 @@ def _not_checked(program: Program, config: Config) -> str:
 
 
 def _required(error: str) -> dict[str, Any]:
-  """What the compiler says that it would need, and has."""
+  """The memory that the compiler asks for and has, from its error message."""
   said = _TOO_MUCH.search(error)
   sizes = said.groups() if said else ()
   required, available = (
@@ -184,7 +185,7 @@ def _required(error: str) -> dict[str, Any]:
 
 
 def _held(step: Step, memory: Any = None) -> dict[str, Any]:
-  """Bytes of one device by what they are for; with `memory` also those of the compiled program."""
+  """Bytes of one device by kind; with `memory`, also those of the compiled program."""
 
   def size(arrays: Any) -> int:
     return sum(
@@ -201,7 +202,7 @@ def _held(step: Step, memory: Any = None) -> dict[str, Any]:
   }
   if memory is None:
     return {"memory_bytes_per_chip": kinds}
-  # Not memory.peak_memory_in_bytes, which counts what lies in the chip's own small memory too.
+  # Not memory.peak_memory_in_bytes, which also counts the chip's small on-chip memory.
   kinds["layout"] = memory.argument_size_in_bytes - sum(kinds.values())
   kinds["activations"] = memory.temp_size_in_bytes
   kinds["results"] = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -220,7 +221,7 @@ def _moved(text: str) -> dict[str, Any]:
 
 
 def _loss(config: Config, step: Step) -> dict[str, Any]:
-  """Temporaries of the losses when they are compiled alone: what of a step's they can explain."""
+  """Temporaries of each loss compiled alone: how much of the step's they can explain."""
   engine, sizes = step.program.logits, step.program.sizes
   alone = [
     loss_costs.measure(

@@ -1,4 +1,4 @@
-"""One page of a run, with pictures, that needs no network: bigalign report runs/quickstart."""
+"""Writes a self-contained HTML page of a run: bigalign report runs/quickstart."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from bigalign.run import runtime
 from bigalign.run.metrics import read_metrics
 
 FILE = "report.html"
-SAMPLES = 512  # held-out pairs that are embedded for the pictures
+SAMPLES = 512  # held-out pairs that are embedded for the figures
 
 
 class _Picked:
-  """Some samples of a source, with one caption each: its first, or the name of its class."""
+  """Some samples of a source with one caption each: the first, or the name of the class."""
 
   def __init__(self, source: Any, indices: np.ndarray):
     self._source, self._indices = source, indices
@@ -50,7 +50,11 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
   default = config.data.caption_fields
   for name, evaluator in config.evals.items():
     if evaluator.name == "glyphs":
-      return f"glyphs:{evaluator.option('split')}", None, "characters that training shows in no font"
+      return (
+        f"glyphs:{evaluator.option('split')}",
+        None,
+        "characters that training shows in no font",
+      )
     if evaluator.name == "retrieval":
       fields = evaluator.option("fields") or default
       return evaluator.option("source"), fields, f"held-out samples of config.evals.{name}"
@@ -86,7 +90,7 @@ def embed_pairs(run: Run) -> Pairs:
 
 
 def page(run: Run, rows: Rows, pairs: Pairs) -> str:
-  """The whole page; nothing in it points outside."""
+  """The HTML of the page, which loads nothing from elsewhere."""
   values = html.final(rows)
   guess = chance(values)
   body = "\n".join(
@@ -113,7 +117,7 @@ def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.P
   """Writes workdir/report.html and returns its path.
 
   Raises:
-    FileNotFoundError: if the folder is no run, or has no such checkpoint or no metrics.jsonl.
+    FileNotFoundError: if the folder is not a run, or has no such checkpoint or no metrics.jsonl.
   """
   run = open_run(workdir, step)
   rows = [row for row in read_metrics(run.workdir) if row["step"] <= run.step]
@@ -125,7 +129,7 @@ def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.P
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """The program; prints the path of the page."""
   parser = argparse.ArgumentParser(
-    prog="bigalign report", description="Makes one HTML page of a run, which needs no network."
+    prog="bigalign report", description="Writes a self-contained HTML page of a run."
   )
   parser.add_argument("run", help="the --workdir of a training run")
   parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
