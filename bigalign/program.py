@@ -127,7 +127,7 @@ def stage_program(program: Program, stage: stages.Stage, mesh: jax.sharding.Mesh
   """
   with stages.named(stage):
     sharding.host_rows(mesh, stage.batch_size)
-    gradcache.check(mesh, stage.batch_size, stage.config.microbatches)
+    gradcache.check_microbatches(mesh, stage.batch_size, stage.config.microbatches)
     if stage.where == "config":
       return program
     model = stage.config.model.build()
@@ -220,7 +220,7 @@ def state_shardings(
     frozen={path: shardings[path] for path in state.frozen},
     ema={path: shardings[path] for path in state.ema},
     opt=sharding.shardings_like(state.opt, shardings, shapes),
-    loss=jax.tree.map(lambda x: tables.placed(x, mesh), state.loss),
+    loss=jax.tree.map(lambda x: tables.state_sharding(x, mesh), state.loss),
   )
 
 

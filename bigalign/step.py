@@ -17,7 +17,6 @@ from absl import logging
 from bigalign import gradcache, losses, sharding, tree
 from bigalign.data.samples.rejects import REASONS
 from bigalign.losses import PROVIDES, Context, Loss, diagnostics
-from bigalign.losses.per_sample import tables
 from bigalign.model import without_remat
 from bigalign.program import Program, compute_dtype
 from bigalign.run import flops
@@ -79,6 +78,7 @@ def train_step(
   grad_norm = optax.tree.norm(grads)
   updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
   trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state)
+  # Not optax.incremental_update, which adds in the other order: other bits than earlier runs have.
   ema = {
     path: program.ema * old + (1 - program.ema) * trainable[path] for path, old in state.ema.items()
   }
@@ -96,10 +96,10 @@ def train_step(
   def keep(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(all_finite, a, b), new, old)
 
-  def keep_small(new: jax.Array, old: jax.Array) -> jax.Array:
+  def keep_small(is_table: bool, new: jax.Array, old: jax.Array) -> jax.Array:
     # A table is updated in place: selecting between two would need memory for both. After a step
     # that is not finite the run stops and resumes from a checkpoint, so this table is never read.
-    return new if tables.is_table(new) else keep(new, old)
+    return new if is_table else keep(new, old)
 
   next_state = State(
     step=state.step + 1,
@@ -107,7 +107,9 @@ def train_step(
     frozen=state.frozen,
     ema=keep(ema, state.ema),
     opt=keep(opt, state.opt),
-    loss=jax.tree.map(keep_small, loss_state, state.loss),
+    loss=jax.tree.map(
+      keep_small, losses.table_mask(program.loss, state.loss), loss_state, state.loss
+    ),
   )
 
   # --- what is reported
@@ -143,7 +145,7 @@ def diagnose(
 ) -> dict[str, jax.Array]:
   """losses.diagnostics.diagnose of a global batch; arguments as of train_step."""
   context, dropout_key = _context(program, state, position)
-  feats = gradcache.embedded(
+  feats = gradcache.embed_batch(
     functools.partial(features, program, state),
     state.trainable,
     _inputs(program, batch),

@@ -33,7 +33,7 @@ from bigalign.data.sources.mixture import names
 from bigalign.evals import Evaluator, make_evaluators
 from bigalign.frozen.towers import check_stores
 from bigalign.inputs import Inputs, check_stages, open_data, staged_batches
-from bigalign.losses import check_ids, check_needs, remembers
+from bigalign.losses import check_ids, check_needs, has_tables
 from bigalign.model import provided
 from bigalign.options import plain, without_defaults
 from bigalign.program import (
@@ -241,7 +241,7 @@ def loop(run: Run) -> State:
   """Updates the state up to the last step; returns and raises as `train`."""
   config, state, step, samples_seen = run.config, run.state, run.step, run.samples_seen
   program, dataset_size, total_steps = run.programs[-1], len(run.inputs.source), run.total_steps
-  has_sample_state = remembers(program.loss, program.sizes)
+  has_sample_state = has_tables(program.loss)
   diagnose_fns = [jax.jit(functools.partial(diagnose, program=p)) for p in run.programs]
   compiled: dict[int, CompiledStep] = {}  # of each stage that is left
   watched: list[Watched] = []  # of the steps since the last fetch
