@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
-from bigalign.losses.albef import albef_itc
+from bigalign.losses.albef import albef_itc, whole_batches
 from bigalign.losses.base import (
   Context,
   Loss,
@@ -38,6 +38,7 @@ from bigalign.losses.unicl import unicl
 from bigalign.options import Choose, Component, resolve_value
 
 __all__ = [
+  "BATCH_OPTIONS",
   "LOSSES",
   "PROVIDES",
   "Context",
@@ -82,6 +83,10 @@ LOSSES = dict(
   sparc=sparc,
   unicl=unicl,
 )
+
+# Options of losses whose default does not fit every batch size, for tools that apply them at any:
+# (batch size) -> options.
+BATCH_OPTIONS = dict(albef_itc=whole_batches)
 
 # What a loss may need -> the features or fields of the batch that provide it.
 PROVIDES = dict(
@@ -186,8 +191,8 @@ def summary(
   needs = [f"{need} ({', '.join(PROVIDES[need])})" for need in sorted(loss.needs)]
   mask = jax.tree.leaves(table_mask(loss, state))
   arrays = jax.tree.leaves(state)
-  of_samples = sum(x.nbytes for x, is_table in zip(arrays, mask) if is_table)
-  others = sum(x.nbytes for x, is_table in zip(arrays, mask) if not is_table)
+  of_samples = sum(x.size * x.dtype.itemsize for x, is_table in zip(arrays, mask) if is_table)
+  others = sum(x.size * x.dtype.itemsize for x, is_table in zip(arrays, mask) if not is_table)
   parts = [
     f"Loss: {terms}",
     f"Extra inputs: {', '.join(needs) or 'none'}",
