@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.shipped import load
 
-from bigalign import config as configs
 from bigalign import evaluate, sharding
+from bigalign.config import resolve_config
 from bigalign.evals.chance import chance
 from bigalign.report import figures, main, sections
 from bigalign.report.sections import Pairs
@@ -55,8 +56,15 @@ def parse(text):
   return page
 
 
-def make_run(tmp_path, **config):
-  config = {"loss": {"clip": {"weight": 1.0}}, "data": {"source": EVIL}, "evals": {}, **config}
+def make_config(**changes):
+  """configs/tiny.py without evaluators, with changes."""
+  values = load("tiny").to_dict()
+  data = values["data"] | changes.pop("data", {})
+  return resolve_config(values | {"evals": {}, "data": data} | changes)
+
+
+def make_run(tmp_path, **changes):
+  config = make_config(loss={"clip": {"weight": 1.0}}, **{"data": {"source": EVIL}, **changes})
   versions = {"bigalign": "0.1", "jax": "1"}
   meta = dict(samples_seen=2560, revision="abc", data="f00", versions=versions)
   params = {"model/x": jnp.zeros((3, 4))}
@@ -201,7 +209,7 @@ def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
     tmp_path, data=data, evals={"val": dict(type="retrieval", source="here", fields=["a"])}
   )._replace(mesh=mesh, embed=embed)
   pairs = main.embed_pairs(run)
-  assert asked == [("here", ["a"])]
+  assert asked == [("here", ("a",))]
   kept = [i for i in range(30) if i != 4]
   np.testing.assert_array_equal(pairs.zimg[:, 0], kept)
   np.testing.assert_array_equal(pairs.images[:, 0, 0, 0], kept)
@@ -220,7 +228,8 @@ def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
   ],
 )
 def test_held_out_samples_are_those_of_the_evaluators(evals, source):
-  config = configs.plain(dict(evals=evals, data=dict(source="train")))
+  changes = {} if evals is None else {"evals": evals}
+  config = make_config(data=dict(source="train"), **changes)
   assert main.held_out(config)[0] == source
 
 
