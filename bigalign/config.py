@@ -1,8 +1,8 @@
 """The options of a training run, and how a config becomes them.
 
 A config is a readable file of plain values (configs/*.py, a ConfigDict). `resolve_config` turns it
-into a frozen `Config` once, with every default filled in and every value checked; after that
-nobody reads the plain values. config.json of a run holds the resolved options.
+into a frozen `Config` once, with every default filled in and every value checked; nothing reads the
+plain values after that. config.json of a run holds the resolved options.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def make_evaluators(
   mesh: Mesh,
   data: DataOptions,
 ) -> dict[str, Evaluator]:
-  """{name: run} of config.evals. Opens the sources, so that a missing file is an error at the start.
+  """{name: run} of config.evals. Opens the sources, so a missing file is an error at the start.
 
   Args:
     evals: {name: options, type among them}, in plain values or resolved.

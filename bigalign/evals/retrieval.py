@@ -122,7 +122,7 @@ def retrieval(
 
   Returns:
     run(params) -> {metric: value}. When samples were left out, because they were rejected or
-    have no caption, "rejected" is among them and the log tells why.
+    have no caption, "rejected" is among them and the log gives the reasons.
   """
   data = open_data(context, source, batch_size=batch_size, captions=captions, fields=fields)
   embed = embedder(context, data)
@@ -139,7 +139,7 @@ def retrieval(
     if not found:
       raise ValueError(
         f"config.evals.{context.name}.source={source!r}: none of the {samples} samples can be used;"
-        " the log tells why they were rejected"
+        " the log gives the reasons"
       )
     metrics = {
       **recalls("image_to_text", texts[texts > 0]),

@@ -218,7 +218,7 @@ def zeroshot(
     samples = int(hits.top1.count)
     if not samples:
       raise ValueError(
-        f"{where}.source={source!r}: all {rejected} samples are rejected; the log tells why"
+        f"{where}.source={source!r}: all {rejected} samples are rejected; the log gives the reasons"
       )
     values = {name: float(value) for name, value in hits.compute().items()}
     unlabelled = int(hits.unlabelled.total)

@@ -73,7 +73,7 @@ def compare(
     raise ValueError(f"{pairs!r}: {len(pairs)} samples are too few to hold out {heldout} of them")
   for folder, sums in ((image, total["fit"].xx), (text, total["fit"].yy)):
     if not np.isfinite(sums).all():
-      raise ValueError(f"{folder} holds NaN or infinity; `bigalign embed --verify` tells where")
+      raise ValueError(f"{folder} holds NaN or infinity; find them with `bigalign embed --verify`")
   for folder, spread, mean in zip((image, text), total["fit"].covariances, total["fit"].means):
     if np.trace(spread) <= 1e-9 * (mean @ mean):
       raise ValueError(f"{folder}: all vectors are the same, so there is nothing to compare")

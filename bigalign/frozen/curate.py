@@ -162,7 +162,7 @@ def curate(
     if not store.header.get("projected"):
       raise ValueError(
         f"{store.folder} holds what a tower makes, before its projector; images and"
-        " captions meet behind it: embed with --projected"
+        " captions share a space after it: embed with --projected"
       )
   middles = prototypes(images, shots=shots)
   best = Best(len(middles), keep)

@@ -1,4 +1,4 @@
-"""Frozen towers: ready to embed, and what tells their vectors from those of others."""
+"""Frozen towers: load them to embed, and identify their vectors in stores."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _SAME = ("remat", "scan", "attention", "init", "fresh", "drop")  # do not change
 class Towers(NamedTuple):
   """The frozen towers of a config, ready to embed.
 
-  run: {side: (input arrays) -> [B, D] float32, or [B, 1 + T, D] with tokens}.
-  headers: {side: what tells its vectors apart}.
+  mesh: the mesh. run: {side: (input arrays) -> [B, D] float32, or [B, 1 + T, D] with tokens}.
+  headers: {side: header of its store, which identifies tower, parameters and preprocessing}.
   """
 
   mesh: jax.sharding.Mesh
@@ -65,18 +65,18 @@ def load_towers(
     raise ValueError("--projected and --tokens: a projector makes one vector of all tokens")
   program = make_program(config, dataset_size=dataset_size)
   mesh = sharding.make_mesh()
-  shapes, placed = layout(program, mesh, config.rules)
-  abstract, places = ({**x.trainable, **x.frozen} for x in (shapes, placed))
-  loaded = load(values, abstract, places)
+  state_shapes, state_shardings = layout(program, mesh, config.rules)
+  shapes, shardings = ({**x.trainable, **x.frozen} for x in (state_shapes, state_shardings))
+  loaded = load(values, shapes, shardings)
   run, headers = {}, {}
   for side in sides:
     parts = (f"model/{side}_tower/", f"model/{side}_projector/")[: 1 + projected]
-    paths = [path for path in abstract if path.startswith(parts)]
+    paths = [path for path in shapes if path.startswith(parts)]
     new = [path for path in paths if path not in loaded]
     if new or not paths:
       raise ValueError(
         f"config.model.{side}: {len(new)} of its {len(paths)} arrays come from no checkpoint"
-        f" ({', '.join(new[:3])} …), and a tower that nobody trained makes no useful vectors; name"
+        f" ({', '.join(new[:3])} …), so its vectors would be random; name"
         f" a checkpoint in config.model.{side}.init, or leave it out with --towers"
       )
     params = {path: loaded[path].astype(compute_dtype(program.model, path)) for path in paths}
@@ -101,8 +101,8 @@ def _runner(
   @functools.partial(jax.jit, out_shardings=rows)
   def apply(params: Any, *inputs: jax.Array) -> jax.Array:
     variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
-    found: jax.Array = model.apply(variables, *inputs, method=method)
-    return found
+    vectors: jax.Array = model.apply(variables, *inputs, method=method)
+    return vectors
 
   return functools.partial(apply, dict(params))
 

@@ -80,7 +80,7 @@ def embed_pairs(run: Run) -> Pairs:
   kept = np.flatnonzero(valid)
   if len(kept) < 2:
     raise ValueError(
-      f"{spec!r}: only {len(kept)} of {len(picked)} samples can be used; the log tells why"
+      f"{spec!r}: only {len(kept)} of {len(picked)} samples can be used; the log gives the reasons"
     )
   images = np.concatenate([batch["image"] for batch in batches])[kept]
   zimg = to_host(embedded.zimg).reshape(len(valid), -1)[kept]

@@ -1,4 +1,4 @@
-"""Batches of stored vectors: images and their captions, matched by id; functions of the step."""
+"""Batches of stored vectors: images and captions, matched by id; pure functions of the step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from bigalign.data.stores.reader import Store
 class Pairs:
   """The images of one store that have captions in another, in the order of the first.
 
-  least  share of the images that must have captions
-  second  another store of texts, or the same once more; an image needs captions in both
-  keep  .npy of sample ids, ascending, as `bigalign curate` writes: no others are taken
+  Args:
+    image: folder of the store of images.
+    text: folder of the store of captions.
+    second: folder of another store of captions, or of `text` once more; an image needs captions in
+      both. "" for none.
+    least: share of the images that must have captions.
+    keep: an .npy file of sample ids, ascending, as `bigalign curate` writes: only these are read.
 
   Raises:
-    ValueError: if fewer match, or none; says how many do.
+    ValueError: if fewer images match, or none; the message says how many do.
   """
 
   def __init__(
@@ -51,8 +55,8 @@ class Pairs:
     if matching < max(1, least * len(self.image)):
       raise ValueError(
         f"{matching} of the {len(self.image)} images in {self.image.folder} have captions"
-        f" in {' and '.join(str(store.folder) for store in texts)}, fewer than"
-        f" least={least} (config.data.stores.least) asks for: embed the same samples into each"
+        f" in {' and '.join(str(store.folder) for store in texts)}, fewer than the"
+        f" share config.data.stores.least={least}: embed the same samples into each"
       )
     if kept is not None and not len(self):
       raise ValueError(
@@ -91,20 +95,18 @@ def _ids(path: str) -> np.ndarray:
   ids: np.ndarray = np.load(name, mmap_mode="r", allow_pickle=False)
   if ids.dtype != np.uint64 or ids.ndim != 1 or not ids.size or (ids[1:] <= ids[:-1]).any():
     raise ValueError(
-      f"config.data.stores.keep={path!r}: {ids.dtype} {ids.shape}, where ids of"
-      " samples are uint64, one or more, ascending, each once; `bigalign curate`"
-      " writes them"
+      f"config.data.stores.keep={path!r}: {ids.dtype} {ids.shape}, but sample"
+      " ids are uint64, one or more, ascending, without repetition; `bigalign curate` writes them"
     )
   return ids
 
 
 def _found(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """As Store.find, of samples that must be there."""
+  """Store.find of samples that the store must have."""
   first, count = store.find(ids)
   if not count.all() or (store.samples(first)[:, 0] != ids).any():
     raise ValueError(
-      f"{store.folder} changed while it was read; `bigalign embed --verify` tells"
-      " whether it is whole"
+      f"{store.folder} changed while it was read; check it with `bigalign embed --verify`"
     )
   return first, count
 

@@ -211,7 +211,7 @@ class _TrainBatches(Decoded):
     self._captions, self._second_captions = data.first_columns, data.second_columns
     self._captions_per_image = data.captions_per_image
     self._next = max(data.workers, 1)  # a worker makes every workers-th batch
-    # Positions are int64; grain wants a length even of what does not end.
+    # Positions are int64; grain needs a length even for an endless dataset.
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
 
   def __len__(self) -> int:
@@ -231,23 +231,24 @@ class _TrainBatches(Decoded):
     labels = np.empty(b, np.int32)
     image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
     rejects = np.zeros((b, len(REASONS)), np.int32)
-    texts: list[Any] = []  # or numbers of rows, of stored ones
+    texts: list[Any] = []  # captions, or row numbers of stored captions
     seconds: list[Any] = []
     for r in range(b):
       position = int(positions[r])
       index, record, captions = self._usable(position, int(indices[r]), rejects=rejects[r])
       rng = philox(self._seed, position)
-      every = [text for column in captions.values() for text in column]
+      all_captions = [text for column in captions.values() for text in column]
       ordinal = choose(captions, self._captions, rng)
       images[r] = (
         record["image"] if self._images else self._data.training_view(record["image"], rng)
       )
-      texts.append(every[ordinal])
+      texts.append(all_captions[ordinal])
       if self._second_captions:
-        seconds.append(every[choose(captions, self._second_captions, rng, but=ordinal)])
+        second = choose(captions, self._second_captions, rng, but=ordinal)
+        seconds.append(all_captions[second])
       labels[r] = record["label"]
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
-    text, mask, mended = self._encoded(texts, self._texts)
+    text, mask, was_repaired = self._encode(texts, self._texts)
     batch = dict(
       image=self._images.read(images) if self._images else images,
       text=text,
@@ -256,20 +257,20 @@ class _TrainBatches(Decoded):
       text_id=words(text_ids),
       label=labels,
       rejects=rejects,
-      repaired=mended,
+      repaired=was_repaired,
       source=self._places.source_of(indices).astype(np.int32),
     )
     if self._second_captions:
-      batch["text_second"], batch["text_second_mask"], mended = self._encoded(
+      batch["text_second"], batch["text_second_mask"], was_repaired = self._encode(
         seconds, self._seconds
       )
-      batch["repaired"] += mended
+      batch["repaired"] += was_repaired
     return batch
 
-  def _encoded(
+  def _encode(
     self, texts: Sequence[Any], store: Store | None
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [b, L], or stored vectors [b, D]; their mask; which were repaired, [b]."""
+    """Token ids [b, L], or stored vectors [b, D]; their mask; 1 for a repaired caption, [b]."""
     if store is None:
       return *self._tokenizer.encode_batch(texts), repaired(texts)
     return (
@@ -282,23 +283,23 @@ class _TrainBatches(Decoded):
     return self._start + k * self._batch_size + self._rows
 
   def _prefetch(self, k: int, indices: np.ndarray) -> None:
-    """Begins to fetch this batch and the next one of this worker, whose waits decoding hides."""
+    """Starts fetching this batch and this worker's next one, so that I/O overlaps decoding."""
     if k + self._next < len(self):
       indices = np.append(indices, self._places(self._positions(k + self._next)))
-    # Workers whose number divides blocks.STEP_LANES have lanes of their own, others share them.
+    # If the number of workers divides blocks.STEP_LANES, each has lanes of its own.
     workers = math.gcd(self._next, blocks.STEP_LANES)
     self._places.prefetch(indices, share=len(self._rows) / self._batch_size / workers)
 
   def _usable(
     self, position: int, index: int, *, rejects: np.ndarray
   ) -> tuple[int, dict[str, Any], dict[str, tuple[str, ...]]]:
-    """The sample, or the first of its substitutes that can be used, and its captions by field."""
+    """(index, record, captions by field) of the sample, or of its first usable substitute."""
     for attempt in range(ATTEMPTS + 1):
       if attempt:
         index = self._places.substitute(position, attempt, index)
-      found = self._with_captions(index, rejects=rejects)
-      if found is not None:
-        return index, *found
+      sample = self._with_captions(index, rejects=rejects)
+      if sample is not None:
+        return index, *sample
       self._probe_shard(index)
     counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
     raise ValueError(
@@ -338,14 +339,16 @@ class _TrainBatches(Decoded):
     if not self._data.stop_at_bad_shard or size <= PROBES or shard in self._probed:
       return
     self._probed.add(shard)
-    aside = np.zeros(len(REASONS), np.int32)  # probes are no samples of the batch
+    reasons = np.zeros(len(REASONS), np.int32)  # of the probes, which are not in the batch
     others = [index - ordinal + (2 * i + 1) * size // (2 * PROBES) for i in range(PROBES)]
-    # In a view the samples of a shard lie elsewhere; most of what it left out would be bad too.
-    here = [0 <= i < len(self._source) and where(self._source, i)[0] == shard for i in others]
-    if all(here) and all(self._with_captions(other, rejects=aside) is None for other in others):
-      counts = {reason: int(n) for reason, n in zip(REASONS, aside) if n}
+    # A view has not all samples of a shard, and those that it left out are often bad too.
+    in_shard = [0 <= i < len(self._source) and where(self._source, i)[0] == shard for i in others]
+    if all(in_shard) and all(
+      self._with_captions(other, rejects=reasons) is None for other in others
+    ):
+      counts = {reason: int(n) for reason, n in zip(REASONS, reasons) if n}
       raise ValueError(
         f"{shard}: sample {ordinal} and {PROBES} others spread over its {size} cannot be used"
-        f" ({counts}), so the whole shard seems to be bad; mend it, leave it out, or set"
+        f" ({counts}), so the whole shard seems to be bad; repair it, leave it out, or set"
         " config.data.stop_at_bad_shard=False"
       )
