@@ -14,13 +14,14 @@ import pytest
 from helpers.shipped import ROOT, load
 from helpers.small_shards import samples, write_tar
 
-from bigalign import config, sharding, stages
-from bigalign import state as states
-from bigalign.data.loader import training
-from bigalign.data.sources.base import open_source
+from bigalign import sharding, stages, tree
+from bigalign.config import resolve_config
+from bigalign.inputs import open_data
 from bigalign.losses import check_needs
 from bigalign.model import provided
-from bigalign.step import seen, summary, train_step
+from bigalign.options import plain
+from bigalign.program import init_on_mesh, layout, make_program, stage_program
+from bigalign.step import data_position, summary, train_step
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Those that begin from checkpoints are run in test_init.py, with small ones, those that read stores
@@ -51,14 +52,14 @@ def test_says_what_a_run_is(name):
 @pytest.mark.parametrize("name", SCRATCH)
 def test_full_size_state(name):
   """Shapes and places of the whole state on two meshes of eight; no array is made."""
-  c = load(name).to_dict()
-  program = states.make_program(**c, dataset_size=10_000)
+  config = resolve_config(load(name))
+  program = make_program(config, dataset_size=10_000)
   for sizes in (dict(data=8), dict(data=2, fsdp=4)):
     mesh = sharding.make_mesh(**sizes)
-    shapes, placed = states.layout(program, mesh)
-    assert jax.tree.structure(shapes) == jax.tree.structure(placed)
-  for stage in stages.split(c)[:-1]:
-    summary(states.of_stage(program, stage, mesh), shapes)  # its batches fit the same parameters
+    shapes, shardings = layout(program, mesh)
+    assert jax.tree.structure(shapes) == jax.tree.structure(shardings)
+  for stage in stages.split(config)[:-1]:
+    summary(stage_program(program, stage, mesh), shapes)  # its batches fit the same parameters
   if name.endswith("_b16"):
     count = sum(x.size for x in {**shapes.trainable, **shapes.frozen}.values())
     assert 140e6 < count < 210e6, f"{count / 1e6:.0f} million parameters"
@@ -116,33 +117,33 @@ def test_one_real_step(name, tmp_path):
   """Data, augmentation, tokenizer, towers, loss and optimizer as shipped, but for REDUCED."""
   c = load(name).to_dict()
   small = reduced(c, tmp_path)
-  before, after = (states.tree.flatten(config.plain(x)) for x in (c, small))
+  before, after = (tree.flatten(plain(x)) for x in (c, small))
   changed = {k for k in {*before, *after} if before.get(k) != after.get(k)}
   assert {k for k in changed if not REDUCED.fullmatch(k)} == set()
 
-  source = open_source(small["data"]["source"], captions=small["data"].get("captions"))
-  program = states.make_program(**small, dataset_size=len(source))
+  # The number of worker processes has no influence on batches: test_pipeline.py.
+  small["data"]["workers"] = 0
+  config = resolve_config(small)
+  inputs = open_data(config.data)
+  dataset_size = len(inputs.source)
+  program = make_program(config, dataset_size=dataset_size)
   check_needs(program.loss, provided(program.spec))
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   rows = sharding.host_rows(mesh, 8)
-  options = {k: x for k, x in small["data"].items() if k not in ("source", "captions", "resize")}
-  # The number of worker processes has no influence on batches: test_pipeline.py.
-  batches = training.train_batches(
-    source, batch_size=8, rows=rows, seed=small["seed"], **{**options, "workers": 0}
-  )
+  batches = inputs.batches(batch_size=8, rows=rows, seed=config.seed, rejected_log="")
   host_batch = next(batches)
   batches.close()
   assert {k: (x.shape, x.dtype) for k, x in host_batch.items()} == {
     k: (shape, np.dtype(dtype)) for k, (shape, dtype) in program.spec.items()
   }
-  _, placed = states.layout(program, mesh, small.get("rules", sharding.RULES))
-  state = states.born(program, placed)
+  _, shardings = layout(program, mesh, config.rules)
+  state = init_on_mesh(program, shardings)
   with jax.set_mesh(mesh):
     batch = sharding.global_batch(mesh, host_batch, rows, 8)
-    after, metrics = jax.jit(functools.partial(train_step, program=program))(
-      state, batch, seen(0, len(source))
+    after, metrics, watched = jax.jit(functools.partial(train_step, program=program))(
+      state, batch, data_position(0, dataset_size)
     )
-  assert metrics["finite_loss"] and metrics["finite_grad_norm"] and metrics["loss"] > 0
+  assert watched.finite["loss"] and watched.finite["grad_norm"] and metrics["loss"] > 0
   still = [k for k, x in after.trainable.items() if np.array_equal(x, state.trainable[k])]
   # One batch does not reach every row of a bias behind a zero gradient, but most of them.
   assert len(still) < len(after.trainable) / 2, still

@@ -19,10 +19,9 @@ from absl import app
 from helpers import small_runs
 from helpers.shipped import load
 
-from bigalign import sharding
-from bigalign import train as program
-from bigalign.data.loader import training
-from bigalign.data.sources.base import open_source
+from bigalign import sharding, train
+from bigalign.data.loader.options import resolve_data
+from bigalign.inputs import open_data
 from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.metrics import read_metrics
 
@@ -37,7 +36,7 @@ def _mesh(shape):
 
 
 def _train(workdir, mesh, **changes):
-  program.train(workdir, **small_runs.config(mesh, **changes).to_dict())
+  train.train(small_runs.config(mesh, **changes), workdir)
   return small_runs.losses(workdir)
 
 
@@ -142,7 +141,7 @@ def _survive(tmp_path, words, workdir):
   assert said and "1" in said[1].split(", "), run.read(0)
   with small_runs.Run(tmp_path / "end", 4, *words) as run:
     run.ends()
-  assert f"Continue from step {saved}" in (tmp_path / "killed/0.log").read_text()
+  assert f"Resuming from step {saved}" in (tmp_path / "killed/0.log").read_text()
 
 
 def _assert_same_findings(found, wanted):
@@ -173,19 +172,12 @@ def _assert_same_findings(found, wanted):
 def _batches(mesh, steps=3):
   """[(sha256 of the global batch, whether each shard here holds its rows of it)] by step."""
   c = load("tiny")
-  source, size = open_source(c.data.source), 16
-  options = dict(
-    batch_size=size,
-    seed=c.seed,
-    image_size=c.data.image_size,
-    stop=steps * size,
-    tokenizer=c.data.tokenizer.to_dict(),
-    augment=c.data.augment.to_dict(),
-    workers=0,
-  )
+  c.data.workers = 0
+  inputs, size = open_data(resolve_data(c.data.to_dict())), 16
+  options = dict(batch_size=size, seed=c.seed, stop=steps * size, rejected_log="")
   rows = sharding.host_rows(mesh, size)
-  own = training.train_batches(source, rows=rows, **options)
-  every = training.train_batches(source, rows=np.arange(size), **options)
+  own = inputs.batches(rows=rows, **options)
+  every = inputs.batches(rows=np.arange(size), **options)
   found = []
   for mine, whole in zip(own, every, strict=True):
     placed = sharding.global_batch(mesh, mine, rows, size)
@@ -219,7 +211,7 @@ def _assert_batches_of_one(printed):
 
 
 def _main(argv):
-  small_runs.train(argv)
+  small_runs.main(argv)
   _print_batches()
 
 

@@ -18,15 +18,16 @@ from helpers.shipped import ROOT, load
 from helpers.small_shards import samples, write_tar
 from ml_collections import ConfigDict
 
-from bigalign import batches as batching
-from bigalign import config, evaluate, inputs, sharding, stages
-from bigalign import state as states
-from bigalign import train as program
-from bigalign.data.loader import training
+from bigalign import evaluate, sharding, stages, train
+from bigalign.config import resolve_config
+from bigalign.data.loader.options import resolve_data
+from bigalign.inputs import open_data, staged_batches
+from bigalign.options import plain
 from bigalign.plan import chips, main, table, topologies
+from bigalign.program import init_on_mesh, init_params, layout, make_program
 from bigalign.run import provenance
 from bigalign.run.metrics import is_wall_clock, read_metrics
-from bigalign.step import jitted, seen
+from bigalign.step import data_position, jitted
 from bigalign.towers.vit import VitOptions, resampled
 
 needs_libtpu = pytest.mark.skipif(
@@ -55,7 +56,7 @@ def tiny(**changes):
 def whole(tmp_path_factory):
   """The folder of a run that nothing disturbed, and its last state."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  return workdir, program.train(workdir, **tiny())
+  return workdir, train.train(tiny(), workdir)
 
 
 def exact(workdir):
@@ -73,35 +74,35 @@ def by_hand():
   small["data"] |= dict(image_size=16, tokenizer=dict(name="byte", length=12))
   small["model"]["image"]["patch_dropout"] = 0.5
   mesh = sharding.make_mesh()
-  source, reading = inputs.open_data(**c["data"])
-  last, first = (states.make_program(**x, dataset_size=len(source)) for x in (c, small))
+  c, small = resolve_config(c), resolve_config(small)
+  inputs = open_data(c.data)
+  size = len(inputs.source)
+  last, first = (make_program(x, dataset_size=size) for x in (c, small))
   tower = first.model.image_tower.clone(grid=(4, 4))  # 32 pixels in patches of 8
   first = dataclasses.replace(
     last, model=first.model.clone(image_tower=tower), spec=first.spec, microbatches=2
   )
-  _, placed = states.layout(last, mesh)
-  state, at, losses = states.born(last, placed), 0, []
-  for made, options, size in ((first, small, 32), (last, c, 16)):
-    update = jitted(made, placed, mesh)
-    how = {**reading, **{k: options["data"][k] for k in ("image_size", "tokenizer")}}
-    rows = np.arange(size)
+  _, shardings = layout(last, mesh)
+  state, start, losses = init_on_mesh(last, shardings), 0, []
+  for program, config in ((first, small), (last, c)):
+    update = jitted(program, shardings, mesh)
+    rows = np.arange(config.batch_size)
     for _ in range(2):
-      batches = training.train_batches(
-        source,
-        batch_size=size,
+      batches = inputs._replace(options=config.data).batches(
+        batch_size=config.batch_size,
         rows=rows,
-        seed=c["seed"],
-        start=at,
-        stop=at + size,
+        seed=c.seed,
+        start=start,
+        stop=start + config.batch_size,
         lane_rows=32,
-        **how,
+        rejected_log="",
       )
       with jax.set_mesh(mesh):
-        batch = sharding.global_batch(mesh, next(batches), rows, size)
-        state, metrics = update(state, batch, seen(at, len(source)))
+        batch = sharding.global_batch(mesh, next(batches), rows, config.batch_size)
+        state, metrics, _ = update(state, batch, data_position(start, size))
       batches.close()
       losses.append(float(metrics["loss"]))
-      at += size
+      start += config.batch_size
   return state, losses
 
 
@@ -120,7 +121,7 @@ def test_two_stages_are_two_programs_to_the_last_digit(whole):
   work = [row["perf/flops_per_step"] for row in rows]
   assert work[0] == work[1] != work[2] == work[3]
   run = evaluate.open_run(workdir)
-  assert run.step == 4 and run.config["data"]["image_size"] == 32
+  assert run.step == 4 and run.config.data.image_size == 32
   assert_same_bits(run.params, {**state.trainable, **state.frozen})
 
 
@@ -131,17 +132,17 @@ def test_resume_is_bitwise_and_compiles_no_stage_that_is_over(whole, step, tmp_p
   shutil.copytree(workdir, cut)
   for later in range(step + 1, 5):
     shutil.rmtree(cut / "checkpoints" / str(later))
-  compiled, build = [], program.build_stages
+  compiled, build = [], train.build_stages
 
-  def building(course, *rest):
-    compiled.extend(stage.number for stage in course)
+  def building(left, *rest):
+    compiled.extend(stage.number for stage in left)
     held = sum(x.nbytes for x in jax.live_arrays())
-    built = build(course, *rest)
+    built = build(left, *rest)
     assert sum(x.nbytes for x in jax.live_arrays()) == held  # of what is to come, shapes alone
     return built
 
-  monkeypatch.setattr(program, "build_stages", building)
-  assert_same_bits(state, program.train(cut, **tiny()))
+  monkeypatch.setattr(train, "build_stages", building)
+  assert_same_bits(state, train.train(tiny(), cut))
   assert exact(cut) == exact(workdir)
   assert compiled == ([0, 1] if step < 2 else [1])
 
@@ -162,11 +163,11 @@ def test_resume_of_what_pods_run_is_bitwise(tmp_path):
   for side in ("image", "text"):
     c["model"][side] |= dict(scan=True, remat="dots", dtype="bfloat16")
   c["data"]["workers"] = 2
-  state = program.train(tmp_path / "whole", **c)
+  state = train.train(c, tmp_path / "whole")
   assert [row["step"] for row in exact(tmp_path / "whole") if "train/loss" in row] == [3, 4]
   shutil.copytree(tmp_path / "whole", tmp_path / "cut")
   shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
-  assert_same_bits(state, program.train(tmp_path / "cut", **c))
+  assert_same_bits(state, train.train(c, tmp_path / "cut"))
   assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
 
 
@@ -181,54 +182,46 @@ def test_two_processes_learn_what_one_does(tmp_path):
   words = (f"--config={file}", "--workdir", tmp_path / "two")
   with small_runs.Run(tmp_path / "logs", 2, *words) as run:
     run.ends()
-  program.train(tmp_path / "one", **c.to_dict())
+  train.train(c, tmp_path / "one")
   two, one = (small_runs.losses(tmp_path / name) for name in ("two", "one"))
   assert len(set(one.values())) == 8
   np.testing.assert_allclose([*two.values()], [*one.values()], rtol=0, atol=1e-5)
 
 
+def resolved(**changes):
+  """100 updates of 10 pairs in one stage, with changes."""
+  return resolve_config(tiny(**{**dict(total_steps=100, batch_size=10, stages=()), **changes}))
+
+
 @pytest.mark.parametrize(
   "options",
   [
-    dict(shuffle=False, kind="exact"),
-    dict(kind="exact"),
-    dict(kind="block"),
+    dict(shuffle=False, order="exact"),
+    dict(order="exact"),
+    dict(order="block"),
   ],
   ids=str,
 )
 @pytest.mark.parametrize("step", [0, 1, 2, 3])
 def test_each_sample_is_seen_once_over_the_border(options, step, tmp_path):
   """2 batches of 6 and 3 of 4 of 24 samples, from any step on."""
-  source, reading = inputs.open_data(
+  data = dict(
     source=write_tar(tmp_path / "00000.tar", samples(0, 24)),
     image_size=16,
     tokenizer=dict(name="byte", length=8),
+    **options,
   )
-  course = stages.split(
-    dict(
-      total_steps="1 epochs",
-      batch_size=4,
-      data=dict(image_size=16, tokenizer=dict(length=8)),
-      stages=(dict(until="12 samples", batch_size=6, data=dict(image_size=8)),),
-    ),
-    dataset_size=24,
-  )
-  assert [(x.begin, x.end) for x in course] == [(0, 2), (2, 5)]
-  rows = [np.arange(x.batch_size) for x in course]
+  inputs = open_data(resolve_data(data))
+  first = dict(until="12 samples", batch_size=6, data=dict(image_size=8))
+  config = resolved(total_steps="1 epochs", batch_size=4, data=data, stages=(first,))
+  run_stages = stages.split(config, dataset_size=24)
+  assert [(x.begin, x.end) for x in run_stages] == [(0, 2), (2, 5)]
+  rows = [np.arange(x.batch_size) for x in run_stages]
 
   def run(step, start):
-    batches = batching.staged_batches(
-      [
-        stage._replace(
-          config={
-            **stage.config,
-            "data": {**stage.config["data"], "tokenizer": dict(name="byte", length=8)},
-          }
-        )
-        for stage in course
-      ],
-      source,
-      {**reading, **options},
+    batches = staged_batches(
+      run_stages,
+      inputs,
       rows=rows,
       step=step,
       start=start,
@@ -243,15 +236,6 @@ def test_each_sample_is_seen_once_over_the_border(options, step, tmp_path):
   ids = [i for x in every for i in x[2:]]
   assert sorted(ids) == [*range(24)] and (ids == sorted(ids)) == (not options.get("shuffle", True))
   assert run(step, sum(len(x) - 2 for x in every[:step])) == every[step:]
-
-
-CONFIG = dict(
-  total_steps=100,
-  batch_size=10,
-  microbatches=1,
-  data=dict(image_size=32, tokenizer={"length": 8}),
-  model=dict(image=dict(name="vit"), text=dict(name="text")),
-)
 
 
 @pytest.mark.parametrize(
@@ -273,25 +257,30 @@ CONFIG = dict(
   ],
 )
 def test_until_counts_updates_or_real_samples(total, untils, ends):
-  course = stages.split({**CONFIG, "total_steps": total, "stages": untils}, dataset_size=500)
-  assert [stage.end for stage in course] == ends
-  assert [stage.begin for stage in course] == [0, *ends[:-1]]
-  assert "stages" not in course[-1].config and course[-1].config["batch_size"] == 10
+  config = resolved(total_steps=total, stages=untils)
+  run_stages = stages.split(config, dataset_size=500)
+  assert [stage.end for stage in run_stages] == ends
+  assert [stage.begin for stage in run_stages] == [0, *ends[:-1]]
+  assert run_stages[-1].config == dataclasses.replace(config, stages=())
+  assert run_stages[-1].config.batch_size == 10
 
 
 def test_what_a_stage_says_stands_in_its_config_alone():
   augment = dict(crop="squash")
-  model = dict(text=dict(remat="full"))
-  one = dict(until=9, data=dict(image_size=16, augment=augment), model=model)
-  first, last = stages.split({**CONFIG, "stages": [one]})
-  assert first.config["data"] == dict(image_size=16, tokenizer={"length": 8}, augment=augment)
-  assert first.config["model"]["text"] == dict(name="text", remat="full")
-  assert last.config == config.plain(CONFIG) == config.plain({**CONFIG})
+  one = dict(
+    until=9, data=dict(image_size=16, augment=augment), model=dict(text=dict(remat="full"))
+  )
+  first, last = stages.split(resolved(stages=[one]))
+  c = tiny()
+  data = c["data"] | dict(image_size=16, augment=augment)
+  model = c["model"] | dict(text=c["model"]["text"] | dict(remat="full"))
+  assert first.config == resolved(data=data, model=model) != resolved()
+  assert last.config == resolved()
 
 
 def test_warmup_and_cooldown_are_the_samples_of_their_own_batches():
-  course = stages.split({**CONFIG, "stages": [dict(until=10, batch_size=100)]})
-  steps = functools.partial(stages.steps, where="here", stages=course, dataset_size=2000)
+  run_stages = stages.split(resolved(stages=[dict(until=10, batch_size=100)]))
+  steps = functools.partial(stages.steps, where="here", stages=run_stages, dataset_size=2000)
   asked = ("500 samples", "1 samples", "1100 samples", "1 epochs", "20%", 7, 0, "0 samples")
   assert [steps(x) for x in asked] == [5, 1, 20, 100 + 10, 20, 7, 0, 0]
   assert steps("100 samples", back=True) == 10 and steps("1100 samples", back=True) == 92
@@ -303,8 +292,8 @@ def test_warmup_and_cooldown_are_the_samples_of_their_own_batches():
     (
       [dict(until=50), dict(until=20)],
       ValueError,
-      r"config.stages\[1\].until=20 is update 20 of the run, and config.stages\[0\] before it ends at"
-      r" 50; .* before config.total_steps=100",
+      r"config.stages\[1\].until=20 is update 20 of the run, and config.stages\[0\] before it ends"
+      r" at 50; .* before config.total_steps=100",
     ),
     (
       [dict(until=50), dict(until="50%")],
@@ -313,15 +302,23 @@ def test_warmup_and_cooldown_are_the_samples_of_their_own_batches():
     ),
     ([dict(until="100%")], ValueError, r"total_steps=100 is update 100 .*\[0\] before it ends at"),
     ([dict(until=0)], ValueError, r"config.stages\[0\].until=0 is update 0 .* begins at 0"),
-    ([dict(until="soon")], ValueError, r"config.stages\[0\].until: 'soon' is no duration"),
-    ([dict(batch_size=8)], ValueError, r"config.stages\[0\]=.*says where it ends: until='90%'"),
-    ([dict(until=5, batch_size=1)], ValueError, r"config.stages\[0\].batch_size=1: contrast needs"),
+    ([dict(until="soon")], ValueError, r"config.stages\[0\].until: 'soon' is not a duration"),
+    (
+      [dict(batch_size=8)],
+      ValueError,
+      r"config.stages\[0\]=.*with the key until, such as until='90%'",
+    ),
+    (
+      [dict(until=5, batch_size=1)],
+      ValueError,
+      r"config.stages\[0\].batch_size=1: a contrastive loss needs at least 2 pairs",
+    ),
     ([dict(until=5, batch_size="8")], TypeError, r"stages\[0\].batch_size='8' is of type str"),
     (
       [dict(until=5, data=dict(image_sise=8))],
       ValueError,
       r"config.stages\[0\]: 'data.image_sise' is the same in all stages. Did you mean"
-      r" 'data.image_size'. A stage may change batch_size, .*model.text.remat",
+      r" 'data.image_size'\? A stage may change batch_size, .*model.text.remat",
     ),
     ([dict(until=5, optimizer=dict(lr=1.0))], ValueError, r"'optimizer.lr' is the same in all"),
     (
@@ -333,7 +330,7 @@ def test_warmup_and_cooldown_are_the_samples_of_their_own_batches():
 )
 def test_stages_that_cannot_be_say_what_can(said, error, told):
   with pytest.raises(error, match=told):
-    stages.split({**CONFIG, "stages": said})
+    stages.split(resolved(stages=said))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +359,7 @@ def test_stages_that_cannot_be_say_what_can(said, error, told):
 )
 def test_a_stage_that_does_not_fit_is_named_before_the_run(stage, error, told, tmp_path):
   with pytest.raises(error, match=told):
-    program.train(tmp_path, **tiny(stages=[dict(stage, until=2)]))
+    train.train(tiny(stages=[dict(stage, until=2)]), tmp_path)
   assert not (tmp_path / "config.json").exists()
 
 
@@ -395,8 +392,8 @@ def test_positions_begin_as_smooth_as_the_coarsest_grid():
   key, path = jax.random.key(0), "model/image_tower/positions"
 
   def drawn(**changes):
-    made = states.make_program(**tiny(**changes), dataset_size=1000)
-    return jax.jit(lambda: states.init_params(made, key)[path])()
+    program = make_program(resolve_config(tiny(**changes)), dataset_size=1000)
+    return jax.jit(lambda: init_params(program, key)[path])()
 
   coarse = drawn(stages=(), data={**tiny()["data"], "image_size": 16})
   np.testing.assert_array_equal(drawn(), resampled(coarse, (2, 2), (4, 4)))
@@ -478,7 +475,7 @@ def test_a_plan_of_stages_adds_up_and_has_the_worst_verdict():
 @pytest.mark.parametrize("fits", [True, False])
 def test_the_exit_status_is_that_of_all_stages(tmp_path, fits):
   """From answers that are kept, of which the last stage's fits."""
-  c = config.plain(tiny())
+  c = plain(tiny())
   for stage, found in enumerate((made_up(0, fits=fits), made_up(1))):
     kept = tmp_path / f"{main._key(c, 'v5e:2x2', 0, stage)}.json"
     kept.write_text(json.dumps(found))
