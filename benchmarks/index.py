@@ -1,9 +1,9 @@
-"""Indexed shards: building, opening and reading them: BIGALIGN_DATA=… python benchmarks/index.py
+"""Builds, opens and reads indexed shards: BIGALIGN_DATA=... python benchmarks/index.py
 
-Random reads of indexed tars against webdataset in order and ArrayRecord at random, per CPU-second,
-taking turns; without webdataset (extra `bench`) that part is left out and said so. The images are
-real ones, re-encoded to about 110 KB. All times are CPU time, as neighbours on the machine lengthen
-any other. Exit status 1 if a figure misses its bar.
+Random reads of indexed tars are compared with sequential reads of webdataset and random reads of
+ArrayRecord, in turns. Without webdataset (extra `bench`) its part is left out. The images are
+photos, re-encoded to about 110 KB. All times are CPU time, because other programs on the machine
+lengthen wall time. The exit status is 1 if a figure misses its target.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from bigalign.run import runtime
 BYTES = 110_000  # of an image
 DISTINCT, SAMPLES, SHARDS = 128, 1024, 2  # images; samples per shard
 LARGE_SHARDS, LARGE_SAMPLES = 20_000, 10_000  # 2e8 samples
-# name → (bar, whether more is better)
-BARS = dict(
+# {name: (target, whether more is better)}
+TARGETS = dict(
   build_samples_per_cpu_second=(40_000, True),
   bytes_per_sample=(4.01, False),
   open_cpu_seconds=(0.05, False),
@@ -49,24 +49,24 @@ BARS = dict(
 
 
 def images(root: str, count: int) -> list[bytes]:
-  """Real pictures, scaled and encoded to about BYTES each."""
-  found = []
+  """Returns photos, scaled and encoded to about BYTES each."""
+  encoded = []
   source = open_source(f"{root}/coco2k/train/*.tar", captions=())
   for i in range(count):
-    picture = Image.open(io.BytesIO(source[i]["image"])).convert("RGB")
+    image = Image.open(io.BytesIO(source[i]["image"])).convert("RGB")
     scale, data = 1.0, b""
     while len(data) < 0.9 * BYTES:
-      scale *= 1.1 if data else 500 / max(picture.size)
-      size = (round(picture.width * scale), round(picture.height * scale))
+      scale *= 1.1 if data else 500 / max(image.size)
+      size = (round(image.width * scale), round(image.height * scale))
       file = io.BytesIO()
-      picture.resize(size, Image.Resampling.BICUBIC).save(file, "jpeg", quality=95)
+      image.resize(size, Image.Resampling.BICUBIC).save(file, "jpeg", quality=95)
       data = file.getvalue()
-    found.append(data)
-  return found
+    encoded.append(data)
+  return encoded
 
 
-def write_shards(folder: pathlib.Path, pictures: list[bytes]) -> list[str]:
-  """Tars of jpg, txt, json, and beside each an ArrayRecord of the same samples."""
+def write_shards(folder: pathlib.Path, images: list[bytes]) -> list[str]:
+  """Writes tars of jpg, txt and json, and ArrayRecords of the same samples; returns the tars."""
   paths = []
   for shard in range(SHARDS):
     paths.append(str(folder / f"{shard:05d}.tar"))
@@ -74,7 +74,7 @@ def write_shards(folder: pathlib.Path, pictures: list[bytes]) -> list[str]:
     with tarfile.open(paths[-1], "w") as tar:
       for i in range(SAMPLES):
         members = dict(
-          jpg=pictures[i % len(pictures)],
+          jpg=images[i % len(images)],
           txt=b"a picture of the world",
           json=json.dumps(dict(url="https://example.org", width=500)).encode(),
         )
@@ -88,14 +88,14 @@ def write_shards(folder: pathlib.Path, pictures: list[bytes]) -> list[str]:
 
 
 def build(path: str, folder: str) -> float:
-  """Samples per CPU-second of indexing a shard."""
+  """Returns samples per CPU-second of indexing a shard."""
   began = time.process_time()
   part = index.index_shard(path, folder)
   return (part.entries - 1) / (time.process_time() - began)
 
 
 def large(folder: pathlib.Path, path: str) -> dict[str, float]:
-  """A set of 2e8 samples: the index is whole, the shards are links to one."""
+  """Measures a set of 2e8 samples: the index is complete, the shards are links to one shard."""
   index.index_shard(path, str(folder))
   own = index.Index(str(folder / index.PARTS / f"{os.path.basename(path)}.index"))
   starts = np.tile(own.starts(0), -(-LARGE_SAMPLES // SAMPLES))[: LARGE_SAMPLES + 1].copy()
@@ -133,46 +133,46 @@ def large(folder: pathlib.Path, path: str) -> dict[str, float]:
 
 
 def resident() -> int:
-  """Bytes of this process in memory."""
+  """Returns the resident memory of this process in bytes."""
   return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def readers(folder: pathlib.Path, paths: list[str]) -> dict[str, Callable[[], int]]:
-  """Name → reads every sample once, and returns how many bytes of images it saw."""
+  """Returns {name: function that reads every sample once, and returns the bytes of the images}."""
   source = open_source(f"{folder}/*.tar")
   order = np.random.default_rng(0).permutation(len(source)).tolist()
   records = ArrayRecordDataSource([path.replace(".tar", ".array_record") for path in paths])
-  made = dict(
+  functions: dict[str, Callable[[], int]] = dict(
     bigalign=lambda: sum(len(source[i]["image"]) for i in order),
     array_record=lambda: sum(len(msgpack.unpackb(records[i])["jpg"]) for i in order),
   )
   try:
     import webdataset
   except ImportError as error:
-    print(f"without webdataset: {error}. It comes with pip install '.[bench]'")
+    print(f"without webdataset: {error}. To install it: pip install '.[bench]'")
   else:
-    made["webdataset"] = lambda: sum(
+    functions["webdataset"] = lambda: sum(
       len(sample["jpg"]) for sample in webdataset.WebDataset(paths, shardshuffle=False)
     )
-  return made
+  return functions
 
 
-def compare(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-  """Name → CPU-microseconds per sample, the median of the rounds."""
-  seen = {name: run() for name, run in runs.items()}
-  assert len(set(seen.values())) == 1, seen
-  times: dict[str, list[float]] = {name: [] for name in runs}
-  for _, (name, run) in itertools.product(range(rounds), runs.items()):
+def compare(functions: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+  """Returns {name: CPU-microseconds per sample, the median of the rounds}."""
+  totals = {name: run() for name, run in functions.items()}
+  assert len(set(totals.values())) == 1, totals
+  times: dict[str, list[float]] = {name: [] for name in functions}
+  for _, (name, run) in itertools.product(range(rounds), functions.items()):
     began = time.process_time()
     run()
     times[name].append((time.process_time() - began) / (SAMPLES * SHARDS) * 1e6)
-  return {name: statistics.median(found) for name, found in times.items()}
+  return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> int:
-  """Prints the figures, writes the JSON; the exit status tells whether all bars are met."""
+  """Prints the figures and writes the JSON; returns 1 if a target is missed."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--rounds", type=int, default=7, help="turns of each")
+  parser.add_argument("--rounds", type=int, default=7, help="rounds; the median counts")
   parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/index.json"))
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
@@ -186,25 +186,25 @@ def main() -> int:
     figures |= large(folder / "large", paths[0])
     microseconds = compare(readers(folder / "shards", paths), args.rounds)
   figures |= {
-    f"read_over_{name}": found / microseconds["bigalign"]
-    for name, found in microseconds.items()
+    f"read_over_{name}": value / microseconds["bigalign"]
+    for name, value in microseconds.items()
     if name != "bigalign"
   }
   missed = []
   for name, value in figures.items():
-    bar, more = BARS.get(name, (None, True))
-    if bar is not None and (value < bar if more else value > bar):
+    target, more = TARGETS.get(name, (None, True))
+    if target is not None and (value < target if more else value > target):
       missed.append(name)
-    print(f"{name:<30}{value:>12.4g}   " + (f"bar {bar}" if bar else ""))
+    print(f"{name:<30}{value:>12.4g}   " + (f"target {target}" if target else ""))
   print("CPU microseconds per read:", {name: round(us, 1) for name, us in microseconds.items()})
-  print(f"missed: {', '.join(missed)}" if missed else "all bars met")
+  print(f"missed: {', '.join(missed)}" if missed else "all targets met")
   args.json.write_text(
     json.dumps(
       dict(
         revision=revision(),
         machine=machine(),
         versions=runtime.versions(),
-        bars=BARS,
+        targets=TARGETS,
         **figures,
         cpu_microseconds_per_read=microseconds,
         missed=missed,

@@ -1,10 +1,10 @@
-"""The loader against open_clip's get_wds_dataset: python benchmarks/loader.py, with BIGALIGN_DATA
+"""The loader against open_clip's get_wds_dataset: BIGALIGN_DATA=... python benchmarks/loader.py
 
-Both read the same shards with two workers, in processes of their own that take turns; what counts
-is the CPU time of such a process and all its children from one idle moment to the next, which other
-programs on the machine hardly move. The images are photos of $BIGALIGN_DATA, resized and encoded
-again. Exit status 1 if a bar is missed. The rival needs the extra `bench`, and a torchvision that
-open_clip can import; without it there is nothing to compare with, which is status 1 too.
+Both read the same shards with two workers, in separate processes that take turns. The measure is
+the CPU time of such a process and all its children from one idle moment to the next, which other
+programs on the machine hardly affect. The images are photos of $BIGALIGN_DATA, resized and encoded
+again. The exit status is 1 if a target is missed, or if open_clip is missing: it needs the extra
+`bench`, and a torchvision that it can import.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from PIL import Image
 
 from bigalign.data.image import decode, transforms
 from bigalign.data.loader import training, workers
+from bigalign.data.loader.options import resolve_data
 from bigalign.data.order.permutation import philox
 from bigalign.data.sources.base import Source, open_source
 
 BATCH, SIZE, SCALE, WORKERS = 128, 224, (0.9, 1.0), 2
 # Sets of images: the length of an edge in pixels, whether it is the shorter one, and the quality.
 SETS = {"500px": (500, False, 96), "256px": (256, True, 95)}
-# images per CPU-second, ours / theirs
-BARS = {
+# Images per CPU-second, ours / theirs.
+TARGETS = {
   ("bigalign", "500px"): 1.9,
   ("bigalign", "256px"): 2.2,
   ("pillow", "500px"): 1.35,
@@ -51,11 +52,11 @@ BARS = {
 MAE = 0.1  # of 255 levels, from Pillow's bicubic
 OVERHEAD = 0.15  # of the loader's CPU at 500px, beyond decoding and resizing
 
-Epoch = Callable[[], int]  # goes once through the shards; the number of images
+Epoch = Callable[[], int]  # reads the shards once, and returns the number of images
 
 
 def make_shards(root: pathlib.Path, name: str, shards: list[str]) -> str:
-  """Re-encoded copies of some shards; their pattern."""
+  """Writes re-encoded copies of some shards, and returns their pattern."""
   edge, shorter, quality = SETS[name]
   (root / name).mkdir()
   for s, shard in enumerate(shards):
@@ -76,8 +77,8 @@ def make_shards(root: pathlib.Path, name: str, shards: list[str]) -> str:
   return f"{root}/{name}/{{00000..{len(shards) - 1:05d}}}.tar"
 
 
-class PillowAlone:
-  """A source in whose process neither simplejpeg nor kornia-rs is used, a data worker included."""
+class OnlyPillow:
+  """A source that turns off simplejpeg and kornia-rs in its process and in data workers."""
 
   def __init__(self, source: Source):
     self.__setstate__(dict(_source=source, fingerprint=source.fingerprint))
@@ -94,23 +95,29 @@ class PillowAlone:
 
 
 def ours(pattern: str, *, pillow: bool = False) -> Epoch:
-  """bigalign's loader; `pillow`: with nothing but Pillow for images."""
+  """bigalign's loader; with `pillow`, only Pillow decodes and resizes."""
   source: Source = open_source(pattern)
+  data = resolve_data(
+    dict(
+      source=pattern,
+      image_size=SIZE,
+      tokenizer=dict(name="clip", length=77),
+      augment=dict(scale=SCALE),
+      workers=WORKERS,
+    )
+  )
   batches = training.train_batches(
-    PillowAlone(source) if pillow else source,
+    OnlyPillow(source) if pillow else source,
+    data,
     batch_size=BATCH,
     rows=np.arange(BATCH),
     seed=0,
-    image_size=SIZE,
-    tokenizer=dict(name="clip", length=77),
-    augment=dict(scale=SCALE),
-    workers=WORKERS,
   )
   return lambda: sum(len(next(batches)["image"]) for _ in range(len(source) // BATCH))
 
 
 def theirs(pattern: str) -> Epoch:
-  """open_clip's: a shuffle buffer, its own transform and tokenizer, workers that stay."""
+  """open_clip's loader: a shuffle buffer, its own transform and tokenizer, persistent workers."""
   from step import import_open_clip
 
   import_open_clip()
@@ -136,7 +143,7 @@ def theirs(pattern: str) -> Epoch:
 
 
 class Decoding:
-  """What no loader of ours can do without: bytes in memory → pixels, which go nowhere."""
+  """The work that every loader must do: decoding and resizing images that are in memory."""
 
   def __init__(self, images: list[bytes]):
     self._images = images
@@ -152,7 +159,7 @@ class Decoding:
 
 
 def decoding(pattern: str) -> Epoch:
-  """In as many processes, so that they share the cores as the loader's do."""
+  """Decoding in the same number of processes, so that they share the cores as the loader's do."""
   source = open_source(pattern)
   images = [source[i]["image"] for i in range(len(source))]
   batches = workers.iterate(Decoding(images), workers=WORKERS)
@@ -168,26 +175,26 @@ LOADERS: dict[str, Callable[[str], Epoch]] = dict(
 
 
 def family() -> list[int]:
-  """This process and all that it started, and those that they started."""
-  found = [os.getpid()]
-  for pid in found:
+  """The ids of this process and all its descendants."""
+  pids = [os.getpid()]
+  for pid in pids:  # grows meanwhile
     for children in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
-      found += [int(child) for child in children.read_text().split()]
-  return found
+      pids += [int(child) for child in children.read_text().split()]
+  return pids
 
 
 def cpu_seconds() -> float:
-  """Of the family, user and system, once none of it wants to run any more."""
-  quiet = 0
-  while quiet < 5:
+  """User and system time of the family, once all its threads are idle."""
+  idle = 0
+  while idle < 5:
     time.sleep(0.05)
     states = [
       stat.read_text().rpartition(") ")[2][0]
       for pid in family()
       for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat")
     ]
-    # The one that runs is this thread.
-    quiet = quiet + 1 if sum(state in "RD" for state in states) <= 1 else 0
+    # This thread is the only one that may run.
+    idle = idle + 1 if sum(state in "RD" for state in states) <= 1 else 0
   ticks = sum(
     int(x)
     for pid in family()
@@ -197,7 +204,7 @@ def cpu_seconds() -> float:
 
 
 def serve(name: str, pattern: str, connection: Connection) -> None:
-  """In a process of its own: CPU-seconds and wall seconds per image of an epoch, when asked."""
+  """Measures an epoch whenever asked: sends CPU-seconds and wall seconds per image."""
   epoch = LOADERS[name](pattern)
   epoch()  # starts workers, fills caches
   connection.send("ready")
@@ -216,10 +223,10 @@ def _asked(connection: Connection) -> bool:
 
 
 def measure(pattern: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
-  """{loader: [(CPU-seconds, wall seconds) per image, of each round]}, taking turns."""
+  """Returns {loader: [(CPU-seconds, wall seconds) per image, of each round]}; they take turns."""
   context = multiprocessing.get_context("spawn")
   connections = {}
-  found: dict[str, list[tuple[float, float]]] = {name: [] for name in LOADERS}
+  times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOADERS}
   for name in LOADERS:
     connections[name], theirs = context.Pipe()
     context.Process(target=serve, args=(name, pattern, theirs)).start()
@@ -230,15 +237,15 @@ def measure(pattern: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
     for _ in range(rounds):
       for name, connection in connections.items():
         connection.send("go")
-        found[name].append(connection.recv())
-  finally:  # without a connection they end
+        times[name].append(connection.recv())
+  finally:  # the processes end with their connections
     for connection in connections.values():
       connection.close()
-  return found
+  return times
 
 
 def error_of_fast_resize(pattern: str, *, images: int = 200) -> float:
-  """Mean absolute difference in levels between what the loader makes and Pillow alone."""
+  """Mean absolute difference in levels between the loader's images and Pillow's."""
   source = open_source(pattern)
   differences = []
   for i in range(0, len(source), -(-len(source) // images)):
@@ -259,11 +266,11 @@ def error_of_fast_resize(pattern: str, *, images: int = 200) -> float:
 
 
 def compare(pattern: str, name: str, rounds: int) -> tuple[dict[str, Any], list[str]]:
-  """The figures of one set of images, and the bars that they miss."""
-  found = measure(pattern, rounds)
-  median = {loader: statistics.median(cpu for cpu, _ in turns) for loader, turns in found.items()}
+  """Returns the figures of one set of images, and the targets that they miss."""
+  times = measure(pattern, rounds)
+  median = {loader: statistics.median(cpu for cpu, _ in turns) for loader, turns in times.items()}
   ratios = {
-    loader: [theirs[0] / ours[0] for ours, theirs in zip(found[loader], found["open_clip"])]
+    loader: [theirs[0] / ours[0] for ours, theirs in zip(times[loader], times["open_clip"])]
     for loader in ("bigalign", "pillow")
   }
   source = open_source(pattern)
@@ -271,18 +278,18 @@ def compare(pattern: str, name: str, rounds: int) -> tuple[dict[str, Any], list[
     images=len(source),
     mean_bytes=np.mean([len(source[i]["image"]) for i in range(len(source))]),
     milliseconds_per_image={loader: round(1000 * x, 4) for loader, x in median.items()},
-    ratio={loader: statistics.median(each) for loader, each in ratios.items()},
+    ratio={loader: statistics.median(values) for loader, values in ratios.items()},
     ratios=ratios,
     overhead=statistics.median(
-      1 - decoding[0] / ours[0] for ours, decoding in zip(found["bigalign"], found["decoding"])
+      1 - decoding[0] / ours[0] for ours, decoding in zip(times["bigalign"], times["decoding"])
     ),
     mean_absolute_error=error_of_fast_resize(pattern),
-    rounds=found,
+    rounds=times,
   )
   missed = [
-    f"{loader} is {row['ratio'][loader]:.2f}x open_clip at {name}, the bar is {bar}"
-    for (loader, size), bar in BARS.items()
-    if size == name and row["ratio"][loader] < bar
+    f"{loader} is {row['ratio'][loader]:.2f}x open_clip at {name}, the target is {target}"
+    for (loader, size), target in TARGETS.items()
+    if size == name and row["ratio"][loader] < target
   ]
   if row["mean_absolute_error"] > MAE:
     missed.append(f"{row['mean_absolute_error']:.3f} levels from Pillow at {name}, at most {MAE}")
@@ -304,13 +311,13 @@ def compare(pattern: str, name: str, rounds: int) -> tuple[dict[str, Any], list[
 
 
 def main() -> int:
-  """Prints a table, writes the JSON; the exit status is that of the bars."""
+  """Prints a table and writes the JSON; returns 1 if a target is missed."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--rounds", type=int, default=3, help="turns of each; the median counts")
+  parser.add_argument("--rounds", type=int, default=3, help="rounds; the median counts")
   parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
   parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/loader.json"))
   args = parser.parse_args()
-  # Only now: the loaders' processes import this file, and JAX is not theirs to start.
+  # Imported late: the loaders' processes import this file, and must not start JAX.
   from step import machine
 
   from bigalign.checkpoint import revision
@@ -339,8 +346,8 @@ def main() -> int:
       pattern = make_shards(pathlib.Path(folder), name, shards)
       rows[name], more = compare(pattern, name, args.rounds)
       missed += more
-  print("\n".join(missed or ["all bars are met"]))
-  result = dict(revision=revision(), machine=machine(), versions=versions, bars=missed, **rows)
+  print("\n".join(missed or ["all targets are met"]))
+  result = dict(revision=revision(), machine=machine(), versions=versions, missed=missed, **rows)
   args.json.parent.mkdir(parents=True, exist_ok=True)
   args.json.write_text(json.dumps(result, indent=1) + "\n")
   return int(bool(missed))
