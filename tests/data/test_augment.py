@@ -29,7 +29,7 @@ def operate(name: str, image: np.ndarray, strength: float) -> np.ndarray:
 
 
 def gathered(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-  """The nearest pixel of where `matrix` [2, 3] puts the middle of each, black outside."""
+  """Maps the centre of each pixel by `matrix` [2, 3] and takes the nearest pixel; black outside."""
   y, x = np.mgrid[:32, :32] + 0.5
   column, row = np.floor(np.einsum("ij,jyx->iyx", matrix, np.stack([x, y, x * 0 + 1]))).astype(int)
   inside = (row >= 0) & (row < 32) & (column >= 0) & (column < 32)
@@ -37,16 +37,16 @@ def gathered(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", augment.OPERATIONS)
-def test_without_strength_nothing_changes(name):
+def test_strength_zero_changes_nothing(name):
   image = pixels(0)
   image = np.where(image > 200, 255, image)  # white too
   changed = (operate(name, image, 0.0) != image).any()
-  assert changed == (name in ("autocontrast", "equalize"))  # which have none
+  assert changed == (name in ("autocontrast", "equalize"))  # which have no strength
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_geometry(sign):
-  """Of an image whose pixels are all different, at the largest strength."""
+  """Uses an image whose pixels all differ, and the largest strength."""
   image = np.zeros((32, 32, 3), np.uint8)
   image[..., 0], image[..., 1], image[..., 2] = np.arange(32)[:, None], np.arange(32), 99
   angle, by = np.deg2rad(30 * sign), sign * (32 * 150 // 331)
@@ -65,7 +65,7 @@ def test_geometry(sign):
 
 @pytest.mark.parametrize("strength", [1.0, 0.3, -0.3, -1.0])
 def test_colours(strength):
-  """Against real numbers; Pillow cuts off what is behind the point, twice where grey is made."""
+  """Compares with real numbers; Pillow truncates to integers, twice if it computes a grey value."""
   image, factor = pixels(1), 1 + 0.9 * strength
   grey = image @ LUMA
   towards = dict(brightness=0.0, saturation=grey[..., None], contrast=grey.mean())
@@ -120,7 +120,7 @@ def test_jitter_draws_between_its_bounds():
   assert 59 <= bright.min() <= 63 and 137 <= bright.max() <= 140
   assert jittered(grey, brightness=3.0).min() <= 4  # a factor is not negative
   assert (jittered(grey, saturation=0.9) == 100).all()
-  turned = jittered(red, hue=0.1)  # by 36 degrees: to orange and to pink, red stays on top
+  turned = jittered(red, hue=0.1)  # by 36 degrees: to orange or pink; red stays the largest
   assert (turned[:, 0] == 255).all()
   assert all(140 <= most <= 155 for most in turned[:, 1:].max(0))
   pale = jittered(red, saturation=0.5)
@@ -146,8 +146,8 @@ def test_probabilities():
   assert np.abs(made - (image @ LUMA)[..., None]).max() <= 1
 
 
-def test_what_is_off_draws_nothing():
-  """The views of configs without these options are those that they always had."""
+def test_options_that_are_off_draw_nothing():
+  """Configs without these options give the same images as before the options existed."""
   image = pixels(1, 16)
   for position in range(100):
     rng = philox(3, position)

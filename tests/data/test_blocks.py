@@ -50,7 +50,7 @@ def test_a_million_samples_once_in_each_epoch():
     assert (np.bincount(index, minlength=size) == 1).all()
 
 
-def test_a_position_alone_equals_the_position_in_a_batch():
+def test_a_single_position_equals_the_position_in_a_batch():
   lanes = lanes_of(64, 8)
   positions = np.arange(10**12, 10**12 + 300)
   batch = blocks.block_index(positions, size=1003, seed=3, lanes=lanes)
@@ -70,7 +70,7 @@ def test_ten_billion_samples():
 
 
 def reads(index: np.ndarray, *, batch: int, hosts: int, workers: int, block: int, held: int) -> int:
-  """Requests of one epoch, when each worker of each host holds its `held` latest blocks."""
+  """Counts the requests of one epoch if each worker of each host holds its `held` latest blocks."""
   rows, total = batch // hosts, 0
   for host in range(hosts):
     for worker in range(workers):
@@ -96,7 +96,7 @@ def test_blocks_are_read_once(hosts, workers):
   held = own * (lanes.window // block + 2)
   found = reads(index, batch=batch, hosts=hosts, workers=workers, block=block, held=held)
   assert found / (size / block) <= 1.05
-  # Samples of one block in a batch: the price of blocks, above 1 and below a lane's share.
+  # Samples of one block in a batch: more than 1, less than the share of a lane.
   same = np.mean(
     [
       np.unique(index[k : k + batch] // block, return_counts=True)[1].mean()
@@ -106,8 +106,8 @@ def test_blocks_are_read_once(hosts, workers):
   assert 1 < same < 8
 
 
-def test_the_exact_shuffle_would_read_them_often():
-  """What the figure above is worth: the same reader on the other order."""
+def test_the_exact_shuffle_would_read_blocks_often():
+  """For comparison with the test above: the same reader with the other order."""
   index = sample_index(np.arange(100_000), size=100_000, seed=5)
   assert reads(index, batch=512, hosts=1, workers=1, block=32, held=1000) > 20 * 100_000 / 32
 

@@ -59,7 +59,7 @@ def kinds(found):
   return {word: words.count(word) for word in {*words}}
 
 
-def test_by_preference_the_first_field_that_is_there(shard):
+def test_the_first_existing_field_is_preferred(shard):
   found = texts(read(shard, captions=("json.recaption", "txt")))
   assert {text for epoch in found for text in epoch[RECAPTIONED:]} == {
     f"alt {i}" for i in range(RECAPTIONED, 20)
@@ -67,7 +67,7 @@ def test_by_preference_the_first_field_that_is_there(shard):
   assert kinds(found).keys() == {"first", "other"}
 
 
-def test_by_probability(shard):
+def test_fields_are_drawn_by_weight(shard):
   found = kinds(texts(read(shard, captions=(("txt", 1), ("json.recaption", 3)), epochs=60)))
   n = 60 * RECAPTIONED
   # Binomial; 5 standard deviations.
@@ -75,13 +75,13 @@ def test_by_probability(shard):
     assert abs(found[word] - n * share) < 5 * np.sqrt(n * share * (1 - share))
 
 
-def test_weight_zero_is_taken_only_where_nothing_else_is(shard):
+def test_weight_zero_is_only_a_fallback(shard):
   found = texts(read(shard, captions=("txt", ("json.recaption", 0.1))))
   assert "alt" not in kinds(found)
   assert all(text.startswith("alt") for epoch in found for text in epoch[RECAPTIONED:])
 
 
-def test_ids_of_texts_do_not_depend_on_what_else_is_drawn(shard):
+def test_ids_of_texts_do_not_depend_on_the_weights(shard):
   ids = {}
   for batch in read(shard, captions=(("txt", 1), ("json.recaption", 1))):
     for text, (_, low) in zip(texts([batch])[0], batch["text_id"]):
@@ -90,7 +90,7 @@ def test_ids_of_texts_do_not_depend_on_what_else_is_drawn(shard):
   assert {i // 8 for i in ids.values()} == {*range(20)}
 
 
-def test_two_of_one_field_differ_where_there_are_two(shard):
+def test_two_captions_of_one_field_differ_if_there_are_two(shard):
   options = dict(captions=("json.recaption", "txt"), second_captions=("json.recaption", "txt"))
   batches = read(shard, **options)
   first, second = (np.ravel(texts(batches, name)).tolist() for name in ("text", "text_second"))
@@ -118,7 +118,7 @@ def test_a_sample_without_a_second_caption_is_replaced(shard):
     assert (batch["rejects"][RECAPTIONED:, REASONS.index("no_caption")] >= 1).all()
 
 
-def test_a_drawn_place_is_a_function_of_the_generator():
+def test_the_choice_is_a_function_of_the_generator():
   given = {"a": ("x",), "b": (), "c": ("y", "z")}
   some = columns(("a", ("b", 5), ("c", 1)), "here")
   found = {choose(given, some, np.random.default_rng(i)) for i in range(20)}
@@ -127,7 +127,7 @@ def test_a_drawn_place_is_a_function_of_the_generator():
   assert choose({"a": ("x",)}, some, np.random.default_rng(0), but=0) == 0
 
 
-def test_what_cannot_be_is_said(shard):
+def test_wrong_options_are_errors(shard):
   with pytest.raises(ValueError, match=r"config\.data\.captions: 'txt' has weight -1"):
     read(shard, captions=(("txt", -1),))
   with pytest.raises(ValueError, match="'txt' more than once"):
@@ -185,8 +185,8 @@ def test_two_of_the_five_captions_of_a_photo(data_root, tmp_path):
   assert len(found) == 20 and (found[-3:].mean(0) < 0.8 * found[:3].mean(0)).all()
 
 
-def test_captions_that_are_no_utf8_are_counted_whatever_their_source(tmp_path):
-  """Of both captions, if two are read; they are used, and their samples no rejects."""
+def test_invalid_utf8_in_captions_is_counted_for_every_source(tmp_path):
+  """Counts both captions if two are read; they are used, and their samples are not rejected."""
   wrong, image = b"caf\xe9", picture(0)
   write_tar(
     tmp_path / "0.tar",

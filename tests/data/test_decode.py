@@ -38,7 +38,7 @@ def encoded(image: Image.Image, kind: str, **save) -> bytes:
 
 
 def wild() -> dict[str, tuple[bytes, str | None]]:
-  """Name → (the bytes, the reason of the rejection or None)."""
+  """{name: (bytes, reason of the rejection or None)}."""
   whole, image = picture(0, size=(200, 300)), pixels(60, 80)
   flipped = bytearray(whole)
   flipped[len(whole) // 2] ^= 4  # in the scan: no decoder can tell
@@ -78,7 +78,7 @@ def wild() -> dict[str, tuple[bytes, str | None]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_of_the_wild_are_counted_by_reason(tmp_path, workers):
+def test_unusual_and_broken_images_are_counted_by_reason(tmp_path, workers):
   cases = wild()
   write_tar(
     tmp_path / "0.tar",
@@ -101,8 +101,8 @@ def test_images_of_the_wild_are_counted_by_reason(tmp_path, workers):
   assert dict(zip(REASONS, counts.tolist())) == {each: reasons.count(each) for each in REASONS}
 
 
-def test_captions_of_the_wild(tmp_path):
-  """Blank and absent ones are replaced by another sample; long and broken ones are cut and kept."""
+def test_missing_long_and_broken_captions(tmp_path):
+  """Samples with blank or no captions are replaced; long and broken captions are cut and kept."""
   members = samples(0, 200)
   image = members[0][1]
   members[3 * 7 + 1] = ("000007.txt", b" \n\t ")
@@ -162,11 +162,11 @@ def test_exif_orientations_are_those_of_pillow(kind, save):
     encoded(pixels(24, 40), "jpeg", exif=b"Exif\0\0nothing of the kind"),
   ],
 )
-def test_no_or_broken_exif_leaves_an_image_as_it_is(data):
+def test_missing_or_broken_exif_does_not_change_an_image(data):
   np.testing.assert_array_equal(decode(data, apply_exif=True), decode(data))
 
 
-def test_exif_is_not_read_unasked(monkeypatch):
+def test_exif_is_read_only_on_request(monkeypatch):
   data = tagged(6, "jpeg")
   monkeypatch.setattr("PIL.Image.open", None)  # would fail if called
   assert decode(data).shape == (24, 40, 3)
@@ -174,7 +174,7 @@ def test_exif_is_not_read_unasked(monkeypatch):
 
 @pytest.mark.parametrize("apply_exif,expected", [(True, [False, True]), (False, [True, True])])
 def test_exif_in_training_and_evaluation(tmp_path, apply_exif, expected):
-  """A picture with a black left half that is to be turned clockwise, and one that is upright."""
+  """Two images: one with a black left half to be rotated clockwise, and one that is upright."""
   image = Image.new("RGB", (64, 64), (255, 255, 255))
   image.paste((0, 0, 0), (0, 0, 32, 64))
   exif = Image.Exif()
@@ -208,7 +208,7 @@ def test_exif_in_training_and_evaluation(tmp_path, apply_exif, expected):
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_a_shrunk_jpeg_is_the_smaller_picture(factor):
+def test_a_shrunk_jpeg_equals_the_smaller_image(factor):
   def shrunk(image: Image.Image, kind: str) -> np.ndarray:
     return decode(encoded(image, kind, quality=95), shrink=lambda height, width: factor)
 
@@ -220,7 +220,7 @@ def test_a_shrunk_jpeg_is_the_smaller_picture(factor):
   assert shrunk(image, "png").shape == (600, 800, 3)
 
 
-def test_shrinking_leaves_twice_the_pixels_of_every_view():
+def test_shrinking_keeps_twice_the_pixels_of_every_view():
   views = dict(size=64, scale=(0.5, 1.0))
   assert [transforms.shrink(side, side, **views) for side in (300, 418, 419, 836, 840, 5000)] == [
     1,
@@ -247,7 +247,7 @@ def test_shrinking_leaves_twice_the_pixels_of_every_view():
 
 
 def test_training_reads_large_photos_shrunk():
-  """The view of a photo of 1200 x 1600 is that of the whole photo, within a level."""
+  """The view of a photo of 1200 x 1600 equals that of the full-size photo, within one level."""
   image = pixels(1200, 1600)
   small = decode(
     encoded(image, "jpeg", quality=95),

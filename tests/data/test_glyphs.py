@@ -44,7 +44,7 @@ def test_a_record_says_what_it_shows():
   assert ink[:10].any() and not ink[25:].any(), "the accent is above, and e has no descender"
 
 
-def test_records_depend_on_the_index_alone():
+def test_records_depend_only_on_the_index():
   order = np.random.default_rng(0).permutation(2000)
   one, two = glyphs.Glyphs(), pickle.loads(pickle.dumps(glyphs.Glyphs()))
   straight = [one[i] for i in range(2000)]
@@ -60,7 +60,7 @@ def test_every_name_is_drawn_and_none_twice():
   letters = glyphs.alphabet()
   assert len(letters.names) == len(set(letters.names)) == 7336
   assert set(letters.items[:, 0].tolist()) == set(range(7336))
-  # The labels of every run ever made: they change only with matplotlib's fonts.
+  # Labels must not change between versions, except with matplotlib's fonts.
   digest = hashlib.sha256("\n".join(letters.names).encode()).hexdigest()
   assert digest[:16] == "e7141300505cf9de"
 
@@ -104,7 +104,7 @@ def test_parts_of_held_out_characters_are_in_train():
       assert len(marks[letter.split()[0], mark]) >= 2, names[i]
 
 
-def test_no_seen_picture_is_that_of_a_held_out_character():
+def test_no_train_image_equals_one_of_a_held_out_character():
   def pictures(split):
     source = glyphs.Glyphs(split)
     rows = np.unique(source.items, axis=0, return_index=True)[1]  # train repeats some
@@ -181,7 +181,7 @@ def test_the_evaluator_equals_ten_lines_of_numpy():
     text=rng.normal(size=(tokenizer.vocab_size, 12)).astype(np.float32),
   )
   context = Context("glyphs", embed_image, embed_text, sharding.make_mesh(data=4, fsdp=2), DATA)
-  # 420 pictures and 14,672 captions: neither divides by 104, which the mesh's 8 devices do.
+  # 420 images and 14,672 captions: neither divides by 104, which the mesh's 8 devices do.
   metrics = evaluate(context, split="heldout", batch_size=100)(params)
 
   names = glyphs.alphabet().names
@@ -219,7 +219,7 @@ def test_the_evaluator_equals_ten_lines_of_numpy():
   assert metrics["val/glyphs-unseen-all-chance"] == pytest.approx(1 / 7336)
 
 
-def test_ties_and_nan_are_no_hits():
+def test_ties_and_nan_are_not_hits():
   label, allowed = np.array([1, 0, 2]), np.ones((3, 3), bool)
   flat = np.ones((3, 2))
   assert score(flat, flat, label=label, allowed=allowed)["top1"] == pytest.approx(1 / 3)

@@ -46,7 +46,7 @@ def test_four_bytes_a_sample(tmp_path):
   assert [found.span(i) for i in (0, 9_999)] == [(0, 1024), (9_999 * 1024, 10_000 * 1024)]
 
 
-def test_an_index_beside_the_shards_is_used_and_never_written(tmp_path):
+def test_an_index_next_to_the_shards_is_used_and_never_written(tmp_path):
   folder = str(tmp_path)
   paths = [write_tar(tmp_path / f"{i}.tar", samples(10 * i, 3)) for i in range(3)]
   for path in reversed(paths):
@@ -67,10 +67,8 @@ def test_an_index_beside_the_shards_is_used_and_never_written(tmp_path):
 
 
 @pytest.mark.parametrize("old", ["incomplete", "stale"])
-def test_an_old_index_beside_shards_that_cannot_be_written_is_no_dead_end(
-  tmp_path, monkeypatch, capsys, old
-):
-  """What the error says to do helps: the index in the other place is the one that is used."""
+def test_a_stale_index_in_a_read_only_folder_does_no_harm(tmp_path, monkeypatch, capsys, old):
+  """The command of the error helps: the index in the other folder is used."""
   folder, access = str(tmp_path / "data"), os.access
   pattern = f"{folder}/*.tar"
   path = write_tar(tmp_path / "data" / "0.tar", samples(0, 3))
@@ -92,7 +90,7 @@ def test_an_old_index_beside_shards_that_cannot_be_written_is_no_dead_end(
   assert index.Index(os.path.join(folder, index.FILE)).names == ["0.tar"]  # as it was
 
 
-def test_the_index_beside_the_shards_goes_before_one_that_is_as_good(tmp_path):
+def test_the_index_next_to_the_shards_wins_a_tie(tmp_path):
   folder = str(tmp_path)
   path = write_tar(tmp_path / "0.tar", samples(0, 3))
   for place in (folder, index.home(folder)):
@@ -101,7 +99,7 @@ def test_the_index_beside_the_shards_goes_before_one_that_is_as_good(tmp_path):
   assert open_source(path).shards.index_folder(0) == folder
 
 
-def test_opening_indexes_what_is_small_once(tmp_path, monkeypatch):
+def test_opening_indexes_small_shards_once(tmp_path, monkeypatch):
   write_tar(tmp_path / "0.tar", samples(0, 3))
   first = open_source(f"{tmp_path}/0.tar")
   assert os.listdir(tmp_path) == ["0.tar"]  # the folder of the data stays as it was
@@ -111,7 +109,7 @@ def test_opening_indexes_what_is_small_once(tmp_path, monkeypatch):
   assert pickle.loads(pickle.dumps(again))[1] == first[1]
 
 
-def test_what_is_large_is_not_indexed_unasked(tmp_path, monkeypatch):
+def test_large_shards_are_not_indexed_automatically(tmp_path, monkeypatch):
   write_tar(tmp_path / "0.tar", samples(0, 3))
   monkeypatch.setattr("bigalign.data.tar.shards.UNASKED", 1000)
   with pytest.raises(ValueError, match=r"1 of 1 shards .*Build it, once: bigalign index .*0\.tar"):
@@ -155,7 +153,7 @@ def test_an_index_that_grows_is_still_that_of_its_shards(tmp_path):
     pickle.loads(asleep)
 
 
-def test_merging_keeps_what_is_there_and_drops_what_is_not(tmp_path):
+def test_merging_keeps_existing_shards_and_drops_missing_ones(tmp_path):
   folder, place = str(tmp_path / "shards"), str(tmp_path / "place")
   paths = [write_tar(tmp_path / "shards" / f"{i}.tar", samples(10 * i, 2 + i)) for i in range(4)]
   for path in paths[:3]:
@@ -190,8 +188,8 @@ def test_more_parts_than_open_files(tmp_path):
   assert len(open_source(f"{folder}/*.tar")) == 80
 
 
-def test_thousands_of_shards_need_no_look_at_each(tmp_path):
-  """What opening reads and holds grows with the shards."""
+def test_opening_thousands_of_shards_does_not_look_at_each(tmp_path):
+  """The memory and reads of opening grow with the shards."""
   path = _many(tmp_path / "00000.tar", 1000)
   part = index.index_shard(path, str(tmp_path))
   starts = index.Index(str(tmp_path / index.PARTS / "00000.tar.index")).starts(0)

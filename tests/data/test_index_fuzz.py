@@ -18,7 +18,7 @@ BLOCK = 512
 
 
 def _expected(data: bytes) -> int | None:
-  """How many whole samples are in it, None if it is to be refused; reads headers with tarfile."""
+  """Counts the complete samples with tarfile; None if the shard must be refused."""
   groups: list[tuple[str, set[str]]] = []
   offset, whole = 0, False
   while offset < len(data):
@@ -46,7 +46,7 @@ def _expected(data: bytes) -> int | None:
 
 
 def _mutate(data: bytes, random: np.random.Generator) -> bytes:
-  """The tar with one to three damages, as disks, networks and half-written files leave them."""
+  """Damages a tar in one to three places, as disks, networks and partial writes do."""
   for _ in range(random.integers(1, 4)):
     blocks = len(data) // BLOCK
     first, count = int(random.integers(max(blocks, 1))), int(random.integers(1, 4))
@@ -103,7 +103,7 @@ def test_damaged_tars_have_exact_counts(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["header", "pax"])
-def test_a_negative_size_leads_to_no_circle(where):
+def test_a_negative_size_does_not_loop(where):
   file = io.BytesIO()
   with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
     for n in range(2):

@@ -62,7 +62,7 @@ def test_a_list_of_keys_is_a_view(tmp_path, capsys):
     "1.tar/000107",
     "1.tar/été",
   ]
-  # The same names in another folder: both samples are kept, and it is told.
+  # The same names in another folder: both samples are kept and counted.
   write_tar(tmp_path / "b/0.tar", samples(40, 20))
   both = keys.find(Spec(f"{pattern}::{tmp_path}/b/0.tar"), f"{tmp_path}/keys.txt.gz", workers=1)
   assert both.indices.tolist() == [3, 49, 50, 107, 108, 119] and both[1:] == (6, 1, 1)
@@ -78,7 +78,7 @@ def test_a_list_of_keys_is_a_view(tmp_path, capsys):
     keys.find(Spec(pattern), f"{tmp_path}/empty.txt", workers=1)
 
 
-def test_far_shards_and_far_lists(tmp_path, monkeypatch):
+def test_remote_shards_and_remote_lists(tmp_path, monkeypatch):
   monkeypatch.setenv("BIGALIGN_INDEX", str(tmp_path / "index"))
   two_shards(tmp_path)
   with store(tmp_path) as server:
@@ -88,7 +88,7 @@ def test_far_shards_and_far_lists(tmp_path, monkeypatch):
     server.requests.clear()
     found = keys.find(Spec(pattern), f"{server.url}/keys.txt", workers=1)
     assert found.indices.tolist() == [1, 50]
-    assert len(server.requests) < 12  # runs of samples, and not a request for each
+    assert len(server.requests) < 12  # blocks of samples, not a request for each
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -99,7 +99,7 @@ def test_keys_are_those_of_the_records(tmp_path, version):
   assert [base.key(source, i) for i in range(13)] == [source[i]["key"] for i in range(13)]
 
 
-def test_of_a_local_shard_headers_are_read_and_no_images(tmp_path, monkeypatch):
+def test_only_headers_of_local_shards_are_read(tmp_path, monkeypatch):
   source = open_source(two_shards(tmp_path))
   read, sizes = storage.read, []
   monkeypatch.setattr(

@@ -27,7 +27,7 @@ def resident() -> int:
 
 @pytest.mark.slow
 def test_a_worker_does_not_grow(tmp_path):
-  """5,000 batches out of every kind of file, bad samples among them: less than 100 bytes each."""
+  """5,000 batches of every kind of file, with bad samples, take less than 100 bytes each."""
   write_tar(tmp_path / "0.tar", [*samples(0, 40), ("bad.jpg", b"<html>"), ("bad.txt", b"a page")])
   records = [dict(image=picture(i), captions=(f"picture {i}",), label=0) for i in range(40)]
   parts = [

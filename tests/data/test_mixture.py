@@ -48,7 +48,7 @@ def mixture(weights, *, sizes=None, phases=None, **options):
 THREE = dict(a=5.0, b=0.3, c=1.7)
 
 
-def test_shares_are_held_at_every_place():
+def test_shares_hold_at_every_position():
   split = MixtureSchedule(mixture(THREE), batch_size=8)
   source, _ = split(np.arange(70_000))
   for s, weight in enumerate(THREE.values()):
@@ -56,8 +56,8 @@ def test_shares_are_held_at_every_place():
     assert np.abs(so_far - np.arange(1, 70_001) * weight / 7).max() < 3
 
 
-def test_the_positions_of_a_source_are_a_line():
-  """Also where the weights change, and far out."""
+def test_the_positions_of_a_source_are_consecutive():
+  """Also at changes of the weights, and at large positions."""
   phases = (
     (0, THREE),
     ("1000 samples", dict(a=1, c=1)),
@@ -93,7 +93,7 @@ def test_each_source_is_read_without_replacement(block):
     first += size
 
 
-def test_a_source_added_at_the_end_moves_no_id_and_no_order():
+def test_a_source_added_at_the_end_changes_no_id_and_no_order():
   two, three = mixture(dict(a=1, b=1)), mixture(dict(a=1, b=1, c=1))
   short, long = (Order(m, seed=0, lane_rows=8)(np.arange(3000)) for m in (two, three))
   for first in (0, 1000):
@@ -187,14 +187,14 @@ def test_a_schedule_begins_as_it_says(tmp_path):
     ),
   ],
 )
-def test_what_cannot_be_is_said(tmp_path, message, options):
+def test_wrong_options_are_errors(tmp_path, message, options):
   a, b = write(tmp_path)
   mixed = (dict(name="a", source=a), dict(name="b", source=b) | options.pop("b", {}))
   with pytest.raises((ValueError, TypeError), match=message):
     open_data(mixture=mixed, **options)
 
 
-def test_a_start_that_is_none_or_comes_too_early_is_said():
+def test_wrong_starts_of_phases_are_errors():
   for start in ("soon", "5 miles", "5"):
     with pytest.raises(ValueError, match=rf"'{start}' is not a start"):
       MixtureSchedule(mixture(THREE, phases=((0, THREE), (start, THREE))), batch_size=8)
@@ -215,8 +215,8 @@ def test_a_source_smaller_than_its_part_of_a_batch_is_named():
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_photos_by_shares_go_on_where_they_stopped(data_root, tmp_path):
-  """With a loss that remembers samples by their ids, and weights that change."""
+def test_a_mixture_of_photos_resumes(data_root, tmp_path):
+  """With a loss that has per-sample state, and weights that change."""
   c = load("photos")
   c.update(total_steps=40, batch_size=64, log_every=1, checkpoint_every=20, eval_every=0, evals={})
   for tower in (c.model.image, c.model.text):

@@ -20,7 +20,7 @@ def test_without_shuffle_the_order_is_the_source():
   )
 
 
-def test_a_position_alone_equals_the_position_in_a_batch():
+def test_a_single_position_equals_the_position_in_a_batch():
   positions = np.arange(990, 1010)
   batch = sample_index(positions, size=100, seed=3)
   assert [sample_index(int(p), size=100, seed=3) for p in positions] == batch.tolist()
@@ -48,7 +48,7 @@ def test_seed_and_epoch_do_not_add_up():
 
 
 @pytest.mark.parametrize("size", [2, 5, 12])
-def test_every_index_is_as_likely_at_every_place(size):
+def test_every_index_is_equally_likely_at_every_position(size):
   epochs = 6000
   index = sample_index(np.arange(epochs * size), size=size, seed=0).reshape(epochs, size)
   counts = np.stack([(index == i).sum(0) for i in range(size)])
@@ -56,7 +56,7 @@ def test_every_index_is_as_likely_at_every_place(size):
   assert np.abs(counts - epochs / size).max() < 5 * np.sqrt(epochs / size * (1 - 1 / size))
 
 
-def test_neighbours_in_the_order_are_no_neighbours_in_the_source():
+def test_neighbours_in_the_order_are_not_neighbours_in_the_source():
   size = 50_000
   index = sample_index(np.arange(size), size=size, seed=2).astype(float)
   for lag in (1, 2, 224):

@@ -37,7 +37,7 @@ def test_the_share_of_the_last_samples_counts(caplog):
   add(9, 5)
   watch.check()  # 450 samples of each are too few to tell
   add(30, 0)
-  watch.check()  # what was bad lies more than a thousand samples back
+  watch.check()  # the bad samples are more than a thousand samples ago
   assert not caplog.records
   add(20, 0)
   add(15, 1)
@@ -63,7 +63,9 @@ def lines(workdir):
 
 def test_a_run_counts_writes_down_and_stops(tmp_path):
   latin = [(name, b"caf\xe9" if name.endswith(".txt") else data) for name, data in samples(0, 30)]
-  good = write_tar(tmp_path / "good.tar", latin)  # half of its captions is no reject
+  good = write_tar(
+    tmp_path / "good.tar", latin
+  )  # half of its captions are invalid UTF-8, which is not a reject
   bad = write_tar(tmp_path / "bad.tar", broken(100, 40, every=5))
   c = load("tiny")
   c.update(total_steps=6, batch_size=16, log_every=3, checkpoint_every=0, ema=0.0, evals={})
@@ -118,7 +120,7 @@ def test_a_shard_that_is_bad_throughout_ends_the_run(tmp_path, workers):
 
 
 def test_probes_are_not_counted(tmp_path):
-  """A shard with some bad samples is looked at, and the batches are those without the look."""
+  """A shard with some bad samples is probed, and the batches equal those without probes."""
   write_tar(tmp_path / "0.tar", broken(0, 60, every=3))
   source = open_source(f"{tmp_path}/0.tar")
   options = dict(

@@ -1,4 +1,4 @@
-"""Blocks of remote samples: fetched ahead, each byte once, no more held than is said."""
+"""Blocks of remote samples: fetched ahead, each byte once, within the limit of held samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Bytes:
 
 @pytest.fixture
 def sent(monkeypatch):
-  """[bytes of each request], answered with the place of each byte modulo 251."""
+  """A list of the bytes of each request; the answer is the position of each byte modulo 251."""
   found = []
 
   def read(path, start, end, *, expect):
@@ -50,7 +50,7 @@ def sent(monkeypatch):
 
 
 @pytest.mark.parametrize("hosts, workers", [(1, 1), (4, 2), (1, 3)])
-def test_what_an_order_holds_is_enough_to_fetch_once(sent, hosts, workers):
+def test_holding_what_the_order_asks_for_fetches_each_byte_once(sent, hosts, workers):
   """An epoch and a half of one worker, which prefetches its next batch as the pipeline does."""
   size, batch, own = 40_000, 256, 256 // hosts
   lanes = blocks.make_lanes(fractions.Fraction(batch), block=BLOCK)
@@ -66,7 +66,7 @@ def test_what_an_order_holds_is_enough_to_fetch_once(sent, hosts, workers):
 
 
 def test_blocks_that_are_read_in_part_make_room_for_others(sent):
-  """Of a view, or of what stood in for bad samples: else nothing would be prefetched after them."""
+  """As with a view, or substitutes of bad samples: otherwise prefetching would stop after them."""
   remote = RemoteBlocks(Bytes(100_000), block=BLOCK, hold=320)
   for i in range(0, 3200, BLOCK):
     remote.prefetch([i, i + BLOCK])
@@ -78,7 +78,7 @@ def test_blocks_that_are_read_in_part_make_room_for_others(sent):
   assert 288 < remote._unread <= 320 and len(sent) <= 111  # no more than can be held
 
 
-def test_a_sample_is_let_go_when_it_was_read(sent):
+def test_a_sample_is_dropped_once_it_was_read(sent):
   remote = RemoteBlocks(Bytes(40), block=BLOCK)
   assert [remote[5], remote[5], remote[39]] == [b"\5", b"\5", b"\x27"]
   assert sent == [32, 1, 8]

@@ -17,7 +17,11 @@ from bigalign.data.files import storage
 from bigalign.data.sources.base import open_source, where
 from bigalign.shards import index as program
 
-B, SHARDS, SAMPLES = 32, 3, 3072  # of a shard; an epoch is several times what an order holds
+B, SHARDS, SAMPLES = (
+  32,
+  3,
+  3072,
+)  # samples of a shard; an epoch is several times what an order holds
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def epoch(pattern, *, stop=SHARDS * SAMPLES, **options):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_a_store_are_those_of_a_disk(shards, served, workers):
+def test_batches_of_remote_shards_equal_those_of_local_ones(shards, served, workers):
   server, pattern = served
   server.failures = [429, 503, 0, 500]  # also of the workers' first requests
   seen = 0
@@ -86,7 +90,7 @@ def test_batches_of_a_store_are_those_of_a_disk(shards, served, workers):
 
 
 class Announced:
-  """A source that wants to hear of samples a batch before they are read."""
+  """A source that requires a prefetch of each sample before it is read."""
 
   fingerprint = "0"
 
@@ -123,7 +127,7 @@ def test_evaluation_and_embedding_fetch_the_next_batch(shards):
       assert all(found[name].tobytes() == wanted[name].tobytes() for name in texts)
 
 
-def test_a_shard_that_goes_missing_ends_training_with_its_name(shards, served, monkeypatch):
+def test_a_shard_that_disappears_ends_training_with_its_name(shards, served, monkeypatch):
   monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
   server, pattern = served
   with epoch(pattern) as batches:
@@ -133,8 +137,8 @@ def test_a_shard_that_goes_missing_ends_training_with_its_name(shards, served, m
       list(batches)
 
 
-def test_parquet_of_a_store_is_that_of_a_disk(tmp_path, monkeypatch):
-  """Each row group costs a request or two; what fails for a while is asked again."""
+def test_remote_parquet_equals_local_parquet(tmp_path, monkeypatch):
+  """Each row group costs one or two requests; transient errors are retried."""
   monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
   records = [dict(image=picture(i), captions=(f"picture {i}",), label=i % 3) for i in range(40)]
   local = open_source(write_parquet(tmp_path, records, rows=5))
@@ -153,7 +157,7 @@ def test_parquet_of_a_store_is_that_of_a_disk(tmp_path, monkeypatch):
     assert where(remote, 21) == (f"{server.url}/1.parquet", 1, 20)
 
 
-def test_parquet_of_a_store_that_is_gone_or_changed_is_named(tmp_path):
+def test_missing_or_changed_remote_parquet_is_named(tmp_path):
   records = [dict(image=picture(i), captions=(f"picture {i}",), label=0) for i in range(20)]
   write_parquet(tmp_path, records, files=1, rows=5)
   with store(tmp_path) as server:
@@ -171,6 +175,6 @@ def test_parquet_of_a_store_that_is_gone_or_changed_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["0.array_record", "train.tsv"])
-def test_what_is_read_from_disks_alone_says_so(name):
-  with pytest.raises(ValueError, match=r"from object stores \.tar and \.parquet are"):
+def test_formats_that_are_read_only_from_disks_say_so(name):
+  with pytest.raises(ValueError, match=r"\.tar and \.parquet are also read from object stores"):
     open_source(f"http://127.0.0.1:9/{name}")

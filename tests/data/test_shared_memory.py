@@ -1,4 +1,4 @@
-"""Batches come out of slots as they went in, whether one is free or not, and nothing is left."""
+"""Batches are equal before and after shared memory, with or without a free slot; none is leaked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARED = pathlib.Path("/dev/shm")
 
 
 class Counted:
-  """Batch k: arrays of every kind, one of them longer from `grown` on, made where a slot begins."""
+  """Batch k has arrays of every kind; `image` is made in a slot, and is larger from `grown` on."""
 
   def __init__(self, grown=1 << 60):
     self._grown = grown
@@ -25,7 +25,7 @@ class Counted:
   def __getitem__(self, k):
     rng = np.random.default_rng(k)
     image = shared_memory.empty((5, 7, 3 if k < self._grown else 30), np.uint8)
-    other = shared_memory.empty((2,), np.int16)  # one has the place already
+    other = shared_memory.empty((2,), np.int16)  # the slot is reserved already
     image[...] = rng.integers(0, 256, image.shape, np.uint8)
     other[...] = k
     return dict(
@@ -46,7 +46,7 @@ def assert_same(found, expected):
     assert found[name].flags.owndata and found[name].flags.writeable
 
 
-def test_slots_are_used_in_turn_and_a_full_row_is_passed_by():
+def test_slots_are_used_in_turn_and_batches_without_one_go_through_grain():
   sender, receiver = shared_memory.Sender(Counted()), shared_memory.Receiver()
   sent = [sender[k] for k in range(shared_memory.SLOTS + 2)]
   assert [isinstance(x, shared_memory.SlotBatch) for x in sent] == [True] * shared_memory.SLOTS + [
@@ -62,7 +62,7 @@ def test_slots_are_used_in_turn_and_a_full_row_is_passed_by():
   assert not (SHARED / memory).exists()
 
 
-def test_what_fits_into_no_slot_goes_the_other_way():
+def test_a_batch_that_is_too_large_goes_through_grain():
   sender, receiver = shared_memory.Sender(Counted(grown=1)), shared_memory.Receiver()
   assert isinstance(sender[0], shared_memory.SlotBatch) and not isinstance(
     sender[1], shared_memory.SlotBatch
@@ -82,11 +82,11 @@ def test_without_room_no_memory_is_taken(monkeypatch):
   sender = shared_memory.Sender(Counted())
   assert_same(shared_memory.Receiver().unpack(sender[3]), Counted()[3])
   assert_same(shared_memory.Receiver().unpack(sender[4]), Counted()[4])
-  assert len(asked) == 1 and not asked[0][0].exists(), "asked for once, and given back"
+  assert len(asked) == 1 and not asked[0][0].exists(), "allocated once, and freed"
 
 
 @pytest.mark.parametrize("grown", [3, 1 << 60])
-def test_workers_send_every_batch_once_in_order_and_leave_nothing(grown):
+def test_workers_send_every_batch_once_in_order_and_leak_nothing(grown):
   with contextlib.closing(workers.iterate(Counted(grown), workers=2)) as batches:
     found = list(batches)
     used = [SHARED / name for name in batches._receiver._memories]
@@ -97,7 +97,7 @@ def test_workers_send_every_batch_once_in_order_and_leave_nothing(grown):
   assert not [path for path in used if path.exists()]
 
 
-def test_a_batch_that_fails_leaves_its_place_to_the_next():
+def test_a_batch_that_fails_leaves_its_slot_to_the_next():
   class Failing(Counted):
     def __getitem__(self, k):
       if k == 1:
@@ -112,5 +112,5 @@ def test_a_batch_that_fails_leaves_its_place_to_the_next():
   second = sender[2]
   for k, packed in ((0, first), (2, second)):
     assert_same(receiver.unpack(packed), Counted()[k])
-  assert shared_memory.empty((2, 2), np.uint8).flags.owndata, "nothing is sent now"
+  assert shared_memory.empty((2, 2), np.uint8).flags.owndata, "no batch is being made"
   receiver.close()

@@ -1,4 +1,4 @@
-"""Recaptions in files beside the shards: by key, at random, chosen by probability, never stale."""
+"""Recaptions in files next to the shards: by key, at random, drawn by weight, never stale."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARQUET, JSONL = "recap.parquet:caption", "more.jsonl:texts"
 
 
 def two_shards(folder):
-  """10 and 12 samples; recaptions of every second as Parquet, lists of those of three as JSON."""
+  """10 and 12 samples; every second has a recaption in Parquet, three have some in JSON."""
   for shard, count in enumerate((10, 12)):
     keys = [f"sub/{shard}{i:03d}" for i in range(count)]
     write_tar(
@@ -61,7 +61,7 @@ def read(pattern, *fields):
   return program.main([pattern, "--workers=1", "--sidecars", ",".join(fields)])
 
 
-def test_captions_from_beside_the_shards(tmp_path, capsys):
+def test_captions_from_files_next_to_the_shards(tmp_path, capsys):
   pattern = two_shards(tmp_path)
   with pytest.raises(
     FileNotFoundError,
@@ -73,7 +73,9 @@ def test_captions_from_beside_the_shards(tmp_path, capsys):
   assert "2 indexed" in capsys.readouterr().out
   source = pickle.loads(pickle.dumps(open_source(pattern, captions=(PARQUET, "txt", JSONL))))
   alone = open_source(pattern)
-  assert source.fingerprint == alone.fingerprint  # views and runs know it by its samples
+  assert (
+    source.fingerprint == alone.fingerprint
+  )  # the fingerprint depends on the samples, for views and runs
   for i in (21, 0, 9, 10, 13, 12, 1):
     key = f"sub/0{i:03d}" if i < 10 else f"sub/1{i - 10:03d}"
     place = i % 10 if i < 10 else i - 10
@@ -114,7 +116,7 @@ def test_recaptions_are_drawn_by_their_weights(tmp_path):
   assert all(text.startswith("alt") for i, text in zip(ids, said) if i in (2, 4, 12))
 
 
-def test_what_is_wrong_with_a_sidecar_is_named(tmp_path, capsys):
+def test_faults_of_a_sidecar_are_named(tmp_path, capsys):
   pattern = two_shards(tmp_path)
   assert read(pattern, PARQUET) == 0 == read(pattern, PARQUET)
   assert "2 current" in capsys.readouterr().out.splitlines()[-2]
@@ -144,7 +146,7 @@ def test_what_is_wrong_with_a_sidecar_is_named(tmp_path, capsys):
     read(pattern, "caption")
 
 
-def test_far_sidecars(tmp_path, monkeypatch):
+def test_remote_sidecars(tmp_path, monkeypatch):
   monkeypatch.setenv("BIGALIGN_INDEX", str(tmp_path / "index"))
   two_shards(tmp_path)
   with store(tmp_path) as server:

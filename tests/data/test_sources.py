@@ -77,7 +77,7 @@ def test_equal_keys_in_two_shards_are_two_samples(tmp_path):
   assert len(open_source(f"{tmp_path}/{{0..1}}.tar")) == 2
 
 
-def test_members_of_a_sample_that_lie_apart_are_an_error(tmp_path):
+def test_members_of_a_sample_that_are_not_adjacent_are_an_error(tmp_path):
   members = samples(0, 4)
   write_tar(tmp_path / "0.tar", sorted(members, key=lambda member: member[0][-3:]))
   with pytest.raises(
@@ -87,7 +87,7 @@ def test_members_of_a_sample_that_lie_apart_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("cut", ["inside the last image", "between its members", "inside a header"])
-def test_a_truncated_shard_keeps_its_whole_samples(tmp_path, caplog, cut):
+def test_a_truncated_shard_keeps_its_complete_samples(tmp_path, caplog, cut):
   path = pathlib.Path(write_tar(tmp_path / "0.tar", samples(0, 5)))
   with tarfile.open(path) as tar:
     last = tar.getmember("000004.jpg" if cut == "inside the last image" else "000004.txt")
@@ -118,7 +118,7 @@ def test_a_flipped_header_bit_is_found(tmp_path, caplog):
   assert f"wrong header checksum at byte {offset}" in caplog.text
 
 
-def test_what_is_no_tar_says_so(tmp_path):
+def test_a_file_that_is_not_a_tar_is_an_error(tmp_path):
   (tmp_path / "0.tar").write_bytes(b"<html>404</html>" * 100)
   with pytest.raises(ValueError, match=r"0\.tar: not an uncompressed tar.*<html>404"):
     open_source(f"{tmp_path}/0.tar")
@@ -140,7 +140,7 @@ def test_missing_shards_are_named(tmp_path):
   assert "holds 1 .tar files: 00001.tar" in message
 
 
-def test_empty_patterns_and_unknown_sources_offer_the_way_on(tmp_path, monkeypatch):
+def test_errors_of_empty_patterns_and_unknown_sources_help(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match=r"No file matches '.*/nowhere/\*.tar'.*not exist"):
     open_source(f"{tmp_path}/nowhere/*.tar")
   with pytest.raises(ValueError, match=r"range {00005\.\.00001} is empty"):
@@ -154,7 +154,7 @@ def test_empty_patterns_and_unknown_sources_offer_the_way_on(tmp_path, monkeypat
     open_source("$BIGALIGN_NOWHERE/0.tar")
 
 
-def test_synthetic_samples_are_noise_that_differs_and_is_the_same_again():
+def test_synthetic_samples_are_different_and_reproducible_noise():
   source = open_source("synthetic:5000", size=40)
   assert len(source) == 5000 and len(open_source("synthetic")) == 10_000
   images = [source[i]["image"] for i in (0, 1, 64, 4095)]
@@ -267,10 +267,10 @@ def test_broken_samples_are_rejected_with_a_reason(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["", "train/"])
-def test_class_names_lie_beside_the_shards_or_above(tmp_path, folder):
+def test_class_names_are_next_to_the_shards_or_in_the_parent_folder(tmp_path, folder):
   write_tar(tmp_path / f"{folder}0.tar", [("0.jpg", b"i"), ("0.cls", b"1\n")])
   (tmp_path / "classnames.txt").write_text("cat\nbig dog\n\n")
-  source = open_source(f"{tmp_path}/{folder}0.tar")  # labels stand in for the missing captions
+  source = open_source(f"{tmp_path}/{folder}0.tar")  # labels are enough without captions
   assert source.classnames == ("cat", "big dog")
   assert source[0]["label"] == 1 and source[0]["captions"] == ()
   (tmp_path / "classnames.txt").write_text("cat\n \nbig dog\n")  # dropped, dog would be 1
@@ -308,7 +308,7 @@ def test_a_source_pickles_without_its_files(tmp_path):
   assert again[2] == source[2] and again.fingerprint == source.fingerprint
 
 
-def test_a_shard_that_changes_under_the_reader_is_an_error(tmp_path):
+def test_a_shard_that_changes_while_it_is_read_is_an_error(tmp_path):
   path = pathlib.Path(write_tar(tmp_path / "0.tar", samples(0, 30)))
   source = open_source(str(path))
   path.write_bytes(path.read_bytes()[100:])

@@ -42,8 +42,8 @@ def made(count: int, first: int = 0) -> list[dict]:
   ]
 
 
-def test_every_sample_is_told_by_its_file(tmp_path):
-  """What is written down of a rejected one: the file, its place there, and how many that holds."""
+def test_where_names_the_file_of_every_sample(tmp_path):
+  """The log of rejected samples has the file, the place in it, and the samples of the file."""
   write_parquet(tmp_path / "p", made(11), rows=4)  # 6 and 5 rows, two row groups each
   write_array_records(tmp_path / "r", made(9))
   for name, count in (("a", 4), ("b", 7)):
@@ -98,7 +98,7 @@ def test_every_record_by_random_access(tmp_path, version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_photos_have_equal_batches_from_every_format(data_root, tmp_path, version):
-  """Ids, pixels, tokens, labels, of three collections that are one source."""
+  """Ids, pixels, tokens and labels, of three collections joined into one source."""
   tars = open_source(PHOTO_SHARDS, captions=("json.captions", "txt"))
   spec = VERSIONS[version](tmp_path, [tars[i] for i in range(len(tars))])
   options = dict(data_dir=str(tmp_path)) if version == "tfds" else {}
@@ -112,8 +112,8 @@ def test_photos_have_equal_batches_from_every_format(data_root, tmp_path, versio
 
 
 @pytest.mark.slow
-def test_photos_train_alike_from_every_format(data_root, tmp_path):
-  """The whole config, with narrow towers: every loss to the bit."""
+def test_photos_train_equally_from_every_format(data_root, tmp_path):
+  """The shipped config with narrow towers: every loss is equal to the bit."""
   c = load("photos")
   c.total_steps, c.batch_size, c.log_every, c.eval_every = 3, 16, 1, 0
   c.model.image.update(width=32, depth=1)
@@ -167,7 +167,7 @@ def test_tables_are_read_as_csv_readers_do(tmp_path, separator, end):
 
 
 def test_a_stray_quote_is_a_character(tmp_path):
-  """A 5" pipe: only a quote at the start of a field means anything."""
+  """A 5" pipe: only a quote at the start of a field has a meaning."""
   write_images(tmp_path, 3)
   (tmp_path / "t.tsv").write_text(
     'title\tfilepath\na 5" pipe\t0.jpg\n\n\r\n"a ""6"" pipe"\t1.jpg\nend"\t2.jpg'
@@ -184,7 +184,7 @@ def test_a_stray_quote_is_a_character(tmp_path):
 
 
 def test_rows_agree_with_the_csv_module(tmp_path):
-  """A thousand rows of the characters that matter, however they fall."""
+  """A thousand random rows of the special characters."""
   rng = np.random.default_rng(0)
   rows = [
     ["".join(rng.choice(list('ab,\n"\t '), rng.integers(0, 8))) for _ in range(3)]
@@ -197,7 +197,7 @@ def test_rows_agree_with_the_csv_module(tmp_path):
   starts = row_starts(str(tmp_path / "t.csv"), separator=b",")
   found = [next(csv.reader([data[a:b].decode()])) for a, b in itertools.pairwise(starts)]
   assert found == rows
-  # As the source reads them: what is no file is rejected under its own name.
+  # As the source reads them: a missing file is rejected under its name.
   source = open_source(f"{tmp_path}/t.csv")
   for i, row in enumerate(found):
     assert source._row(i)[1] == dict(zip(("filepath", "title", "x"), row))
@@ -258,7 +258,7 @@ def test_bad_objects_are_rejected_with_a_reason(tmp_path):
       source[i]
 
 
-def test_what_is_not_the_file_it_was_is_an_error(tmp_path):
+def test_a_file_that_changed_is_an_error(tmp_path):
   write_images(tmp_path, 2)
   path = tmp_path / "t.csv"
   path.write_text("filepath,title\n0.jpg,a\n1.jpg,b\n")
@@ -272,7 +272,7 @@ def test_what_is_not_the_file_it_was_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.array_record"])
-def test_broken_files_say_so(tmp_path, name):
+def test_broken_files_are_errors(tmp_path, name):
   version = name.split(".")[1]
   spec = VERSIONS[version](tmp_path / "whole", made(20))
   whole = next((tmp_path / "whole").iterdir()).read_bytes()
@@ -373,5 +373,5 @@ def test_the_cache_keeps_to_its_capacity():
   made: list[int] = []
   cache = LRUCache(lambda key: (made.append(key) or -key, key), capacity=10)
   assert [cache[key] for key in (4, 5, 4, 6, 4, 5)] == [-4, -5, -4, -6, -4, -5]
-  assert made == [4, 5, 6, 5]  # 6 drove out 5, which was used longer ago than 4
+  assert made == [4, 5, 6, 5]  # 6 evicted 5, which was used less recently than 4
   assert cache[50] == -50 and list(cache._values) == [50]  # larger than the capacity, but used last

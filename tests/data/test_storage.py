@@ -1,4 +1,4 @@
-"""Local and remote files behind one function; the remote ones on this machine."""
+"""Local and remote files through one function; the remote ones on a server of this machine."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_file_that_changed_is_noticed(tmp_path, remote):
 
 
 @pytest.mark.parametrize("failure", [429, 503, 500, 0])
-def test_what_fails_for_a_while_is_asked_again(tmp_path, caplog, failure):
+def test_transient_errors_are_retried(tmp_path, caplog, failure):
   (tmp_path / "x").write_bytes(DATA)
   with store(tmp_path) as server:
     server.failures = [failure] * 3
@@ -76,7 +76,7 @@ def test_what_fails_for_a_while_is_asked_again(tmp_path, caplog, failure):
   assert "try 2 of 8" in caplog.text and "/x: UNAVAILABLE" in caplog.text
 
 
-def test_what_fails_for_good_names_the_file(tmp_path, monkeypatch):
+def test_permanent_errors_name_the_file(tmp_path, monkeypatch):
   monkeypatch.setattr(storage, "TRIES", 3)
   (tmp_path / "x").write_bytes(DATA)
   with store(tmp_path) as server:
@@ -86,7 +86,7 @@ def test_what_fails_for_good_names_the_file(tmp_path, monkeypatch):
     server.failures = [403, 503]
     with pytest.raises(ValueError, match="403"):
       storage.read(f"{server.url}/x", 7, 9)
-    assert server.failures == [503]  # a refusal is not asked again
+    assert server.failures == [503]  # a refusal is not retried
 
 
 def test_stores_and_patterns():
@@ -103,7 +103,7 @@ def test_a_store_that_cannot_list_says_so(tmp_path):
     expand_shards(f"{server.url}/*.tar")
 
 
-def test_remote_shards_are_read_in_runs(tmp_path, monkeypatch):
+def test_remote_shards_are_read_in_blocks(tmp_path, monkeypatch):
   with store(tmp_path) as server:
     pattern = _remote_shards(tmp_path, server.url, tmp_path / "index")
     with pytest.raises(ValueError, match=r"2 of 2 shards .* bigalign index"):
@@ -115,7 +115,7 @@ def test_remote_shards_are_read_in_runs(tmp_path, monkeypatch):
     server.requests.clear()
     backwards = list(range(len(source)))[::-1]
     assert [source[i] for i in backwards] == [local[i] for i in backwards]
-    # Runs of 32 over 50 + 50 samples: the second has a part in each shard.
+    # Blocks of 32 over 50 + 50 samples: the second block has samples of both shards.
     assert len(server.requests) == 5
     sent = sum(size for _, size in server.requests)
     assert sent <= 1.05 * sum((tmp_path / "set" / f"{n}.tar").stat().st_size for n in (0, 1))
@@ -132,10 +132,10 @@ def test_prefetching_waits_once(tmp_path, monkeypatch):
     source.prefetch(range(100))
     for i in range(100):
       source[i]
-    assert time.monotonic() - began < 4 * 0.5  # one after the other: 5 requests
+    assert time.monotonic() - began < 4 * 0.5  # sequentially it would be 5 requests
 
 
-def test_a_shard_that_is_gone_is_named(tmp_path, monkeypatch):
+def test_a_missing_shard_is_named(tmp_path, monkeypatch):
   with store(tmp_path) as server:
     pattern = _remote_shards(tmp_path, server.url, tmp_path / "index")
     monkeypatch.setenv("BIGALIGN_INDEX", str(tmp_path / "index"))

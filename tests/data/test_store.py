@@ -25,7 +25,7 @@ HEADER = dict(side="image", width=3, dtype="float16", weights="abc")
 
 
 def vectors(ids, width=3):
-  """Rows that tell which sample they are of."""
+  """Rows that encode their sample."""
   return np.stack([(np.asarray(ids) % 1000).astype(np.float32) * (k + 1) for k in range(width)], 1)
 
 
@@ -50,7 +50,7 @@ def write(
 
 @pytest.mark.parametrize("dtype", reader.DTYPES)
 @pytest.mark.parametrize("parts", [1, 3])
-def test_what_is_written_is_found_by_id(tmp_path, dtype, parts):
+def test_rows_are_found_by_id(tmp_path, dtype, parts):
   ids = np.random.default_rng(0).permutation(80)[:50] + 1
   counts = np.arange(50) % 4  # some samples have no captions at all
   found = Store(write(tmp_path / "s", ids, texts=counts, dtype=dtype, parts=parts))
@@ -91,7 +91,7 @@ def test_another_source_is_appended(tmp_path):
 
 
 def test_a_reader_outlives_appends(tmp_path, monkeypatch):
-  """With room for two files, of which the index takes none."""
+  """Only two files stay mapped, besides the index."""
   folder = write(tmp_path / "s", np.arange(12))
   monkeypatch.setattr(reader, "OPEN", 2)
   opened = Store(folder)
@@ -104,7 +104,7 @@ def test_a_reader_outlives_appends(tmp_path, monkeypatch):
   assert len(Store(folder)) == 12 + 27 and len(opened) == 12
 
 
-def test_writers_are_told_what_a_header_needs(tmp_path):
+def test_a_header_without_dtype_or_width_is_an_error(tmp_path):
   with pytest.raises(ValueError, match=r"needs `dtype`, one of .* and `width`"):
     writer.begin(tmp_path, dict(model="NV-Embed-v2"))
   writer.begin(tmp_path, HEADER)
@@ -135,7 +135,7 @@ def test_other_vectors_are_refused(tmp_path):
     writer.begin(tmp_path / "s", HEADER | dict(weights="abd"))
 
 
-def test_what_changed_on_the_disk_is_found(tmp_path):
+def test_verify_finds_changed_files(tmp_path):
   folder = write(tmp_path / "s", range(1, 9))
   path = folder / "00001.0-of-1.vectors.npy"
   data = bytearray(path.read_bytes())
@@ -165,21 +165,21 @@ def test_a_damaged_index_is_found(tmp_path):
   assert any("00000.0-of-1 cannot be read" in line for line in Store(folder).verify())
 
 
-def test_a_store_lacks_no_piece(tmp_path):
+def test_a_missing_piece_is_an_error(tmp_path):
   folder = write(tmp_path / "s", range(1, 9))
   (folder / "00001.0-of-1.json").unlink()
   with pytest.raises(ValueError, match=r"pieces \[1\] of a are missing; do all processes write"):
     writer.finish(folder, captions=False)
 
 
-def test_a_source_that_was_never_begun_gives_way(tmp_path):
+def test_a_source_that_was_never_begun_is_replaced(tmp_path):
   writer.begin(tmp_path / "s", HEADER)
   writer.claim(tmp_path / "s", "typo", 9, "typo", batch_size=4, batches=1, write=True)
   assert len(Store(write(tmp_path / "s", range(8)))) == 8
 
 
 def test_an_append_that_is_killed_leaves_the_store_as_it_was(tmp_path, monkeypatch):
-  """At any of the moments at which a file gets its name."""
+  """Kills the append at each rename of a file."""
   replace, moves = pathlib.Path.replace, []
   for stop in range(99):
     folder = tmp_path / str(stop)
@@ -228,7 +228,7 @@ store_writer.finish(folder, captions=True)
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_double_and_mix_nothing(tmp_path):
+def test_twenty_kills_neither_lose_nor_repeat_nor_mix_rows(tmp_path):
   draws, folder = random.Random(0), tmp_path / "s"
   command = [sys.executable, "-c", WRITER, str(folder)]
   kept = []
@@ -255,7 +255,7 @@ def test_a_hundred_million_rows_are_addressed_without_an_index_in_memory(tmp_pat
   listed = []
 
   def sparse(name, shape, dtype):
-    """An array of zeros that takes no room on the disk."""
+    """An array of zeros in a sparse file."""
     with (folder / name).open("wb") as file:
       np.lib.format.write_array_header_1_0(
         file, dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape)

@@ -38,14 +38,14 @@ def written(kind, names, size=700):
 
 
 def resigned(block):
-  """A header with the checksum of what it holds now."""
+  """The header with its checksum computed again."""
   block[148:156] = b" " * 8
   block[148:156] = f"{sum(block[:512]):06o}\0 ".encode()
   return bytes(block)
 
 
 def slowly(buffer):
-  """What `sample` shall give, from all that `members` checks."""
+  """The expected result of `sample`, from `members`, which checks everything."""
   found = {}
   key = ""
   for member in parse.members(buffer):
@@ -75,7 +75,7 @@ def test_names_of_every_format(kind, name):
   ],
 )
 def test_sizes_in_every_spelling(digits):
-  """Twelve digits without an end are ten times the number that the first eleven are."""
+  """Twelve digits fill the field without an end mark; the last one counts."""
   block = bytearray(written("ustar", ["a.jpg"]))
   block[124:136] = digits
   buffer = resigned(bytearray(block[:512])) + bytes(block[512:]) + written("ustar", ["a.txt"])
@@ -85,7 +85,7 @@ def test_sizes_in_every_spelling(digits):
 
 
 @pytest.mark.parametrize("digits", [b"0000000127x\0", b"-0000000001\0", b"77777777777\0"])
-def test_what_no_index_was_made_of_is_named(digits):
+def test_bytes_that_were_not_indexed_are_an_error(digits):
   block = bytearray(written("ustar", ["a.jpg"]))
   block[124:136] = digits
   with pytest.raises(parse.BrokenTar, match=r"wrong number|ends inside"):

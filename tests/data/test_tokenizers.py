@@ -25,7 +25,7 @@ def expected() -> dict:
 
 @pytest.fixture
 def vocabularies(request) -> dict[str, str]:
-  """The files that the expected ids belong to: next to them, or else the real vocabularies."""
+  """The vocabularies of the expected ids: next to them, or else the real ones."""
   names = dict(clip="clip_merges.txt.gz", wordpiece="wordpiece_vocabulary.txt")
   files = {name: ROOT / "tokenize" / file for name, file in names.items()}
   if all(file.is_file() for file in files.values()):
@@ -68,7 +68,7 @@ def test_a_prompt_around_a_known_name_is_that_name(tmp_path):
   assert ids.tolist() == [[4, 5, 2, 0], [4, 5, 2, 0], [3, 2, 0, 0], [2, 0, 0, 0]]
 
 
-def test_words_of_the_glyphs_leave_none_unknown():
+def test_the_vocabulary_of_glyphs_has_all_their_words():
   from bigalign.data.sources.base import open_source
 
   tokenizer = make_tokenizer("words", length=32, vocabulary="glyphs")
@@ -91,7 +91,7 @@ def test_clip_oracle(vocabularies, expected, name, options):
   tokenizer = make_tokenizer("clip", path=vocabularies["clip"], **options)
   ids, mask = tokenizer.encode_batch(expected["texts"])
   np.testing.assert_array_equal(ids, expected[name])
-  # The end is the largest id, and the last one that counts.
+  # The end is the largest id, and the last real token.
   assert (mask.sum(1) - 1 == ids.argmax(1)).all()
 
 

@@ -40,7 +40,7 @@ class WithColumns:
       part = np.zeros(size, common + more)
       i = np.arange(first, first + size)
       part["width"], part["height"] = i * 10, 200
-      # Every tenth sample is the picture of the one before.
+      # Every tenth sample has the image of the one before.
       part["sha256"] = [list(hashlib.sha256(bytes([n - (n % 10 == 9)])).digest()) for n in i]
       for name, _ in more:
         part[name] = i / 100
@@ -64,12 +64,12 @@ def kept(tmp_path, **rule):
     ("100 < width <= 200", range(11, 21)),
     ("width / height < 1 or width == 690", [*range(20), 69]),
     ("not width > 100 and width != 50", [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]),
-    ("json.score > 0.5", range(51, 70)),  # a sample without a score has none above 0.5
+    ("json.score > 0.5", range(51, 70)),  # comparisons with a missing score are false
     ("not json.score > 0.5", range(51)),
     ("json.score != 0.5", [*range(30, 50), *range(51, 70)]),
     ("width * 2 - height + -100 > 1000", range(66, 70)),
     ("width > 1e2 and (height == 200 and width < 150)", range(11, 15)),
-    ("height / (width - 100) > 19", [10, 11]),  # 200 / 0 is infinite, and no error
+    ("height / (width - 100) > 19", [10, 11]),  # 200 / 0 is infinite, not an error
   ],
 )
 def test_rules(tmp_path, where, wanted):
@@ -90,7 +90,7 @@ def test_each_part_of_a_rule_has_its_count(tmp_path):
   }
 
 
-def test_of_equal_ones_the_first_that_is_left_stays(tmp_path):
+def test_unique_keeps_the_first_of_equal_samples(tmp_path):
   found, _ = kept(tmp_path, rule="width != 180", unique="sha256")
   assert 19 in found and 18 not in found and 29 not in found and len(found) == 70 - 1 - 6
 
@@ -119,12 +119,12 @@ def test_a_list_is_a_view(tmp_path):
     ("width > 1e9", "no sample is left of 70: .*'not width > 1000000000.0': 70"),
   ],
 )
-def test_what_is_no_rule_is_said(tmp_path, where, message):
+def test_wrong_rules_are_errors(tmp_path, where, message):
   with pytest.raises(ValueError, match=message):
     kept(tmp_path, rule=where)
 
 
-def test_places_beyond_32_bits(tmp_path):
+def test_indices_beyond_32_bits(tmp_path):
   class Huge:
     fingerprint = "1"
 
@@ -141,7 +141,7 @@ def test_places_beyond_32_bits(tmp_path):
   assert [found[i] for i in range(5)] == places.tolist()
 
 
-def test_a_run_reads_a_view_and_knows_it(tmp_path, capsys):
+def test_a_run_reads_a_view_and_refuses_another(tmp_path, capsys):
   shard = write_tar(tmp_path / "0.tar", samples(0, 30))
   (tmp_path / "ids.txt").write_text("\n".join(map(str, range(0, 30, 2))))
   view.main([shard, "--ids", str(tmp_path / "ids.txt"), "--out", str(tmp_path / "even")])
@@ -182,7 +182,7 @@ def test_a_run_reads_a_view_and_knows_it(tmp_path, capsys):
 
 
 def test_the_columns_of_shards(tmp_path, capsys):
-  """From tars to a view: what bigalign index --stats writes is what rules read."""
+  """From tars to a view: rules read the columns that bigalign index --stats writes."""
   members = []
   for i in range(12):
     members += [
@@ -194,7 +194,7 @@ def test_the_columns_of_shards(tmp_path, capsys):
   assert index.main([shard, "--stats", "--workers", "1"]) == 0
   rule = ["--where", "json.score >= 0.2 and length.txt < 12 and width != 27", "--unique", "sha256"]
   found = view.main([shard, *rule, "--out", str(tmp_path / "good")])
-  # Samples 9, 10 and 11 are the pictures of 0, 1 and 2; 7 is 27 pixels wide.
+  # Samples 9, 10 and 11 have the images of 0, 1 and 2; 7 is 27 pixels wide.
   assert found["kept"] == 8 and found["left_out"]["sha256 of a sample before"] == 1
   source = View(open_source(shard, captions=("txt",)), f"{tmp_path}/good")
   assert [source.where(i)[1] for i in range(8)] == [2, 3, 4, 5, 6, 8, 9, 10]

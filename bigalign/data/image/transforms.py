@@ -182,7 +182,14 @@ def _padded(pixels: Image.Image, size: int) -> np.ndarray:
   return square
 
 
-def _random_box(rng: np.random.Generator, *, height: int, width: int, scale, ratio):
+def _random_box(
+  rng: np.random.Generator,
+  *,
+  height: int,
+  width: int,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
   """(top, left, height, width) of torchvision's RandomResizedCrop."""
   low, high = math.log(ratio[0]), math.log(ratio[1])
   for _ in range(10):

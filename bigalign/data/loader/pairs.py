@@ -77,7 +77,7 @@ class Pairs:
   def __getitem__(self, i: int) -> dict[str, Any]:
     """The vectors of one image, [D], and of its captions, [C, E]."""
     rows = self.rows(np.array([i]))
-    (first,), (count,) = _found(self.text, self.image.samples(rows)[:, 0])
+    (first,), (count,) = _find_all(self.text, self.image.samples(rows)[:, 0])
     return dict(
       image=self.image.read(rows)[0],
       text=self.text.read(first + np.arange(count)),
@@ -101,7 +101,7 @@ def _ids(path: str) -> np.ndarray:
   return ids
 
 
-def _found(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _find_all(store: Store, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Store.find of samples that the store must have."""
   first, count = store.find(ids)
   if not count.all() or (store.samples(first)[:, 0] != ids).any():
@@ -123,13 +123,13 @@ def _matching(
   matching = 0
   with tempfile.TemporaryFile() as file:  # its map outlives it
     for ids, rows in image.sorted_ids():
-      found = np.ones(len(ids), bool)
+      matches = np.ones(len(ids), bool)
       for text in texts:
-        found &= text.find(ids)[1] > 0
-      matching += int(found.sum())
+        matches &= text.find(ids)[1] > 0
+      matching += int(matches.sum())
       if keep is not None:
-        found &= keep[np.minimum(np.searchsorted(keep, ids), len(keep) - 1)] == ids
-      file.write(rows[found].tobytes())
+        matches &= keep[np.minimum(np.searchsorted(keep, ids), len(keep) - 1)] == ids
+      file.write(rows[matches].tobytes())
     file.flush()
     count = file.tell() // 8
     kept = np.memmap(file, np.uint64, "r+", shape=(count,)) if count else np.empty(0, np.uint64)
@@ -158,7 +158,7 @@ def pair_batches(
     source: the stores of both sides.
     data, batch_size, rows, seed, start, stop, lane_rows: as of training.train_batches.
   """
-  places = Order(
+  order = Order(
     source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=data.shuffle, kind=data.order
   )
   batches = _PairBatches(
@@ -168,7 +168,7 @@ def pair_batches(
     seed=seed,
     start=start,
     stop=stop,
-    places=places,
+    order=order,
     captions_per_image=data.captions_per_image,
   )
   return iterate(batches, workers=0)  # a thread is enough: rows are only copied
@@ -186,11 +186,11 @@ class _PairBatches:
     seed: int,
     start: int,
     stop: int | None,
-    places: Order,
+    order: Order,
     captions_per_image: int,
   ):
     self._source, self._batch_size, self._rows, self._seed = source, batch_size, rows, seed
-    self._start, self._places, self._captions_per_image = start, places, captions_per_image
+    self._start, self._order, self._captions_per_image = start, order, captions_per_image
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
 
   def __len__(self) -> int:
@@ -202,10 +202,10 @@ class _PairBatches:
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     source = self._source
     positions = self._start + k * self._batch_size + self._rows
-    indices = self._places(positions)
+    indices = self._order(positions)
     rows = source.rows(indices)
     ids = source.image.samples(rows)[:, 0]
-    first, count = _found(source.text, ids)
+    first, count = _find_all(source.text, ids)
     most = int(count.max())
     if most > self._captions_per_image:
       raise ValueError(
@@ -235,7 +235,7 @@ class _PairBatches:
   def _second(self, ids: np.ndarray, draw: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
     store = self._source.second
     assert store is not None
-    first, count = _found(store, ids)
+    first, count = _find_all(store, ids)
     fresh = hash_words(CAPTION, draw)
     if store.fingerprint != self._source.text.fingerprint:
       return store.read(first + (fresh % count.astype(np.uint64)).astype(np.int64))

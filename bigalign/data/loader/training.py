@@ -21,7 +21,7 @@ from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.order import blocks
 from bigalign.data.order.order import Order
 from bigalign.data.order.permutation import philox
-from bigalign.data.samples.rejects import REASONS, Rejected, write_down
+from bigalign.data.samples.rejects import REASONS, Rejected, append_json_line
 from bigalign.data.sources.base import Source, where
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
@@ -89,7 +89,7 @@ def train_batches(
   Returns:
     An iterator of {name: array}; the fields are those of `batch_spec`.
   """
-  places = Order(
+  order = Order(
     source, seed=seed, lane_rows=lane_rows or batch_size, shuffle=data.shuffle, kind=data.order
   )
   batches = _TrainBatches(
@@ -100,22 +100,22 @@ def train_batches(
     seed=seed,
     start=start,
     stop=stop,
-    places=places,
+    order=order,
     rejected_log=rejected_log,
     stored=stored,
   )
   return iterate(batches, workers=data.workers)
 
 
-def checked_rows(rows, *, batch_size: int) -> np.ndarray:
-  """[b] int64; ValueError unless they are rows of the global batch."""
-  rows = np.asarray(rows, np.int64)
-  if rows.ndim != 1 or not rows.size or rows.min() < 0 or rows.max() >= batch_size:
+def checked_rows(rows: np.ndarray | Sequence[int], *, batch_size: int) -> np.ndarray:
+  """Returns [b] int64; raises ValueError unless they are rows of the global batch."""
+  array = np.asarray(rows, np.int64)
+  if array.ndim != 1 or not array.size or array.min() < 0 or array.max() >= batch_size:
     raise ValueError(
-      f"rows must be a line of row numbers below batch_size={batch_size}; found an "
-      f"array of shape {rows.shape}: {rows.ravel()[:8]}"
+      f"rows must be a list of row numbers below batch_size={batch_size}; got an "
+      f"array of shape {array.shape}: {array.ravel()[:8]}"
     )
-  return rows
+  return array
 
 
 def words(ids: np.ndarray) -> np.ndarray:
@@ -167,7 +167,7 @@ class Decoded:
       logger.warning("Rejected %s (index %d): %s", key, index, rejected)
       if self._rejected_log:
         shard, ordinal, _ = where(self._source, index)
-        write_down(
+        append_json_line(
           self._rejected_log,
           shard=shard,
           ordinal=ordinal,
@@ -191,7 +191,7 @@ class _TrainBatches(Decoded):
     seed: int,
     start: int,
     stop: int | None,
-    places: Order,
+    order: Order,
     rejected_log: str,
     stored: OneSide | None,
   ):
@@ -207,7 +207,7 @@ class _TrainBatches(Decoded):
       transforms.shrink, size=data.image_size, **data.augment.options
     )
     data.check_augment()  # here, where an error is easier to read than from a worker
-    self._places = places
+    self._order = order
     self._captions, self._second_captions = data.first_columns, data.second_columns
     self._captions_per_image = data.captions_per_image
     self._next = max(data.workers, 1)  # a worker makes every workers-th batch
@@ -222,7 +222,7 @@ class _TrainBatches(Decoded):
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     positions = self._positions(k)
-    indices = self._places(positions)
+    indices = self._order(positions)
     self._prefetch(k, indices)
     b, size = len(positions), self._data.image_size
     images = (
@@ -258,7 +258,7 @@ class _TrainBatches(Decoded):
       label=labels,
       rejects=rejects,
       repaired=was_repaired,
-      source=self._places.source_of(indices).astype(np.int32),
+      source=self._order.source_of(indices).astype(np.int32),
     )
     if self._second_captions:
       batch["text_second"], batch["text_second_mask"], was_repaired = self._encode(
@@ -285,10 +285,10 @@ class _TrainBatches(Decoded):
   def _prefetch(self, k: int, indices: np.ndarray) -> None:
     """Starts fetching this batch and this worker's next one, so that I/O overlaps decoding."""
     if k + self._next < len(self):
-      indices = np.append(indices, self._places(self._positions(k + self._next)))
+      indices = np.append(indices, self._order(self._positions(k + self._next)))
     # If the number of workers divides blocks.STEP_LANES, each has lanes of its own.
     workers = math.gcd(self._next, blocks.STEP_LANES)
-    self._places.prefetch(indices, share=len(self._rows) / self._batch_size / workers)
+    self._order.prefetch(indices, share=len(self._rows) / self._batch_size / workers)
 
   def _usable(
     self, position: int, index: int, *, rejects: np.ndarray
@@ -296,7 +296,7 @@ class _TrainBatches(Decoded):
     """(index, record, captions by field) of the sample, or of its first usable substitute."""
     for attempt in range(ATTEMPTS + 1):
       if attempt:
-        index = self._places.substitute(position, attempt, index)
+        index = self._order.substitute(position, attempt, index)
       sample = self._with_captions(index, rejects=rejects)
       if sample is not None:
         return index, *sample

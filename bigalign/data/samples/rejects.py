@@ -45,7 +45,7 @@ class Rejected(Exception):
     return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-def write_down(path: str, **line: Any) -> None:
+def append_json_line(path: str, **line: Any) -> None:
   """Appends a line of JSON to a file that all workers of a host share."""
   file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
   try:
