@@ -1,1 +1,1 @@
-"""A run as a folder that other libraries load: `bigalign export`."""
+"""Writes a run as a folder that other libraries load: `bigalign export`."""

@@ -1,9 +1,9 @@
-"""Whether a model of ours is one of a family of theirs: options compared, arrays fitted."""
+"""Fits a trained model to a family of another library: compares options, completes arrays."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,25 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import tree, weights
-from bigalign.data.loader.options import DataOptions
-from bigalign.data.text.tokenizers import Tokenizer
+from bigalign.export.base import (
+  Arrays,
+  Contents,
+  Reasons,
+  TrainedModel,
+  projector_name,
+  requirement,
+  tower_name,
+)
 from bigalign.model import DualEncoder, make_model
-from bigalign.options import call
+from bigalign.towers import TOWERS
 from bigalign.towers.base import TransformerOptions
-from bigalign.towers.bert import BertOptions
-from bigalign.towers.features import Features
 from bigalign.towers.vit import VitOptions
 from bigalign.weights import transfer
-from bigalign.weights.layout import ACTIVATIONS, Layout
+from bigalign.weights.layout import Layout
 
-Arrays = dict[str, np.ndarray]
-
-# Names of ours in Hugging Face's configs.
-HF_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-# What changes no value after training, or is told by which arrays there are.
-_SILENT = {
+# Options that do not change the outputs after training, or that follow from the arrays.
+_IGNORED = {
   "parent",
   "name",
+  "variant",
+  "mlp_ratio",
   "dropout",
   "patch_dropout",
   "scan",
@@ -43,49 +46,35 @@ _SILENT = {
 }
 
 
-class Subject(NamedTuple):
-  """What is exported.
-
-  model: as trained. arrays: its parameters by path, "image_tower/…", and the scalars "t" (log of
-  the logit scale) and "b" (logit bias) if the loss has one. data: as config.data.
-  """
-
-  model: DualEncoder
-  arrays: Arrays
-  data: DataOptions
-  tokenizer: Tokenizer
-
-  @property
-  def vectors(self) -> tuple[int, ...] | None:
-    """Shape of a text, where texts are vectors of a store: (D,), or (1 + T, D)."""
-    tower = self.model.text_tower
-    return tower.options.row_shape if isinstance(tower, Features) else None
-
-  @property
-  def end(self) -> int:
-    """The id with which the tokenizer ends every text."""
-    ids, mask = self.tokenizer.encode_batch([""])
-    return int(ids[mask][-1])
-
-
 class Family(NamedTuple):
-  """A kind of checkpoint that holds two towers.
+  """A class of models of another library that holds two towers.
 
-  kind: its name in weights.LAYOUTS. towers: the classes of ours that it can hold. config: theirs,
-  of a subject. keys: {key: shape} of what tells variants of the kind apart when it is read.
-  masks: padding is hidden from attention where the tokenizer's files say so.
+  Args:
+    name: its name, for people.
+    kind: its name in weights.LAYOUTS.
+    towers: names of the image tower and the text tower that it can hold.
+    config: returns its config for a trained model.
+    keys: {key: shape} of the tensors by which the reader identifies a variant.
+    masks: whether the files of the tokenizer can ask for a mask that hides padding.
   """
 
   name: str
   kind: str
-  towers: tuple[type, type]
-  config: Callable[[Subject], dict[str, Any]]
-  keys: Callable[[Subject], Mapping[str, Any]] = lambda subject: {}
+  towers: tuple[str, str]
+  config: Callable[[TrainedModel], dict[str, Any]]
+  keys: Callable[[TrainedModel], Mapping[str, Any]] = lambda trained: {}
   masks: bool = False
 
 
 class Fitted(NamedTuple):
-  """A subject in the words of a family."""
+  """A trained model as a model of a family.
+
+  Args:
+    family: the family.
+    config: its config.
+    layout: its layout, from the config.
+    arrays: our parameters, completed.
+  """
 
   family: Family
   config: dict[str, Any]
@@ -93,126 +82,140 @@ class Fitted(NamedTuple):
   arrays: Arrays
 
   def tensors(self) -> Arrays:
-    """Theirs."""
+    """{key: tensor} of the checkpoint."""
     return dict(transfer.write(self.layout, self.arrays))
 
 
-def pads_unseen(subject: Subject) -> bool:
-  """No token that is read sees the padding behind the end of a text."""
-  text = subject.model.text_tower.options
-  return getattr(text, "causal", False) and _reads_end(text, subject)
+def first_fit(
+  families: Sequence[Family],
+  weights_file: str,
+  files: Callable[[Fitted, TrainedModel], dict[str, Any]],
+  trained: TrainedModel,
+) -> Contents | Reasons:
+  """The contents for the first family that can hold the model, or why none can.
+
+  Args:
+    families: the families of a format, in order of preference.
+    weights_file: name of the file of weights.
+    files: returns {name: content} of the other files; a ValueError is a reason against the family.
+    trained: the model.
+  """
+  reasons: Reasons = {}
+  for family in families:
+    fitted = fit(family, trained)
+    if isinstance(fitted, list):
+      reasons[family.name] = fitted
+      continue
+    try:
+      return Contents(family.name, {weights_file: fitted.tensors}, files(fitted, trained))
+    except ValueError as error:
+      reasons[family.name] = [str(error)]
+  return reasons
 
 
-def hides_padding(subject: Subject) -> bool:
-  """The text tower's attention leaves padding out; BERT's always does."""
-  text = subject.model.text_tower.options
-  return isinstance(text, BertOptions) or bool(text.mask_padding)
-
-
-def fit(family: Family, subject: Subject) -> Fitted | list[str]:
-  """The subject as one of the family, or the reasons why it is none, each with its config key."""
-  model = subject.model
-  sides = ("image", "text")
-  strange = [
-    f"config.model.{side}.name: no {type(getattr(model, f'{side}_tower')).__name__} in it"
-    for side, kind in zip(sides, family.towers)
-    if type(getattr(model, f"{side}_tower")) is not kind
+def fit(family: Family, trained: TrainedModel) -> Fitted | list[str]:
+  """The model as one of a family, or the reasons against it, each with the key of the config."""
+  model = trained.model
+  other_towers = [
+    requirement(f"config.model.{side}.name", tower_name(options), name)
+    for side, options, name in zip(("image", "text"), (trained.image, trained.text), family.towers)
+    if type(options) is not TOWERS[name]
   ]
-  if strange:
-    return strange
+  if other_towers:
+    return other_towers
   try:
-    config = family.config(subject)
-    layout = weights.LAYOUTS[family.kind](family.keys(subject), family.name, "", **config)
-    theirs = _model(layout, model)
-  except ValueError as error:  # what the reader of their config would say
+    config = family.config(trained)
+    layout = weights.LAYOUTS[family.kind](family.keys(trained), family.name, "", **config)
+    theirs = _their_model(layout, trained)
+  except ValueError as error:  # the reader of their config refuses it
     return [str(error)]
   wrong = [
-    f"config.model.{side}{part}.{name}={a!r}, there {b!r}"
-    for side in sides
+    requirement(f"config.model.{side}{part}.{name}", a, b)
+    for side in ("image", "text")
     for part in ("", "_projector")
     for name, (a, b) in differences(
       getattr(model, f"{side}{part or '_tower'}"),
       getattr(theirs, f"{side}{part or '_tower'}"),
-      subject,
+      trained,
       family.masks,
     ).items()
   ]
-  if "b" in subject.arrays and not any(row.ours == "b" for row in layout.rows):
-    wrong.append("config.loss: its logit bias has no place there")
+  if "b" in trained.arrays and not any(row.ours == "b" for row in layout.rows):
+    wrong.append("config.loss: the format has no place for its logit bias")
   if wrong:
     return wrong
-  fitted = _fitted(subject, theirs, layout)
-  return fitted if isinstance(fitted, list) else Fitted(family, config, layout, fitted)
+  arrays = _completed(trained, theirs, layout)
+  return arrays if isinstance(arrays, list) else Fitted(family, config, layout, arrays)
 
 
-def _model(layout: Layout, ours: DualEncoder) -> DualEncoder:
-  """Their model in our words, its layers stacked where ours are."""
-  options: dict[str, Any] = {k: v for k, v in layout.model.items() if k != "pixels"}
-  for side in ("image", "text"):
-    scan = getattr(ours, f"{side}_tower").options.scan
-    options[side] = {**options[side], "scan": scan, "dtype": "float32"}
-  return call(make_model, options, "config.model")
+def _their_model(layout: Layout, trained: TrainedModel) -> DualEncoder:
+  """The model of a layout, in float32, with stacked layers where ours are stacked."""
+  values = {k: v for k, v in layout.model.items() if k != "pixels"}
+  for side, options in (("image", trained.image), ("text", trained.text)):
+    values[side] = {**values[side], "scan": options.scan, "dtype": "float32"}
+  return make_model(**values)
 
 
-def _options(module: Any) -> dict[str, Any]:
-  """{option: value} of those that decide the values that a tower or projector computes."""
+def _effective(module: Any) -> dict[str, Any]:
+  """{option: value} of the options that determine the outputs of a tower or projector."""
   options = getattr(module, "options", module)
-  found = {x.name: getattr(options, x.name) for x in dataclasses.fields(options)}
+  values = {x.name: getattr(options, x.name) for x in dataclasses.fields(options)}
   if isinstance(options, TransformerOptions):
-    found = {k: v for k, v in found.items() if k not in ("variant", "mlp_ratio")}
-    found |= options.sizes._asdict()
+    values |= options.sizes._asdict()
   if isinstance(options, VitOptions):
-    found["class_token"] = options.has_class_token
-  if found.get("positions") != "rope":
-    found.pop("rope_theta", None)
-  return {"name": type(module).__name__.lower()} | {
-    k: v for k, v in found.items() if k not in _SILENT
-  }
+    values["class_token"] = options.has_class_token
+  if values.get("positions") != "rope":
+    values.pop("rope_theta", None)
+  name = projector_name(module) if options is module else tower_name(options)
+  return {"name": name} | {k: v for k, v in values.items() if k not in _IGNORED}
 
 
 def differences(
-  ours: Any, theirs: Any, subject: Subject, masks: bool = False
+  ours: Any, theirs: Any, trained: TrainedModel, masks: bool = False
 ) -> dict[str, tuple[Any, Any]]:
-  """{option: (ours, theirs)} where a module of theirs computes something else; masks: as Family."""
-  a, b = _options(ours), _options(theirs)
+  """Compares the options of two towers or projectors.
+
+  Args:
+    ours: our tower or projector.
+    theirs: the one that the other library's config describes.
+    trained: the model, whose tokenizer decides which token is the last.
+    masks: whether the files of the tokenizer can ask for a mask.
+
+  Returns:
+    {option: (our value, their value)} where the outputs would differ.
+  """
+  a, b = _effective(ours), _effective(theirs)
   if a["name"] != b["name"]:
     return {"name": (a["name"], b["name"])}
   if "pool" in a and "causal" in a:
-    if _reads_end(ours.options, subject) and _reads_end(theirs.options, subject):
+    if trained.reads_end(ours.options) and trained.reads_end(theirs.options):
       a |= {"pool": "end", "eos": None}
       b |= {"pool": "end", "eos": None}
-      if a["causal"]:  # what comes behind the end is not seen anyway
+      if a["causal"]:  # the last token does not see the padding after it
         a["mask_padding"] = b["mask_padding"]
     if masks:
       a["mask_padding"] = b["mask_padding"]
-  if a.get("skip_padding") is False:  # training gives the mask, which says what is padding
+  if a.get("skip_padding") is False:  # the mask of training, not `pad`, determines the padding
     a["pad"] = b["pad"]
-  found = {k: (a.get(k), b.get(k)) for k in (*a, *(b.keys() - a)) if a.get(k) != b.get(k)}
-  # A bias that we lack is zeros there.
-  zeros = {"biases": lambda x, y: set(x) <= set(y), "bias": lambda x, y: y}
-  zeros["mlp_bias"] = zeros["bias"]
-  return {k: (x, y) for k, (x, y) in found.items() if not (k in zeros and zeros[k](x, y))}
+  unequal = {k: (a.get(k), b.get(k)) for k in (*a, *(b.keys() - a)) if a.get(k) != b.get(k)}
+  # A bias that only they have is zero.
+  harmless = {"biases": lambda x, y: set(x) <= set(y), "bias": lambda x, y: y}
+  harmless["mlp_bias"] = harmless["bias"]
+  return {k: (x, y) for k, (x, y) in unequal.items() if not (k in harmless and harmless[k](x, y))}
 
 
-def _reads_end(text: Any, subject: Subject) -> bool:
-  """The text tower reads the token that ends every text."""
-  if text.pool == "argmax":
-    return subject.end == subject.tokenizer.vocab_size - 1
-  return text.pool == "eos" and text.eos in (None, subject.end)
-
-
-def _fitted(subject: Subject, theirs: DualEncoder, layout: Layout) -> Arrays | list[str]:
-  """Our arrays with those that only they have: zeros for sums, ones for products."""
-  size = subject.data.image_size
+def _completed(trained: TrainedModel, theirs: DualEncoder, layout: Layout) -> Arrays | list[str]:
+  """Our arrays and those that only they have, neutral: zeros for sums, ones for products."""
+  size = trained.data.image_size
   one = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
-  ids = jax.ShapeDtypeStruct((1, subject.tokenizer.length), jnp.int32)
-  made = jax.eval_shape(theirs.init, jax.random.key(0), one, ids)["params"]
-  shapes = tree.flatten(made) | {
+  ids = jax.ShapeDtypeStruct((1, trained.tokenizer.length), jnp.int32)
+  params = jax.eval_shape(theirs.init, jax.random.key(0), one, ids)["params"]
+  shapes = tree.flatten(params) | {
     str(row.ours): jax.ShapeDtypeStruct((), jnp.float32)
     for row in layout.rows
     if row.ours in ("t", "b")
   }
-  arrays = dict(subject.arrays)
+  arrays = dict(trained.arrays)
   if "image_tower/embedding/bias" in arrays.keys() - shapes.keys():
     shift = arrays.pop("image_tower/embedding/bias")
     arrays["image_tower/positions"] = arrays["image_tower/positions"] + shift
@@ -221,10 +224,12 @@ def _fitted(subject: Subject, theirs: DualEncoder, layout: Layout) -> Arrays | l
       arrays[path] = np.ones(shapes[path].shape, np.float32)
     elif path.endswith(("/bias", "/class_position")) or path == "b":
       arrays[path] = np.zeros(shapes[path].shape, np.float32)
-  wrong = [f"{path}: a parameter without a place there" for path in arrays.keys() - shapes.keys()]
+  wrong = [
+    f"{path}: the format has no place for this parameter" for path in arrays.keys() - shapes.keys()
+  ]
   wrong += [
-    f"{path}: {list(arrays[path].shape) if path in arrays else 'nothing'} here,"
-    f" {list(x.shape)} there"
+    f"{path}: the format needs {list(x.shape)}"
+    f" (yours: {list(arrays[path].shape) if path in arrays else 'missing'})"
     for path, x in shapes.items()
     if path not in arrays or arrays[path].shape != tuple(x.shape)
   ]

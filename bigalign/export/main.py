@@ -1,6 +1,6 @@
-"""Writes a run as a folder that others load: bigalign export runs/clip --format=hf --out=clip-b16
+"""Writes a run as a folder for another library: bigalign export runs/clip --format=hf --out=clip
 
-bigalign export --check clip-b16 compares what the folder computes with the run.
+bigalign export --check clip compares the outputs of the folder with the run's.
 """
 
 from __future__ import annotations
@@ -18,39 +18,43 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
+from safetensors.numpy import save_file
 
 from bigalign import tree
 from bigalign.evaluate import Run, open_run
-from bigalign.export import check, safetensors
-from bigalign.export import model_card as card
-from bigalign.export.fit import Subject
-from bigalign.export.formats import FORMATS, Files, prepare
+from bigalign.export import check, model_card
+from bigalign.export.base import Arrays, Contents, TrainedModel
+from bigalign.export.formats import FORMATS, prepare
 from bigalign.export.tokenizer_files import SAMPLES
 from bigalign.run import runtime
 
 ABOUT, CARD = "bigalign.json", "README.md"
-_SIDE = 61  # pixels of the sample pictures' shorter side
+_SIDE = 61  # pixels of the shorter side of the sample images
 
 
-def scalars(params: Mapping[str, Any], terms: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """ "t", the log of the logit scale, and "b", a bias, of the first term of the loss that learns it.
+def scalars(params: Mapping[str, Any], losses: Mapping[str, Any]) -> Arrays:
+  """The log of the logit scale, "t", and the bias, "b", of the first loss that learns them.
 
   A loss with a fixed temperature gives t = 0: logits are cosines.
+
+  Args:
+    params: {path: array} of the run.
+    losses: {name of a loss: anything}, in the order of the config.
   """
-  for name in terms:
+  for name in losses:
     learned = tree.subtree(params, f"loss/{name}/")
     if "temperature" in learned:
-      return {"t": -np.log(np.asarray(learned["temperature"], np.float32))}
+      return {"t": np.asarray(-np.log(np.asarray(learned["temperature"], np.float32)))}
     if "t" in learned:
       return {k: np.asarray(learned[k], np.float32) for k in ("t", "b") if k in learned}
   return {"t": np.zeros((), np.float32)}
 
 
-def subject(run: Run, ema: bool = False) -> Subject:
-  """What of a run is exported: the model in float32, its parameters or their averages.
+def trained_model(run: Run, ema: bool = False) -> TrainedModel:
+  """The model of a run in float32, with its parameters or their running averages.
 
   Raises:
-    ValueError: if the averages are asked for, and the run has none.
+    ValueError: if the averages are wanted, and the run has none.
   """
   if ema and not run.ema:
     raise ValueError(f"--ema: {run.workdir} keeps no averages (config.ema)")
@@ -63,7 +67,7 @@ def subject(run: Run, ema: bool = False) -> Subject:
     if hasattr(tower, "dtype")
   }
   arrays = {k: np.asarray(x).astype(np.float32) for k, x in tree.subtree(params, "model/").items()}
-  return Subject(
+  return TrainedModel(
     dataclasses.replace(model, **in_float32).build(),
     arrays | scalars(params, run.config.loss),
     run.config.data,
@@ -71,106 +75,130 @@ def subject(run: Run, ema: bool = False) -> Subject:
   )
 
 
-def pictures() -> list[np.ndarray]:
-  """uint8 [H, W, 3]: smooth colours, upright, lying and square, whose centres nobody rounds."""
+def sample_images() -> list[np.ndarray]:
+  """Images uint8 [H, W, 3] of smooth colours: portrait, landscape and square.
+
+  All resizers agree on their centre crops: no margin is half a pixel.
+  """
   rng = np.random.default_rng(0)
-  found = []
+  images = []
   for height, width in ((1, 1), (2, 1), (1, 2), (1, 1)):
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
     size = _SIDE * width, _SIDE * height
-    found.append(np.asarray(small.resize(size, Image.Resampling.BICUBIC)))
-  return found
+    images.append(np.asarray(small.resize(size, Image.Resampling.BICUBIC)))
+  return images
 
 
-def embeddings(it: Subject, texts: Sequence[str]) -> np.ndarray:
-  """[M, E] float32, unit norm: of M texts."""
-  ids, mask = it.tokenizer.encode_batch(texts)
-  embed = jax.jit(functools.partial(it.model.apply, method="embed_text"))
+def embeddings(trained: TrainedModel, texts: Sequence[str]) -> np.ndarray:
+  """[M, E] float32, unit norm: the embeddings of M texts."""
+  ids, mask = trained.tokenizer.encode_batch(texts)
+  embed = jax.jit(functools.partial(trained.model.apply, method="embed_text"))
   with jax.default_matmul_precision("highest"):
-    return np.asarray(embed(_variables(it), ids, mask))
+    return np.asarray(embed(_variables(trained), ids, mask))
 
 
-def _variables(it: Subject) -> dict[str, Any]:
-  return {"params": tree.unflatten({k: x for k, x in it.arrays.items() if "/" in k})}
+def _variables(trained: TrainedModel) -> dict[str, Any]:
+  """The parameters as flax takes them."""
+  return {"params": tree.unflatten({k: x for k, x in trained.arrays.items() if "/" in k})}
 
 
 def logits(
-  it: Subject, images: Sequence[np.ndarray], texts: Sequence[str] | np.ndarray
+  trained: TrainedModel, images: Sequence[np.ndarray], texts: Sequence[str] | np.ndarray
 ) -> np.ndarray:
-  """[N, M] float32: of N pictures and M texts, by our own way from pixels and letters.
+  """The logits of images and texts, with the run's own preprocessing and tokenizer.
 
-  Where the text tower is a place for vectors, texts are such, [M, D] or [M, 1 + T, D].
+  Args:
+    trained: the model.
+    images: N images, uint8 [H, W, 3].
+    texts: M texts, or vectors [M, D] or [M, 1 + T, D] if the text tower is "features".
+
+  Returns:
+    [N, M] float32.
   """
-  image = np.stack([it.data.evaluation_view(x) for x in images])
-  read = (texts,) if isinstance(texts, np.ndarray) else it.tokenizer.encode_batch(texts)
+  image = np.stack([trained.data.evaluation_view(x) for x in images])
+  inputs = (texts,) if isinstance(texts, np.ndarray) else trained.tokenizer.encode_batch(texts)
   with jax.default_matmul_precision("highest"):
-    feats = jax.jit(it.model.apply)(_variables(it), image, *read)
+    feats = jax.jit(trained.model.apply)(_variables(trained), image, *inputs)
   cosines = np.asarray(feats["zimg"]) @ np.asarray(feats["ztxt"]).T
-  return np.exp(it.arrays["t"]) * cosines + it.arrays.get("b", np.float32(0))
+  scale, bias = np.exp(trained.arrays["t"]), trained.arrays.get("b", np.float32(0))
+  return np.asarray(scale * cosines + bias)
 
 
 def export(
-  run: Run, kind: str, out: str | pathlib.Path, *, ema: bool = False, license: str = "unknown"
+  run: Run, name: str, out: str | pathlib.Path, *, ema: bool = False, license: str = "unknown"
 ) -> tuple[pathlib.Path, float | None]:
-  """Writes the folder; (its path, largest difference, None where nothing can compute it).
+  """Writes the folder, which appears only once it is complete and compared.
 
-  The folder appears whole, after it was compared, or not at all.
+  Args:
+    run: the run.
+    name: of the format.
+    out: the folder, which must be new or empty.
+    ema: whether to export the averaged parameters.
+    license: of the weights, for the model card.
+
+  Returns:
+    The path of the folder, and the largest relative difference of its outputs from the run's, None
+    if the library to compute them is not installed.
 
   Raises:
-    FileExistsError: if there is something in `out`.
-    ValueError: if the format cannot hold the model, with the keys of the config that say so and the
-      formats that can; if the folder's logits or embeddings are not the run's.
+    FileExistsError: if the folder is not empty.
+    ValueError: if the format cannot hold the model, with the keys of the config and the formats
+      that can; or if the outputs of the folder are not the run's.
   """
   out = pathlib.Path(out).absolute()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise FileExistsError(f"--out={out} is there already; name another folder")
-  it = subject(run, ema)
-  made, what = prepare(kind, it), check.READERS[kind].what
-  about = card.facts(run, kind, made.family, ema)
+    raise FileExistsError(f"--out={out} exists and is not an empty folder; choose another")
+  trained, kind = trained_model(run, ema), FORMATS[name]
+  contents = prepare(name, trained)
+  about = model_card.facts(run, name, contents.family, ema)
   out.parent.mkdir(parents=True, exist_ok=True)
   part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
   try:
-    _write(part, made, it, what)
+    _write(part, contents, trained, kind.output)
     (part / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    found = check.difference(part) if check.possible(kind) else None
-    if found is not None and not found <= check.TOLERANCE:
+    difference = check.difference(part) if check.possible(name) else None
+    if difference is not None and not difference <= check.TOLERANCE:
       raise ValueError(
-        f"--format={kind}: the {what} of {made.family} differ from the run's by {found:.1e} of the"
-        f" largest, more than {check.TOLERANCE}; nothing was written"
+        f"--format={name}: the {kind.output} of {contents.family} differ from the run's by"
+        f" {difference:.1e} of the largest, more than {check.TOLERANCE}; nothing was written"
       )
-    (part / CARD).write_text(card.text(about, made, it, license, found))
+    card = model_card.text(about, kind, contents, trained, license, difference)
+    (part / CARD).write_text(card)
     part.chmod(0o755)
     part.replace(out)
   except BaseException:
     shutil.rmtree(part)
     raise
-  return out, found
+  return out, difference
 
 
-def _write(folder: pathlib.Path, made: Files, it: Subject, what: str) -> None:
-  for name, content in made.files.items():
+def _write(folder: pathlib.Path, contents: Contents, trained: TrainedModel, output: str) -> None:
+  """Writes the contents and the samples with which the folder is compared."""
+  for name, content in contents.files.items():
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(
       content
       if isinstance(content, str)
       else json.dumps(content, indent=None if name == "tokenizer.json" else 1, ensure_ascii=False)
     )
-  for name, make in made.tensors.items():
-    arrays: dict[str, Any] = make()
+  for name, tensors in contents.tensors.items():
+    # save_file writes the bytes of a view that is not contiguous in the wrong order.
+    arrays: dict[str, Any] = {k: np.asarray(x, order="C") for k, x in tensors().items()}
     if name.endswith(".npz"):
       np.savez(folder / name, **arrays)
     else:
-      safetensors.save(folder / name, arrays.items(), format="pt")
+      save_file(arrays, folder / name, metadata={"format": "pt"})  # transformers needs the format
   texts: Any = SAMPLES
-  if it.vectors:
-    texts = np.random.default_rng(0).standard_normal((4, *it.vectors)).astype(np.float32)
+  if trained.vector_shape:
+    rng = np.random.default_rng(0)
+    texts = rng.standard_normal((4, *trained.vector_shape)).astype(np.float32)
   samples: dict[str, Any] = {"texts": np.asarray(texts)}
-  if what == "embeddings":
-    samples[what] = embeddings(it, SAMPLES)
+  if output == "embeddings":
+    samples[output] = embeddings(trained, SAMPLES)
   else:
-    images = pictures()
+    images = sample_images()
     samples |= {f"image_{i}": x for i, x in enumerate(images)}
-    samples[what] = logits(it, images, texts)
+    samples[output] = logits(trained, images, texts)
   np.savez(folder / check.SAMPLES, **samples)
 
 
@@ -178,14 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   """The program; returns its exit status."""
   parser = argparse.ArgumentParser(
     prog="bigalign export",
-    description="Writes a checkpoint of a run as a folder for PyTorch, or compares such a folder's"
-    " logits or embeddings with those that the run gave for some pictures and texts.",
+    description="Writes a checkpoint of a run as a folder for another library, or compares the"
+    " outputs of such a folder with those of the run for some images and texts.",
   )
   parser.add_argument("run", nargs="?", help="the --workdir of a training run")
-  parser.add_argument("--format", choices=sorted(FORMATS), help="whose folder")
+  parser.add_argument("--format", choices=sorted(FORMATS), help="the format of the folder")
   parser.add_argument("--out", metavar="DIR", help="the folder; must be new or empty")
   parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
-  parser.add_argument("--ema", action="store_true", help="the averages of the parameters")
+  parser.add_argument("--ema", action="store_true", help="export the averaged parameters")
   parser.add_argument(
     "--license", default="unknown", help="of the weights, for the model card (%(default)s)"
   )
@@ -193,22 +221,31 @@ def main(argv: Sequence[str] | None = None) -> int:
   args = parser.parse_args(argv)
   if not args.check and not (args.run and args.format and args.out):
     parser.error("RUN, --format and --out are needed, or --check DIR")
-  found: float | None
+  difference: float | None
   try:
     if args.check:
-      out, found = pathlib.Path(args.check), check.difference(pathlib.Path(args.check))
+      out = pathlib.Path(args.check)
+      difference = check.difference(out)
     else:
       runtime.setup()
       opened = open_run(args.run, args.step)
-      out, found = export(opened, args.format, args.out, ema=args.ema, license=args.license)
+      out, difference = export(opened, args.format, args.out, ema=args.ema, license=args.license)
   except (ValueError, OSError, ImportError) as error:
     parser.exit(1, f"bigalign export: {error}\n")
-  if found is None:
+  if difference is None:
     needed = " and ".join(check.missing(args.format))
-    print(f"{out}: written; outputs not compared, for want of {needed}")
+    print(f"{out}: written. Not verified: comparing the outputs needs {needed}")
     return 0
-  print(f"{out}: outputs differ from the run's by {found:.1e} of the largest at most")
-  return int(not found <= check.TOLERANCE)
+  if not difference <= check.TOLERANCE:
+    print(
+      f"{out}: outputs differ from the training run (maximum relative difference {difference:.1e})"
+    )
+    return 1
+  print(
+    f"{out}: verified. Outputs match the training run (maximum relative difference"
+    f" {difference:.1e})"
+  )
+  return 0
 
 
 def run() -> None:

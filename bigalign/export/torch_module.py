@@ -1,18 +1,33 @@
-"""A model of ours for torch_model.txt, a PyTorch module that holds what other libraries cannot."""
+"""The format torch: a PyTorch module for models that no other library holds.
+
+torch_model.txt is the source of the module; the folder has it as model.py.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import pathlib
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import einops
 import numpy as np
+from PIL import Image
 
 from bigalign import tree
-from bigalign.export.fit import Arrays, Subject
+from bigalign.export.base import (
+  Arrays,
+  Contents,
+  Format,
+  Reasons,
+  TrainedModel,
+  projector_name,
+  requirement,
+  tower_name,
+)
 from bigalign.model import PIXELS
-from bigalign.projectors import READ_TOKENS, Tokens
 from bigalign.towers import mobilenet
 from bigalign.towers.base import TransformerOptions
 from bigalign.towers.bert import BertOptions, buckets
@@ -22,7 +37,7 @@ from bigalign.towers.text import TextOptions
 from bigalign.towers.vit import VitOptions, sincos2d
 
 SOURCE = pathlib.Path(__file__).with_name("torch_model.txt")
-# Axes of ours -> torch's, by the end of a path; the first that fits.
+# (regular expression of a path, our axes -> torch's); the first match counts.
 _RULES = (
   (r"attn/(query|key|value)/kernel$", "d h k -> (h k) d"),
   (r"attn/(query|key|value)/bias$", "h k -> (h k)"),
@@ -34,37 +49,52 @@ _RULES = (
 )
 
 
-def reasons(it: Subject) -> list[str]:
-  """Why the module cannot hold a model, with the keys of the config; none if it can."""
-  image, text = it.model.image_tower, it.model.text_tower
-  found = [
-    f"config.model.{side}.name: no {type(tower).__name__} in it"
-    for side, tower, kinds in (("image", image, IMAGE), ("text", text, TEXT))
-    if type(tower.options) not in kinds
+def _prepare(trained: TrainedModel) -> Contents | Reasons:
+  """The contents of the folder, or why the module cannot hold the model."""
+  family = "the PyTorch module in model.py"
+  wrong = _reasons(trained)
+  if wrong:
+    return {family: wrong}
+  try:
+    tokenizer = {} if trained.vector_shape else trained.tokenizer_files()
+  except ValueError as error:
+    return {family: [str(error)]}
+  files = {"model.py": SOURCE.read_text(), "config.json": _config(trained), **tokenizer}
+  return Contents(family, {"model.safetensors": functools.partial(_state, trained)}, files)
+
+
+def _reasons(trained: TrainedModel) -> list[str]:
+  """Why the module cannot hold the model, with the keys of the config; empty if it can."""
+  image = trained.image
+  wrong = [
+    requirement(f"config.model.{side}.name", tower_name(options), *names)
+    for side, options, names in (
+      ("image", image, _IMAGE_TOWERS),
+      ("text", trained.text, _TEXT_TOWERS),
+    )
+    if tower_name(options) not in names
   ]
-  options = image.options
-  if isinstance(options, VitOptions):
-    if options.stem != "patch":
-      found.append(f"config.model.image.stem={options.stem!r}, there 'patch'")
-    if options.positions == "rope":
-      found.append("config.model.image.positions='rope', there 'learned' or 'sincos2d'")
-  if it.data.resize == "longest":
-    found.append("config.data.resize='longest', there 'squash' or 'shortest'")
-  return found
+  if isinstance(image, VitOptions):
+    if image.stem != "patch":
+      wrong.append(requirement("config.model.image.stem", image.stem, "patch"))
+    if image.positions == "rope":
+      wrong.append(requirement("config.model.image.positions", "rope", "learned", "sincos2d"))
+  if trained.data.resize == "longest":
+    wrong.append(requirement("config.data.resize", "longest", "squash", "shortest"))
+  return wrong
 
 
-def config(it: Subject) -> dict[str, Any]:
+def _config(trained: TrainedModel) -> dict[str, Any]:
   """config.json: the arguments of the module's classes."""
-  image, text = it.model.image_tower.options, it.model.text_tower.options
-  size = it.data.image_size
-  mean, std = PIXELS[it.model.pixels]
-  both = image.token_width * (2 if getattr(image, "pool", "") == "cls+mean" else 1)
+  image, text, model, data = trained.image, trained.text, trained.model, trained.data
+  mean, std = PIXELS[model.pixels]
+  pooled_width = image.token_width * (2 if getattr(image, "pool", "") == "cls+mean" else 1)
   return dict(
-    image_tower=IMAGE[type(image)](image, size),
-    text_tower=TEXT[type(text)](text),
-    image_projector=_projector(it.model.image_projector, both),
-    text_projector=_projector(it.model.text_projector, text.token_width),
-    preprocess=dict(size=size, resize=it.data.resize, edge=it.data.edge, mean=mean, std=std),
+    image_tower=_IMAGE_TOWERS[tower_name(image)](image, data.image_size),
+    text_tower=_TEXT_TOWERS[tower_name(text)](text),
+    image_projector=_projector(model.image_projector, pooled_width),
+    text_projector=_projector(model.text_projector, text.token_width),
+    preprocess=dict(size=data.image_size, resize=data.resize, edge=data.edge, mean=mean, std=std),
   )
 
 
@@ -73,7 +103,7 @@ def _some(options: Any, *names: str) -> dict[str, Any]:
 
 
 def _transformer(options: TransformerOptions, *of_blocks: str) -> dict[str, Any]:
-  """Sizes and the arguments of the blocks, which can be more options than all towers share."""
+  """Width, depth, and the arguments of the blocks, with the options `of_blocks` among them."""
   width, depth, heads, hidden = options.sizes
   block = dict(heads=heads, hidden=hidden, **_some(options, "activation", "epsilon", *of_blocks))
   return dict(width=width, depth=depth, block=block)
@@ -90,7 +120,6 @@ def _vit(options: VitOptions, size: int) -> dict[str, Any]:
 
 
 def _mobilenet(options: MobilenetOptions, size: int) -> dict[str, Any]:
-  del size  # any
   width = options.token_width
   return dict(name="mobilenet_v2", stem=mobilenet.STEM, stages=mobilenet.STAGES, width=width)
 
@@ -103,6 +132,10 @@ def _text(options: TextOptions) -> dict[str, Any]:
   )
 
 
+def _features(options: FeaturesOptions) -> dict[str, Any]:
+  return dict(name="features")
+
+
 def _bert(options: BertOptions) -> dict[str, Any]:
   return dict(
     name="bert",
@@ -112,42 +145,44 @@ def _bert(options: BertOptions) -> dict[str, Any]:
   )
 
 
-# By the class of a tower's options: the arguments of the module's class.
-IMAGE: dict[type, Any] = {VitOptions: _vit, MobilenetOptions: _mobilenet}
-TEXT: dict[type, Any] = {
-  TextOptions: _text,
-  BertOptions: _bert,
-  FeaturesOptions: lambda options: dict(name="features"),
+# {tower: function that returns the arguments of the module's class}
+_IMAGE_TOWERS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
+  "vit": _vit,
+  "mobilenet_v2": _mobilenet,
+}
+_TEXT_TOWERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+  "text": _text,
+  "bert": _bert,
+  "features": _features,
 }
 
 
 def _projector(module: Any, width: int) -> dict[str, Any]:
-  name, dim = type(module).__name__.lower(), module.dim
-  if isinstance(module, READ_TOKENS):
-    name = "tokens" if isinstance(module, Tokens) else "patches_and_class"
-    return dict(name=name, width=width, dim=dim, hidden=module.hidden or dim)
+  """Arguments of a projector of pooled vectors of a width."""
+  name, dim = projector_name(module), module.dim
   if name == "identity":
     return dict(name=name)
+  arguments = dict(name=name, width=width, dim=dim)
   if name == "linear":
-    return dict(name=name, width=width, dim=dim, bias=module.bias)
-  if name == "residual":
-    return dict(name=name, width=width, dim=dim, hidden=module.hidden or dim)
+    return arguments | dict(bias=module.bias)
   if name == "gated":
-    return dict(name=name, width=width, dim=dim, hidden=module.ratio * width)
+    return arguments | dict(hidden=module.ratio * width)
+  if name != "mlp":
+    return arguments | dict(hidden=module.hidden or dim)
   out_bias = module.bias if module.out_bias is None else module.out_bias
   hidden = module.hidden or (width + dim) // 2
-  return dict(name=name, width=width, dim=dim, hidden=hidden, bias=module.bias, out_bias=out_bias)
+  return arguments | dict(hidden=hidden, bias=module.bias, out_bias=out_bias)
 
 
-def state(it: Subject) -> Arrays:
+def _state(trained: TrainedModel) -> Arrays:
   """The module's state_dict."""
-  arrays = {"b": np.zeros((), np.float32), **it.arrays}
-  image, text = it.model.image_tower.options, it.model.text_tower.options
+  arrays = {"b": np.zeros((), np.float32), **trained.arrays}
+  image, text = trained.image, trained.text
   if isinstance(text, BertOptions) and text.buckets:
     biases = arrays["text_tower/relative"][buckets(text.length, text.buckets)]
     arrays["text_tower/relative"] = einops.rearrange(biases, "n m h -> 1 h n m")
   if isinstance(image, VitOptions) and image.positions == "sincos2d":
-    side = it.data.image_size // image.patch
+    side = trained.data.image_size // image.patch
     arrays["image_tower/positions"] = sincos2d(side, side, image.sizes.width)[None]
   tensors = {}
   for path, x in arrays.items():
@@ -162,3 +197,40 @@ def state(it: Subject) -> Arrays:
       name = re.sub(r"^text_tower/embedding$", "text_tower/embedding/weight", name)
       tensors[name.replace("/", ".")] = einops.rearrange(layer, rule) if rule else layer
   return tensors
+
+
+def _compute(
+  folder: pathlib.Path, images: Sequence[Image.Image], texts: Sequence[str]
+) -> np.ndarray:
+  """The logits of the folder's model.py, which is run only if bigalign wrote it."""
+  source = folder / "model.py"
+  if source.read_text() != SOURCE.read_text():
+    raise ValueError(
+      f"{source}: differs from the one that this bigalign writes, so it is not run to be compared"
+    )
+  spec = importlib.util.spec_from_file_location("model", source)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return np.asarray(module.load(folder).logits(images, texts))
+
+
+_USAGE = """`model.py` is the model in PyTorch, for you to read and change. It needs torch,
+safetensors, tokenizers and Pillow.
+
+```python
+from PIL import Image
+
+from model import load
+
+logits = load("DIR").logits([Image.open("x.jpg")], ["a cat", "a dog"])
+```
+"""
+
+FORMAT = Format(
+  name="torch",
+  prepare=_prepare,
+  compute=_compute,
+  packages=("torch", "safetensors"),
+  usage=_USAGE,
+)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from bigalign import config as configs
 from bigalign import tree, weights
+from bigalign.config import resolve_config
 from bigalign.evaluate import Run
-from bigalign.export import check, families, hugging_face, main
+from bigalign.export import check, hugging_face, main, open_clip
 from bigalign.export.fit import fit
 from bigalign.export.formats import prepare
 from bigalign.model import make_model
@@ -92,12 +92,15 @@ def pieces_for(model, tmp_path):
 def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale=0.3):
   """A run at step 3, with parameters of random numbers."""
   data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize=resize)
-  config = configs.plain(dict(seed=0, batch_size=4, data=data, model=model, loss=loss, evals={}))
-  made = make_model(**model)
+  numbers = dict(seed=0, batch_size=4, total_steps=3, log_every=1, checkpoint_every=0)
+  config = resolve_config(
+    dict(data=data, model=model, loss=loss, optimizer=dict(lr=1e-3), **numbers)
+  )
   text = jnp.zeros((1, tokenizer["length"]), jnp.int32)
   if model["text"]["name"] == "features":
-    text = jnp.zeros((1, *made.text_tower.options.row_shape))
-  shapes = jax.eval_shape(made.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8), text)
+    text = jnp.zeros((1, *config.model.text.row_shape))
+  init = config.model.build().init
+  shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8), text)
   rng = np.random.default_rng(seed)
   params = {
     path: scale * rng.standard_normal(x.shape).astype(np.float32) + path.endswith("/scale")
@@ -114,17 +117,17 @@ def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale
   return Run(tmp_path / "run", 3, config, meta, None, params, {}, {})
 
 
-def read_logits(path, it, images, texts):
+def read_logits(path, trained, images, texts):
   """What `weights` reads from a folder, on our own pixels and ids."""
   checkpoint = weights.describe(path)
   sides = {k: {**checkpoint.model[k], "dtype": "float32"} for k in ("image", "text")}
-  model = make_model(**{**checkpoint.model, **sides, "pixels": it.model.pixels})
+  model = make_model(**{**checkpoint.model, **sides, "pixels": trained.model.pixels})
   image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.uint8)
-  ids = jax.ShapeDtypeStruct((1, it.tokenizer.length), jnp.int32)
+  ids = jax.ShapeDtypeStruct((1, trained.tokenizer.length), jnp.int32)
   shapes = tree.flatten(jax.eval_shape(model.init, jax.random.key(0), image, ids)["params"])
   found = {row.ours for row in checkpoint.layout.rows} & {"t", "b"}
   arrays = checkpoint.load(shapes | {x: jax.ShapeDtypeStruct((), jnp.float32) for x in found})
-  return main.logits(it._replace(model=model, arrays=arrays), images, texts)
+  return main.logits(trained._replace(model=model, arrays=arrays), images, texts)
 
 
 @pytest.fixture
@@ -153,14 +156,14 @@ def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
   run = make_run(tmp_path, model, loss, tokenizer)
   out, _ = main.export(run, kind, tmp_path / "out/folder", license="cc0-1.0")
   assert json.loads((out / "bigalign.json").read_text())["family"] == family
-  it = main.subject(run)
-  images, texts = main.pictures(), ["a cat", "photo of a dog", "x" * 30]
-  ours = main.logits(it, images, texts)
+  trained = main.trained_model(run)
+  images, texts = main.sample_images(), ["a cat", "photo of a dog", "x" * 30]
+  ours = main.logits(trained, images, texts)
   assert np.ptp(ours, 0).min() > 1e-2 and np.ptp(ours, 1).min() > 1e-2, "inputs are told apart"
-  theirs = read_logits(out / "model.npz" if kind == "npz" else out, it, images, texts)
+  theirs = read_logits(out / "model.npz" if kind == "npz" else out, trained, images, texts)
   np.testing.assert_allclose(theirs, ours, atol=2e-5 * np.abs(ours).max())
   made = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
-  for text, row, real in zip(texts[:2], *it.tokenizer.encode_batch(texts)):
+  for text, row, real in zip(texts[:2], *trained.tokenizer.encode_batch(texts)):
     assert made.encode(text).ids == row[real].tolist()
   card = (out / "README.md").read_text()
   for words in ("license: cc0-1.0", "samples seen | 12 ", "| val/x | 0.625 |", '"glyphs"'):
@@ -173,7 +176,7 @@ def test_masked_padding_is_asked_for_by_the_tokenizer(tmp_path, no_torch):
   for masked in (False, True):
     model = {**SIGLIP, "text": {**SIGLIP["text"], "mask_padding": masked}}
     run = make_run(tmp_path, model, SIGLIP_LOSS, dict(name="byte", length=16))
-    made = prepare("hf", main.subject(run))
+    made = prepare("hf", main.trained_model(run))
     asked = made.files["tokenizer_config.json"]["model_input_names"]
     assert asked == ["input_ids", "attention_mask"][: 1 + masked]
 
@@ -189,12 +192,12 @@ def test_masked_padding_is_asked_for_by_the_tokenizer(tmp_path, no_torch):
 )
 def test_padding_is_one_token_in_all_files_of_bert(first, pad, skip, asked, tmp_path):
   model = {**BERT, "text": {**BERT["text"], "pad": pad, "skip_padding": skip}}
-  it = main.subject(make_run(tmp_path, model, CLIP_LOSS, word_pieces(tmp_path, first)))
+  trained = main.trained_model(make_run(tmp_path, model, CLIP_LOSS, word_pieces(tmp_path, first)))
   if asked is None:
     with pytest.raises(ValueError, match=r"text\.pad=0, but the tokenizer pads with 1"):
-      prepare("hf", it)
+      prepare("hf", trained)
     return
-  files = prepare("hf", it).files
+  files = prepare("hf", trained).files
   about, made = files["tokenizer_config.json"], files["tokenizer.json"]
   assert files["config.json"]["text_config"]["pad_token_id"] == asked
   assert made["model"]["vocab"][about["pad_token"]] == asked
@@ -204,30 +207,42 @@ def test_padding_is_one_token_in_all_files_of_bert(first, pad, skip, asked, tmp_
 @pytest.mark.parametrize(
   "changes, reason",
   [
-    (dict(pool="mean"), "config.model.text.pool='mean', there 'pooler'"),
+    (dict(pool="mean"), "config.model.text.pool must be 'pooler' (yours: 'mean')"),
     (dict(pool="mean"), "Formats that can: torch, sentence-transformers (the text side)"),
-    (dict(unit=True), "config.model.text.unit=True, there False"),
-    (dict(types=0), "config.model.text.types=0, there 1"),
+    (dict(unit=True), "config.model.text.unit must be False (yours: True)"),
+    (dict(types=0), "config.model.text.types must be 1 (yours: 0)"),
     (dict(buckets=32), "pad_token_id: 0; MPNet pads with 1"),
   ],
 )
 def test_texts_of_bert_that_the_pair_cannot_hold(changes, reason, tmp_path, pieces):
   model = {**BERT, "text": {**BERT["text"], **changes}}
   with pytest.raises(ValueError, match=re.escape(reason)):
-    prepare("hf", main.subject(make_run(tmp_path, model, CLIP_LOSS, pieces)))
+    prepare("hf", main.trained_model(make_run(tmp_path, model, CLIP_LOSS, pieces)))
 
 
 REFUSED = [
-  ("hf", {}, SIGLIP_LOSS, "its logit bias", "open_clip, torch"),
-  ("hf", {"text/pool": "mean"}, CLIP_LOSS, "config.model.text.pool='mean', there 'eos'", "torch"),
+  ("hf", {}, SIGLIP_LOSS, "the format has no place for its logit bias", "open_clip, torch"),
+  (
+    "hf",
+    {"text/pool": "mean"},
+    CLIP_LOSS,
+    "config.model.text.pool must be 'eos' (yours: 'mean')",
+    "torch",
+  ),
   (
     "hf",
     {"image_projector/name": "mlp"},
     CLIP_LOSS,
-    "config.model.image_projector.name='mlp'",
+    "config.model.image_projector.name must be 'linear' (yours: 'mlp')",
     "torch",
   ),
-  ("hf", {"text/causal": False}, CLIP_LOSS, "config.model.text.causal=False", "torch"),
+  (
+    "hf",
+    {"text/causal": False},
+    CLIP_LOSS,
+    "config.model.text.causal must be True (yours: False)",
+    "torch",
+  ),
   (
     "open_clip",
     {"image/activation": "gelu"},
@@ -239,15 +254,21 @@ REFUSED = [
     "open_clip",
     {"text/mask_padding": True, "text/causal": False},
     CLIP_LOSS,
-    "config.model.text.mask_padding=True",
+    "config.model.text.mask_padding must be False (yours: True)",
     "torch",
   ),
-  ("npz", {}, CLIP_LOSS, "config.model.image.pool='cls', there 'map'", "hf, open_clip, torch"),
+  (
+    "npz",
+    {},
+    CLIP_LOSS,
+    "config.model.image.pool must be 'map' (yours: 'cls')",
+    "hf, open_clip, torch",
+  ),
   (
     "torch",
     {"image/positions": "rope", "image/class_position": False},
     CLIP_LOSS,
-    "config.model.image.positions='rope'",
+    "config.model.image.positions must be 'learned' or 'sincos2d' (yours: 'rope')",
     "",
   ),
 ]
@@ -270,26 +291,26 @@ def test_an_end_that_clip_models_take_for_another_is_refused(tmp_path):
   """CLIPModel reads the highest id where eos_token_id is 2, as the byte tokenizer's is."""
   model = {**CLIP, "text": {**CLIP["text"], "vocab_size": 259}}
   run = make_run(tmp_path, model, CLIP_LOSS, dict(name="byte", length=8))
-  with pytest.raises(ValueError, match=r"text\.pool='eos', there 'argmax'"):
+  with pytest.raises(ValueError, match=r"text\.pool must be 'argmax' \(yours: 'eos'\)"):
     main.export(run, "hf", tmp_path / "out")
 
 
 def test_open_clip_cleans_texts_before_a_tokenizer_sees_them(tmp_path):
   model = {**CLIP, "text": {**CLIP["text"], "vocab_size": 259}}
   run = make_run(tmp_path, model, CLIP_LOSS, dict(name="byte", length=8))
-  with pytest.raises(ValueError, match="'byte' tells white space apart"):
+  with pytest.raises(ValueError, match="'byte' distinguishes kinds of white space"):
     main.export(run, "open_clip", tmp_path / "out")
 
 
 def test_a_bias_is_put_where_it_has_a_place(tmp_path, pieces):
   """The bias of patches is added to their positions; what only they have is zeros and ones."""
-  it = main.subject(make_run(tmp_path, PLAIN, CLIP_LOSS, pieces))
-  made = fit(families.OPEN_CLIP[0], it)
+  trained = main.trained_model(make_run(tmp_path, PLAIN, CLIP_LOSS, pieces))
+  made = fit(open_clip.FAMILIES[0], trained)
   assert "image_tower/embedding/bias" not in made.arrays
-  expected = it.arrays["image_tower/positions"] + it.arrays["image_tower/embedding/bias"]
+  expected = trained.arrays["image_tower/positions"] + trained.arrays["image_tower/embedding/bias"]
   np.testing.assert_array_equal(made.arrays["image_tower/positions"], expected)
   assert not made.arrays["image_tower/class_position"].any()
-  scale = fit(hugging_face.FAMILIES[2], it).arrays["image_tower/encoder/blocks/scale1"]
+  scale = fit(hugging_face.FAMILIES[2], trained).arrays["image_tower/encoder/blocks/scale1"]
   np.testing.assert_array_equal(scale, np.ones_like(scale))
 
 
@@ -330,9 +351,9 @@ def test_averages_are_another_model(tmp_path, pieces, no_torch):
   run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
   other = make_run(tmp_path, CLIP, CLIP_LOSS, pieces, seed=1)
   out, _ = main.export(run._replace(ema=other.params), "hf", tmp_path / "out", ema=True)
-  it, images, texts = main.subject(other), main.pictures(), ["a cat", "a dog"]
-  expected = main.logits(it, images, texts)
-  found = read_logits(out, it, images, texts)
+  trained, images, texts = main.trained_model(other), main.sample_images(), ["a cat", "a dog"]
+  expected = main.logits(trained, images, texts)
+  found = read_logits(out, trained, images, texts)
   np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 

@@ -55,12 +55,12 @@ def test_the_text_side_is_a_sentence_transformers_folder(name, tmp_path, monkeyp
   out, _ = main.export(run, "sentence-transformers", tmp_path / "out")
   modules = json.loads((out / "modules.json").read_text())
   assert [x["type"].rsplit(".", 1)[1] for x in modules] == SENTENCES[name][2]
-  it, texts = main.subject(run), ["a cat", "photo of a dog", "", "dog " * 30]
-  ids, mask = it.tokenizer.encode_batch(texts)
+  trained, texts = main.trained_model(run), ["a cat", "photo of a dog", "", "dog " * 30]
+  ids, mask = trained.tokenizer.encode_batch(texts)
   x = encoded(out, ids, mask)
   for module in modules[1:]:
     x = _MODULES[module["type"].rsplit(".", 1)[1]](x, mask, out / module["path"])
-  expected = main.embeddings(it, texts)
+  expected = main.embeddings(trained, texts)
   assert np.ptp(expected, 0).max() > 1e-1
   np.testing.assert_allclose(x, expected, atol=2e-5)
   with np.load(out / "samples.npz") as stored:
@@ -111,14 +111,14 @@ _MODULES = dict(
 @pytest.mark.parametrize(
   "model, changes, reason",
   [
-    (CLIP, {}, "config.model.text.name: no Text in it"),
-    (BERT, {}, "config.model.text.pool='pooler', there 'mean' or 'cls'"),
-    (BERT, dict(pool="mean", types=0), "config.model.text.types=0, there 1"),
+    (CLIP, {}, "config.model.text.name must be 'bert' (yours: 'text')"),
+    (BERT, {}, "config.model.text.pool must be 'mean' or 'cls' (yours: 'pooler')"),
+    (BERT, dict(pool="mean", types=0), "config.model.text.types must be 1 (yours: 0)"),
     (BERT, dict(pool="mean", buckets=32), "pad_token_id: 0; MPNet pads with 1"),
   ],
 )
 def test_text_sides_that_sentence_transformers_cannot_hold(model, changes, reason, tmp_path):
   model = {**model, "text": {**model["text"], **changes}}
-  it = main.subject(make_run(tmp_path, model, CLIP_LOSS, pieces_for(model, tmp_path)))
+  trained = main.trained_model(make_run(tmp_path, model, CLIP_LOSS, pieces_for(model, tmp_path)))
   with pytest.raises(ValueError, match=re.escape(reason)):
-    prepare("sentence-transformers", it)
+    prepare("sentence-transformers", trained)

@@ -58,7 +58,7 @@ def test_own_tokenizers_as_files(options):
 def same_ids(options):
   """tokenizer.json gives what ours gives, and its configuration pads and cuts alike."""
   tokenizer = make_tokenizer(**options)
-  found = tokenizer_files.files(tokenizer, pads_unseen=True, mask=False)
+  found = tokenizer_files.files(tokenizer, padding_has_no_effect=True, mask=False)
   made = tokenizers.Tokenizer.from_str(json.dumps(found["tokenizer.json"]))
   made.enable_truncation(found["tokenizer_config.json"]["model_max_length"])
   for text, row, real in zip(TEXTS, *tokenizer.encode_batch(TEXTS)):
@@ -71,9 +71,9 @@ def test_tokenizers_that_no_file_describes(tmp_path, data_root):
     "words", length=4, vocabulary=str(tmp_path / "words.txt"), drop_unknown=True
   )
   with pytest.raises(ValueError, match="drop_unknown"):
-    tokenizer_files.files(words, pads_unseen=True, mask=False)
+    tokenizer_files.files(words, padding_has_no_effect=True, mask=False)
   clip = make_tokenizer(
     "clip", length=8, path=str(data_root / "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz")
   )
   with pytest.raises(ValueError, match="pads with '!'"):
-    tokenizer_files.files(clip, pads_unseen=False, mask=False)
+    tokenizer_files.files(clip, padding_has_no_effect=False, mask=False)

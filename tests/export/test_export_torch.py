@@ -14,10 +14,10 @@ from helpers import torchvision_beside_cpu_torch
 from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 from PIL import Image
+from safetensors.numpy import save_file
 
-from bigalign import config as configs
 from bigalign import evaluate, tree
-from bigalign.export import check, main, safetensors
+from bigalign.export import check, main
 from bigalign.train import train
 from bigalign.weights.files import open_tensors
 
@@ -102,7 +102,7 @@ def runs(tmp_path_factory):
       c.data.tokenizer, c.data.resize = given.pop("tokenizer"), given.pop("resize")
       c.loss, c.evals, c.writer = given.pop("loss"), {}, dict(tensorboard=False)
       c.model = given
-      train(root / name / "run", **configs.plain(c))
+      train(c, root / name / "run")
       made[name] = root / name / "run"
     return made[name]
 
@@ -135,8 +135,8 @@ def plain(data_root, tmp_path):
 
 def ours(run):
   """(pictures, the run's logits of them and TEXTS)."""
-  images = main.pictures()[:3]
-  return images, main.logits(main.subject(run), images, TEXTS)
+  images = main.sample_images()[:3]
+  return images, main.logits(main.trained_model(run), images, TEXTS)
 
 
 def near(found, expected):
@@ -152,7 +152,8 @@ def test_transformers_loads_a_run(name, runs, libraries, data_root, tmp_path, ca
 
   run, out = runs(name, data_root), tmp_path / "hf"
   assert main.main([str(run), "--format=hf", f"--out={out}"]) == 0
-  assert main.main(["--check", str(out)]) == 0 and "outputs differ" in capsys.readouterr().out
+  assert main.main(["--check", str(out)]) == 0
+  assert "verified. Outputs match the training run" in capsys.readouterr().out
   model, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"]
   processor = transformers.AutoProcessor.from_pretrained(out, backend="pil")
@@ -211,7 +212,7 @@ def test_sentence_transformers_loads_the_text_side(name, kind, libraries, tmp_pa
   tensors = open_tensors(out / "model.safetensors")
   arrays = {key: np.array(tensors.read(key)) for key in tensors}
   arrays["encoder.layer.1.output.LayerNorm.bias"][0] += 0.1
-  safetensors.save(out / "model.safetensors", arrays.items(), format="pt")
+  save_file(arrays, out / "model.safetensors", metadata={"format": "pt"})
   assert main.main(["--check", str(out)]) == 1
 
 
@@ -265,7 +266,9 @@ def test_the_torch_module_holds_what_others_cannot(name, libraries, tmp_path):
   assert found is not None and found <= TOLERANCE
   with (out / "model.py").open("a") as file:
     file.write("# changed\n")
-  with pytest.raises(ValueError, match=r"model\.py: not as this bigalign writes it"):
+  with pytest.raises(
+    ValueError, match=r"model\.py: differs from the one that this bigalign writes"
+  ):
     check.difference(out)
 
 
@@ -329,5 +332,5 @@ def test_the_check_sees_what_was_changed(runs, libraries, data_root, tmp_path):
   tensors = open_tensors(kept)
   arrays = {key: np.array(tensors.read(key)) for key in tensors}
   arrays["text_model.head.bias"][0] += 0.01
-  safetensors.save(kept / "model.safetensors", arrays.items(), format="pt")
+  save_file(arrays, kept / "model.safetensors", metadata={"format": "pt"})
   assert main.main(["--check", str(kept)]) == 1
