@@ -91,6 +91,8 @@ def write_tfds(root: pathlib.Path, records: Records) -> str:
 
   class Versions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
+    # For a builder in a package TFDS needs importlib_resources, which it does not install.
+    __module__ = "versions"
 
     def _info(self):
       return tfds.core.DatasetInfo(

@@ -13,9 +13,11 @@ import time
 import pytest
 from helpers.shipped import ROOT, load
 
-from bigalign import state as states
+from bigalign.config import resolve_config
 from bigalign.plan import chips, compile_step, hlo_memory, largest_batch, main, topologies, variants
+from bigalign.program import make_program
 from bigalign.run import provenance
+from bigalign.weights.init import options_from_sizes
 
 needs_libtpu = pytest.mark.skipif(
   not topologies.installed(), reason="libtpu is not installed: the extra plan"
@@ -196,10 +198,10 @@ def test_a_missing_checkpoint_can_be_replaced_by_sizes(tmp_path):
   model = load("lit").to_dict()["model"]
   model["image"]["init"] = str(tmp_path / "nowhere")
   model["text"] = dict(init=str(tmp_path / "either"), name="text", vocab_size=9, length=4)
-  with pytest.raises(ValueError, match=r"write them beside `init`.*nowhere"):
-    compile_step.model_options(model)
+  with pytest.raises(ValueError, match=r"write them next to `init`.*nowhere"):
+    options_from_sizes(model)
   model["image"] |= dict(name="vit", variant="S")
-  assert compile_step.model_options(model) == dict(
+  assert options_from_sizes(model) == dict(
     image=dict(name="vit", variant="S"),
     text=dict(name="text", vocab_size=9, length=4),
     embed_dim=512,
@@ -210,7 +212,8 @@ def test_missing_stores_have_the_shapes_of_the_towers():
   c = load("tiny").to_dict()
   c["frozen"] = "_tower/"
   c["data"]["stores"] = dict(image="/nowhere/image", text="/nowhere/text")
-  shapes = compile_step.shapes_of_batch(c, states.make_program(**c))
+  config = resolve_config(c)
+  shapes = compile_step.shapes_of_batch(config, make_program(config))
   assert shapes["image"].shape == shapes["text"].shape == (64, 64)
   assert shapes["text_mask"].shape == (64, 1)
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from helpers.shipped import ROOT, load
 
-from bigalign import state as states
+from bigalign.config import resolve_config
 from bigalign.plan import compile_step, main, topologies, variants
+from bigalign.program import init_state, make_program
 from bigalign.run import flops
 from bigalign.step import train_step
 
@@ -64,10 +65,10 @@ def test_gradients_in_bfloat16_are_those_of_float32():
   c["data"]["tokenizer"]["length"] = c["model"]["text"]["length"] = 8
   moved, losses, state = {}, {}, None
   for dtype in ("float32", "bfloat16"):
-    program = states.make_program(**c, gradient_dtype=dtype)
-    state = state or jax.jit(functools.partial(states.init_state, program))(jax.random.key(0))
+    program = make_program(resolve_config(c | dict(gradient_dtype=dtype)))
+    state = state or jax.jit(functools.partial(init_state, program))(jax.random.key(0))
     batch = {name: jnp.ones(*x) for name, x in program.spec.items()}
-    after, metrics = jax.jit(functools.partial(train_step, program=program))(
+    after, metrics, _ = jax.jit(functools.partial(train_step, program=program))(
       state, batch, jnp.zeros(2)
     )
     losses[dtype] = float(metrics["loss"])
@@ -86,8 +87,8 @@ def test_flops_are_those_that_xla_counts():
   for side in ("image", "text"):
     c["model"][side] |= dict(depth=2, scan=False, remat="none", dtype="float32")
   c["batch_size"] = 32
-  program = states.make_program(**c)
-  state = jax.eval_shape(functools.partial(states.init_state, program), jax.random.key(0))
+  program = make_program(resolve_config(c))
+  state = jax.eval_shape(functools.partial(init_state, program), jax.random.key(0))
   batch = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
   traced = jax.jit(functools.partial(train_step, program=program)).trace(
     state, batch, jax.ShapeDtypeStruct((2,), "float32")
