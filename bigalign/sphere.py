@@ -1,4 +1,4 @@
-"""Unit vectors: made, and mixed along the sphere."""
+"""Unit vectors: normalisation, and interpolation along the sphere."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import jax.numpy as jnp
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """[..., E] -> unit L2 norm; zero stays zero, with a finite gradient."""
+  """[..., E]: x with unit L2 norm; zero stays zero, with a finite gradient."""
   square = jnp.sum(x * x, -1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 
 
 def geodesic(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
-  """[..., E] unit vectors and a [] share of the first -> the unit vectors between them.
+  """[..., E]: the unit vectors between a and b on the sphere.
 
-  (sin(share θ) a + sin((1 - share) θ) b) / sin θ with θ the angle of a and b; for angles below
-  1.4e-3, where this is 0 / 0, the straight line between them, normalised.
+  (sin(share θ) a + sin((1 - share) θ) b) / sin θ, with θ the angle between a and b; for angles
+  below 1.4e-3, where this is 0 / 0, the normalised linear interpolation.
+
+  Args:
+    a: [..., E], unit norm.
+    b: [..., E], unit norm.
+    share: [], of a.
   """
   cosine = jnp.sum(a * b, -1, keepdims=True)
   near = cosine > 1 - 1e-6
-  # Twice, since a gradient passes through both branches of a where; arccos has none at ±1.
+  # Two wheres, since a gradient passes through both branches of one; arccos has none at ±1.
   angle = jnp.arccos(jnp.where(near, 0, jnp.maximum(cosine, -1 + 1e-6)))
   arc = (jnp.sin(share * angle) * a + jnp.sin((1 - share) * angle) * b) / jnp.sin(angle)
   return jnp.where(near, unit(share * a + (1 - share) * b), arc)

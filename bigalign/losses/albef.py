@@ -101,6 +101,11 @@ def albef_itc(
   return Loss(frozenset(needs), init, apply, constrain)
 
 
+def whole_batches(batch: int) -> dict[str, int]:
+  """Options of albef_itc for a batch size: the smallest queue of at least the default size."""
+  return {"queue_size": -(-65_536 // batch) * batch}
+
+
 def _enqueue(state, new):
   """The queue with its oldest keys replaced by those of the batch."""
   start = state["next"]

@@ -82,7 +82,8 @@ def apply_once(
     engine: forms the logits.
   """
   params, state = loss.init(sizes or {})
-  _, (_, metrics) = loss.apply(params, state, feats, batch or {}, first_context(engine))
+  _, results = loss.apply(params, state, feats, batch or {}, first_context(engine))
+  metrics: dict[str, jax.Array] = results[1]
   return metrics
 
 

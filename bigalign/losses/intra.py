@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from bigalign.losses import temperature
-from bigalign.losses.base import Loss
+from bigalign.losses.base import Features, Loss
 from bigalign.losses.clip import above_positives
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
+from bigalign.losses.engine.tiles import Arrays
 from bigalign.sphere import unit
 
 BOTH = {"i2t": "row_lse", "t2i": "col_lse"}
@@ -22,7 +23,7 @@ def _contrast(lse):
   return tuple(jax.nn.softplus(lse[k]).mean() for k in ("i2t", "t2i"))
 
 
-def _pairs(feats, engine: Engine):
+def _pairs(feats: Features, engine: Engine) -> Arrays:
   """Rows, and columns, with which a tile can compare any modality with any."""
   positive = engine.paired(feats["zimg"], feats["ztxt"])
   return {"img": feats["zimg"], "txt": feats["ztxt"], "positive": positive}

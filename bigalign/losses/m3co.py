@@ -21,7 +21,9 @@ def permuted(x: jax.Array, partner: jax.Array, parts: int = 1) -> jax.Array:
   """x[partner], for [B, E] and [B] int; partners are in the same one of `parts` equal blocks."""
   blocks = rearrange(x, "(w b) e -> w b e", w=parts)
   own = rearrange(partner, "(w b) -> w b", w=parts) % blocks.shape[1]
-  return rearrange(jax.vmap(lambda rows, i: rows[i])(blocks, own), "w b e -> (w b) e")
+  rows = jax.vmap(lambda block, i: block[i])(blocks, own)
+  moved: jax.Array = rearrange(rows, "w b e -> (w b) e")
+  return moved
 
 
 def draw(

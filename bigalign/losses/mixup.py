@@ -82,7 +82,8 @@ def two_positives(
 
   rows = anchors(reduced["i2t"], reduced["row_partner"], second)
   columns = anchors(reduced["t2i"], reduced["col_partner"], reduced["col_second"])
-  return (rows.mean() + columns.mean()) / 2
+  loss: jax.Array = (rows.mean() + columns.mean()) / 2
+  return loss
 
 
 def pair_mixed(

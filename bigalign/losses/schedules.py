@@ -52,7 +52,8 @@ def ramp(value: float | Mapping[str, Any], where: str) -> Callable[[Context], An
     return lambda context: value
   if not isinstance(value, Mapping):
     raise TypeError(f"{where}={value!r} must be a number, or dict(start=…, end=…, over=…)")
-  return call(_ramp, value, where, name=where)
+  ramped: Callable[[Context], Any] = call(_ramp, value, where, name=where)
+  return ramped
 
 
 def _ramp(

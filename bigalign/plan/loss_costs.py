@@ -1,7 +1,8 @@
-"""What losses cost on a mesh: loss x way to form the logits -> memory, products, bytes on wires.
+"""`bigalign costs`: memory, products and communication of each loss and way to form the logits.
 
-Every figure is read from the compiled program of the loss and its gradients, for a pod that nobody
-needs to hold (`--topology v5e:16x16`, with the extra `plan`) or for the devices of this machine.
+Every figure is read from the compiled program of the loss and its gradients, for the devices of
+this machine or for a TPU slice that need not be available (`--topology v5e:16x16`, with the extra
+`plan`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +27,14 @@ from bigalign.losses.per_sample import tables
 from bigalign.plan import hlo_collectives, topologies
 from bigalign.run import flops, runtime
 
-TOKENS = (16, 16)  # of an image and of a text, for the losses that read tokens
-LEARNED = ("z", "raw_", "tokens_")  # how the features that have a gradient begin
+TOKENS = (16, 16)  # per image and per text, for the losses that read tokens
+LEARNED = ("z", "raw_", "tokens_")  # prefixes of the features that get a gradient
 WAYS = [way for way in pairwise.WAYS if way != "auto"]
+HEADINGS = ("loss", "way", "needs", "state", "temporaries", "products", "communicated")
 
 
 def fields(batch: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """All that a loss may ask for, as shapes: features and fields of a global batch."""
+  """{name: shape and dtype} of all features and batch fields that a loss may read."""
   features = (
     "zimg",
     "ztxt",
@@ -67,21 +69,25 @@ def measure(
   dtype: str = "float32",
   options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """The costs of one loss, formed in one way, value and gradients together.
+  """The costs of one loss and way to form the logits, for value and gradients together.
 
   Args:
-    batch, width: B pairs of E numbers, over the whole mesh.
-    samples: ids of images, and as many of texts, that a loss with a memory keeps; the batch if 0.
-    dtype: of the features on the wires and in the products.
-    options: of the loss.
+    name: of the loss.
+    way: to form the logits.
+    mesh: of real devices, or of those of a topology.
+    batch: number B of pairs, over the whole mesh.
+    width: E of the embeddings.
+    samples: number of images, and of texts, for losses with per-sample state; 0: the batch.
+    dtype: of communicated features and of the products.
+    options: of the loss; None: its defaults, or options that fit the batch.
 
   Returns:
-    "needs", "state_bytes" (of all devices); per device "temporary_bytes", "wire_bytes", "flops", or
-    "error" where it does not compile, for want of memory.
+    "needs", "state_bytes" (over all devices); per device "temporary_bytes", "wire_bytes"
+    (communicated, by kind), "flops", or "error" if the program does not fit into memory.
   """
-  if options is None and name == "albef_itc":  # its queue holds whole batches
-    options = {"queue_size": -(-65_536 // batch) * batch}
-  loss = losses.make_loss({name: dict(options or {})})
+  if options is None:
+    options = losses.BATCH_OPTIONS.get(name, lambda batch: {})(batch)
+  loss = losses.make_loss({name: dict(options)})
   sizes = {"image": samples or batch, "text": samples or batch, "embed": width}
   params, state = jax.eval_shape(lambda: loss.init(sizes))
   names = {"zimg", "ztxt", *(name for need in loss.needs for name in losses.PROVIDES[need])}
@@ -93,16 +99,16 @@ def measure(
     objective, (after, _) = loss.apply(params, state, {**rest, **feats}, rest, context)
     return objective, after
 
-  def placed(x: Any, spec: Any) -> Any:
+  def sharded(x: Any, spec: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec)
 
   rows = sharding.batch_sharding(mesh)
-  params = jax.tree.map(lambda x: placed(x, sharding.replicated_sharding(mesh)), params)
-  state = jax.tree.map(lambda x: placed(x, tables.state_sharding(x, mesh)), state)
-  feats = {k: placed(x, rows) for k, x in abstract.items() if k.startswith(LEARNED)}
-  rest = {k: placed(x, rows) for k, x in abstract.items() if k not in feats}
-  places = jax.tree.map(lambda x: x.sharding, ((None, state), (params, feats)))
-  found: dict[str, Any] = {
+  params = jax.tree.map(lambda x: sharded(x, sharding.replicated_sharding(mesh)), params)
+  state = jax.tree.map(lambda x: sharded(x, tables.state_sharding(x, mesh)), state)
+  feats = {k: sharded(x, rows) for k, x in abstract.items() if k.startswith(LEARNED)}
+  rest = {k: sharded(x, rows) for k, x in abstract.items() if k not in feats}
+  out_shardings = jax.tree.map(lambda x: x.sharding, ((None, state), (params, feats)))
+  costs: dict[str, Any] = {
     "loss": name,
     "way": way,
     "needs": sorted(loss.needs),
@@ -113,37 +119,80 @@ def measure(
   }
   with jax.set_mesh(mesh):
     both = jax.value_and_grad(value, (0, 1), has_aux=True)
-    traced = jax.jit(both, donate_argnums=2, out_shardings=places).trace(params, feats, state, rest)
-    found["flops"] = flops.of_jaxpr(traced.jaxpr) / mesh.size
+    traced = jax.jit(both, donate_argnums=2, out_shardings=out_shardings).trace(
+      params, feats, state, rest
+    )
+    costs["flops"] = flops.of_jaxpr(traced.jaxpr) / mesh.size
     try:
       compiled = topologies.compile_without_cache(traced.lower())
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return {**found, "error": str(error).splitlines()[0]}
-  moved = hlo_collectives.collectives(compiled.as_text())
+      return {**costs, "error": str(error).splitlines()[0]}
+  collectives = hlo_collectives.collectives(compiled.as_text())
   return {
-    **found,
+    **costs,
     "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    "wire_bytes": {kind: x.bytes for kind, x in moved.items()},
+    "wire_bytes": {kind: x.bytes for kind, x in collectives.items()},
   }
 
 
-def table(rows: Sequence[Mapping[str, Any]], *, markdown: bool) -> rich.table.Table:
-  """The rows for a person; products also as multiples of B B E / devices."""
-  made = rich.table.Table(box=rich.box.MARKDOWN if markdown else rich.box.SIMPLE)
-  for heading in ("loss", "way", "needs", "state", "temporaries", "products", "wires"):
-    made.add_column(heading, justify="left" if heading in ("loss", "way", "needs") else "right")
+def table(rows: Sequence[Mapping[str, Any]]) -> rich.table.Table:
+  """The rows as a table for the terminal."""
+  grid = rich.table.Table(box=rich.box.SIMPLE)
+  for heading in HEADINGS:
+    grid.add_column(heading, justify="left" if heading in ("loss", "way", "needs") else "right")
   for row in rows:
-    start = (row["loss"], row["way"], " ".join(row["needs"]), _size(row["state_bytes"]))
-    whole = row["batch"] ** 2 * row["width"] / row["devices"]
-    work = f"{row['flops'] / 1e9:,.0f} GF = {row['flops'] / whole:.1f}"
-    if "error" in row:
-      made.add_row(*start, "does not fit", work, "")
-    else:
-      wires = sum(row["wire_bytes"].values())
-      made.add_row(*start, _size(row["temporary_bytes"]), work, _size(wires))
-  return made
+    grid.add_row(*cells(row))
+  return grid
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+  """The cells of a row, by HEADINGS; products also as multiples of B B E / devices."""
+  start = [row["loss"], row["way"], " ".join(row["needs"]), _size(row["state_bytes"])]
+  unit = row["batch"] ** 2 * row["width"] / row["devices"]
+  products = f"{row['flops'] / 1e9:,.0f} GF = {row['flops'] / unit:.1f}"
+  if "error" in row:
+    return [*start, "does not fit", products, ""]
+  communicated = sum(row["wire_bytes"].values())
+  return [*start, _size(row["temporary_bytes"]), products, _size(communicated)]
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+  """Rows of cells as a Markdown table."""
+  aligned = ("---", "---", "---", "---:", "---:", "---:", "---:")
+  return "".join(f"| {' | '.join(row)} |\n" for row in (HEADINGS, aligned, *rows))
+
+
+def write_document(path: pathlib.Path, settings: str, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes rows into the Markdown document of all losses' costs, where they replace older ones.
+
+  Raises:
+    ValueError: if the document was written with other settings.
+  """
+  table: dict[tuple[str, str], list[str]] = {}
+  if path.exists():
+    text = path.read_text()
+    if settings not in text:
+      raise ValueError(
+        f"--out={path}: the figures in it are not for {settings!r}; write a new file"
+      )
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    for line in lines:
+      old = [cell.strip() for cell in line.split("|")[1:-1]]
+      if old[0] in losses.LOSSES:
+        table[old[0], old[1]] = old
+  table |= {(row["loss"], row["way"]): cells(row) for row in rows}
+  order = sorted(table, key=lambda key: (key[0], pairwise.WAYS.index(key[1])))
+  path.write_text(
+    "# Costs of the losses\n\n"
+    "Written by `bigalign costs`; do not edit. After adding a loss, run this command with\n"
+    f"`--losses=NAME`:\n\n```bash\n{settings}\n```\n\n"
+    "Figures are per device, for the loss and its gradients together, except for `state`, the\n"
+    "loss's state over all devices. Products are also given as multiples of B² E / devices.\n"
+    "`communicated` counts the larger side of each transfer, and an all-reduce twice.\n\n"
+    + markdown(table[key] for key in order)
+  )
 
 
 def _size(n: float) -> str:
@@ -154,19 +203,34 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   """The program; returns the rows that it prints."""
   parser = argparse.ArgumentParser(
     prog="bigalign costs",
-    description="What each loss costs per device: temporaries, products and bytes on the wires of"
-    " the compiled loss and its gradients.",
+    description="What each loss costs per device: temporary memory, products and communicated bytes"
+    " of the compiled loss and its gradients.",
   )
-  parser.add_argument("--losses", metavar="A,B", help="all if not given")
+  parser.add_argument("--losses", metavar="A,B", help="default: all")
   parser.add_argument("--ways", metavar="A,B", default=",".join(WAYS), help="%(default)s, or auto")
-  parser.add_argument("--batch", type=int, default=32768, help="pairs in all (%(default)s)")
+  parser.add_argument("--batch", type=int, default=32768, help="global batch size (%(default)s)")
   parser.add_argument("--width", type=int, default=512, help="of the embeddings (%(default)s)")
-  parser.add_argument("--samples", type=int, default=0, help="ids that a loss with a memory keeps")
-  parser.add_argument("--dtype", default="float32", help="on the wires (%(default)s, or bfloat16)")
-  parser.add_argument("--topology", help="a TPU slice such as v5e:16x16; else this machine")
-  parser.add_argument("--fsdp", type=int, default=1, help="size of that mesh axis; data: the rest")
-  parser.add_argument("--markdown", action="store_true", help="print a table for a document")
-  parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+  parser.add_argument(
+    "--samples",
+    type=int,
+    default=0,
+    help="samples of the dataset, for losses with per-sample state",
+  )
+  parser.add_argument(
+    "--dtype", default="float32", help="of communicated features (%(default)s, or bfloat16)"
+  )
+  parser.add_argument("--topology", help="a TPU slice such as v5e:16x16; default: this machine")
+  parser.add_argument(
+    "--fsdp", type=int, default=1, help="size of that mesh axis; data gets the other devices"
+  )
+  parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+  parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+  parser.add_argument(
+    "--out",
+    metavar="FILE.md",
+    type=pathlib.Path,
+    help="add the rows to this document of all losses",
+  )
   args = parser.parse_args(argv)
   runtime.setup()
   names = args.losses.split(",") if args.losses else sorted(losses.LOSSES)
@@ -196,9 +260,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
       )
     )
   where = args.topology or f"{mesh.size} x {held[0].device_kind}"
-  console = rich.console.Console(width=160 if args.markdown else None)
+  console = rich.console.Console()
   console.print(f"B = {args.batch:,}, E = {args.width}, {args.dtype}, {where}; per device")
-  console.print(table(rows, markdown=args.markdown))
+  if args.markdown:
+    print(markdown(map(cells, rows)), end="")
+  else:
+    console.print(table(rows))
+  if args.out:
+    devices = f"--topology={args.topology}" if args.topology else f"# {where}:"
+    settings = (
+      f"bigalign costs {devices} --batch={args.batch} --width={args.width}"
+      f" --samples={args.samples} --dtype={args.dtype} --fsdp={args.fsdp} --out={args.out.name}"
+    )
+    write_document(args.out, settings, rows)
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
   return rows

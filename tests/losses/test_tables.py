@@ -81,7 +81,9 @@ def test_eight_devices_read_and_write_as_one(mesh, b):
 
 def test_a_donated_table_is_written_in_place(mesh):
   shape = jax.ShapeDtypeStruct((tables.ROWS * 100,), np.float32)
-  shape = {"u": jax.ShapeDtypeStruct(shape.shape, np.float32, sharding=tables.state_sharding(shape, mesh))}
+  shape = {
+    "u": jax.ShapeDtypeStruct(shape.shape, np.float32, sharding=tables.state_sharding(shape, mesh))
+  }
   with jax.set_mesh(mesh):
     compiled = (
       jax.jit(lambda *args: tables.write(*args)[0], donate_argnums=0)
@@ -103,7 +105,12 @@ def test_tables_lie_over_all_devices_and_scalars_on_each(mesh):
 
 
 def test_a_table_that_does_not_divide_is_explained(mesh):
-  with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"9 rows of .u., a per-sample table .* do not divide over 8 devices"):
+  with (
+    jax.set_mesh(mesh),
+    pytest.raises(
+      ValueError, match=r"9 rows of .u., a per-sample table .* do not divide over 8 devices"
+    ),
+  ):
     tables.read({"u": jnp.zeros(9)}, ids([1]))
 
 

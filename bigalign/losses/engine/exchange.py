@@ -135,7 +135,7 @@ def _stream_columns(
     (carry, _, accumulated), _ = jax.lax.scan(hop, (carry, local, initial), length=hops)
     return carry, accumulated
 
-  def segment(carry: Any, part: Any) -> Any:
+  def segment(carry: Any, part: Any) -> tuple[Any, Any]:
     carry, result = process(carry, _gather(plan, part))
     return carry, merge(None, result)
 
@@ -189,11 +189,9 @@ def _local_backward(
     return {"cotangents": {k: cts[k] for k in names}, "values": {k: values[k] for k in names}}
 
   def merge(accumulated: Any, d_block: Arrays) -> Arrays:
-    return (
-      jax.tree.map(lambda x: _scatter(plan, x), d_block)
-      if accumulated is None
-      else tiles.add(accumulated, d_block)
-    )
+    if accumulated is None:
+      return {name: _scatter(plan, x) for name, x in d_block.items()}
+    return {name: accumulated[name] + x for name, x in d_block.items()}
 
   zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
   row_in = tiles.split(rows, reduction.fixed)[0]
