@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from helpers.small_shards import picture, samples, write_tar
 from PIL import Image
 
+from bigalign.data.files import patterns
 from bigalign.data.files.patterns import expand_shards
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import open_source
@@ -147,6 +148,8 @@ def test_errors_of_empty_patterns_and_unknown_sources_help(tmp_path, monkeypatch
     open_source("x/{00005..00001}.tar")
   with pytest.raises(ValueError, match="neither a range"):
     open_source("x/{0000-0005}.tar")
+  with pytest.raises(ValueError, match="a brace is not closed"):
+    open_source("x/{00000..00005.tar")
   with pytest.raises(ValueError, match=r"Unknown source 'glyph'.*known: 'glyphs"):
     open_source("glyph")
   monkeypatch.delenv("BIGALIGN_NOWHERE", raising=False)
@@ -182,6 +185,15 @@ def test_patterns(tmp_path, monkeypatch):
   assert len(open_source("${BIGALIGN_TEST_ROOT}/{a,b}/*.tar")) == 6
   with pytest.raises(ValueError, match="more than once"):
     expand_shards(f"{tmp_path}/{{a,a}}/08.tar")
+
+
+def test_the_number_of_names_of_a_pattern_is_bounded(monkeypatch):
+  with pytest.raises(ValueError, match="has more than 10000000 numbers"):
+    expand_shards("s3://bucket/{000000000..999999999}.tar")
+  monkeypatch.setattr(patterns, "MOST_NAMES", 1000)
+  assert len(expand_shards("s3://bucket/{0..9}{0..99}.tar")) == 1000
+  with pytest.raises(ValueError, match="names more than 1000 files"):
+    expand_shards("s3://bucket/{0..10}{0..99}.tar")
 
 
 def test_caption_fields_in_order_of_preference(tmp_path):

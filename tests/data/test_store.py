@@ -348,7 +348,7 @@ def test_images_without_captions_are_left_out_and_counted(tmp_path):
   with pytest.raises(
     ValueError,
     match=r"38 of the 40 images in .* fewer than"
-    r".*least=0\.99 \(config",
+    r" the share config\.data\.stores\.least=0\.99: ",
   ):
     Pairs(image, text)
   pairs = Pairs(image, text, least=0.9)
