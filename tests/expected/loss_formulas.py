@@ -24,7 +24,7 @@ def stop(x):
 
 def derivatives(value, inputs):
   """{name: derivative of value(inputs)["loss"] by inputs[name]}, same shapes as the inputs."""
-  found = {}
+  results = {}
   for name, x in inputs.items():
     x = np.asarray(x, np.float64)
     gradient = np.empty_like(x)
@@ -32,8 +32,8 @@ def derivatives(value, inputs):
       moved = x.astype(np.complex128)
       moved[index] += 1j * STEP
       gradient[index] = np.imag(value({**inputs, name: moved})["loss"]) / STEP
-    found[name] = gradient
-  return found
+    results[name] = gradient
+  return results
 
 
 # --- functions of numbers and rows --------------------------------------------------------------
@@ -519,16 +519,16 @@ def stateless(case, inputs):
 
 
 def negatives(own, other, tau, diagonal):
-  """(A / tau, log of the mean of its exponentials over the negatives) of every anchor.
+  """Exponents of every anchor: all, those that count, log of the mean of their exponentials.
 
-  own, other: [B, D]; tau: scalar or [B]. A_ik is the cosine of anchor i and member k minus that of
-  its pair. With `diagonal` the pair itself is one more term; the divisor is B - 1 either way.
+  own, other: [B, D]; tau: [B]. The exponent of anchor i and member k is the difference between
+  their cosine and the cosine of the pair i, divided by tau_i. With `diagonal` the pair itself
+  counts too; the divisor is B - 1 either way.
   """
   cosines = own @ other.T
-  apart = cosines - np.diag(cosines)[:, None]
-  exponents = stop(apart) / np.broadcast_to(tau, len(own))[:, None]
+  exponents = (cosines - np.diag(cosines)[:, None]) / tau[:, None]
   counted = exponents if diagonal else np.where(off_diagonal(len(own)), exponents, -np.inf)
-  return apart, exponents, counted, log_sum_exp(counted) - np.log(len(own) - 1)
+  return exponents, counted, log_sum_exp(counted) - np.log(len(own) - 1)
 
 
 def written(table, ids, values):
@@ -585,12 +585,12 @@ def sogclr_start(case):
 def sogclr(case, inputs, state, step):
   """SogCLR (Yuan et al. 2022) and iSogCLR (Qiu et al. 2023), of two modalities."""
   p, x = case["params"], prepared(case, inputs)
-  n, weights, found, state = len(x["img"]), {}, {}, {k: dict(v) for k, v in state.items()}
+  n, weights, results, state = len(x["img"]), {}, {}, {k: dict(v) for k, v in state.items()}
   objective = 0.0
   for side, own, other, ids in sides(x):
     table = state[side]
     tau = table["tau"][ids]
-    _, exponents, counted, log_g = negatives(own, other, tau, p["include_diag"])
+    exponents, counted, log_g = negatives(own, other, tau, p["include_diag"])
     table["b"] = written(table["b"], ids, np.maximum(table["b"][ids], counted.max(1)))
     old = table["log_u"][ids]
     new = mixed_average(old, log_g, p["gamma"])
@@ -609,21 +609,21 @@ def sogclr(case, inputs, state, step):
       m = (1 - p["beta_u"]) * table["m"][ids] + p["beta_u"] * q
       moved = np.clip(tau - eta(p, step) * m, p["tau_min"], p["tau_max"])
       table["m"], table["tau"] = written(table["m"], ids, m), written(table["tau"], ids, moved)
-      found["eta"] = eta(p, step)
+      results["eta"] = eta(p, step)
 
   def loss(z):
     cosines = z["img"] @ z["txt"].T
     own = np.diag(cosines)[:, None]
     return np.sum(weights["img"] * (cosines - own) + weights["txt"] * (cosines.T - own)) / n
 
-  found |= dict(loss=float(loss(x)), objective=float(objective))
-  found |= {f"d_{k}": g for k, g in feature_gradients(case, inputs, loss).items()}
+  results |= dict(loss=float(loss(x)), objective=float(objective))
+  results |= {f"d_{k}": g for k, g in feature_gradients(case, inputs, loss).items()}
   for side, table in state.items():
-    found[f"state_log_u_{side}"], found[f"state_b_{side}"] = table["log_u"], table["b"]
-    found[f"state_s_{side}"] = np.exp(table["log_u"] - table["b"])
+    results[f"state_log_u_{side}"], results[f"state_b_{side}"] = table["log_u"], table["b"]
+    results[f"state_s_{side}"] = np.exp(table["log_u"] - table["b"])
     if p["learn_tau"]:
-      found[f"state_m_{side}"], found[f"state_tau_{side}"] = table["m"], table["tau"]
-  return found, state
+      results[f"state_m_{side}"], results[f"state_tau_{side}"] = table["m"], table["tau"]
+  return results, state
 
 
 def unimodal_start(case):
@@ -697,7 +697,7 @@ def fastclip(case, inputs, state, step):
   for side, own, other, ids in sides(x):
     table = state[side]
     tau = table["tau"][ids] if per_sample else np.full(n, np.exp(-p["log_scales"][step]))
-    _, exponents, _, log_g = negatives(own, other, tau, False)
+    exponents, _, log_g = negatives(own, other, tau, False)
     old, bound = table["log_u"][ids], np.zeros(n)
     stored = old - table["b"][ids]
     if per_sample:
@@ -731,32 +731,32 @@ def fastclip(case, inputs, state, step):
     return np.sum(weights["img"] * (cosines - own) + weights["txt"] * (cosines.T - own)) / n
 
   def gradients(kind, weights):
-    found = feature_gradients(case, inputs, lambda z: loss(z, weights))
-    return {f"d_{k}__{kind}": g for k, g in found.items()}
+    results = feature_gradients(case, inputs, lambda z: loss(z, weights))
+    return {f"d_{k}__{kind}": g for k, g in results.items()}
 
-  found = dict(gamma=gamma, loss_reported=float(ratio))
+  results = dict(gamma=gamma, loss_reported=float(ratio))
   if per_sample:
-    found |= gradients("released", over_tau) | gradients("rgcl", plain)
+    results |= gradients("released", over_tau) | gradients("rgcl", plain)
     for side, table in state.items():
-      found[f"state_u_{side}"] = np.exp(table["log_u"] - table["b"])
-      found[f"state_log_u_{side}"], found[f"state_bound_{side}"] = table["log_u"], table["b"]
-      found[f"state_adam_m_{side}"], found[f"state_adam_v_{side}"] = table["m"], table["v"]
-      found[f"state_tau_{side}"] = table["tau"]
-    return found, state
+      results[f"state_u_{side}"] = np.exp(table["log_u"] - table["b"])
+      results[f"state_log_u_{side}"], results[f"state_bound_{side}"] = table["log_u"], table["b"]
+      results[f"state_adam_m_{side}"], results[f"state_adam_v_{side}"] = table["m"], table["v"]
+      results[f"state_tau_{side}"] = table["tau"]
+    return results, state
   if p["version"] == "v3":
     tau = np.exp(-p["log_scales"][step])
-    found["loss_reported"] = float(tau * (ratio + p["rho"] + mean_log / 2))
-    found["objective"] = float(tau / 2 * (mean_log_eps + 2 * p["rho"]))
-    found["d_log_scale__released"] = float(-tau / 2 * (mean_log + 2 * p["rho"] - 2 * sum_of_h))
-    found["d_log_scale__consistent"] = float(-tau / 2 * (mean_log_eps + 2 * p["rho"] - sum_of_h))
+    results["loss_reported"] = float(tau * (ratio + p["rho"] + mean_log / 2))
+    results["objective"] = float(tau / 2 * (mean_log_eps + 2 * p["rho"]))
+    results["d_log_scale__released"] = float(-tau / 2 * (mean_log + 2 * p["rho"] - 2 * sum_of_h))
+    results["d_log_scale__consistent"] = float(-tau / 2 * (mean_log_eps + 2 * p["rho"] - sum_of_h))
   else:
-    found["objective"] = float(mean_log_eps / 2)
-    found["d_log_scale__released"] = float(sum_of_h)
-    found["d_log_scale__consistent"] = float(sum_of_h / 2)
-  found |= gradients("released", plain if p["version"] == "v3" else over_tau)
+    results["objective"] = float(mean_log_eps / 2)
+    results["d_log_scale__released"] = float(sum_of_h)
+    results["d_log_scale__consistent"] = float(sum_of_h / 2)
+  results |= gradients("released", plain if p["version"] == "v3" else over_tau)
   for side, table in state.items():
-    found[f"state_u_{side}"] = np.exp(table["log_u"])
-  return found, state
+    results[f"state_u_{side}"] = np.exp(table["log_u"])
+  return results, state
 
 
 def albef_start(case):
@@ -786,9 +786,9 @@ def albef_itc(case, inputs, state, step):
     return dict(loss=(i2t + t2i) / 2, i2t=i2t, t2i=t2i)
 
   learned = dict(img=inputs["img"], txt=inputs["txt"], temp=np.asarray(temperature))
-  found = {k: float(stop(x)) for k, x in value(learned).items()}
-  found |= {f"d_{k}": g for k, g in derivatives(value, learned).items()}
-  found["d_temp"] = float(found["d_temp"])
+  results = {k: float(stop(x)) for k, x in value(learned).items()}
+  results |= {f"d_{k}": g for k, g in derivatives(value, learned).items()}
+  results["d_temp"] = float(results["d_temp"])
   size, state = len(state["queue_img"]), dict(state)
   places = (state["next"] + np.arange(n)) % size
   for name in ("img", "txt", "ids"):
@@ -796,9 +796,9 @@ def albef_itc(case, inputs, state, step):
       new = inputs["ids" if name == "ids" else f"t_{name}"]
       state[f"queue_{name}"] = written(state[f"queue_{name}"], places, new)
   state["next"] = (state["next"] + n) % size
-  found["queue_ptr"] = state["next"]
-  found |= {f"state_queue_{k}": state[f"queue_{k}"] for k in ("img", "txt")}
-  return found, state
+  results["queue_ptr"] = state["next"]
+  results |= {f"state_queue_{k}": state[f"queue_{k}"] for k in ("img", "txt")}
+  return results, state
 
 
 STATEFUL = dict(
@@ -852,7 +852,7 @@ def metrics(case, inputs):
   t, both, n = case["params"]["uniformity_t"], np.concatenate([img, txt]), len(img)
   mean_img, mean_txt = img.mean(0), txt.mean(0)
   cosines, apart = img @ txt.T, img - txt
-  found = dict(
+  results = dict(
     centroid_distance=np.linalg.norm(mean_img - mean_txt),
     centroid_cosine=normed(mean_img) @ normed(mean_txt),
     mean_pair_distance=np.linalg.norm(apart, axis=1).mean(),
@@ -865,15 +865,15 @@ def metrics(case, inputs):
     effective_rank_joint=effective_rank(both),
     linear_cka=linear_cka(img, txt),
   )
-  found["uniformity"] = (found["uniformity_img"] + found["uniformity_txt"]) / 2
+  results["uniformity"] = (results["uniformity_img"] + results["uniformity_txt"]) / 2
   for name, x in (("img", img), ("txt", txt)):
-    found[f"mean_offdiag_cosine_{name}"] = (x @ x.T)[off_diagonal(n)].mean()
-    found[f"effective_rank_{name}"] = effective_rank(x)
-    found[f"effective_rank_{name}_centered"] = effective_rank(x - x.mean(0))
+    results[f"mean_offdiag_cosine_{name}"] = (x @ x.T)[off_diagonal(n)].mean()
+    results[f"effective_rank_{name}"] = effective_rank(x)
+    results[f"effective_rank_{name}_centered"] = effective_rank(x - x.mean(0))
   own = np.diag(cosines)[:, None]
   for name, z in (("i2t", cosines), ("t2i", cosines.T)):
     for k in (1, 5, 10):
-      found[f"{name}_recall@{k}"] = np.mean((z > own).sum(1) < k)
+      results[f"{name}_recall@{k}"] = np.mean((z > own).sum(1) < k)
   train, test = (np.array(case["params"]["split"][k]) for k in ("train", "test"))
 
   def of(rows):
@@ -881,10 +881,10 @@ def metrics(case, inputs):
 
   w, intercept, minimum = logistic_regression(*of(train), case["params"]["logreg_C"])
   x, labels = of(test)
-  found |= dict(
+  results |= dict(
     linsep_test_accuracy=np.mean((x @ w + intercept > 0) == labels),
     linsep_train_objective=minimum,
     linsep_weight_norm=np.linalg.norm(w),
     linsep_intercept=intercept,
   )
-  return {k: float(x) for k, x in found.items()}
+  return {k: float(x) for k, x in results.items()}

@@ -261,11 +261,11 @@ def step_cases():
   yield "albef_itc/ids", "albef_itc", False, True, albef
 
 
-def expectation(found, key, arrays):
+def expectation(values, key, arrays):
   """The values of one case or step as `expect` and `arrays`; the arrays go into the npz."""
-  expect = {k: x for k, x in found.items() if np.ndim(x) == 0}
+  expect = {k: x for k, x in values.items() if np.ndim(x) == 0}
   named = {}
-  for k, x in found.items():
+  for k, x in values.items():
     if np.ndim(x):
       arrays[f"{key}/{k}"] = x
       named[k] = dict(key=f"{key}/{k}", kind="full")
@@ -284,8 +284,8 @@ def make():
     raw = any(name.endswith("_raw") for name in names.values())
     case = dict(id=key, loss=loss, normalize=raw and loss not in ("m3co", "softclip_m3co"))
     case |= dict(inputs=names, scalars=scalars, params=params, tags=[])
-    found = stateless(case, {k: arrays[name] for k, name in names.items()})
-    cases.append(case | expectation(found, key, arrays))
+    values = stateless(case, {k: arrays[name] for k, name in names.items()})
+    cases.append(case | expectation(values, key, arrays))
   for key, loss, normalize, repeated, params in step_cases():
     rows = "raw" if normalize else "unit"
     names = {side: f"traj/{side}_{rows}" for side in ("img", "txt")}
@@ -301,8 +301,8 @@ def make():
     state = start(case)
     for k in range(T):
       inputs = {name: at_step(path, arrays[path], k) for name, path in names.items()}
-      found, state = one_step(case, inputs, state, k)
-      case["steps"].append(dict(step=k) | expectation(found, f"{key}/s{k}", arrays))
+      values, state = one_step(case, inputs, state, k)
+      case["steps"].append(dict(step=k) | expectation(values, f"{key}/s{k}", arrays))
     cases.append(case)
   schedule = {
     f"gamma={end},E={epochs}": [gamma_at(epoch, end, epochs) for epoch in range(epochs + 2)]

@@ -59,20 +59,20 @@ SENTENCES = [
 def merges():
   """A vocabulary of CLIP's size: learned merges first, then pairs of bytes up to the count."""
   words = [first_pieces(w) for text in TEXTS for w in clip_words(clean(text).lower())]
-  found, made = [], set()
-  while len(found) < TRAINED:
+  pairs, tokens = [], set()
+  while len(pairs) < TRAINED:
     counts = collections.Counter(pair for word in words for pair in itertools.pairwise(word))
     pair = max(sorted(counts), key=counts.get)
     words = [merge(word, pair) for word in words]
-    if "".join(pair) not in made:
-      found.append(pair)
-      made.add("".join(pair))
+    if "".join(pair) not in tokens:
+      pairs.append(pair)
+      tokens.add("".join(pair))
   characters = list(byte_characters().values())
   for first in characters:
     for second in (*characters, *(c + "</w>" for c in characters)):
-      if len(found) < VOCABULARY - 2 - 512 and first + second not in made:
-        found.append((first, second))
-  return found
+      if len(pairs) < VOCABULARY - 2 - 512 and first + second not in tokens:
+        pairs.append((first, second))
+  return pairs
 
 
 def pieces():

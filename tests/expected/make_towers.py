@@ -376,10 +376,10 @@ def draw_texts(rng, kind):
     ids[:, 0] = end - 1
     np.put_along_axis(ids, LENGTHS - 1, end, 1)
   pad = dict(bert=0, clip=end, clip_zeros=0).get(kind, 1)
-  found = dict(input_ids=np.where(real, ids, pad), attention_mask=real.astype(np.int64))
+  arrays = dict(input_ids=np.where(real, ids, pad), attention_mask=real.astype(np.int64))
   if kind == "bert":
-    found["token_type_ids"] = (np.arange(LENGTH) >= 5) * found["attention_mask"]
-  return found
+    arrays["token_type_ids"] = (np.arange(LENGTH) >= 5) * arrays["attention_mask"]
+  return arrays
 
 
 def draw_patches(rng):
@@ -510,10 +510,10 @@ POOLING = dict(
 
 def big_vision(tensors):
   """SigLIP's tensors by the names and shapes of big_vision's two_towers."""
-  found = {}
+  arrays = {}
 
   def put(path, x):
-    found[f"params/{path}"] = x
+    arrays[f"params/{path}"] = x
 
   def dense(path, name):
     put(f"{path}/kernel", tensors[f"{name}.weight"].T)
@@ -568,7 +568,7 @@ def big_vision(tensors):
   dense("txt/head", f"{t}head")
   put("t", tensors["logit_scale"])
   put("b", tensors["logit_bias"])
-  return found
+  return arrays
 
 
 def write_json(file, content):
@@ -584,8 +584,8 @@ def main():
     write_json(folder / ("open_clip_config.json" if of_open_clip else "config.json"), config)
     file = "open_clip_model.safetensors" if of_open_clip else "model.safetensors"
     save_file(tensors, folder / file, metadata={"format": "pt"})
-    found = outputs(tensors, config, io, heads)
-    io |= {k: x.astype(np.float32) for k, x in found.items()}
+    results = outputs(tensors, config, io, heads)
+    io |= {k: x.astype(np.float32) for k, x in results.items()}
     np.savez_compressed(folder / "io.npz", **io)
     write_json(folder / "meta.json", dict(name=name, inputs_and_outputs="io.npz"))
     names.append(name)

@@ -135,16 +135,16 @@ def wordpiece_ids(text, vocabulary, length):
   id_of = {piece: i for i, piece in enumerate(vocabulary)}
 
   def pieces(word):
-    found, i = [], 0
+    ids, i = [], 0
     while i < len(word):
       ends = range(len(word), i, -1)
       options = (("##" if i else "") + word[i:end] for end in ends)
       piece = next((p for p in options if p in id_of), None)
       if piece is None or len(word) > 100:
         return [id_of["[UNK]"]]
-      found.append(id_of[piece])
+      ids.append(id_of[piece])
       i += len(piece) - (2 if i else 0)
-    return found
+    return ids
 
   ids = [i for word in wordpiece_words(text) for i in pieces(word)]
   ids = [id_of["[CLS]"], *ids[: length - 2], id_of["[SEP]"]]

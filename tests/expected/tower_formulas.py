@@ -467,12 +467,12 @@ def siglip(t, c, io):
     io["input_ids"], t, "text_model.", "hf", **sizes(of_text), names=HF_TEXT, causal=False
   )
   head = linear(tokens[:, -1], t, "text_model.head")
-  found = pairs(pooled, head, t)
-  found |= dict(out_vision_last_hidden_state=last, out_vision_pooler=pooled)
-  found |= dict(out_text_last_hidden_state=tokens, out_text_pooler=head)
+  results = pairs(pooled, head, t)
+  results |= dict(out_vision_last_hidden_state=last, out_vision_pooler=pooled)
+  results |= dict(out_text_last_hidden_state=tokens, out_text_pooler=head)
   if "pixel_values_interp" in io:
-    found["out_vision_pooler_interp"] = image(io["pixel_values_interp"])[1]
-  return found
+    results["out_vision_pooler_interp"] = image(io["pixel_values_interp"])[1]
+  return results
 
 
 def clip(t, c, io):
@@ -499,11 +499,11 @@ def clip(t, c, io):
 
   tokens, end = texts(mask)
   project = t["text_projection.weight"].T
-  found = pairs(linear(pooled, t, "visual_projection"), end @ project, t)
-  found |= dict(out_vision_last_hidden_state=last, out_vision_pooler=pooled)
-  found |= dict(out_text_last_hidden_state=tokens * mask[..., None], out_text_pooler=end)
-  found["out_text_embeds_nomask"] = unit(texts(None)[1] @ project)
-  return found
+  results = pairs(linear(pooled, t, "visual_projection"), end @ project, t)
+  results |= dict(out_vision_last_hidden_state=last, out_vision_pooler=pooled)
+  results |= dict(out_text_last_hidden_state=tokens * mask[..., None], out_text_pooler=end)
+  results["out_text_embeds_nomask"] = unit(texts(None)[1] @ project)
+  return results
 
 
 DINO_PATCH = dict(
@@ -549,12 +549,12 @@ def image_tower(x, t, c, prefix=""):
 
 def image_only(t, c, io):
   """ViTModel, Dinov2Model with and without registers or SwiGLU, DINOv3ViTModel."""
-  found = {}
+  results = {}
   for name in [k for k in io if k.startswith("pixel_values")]:
     suffix = name.removeprefix("pixel_values")
     tokens, pooled = image_tower(io[name], t, c)
-    found[f"out_last_hidden_state{suffix}"], found[f"out_pooler{suffix}"] = tokens, pooled
-  return found
+    results[f"out_last_hidden_state{suffix}"], results[f"out_pooler{suffix}"] = tokens, pooled
+  return results
 
 
 def text_only(t, c, io):
@@ -562,7 +562,7 @@ def text_only(t, c, io):
   ids, mask = io["input_ids"], io["attention_mask"]
   tokens, pooler = bert(ids, mask, t, "", c)
   mean = mean_of(tokens, mask)
-  found = dict(
+  results = dict(
     out_last_hidden_state=tokens * mask[..., None],
     out_pooler=pooler,
     out_mean=mean,
@@ -571,8 +571,8 @@ def text_only(t, c, io):
   )
   if "token_type_ids" in io:
     typed, _ = bert(ids, mask, t, "", c, io["token_type_ids"])
-    found["out_last_hidden_state_tt"] = typed * mask[..., None]
-  return found
+    results["out_last_hidden_state_tt"] = typed * mask[..., None]
+  return results
 
 
 def dual_encoder(t, c, io):
@@ -636,8 +636,8 @@ def open_clip(t, c, io, heads):
       txt = linear(tokens[:, -1], t, "text.text_projection")
     else:
       txt = tokens[np.arange(len(ids)), ids.argmax(1)] @ t["text_projection"]
-  found = pairs(image, txt, t)
-  return found | dict(out_image_features=image, out_text_features=txt)
+  results = pairs(image, txt, t)
+  return results | dict(out_image_features=image, out_text_features=txt)
 
 
 def timm_image(images, t, c, heads):

@@ -39,7 +39,7 @@ def at(step=0, epochs=0.0, engine=pairwise.DEFAULT):
 
 AT = at()
 
-# Oracle input -> our feature (differentiated) or field of the batch.
+# Input of a case -> our feature (differentiated) or field of the batch.
 FEATURES = dict(img="zimg", txt="ztxt", txt_long="ztxt_second", txt_syn="ztxt_second")
 FIELDS = dict(
   t_img="teacher_img",
@@ -138,13 +138,13 @@ def unit(x):
 
 
 def ids(x):
-  """Small integers as the two words in which ids travel, [n, 2] uint32."""
+  """Integers as ids of a batch: two words each, [n, 2] uint32."""
   x = np.asarray(x, np.int64)
   return jnp.asarray(np.stack([x >> 32, x & 0xFFFFFFFF], -1).astype(np.uint32))
 
 
 def floats(inputs, dtype):
-  """The floating inputs in the dtype under test, the others as they are."""
+  """The inputs as jax arrays, floating ones in `dtype`."""
   return {
     k: jnp.asarray(x, dtype) if np.issubdtype(x.dtype, np.floating) else jnp.asarray(x)
     for k, x in inputs.items()
@@ -152,9 +152,10 @@ def floats(inputs, dtype):
 
 
 def run(loss, case, dtype, fields=None, where=AT):
-  """Value and gradients of a case without state, for the oracle's names of inputs and scalars.
+  """Metrics and gradients of a case without state; gradients by the case's names.
 
-  fields: more fields of the batch, by our names.
+  Args:
+    fields: More fields of the batch, by our names.
   """
   inputs = floats(oracles().inputs(case), dtype)
   features = {k: inputs[k] for k in FEATURES if k in inputs}
@@ -173,7 +174,7 @@ def run(loss, case, dtype, fields=None, where=AT):
 
 
 def check(case, got, precision):
-  """1e-9 in float64, 1e-4 in float32; value and every gradient compared."""
+  """Compares the value and every gradient, to 1e-9 in float64 and to 1e-4 in float32."""
   inputs = [k for k in FEATURES if k in case["inputs"]]
   oracles().check(
     case,
@@ -184,7 +185,7 @@ def check(case, got, precision):
 
 
 def both_precisions(function):
-  """Runs a test in float64 and, among the slow ones, in float32."""
+  """Runs a test in float64 and, as a slow test, in float32."""
 
   @pytest.mark.parametrize(
     "precision", ["float64", pytest.param("float32", marks=pytest.mark.slow)]

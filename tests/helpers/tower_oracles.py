@@ -1,4 +1,4 @@
-"""Checkpoints with stored inputs and outputs, and what our towers make of them."""
+"""Runs our towers on the stored inputs of checkpoints and compares the outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ KEY = jax.random.key(0)
 
 
 def describe(case, **options):
-  """open_clip does not save how many heads a timm or Hugging Face tower has."""
+  """The description of a checkpoint, with options per side.
+
+  open_clip does not save how many heads a timm or Hugging Face tower has: index.json does.
+  """
   path = ROOT / case
   file = path / "open_clip_config.json"
   extra = {"image": {}, "text": {}}
@@ -46,13 +49,13 @@ def describe(case, **options):
 
 
 def images(io, name="pixel_values"):
-  """[B, C, H, W] of torch as [B, H, W, C]; NaFlex patches as they are."""
+  """Images of torch, [B, C, H, W], as [B, H, W, C]; NaFlex patches unchanged."""
   x = io[name]
   return x if x.ndim == 3 else einops.rearrange(x, "b c h w -> b h w c")
 
 
 class Side:
-  """One tower of a checkpoint with its projector, read for inputs of one size."""
+  """One tower of a checkpoint and its projector, for inputs of one size."""
 
   def __init__(self, checkpoint, side, example, tower=None, **options):
     model = checkpoint.model
@@ -81,7 +84,7 @@ class Side:
     self.side, self.flat = side, checkpoint.load(flat, **options)
 
   def __call__(self, flat, *args, **kwargs):
-    """TowerOutput, all tokens normed, the projected vector."""
+    """Returns the TowerOutput, all tokens after the last norm, and the projected vector."""
     params = tree.unflatten(tree.subtree(flat, f"{self.side}_tower/"))
     out, state = self.tower.apply(
       {"params": params},
@@ -104,8 +107,8 @@ def normed(x, flat, prefix, epsilon):
 
 
 def image_outputs(checkpoint, io):
-  """{name of a stored output: ours}, and the unit vectors."""
-  found = {}
+  """{name of a stored output: our output}, for images."""
+  outputs = {}
   for name in [x for x in io if x.startswith("pixel_values")]:
     suffix, x = name.removeprefix("pixel_values"), images(io, name)
     args, options = (x,), {}
@@ -118,49 +121,50 @@ def image_outputs(checkpoint, io):
     out, every, projected = jax.jit(side)(side.flat, *args)
     if x.ndim == 3:
       every = every * io["pixel_attention_mask"][..., None]
-    found[f"out_vision_pooler{suffix}"] = found[f"out_pooler{suffix}"] = out.pooled
-    found[f"out_vision_last_hidden_state{suffix}"] = every
-    found[f"out_last_hidden_state{suffix}"] = every
+    outputs[f"out_vision_pooler{suffix}"] = outputs[f"out_pooler{suffix}"] = out.pooled
+    outputs[f"out_vision_last_hidden_state{suffix}"] = every
+    outputs[f"out_last_hidden_state{suffix}"] = every
     if projected is not None and not suffix:
-      found["out_image_features"], found["out_image_embeds"] = projected, unit(projected)
+      outputs["out_image_features"], outputs["out_image_embeds"] = projected, unit(projected)
     if checkpoint.kind == "clip" and not suffix:
       stored = "out_vision_last_hidden_state"  # before the last norm
       epsilon = checkpoint.model["image"]["epsilon"]
-      found[f"normed {stored}"] = normed(io[stored], side.flat, "image_tower/encoder/ln", epsilon)
-  return found
+      outputs[f"normed {stored}"] = normed(io[stored], side.flat, "image_tower/encoder/ln", epsilon)
+  return outputs
 
 
 def text_outputs(case, checkpoint, io):
-  found = {}
+  """{name of a stored output: our output}, for texts."""
+  outputs = {}
   ids, mask = io["input_ids"].astype(np.int32), io.get("attention_mask")
   mask = None if mask is None else mask.astype(bool)
   side = Side(checkpoint, "text", (ids, mask))
   out, _, projected = jax.jit(side)(side.flat, ids, mask)
   tokens = out.tokens if mask is None else out.tokens * mask[..., None]
-  found["out_text_last_hidden_state"] = found["out_last_hidden_state"] = tokens
-  found["out_text_pooler"] = found["out_pooler"] = out.pooled
+  outputs["out_text_last_hidden_state"] = outputs["out_last_hidden_state"] = tokens
+  outputs["out_text_pooler"] = outputs["out_pooler"] = out.pooled
   if projected is not None:
-    found["out_text_features"], found["out_text_embeds"] = projected, unit(projected)
+    outputs["out_text_features"], outputs["out_text_embeds"] = projected, unit(projected)
     if checkpoint.kind in ("siglip", "siglip2", "big_vision"):
-      found["out_text_pooler"] = projected  # SigLIP's is behind the head
+      outputs["out_text_pooler"] = projected  # SigLIP's pooler output is the projected vector
   if "out_text_embeds_nomask" in io:
-    found["out_text_embeds_nomask"] = unit(jax.jit(side)(side.flat, ids, None)[2])
+    outputs["out_text_embeds_nomask"] = unit(jax.jit(side)(side.flat, ids, None)[2])
   if "out_mean" in io:
-    found |= pooled(tokens, mask)
+    outputs |= pooled(tokens, mask)
   if (ROOT / case / "modules.json").is_file():
-    np.testing.assert_allclose(out.pooled, found["out_mean_normalized"], atol=1e-6)
+    np.testing.assert_allclose(out.pooled, outputs["out_mean_normalized"], atol=1e-6)
     for pool in ("mean", "cls", "pooler"):
       one = Side(checkpoint, "text", (ids, mask), tower=dict(pool=pool, unit=False))
-      found[f"out_{pool}"] = jax.jit(one)(one.flat, ids, mask)[0].pooled
+      outputs[f"out_{pool}"] = jax.jit(one)(one.flat, ids, mask)[0].pooled
   if "token_type_ids" in io:
     types = io["token_type_ids"].astype(np.int32)
     typed = jax.jit(side)(side.flat, ids, mask, types=types)[0].tokens
-    found["out_last_hidden_state_tt"] = typed * mask[..., None]
-  return found
+    outputs["out_last_hidden_state_tt"] = typed * mask[..., None]
+  return outputs
 
 
 def pooled(tokens, mask):
-  """Other poolings of a text's tokens, in numpy."""
+  """The tokens of texts pooled in other ways, in numpy."""
   tokens = np.asarray(tokens, np.float64)
   mean = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
   normal = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
@@ -168,23 +172,23 @@ def pooled(tokens, mask):
 
 
 def error(ours, theirs):
-  """Largest difference, relative to the largest output."""
+  """The largest difference, relative to the largest output."""
   assert ours.shape == theirs.shape
   return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def stored(case):
-  """{name: array} of the inputs and outputs."""
+  """{name: array} of the stored inputs and outputs."""
   meta = json.loads((ROOT / case / "meta.json").read_text())
   with np.load(ROOT / case / meta.get("inputs_and_outputs", "io.npz")) as io:
     return dict(io)
 
 
 def compared(case):
-  """{name of a stored output: relative error}."""
+  """{name of a stored output: relative error of ours}."""
   checkpoint, io = describe(case), stored(case)
   if checkpoint.kind == "big_vision":
-    # The stored resized pictures are another library's, which resizes positions in another way.
+    # Hugging Face made the outputs for resized images, and it resizes positions differently.
     io = {name: x for name, x in io.items() if not name.endswith("_interp")}
   ours = {}
   if "image" in checkpoint.model:
