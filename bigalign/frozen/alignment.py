@@ -1,7 +1,7 @@
-"""How well two sets of frozen vectors agree before anything is trained; numpy, float64.
+"""Measures of the agreement of two sets of frozen embeddings, without training; numpy, float64.
 
-All but the neighbours are functions of moments, D x D, so that any number of pairs can be passed
-over once.
+Except for the nearest neighbours, all are functions of D x D moments, so that one pass over any
+number of pairs suffices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ Map = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass
 class Moments:
-  """Sums over pairs of rows x [N, D], y [N, E]: what every linear measure needs of them."""
+  """Sums over pairs of rows x [N, D], y [N, E], from which all linear measures follow.
+
+  Attributes:
+    n: number of pairs.
+    x: [D], sum of x.
+    y: [E], sum of y.
+    xx: [D, D], sum of the outer products of x with itself.
+    yy: [E, E], the same of y.
+    xy: [D, E], sum of the outer products of x with y.
+  """
 
   n: int
   x: np.ndarray
@@ -33,12 +42,12 @@ class Moments:
 
   @property
   def means(self) -> tuple[np.ndarray, np.ndarray]:
-    """[D], [E]."""
+    """The means of x [D] and y [E]."""
     return self.x / self.n, self.y / self.n
 
   @property
   def covariances(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[D, D], [E, E], [D, E], about the means; divided by N."""
+    """The covariances xx [D, D], yy [E, E], xy [D, E], divided by N."""
     mx, my = self.means
     return (
       self.xx / self.n - np.outer(mx, mx),
@@ -48,7 +57,14 @@ class Moments:
 
 
 def moments(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
-  """Of chunks of pairs, each [N, D], [N, E]."""
+  """Sums up chunks of pairs.
+
+  Args:
+    pairs: chunks (x [N, D], y [N, E]).
+
+  Raises:
+    ValueError: if there are none.
+  """
   total = None
   for x, y in pairs:
     x, y = (z.astype(np.float64) for z in (x, y))
@@ -60,20 +76,31 @@ def moments(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Moments:
 
 
 def linear_cka(m: Moments) -> float:
-  """|Cxy|² / (|Cxx| |Cyy|), Frobenius; https://arxiv.org/abs/1905.00414."""
+  """Returns |Cxy|² / (|Cxx| |Cyy|) in Frobenius norms; https://arxiv.org/abs/1905.00414."""
   xx, yy, xy = m.covariances
   return float((xy**2).sum() / (np.linalg.norm(xx) * np.linalg.norm(yy)))
 
 
 def effective_rank(covariance: np.ndarray) -> float:
-  """exp of the entropy of the singular values of centred rows; https://arxiv.org/abs/2210.02885."""
+  """Returns exp of the entropy of the singular values of the centred rows.
+
+  https://arxiv.org/abs/2210.02885
+
+  Args:
+    covariance: [D, D].
+  """
   s = np.sqrt(np.maximum(np.linalg.eigvalsh(covariance), 0))
   p = s[s > 1e-12 * s.max()] / s.sum()
   return float(np.exp(-(p * np.log(p)).sum()))
 
 
 def uniformity(x: np.ndarray, t: float = 2.0) -> float:
-  """log of the mean of exp(-t |a - b|²) over pairs of unit rows; https://arxiv.org/abs/2005.10242."""
+  """Returns log of the mean of exp(-t |a - b|²) over pairs of rows; arxiv.org/abs/2005.10242.
+
+  Args:
+    x: [N, D]; rows are normalised first. N x N similarities are formed.
+    t: as in the paper.
+  """
   z = unit(x.astype(np.float64))
   spread = np.exp(2 * t * (z @ z.T - 1))
   n = len(z)
@@ -81,9 +108,14 @@ def uniformity(x: np.ndarray, t: float = 2.0) -> float:
 
 
 def mutual_knn(x: np.ndarray, y: np.ndarray, k: int = 10) -> float:
-  """The share of the k nearest neighbours, by cosine, that x [N, D] and y [N, E] have in common.
+  """Returns the share of the k nearest neighbours that both sides have in common.
 
-  https://arxiv.org/abs/2405.07987. N x N cosines are formed: a sample will do.
+  https://arxiv.org/abs/2405.07987. N x N cosines are formed, so pass a sample of the data.
+
+  Args:
+    x: [N, D].
+    y: [N, E], row i belongs to row i of x.
+    k: number of neighbours by cosine.
   """
   neighbours = []
   for z in (x, y):
@@ -98,10 +130,18 @@ def mutual_knn(x: np.ndarray, y: np.ndarray, k: int = 10) -> float:
 
 
 def local_cka(m: Moments, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """[N, D], [M, E] → [N, M]: the CKA of the pairs of `m` with one more, (x_i, y_j), among them.
+  """Returns the CKA of given pairs with one more pair (x_i, y_j) added, for all i and j.
 
-  The score that retrieves without any training, https://arxiv.org/abs/2401.05224. One more pair
-  adds a matrix of rank one to each scatter, so nothing is formed per pair but its products.
+  This score retrieves without training, https://arxiv.org/abs/2401.05224. One more pair adds a
+  matrix of rank one to each scatter, so each (i, j) needs only a few products.
+
+  Args:
+    m: moments of the given pairs.
+    x: [N, D].
+    y: [M, E].
+
+  Returns:
+    [N, M].
   """
   (mx, my), (xx, yy, xy) = m.means, (c * m.n for c in m.covariances)
   x, y = x.astype(np.float64) - mx, y.astype(np.float64) - my
@@ -109,21 +149,33 @@ def local_cka(m: Moments, x: np.ndarray, y: np.ndarray) -> np.ndarray:
   square_x, square_y = (np.einsum("nd,nd->n", z, z) for z in (x, y))
 
   def own(z: np.ndarray, scatter: np.ndarray, square: np.ndarray) -> np.ndarray:
-    return (scatter**2).sum() + 2 * a * np.einsum("nd,nd->n", z @ scatter, z) + (a * square) ** 2
+    linear = np.einsum("nd,nd->n", z @ scatter, z)
+    total: np.ndarray = (scatter**2).sum() + 2 * a * linear + (a * square) ** 2
+    return total
 
   cross = (xy**2).sum() + 2 * a * (x @ xy @ y.T) + a**2 * np.outer(square_x, square_y)
-  return cross / np.sqrt(np.outer(own(x, xx, square_x), own(y, yy, square_y)))
+  cka: np.ndarray = cross / np.sqrt(np.outer(own(x, xx, square_x), own(y, yy, square_y)))
+  return cka
 
 
 def ridge(fit: Moments, choose: Moments) -> tuple[Map, Map]:
-  """Linear regression of y on centred x; the penalty that explains `choose` best."""
+  """Fits a linear regression of y on centred x.
+
+  Args:
+    fit: pairs to fit.
+    choose: pairs on which the best of the penalties in RIDGES is chosen.
+
+  Returns:
+    Maps of x and y into a common space.
+  """
   (mx, my), (xx, _, xy) = fit.means, fit.covariances
   values, vectors = np.linalg.eigh(xx)
   other_xx, _, other_xy = _about(choose, mx, my)
 
   def solve(penalty: float) -> np.ndarray:
     scaled = (vectors.T @ xy) / (values + penalty * values.mean())[:, None]
-    return vectors @ scaled
+    weights: np.ndarray = vectors @ scaled
+    return weights
 
   def error(w: np.ndarray) -> float:
     return float(np.einsum("de,df,fe->", w, other_xx, w, optimize=True) - 2 * (w * other_xy).sum())
@@ -133,16 +185,26 @@ def ridge(fit: Moments, choose: Moments) -> tuple[Map, Map]:
 
 
 def procrustes(fit: Moments) -> tuple[Map, Map]:
-  """Rotations that bring the centred sides together: the singular vectors of their covariance."""
+  """Fits rotations that align the centred sides: the singular vectors of their covariance.
+
+  Returns:
+    Maps of x and y into a common space.
+  """
   (mx, my), (_, _, xy) = fit.means, fit.covariances
   u, _, vt = np.linalg.svd(xy, full_matrices=False)
   return lambda x: (x - mx) @ u, lambda y: (y - my) @ vt.T
 
 
 def cca(fit: Moments, choose: Moments, dims: int = 256) -> tuple[Map, Map]:
-  """Canonical correlations: the `dims` directions of either side that correlate most, weighted so.
+  """Fits canonical correlations: the directions of both sides that correlate most.
 
-  Penalty on the variances: the one of RIDGES whose directions correlate most on `choose`.
+  Args:
+    fit: pairs to fit.
+    choose: pairs on which the penalty on the variances, one of RIDGES, is chosen by correlation.
+    dims: number of directions, weighted by their correlation.
+
+  Returns:
+    Maps of x and y into a common space.
   """
   (mx, my), (xx, yy, xy) = fit.means, fit.covariances
   other = _about(choose, mx, my)
@@ -156,56 +218,72 @@ def cca(fit: Moments, choose: Moments, dims: int = 256) -> tuple[Map, Map]:
     u, s, vt = np.linalg.svd(root_x @ xy @ root_y, full_matrices=False)
     return root_x @ u[:, :dims], root_y @ vt[:dims].T, s[:dims]
 
-  def gain(found: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
-    a, b, _ = found
+  def correlation(solution: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
+    a, b, _ = solution
     var_x, var_y, both = (
       np.einsum("dk,de,ek->k", p, c, q, optimize=True)
       for p, c, q in ((a, other[0], a), (b, other[1], b), (a, other[2], b))
     )
     return float((both / np.sqrt(var_x * var_y)).sum())
 
-  a, b, s = max(map(solve, RIDGES), key=gain)
+  a, b, s = max(map(solve, RIDGES), key=correlation)
   return lambda x: (x - mx) @ (a * s), lambda y: (y - my) @ (b * s)
 
 
 def recalls(scores: np.ndarray, owner: np.ndarray) -> dict[str, float]:
-  """[images, texts] scores and the image of each text → recalls at 1, 5, 10, both ways.
+  """Returns the recalls at 1, 5 and 10 in both directions.
 
-  An image's query is a hit if any of its texts is among the first k. What is equal stands before,
-  so that vectors that are all alike score nothing.
+  The query of an image is a hit if any of its texts is among the first k. Equal scores rank before
+  the correct one, so that constant embeddings score nothing.
+
+  Args:
+    scores: [images, texts].
+    owner: [texts], the image of each text.
+
+  Returns:
+    {"text_to_image_R@1": share of hits, …}.
   """
   mine = owner[None] == np.arange(len(scores))[:, None]
   own = scores[owner, np.arange(scores.shape[1])]
-  to_image = (~mine & ~(scores < own)).sum(0)  # the images before the right one
+  to_image = (~mine & ~(scores < own)).sum(0)  # number of images before the correct one
   best = np.where(mine, scores, -np.inf).max(1)
   to_text = (~mine & ~(scores < best[:, None])).sum(1)[mine.any(1)]
   return {
-    f"{way}_R@{k}": float((found < k).mean())
-    for way, found in (("text_to_image", to_image), ("image_to_text", to_text))
+    f"{direction}_R@{k}": float((before < k).mean())
+    for direction, before in (("text_to_image", to_image), ("image_to_text", to_text))
     for k in RECALL_AT
   }
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-  """[..., D] → unit L2 norm; zero stays zero."""
-  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+  """Returns the rows [..., D] with unit L2 norm; zero rows stay zero."""
+  z: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+  return z
 
 
 def retrieval(
   maps: tuple[Map, Map], x: np.ndarray, y: np.ndarray, owner: np.ndarray
 ) -> dict[str, float]:
-  """`recalls` of images x [N, D] and texts y [M, E] by the cosine of what the maps make of them."""
+  """Returns `recalls` by the cosine of mapped images and texts.
+
+  Args:
+    maps: of x and y into a common space.
+    x: [N, D], images.
+    y: [M, E], texts.
+    owner: [M], the image of each text.
+  """
   a, b = (unit(f(z.astype(np.float64))) for f, z in zip(maps, (x, y)))
   return recalls(a @ b.T, owner)
 
 
 def _about(m: Moments, mx: np.ndarray, my: np.ndarray) -> Sequence[np.ndarray]:
-  """Second moments about given points."""
+  """Second moments xx, yy, xy about given points."""
   (x, y), xx, yy, xy = m.means, m.xx / m.n, m.yy / m.n, m.xy / m.n
 
   def centred(
     c: np.ndarray, a: np.ndarray, b: np.ndarray, p: np.ndarray, q: np.ndarray
   ) -> np.ndarray:
-    return c - np.outer(a, q) - np.outer(p, b) + np.outer(p, q)
+    moment: np.ndarray = c - np.outer(a, q) - np.outer(p, b) + np.outer(p, q)
+    return moment
 
   return (centred(xx, x, x, mx, mx), centred(yy, y, y, my, my), centred(xy, x, y, mx, my))

@@ -1,9 +1,9 @@
-"""Which frozen towers agree before anything is trained: bigalign compare --image A B --text C D.
+"""Compares frozen towers before training: bigalign compare --image A B --text C D.
 
-Each of A, B, C, D is an embedding store, of the same samples. For each pair of an image and a text
-tower: linear CKA, mutual nearest neighbours, and how well held-out captions find their images by
-local CKA, and by maps in closed form (ridge regression, canonical correlations, orthogonal
-Procrustes) that were fitted to the other samples.
+A, B, C and D are embedding stores of the same samples. For each pair of an image and a text tower
+it prints linear CKA, mutual nearest neighbours, and the recall of held-out captions and images by
+local CKA and by maps in closed form (ridge regression, canonical correlations, orthogonal
+Procrustes) that are fitted to the other samples.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ from bigalign.data.stores.reader import Store
 from bigalign.frozen import alignment
 from bigalign.report import figures
 
-CHUNK = 8192  # images whose vectors are in memory at a time
+CHUNK = 8192  # images whose embeddings are in memory at a time
 MAPS = ("local_cka", "ridge", "cca", "procrustes")
 SHOWN = "text_to_image_R@5"
 
 
-class Held(NamedTuple):
-  """Vectors that nothing is fitted to: images [N, D], texts [M, E], and the image of each text."""
+class Embeddings(NamedTuple):
+  """Embeddings of some samples.
+
+  Attributes:
+    image: [N, D].
+    text: [M, E].
+    owner: [M], the row of `image` that each text belongs to.
+  """
 
   image: np.ndarray
   text: np.ndarray
@@ -41,13 +47,13 @@ class Held(NamedTuple):
 def compare(
   image: str, text: str, *, heldout: float = 0.2, most: int = 2000, least: float = 0.99
 ) -> dict[str, Any]:
-  """The figures of one pair of stores.
+  """Returns the measures of one pair of stores.
 
   Args:
-    image, text: folders of stores.
-    heldout: share of the samples that captions are looked up in; a tenth of the others chooses
-      penalties.
-    most: of these, and of those whose neighbours are compared; N x N cosines are formed.
+    image: folder of a store of images.
+    text: folder of a store of texts.
+    heldout: share of the samples for retrieval; a tenth of the others chooses penalties.
+    most: largest number of images for retrieval and nearest neighbours, which form N x N cosines.
     least: share of the images that must have captions.
 
   Raises:
@@ -57,85 +63,91 @@ def compare(
   for store in (pairs.image, pairs.text):
     if len(store.shape) > 1:
       raise ValueError(
-        f"{store.folder} holds tokens, and pooled vectors are compared; embed without --tokens"
+        f"{store.folder} holds tokens, but pooled embeddings are compared; embed without --tokens"
       )
   total: dict[str, alignment.Moments] = {}
-  held: list[Held] = []
+  chunks: list[Embeddings] = []
   for name, some in _chunks(pairs, heldout=heldout):
     if name == "heldout":
-      if sum(len(x.image) for x in held) < most:
-        held.append(some)
+      if sum(len(x.image) for x in chunks) < most:
+        chunks.append(some)
     elif len(some.owner):
-      found = alignment.moments([(some.image[some.owner], some.text)])
-      total[name] = total[name] + found if name in total else found
-  one = _first(held, most)
-  if len(total) < 2 or min(total["fit"].n, total["choose"].n, len(one.image)) < 2:
+      part = alignment.moments([(some.image[some.owner], some.text)])
+      total[name] = total[name] + part if name in total else part
+  heldout_samples = _first(chunks, most)
+  if len(total) < 2 or min(total["fit"].n, total["choose"].n, len(heldout_samples.image)) < 2:
     raise ValueError(f"{pairs!r}: {len(pairs)} samples are too few to hold out {heldout} of them")
   for folder, sums in ((image, total["fit"].xx), (text, total["fit"].yy)):
     if not np.isfinite(sums).all():
       raise ValueError(f"{folder} holds NaN or infinity; find them with `bigalign embed --verify`")
   for folder, spread, mean in zip((image, text), total["fit"].covariances, total["fit"].means):
     if np.trace(spread) <= 1e-9 * (mean @ mean):
-      raise ValueError(f"{folder}: all vectors are the same, so there is nothing to compare")
+      raise ValueError(f"{folder}: all embeddings are equal, so there is nothing to compare")
   fit, choose = total["fit"], total["choose"]
   everything = fit + choose
   cov_image, cov_text, _ = everything.covariances
-  with_caption, first = np.unique(one.owner, return_index=True)
+  with_caption, first = np.unique(heldout_samples.owner, return_index=True)
   maps = dict(
     ridge=alignment.ridge(fit, choose),
     cca=alignment.cca(fit, choose),
     procrustes=alignment.procrustes(everything),
   )
-  scores = alignment.local_cka(everything, one.image, one.text)
+  scores = alignment.local_cka(everything, heldout_samples.image, heldout_samples.text)
   return dict(
     image=str(image),
     text=str(text),
     pairs=everything.n,
-    heldout=len(one.image),
+    heldout=len(heldout_samples.image),
     linear_cka=alignment.linear_cka(everything),
     mutual_knn=alignment.mutual_knn(
-      one.image[with_caption], one.text[first], k=min(10, len(first) - 1)
+      heldout_samples.image[with_caption], heldout_samples.text[first], k=min(10, len(first) - 1)
     ),
     effective_rank_image=alignment.effective_rank(cov_image),
     effective_rank_text=alignment.effective_rank(cov_text),
-    uniformity_image=alignment.uniformity(one.image),
-    uniformity_text=alignment.uniformity(one.text),
-    local_cka=alignment.recalls(scores, one.owner),
+    uniformity_image=alignment.uniformity(heldout_samples.image),
+    uniformity_text=alignment.uniformity(heldout_samples.text),
+    local_cka=alignment.recalls(scores, heldout_samples.owner),
     **{
-      name: alignment.retrieval(found, one.image, one.text, one.owner)
-      for name, found in maps.items()
+      name: alignment.retrieval(
+        both, heldout_samples.image, heldout_samples.text, heldout_samples.owner
+      )
+      for name, both in maps.items()
     },
   )
 
 
-def _chunks(pairs: Pairs, *, heldout: float) -> Iterator[tuple[str, Held]]:
-  """All samples, a chunk at a time, in three parts by their ids: heldout, choose, fit."""
+def _chunks(pairs: Pairs, *, heldout: float) -> Iterator[tuple[str, Embeddings]]:
+  """All samples, a chunk at a time, in three parts by their ids: "heldout", "choose", "fit"."""
   for start in range(0, len(pairs), CHUNK):
     rows = pairs.rows(np.arange(start, min(start + CHUNK, len(pairs))))
     ids = pairs.image.samples(rows)[:, 0]
     first, count = pairs.text.find(ids)
-    draw = (ids >> np.uint64(40)) / 2.0**24  # ids are hashes
-    out = draw < heldout
-    chooses = ~out & (draw < heldout + (1 - heldout) / 10)
-    for name, mine in (("heldout", out), ("choose", chooses), ("fit", ~out & ~chooses)):
+    draw = (ids >> np.uint64(40)) / 2.0**24  # uniform in [0, 1), since ids are hashes
+    held_out = draw < heldout
+    choose = ~held_out & (draw < heldout + (1 - heldout) / 10)
+    for name, mine in (
+      ("heldout", held_out),
+      ("choose", choose),
+      ("fit", ~held_out & ~choose),
+    ):
       owner = np.repeat(np.arange(mine.sum()), count[mine])
       texts = np.concatenate(
         [np.arange(a, a + n) for a, n in zip(first[mine], count[mine])] or [np.zeros(0, np.int64)]
       )
-      yield name, Held(pairs.image.read(rows[mine]), pairs.text.read(texts), owner)
+      yield name, Embeddings(pairs.image.read(rows[mine]), pairs.text.read(texts), owner)
 
 
-def _first(held: Sequence[Held], most: int) -> Held:
-  """The first images of all chunks together."""
-  starts = np.cumsum([0, *(len(some.image) for some in held)])
-  image = np.concatenate([some.image for some in held])[:most]
-  owner = np.concatenate([some.owner + start for some, start in zip(held, starts)])
-  text = np.concatenate([some.text for some in held])
-  return Held(image, text[owner < most], owner[owner < most])
+def _first(chunks: Sequence[Embeddings], most: int) -> Embeddings:
+  """The first `most` images of some chunks, with their texts."""
+  starts = np.cumsum([0, *(len(some.image) for some in chunks)])
+  image = np.concatenate([some.image for some in chunks])[:most]
+  owner = np.concatenate([some.owner + start for some, start in zip(chunks, starts)])
+  text = np.concatenate([some.text for some in chunks])
+  return Embeddings(image, text[owner < most], owner[owner < most])
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[rich.table.Table]:
-  """For a person: the pairs, and beside them each tower alone."""
+  """Returns a table of the pairs and a table of the single towers."""
   pairs = rich.table.Table(box=rich.box.SIMPLE_HEAD, caption=f"maps: held-out {SHOWN}")
   towers = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   shown = dict(
@@ -154,30 +166,37 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[rich.table.Table]:
     towers.add_column(heading, justify="left" if heading == "tower" else "right")
   alone = {}
   for row in rows:
-    found = (row[name][SHOWN] if name in MAPS else row[name] for name in shown)
-    pairs.add_row(row["image"], row["text"], *(f"{value:.3f}" for value in found))
+    values = (row[name][SHOWN] if name in MAPS else row[name] for name in shown)
+    pairs.add_row(row["image"], row["text"], *(f"{value:.3f}" for value in values))
     for side in ("image", "text"):
       rank, spread = row[f"effective_rank_{side}"], row[f"uniformity_{side}"]
       alone[row[side]] = (f"{rank:.1f}", f"{spread:.3f}")
-  for name, values in alone.items():
-    towers.add_row(name, *values)
+  for name, cells in alone.items():
+    towers.add_row(name, *cells)
   return [pairs, towers]
 
 
 def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
-  """The program; the figures of each pair, best ridge regression first."""
+  """Runs the program; returns the measures of each pair, best ridge regression first."""
   parser = argparse.ArgumentParser(
     "bigalign compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--image", nargs="+", required=True, metavar="STORE")
-  parser.add_argument("--text", nargs="+", required=True, metavar="STORE")
-  parser.add_argument("--heldout", type=float, default=0.2, help="share of samples (%(default)s)")
-  parser.add_argument("--most", type=int, default=2000, help="images held out (%(default)s)")
-  parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-  parser.add_argument("--heatmap", metavar="FILE.png", help=f"draw ridge's {SHOWN}")
+  parser.add_argument("--image", nargs="+", required=True, metavar="STORE", help="of images")
+  parser.add_argument("--text", nargs="+", required=True, metavar="STORE", help="of texts")
+  parser.add_argument(
+    "--heldout",
+    type=float,
+    default=0.2,
+    help="share of the samples held out for retrieval (%(default)s)",
+  )
+  parser.add_argument(
+    "--most", type=int, default=2000, help="largest number of images for retrieval (%(default)s)"
+  )
+  parser.add_argument("--json", metavar="FILE", help="also write the measures to this file")
+  parser.add_argument("--heatmap", metavar="FILE.png", help=f"draw {SHOWN} by ridge regression")
   args = parser.parse_args(words)
   for folder in (*args.image, *args.text):
-    Store(folder)  # what is no store is better heard of before anything is computed
+    Store(folder)  # reports a folder that is not a store before anything is computed
   rows = [
     compare(image, text, heldout=args.heldout, most=args.most)
     for image, text in itertools.product(args.image, args.text)

@@ -1,14 +1,15 @@
 """Concept-balanced curation: bigalign curate --classes STORE --captions STORE --out NAME.
 
-For each class that images in the first store are labelled with, a prototype: the mean of their unit
-vectors. Each caption in the second store is scored by its cosine to each prototype; classes choose
-samples by the best of these, the rarest class first, and each sample is chosen once
-(https://arxiv.org/abs/2409.19425). Both stores hold vectors of one space: `bigalign embed
+The prototype of a class is the mean of the unit embeddings of its images in the first store. Each
+caption in the second store is scored by its cosine to each prototype. Each class chooses the
+samples that score best, the rarest class first, and no sample is chosen twice
+(https://arxiv.org/abs/2409.19425). Both stores hold embeddings of one space: `bigalign embed
 --projected`.
 
-NAME.ids.npy holds the ids of the chosen samples, for config.data.stores.keep; NAME.0.places.npy
-their places in the source that was embedded, for `bigalign view SOURCE --ids`, and another file
-those in each source appended; NAME.json how many samples each class found.
+NAME.ids.npy holds the ids of the chosen samples, for config.data.stores.keep. NAME.0.places.npy
+holds their positions in the embedded source, for `bigalign view SOURCE --ids`; if sources were
+appended, NAME.1.places.npy holds those of the next one, and so on. NAME.json holds the number of
+samples per class.
 """
 
 from __future__ import annotations
@@ -29,20 +30,29 @@ CHUNK = 1 << 24  # scores in memory at a time
 
 
 class Best:
-  """The best `keep` rows of each of C classes, of all that were added; of equal ones the first.
+  """Collects the best rows of each class; of equal scores, the first row.
 
-  Holds a quarter more at most, and what the last `add` brought; 16 bytes each, 80 while they are
-  sorted.
+  It holds at most a quarter more rows, plus those of the last `add`: 16 bytes each, 80 while they
+  are sorted.
+
+  Args:
+    classes: C, number of classes.
+    keep: rows to keep of each class.
   """
 
-  def __init__(self, classes: int, keep: int):
+  def __init__(self, classes: int, keep: int) -> None:
     self._classes, self._keep = classes, keep
-    self._least = np.full(classes, -np.inf, np.float32)  # what a row must exceed
+    self._least = np.full(classes, -np.inf, np.float32)  # a new row must exceed it
     self._parts = [(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.float32))]
     self._held = 0
 
   def add(self, first: int, scores: np.ndarray) -> None:
-    """Scores [N, C] float32 of the rows from `first` on, which come in ascending order."""
+    """Adds rows; call it in ascending order of the rows.
+
+    Args:
+      first: number of the first row.
+      scores: [N, C] float32.
+    """
     row, label = np.nonzero(scores > self._least[None])
     self._parts.append((label.astype(np.int32), first + row, scores[row, label]))
     self._held += len(row)
@@ -50,7 +60,7 @@ class Best:
       self.table()
 
   def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(class, row, score), [M] each: class by class, the best rows first."""
+    """Returns (class, row, score), [M] each, class by class with the best rows first."""
     label, row, score = (np.concatenate(x) for x in zip(*self._parts))
     order = np.lexsort((row, -score, label))
     label, row, score = label[order], row[order], score[order]
@@ -65,7 +75,14 @@ class Best:
 
 
 def prototypes(store: Store, *, shots: int = 128) -> np.ndarray:
-  """[C, D] float32, unit: of each label 0 … C - 1 the mean of its first `shots` unit vectors.
+  """Returns the prototype of each label: the mean of its unit embeddings.
+
+  Args:
+    store: of labelled images.
+    shots: number of images per label, the first ones.
+
+  Returns:
+    [C, D] float32, unit norm, for labels 0 … C - 1.
 
   Raises:
     ValueError: if a label below the largest has no image.
@@ -99,17 +116,19 @@ def choose(
   classes: int,
   per_class: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Each class its best samples that none before it has chosen.
+  """Lets each class choose its best samples among those that are not chosen yet.
 
-  Classes come in the ascending order of the worst score in their part of the table: the rarest
-  concept chooses first.
+  Classes choose in ascending order of the worst score in their part of the table, so that the
+  rarest concept chooses first.
 
   Args:
-    table: as of Best.table.
-    ids: [M] the sample of each of its rows.
+    table: from Best.table.
+    ids: [M], the sample of each row of the table.
+    classes: C, number of classes.
+    per_class: most samples per class.
 
   Returns:
-    Places in the table, ascending, and how many each class has chosen, [C].
+    Chosen rows of the table, ascending, and the number of samples per class [C].
   """
   label, _, score = table
   _, number = np.unique(ids, return_inverse=True)
@@ -118,10 +137,10 @@ def choose(
   worst = np.array([score[b - 1] if b > a else np.inf for a, b in itertools.pairwise(starts)])
   chosen, counts = [], np.zeros(classes, np.int64)
   for one in np.argsort(worst, kind="stable"):
-    places = np.arange(starts[one], starts[one + 1])
-    places = places[free[number[places]]]
-    _, first = np.unique(number[places], return_index=True)  # of several captions the best
-    mine = places[np.sort(first)[:per_class]]
+    rows = np.arange(starts[one], starts[one + 1])
+    rows = rows[free[number[rows]]]
+    _, first = np.unique(number[rows], return_index=True)  # the best caption of each sample
+    mine = rows[np.sort(first)[:per_class]]
     free[number[mine]] = False
     chosen.append(mine)
     counts[one] = len(mine)
@@ -137,40 +156,41 @@ def curate(
   keep: int = 50_000,
   per_class: int = 2_000,
 ) -> dict[str, Any]:
-  """Writes the lists; the manifest, which is NAME.json.
+  """Chooses samples and writes the lists.
 
   Args:
     classes: folder of a store of labelled images.
-    captions: folder of a store of texts, of the same width.
-    out: NAME.
-    shots: images that make a prototype.
-    keep: the best captions of each class, which are all that it can choose from; 100 bytes of
-      memory for each of them.
-    per_class: samples that a class chooses at most.
+    captions: folder of a store of texts of the same width.
+    out: NAME, the start of the paths of the lists.
+    shots: images per prototype.
+    keep: captions that a class can choose from, the best ones; each takes 100 bytes of memory.
+    per_class: most samples per class.
+
+  Returns:
+    The content of NAME.json.
 
   Raises:
-    ValueError: for stores of unlike widths, or without labels.
+    ValueError: for stores of different widths, not projected, or without labels.
   """
   images, texts = Store(classes), Store(captions)
   if images.width != texts.width:
     raise ValueError(
-      f"{classes} is {images.width} wide and {captions} {texts.width}: captions are"
-      " compared with images in the space that both were projected to; embed them"
-      " with --projected"
+      f"{classes} is {images.width} wide and {captions} {texts.width}: captions and images are"
+      " compared in the space of the projectors; embed both with --projected"
     )
   for store in (images, texts):
     if not store.header.get("projected"):
       raise ValueError(
-        f"{store.folder} holds what a tower makes, before its projector; images and"
-        " captions share a space after it: embed with --projected"
+        f"{store.folder} holds embeddings before the projector; images and captions share a"
+        " space only after it: embed with --projected"
       )
-  middles = prototypes(images, shots=shots)
-  best = Best(len(middles), keep)
-  for rows in _chunks(texts, CHUNK // len(middles)):
-    best.add(int(rows[0]), _unit(texts.read(rows)) @ middles.T)
+  centres = prototypes(images, shots=shots)
+  best = Best(len(centres), keep)
+  for rows in _chunks(texts, CHUNK // len(centres)):
+    best.add(int(rows[0]), _unit(texts.read(rows)) @ centres.T)
   table = best.table()
   samples = texts.samples(table[1])
-  places, counts = choose(table, samples[:, 0], classes=len(middles), per_class=per_class)
+  rows_chosen, counts = choose(table, samples[:, 0], classes=len(centres), per_class=per_class)
   manifest = dict(
     classes=images.fingerprint,
     captions=texts.fingerprint,
@@ -178,18 +198,19 @@ def curate(
     keep=keep,
     per_class=per_class,
     rows=len(texts),
-    chosen=len(places),
+    chosen=len(rows_chosen),
     chosen_per_class=counts.tolist(),
   )
-  _write(out, samples[places], texts, manifest)
+  _write(out, samples[rows_chosen], texts, manifest)
   return manifest
 
 
 def _write(out: str, samples: np.ndarray, store: Store, manifest: dict[str, Any]) -> None:
+  """Writes the ids, the positions in each source, and the manifest."""
   pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
   lists = {f"{out}.ids.npy": np.sort(samples[:, 0])}
   for i, source in enumerate(store.sources):
-    inside = samples[:, 1] - np.uint64(source["place"])  # of one before, this wraps around
+    inside = samples[:, 1] - np.uint64(source["place"])  # of an earlier source, this wraps around
     lists[f"{out}.{i}.places.npy"] = np.sort(inside[inside < source["samples"]]).astype(np.int64)
   for path, array in lists.items():
     with atomic_write(path) as file:
@@ -210,32 +231,34 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
-  """The program; the manifest of what it wrote."""
+  """Runs the program; returns the content of NAME.json."""
   parser = argparse.ArgumentParser(
     "bigalign curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--classes", required=True, metavar="STORE", help="of labelled images")
-  parser.add_argument("--captions", required=True, metavar="STORE", help="of texts")
-  parser.add_argument("--out", required=True, metavar="NAME", help="NAME.ids.npy … are written")
-  parser.add_argument("--shots", type=int, default=128, help="images of a class (%(default)s)")
+  parser.add_argument("--classes", required=True, metavar="STORE", help="store of labelled images")
+  parser.add_argument("--captions", required=True, metavar="STORE", help="store of texts")
   parser.add_argument(
-    "--keep", type=int, default=50_000, help="captions that a class chooses from (%(default)s)"
+    "--out", required=True, metavar="NAME", help="start of the paths to write: NAME.ids.npy …"
+  )
+  parser.add_argument("--shots", type=int, default=128, help="images per prototype (%(default)s)")
+  parser.add_argument(
+    "--keep", type=int, default=50_000, help="captions per class to choose from (%(default)s)"
   )
   parser.add_argument(
     "--per_class",
     type=int,
     default=2_000,
-    help="samples that a class chooses at most (%(default)s)",
+    help="most samples per class (%(default)s)",
   )
   given = parser.parse_args(words)
-  found = curate(**vars(given))
-  counts = np.array(found["chosen_per_class"])
+  manifest = curate(**vars(given))
+  counts = np.array(manifest["chosen_per_class"])
   print(
-    f"{found['chosen']:,} samples of {found['rows']:,} captions for {len(counts):,} classes;"
-    f" {int((counts < given.per_class).sum()):,} classes found fewer than {given.per_class:,},"
-    f" the least {counts.min():,}"
+    f"Chose {manifest['chosen']:,} samples from {manifest['rows']:,} captions for {len(counts):,}"
+    f" classes. Classes with fewer than {given.per_class:,} samples:"
+    f" {int((counts < given.per_class).sum()):,}; smallest class: {counts.min():,} samples"
   )
-  return found
+  return manifest
 
 
 def run() -> None:

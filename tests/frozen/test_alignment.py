@@ -1,4 +1,4 @@
-"""How well frozen vectors agree: against references that hold all rows, and on known answers."""
+"""Agreement of frozen embeddings: equal to references that hold all rows, and to known answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 from PIL import Image
-from test_store import write
 
 from bigalign.data.stores import writer
 from bigalign.frozen import alignment, compare
@@ -28,7 +27,7 @@ def of(x, y, chunk=None):
 
 
 def gram_cka(x, y):
-  """By N x N kernels, as it was defined."""
+  """By N x N kernels, as CKA is defined."""
   n = len(x)
   h = np.eye(n) - 1 / n
   k, m = (h @ z @ z.T @ h for z in (x, y))
@@ -121,28 +120,33 @@ def test_what_is_all_alike_finds_nothing():
     assert set(alignment.recalls(scores, np.arange(50)).values()) == {0.0}
 
 
+def write(folder, rows, captions=1, first=0):
+  """A store of the vectors of samples `first`, `first` + 1, …, `captions` each."""
+  count = len(rows) // captions
+  writer.begin(folder, dict(side=folder.name, width=rows.shape[1], dtype="float32"))
+  writer.claim(folder, "x", count, "x", batch_size=count, batches=1, write=True)
+  place = np.repeat(np.arange(count), captions).astype(np.uint64)
+  ids = (place + np.uint64(first)) * np.uint64(0x9E3779B97F4A7C15)
+  writer.write(folder, 0, rows.astype(np.float32), np.stack([ids, place], 1))
+  writer.finish(folder, captions=captions > 1)
+  return str(folder)
+
+
 @pytest.fixture
 def stores(tmp_path):
-  """A good and a bad image tower beside one text tower with two captions each."""
+  """A good and a bad image tower and one text tower with two captions each."""
   count, draws = 600, np.random.default_rng(1)
   shared = draws.normal(size=(count, 6))
-
-  def made(name, rows, captions=1):
-    folder, width = tmp_path / name, rows.shape[1]
-    writer.begin(folder, dict(side=name, width=width, dtype="float32"))
-    writer.claim(folder, "x", count, "x", batch_size=count, batches=1, write=True)
-    place = np.repeat(np.arange(count), captions).astype(np.uint64)
-    ids = place * np.uint64(0x9E3779B97F4A7C15)
-    writer.write(folder, 0, rows.astype(np.float32), np.stack([ids, place], 1))
-    writer.finish(folder, captions=captions > 1)
-    return str(folder)
 
   def noisy(rows, width, noise):
     return rows @ draws.normal(size=(6, width)) + noise * draws.normal(size=(len(rows), width))
 
   return (
-    [made("good", noisy(shared, 20, 0.1)), made("bad", noisy(shared, 20, 8.0))],
-    made("text", noisy(np.repeat(shared, 2, 0), 10, 0.3), captions=2),
+    [
+      write(tmp_path / "good", noisy(shared, 20, 0.1)),
+      write(tmp_path / "bad", noisy(shared, 20, 8.0)),
+    ],
+    write(tmp_path / "text", noisy(np.repeat(shared, 2, 0), 10, 0.3), captions=2),
   )
 
 
@@ -175,13 +179,13 @@ def test_the_program_ranks_towers_and_draws(stores, tmp_path, capsys):
 
 def test_what_cannot_be_compared_is_named(stores, tmp_path):
   images, text = stores
-  other = str(write(tmp_path / "other", range(1, 50)))
+  other = write(tmp_path / "other", np.ones((49, 3)), first=1000)
   with pytest.raises(ValueError, match="0 of the 49 images"):
     compare.compare(other, text)
   with pytest.raises(ValueError, match=r"600 samples are too few to hold out 0\.0 of them"):
     compare.compare(images[0], text, heldout=0.0)
   (rows,) = pathlib.Path(images[0]).glob("*.vectors.npy")
-  for value, message in ((1.0, "all vectors are the same"), (np.nan, "holds NaN or infinity")):
+  for value, message in ((1.0, "all embeddings are equal"), (np.nan, "holds NaN or infinity")):
     np.save(rows, np.full_like(np.load(rows), value))
     with pytest.raises(ValueError, match=message):
       compare.compare(images[0], text)

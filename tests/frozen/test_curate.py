@@ -1,4 +1,4 @@
-"""Concept-balanced curation: what each class chooses, of stores that do not fit into memory."""
+"""Concept-balanced curation: the choice of each class, from stores larger than memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from helpers.shipped import load
 from helpers.small_checkpoints import CLIP, clip_keys, folder
 from helpers.small_shards import samples, write_tar
 
-from bigalign import inputs, train
+from bigalign import train
+from bigalign.data.loader.options import resolve_data
 from bigalign.data.loader.pairs import Pairs
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
 from bigalign.data.stores.reader import Store
-from bigalign.frozen import curate, embed
+from bigalign.frozen import curate
+from bigalign.frozen.embed import embed
+from bigalign.inputs import open_data
 from bigalign.run.metrics import read_metrics
 from bigalign.shards import view
 
@@ -25,7 +28,7 @@ HEADER = dict(projected=True, width=WIDTH, dtype="float32", weights="w")
 
 
 def write(path, vectors, samples, *, labels=None, sources=1, **header):
-  """A store of these rows, appended in as many sources."""
+  """A store of these rows, appended from several sources."""
   writer.begin(path, HEADER | header)
   of = samples[:, 1] * sources // (samples[:, 1].max() + 1)
   for number in range(sources):
@@ -73,7 +76,7 @@ def unit(x):
 
 
 def by_hand(classes, captions, *, shots, keep, per_class):
-  """{class: places of its samples in the source}, one caption and one class after the other."""
+  """{class: positions of its samples in the source}, one caption and one class after the other."""
   classes, captions = Store(classes), Store(captions)
   x, labels = classes.read(np.arange(302)), classes.labels(np.arange(302))
   middles = unit(np.stack([unit(x[labels == k][:shots]).mean(0) for k in range(5)]))
@@ -143,7 +146,7 @@ def test_mistakes_are_named(stores, tmp_path):
       tmp_path / "some", np.ones((4, WIDTH), np.float32), ids, side="image", labels=np.full(4, 2)
     )
     curate.curate(some, stores["captions"], str(tmp_path / "x"))
-  with pytest.raises(ValueError, match=r"before its projector.*--projected"):
+  with pytest.raises(ValueError, match=r"before the projector.*--projected"):
     raw = write(
       tmp_path / "raw",
       np.ones((4, WIDTH), np.float32),
@@ -167,7 +170,7 @@ def test_mistakes_are_named(stores, tmp_path):
 
 @pytest.mark.slow
 def test_from_pictures_to_a_run_on_what_was_chosen(tmp_path):
-  """A CLIP embeds pictures with labels, and captions; the choice is a view, and a list of ids."""
+  """A CLIP model embeds labelled images, and captions; the choice is a view, and a list of ids."""
   clip = str(folder(tmp_path / "clip", CLIP, clip_keys()))
   (tmp_path / "words.txt").write_text(" ".join(f"word{i}" for i in range(8)))
   labelled = [(f"{key}.cls", str(int(key[:6]) % 3).encode()) for key, _ in samples(0, 40)[::2]]
@@ -189,7 +192,7 @@ def test_from_pictures_to_a_run_on_what_was_chosen(tmp_path):
   data = dict(image_size=16, tokenizer=tokenizer, workers=0)
   for name in ("labelled", "captioned"):
     config = c | dict(data=dict(source=str(tmp_path / f"{name}.tar"), **data))
-    embed.embed(config, tmp_path / name, projected=True, batch_size=8)
+    embed(config, tmp_path / name, projected=True, batch_size=8)
   image = Store(tmp_path / "labelled/image")
   np.testing.assert_allclose(np.linalg.norm(image.read(np.arange(40)), axis=1), 1, atol=1e-3)
   np.testing.assert_array_equal(image.labels(np.arange(40)), np.arange(40) % 3)
@@ -215,15 +218,15 @@ def test_from_pictures_to_a_run_on_what_was_chosen(tmp_path):
       str(tmp_path / "view"),
     ]
   )
-  source, _ = inputs.open_data(
-    source=str(tmp_path / "captioned.tar"), view=str(tmp_path / "view"), **data
-  )
+  source = open_data(
+    resolve_data(dict(source=str(tmp_path / "captioned.tar"), view=str(tmp_path / "view"), **data))
+  ).source
   ids = np.load(tmp_path / "list.ids.npy")
   every = open_source(str(tmp_path / "captioned.tar"))
   assert {sample_id(source[i]["key"]) for i in range(len(source))} == {*ids.tolist()}
   assert len(source) == 21 < len(every)
   # Towers alone, and the same list of ids.
-  embed.embed(config, tmp_path / "towers", batch_size=8)
+  embed(config, tmp_path / "towers", batch_size=8)
   stores = dict(
     image=str(tmp_path / "towers/image"),
     text=str(tmp_path / "towers/text"),
@@ -233,6 +236,6 @@ def test_from_pictures_to_a_run_on_what_was_chosen(tmp_path):
   assert len(pairs) == 21
   np.testing.assert_array_equal(np.sort(pairs.image.samples(pairs.rows(np.arange(21)))[:, 0]), ids)
   config["data"]["stores"] = stores
-  train.train(tmp_path / "run", **config)
+  train.train(config, tmp_path / "run")
   losses = [row["train/loss"] for row in read_metrics(tmp_path / "run") if "train/loss" in row]
   assert len(losses) == 4 and np.isfinite(losses).all()
