@@ -19,17 +19,17 @@ from helpers.small_checkpoints import CLIP, clip_keys, folder
 from helpers.small_shards import samples, write_tar
 
 from bigalign import evaluate, train
-from bigalign.batches import make_batches
 from bigalign.data.files.storage import locked
 from bigalign.data.image.decode import decode
 from bigalign.data.image.transforms import eval_image
+from bigalign.data.loader.options import resolve_data
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
 from bigalign.data.stores.reader import Store
 from bigalign.frozen import compare
 from bigalign.frozen.embed import embed
-from bigalign.inputs import fingerprint, open_data
+from bigalign.inputs import open_data
 from bigalign.run.metrics import read_metrics
 
 FLOAT32 = dict(dtype="float32")
@@ -72,7 +72,7 @@ def test_a_run_from_stores_is_the_run_of_the_towers(config, tmp_path):
   assert len(image) == len(text) == COUNT and image.ids == text.ids
   source = config["data"]["source"]
   config["evals"] = dict(val=dict(type="retrieval", source=source, captions=1))
-  state = train.train(tmp_path / "run", **with_stores(config, folders))
+  state = train.train(with_stores(config, folders), tmp_path / "run")
   rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
   assert len(rows) == 6 and rows[-1]["train/loss"] < rows[0]["train/loss"]
   run = evaluate.open_run(tmp_path / "run")
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
   np.testing.assert_array_equal(alone.read(alone.find(ids)[0]), text.read(np.arange(18)))
   config["batch_size"] = 8
   with pytest.raises(ValueError, match=r"18 of the 19 images .* have captions"):
-    train.train(tmp_path / "run", **with_stores(config, folders))
+    train.train(with_stores(config, folders), tmp_path / "run")
 
 
 def test_vectors_beyond_the_dtype_are_left_out(config, tmp_path):
@@ -194,7 +194,7 @@ def test_stores_of_other_towers_are_refused(config, tmp_path, change, message):
   if change.pop("weights", False):
     folder(tmp_path / "clip", CLIP, clip_keys(seed=1))
   with pytest.raises(ValueError, match=message):
-    train.train(tmp_path / "run", **with_stores(config | change, folders))
+    train.train(with_stores(config | change, folders), tmp_path / "run")
   if "there" in message:
     with pytest.raises(ValueError, match=message):
       embed(config, tmp_path / "stores", batch_size=8)
@@ -218,21 +218,21 @@ def test_vectors_that_nobody_here_can_make(config, tmp_path):
   """The text side is a store alone: its tower is a place to put vectors."""
   folders = embed(config, tmp_path / "stores", batch_size=8)
   config["model"]["text"] = dict(name="features", width=8)
-  train.train(tmp_path / "run", **with_stores(config, folders))
+  train.train(with_stores(config, folders), tmp_path / "run")
   assert len(read_metrics(tmp_path / "run")) == 6
   config["model"]["text"]["width"] = 9
   with pytest.raises(ValueError, match="width: 8 there, 9 here"):
-    train.train(tmp_path / "other", **with_stores(config, folders))
+    train.train(with_stores(config, folders), tmp_path / "other")
 
 
 def test_stages_of_a_run_from_stores_have_batches_of_their_own(config, tmp_path):
   folders = embed(config, tmp_path / "stores", batch_size=8)
   c = with_stores(config, folders) | dict(total_steps=4)
-  train.train(tmp_path / "run", **c, stages=[dict(until=2, batch_size=32)])
+  train.train(c | dict(stages=[dict(until=2, batch_size=32)]), tmp_path / "run")
   rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
   assert [row["train/samples_seen"] for row in rows] == [32, 64, 80, 96]
   with pytest.raises(ValueError, match=r"config.stages\[0\].data.image_size has no effect on"):
-    train.train(tmp_path / "other", **c, stages=[dict(until=2, data=dict(image_size=8))])
+    train.train(c | dict(stages=[dict(until=2, data=dict(image_size=8))]), tmp_path / "other")
 
 
 def test_sail_from_two_stores_of_texts(config, tmp_path):
@@ -245,14 +245,14 @@ def test_sail_from_two_stores_of_texts(config, tmp_path):
   config["model"] = shipped["model"] | dict(
     image=towers["image"], text=dict(name="features", width=8), embed_dim=4
   )
-  train.train(tmp_path / "run", **with_stores(config, folders | dict(second=folders["text"])))
+  train.train(with_stores(config, folders | dict(second=folders["text"])), tmp_path / "run")
   assert len(read_metrics(tmp_path / "run")) == 6
   for change, message in (
     (dict(view="some"), r"config\.data\.view has no effect"),
     (dict(augment=dict(flip=0.5)), r"config\.data\.augment has no effect"),
   ):
     with pytest.raises(ValueError, match=message):
-      train.train(tmp_path / "other", **with_stores(config, folders, **change))
+      train.train(with_stores(config, folders, **change), tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -299,7 +299,8 @@ def test_embed_survives_kills(config, tmp_path, monkeypatch, kills):
   """The program itself, killed once a piece more is there, or at any moment; then whole."""
   (tmp_path / "config.json").write_text(json.dumps(config))
   script = (
-    "import json, sys, time; from bigalign.frozen import embed; embed.BATCHES = 1; piece = embed._piece;"
+    "import json, sys, time; from bigalign.frozen import embed;"
+    " embed.BATCHES = 1; piece = embed._piece;"
     " embed._piece = lambda *x: (time.sleep(0.1), piece(*x))[1];"  # so that a kill costs one or two
     " embed.embed(json.load(open(sys.argv[1])), sys.argv[2], batch_size=2)"
   )
@@ -343,12 +344,14 @@ def test_one_side_may_be_stored_while_the_other_is_read(config, tmp_path, side):
   config["frozen"] = f"{side}_tower/"
   folders = embed(config, tmp_path / "stores", sides=[side], batch_size=8, dtype="float32")
   whole = config["data"] | (dict(augment=dict(crop="squash")) if side == "image" else {})
-  train.train(tmp_path / "loop", **config | dict(data=whole))
-  state = train.train(tmp_path / "stored", **with_stores(config, folders))
+  train.train(config | dict(data=whole), tmp_path / "loop")
+  state = train.train(with_stores(config, folders), tmp_path / "stored")
   np.testing.assert_allclose(losses(tmp_path / "loop"), losses(tmp_path / "stored"), rtol=1e-5)
   other = {"image": "text", "text": "image"}[side]
   assert any(path.startswith(f"model/{other}_tower/") for path in state.trainable)
-  digests = {fingerprint(*open_data(**c["data"])) for c in (config, with_stores(config, folders))}
+  digests = {
+    open_data(resolve_data(c["data"])).fingerprint for c in (config, with_stores(config, folders))
+  }
   assert len(digests) == 2  # a run does not go on without the store
 
 
@@ -371,17 +374,10 @@ def test_facets_of_a_caption_are_drawn_from_their_stores(config, tmp_path):
   first, other = (facets(config, tmp_path / name, n) for name, n in (("first", 3), ("other", 1)))
   for second in (other, first):
     data = config["data"] | dict(stores=dict(text=first, second=second))
-    source, reading = open_data(**data)
+    inputs = open_data(resolve_data(data))
     with contextlib.closing(
-      make_batches(
-        source,
-        reading,
-        rejected_log="",
-        batch_size=COUNT,
-        rows=range(COUNT),
-        seed=0,
-        start=0,
-        stop=COUNT,
+      inputs.batches(
+        rejected_log="", batch_size=COUNT, rows=range(COUNT), seed=0, start=0, stop=COUNT
       )
     ) as batches:
       (batch,) = batches
@@ -410,7 +406,7 @@ def test_flame_learns_images_from_stored_facets(config, tmp_path):
   )
   shipped["optimizer"]["warmup"] = 0
   shipped |= {k: config[k] for k in ("total_steps", "batch_size", "log_every", "writer")}
-  state = train.train(tmp_path / "run", **shipped)
+  state = train.train(shipped, tmp_path / "run")
   assert len(losses(tmp_path / "run")) == 6 and not state.frozen
 
 
@@ -419,9 +415,9 @@ def test_samples_that_a_store_lacks_are_rejected(config, tmp_path):
   folders = embed(config | dict(data=half), tmp_path / "stores", sides=["text"], batch_size=8)
   config["frozen"] = "text_tower/"
   with pytest.raises(ValueError, match=r"1\.tar: sample .* cannot be used \({'no_vector': 8}\)"):
-    train.train(tmp_path / "run", **with_stores(config, folders))
+    train.train(with_stores(config, folders), tmp_path / "run")
   changes = dict(stop_at_bad_shard=False, rejects=dict(stop=1.0))
-  train.train(tmp_path / "all", **with_stores(config, folders, **changes))
+  train.train(with_stores(config, folders, **changes), tmp_path / "all")
   assert read_metrics(tmp_path / "all")[-1]["train/rejected_no_vector"] > 6
   line = json.loads((tmp_path / "all" / "rejected-00000.jsonl").read_text().splitlines()[0])
   assert line["reason"] == "no_vector" and str(folders["text"]) in line["detail"]
@@ -440,7 +436,7 @@ def test_what_stores_of_one_side_cannot_do(config, tmp_path, change, message):
   folders = embed(config, tmp_path / "stores", sides=["text"], batch_size=8)
   stores = dict(text=str(folders["text"])) | change.pop("stores", {})
   with pytest.raises((ValueError, TypeError), match=message):
-    open_data(**config["data"] | dict(stores=stores) | change)
+    open_data(resolve_data(config["data"] | dict(stores=stores) | change))
 
 
 def test_tokens_are_stored_for_projectors_that_read_them(config, tmp_path):
@@ -453,16 +449,16 @@ def test_tokens_are_stored_for_projectors_that_read_them(config, tmp_path):
   assert image.shape == (1 + 16, 12) and text.shape == (1 + 6, 8)
   assert not list(image.verify()) and not list(text.verify())
   whole = config["data"] | dict(augment=dict(crop="squash"))
-  train.train(tmp_path / "loop", **config | dict(data=whole))
-  train.train(tmp_path / "stored", **with_stores(config, folders))
+  train.train(config | dict(data=whole), tmp_path / "loop")
+  train.train(with_stores(config, folders), tmp_path / "stored")
   np.testing.assert_allclose(losses(tmp_path / "loop"), losses(tmp_path / "stored"), rtol=1e-5)
-  with pytest.raises(ValueError, match="image holds tokens, and pooled vectors are compared"):
+  with pytest.raises(ValueError, match="image holds tokens, but pooled embeddings are compared"):
     compare.compare(**folders)
   pooled = embed(config, tmp_path / "pooled", batch_size=8)
   with pytest.raises(ValueError, match=r"this projector reads tokens.* embed with --tokens"):
-    train.train(tmp_path / "none", **with_stores(config, pooled))
+    train.train(with_stores(config, pooled), tmp_path / "none")
   config["model"]["text"] = dict(name="features", width=8, tokens=6)
-  train.train(tmp_path / "place", **with_stores(config, folders))
+  train.train(with_stores(config, folders), tmp_path / "place")
   assert len(losses(tmp_path / "place")) == 6
   with pytest.raises(ValueError, match="one vector of all tokens"):
     embed(config, tmp_path / "none", projected=True, tokens=True)
