@@ -6,7 +6,6 @@ Everything is computed from shapes: only the config is read, and no array is all
 from __future__ import annotations
 
 import math
-import re
 import time
 from typing import Any, NamedTuple
 
@@ -19,15 +18,12 @@ from bigalign.losses import check_needs, has_tables
 from bigalign.model import provided
 from bigalign.options import plain
 from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, topologies
+from bigalign.private_apis import is_out_of_memory, memory_of_error
 from bigalign.program import Program, init_params, layout, make_program, stage_program
 from bigalign.projectors import READ_TOKENS
 from bigalign.run import flops, runtime
 from bigalign.state import State
 from bigalign.step import jitted
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = r"([\d.]+)([KMGT]?)"
-_TOO_MUCH = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 
 
 class Step(NamedTuple):
@@ -46,8 +42,7 @@ def trace(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> S
   config = resolve_config(values, files_needed=False)
   checks.choose(chips.CHIPS, chips.kind(topology), "--topology")
   runtime.set_libtpu_flags(chips.kind(topology))
-  held = topologies.devices(topology)
-  mesh = config.mesh.make(devices=held)
+  mesh = config.mesh.make(devices=topologies.devices(topology))
   run_stages = stages.split(config, dataset_size=samples)
   inputs.check_stored(run_stages)
   chosen = run_stages[stage]
@@ -59,13 +54,13 @@ def trace(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> S
     )
   check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
   own = stage_program(program, chosen, mesh)
-  shapes, places = layout(program, mesh, config.rules)
-  state = jax.tree.map(_placed, shapes, places)
-  rows, whole = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
-  batch = {name: _placed(x, rows) for name, x in shapes_of_batch(chosen.config, own).items()}
-  seen = _placed(jax.ShapeDtypeStruct((2,), jnp.float32), whole)
+  shapes, shardings = layout(program, mesh, config.rules)
+  state = jax.tree.map(_sharded, shapes, shardings)
+  rows, replicated = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
+  batch = {name: _sharded(x, rows) for name, x in shapes_of_batch(chosen.config, own).items()}
+  progress = _sharded(jax.ShapeDtypeStruct((2,), jnp.float32), replicated)
   with jax.set_mesh(mesh), stages.named(chosen):
-    traced = jitted(own, places, mesh).trace(state, batch, seen)
+    traced = jitted(own, shardings, mesh).trace(state, batch, progress)
   return Step(traced, own, mesh, state, batch, chosen)
 
 
@@ -117,9 +112,9 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
     try:
       compiled = topologies.compile_without_cache(lowered)
     except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
+      if not is_out_of_memory(error):
         raise
-      return {**found, "fits": False, **_required(str(error)), **_held(step)}
+      return {**found, "fits": False, **_required(error), **_held(step)}
     found["compile_seconds"] = time.perf_counter() - begin
   return {
     **found,
@@ -130,8 +125,8 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
   }
 
 
-def _placed(x: Any, place: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+def _sharded(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
@@ -154,8 +149,8 @@ def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
     of = {side} | ({"text_second"} & spec.keys() if side == "text" else set())
     spec |= dict.fromkeys(of, jax.ShapeDtypeStruct(row.shape, jnp.float16))
   if "text" in stored:
-    seen = jax.ShapeDtypeStruct((config.batch_size, 1), jnp.bool_)
-    spec |= {name: seen for name in spec if name.endswith("_mask")}
+    mask = jax.ShapeDtypeStruct((config.batch_size, 1), jnp.bool_)
+    spec |= {name: mask for name in spec if name.endswith("_mask")}
   return spec
 
 
@@ -168,19 +163,13 @@ def _not_checked(program: Program, config: Config) -> str:
   return ""
 
 
-def _required(error: str) -> dict[str, Any]:
-  """The memory that the compiler asks for and has, from its error message."""
-  said = _TOO_MUCH.search(error)
-  sizes = said.groups() if said else ()
-  required, available = (
-    (round(float(n) * _UNITS[unit]) for n, unit in zip(sizes[::2], sizes[1::2]))
-    if said
-    else (None, None)
-  )
+def _required(error: Exception) -> dict[str, Any]:
+  """The memory that the compiler needs and has, from its error; None if it does not say."""
+  required, available = memory_of_error(error) or (None, None)
   return {
     "required_bytes_per_chip": required,
     "available_bytes_per_chip": available,
-    "compiler": error.splitlines()[0],
+    "compiler": str(error).splitlines()[0],
   }
 
 
@@ -211,6 +200,7 @@ def _held(step: Step, memory: Any = None) -> dict[str, Any]:
 
 
 def _moved(text: str) -> dict[str, Any]:
+  """Memory traffic and communication of a compiled program, from its HLO."""
   return {
     "memory_traffic_bytes_per_chip": hlo_memory.traffic(text),
     "collectives": {

@@ -25,6 +25,7 @@ from bigalign import checks, losses, sharding
 from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 from bigalign.plan import hlo_collectives, topologies
+from bigalign.private_apis import is_out_of_memory
 from bigalign.run import flops, runtime
 
 TOKENS = (16, 16)  # per image and per text, for the losses that read tokens
@@ -126,7 +127,7 @@ def measure(
     try:
       compiled = topologies.compile_without_cache(traced.lower())
     except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
+      if not is_out_of_memory(error):
         raise
       return {**costs, "error": str(error).splitlines()[0]}
   collectives = hlo_collectives.collectives(compiled.as_text())

@@ -85,21 +85,21 @@ def _installed(name: str) -> bool:
   return any(True for _ in importlib.metadata.distributions(name=name))
 
 
-def combine_stages(found: Sequence[Plan]) -> Plan:
-  """The plan of a run from those of its stages, with their estimates; it fits if all of them do."""
-  whole: Plan = {name: found[0][name] for name in ("topology", "device_kind", "devices", "mesh")}
-  whole |= {"fits": all(x["fits"] for x in found), "stages": list(found)}
-  whole["total_steps"] = sum(x["total_steps"] for x in found)
-  if not whole["fits"]:
-    return whole
-  samples = sum(x["total_samples"] for x in found)
-  days = [sum(x["total_samples"] / x["samples_per_day"][i] for x in found) for i in (0, 1)]
-  costs = [x["cost"] for x in found]
-  return whole | {
+def combine_stages(stages: Sequence[Plan]) -> Plan:
+  """The plan of a run from the plans of its stages, with estimates; it fits if all of them fit."""
+  run: Plan = {name: stages[0][name] for name in ("topology", "device_kind", "devices", "mesh")}
+  run |= {"fits": all(x["fits"] for x in stages), "stages": list(stages)}
+  run["total_steps"] = sum(x["total_steps"] for x in stages)
+  if not run["fits"]:
+    return run
+  samples = sum(x["total_samples"] for x in stages)
+  days = [sum(x["total_samples"] / x["samples_per_day"][i] for x in stages) for i in (0, 1)]
+  costs = [x["cost"] for x in stages]
+  return run | {
     "measured": False,
     "total_samples": samples,
     "samples_per_day": [samples / x for x in days],
-    "chip_hours": [sum(x["chip_hours"][i] for x in found) for i in (0, 1)],
+    "chip_hours": [sum(x["chip_hours"][i] for x in stages) for i in (0, 1)],
     "cost": None if None in costs else [sum(x[i] for x in costs) for i in (0, 1)],
   }
 
@@ -152,19 +152,21 @@ def run() -> None:
   flags.DEFINE_string(
     "topology",
     None,
-    "A TPU slice such as v5e:16x16, or slices, v5e:16x16*2; the config's own if not given.",
+    "A TPU slice such as v5e:16x16, or slices, v5e:16x16*2; default: topology of the config.",
   )
-  flags.DEFINE_integer("batch", None, "Pairs in all, in the place of config.batch_size.")
-  flags.DEFINE_list("sweep", [], "Of batch, remat, mesh: all combinations, each compiled.")
-  flags.DEFINE_bool("largest_batch", False, "Compile larger or smaller batches to find it.")
-  flags.DEFINE_integer("samples", 0, "Of the dataset, for epochs and losses that remember samples.")
+  flags.DEFINE_integer("batch", None, "Global batch size, instead of config.batch_size.")
+  flags.DEFINE_list("sweep", [], "Any of batch, remat, mesh: compile all combinations.")
+  flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits, by compiling.")
+  flags.DEFINE_integer(
+    "samples", 0, "Size of the dataset, for epochs and losses with per-sample state."
+  )
   flags.DEFINE_string(
     "prices",
     os.environ.get("BIGALIGN_PRICES"),
-    'A JSON file, the price of a chip for an hour by kind: {"v5e": 1.2}.',
+    'JSON file with the price of a chip for an hour, by kind: {"v5e": 1.2}.',
   )
-  flags.DEFINE_string("json", None, "Write the figures there too.")
-  flags.DEFINE_string("cache", "~/.cache/bigalign/plans", "Folder of earlier answers.")
+  flags.DEFINE_string("json", None, "Also write the figures to this file.")
+  flags.DEFINE_string("cache", "~/.cache/bigalign/plans", "Folder of cached plans.")
   app.run(main, flags_parser=parse_flags)
 
 
