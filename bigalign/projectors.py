@@ -5,6 +5,7 @@ Each takes a TowerOutput of B rows, D wide, and returns [B, E]. `train` turns dr
 
 from __future__ import annotations
 
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -210,9 +211,12 @@ class PatchesAndClass(nn.Module):
   @nn.compact
   def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
     """-> [B, E]."""
-    options = dict(dim=self.dim, hidden=self.hidden, dropout=self.dropout, dtype=self.dtype)
+    options: dict[str, Any] = dict(
+      dim=self.dim, hidden=self.hidden, dropout=self.dropout, dtype=self.dtype
+    )
     tokens = Residual(**options, name="patches").rows(_tokens(out), train)
-    return Residual(**options, name="class")(out, train) + masked_mean(tokens, out.mask)
+    pooled: jax.Array = Residual(**options, name="class")(out, train)
+    return pooled + masked_mean(tokens, out.mask)
 
 
 class Tokens(nn.Module):
@@ -248,7 +252,8 @@ class Tokens(nn.Module):
     p = Dense(self.dim, dtype=self.dtype, name="fc1")(masked_mean(tokens, out.mask))
     y = Dense(self.dim, dtype=self.dtype, name="fc2")(nn.gelu(p, approximate=False))
     y = nn.Dropout(self.dropout, name="dropout")(y, not train)
-    return nn.LayerNorm(epsilon=1e-5, name="ln")(p + y)
+    embeddings: jax.Array = nn.LayerNorm(epsilon=1e-5, name="ln")(p + y)
+    return embeddings
 
 
 def _pooled(out: TowerOutput) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Products and lookups in bfloat16 whose kernels and tables have float32 gradients."""
+"""Matmuls and lookups in bfloat16 whose kernels and tables have float32 gradients."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from bigalign import sharding
 
 
 def _promote(x: jax.Array, kernel: jax.Array, bias: Any, *, dtype: Any, **_: Any) -> Any:
-  """Flax's promotion, but for the kernel, which `product` casts itself."""
+  """Flax's promotion of the inputs and the bias; `product` casts the kernel itself."""
   return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
 
 
 def product(
   x: jax.Array, kernel: jax.Array, dims: Any, precision: Any = None, **_: Any
 ) -> jax.Array:
-  """lax.dot_general in x's dtype, with a gradient of the kernel in the kernel's own."""
+  """lax.dot_general in the dtype of x, with a gradient of the kernel in the kernel's dtype.
+
+  Args:
+    x: [..., K], inputs.
+    kernel: [K, ...], parameters.
+    dims: dimension numbers of lax.dot_general; kernel axes that are summed over come first.
+    precision: of lax.dot_general, if both have the same dtype.
+  """
   if x.dtype == kernel.dtype:
     return jax.lax.dot_general(x, kernel, dims, precision=precision)
   return _mixed(dims, x, kernel)
@@ -34,7 +41,7 @@ def _mixed(dims: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _mixed_forward(dims: Any, x: jax.Array, kernel: jax.Array) -> Any:
-  # Not by way of _mixed: in a function with a gradient of its own remat="dots" sees no product.
+  # This does not call _mixed: remat="dots" does not see a matmul inside of a custom_vjp.
   return jax.lax.dot_general(x, kernel.astype(x.dtype), dims), (x, kernel)
 
 
@@ -52,8 +59,8 @@ def _mixed_backward(dims: Any, saved: Any, g: jax.Array) -> Any:
 
 _mixed.defvjp(_mixed_forward, _mixed_backward)
 
-# The compiler adds the devices' gradients of a kernel in the dtype in which their product leaves
-# them: in bfloat16, were the kernel cast before it. With these the sum over the mesh is float32.
+# The compiler sums the gradients of a kernel over devices in the dtype that the matmul returns. If
+# the kernel were cast before the matmul, that would be bfloat16; with these layers it is float32.
 _WIDE: dict[str, Any] = dict(promote_dtype=_promote, dot_general=product)
 Dense: Callable[..., nn.Dense] = functools.partial(nn.Dense, **_WIDE)
 DenseGeneral: Callable[..., nn.DenseGeneral] = functools.partial(nn.DenseGeneral, **_WIDE)
@@ -61,11 +68,18 @@ DenseGeneral: Callable[..., nn.DenseGeneral] = functools.partial(nn.DenseGeneral
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
-  """Rows of a table [V, D] for ids [B, ...] int, in `dtype`; gathered onto every device before.
+  """The rows of a table for some ids. The table is first gathered onto every device.
 
-  The gradient is added up in float32 on each device, whatever `dtype` is: a thousand times the same
-  token (padding, "a") in bfloat16 would count as 256. Over the devices it is added up in the
-  table's own dtype.
+  Each device sums its gradient in float32, whatever `dtype` is: in bfloat16, a token that occurs a
+  thousand times (padding, "a") would count as 256. The sum over devices is in the table's dtype.
+
+  Args:
+    table: [V, D], parameters.
+    ids: [B, ...] int.
+    dtype: of the result.
+
+  Returns:
+    [B, ..., D].
   """
   return sharding.replicate(table.astype(dtype))[ids]
 
@@ -78,12 +92,12 @@ def _lookup_backward(dtype: Any, saved: Any, g: jax.Array) -> Any:
   table, ids = saved
   wide = jnp.promote_types(table.dtype, jnp.float32)
 
-  def added(ids: jax.Array, g: jax.Array) -> jax.Array:
-    own = jnp.zeros(table.shape, wide).at[ids].add(g.astype(wide)).astype(table.dtype)
-    return jax.lax.psum(own, sharding.BATCH) if sharding.devices()[0] else own
+  def local_sum(ids: jax.Array, g: jax.Array) -> jax.Array:
+    local = jnp.zeros(table.shape, wide).at[ids].add(g.astype(wide)).astype(table.dtype)
+    return jax.lax.psum(local, sharding.BATCH) if sharding.devices()[0] else local
 
   rows = P(sharding.BATCH)
-  return sharding.on_each_device(added, (rows, rows), P())(ids, g), None
+  return sharding.on_each_device(local_sum, (rows, rows), P())(ids, g), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -69,7 +69,8 @@ def on_devices(
 
 
 def _set_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+  updated: jax.Array = jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+  return updated
 
 
 def _stacked(
