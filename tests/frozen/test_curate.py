@@ -164,7 +164,7 @@ def test_mistakes_are_named(stores, tmp_path):
   with pytest.raises(ValueError, match="captions holds no labels"):
     curate.curate(stores["captions"], stores["captions"], str(tmp_path / "x"))
   np.save(tmp_path / "wrong.npy", np.array([3, 1], np.uint64))
-  with pytest.raises(ValueError, match="ascending, each once"):
+  with pytest.raises(ValueError, match="ascending, without repetition"):
     Pairs(stores["classes"], stores["captions"], least=0.0, keep=str(tmp_path / "wrong.npy"))
 
 
