@@ -64,7 +64,7 @@ class Run:
     for i, log in enumerate(self.logs):
       env = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "STEP_SECONDS": str(step_seconds),
         "JAX_NUM_CPU_DEVICES": str(devices // count),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

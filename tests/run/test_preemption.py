@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from helpers import small_runs
 
-from bigalign import train as program
+from bigalign import train
 from bigalign.checkpoint import Checkpoints
 from bigalign.run import preemption
 from bigalign.run.flags import profile_span
@@ -35,21 +35,21 @@ def test_one_process_ends_when_told_and_goes_on(tmp_path, monkeypatch):
   """SIGTERM at step 3: a checkpoint there, exit code 143, and no row more in the log than without;
   the times of the start are there."""
   c = small_runs.config(ONE, total_steps=6, checkpoint_every=0, log_every=2).to_dict()
-  seen, calls = program.seen, []
+  data_position, calls = train.data_position, []
 
   def told(*args):
     calls.append(args)
     if len(calls) == 3:
       os.kill(os.getpid(), signal.SIGTERM)
-    return seen(*args)
+    return data_position(*args)
 
-  monkeypatch.setattr(program, "seen", told)
+  monkeypatch.setattr(train, "data_position", told)
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as ended:
-    program.train(tmp_path, **c)
+    train.train(c, tmp_path)
   assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
   assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["3"]
-  program.train(tmp_path, **c)
+  train.train(c, tmp_path)
   first, *rows = [row for row in read_metrics(tmp_path) if "train/loss" in row]
   assert [row["step"] for row in (first, *rows)] == [2, 4, 6]
   assert 0 < first["perf/compile_seconds"] < first["perf/seconds_to_first_step"]
@@ -63,7 +63,7 @@ def test_steps_are_traced(tmp_path):
   c = small_runs.config(ONE, total_steps=3, checkpoint_every=0, profile=(1, 2)).to_dict()
   script = (
     "import json, sys; from bigalign.train import train;"
-    " train(sys.argv[1], **json.loads(sys.argv[2]))"
+    " train(json.loads(sys.argv[2]), sys.argv[1])"
   )
   subprocess.run(
     [sys.executable, "-c", script, str(tmp_path), json.dumps(c)], check=True, cwd=small_runs.ROOT

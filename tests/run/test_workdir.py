@@ -66,12 +66,12 @@ def rows(workdir):
 @pytest.mark.slow
 def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, monkeypatch):
   """Told to end behind step 3, and its machine gone with all it held; a checkpoint not whole."""
-  whole = train.train(tmp_path / "whole", **config())
+  whole = train.train(config(), tmp_path / "whole")
   place = "gs://bucket/runs/one"
   with monkeypatch.context() as patch:
     patch.setattr(preemption.PreemptionListener, "should_stop", lambda self, step: step == 3)
     with pytest.raises(preemption.Preempted):
-      train.train(place, **config())
+      train.train(config(), place)
   assert not list(tmp_path.glob("gs:*"))
   shutil.rmtree(cache)
   written = [name for name in bucket.writes if name.startswith("runs/one/checkpoints/3/")]
@@ -79,7 +79,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, m
   del bucket.objects[written[-1]]  # as if it had been lost a moment before
   with Checkpoints(place, read_only=True) as checkpoints:
     assert checkpoints.latest() == 2
-  again = train.train(place, **config())
+  again = train.train(config(), place)
   home = Workdir(place, reader=True)
   home.download()
   assert rows(home.local) == rows(tmp_path / "whole")
@@ -96,7 +96,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, m
 def test_two_hosts_write_one_run_into_a_bucket(bucket, cache, tmp_path):
   """Each its part of a checkpoint, and one the rest; from the last whole one goes on another."""
   c = small_runs.config(dict(data=1, fsdp=8, tensor=1), total_steps=2, checkpoint_every=1)
-  whole = train.train(tmp_path / "whole", **c.to_dict())
+  whole = train.train(c, tmp_path / "whole")
   place, file = "gs://bucket/runs/hosts", small_runs.write(tmp_path / "tiny.py", c)
   with small_runs.Run(tmp_path / "two", 2, f"--config={file}", "--workdir", place) as run:
     run.ends()
@@ -104,7 +104,7 @@ def test_two_hosts_write_one_run_into_a_bucket(bucket, cache, tmp_path):
   assert all(any(f"ocdbt.process_{i}/" in name for name in parts) for i in (0, 1)), parts
   shutil.rmtree(cache)
   del bucket.objects[next(name for name in parts if name.endswith("commit_success.txt"))]
-  again = train.train(place, **c.to_dict())
+  again = train.train(c, place)
   home = Workdir(place, reader=True)
   home.download()
   losses = [[row["train/loss"] for row in rows(x)] for x in (home.local, tmp_path / "whole")]

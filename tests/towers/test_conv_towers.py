@@ -13,13 +13,14 @@ import pytest
 from helpers.shipped import load
 
 from bigalign import sharding, tree, weights
-from bigalign import state as states
+from bigalign.config import resolve_config
 from bigalign.data.image.decode import decode
 from bigalign.data.image.transforms import eval_image
 from bigalign.data.sources.base import open_source
 from bigalign.model import PIXELS
+from bigalign.program import init_on_mesh, layout, make_program
 from bigalign.run import flops
-from bigalign.step import seen, train_step
+from bigalign.step import data_position, train_step
 from bigalign.towers import TOWERS, mobilenet
 from bigalign.weights import transfer
 
@@ -195,26 +196,27 @@ def program(name):
   depth = dict(depth=8) if name == "resnet_cifar" else {}
   c["model"]["image"] = dict(name=name, dtype="float32", **depth)
   c["model"]["text"].update(width=32, depth=1)
-  return states.make_program(**c, dataset_size=100)
+  return make_program(resolve_config(c), dataset_size=100)
 
 
 def step(made, mesh):
   """A state, what one step makes of it, and the step's metrics, on the host."""
-  _, placed = states.layout(made, mesh)
+  _, shardings = layout(made, mesh)
   rows = sharding.host_rows(mesh, 16)
   rng = np.random.default_rng(0)
   host = {
     k: rng.integers(0, 2 if k == "text_mask" else 200, shape).astype(dtype)
     for k, (shape, dtype) in made.spec.items()
   }
+  replicated = sharding.replicated_sharding(mesh)
   update = jax.jit(
     functools.partial(train_step, program=made),
-    out_shardings=(placed, sharding.replicated_sharding(mesh)),
+    out_shardings=(shardings, replicated, replicated),
   )
   with jax.set_mesh(mesh):
-    born = states.born(made, placed)
+    born = init_on_mesh(made, shardings)
     batch = sharding.global_batch(mesh, {k: x[rows] for k, x in host.items()}, rows, 16)
-    after, metrics = update(born, batch, seen(0, 16))
+    after, metrics, _ = update(born, batch, data_position(0, 16))
     return jax.device_get((born.trainable, after.trainable, metrics))
 
 
