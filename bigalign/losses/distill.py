@@ -294,8 +294,8 @@ def _check_teachers(
   for option, values in (("teacher_scales", scales), ("teacher_biases", biases)):
     if len(values) != teachers:
       raise ValueError(
-        f"config.loss.{name}.{option}={tuple(values)} must have one value per teacher, and"
-        f" teacher_dims={dims} has {teachers}"
+        f"config.loss.{name}.{option}={tuple(values)} must have length {teachers}, one"
+        f" value per teacher (teacher_dims={dims})"
       )
 
 

@@ -46,7 +46,7 @@ def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
       matched = {f"{k}_matched": jnp.where(same_label, v, 0) for k, v in above.items()}
       return {**above, **matched, "matches": same_label.astype(row["z"].dtype)}
 
-    found = engine.reduce(
+    reduced = engine.reduce(
       tile,
       {"z": zimg, **pair},
       {"z": ztxt, **pair},
@@ -60,7 +60,7 @@ def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
       },
     )
     i2t, t2i = (
-      (jax.nn.softplus(found[k]) - found[f"{k}_matched"] / (1 + found["matches"])).mean()
+      (jax.nn.softplus(reduced[k]) - reduced[f"{k}_matched"] / (1 + reduced["matches"])).mean()
       for k in ("i2t", "t2i")
     )
     loss = (i2t + t2i) / 2

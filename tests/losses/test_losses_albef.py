@@ -164,7 +164,9 @@ def test_the_temperature_stays_in_its_bounds():
 def test_errors_name_the_option():
   loss = make("albef_itc", dict(queue_size=40))
   params, state = loss.init({"embed": 8})
-  with pytest.raises(ValueError, match=r"queue_size=40 is no multiple of the batch of 16; try 48"):
+  with pytest.raises(
+    ValueError, match=r"queue_size=40 is not a multiple of the batch size 16; try 48"
+  ):
     one_step(loss, params, state, some(), {}, at())
   for options, message in (
     (dict(positives="id"), "positives.*'id'.*'ids'"),

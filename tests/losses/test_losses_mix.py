@@ -420,7 +420,7 @@ def test_each_width_has_its_own_state_and_scalars(monkeypatch):
   first = [unit(feats["raw_img"][:, :m])[0, 0] for m in (4, 16)]
   np.testing.assert_allclose(objective, 0.25 * first[0] + 0.75 * first[1], rtol=1e-6)
   np.testing.assert_allclose(metrics["loss"], 10 * objective, rtol=1e-6)
-  with pytest.raises(ValueError, match="keeps a state"):
+  with pytest.raises(ValueError, match="has state for each width"):
     make("matryoshka", dict(base="counting")).init({})
 
 
@@ -446,7 +446,11 @@ def test_default_widths_are_powers_of_two_up_to_the_whole(width, expected):
     (dict(matryoshka=dict(base="clipp")), ValueError, "matryoshka.base.*Did you mean 'clip'"),
     (dict(matryoshka=dict(base_options=dict(t=1.0))), TypeError, "matryoshka.base_options.*t_init"),
     (dict(matryoshka=dict(dims=(16, 8))), ValueError, r"dims=\(16, 8\) must be ascending"),
-    (dict(matryoshka=dict(dims=(8, 16), weights=(1.0,))), ValueError, "one for each of dims"),
+    (
+      dict(matryoshka=dict(dims=(8, 16), weights=(1.0,))),
+      ValueError,
+      "one weight for each of dims",
+    ),
     (dict(matryoshka=dict(reduction="max")), ValueError, "matryoshka.reduction.*'mean'"),
   ],
 )
@@ -457,5 +461,5 @@ def test_errors_name_the_option(terms, error, message):
 
 def test_a_width_beyond_the_embedding_is_named():
   feats, _ = pairs(4, 16, dtype=np.float32)
-  with pytest.raises(ValueError, match=r"dims=\(8, 32\).*16 numbers"):
+  with pytest.raises(ValueError, match=r"dims=\(8, 32\).*16 wide"):
     make("matryoshka", dict(dims=(8, 32))).apply({}, {}, feats, {}, AT)
