@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigalign import tree
+
+T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the batch
@@ -216,7 +218,7 @@ def replicate(x: jax.Array) -> jax.Array:
   return replicated
 
 
-def block_on_cpu(x: Any) -> Any:
+def block_on_cpu(x: T) -> T:
   """Returns x, the results of a program just started; on several CPU devices, waits for them.
 
   CPU devices share a few threads: two running programs with collectives can occupy all of them and

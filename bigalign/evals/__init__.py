@@ -1,4 +1,4 @@
-"""Evaluators by name: factories of run(params) -> {metric: number}, over the whole mesh."""
+"""Evaluators by name: each makes a function run(params) -> {metric: number} over the whole mesh."""
 
 from __future__ import annotations
 
@@ -34,17 +34,22 @@ def make_evaluators(
   mesh: Mesh,
   data: DataOptions,
 ) -> dict[str, Evaluator]:
-  """{name: run} of config.evals. Opens the sources, so a missing file is an error at the start.
+  """Returns the evaluators {name: run} of config.evals.
+
+  It opens the sources, so that a missing file is an error at the start of a run.
 
   Args:
     evals: {name: options, type among them}, in plain values or resolved.
-    embed_image, embed_text, mesh, data: see Context.
+    embed_image: embeds images, see Context.
+    embed_text: embeds texts, see Context.
+    mesh: to evaluate on.
+    data: config.data.
 
   Raises:
-    ValueError, TypeError: for an unknown type or option; they name the known ones.
+    ValueError, TypeError: for an unknown type or option; lists the known ones.
   """
-  made = {}
+  evaluators = {}
   for name, component in resolve_value(EvalOptions, evals, "config.evals").items():
     context = Context(name, embed_image, embed_text, mesh, data)
-    made[name] = component.make(context=context)
-  return made
+    evaluators[name] = component.make(context=context)
+  return evaluators

@@ -1,4 +1,4 @@
-"""What guessing would score, for figures to be read beside."""
+"""Chance levels of metrics: the expected score of a random order."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ _TOP = re.compile(r"(.*-)top(\d+)")
 
 
 def chance(metrics: Mapping[str, float]) -> dict[str, float]:
-  """{name: expected value of a random order}, of those metrics for which it is known.
+  """Returns the chance level of those metrics for which it is known.
 
-  Reads the sizes that the evaluators report beside their figures: num_samples and num_captions,
-  num_classes, or the chance of top1 itself.
+  >>> chance({"val/x-zeroshot-val-top1": 0.7, "val/x-zeroshot-val-num_classes": 10})
+  {'val/x-zeroshot-val-top1': 0.1}
+
+  Args:
+    metrics: {metric: value} of evaluators, with the sizes that they report: num_samples and
+      num_captions, num_classes, or the chance of top1 itself.
+
+  Returns:
+    {metric: value by chance}.
   """
-  found = {}
+  levels = {}
   for name in metrics:
     retrieval, top = _RETRIEVAL.fullmatch(name), _TOP.fullmatch(name)
     sizes = [f"{retrieval[1]}{size}" for size in _SIZES] if retrieval else []
     if retrieval and all(size in metrics for size in sizes):
-      way, k = retrieval[2], int(retrieval[3])
+      direction, k = retrieval[2], int(retrieval[3])
       images, texts = (metrics[size] for size in sizes)
-      own, among = (texts / images, texts) if way == "image_to_text" else (1, images)
-      # No positive in k draws without return, of an image with the mean number of captions.
+      own, among = (texts / images, texts) if direction == "image_to_text" else (1, images)
+      # k draws without replacement miss all positives of an image with the mean number of captions.
       misses = (max(0.0, 1 - own / (among - i)) for i in range(min(k, math.ceil(among))))
-      found[name] = 1 - math.prod(misses)
+      levels[name] = 1 - math.prod(misses)
     elif top and f"{top[1]}num_classes" in metrics:
-      found[name] = min(1.0, int(top[2]) / metrics[f"{top[1]}num_classes"])
+      levels[name] = min(1.0, int(top[2]) / metrics[f"{top[1]}num_classes"])
     elif top and top[2] == "1" and f"{top[1]}chance" in metrics:
-      found[name] = metrics[f"{top[1]}chance"]
-  return found
+      levels[name] = metrics[f"{top[1]}chance"]
+  return levels

@@ -1,4 +1,4 @@
-"""A dataset through both towers, over the whole mesh; what comes out stays where it was made."""
+"""Embeds a dataset by both towers over the whole mesh; the embeddings stay on their devices."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ from bigalign.data.sources.base import open_source
 
 
 class Context(NamedTuple):
-  """What every evaluator gets beside its own options.
+  """The model and the data options that every evaluator gets in addition to its own options.
 
-  embed_image: (params, image [B, S, S, 3] uint8) -> [B, E], unit norm, float32; jitted.
-  embed_text: (params, ids [B, L] int32, mask [B, L] bool) -> [B, E], unit norm, float32; jitted.
-  data: config.data, whose images and texts are read in the same way.
+  Attributes:
+    name: of the evaluator in config.evals.
+    embed_image: (params, image [B, S, S, 3] uint8) -> [B, E], unit norm, float32; jitted.
+    embed_text: (params, ids [B, L] int32, mask [B, L] bool) -> [B, E], unit norm, float32; jitted.
+    mesh: to evaluate on.
+    data: config.data; images and texts are preprocessed in the same way.
   """
 
   name: str
@@ -38,7 +41,13 @@ class Context(NamedTuple):
 
 
 class EvalData(NamedTuple):
-  """An opened source and the way through it: batches() starts again at the first sample."""
+  """An opened source and its batches.
+
+  Attributes:
+    source: the samples.
+    batch_size: global.
+    batches: starts an iteration from the first sample.
+  """
 
   source: Any
   batch_size: int
@@ -48,11 +57,14 @@ class EvalData(NamedTuple):
 class Embedded(NamedTuple):
   """N batches of B samples with C captions each, in source order, as global arrays split over B.
 
-  zimg [N, B, E], ztxt [N, B, C, E]: unit norm, float32.
-  label, ordinal [N, B] int32: the class, and the place in the source.
-  valid [N, B], texts_valid [N, B, C] bool: False for padding, for rejected samples, and for the
-  captions that a sample does not have.
-  rejects [R]: how many samples were rejected, per reason; on every device.
+  Attributes:
+    zimg: [N, B, E], unit norm, float32.
+    ztxt: [N, B, C, E], unit norm, float32.
+    label: [N, B] int32, the class.
+    ordinal: [N, B] int32, the position in the source.
+    valid: [N, B] bool, False for padding and rejected samples.
+    texts_valid: [N, B, C] bool, False also for captions that a sample does not have.
+    rejects: [R], number of rejected samples per reason, on every device.
   """
 
   zimg: jax.Array
@@ -65,13 +77,13 @@ class Embedded(NamedTuple):
 
 
 def prefix(name: str) -> str:
-  """The evaluator "val" writes val/..., any other val/<name>/..., as open_clip's names have it."""
+  """Returns the prefix of the metrics: "val/" for "val", else "val/<name>/", as in open_clip."""
   return "val/" if name == "val" else f"val/{name}/"
 
 
 def round_batch(mesh: Mesh, batch_size: int) -> int:
-  """The batch size, rounded up to what divides over the mesh; no figure depends on it."""
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  """Returns the batch size rounded up to fit the mesh; no metric depends on it."""
+  parts: int = mesh.shape["data"] * mesh.shape["fsdp"]
   return math.ceil(batch_size / parts) * parts
 
 
@@ -83,13 +95,17 @@ def open_data(
   captions: int | None,
   fields: Sequence[str] | None = None,
 ) -> EvalData:
-  """The source as evaluation batches, made as config.data says, without augmentation.
+  """Opens a source as evaluation batches, preprocessed as in config.data without augmentation.
 
-  captions: C, the room for captions of one image; 0 reads none, None counts them.
-  fields: where captions come from; config.data.captions if None.
+  Args:
+    context: of the evaluator.
+    source: as in config.data.source.
+    batch_size: global; rounded up to fit the mesh.
+    captions: C, captions per image in a batch; 0 reads none, None counts them first.
+    fields: caption fields; None: config.data.captions.
 
   Raises:
-    ValueError: if the source holds no sample.
+    ValueError: if the source has no samples.
   """
   if captions == 0:
     fields = ()
@@ -97,7 +113,7 @@ def open_data(
     fields = context.data.caption_fields
   opened = open_source(source, captions=fields)
   if not len(opened):
-    raise ValueError(f"config.evals.{context.name}.source={source!r} holds no sample")
+    raise ValueError(f"config.evals.{context.name}.source={source!r} has no samples")
   if captions is None:
     captions = most_captions(opened)
   size = round_batch(context.mesh, batch_size)
@@ -112,25 +128,28 @@ def open_data(
 
 
 def most_captions(source: Any) -> int:
-  """The largest number of captions of a sample; reads all of them, decodes no image."""
+  """Returns the largest number of captions of a sample; reads all samples, decodes no image."""
   most = 1
   for i in range(len(source)):
     try:
       most = max(most, len(source[i]["captions"]))
-    except Rejected:  # told and counted when the batches are made
+    except Rejected:  # logged and counted when the batches are made
       continue
   return most
 
 
 def over_mesh(context: Context, data: EvalData) -> Iterator[dict[str, jax.Array]]:
-  """Each batch as global arrays, split over the batch axes; every process must go all the way."""
+  """Yields each batch as global arrays, split over the batch axes.
+
+  Every process must iterate to the end.
+  """
   rows = sharding.host_rows(context.mesh, data.batch_size)
   for batch in data.batches():
     yield sharding.global_batch(context.mesh, batch, rows, data.batch_size)
 
 
 def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
-  """embed(params) -> Embedded, of every image and caption; compiled once for all calls."""
+  """Returns embed(params) -> Embedded for all images and captions; compiled once for all calls."""
 
   @jax.jit
   def embed_texts(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -141,8 +160,8 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
     return rearrange(flat, "(b c) e -> b c e", c=ids.shape[1])
 
   def stack(batches: list[Embedded]) -> Embedded:
-    # A new axis in front moves nothing between devices, as a concatenation would.
-    z = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    # Stacking on a new first axis needs no communication, unlike a concatenation.
+    z: Embedded = jax.tree.map(lambda *x: jnp.stack(x), *batches)
     return z._replace(rejects=reduce(z.rejects, "n b r -> r", "sum"))
 
   split = NamedSharding(context.mesh, P(None, sharding.BATCH))
@@ -150,7 +169,7 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
   stack_jit = jax.jit(stack, out_shardings=Embedded(*layout))
 
   def embed(params: Any) -> Embedded:
-    embedded = sharding.block_on_cpu(
+    embedded: Embedded = sharding.block_on_cpu(
       stack_jit(
         [
           Embedded(
@@ -166,7 +185,7 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
         ]
       )
     )
-    tell_rejects(context.name, embedded.rejects)
+    log_rejects(context.name, embedded.rejects)
     return embedded
 
   return embed
@@ -180,11 +199,13 @@ def mean_embedder(
   group: int,
   batch_size: int,
 ) -> Callable[[Any], jax.Array]:
-  """run(params) -> [N / group, E] on every device: the unit mean over each `group` neighbours.
+  """Returns run(params) -> [N / group, E] on every device: unit means over groups of rows.
 
   Args:
+    context: of the evaluator.
     embed: (params, batch) -> [B, E], unit norm; a batch holds rows of `arrays`, over the mesh.
-    arrays: [N, ...] each, equal on every host.
+    arrays: {name: [N, …]}, equal on every host.
+    group: number of consecutive rows to average.
     batch_size: rows at a time, over all devices; rounded up to fit the mesh.
   """
   count = len(next(iter(arrays.values())))
@@ -201,25 +222,26 @@ def mean_embedder(
   def run(params: Any) -> jax.Array:
     embedded = []
     for start in range(0, count, batch_size):
-      # The last batch is filled up with the first rows, which `mean` cuts off again.
+      # The last batch is padded with the first rows, which `mean` cuts off.
       chosen = (start + rows) % count
       batch = {name: x[chosen] for name, x in arrays.items()}
       on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
       embedded.append(embed(params, on_mesh))
-    return sharding.block_on_cpu(mean_jit(embedded))
+    means: jax.Array = sharding.block_on_cpu(mean_jit(embedded))
+    return means
 
   return run
 
 
-def tell_rejects(name: str, rejects: jax.Array | np.ndarray) -> int:
-  """Logs how many samples were left out, [R], and why; returns their number."""
+def log_rejects(name: str, rejects: jax.Array | np.ndarray) -> int:
+  """Logs the numbers of rejected samples per reason, [R], and returns their sum."""
   counts = np.asarray(rejects)
   if counts.any():
-    told = ", ".join(f"{n} {reason}" for reason, n in zip(REASONS, counts) if n)
-    logging.warning("evaluation %r leaves out rejected samples: %s", name, told)
+    listed = ", ".join(f"{n} {reason}" for reason, n in zip(REASONS, counts) if n)
+    logging.warning("evaluation %r leaves out rejected samples: %s", name, listed)
   return int(counts.sum())
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-  """The whole global array, on every host; every process must call it."""
+  """Returns a complete global array on every host; every process must call it."""
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,4 +1,4 @@
-"""The geometry of the sphere: how far apart the modalities lie, how evenly they are spread."""
+"""Geometry of the embeddings: the gap between the modalities, uniformity, effective rank."""
 
 from __future__ import annotations
 
@@ -28,19 +28,26 @@ def measure(
   uniformity_t: float = 2.0,
   logreg_c: float = 1.0,
 ) -> dict[str, jax.Array]:
-  """All figures of N pairs; memory O(N E) and a tile, over the mesh that is set.
+  """Returns all metrics of N pairs; memory is O(N E) and a tile, over the current mesh.
+
+  >>> z = jnp.eye(8)
+  >>> figures = measure(z, z, train=jnp.arange(8) < 6)
+  >>> float(figures["mean_pair_cosine"]), float(figures["centroid_distance"])
+  (1.0, 0.0)
 
   Args:
-    zimg, ztxt: [N, E], unit norm; row i of one belongs to row i of the other.
-    train: [N] bool, pairs on which images and texts are separated; the others test it.
+    zimg: [N, E], unit norm.
+    ztxt: [N, E], unit norm; row i belongs to row i of zimg.
+    train: [N] bool, pairs to fit the classifier of images and texts; the others test it.
     valid: [N] bool, the pairs that count; None: all.
-    uniformity_t, logreg_c: see `pairs` and `separability`.
+    uniformity_t: t of `pairs`.
+    logreg_c: c of `separability`.
 
   Returns:
-    {name: []}; see `moments`, `pairs` and `separability`.
+    {name: scalar}; see `moments`, `pairs` and `separability`.
   """
   valid = jnp.ones(len(zimg), bool) if valid is None else valid
-  zimg, ztxt = (jnp.where(valid[:, None], z, 0) for z in (zimg, ztxt))  # there may be NaN
+  zimg, ztxt = (jnp.where(valid[:, None], z, 0) for z in (zimg, ztxt))  # invalid rows may be NaN
   return {
     **moments(zimg, ztxt, valid),
     **pairs(zimg, ztxt, valid, t=uniformity_t),
@@ -49,13 +56,20 @@ def measure(
 
 
 def moments(zimg: jax.Array, ztxt: jax.Array, valid: jax.Array) -> dict[str, jax.Array]:
-  """What first and second moments tell of [N, E], [N, E]; where `valid` [N] is False they are 0.
+  """Returns the metrics that follow from first and second moments.
 
-  centroid_distance, centroid_cosine: of the modalities' means. mean_pair_distance,
-  mean_pair_cosine, alignment (mean squared distance): of the pairs. mean_offdiag_cosine_*: within a
-  modality, its cone. effective_rank_*: exp of the entropy of the singular values, of the rows as
-  they are and about their mean (https://arxiv.org/abs/2210.02885). linear_cka: likeness of the two
-  modalities' covariances (https://arxiv.org/abs/1905.00414).
+  Args:
+    zimg: [N, E]; rows that are not valid are 0.
+    ztxt: [N, E]; the same.
+    valid: [N] bool.
+
+  Returns:
+    centroid_distance, centroid_cosine: of the means of the modalities.
+    mean_pair_distance, mean_pair_cosine, alignment (mean squared distance): of the pairs.
+    mean_offdiag_cosine_*: within a modality, the cone effect.
+    effective_rank_*: exp of the entropy of the singular values, of the rows and of the centred rows
+      (https://arxiv.org/abs/2210.02885).
+    linear_cka: similarity of the covariances (https://arxiv.org/abs/1905.00414).
   """
   n = valid.sum()
   mx, my = zimg.sum(0) / n, ztxt.sum(0) / n
@@ -85,9 +99,14 @@ def moments(zimg: jax.Array, ztxt: jax.Array, valid: jax.Array) -> dict[str, jax
 
 
 def effective_rank(second: jax.Array, most: jax.Array) -> jax.Array:
-  """[E, E] second moments of rows with at most that rank -> [], from their singular values."""
+  """Returns the effective rank of some rows.
+
+  Args:
+    second: [E, E], second moments of the rows.
+    most: the largest rank that the rows can have.
+  """
   square = jnp.linalg.eigvalsh(second)[::-1]
-  # The roots of what is 0 but for rounding would count.
+  # Without this cut, the roots of rounding errors would count.
   square = jnp.where(jnp.arange(len(square)) < most, jnp.maximum(square, 0), 0)
   p = jnp.sqrt(square) / jnp.sqrt(square).sum()
   return jnp.exp(jax.scipy.special.entr(p).sum())
@@ -96,17 +115,24 @@ def effective_rank(second: jax.Array, most: jax.Array) -> jax.Array:
 def pairs(
   zimg: jax.Array, ztxt: jax.Array, valid: jax.Array, *, t: float = 2.0
 ) -> dict[str, jax.Array]:
-  """What all pairs of [N, E], [N, E] tell, where `valid` [N] is True, in tiles.
+  """Returns the metrics that need all N x N pairs, computed in tiles.
 
-  uniformity_img, uniformity_txt: log of the mean of exp(-t |a - b|²) over the pairs of a modality
-  (https://arxiv.org/abs/2005.10242), uniformity: their mean, uniformity_joint: over the pairs of
-  both together, xuniformity: over images and texts that do not belong together. i2t_recall@k,
-  t2i_recall@k: the own partner is among the first k, equal ones counted as behind it, so that a
-  collapsed model has 1; the evaluator `retrieval` has chance there.
+  Args:
+    zimg: [N, E].
+    ztxt: [N, E].
+    valid: [N] bool.
+    t: of the uniformity.
+
+  Returns:
+    uniformity_img, uniformity_txt: log of the mean of exp(-t |a - b|²) over the pairs of a modality
+      (https://arxiv.org/abs/2005.10242). uniformity: their mean. uniformity_joint: over the pairs
+      of both modalities together. xuniformity: over images and texts of different pairs.
+    i2t_recall@k, t2i_recall@k: whether the partner is among the first k. Equal similarities rank
+      after it, so a collapsed model scores 1; in the evaluator `retrieval` it scores chance.
   """
-  engine = pairwise.DEFAULT  # not the run's own, whose precision is chosen for training
+  engine = pairwise.DEFAULT  # not that of the run, whose precision is chosen for training
   own = engine.paired(zimg, ztxt)
-  slack = 4 * jnp.finfo(zimg.dtype).eps  # equal but for rounding is equal
+  slack = 4 * jnp.finfo(zimg.dtype).eps  # equal up to rounding counts as equal
 
   def tile(row, col, shared):
     z = engine.products(row["img"], col["txt"])
@@ -125,9 +151,9 @@ def pairs(
 
   side = {"img": zimg, "txt": ztxt, "own": own, "valid": valid}
   kinds = {"img": "row_lse", "txt": "row_lse", "cross": "row_lse", "i2t": "row_sum"}
-  found = engine.reduce(tile, side, side, outputs={**kinds, "t2i": "col_sum"})
+  reduced = engine.reduce(tile, side, side, outputs={**kinds, "t2i": "col_sum"})
   n = valid.sum()
-  img, txt, cross = (jax.nn.logsumexp(found[name]) for name in ("img", "txt", "cross"))
+  img, txt, cross = (jax.nn.logsumexp(reduced[name]) for name in ("img", "txt", "cross"))
   paired = jax.nn.logsumexp(jnp.where(valid, 2 * t * own, -jnp.inf))
   once = jnp.log(n) + jnp.log(n - 1)  # ordered pairs
   twice = jnp.log(2 * n) + jnp.log(2 * n - 1)
@@ -139,18 +165,26 @@ def pairs(
     "xuniformity": cross - once - 2 * t,
     "uniformity_joint": joint - twice - 2 * t,
   }
-  for way in ("i2t", "t2i"):
-    out |= {f"{way}_recall@{k}": (valid & (found[way] < k)).sum() / n for k in RECALL_AT}
+  for direction in ("i2t", "t2i"):
+    before = reduced[direction]
+    out |= {f"{direction}_recall@{k}": (valid & (before < k)).sum() / n for k in RECALL_AT}
   return out
 
 
 def separability(
   zimg: jax.Array, ztxt: jax.Array, valid: jax.Array, train: jax.Array, *, c: float = 1.0
 ) -> dict[str, jax.Array]:
-  """How well a plane parts images from texts, [N, E] each: the modality gap as a classifier.
+  """Returns how well a hyperplane separates images from texts: the modality gap as a classifier.
 
-  Logistic regression, 1/2 |w|² + c · sum of log losses, the intercept free, fitted by Newton's
-  method to the pairs of `train` [N]; linsep_test_accuracy on the others is 0.5 without a gap.
+  Logistic regression, 1/2 |w|² + c · sum of log losses with a free intercept, fitted by Newton's
+  method. linsep_test_accuracy is 0.5 without a gap.
+
+  Args:
+    zimg: [N, E].
+    ztxt: [N, E].
+    valid: [N] bool.
+    train: [N] bool, pairs to fit; the others are for testing.
+    c: inverse regularisation strength.
   """
   z = jnp.stack([zimg, ztxt])
   z = jnp.concatenate([z, jnp.ones_like(z[..., :1])], -1)  # [2, N, E + 1]
@@ -173,13 +207,14 @@ def separability(
     curve = jnp.einsum("kne,kn,knf->ef", z, weight, z, precision=HIGHEST) + jnp.diag(ridge)
     direction = jnp.linalg.solve(curve, -gradient)
     along = logits(direction)
-    tried = jax.lax.map(lambda s: objective(w + s * direction, before + s * along), steps)
-    return w + steps[jnp.argmin(tried)] * direction
+    objectives = jax.lax.map(lambda s: objective(w + s * direction, before + s * along), steps)
+    updated: jax.Array = w + steps[jnp.argmin(objectives)] * direction
+    return updated
 
   w = jax.lax.fori_loop(0, 20, newton, jnp.zeros(z.shape[-1], z.dtype))
-  right = (sign * logits(w) > 0) & (valid & ~train)[None]
+  correct = (sign * logits(w) > 0) & (valid & ~train)[None]
   return {
-    "linsep_test_accuracy": right.sum() / (2 * (valid & ~train).sum()),
+    "linsep_test_accuracy": correct.sum() / (2 * (valid & ~train).sum()),
     "linsep_train_objective": objective(w, logits(w)),
     "linsep_weight_norm": jnp.linalg.norm(w[:-1]),
     "linsep_intercept": w[-1],
@@ -193,17 +228,30 @@ def geometry(
   fields: Sequence[str] | None = None,
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
-  """The figures of `measure` of a source's images, each with its first caption.
+  """The metrics of `measure` for the images of a source, each with its first caption.
 
-  Images and texts are separated on four fifths of the pairs: all but every fifth of the source.
+  The classifier of images and texts is fitted to four fifths of the pairs: all but every fifth.
+
+  >>> import jax.numpy as jnp
+  >>> from bigalign import sharding
+  >>> from bigalign.data.loader.options import resolve_data
+  >>> def embed(params, batch, mask=None):  # a collapsed model: all embeddings are equal
+  ...   return jnp.full((len(batch), 4), 0.5)
+  >>> data = resolve_data(dict(image_size=32, tokenizer=dict(name="byte", length=48)))
+  >>> context = Context("val", embed, embed, sharding.make_mesh(), data)
+  >>> run = geometry(context, source="glyphs:heldout_dev")
+  >>> metrics = run(params=None)
+  >>> metrics["val/mean_pair_cosine"], metrics["val/num_samples"]
+  (1.0, 1148.0)
 
   Args:
-    source: what open_source reads.
-    fields: where the captions come from, as in config.data.captions, which holds if None.
+    context: model, mesh and data options.
+    source: as in config.data.source.
+    fields: caption fields; None: config.data.captions.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
-    run(params) -> {"val/<name>/centroid_distance": number, ...}, and "num_samples".
+    run(params) -> {"val/<name>/centroid_distance": number, …}, and "num_samples".
   """
   data = open_data(context, source, batch_size=batch_size, captions=1, fields=fields)
   embed = embedder(context, data)
@@ -219,12 +267,12 @@ def geometry(
   def run(params: Any) -> dict[str, float]:
     embedded = embed(params)
     with jax.set_mesh(context.mesh):
-      found = sharding.block_on_cpu(find(embedded))
-    if found["num_samples"] < 5:
+      metrics = sharding.block_on_cpu(find(embedded))
+    if metrics["num_samples"] < 5:
       raise ValueError(
-        f"config.evals.{context.name}.source={source!r}: {found['num_samples']} of"
-        f" {len(data.source)} samples can be used; their geometry takes at least 5"
+        f"config.evals.{context.name}.source={source!r}: {metrics['num_samples']} of"
+        f" {len(data.source)} samples can be used; geometry needs at least 5"
       )
-    return {prefix(context.name) + name: float(value) for name, value in found.items()}
+    return {prefix(context.name) + name: float(value) for name, value in metrics.items()}
 
   return run

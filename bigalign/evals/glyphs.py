@@ -1,4 +1,4 @@
-"""Zero-shot naming of glyphs: can the model name characters that it has never seen?"""
+"""Zero-shot naming of characters that the model has never seen."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from bigalign.evals.zeroshot import class_weights
 
 
 def candidates(label: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-  """Which of K names each of N characters may be taken for, [N, K] bool.
+  """Returns the names that each character is compared with.
 
-  `all` of them; `heldout`: those of these N; `letter`: the letter with any marks or none.
+  Args:
+    label: [N] int32, the names of the characters.
+    names: K names.
+
+  Returns:
+    [N, K] bool for "all" names, the "heldout" names (those of these N characters), and the names of
+    the same "letter", with any diacritics or none.
   """
   letters = np.asarray([(parts(name) or (name, ""))[0] for name in names])
   return {
@@ -29,29 +35,37 @@ def candidates(label: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]
 def score(
   zimg: np.ndarray, weights: np.ndarray, *, label: np.ndarray, allowed: np.ndarray
 ) -> dict[str, float]:
-  """Hits of N characters, [N, E], among those of K names, [K, E], that `allowed` [N, K] leaves.
+  """Returns the accuracy of naming characters.
 
-  label: [N] int32, the right name; it is always allowed. Of equal similarities the earlier name
-  comes first; NaN is never a hit.
+  Of equal similarities the earlier name comes first. NaN is never a hit.
+
+  >>> score(np.eye(3), np.eye(3), label=np.arange(3), allowed=np.ones((3, 3), bool))["top1"]
+  1.0
+
+  Args:
+    zimg: [N, E], characters.
+    weights: [K, E], names.
+    label: [N] int32, the correct names, which are always allowed.
+    allowed: [N, K] bool, the names to choose from.
 
   Returns:
-    "top1" and "top5", fractions, and "chance": what a guess among the allowed makes of top1.
+    "top1" and "top5", fractions, and "chance", the chance level of top1.
   """
   sims = zimg @ weights.T
   own = np.take_along_axis(sims, label[:, None], axis=1)  # [N, 1]
   earlier = np.arange(len(weights))[None] < label[:, None]
   before = (((sims > own) | ((sims == own) & earlier)) & allowed).sum(1)
-  found = np.isfinite(own[:, 0])
+  finite = np.isfinite(own[:, 0])
   return {
-    "top1": float((found & (before < 1)).mean()),
-    "top5": float((found & (before < 5)).mean()),
+    "top1": float((finite & (before < 1)).mean()),
+    "top5": float((finite & (before < 5)).mean()),
     "chance": float((1 / allowed.sum(1)).mean()),
   }
 
 
 def embedder(context: Context, source: Glyphs, *, batch_size: int) -> Callable[[Any], jax.Array]:
-  """embed(params) -> [N, E] on every device: the unit mean over each character's PROBES."""
-  # A few hundred small images: drawn once, kept on the host.
+  """Returns embed(params) -> [N, E] on every device: unit means over the PROBES of a character."""
+  # A few hundred small images, rendered once and kept on the host.
   images = np.stack([context.data.evaluation_view(source[i]["image"]) for i in range(len(source))])
 
   def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -63,19 +77,35 @@ def embedder(context: Context, source: Glyphs, *, batch_size: int) -> Callable[[
 def glyphs(
   context: Context, *, split: str = "heldout", batch_size: int = 256
 ) -> Callable[[Any], dict[str, float]]:
-  """Naming of characters that are in train in no font, and of as many that are.
+  """Naming of characters that the training split contains in no font, and of as many that it does.
 
-  A character's embedding is the unit mean of its pictures in the two PROBES, a name's that of its
-  captions in these two.
+  The embedding of a character is the unit mean of its images in the two PROBES, that of a name the
+  unit mean of its captions in these two.
+
+  >>> import jax.numpy as jnp
+  >>> from bigalign import sharding
+  >>> from bigalign.data.loader.options import resolve_data
+  >>> def embed(params, batch, mask=None):  # a collapsed model: all embeddings are equal
+  ...   return jnp.full((len(batch), 4), 0.5)
+  >>> data = resolve_data(dict(image_size=32, tokenizer=dict(name="byte", length=48)))
+  >>> context = Context("val", embed, embed, sharding.make_mesh(), data)
+  >>> run = glyphs(context, split="heldout_dev")
+  >>> metrics = run(params=None)
+  >>> metrics["val/val-unseen-heldout-top1"] == metrics["val/val-unseen-heldout-chance"]
+  True
 
   Args:
-    split: "heldout" for the report, "heldout_dev" for tuning.
+    context: model, mesh and data options.
+    split: "heldout" for results, "heldout_dev" for tuning.
     batch_size: images or captions at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
-    run(params) -> {"val/<name>-unseen-all-top1": fraction, ...}: characters unseen and seen; among
-    all names, the held-out ones (for unseen characters), those with the same letter; top1, top5
-    and chance.
+    run(params) -> {"val/<name>-unseen-all-top1": fraction, …}: for unseen and seen characters;
+    among all names, held-out names (for unseen characters) and names of the same letter; top1,
+    top5 and chance.
+
+  Raises:
+    ValueError: for another split.
   """
   if split not in ("heldout", "heldout_dev"):
     raise ValueError(

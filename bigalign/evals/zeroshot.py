@@ -1,4 +1,4 @@
-"""Zero-shot classification: class names in prompt templates instead of a trained head."""
+"""Zero-shot classification, by class names in prompt templates instead of a trained classifier."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ from clu import metrics as clu_metrics
 from bigalign import sharding, tree
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.sources.webdataset import read_classnames
-from bigalign.evals.embed import Context, mean_embedder, open_data, over_mesh, tell_rejects
+from bigalign.evals.embed import Context, log_rejects, mean_embedder, open_data, over_mesh
 
 PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))}
-_SLOTS = ("{c}", "{}")  # CLIP_benchmark's and open_clip's mark for the name of the class
+_SLOTS = ("{c}", "{}")  # placeholders of the class name in CLIP_benchmark and open_clip
 
 
 def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
-  """The strings of a .json list, or the lines of any other text file that are not blank.
+  """Returns the strings of a .json list, or the lines of another text file that are not blank.
 
-  With `labels` their places are labels, and a blank line is an error.
+  Args:
+    path: of the file; variables and ~ are expanded.
+    what: the option that names it, for errors.
+    labels: whether line numbers are labels; then a blank line is an error.
 
   Raises:
-    FileNotFoundError, ValueError: for a missing or empty file, or JSON that is not such a list.
+    FileNotFoundError: if the file is missing.
+    ValueError: for an empty file, or JSON that is not a list of strings.
   """
   file = pathlib.Path(expand_variables(path, what=what)).expanduser()
   if not file.is_file():
-    raise FileNotFoundError(f"{what}={path!r}: there is no file {file}")
+    raise FileNotFoundError(f"{what}={path!r}: {file} does not exist")
   text = file.read_text(encoding="utf-8")
   if file.suffix != ".json":
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -47,35 +51,43 @@ def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
         f"{what}={path!r} holds a {type(lines).__name__}{keys}; expected a list of strings"
       )
   if not lines:
-    raise ValueError(f"{what}={path!r}: {file} holds no line")
+    raise ValueError(f"{what}={path!r}: {file} is empty")
   return lines
 
 
 def read_templates(templates: str | Sequence[str], what: str = "templates") -> list[str]:
-  """Templates by the name of one of our sets, from a file, or as they are.
+  """Returns prompt templates.
+
+  Args:
+    templates: name of a set in PROMPTS, path of a .txt or .json file, or the templates.
+    what: the option that gives them, for errors.
 
   Raises:
-    ValueError: for an unknown set, or a template without a place for the name of the class.
+    ValueError: for an unknown set, or a template without a placeholder for the class name.
   """
   if not isinstance(templates, str):
-    found = list(templates)
+    lines = list(templates)
   elif templates in PROMPTS:
-    found = read_lines(str(PROMPTS[templates]), what)
+    lines = read_lines(str(PROMPTS[templates]), what)
   elif pathlib.Path(templates).suffix in (".txt", ".json"):
-    found = read_lines(templates, what)
+    lines = read_lines(templates, what)
   else:
     raise ValueError(
       f"{what}: unknown {templates!r}.{tree.nearest(templates, PROMPTS)} Known: {[*PROMPTS]},"
       " or a .txt or .json file"
     )
-  for template in found:
+  for template in lines:
     if not any(slot in template for slot in _SLOTS):
-      raise ValueError(f"{what}: {template!r} has no {{c}} or {{}} for the name of the class")
-  return found
+      raise ValueError(f"{what}: {template!r} has no {{c}} or {{}} for the class name")
+  return lines
 
 
 def fill(template: str, name: str) -> str:
-  """The prompt of one class; braces in the name stay what they are."""
+  """Returns the prompt of one class; braces in the name are kept.
+
+  >>> fill("a photo of a {c}.", "cat")
+  'a photo of a cat.'
+  """
   slot = next(slot for slot in _SLOTS if slot in template)
   return template.replace(slot, name)
 
@@ -83,16 +95,21 @@ def fill(template: str, name: str) -> str:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PerClass(clu_metrics.Metric):
-  """Hits and samples of each class; computes the mean recall of the classes that occur."""
+  """Mean recall of the classes that occur.
 
-  hits: jax.Array  # [K]
-  count: jax.Array  # [K]
+  Attributes:
+    hits: [K], correct samples of each class.
+    count: [K], samples of each class.
+  """
+
+  hits: jax.Array
+  count: jax.Array
 
   @classmethod
   def from_model_output(  # type: ignore[override]
     cls, *, top1: jax.Array, label: jax.Array, mask: jax.Array, classes: int, **_: Any
   ) -> PerClass:
-    # A label outside of [0, K) matches no class, and is counted in none.
+    # A label outside [0, K) counts for no class.
     member = (label[:, None] == jnp.arange(classes)[None]) & mask[:, None]  # [B, K]
     return cls(
       hits=jnp.sum(member & top1[:, None], axis=0, dtype=jnp.int32),
@@ -116,9 +133,15 @@ Hits = clu_metrics.Collection.create(
 
 
 def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Array) -> Any:
-  """Hits of a batch: [B, E] images against [K, E] classes; samples that are not valid do not count.
+  """Returns the hits of a batch, as a `Hits` collection.
 
-  Of equal logits the earlier class comes first, as argmax has it; NaN is never a hit.
+  Of equal logits the earlier class comes first, as in argmax. NaN is never a hit.
+
+  Args:
+    zimg: [B, E], images.
+    weights: [K, E], classes.
+    label: [B] int32.
+    valid: [B] bool; other samples do not count.
   """
   classes = len(weights)
   logits = jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
@@ -126,10 +149,10 @@ def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Ar
   own = jnp.take_along_axis(logits, jnp.clip(label, 0, classes - 1)[:, None], axis=1)  # [B, 1]
   earlier = jnp.arange(classes)[None] < label[:, None]
   before = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
-  found = known & jnp.isfinite(own[:, 0])
+  countable = known & jnp.isfinite(own[:, 0])
   return Hits.single_from_model_output(
-    top1=found & (before < 1),
-    top5=found & (before < 5),
+    top1=countable & (before < 1),
+    top5=countable & (before < 5),
     unlabelled=~known,
     label=label,
     mask=valid,
@@ -140,7 +163,14 @@ def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Ar
 def class_weights(
   context: Context, *, classnames: Sequence[str], templates: Sequence[str], batch_size: int
 ) -> Callable[[Any], jax.Array]:
-  """weigh(params) -> [K, E] on every device: the unit mean over a class's templates."""
+  """Returns weigh(params) -> [K, E] on every device: unit means over the prompts of each class.
+
+  Args:
+    context: of the evaluator.
+    classnames: K names.
+    templates: with a placeholder for the name.
+    batch_size: prompts at a time, over all devices.
+  """
   prompts = [fill(template, name) for name in classnames for template in templates]
   ids, mask = context.data.make_tokenizer().encode_batch(prompts)
 
@@ -162,18 +192,31 @@ def zeroshot(
 ) -> Callable[[Any], dict[str, float]]:
   """Zero-shot classification of a labelled source.
 
+  >>> import jax.numpy as jnp
+  >>> from bigalign import sharding
+  >>> from bigalign.data.loader.options import resolve_data
+  >>> def embed(params, batch, mask=None):  # a collapsed model: all embeddings are equal
+  ...   return jnp.full((len(batch), 4), 0.5)
+  >>> data = resolve_data(dict(image_size=32, tokenizer=dict(name="byte", length=48)))
+  >>> context = Context("val", embed, embed, sharding.make_mesh(), data)
+  >>> run = zeroshot(context, source="glyphs:heldout_dev", templates=["the letter {c}"])
+  >>> metrics = run(params=None)
+  >>> metrics["val/val-zeroshot-val-top1"], metrics["val/val-zeroshot-val-num_samples"]
+  (0.0, 1148)
+
   Args:
-    source: what open_source reads.
-    templates: one of our sets, a file of templates (.txt with one a line, or a .json list; {c} or
-      {} stands for the name), or a sequence of them.
-    classnames: a file with the names in the order of the labels; those of the source if None.
+    context: model, mesh and data options.
+    source: as in config.data.source, with labels.
+    templates: "photos", "name" or "simple", a file of templates (.txt with one per line, or a .json
+      list), or the templates; {c} or {} is replaced by the class name.
+    classnames: file of class names in the order of the labels; None: the names of the source.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
     run(params) -> {"val/<name>-zeroshot-val-top1": fraction, ...}; top5 from five classes on.
 
   Raises:
-    ValueError: for a source without class names or with labels outside of them.
+    ValueError: for a source without class names; when run, for labels without a name.
   """
   where = f"config.evals.{context.name}"
   data = open_data(context, source, batch_size=batch_size, captions=0)
@@ -184,8 +227,8 @@ def zeroshot(
   )
   if not names:
     raise ValueError(
-      f"{where}: the source {source!r} comes without class names (no classnames.txt beside its"
-      " shards); set classnames to a file with one name per line, in the order of the labels"
+      f"{where}: the source {source!r} has no class names (no classnames.txt next to its shards);"
+      " set classnames to a file with one name per line, in the order of the labels"
     )
   weigh = class_weights(
     context,
@@ -194,14 +237,14 @@ def zeroshot(
     batch_size=batch_size,
   )
 
-  whole = sharding.replicated_sharding(context.mesh)
+  replicated = sharding.replicated_sharding(context.mesh)
 
-  @functools.partial(jax.jit, out_shardings=whole)
+  @functools.partial(jax.jit, out_shardings=replicated)
   def count(zimg: jax.Array, weights: jax.Array, batch: dict[str, jax.Array]) -> Any:
     hits = measure(zimg, weights, batch["label"], batch["valid"])
     return hits, batch["rejects"].sum(0)
 
-  @functools.partial(jax.jit, out_shardings=whole)
+  @functools.partial(jax.jit, out_shardings=replicated)
   def add(a: Any, b: Any) -> Any:
     return a[0].merge(b[0]), a[1] + b[1]
 
@@ -214,7 +257,7 @@ def zeroshot(
       counted = sharding.block_on_cpu(count(zimg, weights, kept))
       total = counted if total is None else sharding.block_on_cpu(add(total, counted))
     hits, rejects = jax.tree.map(np.asarray, total)
-    rejected = tell_rejects(context.name, rejects)
+    rejected = log_rejects(context.name, rejects)
     samples = int(hits.top1.count)
     if not samples:
       raise ValueError(
@@ -225,8 +268,8 @@ def zeroshot(
     del values["unlabelled"]
     if unlabelled:
       raise ValueError(
-        f"{where}.source={source!r}: {unlabelled} of {samples} samples have no label or one that is"
-        f" outside of the {len(names)} class names ({names[0]!r} ... {names[-1]!r})"
+        f"{where}.source={source!r}: {unlabelled} of {samples} samples have no label, or a label"
+        f" outside the {len(names)} class names ({names[0]!r} ... {names[-1]!r})"
       )
     if len(names) < 5:
       del values["top5"]

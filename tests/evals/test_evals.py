@@ -172,7 +172,10 @@ def test_retrieval_in_small_chunks_is_the_same(tiny, monkeypatch):
 
 def test_retrieval_moves_queries_but_not_the_gallery(tiny):
   mesh = sharding.make_mesh(data=4, fsdp=2)
-  split, whole = NamedSharding(mesh, P(None, sharding.BATCH)), sharding.replicated_sharding(mesh)
+  split, replicated = (
+    NamedSharding(mesh, P(None, sharding.BATCH)),
+    sharding.replicated_sharding(mesh),
+  )
 
   def shape(*sizes, dtype=jnp.float32, place=split):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
@@ -185,9 +188,9 @@ def test_retrieval_moves_queries_but_not_the_gallery(tiny):
     ordinal=shape(batches, size, dtype=jnp.int32),
     valid=shape(batches, size, dtype=bool),
     texts_valid=shape(batches, size, captions, dtype=bool),
-    rejects=shape(7, dtype=jnp.int32, place=whole),
+    rejects=shape(7, dtype=jnp.int32, place=replicated),
   )
-  find = jax.jit(retrieval.both_ways, static_argnames="mesh", out_shardings=whole)
+  find = jax.jit(retrieval.both_directions, static_argnames="mesh", out_shardings=replicated)
   text = find.lower(z, mesh=mesh).compile().as_text()
   moved = re.findall(r"= (.*) (?:all-[-a-z]+|collective-permute)\(", text)
   sizes = [

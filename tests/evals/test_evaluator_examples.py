@@ -1,0 +1,14 @@
+"""The examples in the docstrings of the evaluators run and give the values that they show."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["chance", "geometry", "glyphs", "retrieval", "zeroshot"])
+def test_examples_of_evaluators(name):
+  results = doctest.testmod(importlib.import_module(f"bigalign.evals.{name}"))
+  assert results.attempted and not results.failed
