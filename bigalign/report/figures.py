@@ -12,7 +12,13 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+  FuncFormatter,
+  LogLocator,
+  MaxNLocator,
+  NullFormatter,
+  PercentFormatter,
+)
 from PIL import Image
 
 Series = tuple[Sequence[float], Sequence[float]]  # steps, values
@@ -116,6 +122,7 @@ def curves(
       axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(title)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", lw=0.5)
     axes.margins(x=0.02)
     if legend:
@@ -127,7 +134,8 @@ def histogram(values: Sequence[float], *, title: str) -> str:
   """Returns a histogram of values above 0, on a logarithmic scale if they span a factor over 20."""
   least, most = min(values), max(values)
   log = most > 20 * least
-  edges = np.geomspace(least, most, 41) if log else np.linspace(least, max(most, least + 1e-6), 41)
+  end = most if most > least else least + 1  # equal values fill the first bin
+  edges = np.geomspace(least, most, 41) if log else np.linspace(least, end, 41)
   counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
   with matplotlib.rc_context(_STYLE):
     figure = Figure(figsize=(4.0, 2.3), layout="constrained")
