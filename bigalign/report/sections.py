@@ -188,8 +188,8 @@ def geometry(pairs: Pairs) -> str:
   cells = "".join(f"<div><b>{v}</b>{escape(k)}</div>" for k, v in numbers.items())
   return (
     f"<h2>Geometry</h2><p>{escape(pairs.where)}. Left: similarities of {len(some)} of them; a"
-    " well-trained model shows a bright diagonal on a dark background. Right: both modalities in the"
-    " plane of their joint PCA. Lines join pairs; the arrow is the gap between the two means.</p>"
+    " well-trained model shows a bright diagonal on a dark background. Right: both modalities in"
+    " the plane of their joint PCA. Lines join pairs; the arrow is the gap between the means.</p>"
     f'<div class="numbers">{cells}</div><div class="grid two">'
     f'<div class="card">{figures.heatmap(sims[np.ix_(some, some)])}</div>'
     f'<div class="card">{figures.sphere(pairs.zimg, pairs.ztxt)}</div></div>'
