@@ -87,7 +87,7 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
   towers = {side: getattr(program.model, f"{side}_tower") for side in ("image", "text")}
   with jax.set_mesh(mesh):
     lowered = step.traced.lower()
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
       "topology": topology,
       "device_kind": mesh.devices.flat[0].device_kind,
       "peak_flops_per_second": flops.peak(mesh.devices.flat[0]),
@@ -114,10 +114,10 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
     except jax.errors.JaxRuntimeError as error:
       if not is_out_of_memory(error):
         raise
-      return {**found, "fits": False, **_required(error), **_held(step)}
-    found["compile_seconds"] = time.perf_counter() - begin
+      return {**figures, "fits": False, **_required(error), **_held(step)}
+    figures["compile_seconds"] = time.perf_counter() - begin
   return {
-    **found,
+    **figures,
     "fits": True,
     **_held(step, compiled.memory_analysis()),
     **_moved(compiled.as_text()),

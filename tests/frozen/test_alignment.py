@@ -50,11 +50,11 @@ def test_linear_cka_is_that_of_kernels():
 
 
 def test_local_cka_is_that_of_one_pair_more():
-  found = alignment.local_cka(of(X[FIT], Y[FIT]), X[300:304], Y[300:306])
+  cka = alignment.local_cka(of(X[FIT], Y[FIT]), X[300:304], Y[300:306])
   for i, j in itertools.product(range(4), range(6)):
     x = np.concatenate([X[FIT], X[300 + i : 301 + i]])
     y = np.concatenate([Y[FIT], Y[300 + j : 301 + j]])
-    assert found[i, j] == pytest.approx(gram_cka(x, y), rel=1e-9)
+    assert cka[i, j] == pytest.approx(gram_cka(x, y), rel=1e-9)
 
 
 def test_neighbours_rank_and_uniformity():
@@ -101,18 +101,18 @@ def test_canonical_correlations_are_those_of_whitened_sides():
   fit = of(X[FIT], Y[FIT])
   a, b = alignment.cca(fit, of(X[CHOOSE], Y[CHOOSE]))
   x, y = a(X[FIT]), b(Y[FIT])
-  found = [abs(np.corrcoef(x[:, k], y[:, k])[0, 1]) for k in range(5)]
+  correlations = [abs(np.corrcoef(x[:, k], y[:, k])[0, 1]) for k in range(5)]
   sides = [scipy.linalg.orth(z[FIT] - z[FIT].mean(0)) for z in (X, Y)]
   expected = scipy.linalg.svdvals(sides[0].T @ sides[1])[:5]
-  np.testing.assert_allclose(found, expected, atol=0.02)  # penalised
-  assert found == sorted(found, reverse=True)
+  np.testing.assert_allclose(correlations, expected, atol=0.02)  # penalised
+  assert correlations == sorted(correlations, reverse=True)
 
 
 def test_recalls_count_what_stands_before():
   scores = np.array([[9, 1, 5, 4], [3, 2, 1, 8], [1, 7, 6, 2.0]])
-  found = alignment.recalls(scores, np.array([0, 0, 1, 2]))
-  assert found["text_to_image_R@1"] == 1 / 4 and found["image_to_text_R@1"] == 1 / 3
-  assert found["text_to_image_R@5"] == found["image_to_text_R@5"] == 1
+  recalls = alignment.recalls(scores, np.array([0, 0, 1, 2]))
+  assert recalls["text_to_image_R@1"] == 1 / 4 and recalls["image_to_text_R@1"] == 1 / 3
+  assert recalls["text_to_image_R@5"] == recalls["image_to_text_R@5"] == 1
 
 
 def test_what_is_all_alike_finds_nothing():

@@ -106,18 +106,18 @@ def test_each_class_chooses_what_it_would_by_hand(stores, options, tmp_path, mon
   """In chunks that end anywhere; classes choose more than there is for them, or less."""
   monkeypatch.setattr(curate, "CHUNK", 5 * 37)
   expected = by_hand(**stores, **options)
-  found = curate.curate(**stores, out=str(tmp_path / "a/list"), **options)
-  assert found["chosen_per_class"] == [len(expected[k]) for k in range(5)]
+  manifest = curate.curate(**stores, out=str(tmp_path / "a/list"), **options)
+  assert manifest["chosen_per_class"] == [len(expected[k]) for k in range(5)]
   every = np.sort(np.concatenate([x for x in expected.values()])).astype(np.int64)
   first, second = (np.load(tmp_path / f"a/list.{i}.places.npy") for i in (0, 1))
   offset = Store(stores["captions"]).sources[1]["place"]
   np.testing.assert_array_equal(np.concatenate([first, second + offset]), every)
   ids = np.load(tmp_path / "a/list.ids.npy")
-  assert len(ids) == len(every) == found["chosen"]
-  assert json.loads((tmp_path / "a/list.json").read_text()) == found
+  assert len(ids) == len(every) == manifest["chosen"]
+  assert json.loads((tmp_path / "a/list.json").read_text()) == manifest
   again = curate.curate(**stores, out=str(tmp_path / "b"), **options)
   monkeypatch.setattr(curate, "CHUNK", 1 << 24)
-  assert again == curate.curate(**stores, out=str(tmp_path / "b"), **options) == found
+  assert again == curate.curate(**stores, out=str(tmp_path / "b"), **options) == manifest
 
 
 def test_only_the_best_are_held():
@@ -196,7 +196,7 @@ def test_from_pictures_to_a_run_on_what_was_chosen(tmp_path):
   image = Store(tmp_path / "labelled/image")
   np.testing.assert_allclose(np.linalg.norm(image.read(np.arange(40)), axis=1), 1, atol=1e-3)
   np.testing.assert_array_equal(image.labels(np.arange(40)), np.arange(40) % 3)
-  found = curate.main(
+  manifest = curate.main(
     [
       "--classes",
       str(tmp_path / "labelled/image"),
@@ -208,7 +208,7 @@ def test_from_pictures_to_a_run_on_what_was_chosen(tmp_path):
       "7",
     ]
   )
-  assert found["chosen_per_class"] == [7, 7, 7]
+  assert manifest["chosen_per_class"] == [7, 7, 7]
   view.main(
     [
       str(tmp_path / "captioned.tar"),

@@ -51,7 +51,7 @@ def small(**parts):
 def made_up(batch, *, fits=True, **parts):
   """A plan of 4 v5e whose memory is 1 GB and 10 MB for each row of a chip."""
   rows = batch / 4
-  found = dict(
+  plan = dict(
     topology="v5e:2x2",
     devices=4,
     mesh=dict(data=4, fsdp=1, tensor=1),
@@ -69,18 +69,18 @@ def made_up(batch, *, fits=True, **parts):
     collectives={"all-reduce": dict(runs=1, bytes=40e9, asynchronous_bytes=0.0)},
   )
   needed = 1e9 + 1e7 * rows
-  found["peak_bytes_per_chip" if fits else "required_bytes_per_chip"] = needed
-  return found | parts
+  plan["peak_bytes_per_chip" if fits else "required_bytes_per_chip"] = needed
+  return plan | parts
 
 
 def test_time_and_price_follow_the_data_sheet():
   """Half a second of products at 92 %, traffic at 70 %, communication; 4 chips, 1,000 steps."""
-  found = chips.estimate(made_up(512), {"v5e": 2.0})
-  assert found["seconds_per_step"] == pytest.approx([0.46 / 0.55 + 40 / 200, 0.5])
-  assert found["images_per_second"][1] == pytest.approx(512 / 0.5)
-  assert found["total_samples"] == 512_000 and found["measured"] is False
-  assert found["chip_hours"][1] == pytest.approx(4 * 500 / 3600)
-  assert found["cost"] == pytest.approx([2 * x for x in found["chip_hours"]])
+  plan = chips.estimate(made_up(512), {"v5e": 2.0})
+  assert plan["seconds_per_step"] == pytest.approx([0.46 / 0.55 + 40 / 200, 0.5])
+  assert plan["images_per_second"][1] == pytest.approx(512 / 0.5)
+  assert plan["total_samples"] == 512_000 and plan["measured"] is False
+  assert plan["chip_hours"][1] == pytest.approx(4 * 500 / 3600)
+  assert plan["cost"] == pytest.approx([2 * x for x in plan["chip_hours"]])
   assert chips.estimate(made_up(512), {"v4": 1.0})["cost"] is None
   # One chip of these is two devices.
   pair = chips.estimate(made_up(512, topology="tpu7x:2x2x1"), {})
@@ -138,11 +138,11 @@ def test_an_answer_is_kept_until_something_changes(tmp_path, monkeypatch):
 
 def test_a_sweep_is_all_combinations():
   c = load("clip_b16").to_dict()
-  found = list(variants.combinations(c, ["remat", "mesh"], 8))
-  assert len(found) == 3 * 2 and dict(remat="full", mesh=4) in found
-  other = variants.with_changes(c, **found[-1], batch=64)
-  assert other["model"]["text"]["remat"] == found[-1]["remat"] and other["batch_size"] == 64
-  assert other["mesh"] == dict(data=-1, fsdp=found[-1]["mesh"], tensor=1)
+  combinations = list(variants.combinations(c, ["remat", "mesh"], 8))
+  assert len(combinations) == 3 * 2 and dict(remat="full", mesh=4) in combinations
+  other = variants.with_changes(c, **combinations[-1], batch=64)
+  assert other["model"]["text"]["remat"] == combinations[-1]["remat"] and other["batch_size"] == 64
+  assert other["mesh"] == dict(data=-1, fsdp=combinations[-1]["mesh"], tensor=1)
   assert c["model"]["text"]["remat"] == "dots", "the config itself is unchanged"
   with pytest.raises(ValueError, match=r"known: .*remat"):
     list(variants.combinations(c, ["remats"], 8))
@@ -277,22 +277,22 @@ def test_both_verdicts_from_the_command_line(tmp_path):
       (time.perf_counter() - begin),
     )
 
-  first, found, loaded, _ = ask()
+  first, plan, loaded, _ = ask()
   assert first.returncode == 0 and "FITS" in first.stdout and "not measured" in first.stdout, (
     first.stderr[-2000:]
   )
-  assert loaded and found["fits"]
-  kinds = found["memory_bytes_per_chip"]
-  assert 16_384**2 * 4 < found["peak_bytes_per_chip"] < chips.CHIPS["v5e"].memory
-  assert kinds["parameters"] == 4 * found["parameters"] == 4 * ((64 + 48) * 32 + 1)
-  assert found["cost"] == pytest.approx([1.5 * x for x in found["chip_hours"]])
+  assert loaded and plan["fits"]
+  kinds = plan["memory_bytes_per_chip"]
+  assert 16_384**2 * 4 < plan["peak_bytes_per_chip"] < chips.CHIPS["v5e"].memory
+  assert kinds["parameters"] == 4 * plan["parameters"] == 4 * ((64 + 48) * 32 + 1)
+  assert plan["cost"] == pytest.approx([1.5 * x for x in plan["chip_hours"]])
   second, again, loaded, seconds = ask()
-  assert again == found and second.stdout == first.stdout and not loaded and seconds < 5
-  big, found, _, _ = ask("--batch=262144")
+  assert again == plan and second.stdout == first.stdout and not loaded and seconds < 5
+  big, plan, _, _ = ask("--batch=262144")
   assert big.returncode == 1 and "DOES NOT FIT" in big.stdout
   assert (
-    found["required_bytes_per_chip"]
-    > found["available_bytes_per_chip"]
+    plan["required_bytes_per_chip"]
+    > plan["available_bytes_per_chip"]
     == (chips.CHIPS["v5e"].memory)
   )
 
@@ -305,9 +305,9 @@ def test_both_verdicts_from_the_command_line(tmp_path):
 )
 def test_verdicts_on_both_sides_of_the_line(batch):
   """Verdict and size agree: ten batches, half of which fit."""
-  found, room = compile_step.measure(small(batch_size=batch), "v5e:1x1"), chips.CHIPS["v5e"].memory
-  assert found["fits"] == (batch < 52_000)
-  if found["fits"]:
-    assert found["peak_bytes_per_chip"] <= room
+  plan, room = compile_step.measure(small(batch_size=batch), "v5e:1x1"), chips.CHIPS["v5e"].memory
+  assert plan["fits"] == (batch < 52_000)
+  if plan["fits"]:
+    assert plan["peak_bytes_per_chip"] <= room
   else:
-    assert found["required_bytes_per_chip"] > room == found["available_bytes_per_chip"]
+    assert plan["required_bytes_per_chip"] > room == plan["available_bytes_per_chip"]

@@ -46,12 +46,12 @@ def test_what_a_small_step_moves():
   )
   c["model"] |= dict(embed_dim=256)
   c["optimizer"]["name"] = "adamw"
-  found = compile_step.measure(c, "v5e:2x2")
-  moved, weights = found["collectives"], 2 * found["parameters"]
-  assert found["fits"] and moved["all-gather"]["bytes"] <= 2.6 * weights
+  plan = compile_step.measure(c, "v5e:2x2")
+  moved, weights = plan["collectives"], 2 * plan["parameters"]
+  assert plan["fits"] and moved["all-gather"]["bytes"] <= 2.6 * weights
   assert moved.get("reduce-scatter", dict(bytes=0))["bytes"] <= 1.1 * weights
   assert moved.get("all-to-all", dict(bytes=0))["bytes"] <= 1e6
-  assert found["not_checked"], "the vocabulary file is missing"
+  assert plan["not_checked"], "the vocabulary file is missing"
 
 
 @pytest.mark.long
@@ -198,8 +198,8 @@ def b16(name="clip_b16", **parts):
   ],
 )
 def test_memory_of_b16(name, remat, rows, most, ask):
-  found = ask(b16(name, remat=remat, batch=256 * rows), "v5e:16x16")
-  assert found["peak_bytes_per_chip"] <= most
+  plan = ask(b16(name, remat=remat, batch=256 * rows), "v5e:16x16")
+  assert plan["peak_bytes_per_chip"] <= most
 
 
 @needs_libtpu
@@ -208,8 +208,8 @@ def test_memory_of_b16(name, remat, rows, most, ask):
 def test_gradients_of_b16_are_communicated_once_in_bfloat16(ask):
   """All-reduces are counted as twice their operand; the loss's statistics are among them."""
   c = b16(remat="full") | dict(gradient_dtype="bfloat16")
-  found = ask(c, "v5e:16x16")
-  assert found["collectives"]["all-reduce"]["bytes"] / 2 <= 1.01 * 2 * found["parameters"]
+  plan = ask(c, "v5e:16x16")
+  assert plan["collectives"]["all-reduce"]["bytes"] / 2 <= 1.01 * 2 * plan["parameters"]
 
 
 @needs_libtpu

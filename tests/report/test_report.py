@@ -161,7 +161,7 @@ def test_principal_axes_are_those_of_the_covariance():
 
 
 def test_chance_is_what_random_embeddings_score():
-  found = chance(
+  levels = chance(
     {
       "val/image_to_text_R@5": 0,
       "val/text_to_image_R@10": 0,
@@ -177,10 +177,10 @@ def test_chance_is_what_random_embeddings_score():
   )
   rng = np.random.default_rng(3)
   hits = [(rng.permutation(500)[:5] < 5).any() for _ in range(20000)]
-  assert found["val/image_to_text_R@5"] == pytest.approx(np.mean(hits), abs=5e-3)
-  assert found["val/text_to_image_R@10"] == pytest.approx(0.1)
-  assert found["val/x-zeroshot-val-top5"] == 1 and found["val/g-seen-all-top1"] == 0.01
-  assert len(found) == 4
+  assert levels["val/image_to_text_R@5"] == pytest.approx(np.mean(hits), abs=5e-3)
+  assert levels["val/text_to_image_R@10"] == pytest.approx(0.1)
+  assert levels["val/x-zeroshot-val-top5"] == 1 and levels["val/g-seen-all-top1"] == 0.01
+  assert len(levels) == 4
 
 
 def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):

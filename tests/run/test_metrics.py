@@ -1,4 +1,4 @@
-"""What a run writes down can be read back, to the bit, also after a kill and a resume."""
+"""Metrics can be read back to the bit, also after a kill and a resume."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_takes_arrays_of_one_element_and_refuses_others(tmp_path):
       writer.write(2, {"grads": np.zeros(2)})
     with pytest.raises(TypeError, match="'name'"):
       writer.write(2, {"name": "siglip"})
-  (row,) = read_metrics(tmp_path)  # the refused rows left nothing behind
+  (row,) = read_metrics(tmp_path)  # rejected rows are not written
   assert row == {"step": 1, "a": float(np.float32(0.1)), "b": 3, "c": 0.5}
   assert isinstance(row["b"], int)
 
@@ -124,7 +124,7 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
   assert not out.getvalue()
 
 
-def test_wandb_missing_is_said_and_present_is_resumed(tmp_path, monkeypatch):
+def test_a_missing_wandb_is_an_error_and_an_existing_run_is_resumed(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ImportError, match=r"bigalign\[wandb\]"):
     MetricWriter(tmp_path, wandb={})
@@ -143,7 +143,7 @@ def test_wandb_missing_is_said_and_present_is_resumed(tmp_path, monkeypatch):
   assert "id" not in starts[0] and starts[1]["id"] == "abc" and starts[1]["project"] == "p"
 
 
-def test_wall_clock_names_are_told_apart():
+def test_names_of_wall_clock_metrics():
   assert all(
     map(
       is_wall_clock,

@@ -1,4 +1,4 @@
-"""What a run does when it is told to end, when others are gone or hang, when files are damaged."""
+"""Preemption, lost processes, processes that hang, damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ ONE = {"data": 8, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.slow
-def test_one_process_ends_when_told_and_goes_on(tmp_path, monkeypatch):
-  """SIGTERM at step 3: a checkpoint there, exit code 143, and no row more in the log than without;
-  the times of the start are there."""
+def test_a_single_process_stops_at_sigterm_and_resumes(tmp_path, monkeypatch):
+  """SIGTERM at step 3: a checkpoint, exit code 143, no additional rows; the times of the start."""
   c = small_runs.config(ONE, total_steps=6, checkpoint_every=0, log_every=2).to_dict()
   data_position, calls = train.data_position, []
 
-  def told(*args):
+  def interrupted(*args):
     calls.append(args)
     if len(calls) == 3:
       os.kill(os.getpid(), signal.SIGTERM)
     return data_position(*args)
 
-  monkeypatch.setattr(train, "data_position", told)
+  monkeypatch.setattr(train, "data_position", interrupted)
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(SystemExit) as ended:
     train.train(c, tmp_path)
@@ -79,7 +78,7 @@ def test_steps_of_the_profile_flag():
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):
-  """Google's metadata server, which announces maintenance in its second answer on it."""
+  """Google's metadata server; its second answer about maintenance announces it."""
 
   asked: typing.ClassVar[list[str]] = []
 
@@ -96,7 +95,7 @@ class _Metadata(http.server.BaseHTTPRequestHandler):
     """Silent."""
 
 
-def test_a_notice_of_maintenance_is_one_of_the_end(monkeypatch):
+def test_a_maintenance_notice_stops_the_run(monkeypatch):
   server = http.server.HTTPServer(("127.0.0.1", 0), _Metadata)
   thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
   thread.start()
@@ -126,7 +125,7 @@ def test_a_notice_of_maintenance_is_one_of_the_end(monkeypatch):
   ],
   ids=str,
 )
-def test_mistakes_exit_with_1_and_lost_processes_with_143(error, code, monkeypatch):
+def test_errors_exit_with_1_and_lost_processes_with_143(error, code, monkeypatch):
   with pytest.raises(type(error)):
     preemption.exit_on_error(error)  # a single process
   monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -137,18 +136,18 @@ def test_mistakes_exit_with_1_and_lost_processes_with_143(error, code, monkeypat
   assert ended.value.code == code
 
 
-def test_who_hangs_is_named():
-  said = preemption.hang_message({0: 13, 1: 12, 2: 13}, 600.0)
-  assert "No step in 600 s: processes [1] hang after step 12" in said
+def test_processes_that_hang_are_named():
+  message = preemption.hang_message({0: 13, 1: 12, 2: 13}, 600.0)
+  assert "No step in 600 s: processes [1] hang after step 12" in message
   assert "all 2 processes hang after step 7" in preemption.hang_message({0: 7, 1: 7}, 60.0)
 
 
-def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
-  """Every file of the newest, cut or deleted: the run's arrays to the bit, or an error with a name
-  after which, without it, the one before is taken."""
+def test_damaged_checkpoints_are_named_and_never_restored(tmp_path):
+  """Each file of the newest checkpoint, cut or deleted: either the exact arrays, or an error that
+  names the checkpoint; without it, the one before is restored."""
 
   def parts(step):
-    # One array: when one read fails, orbax closes the loop on which tensorstore tells of others.
+    # One array: when a read fails, orbax closes the event loop that others report to.
     return {"trainable": {"a/b": jnp.arange(5000.0) * step}}
 
   abstract = jax.tree.map(
@@ -183,7 +182,7 @@ def test_damaged_checkpoints_are_named_and_never_taken(tmp_path):
       refused += 1
       shutil.rmtree(copy / "checkpoints/2")
       assert taken(copy) == 1
-  assert refused >= 4  # what holds arrays or tells of them; not markers and copies
+  assert refused >= 4  # files with arrays or their metadata; not markers and copies
 
 
 LATE = """
@@ -202,8 +201,8 @@ if sys.argv[1] == "come":
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_come_or_hang_are_named(tmp_path):
-  """Process 1 of three: first it does not start, then it stays at its step."""
+def test_processes_that_do_not_connect_or_hang_are_named(tmp_path):
+  """Process 1 of three: first it is killed before it connects, then it hangs at its step."""
   late = tmp_path / "late.py"
   late.write_text(LATE)
   with small_runs.Run(tmp_path / "start", 3, "come", devices=3, program=late) as run:
@@ -219,7 +218,7 @@ def test_processes_that_do_not_come_or_hang_are_named(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_twenty_random_kills(tmp_path):
-  """kill -9 to one of four at any moment, of steps and of starts; all are then started again."""
+  """kill -9 of one of four processes at random moments; then all are started again."""
   mesh = {"data": 2, "fsdp": 2, "tensor": 2}
   changes = dict(total_steps=300, checkpoint_every=5)
   config = small_runs.write(tmp_path / "config.py", small_runs.config(mesh, **changes))

@@ -1,4 +1,4 @@
-"""What is set before the first device is touched, on machines that are not here."""
+"""Settings made before the first device is used, on simulated machines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VMEM = "--xla_tpu_scoped_vmem_limit_kib"
 
 @pytest.fixture
 def tpu(monkeypatch, tmp_path):
-  """A TPU host without chips on its bus yet: the folder of PCI devices."""
+  """A TPU host without chips on its bus yet; returns the folder of PCI devices."""
   monkeypatch.setattr(runtime, "_tpu", lambda: True)
   monkeypatch.setattr(runtime, "_gpu", lambda: False)
   monkeypatch.setattr(runtime, "PCI", str(tmp_path))
@@ -37,7 +37,7 @@ def flags_of(variable):
 @pytest.mark.parametrize(
   "device,expected", [("0x006f", "98304"), ("0x0063", None), ("0xffff", None)]
 )
-def test_the_pci_bus_tells_the_kind_of_tpu(tpu, device, expected):
+def test_the_kind_of_tpu_is_read_from_the_pci_bus(tpu, device, expected):
   plug_in(tpu, "0x1234", "0x006f")  # another maker's
   plug_in(tpu, "0x1ae0", device)
   found = flags_of("LIBTPU_INIT_ARGS")
@@ -52,7 +52,7 @@ def test_the_accelerator_type_comes_first(tpu, monkeypatch, kind, expected):
   assert flags_of("LIBTPU_INIT_ARGS").get(VMEM) == expected
 
 
-def test_what_the_user_has_set_stays(tpu, monkeypatch):
+def test_settings_of_the_user_are_kept(tpu, monkeypatch):
   monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
   monkeypatch.setenv("LIBTPU_INIT_ARGS", f"{VMEM}=5")
   assert flags_of("LIBTPU_INIT_ARGS")[VMEM] == "5"

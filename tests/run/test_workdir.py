@@ -1,4 +1,4 @@
-"""Runs in a bucket, on a server of this machine that answers as Google's does."""
+"""Runs in a bucket, on a local server with the interface of Google Cloud Storage."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def rows(workdir):
 
 @needs_gcsfs
 @pytest.mark.slow
-def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, monkeypatch):
-  """Told to end behind step 3, and its machine gone with all it held; a checkpoint not whole."""
+def test_a_run_in_a_bucket_resumes_on_another_machine(bucket, cache, tmp_path, monkeypatch):
+  """Stopped after step 3; the machine is lost with its files; one checkpoint is incomplete."""
   whole = train.train(config(), tmp_path / "whole")
   place = "gs://bucket/runs/one"
   with monkeypatch.context() as patch:
@@ -94,7 +94,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, cache, tmp_path, m
 @needs_gcsfs
 @pytest.mark.slow
 def test_two_hosts_write_one_run_into_a_bucket(bucket, cache, tmp_path):
-  """Each its part of a checkpoint, and one the rest; from the last whole one goes on another."""
+  """Each writes its part of a checkpoint; another run resumes from the last complete one."""
   c = small_runs.config(dict(data=1, fsdp=8, tensor=1), total_steps=2, checkpoint_every=1)
   whole = train.train(c, tmp_path / "whole")
   place, file = "gs://bucket/runs/hosts", small_runs.write(tmp_path / "tiny.py", c)
@@ -114,7 +114,7 @@ def test_two_hosts_write_one_run_into_a_bucket(bucket, cache, tmp_path):
 
 
 @needs_gcsfs
-def test_what_is_local_is_what_is_in_the_bucket(bucket, cache):
+def test_the_local_folder_equals_the_bucket(bucket, cache):
   one = Workdir("gs://bucket/small/")
   one.download()
   (one.local / "tensorboard").mkdir()
@@ -146,7 +146,7 @@ def test_what_is_local_is_what_is_in_the_bucket(bucket, cache):
     ("gs://bucket/run", r"needs gcsfs: pip install 'bigalign\[gcs\]'"),
   ],
 )
-def test_addresses_that_cannot_be_used(address, message, monkeypatch):
+def test_unusable_addresses_are_errors(address, message, monkeypatch):
   monkeypatch.setattr(workdir_module.importlib.util, "find_spec", lambda name: None)
   with pytest.raises((ValueError, ImportError), match=message):
     Workdir(address)
