@@ -22,6 +22,7 @@ _ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 
 
 def _sizes(options: TransformerOptions) -> dict[str, Any]:
+  """The options of a tower that every config of transformers has."""
   return dict(
     hidden_size=options.sizes.width,
     intermediate_size=options.sizes.hidden,

@@ -31,6 +31,7 @@ _TRUNKS = tuple(
 
 
 def _act(activation: str) -> dict[str, Any]:
+  """The option for an activation that is not open_clip's default."""
   return {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}
 
 
@@ -115,10 +116,12 @@ def _trunk(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _bias(trained: TrainedModel) -> dict[str, Any]:
+  """The key by which the reader knows that there is a logit bias."""
   return {"logit_bias": None} if "b" in trained.arrays else {}
 
 
 def _custom(trained: TrainedModel) -> dict[str, Any]:
+  """The keys by which the reader knows a CustomTextCLIP."""
   return {"text.": None} | _bias(trained)
 
 

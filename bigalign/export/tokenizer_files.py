@@ -135,6 +135,7 @@ def _small(model: Any, spec: dict[str, Any], pieces: Any) -> tokenizers.Tokenize
 
 
 def _byte(tokenizer: Byte) -> tokenizers.Tokenizer:
+  """A BPE without merges: one token per byte."""
   # ByteLevel maps printable bytes to themselves, the others in order to characters from 256 on.
   characters = sorted(pre_tokenizers.ByteLevel.alphabet())
   shown = {ord(x) for x in characters}
@@ -148,6 +149,7 @@ def _byte(tokenizer: Byte) -> tokenizers.Tokenizer:
 
 
 def _words(tokenizer: Words) -> tokenizers.Tokenizer:
+  """Lower-case or cased words; other characters separate them."""
   if tokenizer.spec["drop_unknown"]:
     raise ValueError(
       "config.data.tokenizer.drop_unknown=True: a tokenizer.json cannot drop unknown words"
@@ -160,6 +162,7 @@ def _words(tokenizer: Words) -> tokenizers.Tokenizer:
 
 
 def _rust(tokenizer: Rust) -> tokenizers.Tokenizer:
+  """Tokenizers that are those of the library already."""
   return tokenizers.Tokenizer.from_str(tokenizer.model.to_str())
 
 
@@ -179,6 +182,7 @@ def _clip(tokenizer: Clip) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
+  """A Unigram model with the rules of its SentencePiece model."""
   proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
   proto.ParseFromString(tokenizer.model.serialized_model_proto())
   trained, rules = proto.trainer_spec, proto.normalizer_spec

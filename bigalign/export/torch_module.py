@@ -99,6 +99,7 @@ def _config(trained: TrainedModel) -> dict[str, Any]:
 
 
 def _some(options: Any, *names: str) -> dict[str, Any]:
+  """Some options by name."""
   return {name: getattr(options, name) for name in names}
 
 
@@ -110,6 +111,7 @@ def _transformer(options: TransformerOptions, *of_blocks: str) -> dict[str, Any]
 
 
 def _vit(options: VitOptions, size: int) -> dict[str, Any]:
+  """Arguments of VisionTransformer."""
   return dict(
     name="vit",
     image_size=size,
@@ -120,11 +122,13 @@ def _vit(options: VitOptions, size: int) -> dict[str, Any]:
 
 
 def _mobilenet(options: MobilenetOptions, size: int) -> dict[str, Any]:
+  """Arguments of MobileNetV2."""
   width = options.token_width
   return dict(name="mobilenet_v2", stem=mobilenet.STEM, stages=mobilenet.STAGES, width=width)
 
 
 def _text(options: TextOptions) -> dict[str, Any]:
+  """Arguments of TextTransformer."""
   return dict(
     name="text",
     **_some(options, "causal", "vocab_size", "length", "pool", "eos", "mask_padding"),
@@ -133,10 +137,12 @@ def _text(options: TextOptions) -> dict[str, Any]:
 
 
 def _features(options: FeaturesOptions) -> dict[str, Any]:
+  """Arguments of Vectors: none."""
   return dict(name="features")
 
 
 def _bert(options: BertOptions) -> dict[str, Any]:
+  """Arguments of Bert."""
   return dict(
     name="bert",
     relative=bool(options.buckets),

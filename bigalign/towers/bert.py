@@ -173,6 +173,7 @@ class Bert(nn.Module):
     return base.TowerOutput(self._pooled(x, mask), x, mask)
 
   def _table(self, name: str, rows: int) -> jax.Array:
+    """[rows, D]: a learned table."""
     return self.param(name, nn.initializers.normal(0.02), (rows, self.options.sizes.width))
 
   def _first(self, table: jax.Array, rows: int) -> jax.Array:

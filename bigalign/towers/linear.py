@@ -37,6 +37,7 @@ def product(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed(dims: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """lax.dot_general with a kernel of a wider dtype than x."""
   return jax.lax.dot_general(x, kernel.astype(x.dtype), dims)
 
 

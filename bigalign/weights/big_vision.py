@@ -68,6 +68,7 @@ def _encoder(shapes: Shapes, ours: str, theirs: str) -> tuple[list[Row], dict[st
 
 
 def _image(shapes: Shapes, theirs: str) -> Layout:
+  """The layout of the image tower."""
   ours = "image_tower/"
   patch, *_ = dims(shapes, f"{theirs}embedding/kernel", 4)
   _, count, _ = dims(shapes, f"{theirs}pos_embedding", 3)
@@ -95,6 +96,7 @@ def _image(shapes: Shapes, theirs: str) -> Layout:
 
 
 def _text(shapes: Shapes, theirs: str) -> Layout:
+  """The layout of the text tower and its head."""
   ours = "text_tower/"
   vocab, _ = dims(shapes, f"{theirs}Embed_0/embedding", 2)
   _, length, _ = dims(shapes, f"{theirs}pos_embedding", 3)

@@ -151,6 +151,8 @@ def read_json(file: pathlib.Path, kind: type = dict) -> Any:
 
 
 def _json(data: bytes, kind: type = dict) -> Any:
+  """The object or list in the text of a JSON file; refuses duplicate keys."""
+
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):

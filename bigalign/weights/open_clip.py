@@ -89,6 +89,7 @@ def _scales(ours: str, theirs: str, layers: int, value: float | None) -> list[Ro
 
 
 def _epsilon(default: float, kwargs: Any) -> float:
+  """The epsilon of the norms."""
   epsilon = option(kwargs, "norm_kwargs", "eps", default)
   if not isinstance(epsilon, float) or not 0 < epsilon < 1:
     raise ValueError(f"norm_kwargs: eps: {str(epsilon)[:80]}")
@@ -96,6 +97,7 @@ def _epsilon(default: float, kwargs: Any) -> float:
 
 
 def _activation(act: str, kwargs: Any) -> str:
+  """The activation, which act_kwargs can change to the tanh gelu."""
   if not kwargs:
     return act
   if act != "gelu" or kwargs != {"approximate": "tanh"}:

@@ -13,6 +13,7 @@ import numpy as np
 
 
 def _triangle(x: np.ndarray) -> np.ndarray:
+  """The linear kernel."""
   return np.asarray(np.maximum(1 - np.abs(x), 0))
 
 

@@ -69,6 +69,7 @@ def on_devices(
 
 
 def _set_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+  """The stack with layer i replaced."""
   updated: jax.Array = jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
   return updated
 

@@ -222,4 +222,5 @@ def sides(rule: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
 
 
 def _tuple(x: str | tuple[str, ...]) -> tuple[str, ...]:
+  """A path or key, or several, as a tuple."""
   return (x,) if isinstance(x, str) else x

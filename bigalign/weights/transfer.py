@@ -223,10 +223,12 @@ def _pieces(plan: Plan) -> dict[str, list[slices.Piece]]:
 
 
 def _matches(pattern: str, name: str) -> bool:
+  """Whether a regular expression, if any, matches."""
   return bool(pattern) and re.search(pattern, name) is not None
 
 
 def _raise(tensors: Tensors, problems: list[tuple[str, list[str]]]) -> None:
+  """Raises ValueError listing the problems, {problem: names}, if there are any."""
   lines = [
     f"{what}: {', '.join(names[:_SHOWN])}" + (f" … {len(names)} in all" * (len(names) > _SHOWN))
     for what, names in problems
