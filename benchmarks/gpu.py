@@ -92,12 +92,8 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
   parser.add_argument("--batch", type=int, default=0, help="pairs (default 1,024)")
-  parser.add_argument(
-    "--steps", type=int, default=10, help="timed steps per turn"
-  )
-  parser.add_argument(
-    "--turns", type=int, default=2, help="turns; the best one counts"
-  )
+  parser.add_argument("--steps", type=int, default=10, help="timed steps per turn")
+  parser.add_argument("--turns", type=int, default=2, help="turns; the best one counts")
   parser.add_argument("--tiny", action="store_true", help="run a tiny model on a CPU")
   parser.add_argument("--turn", help=argparse.SUPPRESS)
   parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/gpu.json"))
