@@ -1,4 +1,4 @@
-"""Every loss x every way to form the logits x devices x microbatches: equal numbers."""
+"""Every loss, way to form the logits, number of devices and of microbatches: equal numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {"image": 300, "text": 400, "embed": E}
 # What a default is too large or does not fit for.
 OPTIONS = {"albef_itc": {"queue_size": 2 * B}}
 
-# Options that change what a tile is, or what comes by with it.
+# Options that change the tile function, or the columns that are communicated.
 VARIANTS = [
   ("albef_itc", {"positives": "ids"}),
   ("alignclip", {"separate_text": False}),
@@ -52,8 +52,12 @@ def small(way, mesh, rows=B):
 
 
 def example(dtype, repeated=False):
-  """Inputs of two linear towers, and all that a loss may ask the data for; `repeated`: most images
-  and texts are several times in the batch."""
+  """Inputs of two linear towers, and all batch fields that a loss may read.
+
+  Args:
+    dtype: of the floating arrays.
+    repeated: whether most images and texts are several times in the batch.
+  """
   rng = np.random.default_rng(0)
 
   def normal(*shape):
@@ -87,7 +91,7 @@ def example(dtype, repeated=False):
 
 
 def embed(params, batch, key, dropout=0.0):
-  """All features that a model can give, row by row."""
+  """All features that a model can provide, computed for each row alone."""
   keep = jax.random.bernoulli(key, 1 - dropout, batch["img"].shape)
   raw = {
     "img": jnp.where(keep, batch["img"], 0) @ params["img"],
@@ -152,7 +156,10 @@ def truth(name, **options):
 
 
 def same(found, expected, rtol=1e-5):
-  """Each array within rtol of its own largest element; a zero gradient within that of all."""
+  """Asserts that each array is within rtol of its largest element.
+
+  A gradient that should be zero is compared with the largest gradient.
+  """
   largest = max(np.abs(x).max() for x in jax.tree.leaves(expected[3]))
 
   def one(path, a, b):
@@ -170,7 +177,7 @@ def same(found, expected, rtol=1e-5):
   jax.tree_util.tree_map_with_path(one, tuple(found), tuple(expected))
 
 
-# On one device a gather or a ring is a segment of all columns; it is told apart, as one device with
+# On one device a gather or a ring is a segment of all columns; it is tested, like one device with
 # microbatches and eight without, only before a release.
 SLOW = {
   *((way, 8, 4) for way in ("dense", "gather", "segment", "ring")),
@@ -225,7 +232,7 @@ def test_a_long_axis_is_summed_over_in_two_stages(monkeypatch):
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("way", ["gather", "segment", "ring"])
 def test_uneven_rows_columns_and_tiles(way, devices):
-  """13 rows and 11 columns: padded devices, segments and last tiles take no part."""
+  """13 rows and 11 columns: padding of devices, segments and last tiles has no effect."""
   rng = np.random.default_rng(0)
   x, y = (jnp.asarray(rng.normal(size=(n, 5)), jnp.float32) for n in (13, 11))
   outputs = {
@@ -288,7 +295,7 @@ def test_bfloat16_is_the_same_in_every_way_and_near_float32():
 
 @pytest.mark.parametrize("mesh", [None, "grid"])
 def test_dropout_is_drawn_again_in_the_second_pass(mesh):
-  """In microbatches with dropout: the gradient of the whole batch under the same masks."""
+  """With microbatches and dropout: the gradient of the whole batch under the same masks."""
   mesh = mesh and grid()
   towers, batch = example(jnp.float32)
   loss = losses.make_loss({"clip": {}})
@@ -355,7 +362,7 @@ def test_errors_of_the_engine(options, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(losses.LOSSES))
 def test_a_feature_that_is_not_finite_is_seen_in_the_loss(name):
-  """Else a step would log a loss that looks well."""
+  """Otherwise a step would log a loss that looks fine."""
   towers, batch = example(jnp.float32)
   loss = losses.make_loss({name: OPTIONS.get(name, {})})
   params, state = loss.init(SIZES)

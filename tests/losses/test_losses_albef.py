@@ -1,4 +1,4 @@
-"""Contrast with a slow copy of the model and its queues, step by step."""
+"""ALBEF: contrast with the averaged model and its queues, over several steps."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from bigalign import losses, sharding
 from bigalign.losses.engine import pairwise
 
 
-def one_step(loss, params, state, feats, batch, where):
+def one_step(loss, params, state, feats, batch, context):
   """Gradients of features and temperature, the new state and the metrics."""
   params = loss.constrain(params, params)  # as after the update before
-  return of_apply(loss.apply, params, state, feats, batch, where)
+  return of_apply(loss.apply, params, state, feats, batch, context)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def of_apply(apply, params, state, feats, batch, where):
+def of_apply(apply, params, state, feats, batch, context):
   def value(params, learned):
-    return apply(params, state, {**feats, **learned}, batch, where)
+    return apply(params, state, {**feats, **learned}, batch, context)
 
   learned = {k: feats[k] for k in ("zimg", "ztxt")}
   (_, (state, metrics)), (d_params, d_feats) = jax.value_and_grad(value, (0, 1), has_aux=True)(
@@ -46,7 +46,7 @@ def test_albef_itc(case, precision):
   loss = make("albef_itc", options | (dict(positives="ids") if by_id else {}))
   for k, step in enumerate(case["steps"]):
     inputs = floats(oracles().inputs(case, step=k), precision)
-    where = at(step=k)._replace(epochs=jnp.asarray(case["params"]["alphas"][k], precision))
+    context = at(step=k)._replace(epochs=jnp.asarray(case["params"]["alphas"][k], precision))
     feats = dict(
       zimg=inputs["img"],
       ztxt=inputs["txt"],
@@ -55,7 +55,7 @@ def test_albef_itc(case, precision):
     )
     batch = {"image_id": ids(inputs["ids"])} if by_id else {}
     params = {"temperature": jnp.asarray(case["params"]["temps"][k], precision)}
-    grads, state, metrics = one_step(loss, params, state, feats, batch, where)
+    grads, state, metrics = one_step(loss, params, state, feats, batch, context)
     got = dict(
       loss=metrics["loss"],
       i2t=metrics["i2t"],
@@ -129,17 +129,17 @@ def test_the_queue_holds_the_newest_keys_in_the_places_of_the_oldest():
 
 
 def test_workers_see_their_own_keys_only():
-  """Halves of a batch on their own, each with the queue: the mean of both."""
+  """The mean of the halves of a batch, each with the queue."""
   local, alone = (make("albef_itc", dict(queue_size=32, local_keys=n)) for n in (8, None))
   params, state = local.init({"embed": 8})
-  feats, where = some(), at(epochs=1.0)
-  _, _, metrics = one_step(local, params, state, feats, {}, where)
+  feats, context = some(), at(epochs=1.0)
+  _, _, metrics = one_step(local, params, state, feats, {}, context)
   halves = [
-    one_step(alone, params, state, {k: x[s] for k, x in feats.items()}, {}, where)[2]["loss"]
+    one_step(alone, params, state, {k: x[s] for k, x in feats.items()}, {}, context)[2]["loss"]
     for s in (slice(0, 8), slice(8, 16))
   ]
   np.testing.assert_allclose(metrics["loss"], np.mean(halves), rtol=1e-6)
-  _, _, metrics = one_step(alone, params, state, feats, {}, where)
+  _, _, metrics = one_step(alone, params, state, feats, {}, context)
   assert metrics["loss"] > np.mean(halves)  # more negatives
 
 

@@ -1,4 +1,4 @@
-"""Losses with teachers in the batch, and of noisy pairs, against the oracle cases."""
+"""Losses with teachers or noise probabilities in the batch, against their expected values."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_nitc(case, precision):
 
 
 def random_batch(size=32, width=16, teacher=24, noise=0.5, seed=0):
-  """Features and fields of pairs that resemble each other, as numpy in float64."""
+  """Features and fields of pairs with similar images and texts, as numpy in float64."""
   rng = np.random.default_rng(seed)
 
   def pair(width):

@@ -1,4 +1,4 @@
-"""Plain functions: regions, ratios of distances, captions."""
+"""Losses as plain functions: regions, ratios of distances, captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The global contrastive losses against the oracles' trajectories, and what must hold of them."""
+"""The global contrastive losses: expected trajectories, and invariances."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_gamma_schedule(case, precision):
     np.testing.assert_allclose(got, expected, rtol=1e-9 if precision == "float64" else 1e-6)
 
 
-# --- what must hold of them -----------------------------------------------------------------------
+# --- invariances ----------------------------------------------------------------------------------
 
 B, E, N = 13, 8, 40
 
@@ -203,18 +203,18 @@ def random_batch(seed, repeated=False):
   return {"zimg": jnp.asarray(z[0]), "ztxt": jnp.asarray(z[1])}, fields
 
 
-def step_once(loss, params, state, feats, batch, where):
+def step_once(loss, params, state, feats, batch, context):
   """Gradients of features and scalars, the new state, metrics."""
 
   def value(feats, params):
-    return loss.apply(params, state, feats, batch, where)
+    return loss.apply(params, state, feats, batch, context)
 
   (_, (state, metrics)), (dz, dp) = jax.value_and_grad(value, (0, 1), has_aux=True)(feats, params)
   return dz, dp, state, metrics
 
 
 def fresh(name, **options):
-  """(one compiled step, scalars, a state of no visit) of a loss."""
+  """(one compiled step, scalars, first state) of a loss."""
   loss = make(name, options)
   return jax.jit(functools.partial(step_once, loss)), *loss.init({"image": N, "text": 2 * N})
 
@@ -266,8 +266,8 @@ def test_the_order_of_the_batch_does_not_matter(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["isogclr", "sogclr_unimodal", "fastclip_v2", "fastclip_v3"])
-def test_eight_devices_remember_what_one_does(name):
-  """Two steps by ring with repeated ids and a batch that does not divide."""
+def test_eight_devices_keep_the_state_of_one(name):
+  """Two steps in a ring, with repeated ids and a batch that does not divide over the devices."""
   mesh = sharding.make_mesh(data=4, fsdp=2)
   options = dict(tau_init=0.07) if name == "isogclr" else {}
 

@@ -122,13 +122,13 @@ def pairs(n=12, width=16, noise=0.5, seed=0, dtype=np.float64):
   )
 
 
-def value(loss, feats, batch=None, params=None, where=AT):
+def value(loss, feats, batch=None, params=None, context=AT):
   """The logged value and the gradient for the pairs, both modalities."""
   params = params or {"t": jnp.log(10.0).astype(feats["zimg"].dtype), "b": jnp.asarray(-3.0)}
 
   def objective(raw):
     z = {"zimg": unit(raw["raw_img"]), "ztxt": unit(raw["raw_txt"])}
-    return loss.apply(params, {}, feats | raw | z, batch or {}, where)
+    return loss.apply(params, {}, feats | raw | z, batch or {}, context)
 
   raw = {k: feats[k] for k in ("raw_img", "raw_txt")}
   (total, (_, metrics)), gradient = jax.value_and_grad(objective, has_aux=True)(raw)
@@ -194,7 +194,7 @@ def test_sail_row_sum_is_the_sum_of_siglip_over_both_kinds():
   ],
 )
 def test_saturated(name, options):
-  """A scale of 100, where logits are exact to 1e-5 and the loss is below 1e-3."""
+  """A scale of 100, at which logits are exact to 1e-5 and the loss is below 1e-3."""
 
   def at(dtype):
     with jax.enable_x64(dtype == np.float64):
@@ -214,7 +214,7 @@ def test_saturated(name, options):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_mixture_of_one_is_clip_also_when_saturated(share):
-  """All of the first, or all of the second: the same pairs, perhaps in another order."""
+  """Share 1 or 0: the same pairs, perhaps in another order."""
   feats, _ = pairs(32, 64, 1.95, dtype=np.float32)
   shares = dict.fromkeys(("v", "l"), share)
   _, parts = mixture(
@@ -274,7 +274,7 @@ def test_an_odd_batch_mixes_its_middle_with_itself():
 
 
 def test_pairs_mixed_to_texts_only_leave_one_direction_of_clip():
-  """Share 0: the mixture is the text, so that images see texts, and texts see texts."""
+  """Share 0: the mixture is the text, so that images and texts are both compared with texts."""
   with jax.enable_x64(True):
     feats, _ = pairs()
     x, y, scale = feats["zimg"], feats["ztxt"], jnp.asarray(20.0)
@@ -324,8 +324,8 @@ def test_m3co_hands_over_to_soft_targets():
   feats, _ = pairs(dtype=np.float32)
 
   def at(progress, name="m3co", **options):
-    where = AT._replace(progress=jnp.asarray(progress))
-    return make(name, options).apply({}, {}, feats, {}, where)[0]
+    context = AT._replace(progress=jnp.asarray(progress))
+    return make(name, options).apply({}, {}, feats, {}, context)[0]
 
   soft, mixed = at(0.0, "softclip_m3co"), at(0.0, soft_after=None)
   np.testing.assert_allclose(at(0.4), soft, rtol=1e-6)
@@ -393,15 +393,15 @@ def test_half_of_the_samples_are_mixed_with_shares_near_the_ends():
 
 def test_each_width_has_its_own_state_and_scalars(monkeypatch):
   def counting():
-    """Remembers the width that it saw."""
+    """A loss whose state adds up the widths to which it is applied."""
 
     def apply(params, state, feats, batch, context):
-      seen = state["seen"] + feats["zimg"].shape[1]
+      widths = state["widths"] + feats["zimg"].shape[1]
       objective = params["t"] * feats["zimg"][0, 0]
-      return objective, ({"seen": seen}, {"loss": 10 * objective})
+      return objective, ({"widths": widths}, {"loss": 10 * objective})
 
     def init(sizes):
-      return {"t": jnp.asarray(5.0)}, {"seen": jnp.zeros(())}
+      return {"t": jnp.asarray(5.0)}, {"widths": jnp.zeros(())}
 
     return Loss(frozenset({"ids"}), init, apply, lambda p, _: {"t": jnp.minimum(p["t"], 1.0)})
 
@@ -416,7 +416,7 @@ def test_each_width_has_its_own_state_and_scalars(monkeypatch):
   feats, _ = pairs(dtype=np.float32)
   for n in (1, 2):
     objective, (state, metrics) = loss.apply(params, state, feats, {}, AT)
-    assert {k: float(s["seen"]) for k, s in state.items()} == {"d4": 4 * n, "d16": 16 * n}
+    assert {k: float(s["widths"]) for k, s in state.items()} == {"d4": 4 * n, "d16": 16 * n}
   first = [unit(feats["raw_img"][:, :m])[0, 0] for m in (4, 16)]
   np.testing.assert_allclose(objective, 0.25 * first[0] + 0.75 * first[1], rtol=1e-6)
   np.testing.assert_allclose(metrics["loss"], 10 * objective, rtol=1e-6)

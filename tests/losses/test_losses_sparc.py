@@ -1,4 +1,4 @@
-"""Words and patches within each pair."""
+"""SPARC: contrast of words and patches within each pair."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_mesh_gives_the_same():
 
 
 def test_padding_and_equal_patches_do_no_harm():
-  """What stands in padding has no influence; patches without differences are finite."""
+  """Padding tokens have no effect; equal patches give finite numbers."""
   loss, params, feats = make("sparc", {}), {"t": jnp.asarray(2.0)}, some()
   metrics, grads = value_and_gradients(loss, feats, params)
   mask = feats["mask_txt"][:, :, None]

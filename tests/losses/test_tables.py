@@ -24,7 +24,7 @@ def words(x):
 
 
 def written(table, where, values):
-  """What must stand in a table: the last of equal ids wins, what is out of range is not written."""
+  """The expected table: the last of equal ids wins; ids out of range are not written."""
   table = np.array(table)
   for i, v in zip(where, values, strict=True):
     if i < len(table):
@@ -55,7 +55,7 @@ def test_rows_are_found_above_32_bits(start):
 
 @pytest.mark.parametrize("b", [16, 13])
 def test_eight_devices_read_and_write_as_one(mesh, b):
-  """Duplicates, ids out of range, a batch that does not divide."""
+  """With duplicates, ids out of range, and a batch that does not divide over the devices."""
   rng = np.random.default_rng(b)
   n = tables.ROWS
   where = rng.choice([3, n // 8 - 1, n // 8, n - 1, 5 * n // 8 + 2, n, 2**32 + 3, 17], b)
@@ -71,12 +71,12 @@ def test_eight_devices_read_and_write_as_one(mesh, b):
   with jax.set_mesh(mesh):
     eight = jax.jit(both)(split, words(where.tolist()), values)
   jax.tree.map(np.testing.assert_array_equal, one, eight)
-  read, (table, seen) = eight
+  read, (table, current) = eight
   for k, name in enumerate(("u", "tau")):
     np.testing.assert_array_equal(read[name], [old[k][i] if i < n else 0 for i in where])
     np.testing.assert_array_equal(table[name], written(old[k], where, new[k]))
     last = {i: v for i, v in zip(where, new[k], strict=True)}
-    np.testing.assert_array_equal(seen[name], [last[i] for i in where])
+    np.testing.assert_array_equal(current[name], [last[i] for i in where])
 
 
 def test_a_donated_table_is_written_in_place(mesh):
@@ -122,7 +122,7 @@ def test_an_id_out_of_range_is_named():
 
 @pytest.mark.slow
 def test_more_than_2_to_the_31_rows(mesh):
-  """Bytes, to fit in memory; the rows beyond 32 bits' sign are read and written."""
+  """In bytes, to fit in memory: rows beyond 2^31 are read and written."""
   n = 2**31 + 4096
   where = [0, 2**31 - 1, 2**31, n - 1, n - 1, n, 2**32, 2**28 + 512]
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
@@ -141,7 +141,7 @@ def test_more_than_2_to_the_31_rows(mesh):
 @pytest.mark.skipif(not topologies.installed(), reason="libtpu is not installed: the extra plan")
 @pytest.mark.parametrize("n", [10**9, 8 * 10**9])  # the second does not fit in 32 bits
 def test_four_floats_of_each_sample_on_a_pod(n):
-  """256 chips, 32,768 samples a step: written in place, little beside, 4 MB on the wire."""
+  """256 chips, 32,768 samples a step: in place, few temporaries, 4 MB of communication."""
   pod = sharding.make_mesh(data=16, fsdp=16, devices=topologies.devices("v5e:16x16"))
   batch = sharding.batch_sharding(pod)
 
