@@ -1,8 +1,9 @@
 """The options of a training run, and how a config becomes them.
 
 A config is a readable file of plain values (configs/*.py, a ConfigDict). `resolve_config` turns it
-into a frozen `Config` once, with every default filled in and every value checked; nothing reads the
-plain values after that. config.json of a run holds the resolved options.
+into a frozen `Config` once, with every default filled in and every value checked. After that only
+the loading of pretrained weights reads plain values (which checkpoints a config names).
+config.json of a run holds the resolved options.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from bigalign.losses import LossTerms
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.model import ModelOptions
 from bigalign.optim import OPTIMIZERS, make_optimizer
-from bigalign.options import Call, Choose, Component, plain, resolve
+from bigalign.options import DEFAULTS, Call, Choose, Component, plain, resolve
 from bigalign.run import runtime
 from bigalign.run.metrics import MetricWriter
 from bigalign.weights import init
 
-OPTIMIZER_FIXED = ("params", "total_steps", "to_steps")  # what the program passes, no options
+OPTIMIZER_FIXED = ("params", "total_steps", "to_steps")  # passed by the program; not options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,20 +36,20 @@ class Config:
     seed: of the initialisation, the order of the data, augmentation and dropout.
     total_steps: updates in all, or a duration: "1e9 samples", "3 epochs".
     batch_size: global: over all devices and hosts.
-    log_every: steps between logs. Apart from the first step, the loop waits for the device only
-      then.
+    log_every: steps between logs. Steps that neither log, save, diagnose nor evaluate do not wait
+      for the device, except the first one.
     checkpoint_every: steps between checkpoints, or a duration; 0: only at the end, where one is
       always written.
     data: what the run reads.
     model: towers, projectors, and pretrained weights.
-    loss: {name: options, weight among them}; the weighted losses are added.
+    loss: {name: options}; each has a `weight`, and the weighted losses are added.
     optimizer: name, learning rate, schedule and options of the optimizer.
     stages: earlier stages of the run, which override parts of this config; this config is the last
       stage.
     eval_every: steps between evaluations, or a duration; 0: only at the start and the end.
     diagnose_every: steps between diagnostics of the loss, or a duration: hardest negatives,
       saturation, shares of the gradient, temperatures; each costs about half a step. 0: none.
-    evals: {name: options, type among them}.
+    evals: {name: options}; each has a `type`.
     frozen: regular expression of the parameters that are not trained.
     ema: decay of the running average of the parameters, which is evaluated too; 0 for none.
     microbatches: parts in which a batch is embedded; loss and gradient stay those of the batch.
@@ -61,9 +62,9 @@ class Config:
       None: the default rules.
     keep: which checkpoints are kept.
     writer: where metrics are written.
-    profile: (first, last): the steps traced into workdir/profile; () for none.
-    patience: seconds without a step after which a run of several processes ends and names the
-      process that hangs.
+    profile: (begin, end): the updates begin < n <= end are traced into workdir/profile; (): none.
+    patience: if no step completes for this many seconds, a run of several processes ends and logs
+      which process hangs.
     runtime: settings of JAX and XLA, applied before the first device is used.
   """
 
@@ -82,20 +83,20 @@ class Config:
   stages: Sequence[Mapping[str, Any]] = ()
   eval_every: int | str = 0
   diagnose_every: int | str = 0
-  evals: EvalOptions = None  # type: ignore[assignment]
+  evals: EvalOptions = DEFAULTS
   frozen: str = ""
   ema: float = 0.0
   microbatches: int = 1
   gradient_dtype: str = "float32"
-  logits: Engine = None  # type: ignore[assignment]
-  mesh: Annotated[Component, Call(sharding.make_mesh, fixed=("devices",))] = None  # type: ignore[assignment]
+  logits: Engine = DEFAULTS
+  mesh: Annotated[Component, Call(sharding.make_mesh, fixed=("devices",))] = DEFAULTS
   topology: str = ""
   rules: Sequence[Any] | None = None
-  keep: Annotated[Component, Call(Checkpoints, fixed=("workdir", "read_only"))] = None  # type: ignore[assignment]
-  writer: Annotated[Component, Call(MetricWriter, fixed=("workdir", "resume_step"))] = None  # type: ignore[assignment]
+  keep: Annotated[Component, Call(Checkpoints, fixed=("workdir", "read_only"))] = DEFAULTS
+  writer: Annotated[Component, Call(MetricWriter, fixed=("workdir", "resume_step"))] = DEFAULTS
   profile: Sequence[int] = ()
   patience: float = 1800.0
-  runtime: Annotated[Component, Call(runtime.setup)] = None  # type: ignore[assignment]
+  runtime: Annotated[Component, Call(runtime.setup)] = DEFAULTS
 
   def __post_init__(self) -> None:
     checks.known("config.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))

@@ -26,7 +26,8 @@ from bigalign.data.text.captions import fields
 class Inputs(NamedTuple):
   """What a run reads.
 
-  options: as resolved; captions that come from a store are fields of the store.
+  options: config.data; if captions come from a store, `captions` and `second_captions` are the
+  field names "text" and "second".
   source: the samples, or the stores of both sides.
   stored: the stores of one side, if there are any.
   """
@@ -84,7 +85,7 @@ def open_data(options: DataOptions) -> Inputs:
   if sides or options.stores.second:
     stored = OneSide(**options.stores.one_side())
     if stored.text:
-      second = ("text" if stored.again else "second",) if stored.second else ()
+      second = ("text" if stored.second_is_text else "second",) if stored.second else ()
       wanted = None if options.captions is None else ("text", *second)
       options = dataclasses.replace(options, captions=("text",), second_captions=second)
       return Inputs(options, _open_source(options, wanted), stored)
@@ -109,8 +110,8 @@ def _check_ignored(options: DataOptions) -> None:
       unset = value.is_default if name == "augment" else value == default[name].default
       if not unset:
         raise ValueError(
-          f"config.data.{name} has no effect on what is in config.data.stores; embed with it, or"
-          " leave it out"
+          f"config.data.{name} has no effect, because embeddings are read from config.data.stores;"
+          " leave it out, or make the stores with `bigalign embed` and this option"
         )
 
 
@@ -120,10 +121,12 @@ def _open_source(options: DataOptions, captions: Sequence[str] | None) -> Source
   if options.mixture:
     if options.source_options:
       raise ValueError(
-        "config.data.source_options are of one source; each part of a mixture has its own"
+        "config.data.source_options apply to a single source; set them in each part of the mixture"
       )
     if options.view:
-      raise ValueError("config.data.view is of one source; each part of a mixture has its own")
+      raise ValueError(
+        "config.data.view applies to a single source; set it in each part of the mixture"
+      )
     return _open_mixture(options, captions)
   if options.schedule:
     raise ValueError(
@@ -211,7 +214,8 @@ def check_stored(run_stages: Sequence[stages.Stage]) -> None:
     for name in stored:
       if getattr(stage.config.data, name) != getattr(last, name):
         raise ValueError(
-          f"{stage.where}.data.{name} has no effect on what is in config.data.stores; leave it out"
+          f"{stage.where}.data.{name} has no effect, because embeddings are read from"
+          " config.data.stores; leave it out"
         )
 
 
@@ -261,7 +265,7 @@ def _staged(
       batch_size=stage.batch_size, rows=own_rows, start=start, stop=stop, **where
     )
     with contextlib.closing(batches):
-      if first:
+      if first:  # staged_batches runs the generator up to here, so that reading ahead begins
         yield
       first = False
       for batch in batches:

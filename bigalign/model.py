@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import checks, sharding, sphere
-from bigalign.options import Choose, Component, resolve
+from bigalign.options import DEFAULTS, Choose, Component, resolve
 from bigalign.projectors import PROJECTORS
 from bigalign.towers import TOWERS, TowerOutput
 
@@ -197,8 +197,8 @@ class ModelOptions:
   image: Annotated[Any, Choose(TOWERS)]
   text: Annotated[Any, Choose(TOWERS)]
   embed_dim: int
-  image_projector: Annotated[Component, PROJECTOR] = None  # type: ignore[assignment]
-  text_projector: Annotated[Component, PROJECTOR] = None  # type: ignore[assignment]
+  image_projector: Annotated[Component, PROJECTOR] = DEFAULTS
+  text_projector: Annotated[Component, PROJECTOR] = DEFAULTS
   pixels: str = "half"
 
   def __post_init__(self) -> None:

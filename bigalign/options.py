@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 from bigalign import tree
 
 MISSING: Any = inspect.Parameter.empty
+DEFAULTS: Any = None  # the default of a group of options: `resolve` fills in the group's defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Component:
   """A function of a config with every option filled in, ready to be called.
 
   Args:
-    name: its key in the registry that it was chosen from; "" for a function that is no choice.
+    name: its key in the registry that it was chosen from; "" for a function that was not chosen.
     function: what takes the options.
     options: {option: value}; read-only.
     where: its place in the config, for errors.
@@ -202,14 +203,9 @@ def resolve(target: Any, given: Any, where: str, fixed: Sequence[str] = ()) -> A
 
 
 def _takes_others(target: Any) -> bool:
-  """Whether a function has **options, of which no name or type is known."""
+  """Whether a function takes **options, which cannot be checked by name or type."""
   parameters = inspect.signature(target).parameters.values()
   return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-
-def resolve_value(kind: Any, value: Any, where: str) -> Any:
-  """A plain value as a type wants it, such as an Annotated one; errors as of `resolve`."""
-  return _value(kind, value, where)
 
 
 def call(target: Any, given: Any, where: str, **fixed: Any) -> Any:
@@ -234,12 +230,18 @@ def _values(known: Mapping[str, Option], given: Any, where: str) -> dict[str, An
     if name not in given and option.default is MISSING:
       raise TypeError(f"{where}: option {name!r} is missing. Options: {[*known]}")
     value = given.get(name, option.default)
-    values[name] = _value(option.type, value, f"{where}.{name}")
+    values[name] = resolve_value(option.type, value, f"{where}.{name}")
   return values
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
-  """A plain value as its type wants it: groups resolved, sequences as tuples."""
+def resolve_value(kind: Any, value: Any, where: str) -> Any:
+  """A plain value as its type wants it: groups resolved, sequences as tuples.
+
+  Args:
+    kind: the type, which may be Annotated.
+    value: the plain value.
+    where: its place in the config; errors are those of `resolve`.
+  """
   marker, kind = _marker(kind)
   optional = _is_optional(kind)
   if value is None and optional:
@@ -265,9 +267,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
   if nested and value is None:
     value = {} if _is_mapping(inner) else ()
   if nested and isinstance(value, Mapping) and _is_mapping(inner):
-    return {str(name): _value(nested, x, f"{where}.{name}") for name, x in value.items()}
+    return {str(name): resolve_value(nested, x, f"{where}.{name}") for name, x in value.items()}
   if nested and isinstance(value, list | tuple) and not _is_mapping(inner):
-    return tuple(_value(nested, x, f"{where}[{i}]") for i, x in enumerate(value))
+    return tuple(resolve_value(nested, x, f"{where}[{i}]") for i, x in enumerate(value))
   if not fits(value, kind):
     is_one = isinstance(value, str) and fits((value,), kind)  # a sequence of one was meant
     raise TypeError(
@@ -419,7 +421,7 @@ def plain(value: Any) -> Any:
     return {**({"name": value.name} if value.name else {}), **plain(value.options)}
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     return {
-      name: _plain_field(option.type, getattr(value, name))
+      name: plain_value(option.type, getattr(value, name))
       for name, option in definition(type(value)).items()
     }
   if hasattr(value, "to_dict"):  # a ConfigDict
@@ -429,11 +431,6 @@ def plain(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [plain(x) for x in value]
   return value
-
-
-def plain_value(kind: Any, value: Any) -> Any:
-  """`plain` of what resolve_value gave for a type; an entry of a registry is named in it."""
-  return _plain_field(kind, value)
 
 
 def fingerprint(values: Any) -> str:
@@ -452,13 +449,14 @@ def without_defaults(value: Any) -> dict[str, Any]:
     named = {"name": value.name} if value.name else {}
     items: Any = value.options.items()
   else:
-    known, named = _definition(type(value)), {}
+    group: Any = type(value)
+    known, named = _definition(group), {}
     items = ((name, getattr(value, name)) for name in known)
   return {**named, **{name: plain(x) for name, x in items if x != known[name].default}}
 
 
-def _plain_field(kind: Any, value: Any) -> Any:
-  """A field's value; an entry of a registry is named under the key that chose it."""
+def plain_value(kind: Any, value: Any) -> Any:
+  """The inverse of resolve_value: plain values, with the name of each entry of a registry."""
   marker, base = _marker(kind)
   if value is None:
     return None
@@ -468,7 +466,7 @@ def _plain_field(kind: Any, value: Any) -> Any:
     return _named(marker, value)
   nested = _nested(_without_none(base))
   if nested and isinstance(_marker(nested)[0], Choose) and isinstance(value, Mapping):
-    return {name: _plain_field(nested, x) for name, x in value.items()}
+    return {name: plain_value(nested, x) for name, x in value.items()}
   return plain(value)
 
 

@@ -33,7 +33,8 @@ class Program:
     loss: the weighted sum of the losses.
     optimizer: the optax chain.
     rate: step -> learning rate.
-    spec: {name: (shape, dtype)} of a global batch.
+    spec: {name: (shape, dtype)} of a global batch; stored vectors and their mask may be wider or
+      narrower in the data.
     sources: how many sources the data mixes.
     sizes: the number of ids, {"image": n, "text": m}, and "embed", the width E.
     frozen: regular expression of the parameters that are not trained.
@@ -62,7 +63,7 @@ class Program:
 
 
 def make_program(config: Config, *, dataset_size: int = 0) -> Program:
-  """A config's objects; reads no data and touches no device.
+  """A config's objects; reads no data and allocates no parameters.
 
   Of a config with stages, those of the last stage, which is the config itself; `stage_program`
   derives the others.
@@ -78,14 +79,15 @@ def make_program(config: Config, *, dataset_size: int = 0) -> Program:
   model = config.model.build()
   tower = model.image_tower
   if len(run_stages) > 1 and getattr(tower, "grid", ()) is None:
-    # A position grid finer than the smallest stage's would stay random until the last stage.
+    # Learned positions start on the smallest stage's grid and are resampled. Otherwise the fine
+    # detail of the larger grid would stay random until a stage uses it.
     smallest = min(stage.config.data.image_size for stage in run_stages)
     side = max(1, smallest // tower.options.patch)
     model = model.clone(image_tower=tower.clone(drawn=(side, side)))
   program = Program(
     model=model,
     loss=make_loss(config.loss),
-    optimizer=optax.identity(),
+    optimizer=optax.identity(),  # replaced below: the optimizer needs the parameters' shapes
     rate=lambda step: step,
     spec=_spec(model, config.batch_size, config.data),
     sources=max(1, len(config.data.mixture)),
@@ -203,7 +205,7 @@ def init_on_mesh(program: Program, shardings: State, loaded: Arrays | None = Non
 def layout(
   program: Program, mesh: jax.sharding.Mesh, rules: Sequence[Any] | None = None
 ) -> tuple[State, State]:
-  """The shapes of a state and the shardings of its arrays; touches no device."""
+  """The shapes of a state and the shardings of its arrays; allocates no parameters."""
   shapes = jax.eval_shape(functools.partial(init_state, program), jax.random.key(program.seed))
   return shapes, state_shardings(shapes, mesh, rules)
 

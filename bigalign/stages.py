@@ -5,9 +5,9 @@
     dict(until="97%", model=dict(image=dict(patch_dropout=0.5))),
   )
 
-After the last `until`, the config's own options apply: their parameters are those of the run, and
-what is evaluated and exported. One learning rate schedule covers all stages. CLIPA,
-https://arxiv.org/abs/2305.07017; FLIP's tuning without masks, https://arxiv.org/abs/2212.00794.
+After the last `until`, the config's own options apply; evaluation and export use these too. One
+learning rate schedule covers all stages. Two uses: CLIPA, https://arxiv.org/abs/2305.07017, and
+FLIP's final tuning without masking, https://arxiv.org/abs/2212.00794.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
   """The stages of a config in their order; of one without `stages`, the config alone.
 
   A stage ends at its `until`: after a number of updates ("5000 steps"), or at a position in the
-  data ("1e9 samples", "3 epochs"), to the nearest update, where each stage reads batches of its own
-  size. total_steps is such a place too. A share, "90%", is a share of total_steps as that is
-  written: of the updates, or of the samples if it counts samples or epochs.
+  data ("1e9 samples", "3 epochs"), rounded to the nearest update of that stage's batch size.
+  total_steps is interpreted in the same way. "90%" is a share of total_steps in its own unit: of
+  updates if total_steps is in steps, of samples if it is in samples or epochs.
 
   Args:
     config: of the run.
@@ -69,13 +69,13 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
   """
   base = {k: v for k, v in plain(config).items() if k != "stages"}
   _check_batch("config", config.batch_size)
-  total_steps = durations.steps(
-    config.total_steps,
-    "config.total_steps",
-    batch_size=config.batch_size,
-    dataset_size=dataset_size,
-  )
   if not config.stages:
+    total_steps = durations.steps(
+      config.total_steps,
+      "config.total_steps",
+      batch_size=config.batch_size,
+      dataset_size=dataset_size,
+    )
     return [Stage(0, "config", 0, total_steps, config)]
   total = durations.duration(config.total_steps, "config.total_steps")
   stages: list[Stage] = []
@@ -89,9 +89,10 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
     batch_size = overrides.get("batch_size", config.batch_size)
     _check_batch(where, batch_size)
     position = _position(until, place_of_until, total, dataset_size)
-    end = round(position.number)
     if position.unit == "sample":
       end = begin + round((position.number - samples) / batch_size)
+    else:
+      end = round(position.number)
     if end <= begin:
       before = (
         f"config.stages[{number - 1}] before it ends at {begin:,}"
@@ -99,9 +100,8 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
         else "the run begins at 0"
       )
       raise ValueError(
-        f"{place_of_until}={until!r} is update {end:,} of the run, and {before}; each stage must"
-        " end after the one before it, and all before"
-        f" config.total_steps={config.total_steps!r}"
+        f"{place_of_until}={until!r} is update {end:,} of the run, but {before}. Stages must end in"
+        f" ascending order, the last one before config.total_steps={config.total_steps!r}"
       )
     stage = Stage(number, where, begin, end, config)
     with named(stage):
@@ -119,35 +119,43 @@ def steps(
   dataset_size: int = 0,
   back: bool = False,
 ) -> int:
-  """durations.steps of a stretch at the start of the run, or `back` from its end.
+  """How many updates a duration takes, whose samples are in batches of each stage's size.
 
-  Samples are counted in the batches of the stages that the stretch covers.
+  Args:
+    value: the duration.
+    where: its place in the config, for errors.
+    stages: of the run.
+    dataset_size: samples of an epoch.
+    back: count from the end of the run instead of its start.
   """
   sizes = dict(dataset_size=dataset_size, total_steps=stages[-1].end)
-  alike = len({stage.batch_size for stage in stages}) == 1
-  if alike or isinstance(value, int) or durations.duration(value, where).unit in ("step", "%"):
+  one_size = len({stage.batch_size for stage in stages}) == 1
+  if one_size or isinstance(value, int) or durations.duration(value, where).unit in ("step", "%"):
     return durations.steps(value, where, batch_size=stages[-1].batch_size, **sizes)
-  asked = left = durations.steps(value, where, batch_size=1, **sizes)
+  samples_left = durations.steps(value, where, batch_size=1, **sizes)
+  if not samples_left:
+    return 0
   done = 0
+  last_size = stages[0].batch_size if back else stages[-1].batch_size
   for stage in reversed(stages) if back else stages:
-    length = round(left / stage.batch_size)
+    length = round(samples_left / stage.batch_size)
     if length <= stage.end - stage.begin:
-      return max(1, done + length) if asked else 0
-    left -= (stage.end - stage.begin) * stage.batch_size
+      return max(1, done + length)
+    samples_left -= (stage.end - stage.begin) * stage.batch_size
     done += stage.end - stage.begin
-  return done + round(left / stage.batch_size)
+  return done + round(samples_left / last_size)
 
 
 @contextlib.contextmanager
 def named(stage: Stage) -> Iterator[None]:
-  """A context whose errors name the stage, if it is not the config itself."""
+  """A context whose errors name the stage, unless the stage is the config itself."""
   try:
     yield
   except (ValueError, TypeError) as error:
     if stage.where == "config":
       raise
     kind = TypeError if isinstance(error, TypeError) else ValueError
-    raise kind(f"{stage.where}, with what it changes: {error}") from error
+    raise kind(f"{stage.where}, with its overrides: {error}") from error
 
 
 def _check_batch(where: str, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""The arrays of a run: parameters, averages, optimizer and loss state; how checkpoints hold them."""
+"""The arrays of a run: parameters, averages, optimizer and loss state, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def parts(state: State) -> dict[str, Arrays]:
     "ema": state.ema,
     "opt": _by_path(state.opt),
     "loss": _by_path(state.loss),
-    "clock": {"step": state.step},
+    "clock": {"step": state.step},  # the name is part of the checkpoint format
   }
 
 
@@ -73,7 +73,10 @@ def restore_params(
 
 
 def restore(checkpoints: Checkpoints, step: int, shapes: State, shardings: State) -> State:
-  """The state of a checkpoint on this mesh, whatever mesh wrote it; arguments as restore_params."""
+  """The state of a checkpoint on this mesh, whatever mesh wrote it.
+
+  The arguments are those of restore_params.
+  """
   wanted = _with_shardings(shapes, shardings)
   arrays = checkpoints.restore(step, parts(wanted))
   return State(
@@ -87,7 +90,7 @@ def restore(checkpoints: Checkpoints, step: int, shapes: State, shardings: State
 
 
 def describe(state: State, workdir: pathlib.Path) -> None:
-  """Lists the parameters in workdir/parameters.txt; logs their number and which are frozen."""
+  """Writes workdir/parameters.txt, a list of the parameters; logs how many are frozen."""
   if jax.process_index() != 0:
     return
   parameters = {**state.trainable, **state.frozen}

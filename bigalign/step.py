@@ -26,8 +26,8 @@ from bigalign.state import Arrays, State
 SECOND = ("text_second", "text_second_mask")  # fields for losses that read two texts
 
 
-class Watched(NamedTuple):
-  """What must be seen of every step, whether it is logged or not.
+class StepChecks(NamedTuple):
+  """Values that the host checks or adds up for every step, whether it is logged or not.
 
   finite: {"loss" | "grad_norm" | "state": [] bool}; the step was applied if all are true.
   rejected: {reason: [] int32}, samples rejected and replaced.
@@ -43,11 +43,11 @@ class Watched(NamedTuple):
 
 def train_step(
   state: State, batch: Mapping[str, jax.Array], position: jax.Array, *, program: Program
-) -> tuple[State, dict[str, jax.Array], Watched]:
+) -> tuple[State, dict[str, jax.Array], StepChecks]:
   """One update on a global batch.
 
-  If the loss or a gradient is not finite, the step is skipped: only `step` and the per-sample
-  tables change.
+  If the loss, the gradient norm or the loss state is not finite, parameters, averages, optimizer
+  state and loss state keep their old values; only `step` and the per-sample tables change.
 
   Args:
     state: before the update.
@@ -56,10 +56,10 @@ def train_step(
     program: of the run.
 
   Returns:
-    The next state; scalars for the log: those of the loss, "grad_norm", "param_norm", "lr"; and
-    what must be seen of every step.
+    The next state; scalars for the log: those of the loss, "grad_norm", "param_norm", "lr"; and the
+    checks of the step.
   """
-  # --- loss and gradient, of the whole batch whatever its microbatches
+  # --- loss and gradient of the whole batch, even if it is embedded in microbatches
   context, dropout_key = _context(program, state, position)
 
   def objective(trainable: Arrays, feats: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
@@ -78,7 +78,7 @@ def train_step(
   grad_norm = optax.tree.norm(grads)
   updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
   trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state)
-  # Not optax.incremental_update, which adds in the other order: other bits than earlier runs have.
+  # optax.incremental_update adds in the opposite order, which changes the last bits of a run.
   ema = {
     path: program.ema * old + (1 - program.ema) * trainable[path] for path, old in state.ema.items()
   }
@@ -115,7 +115,7 @@ def train_step(
   # --- what is reported
   rejects = batch["rejects"].sum(0)
   rows_and_rejects = jnp.stack([jnp.ones_like(batch["source"]), batch["rejects"].sum(1)], 1)
-  watched = Watched(
+  checks = StepChecks(
     finite=finite,
     rejected={reason: rejects[i] for i, reason in enumerate(REASONS)},
     repaired_captions=batch["repaired"].sum(),
@@ -127,7 +127,7 @@ def train_step(
     "param_norm": optax.tree.norm(trainable),
     "lr": program.rate(state.step),
   }
-  return next_state, scalars, watched
+  return next_state, scalars, checks
 
 
 def jitted(program: Program, shardings: State, mesh: jax.sharding.Mesh) -> Any:
@@ -233,7 +233,7 @@ def _cast_for_reduction(program: Program, params: Arrays) -> Arrays:
 
 
 def summary(program: Program, shapes: State) -> str:
-  """losses.summary of a run whose state has these shapes."""
+  """A description of the loss for the log (losses.summary), from the shapes of a state."""
   batch: Any = {name: jax.ShapeDtypeStruct(*shape) for name, shape in program.spec.items()}
   feats = jax.eval_shape(
     functools.partial(features, program),
@@ -254,18 +254,18 @@ def constrain(loss: Loss, trainable: Arrays, before: State) -> Arrays:
   return {path: bounded.get(path, x) for path, x in trainable.items()}
 
 
-def stop_if_not_finite(watched: Sequence[Watched], step: int) -> None:
+def stop_if_not_finite(checks: Sequence[StepChecks], step: int) -> None:
   """Raises FloatingPointError for the first step that was skipped, with what was not finite in it.
 
   Args:
-    watched: of consecutive steps, on the host.
+    checks: of consecutive steps, on the host.
     step: the number of the last of them.
   """
-  for i, one in enumerate(watched):
+  for i, one in enumerate(checks):
     bad = [name for name, is_finite in one.finite.items() if not is_finite]
     if bad:
       raise FloatingPointError(
-        f"step {step - len(watched) + i + 1}: {' and '.join(bad)} not finite; the step was not"
+        f"step {step - len(checks) + i + 1}: {' and '.join(bad)} not finite; the step was not"
         " applied, and the last checkpoint is sound. Lower config.optimizer.lr, lengthen its"
         " warmup, or set its clip_norm."
         + (" The state is the per-sample state of the loss." if "state" in bad else "")
@@ -280,7 +280,7 @@ def data_position(samples_seen: int, dataset_size: int) -> np.ndarray:
 class CompiledStep(NamedTuple):
   """A compiled train_step, and the useful floating point operations of one call."""
 
-  run: Any
+  call: Any
   flops: int
 
 
@@ -319,7 +319,7 @@ def build_stages(
 ) -> dict[int, CompiledStep]:
   """The compiled step of each stage, by the stage's number.
 
-  Later stages are compiled from the shapes of their batches, so they cost no memory but their code.
+  Later stages are compiled from the shapes of their batches, so no batch is allocated for them.
 
   Args:
     stages: the stages that are left; `batch` belongs to the first of them.

@@ -61,7 +61,7 @@ from bigalign.stages import Stage, named, split
 from bigalign.state import State, describe, parts, restore
 from bigalign.step import (
   CompiledStep,
-  Watched,
+  StepChecks,
   build_stages,
   data_position,
   diagnose,
@@ -86,18 +86,26 @@ def train(
 
   Raises:
     TypeError, ValueError: for a config that is wrong, or differs from that of the run in workdir.
+    FileNotFoundError, KeyError: for missing data, pretrained files or environment variables.
     FloatingPointError: for a loss or a gradient that is not finite.
-    Preempted: after saving a checkpoint, if the run was asked to stop.
+    Preempted: if the run was asked to stop; a checkpoint of the last step exists, unless no step
+      was done.
   """
   return loop(setup(config, workdir, allow_config_change=allow_config_change))
 
 
 class Run(NamedTuple):
-  """What the loop needs, besides the arrays that it updates.
+  """What `setup` gives to `loop`.
 
-  step, samples_seen: where the run starts or continues. lane_rows: of the data order, fixed at the
-  first start. rejected: {metric: count} so far. resumed_from: the restored step, None for a new
-  run. save_every, eval_every, diagnose_every: in steps.
+  `state`, `step` and `samples_seen` are the values at the start: the loop has its own, and the
+  arrays of `state` are donated to the first step. `rejected` and `reject_watch` are updated in
+  place.
+
+  config: the resolved options. workdir: the run's folder. meta: the run record, config.json.
+  inputs: the opened source. stages, programs, rows: per stage, its config, its program, and the
+  rows of the global batch that this host owns. shardings: of the state. evaluators: by name.
+  resumed_from: the restored step, None for a new run. lane_rows: of the data order, fixed at the
+  first start. rejected: {metric: count} so far. save_every, eval_every, diagnose_every: in steps.
   """
 
   config: Config
@@ -244,7 +252,7 @@ def loop(run: Run) -> State:
   has_sample_state = has_tables(program.loss)
   diagnose_fns = [jax.jit(functools.partial(diagnose, program=p)) for p in run.programs]
   compiled: dict[int, CompiledStep] = {}  # of each stage that is left
-  watched: list[Watched] = []  # of the steps since the last fetch
+  checks: list[StepChecks] = []  # of the steps since the last fetch
   # A run that continues after the first step of the profile traces nothing.
   profiles = bool(config.profile) and step <= config.profile[0]
   trace_begin, trace_end = config.profile if profiles else (-1, -1)
@@ -270,7 +278,7 @@ def loop(run: Run) -> State:
   ):
 
     def save(scores: Mapping[str, float]) -> None:
-      position = dict(
+      progress_so_far = dict(
         step=step,
         samples_seen=samples_seen,
         rejected=dict(run.rejected),
@@ -278,7 +286,7 @@ def loop(run: Run) -> State:
       )
       with timer.paused():
         run.workdir.upload(jax.process_index())  # metrics before the checkpoint that follows them
-        run.checkpoints.save(step, parts(state), {**run.meta, **position}, scores)
+        run.checkpoints.save(step, parts(state), {**run.meta, **progress_so_far}, scores)
 
     # ---------------------------------------------------------------- before the first update
     if run.resumed_from is None:
@@ -309,10 +317,10 @@ def loop(run: Run) -> State:
             batch,
             position,
           )
-      state, metrics, seen_every_step = compiled[stage.number].run(state, batch, position)
+      state, metrics, step_checks = compiled[stage.number].call(state, batch, position)
       step += 1
       samples_seen += stage.batch_size
-      watched.append(seen_every_step)
+      checks.append(step_checks)
       watchdog.completed(step)
       run.startup_timer.first_step(metrics)
       progress.advance(step)
@@ -325,10 +333,10 @@ def loop(run: Run) -> State:
       logs = step == stage.end or step % config.log_every == 0
       saves = last or preempted or (run.save_every and step % run.save_every == 0)
       if logs or saves:
-        with timer.waiting_for_device():  # the loop's only wait
-          scalars, since = jax.device_get((metrics, watched))
-        watched = []
-        _count_rejects(run, since)
+        with timer.waiting_for_device():  # steps that neither log nor save do not wait
+          scalars, fetched = jax.device_get((metrics, checks))
+        checks = []
+        _count_rejects(run, fetched)
       if logs:
         row = {f"train/{name}": x for name, x in [*scalars.items(), *run.rejected.items()]}
         row |= _data_metrics(run, stage, samples_seen)
@@ -337,11 +345,11 @@ def loop(run: Run) -> State:
         writer.write(step, row)
         progress.log(step, row)
       if logs or saves:
-        stop_if_not_finite(since, step)
+        stop_if_not_finite(fetched, step)
         run.reject_watch.check()
 
       # -------------------------------------------------------------- diagnose, evaluate, save
-      if preempted and not last:  # before all else: the machine may stop in seconds
+      if preempted and not last:  # first, because the machine may stop in seconds
         save({})
       if run.diagnose_every and step % run.diagnose_every == 0:
         with timer.paused():
@@ -380,9 +388,9 @@ def _evaluate(
   return scores
 
 
-def _count_rejects(run: Run, watched: Sequence[Watched]) -> None:
+def _count_rejects(run: Run, checks: Sequence[StepChecks]) -> None:
   """Adds the rejected samples of some steps to the counts of the run."""
-  for one in watched:
+  for one in checks:
     per_source = run.reject_watch.add(one.tally)
     run.rejected.update({f"rejects_of_{name}": n for name, n in per_source.items()})
     run.rejected.update({f"rejected_{reason}": int(n) for reason, n in one.rejected.items()})
@@ -401,10 +409,10 @@ def _data_metrics(run: Run, stage: Stage, samples_seen: int) -> dict[str, float]
 
 
 def _check_profile(profile: Sequence[int], total_steps: int) -> None:
-  """Raises ValueError unless config.profile is () or two steps of the run."""
+  """Raises ValueError unless config.profile is () or a span of updates of the run."""
   if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1] <= total_steps):
     raise ValueError(
-      f"config.profile={profile}: two steps (first, last) of the {total_steps}, or ()"
+      f"config.profile={profile} must be () or (begin, end) with 0 <= begin < end <= {total_steps}"
     )
 
 

@@ -145,8 +145,8 @@ def like_stored(folder: pathlib.Path, expected: Mapping[str, Any]) -> dict[str, 
   """
   path = folder / "header.json"
   stored = json.loads(path.read_text()) if path.exists() else {}
-  tower = stored.get("tower")
-  known = "tower" in expected and isinstance(tower, dict) and tower.get("name") in TOWERS
+  tower = stored.get("tower") or {}
+  known = "tower" in expected and tower.get("name") in TOWERS
   if known and _tower(tower) == expected["tower"]:
     return {**expected, "tower": tower}
   return dict(expected)

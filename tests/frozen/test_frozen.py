@@ -426,7 +426,7 @@ def test_samples_that_a_store_lacks_are_rejected(config, tmp_path):
 @pytest.mark.parametrize(
   "change, message",
   [
-    (dict(captions=("txt",)), r"config\.data\.captions has no effect on what is in .*stores"),
+    (dict(captions=("txt",)), r"config\.data\.captions has no effect, because .* read from config\.data\.stores"),
     (dict(stores=dict(text="", second="x")), "take image or text, or text and second"),
     (dict(stores=dict(keep="x")), r"config\.data\.stores.*keep"),
     (dict(source=""), "needs either source or mixture"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bigalign.data.loader.options import DataOptions
-from bigalign.data.loader.training import Decoded, checked_rows, words
+from bigalign.data.loader.training import SampleReader, checked_rows, words
 from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import REASONS
@@ -51,7 +51,7 @@ def eval_batches(
   return iterate(batches, workers=data.workers)
 
 
-class _EvalBatches(Decoded):
+class _EvalBatches(SampleReader):
   """Element k is this host's part of the k-th batch in source order."""
 
   def __init__(

@@ -14,7 +14,7 @@ from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Watch
 from bigalign.data.text.captions import Columns, columns, fields
 from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer
-from bigalign.options import Call, Choose, Component, resolve
+from bigalign.options import DEFAULTS, Call, Choose, Component, resolve
 
 CAPTIONS_PER_IMAGE = 8
 
@@ -123,9 +123,9 @@ class DataOptions(ImageReading):
   source: str = ""
   mixture: Sequence[MixturePart] = ()
   schedule: Sequence[Any] = ()
-  stores: Stores = None  # type: ignore[assignment]
+  stores: Stores = DEFAULTS
   view: str = ""
-  augment: Annotated[Component, Call(train_image, fixed=("image", "rng", "size"))] = None  # type: ignore[assignment]
+  augment: Annotated[Component, Call(train_image, fixed=("image", "rng", "size"))] = DEFAULTS
   captions: Sequence[Any] | None = None
   second_captions: Sequence[Any] = ()
   source_options: Mapping[str, Any] | None = None
@@ -133,7 +133,7 @@ class DataOptions(ImageReading):
   shuffle: bool = True
   order: str = "auto"
   workers: int = 0
-  rejects: Annotated[Component, Call(Watch, fixed=("names",))] = None  # type: ignore[assignment]
+  rejects: Annotated[Component, Call(Watch, fixed=("names",))] = DEFAULTS
   stop_at_bad_shard: bool = True
 
   @property

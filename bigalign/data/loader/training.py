@@ -1,7 +1,7 @@
-"""Host batches as a pure function of the step: no iterator state, any number of hosts and workers.
+"""Makes each host batch from its step number alone.
 
-The element of the grain dataset is the whole batch of a step, so that neither the number of
-workers nor the place of a restart can change what is in it.
+There is no iterator state to save, and the numbers of hosts and workers may change: an element of
+the grain dataset is the whole batch of a step, so neither changes its content.
 """
 
 from __future__ import annotations
@@ -75,16 +75,17 @@ def train_batches(
 
   Args:
     source: the samples.
-    data: how they are read. `workers` does not change the batches; 0 works in a thread.
+    data: how they are read. `workers` does not change the batches; with 0, a thread of this
+      process reads.
     batch_size: of the global batch.
     rows: the rows of the global batch that this host owns.
     seed: of the order of samples, of the choice of captions, and of augmentation.
     start: samples seen: the position of row 0 of the first batch.
-    stop: the last batch is the last one whose positions are all below this; None: endless.
+    stop: the end position, exclusive; an incomplete last batch is dropped. None: endless.
     lane_rows: of Order; the batch size if 0.
     rejected_log: a file to which each rejected sample is appended, one line of JSON each; "" for
       none.
-    stored: the stores of one side, whose `image` or `text` is then [b, D].
+    stored: embeddings that replace `image` or `text`, which then has the shape [b, D].
 
   Returns:
     An iterator of {name: array}; the fields are those of `batch_spec`.
@@ -124,8 +125,8 @@ def words(ids: np.ndarray) -> np.ndarray:
   return np.stack([ids >> np.uint64(32), ids & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
 
 
-class Decoded:
-  """What train and eval batches share: one decoded sample, and the log of rejected ones."""
+class SampleReader:
+  """Reads and decodes single samples, and logs rejected ones. Base of train and eval batches."""
 
   def __init__(
     self,
@@ -178,7 +179,7 @@ class Decoded:
         )
 
 
-class _TrainBatches(Decoded):
+class _TrainBatches(SampleReader):
   """Element k is this host's part of batch k after `start`."""
 
   def __init__(
@@ -196,8 +197,9 @@ class _TrainBatches(Decoded):
     stored: OneSide | None,
   ):
     super().__init__(source, data, rejected_log=rejected_log, stored=stored)
-    self._images = stored.image if stored else None
-    self._texts, self._seconds = (stored.text, stored.second) if stored else (None, None)
+    self._image_store = stored.image if stored else None
+    self._text_store = stored.text if stored else None
+    self._second_store = stored.second if stored else None
     self._probed: set[str] = set()
     self._batch_size = batch_size
     self._rows = rows
@@ -210,7 +212,7 @@ class _TrainBatches(Decoded):
     self._order = order
     self._captions, self._second_captions = data.first_columns, data.second_columns
     self._captions_per_image = data.captions_per_image
-    self._next = max(data.workers, 1)  # a worker makes every workers-th batch
+    self._stride = max(data.workers, 1)  # a worker makes every workers-th batch
     # Positions are int64; grain needs a length even for an endless dataset.
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
 
@@ -226,7 +228,9 @@ class _TrainBatches(Decoded):
     self._prefetch(k, indices)
     b, size = len(positions), self._data.image_size
     images = (
-      np.empty(b, np.int64) if self._images else shared_memory.empty((b, size, size, 3), np.uint8)
+      np.empty(b, np.int64)
+      if self._image_store
+      else shared_memory.empty((b, size, size, 3), np.uint8)
     )
     labels = np.empty(b, np.int32)
     image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
@@ -240,7 +244,7 @@ class _TrainBatches(Decoded):
       all_captions = [text for column in captions.values() for text in column]
       ordinal = choose(captions, self._captions, rng)
       images[r] = (
-        record["image"] if self._images else self._data.training_view(record["image"], rng)
+        record["image"] if self._image_store else self._data.training_view(record["image"], rng)
       )
       texts.append(all_captions[ordinal])
       if self._second_captions:
@@ -248,9 +252,9 @@ class _TrainBatches(Decoded):
         seconds.append(all_captions[second])
       labels[r] = record["label"]
       image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
-    text, mask, was_repaired = self._encode(texts, self._texts)
+    text, mask, was_repaired = self._encode(texts, self._text_store)
     batch = dict(
-      image=self._images.read(images) if self._images else images,
+      image=self._image_store.read(images) if self._image_store else images,
       text=text,
       text_mask=mask,
       image_id=words(image_ids),
@@ -262,7 +266,7 @@ class _TrainBatches(Decoded):
     )
     if self._second_captions:
       batch["text_second"], batch["text_second_mask"], was_repaired = self._encode(
-        seconds, self._seconds
+        seconds, self._second_store
       )
       batch["repaired"] += was_repaired
     return batch
@@ -284,10 +288,10 @@ class _TrainBatches(Decoded):
 
   def _prefetch(self, k: int, indices: np.ndarray) -> None:
     """Starts fetching this batch and this worker's next one, so that I/O overlaps decoding."""
-    if k + self._next < len(self):
-      indices = np.append(indices, self._order(self._positions(k + self._next)))
+    if k + self._stride < len(self):
+      indices = np.append(indices, self._order(self._positions(k + self._stride)))
     # If the number of workers divides blocks.STEP_LANES, each has lanes of its own.
-    workers = math.gcd(self._next, blocks.STEP_LANES)
+    workers = math.gcd(self._stride, blocks.STEP_LANES)
     self._order.prefetch(indices, share=len(self._rows) / self._batch_size / workers)
 
   def _usable(
@@ -304,9 +308,12 @@ class _TrainBatches(Decoded):
     counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
     raise ValueError(
       f"{self._source!r}: position {position} and its {ATTEMPTS} substitutes are all rejected "
-      f"({counts}), so most of this source is unusable; the log names samples and reasons"
+      f"({counts}), so most of this source, or of this part of the mixture, seems unusable; the"
+      " log names samples and reasons"
       + (
-        ". Set captions=(...) to fields that these samples have." if "no_caption" in counts else "."
+        ". Set config.data.captions to fields that these samples have."
+        if "no_caption" in counts
+        else "."
       )
     )
 
@@ -341,7 +348,7 @@ class _TrainBatches(Decoded):
     self._probed.add(shard)
     reasons = np.zeros(len(REASONS), np.int32)  # of the probes, which are not in the batch
     others = [index - ordinal + (2 * i + 1) * size // (2 * PROBES) for i in range(PROBES)]
-    # A view has not all samples of a shard, and those that it left out are often bad too.
+    # A view may lack samples of the shard, often bad ones; then the shard is not judged.
     in_shard = [0 <= i < len(self._source) and where(self._source, i)[0] == shard for i in others]
     if all(in_shard) and all(
       self._with_captions(other, rejects=reasons) is None for other in others

@@ -44,7 +44,7 @@ class OneSide:
     every = [one for one in (self.image, self.text, self.second) if one]
     self.sides = {"image" if self.image else "text": every}
     names = [one.fingerprint for one in every]
-    self.again = bool(second) and names[0] == names[1]
+    self.second_is_text = bool(second) and names[0] == names[1]
     self.fingerprint = fingerprints.of_names(*names)
 
   def replace(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class OneSide:
     text, *others = self.sides["text"]
     captions = _rows(text, record["key"])
     texts = dict(text=captions)
-    if others and not self.again:
+    if others and not self.second_is_text:
       texts["second"] = _rows(others[0], record["key"])
     return record | dict(captions=captions, texts=texts)
 
