@@ -165,6 +165,7 @@ def losses(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_a_loss_of_two_texts_trains(shard, tmp_path):
   train(two_texts(shard, ("json.recaption", "txt")), tmp_path / "run")
   found = np.array(losses(tmp_path / "run"))

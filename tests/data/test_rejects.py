@@ -61,6 +61,7 @@ def lines(workdir):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_counts_writes_down_and_stops(tmp_path):
   latin = [(name, b"caf\xe9" if name.endswith(".txt") else data) for name, data in samples(0, 30)]
   good = write_tar(

@@ -211,19 +211,19 @@ def test_an_append_that_is_killed_leaves_the_store_as_it_was(tmp_path, monkeypat
 WRITER = """
 import pathlib, sys, time
 import numpy as np
-from bigalign.data import store_writer
+from bigalign.data.stores import writer
 
 folder = pathlib.Path(sys.argv[1])
-store_writer.begin(folder, dict(width=64, dtype="float16"))
-held = store_writer.claim(folder, "x", 4000, "x", batch_size=50, batches=1, write=True)
+writer.begin(folder, dict(width=64, dtype="float16"))
+pieces = writer.claim(folder, "x", 4000, "x", batch_size=50, batches=1, write=True)
 print("begun", flush=True)
-for n in range(held.next, 80):
+for n in range(pieces.next, 80):
   place = np.arange(n * 50, n * 50 + 50)
   own = np.repeat(place, place % 3)  # none, one or two captions
   rows = np.repeat(own[:, None] % 1000, 64, 1).astype(np.float16)
-  store_writer.write(folder, n, rows, np.stack([own * 7919 + 1, own], 1).astype(np.uint64))
+  writer.write(folder, n, rows, np.stack([own * 7919 + 1, own], 1).astype(np.uint64))
   time.sleep(0.003)
-store_writer.finish(folder, captions=True)
+writer.finish(folder, captions=True)
 """
 
 
@@ -321,6 +321,7 @@ def batches(pairs, rows, *, batch_size=8, start=0, stop=80, **options):
     return list(found)
 
 
+@pytest.mark.slow
 def test_pairs_belong_together_in_any_order_on_any_hosts_from_any_place(tmp_path):
   pairs = Pairs(**stores(tmp_path / "s", second=True))
   whole = batches(pairs, range(8))

@@ -51,6 +51,7 @@ def test_report_of_a_run_is_the_last_thing_printed(trained, capsys):
   assert "picture number 40" in path.read_text()  # a held-out caption
 
 
+@pytest.mark.slow
 def test_shards_and_a_folder_given_by_hand(trained, tmp_path):
   write_tar(tmp_path / "shapes/test/0.tar", samples(0, 10))
   (tmp_path / "shapes/classnames.txt").write_text("disc\nline\nsquare\n")

@@ -126,6 +126,7 @@ def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
   assert [x["samples"] for x in json.loads((out / "text/sources.json").read_text())] == [70, 10]
 
 
+@pytest.mark.slow
 def test_one_side_after_the_other(config, tmp_path):
   out = tmp_path / "stores"
   embed(config, out, sides=["image"], batch_size=8)
@@ -174,6 +175,7 @@ def test_vectors_beyond_the_dtype_are_left_out(config, tmp_path):
   assert len(Store(found["text"])) == COUNT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "change, message",
   [
@@ -225,6 +227,7 @@ def test_vectors_that_nobody_here_can_make(config, tmp_path):
     train.train(with_stores(config, folders), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_stages_of_a_run_from_stores_have_batches_of_their_own(config, tmp_path):
   folders = embed(config, tmp_path / "stores", batch_size=8)
   c = with_stores(config, folders) | dict(total_steps=4)
@@ -235,6 +238,7 @@ def test_stages_of_a_run_from_stores_have_batches_of_their_own(config, tmp_path)
     train.train(c | dict(stages=[dict(until=2, data=dict(image_size=8))]), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_sail_from_two_stores_of_texts(config, tmp_path):
   """As configs/sail_*.py say, but for the towers' sizes, the batch and the number of steps."""
   shipped, towers = load("sail_dinov2l_nv2").to_dict(), config["model"]
@@ -338,6 +342,7 @@ def losses(workdir):
   return [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_one_side_may_be_stored_while_the_other_is_read(config, tmp_path, side):
   """The run is that of a frozen tower in the loop."""
@@ -390,6 +395,7 @@ def test_facets_of_a_caption_are_drawn_from_their_stores(config, tmp_path):
     assert second == other or (drawn != again).all()
 
 
+@pytest.mark.slow
 def test_flame_learns_images_from_stored_facets(config, tmp_path):
   """configs/flame_b16.py, but for the sizes, the source and the number of steps."""
   shipped = load("flame_b16").to_dict()
@@ -426,7 +432,10 @@ def test_samples_that_a_store_lacks_are_rejected(config, tmp_path):
 @pytest.mark.parametrize(
   "change, message",
   [
-    (dict(captions=("txt",)), r"config\.data\.captions has no effect, because .* read from config\.data\.stores"),
+    (
+      dict(captions=("txt",)),
+      r"config\.data\.captions has no effect, because .* read from config\.data\.stores",
+    ),
     (dict(stores=dict(text="", second="x")), "take image or text, or text and second"),
     (dict(stores=dict(keep="x")), r"config\.data\.stores.*keep"),
     (dict(source=""), "needs either source or mixture"),
@@ -439,6 +448,7 @@ def test_what_stores_of_one_side_cannot_do(config, tmp_path, change, message):
     open_data(resolve_data(config["data"] | dict(stores=stores) | change))
 
 
+@pytest.mark.slow
 def test_tokens_are_stored_for_projectors_that_read_them(config, tmp_path):
   config["model"] |= dict(
     image_projector=dict(name="patches_and_class", dropout=0.0),

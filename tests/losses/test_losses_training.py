@@ -130,6 +130,7 @@ def test_hardest_negatives_and_saturation_by_hand():
   np.testing.assert_allclose(found["saturation/image"], (np.diag(p) > 0.99).mean())
 
 
+@pytest.mark.slow
 def test_an_id_out_of_range_stops_the_run(tiny, tmp_path, monkeypatch):
   tiny.loss = dict(sogclr={})
   words = training.words
@@ -139,6 +140,7 @@ def test_an_id_out_of_range_stops_the_run(tiny, tmp_path, monkeypatch):
     run(tmp_path, tiny)
 
 
+@pytest.mark.slow
 def test_only_a_loss_with_tables_bounds_the_ids(tiny, tmp_path, monkeypatch):
   """SigLIP compares ids and has no table: any 64 bits will do."""
   tiny.loss, tiny.total_steps, tiny.checkpoint_every = dict(siglip=dict(positives="ids")), 1, 0
@@ -147,6 +149,7 @@ def test_only_a_loss_with_tables_bounds_the_ids(tiny, tmp_path, monkeypatch):
   assert int(run(tmp_path, tiny).step) == 1
 
 
+@pytest.mark.slow
 def test_a_step_updates_tables_in_place(tiny):
   """The whole step, compiled for 10^8 images: no second table, whatever a step decides."""
   tiny.loss = dict(isogclr={})

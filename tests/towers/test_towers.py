@@ -208,6 +208,7 @@ def test_mistakes_are_named(make, message):
     make()
 
 
+@pytest.mark.slow
 def test_gradients_of_bfloat16_kernels_are_summed_in_float32():
   """Of every kernel of a block: the sum over the batch, and so over the mesh, is not rounded."""
   block = base.Block(heads=2, hidden=32, dtype=jnp.bfloat16)
@@ -299,7 +300,7 @@ def test_a_token_counts_as_often_as_it_comes(stored, parts):
 @pytest.mark.parametrize(
   "name, options",
   [
-    ("text", dict(pool="mean")),
+    pytest.param("text", dict(pool="mean"), marks=pytest.mark.slow),
     ("bert", {}),
     ("bert", dict(skip_padding=True, buckets=8)),
   ],

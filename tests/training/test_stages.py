@@ -125,6 +125,7 @@ def test_two_stages_are_two_programs_to_the_last_digit(whole):
   assert_same_bits(run.params, {**state.trainable, **state.frozen})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 3], ids=["inside the first", "at the border", "behind it"])
 def test_resume_is_bitwise_and_compiles_no_stage_that_is_over(whole, step, tmp_path, monkeypatch):
   workdir, state = whole
@@ -193,6 +194,7 @@ def resolved(**changes):
   return resolve_config(tiny(**{**dict(total_steps=100, batch_size=10, stages=()), **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [

@@ -120,6 +120,7 @@ def test_resume_of_what_pods_run_is_bitwise(tiny, tmp_path):
   assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_kill_while_a_checkpoint_is_written(tiny, tmp_path):
   """The half-written checkpoint is never taken; the one before it is."""
   trap = """
@@ -173,6 +174,7 @@ def _abstract(program):
   return functools.partial(train_step, program=program), shapes, batch, data_position(0, 1)
 
 
+@pytest.mark.slow
 def test_the_frozen_half_costs_no_backward_pass(tiny):
   """FLOPs of a step with a frozen image tower: at least its backward pass less."""
   counts = {}
@@ -190,6 +192,7 @@ def test_the_frozen_half_costs_no_backward_pass(tiny):
   assert counts[""] - counts["image_tower"] > 1.7 * image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_what_is_done_twice_is_no_useful_flops(tiny, scan):
   useful, done = [], []
@@ -223,6 +226,7 @@ def test_workdir_of_another_config_shows_the_difference(tiny, tmp_path):
   run(tmp_path, tiny, total_steps=1, log_every=7)  # harmless
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model_names_the_first_path(tiny, tmp_path):
   run(tmp_path, tiny, total_steps=1)
   wider = {**tiny.model.to_dict(), "embed_dim": 16}
@@ -371,6 +375,7 @@ def test_durations():
   assert [steps(x, "here", **sizes) for x in asked] == [7, 7, 7, 10, 30, 10, 0]
 
 
+@pytest.mark.slow
 def test_every_rejected_sample_is_counted(tiny, tmp_path):
   """Also those of the steps between two logs, and over a resume."""
   members = samples(0, 24)
@@ -392,6 +397,7 @@ def test_every_rejected_sample_is_counted(tiny, tmp_path):
   assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_microbatches_and_ways_change_nothing(tiny, tmp_path):
   """The same losses, in parts and in a ring, to the rounding of float32."""
   tiny.total_steps = 6

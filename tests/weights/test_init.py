@@ -111,6 +111,7 @@ def test_tower_oracle_a_run_begins_with_the_embeddings_of_its_checkpoint(tmp_pat
   assert error(logits, io["out_logits_per_image"]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_tower_oracle_two_towers_of_two_checkpoints(tmp_path, caplog):
   """A frozen DINOv2 at another resolution, a sentence encoder that learns, new projectors; then
   the files are gone, and the run goes on to the same bits."""
@@ -169,6 +170,7 @@ def test_tower_oracle_two_towers_of_two_checkpoints(tmp_path, caplog):
     train(c | dict(model=other), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_layers_are_frozen_and_slowed_one_by_one(clip, tmp_path):
   """open_clip's locked image tower with its last groups unlocked; a learning rate per layer."""
   tower = dict(scan=False, **FLOAT32)
@@ -203,6 +205,7 @@ def test_layers_are_frozen_and_slowed_one_by_one(clip, tmp_path):
     train(c, tmp_path / "scanned")
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_a_resnet_for_cifar(data_root, tmp_path):
   """A real npz as init of the image tower: frozen parts stay, the others learn from there, and
   batch norm keeps its statistics."""
