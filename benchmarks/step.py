@@ -132,7 +132,7 @@ def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
 
   def run() -> float:
     nonlocal state
-    state, metrics, _ = step.run(state, on_mesh, position)
+    state, metrics, _ = step.call(state, on_mesh, position)
     return float(metrics["loss"])
 
   return run, step.flops
