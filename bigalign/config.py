@@ -20,9 +20,10 @@ from bigalign.losses import LossTerms
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.model import ModelOptions
 from bigalign.optim import OPTIMIZERS, make_optimizer
-from bigalign.options import DEFAULTS, Call, Choose, Component, plain, resolve
+from bigalign.options import DEFAULTS, Call, Choose, Component, plain, resolve, without_defaults
 from bigalign.run import runtime
 from bigalign.run.metrics import MetricWriter
+from bigalign.run.provenance import digest
 from bigalign.weights import init
 
 OPTIMIZER_FIXED = ("params", "total_steps", "to_steps")  # passed by the program; not options
@@ -146,6 +147,23 @@ def setup_runtime(values: Any) -> None:
   values = plain(values)
   given = values.get("runtime") if isinstance(values, Mapping) else None
   resolve(runtime.setup, given or {}, "config.runtime").make()
+
+
+def tokenizer_digest(config: Config) -> str:
+  """Hex digits that identify the tokenizer of a run: its options and its files."""
+  return digest(without_defaults(config.data.tokenizer))
+
+
+def with_tokenizer_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+  """A record of a run whose tokenizer is identified by `tokenizer_digest`.
+
+  Records from before options were resolved hold the digest of the options as they were written,
+  which differs if a default was written out.
+  """
+  as_written = digest(record["config"]["data"]["tokenizer"])
+  if record["tokenizer"] != as_written:
+    return dict(record)
+  return {**record, "tokenizer": tokenizer_digest(recorded_config(record))}
 
 
 def recorded_config(record: Mapping[str, Any]) -> Config:

@@ -129,12 +129,14 @@ class DualEncoder(nn.Module):
     mean, std = (np.asarray(x, np.float32) * 255 for x in PIXELS[self.pixels])
     x = sharding.constrain_batch(image).astype(jnp.float32)
     x = (x - mean[None, None, None]) / std[None, None, None]
-    return self.image_tower(x, train=train)
+    out: TowerOutput = self.image_tower(x, train=train)
+    return out
 
   def _text_tower(self, text: jax.Array, mask: jax.Array | None, train: bool) -> TowerOutput:
     if jnp.issubdtype(text.dtype, jnp.floating):
       return _stored(text)
-    return self.text_tower(sharding.constrain_batch(text), mask, train=train)
+    out: TowerOutput = self.text_tower(sharding.constrain_batch(text), mask, train=train)
+    return out
 
   def _image(self, image: jax.Array, train: bool) -> tuple[jax.Array, TowerOutput]:
     out = self._image_tower(image, train)

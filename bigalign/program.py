@@ -199,7 +199,8 @@ def init_on_mesh(program: Program, shardings: State, loaded: Arrays | None = Non
   init = jax.jit(
     functools.partial(init_state, program), out_shardings=shardings, donate_argnames="loaded"
   )
-  return init(jax.random.key(program.seed), loaded=loaded or {})
+  state: State = init(jax.random.key(program.seed), loaded=loaded or {})
+  return state
 
 
 def layout(

@@ -25,6 +25,8 @@ from bigalign.config import (
   recorded_config,
   resolve_config,
   setup_runtime,
+  tokenizer_digest,
+  with_tokenizer_digest,
   written_model,
 )
 from bigalign.data.order.schedule import epochs
@@ -35,7 +37,7 @@ from bigalign.frozen.towers import check_stores
 from bigalign.inputs import Inputs, check_stages, open_data, staged_batches
 from bigalign.losses import check_ids, check_needs, has_tables
 from bigalign.model import provided
-from bigalign.options import plain, without_defaults
+from bigalign.options import plain
 from bigalign.program import (
   Program,
   init_on_mesh,
@@ -51,7 +53,6 @@ from bigalign.run.provenance import (
   check_config,
   check_data,
   check_hosts_agree,
-  digest,
   read_config,
   write_config,
 )
@@ -187,7 +188,7 @@ def setup(
     "hardware": runtime.describe(),
     "dataset_size": dataset_size,
     "data": inputs.fingerprint,
-    "tokenizer": digest(without_defaults(options.data.tokenizer)),
+    "tokenizer": tokenizer_digest(options),
   }
   check_hosts_agree(meta)
   if record:
@@ -210,7 +211,7 @@ def setup(
     samples_seen, lane_rows = 0, stages[0].batch_size
     describe(state, folder.local)
   else:
-    saved = checkpoints.meta(resumed_from)
+    saved = with_tokenizer_digest(checkpoints.meta(resumed_from))
     check_data(saved, meta, folder.local, allow_config_change)
     state = restore(checkpoints, resumed_from, shapes, shardings)
     samples_seen, lane_rows = saved["samples_seen"], saved["lane_rows"]

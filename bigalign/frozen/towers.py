@@ -12,12 +12,11 @@ from typing import Annotated, Any, NamedTuple
 import jax
 
 from bigalign import sharding, tree
-from bigalign.config import Config
+from bigalign.config import Config, tokenizer_digest
 from bigalign.data.stores import reader
 from bigalign.evals.embed import to_host
-from bigalign.options import Choose, plain, plain_value, resolve_value, without_defaults
+from bigalign.options import Choose, plain, plain_value, resolve_value
 from bigalign.program import Program, compute_dtype, layout, make_program
-from bigalign.run.provenance import digest
 from bigalign.state import State
 from bigalign.towers import TOWERS
 from bigalign.weights.init import load
@@ -118,7 +117,7 @@ def header(
   before = (
     dict(**config.data.preprocessing(), pixels=config.model.pixels)
     if side == "image"
-    else dict(tokenizer=digest(without_defaults(config.data.tokenizer)))
+    else dict(tokenizer=tokenizer_digest(config))
   )
   return dict(
     side=side,

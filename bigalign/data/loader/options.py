@@ -14,7 +14,7 @@ from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Watch
 from bigalign.data.text.captions import Columns, columns, fields
 from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer
-from bigalign.options import DEFAULTS, Call, Choose, Component, resolve
+from bigalign.options import DEFAULTS, Call, Choose, Component, plain, resolve
 
 CAPTIONS_PER_IMAGE = 8
 
@@ -190,5 +190,5 @@ class DataOptions(ImageReading):
 
 def resolve_data(values: Any) -> DataOptions:
   """config.data with every default filled in; errors as of options.resolve."""
-  options: DataOptions = resolve(DataOptions, values, "config.data")
+  options: DataOptions = resolve(DataOptions, plain(values), "config.data")
   return options
