@@ -159,15 +159,15 @@ def _their_model(layout: Layout, trained: TrainedModel) -> DualEncoder:
 def _effective(module: Any) -> dict[str, Any]:
   """{option: value} of the options that determine the outputs of a tower or projector."""
   options = getattr(module, "options", module)
-  values = {x.name: getattr(options, x.name) for x in dataclasses.fields(options)}
+  effective = {x.name: getattr(options, x.name) for x in dataclasses.fields(options)}
   if isinstance(options, TransformerOptions):
-    values |= options.sizes._asdict()
+    effective |= options.sizes._asdict()
   if isinstance(options, VitOptions):
-    values["class_token"] = options.has_class_token
-  if values.get("positions") != "rope":
-    values.pop("rope_theta", None)
+    effective["class_token"] = options.has_class_token
+  if effective.get("positions") != "rope":
+    effective.pop("rope_theta", None)
   name = projector_name(module) if options is module else tower_name(options)
-  return {"name": name} | {k: v for k, v in values.items() if k not in _IGNORED}
+  return {"name": name} | {k: v for k, v in effective.items() if k not in _IGNORED}
 
 
 def differences(

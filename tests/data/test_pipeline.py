@@ -199,7 +199,9 @@ def test_bad_samples_are_substituted_and_counted(shards, caplog):
 def test_a_hopeless_source_is_an_error(tmp_path):
   write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.cls", b"0")])
   source = open_source(f"{tmp_path}/0.tar")
-  with pytest.raises(ValueError, match=r"0\.tar.*8 substitutes.*'no_caption': 9.*Set captions="):
+  with pytest.raises(
+    ValueError, match=r"0\.tar.*8 substitutes.*'no_caption': 9.*Set config\.data\.captions to"
+  ):
     take(source, 1)
   with pytest.raises(ValueError, match=r"all rejected.*'undecodable': 9"):
     take(Numbers(3, bad=(0, 1, 2)), 1, workers=1)

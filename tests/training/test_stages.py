@@ -294,8 +294,8 @@ def test_warmup_and_cooldown_are_the_samples_of_their_own_batches():
     (
       [dict(until=50), dict(until=20)],
       ValueError,
-      r"config.stages\[1\].until=20 is update 20 of the run, and config.stages\[0\] before it ends"
-      r" at 50; .* before config.total_steps=100",
+      r"config.stages\[1\].until=20 is update 20 of the run, but config.stages\[0\] before it ends"
+      r" at 50\. Stages must end in ascending order, .* before config.total_steps=100",
     ),
     (
       [dict(until=50), dict(until="50%")],

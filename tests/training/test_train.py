@@ -296,7 +296,7 @@ def test_keep_last_every_and_best(tmp_path):
       ValueError,
       "config.model.text.dtype: unknown 'half'; known: .*'float16'",
     ),
-    (dict(profile=(2, 9)), ValueError, r"config.profile=\(2, 9\): two steps .* of the 8"),
+    (dict(profile=(2, 9)), ValueError, r"config.profile=\(2, 9\) must be .* 0 <= begin < end <= 8"),
     (dict(log_every=0), ValueError, "config.log_every=0: at least 1"),
     (dict(frozen="image_towr"), ValueError, "config.frozen: 'image_towr' matches no path"),
     (dict(rules=[("attn", ())]), ValueError, "config.rules: no rule matches"),

@@ -65,7 +65,12 @@ class Tokenizer:
 
 
 class Byte(Tokenizer):
-  """UTF-8 bytes + 3; 0 is padding, 1 is unused, 2 ends a text. Needs no file."""
+  """UTF-8 bytes + 3; 0 is padding, 1 is unused, 2 ends a text. Needs no file.
+
+  Args:
+    length: of a text in ids, L.
+    lower: whether texts are lowercased.
+  """
 
   vocab_size, pad, eos = 259, 0, 2
 
