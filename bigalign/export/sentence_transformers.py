@@ -46,15 +46,15 @@ def _prepare(trained: TrainedModel) -> Contents | Reasons:
   if not isinstance(options, BertOptions):
     return {NAME: [requirement("config.model.text.name", tower_name(options), "bert")]}
   try:
-    config = hugging_face.bert(trained)
-    layout = weights.LAYOUTS[config["model_type"]]({}, NAME, "", **config)
+    bert_config = hugging_face.bert(trained)
+    layout = weights.LAYOUTS[bert_config["model_type"]]({}, NAME, "", **bert_config)
   except ValueError as error:  # the reader of their config refuses it
     return {NAME: [str(error)]}
   wrong = _reasons(trained, layout)
   if wrong:
     return {NAME: wrong}
   files: dict[str, Any] = {
-    "config.json": config | dict(dtype="float32"),
+    "config.json": bert_config | dict(dtype="float32"),
     "sentence_bert_config.json": dict(max_seq_length=trained.tokenizer.length, do_lower_case=False),
   }
   tensors: dict[str, Callable[[], Arrays]] = {
