@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from bigalign.losses.base import Context, Loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
-from bigalign.losses.per_sample import global_contrastive as gcl
-from bigalign.losses.per_sample import tables
+from bigalign.losses.per_sample import global_contrastive, tables
 
 QUANTILES = (5, 50, 95)
 EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, math.inf)  # bins of the temperatures
@@ -109,7 +108,7 @@ def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.A
   for path, table in jax.tree_util.tree_leaves_with_path(state):
     side, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2:]
     if name == "tau":
-      ids = gcl.IDS[side]
+      ids = global_contrastive.IDS[side]
       taus = tables.read({name: table}, batch[f"{ids}_id"])[name]
       for q in QUANTILES:
         metrics[f"temperature/{ids}/p{q}"] = jnp.quantile(taus, q / 100)

@@ -19,7 +19,7 @@ from bigalign.data.sources.base import open_source
 from bigalign.evals.chance import chance
 from bigalign.evals.embed import Context, EvalData, embedder, to_host
 from bigalign.evaluate import Run, open_run
-from bigalign.report import sections as html
+from bigalign.report import sections
 from bigalign.report.sections import Pairs, Rows
 from bigalign.run import runtime
 from bigalign.run.metrics import read_metrics
@@ -91,18 +91,18 @@ def embed_pairs(run: Run) -> Pairs:
 
 def page(run: Run, rows: Rows, pairs: Pairs) -> str:
   """The HTML of the page, which loads nothing from elsewhere."""
-  values = html.final(rows)
+  values = sections.final(rows)
   guess = chance(values)
   body = "\n".join(
     (
-      html.header(run, rows),
-      html.headline(values, guess),
-      html.learning(rows, guess),
-      html.geometry(pairs),
-      html.retrieval(pairs),
-      html.throughput(rows),
-      html.everything(rows, values, guess),
-      html.details(run),
+      sections.header(run, rows),
+      sections.headline(values, guess),
+      sections.learning(rows, guess),
+      sections.geometry(pairs),
+      sections.retrieval(pairs),
+      sections.throughput(rows),
+      sections.everything(rows, values, guess),
+      sections.details(run),
       f"<footer>bigalign {escape(run.meta['versions']['bigalign'])} · {escape(str(run.workdir))}"
       "</footer>",
     )

@@ -20,8 +20,7 @@ from typing import Any
 
 from bigalign.data.files import processes
 from bigalign.data.sources.base import Spec, open_spec
-from bigalign.shards import inspect_page as html
-from bigalign.shards import sample_stats, source_flags, speed
+from bigalign.shards import inspect_page, sample_stats, source_flags, speed
 from bigalign.shards.sample_stats import SampleStats, StatsTask
 
 
@@ -148,7 +147,7 @@ def inspect(
     )
   # Invalid Unicode in a file name or a broken caption must not prevent the page.
   pathlib.Path(out).write_text(
-    html.page(figures, collected, spec, language), encoding="utf-8", errors="replace"
+    inspect_page.page(figures, collected, spec, language), encoding="utf-8", errors="replace"
   )
   return figures
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from bigalign import checks
 from bigalign.losses import schedules
 from bigalign.losses.base import Loss
-from bigalign.losses.per_sample import global_contrastive as gcl
+from bigalign.losses.per_sample import global_contrastive
 
 LOG_TINY = math.log(1e-35)  # below it, the released code restarts u
 GRADIENTS = ("released", "consistent")
@@ -210,7 +210,7 @@ def fastclip_v2(
 
   def init(sizes):
     fills = dict(log_u=-math.inf, b=0.0, tau=tau_init, m=0.0, v=0.0)
-    return {}, gcl.make_tables(sizes, **fills)
+    return {}, global_contrastive.make_tables(sizes, **fills)
 
   def moved(context, old, log_den, pull):
     """The next moments and temperature of each anchor [B]."""
@@ -225,27 +225,40 @@ def fastclip_v2(
   def updated(weight, old, log_g, top):
     fresh = _must_restart(old["log_u"] - old["b"])
     b = jnp.maximum(old["b"], top)
-    return {"log_u": gcl.average(old["log_u"], log_g, weight, fresh), "b": b}
+    return {"log_u": global_contrastive.average(old["log_u"], log_g, weight, fresh), "b": b}
 
   def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     weight = averaged(context)
-    old = gcl.read_tables(state, batch)
-    taus = gcl.each(lambda x: x["tau"], old)
-    log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
-    now = gcl.each(functools.partial(updated, weight), old, log_g, top)
-    log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x["b"]), now)
-    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
-    steps = gcl.each(functools.partial(moved, context), old, log_den, jax.lax.stop_gradient(pulls))
-    state, _ = gcl.write_tables(state, batch, gcl.each(lambda a, b: a | b, now, steps))
-    divisors = taus if weighting == "released" else gcl.each(jnp.ones_like, taus)
-    surrogate = gcl.both(gcl.each(lambda pull, by: pull / (2 * by), pulls, divisors))
-    loss = gcl.both(gcl.mass(log_g, log_den))
-    objective = gcl.both(gcl.each(lambda t, d: t * (d + robust(context)), taus, log_den)) / 2
+    old = global_contrastive.read_tables(state, batch)
+    taus = global_contrastive.each(lambda x: x["tau"], old)
+    log_g, top = global_contrastive.means(zimg, ztxt, taus, engine=context.engine)
+    now = global_contrastive.each(functools.partial(updated, weight), old, log_g, top)
+    log_den = global_contrastive.each(
+      lambda x: global_contrastive.with_eps(x["log_u"], eps, x["b"]), now
+    )
+    pulls = global_contrastive.weighted(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
+    steps = global_contrastive.each(
+      functools.partial(moved, context), old, log_den, jax.lax.stop_gradient(pulls)
+    )
+    state, _ = global_contrastive.write_tables(
+      state, batch, global_contrastive.each(lambda a, b: a | b, now, steps)
+    )
+    divisors = taus if weighting == "released" else global_contrastive.each(jnp.ones_like, taus)
+    surrogate = global_contrastive.both(
+      global_contrastive.each(lambda pull, by: pull / (2 * by), pulls, divisors)
+    )
+    loss = global_contrastive.both(global_contrastive.mass(log_g, log_den))
+    objective = (
+      global_contrastive.both(
+        global_contrastive.each(lambda t, d: t * (d + robust(context)), taus, log_den)
+      )
+      / 2
+    )
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
     logs |= {"loss": loss, "objective": objective, "gamma": weight}
-    logs["finite_state"] = gcl.is_finite(now, steps)
-    return gcl.with_slope(loss, surrogate), (state, logs)
+    logs["finite_state"] = global_contrastive.is_finite(now, steps)
+    return global_contrastive.with_slope(loss, surrogate), (state, logs)
 
   return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
 
@@ -272,25 +285,31 @@ def _one_temperature(
 
   def init(sizes):
     params = {} if gradient is None else {"t": jnp.asarray(-math.log(tau_init), jnp.float32)}
-    return params, gcl.make_tables(sizes, log_u=-math.inf)
+    return params, global_contrastive.make_tables(sizes, log_u=-math.inf)
 
   def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     tau = jnp.exp(-jax.lax.stop_gradient(params["t"])) if params else jnp.asarray(tau_init, float)
     weight = averaged(context)
-    old = gcl.each(lambda x: x["log_u"], gcl.read_tables(state, batch))
-    taus = gcl.each(lambda x: jnp.full_like(x, tau), old)
-    log_g, _ = gcl.means(zimg, ztxt, taus, engine=context.engine)
-    log_u = gcl.each(lambda u, g: gcl.average(u, g, weight, _must_restart(u)), old, log_g)
-    state, _ = gcl.write_tables(state, batch, gcl.each(lambda u: {"log_u": u}, log_u))
-    log_den = gcl.each(lambda u: gcl.with_eps(u, eps), log_u)
-    pull = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
+    old = global_contrastive.each(
+      lambda x: x["log_u"], global_contrastive.read_tables(state, batch)
+    )
+    taus = global_contrastive.each(lambda x: jnp.full_like(x, tau), old)
+    log_g, _ = global_contrastive.means(zimg, ztxt, taus, engine=context.engine)
+    log_u = global_contrastive.each(
+      lambda u, g: global_contrastive.average(u, g, weight, _must_restart(u)), old, log_g
+    )
+    state, _ = global_contrastive.write_tables(
+      state, batch, global_contrastive.each(lambda u: {"log_u": u}, log_u)
+    )
+    log_den = global_contrastive.each(lambda u: global_contrastive.with_eps(u, eps), log_u)
+    pull = global_contrastive.weighted_both(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
     sums = {
       "h": jax.lax.stop_gradient(pull) / tau,
-      "log_u": gcl.both(log_u),
-      "log_den": gcl.both(log_den),
+      "log_u": global_contrastive.both(log_u),
+      "log_den": global_contrastive.both(log_den),
     }
-    loss = gcl.both(gcl.mass(log_g, log_den))
+    loss = global_contrastive.both(global_contrastive.mass(log_g, log_den))
     objective = sums["log_den"] / 2
     surrogate = pull / (2 * tau) if robust is None else pull / 2
     if robust is not None:
@@ -299,8 +318,8 @@ def _one_temperature(
     if gradient is not None:
       surrogate += gradient(tau, sums) * params["t"]
     logs = {"loss": loss, "objective": objective, "gamma": weight, "logit_scale": 1 / tau}
-    logs["finite_state"] = gcl.is_finite(log_u)
-    return gcl.with_slope(loss, surrogate), (state, logs)
+    logs["finite_state"] = global_contrastive.is_finite(log_u)
+    return global_contrastive.with_slope(loss, surrogate), (state, logs)
 
   def constrain(params, before):
     if not params:

@@ -15,8 +15,7 @@ from bigalign.losses import schedules
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
-from bigalign.losses.per_sample import global_contrastive as gcl
-from bigalign.losses.per_sample import tables
+from bigalign.losses.per_sample import global_contrastive, tables
 
 VARIANTS = ("paper", "released")
 RELEASED_EPS = 1e-10
@@ -58,18 +57,20 @@ def sogclr(
   checks.above_zero("config.loss.sogclr", tau=tau)
 
   def init(sizes):
-    return {}, gcl.make_tables(sizes, log_u=-math.inf, **({"b": 0.0} if eps else {}))
+    return {}, global_contrastive.make_tables(sizes, log_u=-math.inf, **({"b": 0.0} if eps else {}))
 
   def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
-    old = gcl.read_tables(state, batch)
-    taus = gcl.each(lambda x: jnp.full_like(x["log_u"], tau), old)
-    log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
+    old = global_contrastive.read_tables(state, batch)
+    taus = global_contrastive.each(lambda x: jnp.full_like(x["log_u"], tau), old)
+    log_g, top = global_contrastive.means(zimg, ztxt, taus, engine=context.engine)
     state, now = _update(state, batch, old, log_g, top, gamma, variant)
-    log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
-    loss = gcl.weighted_both(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
-    objective = tau * gcl.both(gcl.each(lambda x: x["log_u"], now))
-    logs = {"loss": loss, "objective": objective, "finite_state": gcl.is_finite(now)}
+    log_den = global_contrastive.each(
+      lambda x: global_contrastive.with_eps(x["log_u"], eps, x.get("b", 0.0)), now
+    )
+    loss = global_contrastive.weighted_both(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
+    objective = tau * global_contrastive.both(global_contrastive.each(lambda x: x["log_u"], now))
+    logs = {"loss": loss, "objective": objective, "finite_state": global_contrastive.is_finite(now)}
     return loss, (state, logs)
 
   return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
@@ -135,7 +136,7 @@ def isogclr(
 
   def init(sizes):
     fills = {"b": 0.0} if eps else {}
-    return {}, gcl.make_tables(sizes, log_u=-math.inf, tau=tau_init, m=0.0, **fills)
+    return {}, global_contrastive.make_tables(sizes, log_u=-math.inf, tau=tau_init, m=0.0, **fills)
 
   def moved(rate, rho, old, log_u, pull):
     """The next momentum and temperature of each anchor [B]."""
@@ -146,20 +147,24 @@ def isogclr(
   def apply(params, state, feats, batch, context):
     zimg, ztxt = feats["zimg"], feats["ztxt"]
     rate = schedules.eta(eta_schedule, eta, eta_min, over, eta_decay, context)
-    old = gcl.read_tables(state, batch)
-    taus = gcl.each(lambda x: x["tau"], old)
-    log_g, top = gcl.means(zimg, ztxt, taus, engine=context.engine)
+    old = global_contrastive.read_tables(state, batch)
+    taus = global_contrastive.each(lambda x: x["tau"], old)
+    log_g, top = global_contrastive.means(zimg, ztxt, taus, engine=context.engine)
     state, now = _update(state, batch, old, log_g, top, gamma, variant)
-    log_u = gcl.each(lambda x: x["log_u"], now)
-    log_den = gcl.each(lambda x: gcl.with_eps(x["log_u"], eps, x.get("b", 0.0)), now)
-    pulls = gcl.weighted(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
+    log_u = global_contrastive.each(lambda x: x["log_u"], now)
+    log_den = global_contrastive.each(
+      lambda x: global_contrastive.with_eps(x["log_u"], eps, x.get("b", 0.0)), now
+    )
+    pulls = global_contrastive.weighted(zimg, ztxt, taus, log_den, log_g, engine=context.engine)
     step = functools.partial(moved, rate, robust(context))
-    new = gcl.each(step, old, log_u, jax.lax.stop_gradient(pulls))
-    state, _ = gcl.write_tables(state, batch, new)
-    loss = gcl.both(pulls)
-    objective = gcl.both(gcl.each(lambda t, u: t * (u + robust(context)), taus, log_u))
+    new = global_contrastive.each(step, old, log_u, jax.lax.stop_gradient(pulls))
+    state, _ = global_contrastive.write_tables(state, batch, new)
+    loss = global_contrastive.both(pulls)
+    objective = global_contrastive.both(
+      global_contrastive.each(lambda t, u: t * (u + robust(context)), taus, log_u)
+    )
     logs = {f"tau_{side}": x.mean() for side, x in taus.items()}
-    logs["finite_state"] = gcl.is_finite(now, new)
+    logs["finite_state"] = global_contrastive.is_finite(now, new)
     return loss, (state, {"loss": loss, "objective": objective, "eta": rate, **logs})
 
   return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
@@ -196,7 +201,7 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
     old = tables.read(state, batch["image_id"])["log_u"]
     weight = jnp.where(jnp.isneginf(old).all(), 1.0, gamma)
     log_g = _view_means(x, y, tau, engine)
-    log_u = {k: gcl.average(old, v, weight, None) for k, v in log_g.items()}
+    log_u = {k: global_contrastive.average(old, v, weight, None) for k, v in log_g.items()}
     mean = jnp.logaddexp(log_u["x"], log_u["y"]) - math.log(2)
     state, _ = tables.write(state, batch["image_id"], {"log_u": mean})
 
@@ -263,8 +268,8 @@ def _update(
   state: Any,
   batch: Mapping[str, jax.Array],
   old: Any,
-  log_g: gcl.Anchors,
-  top: gcl.Anchors,
+  log_g: global_contrastive.Anchors,
+  top: global_contrastive.Anchors,
   gamma: float,
   variant: str,
 ) -> tuple[Any, Any]:
@@ -278,10 +283,16 @@ def _update(
 
   def updated(old, log_g, top):
     if variant == "released":
-      new = {"log_u": gcl.average(old["log_u"], jnp.logaddexp(log_g, positive), gamma, None)}
+      new = {
+        "log_u": global_contrastive.average(
+          old["log_u"], jnp.logaddexp(log_g, positive), gamma, None
+        )
+      }
     else:
       fresh = jnp.isneginf(old["log_u"])
-      new = {"log_u": gcl.average(old["log_u"], log_g, gamma, fresh)}
+      new = {"log_u": global_contrastive.average(old["log_u"], log_g, gamma, fresh)}
     return new | ({"b": jnp.maximum(old["b"], top)} if "b" in old else {})
 
-  return gcl.write_tables(state, batch, gcl.each(updated, old, log_g, top))
+  return global_contrastive.write_tables(
+    state, batch, global_contrastive.each(updated, old, log_g, top)
+  )
