@@ -224,7 +224,7 @@ def test_equal_over_the_mesh_in_microbatches(name, way):
 
 
 def test_a_long_axis_is_summed_over_in_two_stages(monkeypatch):
-  monkeypatch.setattr(exchange, "STAGED", 8)
+  monkeypatch.setattr(exchange, "TWO_STEPS_FROM", 8)
   mesh = sharding.make_mesh(data=8)
   same(step("clip", {}, jnp.float32, "segment", mesh, 1), truth("clip"))
 

@@ -77,7 +77,7 @@ class Batches:
     iterator.start_prefetch()
     self._iterators = [iterator]
     self._receiver = shared_memory.Receiver()
-    self._processes: list[BaseProcess] = []
+    self._children: list[BaseProcess] = []
     # Also runs when the object is collected, and at exit before the modules are torn down: grain's
     # own clean-up runs too late there and prints errors.
     self.close = weakref.finalize(self, _close, self._iterators, self._receiver)
@@ -88,16 +88,16 @@ class Batches:
   def __next__(self) -> dict[str, np.ndarray]:
     if not self._iterators:
       raise ValueError("These batches are closed.")
-    # All processes that were ever alive, because multiprocessing forgets dead ones.
-    known = [process for process in self._processes if process.exitcode != 0]
-    self._processes = [*dict.fromkeys([*known, *multiprocessing.active_children()])]
+    # Children that run or failed, remembered because active_children() forgets dead ones.
+    known = [process for process in self._children if process.exitcode != 0]
+    self._children = [*dict.fromkeys([*known, *multiprocessing.active_children()])]
     try:
       batch = next(self._iterators[0])
     except RuntimeError as error:
       if not is_dead_grain_worker(error):
         raise
       raise RuntimeError(
-        f"The data's {processes.died(self._processes)} (config.data.workers), and"
+        f"The data's {processes.died(self._children)} (config.data.workers), and"
         " run the same command again: a run resumes from its last checkpoint"
       ) from error
     return self._receiver.unpack(batch)

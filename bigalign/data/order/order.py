@@ -57,10 +57,11 @@ class Order:
     block = getattr(part, "block", 1)
     if kind == "exact" or (kind == "auto" and block < 2) or not self._shuffle:
       return None
-    # The last phase is the longest. In the other phases lanes drift from worker to worker.
+    # Lanes are sized for the shares of the last phase, usually the longest. In another phase
+    # several workers may read one lane and its blocks again, but the order stays the same.
     share = SHARES if self._schedule is None else int(self._schedule.shares[-1, s] or SHARES)
-    own_rows = fractions.Fraction(rows * share, SHARES)
-    return make_lanes(own_rows, block=block if block > 1 else BLOCK)
+    rows_of_part = fractions.Fraction(rows * share, SHARES)
+    return make_lanes(rows_of_part, block=block if block > 1 else BLOCK)
 
   def __call__(self, positions: np.ndarray) -> np.ndarray:
     """Returns the index at each position: [N] int64 → [N] int64, below the number of samples."""

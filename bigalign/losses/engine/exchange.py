@@ -30,19 +30,20 @@ def _gather(plan: Plan, x: Any) -> Any:
   return jax.lax.all_gather(x, plan.axes, tiled=True) if plan.axes else x
 
 
-# From this number of devices on, a mesh axis is reduced in two stages.
-STAGED = 64
+# A mesh axis of at least this many devices is reduce-scattered in two steps.
+TWO_STEPS_FROM = 64
 
 
 def _scatter(plan: Plan, x: Any) -> Any:
   """Sums [g, ...] over the devices and leaves each device with its own part (a reduce-scatter).
 
-  One axis after the other, and a long axis in two stages: TPUs turn a reduce-scatter over more than
-  one direction of their torus into an all-reduce of the whole array.
+  One axis after the other, and a long axis in two steps, whose inner groups have the largest
+  divisor of its length up to the square root: TPUs turn a reduce-scatter over more than one
+  direction of their torus into an all-reduce of the whole array.
   """
   for axis in plan.axes:
     n = jax.lax.axis_size(axis)
-    inner = max(k for k in range(1, math.isqrt(n) + 1) if n % k == 0) if n >= STAGED else 1
+    inner = max(k for k in range(1, math.isqrt(n) + 1) if n % k == 0) if n >= TWO_STEPS_FROM else 1
     if inner > 1:
       groups = np.arange(n).reshape(-1, inner)
       x = jax.lax.psum_scatter(x, axis, axis_index_groups=groups.T.tolist(), tiled=True)

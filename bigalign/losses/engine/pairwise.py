@@ -51,11 +51,12 @@ class Engine:
   Args:
     way: "auto", "dense", "gather", "segment" or "ring".
     dtype: "float32" or "bfloat16", the dtype of communicated features and of the factors of all
-      products; sums, reductions and gradients are accumulated in float32. bfloat16 moves a logit by
-      up to 0.4 at a scale of 100. It halves the communication, and TPUs multiply float32 in six
-      passes.
+      products; sums, reductions and gradients are accumulated in float32. With bfloat16, rounding
+      changes a logit by up to 0.4 at a scale of 100, communication is halved, and a TPU multiplies
+      in one pass instead of six.
     budget_mb: MB of gathered columns and their gradients per device; sets the number of segments.
-    tile_mb: MB of one float32 tile, of which a few exist at a time; 17 is 16 MiB.
+    tile_mb: MB (1e6 bytes) of one float32 tile; a few exist at a time. The default is just above
+      16 MiB.
   """
 
   way: str = "auto"
@@ -177,8 +178,8 @@ class RecordingEngine(Engine):
   """An engine that also records the matrices it forms, for a summary of a loss.
 
   Args:
-    floats_per_column: grows by one entry for each matrix that is traced: the number of values of
-      one of its columns, which are communicated.
+    floats_per_column: one entry for each matrix traced: how many values of each column are
+      communicated.
   """
 
   floats_per_column: list[int] = dataclasses.field(default_factory=list, compare=False)
