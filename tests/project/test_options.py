@@ -13,7 +13,13 @@ from typing import Annotated, Any
 import pytest
 from helpers.shipped import ROOT, load
 
-from bigalign.config import Config, recorded_config, resolve_config
+from bigalign.config import (
+  Config,
+  recorded_config,
+  resolve_config,
+  tokenizer_digest,
+  with_tokenizer_digest,
+)
 from bigalign.data.text.tokenizers import TOKENIZERS
 from bigalign.evals import EVALS
 from bigalign.losses import LOSSES
@@ -29,6 +35,7 @@ from bigalign.options import (
   resolve,
   without_defaults,
 )
+from bigalign.run.provenance import digest
 from bigalign.towers import TOWERS
 
 # The resolver: what turns the plain values of a config into options. flags.py prepares the config
@@ -261,3 +268,15 @@ def test_unknown_options_of_a_config_are_named_at_their_place():
   ):
     with pytest.raises(TypeError, match=message):
       resolve_config({**values, **change})
+
+
+def test_a_tokenizer_recorded_as_written_is_the_same_tokenizer():
+  """Runs from before options were resolved recorded a digest of the options that were written."""
+  values = load("tiny").to_dict()
+  config = resolve_config(values)
+  for written in (values["data"]["tokenizer"], dict(name="byte", length=48, lower=False)):
+    old = {**values, "data": {**values["data"], "tokenizer": written}}
+    record = {"config": old, "tokenizer": digest(written)}
+    assert with_tokenizer_digest(record)["tokenizer"] == tokenizer_digest(config)
+  other = {"config": values, "tokenizer": digest(dict(name="byte", length=48, lower=True))}
+  assert with_tokenizer_digest(other)["tokenizer"] != tokenizer_digest(config)
