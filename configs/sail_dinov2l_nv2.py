@@ -4,8 +4,7 @@
   bigalign embed --config=configs/sail_dinov2l_nv2.py --out=$STORES --towers=image
   bigalign train --config=configs/sail_dinov2l_nv2.py
 
-https://arxiv.org/abs/2412.04616, as released, except for the images: the release crops 224 pixels
-from 256, here the shorter edge is resized to 224. $STORES/raw and $STORES/long are embedding
+https://arxiv.org/abs/2412.04616, as released. $STORES/raw and $STORES/long are embedding
 stores, 4,096 wide: the output of NV-Embed-v2, without an instruction, for the alt text and for the
 long or short recaption of each image. docs/frozen.md documents how another program writes them. The
 dataset is the 23 million pairs of CC3M, CC12M and YFCC15M with the captions of DreamLIP.
@@ -32,6 +31,7 @@ def get_config():
     image_size=224,
     tokenizer=dict(name="byte", length=2),  # unused: the texts come from the stores
     resize="shortest",
+    resize_edge=256,
     workers=16,
   )
   c.model = dict(
