@@ -31,6 +31,7 @@ def beam(tmp_path_factory) -> str:
       "--quiet",
       "--disable-pip-version-check",
       "apache-beam",
+      "braceexpand",
       "numpy",
       "pillow",
       "simplejpeg",
