@@ -144,7 +144,7 @@ def test_half_precision_stays_near(family):
 def test_padding_does_not_move_the_embedding(family):
   tower, (ids, mask) = build(family)
   params = jax.jit(tower.init)(KEY, ids, mask)
-  pad = tower.pad
+  pad = tower.options.pad
   first = apply(tower, params, jnp.where(mask, ids, pad), mask)
   shorter = apply(tower, params, ids[1:, :5])
   np.testing.assert_allclose(first.pooled[1], shorter.pooled[0], atol=1e-5)
