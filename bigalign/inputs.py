@@ -86,9 +86,9 @@ def open_data(options: DataOptions) -> Inputs:
     stored = OneSide(**options.stores.one_side())
     if stored.text:
       second = ("text" if stored.second_is_text else "second",) if stored.second else ()
-      wanted = None if options.captions is None else ("text", *second)
+      # The source opens with its own fields: _check_ignored refuses others.
       options = dataclasses.replace(options, captions=("text",), second_captions=second)
-      return Inputs(options, _open_source(options, wanted), stored)
+      return Inputs(options, _open_source(options, None), stored)
   wanted = None
   if options.captions is not None:
     wanted = fields(options.first_columns, options.second_columns)
