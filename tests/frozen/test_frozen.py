@@ -234,7 +234,7 @@ def test_stages_of_a_run_from_stores_have_batches_of_their_own(config, tmp_path)
   train.train(c | dict(stages=[dict(until=2, batch_size=32)]), tmp_path / "run")
   rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
   assert [row["train/samples_seen"] for row in rows] == [32, 64, 80, 96]
-  with pytest.raises(ValueError, match=r"config.stages\[0\].data.image_size has no effect, because"):
+  with pytest.raises(ValueError, match=r"stages\[0\].data.image_size has no effect, because"):
     train.train(c | dict(stages=[dict(until=2, data=dict(image_size=8))]), tmp_path / "other")
 
 
