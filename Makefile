@@ -22,7 +22,7 @@ TEST := $(VENV)/.installed-test$(subst $(space),,$(addprefix -,$(EXTRAS)))
 list = $(subst $(space),$(comma),$(strip $(1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart base install test test-slow test-all test-long lint constraints clean
+.PHONY: help quickstart base install test test-slow test-optimized test-all test-long lint constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,15 +39,17 @@ base: $(BASE)  ## create .venv with everything that training needs
 
 install: $(TEST)  ## create .venv with everything that the tests need
 
-test: $(TEST)  ## run the fast tests, a quarter of an hour on two cores
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not long" $(ARGS)
+test: $(TEST)  ## run the fast tests, five minutes on two cores
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not optimized and not long" $(ARGS)
 
-# The fast tests compile without most optimizations. The slow ones compile as users do, except for the
-# tests with the fixture `unoptimized`.
 test-slow: $(TEST)  ## run only the slow tests
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not long" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not optimized and not long" $(ARGS)
 
-test-all: test test-slow  ## run fast and slow tests, under an hour on two cores
+# The fast and the slow tests compile without most optimizations of XLA.
+test-optimized: $(TEST)  ## run the slow tests that compile as users do
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "optimized and not long" $(ARGS)
+
+test-all: test test-slow test-optimized  ## run all of them, half an hour on two cores
 
 test-long: $(TEST)  ## run the longest tests, before a release
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m long $(ARGS)

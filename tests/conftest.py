@@ -6,7 +6,6 @@ import os
 import pathlib
 import signal
 import tempfile
-from collections.abc import Iterator
 
 # What nohup or a shell in the background has switched off, programs could not hear in the tests.
 for _heard in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
@@ -15,10 +14,10 @@ for _heard in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Compiling is most of a fast test's time; `make test-slow` sets 0 and runs what users run.
+# Compiling takes most of the time of a test. `make test-optimized` sets 0: it compiles as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
-  # A quarter of it is spent on code for fused operations that nobody runs for long here.
+  # A quarter of that time is spent on code for fused operations.
   os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
   )
@@ -34,15 +33,6 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-@pytest.fixture
-def unoptimized() -> Iterator[None]:
-  """For slow tests that compile for minutes what runs for seconds: as the fast tests do."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -122,6 +122,7 @@ def test_no_train_image_equals_one_of_a_held_out_character():
       assert apart.min() > 0.99 * glyphs_heldout.TWIN  # 1 % for float32 sums of 1,024 squares
 
 
+@pytest.mark.slow
 def test_the_committed_list_is_the_rule():
   committed = pathlib.Path(glyphs_heldout.__file__).with_name(glyphs.LIST).read_text("utf-8")
   assert glyphs_heldout.as_text(glyphs_heldout.choose()) == committed
@@ -173,6 +174,7 @@ def embed_text(params, ids, mask):
   return z / jnp.linalg.norm(z, axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_the_evaluator_equals_ten_lines_of_numpy():
   rng = np.random.default_rng(0)
   tokenizer = DATA.make_tokenizer()

@@ -196,6 +196,7 @@ def test_bad_samples_are_substituted_and_counted(shards, caplog):
   assert 100 < len(good) < 21 * B
 
 
+@pytest.mark.slow
 def test_a_hopeless_source_is_an_error(tmp_path):
   write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.cls", b"0")])
   source = open_source(f"{tmp_path}/0.tar")
@@ -337,6 +338,7 @@ SharedMemoryArray.close_shm_async = lambda *args: (time.sleep(0.1), free(*args))
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends_in_silence(shards, tmp_path):
   """Also on a busy machine, where batches that nobody took are still to be freed."""
   out, err = start(tmp_path, SLOW + GUARD, shards).communicate(timeout=120)
@@ -351,6 +353,7 @@ def test_a_program_without_a_main_guard_is_told(shards, tmp_path):
   assert 'Put the call under `if __name__ == "__main__":`' in err
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_program(shards, tmp_path):
   process = start(tmp_path, GUARD, shards, "wait")
   os.kill(int(process.stdout.readline()), 0)  # the worker lives

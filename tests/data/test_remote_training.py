@@ -73,7 +73,8 @@ def epoch(pattern, *, stop=SHARDS * SAMPLES, **options):
   )
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_remote_shards_equal_those_of_local_ones(shards, served, workers):
   server, pattern = served
   server.failures = [429, 503, 0, 500]  # also of the workers' first requests

@@ -85,6 +85,7 @@ def test_without_room_no_memory_is_taken(monkeypatch):
   assert len(asked) == 1 and not asked[0][0].exists(), "allocated once, and freed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grown", [3, 1 << 60])
 def test_workers_send_every_batch_once_in_order_and_leak_nothing(grown):
   with contextlib.closing(workers.iterate(Counted(grown), workers=2)) as batches:

@@ -347,6 +347,7 @@ def test_a_check_without_its_library_says_what_to_install(tmp_path, no_torch):
     check.difference(tmp_path)
 
 
+@pytest.mark.slow
 def test_averages_are_another_model(tmp_path, pieces, no_torch):
   run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
   other = make_run(tmp_path, CLIP, CLIP_LOSS, pieces, seed=1)

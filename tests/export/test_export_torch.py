@@ -24,7 +24,6 @@ from bigalign.weights.files import open_tensors
 _FOUND = {x: importlib.util.find_spec(x) for x in ("torch", "transformers", "open_clip")}
 pytestmark = [
   pytest.mark.slow,
-  pytest.mark.usefixtures("unoptimized"),  # compiling is all that takes time here
   pytest.mark.skipif(
     not all(_FOUND.values()),
     reason="torch, transformers or open_clip is not installed: the extra interop",

@@ -91,6 +91,7 @@ def test_a_run_from_stores_is_the_run_of_the_towers(config, tmp_path):
   assert found["val/num_samples"] == COUNT
 
 
+@pytest.mark.slow
 def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
   out = tmp_path / "stores"
   whole = embed(config, tmp_path / "whole", batch_size=8)
@@ -138,6 +139,7 @@ def test_one_side_after_the_other(config, tmp_path):
     embed(config, out, sides=["img"])
 
 
+@pytest.mark.slow
 def test_other_captions_are_no_more_of_the_same(config, tmp_path):
   embed(config, tmp_path / "stores", batch_size=8)
   config["data"] |= dict(captions=("txt",))
@@ -165,6 +167,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
     train.train(with_stores(config, folders), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_vectors_beyond_the_dtype_are_left_out(config, tmp_path):
   arrays = clip_keys()
   arrays["text_model.final_layer_norm.bias"] += 1e5
@@ -202,6 +205,7 @@ def test_stores_of_other_towers_are_refused(config, tmp_path, change, message):
       embed(config, tmp_path / "stores", batch_size=8)
 
 
+@pytest.mark.slow
 def test_two_programs_do_not_embed_into_one_folder(config, tmp_path):
   folders = embed(config, tmp_path / "stores", batch_size=8)
   with locked(folders["text"], "x"), pytest.raises(BlockingIOError, match="another bigalign embed"):
@@ -209,6 +213,7 @@ def test_two_programs_do_not_embed_into_one_folder(config, tmp_path):
   embed(config, tmp_path / "stores", batch_size=8)
 
 
+@pytest.mark.slow
 def test_towers_that_nobody_trained_are_not_embedded(config, tmp_path):
   config["model"]["image"] = dict(name="vit", patch=8, width=8, depth=1, heads=2, **FLOAT32)
   with pytest.raises(ValueError, match=r"config\.model\.image: \d+ of its \d+ arrays come from no"):
@@ -216,6 +221,7 @@ def test_towers_that_nobody_trained_are_not_embedded(config, tmp_path):
   assert set(embed(config, tmp_path / "stores", sides=["text"])) == {"text"}
 
 
+@pytest.mark.slow
 def test_vectors_that_nobody_here_can_make(config, tmp_path):
   """The text side is a store alone: its tower is a place to put vectors."""
   folders = embed(config, tmp_path / "stores", batch_size=8)
@@ -416,6 +422,7 @@ def test_flame_learns_images_from_stored_facets(config, tmp_path):
   assert len(losses(tmp_path / "run")) == 6 and not state.frozen
 
 
+@pytest.mark.slow
 def test_samples_that_a_store_lacks_are_rejected(config, tmp_path):
   half = config["data"] | dict(source=str(tmp_path / "0.tar"))
   folders = embed(config | dict(data=half), tmp_path / "stores", sides=["text"], batch_size=8)

@@ -14,9 +14,6 @@ from helpers.loss_oracles import at, ids, unit
 from bigalign import gradcache, losses, sharding
 from bigalign.losses.engine import exchange, pairwise
 
-# Compiling is all that takes time here.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 B, E = 160, 16
 SIZES = {"image": 300, "text": 400, "embed": E}
 # What a default is too large or does not fit for.

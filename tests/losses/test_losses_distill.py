@@ -90,6 +90,7 @@ def value_and_gradients(loss, feats, fields, dtype, params=None, engine=pairwise
   return {k: np.asarray(x, np.float64) for k, x in {"loss": value, **d_params, **d_feats}.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name,options",
   [

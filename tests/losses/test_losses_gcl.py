@@ -17,9 +17,6 @@ from bigalign.losses import schedules
 from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 
-# Compiling is all that takes time here.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 ETA = dict(const="constant", cosine="cosine", exp="exponential")
 
 
@@ -219,6 +216,7 @@ def fresh(name, **options):
   return jax.jit(functools.partial(step_once, loss)), *loss.init({"image": N, "text": 2 * N})
 
 
+@pytest.mark.slow
 def test_without_a_past_sogclr_is_the_gradient_of_log_g():
   """gamma = 1: tau times the gradient of the mean log g of both sides."""
   feats, batch = random_batch(0)

@@ -15,9 +15,6 @@ from bigalign.losses.m3co import draw, mixed_direction, permuted
 from bigalign.losses.mixup import mixture
 from bigalign.sphere import geodesic
 
-# Compiling is all that takes time here.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def compare(loss, case, precision):
   """Value, gradients and the parts that the case names."""
@@ -309,6 +306,7 @@ def test_mixtures_are_drawn_from_the_step_alone(name):
   assert abs(first - other) > 1e-5
 
 
+@pytest.mark.slow
 def test_mixtures_fade_with_the_epochs():
   feats, _ = pairs(dtype=np.float32)
   later = AT._replace(epochs=jnp.asarray(3.9))
@@ -320,6 +318,7 @@ def test_mixtures_fade_with_the_epochs():
   np.testing.assert_allclose(quarter, whole / 4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_m3co_hands_over_to_soft_targets():
   feats, _ = pairs(dtype=np.float32)
 

@@ -70,6 +70,7 @@ def some(size=16, dtype=jnp.float32, width=12):
   return {k: jnp.asarray(x, dtype) for k, x in feats.items()} | {"mask_txt": jnp.asarray(mask)}
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same():
   loss, params = make("sparc", {}), {"t": jnp.asarray(2.0)}
   with jax.enable_x64(True):

@@ -149,7 +149,7 @@ def test_only_a_loss_with_tables_bounds_the_ids(tiny, tmp_path, monkeypatch):
   assert int(run(tmp_path, tiny).step) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_a_step_updates_tables_in_place(tiny):
   """The whole step, compiled for 10^8 images: no second table, whatever a step decides."""
   tiny.loss = dict(isogclr={})
@@ -175,6 +175,7 @@ def test_a_step_updates_tables_in_place(tiny):
   assert memory.temp_size_in_bytes < 0.1 * tables_of_a_device / 6
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
   """A table of NaNs, as from a damaged disk: the error names the first step that reads it.
 

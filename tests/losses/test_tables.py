@@ -120,7 +120,7 @@ def test_an_id_out_of_range_is_named():
     tables.check_ids(np.asarray(words([0, 2**33 + 1])), 2**33 + 1, "image_id")
 
 
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_more_than_2_to_the_31_rows(mesh):
   """In bytes, to fit in memory: rows beyond 2^31 are read and written."""
   n = 2**31 + 4096
@@ -137,7 +137,7 @@ def test_more_than_2_to_the_31_rows(mesh):
   assert changed == 5
 
 
-@pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.skipif(not topologies.installed(), reason="libtpu is not installed: the extra plan")
 @pytest.mark.parametrize("n", [10**9, 8 * 10**9])  # the second does not fit in 32 bits
 def test_four_floats_of_each_sample_on_a_pod(n):

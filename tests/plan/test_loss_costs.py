@@ -10,9 +10,6 @@ import pytest
 from bigalign import losses, sharding
 from bigalign.plan import loss_costs
 
-# Compiling is all that takes time here.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 

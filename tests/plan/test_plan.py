@@ -244,7 +244,7 @@ def test_impossible_plans_say_what_is_possible(parts, topology, message):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_both_verdicts_from_the_command_line(tmp_path):
   """Exit status, JSON, prices, and a cached plan in seconds, without importing jax."""
   file, prices = tmp_path / "small.py", tmp_path / "prices.json"

@@ -33,7 +33,7 @@ LOGITS = dict(way="gather", dtype="bfloat16")
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_what_a_small_step_moves():
   """Data parallelism, FSDP, bfloat16 gradients: half the bytes; weights and no activations."""
   c = load("siglip_b16").to_dict()
@@ -80,7 +80,7 @@ def test_gradients_in_bfloat16_are_those_of_float32():
   assert (moved["bfloat16"][kernel] != moved["float32"][kernel]).any()
 
 
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_flops_are_those_that_xla_counts():
   """Within 1 % on an unrolled program, of which XLA counts the elementwise work too."""
   c = load("siglip_b16").to_dict()
@@ -109,7 +109,7 @@ def shipped(name):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_a_program_for_its_topology(name):
   """Mesh, batch and rules are valid without data; test_every_config_fits compiles the program."""
@@ -136,7 +136,7 @@ with jax.set_mesh(mesh):
 @pytest.mark.parametrize(
   "topology",
   [
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("v5p:2x2x1", "v6e:2x2")),
+    *(pytest.param(x, marks=pytest.mark.optimized) for x in ("v5p:2x2x1", "v6e:2x2")),
     *(
       pytest.param(x, marks=pytest.mark.long)
       for x in ("v4:2x2x1", "v5e:2x2", "tpu7x:2x2x1", "v5e:2x2*2")
@@ -158,7 +158,7 @@ def l14(**parts):
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_layers_are_one_program():
   """L/14: the number of lines of the lowered program does not grow with the layers."""
   step = compile_step.trace(l14(remat="full"), "v5e:16x16")

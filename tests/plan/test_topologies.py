@@ -18,7 +18,7 @@ from bigalign.plan import hlo_collectives, topologies
 from bigalign.run import flops
 
 pytestmark = [
-  pytest.mark.slow,
+  pytest.mark.optimized,
   pytest.mark.skipif(not topologies.installed(), reason="libtpu is not installed: the extra plan"),
 ]
 D = 1152

@@ -20,7 +20,7 @@ def test_a_notebook_is_valid_and_committed_without_outputs(path):
       assert "jax==" not in cell.source and "numpy==" not in cell.source
 
 
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_quickstart_runs_and_shows_its_figures(monkeypatch):
   monkeypatch.setenv("BIGALIGN_STEPS", "10")
   monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")

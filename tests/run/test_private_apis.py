@@ -123,6 +123,7 @@ def test_the_coordination_service_is_a_key_value_store_with_barriers():
   assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_registration_timeout_names_the_missing_processes():
   done = program(UNCONNECTED)
   assert done.returncode == -6, done.stderr

@@ -105,6 +105,7 @@ def test_bad_samples_keep_their_position_and_their_reason(tmp_path):
   assert json.loads(b.fields(21)["json"][0])["nsfw"] == 0.25
 
 
+@pytest.mark.slow
 def test_photos_have_equal_batches_from_a_copy(data_root, tmp_path):
   """Ids, pixels, tokens and labels of three collections in one source."""
   captions = ("json.captions", "txt")

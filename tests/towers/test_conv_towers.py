@@ -220,7 +220,6 @@ def step(made, mesh):
     return jax.device_get((born.trainable, after.trainable, metrics))
 
 
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
 def test_a_step_on_a_mesh_is_that_of_one_device(name, shallow):
@@ -235,6 +234,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(name, shallow):
     assert np.array_equal(x, born[path]) == fixed, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet_cifar", "mobilenet_v2"])
 def test_remat_computes_blocks_again(name, shallow):
   image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -13,9 +13,6 @@ from test_towers import apply, stack_layers
 from bigalign import sharding, tree
 from bigalign.towers import TOWERS
 
-# Compiling is all that takes time here.
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
 KEY = jax.random.key(0)
 IMAGE = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))

@@ -15,7 +15,11 @@ from bigalign.towers import TOWERS, bert, features, mobilenet, naflex, resnet, t
 MODULES = (bert, features, mobilenet, naflex, resnet, text, vit, projectors)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+  "module",
+  [pytest.param(x, marks=pytest.mark.slow) if x is naflex else x for x in MODULES],
+  ids=lambda module: module.__name__,
+)
 def test_examples_run(module):
   failures, tried = doctest.testmod(module, verbose=False)
   assert tried and not failures

@@ -97,6 +97,7 @@ def test_a_causal_text_does_not_see_ahead():
   assert np.abs(tokens[:, 5:] - later[:, 5:]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_patch_dropout_keeps_a_random_part_in_training_only():
   tower = TOWERS["vit"](patch=8, patch_dropout=0.75, **SMALL).build()
   params = jax.jit(tower.init)(KEY, IMAGE)
@@ -208,7 +209,7 @@ def test_mistakes_are_named(make, message):
     make()
 
 
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_gradients_of_bfloat16_kernels_are_summed_in_float32():
   """Of every kernel of a block: the sum over the batch, and so over the mesh, is not rounded."""
   block = base.Block(heads=2, hidden=32, dtype=jnp.bfloat16)
@@ -235,6 +236,7 @@ def test_gradients_of_bfloat16_kernels_are_summed_in_float32():
     assert error < 0.05, (path, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "tower, projector, kernels",
   [
@@ -301,7 +303,7 @@ def test_a_token_counts_as_often_as_it_comes(stored, parts):
   "name, options",
   [
     pytest.param("text", dict(pool="mean"), marks=pytest.mark.slow),
-    ("bert", {}),
+    pytest.param("bert", {}, marks=pytest.mark.slow),
     ("bert", dict(skip_padding=True, buckets=8)),
   ],
 )

@@ -112,10 +112,8 @@ def reduced(c, folder):
   return small
 
 
-@pytest.mark.parametrize(
-  "name",
-  [name if name == "tiny" else pytest.param(name, marks=pytest.mark.slow) for name in SCRATCH],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRATCH)
 def test_one_real_step(name, tmp_path):
   """Data, augmentation, tokenizer, towers, loss and optimizer as shipped, but for REDUCED."""
   c = load(name).to_dict()

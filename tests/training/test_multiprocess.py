@@ -45,6 +45,7 @@ def _assert_close(found, wanted):
   np.testing.assert_allclose([*found.values()], [*wanted.values()], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh(tmp_path):
   """One mesh with all three axes; the slow test takes every mesh."""
   wanted = _train(tmp_path / "one", ONE, total_steps=10)

@@ -45,6 +45,7 @@ def turned(seed, orientation):
   return file.getvalue()
 
 
+@pytest.mark.slow
 def test_a_report_of_a_run_with_a_mixture(tmp_path):
   """Without evaluators the report draws training samples, of the first source of the mixture."""
   parts = [
@@ -58,6 +59,7 @@ def test_a_report_of_a_run_with_a_mixture(tmp_path):
   assert report.held_out(run.config)[0] == parts[0]["source"]
 
 
+@pytest.mark.slow
 def test_a_report_turns_images_as_its_run_did(tmp_path):
   """config.data.apply_exif holds for the images of the page too."""
   members = []

@@ -20,7 +20,7 @@ from bigalign.data.sources.base import open_source
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.optimized
 
 
 def small(name):

@@ -81,6 +81,7 @@ def test_rows_go_where_they_belong(sizes):
     np.testing.assert_array_equal(shard.data, x[shard.index])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
 def test_activations_do_not_move_under_fsdp(sizes):
   """The compiled program gathers weights, not activations: sharding.constrain_batch, replicate."""

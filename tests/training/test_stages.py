@@ -106,6 +106,7 @@ def by_hand():
   return state, losses
 
 
+@pytest.mark.slow
 def test_two_stages_are_two_programs_to_the_last_digit(whole):
   """Resolution, token length, patch dropout, batch and microbatches change; what the loss remembers
   of samples stays."""
@@ -389,6 +390,7 @@ def test_positions_of_the_same_grid_are_untouched():
   assert programs(tower) == programs(grid)
 
 
+@pytest.mark.slow
 def test_positions_begin_as_smooth_as_the_coarsest_grid():
   """Numbers of 2 x 2 patches on 4 x 4; a run without stages begins as it always did."""
   key, path = jax.random.key(0), "model/image_tower/positions"

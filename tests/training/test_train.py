@@ -78,6 +78,7 @@ def killed_run(workdir, config, trap):
   assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
 
 
+@pytest.mark.slow
 def test_resume_after_kill_is_bitwise(tiny, tmp_path):
   """40 steps == 20 steps, kill -9, 20 steps: parameters, averages, optimizer and metrics."""
   tiny.total_steps, tiny.checkpoint_every = 40, 20
@@ -144,8 +145,8 @@ checkpoint.Checkpoints.save = dying
 
 
 def test_frozen_parameters(tiny, tmp_path):
-  """No optimizer state, no gradient, unchanged to the bit, stored once, restored."""
-  tiny.frozen, tiny.total_steps = "image_tower", 4
+  """No optimizer state, no gradient, unchanged to the bit, stored once, restored and resumed."""
+  tiny.frozen, tiny.total_steps, tiny.checkpoint_every = "image_tower", 4, 2
   first = run(tmp_path, tiny)
   born = init_on_mesh(*_program(tiny, first))
   assert first.frozen and all("image_tower" in path for path in first.frozen)
@@ -158,8 +159,12 @@ def test_frozen_parameters(tiny, tmp_path):
   )
   stored = [path for path in tmp_path.rglob("_METADATA") if "image_tower" in path.read_text()]
   assert stored == [tmp_path / "frozen" / "_METADATA"]
-  again = run(tmp_path, tiny)  # nothing left to do: what is restored is what was
+  again = run(tmp_path, tiny)  # nothing is left to do: what is restored is what was
   assert_same_bits(first, again)
+  rows = exact(tmp_path)
+  shutil.rmtree(tmp_path / "checkpoints" / "4")
+  assert_same_bits(first, run(tmp_path, tiny))
+  assert exact(tmp_path) == rows
 
 
 def _program(c, state):
@@ -208,6 +213,7 @@ def test_what_is_done_twice_is_no_useful_flops(tiny, scan):
   assert {*useful} == {done[0]} and done == sorted({*done})
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_not_applied(tiny, tmp_path):
   """The state stays, the run stops at the next log and names the step."""
   tiny.log_every = 4
@@ -219,6 +225,7 @@ def test_a_step_that_is_not_finite_is_not_applied(tiny, tmp_path):
   assert read_metrics(tmp_path)[-1]["step"] == 4
 
 
+@pytest.mark.slow
 def test_workdir_of_another_config_shows_the_difference(tiny, tmp_path):
   run(tmp_path, tiny, total_steps=1)
   with pytest.raises(ValueError, match=r"config.optimizer/lr: was 0.001, now 0.5"):
@@ -322,23 +329,35 @@ def test_a_token_without_a_row_is_an_error(tiny, tmp_path):
     run(tmp_path, tiny)
 
 
-def test_misspelt_flag_names_the_nearest_key(tmp_path):
+@pytest.mark.parametrize(
+  "flag,message",
+  [
+    ("--config.total_stepz=3", 'Did you mean "total_steps"'),
+    pytest.param(
+      "--config.model.image.registers=2",
+      "A flag can only change a key that the config file sets",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      "--config.total_steps=many",
+      "config.total_steps: 'many' is not a duration",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param("--config.batch_size=many", "many", marks=pytest.mark.slow),
+  ],
+)
+def test_misspelt_flag_names_the_nearest_key(flag, message, tmp_path):
   command = [
     sys.executable,
     "-m",
     "bigalign.train",
     f"--config={ROOT}/configs/tiny.py",
     f"--workdir={tmp_path}",
+    flag,
   ]
-  for flag, message in (
-    ("--config.total_stepz=3", 'Did you mean "total_steps"'),
-    ("--config.model.image.registers=2", "A flag can only change a key that the config file sets"),
-    ("--config.total_steps=many", "config.total_steps: 'many' is not a duration"),
-    ("--config.batch_size=many", "many"),
-  ):
-    done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert message in done.stderr + done.stdout, done.stderr[-2000:]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert done.returncode != 0
+  assert message in done.stderr + done.stdout, done.stderr[-2000:]
 
 
 def test_flags_put_text_where_a_duration_is_a_number():

@@ -96,6 +96,7 @@ def load_all(given, image_size=16, length=6, loss=None, **changes):
   return program, init.load(values, shapes, shardings)
 
 
+@pytest.mark.slow
 def test_tower_oracle_a_run_begins_with_the_embeddings_of_its_checkpoint(tmp_path):
   """A whole CLIP at a learning rate of zero: nothing moves, averages and logit scale included."""
   given = dict(init=str(ORACLES / "hf_clip"), image=FLOAT32, text=FLOAT32)
@@ -228,6 +229,7 @@ def test_a_run_begins_with_a_resnet_for_cifar(data_root, tmp_path):
       assert moved == 0 if stage == 1 else 0 < moved < 0.01, (stage, moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [0, slices._SMALL])
 def test_stacks_are_loaded_where_they_lie(clip, small, monkeypatch):
   """Layer by layer in place, and on the host first: the same arrays as without devices."""
@@ -271,6 +273,7 @@ def test_tower_oracle_every_family_begins_a_run(case, monkeypatch):
     np.testing.assert_array_equal(x, plain[path.removeprefix("model/")], err_msg=path)
 
 
+@pytest.mark.slow
 def test_what_is_new_is_what_a_run_from_scratch_draws(clip):
   """Only the projectors of two towers; with the same seed they are the same."""
   given = dict(image=dict(init=str(clip)), text=dict(init=str(clip)), embed_dim=4)

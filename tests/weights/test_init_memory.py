@@ -73,7 +73,7 @@ def bert_shapes(config):
   }
 
 
-@pytest.mark.slow
+@pytest.mark.optimized
 def test_memory_beyond_the_arrays_is_little(tmp_path):
   """A checkpoint of 8 shards of 33 MB: 1.3 times one of them at most beyond the arrays, though
   layers of all shards make one array; then a state is born with no random tower beside them."""

@@ -166,6 +166,7 @@ def mobilenet_keys():
   return {f"{k}/kernel": x for k, x in convs.items()} | biases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind,keys,unread",
   [("resnet_cifar", resnet_keys, "linear"), ("mobilenet_v2", mobilenet_keys, "top")],
