@@ -22,6 +22,8 @@ usage: launch/gke.sh VERB NAME [OPTIONS] [-- ARGUMENTS]
   --topology T       topology of one slice: 4x4, 2x2x4, ...
   --chips-per-host N chips of one host (default 4)
   --slices N         number of slices in the run (default 1)
+  --user ID          user of the processes (default 0, root: the device files of TPUs may belong to it).
+                     1000 is the user of launch/Dockerfile; it must be able to write the workdir
   --spot             use nodes that may be preempted
   --restarts N       the maximum number of restarts of the whole run (default 100)
   --delete WHEN      delete the JobSet after run: always, failure or never (default)
@@ -38,9 +40,9 @@ HELP
 }
 
 image='' accelerator='' topology='' chips_per_host=4 slices=1 spot='' restarts=100 delete=never
-type='' cluster='' zone='' project='' where=()
+user=0 type='' cluster='' zone='' project='' where=()
 verbs "image yaml run logs delete xpk" "$@"
-parse "image accelerator topology chips-per-host slices restarts delete type cluster zone project" \
+parse "image accelerator topology chips-per-host slices user restarts delete type cluster zone project" \
   spot "${@:3}"
 case "$verb" in
   image) demand image ;;
@@ -51,7 +53,7 @@ case "$verb" in yaml | run | xpk) set_command bigalign ${words[@]+"${words[@]}"}
 one_of delete "always failure never"
 [[ $topology =~ ^([0-9]+(x[0-9]+){1,2})?$ ]] ||
   fail "--topology $topology: expected a shape such as 4x4 or 2x2x4"
-number 0 restarts
+number 0 restarts user
 number 1 slices chips-per-host
 
 # Prints the word quoted for YAML and for Kubernetes, which replaces $(NAME) and reads $$ as $.
@@ -75,6 +77,8 @@ yaml_words() {
   done
 }
 
+# The kernel ignores SIGTERM for the first process of a container until it installs a handler, and the
+# program of the user is that process unless the containers of a pod share their processes.
 yaml() {
   local chips=$((${topology//x/*})) words node_selector=''
   ((chips % chips_per_host == 0)) ||
@@ -113,6 +117,7 @@ spec:
         template:
           spec:
             restartPolicy: Never
+            shareProcessNamespace: true
             hostNetwork: true
             dnsPolicy: ClusterFirstWithHostNet
             terminationGracePeriodSeconds: 300
@@ -127,6 +132,8 @@ spec:
             containers:
             - name: bigalign
               image: $(yaml_word "$image")
+              securityContext:
+                runAsUser: $user
               resources:
                 limits:
                   google.com/tpu: $chips_per_host
@@ -225,8 +232,9 @@ run_by_xpk() {
   )
   [[ -z $project ]] || words+=(--project "$project")
   [[ -z $spot ]] || words+=(--spot)
-  # Kubernetes reads $$ as $ and replaces $(NAME).
-  act "${words[@]}" --command "${line//\$/\$\$}"
+  # xpk writes the command into a script of its own, which sends SIGTERM to the subshell that runs it;
+  # `exec` makes this the command itself. Kubernetes reads $$ as $ and replaces $(NAME).
+  act "${words[@]}" --command "exec ${line//\$/\$\$}"
 }
 
 case "$verb" in

@@ -17,7 +17,8 @@ begin with one (a word that is not an option).
   --dry-run      print the commands and run none
 
 Process 0 writes to the terminal. When a process fails, the script stops the others and exits with the
-status of the failed process. Ctrl-C stops all.
+status of the failed process. Ctrl-C stops all, within 10 s. SIGTERM is passed on to all processes, and
+the script waits for their checkpoint, and exits with 143 as they do.
 
   launch/local.sh -n 2 -d 4 -- --config=configs/tiny.py --workdir=runs/two
 HELP
@@ -84,7 +85,19 @@ mkdir -p "$logs"
 set -m
 pids=()
 
+# Sends SIGTERM to all processes, once. They save a checkpoint, however long that takes.
+terminated=
+terminate() {
+  local pid
+  [[ -z $terminated ]] || return 0
+  terminated=yes
+  for pid in ${pids[@]+"${pids[@]}"}; do
+    kill -TERM -- "-$pid" 2>/dev/null || true
+  done
+}
+
 # Stops all processes: SIGTERM, then SIGKILL after 10 s. Hides bash's messages about ended jobs.
+# shellcheck disable=SC2329  # the trap below calls it
 end_all() {
   trap '' INT TERM HUP
   local pid tries=50
@@ -102,7 +115,7 @@ end_all() {
 } 2>/dev/null
 trap end_all EXIT
 trap 'exit 130' INT
-trap 'exit 143' TERM HUP
+trap terminate TERM HUP
 
 for ((i = 0; i < processes; i++)); do
   set_variables "$i"
@@ -112,8 +125,10 @@ for ((i = 0; i < processes; i++)); do
     env "${variables[@]}" "${command[@]}" </dev/null &
   fi
   pids+=($!)
+  [[ -z $terminated ]] || kill -TERM -- "-$!" 2>/dev/null || true
 done
 
+last=0
 running=("${pids[@]}")
 while ((${#running[@]})); do
   sleep 0.2
@@ -123,7 +138,12 @@ while ((${#running[@]})); do
     fi
     status=0
     wait "${running[i]}" 2>/dev/null || status=$?
-    if ((status)); then
+    # 143: the process has saved a checkpoint, and the others are doing the same.
+    if ((status == 143)); then
+      [[ $terminated ]] || echo "launch/local.sh: process $i ended with status 143" >&2
+      terminate
+      last=143
+    elif ((status)); then
       echo "launch/local.sh: process $i ended with status $status" >&2
       ((i == 0)) || tail -n 30 "$logs/process_$i.log" >&2
       exit "$status"
@@ -131,3 +151,4 @@ while ((${#running[@]})); do
     unset "running[i]"
   done
 done
+exit "$last"

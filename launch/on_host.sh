@@ -18,6 +18,7 @@ failed exits with the status of the last command if that failed by itself, other
 HELP
 }
 
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${BIGALIGN_LAUNCH:-$HOME/bigalign-launch}
 case "${1:-}" in
   run) ;;
@@ -41,10 +42,10 @@ if [[ ! -e $folder/$id/status ]]; then
   if flock --wait "$patience" 9; then
     : >"$folder/$id/log"
     ln -sfn "$id" "$folder/last"
-    # This shell holds the lock until the command ends, even if both receive SIGTERM.
+    # This shell holds the lock until the command ends, and passes SIGTERM on to it.
     # shellcheck disable=SC2016
-    setsid bash -c 'trap : TERM; status=0; "${@:2}" 9>&- || status=$?; echo "$status" >"$1/status"' \
-      bash "$folder/$id" "$@" </dev/null >"$folder/$id/log" 2>&1 &
+    setsid bash -c '. "$1"; forward "${@:3}" 9>&-; echo "$status" >"$2/status"' \
+      bash "$here/forward.sh" "$folder/$id" "$@" </dev/null >"$folder/$id/log" 2>&1 &
     echo $! >"$folder/$id/pid"
   else
     id=$(readlink "$folder/last")

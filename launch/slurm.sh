@@ -42,9 +42,10 @@ submit=(
 )
 # One failure must not send SIGTERM to the others: they end by themselves when they lose a peer. srun
 # returns the largest status, which is theirs (143), so a task that fails writes its own to a file.
+# Slurm sends SIGTERM to the shell of a task alone (proctrack/cgroup) or to all its processes.
 # shellcheck disable=SC2016  # expanded by the tasks
-task='"${@:2}"; status=$?
-case $status in 0 | 134 | 137 | 143) ;; *) echo "$status" >"$1" ;; esac; exit "$status"'
+task='. "$1"; forward "${@:3}"
+case $status in 0 | 134 | 137 | 143) ;; *) echo "$status" >"$2" ;; esac; exit "$status"'
 step=(srun --kill-on-bad-exit=0)
 if [[ -n $cpus_per_task ]]; then
   submit+=("--cpus-per-task=$cpus_per_task")
@@ -59,7 +60,7 @@ cd $(quote "$root") || exit
 status=0
 failed=\$PWD/.failed-\$SLURM_JOB_ID
 rm -f \"\$failed\"
-$(quote "${step[@]}" bash -c "$task") task \"\$failed\" $(quote "${command[@]}") || status=\$?
+$(quote "${step[@]}" bash -c "$task" task "$root/launch/forward.sh") \"\$failed\" $(quote "${command[@]}") || status=\$?
 if [[ -s \$failed ]]; then status=\$(cat \"\$failed\"); rm \"\$failed\"; fi
 # 143: SIGTERM requested a checkpoint. A cancelled or preempted job is no longer in the state RUNNING;
 # Slurm itself requeues a preempted one.

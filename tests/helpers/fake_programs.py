@@ -13,9 +13,11 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 HOSTS = 2
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,6 +36,14 @@ AWKWARD = [
   "x;y|z&",
   "--",
   "é",
+]
+# Saves a checkpoint after SIGTERM, slowly; the next start finds it and ends.
+SAVE = [
+  "sh",
+  "-c",
+  "if [ -e $HOME/saved ]; then exit 0; fi;"
+  "trap '/bin/sleep 0.3; echo x >>$HOME/saved; exit 143' TERM;"
+  "touch $HOME/begun; for i in $(seq 200); do /bin/sleep 0.05; done; exit 9",
 ]
 # Writes the words that follow it to a file in the home of the process.
 SHOW = [
@@ -113,7 +123,10 @@ def host(folder: pathlib.Path, target: str, worker: int) -> pathlib.Path:
 
 
 def start(folder: pathlib.Path, home: pathlib.Path, i: int, count: int, command, **variables):
-  """Process i of count, which finds what a metadata server tells on real hosts: the others."""
+  """Process i of count, which finds what a metadata server says on real hosts: the others.
+
+  It leads a process group of its own, as a task of Slurm does.
+  """
   env = {
     **os.environ,
     "HOME": str(home),
@@ -125,7 +138,7 @@ def start(folder: pathlib.Path, home: pathlib.Path, i: int, count: int, command,
     "JAX_NUM_CPU_DEVICES": "1",
     **variables,
   }
-  return subprocess.Popen(command, cwd=home, env=env)
+  return subprocess.Popen(command, cwd=home, env=env, start_new_session=True)
 
 
 def gcloud(folder: pathlib.Path, words: list[str]) -> int:
@@ -228,7 +241,25 @@ def srun(folder: pathlib.Path, words: list[str]) -> int:
   processes = [
     start(folder, home, i, count, command, SLURM_PROCID=str(i)) for i, home in enumerate(homes)
   ]
+  send_signal(folder, homes, processes)
   return max(p.wait() for p in processes)
+
+
+def send_signal(folder: pathlib.Path, homes, processes) -> None:
+  """Sends SIGTERM once if the file `signal` holds "leader", a host's first process, or "group".
+
+  It waits until each command has written the file `begun` into its home.
+  """
+  path = folder / "signal"
+  if not path.exists():
+    return
+  to = path.read_text()
+  path.unlink()
+  deadline = time.monotonic() + 30
+  while not all((home / "begun").exists() for home in homes) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  for process in processes:
+    {"leader": os.kill, "group": os.killpg}[to](process.pid, signal.SIGTERM)
 
 
 def scontrol(folder: pathlib.Path, words: list[str]) -> int:

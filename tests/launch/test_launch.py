@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import shlex
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import time
 
 import pytest
+from helpers import fake_programs
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch/local.sh"
 
@@ -69,6 +71,29 @@ def test_a_signal_ends_the_processes_and_what_they_started(sent, status, tmp_pat
   last = [mark.read_text() for mark in marks]
   time.sleep(0.5)
   assert [mark.read_text() for mark in marks] == last
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["leader", "group"])
+def test_sigterm_waits_for_the_checkpoints_of_all_processes(send, tmp_path):
+  """Saving may take longer than the 10 s that Ctrl-C grants; here 50 x 0.02 s of a mocked sleep."""
+  tools = tmp_path / "bin"
+  tools.mkdir()
+  fake_programs.write_program(tools / "sleep", "exec /bin/sleep 0.02")
+  save = (
+    f"trap '/bin/sleep 2; echo saved > {tmp_path}/saved_$BIGALIGN_PROCESS_ID; exit 143' TERM;"
+    f"touch {tmp_path}/begun_$BIGALIGN_PROCESS_ID; while :; do /bin/sleep 0.05; done"
+  )
+  with subprocess.Popen(
+    [SCRIPT, "-n", "2", "-o", tmp_path / "logs", "--", "sh", "-c", save],
+    env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"},
+    start_new_session=True,
+    stderr=subprocess.DEVNULL,
+  ) as script:
+    deadline = time.monotonic() + 30
+    while len([*tmp_path.glob("begun_*")]) < 2 and time.monotonic() < deadline:
+      time.sleep(0.05)
+    send(script.pid, signal.SIGTERM)
+  assert script.returncode == 143 and len([*tmp_path.glob("saved_*")]) == 2
 
 
 @pytest.mark.parametrize(

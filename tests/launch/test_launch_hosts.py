@@ -207,8 +207,9 @@ def test_the_run_outlives_the_connection_and_can_be_followed_again(tmp_path):
   assert logs.stdout == b"new\n"
 
 
-def test_sigterm_leaves_the_command_time_for_a_checkpoint(tmp_path):
-  """A host that shuts down sends SIGTERM to all its processes."""
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["leader", "group"])
+def test_sigterm_leaves_the_command_time_for_a_checkpoint(send, tmp_path):
+  """A host that shuts down sends SIGTERM to all its processes, a person to the recorded one."""
   env = {**os.environ, "BIGALIGN_LAUNCH": str(tmp_path)}
   work = "trap 'echo saved; exit 143' TERM; echo begun; while :; do /bin/sleep 0.05; done"
   with subprocess.Popen(
@@ -218,7 +219,7 @@ def test_sigterm_leaves_the_command_time_for_a_checkpoint(tmp_path):
     text=True,
   ) as followed:
     assert followed.stdout.readline() == "begun\n"
-    os.killpg(int((tmp_path / "one/pid").read_text()), signal.SIGTERM)
+    send(int((tmp_path / "one/pid").read_text()), signal.SIGTERM)
     assert followed.stdout.read().endswith("saved\n")
   assert followed.returncode == 143
 

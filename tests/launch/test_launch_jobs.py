@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
+import os
 import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -73,6 +77,41 @@ def test_slurm_queues_again_after_a_checkpoint(folder, launch, tmp_path):
   assert step[:2] == ["--kill-on-bad-exit=0", "--cpus-per-task=4"]
 
 
+@pytest.mark.parametrize("to", ["leader", "group"])
+def test_slurm_lets_every_task_save_before_the_job_is_queued_again(to, folder, launch):
+  """Slurm's cgroup tracking sends SIGTERM to the first process of a task, others to its group."""
+  (folder / "signal").write_text(to)
+  result = launch("slurm.sh", *SLURM, "--", *fake_programs.SAVE)
+  assert result.returncode == 0, result.stderr
+  saved = [path.read_text() for path in folder.glob("hosts/node/*/saved")]
+  assert saved == ["x\n"] * 2
+
+
+@pytest.mark.parametrize("to", ["leader", "group"])
+def test_the_first_process_of_the_container_passes_sigterm_on(to, tmp_path):
+  lines = (ROOT / "launch/Dockerfile").read_text().splitlines()
+  (entry,) = [line.partition(" ")[2] for line in lines if line.startswith("ENTRYPOINT ")]
+  (program,) = [word.replace("/bigalign", str(ROOT)) for word in json.loads(entry)]
+  with subprocess.Popen(
+    [program, *fake_programs.SAVE],
+    env={**os.environ, "HOME": str(tmp_path)},
+    start_new_session=True,
+  ) as process:
+    (tmp_path / "signal").write_text(to)
+    fake_programs.send_signal(tmp_path, [tmp_path], [process])
+  assert process.returncode == 143 and (tmp_path / "saved").exists()
+  assert subprocess.run([program, "sh", "-c", "exit 7"]).returncode == 7
+  shown = subprocess.run([program, "cat"], input=b"text", capture_output=True)
+  assert shown.stdout == b"text"
+
+
+def test_forwarding_leaves_the_signals_of_the_command_as_they_were():
+  """A background command of bash would ignore Ctrl-C."""
+  show = "import signal; print(*(signal.getsignal(s) is signal.SIG_IGN for s in (2, 3, 15)))"
+  words = [ROOT / "launch/forward.sh", sys.executable, "-S", "-c", show]
+  assert subprocess.run(words, capture_output=True, text=True).stdout == "False False False\n"
+
+
 @pytest.mark.parametrize("status, state", [(7, "RUNNING"), (143, "CANCELLED")])
 def test_slurm_does_not_queue_a_failed_or_cancelled_job_again(
   status, state, folder, launch, tmp_path
@@ -124,6 +163,7 @@ def test_the_jobset(launch):
   assert (jobset["kind"], jobset["spec"]["failurePolicy"]["maxRestarts"]) == ("JobSet", 5)
   assert (job["replicas"], job["template"]["spec"]["completions"]) == (3, 2)
   assert pod["restartPolicy"] == "Never"  # podFailurePolicy requires it
+  assert pod["shareProcessNamespace"] is True  # else SIGTERM is ignored until there is a handler
   assert pod["nodeSelector"] == {
     "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
     "cloud.google.com/gke-tpu-topology": "2x4",
@@ -132,6 +172,9 @@ def test_the_jobset(launch):
   (container,) = pod["containers"]
   assert container["command"] == ["bigalign", "train", "--config=x"]
   assert container["resources"]["limits"] == {"google.com/tpu": 4}
+  assert container["securityContext"] == {"runAsUser": 0}
+  result = launch("gke.sh", "yaml", *GKE, "--user=1000", "--", "--config=x")
+  assert "runAsUser: 1000" in result.stdout
 
 
 def test_the_image_is_made_of_what_git_holds(folder, launch):
@@ -143,7 +186,30 @@ def test_the_image_is_made_of_what_git_holds(folder, launch):
     names = set(context.getnames())
   sent = [line.split() for line in (ROOT / "launch/Dockerfile").read_text().splitlines()]
   copied = {name for words in sent if words[:1] == ["COPY"] for name in words[1:-1]} - {"."}
+  copied -= {"--chown=$RUN_AS"}
   assert copied and copied <= names and not any(name.startswith(".git/") for name in names)
+
+
+def test_the_image_runs_as_an_ordinary_user():
+  lines = (ROOT / "launch/Dockerfile").read_text().splitlines()
+  assert [line for line in lines if line.startswith(("USER", "ARG RUN_AS"))] == [
+    "ARG RUN_AS=1000:1000",
+    "USER $RUN_AS",
+  ]
+
+
+def test_a_build_from_the_checkout_leaves_out_what_git_ignores_and_the_history():
+  """`docker build .` sends the whole folder; the image would hold runs, caches and .git."""
+
+  def patterns(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return {line.removeprefix("**/").strip("/") for line in lines if line and line[0] != "#"}
+
+  left_out = patterns(".dockerignore")
+  assert left_out == patterns(".gitignore") | {".git"}
+  sent = [line.split() for line in (ROOT / "launch/Dockerfile").read_text().splitlines()]
+  copied = {name for words in sent if words[:1] == ["COPY"] for name in words[1:-1]} - {"."}
+  assert not [name for name in copied for p in left_out if fnmatch.fnmatch(name.strip("/"), p)]
 
 
 def test_xpk_gets_words_that_its_shell_and_kubernetes_read_back(folder, launch):
@@ -152,6 +218,7 @@ def test_xpk_gets_words_that_its_shell_and_kubernetes_read_back(folder, launch):
   result = launch("gke.sh", "xpk", "pod", *where, "--", "printf", "%s\\n", *words)
   assert result.returncode == 0, result.stderr
   ((*_, command),) = fake_programs.calls(folder)
+  assert command.startswith("exec ")  # xpk sends SIGTERM to the subshell that reads this
   read = subprocess.run(["sh", "-c", command.replace("$$", "$")], capture_output=True, text=True)
   assert read.stdout.splitlines() == words
   result = launch("gke.sh", "xpk", "pod", *where, "--", "a\nb")
