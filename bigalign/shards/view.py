@@ -34,7 +34,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     "--where", default="", help="condition on the columns of the stats, such as 'width >= 200'"
   )
   parser.add_argument(
-    "--unique", default="", help="column; keeps one sample for each of its values"
+    "--unique",
+    default="",
+    help="column; keeps one sample for each of its values, and all samples without a value",
   )
   lists = parser.add_mutually_exclusive_group()
   lists.add_argument(

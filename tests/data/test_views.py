@@ -95,6 +95,59 @@ def test_unique_keeps_the_first_of_equal_samples(tmp_path):
   assert 19 in found and 18 not in found and 29 not in found and len(found) == 70 - 1 - 6
 
 
+def test_unique_keeps_all_samples_without_a_value(tmp_path):
+  class Sparse(WithColumns):
+    def columns(self):
+      for part in super().columns():
+        part["sha256"][::2] = 0  # no image
+        part["width"][part["width"] < 200] = 0  # not understood
+        yield part
+
+  for column, repeated in (("json.score", 0), ("sha256", 0), ("width", 0), ("height", 69)):
+    manifest = make_view(Sparse(), str(tmp_path / "view"), unique=column)
+    # sha256: each tenth sample repeats one without an image, which has no value any more.
+    assert manifest["left_out"] == {f"{column} of a sample before": repeated}
+
+
+def test_unique_tells_large_integers_apart(tmp_path, capsys):
+  """float64 rounds 2**53 + 1 to 2**53; the columns of shards hold exact bits beside it."""
+  uids = [2**53, 2**53 + 1, 2**53 + 2, 2**64 + 1, 2**64, -(2**63) - 1, 10**400, 10**400 + 1]
+  uids += [7, 2**53 + 1, None, 10**400, 2**53, None, 9007199254740994.0, 1e300, 0, -0.0, True]
+  members = []
+  for i, uid in enumerate(uids):
+    entry = {} if uid is None else dict(uid=uid)
+    members += [(f"{i:03}.jpg", picture(i)), (f"{i:03}.json", json.dumps(entry).encode())]
+  shards = [write_tar(tmp_path / "0.tar", members)]
+  small = [(f"9{i}.json", json.dumps(dict(uid=i)).encode()) for i in (7, 8)]
+  shards.append(write_tar(tmp_path / "1.tar", small))  # needs no exact bits
+  assert index.main([*shards, "--stats", "--captions", "json.uid", "--workers", "1"]) == 0
+  capsys.readouterr()
+  source = open_source(f"{tmp_path}/{{0,1}}.tar", captions=("json.uid",))
+  make_view(source, f"{tmp_path}/view", unique="json.uid")
+  found = View(source, f"{tmp_path}/view")
+  assert [found.where(i)[1] for i in range(len(found))] == [*range(9), 10, 13, 15, 16, 18, 1]
+  with pytest.raises(
+    ValueError, match="rounds integers from 2\\*\\*53 on; choose these samples by"
+  ):
+    make_view(source, f"{tmp_path}/view", rule="json.uid == 9007199254740993")
+  with pytest.raises(ValueError, match=r"no column 'word.json.uid'; it has .*'width'\]"):
+    make_view(source, f"{tmp_path}/view", unique="word.json.uid")
+  make_view(source, f"{tmp_path}/view", rule="json.uid > 10000000000000000")
+  assert len(View(source, f"{tmp_path}/view")) == 6
+
+
+def test_stats_that_rounded_integers_are_refused(tmp_path):
+  class Old(WithColumns):
+    def columns(self):
+      for part in super().columns():
+        if "json.score" in part.dtype.names:
+          part["json.score"] = 2.0**53
+        yield part
+
+  with pytest.raises(ValueError, match="which rounded such integers"):
+    make_view(Old(), str(tmp_path / "view"), unique="json.score")
+
+
 def test_a_list_is_a_view(tmp_path):
   found, _ = kept(tmp_path, ids=np.array([5, 3, 68, 3]))
   assert found == [3, 5, 68]

@@ -28,6 +28,7 @@ import numpy as np
 from bigalign.data.files import fingerprints, storage
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.sources.base import Source, prefetch, where
+from bigalign.data.tar import stats
 
 Columns = Mapping[str, np.ndarray]
 
@@ -126,8 +127,9 @@ def make_view(
     spec: the text that names the source, for the manifest.
     rule: a comparison of columns and numbers with and, or, not, + - * /. A comparison with a value
       that a sample does not have is false.
-    unique: a column; of samples with equal values the first one is kept. Hashes are compared by
-      their first 64 bits; all are held in memory, 8 bytes each.
+    unique: a column; of samples with equal values the first one is kept, and all samples without a
+      value. Hashes, and integers from 2**53 on, are compared by 64 bits; all are held in memory, 8
+      bytes each.
     ids: indices of the samples to choose from; all if None.
 
   Returns:
@@ -149,10 +151,13 @@ def make_view(
     removed["not in the list"] = len(kept) - len(chosen)
     kept = chosen
   if unique:
-    values = np.concatenate([_words(_column(part, unique, source)) for part in _columns(source)])
-    _, first = np.unique(values[kept], return_index=True)
-    removed[f"{unique} of a sample before"] = len(kept) - len(first)
-    kept = kept[np.sort(first)]
+    every = [_words(part, unique, source) for part in _columns(source)]
+    values = np.concatenate([words for words, _ in every])[kept]
+    known = np.concatenate([have for _, have in every])[kept]
+    _, first = np.unique(values[known], return_index=True)
+    chosen = np.union1d(np.flatnonzero(known)[first], np.flatnonzero(~known))
+    removed[f"{unique} of a sample before"] = len(kept) - len(chosen)
+    kept = kept[chosen]
   if not len(kept):
     raise ValueError(f"{source!r}: no sample is left of {len(source)}: {removed}")
   return _write(kept, removed, source, out, dict(source=spec, where=rule, unique=unique))
@@ -201,16 +206,33 @@ def _columns(source: Source) -> list[Columns]:
 
 
 def _column(columns: Columns, name: str, source: Source) -> np.ndarray:
-  if name not in columns:
-    raise ValueError(f"{source!r} has no column {name!r}; it has {sorted(columns)}")
+  names = sorted(column for column in columns if not column.startswith("word."))
+  if name not in names:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    raise ValueError(f"{source!r} has no column {name!r}; it has {names[:8]}{more}")
   return columns[name]
 
 
-def _words(values: np.ndarray) -> np.ndarray:
-  """[N] numbers or [N, 32] bytes → [N] uint64; equal values give equal numbers."""
-  if values.ndim == 2:
-    return np.ascontiguousarray(values[:, :8]).view("<u8")[:, 0]
-  return np.ascontiguousarray(values, np.float64).view(np.uint64)
+def _words(columns: Columns, name: str, source: Source) -> tuple[np.ndarray, np.ndarray]:
+  """Of a column, [N] uint64, equal for equal values, and whether each sample has a value, [N]."""
+  values = _column(columns, name, source)
+  if values.ndim == 2:  # hashes; zeros without an image
+    words: np.ndarray = np.ascontiguousarray(values[:, :8]).view("<u8")[:, 0]
+    return words, values.any(1)
+  # The unsigned columns, such as width, hold 0 for what a sample does not have.
+  known = values != 0 if values.dtype.kind == "u" else ~np.isnan(values)
+  exact = columns.get(f"word.{name}")
+  if exact is not None and exact.dtype.kind == "u":
+    return np.asarray(exact), known
+  with np.errstate(invalid="ignore"):
+    rounded = np.isfinite(values) & (np.abs(values) >= stats.EXACT)
+  if rounded.any():
+    raise ValueError(
+      f"the column {name!r} of {source!r} holds {values[rounded][0]:.0f} and more; its stats are of"
+      f" an older version, which rounded such integers. Remove the folder {stats.FOLDER} beside the"
+      " index and write them again with bigalign index --stats"
+    )
+  return stats.words(values), known
 
 
 def _parse(text: str) -> Any:
@@ -237,6 +259,7 @@ def _evaluate(node: Any, column: Callable[[str], np.ndarray]) -> Any:
       case ast.Compare(left=left, ops=ops, comparators=rest) if all(
         type(op) in _OPERATIONS for op in ops
       ):
+        _check_exact(node)
         sides = [value_of(part) for part in (left, *rest)]
         return np.logical_and.reduce(
           [
@@ -259,6 +282,21 @@ def _evaluate(node: Any, column: Callable[[str], np.ndarray]) -> Any:
     f"where: {ast.unparse(node)!r} is not allowed; write comparisons of columns and"
     " numbers with < <= > >= == !=, and, or, not, + - * /"
   )
+
+
+def _check_exact(comparison: ast.Compare) -> None:
+  """Raises ValueError for == and != with an integer that float64 may round."""
+  sides = [comparison.left, *comparison.comparators]
+  for op, *both in zip(comparison.ops, sides, sides[1:]):
+    for side in both if isinstance(op, ast.Eq | ast.NotEq) else ():
+      if isinstance(side, ast.UnaryOp):
+        side = side.operand
+      value = side.value if isinstance(side, ast.Constant) else 0
+      if isinstance(value, int) and abs(value) >= stats.EXACT:
+        raise ValueError(
+          f"where: {ast.unparse(comparison)!r} cannot be decided, because rules compare float64,"
+          " which rounds integers from 2**53 on; choose these samples by --keys or --ids"
+        )
 
 
 def _write(

@@ -14,6 +14,8 @@
                                    "json.caption", as in WebDataset), stripped; 0 if none
   json.KEY         float64         each number or boolean at the top of the .json members, NaN if a
                                    sample has none; the keys are those of the shard, sorted
+  word.json.KEY    uint64          for keys of the shard with a number from 2**53 on, which float64
+                                   rounds: `words` of the numbers; 0 if a sample has none
 
 `WebDataset.columns()` yields these arrays, mapped into memory, shard by shard in the order of the
 source. Shards may differ in their json.KEY columns, but not in the others.
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -38,6 +41,7 @@ from bigalign.data.samples.rejects import Rejected
 from bigalign.data.tar import index, parse
 
 FOLDER = "bigalign.stats"
+EXACT = 2**53  # float64 holds all integers below
 
 
 def path_of(name: str, index_folder: str, stat: storage.Stat) -> str:
@@ -101,16 +105,50 @@ def write(path: str, index_folder: str, *, captions: Sequence[str]) -> None:
   scores = sorted({key for row in rows for key in row if key.startswith("json.")})
   fixed = [("image_bytes", "<u4"), ("width", "<u4"), ("height", "<u4"), ("sha256", "u1", (32,))]
   lengths = [(f"length.{field}", "<u4") for field in captions]
-  table = np.zeros(len(rows), [*fixed, *lengths, *((score, "<f8") for score in scores)])
+  large = [score for score in scores if any(_is_large(row.get(score, 0)) for row in rows)]
+  numbers = [(score, "<f8") for score in scores] + [(f"word.{score}", "<u8") for score in large]
+  table = np.zeros(len(rows), [*fixed, *lengths, *numbers])
   for score in scores:
     table[score] = np.nan
   for i, values in enumerate(rows):
     for column, value in values.items():
-      table[column][i] = value
+      table[column][i] = _as_float(value) if column.startswith("json.") else value
+  for score in large:
+    for i, values in enumerate(rows):
+      if score in values:
+        table[f"word.{score}"][i] = _word(values[score])
   os.makedirs(os.path.join(index_folder, FOLDER), exist_ok=True)
   target = path_of(name, index_folder, part.stat)
   with storage.atomic_write(target, suffix=storage.unique_suffix()) as file:
     np.save(file, table, allow_pickle=False)
+
+
+def words(values: np.ndarray) -> np.ndarray:
+  """Returns 64 bits for each number that float64 holds: [N] numbers → [N] uint64.
+
+  Equal numbers have equal bits; those of NaN say nothing.
+  """
+  return (np.asarray(values, np.float64) + 0.0).view(np.uint64)  # + 0.0: -0.0 equals 0.0
+
+
+def _word(value: int | float) -> int:
+  """The bits of one number as `words` gives them; of an integer that float64 rounds, a hash."""
+  number = _as_float(value)
+  if isinstance(value, int) and number != value:
+    return int.from_bytes(hashlib.sha256(b"%x" % value).digest()[:8])
+  return int(words(np.array([number]))[0])
+
+
+def _is_large(value: int | float) -> bool:
+  return abs(value) >= EXACT and value not in (math.inf, -math.inf)
+
+
+def _as_float(value: int | float) -> float:
+  """The number as float64; integers beyond its range are infinite, as JSON's 1e999 is."""
+  try:
+    return float(value)
+  except OverflowError:
+    return math.inf if value > 0 else -math.inf
 
 
 def _row(fields: Mapping[str, bytes], captions: Sequence[str]) -> dict[str, Any]:
@@ -140,13 +178,7 @@ def size_of(image: bytes) -> tuple[int, int]:
       return width, height
     if image.startswith(b"\x89PNG") and len(image) >= 24:  # Pillow refuses decompression bombs
       return int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
-    with Image.open(io.BytesIO(image)) as opened:
+    with Image.open(io.BytesIO(image), formats=members.FORMATS) as opened:
       return opened.size
-  except (
-    ValueError,
-    OSError,
-    SyntaxError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-  ):
+  except Exception:  # whatever a plugin raises for a broken header
     return 0, 0
