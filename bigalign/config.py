@@ -94,7 +94,9 @@ class Config:
   topology: str = ""
   rules: Sequence[Any] | None = None
   keep: Annotated[Component, Call(Checkpoints, fixed=("workdir", "read_only"))] = DEFAULTS
-  writer: Annotated[Component, Call(MetricWriter, fixed=("workdir", "resume_step"))] = DEFAULTS
+  writer: Annotated[Component, Call(MetricWriter, fixed=("workdir", "resume_step", "repeats"))] = (
+    DEFAULTS
+  )
   profile: Sequence[int] = ()
   patience: float = 1800.0
   runtime: Annotated[Component, Call(runtime.setup)] = DEFAULTS
@@ -122,9 +124,11 @@ def resolve_config(
   """
   values = plain(values)
   if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
-    model = values["model"]
-    model = init.options(model, record) if files_needed else init.options_from_sizes(model)
+    written = values["model"]
+    model = init.options(written, record) if files_needed else init.options_from_sizes(written)
     values = {**values, "model": model}
+    if isinstance(values.get("data"), Mapping):
+      values["data"] = init.tokenizer_options(written, values["data"], record)
   config: Config = resolve(Config, values, "config")
   return config
 

@@ -54,6 +54,8 @@ def files(tokenizer: Tokenizer, *, padding_has_no_effect: bool, mask: bool) -> d
   writer: Callable[[Any], tokenizers.Tokenizer] | None = _WRITERS.get(type(tokenizer))
   if writer is None:
     raise ValueError(f"{where} cannot be written as a tokenizer.json")
+  if tokenizer.prompt:
+    raise ValueError(f"{where}.prompt={tokenizer.prompt!r}: a tokenizer.json has no prompt")
   theirs = writer(tokenizer)
   ids, real = tokenizer.encode_batch([""])
   end = theirs.id_to_token(int(ids[real][-1]))
@@ -76,6 +78,7 @@ def files(tokenizer: Tokenizer, *, padding_has_no_effect: bool, mask: bool) -> d
     pad_token=pad,
     eos_token=end,
     padding_side="right",
+    truncation_side=tokenizer.truncation_side,
     clean_up_tokenization_spaces=False,
     model_input_names=["input_ids", "attention_mask"] if mask else ["input_ids"],
   )
@@ -92,7 +95,7 @@ def _special_tokens(tokenizer: tokenizers.Tokenizer) -> set[str]:
 def _compare(ours: Tokenizer, theirs: tokenizers.Tokenizer, where: str) -> None:
   """Raises ValueError for a text that the two tokenize differently."""
   theirs = tokenizers.Tokenizer.from_str(theirs.to_str())
-  theirs.enable_truncation(ours.length)
+  theirs.enable_truncation(ours.length, direction=ours.truncation_side)
   ids, mask = ours.encode_batch(SAMPLES)
   for text, row, real in zip(SAMPLES, ids, mask):
     their_ids = theirs.encode(text).ids

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from bigalign import tree
 from bigalign.data.files.patterns import expand_variables
 from bigalign.options import plain
-from bigalign.weights import Checkpoint, describe, open_clip, transfer
+from bigalign.weights import Checkpoint, describe, open_clip, tokenizer, transfer
 
 SIDES = ("image", "text")
 _WORDS = ("init", "fresh", "drop")
@@ -84,6 +84,41 @@ def options(given: Mapping[str, Any], record: Mapping[str, Any] | None = None) -
       )
     model = _merged(theirs, model)
   return dict(plain(model))
+
+
+def tokenizer_options(
+  model: Mapping[str, Any],
+  data: Mapping[str, Any],
+  record: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """config.data with what the checkpoint of the text tower states about its tokenizer.
+
+  Args:
+    model: config.model as written.
+    data: config.data as written.
+    record: config.json of the run that resumes. If its model was written in the same way, its
+      tokenizer keeps the ids with which the run began.
+
+  Returns:
+    `data`, its tokenizer completed; unchanged if no checkpoint gives the text tower, its files are
+    missing, or stores hold the texts.
+  """
+  given, stores = data.get("tokenizer"), data.get("stores")
+  if not isinstance(given, Mapping) or (isinstance(stores, Mapping) and stores.get("text")):
+    return dict(data)
+  pretrained = "init" in model or (_is_tower(model, "text") and "init" in model["text"])
+  if not pretrained:
+    return dict(data)
+  if record and record["model"] == model:
+    was = record["config"]["data"]["tokenizer"]
+    return {**data, "tokenizer": tokenizer.as_recorded(given, was)}
+  try:
+    parts = [x for x in _pretrained_parts(model) if x.side in ("", "text")]
+  except (FileNotFoundError, KeyError):
+    parts = []
+  if not parts:
+    return dict(data)
+  return {**data, "tokenizer": tokenizer.completed(parts[0].checkpoint, given)}
 
 
 def options_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A tokenizer pickles as its spec, and each worker builds it again.
 from __future__ import annotations
 
 import importlib
+import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from bigalign.data.files import lines
 from bigalign.data.files.patterns import expand_variables
-from bigalign.data.text import clip_text
+from bigalign.data.text import clip_text, stated
 
 
 class Tokenizer:
@@ -29,17 +31,61 @@ class Tokenizer:
     vocab_size: number of ids.
     pad: the id of padding.
     eos: the id that ends every text, also one that was cut to `length`; None if `_encode` cuts.
+    prompt: text before every text.
+    truncation_side: where a text that is too long is cut, "left" or "right".
   """
 
   vocab_size: int
   pad: int
   eos: int | None
+  prompt: str = ""
+  truncation_side: str = "right"
 
   def __init__(self, **spec: Any):
     self.spec: dict[str, Any] = spec
     self.length: int = spec["length"]
     if self.length < 2:
       raise ValueError(f"tokenizer length={self.length}; at least 2: one token and its end")
+
+  @property
+  def name(self) -> str:
+    """Its name in TOKENIZERS."""
+    return str(self.spec["name"])
+
+  def token_id(self, token: str) -> int | None:
+    """The id of a token of the vocabulary; None if it has no such token."""
+    return None
+
+  @property
+  def file(self) -> pathlib.Path | None:
+    """The file in the option `path`; None without one."""
+    path = self.spec.get("path")
+    return None if path is None else _file(path, option="path")
+
+  @property
+  def last_id(self) -> int:
+    """The last id of a text."""
+    ids, mask = self.encode_batch(["text"])
+    return int(ids[mask][-1]) if mask.any() else -1
+
+  @property
+  def first_id(self) -> int:
+    """The first id of a text."""
+    ids, mask = self.encode_batch(["text"])
+    return int(ids[mask][0]) if mask.any() else -1
+
+  @property
+  def adds_end(self) -> bool:
+    """Whether the same token ends every text, also an empty one."""
+    ids, mask = self.encode_batch([""])
+    return bool(mask.any()) and int(ids[mask][-1]) == self.last_id
+
+  @property
+  def adds_start(self) -> bool:
+    """Whether the same token precedes every text, also an empty one."""
+    ids, mask = self.encode_batch(["", "text"])
+    start, first = ids[0][mask[0]], ids[1][mask[1]]
+    return len(start) > self.adds_end and bool(start[0] == first[0])
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     """The ids of each text, without padding."""
@@ -59,6 +105,10 @@ class Tokenizer:
       if len(tokens) > self.length and self.eos is not None:
         ids[row, -1] = self.eos
     return ids, mask
+
+  def _chosen(self, given: int | None, name: str, statements: stated.Statements) -> int | None:
+    """The id that the config gives, else that of a stated token; None without either."""
+    return self.token_id(statements[name].value) if given is None and name in statements else given
 
   def __reduce__(self) -> tuple[Any, ...]:
     return _from_spec, (self.spec,)
@@ -111,7 +161,7 @@ class Words(Tokenizer):
       # Imported late: drawing needs FreeType, but other tokenizers do not.
       words = importlib.import_module("bigalign.data.sources.glyphs").vocabulary()
     else:
-      words = _file(vocabulary, option="vocabulary").read_text("utf-8").split()
+      words = _text(vocabulary, option="vocabulary").split()
     self.ids = {word: i + 3 for i, word in enumerate(dict.fromkeys(words))}
     self.vocab_size = len(self.ids) + 3
 
@@ -131,9 +181,11 @@ class SentencePiece(Tokenizer):
     path: of the model.
     lower: whether text is lower-cased.
     canonicalize: lower-case, and remove punctuation, as for SigLIP's prompts.
-    pad: the id of padding; by default that of the model, or `eos` if it has none, as SigLIP
-      (c4_en). SigLIP 2 (Gemma) pads with 0.
-    eos: the id of the end; by default that of the model.
+    pad: the id of padding; by default the pad_token of the files next to the model or of the
+      pretrained checkpoint (config.model.init), else that of the model, or `eos` if it has none.
+      SigLIP pads with `</s>`, 1, SigLIP 2 (Gemma) with 0.
+    eos: the id of the end; by default the eos_token of the files next to the model, else that of
+      the model.
 
   Raises:
     ValueError: if the file is not a SentencePiece model.
@@ -164,12 +216,19 @@ class SentencePiece(Tokenizer):
     except (OSError, RuntimeError) as error:
       raise ValueError(f"tokenizer path={path!r}: not a SentencePiece model: {error}") from error
     self.vocab_size = self.model.get_piece_size()
-    end = _token_id(eos, self.model.eos_id(), option="eos", path=path)
-    self.eos = self._end = end
-    self.pad = _token_id(
-      pad, self.model.pad_id() if self.model.pad_id() >= 0 else end, option="pad", path=path
-    )
     self._lower, self._canonicalize = lower, canonicalize
+    statements = stated.near(file.parent)
+    end = _token_id(
+      self._chosen(eos, "eos_token", statements), self.model.eos_id(), option="eos", path=path
+    )
+    self.eos = self._end = end
+    own = self.model.pad_id() if self.model.pad_id() >= 0 else end
+    self.pad = _token_id(self._chosen(pad, "pad_token", statements), own, option="pad", path=path)
+    stated.warn(self, statements)
+
+  def token_id(self, token: str) -> int | None:
+    i = int(self.model.piece_to_id(token))
+    return i if self.model.id_to_piece(i) == token else None
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     if self._canonicalize:
@@ -182,12 +241,16 @@ class SentencePiece(Tokenizer):
 class Rust(Tokenizer):
   """A tokenizer of the library `tokenizers`, which adds special tokens and cuts the text itself."""
 
-  def _set(self, model: tokenizers.Tokenizer, *, pad: int) -> None:
+  def _set(self, model: tokenizers.Tokenizer, *, pad: int, side: str = "right") -> None:
     self.model = model
-    model.enable_truncation(self.length)
+    model.enable_truncation(self.length, direction=side)
     model.no_padding()
-    self.pad, self.eos = pad, None
+    self.pad, self.eos, self.truncation_side = pad, None, side
     self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+
+  def token_id(self, token: str) -> int | None:
+    found: int | None = self.model.token_to_id(token)
+    return found
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts))]
@@ -202,13 +265,12 @@ class WordPiece(Rust):
     lower: whether text is lower-cased.
 
   Raises:
-    ValueError: if the vocabulary has no special tokens.
+    ValueError: if the vocabulary has no special tokens, or cannot be read.
   """
 
   def __init__(self, *, length: int, path: str, lower: bool = True):
     super().__init__(name="wordpiece", length=length, path=path, lower=lower)
-    lines = _file(path, option="path").read_text("utf-8").splitlines()
-    vocabulary = {piece.rstrip(): i for i, piece in enumerate(lines)}
+    vocabulary = _pieces(_text(path, option="path"))
     special = {piece: vocabulary.get(piece, -1) for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")}
     if -1 in special.values():
       raise ValueError(
@@ -218,36 +280,67 @@ class WordPiece(Rust):
     model = tokenizers.Tokenizer(
       models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100)
     )
-    model.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    statements = stated.near(_file(path, option="path").parent)
+    model.normalizer = _bert_normalizer(statements, lower=lower)
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     model.post_processor = processors.TemplateProcessing(
       single="[CLS] $A [SEP]", special_tokens=[(s, special[s]) for s in ("[CLS]", "[SEP]")]
     )
-    self._set(model, pad=special["[PAD]"])
+    _add_tokens(model, statements)
+    self.model = model
+    pad = self._chosen(None, "pad_token", statements)
+    side = _truncation_side(statements, None)
+    self._set(model, pad=special["[PAD]"] if pad is None else pad, side=side)
+    stated.warn(self, statements)
 
 
 class HuggingFace(Rust):
-  """Any tokenizer.json of Hugging Face.
+  """Any tokenizer.json of Hugging Face, completed by the files next to it (see `stated`).
 
   Args:
     length: ids of a text.
     path: of the file.
-    pad: the id of padding; needed if the file defines no padding token.
+    pad: the id of padding; by default the stated pad_token, else that of the file; needed if there
+      is none.
+    prompt: text before every text; by default the default prompt of a sentence-transformers folder.
 
   Raises:
     ValueError: if the file is not a tokenizer.json, or the id of padding is unknown.
   """
 
-  def __init__(self, *, length: int, path: str, pad: int | None = None):
-    super().__init__(name="hf", length=length, path=path, pad=pad)
+  def __init__(self, *, length: int, path: str, pad: int | None = None, prompt: str | None = None):
+    super().__init__(name="hf", length=length, path=path, pad=pad, prompt=prompt)
     file = _file(path, option="path")
+    statements = stated.near(file.parent)
     try:
       model = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every fault
       raise ValueError(f"tokenizer path={path!r}: not a tokenizer.json: {error}") from error
+    self.model = model
+    _add_tokens(model, statements)
+    kind = json.loads(model.normalizer.__getstate__()) if model.normalizer else {}
+    if kind.get("type") == "BertNormalizer":  # transformers rebuilds it from tokenizer_config.json
+      model.normalizer = _bert_normalizer(
+        statements,
+        lower=statements["lower"].value if "lower" in statements else kind["lowercase"],
+        accents=kind["strip_accents"],
+        chinese=kind["handle_chinese_chars"],
+        clean=kind["clean_text"],
+      )
+    if statements.get("text_lower", stated.Stated(False, "")).value:
+      model.normalizer = _lowered(model.normalizer)
     named = [model.token_to_id(token) for token in ("[PAD]", "<pad>", "<|pad|>")]
     default = (model.padding or {}).get("pad_id", next((i for i in named if i is not None), -1))
-    self._set(model, pad=_token_id(pad, default, option="pad", path=path))
+    chosen = self._chosen(pad, "pad_token", statements)
+    side = _truncation_side(statements, model.truncation)
+    self._set(model, pad=_token_id(chosen, default, option="pad", path=path), side=side)
+    self.prompt = statements["prompt"].value if "prompt" in statements else ""
+    if prompt is not None:
+      self.prompt = prompt
+    stated.warn(self, statements)
+
+  def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    return super()._encode([self.prompt + text for text in texts] if self.prompt else texts)
 
 
 class Clip(Rust):
@@ -280,6 +373,8 @@ class Clip(Rust):
     file = clip_text.installed_vocabulary() if path is None else _file(path, option="path")
     self._set(clip_text.bpe(file), pad=pad)
     self._lower, self._canonicalize = lower, canonicalize
+    if path is not None:
+      stated.warn(self, stated.near(file.parent))
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     texts = [clip_text.clean(text) for text in texts]
@@ -316,6 +411,56 @@ def make_tokenizer(name: str, *, length: int, **options: Any) -> Tokenizer:
   return TOKENIZERS[name](length=length, **options)
 
 
+def _bert_normalizer(
+  statements: stated.Statements,
+  *,
+  lower: bool,
+  accents: bool | None = None,
+  chinese: bool = True,
+  clean: bool = True,
+) -> normalizers.Normalizer:
+  """BERT's normalizer as the files state it, else with the given values.
+
+  Args:
+    statements: as of stated.near.
+    lower: whether text is lower-cased; of a tokenizer.json only if no file states it.
+    accents: whether accents are stripped; None: if text is lower-cased.
+    chinese: whether Chinese characters are separated.
+    clean: whether control characters are removed.
+  """
+
+  def value(name: str, default: Any) -> Any:
+    return statements[name].value if name in statements else default
+
+  return normalizers.BertNormalizer(
+    clean_text=clean,
+    handle_chinese_chars=value("chinese", chinese),
+    strip_accents=value("accents", accents),
+    lowercase=lower,
+  )
+
+
+def _lowered(normalizer: normalizers.Normalizer | None) -> normalizers.Normalizer:
+  """The normalizer after lower-casing."""
+  steps = [normalizers.Lowercase(), *([normalizer] if normalizer else [])]
+  return normalizers.Sequence(steps)
+
+
+def _truncation_side(statements: stated.Statements, truncation: Any) -> str:
+  """The stated side, else that of the tokenizer.json, else "right"."""
+  side = (truncation or {}).get("direction", "right")
+  side = statements["truncation_side"].value if "truncation_side" in statements else side
+  return side if side in ("left", "right") else "right"
+
+
+def _add_tokens(model: tokenizers.Tokenizer, statements: stated.Statements) -> None:
+  """Adds the stated tokens that the vocabulary lacks, as long as they get the stated ids."""
+  added = statements.get("added_tokens", stated.Stated({}, "")).value
+  for token, i in sorted(added.items(), key=lambda item: item[1]):
+    if model.token_to_id(token) is None and i == model.get_vocab_size(with_added_tokens=True):
+      model.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+
+
 def _from_spec(spec: dict[str, Any]) -> Tokenizer:
   return make_tokenizer(**spec)
 
@@ -326,6 +471,26 @@ def _file(path: str, *, option: str) -> pathlib.Path:
   if not file.is_file():
     raise FileNotFoundError(f"tokenizer {option}={path!r}: no such file: {file}")
   return file
+
+
+def _text(path: str, *, option: str) -> str:
+  """The text of a vocabulary; ValueError with the option if it cannot be read."""
+  file = _file(path, option=option)
+  try:
+    return lines.read_text(file)
+  except (OSError, ValueError) as error:
+    raise ValueError(f"tokenizer {option}={path!r}: {error}") from error
+
+
+def _pieces(text: str) -> dict[str, int]:
+  """{piece: id} of a vocab.txt, whose line number is the id.
+
+  White space after a piece is left out, as BERT's readers do, unless the piece consists of it or
+  another line has the piece without it.
+  """
+  pieces = lines.split(text)
+  exact = {"", *pieces}
+  return {piece if piece.rstrip() in exact else piece.rstrip(): i for i, piece in enumerate(pieces)}
 
 
 def _token_id(chosen: int | None, default: int, *, option: str, path: str) -> int:

@@ -1,0 +1,281 @@
+"""The tokenizer of a checkpoint: its own files give the ids, or a warning shows both."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers as rust
+from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
+
+from bigalign import weights
+from bigalign.config import resolve_config
+from bigalign.data.text import stated
+from bigalign.data.text.tokenizers import make_tokenizer
+from bigalign.weights import tokenizer
+
+SIGLIP = dict(
+  model_type="siglip",
+  text_config=dict(TEXT, vocab_size=80, pad_token_id=1),
+  vision_config=VISION,
+)
+STUB = {x: np.zeros(1, np.float32) for x in "abc"}
+
+
+@pytest.fixture(autouse=True)
+def warnings(caplog):
+  """The texts of the warnings."""
+  stated._warn_once.cache_clear()
+  return lambda: [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+
+
+def write(path, **files):
+  """JSON files of a folder, "a__json" for a.json."""
+  for name, content in files.items():
+    (path / f"{name}.json").write_text(json.dumps(content))
+  return path
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+  """A SentencePiece model with <pad> 0 and </s> 1, as T5's."""
+  stem = tmp_path_factory.mktemp("pieces") / "spiece"
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["a dog and a cat", "two dogs, one cat!"] * 9),
+    model_prefix=str(stem),
+    vocab_size=40,
+    hard_vocab_limit=False,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
+  return f"{stem}.model"
+
+
+def bert_json(path, *, lower=True, **changes):
+  """A WordPiece tokenizer.json."""
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "A", "Dog", "query", ":"]
+  model = rust.Tokenizer(
+    rust.models.WordPiece({x: i for i, x in enumerate(words)}, unk_token="[UNK]")
+  )
+  model.normalizer = rust.normalizers.BertNormalizer(lowercase=lower)
+  model.pre_tokenizer = rust.pre_tokenizers.BertPreTokenizer()
+  model.post_processor = rust.processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+  )
+  for name, options in changes.items():
+    getattr(model, name)(**options)
+  path.mkdir(exist_ok=True)
+  model.save(str(path / "tokenizer.json"))
+  return str(path / "tokenizer.json")
+
+
+def ids(made, *texts):
+  return made.encode_batch(list(texts))[0].tolist()
+
+
+def config(init, **tok):
+  return dict(
+    seed=0,
+    total_steps=1,
+    batch_size=8,
+    log_every=1,
+    checkpoint_every=0,
+    data=dict(source="glyphs", image_size=16, tokenizer=tok),
+    model=dict(init=str(init)),
+    loss=dict(siglip={}),
+    optimizer=dict(lr=1e-3),
+  )
+
+
+def test_siglip_pads_as_its_config_says(tmp_path, pieces, warnings):
+  """Its vocabulary has <pad>, with which it was never trained."""
+  path = folder(tmp_path / "siglip", SIGLIP, STUB)
+  given = dict(name="sentencepiece", path=pieces, length=6)
+  assert make_tokenizer(**given).pad == 0
+  options = resolve_config(config(path, **given)).data.tokenizer
+  assert options.option("pad") == 1 and options.option("eos") is None
+  assert ids(options.make(), "a")[0][-1] == 1
+  assert not warnings()
+  kept = resolve_config(config(path, **given, pad=0)).data.tokenizer
+  assert kept.option("pad") == 0
+  (text,) = warnings()
+  assert "padding has the id 0" in text and "config.json: text_config: pad_token_id is 1" in text
+
+
+def test_a_run_keeps_the_padding_with_which_it_began(tmp_path, pieces):
+  path = folder(tmp_path / "siglip", SIGLIP, STUB)
+  values = config(path, name="sentencepiece", path=pieces, length=6)
+  resolved = resolve_config(values)
+  for pad in (None, 1):
+    was = dict(name="sentencepiece", path=pieces, length=6, pad=pad, eos=None)
+    model = weights.init.options(values["model"])
+    record = dict(model=values["model"], config=dict(model=model, data=dict(tokenizer=was)))
+    assert resolve_config(values, record).data.tokenizer.option("pad") == pad
+  assert resolved.data.tokenizer.option("pad") == 1
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+@pytest.mark.parametrize("token", ["</s>", {"content": "</s>", "lstrip": False}])
+def test_the_padding_token_of_the_tokenizers_own_files(tmp_path, pieces, file, token):
+  """Next to the model, and in the folder of the checkpoint; they come before config.json."""
+  near = tmp_path / "near"
+  near.mkdir()
+  (near / "spiece.model").write_bytes(pathlib.Path(pieces).read_bytes())
+  write(near, **{file: dict(pad_token=token)})
+  assert make_tokenizer("sentencepiece", path=str(near / "spiece.model"), length=6).pad == 1
+  zero = dict(SIGLIP, text_config=dict(SIGLIP["text_config"], pad_token_id=0))
+  path = write(folder(tmp_path / "siglip", zero, STUB), **{file: dict(pad_token=token)})
+  given = dict(name="sentencepiece", path=pieces, length=6)
+  assert tokenizer.completed(weights.describe(path), given) == dict(given, pad=1)
+
+
+def test_padding_that_no_file_states_is_named(tmp_path, pieces, warnings):
+  text = {k: v for k, v in SIGLIP["text_config"].items() if k != "pad_token_id"}
+  path = folder(tmp_path / "siglip", dict(SIGLIP, text_config=text), STUB)
+  tokenizer.completed(weights.describe(path), dict(name="sentencepiece", path=pieces, length=6))
+  assert any("no file states which token pads" in x and "pads with 0" in x for x in warnings())
+
+
+def test_the_padding_of_clips_config_is_not_used(tmp_path):
+  """It is 1 in every CLIP of transformers, which pad with the end; a causal tower ignores it."""
+  path = bert_json(tmp_path / "clip")
+  folder(tmp_path / "clip", dict(CLIP, text_config=dict(TEXT, pad_token_id=1)), STUB)
+  given = dict(name="hf", path=path, length=6)
+  assert tokenizer.completed(weights.describe(tmp_path / "clip"), given) == given
+
+
+def test_a_tokenizer_json_is_completed_by_the_files_next_to_it(tmp_path, warnings):
+  """Each value is what AutoTokenizer of transformers 5.23 gives for the folder."""
+  path = bert_json(tmp_path / "bert")
+  assert ids(make_tokenizer("hf", path=path, length=6), "A Dog") == [[2, 4, 5, 3, 0, 0]]
+  write(
+    tmp_path / "bert",
+    tokenizer_config=dict(
+      tokenizer_class="BertTokenizer",
+      do_lower_case=False,
+      pad_token="[UNK]",
+      truncation_side="left",
+      added_tokens_decoder={"10": dict(content="<new>", special=False)},
+      model_max_length=6,
+    ),
+  )
+  made = make_tokenizer("hf", path=path, length=6)
+  assert ids(made, "A Dog", "dog <new>") == [[2, 6, 7, 3, 1, 1], [2, 5, 10, 3, 1, 1]]
+  assert ids(made, "a dog a dog A") == [[2, 5, 4, 5, 6, 3]]
+  assert made.vocab_size == 11
+  assert not warnings()
+
+
+def test_case_of_sentence_transformers_and_its_length_and_prompt(tmp_path, warnings):
+  """Settings of three files."""
+  path = bert_json(tmp_path / "sentence", lower=False)
+  folder(tmp_path / "sentence", BERT, STUB)
+  write(
+    tmp_path / "sentence",
+    modules=[dict(type="a.Transformer", path="")],
+    sentence_bert_config=dict(max_seq_length=5, do_lower_case=True),
+    config_sentence_transformers=dict(
+      prompts=dict(query="query: ", other=""), default_prompt_name="query"
+    ),
+  )
+  made = make_tokenizer("hf", path=path, length=6)
+  assert ids(made, "A Dog") == [[2, 8, 9, 4, 5, 3]]
+  (text,) = warnings()
+  assert "cut at this number of tokens: 6" in text and "max_seq_length is 5" in text
+  assert ids(make_tokenizer("hf", path=path, length=5, prompt=""), "A Dog") == [[2, 4, 5, 3, 0]]
+  assert "the prompt before each text is '', but" in warnings()[-1]
+  checkpoint = weights.describe(tmp_path / "sentence")
+  completed = tokenizer.completed(checkpoint, dict(name="hf", path=path, length=5))
+  assert make_tokenizer(**completed).prompt == "query: "
+
+
+@pytest.mark.parametrize(
+  "files,texts",
+  [
+    (
+      dict(tokenizer_config=dict(do_lower_case=True)),
+      ["ignores case: False", "case is T"],
+    ),
+    (
+      dict(tokenizer_config=dict(tokenizer_class="SiglipTokenizer")),
+      ["case and punctuation: False", "tokenizer_class: SiglipTokenizer is True"],
+    ),
+    (
+      dict(tokenizer_config=dict(tokenizer_class="XLMRobertaTokenizerFast")),
+      ["ids are those of the SentencePiece model", "'XLMRobertaTokenizerFast'"],
+    ),
+    (
+      dict(tokenizer_config=dict(padding_side="left")),
+      ["on the side 'right'", "'left'"],
+    ),
+    (dict(tokenizer_config=dict(add_bos_token=True)), ["precedes each text: False", "add_bos_tok"]),
+    (
+      dict(tokenizer_config=dict(add_eos_token=False)),
+      ["ends each text: True", "add_eos"],
+    ),
+    (dict(added_tokens={"<image>": 40}), ["'<image>' has the id None", "added_tokens.json is 40"]),
+    (dict(tokenizer_config=dict(pad_token="<none>")), ["'<none>', which the vocabulary lacks"]),
+    (dict(tokenizer_config=dict(model_max_length=9)), ["tokens: 6", "model_max_length is 9"]),
+    (
+      dict(tokenizer_config=dict(additional_special_tokens=["<a>", {"content": "<b>"}])),
+      ["the vocabulary lacks '<a>', but", "lacks '<b>'", "additional_special_tokens has it"],
+    ),
+    (dict(tokenizer_config=dict(eos_token="<pad>")), ["ends with the id 0", None]),
+  ],
+)
+def test_what_differs_is_shown_with_both_values(tmp_path, pieces, warnings, files, texts):
+  (tmp_path / "spiece.model").write_bytes(pathlib.Path(pieces).read_bytes())
+  write(tmp_path, **files)
+  made = make_tokenizer("sentencepiece", path=str(tmp_path / "spiece.model"), length=6)
+  if None in texts:  # taken
+    assert made.eos == 0
+    return
+  (text,) = warnings()
+  for part in texts:
+    assert part in text
+
+
+def test_which_file_comes_first(tmp_path):
+  """As in transformers 5.23: special_tokens_map.json, unless the other one lists all tokens."""
+  path = bert_json(tmp_path / "bert")
+  write(tmp_path / "bert", special_tokens_map=dict(pad_token="[SEP]"))
+  for more, pad in (({}, 3), (dict(added_tokens_decoder={}), 1)):
+    write(tmp_path / "bert", tokenizer_config=dict(pad_token="[UNK]", **more))
+    assert make_tokenizer("hf", path=path, length=6).pad == pad
+  generic = dict(tokenizer_class="PreTrainedTokenizerFast", do_lower_case=False)
+  write(tmp_path / "bert", tokenizer_config=generic)
+  assert ids(make_tokenizer("hf", path=path, length=4), "A Dog") == [[2, 4, 5, 3]]
+
+
+@pytest.mark.parametrize(
+  "text_cfg,texts",
+  [
+    (dict(tokenizer_kwargs=dict(clean="canonicalize")), ["case and punctuation", "canonicalize"]),
+    (dict(tokenizer_kwargs=dict(clean="whitespace")), ["ignores case: True", "lower is False"]),
+    (dict(tokenizer_kwargs=dict(strip_sep_token=True)), ["strip_sep_token (not possible here)"]),
+    (dict(context_length=5), ["number of tokens: 6", "context_length is 5"]),
+  ],
+)
+def test_open_clips_settings_of_its_tokenizer(tmp_path, warnings, text_cfg, texts):
+  path = bert_json(tmp_path / "oc")
+  model = dict(embed_dim=4, vision_cfg=dict(layers=1), text_cfg=dict(layers=1) | text_cfg)
+  folder(tmp_path / "oc", {}, STUB)
+  (tmp_path / "oc/config.json").unlink()
+  write(tmp_path / "oc", open_clip_config=dict(model_cfg=model))
+  tokenizer.completed(weights.describe(tmp_path / "oc"), dict(name="hf", path=path, length=6))
+  (text,) = warnings()
+  for part in texts:
+    assert part in text
+
+
+def test_a_damaged_file_is_named(tmp_path):
+  path = bert_json(tmp_path / "bert")
+  (tmp_path / "bert/tokenizer_config.json").write_text("[1]")
+  with pytest.raises(ValueError, match=r"tokenizer_config\.json: not a JSON object"):
+    make_tokenizer("hf", path=path, length=6)
