@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -13,6 +12,7 @@ import jax
 
 from bigalign import sharding, tree
 from bigalign.config import Config, tokenizer_digest
+from bigalign.data.files import checksums
 from bigalign.data.stores import reader
 from bigalign.evals.embed import to_host
 from bigalign.options import Choose, plain, plain_value, resolve_value
@@ -143,7 +143,7 @@ def like_stored(folder: pathlib.Path, expected: Mapping[str, Any]) -> dict[str, 
   default of that option.
   """
   path = folder / "header.json"
-  stored = json.loads(path.read_text()) if path.exists() else {}
+  stored = checksums.read_json(path) if path.exists() else {}
   tower = stored.get("tower") or {}
   known = "tower" in expected and tower.get("name") in TOWERS
   if known and _tower(tower) == expected["tower"]:

@@ -16,7 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from bigalign import tree
-from bigalign.data.files import storage
+from bigalign.data.files import checksums, storage
 from bigalign.options import plain
 
 # Options that may change between two starts in one workdir, because they do not affect what is
@@ -66,11 +66,23 @@ def digest(options: Mapping[str, Any]) -> str:
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the content of workdir/config.json, or None if the folder holds no run."""
+  """Returns the content of workdir/config.json, or None if the folder holds no run.
+
+  Raises:
+    ValueError: if the file is damaged, was edited, or lacks a part of the record.
+  """
   path = workdir / "config.json"
   if not path.exists():
     return None
-  recorded: dict[str, Any] = json.loads(path.read_text())
+  try:
+    recorded = checksums.read_json(path)
+    if not isinstance(recorded.get("config"), dict):
+      raise checksums.Damaged(f"{path} is not the record of a run: it has no object 'config'")
+  except checksums.Damaged as error:
+    raise ValueError(
+      f"{error}\nEach checkpoint holds the same record: copy checkpoints/STEP/meta/metadata of this"
+      f' run to {path}. If you edited the file on purpose, delete its line "{checksums.KEY}".'
+    ) from error
   return recorded
 
 
@@ -115,7 +127,7 @@ def write_config(workdir: pathlib.Path, meta: Mapping[str, Any]) -> None:
   """Writes `meta` to workdir/config.json; call it once it is certain that the run can start."""
   if jax.process_index() == 0:
     with storage.atomic_write(workdir / "config.json") as file:  # other processes may be reading it
-      file.write((json.dumps(meta, indent=1) + "\n").encode())
+      file.write((json.dumps(checksums.seal(meta), indent=1) + "\n").encode())
 
 
 def check_data(

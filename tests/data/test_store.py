@@ -19,6 +19,7 @@ from helpers.shipped import ROOT
 
 from bigalign.data.loader.pairs import Pairs, pair_batches
 from bigalign.data.stores import reader, writer
+from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
 
 HEADER = dict(side="image", width=3, dtype="float16", weights="abc")
@@ -149,6 +150,68 @@ def test_verify_finds_changed_files(tmp_path):
   wrong = list(Store(folder).verify())
   assert len(wrong) == 3 and "samples.npy is missing" in wrong[0] and "checksum differs" in wrong[1]
   assert "1 row holds NaN or infinity; the first samples: [6]" in wrong[2]
+
+
+def test_a_changed_bit_of_a_store_is_found_when_it_is_read(tmp_path):
+  """Vectors by their row, labels by their file, JSON by its own checksum; the file is named."""
+  folder = write(tmp_path / "s", range(1, 9))
+  with_labels = tmp_path / "l"
+  writer.begin(with_labels, HEADER)
+  writer.claim(with_labels, "a", 8, "a", batch_size=8, batches=1, write=True)
+  pairs = np.stack([np.arange(1, 9, dtype=np.uint64)] * 2, 1)
+  rows = vectors(range(8)).astype(np.float16)
+  writer.write(with_labels, 0, rows, pairs, labels=np.arange(8))
+  writer.finish(with_labels, captions=False)
+  everything = np.arange(8)
+
+  def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+  assert Store(with_labels).labels(everything).tolist() == [*range(8)]
+  for path, place, use in (
+    (folder / "00001.0-of-1.vectors.npy", -3, lambda: Store(folder).read(everything)),
+    (folder / "00001.0-of-1.crc.npy", -3, lambda: Store(folder).read(everything)),
+    (folder / "manifest.json", 40, lambda: Store(folder)),
+    (folder / "header.json", 20, lambda: reader.check_header(folder, HEADER)),
+    (folder / "00001.0-of-1.json", 20, lambda: writer.pieces(folder)),
+    (with_labels / "00000.0-of-1.labels.npy", -3, lambda: Store(with_labels).labels(everything)),
+  ):
+    use()
+    flip(path, place)
+    with pytest.raises(ValueError, match=r"changed after|damaged") as error:
+      use()
+    assert path.name in str(error.value) or path.name.replace("crc", "vectors") in str(error.value)
+    flip(path, place)
+  one = OneSide(image=folder)
+  record = dict(key="k")
+  ids = np.load(next(folder.glob("ids-*.npy")))
+  assert len(ids) == 8 and one.image.find(ids[:1])[1] == [1]
+  (path,) = folder.glob("rows-*.npy")
+  flip(path, -8)  # the row of the last sample
+  one.image = Store(folder)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("bigalign.data.stores.one_side.sample_id", lambda key: ids[-1])
+    with pytest.raises(ValueError, match="belongs to another sample"):
+      one.replace(record)
+
+
+def test_a_store_of_an_older_version_is_read_with_a_line_in_the_log(tmp_path, caplog):
+  folder = write(tmp_path / "s", range(1, 9))
+  wanted = Store(folder).read(np.arange(8))
+  for path in folder.glob("*.json"):
+    content = json.loads(path.read_text())
+    if isinstance(content, dict):
+      del content["checksum"]
+      for file in [content, *content.get("files", [])]:
+        file.get("sums", {}).pop("crc", None)
+    path.write_text(json.dumps(content))
+  for path in folder.glob("*.crc.npy"):
+    path.unlink()
+  with caplog.at_level("INFO"):
+    np.testing.assert_array_equal(Store(folder).read(np.arange(8)), wanted)
+  assert "has no checksums of rows: an older version wrote it" in caplog.text
 
 
 def test_a_damaged_index_is_found(tmp_path):

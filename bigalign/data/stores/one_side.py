@@ -52,6 +52,7 @@ class OneSide:
 
     Raises:
       Rejected: if a store has no row of it.
+      ValueError: if the store is damaged.
     """
     if self.image:
       return record | dict(image=_rows(self.image, record["key"])[0])
@@ -64,7 +65,13 @@ class OneSide:
 
 
 def _rows(store: Store, key: str) -> tuple[int, ...]:
-  (first,), (count,) = store.find(np.array([sample_id(key)], np.uint64))
+  ids = np.array([sample_id(key)], np.uint64)
+  (first,), (count,) = store.find(ids)
   if not count:
     raise Rejected("no_vector", f"no row in {store.folder}")
+  if store.samples(np.array([first]))[0, 0] != ids[0]:
+    raise ValueError(
+      f"{store.folder}: the index gives row {int(first)} for the key {key[:80]!r}, and that row"
+      " belongs to another sample: the store is damaged. `bigalign embed --verify` lists the files."
+    )
   return tuple(range(int(first), int(first + count)))

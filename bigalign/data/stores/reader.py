@@ -4,6 +4,7 @@ A store is a folder. While it is written, it holds for each piece of the source 
 
   00012.3-of-8.vectors.npy   [N, D] float16, float32, or bfloat16 as its 16 bits; with the tokens of
                              a tower [N, 1 + T, D]: the pooled vector, then the tokens, zero-padded
+  00012.3-of-8.crc.npy       [N] uint32: the CRC-32 of each row's vectors, checked when it is read
   00012.3-of-8.samples.npy   [N, 2] uint64: the id of each row's sample, and its place in the source
   00012.3-of-8.labels.npy    [N] int32, for images: the label of each, -1 for none
   00012.3-of-8.json          rows, checksums of the files, and what was left out; written last
@@ -22,17 +23,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
 import resource
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from bigalign.data.files import checksums
 from bigalign.data.files.cache import LRUCache
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {name: np.dtype(name) for name in ("float16", "float32")} | {
   "bfloat16": np.dtype(ml_dtypes.bfloat16)
@@ -44,7 +50,7 @@ OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
 
 def check_header(folder: pathlib.Path, expected: Mapping[str, Any]) -> None:
   """Raises ValueError if the header of a store differs from `expected`; lists what differs."""
-  header = dict(tokens=0) | json.loads((folder / "header.json").read_text())
+  header = dict(tokens=0) | checksums.read_json(folder / "header.json")
   wanted = json.loads(json.dumps(expected))
   differing = [name for name in wanted if header.get(name) != wanted[name]]
   if differing:
@@ -84,6 +90,7 @@ class Store:
 
   Raises:
     FileNotFoundError: if the folder is not a store, or not a complete one.
+    ValueError: if its manifest is damaged.
   """
 
   def __init__(self, folder: str | pathlib.Path):
@@ -96,12 +103,22 @@ class Store:
         if begun
         else f"{self.folder} is not an embedding store; `bigalign embed` makes one"
       )
-    manifest = json.loads(path.read_text())
+    manifest = checksums.read_json(path)
+    missing = {"header", "ids", "left_out", "sources", "files", "index"} - {*manifest}
+    if missing:
+      raise checksums.Damaged(f"{path} is not the manifest of a store: it has no {min(missing)!r}")
     self.header, self.ids, self.left_out, self.sources = (
       manifest[name] for name in ("header", "ids", "left_out", "sources")
     )
     self._files, self._index = manifest["files"], manifest["index"]
     self._firsts = np.cumsum([0, *(file["rows"] for file in self._files)])
+    self._checks_rows = all("crc" in file["sums"] for file in self._files)
+    if not self._checks_rows:
+      logger.info(
+        "%s has no checksums of rows: an older version wrote it, so rows are not checked when they"
+        " are read; `bigalign embed --verify` checks its files",
+        self.folder,
+      )
     self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
     self.dtype, self.width = DTYPES[self.header["dtype"]], self.header["width"]
     self.shape = row_shape(self.header)
@@ -116,7 +133,26 @@ class Store:
     return f"Store({str(self.folder)!r})"
 
   def read(self, rows: np.ndarray) -> np.ndarray:
-    """Returns rows by their numbers: [N] → [N, D], or [N, 1 + T, D], in the store's dtype."""
+    """Returns rows by their numbers: [N] → [N, D], or [N, 1 + T, D], in the store's dtype.
+
+    Raises:
+      ValueError: if a row changed since it was written; names the file.
+    """
+    vectors = self._unchecked(rows)
+    if self._checks_rows:
+      recorded = self._gather("crc", rows, np.empty(len(rows), np.uint32))
+      wrong = np.flatnonzero(row_sums(vectors) != recorded)
+      if len(wrong):
+        number = int(np.searchsorted(self._firsts, rows[wrong[0]], "right")) - 1
+        stem, row = self._files[number]["stem"], int(rows[wrong[0]] - self._firsts[number])
+        raise checksums.Damaged(
+          f"{self.folder / stem}.vectors.npy: row {row} changed after it was written: its checksum"
+          f" differs from that in {stem}.crc.npy. `bigalign embed --verify` lists all damaged"
+          f" files; delete {stem}.json of each, and `bigalign embed` writes them again."
+        )
+    return vectors
+
+  def _unchecked(self, rows: np.ndarray) -> np.ndarray:
     return self._gather("vectors", rows, np.empty((len(rows), *self.shape), self.dtype))
 
   def samples(self, rows: np.ndarray) -> np.ndarray:
@@ -127,7 +163,8 @@ class Store:
     """Returns the labels of rows of images, [N] int32; -1 without a label.
 
     Raises:
-      ValueError: for a store without labels, such as a store of texts.
+      ValueError: for a store without labels, such as a store of texts; for a file of labels that
+        changed after it was written.
     """
     if any("labels" not in file["sums"] for file in self._files):
       raise ValueError(f"{self.folder} holds no labels; `bigalign embed` writes them for images")
@@ -180,7 +217,7 @@ class Store:
     step = max(1, (1 << 26) // math.prod(self.shape))
     for start in range(first, end, step):
       rows = np.arange(start, min(start + step, end))
-      bad = rows[~finite(self.read(rows))]
+      bad = rows[~finite(self._unchecked(rows))]
       if len(bad):
         places = self.samples(bad[:8])[:, 1].tolist()
         rows_hold = "row holds" if len(bad) == 1 else "rows hold"
@@ -208,8 +245,20 @@ class Store:
 
   def _map(self, key: tuple[str, str]) -> tuple[np.ndarray, int]:
     stem, name = key
+    if name == "labels":  # small, unlike vectors, so the whole file is checked
+      path = self.folder / f"{stem}.{name}.npy"
+      (expected,) = (file["sums"][name] for file in self._files if file["stem"] == stem)
+      if checksum(path) != expected:
+        raise checksums.Damaged(f"{path} changed after it was written: its checksum differs")
     array = np.load(self.folder / f"{stem}.{name}.npy", mmap_mode="r", allow_pickle=False)
     return array.view(self.dtype) if name == "vectors" else array, 1
+
+
+def row_sums(vectors: np.ndarray) -> np.ndarray:
+  """Returns the CRC-32 of each row's bytes: [N, ...] → [N] uint32."""
+  length = math.prod(vectors.shape[1:]) * vectors.itemsize
+  flat = np.ascontiguousarray(vectors).view(np.uint8).reshape(len(vectors), length)
+  return np.fromiter((zlib.crc32(row) for row in flat), np.uint32, len(flat))
 
 
 def checksum(path: pathlib.Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigalign.data.files import checksums
 from bigalign.data.files.storage import atomic_write
 from bigalign.data.stores import reader
 
@@ -76,7 +77,7 @@ def claim(
     ValueError: if another source is incomplete, or this one was begun with another batch size.
   """
   path, piece = folder / "sources.json", batch_size * batches
-  entries = json.loads(path.read_text()) if path.exists() else []
+  entries = _sources(path) if path.exists() else []
   complete = pieces(folder)
   entry = next((x for x in entries if x["fingerprint"] == fingerprint), None)
   if entry is None:
@@ -142,7 +143,7 @@ def write(
   Raises:
     ValueError: if the dtype or shape differs from the header.
   """
-  header = json.loads((folder / "header.json").read_text())
+  header = checksums.read_json(folder / "header.json")
   shape = reader.row_shape(header)
   if (vectors.dtype, vectors.shape[1:]) != (reader.DTYPES[header["dtype"]], shape):
     raise ValueError(
@@ -152,7 +153,11 @@ def write(
   stem = f"{piece:05}.{part}-of-{parts}"
   bits = vectors.view(np.uint16) if vectors.dtype == reader.DTYPES["bfloat16"] else vectors
   (folder / f"{stem}.json").unlink(missing_ok=True)  # marks the old files as complete
-  arrays = {"vectors": bits, "samples": np.asarray(samples, np.uint64)}
+  arrays = {
+    "vectors": bits,
+    "crc": reader.row_sums(bits),
+    "samples": np.asarray(samples, np.uint64),
+  }
   if labels is not None:
     arrays["labels"] = np.asarray(labels, np.int32)
   for name, array in arrays.items():
@@ -176,7 +181,7 @@ def pieces(folder: pathlib.Path) -> dict[int, list[dict[str, Any]]]:
   """Returns {piece: its parts, in order} of the pieces of which all parts exist."""
   by_piece: dict[tuple[int, int], list[dict[str, Any]]] = {}
   for path in folder.glob("*-of-*.json"):
-    part = json.loads(path.read_text()) | dict(stem=path.stem)
+    part = checksums.read_json(path) | dict(stem=path.stem)
     by_piece.setdefault((part["piece"], part["parts"]), []).append(part)
   return {
     piece: sorted(existing, key=lambda part: part["part"])
@@ -195,9 +200,7 @@ def finish(folder: pathlib.Path, *, captions: bool) -> None:
   Raises:
     ValueError: if a piece is missing, an id belongs to two samples, or there are no rows.
   """
-  header, sources = (
-    json.loads((folder / f"{name}.json").read_text()) for name in ("header", "sources")
-  )
+  header, sources = checksums.read_json(folder / "header.json"), _sources(folder / "sources.json")
   complete = pieces(folder)
   for entry in sources:
     if _missing(entry, complete):
@@ -207,7 +210,7 @@ def finish(folder: pathlib.Path, *, captions: bool) -> None:
       )
   files = [part for parts in complete.values() for part in parts]
   path = folder / "manifest.json"
-  before = json.loads(path.read_text()) if path.exists() else None
+  before = checksums.read_json(path) if path.exists() else None
   if before and before["files"] == files:
     return
   left_out: collections.Counter[str] = collections.Counter()
@@ -294,6 +297,23 @@ def _by_high_bits(
       yield np.frombuffer(heap_file.read(), np.uint64).reshape(-1, 3)
 
 
+def _sources(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The content of sources.json, a list; the manifest has the same list with a checksum.
+
+  Raises:
+    checksums.Damaged: if it is not a list of JSON.
+  """
+  try:
+    entries = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise checksums.Damaged(f"{path} is damaged: it is not JSON: {error}") from error
+  if not isinstance(entries, list):
+    raise checksums.Damaged(f"{path} is damaged: it is not a list")
+  return entries
+
+
 def _write_json(path: pathlib.Path, value: Any) -> None:
+  if isinstance(value, Mapping):
+    value = checksums.seal(value)
   with atomic_write(path) as file:
     file.write((json.dumps(value, indent=1) + "\n").encode())
