@@ -10,10 +10,9 @@ import collections
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import clu.profiler
 import jax
 import numpy as np
 from absl import app, flags, logging
@@ -56,7 +55,7 @@ from bigalign.run.provenance import (
   read_config,
   write_config,
 )
-from bigalign.run.timing import StartupTimer, StepTimer
+from bigalign.run.timing import Profile, StartupTimer, StepTimer
 from bigalign.run.workdir import Workdir
 from bigalign.stages import Stage, named, split
 from bigalign.state import State, describe, parts, restore
@@ -70,6 +69,9 @@ from bigalign.step import (
   summary,
 )
 from bigalign.weights.init import load
+
+# Work after an update that a run which was asked to stop leaves to the next start.
+DIAGNOSE, EVALUATE = "diagnose", "evaluate"
 
 
 def train(
@@ -90,7 +92,8 @@ def train(
     FileNotFoundError, KeyError: for missing data, pretrained files or environment variables.
     FloatingPointError: for a loss or a gradient that is not finite.
     Preempted: if the run was asked to stop; a checkpoint of the last step exists, unless no step
-      was done.
+      was done. The same call continues the run; it also makes up for the diagnosis and the
+      evaluation that were due at that step.
   """
   return loop(setup(config, workdir, allow_config_change=allow_config_change))
 
@@ -107,6 +110,8 @@ class Run(NamedTuple):
   rows of the global batch that this host owns. shardings: of the state. evaluators: by name.
   resumed_from: the restored step, None for a new run. lane_rows: of the data order, fixed at the
   first start. rejected: {metric: count} so far. save_every, eval_every, diagnose_every: in steps.
+  due: which of DIAGNOSE and EVALUATE the restored step still lacks, because its run was asked to
+  stop. listener: knows when the run is asked to stop.
   """
 
   config: Config
@@ -131,6 +136,8 @@ class Run(NamedTuple):
   save_every: int
   eval_every: int
   diagnose_every: int
+  due: Sequence[str]
+  listener: preemption.PreemptionListener
 
   @property
   def total_steps(self) -> int:
@@ -175,9 +182,9 @@ def setup(
     with named(stage):
       text = summary(programs[stage.number], shapes)
     logging.info("%s%s", "" if len(stages) == 1 else f"{stage.where}: ", text)
-  evaluators = make_evaluators(
-    options.evals, mesh=mesh, data=options.data, **make_embed(program.model)
-  )
+  listener = preemption.PreemptionListener()
+  embed = {name: listener.interruptible(f) for name, f in make_embed(program.model).items()}
+  evaluators = make_evaluators(options.evals, mesh=mesh, data=options.data, **embed)
 
   # ------------------------------------------------------------------ the run in the workdir
   meta = {
@@ -197,9 +204,13 @@ def setup(
   checkpoints = options.keep.make(workdir=folder.root)
   resumed_from = checkpoints.latest()
   check_hosts_agree({"newest checkpoint": resumed_from})
+  keep_changed = bool(record) and record["config"]["keep"] != meta["config"]["keep"]
+  if keep_changed and not allow_config_change:
+    checkpoints.check_deletions(record["config"]["keep"])
 
   # ------------------------------------------------------------------ state: new or restored
   rejected: collections.Counter[str] = collections.Counter()
+  due: Sequence[str] = ()
   if resumed_from is None:
     loaded = load(
       values,
@@ -216,6 +227,10 @@ def setup(
     state = restore(checkpoints, resumed_from, shapes, shardings)
     samples_seen, lane_rows = saved["samples_seen"], saved["lane_rows"]
     rejected.update(saved["rejected"])
+    due = saved.get("due", ())  # older checkpoints hold no such list
+    if keep_changed and not checkpoints.knows_best():
+      with jax.set_mesh(mesh):
+        checkpoints.check_best(_scores(evaluators, state))
     logging.info("Resuming from step %d, %d samples seen", resumed_from, samples_seen)
   if inputs.stores:
     check_stores(inputs.stores.sides, options, program, state)
@@ -243,6 +258,8 @@ def setup(
     save_every=save_every,
     eval_every=eval_every,
     diagnose_every=diagnose_every,
+    due=due,
+    listener=listener,
   )
 
 
@@ -254,15 +271,14 @@ def loop(run: Run) -> State:
   diagnose_fns = [jax.jit(functools.partial(diagnose, program=p)) for p in run.programs]
   compiled: dict[int, CompiledStep] = {}  # of each stage that is left
   checks: list[StepChecks] = []  # of the steps since the last fetch
-  # A run that continues after the first step of the profile traces nothing.
-  profiles = bool(config.profile) and step <= config.profile[0]
-  trace_begin, trace_end = config.profile if profiles else (-1, -1)
+  due = run.due
+  repeated = _last_batch_size(run) if DIAGNOSE in due else 0  # the last batch is read once more
   batches = staged_batches(
     run.stages,
     run.inputs,
     rows=run.rows,
-    step=step,
-    start=samples_seen,
+    step=step - bool(repeated),
+    start=samples_seen - repeated,
     seed=config.seed,
     lane_rows=run.lane_rows,
     rejected_log=str(run.workdir.local / f"rejected-{jax.process_index():05}.jsonl"),
@@ -270,40 +286,66 @@ def loop(run: Run) -> State:
 
   with (
     jax.set_mesh(run.mesh),
+    run.listener,  # outside of everything that is written: until then, no signal ends the process
+    _uploading_at_the_end(run.workdir),
     contextlib.closing(batches),
     run.checkpoints,
-    config.writer.make(workdir=run.workdir.local, resume_step=run.resumed_from) as writer,
+    config.writer.make(
+      workdir=run.workdir.local, resume_step=run.resumed_from, repeats=due
+    ) as writer,
     Progress(total_steps, start=step) as progress,
-    preemption.PreemptionListener() as listener,
     preemption.Watchdog(config.patience, step) as watchdog,
+    Profile(config.profile, run.workdir.local / "profile", step) as profile,
   ):
 
-    def save(scores: Mapping[str, float]) -> None:
+    def next_batch() -> tuple[Stage, dict[str, jax.Array]]:
+      stage, host_batch = next(batches)
+      if has_sample_state:
+        check_ids(host_batch, program.sizes)
+      rows = run.rows[stage.number]
+      return stage, sharding.global_batch(run.mesh, host_batch, rows, stage.batch_size)
+
+    def diagnose_and_write(stage: Stage, batch: Mapping[str, jax.Array]) -> None:
+      position = data_position(samples_seen, dataset_size)
+      findings = diagnose_fns[stage.number](state, batch, position)
+      findings = jax.device_get(sharding.block_on_cpu(findings))
+      writer.write(step, {f"train/{name}": x for name, x in findings.items()})
+
+    def evaluate() -> dict[str, float]:
+      return _evaluate(run.evaluators, state, step, writer, progress)
+
+    def save(scores: Mapping[str, float], due: Sequence[str] = ()) -> None:
       progress_so_far = dict(
         step=step,
         samples_seen=samples_seen,
         rejected=dict(run.rejected),
         lane_rows=run.lane_rows,
+        due=[*due],
       )
       with timer.paused():
         run.workdir.upload(jax.process_index())  # metrics before the checkpoint that follows them
         run.checkpoints.save(step, parts(state), {**run.meta, **progress_so_far}, scores)
 
     # ---------------------------------------------------------------- before the first update
-    if run.resumed_from is None:
-      run.checkpoints.check_best(_evaluate(run.evaluators, state, step, writer, progress))
-    preempted = listener.should_stop_at_start(step)
+    preempted = run.listener.should_stop(step)
+    if not preempted:
+      try:
+        if repeated:
+          diagnose_and_write(*next_batch())
+        if run.resumed_from is None:
+          run.checkpoints.check_best(evaluate())
+        elif EVALUATE in due:
+          run.checkpoints.add_scores(step, evaluate())
+        due = ()
+      except preemption.EvaluationStopped:
+        preempted = True
     timer = StepTimer(step)
 
     while step < total_steps and not preempted:
       # -------------------------------------------------------------- data
-      if step == trace_begin:
-        clu.profiler.start(str(run.workdir.local / "profile"))
+      profile.before(step)
       with timer.waiting_for_data():
-        stage, host_batch = next(batches)
-      if has_sample_state:
-        check_ids(host_batch, program.sizes)
-      batch = sharding.global_batch(run.mesh, host_batch, run.rows[stage.number], stage.batch_size)
+        stage, batch = next_batch()
       position = data_position(samples_seen, dataset_size)
 
       # -------------------------------------------------------------- step
@@ -325,16 +367,15 @@ def loop(run: Run) -> State:
       watchdog.completed(step)
       run.startup_timer.first_step(metrics)
       progress.advance(step)
-      if step == trace_end:
-        jax.block_until_ready(metrics)
-        clu.profiler.stop()
+      profile.after(step, metrics)
 
       # -------------------------------------------------------------- log
-      last, preempted = step == total_steps, listener.should_stop(step)
+      last, preempted = step == total_steps, run.listener.should_stop(step)
       logs = step == stage.end or step % config.log_every == 0
       saves = last or preempted or (run.save_every and step % run.save_every == 0)
-      if logs or saves:
-        with timer.waiting_for_device():  # steps that neither log nor save do not wait
+      due = _due(run, step)
+      if logs or saves or due:
+        with timer.waiting_for_device():  # other steps do not wait
           scalars, fetched = jax.device_get((metrics, checks))
         checks = []
         _count_rejects(run, fetched)
@@ -345,47 +386,80 @@ def loop(run: Run) -> State:
         row |= run.startup_timer.take_metrics()
         writer.write(step, row)
         progress.log(step, row)
-      if logs or saves:
+      if logs or saves or due:
         stop_if_not_finite(fetched, step)
         run.reject_watch.check()
 
       # -------------------------------------------------------------- diagnose, evaluate, save
-      if preempted and not last:  # first, because the machine may stop in seconds
-        save({})
-      if run.diagnose_every and step % run.diagnose_every == 0:
+      if preempted:  # first of all, because the machine may stop in seconds
+        save({}, due)
+        break
+      if DIAGNOSE in due:
         with timer.paused():
-          findings = diagnose_fns[stage.number](state, batch, position)
-          findings = jax.device_get(sharding.block_on_cpu(findings))
-          writer.write(step, {f"train/{name}": x for name, x in findings.items()})
+          diagnose_and_write(stage, batch)
       scores: dict[str, float] = {}
-      if last or (run.eval_every and step % run.eval_every == 0):
-        with timer.paused():
-          scores = _evaluate(run.evaluators, state, step, writer, progress)
-      if saves and (last or not preempted):
+      if EVALUATE in due:
+        try:
+          with timer.paused():
+            scores = evaluate()
+        except preemption.EvaluationStopped:
+          preempted, due = True, (EVALUATE,)
+          save({}, due)
+          break
+      due = ()
+      if saves:
         save(scores)
 
-  run.workdir.upload(jax.process_index())
-  if step < total_steps:
+  if step < total_steps or due:
     raise preemption.Preempted(step)
   return state
 
 
+@contextlib.contextmanager
+def _uploading_at_the_end(workdir: Workdir) -> Iterator[None]:
+  """A context that ends with an upload of the small files, unless there is an error."""
+  yield
+  workdir.upload(jax.process_index())
+
+
+def _due(run: Run, step: int) -> tuple[str, ...]:
+  """Which of DIAGNOSE and EVALUATE follow the update that makes it `step` updates."""
+  diagnoses = run.diagnose_every and step % run.diagnose_every == 0
+  evaluates = step == run.total_steps or (run.eval_every and step % run.eval_every == 0)
+  return (
+    *((DIAGNOSE,) if diagnoses else ()),
+    *((EVALUATE,) if evaluates and run.evaluators else ()),
+  )
+
+
+def _last_batch_size(run: Run) -> int:
+  """Samples of the batch of the last update before the start; 0 if there is none."""
+  sizes = [stage.batch_size for stage in run.stages if stage.begin < run.step <= stage.end]
+  return sizes[0] if sizes and sizes[0] <= run.samples_seen else 0
+
+
 def _evaluate(
-  evaluators: Mapping[str, Callable[..., dict[str, float]]],
+  evaluators: Mapping[str, Evaluator],
   state: State,
   step: int,
   writer: MetricWriter,
   progress: Progress,
 ) -> dict[str, float]:
   """{metric: value} of the parameters, and "ema/…" of their averages; written and shown."""
+  scores = _scores(evaluators, state)
+  if scores:
+    writer.write(step, scores)
+    progress.log(step, scores)
+  return scores
+
+
+def _scores(evaluators: Mapping[str, Evaluator], state: State) -> dict[str, float]:
+  """{metric: value} of the parameters, and "ema/…" of their averages."""
   scores: dict[str, float] = {}
   for prefix, learned in (("", state.trainable), ("ema/", state.ema)):
     for evaluator in evaluators.values() if learned else ():
       values = evaluator({**learned, **state.frozen})
       scores |= {prefix + name: value for name, value in values.items()}
-  if scores:
-    writer.write(step, scores)
-    progress.log(step, scores)
   return scores
 
 

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -107,8 +107,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
   return [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1)]
 
 
-def _rewind(path: pathlib.Path, step: int | None) -> None:
-  """Cuts the rows after `step`; for a run from the start (None), renames an older file."""
+def _kind(row: Mapping[str, Any]) -> str:
+  """Which part of a step wrote a row: "log", "diagnose" or "evaluate"."""
+  if any(name.startswith(WALL_CLOCK_PREFIX) for name in row):
+    return "log"
+  return "diagnose" if any(name.startswith("train/") for name in row) else "evaluate"
+
+
+def _rewind(path: pathlib.Path, step: int | None, repeats: Collection[str] = ()) -> None:
+  """Cuts the rows after `step`; for a run from the start (None), renames an older file.
+
+  Also cuts the rows of `step` of the kinds that will be written again.
+  """
   if not path.exists():
     return
   if step is None:
@@ -118,7 +128,9 @@ def _rewind(path: pathlib.Path, step: int | None) -> None:
     os.replace(path, aside)
     return
   rows = read_metrics(path)
-  kept = [row for row in rows if row["step"] <= step]
+  kept = [
+    row for row in rows if row["step"] < step or (row["step"] == step and _kind(row) not in repeats)
+  ]
   if len(kept) < len(rows):
     logging.info("%s: cut the rows after step %d: %d", path, step, len(rows) - len(kept))
   with storage.atomic_write(
@@ -142,6 +154,7 @@ class MetricWriter:
     tensorboard: bool = True,
     wandb: Mapping[str, Any] | None = None,
     resume_step: int | None = None,
+    repeats: Collection[str] = (),
   ) -> None:
     """
     Args:
@@ -149,6 +162,7 @@ class MetricWriter:
       tensorboard: write event files to workdir/tensorboard.
       wandb: options of wandb.init ({} for its defaults), or None for no W&B.
       resume_step: the restored step; later rows are cut. None for a run from the start.
+      repeats: "diagnose", "evaluate": rows of the restored step that will be written again.
 
     Raises:
       ImportError: if W&B is requested and not installed.
@@ -162,7 +176,7 @@ class MetricWriter:
     folder.mkdir(parents=True, exist_ok=True)
     if wandb is not None:
       self._wandb = _start_wandb(folder, wandb)
-    _rewind(folder / FILE, resume_step)
+    _rewind(folder / FILE, resume_step, repeats)
     self._file = (folder / FILE).open("a", encoding="utf-8")
     if tensorboard:
       # This imports torch if it is installed, which takes seconds.

@@ -6,6 +6,7 @@ with 1.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import signal
@@ -13,7 +14,8 @@ import sys
 import threading
 import time
 import urllib.request
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 from absl import logging
@@ -38,16 +40,24 @@ class Preempted(SystemExit):
     logging.warning("SIGTERM received: %s. Run the same command to resume.", saved)
 
 
+class EvaluationStopped(Exception):
+  """An evaluation ended early, because the run was asked to stop."""
+
+
 class PreemptionListener:
   """A context that listens for SIGTERM and for Google's notices of maintenance and preemption.
 
   A single process installs a signal handler here. With several processes each has JAX's handler,
-  and JAX's coordination service agrees on a step that no process has passed; asking compares two
-  numbers and sends no message.
+  and JAX's coordination service agrees on a question that no process has asked yet; asking compares
+  two numbers and sends no message. Inside the context a signal ends nothing by itself. So the
+  context must contain everything that a run writes.
   """
 
   def __init__(self) -> None:
     self._received = False
+    self._asked = 0  # questions so far; JAX's service wants numbers that grow by one
+    self._stopping = False
+    self._listening = False
     self._stop = threading.Event()
     # Only the main thread may install a signal handler.
     self._installs_handler = not jax.distributed.is_initialized()
@@ -62,27 +72,48 @@ class PreemptionListener:
     host = _metadata_host()
     if host:
       threading.Thread(target=_poll_metadata, args=(host, self._stop), daemon=True).start()
+    self._listening = True
     return self
 
   def __exit__(self, *exception: object) -> None:
+    self._listening = False
     self._stop.set()
     if self._installs_handler:
       signal.signal(signal.SIGTERM, self._previous_handler)
 
   def should_stop(self, step: int) -> bool:
-    """Returns whether to stop after this step; every process must ask after every step."""
-    return self._received or multihost_utils.reached_preemption_sync_point(step)
-
-  def should_stop_at_start(self, step: int) -> bool:
-    """Returns whether to stop before the first update; every process must ask once.
+    """Returns whether to stop now; every process must ask before the first update and after each.
 
     Args:
-      step: number of updates done so far.
+      step: number of updates done, for the log.
     """
-    # The service chooses the step after the last one that was asked about. If the notice arrived
-    # before anyone asked, that is step 1.
-    received = self.should_stop(1)
-    return self.should_stop(step) or received
+    was_stopping, stops = self._stopping, self._ask()
+    if stops and not was_stopping:
+      logging.warning("The run is asked to stop and ends after step %d", step)
+    return stops
+
+  def interruptible(self, embed: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `embed(params, *arrays)`, which raises EvaluationStopped once the run should stop.
+
+    An evaluation can take longer than a machine has left. All processes embed the same batches in
+    the same order, so all of them stop before the same one.
+    """
+
+    @functools.wraps(embed)
+    def embed_or_stop(params: Any, *arrays: Any) -> Any:
+      traced = isinstance(arrays[0], jax.core.Tracer)  # the function that is traced will be called
+      if self._listening and not traced and self._ask():
+        raise EvaluationStopped
+      return embed(params, *arrays)
+
+    return embed_or_stop
+
+  def _ask(self) -> bool:
+    """Whether to stop; all processes get the same answer to the same question."""
+    self._asked += 1
+    reached = multihost_utils.reached_preemption_sync_point(self._asked)
+    self._stopping |= self._received or reached
+    return self._stopping
 
 
 def _metadata_host() -> str | None:

@@ -1,11 +1,12 @@
-"""Seconds to the first step and per step, images per second, and the share of the chips' peak."""
+"""Times: to the first step, per step, images per second, share of the chips' peak; a trace."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +89,44 @@ class StepTimer:
       for i, (host_busy, host_data) in enumerate(hosts.tolist()):
         row |= {f"perf/host_{i}_busy_time": host_busy, f"perf/host_{i}_data_time": host_data}
     return row
+
+
+class Profile:
+  """A context that traces some updates with JAX's profiler.
+
+  Args:
+    span: (begin, end): the updates begin < n <= end are traced; (): none.
+    folder: where the trace is written, when `end` or the end of the context is reached.
+    step: updates that are done. A run that continues after `begin` traces nothing.
+  """
+
+  def __init__(self, span: Sequence[int], folder: pathlib.Path, step: int) -> None:
+    self._begin, self._end = span if span and step <= span[0] else (-1, -1)
+    self._folder = folder
+    self._running = False
+
+  def before(self, step: int) -> None:
+    """Call it before the update that follows `step` updates."""
+    if step == self._begin:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+
+  def after(self, step: int, metrics: Any) -> None:
+    """Call it after the update that makes it `step` updates; `metrics`: arrays it returned."""
+    if step == self._end:
+      jax.block_until_ready(metrics)
+      self._stop()
+
+  def _stop(self) -> None:
+    if self._running:
+      self._running = False
+      jax.profiler.stop_trace()
+
+  def __enter__(self) -> Profile:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self._stop()
 
 
 class StartupTimer:
