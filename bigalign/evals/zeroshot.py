@@ -15,7 +15,9 @@ import numpy as np
 from clu import metrics as clu_metrics
 
 from bigalign import sharding, tree
+from bigalign.data.files.lines import read_names, read_text
 from bigalign.data.files.patterns import expand_variables
+from bigalign.data.sources.base import name_classes
 from bigalign.data.sources.webdataset import read_classnames
 from bigalign.evals.embed import Context, log_rejects, mean_embedder, open_data, over_mesh
 
@@ -33,26 +35,26 @@ def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
 
   Raises:
     FileNotFoundError: if the file is missing.
-    ValueError: for an empty file, or JSON that is not a list of strings.
+    ValueError: for an empty file, one that is not UTF-8, or JSON that is not a list of strings.
   """
   file = pathlib.Path(expand_variables(path, what=what)).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f"{what}={path!r}: {file} does not exist")
-  text = file.read_text(encoding="utf-8")
   if file.suffix != ".json":
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if labels:
-      lines = [*read_classnames(file)]
+    texts = [*read_classnames(file)] if labels else list(filter(None, read_names(file)))
   else:
-    lines = json.loads(text)
-    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-      keys = f" with the keys {sorted(lines)[:8]}" if isinstance(lines, dict) else ""
+    try:
+      texts = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{what}={path!r}: {file} is not JSON: {error}") from error
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+      keys = f" with the keys {sorted(texts)[:8]}" if isinstance(texts, dict) else ""
       raise ValueError(
-        f"{what}={path!r} holds a {type(lines).__name__}{keys}; expected a list of strings"
+        f"{what}={path!r} holds a {type(texts).__name__}{keys}; expected a list of strings"
       )
-  if not lines:
+  if not texts:
     raise ValueError(f"{what}={path!r}: {file} is empty")
-  return lines
+  return texts
 
 
 def read_templates(templates: str | Sequence[str], what: str = "templates") -> list[str]:
@@ -225,6 +227,8 @@ def zeroshot(
     if classnames is None
     else read_lines(classnames, f"{where}.classnames", labels=True)
   )
+  if classnames is not None:
+    name_classes(data.source, names)
   if not names:
     raise ValueError(
       f"{where}: the source {source!r} has no class names (no classnames.txt next to its shards);"

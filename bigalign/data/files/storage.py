@@ -8,6 +8,7 @@ turn has no files to append to or rename. It is imported when the first remote p
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import fcntl
 import functools
@@ -18,16 +19,18 @@ import os
 import pathlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from bigalign.data.files.cache import LRUCache
+from bigalign.data.files.regular import open_descriptor
 from bigalign.private_apis import tensorstore_status
 
 logger = logging.getLogger(__name__)
 
 TRIES = 8  # of a request, within at least 40 s
 FIRST_WAIT = 0.25  # seconds after the first failure; doubles after each
+_REQUESTS = 32  # at a time, for what is not data
 _OPEN_FILES = 128  # local files that stay open
 _TRANSIENT = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 _DRIVERS = ("gs", "s3", "http", "https")
@@ -170,6 +173,14 @@ def stat(path: str) -> Stat:
   return _read_remote(path, 0, 0)[1] if is_remote(path) else _local_stat(os.stat(path))
 
 
+def requests(paths: Iterable[str]) -> concurrent.futures.ThreadPoolExecutor:
+  """Returns threads that ask for files at the same time, if some are remote; otherwise one thread.
+
+  A request takes tens of milliseconds, so thousands of shards would take minutes one by one.
+  """
+  return concurrent.futures.ThreadPoolExecutor(_REQUESTS if any(map(is_remote, paths)) else 1)
+
+
 def check(path: str, expect: Stat) -> None:
   """Raises FileChanged if the file is not the one that `expect` describes."""
   current = stat(path)
@@ -208,11 +219,11 @@ class BlockReader:
     self._blocks = LRUCache(functools.partial(_read_block, path, block), capacity=2)
 
   def __getitem__(self, part: slice) -> bytes:
-    """Returns buffer[start:end], cut where the file ends."""
-    parts = []
-    for n in range(part.start // self._block, -(-part.stop // self._block)):
+    """Returns buffer[start:end], cut where the file ends; the end must be given."""
+    parts, start, stop = [], part.start or 0, part.stop
+    for n in range(start // self._block, -(-stop // self._block)):
       block, first = self._blocks[n], n * self._block
-      parts.append(block[max(part.start - first, 0) : part.stop - first])
+      parts.append(block[max(start - first, 0) : stop - first])
     return b"".join(parts)
 
 
@@ -228,7 +239,8 @@ class FileSlice:
     self._path, self._start, self._end, self._expect = path, start, end, expect
 
   def __getitem__(self, part: slice) -> bytes:
-    first, last = (min(self._start + offset, self._end) for offset in (part.start, part.stop))
+    first = min(self._start + (part.start or 0), self._end)
+    last = self._end if part.stop is None else min(self._start + part.stop, self._end)
     return read(self._path, first, last, expect=self._expect)
 
 
@@ -264,7 +276,7 @@ class _OpenFile:
   __slots__ = ("descriptor",)
 
   def __init__(self, path: str):
-    self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    self.descriptor = open_descriptor(path)
 
   def __del__(self) -> None:
     if hasattr(self, "descriptor"):  # missing if the file could not be opened

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import freetype
 import numpy as np
 
+from bigalign.data.files import lines
 from bigalign.private_apis import rendered_glyph
 
 # Font file -> the words of its cut. Listed one by one, because the folder also holds LastResort,
@@ -234,7 +235,7 @@ def listed() -> dict[str, tuple[int, ...]]:
   label = {code: i for i, code in enumerate(letters.codes)}
   text = importlib.resources.files("bigalign.data.sources").joinpath(LIST).read_text("utf-8")
   chosen: dict[str, list[int]] = {split: [] for split in SPLITS if split != "train"}
-  for line in text.splitlines():
+  for line in lines.split(text):
     split, code, name = line.split("\t")
     index = label.get(int(code.removeprefix("U+"), 16))
     if index is None or letters.names[index] != name:

@@ -6,12 +6,13 @@ import contextlib
 import gzip
 import io
 import itertools
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigalign.data.files import processes
+from bigalign.data.files import lines, processes
 from bigalign.data.files.storage import Stream
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import Rejected
@@ -59,8 +60,8 @@ def find(spec: Spec, path: str, *, workers: int) -> KeyMatches:
     indices.append(span.start + hits)
   chosen = np.concatenate(indices)
   if not len(chosen):
-    with _lines(path) as lines:
-      line = next(lines).decode("utf-8", "replace")
+    with _lines(path) as listed:
+      line = next(listed).decode("utf-8", "replace")
     raise ValueError(
       f"{path} names no sample of {spec.source!r}: its keys are like {line!r},"
       f" and those of the source like {_example(source)!r}"
@@ -72,14 +73,17 @@ def find(spec: Spec, path: str, *, workers: int) -> KeyMatches:
 def _lines(path: str) -> Iterator[Iterator[bytes]]:
   """The lines of a list that are not blank, without line ends."""
   raw: Any = io.BufferedReader(Stream(path), 1 << 20)
-  with gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw as file:
-    yield filter(None, (line.rstrip(b"\r\n") for line in file))
+  try:
+    with gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw as file:
+      yield filter(None, lines.iterate(file, name=path))
+  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    raise ValueError(f"{path}: not a complete gzip file: {error}") from error
 
 
 def _listed(path: str) -> Iterator[np.ndarray]:
   """Yields the ids of the keys in a list, [n] uint64 each."""
-  with _lines(path) as lines:
-    ids = (sample_id(line.decode("utf-8", "surrogateescape")) for line in lines)
+  with _lines(path) as listed:
+    ids = (sample_id(line.decode("utf-8", "surrogateescape")) for line in listed)
     while len(chunk := np.fromiter(itertools.islice(ids, _CHUNK), np.uint64)):
       yield chunk
 

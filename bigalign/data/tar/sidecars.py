@@ -22,11 +22,11 @@ import os
 import shlex
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from bigalign.data.files import storage
+from bigalign.data.files import lines, storage
 from bigalign.data.samples import columns
 from bigalign.data.tar import index, parse
 from bigalign.data.tar.shards import CHECKED, Shards
@@ -108,16 +108,16 @@ def write(path: str, index_folder: str, field: str) -> None:
 def _rows(path: str, column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
   """Yields (key, captions) of each row of a sidecar."""
   with io.BufferedReader(storage.Stream(path)) as file:
-    data = file.read()
-  is_parquet = path.endswith("parquet")
-  rows: Iterable[dict[str, Any]] = (
-    _parquet_rows(data, path, column) if is_parquet else _json_rows(data, path)
-  )
-  for row in rows:
-    missing = [name for name in (KEY, column) if name not in row]
-    if missing:
-      raise ValueError(f"{path}: no column {missing[0]!r}; the columns are: {sorted(row)}")
-    yield str(row[KEY]), columns.texts(row, (column,))["captions"]
+    rows: Iterable[dict[str, Any]] = (
+      _parquet_rows(file.read(), path, column)
+      if path.endswith("parquet")
+      else _json_rows(file, path)
+    )
+    for row in rows:
+      missing = [name for name in (KEY, column) if name not in row]
+      if missing:
+        raise ValueError(f"{path}: no column {missing[0]!r}; the columns are: {sorted(row)}")
+      yield str(row[KEY]), columns.texts(row, (column,))["captions"]
 
 
 def _parquet_rows(data: bytes, path: str, column: str) -> list[dict[str, Any]]:
@@ -135,12 +135,12 @@ def _parquet_rows(data: bytes, path: str, column: str) -> list[dict[str, Any]]:
   return rows if len(chosen) == 2 else [dict.fromkeys(names)]
 
 
-def _json_rows(data: bytes, path: str) -> Iterator[dict[str, Any]]:
-  for number, line in enumerate(data.decode("utf-8", "replace").split("\n"), 1):
+def _json_rows(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
+  for number, line in enumerate(lines.iterate(file, name=path), 1):
     if line.strip():
       try:
-        row = json.loads(line)
-      except ValueError as error:
+        row = json.loads(line.decode("utf-8", "replace"))
+      except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: {error}") from None
       if not isinstance(row, dict):
         raise ValueError(f"{path}, line {number}: a {type(row).__name__}, expected an object")

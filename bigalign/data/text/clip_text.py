@@ -10,12 +10,17 @@ from __future__ import annotations
 import gzip
 import html
 import importlib.util
+import io
 import pathlib
 import string
 import unicodedata
+import zlib
 
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
+
+from bigalign.data.files import lines
+from bigalign.data.files.regular import open_regular
 
 try:
   import ftfy
@@ -24,6 +29,7 @@ except ImportError:
 
 _START, _END = "<start_of_text>", "<end_of_text>"
 _SIZE = 49408
+_LARGEST = 1 << 26  # bytes of the list of merges, also decompressed; CLIP's has 3 MB
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLAIN = str.maketrans(
   {
@@ -79,15 +85,10 @@ def bpe(file: pathlib.Path) -> tokenizers.Tokenizer:
   Raises:
     ValueError: if the file is another one.
   """
-  data = file.read_bytes()
-  if data.startswith(b"\x1f\x8b"):
-    data = gzip.decompress(data)
   characters = _byte_characters()
   count = _SIZE - 2 - 2 * len(characters)
-  lines = [line.split() for line in data.decode("utf-8").split("\n")[1 : count + 1]]
-  merges = [(line[0], line[1]) for line in lines if len(line) == 2]
-  if len(merges) != count:
-    raise ValueError(f"{file}: not CLIP's list of merges, bpe_simple_vocab_16e6.txt.gz")
+  listed = [line.split(" ") for line in lines.split(_merges(file))[1 : count + 1]]
+  merges = [(line[0], line[1]) for line in listed if len(line) == 2]
   pieces = [
     *characters,
     *(character + "</w>" for character in characters),
@@ -96,9 +97,18 @@ def bpe(file: pathlib.Path) -> tokenizers.Tokenizer:
     _END,
   ]
   ids = {piece: i for i, piece in enumerate(pieces)}
-  model = tokenizers.Tokenizer(
-    models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>", unk_token=_END)
-  )
+  if len(ids) != _SIZE:
+    raise ValueError(
+      f"{file}: not CLIP's list of merges, bpe_simple_vocab_16e6.txt.gz: its first {count} lines"
+      f" after the heading have {len(merges)} merges, with {len(ids)} different pieces of {_SIZE}"
+    )
+  try:
+    bpe_model = models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>", unk_token=_END)
+  except Exception as error:  # the library raises bare Exception for every fault
+    raise ValueError(
+      f"{file}: not CLIP's list of merges, bpe_simple_vocab_16e6.txt.gz: {error}"
+    ) from error
+  model = tokenizers.Tokenizer(bpe_model)
   model.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Split(
@@ -113,6 +123,21 @@ def bpe(file: pathlib.Path) -> tokenizers.Tokenizer:
     single=f"{_START} $A {_END}", special_tokens=[(s, ids[s]) for s in (_START, _END)]
   )
   return model
+
+
+def _merges(file: pathlib.Path) -> str:
+  """The text of a list of merges, gzip or plain."""
+  with open_regular(file) as opened:
+    data = opened.read(_LARGEST + 1)
+  if data.startswith(b"\x1f\x8b"):
+    try:
+      with gzip.GzipFile(fileobj=io.BytesIO(data)) as compressed:
+        data = compressed.read(_LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+      raise ValueError(f"{file}: not a complete gzip file: {error}") from error
+  if len(data) > _LARGEST:
+    raise ValueError(f"{file}: not CLIP's list of merges: more than {_LARGEST} bytes")
+  return lines.decode(data, name=str(file))
 
 
 def _byte_characters() -> list[str]:
