@@ -28,6 +28,16 @@ COMPILE_SECONDS_EVENT = "/jax/core/compile/backend_compile_duration"
 COMPILE_REQUEST_EVENT = "/jax/compilation_cache/compile_requests_use_cache"
 COMPILATION_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
+# Primitives of cuDNN's fused attention, and the products of [query, key] matrices that each stands
+# for: q k and p v; their gradients with respect to p, v, q and k. A jaxpr shows no more of them.
+# jax 0.10.2: jax._src.cudnn.fused_attention_stablehlo.
+FUSED_ATTENTION_PRODUCTS = {
+  "dot_product_attention_fwd_wrapper": 2,
+  "dot_product_attention_fwd": 2,
+  "dot_product_attention_bwd_wrapper": 4,
+  "dot_product_attention_bwd": 4,
+}
+
 # Texts of the errors that Gloo, NCCL and JAX's coordination service raise in the surviving
 # processes when another process of the run is gone.
 _LOST_PROCESS = re.compile("Gloo|NCCL|CoordinationService|Barrier timed out|heartbeat")
@@ -77,6 +87,21 @@ def registration_timeout(seconds: int) -> Iterator[None]:
     yield
   finally:
     _jax.get_distributed_runtime_service = start_service
+
+
+def fused_attention_flops(name: str, params: Mapping[str, Any], query: Any, key: Any) -> int:
+  """Returns the floating-point operations of a primitive of FUSED_ATTENTION_PRODUCTS.
+
+  jax 0.10.2: `layout` is 0 for [B, N, H, K] and 1 for [B, H, N, K].
+
+  Args:
+    name: of the primitive.
+    params: of its equation.
+    query: the shape of the queries, as jax.ShapeDtypeStruct or an abstract value.
+    key: the same of the keys.
+  """
+  keys = key.shape[2 if params["layout"] else 1]
+  return FUSED_ATTENTION_PRODUCTS[name] * 2 * int(query.size) * int(keys)
 
 
 def is_lost_process(error: BaseException) -> bool:
@@ -178,12 +203,14 @@ def imports_main_of_parent() -> bool:
   return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
 
 
-def is_dead_grain_worker(error: BaseException) -> bool:
-  """Returns whether an error of a grain iterator says that a worker process died.
+def exit_code_of_grain_worker(error: BaseException) -> int | None:
+  """Returns how a worker process died, if an error of a grain iterator says so, else None.
 
-  grain 0.2.18: it is a RuntimeError like others, so its text is searched.
+  grain 0.2.18: it is a RuntimeError like others, "Worker process was terminated unexpectedly with
+  exit code -9. ...", so its text is searched.
   """
-  return isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error)
+  code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+  return int(code[1]) if code and isinstance(error, RuntimeError) else None
 
 
 def free_grain_shared_memory() -> None:

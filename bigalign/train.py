@@ -322,7 +322,7 @@ def loop(run: Run) -> State:
         lane_rows=run.lane_rows,
         due=[*due],
       )
-      with timer.paused():
+      with timer.paused(state.step):
         run.workdir.upload(jax.process_index())  # metrics before the checkpoint that follows them
         run.checkpoints.save(step, parts(state), {**run.meta, **progress_so_far}, scores)
 
@@ -343,14 +343,16 @@ def loop(run: Run) -> State:
 
     while step < total_steps and not preempted:
       # -------------------------------------------------------------- data
-      profile.before(step)
+      if step == profile.begin:
+        with timer.paused(state.step):
+          profile.start()
       with timer.waiting_for_data():
         stage, batch = next_batch()
       position = data_position(samples_seen, dataset_size)
 
       # -------------------------------------------------------------- step
       if not compiled:
-        with timer.paused():
+        with timer.paused(state.step):
           compiled = build_stages(
             run.stages[stage.number :],
             run.programs,
@@ -367,7 +369,9 @@ def loop(run: Run) -> State:
       watchdog.completed(step)
       run.startup_timer.first_step(metrics)
       progress.advance(step)
-      profile.after(step, metrics)
+      if step == profile.end:
+        with timer.paused(metrics):
+          profile.stop()
 
       # -------------------------------------------------------------- log
       last, preempted = step == total_steps, run.listener.should_stop(step)
@@ -395,12 +399,12 @@ def loop(run: Run) -> State:
         save({}, due)
         break
       if DIAGNOSE in due:
-        with timer.paused():
+        with timer.paused(metrics):
           diagnose_and_write(stage, batch)
       scores: dict[str, float] = {}
       if EVALUATE in due:
         try:
-          with timer.paused():
+          with timer.paused(metrics):
             scores = evaluate()
         except preemption.EvaluationStopped:
           preempted, due = True, (EVALUATE,)

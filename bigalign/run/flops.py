@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from bigalign.private_apis import FUSED_ATTENTION_PRODUCTS, fused_attention_flops
+
 # Dense bf16 peak of one chip, FLOP/s, by a part of jax.Device.device_kind (vendors' data sheets).
 PEAK = {
   "TPU v4": 275e12,
@@ -37,7 +39,8 @@ def count(function: Any, *args: Any, **kwargs: Any) -> int:
   """Returns the FLOPs of the matrix products and convolutions in function(*args, **kwargs).
 
   A multiplication and an addition are two FLOPs. As usual for model FLOPs, elementwise work is left
-  out. Rematerialised work counts as often as it runs.
+  out. Rematerialised work counts as often as it runs. Fused attention counts as the products that
+  it stands for, so every implementation of attention has the same count.
 
   Args:
     function: what to count; it is traced, not run.
@@ -70,6 +73,8 @@ def _equation(eqn: Any) -> int:
     return of_jaxpr(
       params["body_jaxpr"]
     )  # counted once: only a scan knows its number of iterations
+  if name in FUSED_ATTENTION_PRODUCTS:
+    return fused_attention_flops(name, params, eqn.invars[0].aval, eqn.invars[1].aval)
   inner = sum(
     of_jaxpr(value)
     for value in params.values()
@@ -78,4 +83,6 @@ def _equation(eqn: Any) -> int:
   if name == "shard_map":  # its body is the work of one device
     mesh: Mapping[str, int] = params["mesh"].shape
     return inner * math.prod(mesh[axis] for axis in params["newly_manual_axes"])
+  if name == "pallas_call":  # its body is the work of one cell of the grid
+    return inner * math.prod(params["grid_mapping"].grid)
   return inner * int(params["length"]) if name == "scan" else inner

@@ -51,9 +51,18 @@ class StepTimer:
     """A context in which the loop waits for the device."""
     return self._timed("device")
 
-  def paused(self) -> contextlib.AbstractContextManager[None]:
-    """A context whose time does not count."""
-    return self._timed("paused")
+  @contextlib.contextmanager
+  def paused(self, queued: Any) -> Iterator[None]:
+    """A context whose time does not count.
+
+    Args:
+      queued: arrays that the last update returns. The updates that the device still has to do
+        count, so it is waited for them first.
+    """
+    with self.waiting_for_device():
+      jax.block_until_ready(queued)
+    with self._timed("paused"):
+      yield
 
   def read(self, step: int, batch_size: int, work: int) -> dict[str, float]:
     """Returns the metrics since the last call; all hosts must call it.
@@ -92,32 +101,30 @@ class StepTimer:
 
 
 class Profile:
-  """A context that traces some updates with JAX's profiler.
+  """A context that traces some updates with JAX's profiler; its end ends the trace.
 
   Args:
     span: (begin, end): the updates begin < n <= end are traced; (): none.
-    folder: where the trace is written, when `end` or the end of the context is reached.
+    folder: where the trace is written.
     step: updates that are done. A run that continues after `begin` traces nothing.
+
+  Attributes:
+    begin: number of updates before the trace; -1: nothing is traced.
+    end: number of updates at its end.
   """
 
   def __init__(self, span: Sequence[int], folder: pathlib.Path, step: int) -> None:
-    self._begin, self._end = span if span and step <= span[0] else (-1, -1)
+    self.begin, self.end = span if span and step <= span[0] else (-1, -1)
     self._folder = folder
     self._running = False
 
-  def before(self, step: int) -> None:
-    """Call it before the update that follows `step` updates."""
-    if step == self._begin:
-      jax.profiler.start_trace(str(self._folder))
-      self._running = True
+  def start(self) -> None:
+    """Starts the trace."""
+    jax.profiler.start_trace(str(self._folder))
+    self._running = True
 
-  def after(self, step: int, metrics: Any) -> None:
-    """Call it after the update that makes it `step` updates; `metrics`: arrays it returned."""
-    if step == self._end:
-      jax.block_until_ready(metrics)
-      self._stop()
-
-  def _stop(self) -> None:
+  def stop(self) -> None:
+    """Ends the trace and writes it; without a trace it does nothing."""
     if self._running:
       self._running = False
       jax.profiler.stop_trace()
@@ -126,7 +133,7 @@ class Profile:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    self._stop()
+    self.stop()
 
 
 class StartupTimer:

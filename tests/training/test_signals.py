@@ -89,13 +89,12 @@ def test_a_trace_that_an_early_end_cuts_is_written(monkeypatch, tmp_path):
   monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
   monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
   with timing.Profile((2, 9), tmp_path, 0) as profile:
-    for step in range(4):
-      profile.before(step)
-      profile.after(step + 1, ())
+    assert (profile.begin, profile.end) == (2, 9)
+    profile.start()
     assert calls == [str(tmp_path)]
   assert calls == [str(tmp_path), "stop"]
   with timing.Profile((2, 9), tmp_path, 3) as profile:
-    profile.before(3)  # a run that continues within the span traces nothing
+    assert (profile.begin, profile.end) == (-1, -1)  # a run that continues within the span
   assert calls[2:] == []
 
 
