@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,15 +39,37 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
   Returns:
     {path: (old value, new value)} of each difference; "(absent)" for a missing key.
   """
-  a, b = (
-    tree.flatten({**x, "stages": {str(i): stage for i, stage in enumerate(x.get("stages") or ())}})
-    for x in (plain(old), plain(new))
-  )
+  a, b = (dict(_leaves(_by_name(plain(x)))) for x in (old, new))
   return {
     path: (a.get(path, "(absent)"), b.get(path, "(absent)"))
     for path in sorted({*a, *b})
     if a.get(path, "(absent)") != b.get(path, "(absent)") and not HARMLESS.search(path)
   }
+
+
+def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config whose stages are a mapping, and whose model has no empty groups.
+
+  The model is compared as the user wrote it, where an empty group has the meaning of a missing one.
+  """
+  named = {name: x for name, x in config.items() if name != "stages"}
+  if config.get("stages"):
+    named["stages"] = {str(i): stage for i, stage in enumerate(config["stages"])}
+  if isinstance(config.get("model"), Mapping):
+    named["model"] = tree.unflatten(tree.flatten(config["model"]))
+  return named
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """(path, value) of nested mappings; unlike tree.flatten, an empty mapping is a value.
+
+  It can stand for something: a loss with its defaults, or no augmentation in one stage.
+  """
+  for name, value in nested.items():
+    if isinstance(value, Mapping) and value:
+      yield from _leaves(value, f"{prefix}{name}/")
+    else:
+      yield f"{prefix}{name}", value
 
 
 def digest(options: Mapping[str, Any]) -> str:

@@ -1,41 +1,59 @@
-"""The record of a run, config.json."""
+"""Two configs that train differently never compare as equal."""
 
 from __future__ import annotations
 
-import json
-import random
-
 import pytest
+from helpers.shipped import load
 
-from bigalign.run.provenance import read_config, write_config
-
-META = {"config": {"lr": 1e-3, "model": {"dim": 32}}, "model": {}, "versions": {"jax": "0.10.2"}}
-
-
-def test_a_changed_bit_of_the_record_is_found_and_the_file_named(tmp_path):
-  write_config(tmp_path, META)
-  path = tmp_path / "config.json"
-  good, draw, refused = path.read_bytes(), random.Random(0), 0
-  assert read_config(tmp_path) == META
-  for _ in range(200):
-    bit, data = draw.randrange(8 * len(good)), bytearray(good)
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
-    try:
-      found = read_config(tmp_path)
-    except ValueError as error:
-      assert str(path) in str(error) and "copy checkpoints/STEP/meta/metadata" in str(error)
-      refused += 1
-    else:
-      # The key of the checksum, or white space.
-      assert {name: found[name] for name in META} == META
-  assert refused > 150
+from bigalign.config import resolve_config
+from bigalign.options import plain
+from bigalign.run import provenance
 
 
-def test_a_record_of_an_older_version_or_one_that_was_edited_on_purpose_is_read(tmp_path):
-  (tmp_path / "config.json").write_text(json.dumps(META))
-  assert read_config(tmp_path) == META
-  for text in ("", "[]", "{}", '{"config": 3}', "[" * 100_000):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=str(tmp_path / "config.json")):
-      read_config(tmp_path)
+def _tiny(**changes):
+  return {**load("tiny").to_dict(), **changes}
+
+
+def _resolved(**changes):
+  return plain(resolve_config(_tiny(**changes)))
+
+
+def _data(**changes):
+  return {"data": {**load("tiny").data.to_dict(), **changes}}
+
+
+LOSS = {"siglip": {"weight": 1.0}}
+DIFFERENT = {
+  "a loss with its defaults": ({"loss": LOSS}, {"loss": {**LOSS, "clip_gap": {}}}),
+  "another loss without state": ({"loss": LOSS}, {"loss": {"clip": {"weight": 1.0}}}),
+  "the defaults of a loss": ({"loss": {"clip": {}}}, {"loss": {"clip": {"weight": 0.5}}}),
+  "an augmentation": (_data(augment={}), _data(augment={"flip": 0.5})),
+  "no augmentation in a stage": (
+    {"stages": [{"until": 2, "data": {"augment": {}}}]},
+    {"stages": [{"until": 2}]},
+  ),
+  "an augmentation in a stage": (
+    {"stages": [{"until": 2, "data": {"augment": {}}}]},
+    {"stages": [{"until": 2, "data": {"augment": {"flip": 0.5}}}]},
+  ),
+  "stages at all": ({"stages": ()}, {"stages": [{"until": 2}]}),
+}
+
+
+@pytest.mark.parametrize("configs", DIFFERENT.values(), ids=DIFFERENT)
+@pytest.mark.parametrize("form", [_tiny, _resolved], ids=["written", "resolved"])
+def test_configs_that_differ_never_compare_as_equal(configs, form):
+  one, other = (form(**changes) for changes in configs)
+  assert provenance.differences(one, other) and provenance.differences(other, one)
+  assert not provenance.differences(one, one) and not provenance.differences(other, other)
+
+
+def test_what_means_the_same_compares_as_equal():
+  model = load("tiny").model.to_dict()
+  for one, other in (
+    (_tiny(), _tiny(stages=())),
+    (_tiny(), _tiny(model={**model, "image_projector": {}})),  # as the user wrote it
+    (_resolved(**_data(augment={})), _resolved(**_data(augment=None))),
+    (_tiny(), _tiny(evals={}, writer={}, keep={})),
+  ):
+    assert not provenance.differences(one, other)
