@@ -64,8 +64,8 @@ class Config:
     keep: which checkpoints are kept.
     writer: where metrics are written.
     profile: (begin, end): the updates begin < n <= end are traced into workdir/profile; (): none.
-    patience: if no step completes for this many seconds, a run of several processes ends and logs
-      which process hangs.
+    patience: if no step completes for this many seconds, the run ends with 143 and logs what hangs;
+      a single process that is computing goes on.
     runtime: settings of JAX and XLA, applied before the first device is used.
   """
 
@@ -128,7 +128,8 @@ def resolve_config(
     model = init.options(written, record) if files_needed else init.options_from_sizes(written)
     values = {**values, "model": model}
     if isinstance(values.get("data"), Mapping):
-      values["data"] = init.tokenizer_options(written, values["data"], record)
+      data = init.view_options(written, values["data"], record)
+      values["data"] = init.tokenizer_options(written, data, record)
   config: Config = resolve(Config, values, "config")
   return config
 

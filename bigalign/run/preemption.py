@@ -22,6 +22,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from bigalign.private_apis import coordination_client, is_lost_process, missing_at_barrier
+from bigalign.run import watchdog
 
 RESTART_EXIT_CODE = 143
 # A value of Google's metadata server that announces the end of this machine, by name.
@@ -140,7 +141,10 @@ def _poll_metadata(host: str, stop: threading.Event) -> None:
 
 
 class Watchdog:
-  """A context that ends a run of several processes if no step completes, and names who hangs.
+  """A context that ends a run if no step completes, and names what hangs.
+
+  A single process ends only if it also computes nothing, because a long evaluation or compilation
+  is no fault; it names its stopped workers and where its main thread is.
 
   JAX itself ends a run, and names the process, when the heartbeats of a process stop because it
   died or is frozen. A process that hangs, in a read from a dead disk for example, still sends
@@ -163,8 +167,7 @@ class Watchdog:
     self._last = (step, time.monotonic())
 
   def __enter__(self) -> Watchdog:
-    if jax.process_count() > 1:
-      self._thread.start()
+    self._thread.start()
     return self
 
   def __exit__(self, *exception: object) -> None:
@@ -173,6 +176,9 @@ class Watchdog:
       self._thread.join(5)  # it may be talking to the coordinator, which is about to stop
 
   def _run(self) -> None:
+    if jax.process_count() == 1:
+      self._watch_alone()
+      return
     client = coordination_client()
     while not self._stop.wait(min(self._patience / 4, 10.0)):
       step, since = self._last
@@ -181,9 +187,42 @@ class Watchdog:
       if time.monotonic() - since > self._patience:
         reported = client.key_value_dir_get("bigalign/step/")
         steps = {int(key.rsplit("/", 1)[1]): int(value) for key, value in reported}
-        logging.error("%s", hang_message(steps, self._patience))
-        sys.stderr.flush()
-        os._exit(RESTART_EXIT_CODE)
+        logging.error("%s %s", hang_message(steps, self._patience), watchdog.describe())
+        _exit_to_restart()
+
+  def _watch_alone(self) -> None:
+    interval = min(self._patience / 4, 10.0)
+    tick, used, quiet = time.monotonic(), watchdog.cpu_seconds(), 0.0
+    last, warned = self._last, False
+    while not self._stop.wait(interval):
+      now, now_used = time.monotonic(), watchdog.cpu_seconds()
+      # A tick that is far too long means that this process was stopped itself, so it counts once.
+      passed = min(now - tick, 2 * interval)
+      if self._last is not last:
+        last, quiet, warned = self._last, 0.0, False
+      else:
+        quiet += passed
+      computes = now_used - used > watchdog.BUSY * passed
+      tick, used = now, now_used
+      if quiet <= self._patience:
+        continue
+      if computes and not warned:
+        logging.warning(
+          "No step in %.0f s, but this process is computing, so it goes on. %s",
+          quiet,
+          watchdog.describe(),
+        )
+        warned = True
+      elif not computes:
+        logging.error("%s %s", hang_message({0: last[0]}, self._patience), watchdog.describe())
+        _exit_to_restart()
+
+
+def _exit_to_restart() -> NoReturn:
+  """Ends this process at once, and its workers with it."""
+  watchdog.kill_workers()
+  sys.stderr.flush()
+  os._exit(RESTART_EXIT_CODE)
 
 
 def hang_message(steps: dict[int, int], patience: float) -> str:
@@ -198,6 +237,8 @@ def hang_message(steps: dict[int, int], patience: float) -> str:
   who = f"processes {slowest} hang after step {first}; the others wait for them"
   if len(slowest) == len(steps):
     who = f"all {len(steps)} processes hang after step {first}"
+  if len(steps) == 1:
+    who = f"the process hangs after step {first}"
   return (
     f"No step in {patience:.0f} s: {who}. Look at their machines and logs. Run the same command to"
     " resume from the newest checkpoint. If steps, evaluations or compilations may take longer,"

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import pathlib
+import pickle
+import random
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -115,3 +122,51 @@ def test_a_batch_that_fails_leaves_its_slot_to_the_next():
     assert_same(receiver.unpack(packed), Counted()[k])
   assert shared_memory.empty((2, 2), np.uint8).flags.owndata, "no batch is being made"
   receiver.close()
+
+
+class Large(Counted):
+  """Does not fit into the buffer of a pipe."""
+
+  def __init__(self):
+    super().__init__()
+    self._names = bytes(1 << 20)
+
+
+def test_what_goes_through_the_pipe_to_a_worker_fits_into_its_buffer():
+  spool = workers._Spool(Large())
+  sent = pickle.dumps(shared_memory.Sender(spool))
+  assert len(sent) < 4096, "a worker that dies while it starts would be waited for"
+  assert_same(shared_memory.Receiver().unpack(pickle.loads(sent)[3]), Counted()[3])
+  spool.close()
+
+
+def killed(delay, *, how, minimum):
+  """The error of reading batches if a worker gets a signal `delay` seconds after it began."""
+
+  def strike():
+    while not multiprocessing.active_children():
+      time.sleep(0.001)
+    time.sleep(delay)
+    os.kill(random.choice(multiprocessing.active_children()).pid, how)
+
+  threading.Thread(target=strike, daemon=True).start()
+  began = time.monotonic()
+  with contextlib.closing(workers.iterate(Large(), workers=2)) as batches:
+    with pytest.raises(RuntimeError, match=r"worker process .* was killed by SIGKILL"):
+      for k, batch in enumerate(batches):
+        assert_same(batch, Counted()[k])
+        time.sleep(minimum)
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_a_worker_killed_while_it_starts_is_named(delay):
+  assert killed(delay, how=signal.SIGKILL, minimum=0.0) < 60
+
+
+@pytest.mark.long
+def test_twenty_workers_killed_at_random_times_are_named():
+  draw = random.Random(0)
+  for _ in range(20):
+    assert killed(draw.uniform(0, 8), how=signal.SIGKILL, minimum=0.5) < 60

@@ -287,8 +287,8 @@ def test_a_dead_worker_of_grain_is_recognised_and_its_memory_freed():
   with pytest.raises(RuntimeError) as caught:
     for _ in range(8):
       next(batches)
-  assert private_apis.is_dead_grain_worker(caught.value)
-  assert not private_apis.is_dead_grain_worker(RuntimeError("another"))
+  assert private_apis.exit_code_of_grain_worker(caught.value) == -signal.SIGKILL
+  assert private_apis.exit_code_of_grain_worker(RuntimeError("another")) is None
   batches.close()
 
 

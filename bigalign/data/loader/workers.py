@@ -5,11 +5,17 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import pickle
+import queue
 import signal
+import threading
+import time
+import types
 import weakref
 from multiprocessing.process import BaseProcess
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
+import cloudpickle
 import grain
 import numpy as np
 from absl import flags
@@ -17,10 +23,12 @@ from absl import flags
 from bigalign.data.files import processes
 from bigalign.data.loader import shared_memory
 from bigalign.private_apis import (
+  exit_code_of_grain_worker,
   free_grain_shared_memory,
   imports_main_of_parent,
-  is_dead_grain_worker,
 )
+
+GRACE = 5.0  # seconds in which grain notices a dead worker itself
 
 
 class BatchSource(Protocol):
@@ -56,10 +64,88 @@ def iterate(batches: BatchSource, *, workers: int) -> Batches:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # grain reads absl flags; notebooks and tests never parse them
   # Each worker makes one batch while two wait; grain's default would hold 500.
-  dataset = grain.MapDataset.source(shared_memory.Sender(batches))
+  spool = _Spool(batches)
+  dataset = grain.MapDataset.source(shared_memory.Sender(spool))
   read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
   multiprocess = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  return Batches(iter(read.mp_prefetch(multiprocess, worker_init_fn=_start_worker)))
+  return Batches(iter(read.mp_prefetch(multiprocess, worker_init_fn=_start_worker)), spool)
+
+
+class _Spool:
+  """Batches that each worker reads from one file in memory.
+
+  multiprocessing sends them through a pipe, and this process waits until the worker has read all of
+  it. If the worker dies before that, or is stopped, it would wait for ever, because it holds the
+  reading end itself. What goes through the pipe must therefore fit into its buffer.
+  """
+
+  def __init__(self, batches: BatchSource):
+    self._batches = batches
+    self._file: BinaryIO | None = None
+
+  def __len__(self) -> int:
+    return len(self._batches)
+
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    return self._batches[k]
+
+  def __repr__(self) -> str:
+    return repr(self._batches)
+
+  def __getstate__(self) -> tuple[str, BatchSource | None]:
+    if not hasattr(os, "memfd_create"):  # not Linux
+      return "", self._batches
+    if self._file is None:
+      self._file = os.fdopen(os.memfd_create("bigalign-batches", os.MFD_CLOEXEC), "wb")
+      cloudpickle.dump(self._batches, self._file)
+      self._file.flush()
+    return f"/proc/{os.getpid()}/fd/{self._file.fileno()}", None
+
+  def __setstate__(self, state: tuple[str, BatchSource | None]) -> None:
+    path, batches = state
+    self._file = None
+    if path:
+      with open(path, "rb") as file:  # of the parent process
+        batches = pickle.load(file)
+    assert batches is not None
+    self._batches = batches
+
+  def close(self) -> None:
+    """Frees the memory; no worker may start any more."""
+    if self._file is not None:
+      self._file.close()
+
+
+class _Puller:
+  """Takes elements of an iterator in a thread, so that the caller never waits without a limit."""
+
+  def __init__(self, iterator: grain.DatasetIterator):
+    self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    # A daemon: at the end of the program it may wait for a worker that has died.
+    threading.Thread(target=self._run, args=(iterator,), daemon=True).start()
+
+  def ask(self) -> None:
+    """Begins to take one element."""
+    self._requests.put(True)
+
+  def answer(self, seconds: float) -> tuple[Any, BaseException | None] | None:
+    """Returns the element and its error, or None if it takes longer."""
+    try:
+      return self._answers.get(timeout=seconds)
+    except queue.Empty:
+      return None
+
+  def close(self) -> None:
+    """Ends the thread."""
+    self._requests.put(False)
+
+  def _run(self, iterator: grain.DatasetIterator) -> None:
+    while self._requests.get():
+      try:
+        self._answers.put((next(iterator), None))
+      except BaseException as error:  # also StopIteration; the caller raises it
+        self._answers.put((None, error))
 
 
 class Batches:
@@ -67,20 +153,24 @@ class Batches:
 
   Args:
     iterator: of grain.
+    spool: what the workers read; None without workers.
 
   Raises:
     RuntimeError: by __next__, if a worker was killed; names the process, a second after its last
       batch.
   """
 
-  def __init__(self, iterator: grain.DatasetIterator):
+  def __init__(self, iterator: grain.DatasetIterator, spool: _Spool | None = None):
     iterator.start_prefetch()
     self._iterators = [iterator]
+    self._puller = _Puller(iterator) if spool else None
     self._receiver = shared_memory.Receiver()
     self._children: list[BaseProcess] = []
     # Also runs when the object is collected, and at exit before the modules are torn down: grain's
     # own clean-up runs too late there and prints errors.
-    self.close = weakref.finalize(self, _close, self._iterators, self._receiver)
+    self.close = weakref.finalize(
+      self, _close, self._iterators, self._receiver, self._puller, spool
+    )
 
   def __iter__(self) -> Batches:
     return self
@@ -88,24 +178,58 @@ class Batches:
   def __next__(self) -> dict[str, np.ndarray]:
     if not self._iterators:
       raise ValueError("These batches are closed.")
-    # Children that run or failed, remembered because active_children() forgets dead ones.
-    known = [process for process in self._children if process.exitcode != 0]
-    self._children = [*dict.fromkeys([*known, *multiprocessing.active_children()])]
+    self._remember_children()
     try:
-      batch = next(self._iterators[0])
+      batch = self._pull(self._puller) if self._puller else next(self._iterators[0])
     except RuntimeError as error:
-      if not is_dead_grain_worker(error):
+      code = exit_code_of_grain_worker(error)
+      if code is None:
         raise
-      raise RuntimeError(
-        f"The data's {processes.died(self._children)} (config.data.workers), and"
-        " run the same command again: a run resumes from its last checkpoint"
-      ) from error
+      raise self._dead(code) from error
     return self._receiver.unpack(batch)
 
+  def _remember_children(self) -> None:
+    """Keeps children that run or failed, because active_children() forgets dead ones."""
+    known = [process for process in self._children if process.exitcode != 0]
+    self._children = [*dict.fromkeys([*known, *multiprocessing.active_children()])]
 
-def _close(iterators: list[grain.DatasetIterator], receiver: shared_memory.Receiver) -> None:
+  def _pull(self, puller: _Puller) -> Any:
+    """The next element; raises if a worker is dead for GRACE seconds and grain has not noticed."""
+    puller.ask()
+    seen = 0.0
+    while (answer := puller.answer(1.0)) is None:
+      self._remember_children()
+      if any(process.exitcode for process in self._children):
+        seen = seen or time.monotonic()
+        if time.monotonic() - seen > GRACE:
+          raise self._dead(1)
+    element, error = answer
+    if error is not None:
+      raise error
+    return element
+
+  def _dead(self, code: int) -> RuntimeError:
+    """The error for a dead worker; `code` is its exit code, if it died before it was known."""
+    dead: list[Any] = [process for process in self._children if process.exitcode]
+    dead = dead or [types.SimpleNamespace(pid="(still starting)", exitcode=code)]
+    return RuntimeError(
+      f"The data's {processes.died(dead)} (config.data.workers), and"
+      " run the same command again: a run resumes from its last checkpoint"
+    )
+
+
+def _close(
+  iterators: list[grain.DatasetIterator],
+  receiver: shared_memory.Receiver,
+  puller: _Puller | None,
+  spool: _Spool | None,
+) -> None:
   while iterators:
     iterators.pop().close()
+  if puller:
+    puller.close()
+  if spool:
+    spool.close()
   receiver.close()
   gc.collect()  # grain's iterators are reference cycles, which would print errors at exit
   free_grain_shared_memory()
