@@ -11,6 +11,7 @@ If a shard cannot be indexed at all, it is listed and the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -60,7 +61,8 @@ class Outcome(NamedTuple):
 def process_shard(task: Task) -> Outcome:
   """Indexes one shard.
 
-  It can run in any process and several times, because files are written atomically.
+  It can run in any process and several times, because files are written atomically. An error is the
+  problem of this shard; the others are still indexed.
   """
   try:
     part = _known(task) or index.index_shard(task.path, task.index_folder)
@@ -71,14 +73,17 @@ def process_shard(task: Task) -> Outcome:
     for field in task.sidecars:
       if not sidecars.is_current(task.path, task.index_folder, part.stat, field):
         sidecars.write(task.path, task.index_folder, field)
-  except (ValueError, OSError) as error:
-    return Outcome(task.path, 0, str(error), "failed")
+  except Exception as error:
+    known = isinstance(error, ValueError | OSError) and str(error)
+    return Outcome(task.path, 0, str(error) if known else repr(error), "failed")
   return Outcome(task.path, part.entries - 1, part.problem, "indexed")
 
 
 def _known(task: Task) -> index.Part | None:
-  """The shard's entry in the index, or None if there is none or the shard changed."""
-  located = index.locate(os.path.basename(task.path), task.index_folder)
+  """The shard's entry in the index; None if there is none, it is damaged, or the shard changed."""
+  located = None
+  with contextlib.suppress(ValueError):
+    located = index.locate(os.path.basename(task.path), task.index_folder)
   part = located[0].part(located[1]) if located else None
   return part if part and part.stat == storage.stat(task.path) else None
 
@@ -117,11 +122,13 @@ def build(
   for folder, paths in of_folder.items():
     index_folder = _index_folder(folder, out)
     current = index.current(paths, index_folder)
+    check = functools.partial(_is_current, index_folder, captions, sidecar_fields)
+    with storage.requests(current) as pool:
+      complete = [*pool.map(check, current, current.values())]
     outcomes |= {
       path: Outcome(path, part.entries - 1, part.problem, "current")
-      for path, part in current.items()
-      if (captions is None or stats.is_current(part.name, index_folder, part.stat, captions))
-      and all(sidecars.is_current(path, index_folder, part.stat, field) for field in sidecar_fields)
+      for (path, part), is_complete in zip(current.items(), complete)
+      if is_complete
     }
     tasks += [
       Task(path, index_folder, captions, sidecar_fields) for path in paths if path not in outcomes
@@ -130,6 +137,21 @@ def build(
   for folder in of_folder:
     index.merge(folder, _index_folder(folder, out))
   return [outcomes[path] for paths in of_folder.values() for path in paths]
+
+
+def _is_current(
+  index_folder: str,
+  captions: tuple[str, ...] | None,
+  sidecar_fields: tuple[str, ...],
+  path: str,
+  part: index.Part,
+) -> bool:
+  """Whether the files that belong to the index of a shard exist and can be read."""
+  with contextlib.suppress(OSError, ValueError):
+    return (
+      captions is None or stats.is_current(part.name, index_folder, part.stat, captions)
+    ) and all(sidecars.is_current(path, index_folder, part.stat, field) for field in sidecar_fields)
+  return False
 
 
 def _index_folder(folder: str, out: str | None) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import io
 import json
 import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
+from helpers.object_store_server import store
 from helpers.small_shards import picture, samples, write_tar
 from PIL import Image
 
@@ -88,6 +91,59 @@ def test_truncated_and_invalid_shards_are_listed(tmp_path, capsys):
   with pytest.raises(OSError, match=r"00003\.tar: the shard changed"):
     open_source(pattern)
   assert len(open_source(f"{tmp_path}/{{00000,00002}}.tar")) == 3 + 5
+
+
+def test_no_error_of_a_shard_ends_the_program(tmp_path, monkeypatch, capsys):
+  """A gzip file in an object store, a missing object, an unexpected error, torn files."""
+  folder = tmp_path / "shards"
+  _shards(folder)
+  packed = gzip.compress((folder / "00001.tar").read_bytes())
+  (folder / "00001.tar").write_bytes(packed)
+  with store(folder) as server:
+    pattern = f"{server.url}/{{00000..00004}}.tar"
+    assert program.main([pattern, f"--out={tmp_path}/index", "--workers=1"]) == 1
+  printed = capsys.readouterr().out
+  assert "00001.tar: not indexed: not an uncompressed tar" in printed and "gunzip" in printed
+  assert "00004.tar: not indexed: there is no such object" in printed
+  assert "12 samples in 5 shards: 3 indexed, 0 current, 2 failed" not in printed
+  assert "3 indexed, 0 current, 2 failed" in printed
+
+  scan = index.parse.scan
+
+  def failing(buffer, *, path):
+    if "00002" in path:
+      raise ZeroDivisionError("what nobody expected")
+    return scan(buffer, path=path)
+
+  monkeypatch.setattr(index.parse, "scan", failing)
+  assert program.main([f"{folder}/*.tar", "--stats", "--workers=1"]) == 1
+  printed = capsys.readouterr().out
+  assert "00002.tar: not indexed: ZeroDivisionError('what nobody expected')" in printed
+  assert "2 indexed, 0 current, 2 failed" in printed
+  monkeypatch.setattr(index.parse, "scan", scan)
+  (torn,) = (folder / "bigalign.stats").glob("00000.tar.*")
+  torn.write_bytes(torn.read_bytes()[:50])
+  (folder / index.PARTS).mkdir()
+  (folder / index.PARTS / "00002.tar.index").write_bytes(b"BAINDEX1")
+  assert program.main([f"{folder}/*.tar", "--stats", "--workers=1"]) == 1
+  assert "2 indexed, 1 current, 1 failed" in capsys.readouterr().out
+
+
+def test_remote_shards_are_checked_at_the_same_time(tmp_path):
+  """One by one, 40 shards would take 40 times the latency, twice with their sidecars."""
+  folder = tmp_path / "shards"
+  _shards(folder, 40)
+  for i in range(40):
+    rows = [json.dumps(dict(key=f"{n:06d}", text="x")) for n in range(10 * i, 10 * i + 3 + i)]
+    (folder / f"{i:05d}.recap.jsonl").write_text("\n".join(rows))
+  with store(folder) as server:
+    argv = [f"{server.url}/{{00000..00039}}.tar", f"--out={tmp_path}/index", "--workers=1"]
+    argv += ["--sidecars=recap.jsonl:text"]
+    assert program.main(argv) == 0
+    server.latency = 0.1
+    begin = time.monotonic()
+    assert program.main(argv) == 0
+    assert time.monotonic() - begin < 40 * server.latency / 2
 
 
 def test_lists_and_variables(tmp_path, monkeypatch):

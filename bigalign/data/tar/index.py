@@ -38,6 +38,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from bigalign.data.files import storage
+from bigalign.data.files.regular import open_regular
 from bigalign.data.tar import parse
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,10 @@ def open_buffer(path: str) -> Iterator[parse.Buffer]:
   if storage.is_remote(path):
     yield storage.BlockReader(path)
     return
-  with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+  with (
+    open_regular(path) as file,
+    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
+  ):
     yield buffer
 
 
@@ -204,16 +208,40 @@ def locate(name: str, index_folder: str) -> tuple[Index, int] | None:
 
 
 def current(paths: Sequence[str], index_folder: str) -> dict[str, Part]:
-  """Returns {path: Part} of the shards that did not change since they were indexed."""
+  """Returns {path: Part} of the shards that did not change since they were indexed.
+
+  Raises:
+    ValueError: if the index is damaged. A damaged part counts as missing, and is written again.
+  """
   known: dict[str, Part] = {}
   parts = os.path.join(index_folder, PARTS)
   own = sorted(os.listdir(parts)) if os.path.isdir(parts) else []
-  for path in (os.path.join(index_folder, FILE), *(os.path.join(parts, name) for name in own)):
-    if path.endswith(".index") and os.path.exists(path):
-      index = Index(path)
-      known |= {name: index.part(row) for name, row in index.rows.items()}
-  pairs = [(path, known.get(os.path.basename(path))) for path in paths]
-  return {path: part for path, part in pairs if part and part.stat == storage.stat(path)}
+  merged = os.path.join(index_folder, FILE)
+  if os.path.exists(merged):
+    known = _all_parts(merged)
+  for name in own:
+    if name.endswith(".index"):
+      with contextlib.suppress(ValueError, FileNotFoundError):  # another process may merge it now
+        known |= _all_parts(os.path.join(parts, name))
+  have = [path for path in paths if os.path.basename(path) in known]
+  with storage.requests(have) as pool:
+    stats = dict(zip(have, pool.map(_stat, have)))
+  return {
+    path: part for path in have if (part := known[os.path.basename(path)]).stat == stats[path]
+  }
+
+
+def _all_parts(path: str) -> dict[str, Part]:
+  index = Index(path)
+  return {name: index.part(row) for name, row in index.rows.items()}
+
+
+def _stat(path: str) -> storage.Stat | None:
+  """The size and stamp of a shard; None if it cannot be asked for, which indexing it reports."""
+  try:
+    return storage.stat(path)
+  except (OSError, ValueError):
+    return None
 
 
 def merge(folder: str, index_folder: str) -> None:

@@ -73,10 +73,10 @@ def load(
 
 
 def is_current(name: str, index_folder: str, stat: storage.Stat, captions: Sequence[str]) -> bool:
-  """Returns whether the statistics exist, with the lengths of these caption fields."""
+  """Returns whether the statistics exist and can be read, with the lengths of these fields."""
   try:
     have = load(name, index_folder, stat).dtype.names or ()
-  except FileNotFoundError:
+  except (OSError, ValueError, EOFError):
     return False
   return {f"length.{field}" for field in captions} <= set(have)
 
