@@ -25,8 +25,8 @@ def learning_rate(
   """The learning rate of the update after `step` updates.
 
   During warmup it is lr * (step + 1) / warmup, as in open_clip, where the first update already
-  changes the parameters; optax's warmup starts at 0. Then follows the named shape, and at the end,
-  for any shape, a linear cooldown to `end`.
+  changes the parameters; optax's warmup starts at 0. Then follows the named shape, and at the end a
+  linear cooldown to `end`, which "cosine" and "linear" have reached by then.
 
   Args:
     name: "cosine" or "linear" decay to `end`; "constant"; "rsqrt": lr * sqrt(warmup / step),
@@ -41,13 +41,20 @@ def learning_rate(
     step -> learning rate, [] float32.
 
   Raises:
-    ValueError: for an unknown name, or if warmup and cooldown exceed the steps.
+    ValueError: for an unknown name, if warmup and cooldown exceed the steps, and for a decay to 0
+      before a cooldown, in which nothing would be learned.
   """
   checks.known("config.optimizer.schedule", name, ("cosine", "linear", "constant", "rsqrt"))
   if warmup + cooldown > total_steps:
     raise ValueError(
       f"config.optimizer: warmup ({warmup}) and cooldown ({cooldown}) exceed total_steps"
       f" ({total_steps})"
+    )
+  if cooldown and name in ("cosine", "linear") and not end:
+    raise ValueError(
+      f"config.optimizer: schedule={name!r} falls to end={end} before the cooldown, so its last"
+      f" {cooldown} updates have a learning rate of 0. Leave cooldown out, set end, or use"
+      " schedule='constant' or 'rsqrt' with it"
     )
   stop = total_steps - cooldown
 

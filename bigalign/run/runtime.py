@@ -140,10 +140,20 @@ def _number(name: str, value: int | None) -> int | None:
 
 
 def _add_flags(variable: str, flags: tuple[str, ...]) -> None:
-  """Appends to an environment variable the flags whose names it does not contain yet."""
-  held = os.environ.get(variable, "")
-  new = [flag for flag in flags if flag.split("=")[0] not in held]
+  """Appends to an environment variable the flags that it does not set yet."""
+  held = os.environ.get(variable, "").strip()
+  if held and not held.startswith(("-", "'", '"')):
+    # XLA takes a text that is not a flag for the name of a file of flags, and reads nothing else.
+    logging.warning("%s=%s names a file, so these flags are not set: %s", variable, held, flags)
+    return
+  given = {_flag_name(word) for word in held.split()}
+  new = [flag for flag in flags if not {_flag_name(flag), f"no{_flag_name(flag)}"} & given]
   os.environ[variable] = " ".join([held, *new]).strip()
+
+
+def _flag_name(word: str) -> str:
+  """The name of a flag: "--name=value" or "-name", which may be in quotation marks."""
+  return word.strip("'\"").lstrip("-").split("=")[0]
 
 
 def _platforms() -> str:

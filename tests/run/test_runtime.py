@@ -58,6 +58,33 @@ def test_settings_of_the_user_are_kept(tpu, monkeypatch):
   assert flags_of("LIBTPU_INIT_ARGS")[VMEM] == "5"
 
 
+@pytest.mark.parametrize(
+  "held,added",
+  [
+    ("--xla_enable_async_all_gather_of_others=false", True),  # the beginning of another name
+    ("--other=--xla_enable_async_all_gather", True),  # a value
+    ("--xla_enable_async_all_gather=false", False),
+    ("-xla_enable_async_all_gather", False),
+    ("--noxla_enable_async_all_gather --xla_b=1", False),
+    ("'--xla_enable_async_all_gather=false'", False),
+    ("", True),
+  ],
+)
+def test_flags_are_compared_by_their_whole_names(tpu, monkeypatch, held, added):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", held)
+  runtime.setup(cache=None)
+  words = os.environ["LIBTPU_INIT_ARGS"].split()
+  assert ("--xla_enable_async_all_gather=true" in words) == added
+  assert words[: len(held.split())] == held.split()
+
+
+def test_a_file_of_flags_is_kept(tpu, monkeypatch, caplog):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "/flags.txt")
+  runtime.setup(cache=None)
+  assert os.environ["LIBTPU_INIT_ARGS"] == "/flags.txt"
+  assert "LIBTPU_INIT_ARGS=/flags.txt names a file" in caplog.text
+
+
 def test_gpus_are_deterministic_when_asked(monkeypatch):
   monkeypatch.setattr(runtime, "_tpu", lambda: False)
   monkeypatch.setattr(runtime, "_gpu", lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +72,22 @@ def test_cooldown_is_linear_from_where_the_shape_was():
   np.testing.assert_allclose(
     rate("rsqrt", [90, 95, 100], cooldown=10), [2 / 3, 1 / 3, 0.0], atol=1e-6
   )
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("cooldown", [1, 20])
+def test_a_decay_to_zero_before_a_cooldown_is_refused(name, cooldown):
+  with pytest.raises(ValueError, match=f"its last {cooldown} updates have a learning rate of 0"):
+    rate(name, [0], cooldown=cooldown)
+  assert rate(name, [99], cooldown=cooldown, end=0.5) == [0.5]
+
+
+@pytest.mark.parametrize(
+  "name,cooldown",
+  [("cosine", 0), ("linear", 0), *itertools.product(("constant", "rsqrt"), (0, 1, 20))],
+)
+def test_every_update_learns(name, cooldown):
+  assert min(rate(name, range(100), cooldown=cooldown)) > 0
 
 
 def test_weight_decay_only_on_matrices():
