@@ -154,7 +154,22 @@ def _open_mixture(options: DataOptions, captions: Sequence[str] | None) -> Mixtu
   phases = [(start, dict(some)) for start, some in options.schedule]
   # A schedule may give the weights of the start itself.
   at_start = [start for start, _ in phases if str(start).split()[0] == "0"]
-  return Mixture(sources, [*([] if at_start else [(0, weights)]), *phases])
+  mixture = Mixture(sources, [*([] if at_start else [(0, weights)]), *phases])
+  if not at_start:
+    _check_weights(options.mixture)
+  return mixture
+
+
+def _check_weights(parts: Sequence[MixturePart]) -> None:
+  """Raises ValueError if some parts have a weight and others do not, because units would differ."""
+  without = [part.name for part in parts if part.weight is None]
+  if without and len(without) < len(parts):
+    listed = ", ".join(map(repr, without[:8])) + (", …" if len(without) > 8 else "")
+    raise ValueError(
+      f"config.data.mixture: {len(without)} of {len(parts)} sources have no weight ({listed}). A"
+      " weight is a share of the stream. Without one a source counts by its samples, so the two"
+      " cannot be compared. Give each source a weight, or none; upsampling changes the latter"
+    )
 
 
 def _open_part(part: MixturePart, captions: Sequence[str] | None) -> tuple[Source, float]:
@@ -198,9 +213,16 @@ def check_tokenizer(text_tower: Any, data: DataOptions) -> None:
 def check_stages(run_stages: Sequence[stages.Stage], inputs: Inputs, text_tower: Any) -> None:
   """Raises ValueError or TypeError, naming the stage, if a stage does not fit the data."""
   check_stored(run_stages)
+  stop = 0
   for stage in run_stages:
+    start, stop = stop, stop + (stage.end - stage.begin) * stage.batch_size
     with stages.named(stage):
-      check_sizes(inputs.source, batch_size=stage.batch_size)
+      check_sizes(
+        inputs.source,
+        batch_size=stage.batch_size,
+        lane_rows=run_stages[0].batch_size,  # as in the run
+        span=(start, stop),
+      )
       check_tokenizer(text_tower, stage.config.data)
       stage.config.data.check_augment()
 

@@ -163,6 +163,17 @@ def test_upsampling_factors(tmp_path):
   assert epochs(source, 120, batch_size=10) == dict(a=2.0, b=1.0)
 
 
+def test_weights_of_some_sources_only_are_refused(tmp_path):
+  """A weight of 0.5 next to a source of a hundred thousand samples would be 5e-6 of the stream."""
+  a, b = write(tmp_path)
+  for other in ({}, dict(upsampling=2)):
+    mixed = (dict(name="a", source=a, weight=0.5), dict(name="b", source=b, **other))
+    with pytest.raises(ValueError, match=r"1 of 2 sources have no weight \('b'\)"):
+      open_data(mixture=mixed)
+    # The schedule's weights are used instead.
+    open_data(mixture=mixed, schedule=((0, dict(a=1, b=2)),))
+
+
 def test_a_schedule_begins_as_it_says(tmp_path):
   a, b = write(tmp_path)
   mixed = (dict(name="a", source=a), dict(name="b", source=b))
@@ -211,6 +222,27 @@ def test_a_source_smaller_than_its_part_of_a_batch_is_named():
     check_sizes(mixture(THREE, sizes=sizes), batch_size=100)
   with pytest.raises(ValueError, match="7 samples, fewer than a batch of 8"):
     check_sizes(Numbers("a", 7), batch_size=8)
+
+
+def test_a_batch_is_compared_with_the_phases_that_it_is_read_in():
+  """Of two stages with batches of 64 and 16, the first reads 8 samples of `c`, not 64."""
+  sizes = dict(a=1000, b=1000, c=20)
+  phases = ((0, dict(a=7, c=1)), ("10 steps", dict(c=1)))
+  mixed = mixture(THREE, sizes=sizes, phases=phases)
+  check_sizes(mixed, batch_size=64, span=(0, 640))
+  check_sizes(mixed, batch_size=16, lane_rows=64, span=(640, 800))
+  for span in ((0, 641), (639, 700), (640, 700), None):
+    with pytest.raises(ValueError, match="'c' has 20 samples, fewer than the 64 that a batch"):
+      check_sizes(mixed, batch_size=64, span=span)
+
+
+def test_phases_start_at_steps_of_the_first_stage():
+  """With the second stage's batches, the phases would start at 0, 100 and 80."""
+  phases = ((0, THREE), ("100 samples", THREE), ("10 steps", THREE))
+  mixed = mixture(THREE, phases=phases)
+  check_sizes(mixed, batch_size=8, lane_rows=32, span=(320, 400))
+  with pytest.raises(ValueError, match=r"start at samples \[0, 100, 80\]"):
+    check_sizes(mixed, batch_size=8)
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ class MixturePart:
   Args:
     name: of the source, in schedules, metrics and errors.
     source: as config.data.source.
-    weight: share of the stream, relative to the other weights.
+    weight: share of the stream, relative to the other weights; all sources have one, or none.
     upsampling: instead of a weight, passes over this source during one pass over a source with
       upsampling 1: open_clip's --train-data-upsampling-factors. 1 if neither is given.
     view: of this source, as config.data.view.
@@ -116,7 +116,9 @@ class DataOptions(ImageReading):
       that read many at a time; "auto": "block" for sources that ask for it.
     workers: processes that read and decode; their number does not change the batches.
     rejects: shares of rejected samples at which to warn and to stop.
-    stop_at_bad_shard: stop if no sample of a shard seems to be usable.
+    stop_at_bad_shard: judge the shard of a rejected sample by others of it, drawn at random. If
+      none can be used, the log names the shard. The run stops if such shards hold a larger share
+      of the source than `rejects.stop`.
   """
 
   tokenizer: Annotated[Component, Choose(TOKENIZERS)]

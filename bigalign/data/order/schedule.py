@@ -85,13 +85,28 @@ def epochs(source: Source, position: int, *, batch_size: int) -> dict[str, float
   }
 
 
-def check_sizes(source: Source, *, batch_size: int) -> None:
-  """Raises ValueError if a batch takes more samples of a source than the source has."""
+def check_sizes(
+  source: Source, *, batch_size: int, lane_rows: int = 0, span: tuple[int, int] | None = None
+) -> None:
+  """Raises ValueError if a batch takes more samples of a source than the source has.
+
+  Args:
+    source: one source or a mixture.
+    batch_size: rows of the global batches.
+    lane_rows: of Order: the batch size of phases that start at a step; the batch size if 0.
+    span: the positions of the stream, first and last + 1, that are read in such batches; None: all.
+  """
   if not isinstance(source, Mixture):
     if len(source) < batch_size:
       raise ValueError(f"{source!r} has {len(source)} samples, fewer than a batch of {batch_size}")
     return
-  most = MixtureSchedule(source, batch_size=batch_size).shares.max(0) * batch_size / SHARES
+  schedule = MixtureSchedule(source, batch_size=lane_rows or batch_size)
+  shares = schedule.shares
+  if span:
+    first, last = np.searchsorted(schedule.starts, span, side="left")
+    begins = first < len(schedule.starts) and schedule.starts[first] == span[0]
+    shares = shares[first if begins else first - 1 : last]
+  most = shares.max(0) * batch_size / SHARES
   for name, part, rows in zip(source.names, source.sources, most.tolist()):
     if len(part) < rows:
       raise ValueError(
