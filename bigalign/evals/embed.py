@@ -19,7 +19,7 @@ from bigalign import sharding
 from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS, Rejected
-from bigalign.data.sources.base import open_source
+from bigalign.data.sources.base import open_source, read
 
 
 class Context(NamedTuple):
@@ -132,7 +132,7 @@ def most_captions(source: Any) -> int:
   most = 1
   for i in range(len(source)):
     try:
-      most = max(most, len(source[i]["captions"]))
+      most = max(most, len(read(source, i)["captions"]))
     except Rejected:  # logged and counted when the batches are made
       continue
   return most

@@ -15,7 +15,7 @@ import numpy as np
 from bigalign.data.image.decode import decode
 from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Rejected
-from bigalign.data.sources.base import Spec, open_spec, texts_of
+from bigalign.data.sources.base import Spec, open_spec, read, texts_of
 
 PIECES = 32  # least number of pieces, for a source that reads many samples at once
 TASK = 64  # samples per task of a worker, for a source that reads them one by one
@@ -89,7 +89,7 @@ def collect(task: StatsTask) -> list[SampleStats]:
 
 def _sample_stats(i: int, spec: Spec, language: str | None) -> SampleStats:
   try:
-    record = open_spec(spec)[i]
+    record = read(open_spec(spec), i)
   except Rejected as error:
     return SampleStats(
       i, f"sample {i}", error.reason, error.detail, "none", 0, 0, 0, b"", {}, "", (), ()

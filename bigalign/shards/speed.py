@@ -13,7 +13,7 @@ from bigalign.data.loader.training import train_batches
 from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.order.order import Order
 from bigalign.data.samples.rejects import Rejected
-from bigalign.data.sources.base import Source
+from bigalign.data.sources.base import Source, read
 
 BATCH = 64
 
@@ -36,7 +36,7 @@ class _Reading:
     self._places.prefetch(np.append(indices, coming), share=1 / self._workers)
     for i in indices.tolist():
       with contextlib.suppress(Rejected):
-        self._source[i]
+        read(self._source, i)
     return dict(indices=indices)
 
 

@@ -112,7 +112,7 @@ def test_a_shard_that_is_bad_throughout_ends_the_run(tmp_path, workers):
   with (
     contextlib.closing(train_batches(source, **options)) as batches,
     pytest.raises(
-      ValueError, match=rf"{shard}: sample \d+ and 8 others.*'undecodable': 8.*stop_at_bad_shard"
+      ValueError, match=rf"{shard}: sample \d+ and 19 others.*'undecodable': 19.*stop_at_bad_shard"
     ),
   ):
     list(batches)
@@ -138,3 +138,82 @@ def test_probes_are_not_counted(tmp_path):
       both.append(list(batches))
   for a, b in zip(*both):
     assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+class Listed:
+  """Samples in shards of 1,000 in memory; those of some indices have no caption."""
+
+  fingerprint = "00"
+
+  def __init__(self, size, bad):
+    self.size, self.bad = size, bad
+    self.read: list[int] = []
+
+  def __len__(self):
+    return self.size
+
+  def where(self, i):
+    return f"shard {i // 10_000}", i % 10_000, min(10_000, self.size - i // 10_000 * 10_000)
+
+  def __getitem__(self, i):
+    self.read.append(i)
+    image = np.zeros((2, 2, 3), np.uint8)
+    return dict(image=image, key=str(i), label=-1, captions=() if self.bad(i) else ("a",))
+
+
+def rejected(source, stop, **options):
+  given = dict(
+    batch_size=16, rows=np.arange(16), image_size=2, tokenizer=dict(name="byte", length=8)
+  )
+  with contextlib.closing(train_batches(source, seed=0, stop=stop, **given, **options)) as batches:
+    return sum(int(batch["rejects"].sum()) for batch in batches)
+
+
+def test_samples_that_are_bad_at_regular_places_do_not_condemn_a_shard():
+  """16 of 10,000: probes at even strides would meet nothing else."""
+  assert 8 <= rejected(Listed(10_000, lambda i: i % 625 == 312), 10_000) <= 32
+
+
+def test_the_rejected_sample_is_not_its_own_evidence():
+  source = Listed(1_000, lambda i: True)
+  with pytest.raises(ValueError, match=r"sample \d+ and \d+ others") as error:
+    rejected(source, 16)
+  assert "the whole shard seems to be bad" in str(error.value)
+  assert len(source.read) == len(set(source.read)) == 133
+
+
+def test_a_shard_with_a_few_usable_samples_is_not_bad_throughout():
+  assert rejected(Listed(10_000, lambda i: i % 20 != 3), 320, rejects=dict(stop=0.97)) > 3_000
+
+
+def test_many_rejects_in_a_row_are_no_reason_to_stop_if_the_share_is_allowed():
+  """With 80 % the ninth in a row is bad at every eighth position."""
+  assert rejected(Listed(5_000, lambda i: i % 5 != 0), 800, rejects=dict(stop=0.85)) > 2_500
+
+
+def test_a_bad_shard_within_the_tolerated_share_is_named_and_does_not_stop(caplog):
+  source = Listed(600_000, lambda i: i // 10_000 == 7)
+  with caplog.at_level(logging.WARNING):
+    assert rejected(source, 320) > 1
+  (line,) = [m for m in caplog.messages if "the whole shard seems" in m]
+  assert line.startswith("shard 7: ") and "1.67% of the source" in line
+  with pytest.raises(ValueError, match=r"^shard \d+: .*rejects=dict\(stop=…\)"):
+    rejected(source, 320, rejects=dict(stop=0.01))
+
+
+def test_probes_are_drawn_from_what_a_view_keeps_of_a_shard():
+  class Kept(Listed):
+    def where(self, i):  # every tenth sample of each shard
+      return super().where(10 * i)
+
+  source = Kept(3_000, lambda i: 1_000 <= i < 2_000)
+  source.size = 30_000
+  shards = [source.where(i)[0] for i in (0, 999, 1_000, 1_999, 2_000)]
+  assert shards == [f"shard {n}" for n in (0, 0, 1, 1, 2)]
+  Kept.__len__ = lambda self: 3_000
+  with pytest.raises(ValueError, match=r"^shard 1: .*drawn at random from its 1000,"):
+    rejected(source, 64)
+  start = next(n for n, i in enumerate(source.read) if 1_000 <= i < 2_000)
+  probed = source.read[start + 1 : start + 133]
+  assert len(probed) == len({*probed, source.read[start]}) - 1 == 132
+  assert all(1_000 <= i < 2_000 for i in probed)

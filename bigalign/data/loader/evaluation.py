@@ -10,7 +10,7 @@ from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import SampleReader, checked_rows, words
 from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.samples.ids import sample_id
-from bigalign.data.samples.rejects import REASONS
+from bigalign.data.samples.rejects import REASONS, rejection
 from bigalign.data.sources.base import Source, prefetch
 
 
@@ -82,14 +82,18 @@ class _EvalBatches(SampleReader):
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     indices = self._start + k * self._batch_size + self._rows
     soon = np.concatenate([indices, indices + self._ahead * self._batch_size])
-    prefetch(self._source, soon[soon < len(self._source)].tolist())
+    soon = soon[soon < len(self._source)]
+    # Room for all blocks of both batches; what does not fit would be fetched one request at a time.
+    block = getattr(self._source, "block", 1)
+    held = (len(np.unique(soon // block)) + 2) * block if block > 1 else 0
+    prefetch(self._source, soon.tolist(), hold=held)
     b, c, size = len(indices), self._captions, self._data.image_size
     images = np.zeros((b, size, size, 3), np.uint8)
     labels = np.full(b, -1, np.int32)
     valid = np.zeros(b, bool)
     texts_valid = np.zeros((b, c), bool)
     rejects = np.zeros((b, len(REASONS)), np.int32)
-    texts: list[str] = []
+    texts: dict[int, tuple[str, ...]] = {}  # of each valid row
     ids = np.zeros(b, np.uint64)
     for r in np.flatnonzero(indices < len(self._source)):
       record = self._sample(int(indices[r]), rejects=rejects[r], decoded=self._images)
@@ -102,17 +106,23 @@ class _EvalBatches(SampleReader):
           " (of `bigalign embed`: config.data.captions_per_image) to the largest"
           " number of captions of an image (0: none)"
         )
-      if self._images:
-        images[r] = self._data.evaluation_view(record["image"])
+      try:
+        if self._images:
+          images[r] = self._data.evaluation_view(record["image"])
+      except Exception as error:
+        self._reject(int(indices[r]), record["key"], rejection(error), rejects=rejects[r])
+        continue
       labels[r] = record["label"]
-      valid[r] = True
       ids[r] = sample_id(record["key"])
+      texts[r] = captions
+    text, mask = self._encode(texts, indices, rejects=rejects)
+    valid[[*texts]] = True
+    for r, captions in texts.items():
       texts_valid[r, : len(captions)] = True
-      texts += captions
-    text, mask = self._tokenizer.encode_batch(texts)
     tokens = np.zeros((b, c, text.shape[1]), np.int32)
     tokens_mask = np.zeros((b, c, text.shape[1]), bool)
     tokens[texts_valid], tokens_mask[texts_valid] = text, mask
+    images[~valid], labels[~valid], ids[~valid] = 0, -1, 0
     return dict(
       image=images,
       texts=tokens,
@@ -125,3 +135,19 @@ class _EvalBatches(SampleReader):
       valid=valid,
       rejects=rejects,
     )
+
+  def _encode(
+    self, texts: dict[int, tuple[str, ...]], indices: np.ndarray, *, rejects: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask, [n, L] each, of all texts in order; rows that fail are taken out."""
+    try:
+      return self._tokenizer.encode_batch([text for row in texts.values() for text in row])
+    except Exception:
+      for r, captions in list(texts.items()):
+        try:
+          self._tokenizer.encode_batch([*captions])
+        except Exception as error:
+          del texts[r]
+          rejected = rejection(error)
+          self._reject(int(indices[r]), f"row {r}", rejected, rejects=rejects[r])
+      return self._tokenizer.encode_batch([text for row in texts.values() for text in row])

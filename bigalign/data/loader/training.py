@@ -6,11 +6,12 @@ the grain dataset is the whole batch of a step, so neither changes its content.
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,15 @@ from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.order import blocks
 from bigalign.data.order.order import Order
 from bigalign.data.order.permutation import philox
-from bigalign.data.samples.rejects import REASONS, Rejected, append_json_line
-from bigalign.data.sources.base import Source, where
+from bigalign.data.samples.rejects import (
+  DETAIL,
+  REASONS,
+  Rejected,
+  append_json_line,
+  cut,
+  rejection,
+)
+from bigalign.data.sources.base import Source, read, where
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
 from bigalign.data.text.captions import by_field, choose, lacks, repaired
@@ -30,8 +38,8 @@ from bigalign.data.text.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 8
-PROBES = 8
+ATTEMPTS = 8  # substitutes that are tried at least; see attempts()
+PROBES = 8  # shards up to this size are not judged
 
 
 def batch_spec(data: DataOptions, *, batch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -143,6 +151,8 @@ class SampleReader:
     self._tokenizer: Tokenizer = data.make_tokenizer()
     self._logged: set[int] = set()
     self._shrink: Callable[[int, int], int] | None = None
+    self._last: Rejected | None = None
+    self._probing = False
 
   def _sample(
     self, index: int, *, rejects: np.ndarray, decoded: bool = True
@@ -150,7 +160,7 @@ class SampleReader:
     """The record with its image decoded; None if rejected, which is counted in `rejects` [R]."""
     key = f"sample {index}"
     try:
-      record = self._source[index]
+      record = read(self._source, index)
       key = record["key"]
       if self._stored:
         record = self._stored.replace(record)
@@ -163,11 +173,17 @@ class SampleReader:
 
   def _reject(self, index: int, key: str, rejected: Rejected, *, rejects: np.ndarray) -> None:
     rejects[REASONS.index(rejected.reason)] += 1
+    self._last = rejected
+    if self._probing:  # neither in a batch nor in the log
+      return
     if index not in self._logged:
       self._logged.add(index)
-      logger.warning("Rejected %s (index %d): %s", key, index, rejected)
+      shard, ordinal, _ = where(self._source, index)
+      logger.warning(
+        "Rejected %s (index %d): %s; sample %d of %s",
+        *(cut(key, DETAIL), index, rejected, ordinal, shard),
+      )
       if self._rejected_log:
-        shard, ordinal, _ = where(self._source, index)
         append_json_line(
           self._rejected_log,
           shard=shard,
@@ -177,6 +193,21 @@ class SampleReader:
           reason=rejected.reason,
           detail=rejected.detail,
         )
+
+
+class _NotTokenised(Exception):
+  """The tokenizer raised an error for some text of a batch."""
+
+
+class _View(NamedTuple):
+  """What a train batch holds of one sample: second is None without second captions."""
+
+  index: int
+  image: Any  # uint8 [S, S, 3], or the row of a store
+  text: Any  # a caption, or the row of a store
+  second: Any
+  ordinal: int  # of the caption among those of the sample
+  label: int
 
 
 class _TrainBatches(SampleReader):
@@ -210,6 +241,9 @@ class _TrainBatches(SampleReader):
     )
     data.check_augment()  # here, where an error is easier to read than from a worker
     self._order = order
+    self._tolerated = float(data.rejects.option("stop"))
+    self._attempts = attempts(self._tolerated)
+    self._bad: collections.Counter[int] = collections.Counter()  # samples in bad shards, by part
     self._captions, self._second_captions = data.first_columns, data.second_columns
     self._captions_per_image = data.captions_per_image
     self._stride = max(data.workers, 1)  # a worker makes every workers-th batch
@@ -223,6 +257,13 @@ class _TrainBatches(SampleReader):
     return f"train batches of {self._source!r}"
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    try:
+      return self._batch(k, alone=False)
+    except _NotTokenised:
+      return self._batch(k, alone=True)  # finds the texts that fail, and rejects their samples
+
+  def _batch(self, k: int, *, alone: bool) -> dict[str, np.ndarray]:
+    """Batch k; with `alone` every text is tokenised by itself first."""
     positions = self._positions(k)
     indices = self._order(positions)
     self._prefetch(k, indices)
@@ -238,20 +279,14 @@ class _TrainBatches(SampleReader):
     texts: list[Any] = []  # captions, or row numbers of stored captions
     seconds: list[Any] = []
     for r in range(b):
-      position = int(positions[r])
-      index, record, captions = self._usable(position, int(indices[r]), rejects=rejects[r])
-      rng = philox(self._seed, position)
-      all_captions = [text for column in captions.values() for text in column]
-      ordinal = choose(captions, self._captions, rng)
-      images[r] = (
-        record["image"] if self._image_store else self._data.training_view(record["image"], rng)
-      )
-      texts.append(all_captions[ordinal])
+      view = self._usable(int(positions[r]), int(indices[r]), rejects=rejects[r], alone=alone)
+      images[r] = view.image
+      texts.append(view.text)
       if self._second_captions:
-        second = choose(captions, self._second_captions, rng, but=ordinal)
-        seconds.append(all_captions[second])
-      labels[r] = record["label"]
-      image_ids[r], text_ids[r] = index, index * self._captions_per_image + ordinal
+        seconds.append(view.second)
+      labels[r] = view.label
+      image_ids[r] = view.index
+      text_ids[r] = view.index * self._captions_per_image + view.ordinal
     text, mask, was_repaired = self._encode(texts, self._text_store)
     batch = dict(
       image=self._image_store.read(images) if self._image_store else images,
@@ -276,7 +311,12 @@ class _TrainBatches(SampleReader):
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids [b, L], or stored vectors [b, D]; their mask; 1 for a repaired caption, [b]."""
     if store is None:
-      return *self._tokenizer.encode_batch(texts), repaired(texts)
+      try:
+        return *self._tokenizer.encode_batch(texts), repaired(texts)
+      except Exception as error:
+        raise _NotTokenised(
+          f"the tokenizer fails on a batch, but not on each of its texts alone: {error}"
+        ) from error
     return (
       store.read(np.array(texts)),
       np.ones((len(texts), 1), bool),
@@ -294,28 +334,52 @@ class _TrainBatches(SampleReader):
     workers = math.gcd(self._stride, blocks.STEP_LANES)
     self._order.prefetch(indices, share=len(self._rows) / self._batch_size / workers)
 
-  def _usable(
-    self, position: int, index: int, *, rejects: np.ndarray
-  ) -> tuple[int, dict[str, Any], dict[str, tuple[str, ...]]]:
-    """(index, record, captions by field) of the sample, or of its first usable substitute."""
-    for attempt in range(ATTEMPTS + 1):
+  def _usable(self, position: int, index: int, *, rejects: np.ndarray, alone: bool) -> _View:
+    """The view of the sample, or of its first usable substitute."""
+    for attempt in range(self._attempts + 1):
       if attempt:
         index = self._order.substitute(position, attempt, index)
-      sample = self._with_captions(index, rejects=rejects)
-      if sample is not None:
-        return index, *sample
+      view = self._view(index, position, rejects=rejects, alone=alone)
+      if view is not None:
+        return view
       self._probe_shard(index)
     counts = {reason: int(n) for reason, n in zip(REASONS, rejects) if n}
     raise ValueError(
-      f"{self._source!r}: position {position} and its {ATTEMPTS} substitutes are all rejected "
-      f"({counts}), so most of this source, or of this part of the mixture, seems unusable; the"
-      " log names samples and reasons"
+      f"{self._source!r}: position {position} and its {self._attempts} substitutes are all"
+      f" rejected ({counts}; the last: {cut(str(self._last), DETAIL)}), so most of this source, or"
+      " of this part of the mixture, seems unusable; the log names samples and reasons"
       + (
         ". Set config.data.captions to fields that these samples have."
         if "no_caption" in counts
         else "."
       )
     )
+
+  def _view(
+    self, index: int, position: int, *, rejects: np.ndarray, alone: bool = False
+  ) -> _View | None:
+    """What a batch holds of a sample at a position; None if it is rejected."""
+    sample = self._with_captions(index, rejects=rejects)
+    if sample is None:
+      return None
+    record, captions = sample
+    rng = philox(self._seed, position)
+    every = [text for column in captions.values() for text in column]
+    ordinal = choose(captions, self._captions, rng)
+    try:
+      image = (
+        record["image"] if self._image_store else self._data.training_view(record["image"], rng)
+      )
+      second = None
+      if self._second_captions:
+        second = every[choose(captions, self._second_captions, rng, but=ordinal)]
+      for text, store in ((every[ordinal], self._text_store), (second, self._second_store)):
+        if alone and store is None and text is not None:
+          self._tokenizer.encode_batch([text])
+    except Exception as error:
+      self._reject(index, record["key"], rejection(error), rejects=rejects)
+      return None
+    return _View(index, image, every[ordinal], second, ordinal, record["label"])
 
   def _with_captions(
     self,
@@ -341,21 +405,107 @@ class _TrainBatches(SampleReader):
     return record, captions
 
   def _probe_shard(self, index: int) -> None:
-    """Raises ValueError if nothing in the shard of a rejected sample seems to be usable."""
+    """Judges the shard of a rejected sample by other samples of it, drawn at random, once.
+
+    Raises:
+      ValueError: if shards without usable samples hold a larger share of the source than
+        config.data.rejects.stop; names this one.
+    """
     shard, ordinal, size = where(self._source, index)
     if not self._data.stop_at_bad_shard or size <= PROBES or shard in self._probed:
       return
     self._probed.add(shard)
+    # The samples of the shard; a view may lack some of them, often bad ones.
+    first = _edge(self._source, shard, index, max(index - ordinal, 0) - 1)
+    last = _edge(self._source, shard, index, min(index - ordinal + size, len(self._source)))
+    count = last - first + 1
+    part = int(self._order.source_of(np.asarray(index)))
+    total = self._order.size(part)
+    wanted = evidence(count, shards=-(-total // size), tolerated=self._tolerated)
     reasons = np.zeros(len(REASONS), np.int32)  # of the probes, which are not in the batch
-    others = [index - ordinal + (2 * i + 1) * size // (2 * PROBES) for i in range(PROBES)]
-    # A view may lack samples of the shard, often bad ones; then the shard is not judged.
-    in_shard = [0 <= i < len(self._source) and where(self._source, i)[0] == shard for i in others]
-    if all(in_shard) and all(
-      self._with_captions(other, rejects=reasons) is None for other in others
-    ):
-      counts = {reason: int(n) for reason, n in zip(REASONS, reasons) if n}
-      raise ValueError(
-        f"{shard}: sample {ordinal} and {PROBES} others spread over its {size} cannot be used"
-        f" ({counts}), so the whole shard seems to be bad; repair it, leave it out, or set"
-        " config.data.stop_at_bad_shard=False"
-      )
+    probed, self._probing = 0, True
+    try:
+      for other in _draw(first, last, wanted, but=index, rng=philox(self._seed, first)):
+        if self._with_captions(other, rejects=reasons) is not None:
+          return
+        probed += 1
+    finally:
+      self._probing = False
+    if not probed:
+      return
+    self._bad[part] += count
+    share = self._bad[part] / total
+    counts = {reason: int(n) for reason, n in zip(REASONS, reasons) if n}
+    text = (
+      f"{shard}: sample {ordinal} and {probed} others, drawn at random from its {count}, cannot be"
+      f" used ({counts}), so the whole shard seems to be bad. The bad shards that this process"
+      f" found hold {share:.2%} of the source; config.data.rejects.stop is {self._tolerated:.2%}"
+    )
+    if share <= self._tolerated:
+      logger.warning("%s", text)
+      return
+    raise ValueError(
+      f"{text}. Repair it, leave it out, allow more with config.data.rejects=dict(stop=…), or set"
+      " config.data.stop_at_bad_shard=False"
+    )
+
+
+def evidence(size: int, *, shards: int, tolerated: float) -> int:
+  """Returns how many samples of a shard, all bad, show that the shard is bad throughout.
+
+  A shard of which a share p is bad gives n bad samples in a row with probability p ** n. Here p is
+  the share that is still not "throughout": the tolerated one, and at least 90 % for shards of
+  1,000 samples and 99 % for 10,000. n is so large that one of all shards is judged wrongly with a
+  probability of at most 1e-6. The result may be larger than the shard: then all of it is read.
+
+  Args:
+    size: samples in the shard.
+    shards: number of shards, each of which may be judged once.
+    tolerated: the share of rejected samples that the options allow.
+
+  >>> evidence(1_000, shards=1, tolerated=0.02), evidence(10_000, shards=1_000, tolerated=0.02)
+  (132, 2062)
+  """
+  share = min(max(tolerated, 0.9, 1 - 100 / size), 0.99)
+  return math.ceil(math.log(1e-6 / max(shards, 1)) / math.log(share))
+
+
+def attempts(tolerated: float) -> int:
+  """Returns how many substitutes of a rejected sample are tried before a run stops.
+
+  So many that a run whose share of rejected samples is tolerated meets as many in a row at one of
+  a billion positions with a probability of at most 1e-6; at most 3,437.
+
+  >>> attempts(0.02), attempts(0.5), attempts(1.0)
+  (8, 49, 3436)
+  """
+  share = min(tolerated, 0.99)
+  return max(ATTEMPTS, math.ceil(math.log(1e-15) / math.log(share)) - 1) if share > 0 else ATTEMPTS
+
+
+def _edge(source: Source, shard: str, inside: int, outside: int) -> int:
+  """The index of a shard's sample that is nearest to `outside`, an index beyond the shard."""
+  while abs(outside - inside) > 1:
+    middle = (inside + outside) // 2
+    if where(source, middle)[0] == shard:
+      inside = middle
+    else:
+      outside = middle
+  return inside
+
+
+def _draw(
+  first: int, last: int, count: int, *, but: int, rng: np.random.Generator
+) -> Iterator[int]:
+  """Yields up to `count` different indices from first to last, in a random order, without `but`."""
+  size = last - first + 1
+  if 2 * count > size:
+    order = (first + rng.permutation(size)).tolist()
+    yield from [i for i in order if i != but][:count]
+    return
+  seen = {but}
+  while len(seen) <= count:
+    i = first + int(rng.integers(size))
+    if i not in seen:
+      seen.add(i)
+      yield i

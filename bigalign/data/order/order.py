@@ -78,6 +78,10 @@ class Order:
     """Returns the number of the source that each index belongs to, [N] → [N]."""
     return np.searchsorted(self._firsts, indices, side="right") - 1
 
+  def size(self, part: int) -> int:
+    """Returns the samples of a source, by its number from `source_of`."""
+    return self._sizes[part]
+
   def prefetch(self, indices: np.ndarray, *, share: float) -> None:
     """Lets the sources begin to fetch samples.
 

@@ -1,14 +1,24 @@
-"""Captions, label and image column of a sample that is a row of named columns."""
+"""Captions and image column of a sample that is a row of named columns."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from bigalign.data.samples.members import IMAGES, entry, strings
+from bigalign.data.samples.rejects import cut
 
-from bigalign.data.samples.members import IMAGES, entry
-from bigalign.data.samples.rejects import Rejected
+logger = logging.getLogger(__name__)
+
+SHOWN = 8  # names of a list in an error
+IMAGE_ADVICE = (
+  " Set config.data.source_options=dict(image=...) to the column that holds the images (command"
+  " line tools: --source_options image=...)."
+)
+CAPTION_ADVICE = (
+  " Set captions=(...) to one of them: config.data.captions (command line tools: --captions ...)."
+)
 
 
 def texts(row: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
@@ -23,47 +33,8 @@ def texts(row: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     dict(captions, texts): the captions of the first path that has any, and {path: captions}. Blank
     captions are left out.
   """
-  by_path = {path: _stripped(entry(row, path)) for path in paths}
+  by_path = {path: strings(entry(row, path)) for path in paths}
   return dict(captions=next(filter(None, by_path.values()), ()), texts=by_path)
-
-
-def _stripped(value: Any) -> tuple[str, ...]:
-  """The texts in a value that are not blank."""
-  if isinstance(value, bytes):
-    value = value.decode("utf-8", "replace")
-  if isinstance(value, str):
-    return (value.strip(),) if value.strip() else ()
-  if isinstance(value, np.ndarray):
-    value = value.ravel().tolist()
-  if isinstance(value, list | tuple):
-    return tuple(text for part in value for text in _stripped(part))
-  return ()
-
-
-def label(value: Any, *, column: str, key: str) -> int:
-  """Returns the label in a value.
-
-  Args:
-    value: an integer, as a number, as text or alone in a sequence; or None.
-    column: names the column in the error.
-    key: names the sample in the error.
-
-  Returns:
-    The integer; -1 for None.
-
-  Raises:
-    Rejected: if the value is not an integer.
-  """
-  if isinstance(value, list | tuple) and len(value) == 1:
-    value = value[0]
-  if value is None:
-    return -1
-  try:
-    return int(value)
-  except (ValueError, TypeError):
-    raise Rejected(
-      "bad_metadata", f"{key}: the column {column!r} holds {value!r}, not an integer"
-    ) from None
 
 
 def image_column(columns: Iterable[str], wanted: str | None, *, what: str) -> str:
@@ -83,10 +54,39 @@ def image_column(columns: Iterable[str], wanted: str | None, *, what: str) -> st
     if name in columns:
       return name
   raise ValueError(
-    f"{what}: no image column {' or '.join(map(repr, candidates))}; the columns are:"
-    f" {sorted(columns)}. Set config.data.source_options=dict(image=...) to the column that holds"
-    " the images (command line tools: --source_options image=...)."
+    f"{what}: no image column {' or '.join(map(repr, candidates[:7]))}; the columns are:"
+    f" {shown(sorted(columns))}.{IMAGE_ADVICE}"
   )
+
+
+def first_image(columns: Iterable[str]) -> str | None:
+  """Returns the column that holds the images by its name, as image_column does; None without."""
+  present = {*columns}
+  return next((name for name in ("image", *IMAGES) if name in present), None)
+
+
+def shown(names: Iterable[Any]) -> str:
+  """Returns a list as text; of more than 8 entries the first 8 and how many there are."""
+  every = [*names]
+  cut_ones = [cut(str(name), 80) if isinstance(name, str) else name for name in every[:SHOWN]]
+  return f"{cut_ones}" if len(every) <= SHOWN else f"{cut_ones} and {len(every) - SHOWN} more"
+
+
+def warn_of_differences(columns_of: Mapping[str, set[str]], names: Iterable[str]) -> None:
+  """Logs which caption and label columns some files of a source lack and others have.
+
+  Args:
+    columns_of: {file: its columns}.
+    names: of the columns that are read if they exist.
+  """
+  for name in names:
+    column = name.partition(".")[0]
+    lacking = [file for file, have in columns_of.items() if not have & {name, column}]
+    if lacking and len(lacking) < len(columns_of):
+      logger.warning(
+        "%d of %d files have no column %r, which others have; their samples have none: %s",
+        *(len(lacking), len(columns_of), name, shown(lacking)),
+      )
 
 
 def check_captions(
@@ -111,6 +111,6 @@ def check_captions(
     and not any(path in columns or path.partition(".")[0] in columns for path in captions)
   ):
     raise ValueError(
-      f"{what}: no caption column {list(captions)}; the columns are: "
-      f"{sorted(columns)}. Set captions=(...) to one of them."
+      f"{what}: no caption column {shown(captions)}; the columns are:"
+      f" {shown(sorted(columns))}.{CAPTION_ADVICE}"
     )

@@ -7,6 +7,8 @@ import hashlib
 
 def sample_id(key: str) -> int:
   """Returns 64 bits of a hash of a sample's key: equal in every store, wherever its shards are."""
-  return int.from_bytes(
-    hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
-  )
+  try:
+    data = key.encode("utf-8", "surrogateescape")
+  except UnicodeEncodeError:  # half a surrogate pair, from JSON
+    data = key.encode("utf-8", "surrogatepass")
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""Image, captions and label of a sample that consists of the members of a tar.
+"""Image and captions of a sample that consists of the members of a tar.
 
 `members` is {extension: bytes}, such as {"jpg": ..., "txt": ..., "json": ...}.
 """
@@ -7,36 +7,48 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from bigalign.data.samples.rejects import Rejected
 
 logger = logging.getLogger(__name__)
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+# The formats that are decoded, as Pillow names them. Others are refused: Pillow would start
+# Ghostscript for EPS, and other plugins are neither needed nor checked for their use of memory.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
+# Their extensions, in order of preference.
+IMAGES = (
+  *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
+  *("jpe", "jfif", "tif", "tiff", "avif", "ppm", "pgm", "pbm", "pnm", "jp2"),
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def image(members: Mapping[str, bytes]) -> bytes | None:
-  """Returns the first member with the extension of an image; None if there is none."""
-  for extension in IMAGES:
-    if extension in members:
-      return members[extension]
+def image(members: Mapping[str, bytes], wanted: str | None = None) -> bytes | None:
+  """Returns the member that holds the image; None if there is none.
+
+  Args:
+    members: of the sample.
+    wanted: an extension, "jpg" or "image.jpg", or the part before the format, "image"; None: an
+      extension of IMAGES, or else "image" before it (KEY.image.jpg).
+  """
+  if wanted is not None and wanted in members:
+    return members[wanted]
+  for stem in ("", "image.") if wanted is None else (f"{wanted}.",):
+    for extension in IMAGES:
+      if stem + extension in members:
+        return members[stem + extension]
   return None
 
 
-def label(members: Mapping[str, bytes], *, key: str) -> int:
-  """Returns the integer in the .cls member; -1 without it.
-
-  Raises:
-    Rejected: if .cls holds something else; names `key`.
-  """
-  if "cls" not in members:
-    return -1
-  try:
-    return int(members["cls"])
-  except ValueError:
-    raise Rejected("bad_metadata", f"{key}.cls holds {members['cls'][:32]!r}") from None
+def image_stems(extensions: Iterable[str]) -> set[str]:
+  """Returns what stands before the format in extensions of images: {"", "image", "seg"}."""
+  parts = [extension.rpartition(".") for extension in extensions]
+  return {stem for stem, _, format in parts if format in IMAGES}
 
 
 def read_json(data: bytes, *, key: str) -> dict[str, Any]:
@@ -47,11 +59,19 @@ def read_json(data: bytes, *, key: str) -> dict[str, Any]:
   """
   try:
     value = json.loads(data)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise Rejected("bad_metadata", f"{key}.json: {error}") from None
   if not isinstance(value, dict):
     raise Rejected("bad_metadata", f"{key}.json holds a {type(value).__name__}, expected an object")
   return value
+
+
+def clean(text: str) -> str:
+  """Returns a text without blanks around it; half a surrogate pair becomes U+FFFD.
+
+  JSON can hold half a pair (``"\\ud83d"``), which cannot be encoded, and which tokenizers refuse.
+  """
+  return _SURROGATE.sub("\ufffd", text.strip())
 
 
 def captions(texts: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -69,7 +89,8 @@ def field_texts(members: Mapping[str, bytes], name: str, *, key: str) -> tuple[s
 
   Args:
     members: of the sample.
-    name: "txt" for the member .txt; "json.a.b" for the entry b of a in .json, a string or a list.
+    name: "txt" for the member .txt; "json.a.b" for the entry b of a in .json, a string, a list
+      of strings, or an entry of each object of a list a.
     key: names the sample in errors.
 
   Raises:
@@ -81,15 +102,36 @@ def field_texts(members: Mapping[str, bytes], name: str, *, key: str) -> tuple[s
     value = entry(read_json(members["json"], key=key), path) if "json" in members else None
   elif name in members:
     value = _decode_text(members[name], key=f"{key}.{name}")
-  if isinstance(value, str):
-    text = value.strip()
-    return (text,) if text else ()
-  texts = value if isinstance(value, list) else []
-  return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+  return strings(value)
+
+
+def strings(value: Any) -> tuple[str, ...]:
+  """Returns the texts in a value, cleaned, without blank ones.
+
+  Args:
+    value: a string, UTF-8 bytes, or nested sequences of them; anything else holds no texts.
+  """
+  texts, left = list[str](), [value]  # not recursive: JSON nests up to a thousand lists
+  while left:
+    part = left.pop()
+    if isinstance(part, bytes):
+      part = part.decode("utf-8", "replace")
+    if isinstance(part, str):
+      texts.append(clean(part))
+    elif isinstance(part, np.ndarray):
+      left += reversed(part.ravel().tolist())
+    elif isinstance(part, list | tuple):
+      left += reversed(part)
+  return tuple(filter(None, texts))
 
 
 def entry(row: Any, path: str) -> Any:
-  """Returns row["a.b"] if it exists, else row["a"]["b"], for the path "a.b"; None if missing."""
+  """Returns row["a.b"] if it exists, else row["a"]["b"], for the path "a.b"; None if missing.
+
+  Of a list of objects, as Karpathy's captions {"sentences": [{"raw": ...}]}, the entries of all.
+  """
+  if isinstance(row, list | tuple | np.ndarray):
+    return [entry(part, path) for part in row]
   if isinstance(row, Mapping) and path in row:
     return row[path]
   first, dot, rest = path.partition(".")

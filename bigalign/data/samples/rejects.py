@@ -6,10 +6,13 @@ import collections
 import json
 import logging
 import os
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from bigalign.private_apis import tensorstore_status
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +26,15 @@ REASONS = (
   "no_caption",  # every caption field is missing or blank
   "bad_metadata",  # a .json or .cls member that cannot be read
   "no_vector",  # the embedding store that is read with the source has no row for it
+  "failed",  # reading, decoding, tokenising or augmenting it raised another error
 )
+# Errors of an object store, which tensorstore raises as ValueError.
+_STATUSES = {
+  *("CANCELLED", "UNKNOWN", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS", "ABORTED"),
+  *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "INTERNAL", "UNAVAILABLE"),
+  *("UNAUTHENTICATED", "DATA_LOSS", "UNIMPLEMENTED", "INVALID_ARGUMENT", "OUT_OF_RANGE"),
+}
+DETAIL = 500  # characters of a detail; the rest may be the data itself
 
 
 class Rejected(Exception):
@@ -31,18 +42,49 @@ class Rejected(Exception):
 
   Args:
     reason: one of REASONS.
-    detail: what is wrong with it, for the log.
+    detail: what is wrong with it, for the log; cut at DETAIL characters.
   """
 
   def __init__(self, reason: str, detail: str = ""):
     if reason not in REASONS:
       raise ValueError(f"Unknown reject reason {reason!r}; known: {REASONS}")
+    detail = cut(detail, DETAIL)
     super().__init__(reason, detail)
     self.reason = reason
     self.detail = detail
 
   def __str__(self) -> str:
     return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def cut(text: str, most: int) -> str:
+  """Returns a text without what is beyond `most` characters; says how long it was."""
+  return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+
+
+def rejection(error: Exception) -> Rejected:
+  """Returns why a sample is rejected whose reading, decoding or augmenting raised an error.
+
+  Args:
+    error: with its traceback.
+
+  Returns:
+    `error` if it is a Rejected; else one with the reason "failed", which names the error and the
+    line of code that raised it.
+
+  Raises:
+    Exception: `error` itself if it is not the fault of one sample: errors of the disk, of a store,
+      of the memory, and missing modules.
+  """
+  if isinstance(error, Rejected):
+    return error
+  if isinstance(error, OSError | MemoryError | ImportError):
+    raise error
+  if isinstance(error, ValueError) and tensorstore_status(error) in _STATUSES:
+    raise error
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+  return Rejected("failed", f"{type(error).__name__}: {cut(str(error), DETAIL // 2)} ({place})")
 
 
 def append_json_line(path: str, **line: Any) -> None:

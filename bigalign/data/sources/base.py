@@ -12,11 +12,15 @@ import bisect
 import functools
 import importlib
 import itertools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from bigalign.data.files import fingerprints
 from bigalign.data.files.patterns import expand_variables
+from bigalign.data.samples.columns import SHOWN
+from bigalign.data.samples.labels import Labels
+from bigalign.data.samples.rejects import Rejected, rejection
 from bigalign.data.sources.arrayrecord import ArrayRecord
 from bigalign.data.sources.parquet import Parquet
 from bigalign.data.sources.synthetic import Synthetic
@@ -30,6 +34,7 @@ class Source(Protocol):
 
   A source may also have:
     classnames: a tuple, in the order of the labels.
+    labels: a Labels that reads the labels of its samples.
     block: how many consecutive samples it reads at once, if more than one.
     where(i): (file of sample i, its place there, samples in that file).
     fields(i): all that is stored of sample i, {name: value}.
@@ -159,7 +164,10 @@ class Concatenation:
     self.block = max(getattr(source, "block", 1) for source in self.sources)
 
   def __repr__(self) -> str:
-    return f"Concatenation({', '.join(map(repr, self.sources))})"
+    shown = [repr(source) for source in self.sources[:SHOWN]]
+    if len(self.sources) > SHOWN:
+      shown.append(f"and {len(self.sources) - SHOWN} more")
+    return f"Concatenation({', '.join(shown)})"
 
   def __len__(self) -> int:
     return self._firsts[-1]
@@ -215,9 +223,60 @@ def where(source: Source, i: int) -> tuple[str, int, int]:
   return repr(source), i, len(source)
 
 
+def read(source: Source, i: int) -> dict[str, Any]:
+  """Returns the record of sample i.
+
+  Raises:
+    Rejected: if the sample cannot be used, whatever error reading it raised. Errors of the disk or
+      of an object store are raised as they are.
+  """
+  try:
+    return source[i]
+  except Exception as error:
+    raise rejection(error) from error
+
+
+def repeated_key(source: Source) -> str:
+  """Returns a key that two samples of different files have; "" if none is found.
+
+  Compares the keys of the first samples of files that have equal names, in several folders.
+  """
+  first_of: dict[str, int] = {}
+  i = 0
+  while i < len(source):
+    path, ordinal, size = where(source, i)
+    name = os.path.basename(path)
+    if name in first_of:
+      try:
+        text = key(source, i)
+        if text == key(source, first_of[name]):
+          return text
+      except Rejected:
+        pass
+    else:
+      first_of[name] = i
+    i += max(size - ordinal, 1)
+  return ""
+
+
+def name_classes(source: Any, classnames: Sequence[str]) -> None:
+  """Lets the labels of a source that are names be names of these classes."""
+  for part in getattr(source, "sources", ()):
+    name_classes(part, classnames)
+  if isinstance(labels := getattr(source, "labels", None), Labels):
+    labels.name(classnames)
+
+
 def fields(source: Source, i: int) -> dict[str, Any]:
-  """Returns all that is stored of sample i, {name: value}; {} if the source does not support it."""
-  return dict(source.fields(i)) if hasattr(source, "fields") else {}
+  """Returns all that is stored of sample i, {name: value}; {} if the source does not support it.
+
+  Raises:
+    Rejected: if they cannot be read.
+  """
+  try:
+    return dict(source.fields(i)) if hasattr(source, "fields") else {}
+  except Exception as error:
+    raise rejection(error) from error
 
 
 def key(source: Source, i: int) -> str:
@@ -226,5 +285,8 @@ def key(source: Source, i: int) -> str:
   Raises:
     Rejected: if the sample cannot be used and its key is unknown.
   """
-  text: str = source.key(i) if hasattr(source, "key") else source[i]["key"]
+  try:
+    text: str = source.key(i) if hasattr(source, "key") else source[i]["key"]
+  except Exception as error:
+    raise rejection(error) from error
   return text
