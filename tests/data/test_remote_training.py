@@ -109,6 +109,36 @@ class Announced:
     return self.source[i]
 
 
+@pytest.mark.parametrize("rows", [np.arange(1024), np.arange(0, 2048, 2)], ids=["own", "every 2nd"])
+def test_evaluation_has_room_for_two_large_batches(rows):
+  """With room for 1,024 samples, most of a batch above 512 rows was fetched one by one."""
+
+  class Far:
+    """Samples that remember what is held."""
+
+    fingerprint, block = "0", 32
+
+    def __init__(self):
+      self.held = 0
+
+    def __len__(self):
+      return 9000
+
+    def prefetch(self, ids, *, hold=0):
+      self.held = max(self.held, hold)
+      assert len({i // 32 for i in ids}) * 32 <= self.held <= 2 * 2048 + 64
+
+    def __getitem__(self, i):
+      return dict(image=np.zeros((8, 8, 3), np.uint8), captions=("a",), key=str(i), label=-1)
+
+  options = dict(
+    batch_size=2048, rows=rows, image_size=8, images=False, tokenizer=dict(name="byte", length=16)
+  )
+  with contextlib.closing(eval_batches(Far(), **options)) as batches:
+    seen = sum(int(batch["valid"].sum()) for batch in batches)
+  assert seen == sum(k * 2048 + row < 9000 for k in range(5) for row in rows.tolist())
+
+
 def test_evaluation_and_embedding_fetch_the_next_batch(shards):
   options = dict(
     batch_size=B,

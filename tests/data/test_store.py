@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 
 import numpy as np
@@ -78,6 +79,26 @@ def test_sorting_in_ranges_is_sorting(tmp_path, monkeypatch):
     np.testing.assert_array_equal(one, other)
   assert ranges.ids == whole.ids
   np.testing.assert_array_equal(np.concatenate([x for x, _ in ranges.sorted_ids()]), np.sort(ids))
+
+
+def test_sorting_needs_few_open_files(tmp_path, monkeypatch):
+  """4096 ranges; a temporary file for each ended the work of hours with EMFILE."""
+  ids = np.random.default_rng(0).integers(0, 1 << 63, 2000, np.uint64) * 2 + 1
+  monkeypatch.setattr(reader, "CHUNK", 1)
+  opened = []
+  make = tempfile.TemporaryFile
+  monkeypatch.setattr(
+    writer.tempfile, "TemporaryFile", lambda **options: opened.append(1) or make(**options)
+  )
+  table = np.stack([ids, np.arange(2000, dtype=np.uint64)], 1)
+  np.save(tmp_path / "a.samples.npy", table[:1500])
+  np.save(tmp_path / "b.samples.npy", table[1500:])
+  files = [dict(stem="a"), dict(stem="b")]
+  rows = np.concatenate([*writer._by_high_bits(tmp_path, files, len(ids))])
+  order = np.argsort(rows[:, 0] >> np.uint64(64 - 11), kind="stable")
+  assert len(opened) == 1 and (order == np.arange(2000)).all()
+  by_row = rows[np.argsort(rows[:, 1])]
+  assert (by_row[:, 0] == ids).all() and (by_row[:, 1] == by_row[:, 2]).all()
 
 
 def test_another_source_is_appended(tmp_path):

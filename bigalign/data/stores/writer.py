@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
 import json
 import pathlib
@@ -16,6 +15,8 @@ import numpy as np
 from bigalign.data.files import checksums
 from bigalign.data.files.storage import atomic_write
 from bigalign.data.stores import reader
+
+_ROW = 24  # bytes of an id, a row and a place
 
 
 class Range(NamedTuple):
@@ -275,26 +276,43 @@ def _by_high_bits(
 ) -> Iterator[np.ndarray]:
   """Yields (id, row, place) of all rows, [N, 3] uint64, by ascending ranges of ids.
 
-  Each range fits in memory.
+  Each range fits in memory. One scratch file holds the ranges one after another, because a file for
+  each would be more files than a process can have open, from a billion rows on.
   """
   bits = max(0, (count // reader.CHUNK).bit_length())
-  with contextlib.ExitStack() as scratch:
-    heaps = [scratch.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(1 << bits)]
-    row = 0
-    for file in files:
-      samples = np.load(folder / f"{file['stem']}.samples.npy", mmap_mode="r", allow_pickle=False)
-      for start in range(0, len(samples), reader.CHUNK):
-        chunk = np.asarray(samples[start : start + reader.CHUNK])
-        table = np.stack(
-          [chunk[:, 0], np.arange(row, row + len(chunk), dtype=np.uint64), chunk[:, 1]], 1
-        )
-        row += len(chunk)
-        heap = chunk[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(chunk), np.uint64)
-        for i in np.unique(heap).tolist():
-          heaps[i].write(table[heap == i].tobytes())
-    for heap_file in heaps:
-      heap_file.seek(0)
-      yield np.frombuffer(heap_file.read(), np.uint64).reshape(-1, 3)
+  sizes = np.zeros(1 << bits, np.int64)
+  for chunk in _samples(folder, files):
+    sizes += np.bincount(_high(chunk[:, 0], bits), minlength=len(sizes))
+  ends = np.cumsum(sizes)
+  place, row = ends - sizes, 0  # where the next row of each range goes
+  with tempfile.TemporaryFile(dir=folder) as scratch:
+    for chunk in _samples(folder, files):
+      rows = np.arange(row, row + len(chunk), dtype=np.uint64)
+      row += len(chunk)
+      high = _high(chunk[:, 0], bits)
+      order = np.argsort(high, kind="stable")
+      table = np.stack([chunk[:, 0], rows, chunk[:, 1]], 1)[order]
+      numbers, first = np.unique(high[order], return_index=True)
+      for number, part in zip(numbers.tolist(), np.split(table, first[1:])):
+        scratch.seek(int(place[number]) * _ROW)
+        scratch.write(part.tobytes())
+        place[number] += len(part)
+    for end, size in zip(ends.tolist(), sizes.tolist()):
+      scratch.seek((end - size) * _ROW)
+      yield np.frombuffer(scratch.read(size * _ROW), np.uint64).reshape(-1, 3)
+
+
+def _samples(folder: pathlib.Path, files: Sequence[Mapping[str, Any]]) -> Iterator[np.ndarray]:
+  """Yields the id and the place of all rows, [n, 2] uint64, n <= reader.CHUNK."""
+  for file in files:
+    samples = np.load(folder / f"{file['stem']}.samples.npy", mmap_mode="r", allow_pickle=False)
+    for start in range(0, len(samples), reader.CHUNK):
+      yield np.asarray(samples[start : start + reader.CHUNK])
+
+
+def _high(ids: np.ndarray, bits: int) -> np.ndarray:
+  """The range that each id belongs to: its highest bits, [n] int64."""
+  return (ids >> np.uint64(64 - bits) if bits else np.zeros_like(ids)).astype(np.int64)
 
 
 def _sources(path: pathlib.Path) -> list[dict[str, Any]]:
