@@ -20,12 +20,16 @@ BLOCK = 512
 def _expected(data: bytes) -> int | None:
   """Counts the complete samples with tarfile; None if the shard must be refused."""
   groups: list[tuple[str, set[str]]] = []
-  offset, whole = 0, False
+  offset, whole, broken = 0, False, True
   while offset < len(data):
     header = data[offset : offset + BLOCK]
-    if header == bytes(BLOCK):
+    if header == bytes(BLOCK):  # an end mark, after which another tar may follow
       whole = True
-      break
+      offset += BLOCK
+      continue
+    if whole and not header.strip(b"\0"):
+      offset += BLOCK
+      continue
     try:
       info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -34,15 +38,18 @@ def _expected(data: bytes) -> int | None:
       break
     offset += BLOCK + -(-info.size // BLOCK) * BLOCK
     key, _, field = info.name.partition(".")
-    if not groups or groups[-1][0] != key:
+    if not groups or groups[-1][0] != key or whole:
       groups.append((key, set()))
+    whole = False
     if field in groups[-1][1]:
       return None
     groups[-1][1].add(field)
+  else:
+    broken = not whole
   if not whole and len(groups) > 1 and groups[-1][1] < groups[-2][1]:
     groups.pop()
   keys = [key for key, _ in groups]
-  return None if len(set(keys)) < len(keys) or not (groups or whole) else len(groups)
+  return None if len(set(keys)) < len(keys) or (broken and not groups) else len(groups)
 
 
 def _mutate(data: bytes, random: np.random.Generator) -> bytes:

@@ -14,7 +14,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from bigalign.data.samples.image_files import describe
+
 BLOCK = 512
+_LONGEST_NAME = 1 << 16  # bytes of the name of a member; Linux allows 4096
+_LONGEST_HEADER = 1 << 20  # bytes of a GNU long name or of pax records, which are read at once
+_SHOWN = 200  # characters of a name in an error
+_ZERO_CHUNK = 1 << 16  # bytes
 _REGULAR = (b"0", b"\0", b"7")
 _ZEROS = bytes(BLOCK)
 # name, size, checksum, type, magic, prefix
@@ -93,12 +99,14 @@ class Buffer(Protocol):
 
 
 def members(buffer: Buffer) -> Iterator[Member | None]:
-  """Yields the regular files of a tar, then None if there is an end mark (a block of zeros).
+  """Yields the regular files of a tar, and None at each end mark (blocks of zeros).
 
-  Understands ustar prefixes, GNU long names, and pax paths and sizes.
+  Understands ustar prefixes, GNU long names, and pax paths and sizes. Goes on after an end mark,
+  because tars are concatenated with `cat`; only zeros may follow the last one.
 
   Raises:
-    BrokenTar: at the first wrong header checksum, and if the data ends inside a member.
+    BrokenTar: at the first wrong header checksum, if the data ends inside a member, and for names
+      and pax records above 1 MiB.
   """
   offset = 0
   first: int | None = None  # where the extended headers of the next member began
@@ -107,7 +115,11 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
   while header := buffer[offset : offset + BLOCK]:
     if header == _ZEROS:
       yield None
-      return
+      after = _after_zeros(buffer, offset)
+      if after is None:
+        return
+      offset, first, long_name, pax = after, None, None, {}
+      continue
     if len(header) < BLOCK:
       raise BrokenTar(offset, "a header is cut off")
     name, digits, checksum, kind, magic, prefix = _HEADER.unpack(header)
@@ -125,6 +137,8 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
     end = start + -(-size // BLOCK) * BLOCK
     if size and not buffer[start + size - 1 : start + size]:
       raise BrokenTar(offset, f"the data ends inside a member of {size} bytes")
+    if kind in b"Lx" and size > _LONGEST_HEADER:
+      raise BrokenTar(offset, f"a name or pax records of {size} bytes, above {_LONGEST_HEADER}")
     first = offset if first is None else first
     if kind == b"L":
       long_name = _text(buffer[start : start + size])
@@ -136,9 +150,21 @@ def members(buffer: Buffer) -> Iterator[Member | None]:
         # Old GNU tars keep times at the place of the prefix of POSIX ustar.
         if magic == b"ustar\0" and prefix[0] and not (long_name or b"path" in pax):
           text = f"{_text(prefix)}/{text}"
+        if len(text) > _LONGEST_NAME:
+          raise BrokenTar(offset, f"a name of {len(text)} characters, above {_LONGEST_NAME}")
         yield Member(text, first, start, size, end)
       first, long_name, pax = None, None, {}
     offset = end
+
+
+def _after_zeros(buffer: Buffer, offset: int) -> int | None:
+  """The first block from `offset` on that is not zeros; None if the tar ends before."""
+  while chunk := buffer[offset : offset + _ZERO_CHUNK]:
+    zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+    if zeros < len(chunk):
+      return offset + zeros // BLOCK * BLOCK
+    offset += len(chunk)
+  return None
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -178,14 +204,9 @@ def scan(buffer: Buffer, *, path: str) -> Scan:
   groups, problem = _groups(buffer, path=path)
   if not groups and problem:
     raise ValueError(
-      f"{path}: not an uncompressed tar ({problem}); it starts with {buffer[:16]!r}. Random"
-      " access needs plain .tar: gunzip a .tar.gz, and fetch again what was saved as an error"
-      " page."
+      f"{path}: not an uncompressed tar ({problem}), but {describe(buffer[:512])}. Random access"
+      " needs plain .tar: gunzip a .tar.gz, and fetch again what was saved as an error page."
     )
-  # The last sample of a shard that is cut off counts as complete if it has the members of the one
-  # before it.
-  if problem and len(groups) > 1 and groups[-1].fields < groups[-2].fields:
-    groups.pop()
   _check_adjacent(groups, path=path)
   ends = [groups[-1].end] if groups else [0]
   starts = np.array([group.start for group in groups] + ends, np.int64) // BLOCK
@@ -205,29 +226,35 @@ class _Group:
 
 
 def _groups(buffer: Buffer, *, path: str) -> tuple[list[_Group], str]:
-  """The samples in order, and where the tar is cut off ("" if it is complete)."""
+  """The complete samples in order, and where the tar is cut off ("" if it is complete)."""
   groups: list[_Group] = []
   end, end_mark = 0, False
   try:
     for member in members(buffer):
       if member is None:
         end_mark = True
-        break
-      end = member.end
+        continue
+      new, end_mark, end = end_mark, False, member.end  # a sample does not go on after an end mark
       name = split_name(member.name)
       if name is None:
         continue
       key, field = name
-      if groups and groups[-1].key == key:
+      if groups and groups[-1].key == key and not new:
         if field in groups[-1].fields:
-          raise ValueError(f"{path}: {member.name!r} occurs twice in one sample")
+          raise ValueError(f"{path}: {member.name[:_SHOWN]!r} occurs twice in one sample")
         groups[-1].fields.add(field)
         groups[-1].end = member.end
       else:
         groups.append(_Group(key, member.header, member.end, {field}))
   except BrokenTar as error:
-    return groups, str(error)
-  return groups, "" if end_mark else f"the tar has no end mark at byte {end}"
+    problem = f"after its end mark: {error}" if end_mark else str(error)
+  else:
+    problem = "" if end_mark else f"the tar has no end mark at byte {end}"
+  # The last sample of a shard that is cut off counts as complete if it has the members of the one
+  # before it.
+  if problem and not end_mark and len(groups) > 1 and groups[-1].fields < groups[-2].fields:
+    groups.pop()
+  return groups, problem
 
 
 def _check_adjacent(groups: list[_Group], *, path: str) -> None:
@@ -235,7 +262,7 @@ def _check_adjacent(groups: list[_Group], *, path: str) -> None:
   for group in groups:
     if group.key in seen:
       raise ValueError(
-        f"{path}: members of sample {group.key!r} are not adjacent, as webdataset"
+        f"{path}: members of sample {group.key[:_SHOWN]!r} are not adjacent, as webdataset"
         " requires. Rewrite the shard in order: tar --sort=name -cf NEW.tar FOLDER"
       )
     seen.add(group.key)
@@ -243,14 +270,15 @@ def _check_adjacent(groups: list[_Group], *, path: str) -> None:
 
 def _number(field: bytes, *, offset: int, base: int = 8) -> int:
   """The number in a field: text up to the first zero; base 256 if the first bit is set (GNU)."""
-  if field[:1] >= b"\x80":
-    return int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
-  digits = field.partition(b"\0")[0].strip() or b"0"
-  try:
-    number = int(digits, base)
-  except ValueError:
-    number = -1
-  if number < 0:  # a negative size would make the scan loop forever
+  if field[:1] >= b"\x80" and base == 8:
+    number = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+  else:
+    digits = field.partition(b"\0")[0].strip() or b"0"
+    try:
+      number = int(digits, base)
+    except ValueError:
+      number = -1
+  if not 0 <= number < 1 << 63:  # a negative size would make the scan loop forever
     raise BrokenTar(offset, "wrong number in a header")
   return number
 
@@ -260,13 +288,20 @@ def _text(field: bytes) -> str:
 
 
 def _pax(data: bytes, *, offset: int) -> dict[bytes, bytes]:
-  """Parses records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record."""
-  records = {}
-  while data.strip(b"\0"):
-    length, space, _ = data.partition(b" ")
-    if not space or not length.isdigit() or not 0 < int(length) <= len(data):
+  """Parses records "LENGTH KEY=VALUE\\n", where LENGTH counts the whole record.
+
+  Returns:
+    The path and the size, if they are given; other keys would only take memory.
+  """
+  records, position, end = dict[bytes, bytes](), 0, len(data.rstrip(b"\0"))
+  while position < end:
+    space = data.find(b" ", position, position + 9)  # the data has at most 1 MiB: 7 digits
+    digits = data[position:space]
+    length = int(digits) if space > 0 and digits.isdigit() else 0
+    if not len(digits) < length <= len(data) - position:
       raise BrokenTar(offset, "wrong pax record")
-    key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-    records[key] = value
-    data = data[int(length) :]
+    key, _, value = data[space + 1 : position + length - 1].partition(b"=")
+    if key in (b"path", b"size"):
+      records[key] = value
+    position += length
   return records
