@@ -227,6 +227,12 @@ def zeroshot(
     if classnames is None
     else read_lines(classnames, f"{where}.classnames", labels=True)
   )
+  if getattr(data.source, "dataset_type", "") == "multilabel":
+    raise ValueError(
+      f"{where}: dataset_type.txt of {source!r} says multilabel: its labels are sets of classes in"
+      " KEY.npy, whose measure is the mean average precision. Evaluators here take one label per"
+      " image, KEY.cls; evaluate an export of the model with CLIP_benchmark"
+    )
   if classnames is not None:
     name_classes(data.source, names)
   if not names:

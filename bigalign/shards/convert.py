@@ -5,7 +5,7 @@ and with data.order="exact" the same batches. The files are written to OUT.part,
 OUT when all are complete. After an interruption the same command writes the missing files.
 
   image      the encoded image, unchanged; with --short_side, larger ones as JPEG of --quality
-  label      the class, if the sample has one
+  label      the class, if the sample has one; empty or missing if it has none
   __key__    the key of the sample in the source
   FIELD      the captions of each field, and all other content of the sample: members of a tar,
              columns; values other than texts, numbers and lists of them are stored as JSON
@@ -27,7 +27,7 @@ from typing import Any
 
 from bigalign.data.files import processes, storage
 from bigalign.data.samples.rejects import Rejected
-from bigalign.data.sources.base import Source, Spec, open_spec, texts_of
+from bigalign.data.sources.base import Source, Spec, open_spec, read, texts_of
 from bigalign.shards import source_flags
 from bigalign.shards.examples import Plan, write_file
 
@@ -111,7 +111,7 @@ def convert(
 def _caption_names(source: Source, spec: Spec) -> tuple[str, ...]:
   for i in range(min(len(source), PROBED)):
     with contextlib.suppress(Rejected):
-      return tuple(texts_of(source[i], spec))
+      return tuple(texts_of(read(source, i), spec))
   return spec.captions or ()
 
 

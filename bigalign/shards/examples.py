@@ -11,9 +11,11 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import ExifTags, Image
 
 from bigalign.data.image.decode import decode, orientation_of
+from bigalign.data.samples.labels import Labels
 from bigalign.data.samples.members import IMAGES
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources import arrayrecord, base
@@ -75,6 +77,7 @@ def write_file(task: tuple[Plan, int]) -> dict[str, Any]:
   source, path = open_spec(plan.spec), plan.path(n)
   partial = f"{path}.tmp"
   span = range(n * plan.records, min((n + 1) * plan.records, plan.samples))
+  labels = Labels(getattr(source, "classnames", ()), what="label")
   refused: collections.Counter[str] = collections.Counter()
   smaller = 0
   try:
@@ -82,7 +85,7 @@ def write_file(task: tuple[Plan, int]) -> dict[str, Any]:
     for i in span:
       if (i - span.start) % (AHEAD // 2) == 0:
         base.prefetch(source, range(i, min(i + AHEAD, span.stop)))
-      features, reason, shrunk = _features(source, i, plan)
+      features, reason, shrunk = _features(source, i, plan, labels)
       writer.write(arrayrecord.make_example(features))
       refused[reason] += bool(reason)
       smaller += shrunk
@@ -118,21 +121,24 @@ def _finish(partial: str, path: str, count: int) -> None:
   os.replace(partial, path)
 
 
-def _features(source: Source, i: int, plan: Plan) -> tuple[dict[str, list[Any]], str, bool]:
+def _features(
+  source: Source, i: int, plan: Plan, labels: Labels
+) -> tuple[dict[str, list[Any]], str, bool]:
   """The features of sample i, why the source rejects it ("" if not), whether it was resized."""
   stored: dict[str, Any] = {}
   with contextlib.suppress(Rejected):
     stored = base.fields(source, i)
-  features: dict[str, list[Any]] = {name: [] for name in plan.fields}
+  # A source without captions has labels, which the reader looks for in the first record.
+  features: dict[str, list[Any]] = {name: [] for name in plan.fields or ("label",)}
   try:
-    record = source[i]
+    record = base.read(source, i)
   except Rejected as error:
     features |= {name: _values(value) for name, value in stored.items()}
     return features | _rejected_features(error, features), error.reason, False
   image = _encoded(record["image"])
   small = _resized(image, plan) if plan.short_side else image
   features |= {
-    name: _values(value) for name, value in stored.items() if value not in (image, [image])
+    name: values for name, value in stored.items() if (values := _values(value)) != [image]
   }
   texts = base.texts_of(record, plan.spec)
   features |= {name: _values([*column]) for name, column in texts.items()}
@@ -142,22 +148,24 @@ def _features(source: Source, i: int, plan: Plan) -> tuple[dict[str, list[Any]],
   }
   if record["label"] >= 0:
     features["label"] = [record["label"]]
+  elif labels(features.get("label"), key=record["key"]) >= 0:
+    features["label"] = []  # a column of this name that is not the label of the source
   return features, "", small is not image
 
 
 def _rejected_features(error: Rejected, features: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
   """Features that a reader rejects for the same reason."""
-  message = [str(error).encode("utf-8", "replace")]
-  if error.reason == "no_image":
-    return dict(image=[])
-  if error.reason == "bad_metadata":
-    image = next((features[name] for name in ("image", *IMAGES) if features.get(name)), message)
-    return dict(image=image, label=message)  # a label that is not a number
-  return dict(image=message)  # an image that does not decode
+  message = [part.encode("utf-8", "replace") for part in (error.reason, error.detail)]
+  image: list[Any] = []
+  if error.reason != "no_image":
+    image = next((features[name] for name in ("image", *IMAGES) if features.get(name)), message[1:])
+  return {"image": image, arrayrecord.REJECTED: message}
 
 
 def _values(value: Any) -> list[Any]:
   """A value as a feature: a list of bytes, of integers or of floats; other values as JSON."""
+  if isinstance(value, np.ndarray | np.generic):
+    value = value.tolist()
   every = value if isinstance(value, list) else [] if value is None else [value]
   types = {type(each) for each in every}
   if types == {str}:

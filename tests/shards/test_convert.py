@@ -79,7 +79,7 @@ def test_bad_samples_keep_their_position_and_their_reason(tmp_path):
     records=60,
     smaller=0,
     bytes=0,
-    refused=dict(no_image=1, bad_metadata=2),
+    refused=dict(no_image=1, bad_metadata=1),
   )
   copy = f"{tmp_path}/out/*.array_record"
   expected = batches(shard, captions)
@@ -168,6 +168,35 @@ def test_all_other_columns_are_copied_too(tmp_path):
   glyph = open_source("glyphs:heldout")[3]
   np.testing.assert_array_equal(decode(pixels["image"]), decode(glyph["image"]))
   assert pixels["captions"] == glyph["captions"] and pixels["label"] == glyph["label"]
+
+
+def test_a_missing_label_is_missing_in_the_copy(tmp_path, caplog):
+  """Nulls, blanks, NaN; labels alone, where the first sample has none; another column `label`."""
+  labels = [None, 1, None, 2, 0]
+  columns = dict(
+    jpg=[picture(i) for i in range(5)],
+    caption=["a", "b", "c", "d", "e"],
+    label=labels,
+    floats=[None, 1.0, float("nan"), 2.0, 0.0],
+    texts=[None, "1", " ", "2", "0"],
+    lists=[None, [1], [], [2], [0]],
+  )
+  pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+  for name in ("label", "floats", "texts", "lists"):
+    for captions in (("caption",), ()):
+      spec = Spec(f"{tmp_path}/0.parquet", captions, (("label", name),))
+      convert(spec, f"{tmp_path}/{name}{len(captions)}")
+      source = open_source(spec.source, captions=captions, label=name)
+      copy = open_source(f"{tmp_path}/{name}{len(captions)}/*.array_record", captions=captions)
+      expected = [-1 if label is None else label for label in labels]
+      assert [source[i]["label"] for i in range(5)] == expected, name
+      assert [copy[i]["label"] for i in range(5)] == expected, name
+  shards = [(f"{i}.jpg", picture(i)) for i in range(3)] + [("1.cls", b"7"), ("2.cls", b"8")]
+  shard = write_tar(tmp_path / "0.tar", sorted(shards))
+  convert(Spec(shard), f"{tmp_path}/classes")
+  copy = open_source(f"{tmp_path}/classes/*.array_record")
+  assert [copy[i]["label"] for i in range(3)] == [-1, 7, 8]
+  assert not caplog.records
 
 
 def test_remote_shards_are_fetched_once(tmp_path, monkeypatch):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bigalign.data.files import fingerprints
+from bigalign.data.files import fingerprints, regular
 from bigalign.data.files.cache import LRUCache
 from bigalign.data.files.patterns import expand_local
 from bigalign.data.samples import columns
+from bigalign.data.samples.labels import Labels
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.webdataset import classnames_near
 from bigalign.private_apis import is_corrupt_array_record
 
+logger = logging.getLogger(__name__)
+
 KEY = "__key__"  # as webdataset names it
+REJECTED = "__rejected__"  # reason and detail of a sample that the source of a copy rejects
 _OPEN_FILES = 128
+_PROBES = 32  # records of a file that are looked at when it is opened
 _KINDS = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
 _CAPTIONS = ("caption", "captions", "captions/text", "text", "txt", "title")
 
@@ -34,11 +41,12 @@ class ArrayRecord:
     pattern: of local files.
     image: the feature of the encoded image; by default image, or jpg, png, ...
     captions: features of one or more UTF-8 strings, in order of preference.
-    label: the feature of the integer class, if it exists.
+    label: the feature of the class, if it exists: an integer or a name (samples/labels.py).
 
   Raises:
-    ValueError: if there are no records, or the first one has no image feature, or neither a caption
-      feature nor a label.
+    ValueError: if there are no records; if none of a file's records has an image feature of bytes,
+      or none has a caption feature or a label: names the file. Up to 32 records of each file are
+      looked at, drawn at random, until one has them.
 
   Example:
     >>> import tempfile
@@ -72,11 +80,9 @@ class ArrayRecord:
     self._files = LRUCache(open_file, capacity=_OPEN_FILES)
     if not len(self):
       raise ValueError(f"{pattern!r}: no records in {len(self._paths)} files")
-    _, features = self._features(0)
-    what = repr(pattern)
-    self._image = columns.image_column(features, image, what=what)
-    columns.check_captions(features, captions, label=label, what=what)
+    self._image = self._check(image)
     self.classnames = classnames_near(self._paths[0])
+    self.labels = Labels(self.classnames, what=label)
     self.fingerprint = fingerprints.of_files(self._paths)
 
   def __repr__(self) -> str:
@@ -87,14 +93,18 @@ class ArrayRecord:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     key, features = self._features(i)
+    if features.get(REJECTED):
+      raise Rejected(*(part.decode("utf-8", "replace") for part in features[REJECTED][:2]))
     image = features.get(self._image)
     if not image:
-      raise Rejected("no_image", f"{key} has {sorted(features)}")
+      raise Rejected("no_image", f"{key} has {columns.shown(sorted(features))}")
+    if not isinstance(image[0], bytes):
+      raise Rejected("undecodable", f"{key}: {self._image!r} holds {type(image[0]).__name__}")
     return dict(
       image=image[0],
       key=key,
       **columns.texts(features, self.captions),
-      label=columns.label(features.get(self._label), column=self._label, key=key),
+      label=self.labels(features.get(self._label), key=key),
     )
 
   def where(self, i: int) -> tuple[str, int, int]:
@@ -117,11 +127,46 @@ class ArrayRecord:
       data = self._files[path].read([place])[0]
     except RuntimeError as error:
       if not is_corrupt_array_record(error):  # an error of the disk
-        raise
+        raise OSError(f"{path}: record {place}: {error}") from error
       raise Rejected("undecodable", f"{key}: {error}") from error
     features = parse_example(data, key=key)
     named = features.pop(KEY, None)
-    return named[0].decode("utf-8", "surrogateescape") if named else key, features
+    if named and isinstance(named[0], bytes):
+      key = named[0].decode("utf-8", "surrogateescape")
+    return key, features
+
+  def _check(self, image: str | None) -> str:
+    """The feature of the images; raises ValueError for a file that lacks features."""
+    name, problem = image, ""
+    for first, end, path in zip(self._firsts, self._firsts[1:], self._paths):
+      size = int(end - first)
+      have: set[str] = set()
+      for place in random.Random(0).sample(range(size), min(size, _PROBES)):
+        try:
+          _, features = self._features(int(first) + place)
+        except Rejected as error:
+          problem = problem or str(error)
+          continue
+        have |= features.keys()
+        if REJECTED in features:  # of a copy: names all features, but may have no image
+          continue
+        name = name or columns.first_image(have)
+        if name in features and features[name] and not isinstance(features[name][0], bytes):
+          kind = type(features[name][0]).__name__
+          raise ValueError(
+            f"{path}: the image feature {name!r} holds {kind}, expected bytes."
+            + columns.IMAGE_ADVICE
+          )
+        if name in have and have & {*self.captions, self._label}:
+          break
+      if have:
+        name = columns.image_column(have, name, what=path)
+        columns.check_captions(have, self.captions, label=self._label, what=path)
+      elif size:
+        logger.warning("%s: none of the records drawn from it can be read: %s", path, problem)
+    if name is None:
+      raise ValueError(f"{self.pattern!r}: no record can be read; the first error: {problem}")
+    return name
 
 
 def open_file(path: str) -> tuple[Any, int]:
@@ -135,6 +180,7 @@ def open_file(path: str) -> tuple[Any, int]:
   """
   from array_record.python import array_record_module  # defines absl flags
 
+  regular.check(path)
   reader = array_record_module.ArrayRecordReader(
     path, options="readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32_768
   )

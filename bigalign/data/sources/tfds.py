@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bigalign.data.samples import columns
+from bigalign.data.samples.labels import Labels
 
 # TFDS 4.9.10 also writes Parquet, but then loses every other slice of records.
 _FORMAT = "array_record"
@@ -62,6 +63,7 @@ class Tfds:
     # A FeaturesDict is not a dict: it has no get.
     classes = features[label] if label in features else None  # noqa: SIM401
     self.classnames = tuple(getattr(classes, "names", None) or ())
+    self.labels = Labels(self.classnames, what=label)
     self._has_label = hasattr(classes, "num_classes")
     self._captions = (
       tuple(captions)
@@ -88,7 +90,7 @@ class Tfds:
     if self._data is None:
       self._data = self._open()
     example = self._data[i]
-    label = int(example[self._label]) if self._has_label else -1
+    label = self.labels(example[self._label], key=self.key(i)) if self._has_label else -1
     texts = columns.texts(example, self._captions)
     if not self._captions and self.classnames and label >= 0:
       texts["captions"] = (self.classnames[label].replace("_", " "),)
@@ -139,6 +141,8 @@ class Tfds:
     absent = [feature for feature in wanted if feature not in features]
     if absent:
       raise ValueError(
-        f"tfds:{self.name} has no feature {absent}; it has {sorted(features)}. Set "
-        "image= and captions= to the ones that hold them."
+        f"tfds:{self.name} has no feature {columns.shown(absent)}; it has"
+        f" {columns.shown(sorted(features))}. Set config.data.source_options=dict(image=...) and"
+        " config.data.captions to the ones that hold them (command line tools: --source_options"
+        " image=... --captions ...)."
       )

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pathlib
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from bigalign.data.files import storage
+from bigalign.data.files import lines, storage
 from bigalign.data.files.patterns import expand_shards
-from bigalign.data.samples import members
+from bigalign.data.samples import columns, members
+from bigalign.data.samples.labels import Labels
 from bigalign.data.samples.rejects import Rejected
+from bigalign.data.sources import clip_benchmark
 from bigalign.data.tar import parse, sidecars, stats
 from bigalign.data.tar.remote_blocks import BLOCK, RemoteBlocks
 from bigalign.data.tar.shards import Shards
 from bigalign.data.tar.sidecars import Sidecars
 
+logger = logging.getLogger(__name__)
+
+_MOST_BYTES = 1 << 30  # of a sample that is read
+_PROBES = 64  # samples that are read to find the keys of .json members
+
 
 class WebDataset:
   """Random access to webdataset .tar shards, local or remote, without unpacking them.
 
-  KEY.cls holds the label. The names of the classes are read from classnames.txt, one per line, in
-  the folder of the shards or in its parent. A source that has none of the caption fields is an
-  error unless it has labels.
+  KEY.cls holds the label, an integer or the name of a class (samples/labels.py). The names of the
+  classes are read from classnames.txt, one per line, in the folder of the shards or in its parent.
+  CLIP_benchmark's dataset_type.txt (of "retrieval", each line of KEY.txt is a caption) and
+  nshards.txt are read too (clip_benchmark.py).
+  A source that has none of the caption fields is an error unless it has labels.
 
   `block` is the number of consecutive samples that are fetched with one request and kept until all
   are read, so an order that stays within blocks is fast. It is 1 on local disks, where every order
@@ -38,9 +49,11 @@ class WebDataset:
       a list of strings; "json.names.de" the entry `de` of an object `names`.
       "recap.parquet:caption" is the column `caption` of 00000.recap.parquet next to 00000.tar
       (sidecars.py).
+    image: the member that holds the image: "jpg" or "photo.jpg", or "photo" for any format. By
+      default the first with an extension of an image (samples/members.py), or KEY.image.jpg.
 
   Raises:
-    ValueError: if there are no samples, or none of the caption fields.
+    ValueError: if there are no samples, no images, or none of the caption fields.
 
   Example:
     >>> import io, tarfile, tempfile
@@ -56,10 +69,14 @@ class WebDataset:
     >>> folder.cleanup()
   """
 
-  def __init__(self, pattern: str, *, captions: Sequence[str] = ("txt",)):
+  def __init__(self, pattern: str, *, captions: Sequence[str] = ("txt",), image: str | None = None):
     self.pattern = pattern
+    self._image = image
     self.captions = tuple(captions)
-    self.shards = Shards(expand_shards(pattern), pattern=pattern)
+    paths = clip_benchmark.stated_shards(expand_shards(pattern), pattern=pattern)
+    self.shards = Shards(paths, pattern=pattern)
+    self.dataset_type = clip_benchmark.dataset_type(paths[0])
+    self._noticed = False  # a text of several lines, which is logged once
     if not len(self):
       raise ValueError(
         f"{pattern!r}: no samples in {len(self.shards.paths)} shards; members are "
@@ -70,12 +87,14 @@ class WebDataset:
     # (i, members of sample i) that `fields` read last.
     self._last: tuple[int, tuple[int, str, dict[str, bytes]]] | None = None
     self.classnames = classnames_near(self.shards.paths[0])
+    self.labels = Labels(self.classnames, what=".cls")
     self.fingerprint = self.shards.fingerprint
     self._sidecars = {
       name: Sidecars(self.shards, name, pattern=pattern)
       for name in self.captions
       if sidecars.is_field(name)
     }
+    self._check_image()
     self._check_fields()
 
   def __repr__(self) -> str:
@@ -87,18 +106,39 @@ class WebDataset:
   def __getitem__(self, i: int) -> dict[str, Any]:
     shard, name, fields = self._members(i)
     key = self._key(shard, name)
-    image = members.image(fields)
+    image = members.image(fields, self._image)
     if image is None:
-      raise Rejected("no_image", f"{key} has {sorted(fields)}")
+      raise Rejected("no_image", f"{key} has {columns.shown(sorted(fields))}")
     texts = {
       field: self._sidecars[field].texts(i, shard)
       if field in self._sidecars
-      else members.field_texts(fields, field, key=key)
+      else self._split(field, members.field_texts(fields, field, key=key), key)
       for field in self.captions
     }
     return dict(
-      image=image, key=key, label=members.label(fields, key=key), **members.captions(texts)
+      image=image,
+      key=key,
+      label=self.labels(fields.get("cls"), key=key),
+      **members.captions(texts),
     )
+
+  def _split(self, field: str, texts: tuple[str, ...], key: str) -> tuple[str, ...]:
+    """The captions of a member: its lines if dataset_type.txt says retrieval, else its text."""
+    if "." in field or not any("\n" in text for text in texts):
+      return texts
+    if self.dataset_type == "retrieval":
+      return tuple(filter(None, (x.strip() for text in texts for x in lines.split(text))))
+    if not self._noticed:
+      self._noticed = True
+      logger.warning(
+        "%s.%s has %d lines and is read as one caption; if each line is a caption, as in the"
+        " retrieval datasets of CLIP_benchmark, write 'retrieval' to a dataset_type.txt in the"
+        " folder of the shards or its parent",
+        key,
+        field,
+        texts[0].count("\n") + 1,
+      )
+    return texts
 
   def fields(self, i: int) -> dict[str, bytes]:
     """Returns {extension: bytes} of sample i; its record then needs no further read."""
@@ -156,11 +196,14 @@ class WebDataset:
       return self._last[1]
     shard = self.shards.shard(i)
     path = self.shards.paths[shard]
+    start, end = self.shards.span(i, shard)
+    if end - start > _MOST_BYTES:
+      raise Rejected("too_large", f"sample {i} of {path} has {end - start} bytes")
     try:
       buffer = (
         self._remote[i]
         if self._remote
-        else storage.read(path, *self.shards.span(i, shard), expect=self.shards.stat(shard))
+        else storage.read(path, start, end, expect=self.shards.stat(shard))
       )
       return shard, *parse.sample(buffer)
     except (storage.FileChanged, parse.BrokenTar) as error:
@@ -172,25 +215,52 @@ class WebDataset:
       return self.shards.changed(error)
     return OSError(f"{self.shards.paths[shard]}: sample {i} differs from its index: {error}")
 
+  def _check_image(self) -> None:
+    """Raises ValueError if the members of images have other names than those that are read."""
+    have = sorted(self.shards.fields)
+    stems, wanted = members.image_stems(have), self._image
+    known = {"", "image"} & stems if wanted is None else {wanted} & {*have, *stems}
+    if known or (wanted is None and not stems):
+      return
+    named = f"no image member {wanted!r}" if wanted else "no image member (KEY.jpg, KEY.png, ...)"
+    raise ValueError(
+      f"{self.pattern!r}: {named} in these shards; the extensions are: {columns.shown(have)}."
+      f"{_dots(have)} Set config.data.source_options=dict(image=...) to one of"
+      f" {columns.shown(sorted(stems))} (command line tools: --source_options image=...)."
+    )
+
   def _check_fields(self) -> None:
     """Raises ValueError if the shards have neither a caption field nor labels."""
     if not self.captions or self._sidecars or "cls" in self.shards.fields:
       return
     have = set(self.shards.fields)
-    if "json" in self.shards.fields:
-      # The index does not list the keys inside of .json members, so a few samples are read.
-      for i in range(0, len(self), max(1, len(self) // 8)):
-        _, _, fields = self._members(i)
-        with contextlib.suppress(Rejected):  # a broken one is counted when training reads it
-          have |= {f"json.{key}" for key in members.read_json(fields.get("json", b"{}"), key="")}
     # Of "json.names.de", the entry `names` is enough.
-    if not have & {
-      part for name in self.captions for part in (name, ".".join(name.split(".")[:2]))
-    }:
+    wanted = {part for name in self.captions for part in (name, ".".join(name.split(".")[:2]))}
+    if "json" in self.shards.fields:
+      # The index does not list the keys inside of .json members. Samples are drawn, because few or
+      # regular ones may all lack an optional key.
+      for i in random.Random(0).sample(range(len(self)), min(len(self), _PROBES)):
+        if have & wanted:
+          break
+        with contextlib.suppress(Rejected):  # a broken one is counted when training reads it
+          _, _, fields = self._members(i)
+          have |= {f"json.{key}" for key in members.read_json(fields.get("json", b"{}"), key="")}
+    if not have & wanted:
       raise ValueError(
-        f"{self.pattern!r}: no caption field {list(self.captions)} in these shards; "
-        f"the fields are: {sorted(have)}. Set captions=(...) to one of them."
+        f"{self.pattern!r}: no caption field {columns.shown(self.captions)} in these shards; the"
+        f" fields are: {columns.shown(sorted(have))}.{_dots(have)}{columns.CAPTION_ADVICE}"
       )
+
+
+def _dots(extensions: Iterable[str]) -> str:
+  """A hint for an error if names of files seem to have dots in their keys."""
+  dotted = [name for name in extensions if "." in name and not name.startswith("json.")]
+  if len(dotted) <= columns.SHOWN:
+    return ""
+  return (
+    " Keys end at the first dot, as webdataset splits them: 'a.1.jpg' is the member '1.jpg' of the"
+    " sample 'a'. If these are samples of their own, write the shards again without dots in keys."
+  )
 
 
 def classnames_near(shard: str) -> tuple[str, ...]:
@@ -206,9 +276,10 @@ def read_classnames(path: pathlib.Path) -> tuple[str, ...]:
   """Returns the names of the classes in a file, one per line; the label is the line, from 0.
 
   Raises:
-    ValueError: for a blank line before the last name; to skip it would shift all labels after it.
+    ValueError: for a blank line before the last name, because to skip it would shift all labels
+      after it; for a text that is not UTF-8.
   """
-  names = tuple(line.strip() for line in path.read_text("utf-8").rstrip().splitlines())
+  names = tuple(lines.read_names(path))
   if "" in names:
     raise ValueError(
       f"{path}: line {names.index('') + 1} is blank, but the line number of a name is its label;"
