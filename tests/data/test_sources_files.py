@@ -163,7 +163,7 @@ def test_tables_are_read_as_csv_readers_do(tmp_path, separator, end):
     (text.strip(),) if text else () for _, text in QUOTED
   ]
   assert [source[i]["image"] for i in range(4)] == [picture(i) for i in range(4)]
-  assert source[2]["key"] == "t.csv/2.jpg" and source[2]["label"] == -1
+  assert source[2]["key"] == "t.csv/2/2.jpg" and source[2]["label"] == -1
 
 
 def test_a_stray_quote_is_a_character(tmp_path):
@@ -178,7 +178,7 @@ def test_a_stray_quote_is_a_character(tmp_path):
     'a "6" pipe',
     'end"',
   ]
-  (tmp_path / "t.tsv").write_text('title\tfilepath\nfine\t0.jpg\n"open\t1.jpg\nlost\t2.jpg\n')
+  (tmp_path / "t.tsv").write_text('title\tfilepath\nfine\t0.jpg\n"open\nlost\n')
   with pytest.raises(ValueError, match=r"t\.tsv: a field in the row that begins in line 3 opens"):
     open_source(f"{tmp_path}/t.tsv")
 
@@ -253,7 +253,8 @@ def test_bad_objects_are_rejected_with_a_reason(tmp_path):
   source = open_source(f"{tmp_path}/t.jsonl", captions=("title.deep", "title"))
   assert source[0]["captions"] == ("good",)
   assert source[4]["captions"] == ("a", "b") and source[4]["label"] == 7
-  for i in (1, 2, 3):
+  assert source[3]["label"] == -1
+  for i in (1, 2):
     with pytest.raises(Rejected, match=r"bad_metadata: t\.jsonl"):
       source[i]
 
@@ -375,3 +376,32 @@ def test_the_cache_keeps_to_its_capacity():
   assert [cache[key] for key in (4, 5, 4, 6, 4, 5)] == [-4, -5, -4, -6, -4, -5]
   assert made == [4, 5, 6, 5]  # 6 evicted 5, which was used less recently than 4
   assert cache[50] == -50 and list(cache._values) == [50]  # larger than the capacity, but used last
+
+
+def test_array_records_whose_first_record_is_broken_are_read(tmp_path):
+  good = example(image=[picture(0)], text=[b"t"])
+  write_array_record(tmp_path / "0.array_record", [b"\xff broken", good, good])
+  source = open_source(f"{tmp_path}/0.array_record")
+  assert source[1]["image"] == picture(0)
+  with pytest.raises(Rejected, match=r"bad_metadata: 0\.array_record/0"):
+    source[0]
+  write_array_record(tmp_path / "1.array_record", [b"\xff broken"] * 3)
+  assert len(open_source(f"{tmp_path}/*.array_record")) == 6
+  with pytest.raises(ValueError, match=r"no record can be read.*1\.array_record/\d: not a tf"):
+    open_source(f"{tmp_path}/1.array_record")
+
+
+def test_every_array_record_file_is_checked_on_opening(tmp_path):
+  good = example(image=[picture(0)], text=[b"t"])
+  write_array_record(tmp_path / "0.array_record", [good] * 3)
+  for features, problem in (
+    (dict(jpg=[b"i"], text=[b"t"]), "no image column 'image'; the columns are: .'jpg', 'text'."),
+    (dict(image=[b"i"], words=[b"t"]), "no caption column"),
+    (dict(image=[3], text=[b"t"]), "the image feature 'image' holds int, expected bytes"),
+  ):
+    write_array_record(tmp_path / "1.array_record", [example(**features)] * 40)
+    with pytest.raises(ValueError, match=rf"1\.array_record: {problem}"):
+      open_source(f"{tmp_path}/*.array_record")
+  some = [example(text=[b"t"])] * 5 + [good]
+  write_array_record(tmp_path / "1.array_record", some)  # an image may be missing
+  assert len(open_source(f"{tmp_path}/*.array_record")) == 9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
 import io
 import json
@@ -11,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data.files import fingerprints, storage
+from bigalign.data.files import fingerprints, regular, storage
 from bigalign.data.files.cache import LRUCache
-from bigalign.data.files.patterns import expand_shards
+from bigalign.data.files.patterns import expand_shards, expand_variables
 from bigalign.data.samples import columns
-from bigalign.data.samples.rejects import Rejected
+from bigalign.data.samples.image_values import image_bytes
+from bigalign.data.samples.labels import Labels
+from bigalign.data.samples.rejects import Rejected, cut
+from bigalign.data.sources.webdataset import classnames_near
 
 _TAIL = 1 << 16  # bytes of a remote file that are read first to find its footer
 _FOOTERS = 1024  # of remote files, kept by each process
@@ -33,15 +38,19 @@ class Parquet:
 
   Args:
     pattern: of the files, local or remote.
-    image: the column of the encoded images, bytes or Hugging Face's struct of bytes and path. By
-      default image, or jpg, png, ... as img2dataset writes them.
+    image: the column of the encoded images: bytes, also as base64 or as a list of integers; paths
+      relative to the folder of a local file; or Hugging Face's struct of bytes and path. By default
+      image, or jpg, png, ... as img2dataset writes them.
     captions: columns of strings or lists of strings, in order of preference; "a.b" is the field b
-      of a struct a.
-    label: the column of the integer class, if it exists. Hugging Face's ClassLabel also holds the
-      names of the classes.
+      of a struct a, or of each struct in a list a.
+    label: the column of the class, if it exists: an integer or a name (samples/labels.py). The
+      names of the classes come from Hugging Face's ClassLabel, or else from a classnames.txt, as
+      for webdataset shards.
+    root: a folder that image files may be in besides that of the Parquet file, as for tables.
 
   Raises:
-    ValueError: if there are no rows, no image column, or no caption column and no label.
+    ValueError: if there are no rows; for a file without the image column, or without caption
+      columns and label, or with a column of a type that is not accepted: names file, column, type.
 
   Example:
     >>> import pyarrow, pyarrow.parquet, tempfile
@@ -61,20 +70,26 @@ class Parquet:
     image: str | None = None,
     captions: Sequence[str] = _CAPTIONS,
     label: str = "label",
+    root: str | None = None,
   ):
     self.pattern = pattern
+    self._root = root and os.path.expanduser(expand_variables(root, what="source_options.root"))
     self._paths = expand_shards(pattern)
     self._label = label
     self._footers = LRUCache(_footer, capacity=_FOOTERS)
     metadata = [_open(path, "metadata", self._footers) for path in self._paths]
-    schema = metadata[0].schema.to_arrow_schema()
-    what = repr(pattern)
-    self._image = columns.image_column(schema.names, image, what=what)
-    columns.check_captions(schema.names, captions, label=label, what=what)
     self.captions = tuple(captions)
-    wanted = {self._image, label, *captions, *(path.partition(".")[0] for path in captions)}
-    self._columns = [name for name in schema.names if name in wanted]
-    self._others = [name for name in schema.names if name not in wanted]
+    schemas = [_schema(file, path) for file, path in zip(metadata, self._paths)]
+    # A file without rows may have a schema without types.
+    filled = [n for n, file in enumerate(metadata) if file.num_rows] or [0]
+    first = schemas[filled[0]]
+    self._image = columns.image_column(first.names, image, what=self._paths[filled[0]])
+    for n in filled:
+      _check(schemas[n], self._paths[n], image=self._image, captions=self.captions, label=label)
+    columns.warn_of_differences(
+      {self._paths[n]: {*schemas[n].names} for n in filled}, [*self.captions, label]
+    )
+    self._wanted = {self._image, label, *captions, *(path.partition(".")[0] for path in captions)}
     rows = [[file.row_group(g).num_rows for g in range(file.num_row_groups)] for file in metadata]
     # For each row group of all files: its file, its place there, and its first sample.
     self._files = np.repeat(np.arange(len(rows)), [len(groups) for groups in rows])
@@ -83,7 +98,8 @@ class Parquet:
     if not len(self):
       raise ValueError(f"{pattern!r}: no rows in {len(self._paths)} files")
     self.block = max(max(groups, default=0) for groups in rows)
-    self.classnames = _classnames(schema, label)
+    self.classnames = _classnames(first, label) or classnames_near(self._paths[0])
+    self.labels = Labels(self.classnames, what=label)
     self.fingerprint = fingerprints.of_files(self._paths)
     self._groups = LRUCache(self._read, capacity=_CACHE_BYTES)
     self._other_columns = LRUCache(
@@ -97,17 +113,13 @@ class Parquet:
     return int(self._firsts[-1])
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    group, place = self._place(i)
-    row = _row(self._groups[group], place)
     key = self.key(i)
-    image = _bytes(row[self._image])
-    if image is None:
-      raise Rejected("no_image", f"{key}: no bytes in the column {self._image!r}")
+    row = self._row(i, self._groups)
     return dict(
-      image=image,
+      image=self._image_bytes(i, row[self._image], key=key),
       key=key,
       **columns.texts(row, self.captions),
-      label=columns.label(row.get(self._label), column=self._label, key=key),
+      label=self.labels(row.get(self._label), key=key),
     )
 
   def key(self, i: int) -> str:
@@ -126,10 +138,27 @@ class Parquet:
     )
 
   def fields(self, i: int) -> dict[str, Any]:
-    """Returns {column: value} of row i; of the image its bytes."""
+    """Returns {column: value} of row i; of the image its bytes, None without."""
+    row = self._row(i, self._groups) | self._row(i, self._other_columns)
+    image = None
+    with contextlib.suppress(Rejected):
+      image = self._image_bytes(i, row[self._image], key=self.key(i))
+    return {**row, self._image: image}
+
+  def _row(self, i: int, groups: LRUCache[int, Any]) -> dict[str, Any]:
+    """{column: value} of row i; raises Rejected if its row group cannot be read."""
     group, place = self._place(i)
-    row = _row(self._groups[group], place)
-    return {**row, self._image: _bytes(row[self._image]), **_row(self._other_columns[group], place)}
+    table = groups[group]
+    if isinstance(table, str):
+      raise Rejected("undecodable", table)
+    return {name: _value(table.column(name)[place]) for name in table.column_names}
+
+  def _image_bytes(self, i: int, value: Any, *, key: str) -> bytes:
+    path = self._paths[self._files[self._place(i)[0]]]
+    image = image_bytes(value, folder=os.path.dirname(path), root=self._root, key=key)
+    if image is None:
+      raise Rejected("no_image", f"{key}: no bytes in the column {self._image!r}")
+    return image
 
   def _place(self, i: int) -> tuple[int, int]:
     """The row group of row i, and its place there."""
@@ -139,24 +168,180 @@ class Parquet:
     return group, i - int(self._firsts[group])
 
   def _read(self, group: int, *, others: bool = False) -> tuple[Any, int]:
-    """A row group and its size in bytes: the columns of a record, or all others."""
-    path = self._paths[self._files[group]]
-    with _open(path, "ParquetFile", self._footers) as file:
-      # One thread, because several workers read at once.
-      table = file.read_row_group(
-        int(self._places[group]),
-        columns=self._others if others else self._columns,
-        use_threads=False,
-      ).combine_chunks()
+    """A row group and its size in bytes, or why it cannot be read: its columns, or all others."""
+    import pyarrow  # takes 0.1 s, which other sources need not wait for
+
+    path, place = self._paths[self._files[group]], int(self._places[group])
+    try:
+      with _open(path, "ParquetFile", self._footers) as file:
+        names = file.schema_arrow.names
+        # One thread, because several workers read at once.
+        table = file.read_row_group(
+          place,
+          columns=[name for name in names if (name in self._wanted) != others],
+          use_threads=False,
+        ).combine_chunks()
+    except (OSError, pyarrow.ArrowException) as error:
+      if not _is_corrupt(error, path):
+        raise
+      # The rows of the group are rejected, and the group is not read again while this is kept.
+      return f"{path}: row group {place}: {error}", 1
+    expected = int(self._firsts[group + 1] - self._firsts[group])
+    if table.num_columns and table.num_rows != expected:
+      return f"{path}: row group {place} has {table.num_rows} rows, not {expected}", 1
     return table, table.nbytes
 
 
-def _row(table: Any, place: int) -> dict[str, Any]:
-  return {name: table.column(name)[place].as_py() for name in table.column_names}
+def _value(scalar: Any) -> Any:
+  """The Python value of a cell; invalid UTF-8 becomes U+FFFD, lists of integers numpy arrays."""
+  import pyarrow
+
+  if not scalar.is_valid:
+    return None
+  values = getattr(scalar, "values", None)
+  if isinstance(values, pyarrow.Array) and pyarrow.types.is_integer(values.type):
+    return values.to_numpy(zero_copy_only=False)
+  try:
+    return scalar.as_py()
+  except UnicodeDecodeError:
+    return _repaired(scalar)
 
 
-def _bytes(image: Any) -> Any:
-  return image.get("bytes") if isinstance(image, dict) else image
+def _repaired(scalar: Any) -> Any:
+  import pyarrow
+
+  if not scalar.is_valid:
+    return None
+  if isinstance(scalar, pyarrow.ListScalar | pyarrow.LargeListScalar):
+    return [_repaired(part) for part in scalar.values]
+  if isinstance(scalar, pyarrow.StructScalar):
+    return {name: _repaired(part) for name, part in scalar.items()}
+  if isinstance(scalar, pyarrow.StringScalar | pyarrow.LargeStringScalar):
+    return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
+  return scalar.as_py()
+
+
+def _schema(metadata: Any, path: str) -> Any:
+  import pyarrow
+
+  try:
+    schema = metadata.schema.to_arrow_schema()
+    counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+  except (pyarrow.ArrowException, OSError, ValueError) as error:
+    raise ValueError(f"{path}: the schema of this Parquet file cannot be read: {error}") from error
+  if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+    raise ValueError(
+      f"{path}: the footer of this Parquet file is damaged: {columns.shown(counts)} rows in row"
+      f" groups, {metadata.num_rows} in all. Fetch it again."
+    )
+  return schema
+
+
+def _check(schema: Any, path: str, *, image: str, captions: Sequence[str], label: str) -> None:
+  """Raises ValueError if a file lacks columns, or they have types that are not accepted."""
+  twice = [name for name, n in collections.Counter(schema.names).items() if n > 1]
+  if twice:
+    raise ValueError(f"{path}: several columns have the name {columns.shown(twice)}")
+  columns.image_column(schema.names, image, what=path)
+  kind = schema.field(image).type
+  if not _is_image(kind):
+    raise ValueError(
+      f"{path}: the image column {image!r} has the type {kind}. Accepted are binary, a string (a"
+      " path or base64), a list of integers (the bytes), and a struct of bytes and path."
+      + columns.IMAGE_ADVICE
+    )
+  usable = []
+  for name in captions:
+    column, _, rest = (name, "", "") if name in schema.names else name.partition(".")
+    if column not in schema.names:
+      continue
+    leaf = _leaf(schema.field(column).type, rest)
+    if leaf is None:
+      raise ValueError(
+        f"{path}: no caption field {name!r}: the column {column!r} has the type"
+        f" {cut(str(schema.field(column).type), 300)}." + columns.CAPTION_ADVICE
+      )
+    if _is_text(leaf):
+      usable.append(name)
+    elif captions != _CAPTIONS:
+      raise ValueError(
+        f"{path}: the caption field {name!r} has the type {cut(str(leaf), 300)}; accepted are"
+        " strings and lists of strings. A field b of a struct a is written 'a.b'."
+        + columns.CAPTION_ADVICE
+      )
+  columns.check_captions(
+    [name for name in schema.names if name not in captions or name in usable],
+    captions,
+    label=label,
+    what=path,
+  )
+
+
+def _leaf(kind: Any, path: str) -> Any:
+  """The type of the field at a path, inside of lists and structs; None if there is none."""
+  from pyarrow import types
+
+  while types.is_nested(kind) and hasattr(kind, "value_type"):
+    kind = kind.value_type
+  if not path:
+    return kind
+  if not types.is_struct(kind):
+    return None
+  names = [field.name for field in kind.fields]
+  first, _, rest = (path, "", "") if path in names else path.partition(".")
+  return _leaf(kind.field(first).type, rest) if first in names else None
+
+
+def _plain(kind: Any) -> Any:
+  from pyarrow import types
+
+  return kind.value_type if types.is_dictionary(kind) else kind
+
+
+def _is_bytes(kind: Any) -> bool:
+  from pyarrow import types
+
+  return any(
+    test(_plain(kind))
+    for test in (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null)
+  ) or types.is_fixed_size_binary(_plain(kind))
+
+
+def _is_string(kind: Any) -> bool:
+  from pyarrow import types
+
+  return any(
+    test(_plain(kind)) for test in (types.is_string, types.is_large_string, types.is_string_view)
+  )
+
+
+def _is_text(kind: Any) -> bool:
+  return _is_bytes(kind) or _is_string(kind)
+
+
+def _is_image(kind: Any) -> bool:
+  from pyarrow import types
+
+  if types.is_struct(kind):
+    fields = {field.name: field.type for field in kind.fields}
+    return any(
+      name in fields and _is_text(fields[name]) and not types.is_null(fields[name])
+      for name in ("bytes", "path")
+    )
+  if types.is_nested(kind) and hasattr(kind, "value_type"):
+    return bool(types.is_integer(kind.value_type))
+  return _is_text(kind)
+
+
+def _is_corrupt(error: Exception, path: str) -> bool:
+  """Whether pyarrow says that a file is damaged; errors of the disk and of stores are others.
+
+  pyarrow raises OSError without a number for damaged data; errors of storage.py begin with the
+  path.
+  """
+  return not isinstance(error, OSError) or (
+    type(error) is OSError and error.errno is None and not str(error).startswith(path)
+  )
 
 
 def _open(path: str, kind: str, footers: LRUCache[str, Any]) -> Any:
@@ -172,8 +357,11 @@ def _open(path: str, kind: str, footers: LRUCache[str, Any]) -> Any:
       file = pyarrow.PythonFile(storage.SeekableFile(path, *ranges), "r")
       # pre_buffer reads adjacent columns with one request.
       return parquet.ParquetFile(file, metadata=metadata, pre_buffer=True)
+    regular.check(path)
     return parquet.read_metadata(path) if kind == "metadata" else parquet.ParquetFile(path)
-  except pyarrow.ArrowInvalid as error:
+  except (pyarrow.ArrowException, OSError) as error:
+    if not _is_corrupt(error, path):
+      raise
     size = "" if storage.is_remote(path) else f" ({os.path.getsize(path)} bytes)"
     raise ValueError(
       f"{path}: not a complete Parquet file{size}: {error}. Fetch it again."
@@ -204,5 +392,9 @@ def _footer(path: str) -> tuple[Any, int]:
 
 def _classnames(schema: Any, label: str) -> tuple[str, ...]:
   """The names of the classes, which Hugging Face's datasets library writes into the schema."""
-  metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-  return tuple(metadata.get("info", {}).get("features", {}).get(label, {}).get("names") or ())
+  try:
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = metadata.get("info", {}).get("features", {}).get(label, {}).get("names")
+    return tuple(map(str, names or ()))
+  except (ValueError, RecursionError, AttributeError, TypeError):  # written by something else
+    return ()
