@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from bigalign.data.samples.members import FORMATS
 from bigalign.data.samples.rejects import Rejected
 
 _JPEG = b"\xff\xd8\xff"
-# What Pillow's plugins raise for broken files. Its own UnidentifiedImageError is an OSError.
-_BROKEN = (
-  OSError,
-  SyntaxError,
-  ValueError,
-  EOFError,
-  IndexError,
-  KeyError,
-  struct.error,
-  zlib.error,
-  NotImplementedError,
-  TypeError,
-  AttributeError,
-  OverflowError,
-  RuntimeError,
-  ZeroDivisionError,
-  AssertionError,
-)
+_MOST_SIDE = 1 << 20  # pixels; JPEG has at most 65,535
+_MOST_SCANS = 16  # of a progressive JPEG of max_pixels; smaller images may have more
+_TILE = (322, 323)  # TIFF: width and height of a tile
+_MOST_TILE = 1 << 24  # pixels of a tile that is larger than its image
 # {EXIF orientation: function from pixels as stored to upright ones}; 1 is upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
   2: lambda x: x[:, ::-1],
@@ -53,9 +38,9 @@ def decode(
 ) -> np.ndarray:
   """Decodes one image.
 
-  The content decides the format, not a file name. The size is read from the header and checked
-  before any pixel is decoded. Transparent pixels are blended with white, 16 bits are scaled to 8,
-  and the first frame of an animation is used.
+  The content decides the format, not a file name; samples/members.py lists the formats. The size
+  is read from the header and checked before any pixel is decoded. Transparent pixels are blended
+  with white, 16 bits are scaled to 8, and the first frame of an animation is used.
 
   Args:
     data: an encoded image, or uint8 [H, W], [H, W, 1] or [H, W, 3].
@@ -79,6 +64,7 @@ def decode(
     try:
       height, width, _, _ = simplejpeg.decode_jpeg_header(data)
       _check_pixels(width, height, max_pixels=max_pixels)
+      _check_scans(data, width * height, max_pixels=max_pixels)
       factor = shrink(height, width) if shrink else 1
       # Without strict, a truncated file gives a half grey image and no error.
       pixels = simplejpeg.decode_jpeg(
@@ -90,7 +76,9 @@ def decode(
         min_width=-(-width // factor),
       )
       return _upright(pixels, orientation_of(data)) if apply_exif else pixels
-    except ValueError:
+    except Rejected:
+      raise
+    except Exception:
       pass  # Pillow reads a few files that libjpeg-turbo warns about, and has better errors.
   return _decode_pillow(data, max_pixels=max_pixels, apply_exif=apply_exif)
 
@@ -98,6 +86,34 @@ def decode(
 def _check_pixels(width: int, height: int, *, max_pixels: int) -> None:
   if width * height > max_pixels:
     raise Rejected("too_large", f"{width} x {height} pixels, max_pixels is {max_pixels}")
+  if max(width, height) > _MOST_SIDE:  # each row takes memory besides its pixels
+    raise Rejected("too_large", f"{width} x {height} pixels, a side has at most {_MOST_SIDE}")
+
+
+def _check_scans(data: bytes, pixels: int, *, max_pixels: int) -> None:
+  """Rejects a progressive JPEG with many scans: each costs time for all pixels, and few bytes."""
+  scans = data.count(b"\xff\xda")  # inside of a scan, 0xff is followed by 0 or a restart marker
+  if scans > _MOST_SCANS and scans * pixels > _MOST_SCANS * max_pixels and _is_progressive(data):
+    raise Rejected("too_large", f"a JPEG of {pixels} pixels with about {scans} scans")
+
+
+def _is_progressive(data: bytes) -> bool:
+  """Whether the first frame header of a JPEG is SOF2; trailing data of cameras do not count."""
+  place = 2
+  while place + 4 <= len(data) and data[place] == 0xFF:
+    marker = data[place + 1]
+    if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+      return marker in (0xC2, 0xC6, 0xCA, 0xCE)
+    place += 1 if marker == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4])
+  return False
+
+
+def _check_tiles(image: Image.Image) -> None:
+  """Rejects a TIFF whose tiles are far larger than the image: libtiff decodes whole tiles."""
+  tags = getattr(image, "tag_v2", {})
+  width, height = (int(tags.get(tag, 0) or 0) for tag in _TILE)
+  if width * height > max(_MOST_TILE, 4 * image.width * image.height):
+    raise Rejected("too_large", f"tiles of {width} x {height} pixels")
 
 
 def _from_array(image: np.ndarray) -> np.ndarray:
@@ -114,17 +130,27 @@ def _from_array(image: np.ndarray) -> np.ndarray:
 
 def _decode_pillow(data: bytes, *, max_pixels: int, apply_exif: bool) -> np.ndarray:
   try:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       _check_pixels(*image.size, max_pixels=max_pixels)
+      _check_tiles(image)
+      if image.format in ("JPEG", "MPO"):
+        _check_scans(data, image.width * image.height, max_pixels=max_pixels)
       image.load()  # rotates a TIFF itself, and then reports orientation 1
       orientation = _orientation(image) if apply_exif else 1
       return _upright(_to_rgb(image), orientation)
   # Pillow's own limit is above our default, but a caller may raise ours above it.
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise Rejected("too_large", str(error)) from error
-  except _BROKEN as error:
+  except Rejected:
+    raise
+  except MemoryError as error:
+    raise Rejected("too_large", "decoding it takes more memory than there is") from error
+  # The data are in memory, so whatever Pillow's plugins raise is the fault of the image.
+  except Exception as error:
     if isinstance(error, UnidentifiedImageError):
-      raise Rejected("undecodable", f"not an image, starts with {data[:16]!r}") from error
+      raise Rejected(
+        "undecodable", f"not a {', '.join(FORMATS)}; starts with {data[:16]!r}"
+      ) from error
     reason = "truncated" if "truncated" in str(error) else "undecodable"
     raise Rejected(reason, str(error)) from error
 
@@ -135,9 +161,9 @@ def orientation_of(data: bytes) -> int:
   Reads only the header.
   """
   try:
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       return 1 if image.format == "TIFF" else _orientation(image)  # Pillow rotates a TIFF itself
-  except _BROKEN:  # but simplejpeg could decode the image
+  except Exception:  # but simplejpeg could decode the image
     return 1
 
 
@@ -145,7 +171,7 @@ def _orientation(image: Image.Image) -> int:
   """1 to 8; 1 (upright) also for broken EXIF data, because the pixels are fine."""
   try:
     value = image.getexif().get(ExifTags.Base.Orientation)
-  except _BROKEN:
+  except Exception:
     return 1
   return value if value in _UPRIGHT else 1
 

@@ -24,6 +24,9 @@ _BICUBIC = Image.Resampling.BICUBIC
 IMAGE_AND_DRAWS = ("image", "rng")  # what an augmentation gets besides its options
 # Below this output size kornia's fixed cost eats what its kernel saves.
 _KORNIA_FROM = 96
+# Pixels of an image between two steps of a resize. A photo stays far below; a line of a million
+# pixels would take gigabytes.
+_MOST_BETWEEN = 1 << 26
 
 
 def train_image(
@@ -170,6 +173,10 @@ def eval_image(
     height, width = int(edge * height / width), edge
   half = round if margin == "round" else math.floor
   top, left = half((height - size) / 2), half((width - size) / 2)
+  if width * height > _MOST_BETWEEN:  # resize only what the crop keeps
+    x, y = pixels.width / width, pixels.height / height
+    right, bottom = min((left + size) * x, pixels.width), min((top + size) * y, pixels.height)
+    return np.asarray(pixels.resize((size, size), kernel, box=(left * x, top * y, right, bottom)))
   pixels = pixels.resize((width, height), kernel)
   return np.asarray(pixels.crop((left, top, left + size, top + size)))
 
@@ -210,7 +217,9 @@ def _resize(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.
   image = image[top : top + height, left : left + width]
   if height == width == size:
     return image
-  if _kornia is not None and size >= _KORNIA_FROM:
+  # kornia resizes rows first, and ends the process if it finds no memory for them.
+  small = size * max(height, width) <= _MOST_BETWEEN
+  if _kornia is not None and size >= _KORNIA_FROM and small:
     image = np.ascontiguousarray(image)
     return np.asarray(_kornia.resize(image, (size, size), "bicubic", antialias=True))
   return np.asarray(Image.fromarray(image).resize((size, size), _BICUBIC))
