@@ -31,7 +31,7 @@ from bigalign.data.files import storage
 from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS
-from bigalign.data.sources.base import Source
+from bigalign.data.sources.base import Source, repeated_key
 from bigalign.data.stores import reader, writer
 from bigalign.evals.embed import round_batch
 from bigalign.frozen.towers import Towers, like_stored, load_towers
@@ -88,6 +88,12 @@ def embed(
   config = resolve_config(values)
   inputs = open_data(config.data)
   source, data = inputs.source, inputs.options
+  if repeated := repeated_key(source):
+    raise ValueError(
+      f"Two samples of {source!r} have the key {repeated!r}, in files of one name in several"
+      " folders, so the rows of a store could not be told apart. Rename the files, or give each"
+      " folder a name, as a part of config.data.mixture"
+    )
   drawn = [name for name, weight in data.first_columns if weight]
   if "text" in sides and (drawn or data.second_columns):
     raise ValueError(

@@ -13,6 +13,7 @@ from helpers.small_shards import picture, samples, write_tar
 from bigalign.data.files import storage
 from bigalign.data.sources import base, keys
 from bigalign.data.sources.base import Spec, open_source
+from bigalign.data.sources.mixture import Mixture
 from bigalign.data.sources.views import View
 from bigalign.shards import index, view
 
@@ -126,3 +127,25 @@ def test_a_long_list_is_held_as_numbers(tmp_path):
     tracemalloc.stop()
   assert found.listed == 100_000 and len(found.indices) == 54
   assert peak < 6e6  # a list of the texts alone has 7 MB
+
+
+def test_rows_of_a_table_with_one_row_per_caption_have_different_keys(tmp_path):
+  (tmp_path / "0.jpg").write_bytes(b"i")
+  (tmp_path / "t.csv").write_text("filepath,title\n0.jpg,one\n0.jpg,two\n")
+  source = open_source(f"{tmp_path}/t.csv")
+  assert [base.key(source, i) for i in range(2)] == ["t.csv/0/0.jpg", "t.csv/1/0.jpg"]
+  assert source[1]["key"] == base.key(source, 1)
+
+
+def test_keys_that_repeat_in_files_of_one_name_are_found(tmp_path):
+  for folder, first in (("a", 0), ("b", 0), ("c", 9)):
+    write_tar(tmp_path / folder / "0.tar", samples(first, 3))
+    write_tar(tmp_path / folder / "1.tar", samples(3, 3))
+  assert base.repeated_key(open_source(f"{tmp_path}/a/*.tar")) == ""
+  assert base.repeated_key(open_source(f"{tmp_path}/{{a,b}}/0.tar")) == "0.tar/000000"
+  assert base.repeated_key(open_source(f"{tmp_path}/{{a,c}}/0.tar")) == ""
+  assert base.repeated_key(open_source(f"{tmp_path}/a/0.tar::{tmp_path}/b/0.tar"))
+  parts = {name: open_source(f"{tmp_path}/{name}/0.tar") for name in "ab"}
+  mixture = Mixture(parts, [(0, dict(a=1.0, b=1.0))])
+  assert base.repeated_key(mixture) == ""
+  assert base.key(mixture, 4) == mixture[4]["key"] == "b/0.tar/000001"

@@ -56,6 +56,10 @@ class Mixture(Concatenation):
     name = self.names[bisect.bisect_right(self._firsts, i) - 1]
     return {**record, "key": f"{name}/{record['key']}"}
 
+  def key(self, i: int) -> str:
+    """Returns the key of sample i, as in its record."""
+    return f"{self.names[bisect.bisect_right(self._firsts, i) - 1]}/{super().key(i)}"
+
   def __repr__(self) -> str:
     return f"Mixture({', '.join(f'{n}={s!r}' for n, s in zip(self.names, self.sources))})"
 
