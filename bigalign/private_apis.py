@@ -13,6 +13,8 @@ import functools
 import logging
 import multiprocessing
 import re
+import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,10 @@ _EXPECTED_ORBAX_WARNINGS = (
   "directory is read only",
   "Metadata file does not exist",
   "overriding",
+  # A write that failed, which is raised where it is waited for.
+  "_SignalingThread.run() raised an exception",
+  "Handler Commit operations or the Commit callback in background save thread",
+  "Save Finalize thread",
 )
 
 
@@ -159,9 +165,26 @@ def quiet_orbax() -> None:
   """Drops orbax's routine messages, about thirty lines a checkpoint, and the warnings we expect.
 
   orbax-checkpoint 0.12.8 logs through absl and has no verbosity of its own, so records are
-  recognised by their source file and text. Other warnings pass.
+  recognised by their source file and text. Other warnings pass. A write that fails is raised where
+  it is waited for; orbax logs it before, with thirty lines of its own code, and closes its event
+  loop. tensorstore 0.1.86 reports the other pending writes to that loop, and prints a traceback for
+  each, through sys.unraisablehook.
   """
   logging.getLogger("absl").addFilter(_keep_log_record)
+  if not isinstance(sys.unraisablehook, _QuietHook):
+    sys.unraisablehook = _QuietHook(sys.unraisablehook)
+
+
+class _QuietHook:
+  """sys.unraisablehook without the reports of pending writes to a closed event loop."""
+
+  def __init__(self, before: Callable[..., Any]):
+    self._before = before
+
+  def __call__(self, report: Any) -> None:
+    error = report.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+      self._before(report)
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
@@ -225,6 +248,18 @@ def free_grain_shared_memory() -> None:
   pool = getattr(SharedMemoryArray, "_del_thread_pool", None)
   if pool is not None:  # None before the first deletion
     pool.apply(bool)
+
+
+def name_shared_memory(prefix: str) -> None:
+  """Gives all new shared memory of this process, grain's too, names with a prefix.
+
+  Python 3.11: `multiprocessing.shared_memory._make_filename`. The public interface names each
+  segment, but grain makes its own. If all processes of a run are killed, nothing frees the memory,
+  and only its names say whose it was.
+  """
+  from multiprocessing import shared_memory
+
+  shared_memory._make_filename = lambda: f"/{prefix}{secrets.token_hex(8)}"  # type: ignore[attr-defined]
 
 
 def tensorstore_status(error: ValueError) -> str:

@@ -28,6 +28,7 @@ from bigalign.config import (
   with_tokenizer_digest,
   written_model,
 )
+from bigalign.data.loader.workers import own_shared_memory
 from bigalign.data.order.schedule import epochs
 from bigalign.data.samples.rejects import Watch
 from bigalign.data.sources.mixture import names
@@ -45,7 +46,7 @@ from bigalign.program import (
   make_program,
   stage_program,
 )
-from bigalign.run import preemption, runtime
+from bigalign.run import disk, preemption, runtime
 from bigalign.run.flags import config_name, define_flags, parse_flags, profile_span
 from bigalign.run.metrics import MetricWriter, Progress
 from bigalign.run.provenance import (
@@ -91,11 +92,15 @@ def train(
     TypeError, ValueError: for a config that is wrong, or differs from that of the run in workdir.
     FileNotFoundError, KeyError: for missing data, pretrained files or environment variables.
     FloatingPointError: for a loss or a gradient that is not finite.
+    WorkdirInUse: if another run writes into workdir.
+    WorkdirLost: if workdir is deleted, moved or taken over while the run writes there.
     Preempted: if the run was asked to stop; a checkpoint of the last step exists, unless no step
       was done. The same call continues the run; it also makes up for the diagnosis and the
       evaluation that were due at that step.
   """
-  return loop(setup(config, workdir, allow_config_change=allow_config_change))
+  folder = Workdir(workdir)
+  with folder.locked():
+    return loop(setup(config, folder, allow_config_change=allow_config_change))
 
 
 class Run(NamedTuple):
@@ -145,13 +150,10 @@ class Run(NamedTuple):
     return self.stages[-1].end
 
 
-def setup(
-  config: Any, workdir: str | os.PathLike[str], *, allow_config_change: bool = False
-) -> Run:
+def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) -> Run:
   """Everything that a run needs; arguments and errors as of `train`."""
   # ------------------------------------------------------------------ options, data, program
   startup_timer = StartupTimer()
-  folder = Workdir(workdir)
   folder.download()
   values = plain(config)
   record = read_config(folder.local)
@@ -201,12 +203,14 @@ def setup(
   if record:
     record = {**record, "config": plain(recorded_config(record))}
   check_config(folder.local, record, meta, allow_config_change)
+  own_shared_memory(str(folder.root))  # between two exchanges, so that all hosts have ended before
   checkpoints = options.keep.make(workdir=folder.root)
   resumed_from = checkpoints.latest()
   check_hosts_agree({"newest checkpoint": resumed_from})
-  keep_changed = bool(record) and record["config"]["keep"] != meta["config"]["keep"]
+  kept = record["config"]["keep"] if record else meta["config"]["keep"]
+  keep_changed = kept != meta["config"]["keep"]
   if keep_changed and not allow_config_change:
-    checkpoints.check_deletions(record["config"]["keep"])
+    checkpoints.check_deletions(kept)
 
   # ------------------------------------------------------------------ state: new or restored
   rejected: collections.Counter[str] = collections.Counter()
@@ -323,6 +327,7 @@ def loop(run: Run) -> State:
         due=[*due],
       )
       with timer.paused(state.step):
+        run.workdir.check()
         run.workdir.upload(jax.process_index())  # metrics before the checkpoint that follows them
         run.checkpoints.save(step, parts(state), {**run.meta, **progress_so_far}, scores)
 
@@ -388,6 +393,7 @@ def loop(run: Run) -> State:
         row |= _data_metrics(run, stage, samples_seen)
         row |= timer.read(step, stage.batch_size, compiled[stage.number].flops)
         row |= run.startup_timer.take_metrics()
+        run.workdir.check()
         writer.write(step, row)
         progress.log(step, row)
       if logs or saves or due:
@@ -509,6 +515,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     train(config, workdir, allow_config_change=values.allow_config_change)
   except Exception as error:
+    disk.exit_if_full(error, Workdir(workdir).local)
     preemption.exit_on_error(error)
 
 

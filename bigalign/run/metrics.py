@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -180,11 +181,16 @@ class MetricWriter:
     self._file = (folder / FILE).open("a", encoding="utf-8")
     if tensorboard:
       # This imports torch if it is installed, which takes seconds.
-      from tensorboardX import SummaryWriter
+      from tensorboardX.event_file_writer import EventsWriter
+      from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-      # TensorBoard hides what an earlier start wrote at purge_step and later.
+      # Not SummaryWriter: its thread dies of a full disk, and then the run waits for it for ever.
+      (folder / "tensorboard").mkdir(exist_ok=True)
+      self._tensorboard = EventsWriter(str(folder / "tensorboard" / "events"))
+      # TensorBoard hides what an earlier start wrote at this step and later.
       purge = 0 if resume_step is None else resume_step + 1
-      self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+      start = SessionLog(status=SessionLog.START)
+      self._tensorboard.write_event(Event(wall_time=time.time(), step=purge, session_log=start))
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Appends one row.
@@ -201,11 +207,14 @@ class MetricWriter:
       self._file.write(_line(step, row))
       self._file.flush()
     if self._tensorboard is not None:
+      from tensorboardX.proto.event_pb2 import Event
       from tensorboardX.proto.summary_pb2 import Summary
 
       # add_scalar would write R@1 as R_1.
       values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
-      self._tensorboard.file_writer.add_summary(Summary(value=values), step)
+      event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+      self._tensorboard.write_event(event)
+      self._tensorboard.flush()
     if self._wandb is not None:
       self._wandb.log({"step": step, **row})
 
@@ -222,8 +231,10 @@ class MetricWriter:
   def __enter__(self) -> MetricWriter:
     return self
 
-  def __exit__(self, *exception: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    # Closing flushes again, which fails again if the disk is full.
+    with contextlib.suppress(*([OSError] if kind else [])):
+      self.close()
 
 
 def _start_wandb(folder: pathlib.Path, options: Mapping[str, Any]) -> Any:

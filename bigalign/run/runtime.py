@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import socket
 from typing import Any
 
 import jax
@@ -107,6 +108,8 @@ def connect(
     count, index = given["num_processes"], given["process_id"]
     if not 0 <= index < count:  # type: ignore[operator]
       raise ValueError(f"process_id {index} is not below num_processes {count}; they count from 0")
+    if index == 0:
+      _check_port(str(given["coordinator"]))
     _initialize(coordinator_address=given["coordinator"], num_processes=count, process_id=index)
   elif len(missing) < len(given):
     names = [f"--{name} or BIGALIGN_{name.upper()}" for name in missing]
@@ -128,6 +131,22 @@ def _initialize(**given: Any) -> None:
   )
   with registration_timeout(CONNECT_TIMEOUT):
     jax.distributed.initialize(**given, initialization_timeout=CONNECT_TIMEOUT + 30)
+
+
+def _check_port(address: str) -> None:
+  """Raises OSError if process 0 cannot listen there: JAX's service would crash (status 139)."""
+  _, colon, port = address.rpartition(":")
+  if not colon or not port.isdecimal():
+    raise ValueError(f"--coordinator={address}: it is host:port, of process 0")
+  with socket.socket() as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed ones do not count
+    try:
+      listener.bind(("", int(port)))
+    except (OSError, OverflowError) as error:
+      raise OSError(
+        f"--coordinator={address}: process 0 cannot listen on port {port}: {error}. Another run on"
+        " this machine may use it: end that run, or choose another port for all processes."
+      ) from error
 
 
 def _number(name: str, value: int | None) -> int | None:

@@ -8,15 +8,19 @@ machine therefore loses only the work since the last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 from etils import epath
 
 from bigalign.data.files import storage
+from bigalign.run.lock import FILE, WorkdirLock, WorkdirLost
 
 
 class Workdir:
@@ -42,6 +46,7 @@ class Workdir:
     self.root: Any = pathlib.Path(address).absolute()
     self.local: pathlib.Path = self.root
     self._uploaded: dict[str, int] = {}  # {file in the bucket: mtime of its local copy, ns}
+    self._lock: WorkdirLock | None = None
     if "://" not in address:
       return
     if not address.startswith("gs://"):
@@ -54,12 +59,42 @@ class Workdir:
     name = f"{self.root.name}-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
     self.local = pathlib.Path(cache).expanduser() / (f"{name}-reader" if reader else name)
 
+  @contextlib.contextmanager
+  def locked(self) -> Iterator[None]:
+    """A context in which no other run may write into the folder; process 0 holds the lock.
+
+    Raises:
+      WorkdirInUse: if another run writes there; names its machine and process.
+    """
+    if jax.process_index() == 0:
+      lock = WorkdirLock(self.root)
+      lock.acquire()
+      self._lock = lock
+    try:
+      yield
+    finally:
+      if self._lock is not None:
+        self._lock.release()
+        self._lock = None
+
+  def check(self) -> None:
+    """Call it before a write.
+
+    Raises:
+      WorkdirLost: if the folder was deleted or moved, or another run has taken it over.
+    """
+    if self._lock is not None:
+      self._lock.check()
+    elif not self.local.exists():
+      raise WorkdirLost(f"{self.local} was deleted or moved while this run was writing there")
+
   def download(self) -> None:
     """Makes the local folder equal to the bucket; every process calls it before it writes."""
     if self.root is self.local:
       return
     self.local.mkdir(parents=True, exist_ok=True)
-    remote = [x for x in self.root.iterdir() if not x.is_dir()] if self.root.exists() else []
+    files = self.root.iterdir() if self.root.exists() else ()
+    remote = [x for x in files if not x.is_dir() and x.name != FILE]
     for path in {*self.local.iterdir()} - {self.local / file.name for file in remote}:
       if path.is_file() and path.suffix != ".tmp":  # another process is about to rename those
         path.unlink(missing_ok=True)

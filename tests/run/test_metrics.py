@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -112,6 +113,20 @@ def test_tensorboard_gets_event_files_and_the_purge_step(tmp_path):
     writer.write(3, {"val/text_to_image_R@1": 0.5, "n": 3})
   (file,) = (tmp_path / "tensorboard").iterdir()
   assert b"val/text_to_image_R@1" in file.read_bytes()
+
+
+def test_a_full_disk_is_an_error_of_the_write_that_meets_it(tmp_path, monkeypatch):
+  """TensorBoard's own thread would die of it, and the eleventh row would wait for ever."""
+  with pytest.raises(OSError, match="No space left"), MetricWriter(tmp_path) as writer:
+    writer.write(1, {"a": 1.0})
+
+    def full(*_):
+      raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(writer._tensorboard._py_recordio_writer, "flush", full)
+      for step in range(2, 30):
+        writer.write(step, {"a": 1.0})
 
 
 def test_only_process_zero_writes(tmp_path, monkeypatch):

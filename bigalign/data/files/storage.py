@@ -74,10 +74,14 @@ def atomic_write(path: str | os.PathLike[str], *, suffix: str = "part") -> Itera
       need their own, such as unique_suffix().
   """
   partial = pathlib.Path(f"{os.fspath(path)}.{suffix}")
-  with partial.open("wb") as file:
-    yield file
-    file.flush()
-    os.fsync(file.fileno())
+  try:
+    with partial.open("wb") as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+  except BaseException:
+    partial.unlink(missing_ok=True)  # the disk may be full
+    raise
   partial.replace(path)
 
 

@@ -8,6 +8,7 @@ free, or which fits into none, goes through grain.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -20,6 +21,20 @@ import numpy as np
 SLOTS = 4  # one batch is finished, two wait, and one is being copied
 _HEADER = _ALIGNMENT = 64  # bytes; the header holds the number of batches that were copied out
 _MOUNT = "/dev/shm"
+
+
+def remove_left_over(prefix: str) -> list[str]:
+  """Removes the shared memory that a killed run left, by its prefix; returns the names.
+
+  The caller makes sure that no process uses it any more.
+  """
+  if not os.path.isdir(_MOUNT):
+    return []
+  names = [name for name in os.listdir(_MOUNT) if name.startswith(prefix)]
+  for name in names:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(os.path.join(_MOUNT, name))
+  return names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -18,7 +20,7 @@ from typing import Any, BinaryIO, Protocol
 import cloudpickle
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from bigalign.data.files import processes
 from bigalign.data.loader import shared_memory
@@ -26,6 +28,7 @@ from bigalign.private_apis import (
   exit_code_of_grain_worker,
   free_grain_shared_memory,
   imports_main_of_parent,
+  name_shared_memory,
 )
 
 GRACE = 5.0  # seconds in which grain notices a dead worker itself
@@ -36,6 +39,21 @@ class BatchSource(Protocol):
 
   def __len__(self) -> int: ...
   def __getitem__(self, k: int, /) -> dict[str, np.ndarray]: ...
+
+
+_PREFIX = ["bigalign-"]  # of the names of shared memory
+
+
+def own_shared_memory(owner: str) -> None:
+  """Names the shared memory of workers after its owner, and removes what a killed run left.
+
+  Args:
+    owner: the folder of the run. No other process uses its shared memory now.
+  """
+  _PREFIX[0] = f"bigalign-{hashlib.sha256(owner.encode()).hexdigest()[:16]}-"
+  removed = shared_memory.remove_left_over(_PREFIX[0])
+  if removed:
+    logging.info("Removed %d pieces of shared memory that a killed run left", len(removed))
 
 
 def iterate(batches: BatchSource, *, workers: int) -> Batches:
@@ -67,8 +85,9 @@ def iterate(batches: BatchSource, *, workers: int) -> Batches:
   spool = _Spool(batches)
   dataset = grain.MapDataset.source(shared_memory.Sender(spool))
   read = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  start = functools.partial(_start_worker, prefix=_PREFIX[0])
   multiprocess = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-  return Batches(iter(read.mp_prefetch(multiprocess, worker_init_fn=_start_worker)), spool)
+  return Batches(iter(read.mp_prefetch(multiprocess, worker_init_fn=start)), spool)
 
 
 class _Spool:
@@ -235,9 +254,10 @@ def _close(
   free_grain_shared_memory()
 
 
-def _start_worker(worker: int, workers: int) -> None:
+def _start_worker(worker: int, workers: int, *, prefix: str) -> None:
   """Prepares a worker process; the first call in it."""
   del worker, workers
   processes.start()
+  name_shared_memory(prefix)
   # The program also gets SIGTERM. It trains for some more steps, and then closes the workers.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
