@@ -86,9 +86,11 @@ def open_data(options: DataOptions) -> Inputs:
     stored = OneSide(**options.stores.one_side())
     if stored.text:
       second = ("text" if stored.second_is_text else "second",) if stored.second else ()
-      # The source opens with its own fields: _check_ignored refuses others.
+      # The source need not have captions, and bad ones reject nothing, because none is read.
+      parts = tuple(dataclasses.replace(part, captions=None) for part in options.mixture)
+      source = _open_source(dataclasses.replace(options, mixture=parts), ())
       options = dataclasses.replace(options, captions=("text",), second_captions=second)
-      return Inputs(options, _open_source(options, None), stored)
+      return Inputs(options, source, stored)
   wanted = None
   if options.captions is not None:
     wanted = fields(options.first_columns, options.second_columns)

@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 from helpers.batches import data_options
 from helpers.shipped import ROOT
+from helpers.small_shards import picture, write_tar
 
 from bigalign.data.loader.pairs import Pairs, pair_batches
+from bigalign.data.samples.ids import sample_id
 from bigalign.data.stores import reader, writer
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
+from bigalign.inputs import open_data
 
 HEADER = dict(side="image", width=3, dtype="float16", weights="abc")
 
@@ -443,6 +446,26 @@ def test_images_without_captions_are_left_out_and_counted(tmp_path):
   other = write(tmp_path / "other", range(100, 140), texts=[1] * 40)
   with pytest.raises(ValueError, match="0 of the 40 images"):
     Pairs(image, other, least=0.0)
+
+
+@pytest.mark.parametrize("members", ["images", "bad texts", "json"])
+def test_texts_from_a_store_need_no_captions_in_the_source(tmp_path, members):
+  """Shards without .txt, or with texts that would reject their sample, in a mixture too."""
+  more = {"images": [], "bad texts": [("txt", b"\xff\xfe")], "json": [("json", b"{}")]}[members]
+  entries = [(f"{i}.{name}", data) for i in range(8) for name, data in [("jpg", picture(i)), *more]]
+  shard = write_tar(tmp_path / "0.tar", entries)
+  parts = (dict(name="a", source=shard, captions=("json.caption",)),)
+  for prefix, source in (("", dict(source=shard)), ("a/", dict(mixture=parts))):
+    ids = np.array([sample_id(f"{prefix}0.tar/{i}") for i in range(8)], np.uint64)
+    stores = dict(text=str(write(tmp_path / f"s{prefix}", ids, texts=[1] * 8)))
+    tokenizer = dict(name="byte", length=4)
+    inputs = open_data(data_options(stores=stores, image_size=8, tokenizer=tokenizer, **source))
+    with contextlib.closing(
+      inputs.batches(rejected_log="", batch_size=8, rows=np.arange(8), seed=0, stop=8)
+    ) as found:
+      (batch,) = found
+    assert not batch["rejects"].any()
+    assert sorted(batch["text"][:, 0].tolist()) == sorted(vectors(ids)[:, 0].tolist())
 
 
 def test_too_many_captions_are_an_error(tmp_path):
