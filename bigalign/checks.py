@@ -29,6 +29,15 @@ def known(where: str, value: Any, names: Iterable[str]) -> None:
     raise ValueError(f"{where}: unknown {value!r}; known: {sorted(names)}")
 
 
+def between(where: str, least: float, most: float = math.inf, **numbers: float) -> None:
+  """Raises ValueError, naming `where` and the option, for a number not in [least, most]."""
+  for name, value in numbers.items():
+    # A traced number has no value yet.
+    if isinstance(value, int | float) and not least <= value <= most:
+      bound = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+      raise ValueError(f"{where}.{name}={value!r} must be {bound}")
+
+
 def above_zero(where: str, most: float = math.inf, **numbers: float) -> None:
   """Raises ValueError, naming `where` and the option, for a number not in (0, most]."""
   for name, value in numbers.items():

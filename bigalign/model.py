@@ -37,7 +37,7 @@ def provided(batch: Iterable[str]) -> set[str]:
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """[..., E] -> unit L2 norm, float32; zero stays zero, with a finite gradient."""
+  """[..., E] -> unit L2 norm, float32; zero stays zero, with gradient zero."""
   return sphere.unit(x.astype(jnp.float32))
 
 
@@ -80,16 +80,17 @@ class DualEncoder(nn.Module):
       second: other texts [B, L] and their mask.
 
     Returns:
-      zimg, ztxt [B, E], unit norm; raw_img, raw_txt [B, E], before the norm; tokens_img and
-      tokens_txt; mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`.
+      zimg, ztxt [B, E], unit norm; raw_img, raw_txt [B, E], before the norm; these are float32,
+      whatever the projectors compute in. tokens_img and tokens_txt, in the dtype of the towers;
+      mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`.
     """
     raw_img, img = self._image(image, train)
     raw_txt, txt = self._text(text, mask, train)
     feats = {
       "zimg": unit(raw_img),
       "ztxt": unit(raw_txt),
-      "raw_img": raw_img,
-      "raw_txt": raw_txt,
+      "raw_img": raw_img.astype(jnp.float32),
+      "raw_txt": raw_txt.astype(jnp.float32),
       "tokens_img": img.tokens,
       "tokens_txt": txt.tokens,
     }

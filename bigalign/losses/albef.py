@@ -51,6 +51,7 @@ def albef_itc(
   for name, value in (("queue_size", queue_size), ("local_keys", local_keys)):
     if value is not None and value < 1:
       raise ValueError(f"config.loss.albef_itc.{name}={value} must be at least 1")
+  checks.between("config.loss.albef_itc", 0, 1, alpha=alpha)
   if not 0.001 <= temperature_init <= 0.5:
     raise ValueError(
       f"config.loss.albef_itc.temperature_init={temperature_init} is not between 0.001 and 0.5"
@@ -75,15 +76,19 @@ def albef_itc(
     new = {side: jax.lax.stop_gradient(feats[f"teacher_{side}"]) for side in ("img", "txt")}
     if positives == "ids":
       new["ids"] = batch["image_id"]
-    keys = {name: jnp.concatenate([x, state[name]]) for name, x in new.items()}
     share = alpha * jnp.minimum(context.epochs, 1.0).astype(feats["zimg"].dtype)
     shared = {"temperature": params["temperature"], "alpha": share}
+
+    def keys(arrays, side):
+      ids = {"id": arrays["ids"]} if positives == "ids" else {}
+      return {"key": arrays[side], **ids}
+
     i2t, t2i = (
       _cross_entropy(
         feats[f"z{own}"],
         new[own],
-        keys[other],
-        keys.get("ids"),
+        keys(new, other),
+        keys(state, other),
         shared,
         local_keys or size,
         context.engine,
@@ -92,7 +97,10 @@ def albef_itc(
     )
     loss = (i2t + t2i) / 2
     logs = {"i2t": i2t, "t2i": t2i, **shared}
-    return loss, (_enqueue(state, new), {"loss": loss, "contrastive_loss": loss, **logs})
+    return loss, (
+      _enqueue(state, new, context.engine),
+      {"loss": loss, "contrastive_loss": loss, **logs},
+    )
 
   def constrain(params, before):
     return {**params, "temperature": jnp.clip(params["temperature"], 0.001, 0.5)}
@@ -106,76 +114,87 @@ def whole_batches(batch: int) -> dict[str, int]:
   return {"queue_size": -(-65_536 // batch) * batch}
 
 
-def _enqueue(state, new):
+def _enqueue(state, new, engine):
   """The queue with its oldest keys replaced by those of the batch."""
-  start = state["next"]
-  queues = {
-    name: jax.lax.dynamic_update_slice_in_dim(state[name], x.astype(state[name].dtype), start, 0)
-    for name, x in new.items()
-  }
-  size, length = len(new["img"]), len(state["img"])
-  return {**queues, "next": (start + size) % length}
+  start, length = state["next"], len(state["img"])
+  queue = {name: state[name] for name in new}
+  replaced = engine.replaced(queue, new, start)
+  return {**replaced, "next": (start + len(new["img"])) % length}
 
 
-def _cross_entropy(z, teacher, keys, ids, shared, group, engine):
+def _cross_entropy(z, teacher, keys, queue, shared, group, engine):
   """[]: the cross-entropy of anchors to the mixed targets.
 
   Args:
     z: [B, E], the anchors.
     teacher: [B, E], the averaged model's features of the anchors.
-    keys: [B + K, E], of which the first B belong to the anchors.
-    ids: [B + K, 2] of the keys, or None.
+    keys: "key" [B, E] of the anchors, and "id" [B, 2] if keys with equal ids are positives.
+    queue: likewise of earlier batches, [K, E] and [K, 2].
     shared: "temperature" and "alpha".
     group: number of neighbours in the batch that use each other's keys.
     engine: forms the logits.
   """
-  size = len(z)
 
-  def targets(row, col, shared):
-    """Which keys are candidates and which are positives, and the averaged model's logits."""
-    near = row["batch_index"][:, None] // group == col["batch_index"][None, :] // group
-    candidates = near | (col["batch_index"] >= size)[None, :]
+  def over_all_keys(tile, kinds, anchors, shared, fixed):
+    """{name: [B]}: reductions of a tile over the keys of the batch and those of the queue.
+
+    The queue is longer than the batch. Its keys are the rows, which stay on their device.
+    """
+
+    def of_queue(row, col, shared):
+      return {name: v.T for name, v in tile(col, row, shared, in_batch=False).items()}
+
+    def of_batch(row, col, shared):
+      return tile(row, col, shared, in_batch=True)
+
+    by_row, by_column = ({k: f"{side}_{x}" for k, x in kinds.items()} for side in ("row", "col"))
+    near = engine.reduce(of_batch, anchors, keys, shared, outputs=by_row, fixed=fixed)
+    early = engine.reduce(of_queue, queue, anchors, shared, outputs=by_column, fixed=fixed)
+    combined = {"lse": jnp.logaddexp, "sum": jnp.add}
+    return {name: combined[kind](near[name], early[name]) for name, kind in kinds.items()}
+
+  def targets(anchor, key, shared, in_batch):
+    """Candidates, the anchors' own pairs, positives, and the averaged model's logits."""
     temperature = jax.lax.stop_gradient(shared["temperature"])
-    logits = jax.lax.stop_gradient(engine.products(row["teacher"], col["key"])) / temperature
-    match = candidates & pairwise.same(row, col)
-    if ids is not None:
-      match = candidates & (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
-    return candidates, match, jnp.where(candidates, logits, -jnp.inf)
+    logits = jax.lax.stop_gradient(engine.products(anchor["teacher"], key["key"])) / temperature
+    if in_batch:
+      block, of_key = anchor["batch_index"] // group, key["batch_index"] // group
+      candidates = block[:, None] == of_key[None, :]
+      own = pairwise.same(anchor, key)
+    else:
+      candidates, own = jnp.ones(logits.shape, bool), jnp.zeros(logits.shape, bool)
+    match = own
+    if "id" in key:
+      match = candidates & (anchor["id"][:, None, :] == key["id"][None, :, :]).all(-1)
+    return candidates, own, match, jnp.where(candidates, logits, -jnp.inf)
 
-  def counts(row, col, shared):
-    _, match, logits = targets(row, col, shared)
+  def counts(anchor, key, shared, in_batch):
+    _, _, match, logits = targets(anchor, key, shared, in_batch)
     return {"norm": logits, "matches": match.astype(logits.dtype)}
 
-  rows, columns = {"teacher": teacher}, {"key": keys}
-  if ids is not None:
-    rows, columns = rows | {"id": ids[:size]}, columns | {"id": ids}
+  anchors = {"teacher": teacher, **{name: x for name, x in keys.items() if name == "id"}}
   known = jax.lax.stop_gradient(
-    engine.reduce(
-      counts,
-      rows,
-      columns,
-      jax.lax.stop_gradient(shared),
-      outputs={"norm": "row_lse", "matches": "row_sum"},
+    over_all_keys(
+      counts, {"norm": "lse", "matches": "sum"}, anchors, jax.lax.stop_gradient(shared), ()
     )
   )
 
-  def tile(row, col, shared):
-    candidates, match, logits = targets(row, col, shared)
+  def tile(anchor, key, shared, in_batch):
+    candidates, own, match, logits = targets(anchor, key, shared, in_batch)
     # Relative to the positive: absolute logits of 1 / temperature would round the loss away.
-    z = (engine.products(row["z"], col["key"]) - row["positive"][:, None]) / shared["temperature"]
-    truth = match / row["matches"][:, None]
-    own = jnp.exp(logits - row["norm"][:, None])
-    weighted = (shared["alpha"] * own + (1 - shared["alpha"]) * truth) * z
-    other = candidates & ~pairwise.same(row, col)
+    difference = engine.products(anchor["z"], key["key"]) - anchor["positive"][:, None]
+    z = difference / shared["temperature"]
+    truth = match / anchor["matches"][:, None]
+    soft = jnp.exp(logits - anchor["norm"][:, None])
+    weighted = (shared["alpha"] * soft + (1 - shared["alpha"]) * truth) * z
+    other = candidates & ~own
     return {"others": jnp.where(other, z, -jnp.inf), "weighted": jnp.where(other, weighted, 0)}
 
-  positive = engine.paired(z, keys[:size])
-  reduced = engine.reduce(
+  reduced = over_all_keys(
     tile,
-    rows | known | {"z": z, "positive": positive},
-    columns,
+    {"others": "lse", "weighted": "sum"},
+    anchors | known | {"z": z, "positive": engine.paired(z, keys["key"])},
     shared,
-    outputs={"others": "row_lse", "weighted": "row_sum"},
-    fixed={"teacher", "key", *known},
+    {"teacher", "key", *known},
   )
   return (jax.nn.softplus(reduced["others"]) - reduced["weighted"]).mean()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bigalign.losses.engine import tiles
 from bigalign.losses.engine.pairwise import DEFAULT, Engine
 
 Params = dict[str, Any]  # learned scalars, float32
@@ -40,10 +41,10 @@ class Loss(NamedTuple):
     init: (sizes) -> (params, state). sizes: the number of ids, {"image": n, "text": m}, and the
       width E of the embeddings, "embed".
     apply: (params, state, feats, batch, context) -> (objective, (state, metrics)).
-      feats: zimg, ztxt [B, E], unit norm, float32; for "raw" also raw_img, raw_txt [B, E] before
+      feats: zimg, ztxt [B, E], unit norm; for "raw" also raw_img, raw_txt [B, E] before
       normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L];
       for "second_text" ztxt_second [B, E], of another caption of the same image; for "ema_teacher"
-      teacher_img, teacher_txt [B, E], zimg and ztxt of the averaged parameters.
+      teacher_img, teacher_txt [B, E], zimg and ztxt of the averaged parameters. All are float32.
       batch: the data's fields, [B, ...]; for "ids" image_id, text_id [B, 2] uint32, the two words
       of a 64-bit number; for "labels" label [B] int32; for "teacher" teacher_img, teacher_txt
       [B, D]; for "noise" noise_prob [B], the probability that a pair does not belong together.
@@ -82,7 +83,8 @@ def apply_once(
     engine: forms the logits.
   """
   params, state = loss.init(sizes or {})
-  _, results = loss.apply(params, state, feats, batch or {}, first_context(engine))
+  feats, batch = tiles.widened(feats), tiles.widened(batch or {})
+  _, results = loss.apply(params, state, feats, batch, first_context(engine))
   metrics: dict[str, jax.Array] = results[1]
   return metrics
 
@@ -102,7 +104,8 @@ def table_mask(loss: Loss, state: State) -> Any:
 def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
   """The sum of weight * loss; each term has parameters, state and metrics under its own name.
 
-  The total is logged as "loss". A single term logs its metrics under their own names, as open_clip
+  The losses get features and fields of the batch in float32, if they come in fewer bits. The total
+  is logged as "loss". A single term logs its metrics under their own names, as open_clip
   does ("contrastive_loss", "logit_scale"); several terms log theirs as "<name>/<metric>".
 
   Args:
@@ -114,6 +117,7 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     return {k: p for k, (p, _) in both.items()}, {k: s for k, (_, s) in both.items()}
 
   def apply(params, state, feats, batch, context):
+    feats, batch = tiles.widened(feats), tiles.widened(batch)
     objective = jnp.zeros((), jnp.float32)
     value = jnp.zeros((), jnp.float32)
     states: State = {}

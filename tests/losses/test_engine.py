@@ -348,6 +348,76 @@ def test_saturated_logits_keep_their_digits(name, way):
 
 
 @pytest.mark.parametrize(
+  "dtype,way",
+  [
+    pytest.param(dtype, way, marks=() if (dtype, way) == ("bfloat16", "ring") else pytest.mark.slow)
+    for dtype in ("bfloat16", "float16")
+    for way in ("ring", "segment", "dense")
+  ],
+)
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_inputs_of_16_bits_are_taken_by_every_loss(name, dtype, way):
+  """As from a projector that computes in bfloat16, or a store of float16; without computing."""
+  towers, batch = example(jnp.float32)
+  feats = embed(towers, batch, jax.random.key(0))
+  loss = losses.make_loss({name: OPTIONS.get(name, {})})
+  params, state = loss.init(SIZES)
+
+  def narrow(x):
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  feats, batch = jax.tree.map(narrow, (feats, batch))
+  learned = {k: x for k, x in feats.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+
+  def value(params, learned):
+    context = at(engine=small(way, None))
+    return loss.apply(params, state, {**feats, **learned}, batch, context)
+
+  (value, (after, logs)), (_, grads) = jax.eval_shape(
+    jax.value_and_grad(value, (0, 1), has_aux=True), params, learned
+  )
+  assert value.dtype == logs["loss"].dtype == jnp.float32
+  assert all(grads[k].dtype == dtype for k in learned)
+  same_shapes = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
+  assert all(jax.tree.leaves(same_shapes))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("of_engine", ["float32", "bfloat16"])
+def test_features_of_any_dtype_are_rounded_alike_in_every_way(dtype, of_engine):
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    x, y = (jnp.asarray(unit(rng.normal(size=(12, 8))), dtype) for _ in range(2))
+
+    def value(x, y, way):
+      engine = pairwise.Engine(way, of_engine, tile_mb=3e-4, budget_mb=1e-4)
+
+      def tile(row, col, shared):
+        return {"lse": 20 * engine.products(row["z"], col["z"])}
+
+      lse = engine.reduce(tile, {"z": x}, {"z": y}, outputs={"lse": "row_lse"})["lse"]
+      return (lse - 20 * engine.paired(x, y)).mean()
+
+    grads = jax.jit(jax.value_and_grad(value, (0, 1)), static_argnums=2)
+    dense = grads(x, y, "dense")
+    for way in ("segment", "ring"):
+      for a, b in zip(jax.tree.leaves(grads(x, y, way)), jax.tree.leaves(dense), strict=True):
+        assert a.dtype == b.dtype
+        off = np.abs(np.asarray(a - b, np.float64)).max()
+        close = {"float16": 1e-3, "bfloat16": 8e-3}.get(str(a.dtype), 1e-6)
+        close = max(close, 4e-3 if of_engine == "bfloat16" else 0)  # products of cotangents
+        assert off <= close * np.abs(np.asarray(b, np.float64)).max()
+
+
+def test_the_budget_counts_what_is_communicated():
+  """A column of 16 bfloat16 numbers in 512 rows, with its float32 gradient: 96 bytes."""
+  for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+    x = {"z": jnp.zeros((512, 16), dtype)}
+    plan = pairwise.Engine("auto", "bfloat16", budget_mb=512 * 96 / 4e6)._plan(x, x)
+    assert plan.segments == 4
+
+
+@pytest.mark.parametrize(
   "options,message",
   [(dict(way="rings"), "rings"), (dict(dtype="bf16"), "bfloat16"), (dict(tile_mb=0), "tile_mb")],
 )

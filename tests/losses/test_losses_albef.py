@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from helpers.loss_oracles import at, both_precisions, cases, floats, ids, make, 
 
 from bigalign import losses, sharding
 from bigalign.losses.engine import pairwise
+from bigalign.losses.per_sample import tables
 
 
 def one_step(loss, params, state, feats, batch, context):
@@ -126,6 +130,75 @@ def test_the_queue_holds_the_newest_keys_in_the_places_of_the_oldest():
     expected = [some(seed=k)[f"teacher_{side}"] for k in (2, 1)]
     np.testing.assert_array_equal(state[side], np.concatenate(expected))
   assert state["next"] == 16
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def after_one_step(apply, *args):
+  """The next state alone, for which the compiler drops the loss."""
+  return apply(*args)[1][0]
+
+
+@pytest.mark.parametrize("way", ["dense", "segment", "ring"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_batch_that_passes_the_end_of_the_queue_goes_on_at_its_start(way, devices):
+  """As after a stage with another batch size: 16, 32 and 32 keys in a queue of 64."""
+  loss = make("albef_itc", dict(queue_size=64, positives="ids"))
+  params, state = loss.init({"embed": 8})
+  mesh = sharding.make_mesh(data=4, fsdp=2) if devices == 8 else None
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    for k, size in enumerate((16, 32, 32)):
+      batch = {"image_id": ids(np.arange(size) + 100 * k)}
+      feats, context = some(size=size, seed=k), at(engine=pairwise.Engine(way))
+      state = after_one_step(loss.apply, params, state, feats, batch, context)
+  assert state["next"] == 16
+  for side in ("img", "txt"):
+    second, third = (some(size=32, seed=k)[f"teacher_{side}"] for k in (1, 2))
+    np.testing.assert_array_equal(state[side], np.concatenate([third[16:], second, third[:16]]))
+  expected = np.concatenate([np.arange(216, 232), np.arange(100, 132), np.arange(200, 216)])
+  np.testing.assert_array_equal(state["ids"], ids(expected))
+
+
+@pytest.mark.parametrize(
+  "way,dtype,mesh",
+  [
+    pytest.param(
+      way, dtype, mesh, marks=pytest.mark.slow if (way, dtype) != ("gather", "float32") else ()
+    )
+    for way in ("dense", "gather", "segment", "ring")
+    for dtype in ("float32", "bfloat16")
+    for mesh in (dict(data=4, fsdp=2), dict(data=2, fsdp=2, tensor=2))
+  ],
+  ids=str,
+)
+def test_no_device_holds_the_whole_queue(way, dtype, mesh):
+  """The largest array of features in the compiled step is a part of the queue, or the batch."""
+  size, length, width = 128, 8192, 24
+  loss = make("albef_itc", dict(queue_size=length, positives="ids"))
+  mesh = sharding.make_mesh(**mesh)
+
+  def shape(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  params, state = jax.eval_shape(lambda: loss.init({"embed": width}))
+  state = jax.tree.map(lambda x: shape(x, tables.state_sharding(x, mesh)), state)
+  rows, names = sharding.batch_sharding(mesh), ("zimg", "ztxt", "teacher_img", "teacher_txt")
+  feats = {name: shape(jax.ShapeDtypeStruct((size, width), jnp.float32), rows) for name in names}
+  batch = {"image_id": shape(jax.ShapeDtypeStruct((size, 2), jnp.uint32), rows)}
+
+  def step(params, feats, state, batch):
+    value, (after, _) = loss.apply(
+      params, state, feats, batch, at(engine=pairwise.Engine(way, dtype))
+    )
+    return value, after
+
+  kept = ((None, jax.tree.map(lambda x: x.sharding, state)), (None, None))
+  with jax.set_mesh(mesh):
+    step = jax.jit(jax.value_and_grad(step, (0, 1), has_aux=True), out_shardings=kept)
+    text = step.lower(params, feats, state, batch).compile().as_text()
+  arrays = [[int(n) for n in dims.split(",")] for dims in re.findall(r"\w\[([\d,]+)\]", text)]
+  largest = max(math.prod(dims) // width for dims in arrays if width in dims)
+  # The compiler lays a dense matrix out over the batch axes only.
+  assert largest <= length // (4 if way == "dense" else 8), largest
 
 
 def test_workers_see_their_own_keys_only():

@@ -86,10 +86,7 @@ def _indexed(plan: Plan, arrays: Arrays, limit: int) -> Arrays:
 
 def _narrowed(plan: Plan, arrays: Arrays) -> Arrays:
   """Features in the dtype in which they are communicated."""
-  return {
-    k: x.astype(plan.dtype) if x.ndim > 1 and x.dtype == jnp.float32 else x
-    for k, x in arrays.items()
-  }
+  return {k: x.astype(tiles.communicated_dtype(x, plan.dtype)) for k, x in arrays.items()}
 
 
 def _segments(plan: Plan, local: dict[str, Arrays]) -> Any:
@@ -202,12 +199,36 @@ def _local_backward(
     {"columns": local_columns, **outputs_of("col")},
     lambda sums, block: tiles.backward(reduction, rows, shared, outputs_of("row"), block, sums),
     (zeros(row_in), zeros(tiles.split(shared)[0]), value),
-    zeros(tiles.split(columns, reduction.fixed)[0]),
+    zeros(tiles.split(tiles.widened(columns), reduction.fixed)[0]),
     merge,
   )
   if plan.axes:
     d_shared, value = jax.lax.psum((d_shared, value), plan.axes)
   return d_rows, d_columns, d_shared, value
+
+
+def _local_replaced(plan: Plan, queue: Arrays, new: Arrays, start: jax.Array) -> Arrays:
+  """This device's part of a ring buffer, with the new elements that belong there."""
+  n = next(iter(queue.values())).shape[0]
+  first = jax.lax.axis_index(plan.axes) * n if plan.axes else 0
+
+  def write(queue: Arrays, block: Any) -> tuple[Arrays, Arrays]:
+    position = block["columns"]["batch_index"]
+    place = (start + position) % plan.rows - first
+    here = (position >= 0) & (place >= 0) & (place < n)
+    # Elements of other devices get distinct numbers past the end: indices must be unique.
+    place = jnp.where(here, place, n + jnp.arange(place.shape[0]))
+    written = {
+      name: x.at[place].set(
+        block["columns"][name].astype(x.dtype), mode="drop", unique_indices=True
+      )
+      for name, x in queue.items()
+    }
+    return written, {}
+
+  columns = {"columns": _indexed(plan, new, plan.columns)}
+  written: Arrays = _stream_columns(plan, columns, write, queue, {}, lambda before, after: {})[0]
+  return written
 
 
 # --- global arrays --------------------------------------------------------------------------------
@@ -242,6 +263,15 @@ def reduce(reduction: TiledReduction, rows: Arrays, columns: Arrays, shared: Arr
     k: outputs[k][: reduction.plan.rows if kind.startswith("row") else reduction.plan.columns]
     for k, kind in reduction.outputs
   }
+
+
+def replaced(plan: Plan, queue: Arrays, new: Arrays, start: jax.Array) -> Arrays:
+  """{name: [K, ...]}: a ring buffer with new elements; see Engine.replaced."""
+  split = P(plan.axes)
+  parts = sharding.on_each_device(
+    functools.partial(_local_replaced, plan), (split, split, P()), split
+  )(_padded(queue), _padded(new), start)
+  return _cut(parts, queue)
 
 
 def _reduce_forward(
@@ -281,13 +311,15 @@ def _gradients(
 
 
 def _with_zeros(arrays: Arrays, gradients: Arrays) -> dict[str, Any]:
-  """Gradients of all arrays: zeros for fixed ones, JAX's float0 zeros for integers."""
+  """Gradients of all arrays, in their dtypes: zeros if fixed, JAX's float0 zeros for integers."""
 
   def zeros(x: jax.Array) -> Any:
     real = jnp.issubdtype(x.dtype, jnp.inexact)
     return jnp.zeros_like(x) if real else np.zeros(x.shape, jax.dtypes.float0)
 
-  return {k: gradients[k] if k in gradients else zeros(x) for k, x in arrays.items()}
+  return {
+    k: gradients[k].astype(x.dtype) if k in gradients else zeros(x) for k, x in arrays.items()
+  }
 
 
 reduce.defvjp(_reduce_forward, _reduce_backward)

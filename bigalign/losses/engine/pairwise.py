@@ -81,7 +81,8 @@ class Engine:
 
   def paired(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """[N, E], [N, E] -> [N]: the diagonal of `products(x, y)`."""
-    return jnp.sum(self._rounded(x) * self._rounded(y), -1)
+    x, y = self._as_communicated({"x": x, "y": y}, ()).values()
+    return jnp.sum(x * y, -1)
 
   def reduce(
     self,
@@ -140,6 +141,24 @@ class Engine:
     reduction = tiles.TiledReduction(tile, (), frozenset(fixed), plan)
     return exchange.total(reduction, dict(rows), dict(columns), dict(shared or {}))
 
+  def replaced(
+    self, queue: Mapping[str, jax.Array], new: Mapping[str, jax.Array], start: jax.Array
+  ) -> dict[str, jax.Array]:
+    """A ring buffer with new elements at positions start, start + 1, … modulo its length.
+
+    The buffer stays on its devices. The new elements are communicated as columns are, but exactly.
+
+    Args:
+      queue: {name: [K, ...]}.
+      new: {name: [B, ...]}, with B at most K.
+      start: [] int32, in [0, K).
+    """
+    # Not a matrix, so a RecordingEngine does not record it; the compiler alone would gather it.
+    way = "gather" if self.way == "dense" else self.way
+    plan = Engine._plan(dataclasses.replace(self, way=way), queue, new)
+    assert plan is not None
+    return exchange.replaced(plan, dict(queue), dict(new), start)
+
   def _rounded(self, x: jax.Array) -> jax.Array:
     """x rounded to the engine's dtype, as the products see it, with the gradient of x."""
     dtype = jnp.dtype(self.dtype)
@@ -149,7 +168,8 @@ class Engine:
 
   def _as_communicated(self, arrays: Mapping[str, jax.Array], fixed: Collection[str]) -> Arrays:
     """The arrays as tiles would receive them: features rounded, `fixed` without a gradient."""
-    rounded = {k: self._rounded(x) if _is_feature(x) else x for k, x in arrays.items()}
+    wide = tiles.widened(arrays)
+    rounded = {k: self._rounded(x) if tiles.is_feature(x) else x for k, x in wide.items()}
     return {k: jax.lax.stop_gradient(x) if k in fixed else x for k, x in rounded.items()}
 
   def _plan(
@@ -161,9 +181,11 @@ class Engine:
     axes, devices = sharding.devices()
     n, m = (next(iter(x.values())).shape[0] for x in (rows, columns))
     own_rows, own_columns = -(-n // devices), -(-m // devices)
-    # A gathered column and its float32 gradient.
+    # A gathered column, and its gradient in float32 or, under x64, in float64.
     column_bytes = sum(
-      x.size // m * (jnp.dtype(self.dtype).itemsize + 4) for x in columns.values() if _is_feature(x)
+      x.size // m * (tiles.communicated_dtype(x, self.dtype).itemsize + max(4, x.dtype.itemsize))
+      for x in columns.values()
+      if tiles.is_feature(x)
     )
     segments = _power_of_two(m * column_bytes / (self.budget_mb * 1e6))
     if self.way == "segment":
@@ -215,10 +237,6 @@ def _products_backward(dtype: Any, saved: Any, g: jax.Array) -> Any:
 
 _products = jax.custom_vjp(lambda dtype, x, y: _matmul(dtype, x, y.T), nondiff_argnums=(0,))
 _products.defvjp(_products_forward, _products_backward)
-
-
-def _is_feature(x: jax.Array) -> bool:
-  return x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _power_of_two(x: float) -> int:

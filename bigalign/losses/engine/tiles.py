@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -104,9 +104,28 @@ def padded(columns: Arrays, size: int) -> Arrays:
   return {name: longer(name, x) for name, x in columns.items()}
 
 
-def widened(arrays: Arrays) -> Arrays:
-  """Communicated features, in float32 again."""
-  return {k: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for k, x in arrays.items()}
+def is_feature(x: jax.Array) -> bool:
+  """Whether an array of rows or columns is communicated in the engine's dtype."""
+  return x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def communicated_dtype(x: jax.Array, dtype: str) -> Any:
+  """The dtype in which an array is communicated: bfloat16 for features, or its own.
+
+  Args:
+    x: an array of rows or columns.
+    dtype: of the engine.
+  """
+  return jnp.dtype(dtype) if is_feature(x) and dtype == "bfloat16" else x.dtype
+
+
+def widened(arrays: Mapping[str, jax.Array]) -> Arrays:
+  """The arrays, of which float16 and bfloat16 ones are in float32."""
+
+  def narrow(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+
+  return {k: x.astype(jnp.float32) if narrow(x) else x for k, x in arrays.items()}
 
 
 def forward(
