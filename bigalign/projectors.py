@@ -11,11 +11,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bigalign.towers.base import TowerOutput, masked_mean
+from bigalign import checks
+from bigalign.towers.base import DTYPES, TowerOutput, masked_mean
 from bigalign.towers.linear import Dense
 
 
-class Linear(nn.Module):
+class Projector(nn.Module):
+  """What projectors share: their options are checked before anything is computed."""
+
+  def __post_init__(self) -> None:
+    where = f"config.model: projector {type(self).__name__}"
+    for name in ("hidden", "ratio"):
+      if getattr(self, name, None) is not None:
+        checks.between(where, 1, **{name: getattr(self, name)})
+    for name in ("dropout", "hidden_dropout"):
+      if not 0 <= (rate := getattr(self, name, 0.0)) < 1:
+        raise ValueError(f"{where}.{name}={rate!r} must be at least 0 and below 1")
+    dtype = getattr(self, "dtype", "float32")
+    if isinstance(dtype, str):
+      checks.known(f"{where}.dtype", dtype, DTYPES)
+    super().__post_init__()
+
+
+class Linear(Projector):
   """One linear map of the pooled vector.
 
   >>> import jax
@@ -40,7 +58,7 @@ class Linear(nn.Module):
     return Dense(self.dim, use_bias=self.bias, dtype=self.dtype, name="out")(_pooled(out))
 
 
-class Mlp(nn.Module):
+class Mlp(Projector):
   """A linear map, GELU and another linear map of the pooled vector.
 
   >>> import jax
@@ -74,7 +92,7 @@ class Mlp(nn.Module):
     return Dense(self.dim, use_bias=out_bias, dtype=self.dtype, name="fc2")(x)
 
 
-class Identity(nn.Module):
+class Identity(Projector):
   """The pooled vector itself.
 
   >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
@@ -103,7 +121,7 @@ class Identity(nn.Module):
     return x
 
 
-class Gated(nn.Module):
+class Gated(Projector):
   """SAIL's alignment layer, https://arxiv.org/abs/2412.04616: W3 (ReLU6(a) c) + b3.
 
   a and c are linear maps, clipped to [-1000, 1000], of the LayerNorm of the pooled vector. The
@@ -141,7 +159,7 @@ class Gated(nn.Module):
     return dense("out", self.dim)(nn.relu6(gate) * value)
 
 
-class Residual(nn.Module):
+class Residual(Projector):
   """The sum of a linear map and a small MLP of the pooled vector's LayerNorm.
 
   P(x) = A x + a + W2 GELU(W1 x + b1) + b2: E (D + 1) + H (D + 1) + E (H + 1) parameters and 2 D
@@ -184,7 +202,7 @@ class Residual(nn.Module):
     return Dense(self.dim, dtype=self.dtype, name="skip")(x) + y
 
 
-class PatchesAndClass(nn.Module):
+class PatchesAndClass(Projector):
   """freeze-align's image side, https://arxiv.org/abs/2409.19425.
 
   P_class(pooled) + the mean over tokens of P_patches(token), where the tower pools its class token.
@@ -219,7 +237,7 @@ class PatchesAndClass(nn.Module):
     return pooled + masked_mean(tokens, out.mask)
 
 
-class Tokens(nn.Module):
+class Tokens(Projector):
   """freeze-align's text side, https://arxiv.org/abs/2409.19425.
 
   M(the mean over real tokens of P(token)), where M(x) = LayerNorm(p + dropout(U GELU(p) + c)) with

@@ -9,6 +9,7 @@ import pytest
 from scipy.special import erf
 
 from bigalign import tree
+from bigalign.model import DualEncoder
 from bigalign.optim import make_optimizer
 from bigalign.projectors import PROJECTORS
 from bigalign.towers.base import TowerOutput
@@ -154,3 +155,31 @@ def test_projectors_of_tokens_refuse_stored_vectors():
   for name in ("tokens", "patches_and_class"):
     with pytest.raises(ValueError, match=r"reads tokens, and config\.data\.stores holds pooled"):
       PROJECTORS[name](dim=E).init(jax.random.key(0), stored)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", sorted(PROJECTORS))
+def test_losses_get_float32_embeddings_whatever_a_projector_computes_in(name, dtype):
+  options = {} if name == "identity" else {"dtype": dtype}
+  model = DualEncoder(None, None, *[PROJECTORS[name](dim=D, **options)] * 2, pixels="half")
+  rows = jnp.asarray(DRAWS.normal(size=(B, 1 + N, D)), jnp.float32)  # as an embedding store's
+  feats, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), rows, rows)
+  for field in ("zimg", "ztxt", "raw_img", "raw_txt"):
+    assert feats[field].dtype == jnp.float32, field
+
+
+@pytest.mark.parametrize(
+  "name,options,message",
+  [
+    ("mlp", dict(hidden=0), "Mlp.hidden=0 must be at least 1"),
+    ("residual", dict(hidden=-4), "Residual.hidden=-4 must be at least 1"),
+    ("gated", dict(ratio=0), "Gated.ratio=0 must be at least 1"),
+    ("residual", dict(dropout=1.5), "Residual.dropout=1.5 must be at least 0 and below 1"),
+    ("residual", dict(hidden_dropout=1.0), "Residual.hidden_dropout=1.0 must be at least 0"),
+    ("tokens", dict(dropout=-0.1), "Tokens.dropout=-0.1 must be at least 0"),
+    ("linear", dict(dtype="bf16"), "Linear.dtype: unknown 'bf16'"),
+  ],
+)
+def test_options_outside_their_bounds_are_refused(name, options, message):
+  with pytest.raises(ValueError, match=f"projector {message}"):
+    PROJECTORS[name](dim=E, **options)
