@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 
 def unit(x: jax.Array) -> jax.Array:
-  """[..., E]: x with unit L2 norm; zero stays zero, with a finite gradient."""
+  """[..., E]: x with unit L2 norm; below a norm of 1e-12 it is zero, with gradient zero."""
   square = jnp.sum(x * x, -1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+  small = square < 1e-24
+  # Two wheres, since a gradient passes through both branches of one.
+  return jnp.where(small, 0, x * jax.lax.rsqrt(jnp.where(small, 1, square)))
 
 
 def geodesic(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:

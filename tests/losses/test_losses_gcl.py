@@ -289,6 +289,36 @@ def test_eight_devices_keep_the_state_of_one(name):
   jax.tree.map(close, run(mesh), run(None))
 
 
+@pytest.mark.parametrize("name", ["sogclr", "isogclr"])
+def test_one_image_twice_in_a_batch_does_not_take_over_the_gradient(name):
+  """The text of the first occurrence is a bad match, that of the last one is perfect.
+
+  At a temperature of 0.01, the u of the last one is smaller by exp(100) and more.
+  """
+  rng = np.random.default_rng(0)
+  zimg, ztxt = (np.array(unit(rng.normal(size=(B, E))), np.float32) for _ in range(2))
+  zimg[-1] = zimg[0]
+  ztxt[-1] = zimg[0]
+  feats = {"zimg": jnp.asarray(zimg), "ztxt": jnp.asarray(ztxt)}
+  different = {"image_id": ids(np.arange(B)), "text_id": ids(np.arange(B))}
+  twice = different | {"image_id": ids(np.r_[: B - 1, 0])}
+
+  def gradients(variant, batch):
+    step, params, state = fresh(name, variant=variant)
+    dz, _, state, _ = step(params, state, feats, batch, at())
+    return dz, state
+
+  expected, plain = gradients("paper", different)
+  found, state = gradients("paper", twice)
+  for k in feats:  # every image is new: u is the row's own g in both
+    np.testing.assert_array_equal(found[k], expected[k])
+  # The table has the value of the last occurrence.
+  assert state["img"]["log_u"][0] == plain["img"]["log_u"][B - 1]
+  # As released: the u of the last one weights both.
+  released = gradients("released", twice)[0]
+  assert np.abs(released["zimg"]).max() > 1e5 * np.abs(expected["zimg"]).max()
+
+
 @pytest.mark.parametrize(
   "value,place,share",
   [
@@ -323,6 +353,15 @@ def test_durations_pass(value, place, share):
     ("sogclr_unimodal", dict(gamma=0.0), r"config.loss.sogclr_unimodal.gamma=0.0 must be above 0"),
     ("isogclr", dict(tau_min=0.0), r"config.loss.isogclr.tau_min=0.0 must be above 0"),
     ("fastclip_v2", dict(gamma=-0.1), r"config.loss.fastclip_v2.gamma=-0.1 must be above 0"),
+    ("isogclr", dict(eta_over=0), r"config.loss.isogclr.eta_over: 0 must be a duration above 0"),
+    ("isogclr", dict(tau_init=2.0), r"isogclr.tau_init=2.0 .*tau_min=0.005 and tau_max=1.0"),
+    ("isogclr", dict(beta=1.5), r"config.loss.isogclr.beta=1.5 must be above 0 and at most 1"),
+    ("sogclr", dict(eps=-1e-8), r"config.loss.sogclr.eps=-1e-08 must be at least 0"),
+    ("fastclip_v0", dict(tau_init=0.005), r"fastclip_v0.tau_init=0.005 .*between 0.01 and 1"),
+    ("fastclip_v3", dict(tau_init=0.005), r"fastclip_v3.tau_init=0.005 .*between 0.01 and 1"),
+    ("fastclip_v3", dict(slow_below=-1.0), r"fastclip_v3.slow_below=-1.0 must be at least 0"),
+    ("fastclip_v2", dict(tau_init=0.005), r"fastclip_v2.tau_init=0.005 .*tau_min=0.01"),
+    ("fastclip_v2", dict(b2=1.0), r"config.loss.fastclip_v2.b2=1.0 .* below 1"),
   ],
 )
 def test_errors_name_the_option(name, options, message):

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from helpers.loss_oracles import AT, both_precisions, cases, check, floats, make, oracles, run, unit
 
-from bigalign import losses, sharding
+from bigalign import losses, sharding, sphere
 from bigalign.losses.base import Loss
 from bigalign.losses.engine.pairwise import DEFAULT
 from bigalign.losses.m3co import draw, mixed_direction, permuted
 from bigalign.losses.mixup import mixture
-from bigalign.sphere import geodesic
 
 
 def compare(loss, case, precision):
@@ -289,10 +288,23 @@ def test_a_short_arc_has_a_finite_gradient(angle):
   a = jnp.asarray([[1.0, 0.0, 0.0]])
   b = jnp.asarray([[np.cos(angle), np.sin(angle), 0.0]], jnp.float32)
   middle, gradient = jax.value_and_grad(
-    lambda a, b: geodesic(a, b, jnp.asarray(0.25))[0, 1], (0, 1)
+    lambda a, b: sphere.geodesic(a, b, jnp.asarray(0.25))[0, 1], (0, 1)
   )(a, b)
   np.testing.assert_allclose(middle, 0.75 * angle, rtol=1e-3, atol=1e-7)
   np.testing.assert_allclose([g[0, 1] for g in gradient], [0.25, 0.75], rtol=1e-3)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-13])
+def test_an_embedding_without_a_direction_has_no_gradient(length):
+  """A slope of 1e12 would take over the update of all other rows."""
+  x = jnp.zeros((3, 4)).at[0].set(length / 2).at[1, 0].set(3.0).at[2, 1].set(2e-12)
+  way = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+  gradient = jax.grad(lambda x: (sphere.unit(x) * way).sum())(x)
+  np.testing.assert_array_equal(sphere.unit(x)[0], 0)
+  np.testing.assert_array_equal(gradient[0], 0)
+  np.testing.assert_array_equal(sphere.unit(x)[1:], np.eye(4)[:2])
+  np.testing.assert_allclose(gradient[1], np.asarray(way[1] / 3).copy() * [0, 1, 1, 1], rtol=1e-6)
+  assert jnp.isnan(sphere.unit(x.at[0, 0].set(jnp.nan))[0]).all(), "a failure is not hidden"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from bigalign.losses.base import Loss
 from bigalign.losses.per_sample import global_contrastive
 
 LOG_TINY = math.log(1e-35)  # below it, the released code restarts u
+TAU_BOUNDS = (0.01, 1.0)  # of a learned temperature
 GRADIENTS = ("released", "consistent")
 WEIGHTINGS = ("released", "rgcl")
 
@@ -36,8 +37,8 @@ def fastclip_v0(
   that over texts.
 
   Args:
-    tau_init: first temperature; the learned parameter "t" is the log of its inverse, kept in
-      [0, ln 100].
+    tau_init: first temperature, between 0.01 and 1; the learned parameter "t" is the log of its
+      inverse, kept in [0, ln 100].
     tau_gradient: "released": the temperature's gradient is twice as large as it is in the objective
       of the features; "consistent": it is the derivative of that objective.
     gamma: last weight of the new value in the moving average of u; 0.2 for a few million pairs, 0.8
@@ -61,8 +62,8 @@ def fastclip_v0(
   def gradient(tau, sums):
     return sums["h"] if tau_gradient == "released" else sums["h"] / 2
 
-  checks.above_zero("config.loss.fastclip_v0", tau_init=tau_init)
-  averaged = _schedule("fastclip_v0", gamma_schedule, gamma, gamma_over)
+  checks.between("config.loss.fastclip_v0", *TAU_BOUNDS, tau_init=tau_init)
+  averaged = _schedule("fastclip_v0", gamma_schedule, gamma, gamma_over, eps)
   return _one_temperature(tau_init, gradient, averaged, eps)
 
 
@@ -95,7 +96,7 @@ def fastclip_v1(
     -2.0
   """
   checks.above_zero("config.loss.fastclip_v1", tau=tau)
-  averaged = _schedule("fastclip_v1", gamma_schedule, gamma, gamma_over)
+  averaged = _schedule("fastclip_v1", gamma_schedule, gamma, gamma_over, eps)
   return _one_temperature(tau, None, averaged, eps)
 
 
@@ -146,8 +147,9 @@ def fastclip_v3(
       return -tau / 2 * (sums["log_u"] + 2 * rho - 2 * sums["h"])
     return -tau / 2 * (sums["log_den"] + 2 * rho - sums["h"])
 
-  checks.above_zero("config.loss.fastclip_v3", tau_init=tau_init)
-  averaged = _schedule("fastclip_v3", gamma_schedule, gamma, gamma_over)
+  checks.between("config.loss.fastclip_v3", *TAU_BOUNDS, tau_init=tau_init)
+  checks.between("config.loss.fastclip_v3", 0, slow_below=slow_below)
+  averaged = _schedule("fastclip_v3", gamma_schedule, gamma, gamma_over, eps)
   robust = schedules.ramp(rho, "config.loss.fastclip_v3.rho")
   return _one_temperature(tau_init, gradient, averaged, eps, robust, slow_below)
 
@@ -203,8 +205,14 @@ def fastclip_v2(
     2.5
   """
   checks.known("config.loss.fastclip_v2.weighting", weighting, WEIGHTINGS)
-  checks.above_zero("config.loss.fastclip_v2", tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
-  averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over)
+  where = "config.loss.fastclip_v2"
+  checks.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
+  checks.above_zero(where, eps_tau=eps_tau, grad_clip=grad_clip)
+  for option, decay in dict(b1=b1, b2=b2).items():
+    if not 0 <= decay < 1:
+      raise ValueError(f"{where}.{option}={decay!r} must be at least 0 and below 1")
+  global_contrastive.check_bounds(where, tau_init, tau_min, tau_max)
+  averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over, eps)
   robust = schedules.ramp(rho, "config.loss.fastclip_v2.rho")
   rate = schedules.ramp(lr_tau, "config.loss.fastclip_v2.lr_tau")
 
@@ -332,9 +340,10 @@ def _one_temperature(
   return Loss(frozenset({"ids"}), init, apply, constrain, per_sample_state=True)
 
 
-def _schedule(name: str, schedule: str, end: float, over: int | str) -> Any:
-  """(context) -> the weight of the new value in the moving average."""
+def _schedule(name: str, schedule: str, end: float, over: int | str, eps: float) -> Any:
+  """(context) -> the weight of the new value in the moving average; checks eps, too."""
   where = f"config.loss.{name}"
+  checks.between(where, 0, eps=eps)
   checks.above_zero(where, most=1.0, gamma=end)
   checks.known(f"{where}.gamma_schedule", schedule, ("cosine", "constant"))
   length = schedules.duration(over, f"{where}.gamma_over")

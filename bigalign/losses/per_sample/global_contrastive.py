@@ -28,6 +28,14 @@ IDS = {"img": "image", "txt": "text"}
 FIXED = frozenset({"scale", "log_den"})  # row and column arrays without a gradient
 
 
+def check_bounds(where: str, tau_init: float, tau_min: float, tau_max: float) -> None:
+  """Raises ValueError for a first temperature of the samples that is not in its bounds."""
+  if not tau_min <= tau_init <= tau_max:
+    raise ValueError(
+      f"{where}.tau_init={tau_init!r} must be between tau_min={tau_min!r} and tau_max={tau_max!r}"
+    )
+
+
 def each(function: Callable[..., Any], *anchors: Mapping[str, Any]) -> dict[str, Any]:
   """Applies `function` to the image anchors and to the text anchors."""
   return {side: function(*(x[side] for x in anchors)) for side in IDS}
@@ -179,8 +187,8 @@ def _pull(engine: Engine, row: Any, col: Any, shared: Any) -> dict[str, jax.Arra
 
   def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array) -> jax.Array:
     exponent = scale * a - log_den
-    # If different samples have one id, u is that of the last one, and weights of the others can be
-    # large.
+    # As SogCLR was released, rows with one id have the u of the last one, so that weights of the
+    # others can be large.
     w = jnp.where(other, jnp.exp(jnp.minimum(exponent, _largest(exponent.dtype))), 0)
     return jax.lax.stop_gradient(w / scale) * exponent
 

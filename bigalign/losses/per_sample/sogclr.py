@@ -40,8 +40,10 @@ def sogclr(
       bimodal script's; the class has 0.1.
     variant: "paper": negatives are the other samples, and u = g the first time a sample is in a
       batch. "released": as in the authors' bimodal code, the positive stays in the sum (its mask is
-      computed but not used), and u starts at 0, which makes the first weights too large by
-      1 / gamma. The default is the paper, whose gradient with gamma = 1 is that of the objective.
+      computed but not used), u starts at 0, which makes the first weights too large by 1 / gamma,
+      and rows with the same id are all weighted by the u of the last one, which can make the
+      gradient of the others very large. The default is the paper, whose gradient with gamma = 1 is
+      that of the objective.
     eps: added to u, in units of exp(b), where b is the largest exponent so far, one more float per
       sample. None: 0 for "paper", 1e-10 for "released".
 
@@ -129,9 +131,14 @@ def isogclr(
   eps = _checked("isogclr", variant, gamma, eps)
   where = "config.loss.isogclr"
   checks.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
+  checks.above_zero(where, grad_clip=grad_clip)
+  checks.above_zero(where, most=1.0, eta_decay=eta_decay, beta=beta)
+  checks.between(where, 0, eta=eta, eta_min=eta_min)
+  global_contrastive.check_bounds(where, tau_init, tau_min, tau_max)
   periods = {"constant": "100%", "cosine": "100%", "exponential": "1 epoch"}
   checks.known(f"{where}.eta_schedule", eta_schedule, periods)
-  over = schedules.duration(eta_over or periods[eta_schedule], f"{where}.eta_over")
+  length = periods[eta_schedule] if eta_over is None else eta_over
+  over = schedules.duration(length, f"{where}.eta_over")
   robust = schedules.ramp(rho, f"{where}.rho")
 
   def init(sizes):
@@ -225,7 +232,8 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
     fixed = ("x_log_u", "y_log_u")
     pull = engine.total(tile, views, views, fixed=fixed) / (2 * b * (b - 1))
     loss = pull - 2 * engine.paired(x, y).mean()
-    return loss, (state, {"loss": loss})
+    finite = global_contrastive.is_finite(log_u)
+    return loss, (state, {"loss": loss, "finite_state": finite})
 
   return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
 
@@ -261,6 +269,7 @@ def _checked(name: str, variant: str, gamma: float, eps: float | None) -> float:
   checks.above_zero(f"config.loss.{name}", most=1.0, gamma=gamma)
   if eps is None:
     return RELEASED_EPS if variant == "released" else 0.0
+  checks.between(f"config.loss.{name}", 0, eps=eps)
   return eps
 
 
@@ -276,8 +285,10 @@ def _update(
   """Updates u, and b if there is one, with the batch.
 
   Returns:
-    The state, and the values {side: {name: [B]}} that each id now has: if an id occurs several
-    times, those of its last occurrence.
+    The state, in which an id that occurs several times has the values of its last occurrence, and
+    the values {side: {name: [B]}} with which each row is weighted: its own or, as in the release,
+    those that the state now has. The u of another occurrence can be smaller than a row's own g by
+    any factor, which then multiplies the gradient of this row.
   """
   positive = -math.log(len(log_g["img"]) - 1)  # log of exp(0) / (B - 1)
 
@@ -293,6 +304,6 @@ def _update(
       new = {"log_u": global_contrastive.average(old["log_u"], log_g, gamma, fresh)}
     return new | ({"b": jnp.maximum(old["b"], top)} if "b" in old else {})
 
-  return global_contrastive.write_tables(
-    state, batch, global_contrastive.each(updated, old, log_g, top)
-  )
+  own = global_contrastive.each(updated, old, log_g, top)
+  state, last = global_contrastive.write_tables(state, batch, own)
+  return state, last if variant == "released" else own
