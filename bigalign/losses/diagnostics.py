@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from bigalign.losses.base import Context, Loss
-from bigalign.losses.engine import pairwise
+from bigalign.losses.engine import pairwise, tiles
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.per_sample import global_contrastive, tables
+from bigalign.sphere import unit
 
 QUANTILES = (5, 50, 95)
 EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, math.inf)  # bins of the temperatures
@@ -35,21 +36,25 @@ def diagnose(
       own text (image) has a larger cosine.
     "saturation/image", "/text": share of images (texts) whose softmax, at the logit scale, gives
       their own text (image) more than 0.99, so that their gradient is small; only for a loss with a
-      logit scale.
-    "gradient_share/<term>": for several terms, the norm of a term's weighted gradient with respect
-      to the features, divided by the sum of these norms.
+      logit scale. With the scales of several terms: "saturation/<term>/image".
+    "gradient_share/<term>": for several terms, the norm of a term's weighted gradient, divided by
+      the sum of these norms. The gradient is that with respect to the embeddings before
+      normalisation, scaled to norm 1, so that their lengths do not matter and the radial part of a
+      gradient, which normalisation removes, does not count; and to tokens, for a term that reads
+      them.
     "temperature/image/p5", "/p50", "/p95", "temperature/text/…": quantiles over the batch of
       per-sample temperatures. "temperature/image/0.01-0.02", …: their histogram, the share of the
-      batch in each bin.
+      batch in each bin. If several terms, or widths of one, have such temperatures:
+      "temperature/<term>/image/p5".
   """
   metrics = {**_negatives(loss, params, feats, context.engine), **_temperatures(state, batch)}
   if len(loss.terms) > 1:
     norms = {
-      name: weight
+      name: abs(weight)
       * _gradient_norm(term, params.get(name, {}), state.get(name, {}), feats, batch, context)
       for name, (weight, term) in loss.terms.items()
     }
-    total = sum(norms.values())
+    total = jnp.maximum(sum(norms.values()), jnp.finfo(jnp.float32).tiny)
     metrics |= {f"gradient_share/{name}": x / total for name, x in norms.items()}
   return metrics
 
@@ -58,32 +63,36 @@ def _negatives(
   loss: Loss, params: Any, feats: Mapping[str, jax.Array], engine: Engine
 ) -> dict[str, jax.Array]:
   zimg, ztxt = (jax.lax.stop_gradient(feats[k]) for k in ("zimg", "ztxt"))
-  scales = [jnp.exp(params[name]["t"]) for name in loss.terms if "t" in params.get(name, {})]
+  scales = {name: jnp.exp(params[name]["t"]) for name in loss.terms if "t" in params.get(name, {})}
   positive = engine.paired(zimg, ztxt)
 
   def tile(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
     s = jnp.where(pairwise.same(row, col), -jnp.inf, engine.products(row["z"], col["z"]))
-    scale = shared["scale"]
-    return {
-      "image": s,
-      "text": s,
-      "image_lse": scale * (s - row["positive"][:, None]),
-      "text_lse": scale * (s - col["positive"][None, :]),
+    above = {"image": s - row["positive"][:, None], "text": s - col["positive"][None, :]}
+    lse = {
+      f"{side}_lse/{name}": scale * x for side, x in above.items() for name, scale in shared.items()
     }
+    return {"image": s, "text": s, **lse}
 
   largest = engine.reduce(
     tile,
     {"z": zimg, "positive": positive},
     {"z": ztxt, "positive": positive},
-    {"scale": scales[0] if scales else jnp.ones(())},
-    outputs={"image": "row_max", "text": "col_max", "image_lse": "row_lse", "text_lse": "col_lse"},
+    scales,
+    outputs={
+      "image": "row_max",
+      "text": "col_max",
+      **{f"image_lse/{name}": "row_lse" for name in scales},
+      **{f"text_lse/{name}": "col_lse" for name in scales},
+    },
   )
   metrics = {}
   for side in ("image", "text"):
     metrics[f"hardest_negative/{side}"] = largest[side].mean()
     metrics[f"rank_1/{side}"] = (positive > largest[side]).mean()
-    if scales:
-      metrics[f"saturation/{side}"] = (jax.nn.sigmoid(-largest[f"{side}_lse"]) > 0.99).mean()
+    for name in scales:
+      share = (jax.nn.sigmoid(-largest[f"{side}_lse/{name}"]) > 0.99).mean()
+      metrics[f"saturation/{side}" if len(scales) == 1 else f"saturation/{name}/{side}"] = share
   return metrics
 
 
@@ -95,23 +104,39 @@ def _gradient_norm(
   batch: Mapping[str, jax.Array],
   context: Context,
 ) -> jax.Array:
-  real = {k: x for k, x in feats.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-  grads = jax.grad(lambda real: term.apply(params, state, {**feats, **real}, batch, context)[0])(
-    real
-  )
+  """[]: see "gradient_share" of `diagnose`; without the weight."""
+  feats, batch = tiles.widened(feats), tiles.widened(batch)
+  names = ("zimg", "ztxt", "ztxt_second", "tokens_img", "tokens_txt")
+  lengths = {
+    f"raw_{side}": jnp.linalg.norm(feats[f"raw_{side}"], axis=-1, keepdims=True)
+    for side in ("img", "txt")
+    if f"raw_{side}" in feats
+  }
+
+  def value(learned: dict[str, jax.Array]) -> jax.Array:
+    units = {name: unit(x) for name, x in learned.items() if name.startswith("z")}
+    raw = {name: length * learned[f"z{name[4:]}"] for name, length in lengths.items()}
+    return term.apply(params, state, {**feats, **learned, **units, **raw}, batch, context)[0]
+
+  grads = jax.grad(value)({name: feats[name] for name in names if name in feats})
   return jnp.sqrt(sum(jnp.vdot(g, g) for g in grads.values()))
 
 
 def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Quantiles over this batch of the temperatures that losses keep per sample, <side>/tau."""
-  metrics = {}
+  """Quantiles over this batch of the temperatures that losses keep per sample."""
+  found = {}  # (term, or term and width; side): table
   for path, table in jax.tree_util.tree_leaves_with_path(state):
-    side, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-2:]
+    *owners, side, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     if name == "tau":
-      ids = global_contrastive.IDS[side]
-      taus = tables.read({name: table}, batch[f"{ids}_id"])[name]
-      for q in QUANTILES:
-        metrics[f"temperature/{ids}/p{q}"] = jnp.quantile(taus, q / 100)
-      for low, high in itertools.pairwise(EDGES):
-        metrics[f"temperature/{ids}/{low:g}-{high:g}"] = ((low <= taus) & (taus < high)).mean()
+      found["/".join(owners), side] = table
+  several = len({owner for owner, _ in found}) > 1
+  metrics = {}
+  for (owner, side), table in found.items():
+    ids = global_contrastive.IDS[side]
+    prefix = f"temperature/{owner}/{ids}" if several else f"temperature/{ids}"
+    taus = tables.read({"tau": table}, batch[f"{ids}_id"])["tau"]
+    for q in QUANTILES:
+      metrics[f"{prefix}/p{q}"] = jnp.quantile(taus, q / 100)
+    for low, high in itertools.pairwise(EDGES):
+      metrics[f"{prefix}/{low:g}-{high:g}"] = ((low <= taus) & (taus < high)).mean()
   return metrics

@@ -32,7 +32,8 @@ def matryoshka(
   state. Metrics: the value of each m as "d<m>", and the base's metrics for the last m.
 
   Args:
-    base: name of a loss of the registry.
+    base: name of a loss of the registry, but not "albef_itc": its queue holds embeddings of one
+      width.
     base_options: its options; None: its defaults.
     dims: the m, ascending; None: 8, 16, 32, … as published, and E.
     weights: one for each m; None: all 1.
@@ -55,6 +56,11 @@ def matryoshka(
   loss = call(
     checks.choose(LOSSES, base, f"{where}.base"), base_options or {}, f"{where}.base_options"
   )
+  if "ema_teacher" in loss.needs:
+    raise ValueError(
+      f"{where}.base={base!r} compares whole embeddings of averaged parameters, which have no"
+      " prefixes; choose another base"
+    )
   checks.known(f"{where}.reduction", reduction, REDUCTIONS)
   if dims is not None and (not dims or list(dims) != sorted({*dims}) or dims[0] < 1):
     raise ValueError(f"{where}.dims={tuple(dims)} must be ascending widths, such as (64, 128, 256)")
@@ -62,6 +68,8 @@ def matryoshka(
     raise ValueError(
       f"{where}.weights={tuple(weights)} must have one weight for each of dims={dims}"
     )
+  if weights is not None and not (min(weights) >= 0 and sum(weights) > 0):
+    raise ValueError(f"{where}.weights={tuple(weights)} must be at least 0, and not all 0")
 
   def init(sizes):
     params, state = loss.init(sizes)
@@ -89,6 +97,8 @@ def matryoshka(
       if new:
         states[f"d{m}"] = new
       logs[f"d{m}"] = last["loss"]
+      if "finite_state" in last:
+        logs["finite_state"] = logs.get("finite_state", True) & last["finite_state"]
       objective, value = objective + weight * term, value + weight * last["loss"]
     return objective, (states, {**last, **logs, "loss": value})
 

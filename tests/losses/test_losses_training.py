@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loss_oracles import AT
+from helpers.loss_oracles import AT, ids
 from helpers.shipped import load
 from helpers.small_runs import exact
 
@@ -21,6 +21,7 @@ from bigalign.losses.per_sample import tables
 from bigalign.plan import loss_costs
 from bigalign.program import layout, make_program
 from bigalign.run.metrics import read_metrics
+from bigalign.sphere import unit
 from bigalign.step import jitted
 
 STATEFUL = dict(
@@ -130,6 +131,71 @@ def test_hardest_negatives_and_saturation_by_hand():
   np.testing.assert_allclose(found["saturation/image"], (np.diag(p) > 0.99).mean())
 
 
+def random_feats(seed=0, size=12, width=6):
+  rng = np.random.default_rng(seed)
+  raw = {k: jnp.asarray(3 * rng.normal(size=(size, width)), jnp.float32) for k in ("img", "txt")}
+  return {f"z{k}": unit(x) for k, x in raw.items()} | {f"raw_{k}": x for k, x in raw.items()}
+
+
+def test_equal_terms_have_equal_shares_of_the_gradient():
+  """CLIP reads normalised embeddings, Matryoshka of the whole width those before the norm."""
+  feats = random_feats()
+  loss = losses.make_loss(dict(clip={}, matryoshka=dict(dims=(6,))))
+  found = diagnose(loss, *loss.init({"embed": 6}), feats, {}, AT)
+  for name in ("clip", "matryoshka"):
+    np.testing.assert_allclose(found[f"gradient_share/{name}"], 0.5, rtol=1e-4)
+
+
+def test_the_radial_part_of_a_gradient_has_no_share():
+  """A loss of the lengths alone moves nothing, since embeddings are normalised."""
+
+  def apply(params, state, feats, batch, context):
+    value = (feats["zimg"] ** 2).sum() + (feats["ztxt"] ** 2).sum()
+    return value, (state, {"loss": value})
+
+  lengths = losses.Loss(frozenset(), lambda sizes: ({}, {}), apply)
+  loss = losses.weighted_sum(dict(clip=(1.0, losses.LOSSES["clip"]()), lengths=(1.0, lengths)))
+  feats = {k: x for k, x in random_feats().items() if k.startswith("z")}
+  found = diagnose(loss, *loss.init({}), feats, {}, AT)
+  assert found["gradient_share/lengths"] < 1e-5
+  np.testing.assert_allclose(found["gradient_share/clip"], 1, rtol=1e-5)
+
+
+def test_terms_and_widths_with_temperatures_have_their_own_diagnostics():
+  feats = random_feats(size=4)
+  number = ids(np.arange(4))
+  batch, sizes = {"image_id": number, "text_id": number}, {"image": 4, "text": 4, "embed": 6}
+  terms = dict(
+    clip=dict(t_init=10.0),
+    siglip=dict(t_init=50.0),
+    isogclr=dict(tau_init=0.05),
+    fastclip_v2=dict(tau_init=0.3),
+    matryoshka=dict(base="isogclr", base_options=dict(tau_init=0.4), dims=(2, 6)),
+  )
+  loss = losses.make_loss(terms)
+  found = diagnose(loss, *loss.init(sizes), feats, batch, AT)
+  wanted = {"isogclr": 0.05, "fastclip_v2": 0.3, "matryoshka/d2": 0.4, "matryoshka/d6": 0.4}
+  for owner, tau in wanted.items():
+    for side in ("image", "text"):
+      np.testing.assert_allclose(found[f"temperature/{owner}/{side}/p50"], tau, rtol=1e-6)
+  assert {f"saturation/{name}/image" for name in ("clip", "siglip")} <= {*found}
+
+
+def test_a_state_that_is_not_finite_is_reported_for_any_width():
+  number = ids(np.arange(12))
+  batch, sizes = {"image_id": number, "text_id": number}, {"image": 12, "text": 12, "embed": 6}
+  loss = losses.make_loss(dict(matryoshka=dict(base="isogclr", dims=(2, 4, 6))))
+  params, state = loss.init(sizes)
+  for broken in (None, "d2", "d4", "d6"):
+    widths = state["matryoshka"]
+    if broken:
+      table = widths[broken]["img"]["m"]
+      of_images = widths[broken]["img"] | {"m": jnp.full_like(table, jnp.nan)}
+      widths = widths | {broken: widths[broken] | {"img": of_images}}
+    _, (_, logs) = loss.apply(params, {"matryoshka": widths}, random_feats(), batch, AT)
+    assert bool(logs["finite_state"]) == (broken is None), broken
+
+
 @pytest.mark.slow
 def test_an_id_out_of_range_stops_the_run(tiny, tmp_path, monkeypatch):
   tiny.loss = dict(sogclr={})
@@ -221,8 +287,8 @@ def test_a_field_that_the_data_lacks_is_named_before_the_first_step(tiny, tmp_pa
     (
       dict(albef_itc=dict(queue_size=1024)),
       "Loss: albef_itc (weight 1). Extra inputs: ema_teacher (teacher_img, teacher_txt)."
-      " Per-sample state: none. Other state: 0.1 MB over all devices. Logits: 4 BxB matrices,"
-      " 16 + 16 + 16 + 16 floats communicated per pair.",
+      " Per-sample state: none. Other state: 0.1 MB over all devices. Logits: 8 BxB matrices,"
+      " 16 + 16 + 16 + 35 + 16 + 16 + 16 + 35 floats communicated per pair.",
     ),
   ],
 )
