@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
@@ -82,6 +83,8 @@ def clip(
     >>> round(float(metrics["loss"]), 3)
     0.744
   """
+  temperature.check("clip", t_init, t_max)
+  checks.between("config.loss.clip", 0, 1, label_smoothing=label_smoothing)
 
   def init(sizes):
     return temperature.init(t_init, b_init=b_init), {}
@@ -89,8 +92,8 @@ def clip(
   def apply(params, state, feats, batch, context):
     zimg, ztxt, engine = feats["zimg"], feats["ztxt"], context.engine
     scale = jnp.exp(params["t"])
-    # The mean of all cosines, relative to the mean of the positives'.
-    even = jnp.sum(zimg.mean(0) * ztxt.mean(0)) - engine.paired(zimg, ztxt).mean()
+    # The mean of all cosines, relative to the mean of the positives'; in float32, as in `nitc`.
+    even = jnp.sum(zimg.mean(0) * ztxt.mean(0)) - jnp.sum(zimg * ztxt, -1).mean()
     loss = contrast(zimg, ztxt, scale, engine=engine) - label_smoothing * scale * even
     return loss, (state, {"loss": loss, "contrastive_loss": loss, "logit_scale": scale})
 

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
@@ -55,6 +56,8 @@ def clip_gap(
     >>> [round(float(metrics[name]), 3) for name in ("contrastive_loss", "uniform", "align")]
     [0.744, -4.0, 0.0]
   """
+  temperature.check("clip_gap", t_init, t_max, learned=t_learned)
+  checks.above_zero("config.loss.clip_gap", t=t)
 
   def init(sizes):
     return temperature.init(t_init, learned=t_learned), {}

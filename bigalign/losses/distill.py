@@ -15,6 +15,8 @@ from bigalign.losses.clip import above_positives
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
 
+TEXTS = ("teacher_txt", "teacher_txt_second")  # fields of the batch
+
 
 class Teacher(NamedTuple):
   """One of several teachers whose embeddings are concatenated; its columns are start to stop."""
@@ -62,13 +64,15 @@ def clip_distill(
     >>> round(float(metrics["contrastive_loss"]), 3), round(float(metrics["distill_loss"]), 3)
     (0.744, 1.268)
   """
+  temperature.check("clip_distill", t_init, t_max)
+  checks.above_zero("config.loss.clip_distill", teacher_scale=teacher_scale)
 
   def init(sizes):
     return temperature.init(t_init), {}
 
   def apply(params, state, feats, batch, context):
     scale = jnp.exp(params["t"])
-    teachers = _teachers("clip_distill", batch["teacher_img"], None, (teacher_scale,), (0.0,))
+    teachers = _teachers("clip_distill", batch, TEXTS[:1], None, (teacher_scale,), (0.0,))
     hard, soft = _hard_and_soft(
       feats["zimg"],
       feats["ztxt"],
@@ -119,6 +123,7 @@ def mobileclip_dr(
     >>> round(float(apply_once(loss, {"zimg": z, "ztxt": z}, teacher)["loss"]), 3)
     1.268
   """
+  temperature.check("mobileclip_dr", t_init, t_max)
   if not 0 <= soft_share <= 1:
     raise ValueError(f"config.loss.mobileclip_dr.soft_share={soft_share} must be between 0 and 1")
   no_bias = (0.0,) * len(teacher_scales)
@@ -129,9 +134,8 @@ def mobileclip_dr(
 
   def apply(params, state, feats, batch, context):
     scale = jnp.exp(params["t"])
-    teachers = _teachers(
-      "mobileclip_dr", batch["teacher_img"], teacher_dims, teacher_scales, no_bias
-    )
+    names = TEXTS if second_text else TEXTS[:1]
+    teachers = _teachers("mobileclip_dr", batch, names, teacher_dims, teacher_scales, no_bias)
     texts = [(feats["ztxt"], batch["teacher_txt"])]
     if second_text:
       texts.append((feats["ztxt_second"], batch["teacher_txt_second"]))
@@ -194,6 +198,7 @@ def siglip_distill(
     >>> round(float(metrics["loss"]), 3)
     0.028
   """
+  temperature.check("siglip_distill", t_init, t_max)
   checks.known("config.loss.siglip_distill.form", form, ("bce", "signed"))
   if not 0 <= soft_share <= 1:
     raise ValueError(f"config.loss.siglip_distill.soft_share={soft_share} must be between 0 and 1")
@@ -205,7 +210,7 @@ def siglip_distill(
   def apply(params, state, feats, batch, context):
     engine, scale = context.engine, jnp.exp(params["t"])
     teachers = _teachers(
-      "siglip_distill", batch["teacher_img"], teacher_dims, teacher_scales, teacher_biases
+      "siglip_distill", batch, TEXTS[:1], teacher_dims, teacher_scales, teacher_biases
     )
 
     def tile(row, col, shared):
@@ -289,7 +294,7 @@ def _mean(tiles: Sequence[jax.Array]) -> jax.Array:
 def _check_teachers(
   name: str, dims: Sequence[int] | None, scales: Sequence[float], biases: Sequence[float]
 ) -> None:
-  """Raises ValueError unless every teacher has one scale and one bias."""
+  """Raises ValueError unless every teacher has one scale above 0, and one bias."""
   teachers = 1 if dims is None else len(dims)
   for option, values in (("teacher_scales", scales), ("teacher_biases", biases)):
     if len(values) != teachers:
@@ -297,26 +302,30 @@ def _check_teachers(
         f"config.loss.{name}.{option}={tuple(values)} must have length {teachers}, one"
         f" value per teacher (teacher_dims={dims})"
       )
+  for k, scale in enumerate(scales):
+    checks.above_zero(f"config.loss.{name}", **{f"teacher_scales[{k}]": scale})
 
 
 def _teachers(
   name: str,
-  embedded: jax.Array,
+  batch: Mapping[str, jax.Array],
+  texts: Sequence[str],
   dims: Sequence[int] | None,
   scales: Sequence[float],
   biases: Sequence[float],
 ) -> list[Teacher]:
-  """The teachers whose embeddings [B, D] are concatenated.
+  """The teachers whose embeddings [B, D] are concatenated in teacher_img and in each of `texts`.
 
   Raises:
     ValueError: if their widths do not add up to D.
   """
-  width = embedded.shape[1]
-  dims = [width] if dims is None else list(dims)
-  if sum(dims) != width:
-    raise ValueError(
-      f"config.loss.{name}.teacher_dims={dims} add up to {sum(dims)}, but the data's teacher_img is"
-      f" {width} wide"
-    )
+  dims = [batch["teacher_img"].shape[1]] if dims is None else list(dims)
+  for field in ("teacher_img", *texts):
+    width = batch[field].shape[1]
+    if sum(dims) != width:
+      raise ValueError(
+        f"config.loss.{name}.teacher_dims={dims} add up to {sum(dims)}, but the data's {field} is"
+        f" {width} wide"
+      )
   stops = [sum(dims[: k + 1]) for k in range(len(dims))]
   return [Teacher(stop - dim, stop, *of) for stop, dim, *of in zip(stops, dims, scales, biases)]

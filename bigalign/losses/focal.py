@@ -37,6 +37,7 @@ def focal_itc(
     >>> round(float(metrics["loss"]), 3)
     0.205
   """
+  temperature.check("focal_itc", t_init, t_max)
   if gamma < 0:
     raise ValueError(f"config.loss.focal_itc.gamma={gamma!r} must be 0 or more; 0 is clip")
 

@@ -58,6 +58,7 @@ def cyclip(
     >>> round(float(metrics["in_modal"]), 3), round(float(metrics["cross_modal"]), 3)
     (0.0, 2.0)
   """
+  temperature.check("cyclip", t_init, t_max)
 
   def init(sizes):
     return temperature.init(t_init), {}
@@ -114,6 +115,7 @@ def alignclip(
     >>> round(float(metrics["cross"]), 3), round(float(metrics["tt"]), 3)
     (1.487, 0.744)
   """
+  temperature.check("alignclip", t_init, t_max)
   chosen = {
     name: modality
     for name, modality, on in (("tt", "txt", separate_text), ("vv", "img", separate_image))
@@ -178,6 +180,7 @@ def clip_intra_neg(
     >>> round(float(metrics["loss"]), 3)
     1.165
   """
+  temperature.check("clip_intra_neg", t_init, t_max)
   for name, weight in (("w_img", w_img), ("w_txt", w_txt)):
     if weight < 0:
       raise ValueError(f"config.loss.clip_intra_neg.{name}={weight!r} must be 0 or more")

@@ -167,6 +167,10 @@ def m3co(
   """
   where = "config.loss.m3co"
   checks.known(f"{where}.perm_scope", perm_scope, PERM_SCOPES)
+  checks.above_zero(where, tau=tau, soft_tau=soft_tau)
+  checks.between(where, 0, 1, probability=probability)
+  if soft_after is not None:
+    checks.between(where, 0, 1, soft_after=soft_after)
   if not alpha > 0:
     raise ValueError(
       f"{where}.alpha={alpha!r} is a parameter of a Beta distribution; it must be above 0"
@@ -218,6 +222,7 @@ def softclip_m3co(*, tau: float = 0.125, detach_targets: bool = False) -> Loss:
     >>> round(float(metrics["img_to_txt"]), 3)
     1.268
   """
+  checks.above_zero("config.loss.softclip_m3co", tau=tau)
 
   def apply(params, state, feats, batch, context):
     img, txt = feats["raw_img"], feats["raw_txt"]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives, contrast
@@ -211,12 +212,7 @@ def m3mix(
     >>> sorted(metrics)
     ['contrastive_loss', 'l', 'logit_scale', 'loss', 'm2', 'v', 'vl']
   """
-  for option, value in dict(alpha=alpha, alpha_m=alpha_m).items():
-    if not value > 0:
-      raise ValueError(
-        f"config.loss.m3mix.{option}={value!r} is a parameter of a Beta distribution; it must be"
-        " above 0"
-      )
+  _check("m3mix", tau2, t_init, t_max, t_learned, alpha=alpha, alpha_m=alpha_m)
   weights = {name: w for name, w in zip(TERMS, (w_v, w_l, w_vl, w_m)) if w}
 
   def draw(key):
@@ -280,6 +276,7 @@ def m2mix(
     >>> round(float(metrics["contrastive_loss"]), 3)
     0.744
   """
+  _check("m2mix", tau2, t_init, t_max, t_learned, alpha_m=alpha_m)
   return m3mix(
     w_v=0.0,
     w_l=0.0,
@@ -293,3 +290,23 @@ def m2mix(
     t_learned=t_learned,
     t_max=t_max,
   )
+
+
+def _check(
+  name: str,
+  tau2: float | None,
+  t_init: float,
+  t_max: float | None,
+  t_learned: bool,
+  **alphas: float,
+) -> None:
+  """Raises ValueError for an option of `m3mix` or `m2mix` that is out of its bounds."""
+  for option, value in alphas.items():
+    if not value > 0:
+      raise ValueError(
+        f"config.loss.{name}.{option}={value!r} is a parameter of a Beta distribution; it must be"
+        " above 0"
+      )
+  temperature.check(name, t_init, t_max, learned=t_learned)
+  if tau2 is not None:
+    checks.above_zero(f"config.loss.{name}", tau2=tau2)

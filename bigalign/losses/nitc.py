@@ -31,6 +31,7 @@ def nitc(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: fl
     >>> round(float(metrics["loss"]), 3)
     0.869
   """
+  temperature.check("nitc", t_init, t_max)
   if not 0 <= smoothing <= 1:
     raise ValueError(f"config.loss.nitc.smoothing={smoothing} must be between 0 and 1")
 
@@ -43,14 +44,14 @@ def nitc(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: fl
     given_away = (
       smoothing * batch["noise_prob"].astype(zimg.dtype) / max(size - 1, 1)
     )  # [B], to each other pair
-    positive = engine.paired(zimg, ztxt)
     above = above_positives_lse(zimg, ztxt, scale, engine=engine)
+    # Products of B rows, in float32 whatever the engine's dtype: rounding a sum over the batch
+    # would change the mean gradient of embeddings in a cone by much of itself.
+    positive = jnp.sum(zimg * ztxt, -1)
 
     def direction(above, anchor, others):
       # The sum of an anchor's logits, relative to that of its positive.
-      even = scale * (
-        engine.paired(anchor, jnp.broadcast_to(others.sum(0), anchor.shape)) - size * positive
-      )
+      even = scale * (jnp.sum(anchor * others.sum(0)[None], -1) - size * positive)
       return (jax.nn.softplus(above) - given_away * even).mean()
 
     i2t, t2i = direction(above[0], zimg, ztxt), direction(above[1], ztxt, zimg)

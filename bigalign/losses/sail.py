@@ -40,6 +40,7 @@ def sail(
     >>> round(float(metrics["short"]), 3), round(float(metrics["long"]), 3)
     (0.0, 20.0)
   """
+  temperature.check("sail", t_init, t_max)
   checks.known("config.loss.sail.reduction", reduction, REDUCTIONS)
 
   def init(sizes):

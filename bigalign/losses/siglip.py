@@ -78,6 +78,7 @@ def siglip(
     >>> round(float(metrics["loss"]), 3)
     0.027
   """
+  temperature.check("siglip", t_init, t_max)
   checks.known("config.loss.siglip.positives", positives, ("pair", "ids"))
   checks.known("config.loss.siglip.reduction", reduction, ("row_sum", "mean_all"))
 

@@ -43,6 +43,7 @@ def sparc(
     >>> round(float(metrics["contrastive_loss"]), 3), round(float(metrics["fine_loss"]), 3)
     (0.313, 0.744)
   """
+  temperature.check("sparc", t_init, t_max)
   if threshold is not None and not 0 <= threshold <= 1:
     raise ValueError(f"config.loss.sparc.threshold={threshold} must be between 0 and 1")
 

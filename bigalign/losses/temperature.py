@@ -8,7 +8,31 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from bigalign import checks
 from bigalign.losses.base import Params
+
+
+def check(name: str, t_init: float, t_max: float | None, *, learned: bool = True) -> None:
+  """Checks the first value of a logit scale and its upper bound.
+
+  Args:
+    name: of the loss.
+    t_init: first value of the scale.
+    t_max: as for `clamped`.
+    learned: whether the scale is learned; a constant one has no bounds.
+
+  Raises:
+    ValueError: for a first value that is not in the bounds, or bounds without a value.
+  """
+  where = f"config.loss.{name}"
+  checks.above_zero(where, t_init=t_init)
+  if t_max is not None:
+    checks.between(where, 1, t_max=t_max)
+    if learned and not 1 <= t_init <= t_max:
+      raise ValueError(
+        f"{where}.t_init={t_init!r} must be between 1 and t_max={t_max!r}, the bounds of the"
+        " learned scale; t_max=None removes them"
+      )
 
 
 def init(t_init: float, *, b_init: float | None = None, learned: bool = True) -> Params:

@@ -29,6 +29,7 @@ def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Loss:
     >>> round(float(metrics["loss"]), 3)
     0.994
   """
+  temperature.check("unicl", t_init, t_max)
 
   def init(sizes):
     return temperature.init(t_init), {}

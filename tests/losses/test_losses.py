@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 
 import jax.numpy as jnp
@@ -49,6 +50,53 @@ def test_temperature_is_clamped_after_the_update():
   params = {"clip": {"t": jnp.asarray(9.0)}}
   clamped = loss.constrain(params, params)
   np.testing.assert_allclose(jnp.exp(clamped["clip"]["t"]), 100.0, rtol=1e-5)
+
+
+SCALED = [name for name, f in losses.LOSSES.items() if "t_max" in inspect.signature(f).parameters]
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_logit_scale_starts_within_its_bounds(name):
+  """Otherwise the first update moves it there."""
+  learned = {"t_learned": True} if name in ("clip_gap", "m2mix", "m3mix") else {}
+  where = rf"config\.loss\.{name}\."
+  for t_init in (200, 0.5):
+    with pytest.raises(ValueError, match=where + rf"t_init={t_init} .* 1 and t_max=100"):
+      losses.LOSSES[name](t_init=t_init, t_max=100, **learned)
+    losses.LOSSES[name](t_init=t_init, t_max=None, **learned)
+  with pytest.raises(ValueError, match=where + "t_init=0 must be above 0"):
+    losses.LOSSES[name](t_init=0)
+  with pytest.raises(ValueError, match=where + "t_max=0.5 must be at least 1"):
+    losses.LOSSES[name](t_init=1.0, t_max=0.5)
+  if learned:  # a constant scale has no bounds
+    losses.LOSSES[name](t_init=200.0, t_max=100.0)
+
+
+@pytest.mark.parametrize(
+  "name,options,message",
+  [
+    ("clip", dict(label_smoothing=1.5), "label_smoothing=1.5 must be between 0 and 1"),
+    ("clip_gap", dict(t=0), "t=0 must be above 0"),
+    ("albef_itc", dict(alpha=-0.1), "alpha=-0.1 must be between 0 and 1"),
+    ("clip_distill", dict(teacher_scale=0), "teacher_scale=0 must be above 0"),
+    (
+      "mobileclip_dr",
+      dict(teacher_dims=(4, 4), teacher_scales=(70.0, -60.0)),
+      r"teacher_scales\[1\]=-60.0 must be above 0",
+    ),
+    ("m3co", dict(tau=0), "tau=0 must be above 0"),
+    ("m3co", dict(probability=50), "probability=50 must be between 0 and 1"),
+    ("m3co", dict(soft_after=33), "soft_after=33 must be between 0 and 1"),
+    ("softclip_m3co", dict(tau=-1.0), "tau=-1.0 must be above 0"),
+    ("m2mix", dict(tau2=0), "tau2=0 must be above 0"),
+    ("m2mix", dict(alpha_m=0), "alpha_m=0 is a parameter of a Beta distribution"),
+    ("matryoshka", dict(base="albef_itc"), "base='albef_itc'"),
+    ("matryoshka", dict(dims=(2, 4), weights=(0, 0)), r"weights=\(0, 0\) .*not all 0"),
+  ],
+)
+def test_numbers_outside_their_bounds_are_refused(name, options, message):
+  with pytest.raises(ValueError, match=rf"config\.loss\.{name}\." + message):
+    losses.make_loss({name: options})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loss_oracles import at, both_precisions, cases, check, make, oracles, run
+from helpers.loss_oracles import at, both_precisions, cases, check, make, oracles, run, unit
 
 from bigalign import sharding
 from bigalign.losses.engine import pairwise
@@ -152,6 +152,52 @@ def test_limits_are_the_plain_losses():
       found = value_and_gradients(make(name, options), feats, clean, "float64")
       for key, x in expected.items():
         np.testing.assert_allclose(found[key], x, atol=1e-12, err_msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("name", ["nitc", "clip"])
+def test_label_smoothing_is_exact_in_bfloat16_for_embeddings_in_a_cone(name):
+  """As at the start of training: all embeddings are close to one direction.
+
+  The gradient of the smoothing is a small difference: of the mean text and the own one.
+  """
+  rng = np.random.default_rng(0)
+  z = [unit(jnp.asarray(1 + 0.01 * rng.normal(size=(64, 32)), jnp.float32)) for _ in range(2)]
+  batch = {"noise_prob": jnp.asarray(rng.random(64), jnp.float32)}
+
+  def gradient(smoothing, dtype):
+    option = "smoothing" if name == "nitc" else "label_smoothing"
+    loss = make(name, {option: smoothing, "t_init": 1.0})
+    params, state = loss.init({})
+
+    def value(zimg):
+      context = at(engine=pairwise.Engine(dtype=dtype))
+      return loss.apply(params, state, {"zimg": zimg, "ztxt": z[1]}, batch, context)[0]
+
+    return jax.jit(jax.grad(value))(z[0])
+
+  exact, rounded = (
+    gradient(0.5, dtype) - gradient(0.0, dtype) for dtype in ("float32", "bfloat16")
+  )
+  assert jnp.linalg.norm(rounded - exact) < 1e-3 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+  "name,field",
+  [
+    ("clip_distill", "teacher_txt"),
+    ("siglip_distill", "teacher_txt"),
+    ("mobileclip_dr", "teacher_txt"),
+    ("mobileclip_dr", "teacher_txt_second"),
+  ],
+)
+def test_texts_of_a_teacher_are_as_wide_as_its_images(name, field):
+  """Else the last dimensions of wider texts would be left out."""
+  loss = make(name, dict(second_text=True) if name == "mobileclip_dr" else {})
+  z = jnp.eye(4)
+  batch = {k: z for k in ("teacher_img", "teacher_txt", "teacher_txt_second")}
+  batch[field] = jnp.ones((4, 6))
+  with pytest.raises(ValueError, match=rf"add up to 4, but the data's {field} is 6 wide"):
+    loss.apply(loss.init({})[0], {}, {"zimg": z, "ztxt": z, "ztxt_second": z}, batch, at())
 
 
 @pytest.mark.parametrize("name", ["clip_distill", "mobileclip_dr", "nitc"])
