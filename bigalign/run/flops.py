@@ -84,5 +84,5 @@ def _equation(eqn: Any) -> int:
     mesh: Mapping[str, int] = params["mesh"].shape
     return inner * math.prod(mesh[axis] for axis in params["newly_manual_axes"])
   if name == "pallas_call":  # its body is the work of one cell of the grid
-    return inner * math.prod(params["grid_mapping"].grid)
+    return inner * int(math.prod(params["grid_mapping"].grid))
   return inner * int(params["length"]) if name == "scan" else inner

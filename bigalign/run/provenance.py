@@ -47,16 +47,16 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
   }
 
 
-def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
+def _by_name(one: Mapping[str, Any]) -> dict[str, Any]:
   """A config whose stages are a mapping, and whose model has no empty groups.
 
   The model is compared as the user wrote it, where an empty group has the meaning of a missing one.
   """
-  named = {name: x for name, x in config.items() if name != "stages"}
-  if config.get("stages"):
-    named["stages"] = {str(i): stage for i, stage in enumerate(config["stages"])}
-  if isinstance(config.get("model"), Mapping):
-    named["model"] = tree.unflatten(tree.flatten(config["model"]))
+  named = {name: x for name, x in one.items() if name != "stages"}
+  if one.get("stages"):
+    named["stages"] = {str(i): stage for i, stage in enumerate(one["stages"])}
+  if isinstance(one.get("model"), Mapping):
+    named["model"] = tree.unflatten(tree.flatten(one["model"]))
   return named
 
 

@@ -144,6 +144,18 @@ checkpoint.Checkpoints.save = dying
   assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
 
 
+def test_diagnoses_have_the_position_of_their_state(tiny, tmp_path, monkeypatch):
+  """Of the state after an update, so what depends on steps or on samples is as far."""
+
+  def found(state, batch, position, *, program):
+    return {"at_step": state.step, "at_samples": position[0]}
+
+  monkeypatch.setattr(train, "diagnose", found)
+  run(tmp_path, tiny, total_steps=2, diagnose_every=1)
+  rows = [row for row in read_metrics(tmp_path) if "train/at_step" in row]
+  assert [(row["train/at_step"], row["train/at_samples"]) for row in rows] == [(1, 16), (2, 32)]
+
+
 def test_frozen_parameters(tiny, tmp_path):
   """No optimizer state, no gradient, unchanged to the bit, stored once, restored and resumed."""
   tiny.frozen, tiny.total_steps, tiny.checkpoint_every = "image_tower", 4, 2
