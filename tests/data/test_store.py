@@ -221,6 +221,25 @@ def test_a_changed_bit_of_a_store_is_found_when_it_is_read(tmp_path):
       one.replace(record)
 
 
+def test_an_array_that_is_cut_or_not_an_array_names_its_file(tmp_path):
+  folder = write(tmp_path / "s", range(1, 9))
+  uses = {
+    "00001.0-of-1.vectors.npy": lambda: Store(folder).read(np.arange(8)),
+    "00001.0-of-1.samples.npy": lambda: Store(folder).samples(np.arange(8)),
+    next(folder.glob("ids-*.npy")).name: lambda: Store(folder).find(np.arange(8, dtype=np.uint64)),
+  }
+  for name, use in uses.items():
+    good = (folder / name).read_bytes()
+    shorter = good.replace(b"(4", b"(3").replace(b"(8", b"(7")
+    for bad in (good[:-8], good[:40], b"", good[8:], shorter):
+      (folder / name).write_bytes(bad)
+      with pytest.raises(ValueError, match="is damaged") as error:
+        use()
+      assert str(folder / name) in str(error.value)
+    (folder / name).write_bytes(good)
+    use()
+
+
 def test_a_store_of_an_older_version_is_read_with_a_line_in_the_log(tmp_path, caplog):
   folder = write(tmp_path / "s", range(1, 9))
   wanted = Store(folder).read(np.arange(8))

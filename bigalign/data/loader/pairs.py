@@ -92,7 +92,10 @@ class Pairs:
 def _ids(path: str) -> np.ndarray:
   """[N] uint64, mapped from a file."""
   name = expand_variables(path, what="config.data.stores.keep")
-  ids: np.ndarray = np.load(name, mmap_mode="r", allow_pickle=False)
+  try:
+    ids: np.ndarray = np.load(name, mmap_mode="r", allow_pickle=False)
+  except (ValueError, EOFError) as error:
+    raise ValueError(f"config.data.stores.keep={path!r} is not a .npy file: {error}") from error
   if ids.dtype != np.uint64 or ids.ndim != 1 or not ids.size or (ids[1:] <= ids[:-1]).any():
     raise ValueError(
       f"config.data.stores.keep={path!r}: {ids.dtype} {ids.shape}, but sample"

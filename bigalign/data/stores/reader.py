@@ -241,7 +241,7 @@ class Store:
 
   def _map_index(self, name: str) -> tuple[np.ndarray, int]:
     path = self.folder / dict(zip(("ids", "rows"), self._index))[name]
-    return np.load(path, mmap_mode="r", allow_pickle=False), 1
+    return load(path, len(self)), 1
 
   def _map(self, key: tuple[str, str]) -> tuple[np.ndarray, int]:
     stem, name = key
@@ -250,15 +250,35 @@ class Store:
       (expected,) = (file["sums"][name] for file in self._files if file["stem"] == stem)
       if checksum(path) != expected:
         raise checksums.Damaged(f"{path} changed after it was written: its checksum differs")
-    array = np.load(self.folder / f"{stem}.{name}.npy", mmap_mode="r", allow_pickle=False)
+    (rows,) = (file["rows"] for file in self._files if file["stem"] == stem)
+    array = load(self.folder / f"{stem}.{name}.npy", rows)
     return array.view(self.dtype) if name == "vectors" else array, 1
+
+
+def load(path: pathlib.Path, rows: int | None = None) -> np.ndarray:
+  """Returns a mapped array of a store.
+
+  Args:
+    path: of the file.
+    rows: that the array must have; None if they are not known.
+
+  Raises:
+    FileNotFoundError, ValueError: if the file is missing, is not an array, or was cut; names it.
+  """
+  try:
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+  except (ValueError, EOFError, SyntaxError, OverflowError) as error:
+    raise checksums.Damaged(f"{path} is damaged: {error}") from error
+  if rows is not None and array.shape[:1] != (rows,):
+    raise checksums.Damaged(f"{path} is damaged: its shape is {array.shape}, not {rows} rows")
+  return array
 
 
 def row_sums(vectors: np.ndarray) -> np.ndarray:
   """Returns the CRC-32 of each row's bytes: [N, ...] → [N] uint32."""
   length = math.prod(vectors.shape[1:]) * vectors.itemsize
   flat = np.ascontiguousarray(vectors).view(np.uint8).reshape(len(vectors), length)
-  return np.fromiter((zlib.crc32(row) for row in flat), np.uint32, len(flat))
+  return np.fromiter((zlib.crc32(row.data) for row in flat), np.uint32, len(flat))
 
 
 def checksum(path: pathlib.Path) -> str:

@@ -112,6 +112,12 @@ def claim(
   return Range(entry["first"], entry["place"], left[0] if left else count, not left)
 
 
+def fingerprints(folder: pathlib.Path) -> list[str]:
+  """Returns the fingerprints of the sources that a store was begun with."""
+  path = folder / "sources.json"
+  return [entry["fingerprint"] for entry in _sources(path)] if path.exists() else []
+
+
 def _missing(entry: Mapping[str, Any], complete: Mapping[int, Any]) -> list[int]:
   """The pieces of a source that are missing, counted from its first one."""
   count = -(-entry["samples"] // entry["piece"])
@@ -305,7 +311,7 @@ def _by_high_bits(
 def _samples(folder: pathlib.Path, files: Sequence[Mapping[str, Any]]) -> Iterator[np.ndarray]:
   """Yields the id and the place of all rows, [n, 2] uint64, n <= reader.CHUNK."""
   for file in files:
-    samples = np.load(folder / f"{file['stem']}.samples.npy", mmap_mode="r", allow_pickle=False)
+    samples = reader.load(folder / f"{file['stem']}.samples.npy")
     for start in range(0, len(samples), reader.CHUNK):
       yield np.asarray(samples[start : start + reader.CHUNK])
 
