@@ -400,6 +400,8 @@ def test_tfds_without_tensorflow(tmp_path):
   assert labels.fingerprint != source.fingerprint
   with pytest.raises(ValueError, match=r"no feature \['caption'\]; it has \['captions', 'image'"):
     open_source("tfds:align_tiny:train", data_dir=root, captions=("caption",))
+  with pytest.raises(ValueError, match=r"no feature \['captions.txt'\]"):
+    open_source("tfds:align_tiny:train", data_dir=root, captions=("captions.txt",))
   with pytest.raises(ValueError, match="names no split"):
     open_source("tfds:align_tiny", data_dir=root)
   with pytest.raises(FileNotFoundError, match="download_and_prepare"):

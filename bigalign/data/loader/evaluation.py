@@ -95,7 +95,7 @@ class _EvalBatches(SampleReader):
     rejects = np.zeros((b, len(REASONS)), np.int32)
     texts: dict[int, tuple[str, ...]] = {}  # of each valid row
     ids = np.zeros(b, np.uint64)
-    for r in np.flatnonzero(indices < len(self._source)):
+    for r in np.flatnonzero(indices < len(self._source)).tolist():
       record = self._sample(int(indices[r]), rejects=rejects[r], decoded=self._images)
       if record is None:
         continue

@@ -202,7 +202,7 @@ class _NotTokenised(Exception):
 class _View(NamedTuple):
   """What a train batch holds of one sample: second is None without second captions."""
 
-  index: int
+  sample: int  # its index
   image: Any  # uint8 [S, S, 3], or the row of a store
   text: Any  # a caption, or the row of a store
   second: Any
@@ -285,8 +285,8 @@ class _TrainBatches(SampleReader):
       if self._second_captions:
         seconds.append(view.second)
       labels[r] = view.label
-      image_ids[r] = view.index
-      text_ids[r] = view.index * self._captions_per_image + view.ordinal
+      image_ids[r] = view.sample
+      text_ids[r] = view.sample * self._captions_per_image + view.ordinal
     text, mask, was_repaired = self._encode(texts, self._text_store)
     batch = dict(
       image=self._image_store.read(images) if self._image_store else images,

@@ -137,8 +137,7 @@ class Tfds:
 
   def _check(self, features: Any, captions: Sequence[str] | None) -> None:
     """Raises ValueError if a feature is missing."""
-    wanted = [self._image] + [path.partition(".")[0] for path in captions or ()]
-    absent = [feature for feature in wanted if feature not in features]
+    absent = [path for path in (self._image, *(captions or ())) if not _has(features, path)]
     if absent:
       raise ValueError(
         f"tfds:{self.name} has no feature {columns.shown(absent)}; it has"
@@ -146,3 +145,12 @@ class Tfds:
         " config.data.captions to the ones that hold them (command line tools: --source_options"
         " image=... --captions ...)."
       )
+
+
+def _has(features: Any, path: str) -> bool:
+  """Whether a FeaturesDict has a feature, "a.b" for b in a or in each element of a sequence a."""
+  first, _, rest = (path, "", "") if path in features else path.partition(".")
+  if first not in features:
+    return False
+  inner = getattr(features[first], "feature", features[first])
+  return not rest or (hasattr(inner, "keys") and _has(inner, rest))
