@@ -43,6 +43,7 @@ from bigalign.run.provenance import check_hosts_agree
 
 SIDES = ("image", "text")
 BATCHES = 4  # per piece; a kill loses at most one piece
+_PLACES = ("data_dir", "root")  # options of sources that say where files are
 PIECES = 4096  # per source at most; the pieces of larger sources have more batches
 
 
@@ -109,6 +110,7 @@ def embed(
   folders = {side: pathlib.Path(out) / side for side in sides}
   ranges = {}
   fingerprint = _fingerprint(source, data)
+  older = _fingerprint(source, data, places=True)
   check_hosts_agree({"data": fingerprint, "headers": towers.headers})
   with contextlib.ExitStack() as held:
     for side, folder in folders.items():
@@ -117,7 +119,7 @@ def embed(
         held.enter_context(storage.locked(folder, "bigalign embed"))
       ranges[side] = writer.claim(
         folder,
-        fingerprint,
+        older if older in writer.fingerprints(folder) else fingerprint,
         len(source),
         repr(source),
         batch_size=batch_size,
@@ -144,13 +146,35 @@ def embed(
   return folders
 
 
-def _fingerprint(source: Source, data: DataOptions) -> str:
-  """Of what decides ids and captions: the samples, the names of their parts, and the fields."""
+def _fingerprint(source: Source, data: DataOptions, *, places: bool = False) -> str:
+  """Of what decides ids and captions: the samples, the names of their parts, and the fields.
+
+  Args:
+    source: whose own fingerprint covers the samples and the view.
+    data: config.data.
+    places: with the folders in the options, as older versions did, so that their stores are known.
+      Otherwise a dataset that was moved is the same one.
+  """
+
+  def options_of(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return {k: v for k, v in (values or {}).items() if k not in _PLACES} or None
+
   parts = [
     {k: v for k, v in without_defaults(part).items() if k not in ("source", "weight", "upsampling")}
     for part in data.mixture
   ]
-  content = [source.fingerprint, parts, plain(data.captions), plain(data.source_options)]
+  options = plain(data.source_options)
+  if not places:
+    options = options_of(options)
+    parts = [
+      {
+        k: v
+        for k, v in {**part, "source_options": options_of(part.get("source_options"))}.items()
+        if k != "view" and v is not None
+      }
+      for part in parts
+    ]
+  content = [source.fingerprint, parts, plain(data.captions), options]
   return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -28,7 +28,7 @@ from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
 from bigalign.data.stores.reader import Store
 from bigalign.frozen import compare
-from bigalign.frozen.embed import embed
+from bigalign.frozen.embed import _fingerprint, embed
 from bigalign.inputs import open_data
 from bigalign.run.metrics import read_metrics
 
@@ -479,3 +479,37 @@ def test_tokens_are_stored_for_projectors_that_read_them(config, tmp_path):
   assert len(losses(tmp_path / "place")) == 6
   with pytest.raises(ValueError, match="one vector of all tokens"):
     embed(config, tmp_path / "none", projected=True, tokens=True)
+
+
+def test_a_moved_dataset_is_the_same_for_a_store(tmp_path):
+  """data_dir, root and the path of a view say where files are, and not what they hold."""
+
+  class Source:
+    fingerprint = "0"
+
+  def fingerprint(data, **older):
+    data = resolve_data(dict(data, image_size=8, tokenizer=dict(name="byte", length=4)))
+    return _fingerprint(Source(), data, **older)
+
+  def part(source, **more):
+    return dict(mixture=(dict(name="a", source=source, **more),))
+
+  def table(root, **more):
+    return dict(source="0.csv", source_options=dict(root=root, **more))
+
+  for one, moved in (
+    (dict(source="tfds:x", source_options=dict(data_dir="/a")), dict(source="tfds:x")),
+    (table("/a", label="y"), table("/b", label="y")),
+    (part("/a/0.tar", view="/a/v"), part("/b/0.tar", view="/b/v")),
+    (part("0.csv", source_options=dict(root="/a")), part("0.csv", source_options=dict(root="/b"))),
+  ):
+    assert fingerprint(one) == fingerprint(moved)
+    assert fingerprint(one, places=True) != fingerprint(moved, places=True)
+  assert fingerprint(table("/a", label="x")) != fingerprint(table("/a", label="y"))
+  unmoved = part("0.tar", prefix="de: ", source_options=dict(image="png"))
+  assert fingerprint(unmoved) == fingerprint(unmoved, places=True)  # stores of older versions
+  header = dict(side="image", width=3, dtype="float16")
+  writer.begin(tmp_path, header)
+  assert writer.fingerprints(tmp_path) == []
+  writer.claim(tmp_path, "old", 8, "a", batch_size=8, batches=1, write=True)
+  assert writer.fingerprints(tmp_path) == ["old"]
