@@ -7,12 +7,17 @@ import os
 import pathlib
 import pickle
 import resource
+import subprocess
+import sys
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
 from helpers.small_shards import samples, write_tar
 
+from bigalign.data.files import storage
 from bigalign.data.sources.base import open_source
 from bigalign.data.tar import index, parse
 from bigalign.shards import index as program
@@ -203,3 +208,75 @@ def test_opening_thousands_of_shards_does_not_look_at_each(tmp_path):
   assert len(source) == 300_000
   assert source[299_999]["key"] == "00299.tar/000999"
   assert len(pickle.dumps(source)) < 300 * 300  # bytes
+
+
+def test_a_lock_of_a_removed_folder_excludes_no_process(tmp_path):
+  """The process that waits for the lock of a folder gets that of the folder with this name now."""
+  folder = tmp_path / "parts"
+  folder.mkdir()
+  waits, order = threading.Event(), []
+
+  def wait():
+    waits.set()
+    with storage.locked(folder, "test", wait=True):
+      order.append("second")
+      with pytest.raises(BlockingIOError), storage.locked(folder, "test"):
+        pass
+
+  thread = threading.Thread(target=wait)
+  with storage.locked(folder, "test"):
+    thread.start()
+    assert waits.wait(10)
+    time.sleep(0.05)
+    folder.rename(tmp_path / "old")
+    folder.mkdir()
+    order.append("first")
+  thread.join(10)
+  assert order == ["first", "second"]
+  with storage.locked(folder, "test"):
+    folder.rmdir()
+  with pytest.raises(FileNotFoundError), storage.locked(folder, "test"):
+    pass
+
+
+def test_parts_are_written_although_another_process_removes_their_folder(tmp_path, monkeypatch):
+  folder = str(tmp_path)
+  path = write_tar(tmp_path / "0.tar", samples(0, 3))
+  makedirs, removed = os.makedirs, []
+
+  def and_removed(name, **options):
+    makedirs(name, **options)
+    if len(removed) < 3:
+      removed.append(os.rmdir(name))
+
+  monkeypatch.setattr(os, "makedirs", and_removed)
+  index.index_shard(path, folder)
+  assert len(removed) == 3 and index.locate("0.tar", folder)
+  index.merge(folder, folder)
+  index.merge(folder, folder)  # another process merged all parts
+  assert index.locate("0.tar", folder) and sorted(os.listdir(folder)) == ["0.tar", index.FILE]
+
+
+_RACE = """
+import glob, sys
+from bigalign.data.tar import index
+folder = sys.argv[1]
+for _ in range(3):
+  for path in sorted(glob.glob(f"{folder}/*.tar")):
+    index.index_shard(path, folder)
+    assert index.current([path], folder)
+    index.merge(folder, folder)
+assert len(index.Index(f"{folder}/{index.FILE}").names) == 8
+"""
+
+
+@pytest.mark.slow
+def test_many_processes_index_one_fresh_folder(tmp_path):
+  for i in range(8):
+    write_tar(tmp_path / f"{i}.tar", samples(3 * i, 3))
+  command = [sys.executable, "-c", _RACE, str(tmp_path)]
+  processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(6)]
+  errors = [process.communicate()[1].decode() for process in processes]
+  assert [process.returncode for process in processes] == [0] * 6, errors
+  assert len(open_source(f"{tmp_path}/*.tar")) == 24
+  assert index.PARTS not in os.listdir(tmp_path)

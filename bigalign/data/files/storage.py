@@ -96,16 +96,39 @@ def locked(folder: str | os.PathLike[str], program: str, *, wait: bool = False) 
 
   Raises:
     BlockingIOError: if another process holds the lock.
+    FileNotFoundError: if there is no such folder, also if the other process removed or renamed it.
   """
-  descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+  descriptor = _lock(folder, program, wait)
+  # The process that held the lock may have removed the folder, so that this is the lock of one that
+  # has no name any more, and excludes no process.
+  while not _is_at(descriptor, folder):
+    os.close(descriptor)
+    descriptor = _lock(folder, program, wait)
   try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-      raise BlockingIOError(f"{folder}: another {program} writes there; wait for it") from None
     yield
   finally:
     os.close(descriptor)
+
+
+def _lock(folder: str | os.PathLike[str], program: str, wait: bool) -> int:
+  descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    os.close(descriptor)
+    raise BlockingIOError(f"{folder}: another {program} writes there; wait for it") from None
+  except BaseException:
+    os.close(descriptor)
+    raise
+  return descriptor
+
+
+def _is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
+  """Returns whether a path still leads to the open file."""
+  try:
+    return os.path.samestat(os.fstat(descriptor), os.stat(path))
+  except FileNotFoundError:
+    return False
 
 
 def unique_suffix() -> str:

@@ -55,6 +55,7 @@ TABLE = np.dtype(
     ("fields", "<u2"),
   ]
 )
+_TRIES = 100  # to write a part into a folder that other processes may remove
 _PAIR = struct.Struct("<II")
 
 
@@ -176,8 +177,15 @@ def index_shard(path: str, index_folder: str) -> Part:
     name, stat, int.from_bytes(digest[:8], "little"), len(starts), scan.fields, scan.problem
   )
   folder = os.path.join(index_folder, PARTS)
-  os.makedirs(folder, exist_ok=True)
-  _write(os.path.join(folder, f"{part.name}.index"), [part], lambda file: file.write(starts.data))
+  for attempt in range(_TRIES):
+    os.makedirs(folder, exist_ok=True)
+    try:
+      path = os.path.join(folder, f"{part.name}.index")
+      _write(path, [part], lambda file: file.write(starts.data))
+      break
+    except FileNotFoundError:  # another process merged the other parts, and removed the folder
+      if attempt == _TRIES - 1:
+        raise
   return part
 
 
@@ -200,7 +208,8 @@ def locate(name: str, index_folder: str) -> tuple[Index, int] | None:
     os.path.join(index_folder, PARTS, f"{name}.index"),
     os.path.join(index_folder, FILE),
   ):
-    if os.path.exists(path):
+    # Another process may merge the part in between; then the index, which is read next, has it.
+    with contextlib.suppress(FileNotFoundError):
       index = Index(path)
       if name in index.rows:
         return index, index.rows[name]
@@ -215,7 +224,9 @@ def current(paths: Sequence[str], index_folder: str) -> dict[str, Part]:
   """
   known: dict[str, Part] = {}
   parts = os.path.join(index_folder, PARTS)
-  own = sorted(os.listdir(parts)) if os.path.isdir(parts) else []
+  own: list[str] = []
+  with contextlib.suppress(FileNotFoundError):
+    own = sorted(os.listdir(parts))
   merged = os.path.join(index_folder, FILE)
   if os.path.exists(merged):
     known = _all_parts(merged)
@@ -252,28 +263,36 @@ def merge(folder: str, index_folder: str) -> None:
     index_folder: of the index and its parts.
   """
   parts = os.path.join(index_folder, PARTS)
-  if not os.path.isdir(parts):
-    return
-  with storage.locked(parts, "bigalign index", wait=True):
-    merged = os.path.join(index_folder, FILE)
-    new = sorted(os.path.join(parts, name) for name in os.listdir(parts) if name.endswith(".index"))
-    present = None if storage.is_remote(folder) else set(storage.names(folder))
-    chosen: dict[str, tuple[Index, int]] = {}
-    for path in ([merged] if os.path.exists(merged) else []) + new:
-      index = Index(path)
-      index.close()  # there may be more parts than a process can have open files
-      chosen |= {
-        name: (index, row) for name, row in index.rows.items() if present is None or name in present
-      }
-    order = [chosen[name] for name in sorted(chosen)]
+  try:
+    with storage.locked(parts, "bigalign index", wait=True):
+      _merge_parts(folder, index_folder, parts)
+  except FileNotFoundError:
+    if os.path.isdir(parts):
+      raise
+    # There are no parts, or another process merged them all.
 
-    def write_starts(file: IO[bytes]) -> None:
-      for index, row in order:
-        file.write(index.starts(row).data)
 
-    _write(merged, [index.part(row) for index, row in order], write_starts)
-    for path in new:
-      os.unlink(path)
+def _merge_parts(folder: str, index_folder: str, parts: str) -> None:
+  """Merges the parts and removes their folder, under its lock."""
+  merged = os.path.join(index_folder, FILE)
+  new = sorted(os.path.join(parts, name) for name in os.listdir(parts) if name.endswith(".index"))
+  present = None if storage.is_remote(folder) else set(storage.names(folder))
+  chosen: dict[str, tuple[Index, int]] = {}
+  for path in ([merged] if os.path.exists(merged) else []) + new:
+    index = Index(path)
+    index.close()  # there may be more parts than a process can have open files
+    chosen |= {
+      name: (index, row) for name, row in index.rows.items() if present is None or name in present
+    }
+  order = [chosen[name] for name in sorted(chosen)]
+
+  def write_starts(file: IO[bytes]) -> None:
+    for index, row in order:
+      file.write(index.starts(row).data)
+
+  _write(merged, [index.part(row) for index, row in order], write_starts)
+  for path in new:
+    os.unlink(path)
   with contextlib.suppress(OSError):  # another process may have begun a part
     os.rmdir(parts)
 
