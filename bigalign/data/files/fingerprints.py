@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 
 from bigalign.data.files import storage
+from bigalign.data.files.regular import open_regular
 
 _TAIL = 1 << 16  # bytes
 
@@ -31,7 +32,7 @@ def of_files(paths: Iterable[str], *more: bytes) -> str:
     if storage.is_remote(path):
       digest.update(f"{os.path.basename(path)}\n".encode() + storage.tail(path, _TAIL)[0])
       continue
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
       size = file.seek(0, os.SEEK_END)
       file.seek(max(size - _TAIL, 0))
       digest.update(f"{os.path.basename(path)}\n{size}\n".encode() + file.read())

@@ -9,6 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from bigalign.data.samples.image_files import describe
 from bigalign.data.samples.members import FORMATS
 from bigalign.data.samples.rejects import Rejected
 
@@ -148,9 +149,7 @@ def _decode_pillow(data: bytes, *, max_pixels: int, apply_exif: bool) -> np.ndar
   # The data are in memory, so whatever Pillow's plugins raise is the fault of the image.
   except Exception as error:
     if isinstance(error, UnidentifiedImageError):
-      raise Rejected(
-        "undecodable", f"not a {', '.join(FORMATS)}; starts with {data[:16]!r}"
-      ) from error
+      raise Rejected("undecodable", f"{describe(data)}, not a {', '.join(FORMATS)}") from error
     reason = "truncated" if "truncated" in str(error) else "undecodable"
     raise Rejected(reason, str(error)) from error
 

@@ -14,8 +14,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from bigalign.data.samples.image_files import describe
-
 BLOCK = 512
 _LONGEST_NAME = 1 << 16  # bytes of the name of a member; Linux allows 4096
 _LONGEST_HEADER = 1 << 20  # bytes of a GNU long name or of pax records, which are read at once
@@ -204,8 +202,9 @@ def scan(buffer: Buffer, *, path: str) -> Scan:
   groups, problem = _groups(buffer, path=path)
   if not groups and problem:
     raise ValueError(
-      f"{path}: not an uncompressed tar ({problem}), but {describe(buffer[:512])}. Random access"
-      " needs plain .tar: gunzip a .tar.gz, and fetch again what was saved as an error page."
+      f"{path}: not an uncompressed tar ({problem}); it starts with {buffer[:16]!r}. Random"
+      " access needs plain .tar: gunzip a .tar.gz, and fetch again what was saved as an error"
+      " page."
     )
   _check_adjacent(groups, path=path)
   ends = [groups[-1].end] if groups else [0]
