@@ -25,7 +25,9 @@ from bigalign.weights import (
   pixels,
   siglip,
   transfer,
+  views,
   vision,
+  wrappers,
 )
 from bigalign.weights.layout import Layout, call
 
@@ -67,12 +69,14 @@ class Checkpoint:
     kind: its name in LAYOUTS.
     tensors: {key: file, shape and dtype}.
     layout: its options and table of keys.
+    view: of images, as its files state it; None if they do not.
   """
 
   path: pathlib.Path
   kind: str
   tensors: files.Tensors
   layout: Layout
+  view: views.View | None = None
 
   @property
   def model(self) -> Mapping[str, Any]:
@@ -108,24 +112,32 @@ def describe(
   folder = path if path.is_dir() else path.parent
   sentence = (folder / "modules.json").is_file()
   inside = folder / dual.transformer(folder) if sentence else folder
-  tensors = files.open_tensors(inside if path.is_dir() else path)
+  tensors = wrappers.unwrapped(files.open_tensors(inside if path.is_dir() else path))
   kind, where, config = _config(inside, tensors)
   extra = dict(image=dict(image or {}), text=dict(text or {}))
   if kind == "open_clip":
     config = _with_heads(config, where, extra)
-  layout = call(LAYOUTS[kind], config, where, tensors, where, "")
-  _check_depth(layout, tensors, where)
+
+  def make(some: files.Tensors) -> Layout:
+    layout = call(LAYOUTS[kind], config, where, some, where, "")
+    _check_depth(layout, some, where)
+    return layout
+
+  tensors, layout = wrappers.fitted(tensors, make)
+  tensors = wrappers.with_scalars(tensors, layout)
   if sentence and "text" in layout.model:
     layout = dual.sentence(folder, layout)
   model = dict(layout.model)
+  view = None
   if "pixels" in model:
     model["pixels"] = pixels.stated(inside, kind) or model["pixels"]
+    view = views.stated(inside, kind)
   for side, options in extra.items():
     if options and side not in model:
       raise ValueError(f"{where}: {side}={options}: the checkpoint has no {side} tower")
     if side in model:
       model[side] = {**model[side], **options}
-  return Checkpoint(path, kind, tensors, dataclasses.replace(layout, model=model))
+  return Checkpoint(path, kind, tensors, dataclasses.replace(layout, model=model), view)
 
 
 def load(

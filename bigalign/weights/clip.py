@@ -111,13 +111,19 @@ def clip(
   *,
   vision_config: Any = None,
   text_config: Any = None,
+  vision_config_dict: Any = None,
+  text_config_dict: Any = None,
   projection_dim: int = 512,
   **_: Any,
 ) -> Layout:
-  """The layout of CLIPModel."""
+  """The layout of CLIPModel; as in transformers, an old "_dict" comes before the other config."""
+  vision_name = "vision_config" if vision_config_dict is None else "vision_config_dict"
+  text_name = "text_config" if text_config_dict is None else "text_config_dict"
+  image_keys = vision_config if vision_config_dict is None else vision_config_dict
+  text_keys = text_config if text_config_dict is None else text_config_dict
   return join(
-    call(vision, vision_config or {}, f"{where}: vision_config", "vision_model."),
-    call(text, text_config or {}, f"{where}: text_config", "text_model."),
+    call(vision, image_keys or {}, f"{where}: {vision_name}", "vision_model."),
+    call(text, text_keys or {}, f"{where}: {text_name}", "text_model."),
     Layout({}, projections()),
     embed_dim=projection_dim,
     image_projector=dict(name="linear"),

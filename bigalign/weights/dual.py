@@ -6,9 +6,13 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bigalign.data.text import stated
 from bigalign.weights.clip import projections
 from bigalign.weights.files import read_json
 from bigalign.weights.layout import Layout, Shapes, call, join
+
+# Keys of a Pooling module besides pooling_mode….
+_POOLING = ("word_embedding_dimension", "embedding_dimension", "include_prompt")
 
 
 def vision_text(
@@ -63,7 +67,8 @@ def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
   options = dict(layout.model["text"])
   for number, kind, path in _modules(folder):
     if kind == "Pooling":
-      options["pool"] = _pooling(folder / path / "config.json")
+      prompted = "prompt" in stated.near(folder / transformer(folder))
+      options["pool"] = _pooling(folder / path / "config.json", prompted=prompted)
     elif kind == "Normalize":
       options["unit"] = True
     elif kind != "Transformer":
@@ -105,10 +110,23 @@ def _modules(folder: pathlib.Path) -> list[tuple[int, str, str]]:
   return modules
 
 
-def _pooling(file: pathlib.Path) -> str:
-  """Our name of the pooling that is on; newer files have a single "pooling_mode"."""
+def _pooling(file: pathlib.Path, *, prompted: bool) -> str:
+  """Our name of the pooling that is on; newer files have a single "pooling_mode".
+
+  Args:
+    file: config.json of the module.
+    prompted: whether a default prompt precedes each text.
+
+  Raises:
+    ValueError: for a pooling that our towers do not have, or an unknown key.
+  """
   names = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
   given = read_json(file)
+  unknown = [x for x in given if x not in _POOLING and not x.startswith("pooling_mode")]
+  if unknown:
+    raise ValueError(f"{file}: {str(unknown[:8])[:200]}: unknown keys ({len(unknown)})")
+  if prompted and given.get("include_prompt") is False:
+    raise ValueError(f"{file}: include_prompt: false; here the prompt's tokens are pooled too")
   chosen = [
     key.removeprefix("pooling_mode_")
     for key, on in given.items()

@@ -70,15 +70,31 @@ class Tensors(Mapping[str, Entry]):
   Args:
     path: the file, or the index of the shards.
     entries: {key: Entry}.
+    shapes: {key: another shape of as many numbers}, in which the tensor is read.
   """
 
-  def __init__(self, path: pathlib.Path, entries: Mapping[str, Entry]):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    entries: Mapping[str, Entry],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+  ):
     self.path = path
     self._entries = dict(entries)
+    self._shapes = dict(shapes or {})
     self._last: tuple[str, np.ndarray] | None = None
 
   def __getitem__(self, key: str) -> Entry:
-    return self._entries[key]
+    entry = self._entries[key]
+    return entry._replace(shape=self._shapes[key]) if key in self._shapes else entry
+
+  def renamed(self, names: Mapping[str, str]) -> Tensors:
+    """The same tensors with other keys, {old: new}."""
+    return Tensors(self.path, {names[key]: entry for key, entry in self._entries.items()})
+
+  def reshaped(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """The same tensors, some of another shape with as many numbers."""
+    return Tensors(self.path, self._entries, shapes)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._entries)
@@ -92,6 +108,8 @@ class Tensors(Mapping[str, Entry]):
     Raises:
       ValueError: for damaged data, with the file and the key.
     """
+    if key in self._shapes:
+      return Tensors(self.path, self._entries).read(key).reshape(self._shapes[key])
     entry = self._entries[key]
     if entry.member:  # the last one is kept: a row with several arrays reads it several times
       if self._last is None or self._last[0] != key:

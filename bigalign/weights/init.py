@@ -22,9 +22,10 @@ from jax.sharding import NamedSharding
 from bigalign import tree
 from bigalign.data.files.patterns import expand_variables
 from bigalign.options import plain
-from bigalign.weights import Checkpoint, describe, open_clip, tokenizer, transfer
+from bigalign.weights import Checkpoint, describe, open_clip, tokenizer, transfer, views
 
 SIDES = ("image", "text")
+_VIEW: dict[str, Any] = dict(resize="squash", resize_edge=None, interpolation="bicubic")
 _WORDS = ("init", "fresh", "drop")
 _OWN = {"image": ("image", "pixels"), "text": ("text",)}  # options that come with a single tower
 _SIZE = ("width", "depth", "heads", "mlp_ratio")  # the options that a variant sets
@@ -84,6 +85,54 @@ def options(given: Mapping[str, Any], record: Mapping[str, Any] | None = None) -
       )
     model = _merged(theirs, model)
   return dict(plain(model))
+
+
+def view_options(
+  model: Mapping[str, Any],
+  data: Mapping[str, Any],
+  record: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """config.data with the view of images that the checkpoint of the image tower states.
+
+  Args:
+    model: config.model as written.
+    data: config.data as written.
+    record: config.json of the run that resumes. If its model was written in the same way, images
+      stay as they were.
+
+  Returns:
+    `data` with resize, resize_edge and interpolation, as far as it does not give them itself; a
+    warning shows what differs.
+  """
+  stores = data.get("stores")
+  pretrained = "init" in model or (_is_tower(model, "image") and "init" in model["image"])
+  if not pretrained or (isinstance(stores, Mapping) and stores.get("image")):
+    return dict(data)
+  if record and record["model"] == model:
+    was = record["config"]["data"]
+    return {**{x: was[x] for x in _VIEW if was.get(x) is not None}, **data}
+  try:
+    parts = [x for x in _pretrained_parts(model) if x.side in ("", "image")]
+  except (FileNotFoundError, KeyError):
+    parts = []
+  view = parts[0].checkpoint.view if parts else None
+  if view is None:
+    return dict(data)
+  same_size = data.get("image_size") == view.size
+  missing = {
+    key: value
+    for key, value in view.options.items()
+    if data.get(key) is None and value is not None and (key != "resize_edge" or same_size)
+  }
+  if data.get("resize") not in (None, "shortest"):
+    missing.pop("resize_edge", None)
+  if missing:
+    logging.info("config.data: %s, as %s states", missing, view.where)
+  full = {**_VIEW, **{k: v for k, v in data.items() if v is not None}, **missing}
+  if "image_size" in full:
+    for line in views.differences(view, full):
+      logging.warning("%s", line)
+  return {**data, **missing}
 
 
 def tokenizer_options(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bigalign import checks, options
+from bigalign.weights import config_keys
 from bigalign.weights.table import Row
 
 # {name in Hugging Face's configs: ours}
@@ -76,6 +77,8 @@ def call(function: Callable[..., Layout], given: Any, where: str, *fixed: Any) -
     raise ValueError(f"{where}: must be an object, not {str(given)[:80]!r}")
   parameters = tuple(inspect.signature(function).parameters)
   known = parameters[len(fixed) :]
+  if "config" not in known:  # a function with **config passes it on to another call
+    config_keys.check(given, known, where)
   for key, value in given.items():
     least = 0 if _MAY_BE_ZERO.search(key) else 1
     if key in known and type(value) is int and not least <= value <= _LARGEST:
@@ -91,11 +94,18 @@ def call(function: Callable[..., Layout], given: Any, where: str, *fixed: Any) -
 
 
 def option(given: Any, name: str, key: str, default: Any) -> Any:
-  """given[key] or the default, where `given` is the object `name` of a config, or None."""
+  """given[key] or the default, where `given` is the object `name` of a config, or None.
+
+  Raises:
+    ValueError: if it is not an object, or has other keys.
+  """
   if given is None:
     return default
   if not isinstance(given, Mapping):
     raise ValueError(f"{name}: must be an object, not {str(given)[:80]!r}")
+  others = [x for x in given if x != key]
+  if others:
+    raise ValueError(f"{name}: {str(others[:8])[:200]} are not supported; known: {key!r}")
   return given.get(key, default)
 
 

@@ -282,9 +282,16 @@ def _hugging_face(
   hf_proj_type: str | None = "mlp",
   context_length: int = 77,
   heads: int | None = None,
+  vocab_size: Any = None,
+  width: Any = None,
+  layers: Any = None,
+  mlp_ratio: Any = None,
   **_: Any,
 ) -> Layout:
-  """The layout of a Hugging Face text tower, whose sizes are read from its tensors."""
+  """The layout of a Hugging Face text tower, whose sizes are read from its tensors.
+
+  open_clip has no use for the sizes of its own tower next to a hf_model_name.
+  """
   family = next((x for x in _FAMILIES if re.search(x[0], hf_model_name)), None)
   if family is None or hf_pooler_type not in _POOLERS:
     raise ValueError(

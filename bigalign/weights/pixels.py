@@ -7,6 +7,7 @@ from typing import Any
 
 from bigalign.model import PIXELS
 from bigalign.weights.files import read_json
+from bigalign.weights.views import image_processor
 
 
 def stated(folder: pathlib.Path, kind: str) -> str | None:
@@ -22,11 +23,12 @@ def stated(folder: pathlib.Path, kind: str) -> str | None:
     ValueError: for statistics without a name in PIXELS.
   """
   if kind == "open_clip":
-    file, names = folder / "open_clip_config.json", ("mean", "std")
-    config: Any = read_json(file).get("preprocess_cfg")
+    names = ("mean", "std")
+    where = str(folder / "open_clip_config.json")
+    config: Any = read_json(pathlib.Path(where)).get("preprocess_cfg")
   else:
-    file, names = folder / "preprocessor_config.json", ("image_mean", "image_std")
-    config = read_json(file) if file.is_file() else None
+    names = ("image_mean", "image_std")
+    where, config = image_processor(folder)
   if not isinstance(config, dict) or not set(names) <= config.keys():
     return None
   theirs = tuple(_three(config[name]) for name in names)
@@ -34,7 +36,8 @@ def stated(folder: pathlib.Path, kind: str) -> str | None:
     if theirs == tuple(_three(x) for x in statistics):
       return name
   raise ValueError(
-    f"{file}: {names[0]}, {names[1]}: {[str(config[name])[:80] for name in names]}; known: {PIXELS}"
+    f"{where}: {names[0]}, {names[1]}: {[str(config[name])[:80] for name in names]}; known:"
+    f" {PIXELS}"
   )
 
 

@@ -215,9 +215,14 @@ def trunk(
   timm_model_kwargs: Any = None,
   image_size: Any = 224,
   heads: int | None = None,
+  layers: Any = None,
+  width: Any = None,
+  patch_size: Any = None,
+  head_width: Any = None,
+  mlp_ratio: Any = None,
   **_: Any,
 ) -> Layout:
-  """The layout of a vision_cfg with a timm model.
+  """The layout of a vision_cfg with a timm model, which has no use for the sizes of other towers.
 
   Raises:
     ValueError: for a model without a tower here.

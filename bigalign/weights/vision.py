@@ -129,9 +129,10 @@ def _dinov2(
   qkv_bias: bool = True,
   use_swiglu_ffn: bool = False,
   use_mask_token: bool = True,
+  intermediate_size: Any = None,
   **_: Any,
 ) -> Layout:
-  """The layout of Dinov2Model or Dinov2WithRegistersModel."""
+  """The layout of Dinov2Model or Dinov2WithRegistersModel, which ignore intermediate_size."""
   biases = "qkvo" if qkv_bias else "o"
   other, n = f"{prefix}encoder.layer.{{}}.", num_hidden_layers
   hidden = int(hidden_size * mlp_ratio)

@@ -58,7 +58,7 @@ def test_one_tower_of_two_is_read(clip):
   [
     (lambda x: x.pop("vision_model.post_layernorm.bias"), "missing keys.*post_layernorm.bias"),
     (lambda x: x.update(extra=np.zeros(2, np.float32)), "does not have: extra"),
-    (lambda x: x.update(logit_scale=np.zeros(1, np.float32)), "logit_scale .1., the model's: .."),
+    (lambda x: x.update(logit_scale=np.zeros(2, np.float32)), "logit_scale .2., the model's: .."),
     (lambda x: x.update(logit_scale=np.zeros((), np.int32)), "a type that is.*: logit_scale int32"),
   ],
 )
@@ -274,6 +274,23 @@ def test_names_of_old_and_of_headed_models(tmp_path, prefix, norm):
         "1/config.json": dict(pooling_mode_max_tokens=True),
       },
       "pooling_mode: .'max_tokens'",
+    ),
+    (
+      BERT,
+      {
+        "modules.json": [dict(type="x.Pooling", path="1")],
+        "1/config.json": dict(pooling_mode_mean_tokens=True, skip=1),
+      },
+      "1/config.json: .'skip'.: unknown keys",
+    ),
+    (
+      BERT,
+      {
+        "modules.json": [dict(type="x.Transformer", path=""), dict(type="x.Pooling", path="1")],
+        "1/config.json": dict(pooling_mode_mean_tokens=True, include_prompt=False),
+        "config_sentence_transformers.json": dict(prompts=dict(q="q:"), default_prompt_name="q"),
+      },
+      "include_prompt: false",
     ),
     (
       BERT,

@@ -23,6 +23,7 @@ class ImageReading:
       bars.
     resize_edge: pixels of the shorter edge with resize="shortest", before the centre crop to
       image_size; None: image_size. DINOv2 and SAIL resize to 256 and crop to 224.
+    interpolation: filter of evaluation's resize, "bicubic", or "bilinear" as Hugging Face's ViT.
     apply_exif: rotate images as their EXIF orientation says, in training and evaluation. Off by
       default, as in img2dataset, open_clip and big_vision: images that img2dataset wrote have lost
       the tag or are compared with theirs; turn it on for photos as cameras write them.
@@ -32,6 +33,7 @@ class ImageReading:
   resize: str = "squash"
   resize_edge: int | None = None
   apply_exif: bool = False
+  interpolation: str = "bicubic"
 
   def __post_init__(self) -> None:
     if self.image_size < 1:
@@ -40,6 +42,10 @@ class ImageReading:
       raise ValueError(
         f"config.data.resize_edge={self.resize_edge} has an effect with resize='shortest' only, and"
         f" resize={self.resize!r}"
+      )
+    if self.interpolation not in ("bicubic", "bilinear"):
+      raise ValueError(
+        f"config.data.interpolation={self.interpolation!r}; known: 'bicubic', 'bilinear'"
       )
     if self.edge < self.image_size:
       raise ValueError(
@@ -61,8 +67,17 @@ class ImageReading:
 
   def evaluation_view(self, image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] -> [image_size, image_size, 3], without randomness."""
-    return transforms.eval_image(image, size=self.image_size, resize=self.resize, edge=self.edge)
+    return transforms.eval_image(
+      image,
+      size=self.image_size,
+      resize=self.resize,
+      edge=self.edge,
+      bilinear=self.interpolation == "bilinear",
+    )
 
   def preprocessing(self) -> dict[str, Any]:
     """What the vectors of an image tower depend on, besides the model: {option: value}."""
-    return {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageReading)}
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageReading)}
+    if self.interpolation == "bicubic":  # stores from before this option remain valid
+      del values["interpolation"]
+    return values

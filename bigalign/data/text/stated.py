@@ -12,13 +12,10 @@ import json
 import multiprocessing
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from absl import logging
-
-if TYPE_CHECKING:
-  from bigalign.data.text.tokenizers import Tokenizer
 
 _LARGEST = 100_000_000  # bytes of a JSON file
 _UNLIMITED = 1_000_000  # transformers writes int(1e30) for "no limit"
@@ -49,6 +46,29 @@ class Stated(NamedTuple):
 Statements = Mapping[str, Stated]
 
 
+class Tokenizer(Protocol):
+  """What is compared of a tokenizer; see tokenizers.Tokenizer for the members."""
+
+  length: int
+  vocab_size: int
+  pad: int
+  prompt: str
+  truncation_side: str
+
+  @property
+  def name(self) -> str: ...
+  @property
+  def first_id(self) -> int: ...
+  @property
+  def last_id(self) -> int: ...
+  @property
+  def adds_start(self) -> bool: ...
+  @property
+  def adds_end(self) -> bool: ...
+  def token_id(self, token: str) -> int | None: ...
+  def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 def near(folder: pathlib.Path) -> dict[str, Stated]:
   """What the files of a folder state about its tokenizer, as far as it changes ids.
 
@@ -75,14 +95,14 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
       stated[name] = Stated(value, where)
 
   file = folder / "tokenizer_config.json"
-  config = read(file)
+  settings = read(file)
   # As transformers reads them: without added_tokens_decoder, the other file comes first.
   special_file = folder / "special_tokens_map.json"
   special = read(special_file)
-  special_first = special if "added_tokens_decoder" not in config else {}
+  special_first = special if "added_tokens_decoder" not in settings else {}
   for name in _TOKENS:
     put(name, special_first.get(name), f"{special_file}: {name}", str)
-  given = config.get("tokenizer_class")
+  given = settings.get("tokenizer_class")
   kind = given.removesuffix("Fast").removesuffix("Tokenizer") if isinstance(given, str) else ""
   for name, key, types in (
     ("class", "tokenizer_class", str),
@@ -102,12 +122,12 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
     ("padding_side", "padding_side", str),
     ("truncation_side", "truncation_side", str),
   ):
-    put(name, config.get(key), f"{file}: {key}", types)
+    put(name, settings.get(key), f"{file}: {key}", types)
   if kind in ("Siglip", "Siglip2"):
     put("lower", True, f"{file}: tokenizer_class: {given}", bool)
   if kind == "Siglip":
     put("canonicalize", True, f"{file}: tokenizer_class: {given}", bool)
-  decoder = config.get("added_tokens_decoder")
+  decoder = settings.get("added_tokens_decoder")
   if isinstance(decoder, Mapping):
     tokens = {
       x["content"]: int(i)
@@ -118,8 +138,8 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
   for name in _TOKENS:
     put(name, special.get(name), f"{special_file}: {name}", str)
   for key in ("additional_special_tokens", "extra_special_tokens"):
-    for place, values in ((file, config), (special_file, special)):
-      more = values.get(key)
+    for place, content in ((file, settings), (special_file, special)):
+      more = content.get(key)
       texts = [x.get("content") if isinstance(x, Mapping) else x for x in more or ()]
       if isinstance(more, list) and texts and all(isinstance(x, str) for x in texts):
         put("special_tokens", texts, f"{place}: {key}", list)
@@ -128,7 +148,7 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
   if tokens:
     put("added_tokens", tokens, f"{file}", dict)
   _sentence(folder, put)
-  length = config.get("model_max_length")
+  length = settings.get("model_max_length")
   if type(length) is int and length < _UNLIMITED:
     put("length", length, f"{folder / 'tokenizer_config.json'}: model_max_length", int)
   return stated

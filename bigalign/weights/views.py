@@ -1,0 +1,185 @@
+"""How a checkpoint's image tower was given its images: resize, crop and filter."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bigalign.weights.files import read_json
+
+_FILTERS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
+_OPEN_CLIP = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+_HUGGING_FACE = (
+  *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale"),
+  *("rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
+# Keys that do not change the pixels, or only with others that are refused.
+_HARMLESS = (
+  *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map"),
+  *("_valid_processor_keys", "do_convert_rgb", "data_format", "input_data_format"),
+  *("default_to_square", "return_tensors", "device", "disable_grouping", "pad_size"),
+  *("max_num_patches", "patch_size", "tokenizer_class", "transformers_version"),
+)
+_OFF = ("do_pad", "do_flip_channel_order", "do_reduce_labels", "do_thumbnail", "use_square_size")
+
+
+class View(NamedTuple):
+  """What the files of a checkpoint state about the view of an image.
+
+  Args:
+    where: the file.
+    size: pixels per side; None if no file states it.
+    options: some of resize, resize_edge and interpolation, as in config.data.
+  """
+
+  where: str
+  size: int | None
+  options: dict[str, Any]
+
+
+def stated(folder: pathlib.Path, kind: str) -> View | None:
+  """Returns the view of images that the files next to the weights state; None without such a file.
+
+  Args:
+    folder: of the weights.
+    kind: the checkpoint's name in LAYOUTS.
+
+  Raises:
+    ValueError: for a view that config.data cannot give, with the file and the key.
+  """
+  if kind == "open_clip":
+    file = folder / "open_clip_config.json"
+    config: Any = read_json(file).get("preprocess_cfg")
+    make, where = _open_clip, f"{file}: preprocess_cfg"
+  else:
+    where, config = image_processor(folder)
+    make = _hugging_face
+  if not isinstance(config, Mapping):
+    return None
+  if kind.startswith("siglip2"):  # NaFlex: patches of the image's own shape
+    return None
+  try:
+    size, options = make(config)
+  except ValueError as error:
+    raise ValueError(
+      f"{where}: {error}. If another view is right, remove the key there and set config.data.resize"
+    ) from error
+  return View(where, size, options)
+
+
+def image_processor(folder: pathlib.Path) -> tuple[str, Any]:
+  """Returns the file of transformers' image processor, and its content; None without a file.
+
+  transformers 5 writes the image processor into the file of the whole processor.
+  """
+  file = folder / "preprocessor_config.json"
+  if file.is_file():
+    return str(file), read_json(file)
+  whole = folder / "processor_config.json"
+  config = read_json(whole).get("image_processor") if whole.is_file() else None
+  return (f"{whole}: image_processor", config) if config else (str(file), None)
+
+
+def _open_clip(config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
+  """(size, options) of a preprocess_cfg."""
+  _refuse_unknown(config, _OPEN_CLIP)
+  if config.get("mode", "RGB") != "RGB":
+    raise ValueError(f"mode: {config['mode']!r}; known: 'RGB'")
+  options: dict[str, Any] = {}
+  if "resize_mode" in config:
+    mode = config["resize_mode"]
+    if mode not in ("shortest", "squash"):
+      raise ValueError(
+        f"resize_mode: {str(mode)[:80]!r}, with fill_color={config.get('fill_color', 0)!r}; known:"
+        " 'shortest', 'squash'"
+      )
+    options["resize"] = mode
+  if "interpolation" in config:
+    options["interpolation"] = _filter("interpolation", config["interpolation"])
+  return _square("size", config["size"]) if "size" in config else None, options
+
+
+def _hugging_face(config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
+  """(size, options) of a preprocessor_config.json."""
+  for key in _OFF:
+    if config.get(key):
+      raise ValueError(f"{key}: {str(config[key])[:80]}; known: false")
+  _refuse_unknown(config, (*_HUGGING_FACE, *_HARMLESS, *_OFF))
+  for key in ("do_rescale", "do_normalize", "do_resize"):
+    if config.get(key, True) is False:
+      raise ValueError(f"{key}: false; known: true")
+  factor = config.get("rescale_factor", 1 / 255)
+  if not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-3:
+    raise ValueError(f"rescale_factor: {str(factor)[:80]}; known: {1 / 255}")
+  options: dict[str, Any] = {}
+  if config.get("resample") is not None:
+    options["interpolation"] = _filter("resample", config["resample"])
+  size, crop = config.get("size"), config.get("do_center_crop")
+  named = config.get("image_processor_type") or config.get("feature_extractor_type") or ""
+  if crop is None and str(named).startswith("ViT"):  # it squashes to a size that is one number
+    crop = False
+  if size is None or (crop is None and not isinstance(size, Mapping)):
+    return (_square("crop_size", config["crop_size"]) if crop else None), options
+  shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size if crop else None
+  if isinstance(size, Mapping) and not shortest and not {"height", "width"} <= size.keys():
+    raise ValueError(f"size: {str(dict(size))[:80]}; known: shortest_edge, or height and width")
+  if shortest is None:
+    side = _square("size", size)
+    if crop and _square("crop_size", config.get("crop_size", size)) != side:
+      raise ValueError(f"size: {side} is squashed and then cropped to {config['crop_size']}")
+    return side, options | dict(resize="squash")
+  edge = _square("size", shortest)
+  if crop is False:
+    raise ValueError("do_center_crop: false with a shortest edge: images would not be square")
+  side = _square("crop_size", config.get("crop_size", edge))
+  if side > edge:
+    raise ValueError(f"crop_size: {side} is larger than the shortest edge, {edge}")
+  return side, options | dict(resize="shortest", resize_edge=None if side == edge else edge)
+
+
+def _refuse_unknown(config: Mapping[str, Any], known: tuple[str, ...]) -> None:
+  """Raises ValueError for keys that may change the pixels."""
+  unknown = [key for key in config if key not in known and config[key] is not None]
+  if unknown:
+    shown = {key: str(config[key])[:80] for key in unknown[:8]}
+    raise ValueError(f"{shown}: unknown keys ({len(unknown)})")
+
+
+def _filter(key: str, value: Any) -> str:
+  """Our name of a filter; a number is Pillow's."""
+  if not isinstance(value, int | str) or value not in _FILTERS:
+    raise ValueError(f"{key}: {str(value)[:80]!r}; known: 2 or 'bilinear', 3 or 'bicubic'")
+  return _FILTERS[value]
+
+
+def _square(key: str, value: Any) -> int:
+  """The side of a square that is given as a number, a pair, or a height and a width."""
+  if isinstance(value, Mapping):
+    value = [value.get("height"), value.get("width")]
+  sides = value if isinstance(value, list | tuple) else [value]
+  if len(sides) > 2 or len(set(map(str, sides))) != 1 or type(sides[0]) is not int:
+    raise ValueError(f"{key}: {str(value)[:80]} is not a square")
+  return int(sides[0])
+
+
+def differences(view: View, data: Mapping[str, Any]) -> list[str]:
+  """Returns how config.data differs from the view; each text shows both values.
+
+  Args:
+    view: of the checkpoint.
+    data: image_size, resize, resize_edge and interpolation.
+  """
+  ours, theirs = dict(data), dict(view.options)
+  if view.size != data["image_size"]:
+    theirs.pop("resize_edge", None)  # the edge belongs to the size
+  lines = [
+    f"config.data.{key} is {ours[key]!r}, but {view.where} states {value!r}"
+    for key, value in theirs.items()
+    if ours[key] != value
+  ]
+  if view.size is not None and view.size != data["image_size"]:
+    lines.append(
+      f"config.data.image_size is {data['image_size']}, but {view.where} states {view.size}"
+    )
+  return lines

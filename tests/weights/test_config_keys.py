@@ -1,0 +1,222 @@
+"""Every key of a checkpoint's config is used, known to be harmless, or refused by its name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
+
+from bigalign import weights
+from bigalign.data.loader.options import resolve_data
+from bigalign.weights import init, open_clip
+
+STUB = {x: np.zeros(1, np.float32) for x in "abc"}
+VIT = dict(VISION, model_type="vit")
+FAMILIES = {
+  "clip": CLIP,
+  "siglip": dict(CLIP, model_type="siglip"),
+  "siglip2": dict(CLIP, model_type="siglip2"),
+  "clip_vision_model": dict(VISION, model_type="clip_vision_model"),
+  "clip_text_model": dict(TEXT, model_type="clip_text_model"),
+  "siglip_vision_model": dict(VISION, model_type="siglip_vision_model"),
+  "siglip_text_model": dict(TEXT, model_type="siglip_text_model"),
+  "vit": VIT,
+  "dinov2": {**VIT, "model_type": "dinov2", "mlp_ratio": 4},
+  "dinov2_with_registers": {**VIT, "model_type": "dinov2_with_registers"},
+  "dinov3_vit": dict(VISION, model_type="dinov3_vit"),
+  "bert": BERT,
+  "roberta": dict(BERT, model_type="roberta"),
+  "mpnet": dict(BERT, model_type="mpnet", pad_token_id=1),
+  "xlm-roberta": dict(BERT, model_type="xlm-roberta"),
+  "vision-text-dual-encoder": dict(
+    model_type="vision-text-dual-encoder", vision_config=VIT, text_config=BERT
+  ),
+}
+for _name in ("dinov2", "dinov2_with_registers"):
+  FAMILIES[_name].pop("intermediate_size", None)
+
+
+def describe(tmp_path, config):
+  return weights.describe(folder(tmp_path / "some", config, STUB))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", ["", "vision_config", "text_config"])
+def test_an_unknown_key_is_refused_in_every_family(tmp_path, family, place):
+  config = FAMILIES[family]
+  if place and place not in config:
+    return
+  harmless = dict(transformers_version="5", attention_dropout=0.1, num_beams=1)
+  for more, wrong in (
+    (harmless, None),
+    (dict(rope_scaling=2), "rope_scaling: '2' is an unknown key"),
+    (dict(num_channels=4), "num_channels: '4'; known: 3"),
+    (dict(quantization_config=dict(bits=4)), "quantization_config"),
+  ):
+    changed = {**config, place: config[place] | more} if place else config | more
+    if wrong is None:
+      describe(tmp_path, changed)
+      continue
+    with pytest.raises(ValueError, match=rf"(?s)config\.json: .*{wrong}"):
+      describe(tmp_path, changed)
+
+
+def test_many_unknown_keys_are_counted(tmp_path):
+  with pytest.raises(ValueError, match=r"key11.* … 30 in all") as error:
+    describe(tmp_path, BERT | {f"key{i}": i for i in (11, *range(100, 129))})
+  assert len(str(error.value)) < 700
+
+
+def test_the_older_configs_of_clip_come_first(tmp_path):
+  """As in transformers, which takes text_config_dict where both are given."""
+  old = dict(text_config_dict=dict(TEXT, hidden_act="gelu"), vision_config_dict=None)
+  model = describe(tmp_path, CLIP | old).model
+  assert model["text"]["activation"] == "gelu" and model["image"]["activation"] == "quick_gelu"
+
+
+@pytest.mark.parametrize(
+  "vision,text,message",
+  [
+    (dict(qk_norm=True), {}, "vision_cfg: qk_norm: 'True'"),
+    (dict(width_factor=2), {}, "vision_cfg: width_factor: '2' is an unknown key"),
+    (dict(norm_kwargs=dict(eps=1e-6, bias=False)), {}, "norm_kwargs: .'bias'"),
+    ({}, dict(scale_fc=True), "text_cfg: scale_fc"),
+    ({}, dict(rope=True), "text_cfg: rope: 'True' is an unknown key"),
+    ({}, dict(hf_model_name="roberta-base", pooler="x"), "text_cfg: pooler: 'x' is an unknown"),
+    (
+      dict(
+        timm_model_name="vit_base_patch16_siglip_224",
+        timm_pool="map",
+        timm_model_kwargs=dict(act_layer="gelu", img_size=7),
+      ),
+      {},
+      "timm_model_kwargs: .'img_size'",
+    ),
+    (dict(timm_model_name="vit_base_patch16_siglip_224", timm_pol="map"), {}, "timm_pol: 'map' is"),
+  ],
+)
+def test_open_clips_keys(tmp_path, vision, text, message):
+  file = tmp_path / "m.json"
+  for more in ({}, dict(patch_dropout=0.5, output_tokens=True)):
+    file.write_text(json.dumps(dict(embed_dim=64, vision_cfg=more, text_cfg={})))
+    open_clip.model(str(file))
+  file.write_text(json.dumps(dict(embed_dim=64, vision_cfg=vision, text_cfg=text)))
+  with pytest.raises(ValueError, match=rf"m\.json: .*{message}"):
+    open_clip.model(str(file))
+  file.write_text(json.dumps(dict(embed_dim=64, vision_cfg={}, text_cfg={}, gating=1)))
+  with pytest.raises(ValueError, match=r"m\.json: gating: '1' is an unknown key"):
+    open_clip.model(str(file))
+
+
+def pictures(tmp_path, preprocessor=None, preprocess_cfg=None):
+  """A checkpoint of an image tower with a file of its preprocessing."""
+  path = folder(tmp_path / "some", VIT, STUB)
+  if preprocessor is not None:
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+  if preprocess_cfg is not None:
+    (path / "config.json").unlink()
+    model = dict(embed_dim=4, vision_cfg=dict(layers=1), text_cfg=dict(layers=1))
+    config = dict(model_cfg=model, preprocess_cfg=preprocess_cfg)
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+  return path
+
+
+HALF = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+SHORTEST = dict(size=dict(shortest_edge=20), crop_size=dict(height=16, width=16))
+
+
+@pytest.mark.parametrize(
+  "files,expected",
+  [
+    (dict(preprocessor=HALF), {}),
+    (dict(preprocessor=HALF | dict(size=dict(height=16, width=16))), dict(resize="squash")),
+    (dict(preprocessor=HALF | dict(size=16, do_center_crop=False)), dict(resize="squash")),
+    (
+      dict(preprocessor=HALF | SHORTEST | dict(do_center_crop=True, resample=3)),
+      dict(resize="shortest", resize_edge=20, interpolation="bicubic"),
+    ),
+    (
+      dict(preprocessor=HALF | dict(size=16, crop_size=16, do_center_crop=True, resample=2)),
+      dict(resize="shortest", interpolation="bilinear"),
+    ),
+    (dict(preprocess_cfg=dict(size=16, resize_mode="shortest")), dict(resize="shortest")),
+    (
+      dict(preprocess_cfg=dict(size=[16, 16], resize_mode="squash", interpolation="bilinear")),
+      dict(resize="squash", interpolation="bilinear"),
+    ),
+  ],
+)
+def test_the_view_of_images_is_the_checkpoints(tmp_path, files, expected, caplog):
+  path = pictures(tmp_path, **files)
+  model = dict(image=dict(init=str(path)))
+  data = dict(image_size=16, tokenizer=dict(name="byte", length=4))
+  filled = init.view_options(model, data)
+  assert {k: v for k, v in filled.items() if k not in data} == expected
+  assert not [x for x in caplog.records if x.levelname == "WARNING"]
+  resolve_data(filled)
+  ours = dict(data, resize="longest", interpolation="bicubic")
+  assert init.view_options(model, ours) == ours  # what the config says is kept
+  warned = " ".join(x.getMessage() for x in caplog.records if x.levelname == "WARNING")
+  assert ("config.data.resize is 'longest', but" in warned) == ("resize" in expected)
+  assert ("interpolation is 'bicubic', but" in warned) == ("bilinear" in expected.values())
+
+
+def test_a_processor_of_transformers_5_is_read(tmp_path):
+  """It has the image processor in processor_config.json."""
+  clip = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=2)
+  path = pictures(tmp_path)
+  config = dict(image_processor=clip, processor_class="CLIPProcessor")
+  (path / "processor_config.json").write_text(json.dumps(config))
+  checkpoint = weights.describe(path)
+  assert checkpoint.model["pixels"] == "imagenet"
+  assert checkpoint.view.options == dict(interpolation="bilinear")
+  config["image_processor"] = dict(clip, resample=0)
+  (path / "processor_config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r"processor_config\.json: image_processor: resample: '0'"):
+    weights.describe(path)
+
+
+def test_a_resumed_run_keeps_its_view(tmp_path):
+  path = pictures(tmp_path, dict(HALF, size=16, crop_size=16, do_center_crop=True))
+  model, data = dict(image=dict(init=str(path))), dict(image_size=16)
+  record = dict(model=model, config=dict(data=dict(data, resize="squash", resize_edge=None)))
+  assert init.view_options(model, data, record)["resize"] == "squash"
+  assert init.view_options(model, data)["resize"] == "shortest"
+
+
+def test_a_bilinear_view_is_pillows():
+  from PIL import Image
+
+  image = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+  data = dict(image_size=16, tokenizer=dict(name="byte", length=4))
+  theirs = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))
+  ours = resolve_data(dict(data, interpolation="bilinear"))
+  np.testing.assert_array_equal(ours.evaluation_view(image), theirs)
+  assert ours.preprocessing()["interpolation"] == "bilinear"
+  assert "interpolation" not in resolve_data(data).preprocessing()  # as stores recorded it
+  with pytest.raises(ValueError, match=r"config\.data\.interpolation='nearest'; known"):
+    resolve_data(dict(data, interpolation="nearest"))
+
+
+@pytest.mark.parametrize(
+  "files,message",
+  [
+    (dict(preprocess_cfg=dict(resize_mode="longest")), "preprocess_cfg: resize_mode: 'longest'"),
+    (dict(preprocess_cfg=dict(interpolation="nearest")), "interpolation: 'nearest'; known"),
+    (dict(preprocess_cfg=dict(size=[16, 24])), r"size: .16, 24. is not a square"),
+    (dict(preprocess_cfg=dict(mode="L")), "mode: 'L'"),
+    (dict(preprocess_cfg=dict(blur=1)), "'blur': '1'.: unknown keys"),
+    (dict(preprocessor=HALF | dict(resample=0)), "resample: '0'; known"),
+    (dict(preprocessor=HALF | dict(size=dict(longest_edge=16))), "size: .*longest_edge"),
+    (dict(preprocessor=HALF | dict(do_pad=True)), "do_pad: True"),
+    (dict(preprocessor=HALF | dict(do_normalize=False)), "do_normalize: false"),
+    (dict(preprocessor=HALF | dict(rescale_factor=1.0)), "rescale_factor: 1.0"),
+    (dict(preprocessor=HALF | dict(crop_pct=0.9)), "'crop_pct': '0.9'.: unknown keys"),
+    (dict(preprocessor=HALF | dict(SHORTEST, do_center_crop=False)), "do_center_crop: false"),
+  ],
+)
+def test_a_view_that_cannot_be_given_is_named(tmp_path, files, message):
+  with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
+    weights.describe(pictures(tmp_path, **files))
