@@ -172,7 +172,7 @@ def _files(fitted: Fitted, trained: TrainedModel) -> dict[str, Any]:
   processor = dict(
     do_convert_rgb=True,
     do_resize=True,
-    resample=3,
+    resample={"bicubic": 3, "bilinear": 2}[trained.data.interpolation],
     do_rescale=True,
     rescale_factor=1 / 255,
     do_normalize=True,

@@ -27,6 +27,7 @@ from bigalign.export.base import Arrays, Contents, TrainedModel
 from bigalign.export.formats import FORMATS, prepare
 from bigalign.export.tokenizer_files import SAMPLES
 from bigalign.run import runtime
+from bigalign.towers.text import TextOptions
 
 ABOUT, CARD = "bigalign.json", "README.md"
 _SIDE = 61  # pixels of the shorter side of the sample images
@@ -67,11 +68,18 @@ def trained_model(run: Run, ema: bool = False) -> TrainedModel:
     if hasattr(tower, "dtype")
   }
   arrays = {k: np.asarray(x).astype(np.float32) for k, x in tree.subtree(params, "model/").items()}
+  tokenizer = run.config.data.make_tokenizer()
+  text = in_float32.get("text", model.text)
+  if isinstance(text, TextOptions) and text.length > tokenizer.length:
+    # Other libraries pad texts to the length of the tower, which the run never saw.
+    in_float32["text"] = dataclasses.replace(text, length=tokenizer.length)
+    path = "text_tower/positions"
+    arrays[path] = arrays[path][:, : tokenizer.length]
   return TrainedModel(
     dataclasses.replace(model, **in_float32).build(),
     arrays | scalars(params, run.config.loss),
     run.config.data,
-    run.config.data.make_tokenizer(),
+    tokenizer,
   )
 
 

@@ -56,6 +56,35 @@ def _padding(trained: TrainedModel) -> str:
   return f"the model was trained on texts padded to {trained.data.text_length} tokens. {seen}"
 
 
+_PIPELINE_LENGTH = 64  # to which transformers' pipeline pads the texts of every SigLIP
+
+_IMAGES = """## Images
+
+The run blends transparent pixels with white and scales 16 bits to 8. Pillow, with which these
+libraries read images, does neither: `convert("RGB")` shows the pixels under the transparency, and
+cuts 16 bits off at 255.{exif} Convert such images before:
+
+```python
+import numpy as np
+from PIL import Image
+
+def as_trained(image):
+  if image.mode.startswith("I"):  # 16 bits
+    scaled = (np.asarray(image).astype("uint32") + 128) // 257
+    return Image.fromarray(scaled.astype("uint8")).convert("RGB")
+  image = image.convert("RGBA")
+  return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+```
+"""
+_EXIF = " It also turns images as their EXIF data says (`ImageOps.exif_transpose`)."
+
+
+def _has_pipeline(kind: Format, contents: Contents, trained: TrainedModel) -> bool:
+  """Whether transformers' pipeline gives the model's logits; it has one length for all SigLIPs."""
+  siglip = kind.library == "transformers" and contents.family == "SiglipModel"
+  return not siglip or trained.data.text_length == _PIPELINE_LENGTH
+
+
 def text(
   about: dict[str, Any],
   kind: Format,
@@ -80,7 +109,9 @@ def text(
     "logits": ("zero-shot-image-classification", "An image-text dual encoder"),
     "embeddings": ("sentence-similarity", "The text side of an image-text dual encoder"),
   }[kind.output]
-  head = [f"license: {license}", f"pipeline_tag: {task}"]
+  exif = _EXIF if data.apply_exif else ""
+  has_pipeline = _has_pipeline(kind, contents, trained)
+  head = [f"license: {license}", *([f"pipeline_tag: {task}"] if has_pipeline else [])]
   head += [f"library_name: {kind.library}"] if kind.library else []
   measured = {
     k.removeprefix("ema/"): x
@@ -122,6 +153,17 @@ def text(
     *(f"| {name} | {value} |" for name, value in rows),
     "",
     kind.usage.replace("DIR", "this folder").replace("{padding}", _padding(trained)),
+    *(
+      []
+      if has_pipeline
+      else [
+        "The pipeline `zero-shot-image-classification` of transformers does not work: it pads the"
+        f" texts of every SigLIP to {_PIPELINE_LENGTH} tokens, and this model needs"
+        f" {trained.data.text_length}.",
+        "",
+      ]
+    ),
+    *([_IMAGES.replace("{exif}", exif)] if kind.output == "logits" else []),
     "## Metrics",
     "",
     *(

@@ -155,7 +155,7 @@ def _files(fitted: Fitted, trained: TrainedModel) -> dict[str, Any]:
     mode="RGB",
     mean=mean,
     std=std,
-    interpolation="bicubic",
+    interpolation=data.interpolation,
     resize_mode=data.resize,
     fill_color=0,
   )

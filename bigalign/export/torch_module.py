@@ -81,6 +81,8 @@ def _reasons(trained: TrainedModel) -> list[str]:
       wrong.append(requirement("config.model.image.positions", "rope", "learned", "sincos2d"))
   if trained.data.resize == "longest":
     wrong.append(requirement("config.data.resize", "longest", "squash", "shortest"))
+  if trained.data.interpolation != "bicubic":
+    wrong.append(requirement("config.data.interpolation", trained.data.interpolation, "bicubic"))
   return wrong
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import re
 
@@ -10,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from PIL import Image
 
 from bigalign import tree, weights
 from bigalign.config import resolve_config
+from bigalign.data.image.decode import decode
 from bigalign.evaluate import Run
-from bigalign.export import check, hugging_face, main, open_clip
+from bigalign.export import check, hugging_face, main, model_card, open_clip
 from bigalign.export.fit import fit
 from bigalign.export.formats import prepare
 from bigalign.model import make_model
@@ -169,6 +173,85 @@ def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
   for words in ("license: cc0-1.0", "samples seen | 12 ", "| val/x | 0.625 |", '"glyphs"'):
     assert words in card
   assert not list(out.parent.glob(".*")), "the temporary folder is gone"
+
+
+@pytest.mark.parametrize(
+  "kind,model,loss",
+  [
+    ("hf", SIGLIP, SIGLIP_LOSS),
+    ("npz", SIGLIP, SIGLIP_LOSS),
+    ("open_clip", PLAIN, CLIP_LOSS),
+    ("hf", CLIP, CLIP_LOSS),
+  ],
+)
+def test_a_tower_longer_than_its_texts_is_cut(kind, model, loss, tmp_path, no_torch):
+  """open_clip pads texts to the length of the tower, and SigLIP sees padding."""
+  length = 6
+  tokenizer = (
+    dict(name="byte", length=length) if model is SIGLIP else dict(word_pieces(tmp_path), length=6)
+  )
+  run = make_run(tmp_path, model, loss, tokenizer)
+  trained = main.trained_model(run)
+  assert trained.text.length == length
+  assert trained.arrays["text_tower/positions"].shape[1] == length
+  images, texts = main.sample_images(), ["a cat", "photo of a dog", "x" * 30]
+  options = run.config.model
+  sides = (dataclasses.replace(x, dtype="float32") for x in (options.image, options.text))
+  model = dataclasses.replace(options, **dict(zip(("image", "text"), sides))).build()
+  arrays = trained.arrays | tree.subtree(run.params, "model/")
+  ours = main.logits(trained, images, texts)
+  whole = main.logits(trained._replace(model=model, arrays=arrays), images, texts)
+  np.testing.assert_allclose(ours, whole, atol=2e-5 * np.abs(ours).max())
+  out, _ = main.export(run, kind, tmp_path / "out/folder")
+  path = out / "model.npz" if kind == "npz" else out
+  checkpoint = weights.describe(path)
+  assert checkpoint.layout.data["length"] == checkpoint.model["text"]["length"] == length
+  theirs = read_logits(path, trained, images, texts)
+  np.testing.assert_allclose(theirs, ours, atol=2e-5 * np.abs(ours).max())
+
+
+def test_the_card_names_the_pipeline_only_where_it_works(tmp_path, no_torch):
+  """transformers pads every SigLIP to 64 tokens."""
+  for length, model, loss, works in (
+    (16, SIGLIP, SIGLIP_LOSS, False),
+    (64, {**SIGLIP, "text": {**SIGLIP["text"], "length": 64}}, SIGLIP_LOSS, True),
+    (8, CLIP, CLIP_LOSS, True),
+  ):
+    tokenizer = dict(name="byte", length=length) if length > 8 else word_pieces(tmp_path)
+    run = make_run(tmp_path, model, loss, tokenizer)
+    out, _ = main.export(run, "hf", tmp_path / f"out/{length}")
+    card = (out / "README.md").read_text()
+    assert ("pipeline_tag: zero-shot-image-classification" in card) == works
+    assert ("to 64 tokens, and this model needs 16" in card) == (not works)
+
+
+def test_the_cards_code_reads_alpha_and_16_bits_as_the_run(tmp_path):
+  rng = np.random.default_rng(0)
+  code = model_card._IMAGES.partition("```python\n")[2].partition("```")[0]
+  names: dict = {}
+  exec(code, names)
+  for image in (
+    Image.fromarray(rng.integers(0, 256, (8, 8, 4), np.uint8)),
+    Image.fromarray(rng.integers(0, 2**16, (8, 8), np.uint16)),
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)),
+  ):
+    file = io.BytesIO()
+    image.save(file, "png")
+    ours = decode(file.getvalue())
+    theirs = names["as_trained"](Image.open(io.BytesIO(file.getvalue())))
+    np.testing.assert_array_equal(np.asarray(theirs), ours)
+    assert image.mode == "RGB" or (np.asarray(image.convert("RGB")) != ours).any()
+
+
+def test_the_filter_of_images_is_that_of_the_run(tmp_path, no_torch):
+  run = make_run(tmp_path, CLIP, CLIP_LOSS, word_pieces(tmp_path))
+  data = dataclasses.replace(run.config.data, interpolation="bilinear")
+  trained = main.trained_model(run)._replace(data=data)
+  assert prepare("hf", trained).files["preprocessor_config.json"]["resample"] == 2
+  config = prepare("open_clip", trained).files["open_clip_config.json"]
+  assert config["preprocess_cfg"]["interpolation"] == "bilinear"
+  with pytest.raises(ValueError, match=r"config\.data\.interpolation must be 'bicubic'"):
+    prepare("torch", trained)
 
 
 def test_masked_padding_is_asked_for_by_the_tokenizer(tmp_path, no_torch):
