@@ -201,7 +201,7 @@ def cca(fit: Moments, choose: Moments, dims: int = 256) -> tuple[Map, Map]:
   Args:
     fit: pairs to fit.
     choose: pairs on which the penalty on the variances, one of RIDGES, is chosen by correlation.
-    dims: number of directions, weighted by their correlation.
+    dims: largest number of directions, weighted by their correlation; not more than the rank.
 
   Returns:
     Maps of x and y into a common space.
@@ -209,6 +209,13 @@ def cca(fit: Moments, choose: Moments, dims: int = 256) -> tuple[Map, Map]:
   (mx, my), (xx, yy, xy) = fit.means, fit.covariances
   other = _about(choose, mx, my)
   sides = [np.linalg.eigh(c) for c in (xx, yy)]
+  # Beyond the rank of a side, directions have no variance and no correlation (0 / 0).
+  # The covariance is a difference of second moments, whose size its rounding errors follow.
+  ranks = [
+    int((v > max(v[-1], np.trace(moment) / fit.n) * len(v) * np.finfo(v.dtype).eps).sum())
+    for (v, _), moment in zip(sides, (fit.xx, fit.yy))
+  ]
+  kept = min(dims, *ranks)
 
   def solve(penalty: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     root_x, root_y = (
@@ -216,7 +223,7 @@ def cca(fit: Moments, choose: Moments, dims: int = 256) -> tuple[Map, Map]:
       for values, vectors in sides
     )
     u, s, vt = np.linalg.svd(root_x @ xy @ root_y, full_matrices=False)
-    return root_x @ u[:, :dims], root_y @ vt[:dims].T, s[:dims]
+    return root_x @ u[:, :kept], root_y @ vt[:kept].T, s[:kept]
 
   def correlation(solution: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
     a, b, _ = solution
@@ -224,7 +231,8 @@ def cca(fit: Moments, choose: Moments, dims: int = 256) -> tuple[Map, Map]:
       np.einsum("dk,de,ek->k", p, c, q, optimize=True)
       for p, c, q in ((a, other[0], a), (b, other[1], b), (a, other[2], b))
     )
-    return float((both / np.sqrt(var_x * var_y)).sum())
+    spread = np.sqrt(np.maximum(var_x, 0) * np.maximum(var_y, 0))
+    return float(np.divide(both, spread, out=np.zeros_like(both), where=spread > 0).sum())
 
   a, b, s = max(map(solve, RIDGES), key=correlation)
   return lambda x: (x - mx) @ (a * s), lambda y: (y - my) @ (b * s)

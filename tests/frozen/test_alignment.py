@@ -191,3 +191,32 @@ def test_what_cannot_be_compared_is_named(stores, tmp_path):
       compare.compare(images[0], text)
   with pytest.raises(FileNotFoundError, match="not an embedding store"):
     compare.main(["--image", str(tmp_path), "--text", text])
+
+
+@pytest.mark.parametrize("offset", [0, 50])
+def test_canonical_correlations_of_a_low_rank(monkeypatch, offset):
+  """Directions beyond the rank count for nothing, and the penalty is that of the others.
+
+  Both sides share 4 of 6 factors in 300 channels, so with few pairs a large penalty is best.
+  """
+  rng = np.random.default_rng(3)
+  factors = rng.standard_normal((400, 8))
+  mixes = [rng.standard_normal((6, 300)) for _ in range(2)]
+  x, y = (factors[:, i : i + 6] @ mix + offset for i, mix in zip((0, 2), mixes))
+  fit, choose = of(x[:200], y[:200]), of(x[200:300], y[200:300])
+  a, b = alignment.cca(fit, choose)
+  assert a(x).shape[1] == b(y).shape[1] == 6
+
+  def correlation(penalty):
+    monkeypatch.setattr(alignment, "RIDGES", (penalty,))
+    maps = alignment.cca(fit, choose)
+    left, right = (f(z[200:300]) for f, z in zip(maps, (x, y)))
+    means = [f(z[:200]).mean(0) for f, z in zip(maps, (x, y))]
+    left, right = left - means[0], right - means[1]
+    norms = np.sqrt((left**2).sum(0) * (right**2).sum(0))
+    return ((left * right).sum(0) / norms).sum(), left
+
+  every = {penalty: correlation(penalty) for penalty in tuple(alignment.RIDGES)}
+  best = max(every, key=lambda penalty: every[penalty][0])
+  assert np.isfinite([value for value, _ in every.values()]).all()
+  np.testing.assert_allclose(a(x[200:300]) - a(x[:200]).mean(0), every[best][1], rtol=1e-6)
