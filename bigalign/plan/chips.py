@@ -22,11 +22,21 @@ class Chip(NamedTuple):
   devices: int = 1
 
 
+# Memory: what the TPU compiler reports as available. Bandwidth and links: the table of the chip at
+# https://docs.cloud.google.com/tpu/docs/KIND, whose bidirectional interconnect bandwidth is twice
+# `links`.
 CHIPS = {
-  "v4": Chip(30.75 * 2**30, 1228e9, 300e9),
+  # "HBM2 capacity and bandwidth: 32 GiB, 1200 GBps". The page gives no interconnect; 6 links of 50
+  # GB/s: https://arxiv.org/abs/2304.01433.
+  "v4": Chip(30.75 * 2**30, 1200e9, 300e9),
+  # "HBM2 capacity and bandwidth: 16 GB, 819 GBps", "bidirectional ICI bandwidth per chip: 400 GBps"
   "v5e": Chip(15.75 * 2**30, 819e9, 200e9),
+  # "HBM bandwidth per chip: 2765 GBps", "bidirectional ICI bandwidth per chip: 1200 GBps"
   "v5p": Chip(95.73 * 2**30, 2765e9, 600e9),
-  "v6e": Chip(31.24 * 2**30, 1640e9, 448e9),
+  # "HBM bandwidth per chip: 1638 GBps", "bidirectional ICI bandwidth per chip: 800 GBps"
+  "v6e": Chip(31.24 * 2**30, 1638e9, 400e9),
+  # "HBM bandwidth per chip: 7380 GBps", "bidirectional ICI bandwidth per chip: 1200 GBps", for the
+  # two devices of a chip
   "tpu7x": Chip(94.74 * 2**30, 3690e9, 300e9, devices=2),
 }
 

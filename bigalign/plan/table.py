@@ -29,8 +29,7 @@ def format_plan(name: str, plan: Plan) -> str:
     f"{name} on {plan['topology']}: {plan['devices']} x {plan['device_kind']}, {mesh}",
     f"batch {plan['batch_size']:,} = {plan['batch_per_chip']:g} per chip in"
     f" {plan['microbatches']} {_plural(plan['microbatches'], 'microbatch', 'microbatches')};"
-    f" {plan['parameters'] / 1e6:,.1f} million parameters,"
-    f" {plan['trainable'] / 1e6:,.1f} of them trained",
+    f" {_count(plan['parameters'])} parameters, {_count(plan['trainable'])} of them trained",
     _verdict(plan),
     "",
   ]
@@ -151,7 +150,7 @@ def _estimates(plan: Plan) -> list[tuple[str, str, str]]:
     ("seconds per step", "seconds_per_step", "{:.3f}"),
     ("images per second, all chips", "images_per_second", "{:,.0f}"),
     ("samples per day", "samples_per_day", "{:,.0f}"),
-    (f"chip-hours of {plan['total_samples'] / 1e6:,.1f} million pairs", "chip_hours", "{:,.0f}"),
+    (f"chip-hours of {_count(plan['total_samples'])} pairs", "chip_hours", "{:,.0f}"),
     ("cost", "cost", "{:,.0f}"),
   ):
     if plan.get(key) is not None:
@@ -161,6 +160,11 @@ def _estimates(plan: Plan) -> list[tuple[str, str, str]]:
 
 def _plural(n: int, one: str, many: str) -> str:
   return one if n == 1 else many
+
+
+def _count(n: int) -> str:
+  """A number to read: 86.2 million; small ones in full: 7,233."""
+  return f"{n / 1e6:,.1f} million" if n >= 1e6 else f"{n:,}"
 
 
 def _size(n: float) -> str:

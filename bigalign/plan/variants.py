@@ -32,7 +32,8 @@ def checkpoint_files(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:
   """(path, modification time in ns, size) of the checkpoint files that config.model names."""
   model = config["model"]
   parts = [model, *(x for x in model.values() if isinstance(x, Mapping))]
-  roots = [pathlib.Path(os.path.expandvars(x["init"])).expanduser() for x in parts if "init" in x]
+  named = [x["init"] for x in parts if x.get("init")]  # None: trained from the start
+  roots = [pathlib.Path(os.path.expandvars(init)).expanduser() for init in named]
   files = [file for root in roots for file in (root, *sorted(root.glob("*")))]
   return [(str(x), x.stat().st_mtime_ns, x.stat().st_size) for x in files if x.exists()]
 

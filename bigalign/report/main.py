@@ -55,7 +55,7 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
         None,
         "characters that training shows in no font",
       )
-    if evaluator.name == "retrieval":
+    if evaluator.name in ("retrieval", "geometry"):
       fields = evaluator.option("fields") or default
       return evaluator.option("source"), fields, f"held-out samples of config.evals.{name}"
     if evaluator.name == "zeroshot":
@@ -75,7 +75,7 @@ def embed_pairs(run: Run) -> Pairs:
   )
   context = Context("report", mesh=run.mesh, data=data, **run.embed)
   with jax.set_mesh(run.mesh):
-    embedded = embedder(context, EvalData(picked, size, lambda: batches))(run.ema or run.params)
+    embedded = embedder(context, EvalData(picked, size, lambda: batches))(run.params)
   valid = to_host(embedded.valid & embedded.texts_valid[:, :, 0]).reshape(-1)
   kept = np.flatnonzero(valid)
   if len(kept) < 2:
@@ -86,6 +86,8 @@ def embed_pairs(run: Run) -> Pairs:
   zimg = to_host(embedded.zimg).reshape(len(valid), -1)[kept]
   ztxt = to_host(embedded.ztxt).reshape(len(valid), -1)[kept]
   captions = [picked[int(i)]["captions"][0] for i in kept]
+  if run.ema:  # the result at the top of the page is that of the parameters too
+    where += ", embedded by the parameters and not by their running averages"
   return Pairs(f"{len(kept)} {where}", images, captions, zimg, ztxt)
 
 

@@ -14,7 +14,16 @@ import pytest
 from helpers.shipped import ROOT, load
 
 from bigalign.config import resolve_config
-from bigalign.plan import chips, compile_step, hlo_memory, largest_batch, main, topologies, variants
+from bigalign.plan import (
+  chips,
+  compile_step,
+  hlo_memory,
+  largest_batch,
+  main,
+  table,
+  topologies,
+  variants,
+)
 from bigalign.program import make_program
 from bigalign.run import provenance
 from bigalign.weights.init import options_from_sizes
@@ -311,3 +320,35 @@ def test_verdicts_on_both_sides_of_the_line(batch):
     assert plan["peak_bytes_per_chip"] <= room
   else:
     assert plan["required_bytes_per_chip"] > room == plan["available_bytes_per_chip"]
+
+
+def test_a_model_that_is_trained_from_the_start_names_no_checkpoint(tmp_path):
+  (tmp_path / "weights").touch()
+  towers = dict(image=dict(init=None), text=dict(init=str(tmp_path / "weights")), embed_dim=8)
+  assert [x[0] for x in variants.checkpoint_files(dict(model=towers))] == [f"{tmp_path}/weights"]
+  assert variants.checkpoint_files(dict(model=dict(init=None, image=dict(init="")))) == []
+
+
+def test_small_models_are_counted_in_full():
+  plan = dict(
+    topology="v5e:1x1",
+    devices=1,
+    device_kind="TPU v5 lite",
+    mesh=dict(data=1),
+    batch_size=8,
+    batch_per_chip=8,
+    microbatches=1,
+    parameters=7_233,
+    trainable=1_250_000,
+    fits=False,
+    required_bytes_per_chip=None,
+    compiler="out of memory",
+    memory_bytes_per_chip={},
+    not_checked="",
+  )
+  text = table.format_plan("tiny", plan)
+  assert "7,233 parameters, 1.2 million of them trained" in text
+
+
+def test_interconnect_and_memory_of_v6e_are_those_of_its_page():
+  assert (chips.CHIPS["v6e"].bandwidth, 2 * chips.CHIPS["v6e"].links) == (1638e9, 800e9)

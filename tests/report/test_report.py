@@ -215,7 +215,14 @@ def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
   np.testing.assert_array_equal(pairs.images[:, 0, 0, 0], kept)
   assert pairs.captions == ["bee" if i % 2 else f"caption {i}" for i in kept]
   assert pairs.ztxt[0, 1] == len("caption 0") + 1
-  assert jax.device_count() == 8
+  assert jax.device_count() == 8 and "averages" not in pairs.where
+  # The headline figures are those of the parameters, so the pairs are too.
+  averaged = main.embed_pairs(run._replace(ema={"model/x": jnp.zeros((3, 4))}))
+  assert averaged.where.endswith("by the parameters and not by their running averages")
+  used = []
+  embed["embed_image"] = lambda p, x: (used.append(p), jnp.ones((len(x), 2)))[1]
+  main.embed_pairs(run._replace(ema={"model/y": jnp.zeros(1)}, embed=embed))
+  assert used and all(params.keys() == run.params.keys() for params in used)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +230,7 @@ def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
   [
     ({"a": dict(type="glyphs", split="heldout_dev")}, "glyphs:heldout_dev"),
     ({"a": dict(type="zeroshot", source="x")}, "x"),
+    ({"a": dict(type="geometry", source="x")}, "x"),
     ({}, "train"),
     (None, "train"),
   ],
