@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import json
@@ -20,6 +21,7 @@ from bigalign.data.samples import members
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import DETAIL, REASONS, Rejected, rejection
 from bigalign.data.sources.base import open_source, read
+from bigalign.data.tar import stats
 
 OPTIONS = dict(
   batch_size=8, rows=np.arange(8), image_size=16, tokenizer=dict(name="byte", length=24)
@@ -105,7 +107,7 @@ def test_no_program_is_started_to_decode_an_image(monkeypatch):
     raise AssertionError("a program was started")
 
   monkeypatch.setattr(subprocess, "Popen", started)
-  with pytest.raises(Rejected, match="undecodable: not a JPEG, PNG, "):
+  with pytest.raises(Rejected, match=r"undecodable: .*not a JPEG, PNG, "):
     decode(EPS)
 
 
@@ -220,3 +222,54 @@ def test_details_are_cut():
   error = Rejected("bad_metadata", "x" * 10_000)
   assert len(str(error)) < DETAIL + 50 and "10000 characters" in str(error)
   assert rejection(error) is error
+
+
+def test_statistics_leave_out_integers_that_no_float_holds():
+  fields = {"json": json.dumps(dict(a=10**400, b=-(10**400), c=3, d=10**300)).encode()}
+  row = stats._row(fields, ())
+  assert row["json.c"] == 3 and row["json.d"] == 10**300
+  assert "json.a" not in row and "json.b" not in row
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_everything_bad_at_once_is_counted_and_the_rest_is_read(tmp_path, workers):
+  whole = picture(0, size=(200, 300))
+  line = io.BytesIO()
+  Image.new("L", (1, 100_000)).save(line, "png")
+  good, caption = picture(0), b'{"c": "a caption"}'
+  bad = [
+    (EPS, caption, b"1", "undecodable"),
+    (b"", caption, b"1", "empty"),
+    (b"<html>", caption, b"1", "undecodable"),
+    (whole[: len(whole) // 2], caption, b"1", "truncated"),
+    (good, DEEP, b"1", "bad_metadata"),
+    (good, b"{", b"1", "bad_metadata"),
+    (good, b"[]", b"1", "bad_metadata"),
+    (good, b'{"c": " "}', b"1", "no_caption"),
+    (good, b'{"c": 3}', b"1", "no_caption"),
+    (None, caption, b"1", "no_image"),
+    (good, b'{"c": "half \\ud83d"}', b"1", None),
+    (good, b'{"c": "caf\xe9"}', b"1", "bad_metadata"),
+    (good, caption, b"cat", None),
+    (good, caption, b"20240101123456", None),
+    (good, caption, b"inf", None),
+    (line.getvalue(), caption, b"1", None),
+  ]
+  members_of = []
+  for i in range(4 * len(bad)):
+    image, text, label, _ = bad[i] if i < len(bad) else (good, caption, b"1", None)
+    members_of += [(f"{i:03d}.cls", label), (f"{i:03d}.json", text)]
+    members_of += [] if image is None else [(f"{i:03d}.jpg", image)]
+  write_tar(tmp_path / "0.tar", members_of)
+  source = open_source(f"{tmp_path}/0.tar", captions=("json.c",))
+  expected = collections.Counter(reason for *_, reason in bad if reason)
+  tolerant = dict(workers=workers, rejects=dict(stop=0.5))
+  # In evaluation an image without captions stays valid.
+  assert counts(evaluated(source, workers=workers)) == {
+    reason: n for reason, n in expected.items() if reason != "no_caption"
+  }
+  batches = trained(source, stop=192, order="exact", **tolerant)
+  assert counts(batches).keys() == expected.keys()
+  read_ids = set(np.concatenate([batch["image_id"][:, 1] for batch in batches]).tolist())
+  usable = {i for i in range(4 * len(bad)) if i >= len(bad) or bad[i][3] is None}
+  assert read_ids == usable

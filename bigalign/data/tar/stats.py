@@ -41,6 +41,7 @@ from bigalign.data.samples.rejects import Rejected
 from bigalign.data.tar import index, parse
 
 FOLDER = "bigalign.stats"
+_LARGEST = 1 << 1023  # float64 holds no larger integer
 EXACT = 2**53  # float64 holds all integers below
 
 
@@ -166,7 +167,9 @@ def _row(fields: Mapping[str, bytes], captions: Sequence[str]) -> dict[str, Any]
   for name in captions:
     row[f"length.{name}"] = len(next(iter(members.field_texts(fields, name, key="")), ""))
   return row | {
-    f"json.{key}": value for key, value in entries.items() if isinstance(value, int | float)
+    f"json.{key}": value
+    for key, value in entries.items()
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
   }
 
 
