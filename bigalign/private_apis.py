@@ -251,14 +251,15 @@ def free_grain_shared_memory() -> None:
 
 
 def name_shared_memory(prefix: str) -> None:
-  """Gives all new shared memory of this process, grain's too, names with a prefix.
+  """Gives all new shared memory and semaphores of this process, grain's too, names with a prefix.
 
-  Python 3.11: `multiprocessing.shared_memory._make_filename`. The public interface names each
-  segment, but grain makes its own. If all processes of a run are killed, nothing frees the memory,
-  and only its names say whose it was.
+  Python 3.11: `multiprocessing.shared_memory._make_filename`, and `semprefix` in `_config` of the
+  current process. The public interface names each piece of memory, but grain makes its own. If all
+  processes of a run are killed, nothing frees them, and only their names say whose they were.
   """
   from multiprocessing import shared_memory
 
+  multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"  # type: ignore[attr-defined]
   shared_memory._make_filename = lambda: f"/{prefix}{secrets.token_hex(8)}"  # type: ignore[attr-defined]
 
 

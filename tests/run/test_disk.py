@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pathlib
 import socket
@@ -17,7 +18,7 @@ from helpers.shipped import ROOT
 
 from bigalign import train
 from bigalign.data.files import checksums, storage
-from bigalign.data.loader import workers
+from bigalign.data.loader import shared_memory, workers
 from bigalign.run import disk, runtime
 from bigalign.run.metrics import read_metrics
 
@@ -128,13 +129,13 @@ def test_the_next_start_removes_the_shared_memory_of_a_killed_run(tmp_path):
   os.killpg(process.pid, 9)
   process.communicate()
   time.sleep(0.5)
-  left = {*shared.iterdir()} - before
-  mine = {path for path in left if path.name.startswith("bigalign-")}
-  assert mine and not [path for path in left - mine if path.name.startswith("psm_")]
-  workers.own_shared_memory(str(tmp_path / "another"))
-  assert all(path.exists() for path in mine)
-  workers.own_shared_memory(str(tmp_path))
-  assert not any(path.exists() for path in mine)
+  left = {path.name for path in {*shared.iterdir()} - before}
+  owner = "bigalign-" + hashlib.sha256(str(tmp_path).encode()).hexdigest()[:16] + "-"
+  mine = {name for name in left if name.startswith((owner, f"sem.{owner}"))}
+  assert {name.partition("-")[0] for name in mine} == {"bigalign", "sem.bigalign"}
+  assert not shared_memory.remove_left_over("bigalign-another-", "x")
+  assert {*shared_memory.remove_left_over(owner, "x")} == mine
+  assert not any((shared / name).exists() for name in mine)
 
 
 if __name__ == "__main__":

@@ -292,6 +292,21 @@ def test_a_dead_worker_of_grain_is_recognised_and_its_memory_freed():
   batches.close()
 
 
+def test_shared_memory_and_semaphores_of_a_process_have_a_prefix():
+  """In a process of its own, because the names stay."""
+  script = (
+    "import multiprocessing; from multiprocessing.shared_memory import SharedMemory\n"
+    "from grain.multiprocessing import SharedMemoryArray\n"
+    "from bigalign import private_apis; private_apis.name_shared_memory('mine-')\n"
+    "one = SharedMemory(create=True, size=8); print(one.name); one.close(); one.unlink()\n"
+    "two = SharedMemoryArray((8,), 'uint8'); print(two.metadata.name); two.unlink_on_del()\n"
+    "print(multiprocessing.get_context('spawn').Lock()._semlock.name.lstrip('/'))\n"
+  )
+  out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+  names = out.stdout.split()
+  assert len({*names}) == 3 and all(name.startswith("mine-") for name in names)
+
+
 def test_grain_frees_shared_memory_in_order_in_one_thread():
   SharedMemoryArray.enable_async_del(1)
   array = SharedMemoryArray((1000,), np.uint8)

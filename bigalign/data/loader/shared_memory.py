@@ -21,16 +21,22 @@ import numpy as np
 SLOTS = 4  # one batch is finished, two wait, and one is being copied
 _HEADER = _ALIGNMENT = 64  # bytes; the header holds the number of batches that were copied out
 _MOUNT = "/dev/shm"
+HAS_FILES = os.path.isdir(_MOUNT)  # Linux; elsewhere names are short and cannot be listed
 
 
-def remove_left_over(prefix: str) -> list[str]:
-  """Removes the shared memory that a killed run left, by its prefix; returns the names.
+def remove_left_over(owner: str, mine: str) -> list[str]:
+  """Removes the shared memory and semaphores that a killed run left; returns the names.
 
-  The caller makes sure that no process uses it any more.
+  Args:
+    owner: how the names of this run's begin, in any of its starts. The caller makes sure that no
+      other process uses them any more.
+    mine: how the names of this process's begin; they stay.
   """
-  if not os.path.isdir(_MOUNT):
-    return []
-  names = [name for name in os.listdir(_MOUNT) if name.startswith(prefix)]
+  names = [
+    name
+    for name in os.listdir(_MOUNT)
+    if (plain := name.removeprefix("sem.")).startswith(owner) and not plain.startswith(mine)
+  ]
   for name in names:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(os.path.join(_MOUNT, name))

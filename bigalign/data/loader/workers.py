@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import secrets
 import signal
 import threading
 import time
@@ -41,7 +42,8 @@ class BatchSource(Protocol):
   def __getitem__(self, k: int, /) -> dict[str, np.ndarray]: ...
 
 
-_PREFIX = ["bigalign-"]  # of the names of shared memory
+_START = secrets.token_hex(4)  # names this process, unlike its id, which containers repeat
+_PREFIX = [f"bigalign-0-{_START}-"]  # of the names of shared memory
 
 
 def own_shared_memory(owner: str) -> None:
@@ -50,8 +52,12 @@ def own_shared_memory(owner: str) -> None:
   Args:
     owner: the folder of the run. No other process uses its shared memory now.
   """
-  _PREFIX[0] = f"bigalign-{hashlib.sha256(owner.encode()).hexdigest()[:16]}-"
-  removed = shared_memory.remove_left_over(_PREFIX[0])
+  if not shared_memory.HAS_FILES:
+    return
+  name = f"bigalign-{hashlib.sha256(owner.encode()).hexdigest()[:16]}-"
+  _PREFIX[0] = f"{name}{_START}-"
+  name_shared_memory(_PREFIX[0])  # the semaphores of the queues are made in this process
+  removed = shared_memory.remove_left_over(name, _PREFIX[0])
   if removed:
     logging.info("Removed %d pieces of shared memory that a killed run left", len(removed))
 
@@ -258,6 +264,7 @@ def _start_worker(worker: int, workers: int, *, prefix: str) -> None:
   """Prepares a worker process; the first call in it."""
   del worker, workers
   processes.start()
-  name_shared_memory(prefix)
+  if shared_memory.HAS_FILES:
+    name_shared_memory(prefix)
   # The program also gets SIGTERM. It trains for some more steps, and then closes the workers.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
