@@ -405,3 +405,13 @@ def test_every_array_record_file_is_checked_on_opening(tmp_path):
   some = [example(text=[b"t"])] * 5 + [good]
   write_array_record(tmp_path / "1.array_record", some)  # an image may be missing
   assert len(open_source(f"{tmp_path}/*.array_record")) == 9
+
+
+def test_records_that_a_copy_marks_as_rejected_are_rejected(tmp_path):
+  marks = dict(__rejected__=[b"truncated", b"why"]), dict(label=[b"bad_metadata: 0.json"])
+  records = [example(image=[picture(0)], text=[b"t"], **mark) for mark in ({}, *marks)]
+  source = open_source(write_array_record(tmp_path / "0.array_record", records))
+  assert source[0]["captions"] == ("t",) and source.fields(1)["text"] == [b"t"]
+  for i, reason in ((1, "truncated: why"), (2, "bad_metadata: bad_metadata: 0.json")):
+    with pytest.raises(Rejected, match=reason):
+      source[i]

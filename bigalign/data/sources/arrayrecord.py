@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "__key__"  # as webdataset names it
 REJECTED = "__rejected__"  # reason and detail of a sample that the source of a copy rejects
+_OLD_REJECTED = b"bad_metadata: "  # in the label, in copies without REJECTED
 _OPEN_FILES = 128
 _PROBES = 32  # records of a file that are looked at when it is opened
 _KINDS = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
@@ -95,6 +96,9 @@ class ArrayRecord:
     key, features = self._features(i)
     if features.get(REJECTED):
       raise Rejected(*(part.decode("utf-8", "replace") for part in features[REJECTED][:2]))
+    label = features.get(self._label)
+    if label and isinstance(label[0], bytes) and label[0].startswith(_OLD_REJECTED):
+      raise Rejected("bad_metadata", label[0].decode("utf-8", "replace"))
     image = features.get(self._image)
     if not image:
       raise Rejected("no_image", f"{key} has {columns.shown(sorted(features))}")
@@ -104,7 +108,7 @@ class ArrayRecord:
       image=image[0],
       key=key,
       **columns.texts(features, self.captions),
-      label=self.labels(features.get(self._label), key=key),
+      label=self.labels(label, key=key),
     )
 
   def where(self, i: int) -> tuple[str, int, int]:
