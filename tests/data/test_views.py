@@ -111,8 +111,8 @@ def test_unique_keeps_all_samples_without_a_value(tmp_path):
 
 def test_unique_tells_large_integers_apart(tmp_path, capsys):
   """float64 rounds 2**53 + 1 to 2**53; the columns of shards hold exact bits beside it."""
-  uids = [2**53, 2**53 + 1, 2**53 + 2, 2**64 + 1, 2**64, -(2**63) - 1, 10**400, 10**400 + 1]
-  uids += [7, 2**53 + 1, None, 10**400, 2**53, None, 9007199254740994.0, 1e300, 0, -0.0, True]
+  uids = [2**53, 2**53 + 1, 2**53 + 2, 2**64 + 1, 2**64, -(2**63) - 1, 2**999, 2**999 + 1]
+  uids += [7, 2**53 + 1, None, 2**999, 2**53, None, 9007199254740994.0, 1e300, 0, -0.0, True]
   members = []
   for i, uid in enumerate(uids):
     entry = {} if uid is None else dict(uid=uid)

@@ -218,7 +218,7 @@ def _words(columns: Columns, name: str, source: Source) -> tuple[np.ndarray, np.
   values = _column(columns, name, source)
   if values.ndim == 2:  # hashes; zeros without an image
     words: np.ndarray = np.ascontiguousarray(values[:, :8]).view("<u8")[:, 0]
-    return words, values.any(1)
+    return words, np.any(values, axis=1)
   # The unsigned columns, such as width, hold 0 for what a sample does not have.
   known = values != 0 if values.dtype.kind == "u" else ~np.isnan(values)
   exact = columns.get(f"word.{name}")

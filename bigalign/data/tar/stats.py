@@ -13,7 +13,8 @@
   length.FIELD     uint32          characters of the first caption of a caption field ("txt",
                                    "json.caption", as in WebDataset), stripped; 0 if none
   json.KEY         float64         each number or boolean at the top of the .json members, NaN if a
-                                   sample has none; the keys are those of the shard, sorted
+                                   sample has none, or an integer beyond float64; the keys are
+                                   those of the shard, sorted
   word.json.KEY    uint64          for keys of the shard with a number from 2**53 on, which float64
                                    rounds: `words` of the numbers; 0 if a sample has none
 
@@ -113,7 +114,7 @@ def write(path: str, index_folder: str, *, captions: Sequence[str]) -> None:
     table[score] = np.nan
   for i, values in enumerate(rows):
     for column, value in values.items():
-      table[column][i] = _as_float(value) if column.startswith("json.") else value
+      table[column][i] = value
   for score in large:
     for i, values in enumerate(rows):
       if score in values:
@@ -134,22 +135,13 @@ def words(values: np.ndarray) -> np.ndarray:
 
 def _word(value: int | float) -> int:
   """The bits of one number as `words` gives them; of an integer that float64 rounds, a hash."""
-  number = _as_float(value)
-  if isinstance(value, int) and number != value:
+  if isinstance(value, int) and float(value) != value:
     return int.from_bytes(hashlib.sha256(b"%x" % value).digest()[:8])
-  return int(words(np.array([number]))[0])
+  return int(words(np.array([value]))[0])
 
 
 def _is_large(value: int | float) -> bool:
   return abs(value) >= EXACT and value not in (math.inf, -math.inf)
-
-
-def _as_float(value: int | float) -> float:
-  """The number as float64; integers beyond its range are infinite, as JSON's 1e999 is."""
-  try:
-    return float(value)
-  except OverflowError:
-    return math.inf if value > 0 else -math.inf
 
 
 def _row(fields: Mapping[str, bytes], captions: Sequence[str]) -> dict[str, Any]:
