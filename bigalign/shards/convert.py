@@ -95,7 +95,9 @@ def convert(
         )
     names = getattr(source, "classnames", ())
     if names:
-      pathlib.Path(plan.folder, "classnames.txt").write_text("\n".join(names) + "\n", "utf-8")
+      # A line is a name, so a line end inside of a name would shift the labels after it.
+      lines = (" ".join(name.split()) for name in names)
+      pathlib.Path(plan.folder, "classnames.txt").write_text("\n".join(lines) + "\n", "utf-8")
     os.rename(plan.folder, out)
   refused = sum(
     (collections.Counter(each["refused"]) for each in done.values()), collections.Counter()

@@ -91,3 +91,16 @@ def test_a_line_without_end_is_not_read_whole(monkeypatch):
   monkeypatch.setattr(lines, "LONGEST", 100)
   with pytest.raises(ValueError, match=r"keys\.txt: line 2 has more than 100 bytes"):
     list(lines.iterate(io.BytesIO(b"a\n" + b"b" * 1000), name="keys.txt"))
+
+
+def test_a_byte_order_mark_is_not_a_part_of_a_caption_or_label(tmp_path):
+  """Also alone, where the caption is blank."""
+  texts = (f"{BOM}a cat", f" {BOM} a\u2028b\r\n", BOM)
+  members = [
+    (f"{i}.{kind}", data)
+    for i, text in enumerate(texts)
+    for kind, data in (("jpg", b"x"), ("txt", text.encode()), ("cls", f"{BOM}{i}".encode()))
+  ]
+  source = open_source(write_tar(tmp_path / "0.tar", members))
+  assert [source[i]["captions"] for i in range(3)] == [("a cat",), ("a\u2028b",), ()]
+  assert [source[i]["label"] for i in range(3)] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from typing import IO
@@ -31,7 +32,7 @@ def split(text: str) -> list[str]:
   return [line.removesuffix("\r") for line in lines] if end == "\n" else lines
 
 
-def iterate(file: IO[bytes], *, name: str) -> Iterator[bytes]:
+def iterate(file: IO[bytes] | io.BufferedIOBase, *, name: str) -> Iterator[bytes]:
   r"""Yields the lines of a file of any length, without their ends "\n" and "\r\n".
 
   Byte order marks before lines, as in concatenated files, are left out.

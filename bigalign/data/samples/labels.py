@@ -81,7 +81,7 @@ def _integer(value: Any, numbers: dict[str, int]) -> int | None:
   if isinstance(value, bytes):
     value = value.decode("utf-8", "replace")
   if isinstance(value, str):
-    text = value.strip()
+    text = value.strip().strip("\ufeff").strip()  # U+FEFF is a byte order mark
     if not text:
       return NONE
     try:

@@ -67,11 +67,12 @@ def read_json(data: bytes, *, key: str) -> dict[str, Any]:
 
 
 def clean(text: str) -> str:
-  """Returns a text without blanks around it; half a surrogate pair becomes U+FFFD.
+  """Returns a text without blanks and byte order marks before and after it.
 
-  JSON can hold half a pair (``"\\ud83d"``), which cannot be encoded, and which tokenizers refuse.
+  Half a surrogate pair becomes U+FFFD: JSON can hold it (``"\\ud83d"``), but it cannot be encoded,
+  and tokenizers refuse it.
   """
-  return _SURROGATE.sub("\ufffd", text.strip())
+  return _SURROGATE.sub("\ufffd", text.strip().strip("\ufeff").strip())
 
 
 def captions(texts: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
