@@ -78,6 +78,12 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, axes: Any) -> P:
   """The partition of one array: the rule's axes, then fsdp on the largest axis it divides."""
   if axes == "replicate":
     return P()
+  named = [] if isinstance(axes, str) else [axis for axis in axes if axis is not None]
+  if isinstance(axes, str) or any(axis not in AXES for axis in named) or len({*named}) < len(named):
+    raise ValueError(
+      f"config.rules: {axes!r} for {path} must be 'replicate', or name an axis of the mesh or None"
+      f" for each axis of the array, none twice; the mesh has {AXES}"
+    )
   first = int(tree.is_stacked(path))  # scanned layers are stacked on axis 0, which is not split
   spec: list[Any] = [None] * len(shape)
   if axes:

@@ -89,6 +89,15 @@ def apply_once(
   return metrics
 
 
+def others(batch_size: int) -> int:
+  """B - 1, the number of an anchor's negatives; raises ValueError if there is none."""
+  if batch_size < 2:
+    raise ValueError(
+      f"config.batch_size={batch_size}: this loss compares a sample with others; use at least 2"
+    )
+  return batch_size - 1
+
+
 def has_tables(loss: Loss) -> bool:
   """Whether the loss keeps per-sample tables, which bound the ids of the data."""
   return loss.per_sample_state or any(has_tables(term) for _, term in loss.terms.values())

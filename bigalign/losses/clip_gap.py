@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bigalign import checks
 from bigalign.losses import temperature
-from bigalign.losses.base import Loss
+from bigalign.losses.base import Loss, others
 from bigalign.losses.clip import above_positives
 from bigalign.losses.engine import pairwise
 
@@ -91,7 +91,7 @@ def clip_gap(
     lse = engine.reduce(tile, pairs, pairs, {"scale": scale}, outputs=OUTPUTS)
 
     def log_mean(name):
-      return jax.nn.logsumexp(lse[name]) - math.log(len(zimg) * (len(zimg) - 1))
+      return jax.nn.logsumexp(lse[name]) - math.log(len(zimg) * others(len(zimg)))
 
     parts = {
       "contrastive_loss": sum(jax.nn.softplus(lse[k]).mean() for k in ("i2t", "t2i")) / 2,

@@ -32,6 +32,14 @@ def test_siglip(case, precision):
   check(case, run(loss, case, precision, fields), precision)
 
 
+@pytest.mark.parametrize("name", ["clip_gap", "sogclr", "sogclr_unimodal", "fastclip_v1"])
+def test_a_batch_of_one_sample_has_no_negatives(name):
+  z, one = jnp.ones((1, 4)) / 2, ids(np.arange(1))
+  batch, sizes = {"image_id": one, "text_id": one}, {"image": 4, "text": 4}
+  with pytest.raises(ValueError, match=r"config\.batch_size=1: .* at least 2"):
+    losses.apply_once(losses.LOSSES[name](), {"zimg": z, "ztxt": z}, batch, sizes)
+
+
 def test_a_sum_of_losses_adds_values_and_keeps_names():
   z = jnp.eye(4)
   both = losses.make_loss(dict(clip=dict(weight=0.5), siglip=dict(weight=2.0)))

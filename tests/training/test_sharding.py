@@ -69,6 +69,14 @@ def test_an_axis_that_does_not_divide_says_what_would():
     sharding.shardings({"t": shape()}, sharding.make_mesh(), [("t", ("tensor",))])
 
 
+@pytest.mark.parametrize(
+  "axes", [("tensr", None), ("tensor", "tensor"), (("data", "fsdp"), None), "tensor"]
+)
+def test_a_rule_names_axes_of_the_mesh_once(axes):
+  with pytest.raises(ValueError, match=r"config\.rules: .* for w must be 'replicate'.*'fsdp'"):
+    sharding.shardings({"w": shape(8, 8)}, sharding.make_mesh(), [("w", axes)])
+
+
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(tensor=8)])
 def test_rows_go_where_they_belong(sizes):
   """Row r of the host batch is row r of the global array on every mesh."""

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigalign.losses.base import others
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.per_sample import tables
@@ -98,8 +99,8 @@ def means(
     *_rows_and_columns(zimg, ztxt, tau, engine=engine),
     outputs=dict(img="row_lse", txt="col_lse", img_top="row_max", txt_top="col_max"),
   )
-  others = math.log(len(zimg) - 1)
-  return {k: reduced[k] - others for k in IDS}, {k: reduced[f"{k}_top"] for k in IDS}
+  log_others = math.log(others(len(zimg)))
+  return {k: reduced[k] - log_others for k in IDS}, {k: reduced[f"{k}_top"] for k in IDS}
 
 
 def average(log_u: jax.Array, log_g: jax.Array, gamma: Any, fresh: jax.Array | None) -> jax.Array:
@@ -150,8 +151,8 @@ def weighted(
     outputs=dict(img="row_sum", txt="col_sum"),
     fixed=FIXED,
   )
-  others = len(zimg) - 1
-  return each(lambda x, base: x / others + base, sums, _bases(tau, log_den, log_g))
+  count = others(len(zimg))
+  return each(lambda x, base: x / count + base, sums, _bases(tau, log_den, log_g))
 
 
 def weighted_both(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from bigalign import checks
 from bigalign.losses import schedules
-from bigalign.losses.base import Loss
+from bigalign.losses.base import Loss, others
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.per_sample import global_contrastive, tables
@@ -256,10 +256,10 @@ def _view_means(x: jax.Array, y: jax.Array, tau: float, engine: Engine) -> dict[
   lse = engine.reduce(
     tile, views, views, outputs=dict(xy="row_lse", yx="col_lse", xx="row_lse", yy="row_lse")
   )
-  others = math.log(2 * (len(x) - 1))
+  log_others = math.log(2 * others(len(x)))
   return {
-    "x": jnp.logaddexp(lse["xy"], lse["xx"]) - others,
-    "y": jnp.logaddexp(lse["yx"], lse["yy"]) - others,
+    "x": jnp.logaddexp(lse["xy"], lse["xx"]) - log_others,
+    "y": jnp.logaddexp(lse["yx"], lse["yy"]) - log_others,
   }
 
 
