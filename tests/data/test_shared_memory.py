@@ -165,6 +165,17 @@ def test_a_worker_killed_while_it_starts_is_named(delay):
   assert killed(delay, how=signal.SIGKILL, minimum=0.0) < 60
 
 
+@pytest.mark.slow
+def test_workers_survive_a_sigterm_to_all_processes_while_they_start():
+  """A preempted run saves after some more steps, for which it needs its workers."""
+  batches = workers.iterate(Large(), workers=2)
+  with contextlib.closing(batches):
+    for child in multiprocessing.active_children():
+      os.kill(child.pid, signal.SIGTERM)
+    assert_same(next(batches), Counted()[0])
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 @pytest.mark.long
 def test_twenty_workers_killed_at_random_times_are_named():
   draw = random.Random(0)

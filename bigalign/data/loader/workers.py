@@ -15,6 +15,7 @@ import threading
 import time
 import types
 import weakref
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, BinaryIO, Protocol
 
@@ -107,6 +108,12 @@ class _Spool:
   def __init__(self, batches: BatchSource):
     self._batches = batches
     self._file: BinaryIO | None = None
+    self._path = ""  # of the file, for other processes and for the copies that grain makes
+    if hasattr(os, "memfd_create"):  # Linux
+      self._file = os.fdopen(os.memfd_create("bigalign-batches", os.MFD_CLOEXEC), "wb")
+      cloudpickle.dump(batches, self._file)
+      self._file.flush()
+      self._path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
 
   def __len__(self) -> int:
     return len(self._batches)
@@ -118,17 +125,11 @@ class _Spool:
     return repr(self._batches)
 
   def __getstate__(self) -> tuple[str, BatchSource | None]:
-    if not hasattr(os, "memfd_create"):  # not Linux
-      return "", self._batches
-    if self._file is None:
-      self._file = os.fdopen(os.memfd_create("bigalign-batches", os.MFD_CLOEXEC), "wb")
-      cloudpickle.dump(self._batches, self._file)
-      self._file.flush()
-    return f"/proc/{os.getpid()}/fd/{self._file.fileno()}", None
+    return self._path, None if self._path else self._batches
 
   def __setstate__(self, state: tuple[str, BatchSource | None]) -> None:
     path, batches = state
-    self._file = None
+    self._file, self._path = None, path
     if path:
       with open(path, "rb") as file:  # of the parent process
         batches = pickle.load(file)
@@ -186,7 +187,13 @@ class Batches:
   """
 
   def __init__(self, iterator: grain.DatasetIterator, spool: _Spool | None = None):
-    iterator.start_prefetch()
+    # A scheduler signals all processes. Workers inherit the mask, and ignore SIGTERM once they run.
+    resource_tracker.ensure_running()  # its own start would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+      iterator.start_prefetch()
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
     self._iterators = [iterator]
     self._puller = _Puller(iterator) if spool else None
     self._receiver = shared_memory.Receiver()
@@ -268,3 +275,4 @@ def _start_worker(worker: int, workers: int, *, prefix: str) -> None:
     name_shared_memory(prefix)
   # The program also gets SIGTERM. It trains for some more steps, and then closes the workers.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
