@@ -116,7 +116,9 @@ def _rows(path: str, column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     for row in rows:
       missing = [name for name in (KEY, column) if name not in row]
       if missing:
-        raise ValueError(f"{path}: no column {missing[0]!r}; the columns are: {sorted(row)}")
+        raise ValueError(
+          f"{path}: no column {missing[0]!r}; the columns are: {columns.shown(sorted(row))}"
+        )
       yield str(row[KEY]), columns.texts(row, (column,))["captions"]
 
 
