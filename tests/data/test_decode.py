@@ -77,7 +77,7 @@ def wild() -> dict[str, tuple[bytes, str | None]]:
   }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_unusual_and_broken_images_are_counted_by_reason(tmp_path, workers):
   cases = wild()
   write_tar(

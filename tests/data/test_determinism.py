@@ -105,9 +105,8 @@ def test_every_number_of_hosts_and_workers_and_every_restart(settings, name="mix
   assert digests(settings[name], workers=2, start=4 * B, steps=3) == every[4:7]
 
 
-@pytest.mark.parametrize(
-  "name", ["exact", *(pytest.param(x, marks=pytest.mark.slow) for x in ("block", "mixture"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exact", "block", "mixture"])
 def test_some_of_them_and_some_restarts(settings, name):
   """Three epochs and a change of weights lie behind the 216 positions."""
   wanted = digests(settings[name])

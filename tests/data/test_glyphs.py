@@ -104,6 +104,7 @@ def test_parts_of_held_out_characters_are_in_train():
       assert len(marks[letter.split()[0], mark]) >= 2, names[i]
 
 
+@pytest.mark.slow
 def test_no_train_image_equals_one_of_a_held_out_character():
   def pictures(split):
     source = glyphs.Glyphs(split)

@@ -105,7 +105,7 @@ def merge(parts):
   ]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_workers_do_not_change_the_batches(shards, workers):
   source = open_source(shards)
   batches = take(source, workers=workers)
@@ -129,7 +129,7 @@ def test_hosts_together_hold_the_global_batch(shards, rows):
   assert_equal(merge(parts), take(source))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_restart_goes_on_where_it_stopped(shards, workers):
   source = open_source(shards)
   whole = take(source, 9)
@@ -346,6 +346,7 @@ def test_a_program_that_forgets_to_close_ends_in_silence(shards, tmp_path):
   assert len(out.split()) == 1 and lines == []
 
 
+@pytest.mark.slow
 def test_a_program_without_a_main_guard_is_told(shards, tmp_path):
   process = start(tmp_path, "main()\n", shards)
   _, err = process.communicate(timeout=120)

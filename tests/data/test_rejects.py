@@ -95,6 +95,7 @@ def test_a_run_counts_writes_down_and_stops(tmp_path):
     assert line["key"] == f"bad/bad.tar/{100 + line['ordinal']:06d}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_is_bad_throughout_ends_the_run(tmp_path, workers):
   write_tar(tmp_path / "0.tar", samples(0, 60))

@@ -144,14 +144,16 @@ def no_torch(monkeypatch):
   [
     ("hf", CLIP, CLIP_LOSS, "CLIPModel"),
     ("hf", PLAIN, CLIP_LOSS, "VisionTextDualEncoderModel"),
-    ("hf", BERT, CLIP_LOSS, "VisionTextDualEncoderModel with BERT"),
+    pytest.param(
+      "hf", BERT, CLIP_LOSS, "VisionTextDualEncoderModel with BERT", marks=pytest.mark.slow
+    ),
     pytest.param(
       "hf", ROBERTA, CLIP_LOSS, "VisionTextDualEncoderModel with BERT", marks=pytest.mark.slow
     ),
     pytest.param("hf", SIGLIP, SIGLIP_LOSS, "SiglipModel", marks=pytest.mark.slow),
     pytest.param("open_clip", CLIP, CLIP_LOSS, "open_clip's CLIP", marks=pytest.mark.slow),
     ("open_clip", PLAIN, SIGLIP_LOSS, "open_clip's CLIP"),
-    ("npz", SIGLIP, SIGLIP_LOSS, "big_vision's two_towers"),
+    pytest.param("npz", SIGLIP, SIGLIP_LOSS, "big_vision's two_towers", marks=pytest.mark.slow),
   ],
 )
 def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
@@ -178,9 +180,9 @@ def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
 @pytest.mark.parametrize(
   "kind,model,loss",
   [
-    ("hf", SIGLIP, SIGLIP_LOSS),
-    ("npz", SIGLIP, SIGLIP_LOSS),
-    ("open_clip", PLAIN, CLIP_LOSS),
+    pytest.param("hf", SIGLIP, SIGLIP_LOSS, marks=pytest.mark.slow),
+    pytest.param("npz", SIGLIP, SIGLIP_LOSS, marks=pytest.mark.slow),
+    pytest.param("open_clip", PLAIN, CLIP_LOSS, marks=pytest.mark.slow),
     ("hf", CLIP, CLIP_LOSS),
   ],
 )
@@ -210,6 +212,7 @@ def test_a_tower_longer_than_its_texts_is_cut(kind, model, loss, tmp_path, no_to
   np.testing.assert_allclose(theirs, ours, atol=2e-5 * np.abs(ours).max())
 
 
+@pytest.mark.slow
 def test_the_card_names_the_pipeline_only_where_it_works(tmp_path, no_torch):
   """transformers pads every SigLIP to 64 tokens."""
   for length, model, loss, works in (
@@ -397,6 +400,7 @@ def test_a_bias_is_put_where_it_has_a_place(tmp_path, pieces):
   np.testing.assert_array_equal(scale, np.ones_like(scale))
 
 
+@pytest.mark.slow
 def test_no_folder_is_left_where_logits_differ(tmp_path, pieces, monkeypatch):
   run = make_run(tmp_path, CLIP, CLIP_LOSS, pieces)
   monkeypatch.setattr(check, "possible", lambda kind: True)

@@ -47,6 +47,7 @@ def sentence_run(name, kind, tmp_path):
   return make_run(tmp_path, model, SIGLIP_LOSS, pieces_for(model, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SENTENCES)
 def test_the_text_side_is_a_sentence_transformers_folder(name, tmp_path, monkeypatch):
   """Its modules in their order, applied to what our reader makes of the encoder."""

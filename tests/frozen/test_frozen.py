@@ -150,6 +150,7 @@ def test_other_captions_are_no_more_of_the_same(config, tmp_path):
     embed(config, tmp_path / "other", batch_size=8)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
   bad = {"000003.jpg": b"<html>", "000007.txt": b""}
   write_tar(tmp_path / "bad.tar", [(name, bad.get(name, x)) for name, x in samples(0, 20)])

@@ -82,6 +82,7 @@ def test_training_from_nothing_on_every_host_with_awkward_words(folder, launch):
   assert "pod was not deleted. Delete it: launch/tpu_vm.sh delete pod --zone z" in result.stderr
 
 
+@pytest.mark.slow
 def test_slices_are_reached_one_by_one(folder, launch):
   result = launch("train", *SLICE, "--slices", "2", "--", "sh", "-c", "touch ~/here")
   assert result.returncode == 0, result.stderr
@@ -111,7 +112,7 @@ def test_a_failure_before_the_run_deletes_too(folder, launch):
   "state, status, again",
   [
     ("ACTIVE", 143, ["ssh", "ssh"]),  # did a host fail by itself?; the run again
-    ("ACTIVE", 134, ["ssh", "ssh"]),
+    pytest.param("ACTIVE", 134, ["ssh", "ssh"], marks=pytest.mark.slow),
     ("SUSPENDED", 137, ["ssh", "delete", "create", "scp", "ssh", "ssh", "ssh"]),
   ],
 )
@@ -168,6 +169,7 @@ def test_ctrl_c_deletes_when_asked_and_a_closed_terminal_does_not(sent, status, 
   assert ("delete" in _verbs(folder)) is (sent == signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_the_number_of_restarts_is_limited(folder, launch):
   result = launch("train", *SLICE, "--restarts=1", "--delete=failure", "--", "sh", "-c", "exit 143")
   assert result.returncode == 143 and "--restarts 1 is used up" in result.stderr

@@ -225,6 +225,7 @@ def test_xpk_gets_words_that_its_shell_and_kubernetes_read_back(folder, launch):
   assert result.returncode == 2 and "xpk cannot pass on a line break" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_slice_of_compute_engine(folder, launch, tmp_path):
   """If a worker fails, the script deletes what create made and returns the status of the worker."""
   fail = "[ $(basename $(dirname $HOME)) = pod-0 ] || exit 7"

@@ -214,7 +214,7 @@ def test_options_are_equal_in_every_way(name, options, way):
   same(step(name, options, jnp.float32, way, grid(), 4), truth(name, **options))
 
 
-@pytest.mark.parametrize("way", ["gather", "segment", "ring"])
+@pytest.mark.parametrize("way", [pytest.param("gather", marks=pytest.mark.slow), "segment", "ring"])
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_equal_over_the_mesh_in_microbatches(name, way):
   same(step(name, {}, jnp.float32, way, grid(), 4), truth(name))
@@ -290,6 +290,7 @@ def test_bfloat16_is_the_same_in_every_way_and_near_float32():
       assert 0 < jnp.abs(a - c).max() < 2e-2 * jnp.abs(c).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "grid"])
 def test_dropout_is_drawn_again_in_the_second_pass(mesh):
   """With microbatches and dropout: the gradient of the whole batch under the same masks."""

@@ -103,6 +103,7 @@ def several(loss, dtype, engine, steps=3):
   return jax.tree.map(lambda x: np.asarray(x, np.float64), (found, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["segment", "ring"])
 def test_steps_over_the_mesh_are_the_same(way):
   # Neither 12 anchors nor 12 + 24 keys divide over eight devices.

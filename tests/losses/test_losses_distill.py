@@ -136,6 +136,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(name, options):
     np.testing.assert_allclose(found[key], 0, atol=1e-12, err_msg=key)
 
 
+@pytest.mark.slow
 def test_limits_are_the_plain_losses():
   feats, fields = random_batch()
   clean = dict(fields, noise_prob=np.zeros(32))

@@ -137,6 +137,7 @@ def random_feats(seed=0, size=12, width=6):
   return {f"z{k}": unit(x) for k, x in raw.items()} | {f"raw_{k}": x for k, x in raw.items()}
 
 
+@pytest.mark.slow
 def test_equal_terms_have_equal_shares_of_the_gradient():
   """CLIP reads normalised embeddings, Matryoshka of the whole width those before the norm."""
   feats = random_feats()
@@ -161,6 +162,7 @@ def test_the_radial_part_of_a_gradient_has_no_share():
   np.testing.assert_allclose(found["gradient_share/clip"], 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_terms_and_widths_with_temperatures_have_their_own_diagnostics():
   feats = random_feats(size=4)
   number = ids(np.arange(4))
@@ -181,6 +183,7 @@ def test_terms_and_widths_with_temperatures_have_their_own_diagnostics():
   assert {f"saturation/{name}/image" for name in ("clip", "siglip")} <= {*found}
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_reported_for_any_width():
   number = ids(np.arange(12))
   batch, sizes = {"image_id": number, "text_id": number}, {"image": 12, "text": 12, "embed": 6}

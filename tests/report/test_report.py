@@ -183,6 +183,7 @@ def test_chance_is_what_random_embeddings_score():
   assert len(levels) == 4
 
 
+@pytest.mark.slow
 def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
   class Source:
     fingerprint, classnames = "0", ("ant", "bee")

@@ -29,6 +29,7 @@ def _seconds_per_step(step, x, pauses):
   return timer.read(6, 8, 1)["train/batch_time"]
 
 
+@pytest.mark.slow
 def test_rates_are_the_same_with_and_without_evaluations():
   step = jax.jit(lambda x: jax.lax.fori_loop(0, 3000, lambda i, x: jnp.sin(x) + x, x))
   x = jax.block_until_ready(step(jnp.ones(10_000)))

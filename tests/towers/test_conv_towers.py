@@ -67,9 +67,8 @@ def test_theirs_ours_theirs(data_root, file):
     np.testing.assert_array_equal(x, theirs, err_msg=key)
 
 
-@pytest.mark.parametrize(
-  "depth,top1", [(20, 0.818), pytest.param(56, 0.842, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("depth,top1", [(20, 0.818), (56, 0.842)])
 def test_resnets_name_cifar(data_root, depth, top1):
   """With the classifier of the file, on 1,000 test photos: the accuracy known of these files."""
   source = open_source(str(data_root / "cifar10/test/*.tar"))

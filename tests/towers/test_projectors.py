@@ -139,6 +139,7 @@ def test_values_and_a_step_are_those_of_numpy(name):
     )
 
 
+@pytest.mark.slow
 def test_dropout_is_of_training_and_keeps_the_mean():
   projector = PROJECTORS["residual"](dim=E, hidden=7, dropout=0.5, hidden_dropout=0.5)
   variables = projector.init(jax.random.key(0), OUT)

@@ -17,7 +17,7 @@ MODULES = (bert, features, mobilenet, naflex, resnet, text, vit, projectors)
 
 @pytest.mark.parametrize(
   "module",
-  [pytest.param(x, marks=pytest.mark.slow) if x is naflex else x for x in MODULES],
+  [pytest.param(x, marks=pytest.mark.slow) if x in (naflex, bert) else x for x in MODULES],
   ids=lambda module: module.__name__,
 )
 def test_examples_run(module):

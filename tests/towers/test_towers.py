@@ -41,6 +41,7 @@ def stack_layers(params):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_scan_and_remat_do_not_change_values(remat):
   """Outputs and gradients of separate layers, against scanned and rematerialised ones."""
@@ -299,11 +300,12 @@ def test_a_token_counts_as_often_as_it_comes(stored, parts):
   np.testing.assert_array_equal(found, np.repeat(wanted[:, None], 4, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, options",
   [
-    pytest.param("text", dict(pool="mean"), marks=pytest.mark.slow),
-    pytest.param("bert", {}, marks=pytest.mark.slow),
+    ("text", dict(pool="mean")),
+    ("bert", {}),
     ("bert", dict(skip_padding=True, buckets=8)),
   ],
 )

@@ -135,6 +135,7 @@ def test_multipliers_first_match_wins_and_typing_errors_raise():
       make(multipliers=[(some, 0.0)])
 
 
+@pytest.mark.slow
 def test_clip_norm():
   updates = update(1.0, name="sgd", clip_norm=1.0)
   np.testing.assert_allclose(

@@ -144,6 +144,7 @@ checkpoint.Checkpoints.save = dying
   assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_diagnoses_have_the_position_of_their_state(tiny, tmp_path, monkeypatch):
   """Of the state after an update, so what depends on steps or on samples is as far."""
 

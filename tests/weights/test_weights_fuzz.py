@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.damaged_files import HUGE, Harm, refused, shapes_of
+from helpers.mutations import places
 from helpers.small_checkpoints import CLIP, PICTURE, clip_keys, folder, save
 from helpers.tower_oracles import CASES, ROOT, Side
 
@@ -246,15 +247,6 @@ def test_save_and_side_agree(clip, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config))
   one, two = (Side(weights.describe(x), "image", (PICTURE,)).flat for x in (good, tmp_path))
   assert all(np.array_equal(one[path], two[path]) for path in one)
-
-
-def places(config, path=()):
-  """The path of every value in a nest."""
-  items = config.items() if isinstance(config, dict) else enumerate(config)
-  for key, value in items:
-    yield (*path, key)
-    if isinstance(value, dict | list):
-      yield from places(value, (*path, key))
 
 
 @pytest.mark.parametrize("case", [x for x in CASES if not (ROOT / x / "weights.npz").is_file()])

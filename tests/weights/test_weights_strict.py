@@ -188,6 +188,7 @@ def test_a_checkpoint_is_a_config_and_its_arrays(clip):
   assert out["zimg"].shape == out["ztxt"].shape == (1, 4)
 
 
+@pytest.mark.slow
 def test_shards_are_read_with_little_more_than_their_arrays(tmp_path):
   """1.3 times the largest shard at most, though layers of all shards make one array."""
   names = {}

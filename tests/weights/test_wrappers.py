@@ -52,6 +52,7 @@ def test_prefixes_of_wrappers(tmp_path, caplog, wrap):
   assert "wrapped/model.safetensors: " in caplog.records[0].getMessage()
 
 
+@pytest.mark.slow
 def test_a_tower_with_its_classifier_is_read_without_its_name(tmp_path):
   """Dinov2ForImageClassification names its tower dinov2; the classifier keeps its own name."""
   config = dict(
