@@ -2,7 +2,8 @@
 
 The file `lock` names its holder and counts up every few seconds. On one machine the system's lock
 on the file decides, which ends with the process. Between machines, and in a bucket, a lock whose
-count stands still belongs to a run that is dead, and is taken over.
+count stands still belongs to a run that is dead, and is taken over. All locks have one size and are
+written at once, so that a reader never finds half of one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from absl import logging
 FILE = "lock"
 BEAT = 15.0  # seconds between two counts
 STALE = 3 * BEAT  # seconds without a count after which a holder counts as dead
+_SIZE = 1024  # bytes of the file
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -48,6 +50,8 @@ class WorkdirLock:
     self._descriptor = -1
     self._created = False
     self._stop = threading.Event()
+    self._writing = threading.Lock()  # so that nothing is written once the lock is given back
+    self._seen = time.monotonic()  # when the lock was last seen to be ours
     self._me = {
       "id": uuid.uuid4().hex,
       "host": os.uname().nodename,
@@ -76,8 +80,14 @@ class WorkdirLock:
       raise
     threading.Thread(target=self._count, daemon=True).start()
 
-  def check(self) -> None:
-    """Raises WorkdirLost unless the folder is still there and still ours."""
+  def check(self, *, fresh: bool = True) -> None:
+    """Raises WorkdirLost unless the folder is still there and still ours.
+
+    Args:
+      fresh: False: in a bucket, where it takes requests, what was seen within 2 BEAT counts.
+    """
+    if not (fresh or self._local) and time.monotonic() - self._seen < 2 * BEAT:
+      return
     holder = None
     with contextlib.suppress(FileNotFoundError):
       same = not self._local or os.stat(self._path).st_ino == os.fstat(self._descriptor).st_ino
@@ -89,16 +99,20 @@ class WorkdirLock:
         " since then is lost. If the folder still exists, the same command resumes from its newest"
         " checkpoint."
       )
+    self._seen = time.monotonic()
 
   def release(self) -> None:
     """Gives the lock back; removes the folder if it was made for nothing."""
     self._stop.set()
-    with contextlib.suppress(OSError):  # WorkdirLost too
-      self.check()
-      self._path.unlink()
-      if self._created and self._local:
-        self._folder.rmdir()  # fails unless it is empty
-    self._close()
+    # Without _writing, the thread could write into another file that gets the number of this
+    # descriptor, or into a bucket after the lock was deleted there.
+    with self._writing:
+      with contextlib.suppress(OSError):  # WorkdirLost too
+        self.check()
+        self._path.unlink()
+        if self._created and self._local:
+          self._folder.rmdir()  # fails unless it is empty
+      self._close()
 
   def _lock_file(self) -> bool:
     """Whether the system has locked the file for this process; False if it cannot."""
@@ -138,28 +152,38 @@ class WorkdirLock:
         raise self._in_use(now)
 
   def _read(self) -> dict[str, Any] | None:
-    try:
-      if self._descriptor >= 0:
-        return _parse(os.pread(self._descriptor, 4096, 0))
-      return _parse(self._path.read_bytes())
-    except FileNotFoundError:
-      return None
+    """The holder; None if there is no file, or an empty one."""
+    with contextlib.suppress(FileNotFoundError):
+      for _ in range(3):
+        # Opened anew each time: a network file system need not show what another machine has
+        # written in the meantime to a descriptor that is held open.
+        data = self._path.read_bytes()
+        holder = _parse(data)
+        if holder or not data:
+          return holder
+        time.sleep(min(1.0, BEAT / 10))  # of an older version, which wrote in two steps
+    return None
 
   def _write(self) -> None:
-    text = json.dumps(self._me) + "\n"
+    text = json.dumps(self._me).ljust(_SIZE - 1) + "\n"
     if self._descriptor >= 0:
       data = text.encode()
       os.pwrite(self._descriptor, data, 0)
       os.ftruncate(self._descriptor, len(data))
+      # A network file system sends it only then, or much later. macOS has fsync alone.
+      getattr(os, "fdatasync", os.fsync)(self._descriptor)
     else:
       self._path.write_text(text)
 
   def _count(self) -> None:
     while not self._stop.wait(BEAT):
       try:
-        self.check()
-        self._me["count"] += 1  # type: ignore[operator]
-        self._write()
+        with self._writing:
+          if self._stop.is_set():
+            return
+          self.check()
+          self._me["count"] += 1  # type: ignore[operator]
+          self._write()
       except WorkdirLost:
         return  # the next write raises it in the main thread
       except OSError as error:  # a full disk or a store that does not answer: try again
