@@ -1,4 +1,4 @@
-"""Trees of arrays addressed by path: {"model/image_tower/ln/scale": array}."""
+"""Trees of arrays addressed by path: {"model/image_tower/ln/scale": array}. Names in errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+SHOWN = 8  # names of a list in an error
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -73,7 +75,7 @@ def partition(
     raise ValueError(
       f"{what}: {pattern!r} {problem}. A tower with scan=True holds all its layers in one"
       f" array per parameter (…/blocks/…); scan=False gives each its own (…/block_3/…)."
-      f" Paths: {sorted(flat)}"
+      f" Paths: {shown(sorted(flat))}"
     )
   return hit, {path: x for path, x in flat.items() if path not in hit}
 
@@ -128,11 +130,13 @@ def match(
         break
   missing = [path for path in paths if path not in chosen]
   if missing:
-    raise ValueError(f"{what}: no rule matches {missing}. Rules: {[r for r, _ in rules]}")
+    listed = shown(pattern for pattern, _ in rules)
+    raise ValueError(f"{what}: no rule matches {shown(missing)}. Rules: {listed}")
   idle = [pattern for i, (pattern, _) in enumerate(rules) if i not in used]
   if idle and not idle_rules:
     raise ValueError(
-      f"{what}: rules {idle} match no path that earlier rules do not match. Paths: {paths}"
+      f"{what}: rules {shown(idle)} match no path that earlier rules do not match. Paths:"
+      f" {shown(paths)}"
     )
   return chosen
 
@@ -141,3 +145,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
   """Returns " Did you mean 'width'?" for a similar known name, or ""."""
   close = difflib.get_close_matches(name, list(known), n=1)
   return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def shown(names: Iterable[Any], *, sep: str = "", width: int = 80) -> str:
+  """Returns a list as text, for an error: of many entries the first 8 and the number of the others.
+
+  >>> shown(range(10)), shown("abc", sep=", ")
+  ('[0, 1, 2, 3, 4, 5, 6, 7] and 2 more', 'a, b, c')
+
+  Args:
+    names: the entries.
+    sep: is between the entries; by default they are written as Python writes a list.
+    width: characters of an entry that are shown.
+  """
+  every = [*names]
+  first = [cut(str(name), width) if isinstance(name, str) else name for name in every[:SHOWN]]
+  text = sep.join(map(str, first)) if sep else f"{first}"
+  return text if len(every) <= SHOWN else f"{text} and {len(every) - SHOWN} more"
+
+
+def cut(text: str, most: int) -> str:
+  """Returns a text without what is beyond `most` characters; says how long it was."""
+  return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

@@ -46,12 +46,13 @@ class EvalData(NamedTuple):
   Attributes:
     source: the samples.
     batch_size: global.
-    batches: starts an iteration from the first sample.
+    batches: starts an iteration from the first sample. With classes=K, batches also have
+      label_set and has_label_set, see evaluation.eval_batches.
   """
 
   source: Any
   batch_size: int
-  batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]
+  batches: Callable[..., Iterable[Mapping[str, np.ndarray]]]
 
 
 class Embedded(NamedTuple):
@@ -119,9 +120,9 @@ def open_data(
   size = round_batch(context.mesh, batch_size)
   rows = sharding.host_rows(context.mesh, size)
 
-  def batches() -> Iterable[Mapping[str, np.ndarray]]:
+  def batches(classes: int = 0) -> Iterable[Mapping[str, np.ndarray]]:
     return evaluation.eval_batches(
-      opened, context.data, batch_size=size, rows=rows, captions=captions
+      opened, context.data, batch_size=size, rows=rows, captions=captions, classes=classes
     )
 
   return EvalData(opened, size, batches)
@@ -138,13 +139,18 @@ def most_captions(source: Any) -> int:
   return most
 
 
-def over_mesh(context: Context, data: EvalData) -> Iterator[dict[str, jax.Array]]:
+def over_mesh(context: Context, data: EvalData, **more: Any) -> Iterator[dict[str, jax.Array]]:
   """Yields each batch as global arrays, split over the batch axes.
 
   Every process must iterate to the end.
+
+  Args:
+    context: of the evaluator.
+    data: the source and its batches.
+    **more: arguments of data.batches.
   """
   rows = sharding.host_rows(context.mesh, data.batch_size)
-  for batch in data.batches():
+  for batch in data.batches(**more):
     yield sharding.global_batch(context.mesh, batch, rows, data.batch_size)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from clu import metrics as clu_metrics
 
 from bigalign import sharding, tree
@@ -19,7 +20,14 @@ from bigalign.data.files.lines import read_names, read_text
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.sources.base import name_classes
 from bigalign.data.sources.webdataset import read_classnames
-from bigalign.evals.embed import Context, log_rejects, mean_embedder, open_data, over_mesh
+from bigalign.evals.embed import (
+  Context,
+  EvalData,
+  log_rejects,
+  mean_embedder,
+  open_data,
+  over_mesh,
+)
 
 PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))}
 _SLOTS = ("{c}", "{}")  # placeholders of the class name in CLIP_benchmark and open_clip
@@ -48,7 +56,7 @@ def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
     except (ValueError, RecursionError) as error:
       raise ValueError(f"{what}={path!r}: {file} is not JSON: {error}") from error
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-      keys = f" with the keys {sorted(texts)[:8]}" if isinstance(texts, dict) else ""
+      keys = f" with the keys {tree.shown(sorted(texts))}" if isinstance(texts, dict) else ""
       raise ValueError(
         f"{what}={path!r} holds a {type(texts).__name__}{keys}; expected a list of strings"
       )
@@ -162,6 +170,33 @@ def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Ar
   )
 
 
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+  """Returns [K] float64, the average precision of each class, as CLIP_benchmark computes it.
+
+  The precision at a positive sample is the share of positives among the samples with at least its
+  score, so that the order of equal scores does not matter. The average precision is its mean over
+  the positives of the class; 0 for a class without any, and at a score of NaN.
+
+  >>> scores, positive = np.float32([[4], [3], [2], [1]]), np.array([[1], [0], [0], [1]], bool)
+  >>> average_precision(scores, positive).tolist()  # the mean of 1 / 1 and 2 / 4
+  [0.75]
+
+  Args:
+    scores: [N, K].
+    positive: [N, K] bool, the classes of each sample.
+  """
+  values = np.zeros(scores.shape[1])
+  for k in range(scores.shape[1]):
+    real = ~np.isnan(scores[:, k])
+    negated = np.where(real, -scores[:, k], np.inf)
+    order = np.argsort(negated, kind="stable")
+    ranked, hit = negated[order], positive[order, k]
+    at_least = np.searchsorted(ranked, ranked, side="right")  # samples with at least this score
+    precision = np.cumsum(hit)[at_least - 1] / at_least
+    values[k] = precision[hit & real[order]].sum() / max(hit.sum(), 1)
+  return values
+
+
 def class_weights(
   context: Context, *, classnames: Sequence[str], templates: Sequence[str], batch_size: int
 ) -> Callable[[Any], jax.Array]:
@@ -194,6 +229,10 @@ def zeroshot(
 ) -> Callable[[Any], dict[str, float]]:
   """Zero-shot classification of a labelled source.
 
+  Images of CLIP_benchmark's multilabel datasets have several classes, or none. Their measure is
+  the mean over classes of the average precision with which a class ranks the images; a class that
+  no image has counts as 0. Each host then holds the similarities of all images and classes.
+
   >>> import jax.numpy as jnp
   >>> from bigalign import sharding
   >>> from bigalign.data.loader.options import resolve_data
@@ -216,6 +255,7 @@ def zeroshot(
 
   Returns:
     run(params) -> {"val/<name>-zeroshot-val-top1": fraction, ...}; top5 from five classes on.
+    Of a multilabel dataset {"val/<name>-zeroshot-val-mean_average_precision": fraction, ...}.
 
   Raises:
     ValueError: for a source without class names; when run, for labels without a name.
@@ -227,12 +267,6 @@ def zeroshot(
     if classnames is None
     else read_lines(classnames, f"{where}.classnames", labels=True)
   )
-  if getattr(data.source, "dataset_type", "") == "multilabel":
-    raise ValueError(
-      f"{where}: dataset_type.txt of {source!r} says multilabel: its labels are sets of classes in"
-      " KEY.npy, whose measure is the mean average precision. Evaluators here take one label per"
-      " image, KEY.cls; evaluate an export of the model with CLIP_benchmark"
-    )
   if classnames is not None:
     name_classes(data.source, names)
   if not names:
@@ -247,6 +281,41 @@ def zeroshot(
     batch_size=batch_size,
   )
 
+  multilabel = getattr(data.source, "dataset_type", "") == "multilabel"
+  measured = (_multilabel if multilabel else _one_label)(context, data, names)
+
+  def run(params: Any) -> dict[str, float]:
+    metrics, rejects, unlabelled = measured(params, weigh(params))
+    rejected = log_rejects(context.name, rejects)
+    samples = int(metrics["num_samples"])
+    if not samples:
+      raise ValueError(
+        f"{where}.source={source!r}: all {rejected} samples are rejected; the log gives the reasons"
+      )
+    if unlabelled and multilabel:
+      raise ValueError(
+        f"{where}.source={source!r}: dataset_type.txt says multilabel, but {unlabelled} of"
+        f" {samples} samples have no KEY.npy of {len(names)} numbers, 0 or 1, one per class name"
+      )
+    if unlabelled:
+      raise ValueError(
+        f"{where}.source={source!r}: {unlabelled} of {samples} samples have no label, or a label"
+        f" outside the {len(names)} class names ({names[0]!r} ... {names[-1]!r})"
+      )
+    metrics["num_classes"] = len(names)
+    if rejected:
+      metrics["rejected"] = rejected
+    return {f"val/{context.name}-zeroshot-val-{name}": value for name, value in metrics.items()}
+
+  return run
+
+
+# (parameters, weights [K, E]) -> metrics with num_samples, rejects [R], samples without label
+_Measured = Callable[[Any, jax.Array], tuple[dict[str, float], np.ndarray, int]]
+
+
+def _one_label(context: Context, data: EvalData, names: Sequence[str]) -> _Measured:
+  """The metrics of images with one class each."""
   replicated = sharding.replicated_sharding(context.mesh)
 
   @functools.partial(jax.jit, out_shardings=replicated)
@@ -258,8 +327,7 @@ def zeroshot(
   def add(a: Any, b: Any) -> Any:
     return a[0].merge(b[0]), a[1] + b[1]
 
-  def run(params: Any) -> dict[str, float]:
-    weights = weigh(params)
+  def measured(params: Any, weights: jax.Array) -> tuple[dict[str, float], np.ndarray, int]:
     total: Any = None
     for batch in over_mesh(context, data):
       zimg = context.embed_image(params, batch["image"])
@@ -267,25 +335,47 @@ def zeroshot(
       counted = sharding.block_on_cpu(count(zimg, weights, kept))
       total = counted if total is None else sharding.block_on_cpu(add(total, counted))
     hits, rejects = jax.tree.map(np.asarray, total)
-    rejected = log_rejects(context.name, rejects)
     samples = int(hits.top1.count)
-    if not samples:
-      raise ValueError(
-        f"{where}.source={source!r}: all {rejected} samples are rejected; the log gives the reasons"
-      )
-    values = {name: float(value) for name, value in hits.compute().items()}
-    unlabelled = int(hits.unlabelled.total)
-    del values["unlabelled"]
-    if unlabelled:
-      raise ValueError(
-        f"{where}.source={source!r}: {unlabelled} of {samples} samples have no label, or a label"
-        f" outside the {len(names)} class names ({names[0]!r} ... {names[-1]!r})"
-      )
+    values = {name: float(value) for name, value in hits.compute().items()} if samples else {}
+    values.pop("unlabelled", None)
     if len(names) < 5:
-      del values["top5"]
-    values |= {"num_samples": samples, "num_classes": len(names)}
-    if rejected:
-      values["rejected"] = rejected
-    return {f"val/{context.name}-zeroshot-val-{name}": value for name, value in values.items()}
+      values.pop("top5", None)
+    return values | {"num_samples": samples}, rejects, int(hits.unlabelled.total)
 
-  return run
+  return measured
+
+
+def _multilabel(context: Context, data: EvalData, names: Sequence[str]) -> _Measured:
+  """The mean average precision of images with any number of classes."""
+  replicated = sharding.replicated_sharding(context.mesh)
+
+  @functools.partial(jax.jit, out_shardings=replicated)
+  def score(zimg: jax.Array, weights: jax.Array, batch: dict[str, jax.Array]) -> Any:
+    logits = jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
+    kept = ("label_set", "has_label_set", "valid")
+    return logits, *(batch[name] for name in kept), batch["rejects"].sum(0)
+
+  def measured(params: Any, weights: jax.Array) -> tuple[dict[str, float], np.ndarray, int]:
+    parts = []
+    for batch in over_mesh(context, data, classes=len(names)):
+      zimg = context.embed_image(params, batch["image"])
+      kept = {name: batch[name] for name in ("label_set", "has_label_set", "valid", "rejects")}
+      scored = sharding.block_on_cpu(score(zimg, weights, kept))
+      parts.append([np.asarray(x) for x in scored])
+    logits, label_sets, labelled, valid = (np.concatenate(x) for x in [*zip(*parts)][:-1])
+    rejects = np.sum([part[-1] for part in parts], axis=0)
+    samples, unlabelled = int(valid.sum()), int((valid & ~labelled).sum())
+    if unlabelled or not samples:
+      return {"num_samples": samples}, rejects, unlabelled
+    positive = label_sets[valid]
+    unseen = [name for name, some in zip(names, positive.any(0)) if not some]
+    if unseen:
+      logging.warning(
+        "evaluation %r: no image has %d of %d classes; their average precision counts as 0, as in"
+        " CLIP_benchmark: %s",
+        *(context.name, len(unseen), len(names), tree.shown(unseen)),
+      )
+    mean = float(average_precision(logits[valid], positive).mean())
+    return {"mean_average_precision": mean, "num_samples": samples}, rejects, 0
+
+  return measured

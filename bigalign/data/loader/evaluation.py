@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ def eval_batches(
   captions: int = 1,
   images: bool = True,
   start: int = 0,
+  classes: int = 0,
 ) -> Batches:
   """Every sample from `start` on once, in order, in the same number of batches on every host.
 
@@ -38,6 +40,8 @@ def eval_batches(
       none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
     images: whether images are decoded; if not, they are black, and none is rejected.
     start: the first sample.
+    classes: K, the classes of a multilabel dataset; then batches also have label_set [b, K] bool
+      and has_label_set [b] bool. A sample with another number of classes is an error.
   """
   batches = _EvalBatches(
     source,
@@ -47,6 +51,7 @@ def eval_batches(
     captions=captions,
     images=images,
     start=start,
+    classes=classes,
   )
   return iterate(batches, workers=data.workers)
 
@@ -64,6 +69,7 @@ class _EvalBatches(SampleReader):
     captions: int,
     images: bool,
     start: int,
+    classes: int,
   ):
     super().__init__(source, data)
     self._batch_size = batch_size
@@ -71,6 +77,7 @@ class _EvalBatches(SampleReader):
     self._captions = captions
     self._images = images
     self._start = start
+    self._classes = classes
     self._ahead = max(data.workers, 1)  # batches until this worker's next one
 
   def __len__(self) -> int:
@@ -95,6 +102,8 @@ class _EvalBatches(SampleReader):
     rejects = np.zeros((b, len(REASONS)), np.int32)
     texts: dict[int, tuple[str, ...]] = {}  # of each valid row
     ids = np.zeros(b, np.uint64)
+    label_sets = np.zeros((b, self._classes), bool)
+    has_label_set = np.zeros(b, bool)
     for r in np.flatnonzero(indices < len(self._source)).tolist():
       record = self._sample(int(indices[r]), rejects=rejects[r], decoded=self._images)
       if record is None:
@@ -113,6 +122,9 @@ class _EvalBatches(SampleReader):
         self._reject(int(indices[r]), record["key"], rejection(error), rejects=rejects[r])
         continue
       labels[r] = record["label"]
+      if self._classes and "label_set" in record:
+        has_label_set[r] = True
+        label_sets[r] = self._label_set(record)
       ids[r] = sample_id(record["key"])
       texts[r] = captions
     text, mask = self._encode(texts, indices, rejects=rejects)
@@ -123,6 +135,7 @@ class _EvalBatches(SampleReader):
     tokens_mask = np.zeros((b, c, text.shape[1]), bool)
     tokens[texts_valid], tokens_mask[texts_valid] = text, mask
     images[~valid], labels[~valid], ids[~valid] = 0, -1, 0
+    several = dict(label_set=label_sets, has_label_set=has_label_set) if self._classes else {}
     return dict(
       image=images,
       texts=tokens,
@@ -134,7 +147,18 @@ class _EvalBatches(SampleReader):
       index=indices.astype(np.int32),
       valid=valid,
       rejects=rejects,
+      **several,
     )
+
+  def _label_set(self, record: dict[str, Any]) -> np.ndarray:
+    """[K] bool, the classes of a sample."""
+    label_set: np.ndarray = record["label_set"]
+    if len(label_set) != self._classes:
+      raise ValueError(
+        f"{record['key']}.npy has {len(label_set)} numbers, one per class, but there are"
+        f" {self._classes} class names; give the list of names that the dataset was made with"
+      )
+    return label_set
 
   def _encode(
     self, texts: dict[int, tuple[str, ...]], indices: np.ndarray, *, rejects: np.ndarray

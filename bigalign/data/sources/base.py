@@ -2,8 +2,9 @@
 
 A record is dict(image=bytes | uint8 [H, W, 3], captions=tuple[str, ...], key=str, label=int), with
 label -1 if there is none. Sources that were asked for several caption fields add
-texts={field: captions}; `captions` are those of the first field that is not blank. A source has no
-order: data/order chooses which sample is read next.
+texts={field: captions}; `captions` are those of the first field that is not blank. Samples of a
+multilabel dataset add label_set=bool [K], the classes that they have. A source has no order:
+data/order chooses which sample is read next.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from bigalign import tree
 from bigalign.data.files import fingerprints
 from bigalign.data.files.patterns import expand_variables
-from bigalign.data.samples.columns import SHOWN
 from bigalign.data.samples.labels import Labels
 from bigalign.data.samples.rejects import Rejected, rejection
 from bigalign.data.sources.arrayrecord import ArrayRecord
@@ -34,6 +35,7 @@ class Source(Protocol):
 
   A source may also have:
     classnames: a tuple, in the order of the labels.
+    dataset_type: "classification", "retrieval", "multilabel", or "" if it is not stated.
     labels: a Labels that reads the labels of its samples.
     block: how many consecutive samples it reads at once, if more than one.
     where(i): (file of sample i, its place there, samples in that file).
@@ -161,13 +163,12 @@ class Concatenation:
     names = {getattr(source, "classnames", ()) for source in sources}
     # Labels of different lists of classes would mean different things in one batch.
     self.classnames = names.pop() if len(names) == 1 else ()
+    kinds = {getattr(source, "dataset_type", "") for source in sources}
+    self.dataset_type = kinds.pop() if len(kinds) == 1 else ""
     self.block = max(getattr(source, "block", 1) for source in self.sources)
 
   def __repr__(self) -> str:
-    shown = [repr(source) for source in self.sources[:SHOWN]]
-    if len(self.sources) > SHOWN:
-      shown.append(f"and {len(self.sources) - SHOWN} more")
-    return f"Concatenation({', '.join(shown)})"
+    return f"Concatenation({tree.shown(map(repr, self.sources), sep=', ', width=300)})"
 
   def __len__(self) -> int:
     return self._firsts[-1]

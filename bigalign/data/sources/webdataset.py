@@ -6,15 +6,17 @@ import contextlib
 import logging
 import os
 import pathlib
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import lines, storage
+from bigalign.data.files.draws import draw
 from bigalign.data.files.patterns import expand_shards
 from bigalign.data.samples import columns, members
+from bigalign.data.samples.label_sets import LabelSets
 from bigalign.data.samples.labels import Labels
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources import clip_benchmark
@@ -34,8 +36,9 @@ class WebDataset:
 
   KEY.cls holds the label, an integer or the name of a class (samples/labels.py). The names of the
   classes are read from classnames.txt, one per line, in the folder of the shards or in its parent.
-  CLIP_benchmark's dataset_type.txt (of "retrieval", each line of KEY.txt is a caption) and
-  nshards.txt are read too (clip_benchmark.py).
+  CLIP_benchmark's dataset_type.txt (of "retrieval", each line of KEY.txt is a caption; of
+  "multilabel", KEY.npy holds a number for each class, 0 or 1) and nshards.txt are read too
+  (clip_benchmark.py).
   A source that has none of the caption fields is an error unless it has labels.
 
   `block` is the number of consecutive samples that are fetched with one request and kept until all
@@ -88,6 +91,7 @@ class WebDataset:
     self._last: tuple[int, tuple[int, str, dict[str, bytes]]] | None = None
     self.classnames = classnames_near(self.shards.paths[0])
     self.labels = Labels(self.classnames, what=".cls")
+    self._label_sets = LabelSets() if self.dataset_type == "multilabel" else None
     self.fingerprint = self.shards.fingerprint
     self._sidecars = {
       name: Sidecars(self.shards, name, pattern=pattern)
@@ -108,17 +112,19 @@ class WebDataset:
     key = self._key(shard, name)
     image = members.image(fields, self._image)
     if image is None:
-      raise Rejected("no_image", f"{key} has {columns.shown(sorted(fields))}")
+      raise Rejected("no_image", f"{key} has {tree.shown(sorted(fields))}")
     texts = {
       field: self._sidecars[field].texts(i, shard)
       if field in self._sidecars
       else self._split(field, members.field_texts(fields, field, key=key), key)
       for field in self.captions
     }
+    label_set = self._label_sets(fields.get("npy"), key=key) if self._label_sets else None
     return dict(
       image=image,
       key=key,
       label=self.labels(fields.get("cls"), key=key),
+      **({} if label_set is None else dict(label_set=label_set)),
       **members.captions(texts),
     )
 
@@ -224,14 +230,15 @@ class WebDataset:
       return
     named = f"no image member {wanted!r}" if wanted else "no image member (KEY.jpg, KEY.png, ...)"
     raise ValueError(
-      f"{self.pattern!r}: {named} in these shards; the extensions are: {columns.shown(have)}."
+      f"{self.pattern!r}: {named} in these shards; the extensions are: {tree.shown(have)}."
       f"{_dots(have)} Set config.data.source_options=dict(image=...) to one of"
-      f" {columns.shown(sorted(stems))} (command line tools: --source_options image=...)."
+      f" {tree.shown(sorted(stems))} (command line tools: --source_options image=...)."
     )
 
   def _check_fields(self) -> None:
     """Raises ValueError if the shards have neither a caption field nor labels."""
-    if not self.captions or self._sidecars or "cls" in self.shards.fields:
+    labels = "npy" if self.dataset_type == "multilabel" else "cls"
+    if not self.captions or self._sidecars or {"cls", labels} & {*self.shards.fields}:
       return
     have = set(self.shards.fields)
     # Of "json.names.de", the entry `names` is enough.
@@ -239,7 +246,7 @@ class WebDataset:
     if "json" in self.shards.fields:
       # The index does not list the keys inside of .json members. Samples are drawn, because few or
       # regular ones may all lack an optional key.
-      for i in random.Random(0).sample(range(len(self)), min(len(self), _PROBES)):
+      for i in draw(len(self), _PROBES):
         if have & wanted:
           break
         with contextlib.suppress(Rejected):  # a broken one is counted when training reads it
@@ -247,15 +254,15 @@ class WebDataset:
           have |= {f"json.{key}" for key in members.read_json(fields.get("json", b"{}"), key="")}
     if not have & wanted:
       raise ValueError(
-        f"{self.pattern!r}: no caption field {columns.shown(self.captions)} in these shards; the"
-        f" fields are: {columns.shown(sorted(have))}.{_dots(have)}{columns.CAPTION_ADVICE}"
+        f"{self.pattern!r}: no caption field {tree.shown(self.captions)} in these shards; the"
+        f" fields are: {tree.shown(sorted(have))}.{_dots(have)}{columns.CAPTION_ADVICE}"
       )
 
 
 def _dots(extensions: Iterable[str]) -> str:
   """A hint for an error if names of files seem to have dots in their keys."""
   dotted = [name for name in extensions if "." in name and not name.startswith("json.")]
-  if len(dotted) <= columns.SHOWN:
+  if len(dotted) <= tree.SHOWN:
     return ""
   return (
     " Keys end at the first dot, as webdataset splits them: 'a.1.jpg' is the member '1.jpg' of the"
