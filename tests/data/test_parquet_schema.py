@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.small_shards import picture
 
+from bigalign.data.samples import image_files
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import open_source, read
 from bigalign.data.sources.parquet import Parquet
@@ -95,6 +97,26 @@ def test_cells_that_hold_no_image_are_rejected(tmp_path):
   for i in range(3):
     with pytest.raises(Rejected, match=r"undecodable: 1\.parquet"):
       numbers[i]
+
+
+def test_root_names_another_folder_of_images(tmp_path):
+  for folder in ("d", "img"):
+    (tmp_path / folder).mkdir()
+  (tmp_path / "img/0.jpg").write_bytes(IMAGES[0])
+  os.mkfifo(tmp_path / "img/pipe.jpg")
+  with open(tmp_path / "img/sparse.jpg", "wb") as file:
+    file.truncate(image_files.MAX_BYTES + 1)
+  names = ["../img/0.jpg", str(tmp_path / "img/0.jpg"), "../img/pipe.jpg", "../img/sparse.jpg"]
+  path = write(tmp_path / "d/0.parquet", pa.array(names))
+  source = open_source(path, root=str(tmp_path / "img"))
+  assert source[0]["image"] == source[1]["image"] == IMAGES[0]
+  for i, reason in ((2, "no_image"), (3, "too_large")):
+    with pytest.raises(Rejected) as error:
+      read(source, i)
+    assert error.value.reason == reason
+  for i in range(2):
+    with pytest.raises(Rejected, match=r"source_options=dict\(root="):
+      read(open_source(path), i)
 
 
 def test_a_file_with_other_columns_is_refused_on_opening(tmp_path):
