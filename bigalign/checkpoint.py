@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from bigalign import checks, tree
-from bigalign.data.files import checksums
-from bigalign.private_apis import ignore_preemption, quiet_orbax
+from bigalign.data.files import checksums, storage
+from bigalign.private_apis import (
+  ignore_preemption,
+  is_lost_process,
+  is_out_of_memory,
+  quiet_orbax,
+  tensorstore_status,
+)
 
 quiet_orbax()
 
@@ -35,6 +41,11 @@ ocp.type_handlers.register_type_handler(
 
 Arrays = Mapping[str, Any]  # {path: array}, or {path: jax.ShapeDtypeStruct with a sharding}
 SEALED = {"checksums": checksums.FILE}  # in the metadata of each part that has checksums
+# Errors of a store that say nothing about the bytes in it.
+_NOT_DAMAGE = (
+  *("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED"),
+  *("PERMISSION_DENIED", "UNAUTHENTICATED"),
+)
 # Orbax writes it again when it commits; it holds times and the class that wrote a part.
 _LATER = ("_CHECKPOINT_METADATA",)
 
@@ -163,6 +174,8 @@ class Checkpoints:
     if last < 1:
       raise ValueError(f"config.keep.last={last}: at least 1")
     address = os.fspath(workdir)
+    if "://" in address:
+      storage.forget_listings()
     root = epath.Path(address if "://" in address else os.path.abspath(address))
     self.folder = root / "checkpoints"
     self._frozen = root / "frozen"
@@ -257,9 +270,12 @@ class Checkpoints:
     if jax.process_index() == 0:
       path = self.folder / str(step) / "metrics" / "metrics"
       path.parent.mkdir(exist_ok=True)
-      part = path.with_name("metrics.part")
-      part.write_text(json.dumps(checksums.seal(metrics)))
-      part.replace(path)
+      text = json.dumps(checksums.seal(metrics))
+      if "://" in os.fspath(path):  # an object appears whole, and not every bucket can rename one
+        path.write_text(text)
+      else:
+        with storage.atomic_write(path) as file:
+          file.write(text.encode())
     multihost_utils.sync_global_devices(f"metrics of checkpoint {step}")
     self._manager.reload()
 
@@ -357,11 +373,14 @@ class Checkpoints:
       "It holds the frozen parameters, which are written once per run. Copy the folder from a"
       " backup, or from another run with the same config.model and config.seed."
     )
-    with _name_damaged(self._frozen, way_on):
+    with _name_damaged(self._frozen, lambda: way_on):
       _check_sums(self._frozen)
       stored = _shapes(self._frozen)
     _compare(stored, arrays, self._frozen)
-    with _name_damaged(self._frozen, way_on), ocp.Checkpointer(SealedArrays()) as checkpointer:
+    with (
+      _name_damaged(self._frozen, lambda: way_on),
+      ocp.Checkpointer(SealedArrays()) as checkpointer,
+    ):
       args = _Restore(tree.unflatten(arrays))
       return tree.flatten(checkpointer.restore(self._frozen, args=args))
 
@@ -376,15 +395,15 @@ class Checkpoints:
 
   def _name_damaged(self, step: int) -> contextlib.AbstractContextManager[None]:
     """Names the checkpoint in an error of reading it, and the one before it."""
-    folder = self.folder / str(step)
-    names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
-    before = [int(name) for name in names if name.isdecimal() and int(name) < step]
-    older = f"the run then resumes from {self.folder / str(max(before, default=0))}"
-    return _name_damaged(
-      folder,
-      "Move this folder away; "
-      + (f"{older}." if before else "there is no older one, so the run then starts again."),
-    )
+
+    def way_on() -> str:
+      names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+      before = [int(name) for name in names if name.isdecimal() and int(name) < step]
+      older = f"the run then resumes from {self.folder / str(max(before, default=0))}."
+      without = "there is no older one, so the run then starts again."
+      return f"Move this folder away; {older if before else without}"
+
+    return _name_damaged(self.folder / str(step), way_on)
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -401,17 +420,32 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _name_damaged(folder: epath.Path, way_on: str) -> Iterator[None]:
-  """Names a damaged checkpoint in orbax's error, which can be of any type, and says what to do."""
+def _name_damaged(folder: epath.Path, way_on: Callable[[], str]) -> Iterator[None]:
+  """Names a damaged checkpoint in orbax's error, which can be of any type, and says what to do.
+
+  Errors that have another cause than the checkpoint pass: nobody should move a good one away.
+  """
   try:
     yield
   except Exception as error:
+    if _is_elsewhere(error):
+      raise
     kind = "" if isinstance(error, checksums.Damaged) else f"{type(error).__name__}: "
     text = str(error)
     raise RuntimeError(
       f"{folder} was committed but cannot be read: {kind}{text[:1000]}"
-      f"{'…' if len(text) > 1000 else ''}\n{way_on}"
+      f"{'…' if len(text) > 1000 else ''}\n{way_on()}"
     ) from error
+
+
+def _is_elsewhere(error: Exception) -> bool:
+  """Whether the cause is not the checkpoint: memory, another process, rights, the connection."""
+  return (
+    isinstance(error, MemoryError | PermissionError | ConnectionError | TimeoutError)
+    or is_out_of_memory(error)
+    or is_lost_process(error)
+    or (isinstance(error, ValueError) and tensorstore_status(error) in _NOT_DAMAGE)
+  )
 
 
 def _check_sums(folder: epath.Path) -> None:

@@ -393,7 +393,7 @@ def loop(run: Run) -> State:
         row |= _data_metrics(run, stage, samples_seen)
         row |= timer.read(step, stage.batch_size, compiled[stage.number].flops)
         row |= run.startup_timer.take_metrics()
-        run.workdir.check()
+        run.workdir.check(fresh=False)
         writer.write(step, row)
         progress.log(step, row)
       if logs or saves or due:
@@ -429,6 +429,7 @@ def loop(run: Run) -> State:
 def _uploading_at_the_end(workdir: Workdir) -> Iterator[None]:
   """A context that ends with an upload of the small files, unless there is an error."""
   yield
+  workdir.check()
   workdir.upload(jax.process_index())
 
 
@@ -515,7 +516,10 @@ def main(argv: Sequence[str]) -> None:
   try:
     train(config, workdir, allow_config_change=values.allow_config_change)
   except Exception as error:
-    disk.exit_if_full(error, Workdir(workdir).local)
+    if disk.is_full(error):
+      folder = Workdir(workdir)
+      in_bucket = "" if folder.root is folder.local else str(folder.root / "checkpoints")
+      disk.exit_if_full(error, folder.local, checkpoints=in_bucket)
     preemption.exit_on_error(error)
 
 

@@ -36,18 +36,20 @@ def remove_partial(folder: pathlib.Path) -> None:
       path.unlink(missing_ok=True)
 
 
-def exit_if_full(error: BaseException, folder: pathlib.Path) -> None:
+def exit_if_full(error: BaseException, folder: pathlib.Path, *, checkpoints: str = "") -> None:
   """Ends the program with status 1 if the error says that a disk is full; else returns.
 
   Args:
     error: that ended the run.
     folder: the local folder of the run.
+    checkpoints: the address of the checkpoints, if they are in a bucket.
   """
   if not is_full(error):
     return
   remove_partial(folder)
   steps = [x.name for x in (folder / "checkpoints").glob("*") if x.name.isdecimal()]
   newest = f"from step {max(map(int, steps))}" if steps else "and starts again"
+  newest = f"from the newest checkpoint in {checkpoints}" if checkpoints else newest
   usage = shutil.disk_usage(folder) if folder.exists() else None
   free = f"{usage.free / 1e9:.2f} GB of {usage.total / 1e9:.2f} GB are free" if usage else "missing"
   logging.error("The disk is full: %s", str(error).splitlines()[0][:300] if str(error) else error)

@@ -20,7 +20,11 @@ import jax
 from etils import epath
 
 from bigalign.data.files import storage
+from bigalign.private_apis import coordination_client
 from bigalign.run.lock import FILE, WorkdirLock, WorkdirLost
+
+_REJECTED = "rejected-"  # begins the name of each process's log of rejected samples
+PATIENCE = 600  # seconds that the other processes wait for process 0 to hold the lock
 
 
 class Workdir:
@@ -54,6 +58,7 @@ class Workdir:
     if not importlib.util.find_spec("gcsfs"):
       raise ImportError(f"--workdir={address} needs gcsfs: pip install 'bigalign[gcs]'")
     address = address.rstrip("/")
+    storage.forget_listings()
     self.root = epath.Path(address)
     cache = os.environ.get("BIGALIGN_RUNS") or "~/.cache/bigalign/runs"
     name = f"{self.root.name}-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
@@ -63,6 +68,8 @@ class Workdir:
   def locked(self) -> Iterator[None]:
     """A context in which no other run may write into the folder; process 0 holds the lock.
 
+    The other processes wait until it does: `download` would replace files of a run that is writing.
+
     Raises:
       WorkdirInUse: if another run writes there; names its machine and process.
     """
@@ -71,31 +78,45 @@ class Workdir:
       lock.acquire()
       self._lock = lock
     try:
+      if jax.process_count() > 1:
+        # Not a collective: the devices need not wait for the minute until a lock counts as stale.
+        coordination_client().wait_at_barrier("bigalign/locked", PATIENCE * 1000)
       yield
     finally:
       if self._lock is not None:
         self._lock.release()
         self._lock = None
 
-  def check(self) -> None:
+  def check(self, *, fresh: bool = True) -> None:
     """Call it before a write.
+
+    Args:
+      fresh: False: before a write to the local folder. What is known of a bucket since the last
+        seconds counts then, because asking takes requests.
 
     Raises:
       WorkdirLost: if the folder was deleted or moved, or another run has taken it over.
     """
     if self._lock is not None:
-      self._lock.check()
+      self._lock.check(fresh=fresh)
     elif not self.local.exists():
       raise WorkdirLost(f"{self.local} was deleted or moved while this run was writing there")
 
   def download(self) -> None:
-    """Makes the local folder equal to the bucket; every process calls it before it writes."""
+    """Makes the local folder equal to the bucket; every process calls it before it writes.
+
+    Of the logs of rejected samples, each process takes its own: a thousand processes would ask for
+    a million files.
+    """
     if self.root is self.local:
       return
     self.local.mkdir(parents=True, exist_ok=True)
     files = self.root.iterdir() if self.root.exists() else ()
-    remote = [x for x in files if not x.is_dir() and x.name != FILE]
+    ours = [x for x in files if x.name != FILE and not _of_another(x.name, jax.process_index())]
+    remote = [x for x in ours if not x.is_dir()]
     for path in {*self.local.iterdir()} - {self.local / file.name for file in remote}:
+      if _of_another(path.name, jax.process_index()):
+        continue  # of a process of this machine
       if path.is_file() and path.suffix != ".tmp":  # another process is about to rename those
         path.unlink(missing_ok=True)
     for file in remote:
@@ -113,11 +134,17 @@ class Workdir:
     if self.root is self.local:
       return
     for path in sorted(self.local.rglob("*")):
-      name, own = path.relative_to(self.local).as_posix(), f"rejected-{process:05}."
-      others = name.startswith("rejected-") or process != 0
-      if not path.is_file() or path.suffix == ".part" or (others and not name.startswith(own)):
+      name = path.relative_to(self.local).as_posix()
+      others = _of_another(name, process) or (process != 0 and not name.startswith(_REJECTED))
+      partial = path.suffix in (".part", ".tmp")  # another process writes them, or was killed
+      if not path.is_file() or partial or others:
         continue
       stamp = path.stat().st_mtime_ns
       if self._uploaded.get(name) != stamp:
         (self.root / name).write_bytes(path.read_bytes())
         self._uploaded[name] = stamp
+
+
+def _of_another(name: str, process: int) -> bool:
+  """Whether a file is the log of rejected samples of another process."""
+  return name.startswith(_REJECTED) and not name.startswith(f"{_REJECTED}{process:05}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from helpers import gcs_server, small_runs
@@ -12,7 +13,7 @@ from helpers.shipped import load
 
 from bigalign import evaluate, train
 from bigalign.checkpoint import Checkpoints
-from bigalign.run import preemption
+from bigalign.run import lock, preemption
 from bigalign.run import workdir as workdir_module
 from bigalign.run.metrics import read_metrics
 from bigalign.run.workdir import Workdir
@@ -134,6 +135,82 @@ def test_the_local_folder_equals_the_bucket(bucket, cache):
   other.download()
   assert other.local == one.local and (one.local / "config.json").read_text() == "config.json"
   assert not (one.local / "metrics.jsonl").exists()
+
+
+@needs_gcsfs
+def test_what_another_machine_writes_later_is_seen(bucket, cache):
+  """gcsfs remembers listings, with the sizes of files."""
+  reader = Workdir("gs://bucket/watched", reader=True)
+  for text in ("short", "a longer text"):
+    bucket.objects["watched/metrics.jsonl"] = gcs_server.Object(text.encode(), len(text))
+    reader.download()
+    assert (reader.local / "metrics.jsonl").read_text() == text
+  bucket.objects["watched/config.json"] = gcs_server.Object(b"{}", 1)
+  reader.download()
+  assert {path.name for path in reader.local.iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+@needs_gcsfs
+def test_a_process_downloads_its_own_log_of_rejected_samples_only(bucket, cache, monkeypatch):
+  for name in ("rejected-00000.jsonl", "rejected-00001.jsonl", "rejected-00002.jsonl", "x.json"):
+    bucket.objects[f"logs/{name}"] = gcs_server.Object(b"{}", 1)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  one = Workdir("gs://bucket/logs")
+  one.local.mkdir(parents=True)
+  (one.local / "rejected-00002.jsonl").write_text("of a process that runs on this machine too")
+  one.download()
+  found = {path.name: path.read_text() for path in one.local.iterdir()}
+  beside = {"rejected-00002.jsonl": "of a process that runs on this machine too"}
+  assert found == {"rejected-00001.jsonl": "{}", "x.json": "{}", **beside}
+
+
+@needs_gcsfs
+def test_files_that_a_killed_process_left_are_not_uploaded(bucket, cache):
+  one = Workdir("gs://bucket/left")
+  one.download()
+  for name in ("metrics.jsonl", "config.json.part", "metrics.jsonl.host-7.tmp"):
+    (one.local / name).write_text(name)
+  one.upload(0)
+  assert [x for x in bucket.objects if x.startswith("left")] == ["left/metrics.jsonl"]
+
+
+@needs_gcsfs
+@pytest.mark.slow
+def test_metrics_are_added_to_a_checkpoint_in_a_bucket(bucket):
+  with Checkpoints("gs://bucket/runs/scores", best="score") as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {"clock": {"step": np.int32(step)}}, {}, {})
+    checkpoints._manager.wait_until_finished()
+    checkpoints.add_scores(1, {"score": 0.5})
+    assert checkpoints.find("best") == 1
+  with Checkpoints("gs://bucket/runs/scores", best="score", read_only=True) as checkpoints:
+    assert checkpoints.find("best") == 1
+  names = [name for name in bucket.objects if name.startswith("runs/scores/checkpoints/1/metrics")]
+  assert names == ["runs/scores/checkpoints/1/metrics/metrics"]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_no_process_goes_on_before_the_lock_is_held(tmp_path, monkeypatch, process):
+  """`download` of process 1 would replace the files of a run that is writing."""
+  at_barrier = []
+
+  class Client:
+    def wait_at_barrier(self, name, milliseconds):
+      assert milliseconds > 1000 * lock.STALE
+      at_barrier.append((name, (tmp_path / "lock").exists()))
+
+  monkeypatch.setattr(workdir_module, "coordination_client", Client)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: process)
+  with Workdir(tmp_path).locked():
+    assert [held for _, held in at_barrier] == [process == 0]
+
+
+def test_a_run_that_lost_its_folder_uploads_nothing(tmp_path, monkeypatch):
+  folder = Workdir(tmp_path / "run")
+  monkeypatch.setattr(Workdir, "upload", lambda *_: pytest.fail("uploaded"))
+  with folder.locked(), pytest.raises(lock.WorkdirLost), train._uploading_at_the_end(folder):
+    shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -196,3 +196,30 @@ def test_hundreds_of_damaged_checkpoints_are_never_silent(tmp_path):
   run = written(tmp_path / "run")
   files = sorted(x for x in run.rglob("*") if x.is_file() and "checkpoints/1" not in str(x))
   assert not silent(run, tmp_path, files, per_file=10, seed=1)[2]
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12 bytes."),
+    RuntimeError("Gloo AllReduce failed: connection closed by peer"),
+    ValueError('PERMISSION_DENIED: Error opening "zarr" driver: Error reading "gs://b/c"'),
+    PermissionError("permission denied"),
+  ],
+)
+def test_an_error_of_another_cause_calls_no_checkpoint_damaged(tmp_path, monkeypatch, error):
+  """Nobody should move a good checkpoint away because another process was lost."""
+
+  def restore(*_, **__):
+    raise error
+
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {"opt": parts(1)["opt"]}, {}, {})
+    checkpoints._manager.wait_until_finished()
+    monkeypatch.setattr(checkpoints._manager, "restore", restore)
+    with pytest.raises(type(error)) as raised:
+      checkpoints.restore(1, {"opt": abstract(parts(1)["opt"])})
+    assert raised.value is error
+    monkeypatch.setattr(checkpoints._manager, "restore", lambda *_, **__: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"1 was committed but cannot be read: ZeroDivision.*\n"):
+      checkpoints.restore(1, {"opt": abstract(parts(1)["opt"])})

@@ -131,6 +131,18 @@ def _is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
     return False
 
 
+def forget_listings() -> None:
+  """Makes gcsfs ask the store each time, unless the user has configured its cache of listings.
+
+  By default it remembers a listing of a folder for ever, with the sizes of the files. What another
+  process writes later is then missing, or is read up to its old size.
+  """
+  with contextlib.suppress(ImportError):  # epath may also use TensorFlow, which remembers nothing
+    import fsspec.config
+
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+
+
 def unique_suffix() -> str:
   """Returns a suffix for atomic_write that no other process on any machine has."""
   return f"{os.uname().nodename}-{os.getpid()}.tmp"
