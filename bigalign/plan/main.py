@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -34,6 +34,8 @@ from bigalign.run.flags import config_name, define_flags, parse_flags
 
 Plan = dict[str, Any]
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
+# The user's flags of the compiler, before a plan adds its own.
+_COMPILER_FLAGS = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
 
 
 def plan(
@@ -72,13 +74,14 @@ def plan(
 
 
 def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> str:
-  """Hex digits of what a plan depends on: arguments, code, packages, checkpoint files."""
+  """Hex digits of what a plan depends on: arguments, code, packages, flags, checkpoint files."""
   code = hashlib.sha256()
   for file in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
     code.update(file.read_bytes())
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
   files = checkpoint_files(config)
-  return options.fingerprint([config, topology, samples, stage, versions, files, code.hexdigest()])
+  parts = [config, topology, samples, stage, versions, files, code.hexdigest(), _COMPILER_FLAGS]
+  return options.fingerprint(parts)
 
 
 def _installed(name: str) -> bool:
@@ -102,6 +105,23 @@ def combine_stages(stages: Sequence[Plan]) -> Plan:
     "chip_hours": [sum(x["chip_hours"][i] for x in stages) for i in (0, 1)],
     "cost": None if None in costs else [sum(x[i] for x in costs) for i in (0, 1)],
   }
+
+
+def sweep(
+  combinations: Iterable[Mapping[str, Any]], plan_run: Callable[..., Mapping[str, Any]]
+) -> list[Plan]:
+  """The plans of all combinations of changes, each with what was "asked".
+
+  A combination that the mesh excludes has an "error" instead: it does not end the sweep, which can
+  take hours.
+  """
+  plans: list[Plan] = []
+  for changes in combinations:
+    try:
+      plans.append({"asked": changes, **plan_run(**changes)})
+    except ValueError as error:
+      plans.append({"asked": changes, "error": str(error)})
+  return plans
 
 
 def main(argv: Sequence[str]) -> None:
@@ -136,10 +156,8 @@ def main(argv: Sequence[str]) -> None:
   elif guess := largest_batch.predict([last]):
     print(f"The largest batch that fits is about {guess:,} pairs; --largest_batch compiles it")
   if values.sweep:
-    result["sweep"] = [
-      {"asked": changes, **plan_run(**{**asked, **changes})}
-      for changes in combinations(with_changes(config, **asked), values.sweep, result["devices"])
-    ]
+    changes = combinations(with_changes(config, **asked), values.sweep, result["devices"])
+    result["sweep"] = sweep(changes, lambda **some: plan_run(**{**asked, **some}))
     print(table.format_sweep(result["sweep"]))
   if values.json:
     pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")

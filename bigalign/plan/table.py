@@ -64,6 +64,10 @@ def format_sweep(plans: Sequence[Plan]) -> str:
     box=rich.box.SIMPLE,
   )
   for plan in (stage for run in plans for stage in run.get("stages", [run])):
+    if "error" in plan:
+      asked = (str(plan["asked"].get(name, "")) for name in ("batch", "remat", "mesh"))
+      table.add_row(*[""] * staged, *asked, f"not possible: {plan['error']}")
+      continue
     start = (
       *[str(plan["stage"])] * staged,
       f"{plan['batch_size']:,}",

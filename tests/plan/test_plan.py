@@ -352,3 +352,30 @@ def test_small_models_are_counted_in_full():
 
 def test_interconnect_and_memory_of_v6e_are_those_of_its_page():
   assert (chips.CHIPS["v6e"].bandwidth, 2 * chips.CHIPS["v6e"].links) == (1638e9, 800e9)
+
+
+def test_flags_of_the_compiler_are_part_of_what_is_cached(monkeypatch):
+  ask = functools.partial(main._key, small(), "v5e:2x2", 0, 0)
+  plain = ask()
+  monkeypatch.setattr(main, "_COMPILER_FLAGS", ["--xla_tpu_scoped_vmem_limit_kib=1", ""])
+  assert ask() != plain
+  begun = "from bigalign.plan import main; print(main._COMPILER_FLAGS)"
+  environment = {"LIBTPU_INIT_ARGS": "--mine", "PATH": "", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, "-c", begun], env=environment, capture_output=True)
+  assert done.stdout == b"['--mine', '']\n", done.stderr
+
+
+def test_a_combination_that_is_not_possible_does_not_end_a_sweep():
+  def plan_run(batch, mesh):
+    if mesh == 16:
+      raise ValueError("config.mesh: fsdp=16 does not divide over 2 slices")
+    needed = dict(required_bytes_per_chip=None, fits=False)
+    sizes = dict(
+      stage=0, batch_size=batch, remat={}, mesh=dict(fsdp=mesh), flops_per_chip=1e12
+    )
+    return {**sizes, **needed}
+
+  plans = main.sweep([dict(batch=8, mesh=n) for n in (1, 16, 4)], plan_run)
+  assert [plan.get("error", "")[:11] for plan in plans] == ["", "config.mesh", ""]
+  text = table.format_sweep(plans)
+  assert text.count("does not fit") == 2 and "not possible: config.mesh" in text
