@@ -202,11 +202,19 @@ def _image(pairs: Pairs, i: int) -> str:
   return f'<img{small} src="{figures.thumbnail(pairs.images[i])}" alt="{caption}">'
 
 
+def _shown(sims: np.ndarray, correct: Sequence[bool], n: int) -> list[int]:
+  """The n most similar candidates; if no correct one is among them, the best one is the last."""
+  order = np.argsort(-sims, kind="stable").tolist()
+  if any(correct[i] for i in order[:n]):
+    return order[:n]
+  return [*order[: n - 1], *[i for i in order if correct[i]][:1]]
+
+
 def _image_card(pairs: Pairs, i: int, texts: list[str], sims: np.ndarray, rank: int) -> str:
   lines = "".join(
     f"<li{' class=hit' if texts[t] == pairs.captions[i] else ''}>"
     f'<span class="mono">{sims[t]:.2f}</span><span>{escape(texts[t])}</span></li>'
-    for t in np.argsort(-sims, kind="stable")[:3]
+    for t in _shown(sims, [text == pairs.captions[i] for text in texts], 3)
   )
   return (
     f'<div class="card pair">{_image(pairs, i)}<div><div class="caption">'
@@ -216,14 +224,9 @@ def _image_card(pairs: Pairs, i: int, texts: list[str], sims: np.ndarray, rank: 
 
 
 def _text_card(pairs: Pairs, text: str, sims: np.ndarray, rank: int) -> str:
-  order = np.argsort(-sims, kind="stable")
-  right = [i for i in order if pairs.captions[i] == text][:1]
-  # The first five; if the correct one is not among them, it replaces the fifth.
-  shown = order[:5] if rank <= 5 else [*order[:4], *right]
   results = "".join(
-    f"<div{' class=hit' if pairs.captions[i] == text else ''}>{_image(pairs, int(i))}"
-    f"{sims[i]:.2f}</div>"
-    for i in shown
+    f"<div{' class=hit' if pairs.captions[i] == text else ''}>{_image(pairs, i)}{sims[i]:.2f}</div>"
+    for i in _shown(sims, [caption == text for caption in pairs.captions], 5)
   )
   return (
     f'<div class="card"><div class="caption">{escape(text)}</div>'

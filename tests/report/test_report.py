@@ -261,3 +261,18 @@ def test_zeroshot_folders_of_clip_benchmark(tmp_path):
 def test_a_folder_without_a_run_is_an_error(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"config\.json.*--workdir"):
     evaluate.open_run(tmp_path)
+
+
+@pytest.mark.parametrize("sims", [[0.1, 0.9, 0.8, 0.7, 0.6], [0.5] * 5])
+def test_the_correct_match_is_always_shown(sims):
+  """Last if others are nearer; equal similarities have one rank."""
+  correct = [False] * 4 + [True]
+  assert sections._shown(np.array(sims), correct, 3)[-1] == 4
+  assert (
+    sections._shown(np.array(sims), [False] * 5, 3)
+    == sections._shown(np.array(sims), [True] * 5, 3)[:2]
+  )
+  texts = [f"text {i}" for i in range(5)]
+  pairs = make_pairs(1, captions=["text 4"])
+  card = sections._image_card(pairs, 0, texts, np.array(sims), 5)
+  assert card.count("<li") == 3 and "<li class=hit>" in card
