@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import pickle
@@ -11,7 +12,7 @@ import pytest
 from helpers.object_store_server import store
 from helpers.small_shards import samples, write_tar
 
-from bigalign.data.files import storage
+from bigalign.data.files import fingerprints, storage
 from bigalign.data.files.patterns import expand_shards
 from bigalign.data.sources.base import open_source
 from bigalign.shards import index as program
@@ -147,3 +148,23 @@ def test_a_missing_shard_is_named(tmp_path, monkeypatch):
     again = open_source(pattern)
     with pytest.raises(OSError, match=r"1\.tar: the shard changed .*bigalign index"):
       again[98]
+
+
+def test_the_fingerprint_of_many_remote_files_takes_the_time_of_a_few(tmp_path, monkeypatch):
+  paths = [str(tmp_path / f"{i}") for i in range(64)]
+  for path in paths:
+    pathlib.Path(path).write_bytes(path.encode() * 9)
+  urls = [f"gs://bucket{path}" for path in paths]
+
+  def tail(path, size):
+    time.sleep(0.02)
+    data = pathlib.Path(path.removeprefix("gs://bucket")).read_bytes()
+    return data[-size:], storage.Stat(-1, 0)
+
+  monkeypatch.setattr(storage, "tail", tail)
+  begin = time.perf_counter()
+  made = fingerprints.of_files(urls)
+  assert time.perf_counter() - begin < 64 * 0.02 / 4
+  assert made == fingerprints.of_files(reversed(urls[::-1])) != fingerprints.of_files(urls[::-1])
+  ends = [f"{i}\n".encode() + path.encode() * 9 for i, path in enumerate(paths)]
+  assert made == hashlib.sha256(b"".join(ends)).hexdigest()[:32]

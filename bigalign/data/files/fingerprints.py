@@ -10,6 +10,7 @@ from bigalign.data.files import storage
 from bigalign.data.files.regular import open_regular
 
 _TAIL = 1 << 16  # bytes
+_AT_ONCE = 256  # files whose last bytes are in memory
 
 
 def of_names(*names: str, sep: str = " ") -> str:
@@ -28,14 +29,21 @@ def of_files(paths: Iterable[str], *more: bytes) -> str:
     *more: bytes to include.
   """
   digest = hashlib.sha256()
-  for path in paths:
-    if storage.is_remote(path):
-      digest.update(f"{os.path.basename(path)}\n".encode() + storage.tail(path, _TAIL)[0])
-      continue
-    with open_regular(path) as file:
-      size = file.seek(0, os.SEEK_END)
-      file.seek(max(size - _TAIL, 0))
-      digest.update(f"{os.path.basename(path)}\n{size}\n".encode() + file.read())
+  every = [*paths]
+  with storage.requests(every) as pool:
+    for start in range(0, len(every), _AT_ONCE):
+      for part in pool.map(_of_file, every[start : start + _AT_ONCE]):
+        digest.update(part)
   for extra in more:
     digest.update(extra)
   return digest.hexdigest()[:32]
+
+
+def _of_file(path: str) -> bytes:
+  """The name, size and last bytes of a file."""
+  if storage.is_remote(path):
+    return f"{os.path.basename(path)}\n".encode() + storage.tail(path, _TAIL)[0]
+  with open_regular(path) as file:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - _TAIL, 0))
+    return f"{os.path.basename(path)}\n{size}\n".encode() + file.read()
