@@ -197,5 +197,7 @@ def check_hosts_agree(meta: Mapping[str, Any]) -> None:
     other = np.flatnonzero((every != every[:1]).any(1))
     if other.size:
       raise RuntimeError(
-        f"processes {other.tolist()} have another {name} than process 0, which has {meta[name]}"
+        f"processes {tree.shown(other.tolist())} have another {name} than process 0. Process"
+        f" {jax.process_index()} has {tree.cut(json.dumps(meta[name]), 1000)}; the logs of the"
+        " others show theirs. Start all of them with the same command, code, packages and files."
       )

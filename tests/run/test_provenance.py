@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
 import pytest
 from helpers.shipped import load
 
@@ -57,3 +59,17 @@ def test_what_means_the_same_compares_as_equal():
     (_tiny(), _tiny(evals={}, writer={}, keep={})),
   ):
     assert not provenance.differences(one, other)
+
+
+def test_a_process_with_another_value_says_whose_value_it_shows(monkeypatch):
+  def gather(digests):
+    return {name: np.stack([own + 1, *[own] * 20]) for name, own in digests.items()}
+
+  monkeypatch.setattr(jax, "process_count", lambda: 21)
+  monkeypatch.setattr(jax, "process_index", lambda: 3)
+  monkeypatch.setattr(provenance.multihost_utils, "process_allgather", gather)
+  with pytest.raises(RuntimeError) as error:
+    provenance.check_hosts_agree({"config": {"seed": 7, "long": "x" * 5000}})
+  text = str(error.value)
+  assert "another config than process 0. Process 3 has" in text and '"seed": 7' in text
+  assert "and 12 more" in text and len(text) < 1500
