@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import pathlib
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from bigalign.config import Config
+from bigalign.data.files.draws import draw
 from bigalign.data.loader import evaluation
 from bigalign.data.sources.base import open_source
 from bigalign.evals.chance import chance
@@ -41,8 +42,15 @@ class _Picked:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     record = self._source[int(self._indices[i])]
-    captions = record["captions"] or tuple(self._names[record["label"] :][:1])
+    captions = record["captions"] or self._named(record)
     return {**record, "captions": captions[:1]}
+
+  def _named(self, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The name of the class of a sample, or the names of its classes; () without any."""
+    if "label_set" in record:
+      names = [name for name, has in zip(self._names, record["label_set"]) if has]
+      return (", ".join(names),) if names else ()
+    return self._names[record["label"] :][:1] if record["label"] >= 0 else ()
 
 
 def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
@@ -64,10 +72,10 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
 
 
 def embed_pairs(run: Run) -> Pairs:
-  """Up to SAMPLES pairs, spread evenly over what the run's config evaluates on."""
+  """Up to SAMPLES pairs, drawn from what the run's config evaluates on."""
   spec, fields, where = held_out(run.config)
   source = open_source(spec, captions=fields)
-  picked = _Picked(source, np.linspace(0, len(source) - 1, min(SAMPLES, len(source))).astype(int))
+  picked = _Picked(source, np.asarray(draw(len(source), SAMPLES)))
   size = len(jax.devices()) * 16
   data = dataclasses.replace(run.config.data, workers=0)  # a few hundred samples
   batches = list(

@@ -18,8 +18,9 @@ import pytest
 from helpers.small_shards import samples, write_tar
 
 from bigalign.data.files import storage
+from bigalign.data.files.draws import draw
 from bigalign.data.sources.base import open_source
-from bigalign.data.tar import index, parse
+from bigalign.data.tar import index, parse, shards
 from bigalign.shards import index as program
 
 
@@ -280,3 +281,26 @@ def test_many_processes_index_one_fresh_folder(tmp_path):
   assert [process.returncode for process in processes] == [0] * 6, errors
   assert len(open_source(f"{tmp_path}/*.tar")) == 24
   assert index.PARTS not in os.listdir(tmp_path)
+
+
+def test_which_shards_are_checked_does_not_alias_with_periodic_changes(tmp_path, monkeypatch):
+  """Every other shard changed: at even strides, none of them would be looked at."""
+  for i in range(16):
+    write_tar(tmp_path / f"{i:02}.tar", samples(10 * i, 1))
+    index.index_shard(str(tmp_path / f"{i:02}.tar"), str(tmp_path))
+  index.merge(str(tmp_path), str(tmp_path))
+  open_source(f"{tmp_path}/*.tar")
+  for i in range(1, 16, 2):
+    os.utime(tmp_path / f"{i:02}.tar", (1, 1))
+  monkeypatch.setattr(shards, "CHECKED", 8)
+  with pytest.raises(storage.FileChanged, match="changed since it was indexed"):
+    open_source(f"{tmp_path}/*.tar")
+
+
+def test_draws_are_all_of_few_and_some_of_many():
+  assert [draw(count, 8) for count in (0, 5, 8)] == [[], [0, 1, 2, 3, 4], [*range(8)]]
+  drawn = draw(10**12, 1000)
+  assert drawn == sorted({*drawn}) == draw(10**12, 1000) and len(drawn) == 1000
+  assert drawn[0] >= 0 and drawn[-1] < 10**12
+  for period in (2, 16):
+    assert sum(i % period == 0 for i in drawn) == pytest.approx(1000 / period, rel=0.2)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import fingerprints, regular
 from bigalign.data.files.cache import LRUCache
+from bigalign.data.files.draws import draw
 from bigalign.data.files.patterns import expand_local
 from bigalign.data.samples import columns
 from bigalign.data.samples.labels import Labels
@@ -101,7 +102,7 @@ class ArrayRecord:
       raise Rejected("bad_metadata", label[0].decode("utf-8", "replace"))
     image = features.get(self._image)
     if not image:
-      raise Rejected("no_image", f"{key} has {columns.shown(sorted(features))}")
+      raise Rejected("no_image", f"{key} has {tree.shown(sorted(features))}")
     if not isinstance(image[0], bytes):
       raise Rejected("undecodable", f"{key}: {self._image!r} holds {type(image[0]).__name__}")
     return dict(
@@ -145,7 +146,7 @@ class ArrayRecord:
     for first, end, path in zip(self._firsts, self._firsts[1:], self._paths):
       size = int(end - first)
       have: set[str] = set()
-      for place in random.Random(0).sample(range(size), min(size, _PROBES)):
+      for place in draw(size, _PROBES):
         try:
           _, features = self._features(int(first) + place)
         except Rejected as error:

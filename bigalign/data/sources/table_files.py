@@ -6,14 +6,15 @@ import json
 import logging
 import mmap
 import os
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import fingerprints, lines
+from bigalign.data.files.draws import draw
 from bigalign.data.files.patterns import expand_local, expand_variables
 from bigalign.data.files.regular import open_regular
 from bigalign.data.samples import columns, image_files
@@ -177,7 +178,7 @@ class TableFiles:
     outside: list[tuple[str, str]] = []  # the folder of the table, and the image of a row
     inside = 0
     # At random, because tables can be periodic.
-    for i in random.Random(0).sample(range(len(self)), min(len(self), _PROBES)):
+    for i in draw(len(self), _PROBES):
       try:
         path, row = self._row(i)
       except Rejected:
@@ -441,7 +442,7 @@ def _parse_fields(line: bytes, names: list[str], separator: bytes, *, key: str) 
     if len(fields) == len(names):
       return {name: field.decode("utf-8", "replace") for name, field in zip(names, fields)}
   raise Rejected(
-    "bad_metadata", f"{key}: {len(fields)} fields, but {len(names)} columns {columns.shown(names)}"
+    "bad_metadata", f"{key}: {len(fields)} fields, but {len(names)} columns {tree.shown(names)}"
   )
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import patterns, storage
+from bigalign.data.files.draws import draw
 from bigalign.data.tar import index
 
 logger = logging.getLogger(__name__)
@@ -121,9 +123,8 @@ class Shards:
 
   def _check(self) -> None:
     """Raises FileChanged if a local shard changed; looks at CHECKED of them."""
-    step = -(-len(self.paths) // CHECKED)
     try:
-      for n in range(0, len(self.paths), step):
+      for n in draw(len(self.paths), CHECKED):
         if not storage.is_remote(self.paths[n]):  # one request per shard would take minutes
           storage.check(self.paths[n], self.stat(n))
     except storage.FileChanged as error:
@@ -131,18 +132,18 @@ class Shards:
 
   def _warn(self) -> None:
     """Logs which shards are cut off."""
-    for n, problem in list(self._problems.items())[:5]:
+    for n, problem in list(self._problems.items())[: tree.SHOWN]:
       logger.warning(
         "%s: %s; its first %d samples, which are complete, are used; the rest is lost",
         self.paths[n],
         problem,
         self.firsts[n + 1] - self.firsts[n],
       )
-    if len(self._problems) > 5:
+    if len(self._problems) > tree.SHOWN:
       logger.warning(
         "%s: %d more of %d shards are cut off",
         self._pattern,
-        len(self._problems) - 5,
+        len(self._problems) - tree.SHOWN,
         len(self.paths),
       )
 
@@ -158,7 +159,7 @@ def _best_index(folder: str, names: Sequence[str]) -> index.Index | None:
 
   def count_wrong(candidate: index.Index) -> int:
     known = [name for name in names if name in candidate.rows]
-    checked = known[:: -(-len(known) // CHECKED) or 1]
+    checked = [known[n] for n in draw(len(known), CHECKED)]
     return (
       len(names)
       - len(known)

@@ -26,7 +26,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import lines, storage
+from bigalign.data.files.draws import draw
 from bigalign.data.samples import columns
 from bigalign.data.tar import index, parse
 from bigalign.data.tar.shards import CHECKED, Shards
@@ -117,7 +119,7 @@ def _rows(path: str, column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
       missing = [name for name in (KEY, column) if name not in row]
       if missing:
         raise ValueError(
-          f"{path}: no column {missing[0]!r}; the columns are: {columns.shown(sorted(row))}"
+          f"{path}: no column {missing[0]!r}; the columns are: {tree.shown(sorted(row))}"
         )
       yield str(row[KEY]), columns.texts(row, (column,))["captions"]
 
@@ -180,7 +182,7 @@ class Sidecars:
         f"the field {field!r} of {len(missing)} of {len(shards.paths)} shards was not read from"
         f" the files next to them (the first: {missing[0]}); read it: {command}"
       )
-    for n in range(0, len(shards.paths), -(-len(shards.paths) // CHECKED)):
+    for n in draw(len(shards.paths), CHECKED):
       path = shards.paths[n]
       if not storage.is_remote(path) and not is_current(
         path, shards.index_folder(n), shards.stat(n), field
