@@ -204,7 +204,7 @@ def _image(pairs: Pairs, i: int) -> str:
 
 def _shown(sims: np.ndarray, correct: Sequence[bool], n: int) -> list[int]:
   """The n most similar candidates; if no correct one is among them, the best one is the last."""
-  order = np.argsort(-sims, kind="stable").tolist()
+  order: list[int] = np.argsort(-sims, kind="stable").tolist()
   if any(correct[i] for i in order[:n]):
     return order[:n]
   return [*order[: n - 1], *[i for i in order if correct[i]][:1]]
