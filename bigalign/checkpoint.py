@@ -249,10 +249,10 @@ class Checkpoints:
     old, scores = Keep(**previous), self._scores()
     lost = sorted(old.lasting(scores) - self._keep.steps(scores))
     if lost:
-      more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
       raise ValueError(
         f"config.keep was {old}, and is now {self._keep}. The next checkpoint would delete"
-        f" {', '.join(str(self.folder / str(step)) for step in lost[:8])}{more}. Copy them and pass"
+        f" {tree.shown((str(self.folder / str(x)) for x in lost), sep=', ', width=300)}. Copy them"
+        " and pass"
         " --allow_config_change, or restore the old config.keep."
       )
 

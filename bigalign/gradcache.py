@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bigalign import sharding
+from bigalign import sharding, tree
 
 Tree = Any
 Embed = Callable[[Tree, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
@@ -110,7 +110,7 @@ def check_microbatches(mesh: jax.sharding.Mesh, batch_size: int, microbatches: i
     fits = [n for n in range(1, rows + 1) if rows % n == 0]
     raise ValueError(
       f"config.microbatches={microbatches} does not divide the {rows} rows of a device"
-      f" (config.batch_size={batch_size}); these do: {fits[:12]}"
+      f" (config.batch_size={batch_size}); these do: {tree.shown(fits)}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigalign import stages
+from bigalign import stages, tree
 from bigalign.data.files import fingerprints
 from bigalign.data.loader.options import DataOptions, MixturePart
 from bigalign.data.loader.pairs import Pairs, pair_batches
@@ -166,9 +166,9 @@ def _check_weights(parts: Sequence[MixturePart]) -> None:
   """Raises ValueError if some parts have a weight and others do not, because units would differ."""
   without = [part.name for part in parts if part.weight is None]
   if without and len(without) < len(parts):
-    listed = ", ".join(map(repr, without[:8])) + (", …" if len(without) > 8 else "")
     raise ValueError(
-      f"config.data.mixture: {len(without)} of {len(parts)} sources have no weight ({listed}). A"
+      f"config.data.mixture: {len(without)} of {len(parts)} sources have no weight"
+      f" ({tree.shown(map(repr, without), sep=', ')}). A"
       " weight is a share of the stream. Without one a source counts by its samples, so the two"
       " cannot be compared. Give each source a weight, or none; upsampling changes the latter"
     )

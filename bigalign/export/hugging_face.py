@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bigalign import tree
 from bigalign.export.base import Format, TrainedModel, requirement
 from bigalign.export.fit import Family, Fitted, first_fit
 from bigalign.model import PIXELS
@@ -199,7 +200,9 @@ def _compute(
   )
   missing, unexpected = (sorted(info[name]) for name in ("missing_keys", "unexpected_keys"))
   if missing or unexpected:
-    raise ValueError(f"{folder}: missing {missing}, unexpected {unexpected}")
+    raise ValueError(
+      f"{folder}: missing {tree.shown(missing)}, unexpected {tree.shown(unexpected)}"
+    )
   # torchvision resizes differently from Pillow, which the run's evaluation uses.
   processor = transformers.AutoProcessor.from_pretrained(
     folder, local_files_only=True, backend="pil"

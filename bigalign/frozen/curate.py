@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files.storage import atomic_write
 from bigalign.data.stores.reader import Store
 
@@ -102,7 +103,8 @@ def prototypes(store: Store, *, shots: int = 128) -> np.ndarray:
   empty = np.flatnonzero(counts == 0)
   if not len(counts) or len(empty):
     raise ValueError(
-      f"{store.folder}: no image has the labels {empty[:8].tolist()} of {len(counts)} classes"
+      f"{store.folder}: no image has the labels {tree.shown(empty.tolist())} of {len(counts)}"
+      " classes"
       if len(counts)
       else f"{store.folder}: none of its {len(store)} images has a label"
     )

@@ -11,6 +11,8 @@ import sys
 import threading
 import traceback
 
+from bigalign import tree
+
 _PROC = pathlib.Path("/proc")
 _STATES = {
   "T": "is stopped (by SIGSTOP or a terminal); SIGCONT continues it",
@@ -28,7 +30,7 @@ def describe() -> str:
     for child in multiprocessing.active_children()
     if (state := _state(child.pid)) in _STATES
   ]
-  listed = "; ".join(workers[:8]) + ("" if len(workers) <= 8 else f"; {len(workers) - 8} more")
+  listed = tree.shown(workers, sep="; ")
   where = f"The main thread is in {_main_thread()}."
   return f"{listed[:1].upper()}{listed[1:]}. {where}" if listed else where
 

@@ -25,6 +25,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bigalign import tree
 from bigalign.data.files import processes, storage
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import Source, Spec, open_spec, read, texts_of
@@ -127,7 +128,7 @@ def _resume(plan: Plan, started: Mapping[str, Any]) -> dict[str, dict[str, Any]]
   unknown = sorted(name for name in os.listdir(plan.folder) if not name.endswith(".tmp"))
   if unknown and not lines:
     raise FileExistsError(
-      f"{plan.folder} holds {unknown[:3]} and no {LOG} of bigalign convert;"
+      f"{plan.folder} holds {tree.shown(unknown)} and no {LOG} of bigalign convert;"
       " remove it, or choose another --out"
     )
   changed = [

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_SHOWN = 8  # keys in an error
+from bigalign import tree
 
 # They do not change the outputs of a trained model, or say what another part of the code reads.
 _HARMLESS = """
@@ -85,8 +85,7 @@ def check(given: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     else:
       problems.append(f"{key}: {str(value)[:80]!r} is an unknown key")
   if problems:
-    more = f" … {len(problems)} in all" if len(problems) > _SHOWN else ""
     raise ValueError(
-      f"{where}: " + "; ".join(problems[:_SHOWN]) + more + ". A key that this version does not know"
+      f"{where}: {tree.shown(problems, sep='; ', width=300)}. A key that this version does not know"
       " may change what the model computes; if it does not, remove it from the file"
     )

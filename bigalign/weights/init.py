@@ -30,7 +30,6 @@ _WORDS = ("init", "fresh", "drop")
 _OWN = {"image": ("image", "pixels"), "text": ("text",)}  # options that come with a single tower
 _SIZE = ("width", "depth", "heads", "mlp_ratio")  # the options that a variant sets
 _SCALAR = re.compile(r"loss/(\w+)/([tb])")  # log of the logit scale, and bias
-_SHOWN = 5  # keys of ignored tensors in the log
 
 
 class Pretrained(NamedTuple):
@@ -333,8 +332,6 @@ def _log(part: Pretrained, plan: transfer.Plan) -> None:
   """Logs which tensors were loaded, ignored and resized."""
   loaded = plan.keys
   ignored = sorted(plan.tensors.keys() - {*loaded})
-  shown = ", ".join(ignored[:_SHOWN])
-  more = f" and {len(ignored) - _SHOWN} more" if len(ignored) > _SHOWN else ""
   logging.info(
     "%s.init: loaded %d of %d tensors from %s (%s) into %d arrays%s",
     part.where,
@@ -343,7 +340,7 @@ def _log(part: Pretrained, plan: transfer.Plan) -> None:
     plan.tensors.path,
     part.checkpoint.kind,
     len(plan.shapes),
-    f"; ignored: {shown}{more}" if ignored else "",
+    f"; ignored: {tree.shown(ignored, sep=', ', width=200)}" if ignored else "",
   )
   for path, (theirs, ours, method) in plan.resized.items():
     logging.info("model/%s: resized from %d to %d positions (%s)", path, theirs, ours, method)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bigalign import checks, options
+from bigalign import checks, options, tree
 from bigalign.weights import config_keys
 from bigalign.weights.table import Row
 
@@ -105,7 +105,7 @@ def option(given: Any, name: str, key: str, default: Any) -> Any:
     raise ValueError(f"{name}: must be an object, not {str(given)[:80]!r}")
   others = [x for x in given if x != key]
   if others:
-    raise ValueError(f"{name}: {str(others[:8])[:200]} are not supported; known: {key!r}")
+    raise ValueError(f"{name}: {tree.shown(map(str, others))} are not supported; known: {key!r}")
   return given.get(key, default)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import NamedSharding
 
+from bigalign import tree
 from bigalign.weights import slices, table
 from bigalign.weights.files import Tensors
 from bigalign.weights.layout import Layout
@@ -17,7 +18,6 @@ from bigalign.weights.table import Conversion
 
 # dtypes that convert to float32 without a loss.
 FLOATS = ("float32", "float16", "bfloat16")
-_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,8 @@ def _conversions(
   """
   for what, pattern, names in (("fresh", fresh, shapes), ("drop", drop, tensors)):
     if pattern and not any(re.search(pattern, name) for name in names):
-      raise ValueError(f"{what}: {pattern!r} matches none of {sorted(names)[:_SHOWN]}")
+      listed = tree.shown(sorted(names), width=200)
+      raise ValueError(f"{what}: {pattern!r} matches none of {listed}")
   known = {*layout.zeros, *(key for row in layout.rows for key in table.keys(row))}
   unknown = [
     key
@@ -229,10 +230,6 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _raise(tensors: Tensors, problems: list[tuple[str, list[str]]]) -> None:
   """Raises ValueError listing the problems, {problem: names}, if there are any."""
-  lines = [
-    f"{what}: {', '.join(names[:_SHOWN])}" + (f" … {len(names)} in all" * (len(names) > _SHOWN))
-    for what, names in problems
-    if names
-  ]
+  lines = [f"{what}: {tree.shown(names, sep=', ', width=300)}" for what, names in problems if names]
   if lines:
     raise ValueError(f"{tensors.path}: " + "\n".join(lines))

@@ -64,7 +64,7 @@ def test_an_unknown_key_is_refused_in_every_family(tmp_path, family, place):
 
 
 def test_many_unknown_keys_are_counted(tmp_path):
-  with pytest.raises(ValueError, match=r"key11.* … 30 in all") as error:
+  with pytest.raises(ValueError, match=r"key11.* and 22 more") as error:
     describe(tmp_path, BERT | {f"key{i}": i for i in (11, *range(100, 129))})
   assert len(str(error.value)) < 700
 
@@ -207,13 +207,13 @@ def test_a_bilinear_view_is_pillows():
     (dict(preprocess_cfg=dict(interpolation="nearest")), "interpolation: 'nearest'; known"),
     (dict(preprocess_cfg=dict(size=[16, 24])), r"size: .16, 24. is not a square"),
     (dict(preprocess_cfg=dict(mode="L")), "mode: 'L'"),
-    (dict(preprocess_cfg=dict(blur=1)), "'blur': '1'.: unknown keys"),
+    (dict(preprocess_cfg=dict(blur=1)), "'blur': '1': unknown keys"),
     (dict(preprocessor=HALF | dict(resample=0)), "resample: '0'; known"),
     (dict(preprocessor=HALF | dict(size=dict(longest_edge=16))), "size: .*longest_edge"),
     (dict(preprocessor=HALF | dict(do_pad=True)), "do_pad: True"),
     (dict(preprocessor=HALF | dict(do_normalize=False)), "do_normalize: false"),
     (dict(preprocessor=HALF | dict(rescale_factor=1.0)), "rescale_factor: 1.0"),
-    (dict(preprocessor=HALF | dict(crop_pct=0.9)), "'crop_pct': '0.9'.: unknown keys"),
+    (dict(preprocessor=HALF | dict(crop_pct=0.9)), "'crop_pct': '0.9': unknown keys"),
     (dict(preprocessor=HALF | dict(SHORTEST, do_center_crop=False)), "do_center_crop: false"),
   ],
 )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import braceexpand
 
+from bigalign import tree
 from bigalign.data.files import storage
 
 MOST_NAMES = 10_000_000  # that a pattern may expand to; as strings they take about 1 GB
@@ -126,10 +127,9 @@ def _check_present(paths: list[str], *, pattern: str) -> None:
       if not present.issuperset(names):
         missing += [paths[n] for n, name in zip(positions, names) if name not in present]
   if missing:
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
     raise FileNotFoundError(
       f"{len(missing)} of {len(paths)} shards of {pattern!r} are missing: "
-      f"{', '.join(missing[:5])}{more}; the folder {_nearest_folder(missing[0])}"
+      f"{tree.shown(missing, sep=', ', width=300)}; the folder {_nearest_folder(missing[0])}"
     )
 
 
@@ -167,4 +167,5 @@ def _nearest_folder(path: str) -> str:
   if not os.path.isdir(folder or "."):
     return f"{folder} does not exist"
   tars = sorted(name for name in storage.names(folder) if name.endswith(".tar"))
-  return f"{folder} holds {len(tars)} .tar files{': ' + ', '.join(tars[:5]) if tars else ''}"
+  listed = f": {tree.shown(tars, sep=', ')}" if tars else ""
+  return f"{folder} holds {len(tars)} .tar files{listed}"

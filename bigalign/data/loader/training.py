@@ -27,7 +27,6 @@ from bigalign.data.samples.rejects import (
   REASONS,
   Rejected,
   append_json_line,
-  cut,
   rejection,
 )
 from bigalign.data.sources.base import Source, read, where
@@ -35,6 +34,7 @@ from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
 from bigalign.data.text.captions import by_field, choose, lacks, repaired
 from bigalign.data.text.tokenizers import Tokenizer
+from bigalign.tree import cut
 
 logger = logging.getLogger(__name__)
 

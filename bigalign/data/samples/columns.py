@@ -6,12 +6,11 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bigalign import tree
 from bigalign.data.samples.members import IMAGES, entry, strings
-from bigalign.data.samples.rejects import cut
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 8  # names of a list in an error
 IMAGE_ADVICE = (
   " Set config.data.source_options=dict(image=...) to the column that holds the images (command"
   " line tools: --source_options image=...)."
@@ -55,7 +54,7 @@ def image_column(columns: Iterable[str], wanted: str | None, *, what: str) -> st
       return name
   raise ValueError(
     f"{what}: no image column {' or '.join(map(repr, candidates[:7]))}; the columns are:"
-    f" {shown(sorted(columns))}.{IMAGE_ADVICE}"
+    f" {tree.shown(sorted(columns))}.{IMAGE_ADVICE}"
   )
 
 
@@ -63,13 +62,6 @@ def first_image(columns: Iterable[str]) -> str | None:
   """Returns the column that holds the images by its name, as image_column does; None without."""
   present = {*columns}
   return next((name for name in ("image", *IMAGES) if name in present), None)
-
-
-def shown(names: Iterable[Any]) -> str:
-  """Returns a list as text; of more than 8 entries the first 8 and how many there are."""
-  every = [*names]
-  cut_ones = [cut(str(name), 80) if isinstance(name, str) else name for name in every[:SHOWN]]
-  return f"{cut_ones}" if len(every) <= SHOWN else f"{cut_ones} and {len(every) - SHOWN} more"
 
 
 def warn_of_differences(columns_of: Mapping[str, set[str]], names: Iterable[str]) -> None:
@@ -85,7 +77,7 @@ def warn_of_differences(columns_of: Mapping[str, set[str]], names: Iterable[str]
     if lacking and len(lacking) < len(columns_of):
       logger.warning(
         "%d of %d files have no column %r, which others have; their samples have none: %s",
-        *(len(lacking), len(columns_of), name, shown(lacking)),
+        *(len(lacking), len(columns_of), name, tree.shown(lacking)),
       )
 
 
@@ -111,6 +103,6 @@ def check_captions(
     and not any(path in columns or path.partition(".")[0] in columns for path in captions)
   ):
     raise ValueError(
-      f"{what}: no caption column {shown(captions)}; the columns are:"
-      f" {shown(sorted(columns))}.{CAPTION_ADVICE}"
+      f"{what}: no caption column {tree.shown(captions)}; the columns are:"
+      f" {tree.shown(sorted(columns))}.{CAPTION_ADVICE}"
     )

@@ -10,7 +10,8 @@ import numpy as np
 
 from bigalign.data.files import storage
 from bigalign.data.samples import image_files
-from bigalign.data.samples.rejects import Rejected, cut
+from bigalign.data.samples.rejects import Rejected
+from bigalign.tree import cut
 
 _LONGEST_PATH = 4096  # characters, PATH_MAX of Linux
 _STARTS = (

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data.samples.rejects import cut
+from bigalign.tree import cut
 
 logger = logging.getLogger(__name__)
 

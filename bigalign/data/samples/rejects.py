@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bigalign.private_apis import tensorstore_status
+from bigalign.tree import cut
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,6 @@ class Rejected(Exception):
 
   def __str__(self) -> str:
     return f"{self.reason}: {self.detail}" if self.detail else self.reason
-
-
-def cut(text: str, most: int) -> str:
-  """Returns a text without what is beyond `most` characters; says how long it was."""
-  return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
 def rejection(error: Exception) -> Rejected:

@@ -13,12 +13,12 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from bigalign import tree
 from bigalign.data.files import lines
 
 logger = logging.getLogger(__name__)
 
 TYPES = ("classification", "retrieval", "multilabel")
-_SHOWN = 8  # names in an error
 
 
 def dataset_type(shard: str) -> str:
@@ -60,16 +60,18 @@ def stated_shards(paths: Sequence[str], *, pattern: str) -> list[str]:
       "%s: left out %d shards, %s, because %s states %d",
       pattern,
       len(left_out),
-      left_out[:_SHOWN],
+      tree.shown(left_out),
       file,
       count,
     )
   if "*" in pattern and len(kept) < count:
     have = {int(_number(path)) for path in kept}
-    missing = [f"{i}.tar" for i in range(min(count, len(have) + _SHOWN)) if i not in have]
+    # The file may state any number; these contain all that are shown.
+    numbers = range(min(count, len(have) + tree.SHOWN))
+    first = [f"{i}.tar" for i in numbers if i not in have][: tree.SHOWN]
     raise ValueError(
       f"{pattern!r}: {file} states {count} shards, but {count - len(kept)} are missing:"
-      f" {missing[:_SHOWN]}. Copy them, or name the shards to read without '*'"
+      f" {tree.shown(first)}. Copy them, or name the shards to read without '*'"
     )
   if not kept:
     raise ValueError(f"{pattern!r}: {file} states {count} shards, and none of these is among them")

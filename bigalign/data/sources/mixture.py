@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import fingerprints
 from bigalign.data.sources.base import Concatenation, Source, prefetch, where
 
@@ -61,7 +62,8 @@ class Mixture(Concatenation):
     return f"{self.names[bisect.bisect_right(self._firsts, i) - 1]}/{super().key(i)}"
 
   def __repr__(self) -> str:
-    return f"Mixture({', '.join(f'{n}={s!r}' for n, s in zip(self.names, self.sources))})"
+    parts = (f"{name}={source!r}" for name, source in zip(self.names, self.sources))
+    return f"Mixture({tree.shown(parts, sep=', ', width=300)})"
 
 
 class Prefixed:

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import fingerprints, regular, storage
 from bigalign.data.files.cache import LRUCache
 from bigalign.data.files.patterns import expand_shards, expand_variables
 from bigalign.data.samples import columns
 from bigalign.data.samples.image_values import image_bytes
 from bigalign.data.samples.labels import Labels
-from bigalign.data.samples.rejects import Rejected, cut
+from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.webdataset import classnames_near
+from bigalign.tree import cut
 
 _TAIL = 1 << 16  # bytes of a remote file that are read first to find its footer
 _FOOTERS = 1024  # of remote files, kept by each process
@@ -231,7 +233,7 @@ def _schema(metadata: Any, path: str) -> Any:
     raise ValueError(f"{path}: the schema of this Parquet file cannot be read: {error}") from error
   if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
     raise ValueError(
-      f"{path}: the footer of this Parquet file is damaged: {columns.shown(counts)} rows in row"
+      f"{path}: the footer of this Parquet file is damaged: {tree.shown(counts)} rows in row"
       f" groups, {metadata.num_rows} in all. Fetch it again."
     )
   return schema
@@ -241,7 +243,7 @@ def _check(schema: Any, path: str, *, image: str, captions: Sequence[str], label
   """Raises ValueError if a file lacks columns, or they have types that are not accepted."""
   twice = [name for name, n in collections.Counter(schema.names).items() if n > 1]
   if twice:
-    raise ValueError(f"{path}: several columns have the name {columns.shown(twice)}")
+    raise ValueError(f"{path}: several columns have the name {tree.shown(twice)}")
   columns.image_column(schema.names, image, what=path)
   kind = schema.field(image).type
   if not _is_image(kind):

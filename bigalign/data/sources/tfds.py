@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from bigalign import tree
 from bigalign.data.samples import columns
 from bigalign.data.samples.labels import Labels
 
@@ -140,8 +141,8 @@ class Tfds:
     absent = [path for path in (self._image, *(captions or ())) if not _has(features, path)]
     if absent:
       raise ValueError(
-        f"tfds:{self.name} has no feature {columns.shown(absent)}; it has"
-        f" {columns.shown(sorted(features))}. Set config.data.source_options=dict(image=...) and"
+        f"tfds:{self.name} has no feature {tree.shown(absent)}; it has"
+        f" {tree.shown(sorted(features))}. Set config.data.source_options=dict(image=...) and"
         " config.data.captions to the ones that hold them (command line tools: --source_options"
         " image=... --captions ...)."
       )

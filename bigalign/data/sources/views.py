@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import fingerprints, storage
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.sources.base import Source, prefetch, where
@@ -208,8 +209,7 @@ def _columns(source: Source) -> list[Columns]:
 def _column(columns: Columns, name: str, source: Source) -> np.ndarray:
   names = sorted(column for column in columns if not column.startswith("word."))
   if name not in names:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    raise ValueError(f"{source!r} has no column {name!r}; it has {names[:8]}{more}")
+    raise ValueError(f"{source!r} has no column {name!r}; it has {tree.shown(names)}")
   return columns[name]
 
 

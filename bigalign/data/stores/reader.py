@@ -35,6 +35,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import checksums
 from bigalign.data.files.cache import LRUCache
 
@@ -219,7 +220,7 @@ class Store:
       rows = np.arange(start, min(start + step, end))
       bad = rows[~finite(self._unchecked(rows))]
       if len(bad):
-        places = self.samples(bad[:8])[:, 1].tolist()
+        places = self.samples(bad[: tree.SHOWN])[:, 1].tolist()
         rows_hold = "row holds" if len(bad) == 1 else "rows hold"
         yield (
           f"{self._files[number]['stem']}: {len(bad)} {rows_hold} NaN or infinity; the first"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigalign import tree
 from bigalign.data.files import checksums
 from bigalign.data.files.storage import atomic_write
 from bigalign.data.stores import reader
@@ -210,9 +211,9 @@ def finish(folder: pathlib.Path, *, captions: bool) -> None:
   header, sources = checksums.read_json(folder / "header.json"), _sources(folder / "sources.json")
   complete = pieces(folder)
   for entry in sources:
-    if _missing(entry, complete):
+    if missing := _missing(entry, complete):
       raise ValueError(
-        f"{folder}: pieces {_missing(entry, complete)[:8]} of {entry['source']} are missing;"
+        f"{folder}: pieces {tree.shown(missing)} of {entry['source']} are missing;"
         " do all processes write to the same disk?"
       )
   files = [part for parts in complete.values() for part in parts]
