@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from bigalign import tree
 from bigalign.weights.files import read_json
 
 _FILTERS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
@@ -142,8 +143,9 @@ def _refuse_unknown(config: Mapping[str, Any], known: tuple[str, ...]) -> None:
   """Raises ValueError for keys that may change the pixels."""
   unknown = [key for key in config if key not in known and config[key] is not None]
   if unknown:
-    shown = {key: str(config[key])[:80] for key in unknown[:8]}
-    raise ValueError(f"{shown}: unknown keys ({len(unknown)})")
+    values = (f"{key!r}: {str(config[key])[:80]!r}" for key in unknown)
+    listed = tree.shown(values, sep=", ", width=200)
+    raise ValueError(f"{listed}: unknown keys ({len(unknown)})")
 
 
 def _filter(key: str, value: Any) -> str:
