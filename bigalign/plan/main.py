@@ -107,6 +107,27 @@ def combine_stages(stages: Sequence[Plan]) -> Plan:
   }
 
 
+def read_prices(path: str, kind: str) -> dict[str, float]:
+  """{kind of chip: price of one chip for an hour}, from a JSON file.
+
+  Args:
+    path: of the file.
+    kind: of the chips of this plan; a line says so if the file has no price for it.
+
+  Raises:
+    ValueError: if the file holds something else, before anything is compiled.
+  """
+  prices = json.loads(pathlib.Path(path).read_text())
+  if not isinstance(prices, dict):
+    raise ValueError(f'--prices={path}: an object such as {{"v5e": 1.2}} is expected')
+  for name, price in prices.items():
+    if isinstance(price, bool) or not isinstance(price, int | float) or not price >= 0:
+      raise ValueError(f"--prices={path}: the price of {name!r} is {price!r}, not a number >= 0")
+  if kind not in prices:
+    print(f"{path} has no price for {kind}, so no cost is shown", file=sys.stderr)
+  return prices
+
+
 def sweep(
   combinations: Iterable[Mapping[str, Any]], plan_run: Callable[..., Mapping[str, Any]]
 ) -> list[Plan]:
@@ -133,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
   topology = values.topology or topology_of(config)
   if not topology:
     raise app.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
-  prices = json.loads(pathlib.Path(values.prices).read_text()) if values.prices else {}
+  prices = read_prices(values.prices, chips.kind(topology)) if values.prices else {}
   plan_stage = functools.partial(
     plan, topology=topology, samples=values.samples, cache=values.cache
   )

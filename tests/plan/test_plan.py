@@ -370,12 +370,27 @@ def test_a_combination_that_is_not_possible_does_not_end_a_sweep():
     if mesh == 16:
       raise ValueError("config.mesh: fsdp=16 does not divide over 2 slices")
     needed = dict(required_bytes_per_chip=None, fits=False)
-    sizes = dict(
-      stage=0, batch_size=batch, remat={}, mesh=dict(fsdp=mesh), flops_per_chip=1e12
-    )
+    sizes = dict(stage=0, batch_size=batch, remat={}, mesh=dict(fsdp=mesh), flops_per_chip=1e12)
     return {**sizes, **needed}
 
   plans = main.sweep([dict(batch=8, mesh=n) for n in (1, 16, 4)], plan_run)
   assert [plan.get("error", "")[:11] for plan in plans] == ["", "config.mesh", ""]
   text = table.format_sweep(plans)
   assert text.count("does not fit") == 2 and "not possible: config.mesh" in text
+
+
+def test_prices_are_checked_before_anything_is_compiled(tmp_path, capsys):
+  path = tmp_path / "prices.json"
+  for text, message in (
+    ('{"v5e": "1.2"}', "the price of 'v5e' is '1.2', not a number"),
+    ('{"v5e": NaN}', "is nan"),
+    ("[1.2]", "an object such as"),
+  ):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+      main.read_prices(str(path), "v5e")
+  path.write_text('{"v5p": 4, "v5e": 1.2}')
+  assert main.read_prices(str(path), "v5e") == {"v5p": 4, "v5e": 1.2}
+  assert not capsys.readouterr().err
+  main.read_prices(str(path), "v6e")
+  assert "no price for v6e" in capsys.readouterr().err
