@@ -217,7 +217,7 @@ def call(target: Any, given: Any, where: str, **fixed: Any) -> Any:
 def _values(known: Mapping[str, Option], given: Any, where: str) -> dict[str, Any]:
   if not isinstance(given, Mapping):
     raise TypeError(
-      f"{where}={given!r} is of type {type(given).__name__}; it must be a dict of options:"
+      f"{where}={_shown(given)} is of type {type(given).__name__}; it must be a dict of options:"
       f" {[*known]}"
     )
   for name in given:
@@ -255,7 +255,7 @@ def resolve_value(kind: Any, value: Any, where: str) -> Any:
     if marker.key:
       return _chosen(marker, value, where)
     if not isinstance(value, Mapping):
-      raise TypeError(f"{where}={value!r} must be a dict: {{name: options}}")
+      raise TypeError(f"{where}={_shown(value)} must be a dict: {{name: options}}")
     return {
       str(name): _entry(marker, str(name), options, where, f"{where}.{name}")
       for name, options in value.items()
@@ -273,17 +273,22 @@ def resolve_value(kind: Any, value: Any, where: str) -> Any:
   if not fits(value, kind):
     is_one = isinstance(value, str) and fits((value,), kind)  # a sequence of one was meant
     raise TypeError(
-      f"{where}={value!r} is of type {type(value).__name__}; it must be {spelled(kind)}"
-      + (f", such as {(value,)!r}" if is_one else "")
+      f"{where}={_shown(value)} is of type {type(value).__name__}; it must be {spelled(kind)}"
+      + (f", such as {_shown((value,))}" if is_one else "")
     )
   return frozen(value)
+
+
+def _shown(value: Any) -> str:
+  """A value in an error: a checkpoint from elsewhere may have a very long one."""
+  return tree.cut(repr(value), 500)
 
 
 def _chosen(marker: Choose, value: Any, where: str) -> Any:
   if isinstance(value, Component):
     return value
   if not isinstance(value, Mapping):
-    raise TypeError(f"{where}={value!r} must be a dict: dict({marker.key}=…, …)")
+    raise TypeError(f"{where}={_shown(value)} must be a dict: dict({marker.key}=…, …)")
   options = dict(value)
   name = options.pop(marker.key, marker.default or "(absent)")
   return _entry(marker, name, options, f"{where}.{marker.key}", where)
@@ -294,7 +299,7 @@ def _entry(marker: Choose, name: Any, options: Any, naming: str, where: str) -> 
   if isinstance(options, Component):
     return options
   if not isinstance(name, str):
-    raise TypeError(f"{naming}={name!r} is of type {type(name).__name__}; it must be str")
+    raise TypeError(f"{naming}={_shown(name)} is of type {type(name).__name__}; it must be str")
   if name not in marker.registry:
     raise ValueError(
       f"{naming}: unknown {name!r}.{tree.nearest(name, marker.registry)}"

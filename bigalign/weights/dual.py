@@ -6,9 +6,10 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bigalign import tree
 from bigalign.data.text import stated
 from bigalign.weights.clip import projections
-from bigalign.weights.files import read_json
+from bigalign.weights.files import is_name, read_json
 from bigalign.weights.layout import Layout, Shapes, call, join
 
 # Keys of a Pooling module besides pooling_mode….
@@ -104,8 +105,9 @@ def _modules(folder: pathlib.Path) -> list[tuple[int, str, str]]:
     )
     if not isinstance(kind, str) or not isinstance(path, str):
       raise ValueError(f"{file}: module {number}: must have a type and a path")
-    if path and (pathlib.PurePath(path).name != path or path == ".."):
-      raise ValueError(f"{file}: module {number}: path: {path!r} is not a folder next to the file")
+    if path and not is_name(path):
+      shown = tree.cut(repr(path), 300)
+      raise ValueError(f"{file}: module {number}: path: {shown} is not a folder next to the file")
     modules.append((number, kind.rsplit(".", 1)[-1], path))
   return modules
 
@@ -124,7 +126,7 @@ def _pooling(file: pathlib.Path, *, prompted: bool) -> str:
   given = read_json(file)
   unknown = [x for x in given if x not in _POOLING and not x.startswith("pooling_mode")]
   if unknown:
-    raise ValueError(f"{file}: {str(unknown[:8])[:200]}: unknown keys ({len(unknown)})")
+    raise ValueError(f"{file}: {tree.shown(unknown)}: unknown keys ({len(unknown)})")
   if prompted and given.get("include_prompt") is False:
     raise ValueError(f"{file}: include_prompt: false; here the prompt's tokens are pooled too")
   chosen = [

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from bigalign import tree
+
 DTYPES: dict[str, Any] = {
   "F64": np.float64,
   "F32": np.float32,
@@ -44,6 +46,7 @@ NAMES = (
 _HEADER = 100_000_000  # bytes: the longest header that the format allows
 _JSON = 100_000_000
 _DIMENSIONS = 32
+_LONGEST_NAME = 255  # bytes of the name of a file
 
 
 class Entry(NamedTuple):
@@ -147,6 +150,14 @@ def open_tensors(path: str | pathlib.Path) -> Tensors:
   )
 
 
+def is_name(value: Any) -> bool:
+  """Returns whether a value in a file can be the name of a file or folder next to it."""
+  if not isinstance(value, str) or value in ("", "..") or "\0" in value:
+    return False
+  size = len(value.encode("utf-8", "surrogatepass"))
+  return pathlib.PurePath(value).name == value and size <= _LONGEST_NAME
+
+
 def read_json(file: pathlib.Path, kind: type = dict) -> Any:
   """The object or list in a JSON file.
 
@@ -194,11 +205,12 @@ def _weights_of(folder: pathlib.Path) -> pathlib.Path:
     return others[0]
   if others:
     raise ValueError(
-      f"{folder} holds several files of weights: {[x.name for x in others]}. Give the path of one"
+      f"{folder} holds several files of weights: {tree.shown(x.name for x in others)}. Give the"
+      " path of one"
     )
   raise FileNotFoundError(
     f"{folder} holds none of {list(NAMES)}, and no .npz. It holds: "
-    f"{sorted(x.name for x in folder.iterdir())[:20]}"
+    f"{tree.shown(sorted(x.name for x in folder.iterdir()))}"
   )
 
 
@@ -209,8 +221,9 @@ def _index(file: pathlib.Path) -> dict[str, Entry]:
     raise ValueError(f"{file}: weight_map: must be an object {{key: file of the tensor}}")
   shards: dict[str, dict[str, Entry]] = {}
   for key, name in names.items():
-    if not isinstance(name, str) or pathlib.PurePath(name).name != name or "\0" in name:
-      raise ValueError(f"{file}: {key}: {name!r} is not a file next to the index")
+    if not is_name(name):
+      shown = tree.cut(repr(name), 300)
+      raise ValueError(f"{file}: {key}: {shown} is not a file next to the index")
     if name not in shards:
       if not (file.parent / name).is_file():
         raise FileNotFoundError(f"{file}: {key}: no such file: {file.parent / name}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import pickle
 import sys
 
@@ -221,3 +222,64 @@ def test_clip_finds_the_vocabulary_of_open_clip_without_importing_it(
   (package / "bpe_simple_vocab_16e6.txt.gz").write_bytes(file.read_bytes())
   ids, _ = make_tokenizer("clip", length=8).encode_batch(["a photo of a cat."])
   assert ids.tolist() == [[49406, 320, 1125, 539, 320, 2368, 269, 49407]]
+
+
+def changed_json(path: str, **changes: object) -> str:
+  """The tokenizer.json with other values, as a path."""
+  content = json.loads(pathlib.Path(path).read_text())
+  for name, value in changes.items():
+    content[name].update(value)
+  pathlib.Path(path).write_text(json.dumps(content))
+  return path
+
+
+def test_a_panic_of_the_library_is_an_error_with_the_file(tokenizer_json):
+  changed_json(tokenizer_json, post_processor=dict(special_tokens={}))
+  with pytest.raises(ValueError, match=r"tokenizer\.json': it cannot encode a text: .*no entry"):
+    make_tokenizer("hf", length=4, path=tokenizer_json, pad=0)
+
+
+def test_a_text_at_which_the_library_fails_is_an_ordinary_error(tokenizer_json):
+  made = make_tokenizer("hf", length=4, path=tokenizer_json, pad=0)
+  made.model = PanickingModel()
+  with pytest.raises(ValueError, match="cannot encode a text: no entry found"):
+    made.encode_batch(["a"])
+
+
+class PanickingModel:
+  """Raises what the Rust library raises, which is not an Exception."""
+
+  def encode_batch_fast(self, texts):
+    raise type("PanicException", (BaseException,), {})("no entry found")
+
+
+def test_a_vocabulary_without_unknown_and_an_empty_one_are_refused(tmp_path):
+  path = str(tmp_path / "tokenizer.json")
+  rust.Tokenizer(rust.models.Unigram([("a", 0.0), ("b", -1.0)], 0)).save(path)
+  assert make_tokenizer("hf", length=4, path=path, pad=0).vocab_size == 2
+  changed_json(path, model=dict(unk_id=None))
+  with pytest.raises(ValueError, match=r"tokenizer\.json': it cannot encode .*`unk_id` is missing"):
+    make_tokenizer("hf", length=4, path=path, pad=0)
+  rust.Tokenizer(rust.models.WordLevel({}, unk_token="a")).save(path)
+  with pytest.raises(ValueError, match=r"tokenizer\.json': the vocabulary is empty"):
+    make_tokenizer("hf", length=4, path=path, pad=0)
+
+
+@pytest.mark.parametrize(
+  "name,content,refused",
+  [
+    ("tokenizer_config", dict(additional_special_tokens=3), False),
+    ("tokenizer_config", dict(added_tokens_decoder={"²": dict(content="<x>")}), False),
+    ("tokenizer_config", dict(added_tokens_decoder={"9" * 5000: dict(content="<x>")}), False),
+    ("tokenizer_config", dict(pad_token="\ud83d"), True),
+    ("added_tokens", {"\ud83d": 5}, True),
+  ],
+)
+def test_files_next_to_a_tokenizer_are_refused_by_name(tokenizer_json, name, content, refused):
+  file = pathlib.Path(tokenizer_json).with_name(f"{name}.json")
+  file.write_text(json.dumps(content))
+  if refused:
+    with pytest.raises(ValueError, match=f"{file}: not a JSON object"):
+      make_tokenizer("hf", length=4, path=tokenizer_json, pad=0)
+  else:
+    assert make_tokenizer("hf", length=4, path=tokenizer_json, pad=0).vocab_size == 5

@@ -272,3 +272,14 @@ def test_any_config_is_read_or_refused_by_name(case, tmp_path):
     except (ValueError, FileNotFoundError) as error:
       assert str(path) in str(error), (bad, error)
     file.write_text(good)
+
+
+@pytest.mark.parametrize("name", ["a" * 5_000, "a/b", "..", "\0", "", "é" * 200])
+def test_an_index_that_names_what_cannot_be_a_file_is_refused(tmp_path, name):
+  folder(tmp_path, CLIP, {})
+  (tmp_path / "model.safetensors").unlink()
+  index = tmp_path / "model.safetensors.index.json"
+  index.write_text(json.dumps(dict(weight_map=dict(key=name))))
+  with pytest.raises(ValueError, match=r"key: .* is not a file next to the index") as error:
+    weights.describe(tmp_path)
+  assert str(index) in str(error.value) and len(str(error.value)) < 600

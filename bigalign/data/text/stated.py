@@ -11,11 +11,14 @@ import functools
 import json
 import multiprocessing
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from absl import logging
+
+from bigalign import tree
 
 _LARGEST = 100_000_000  # bytes of a JSON file
 _UNLIMITED = 1_000_000  # transformers writes int(1e30) for "no limit"
@@ -28,7 +31,7 @@ _PLAIN_PIECES = ("T5", "Siglip", "Siglip2", "Gemma", "Llama", "Albert", "BigBird
 _UNSUPPORTED = ("strip_sep_token", "tokenizer_mode", "additional_special_tokens", "reduction_mask")
 _TOKENS = ("pad_token", "eos_token", "bos_token", "cls_token", "sep_token")
 _GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
-_SHOWN = 8  # differences in the log
+_ID = re.compile("[0-9]{1,9}")
 
 
 class Stated(NamedTuple):
@@ -132,7 +135,7 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
     tokens = {
       x["content"]: int(i)
       for i, x in decoder.items()
-      if isinstance(x, Mapping) and isinstance(x.get("content"), str) and str(i).isdigit()
+      if isinstance(x, Mapping) and isinstance(x.get("content"), str) and _ID.fullmatch(i)
     }
     put("added_tokens", tokens, f"{file}: added_tokens_decoder", dict)
   for name in _TOKENS:
@@ -140,8 +143,9 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
   for key in ("additional_special_tokens", "extra_special_tokens"):
     for place, content in ((file, settings), (special_file, special)):
       more = content.get(key)
-      texts = [x.get("content") if isinstance(x, Mapping) else x for x in more or ()]
-      if isinstance(more, list) and texts and all(isinstance(x, str) for x in texts):
+      entries = more if isinstance(more, list) else []
+      texts = [x.get("content") if isinstance(x, Mapping) else x for x in entries]
+      if texts and all(isinstance(x, str) for x in texts):
         put("special_tokens", texts, f"{place}: {key}", list)
   file = folder / "added_tokens.json"
   tokens = {k: v for k, v in read(file).items() if type(v) is int}
@@ -180,6 +184,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
     if file.stat().st_size > _LARGEST:
       raise ValueError(f"{file.stat().st_size} bytes are more than {_LARGEST}")
     value = json.loads(file.read_text("utf-8"))
+    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not a text
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f"{file}: not a JSON object: {error}") from error
   if not isinstance(value, dict):
@@ -209,7 +214,7 @@ def differences(tokenizer: Tokenizer, statements: Statements) -> list[str]:
       if name in statements and statements[name].value != ours
     ),
   ]
-  return [*lines[:_SHOWN], f"… {len(lines)} differences in all"] if len(lines) > _SHOWN else lines
+  return lines
 
 
 def _behaviour(tokenizer: Tokenizer, statements: Statements) -> list[tuple[str, str, Any]]:
@@ -280,7 +285,7 @@ def warn(tokenizer: Tokenizer, statements: Statements) -> None:
   """Logs the differences once, and not again in the processes that read data."""
   lines = differences(tokenizer, statements)
   if lines and multiprocessing.parent_process() is None:
-    _warn_once(f"tokenizer {tokenizer.name!r}: " + "; ".join(lines))
+    _warn_once(f"tokenizer {tokenizer.name!r}: {tree.shown(lines, sep='; ', width=600)}")
 
 
 @functools.lru_cache

@@ -9,7 +9,7 @@ import importlib
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,12 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from bigalign import tree
 from bigalign.data.files import lines
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.text import clip_text, stated
+
+_LONGEST_ERROR = 300  # characters of an error of a library, which may repeat the file
 
 
 class Tokenizer:
@@ -33,6 +36,8 @@ class Tokenizer:
     eos: the id that ends every text, also one that was cut to `length`; None if `_encode` cuts.
     prompt: text before every text.
     truncation_side: where a text that is too long is cut, "left" or "right".
+    from_files: what the files next to that of the option `path` can change, {name: value} that JSON
+      can hold. The option and the content of its own file give all the rest.
   """
 
   vocab_size: int
@@ -43,6 +48,7 @@ class Tokenizer:
 
   def __init__(self, **spec: Any):
     self.spec: dict[str, Any] = spec
+    self.from_files: dict[str, Any] = {}
     self.length: int = spec["length"]
     if self.length < 2:
       raise ValueError(f"tokenizer length={self.length}; at least 2: one token and its end")
@@ -224,6 +230,7 @@ class SentencePiece(Tokenizer):
     self.eos = self._end = end
     own = self.model.pad_id() if self.model.pad_id() >= 0 else end
     self.pad = _token_id(self._chosen(pad, "pad_token", statements), own, option="pad", path=path)
+    self.from_files = dict(pad=self.pad, eos=self.eos)
     stated.warn(self, statements)
 
   def token_id(self, token: str) -> int | None:
@@ -246,14 +253,42 @@ class Rust(Tokenizer):
     model.enable_truncation(self.length, direction=side)
     model.no_padding()
     self.pad, self.eos, self.truncation_side = pad, None, side
-    self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+    ids = model.get_vocab(with_added_tokens=True).values()
+    if not ids:
+      raise ValueError(f"tokenizer path={self.spec['path']!r}: the vocabulary is empty")
+    self.vocab_size = max(ids) + 1
+
+  def _changeable(
+    self, added: Mapping[str, int], normalizer: normalizers.Normalizer | None = None
+  ) -> dict[str, Any]:
+    """The attribute from_files.
+
+    Args:
+      added: {token: id} of the tokens that the files add.
+      normalizer: of the texts; by default that of the model.
+    """
+    normalizer = self.model.normalizer if normalizer is None else normalizer
+    state = json.loads(normalizer.__getstate__()) if normalizer else {}
+    bert = state if state.get("type") == "BertNormalizer" else {}
+    names = dict(lower="lowercase", accents="strip_accents", chinese="handle_chinese_chars")
+    return dict(
+      pad=self.pad,
+      truncation_side=self.truncation_side,
+      added_tokens=f"{len(added)} {tree.shown(f'{token}={i}' for token, i in added.items())}",
+      **{name: bert[key] for name, key in names.items() if key in bert},
+    )
 
   def token_id(self, token: str) -> int | None:
     found: int | None = self.model.token_to_id(token)
     return found
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-    return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts))]
+    try:
+      return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts))]
+    except BaseException as error:
+      if type(error).__name__ != "PanicException":  # of Rust; it is not an Exception
+        raise
+      raise ValueError(f"the library tokenizers cannot encode a text: {error}") from error
 
 
 class WordPiece(Rust):
@@ -286,11 +321,12 @@ class WordPiece(Rust):
     model.post_processor = processors.TemplateProcessing(
       single="[CLS] $A [SEP]", special_tokens=[(s, special[s]) for s in ("[CLS]", "[SEP]")]
     )
-    _add_tokens(model, statements)
+    added = _add_tokens(model, statements)
     self.model = model
     pad = self._chosen(None, "pad_token", statements)
     side = _truncation_side(statements, None)
     self._set(model, pad=special["[PAD]"] if pad is None else pad, side=side)
+    self.from_files = self._changeable(added)
     stated.warn(self, statements)
 
 
@@ -315,9 +351,10 @@ class HuggingFace(Rust):
     try:
       model = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every fault
-      raise ValueError(f"tokenizer path={path!r}: not a tokenizer.json: {error}") from error
+      text = tree.cut(str(error), _LONGEST_ERROR)
+      raise ValueError(f"tokenizer path={path!r}: not a tokenizer.json: {text}") from error
     self.model = model
-    _add_tokens(model, statements)
+    added = _add_tokens(model, statements)
     kind = json.loads(model.normalizer.__getstate__()) if model.normalizer else {}
     if kind.get("type") == "BertNormalizer":  # transformers rebuilds it from tokenizer_config.json
       model.normalizer = _bert_normalizer(
@@ -327,7 +364,9 @@ class HuggingFace(Rust):
         chinese=kind["handle_chinese_chars"],
         clean=kind["clean_text"],
       )
-    if statements.get("text_lower", stated.Stated(False, "")).value:
+    bert = model.normalizer
+    lowered = bool(statements.get("text_lower", stated.Stated(False, "")).value)
+    if lowered:
       model.normalizer = _lowered(model.normalizer)
     named = [model.token_to_id(token) for token in ("[PAD]", "<pad>", "<|pad|>")]
     default = (model.padding or {}).get("pad_id", next((i for i in named if i is not None), -1))
@@ -337,7 +376,12 @@ class HuggingFace(Rust):
     self.prompt = statements["prompt"].value if "prompt" in statements else ""
     if prompt is not None:
       self.prompt = prompt
-    stated.warn(self, statements)
+    self.from_files = dict(self._changeable(added, bert), prompt=self.prompt, text_lower=lowered)
+    try:
+      stated.warn(self, statements)
+    except Exception as error:  # it encodes texts, so that faults of the file show here
+      text = tree.cut(str(error), _LONGEST_ERROR)
+      raise ValueError(f"tokenizer path={path!r}: it cannot encode a text: {text}") from error
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     return super()._encode([self.prompt + text for text in texts] if self.prompt else texts)
@@ -453,12 +497,19 @@ def _truncation_side(statements: stated.Statements, truncation: Any) -> str:
   return side if side in ("left", "right") else "right"
 
 
-def _add_tokens(model: tokenizers.Tokenizer, statements: stated.Statements) -> None:
-  """Adds the stated tokens that the vocabulary lacks, as long as they get the stated ids."""
-  added = statements.get("added_tokens", stated.Stated({}, "")).value
-  for token, i in sorted(added.items(), key=lambda item: item[1]):
+def _add_tokens(model: tokenizers.Tokenizer, statements: stated.Statements) -> dict[str, int]:
+  """Adds the stated tokens that the vocabulary lacks, as long as they get the stated ids.
+
+  Returns:
+    {token: id} of those that were added.
+  """
+  added = {}
+  given = statements.get("added_tokens", stated.Stated({}, "")).value
+  for token, i in sorted(given.items(), key=lambda item: item[1]):
     if model.token_to_id(token) is None and i == model.get_vocab_size(with_added_tokens=True):
       model.add_tokens([tokenizers.AddedToken(token, normalized=False)])
+      added[token] = i
+  return added
 
 
 def _from_spec(spec: dict[str, Any]) -> Tokenizer:
