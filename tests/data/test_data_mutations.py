@@ -236,9 +236,9 @@ def each(
 ) -> mutations.Trial:
   """Reads damaged copies of files, (ending, bytes, options of the source), in turn."""
 
-  def read(n: int, data: bytes) -> str:
+  def read(n: int, data: bytes, name: str) -> str:
     ending, _, options = wholes[n % len(wholes)]
-    own = mutations.fresh(folder / f"{n:06d}")
+    own = mutations.fresh(folder / name)  # new ones, because a file must not change in use
     (own / f"x.{ending}").write_bytes(data)
     found = outcome(f"{own}/x.{ending}", **options)
     shutil.rmtree(own)
@@ -246,10 +246,13 @@ def each(
     return found
 
   for n, (_, data, _) in enumerate(wholes):
-    assert read(n, data) == "read", n
-  return lambda n: read(
-    n, mutations.mutated(wholes[n % len(wholes)][1], np.random.default_rng([seed, n]))
-  )
+    assert read(n, data, f"whole{n}") == "read", n
+
+  def trial(n: int) -> str:
+    whole = wholes[n % len(wholes)][1]
+    return read(n, mutations.mutated(whole, np.random.default_rng([seed, n])), f"{n:06d}")
+
+  return trial
 
 
 TRIALS = dict(images=images, tars=tars, columns=columns_of, rows=rows_of)
@@ -270,7 +273,8 @@ def test_damaged_images_are_read_or_rejected():
 def test_damaged_files_of_samples_are_read_or_refused(name, count):
   tally = mutations.tally(__file__, name, count)
   tally.check(count, seconds=10, memory=256 * MEBIBYTE)
-  assert min(tally.outcomes["read"], tally.outcomes["refused"]) > count / 20
+  usable = tally.outcomes["read"] + tally.outcomes["rejected"]
+  assert min(usable, tally.outcomes["refused"]) > count / 10
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ class Harm:
     return os.mkdir, (str(self.path),)
 
 
-def shapes_of(checkpoint):
-  """Of its towers."""
+def shapes_of(checkpoint, picture=PICTURE):
+  """Of its towers; `picture` is an example of the images."""
   shapes = {}
-  for side, example in (("image", PICTURE), ("text", IDS)):
+  for side, example in (("image", picture), ("text", IDS)):
     if side not in checkpoint.model:
       continue
     given = dict(checkpoint.model[side])

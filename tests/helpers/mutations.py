@@ -186,7 +186,7 @@ def _watch(result: Tally, words: list[str], first: int, end: int, seconds: float
     tempfile.TemporaryDirectory() as folder,
     tempfile.TemporaryFile("w+", errors="replace") as errors,
   ):
-    process = subprocess.Popen(
+    with subprocess.Popen(
       [sys.executable, "-X", "faulthandler", *words, folder],
       env={
         **os.environ,
@@ -196,25 +196,24 @@ def _watch(result: Tally, words: list[str], first: int, end: int, seconds: float
       stdout=subprocess.PIPE,
       stderr=errors,
       text=True,
-    )
-    lines: queue.Queue[str] = queue.Queue()
+    ) as process:
+      lines: queue.Queue[str] = queue.Queue()
 
-    def read() -> None:
-      assert process.stdout is not None
-      for line in process.stdout:
-        lines.put(line)
-      lines.put("")  # the process has ended
+      def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+          lines.put(line)
+        lines.put("")  # the process has ended
 
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
-      fault = _follow(result, lines, first, end, seconds)
-      if fault is None or not fault[0]:
-        process.wait(60)
-    finally:
-      process.kill()
-      process.wait()
-      thread.join()
+      thread = threading.Thread(target=read)
+      thread.start()
+      try:
+        fault = _follow(result, lines, first, end, seconds)
+        if fault is None or not fault[0]:
+          process.wait(60)
+      finally:
+        process.kill()
+        thread.join()
     if fault is None:
       return end
     how, done = fault
@@ -272,7 +271,8 @@ def serve(trials: Mapping[str, Callable[[pathlib.Path], Trial]]) -> None:
     try:
       outcome = trial(n)
     except BaseException as error:  # a panic of a Rust library is not an Exception
-      fault = "".join(traceback.format_exception(error)[-4:])[-3000:]
+      lines = "".join(traceback.format_exception(error)).splitlines()
+      fault = "\n".join(line[:400] for line in lines[-12:])
     seconds = time.monotonic() - began
     report = dict(outcome=outcome, fault=fault, seconds=seconds, memory=_peak())
     output.write(json.dumps(report) + "\n")

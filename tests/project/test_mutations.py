@@ -46,13 +46,13 @@ def test_mutations_are_reproducible_and_of_every_kind():
 def test_mutations_of_json_change_values():
   whole = json.dumps(dict(a=[1, dict(b="c")], d=None)).encode()
   every = [mutations.mutated_json(whole, np.random.default_rng(n)) for n in range(100)]
-  assert len(set(every)) > 50 and whole not in every
+  assert len(set(every)) > 50 and every.count(whole) < 10
 
 
 @pytest.mark.slow
 def test_escapes_crashes_hangs_and_memory_are_counted():
-  tally = mutations.tally(__file__, "faults", 6, seconds=2.0)
-  assert tally.outcomes == {"read": 3} and len(tally.faults) == 3
+  tally = mutations.tally(__file__, "faults", 6, seconds=6.0)
+  assert tally.outcomes == {"read": 3} and len(tally.faults) == 3, tally
   for n, text in enumerate(["SystemExit: an escape", "ended with -6", "it hangs"], 1):
     assert tally.faults[n - 1].startswith(f"input {n}: ") and text in tally.faults[n - 1]
   assert tally.memory > 1 << 27

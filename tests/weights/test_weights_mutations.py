@@ -1,6 +1,6 @@
 """Hundreds of damaged safetensors and npz files: refused by their name, or read as other numbers.
 
-test_weights_fuzz.py and test_weights_npz.py lie in headers on purpose; here any byte can be another.
+In test_weights_fuzz.py and test_weights_npz.py headers lie on purpose; here any byte can change.
 Run as a program, this file tries some of them: PATH NAME FIRST END FOLDER.
 """
 
@@ -12,10 +12,9 @@ import pathlib
 
 import numpy as np
 import pytest
-from helpers import mutations
+from helpers import mutations, small_checkpoints
 from helpers.damaged_files import shapes_of
 from helpers.small_checkpoints import CLIP, clip_keys
-from helpers.small_checkpoints import folder as write_folder
 from helpers.tower_oracles import ROOT
 
 from bigalign import weights
@@ -26,7 +25,7 @@ MEBIBYTE = 1 << 20
 def safetensors(folder: pathlib.Path) -> dict[str, bytes]:
   """{name: bytes} of a CLIP of Hugging Face."""
   arrays = clip_keys()
-  path = write_folder(folder / "clip", CLIP, arrays)
+  path = small_checkpoints.folder(folder / "clip", CLIP, arrays)
   return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
@@ -37,7 +36,7 @@ def sharded(folder: pathlib.Path) -> dict[str, bytes]:
   files = {"config.json": json.dumps(CLIP).encode()}
   for n, part in enumerate((keys[::2], keys[1::2])):
     name = f"model-{n}.safetensors"
-    path = write_folder(folder / f"part{n}", CLIP, {key: arrays[key] for key in part})
+    path = small_checkpoints.folder(folder / f"part{n}", CLIP, {key: arrays[key] for key in part})
     files[name] = (path / "model.safetensors").read_bytes()
     where |= dict.fromkeys(part, name)
   files["model.safetensors.index.json"] = json.dumps(dict(weight_map=where)).encode()
@@ -90,7 +89,9 @@ def checkpoints(folder: pathlib.Path) -> mutations.Trial:
     mutations.fresh(own)
     for name, data in files.items():
       (own / name).write_bytes(data)
-    shapes.append(shapes_of(weights.describe(own / opened)))
+    checkpoint = weights.describe(own / opened)
+    size = checkpoint.layout.data.get("image_size", 16)
+    shapes.append(shapes_of(checkpoint, np.zeros((1, size, size, 3), np.float32)))
     assert read(kind, files) == "read"
 
   def trial(n: int) -> str:
