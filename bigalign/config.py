@@ -159,6 +159,14 @@ def tokenizer_digest(config: Config) -> str:
   return digest(without_defaults(config.data.tokenizer))
 
 
+def tokenizer_files(config: Config) -> dict[str, Any]:
+  """What the files next to that of the tokenizer give, such as the id of padding and a prompt.
+
+  Their content is no part of `tokenizer_digest`, because most of it does not change ids.
+  """
+  return config.data.make_tokenizer().from_files
+
+
 def with_tokenizer_digest(record: Mapping[str, Any]) -> dict[str, Any]:
   """A record of a run whose tokenizer is identified by `tokenizer_digest`.
 

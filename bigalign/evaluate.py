@@ -15,14 +15,20 @@ import rich.table
 from absl import logging
 
 from bigalign import sharding
-from bigalign.config import Config, recorded_config
+from bigalign.config import (
+  Config,
+  recorded_config,
+  tokenizer_digest,
+  tokenizer_files,
+  with_tokenizer_digest,
+)
 from bigalign.data.files.patterns import expand_shards
 from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.options import plain
 from bigalign.program import layout, make_embed, make_program
 from bigalign.run import preemption, runtime
-from bigalign.run.provenance import read_config
+from bigalign.run.provenance import changed_ids, read_config
 from bigalign.run.workdir import Workdir
 from bigalign.state import restore_params
 
@@ -73,6 +79,7 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   number = checkpoints.find(step)
   meta = checkpoints.meta(number)
   config = recorded_config(meta)
+  _warn_of_tokenizer(meta, config, folder.local)
   del meta["config"]
   program = make_program(config, dataset_size=meta["dataset_size"])
   # The machine may differ from the one that trained: the model is replicated on all its devices.
@@ -82,6 +89,20 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   ema = restore_params(checkpoints, number, shapes, shardings, ema=True) if program.ema else {}
   checkpoints.close()
   return Run(folder.local, number, config, meta, mesh, params, ema, make_embed(program.model))
+
+
+def _warn_of_tokenizer(meta: Mapping[str, Any], config: Config, workdir: pathlib.Path) -> None:
+  """Logs that files of the tokenizer changed since the run was trained."""
+  try:
+    changed = changed_ids(meta, {"tokenizer_files": tokenizer_files(config)})
+    if with_tokenizer_digest(meta)["tokenizer"] != tokenizer_digest(config):
+      changed = changed or "config.data.tokenizer: its file has another content than in training"
+  except (OSError, KeyError, ValueError, ImportError):  # whoever needs the tokenizer reports it
+    return
+  if changed:
+    logging.warning(
+      "%s: %s. Texts are embedded with the ids of the present files", workdir, changed
+    )
 
 
 def evaluate(run: Run, evals: Mapping[str, Any]) -> dict[str, float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -252,6 +253,34 @@ def constrain(loss: Loss, trainable: Arrays, before: State) -> Arrays:
     "loss/",
   )
   return {path: bounded.get(path, x) for path, x in trainable.items()}
+
+
+def warn_of_bounds(loss: Loss, state: State, loaded: Iterable[str]) -> None:
+  """Logs which logit scales of checkpoints the first update moves into the bounds of the loss.
+
+  Args:
+    loss: of the run.
+    state: before the first update.
+    loaded: the paths that were loaded from checkpoints.
+  """
+  scalars = {
+    path: x if x.ndim else np.asarray(x)
+    for path, x in {**state.trainable, **state.frozen}.items()
+    if path.startswith("loss/")
+  }
+  params = tree.unflatten(tree.subtree(scalars, "loss/"))
+  bounded = tree.flatten(loss.constrain(params, params), "loss/")
+  for path in sorted(set(loaded) & scalars.keys() & state.trainable.keys()):
+    if path.endswith("/t"):  # the log of the scale
+      theirs, ours = math.exp(scalars[path]), math.exp(bounded[path])
+      if not math.isclose(theirs, ours, rel_tol=1e-3):
+        where = f"config.{path.removesuffix('/t').replace('/', '.')}"
+        logging.warning(
+          "%s: the checkpoint has a logit scale of %.5g, which is outside of the bounds of this"
+          " loss; the first update sets it to %.5g. To keep it, set t_max; to begin with another"
+          " value, set t_init",
+          *(where, theirs, ours),
+        )
 
 
 def stop_if_not_finite(checks: Sequence[StepChecks], step: int) -> None:

@@ -25,6 +25,7 @@ from bigalign.config import (
   resolve_config,
   setup_runtime,
   tokenizer_digest,
+  tokenizer_files,
   with_tokenizer_digest,
   written_model,
 )
@@ -68,6 +69,7 @@ from bigalign.step import (
   diagnose,
   stop_if_not_finite,
   summary,
+  warn_of_bounds,
 )
 from bigalign.weights.init import load
 
@@ -198,6 +200,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
     "dataset_size": dataset_size,
     "data": inputs.fingerprint,
     "tokenizer": tokenizer_digest(options),
+    "tokenizer_files": tokenizer_files(options),
   }
   check_hosts_agree(meta)
   if record:
@@ -222,6 +225,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
       {**shardings.trainable, **shardings.frozen},
     )
     state = init_on_mesh(program, shardings, loaded)
+    warn_of_bounds(program.loss, state, loaded)
     checkpoints.save_frozen(state.frozen)
     samples_seen, lane_rows = 0, stages[0].batch_size
     describe(state, folder.local)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 
 from bigalign import sharding, tree
-from bigalign.config import Config, tokenizer_digest
+from bigalign.config import Config, tokenizer_digest, tokenizer_files
 from bigalign.data.files import checksums
 from bigalign.data.stores import reader
 from bigalign.evals.embed import to_host
@@ -75,7 +75,7 @@ def load_towers(
     if new or not paths:
       raise ValueError(
         f"config.model.{side}: {len(new)} of its {len(paths)} arrays come from no checkpoint"
-        f" ({', '.join(new[:3])} …), so its vectors would be random; name"
+        f" ({tree.shown(new, sep=', ', width=200)}), so its vectors would be random; name"
         f" a checkpoint in config.model.{side}.init, or leave it out with --towers"
       )
     params = {path: loaded[path].astype(compute_dtype(program.model, path)) for path in paths}
@@ -117,7 +117,7 @@ def header(
   before = (
     dict(**config.data.preprocessing(), pixels=config.model.pixels)
     if side == "image"
-    else dict(tokenizer=tokenizer_digest(config))
+    else dict(tokenizer=tokenizer_digest(config), tokenizer_files=tokenizer_files(config))
   )
   return dict(
     side=side,
@@ -140,10 +140,12 @@ def like_stored(folder: pathlib.Path, expected: Mapping[str, Any]) -> dict[str, 
   """A header whose tower is written like that of an existing store, if both mean the same.
 
   A store that was written when an option did not exist, or by a config that gave fewer, has the
-  default of that option.
+  default of that option. Older stores do not say what files next to the tokenizer gave.
   """
   path = folder / "header.json"
   stored = checksums.read_json(path) if path.exists() else {}
+  if stored and "tokenizer_files" not in stored:
+    expected = {name: value for name, value in expected.items() if name != "tokenizer_files"}
   tower = stored.get("tower") or {}
   known = "tower" in expected and tower.get("name") in TOWERS
   if known and _tower(tower) == expected["tower"]:

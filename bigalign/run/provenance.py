@@ -174,6 +174,32 @@ def check_data(
         f"{what}: not what {workdir} was trained on (fingerprint {meta[key]}, was {recorded[key]});"
         " choose another --workdir, or pass --allow_config_change to resume with the new"
       )
+  changed = changed_ids(recorded, meta)
+  if changed and not allow:
+    raise ValueError(
+      f"{changed}. Restore the files that {workdir} was trained with, choose another --workdir, or"
+      " pass --allow_config_change to resume with other ids"
+    )
+
+
+def changed_ids(recorded: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+  """Says what the files next to the tokenizer give now and did not give when a run was recorded.
+
+  Args:
+    recorded: the JSON of a checkpoint; older ones do not hold it.
+    meta: the same of this start.
+
+  Returns:
+    Both values of all that differ; "" if nothing does.
+  """
+  was, now = (x.get("tokenizer_files") or {} for x in (recorded, meta))
+  changed = [f"{k}: was {was[k]!r}, now {now[k]!r}" for k in was if k in now and was[k] != now[k]]
+  if not changed:
+    return ""
+  return (
+    "config.data.tokenizer: files next to its own file (such as tokenizer_config.json) give other"
+    f" ids: {tree.shown(changed, sep='; ', width=400)}"
+  )
 
 
 def check_hosts_agree(meta: Mapping[str, Any]) -> None:

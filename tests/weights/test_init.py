@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import jax
@@ -21,6 +22,8 @@ from bigalign.config import resolve_config
 from bigalign.evaluate import open_run
 from bigalign.model import PIXELS, unit
 from bigalign.program import init_on_mesh, layout, make_program
+from bigalign.state import State
+from bigalign.step import warn_of_bounds
 from bigalign.towers.resnet import ResnetOptions
 from bigalign.train import train
 from bigalign.weights import files, init, slices
@@ -296,6 +299,33 @@ def test_the_scale_and_bias_of_the_checkpoint(clip):
   assert "loss/siglip/b" not in loaded, "a CLIP has no bias"
   _, loaded = load_all(given, loss=dict(clip=dict(t_init=10.0)))
   assert "loss/clip/t" not in loaded
+
+
+@pytest.mark.parametrize(
+  "scale,t_max,said",
+  [
+    (117.33, 100.0, "117.33, .* sets it to 100"),
+    (0.5, 100.0, "0.5, .* sets it to 1"),
+    (100.001, 100.0, ""),
+    (117.33, None, ""),
+    (117.33, 120.0, ""),
+  ],
+)
+def test_a_scale_outside_of_the_bounds_of_the_loss_is_named(scale, t_max, said, caplog):
+  values = load("tiny").to_dict() | dict(loss=dict(clip=dict(t_max=t_max), siglip={}))
+  loss = make_program(resolve_config(values), dataset_size=100).loss
+  t, b = jnp.float32(np.log(scale)), jnp.float32(-10.0)
+  trainable = {"loss/clip/t": t, "loss/siglip/t": t, "loss/siglip/b": b, "model/x": b}
+  warn_of_bounds(loss, State(0, trainable, {}, {}, (), ()), [*trainable])
+  texts = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+  assert len(texts) == bool(said)
+  if said:
+    assert re.match(rf"config\.loss\.clip: the checkpoint has a logit scale of {said}", texts[0])
+  caplog.clear()
+  warn_of_bounds(loss, State(0, trainable, {}, {}, (), ()), [])  # the config gives the first value
+  frozen = {path: trainable.pop(path) for path in ("loss/clip/t",)}  # no update moves it
+  warn_of_bounds(loss, State(0, trainable, frozen, {}, (), ()), [*frozen])
+  assert not [x for x in caplog.records if x.levelname == "WARNING"]
 
 
 def weights_of(path):

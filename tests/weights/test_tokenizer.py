@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as rust
+from helpers.shipped import load
 from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
 
 from bigalign import weights
-from bigalign.config import resolve_config
+from bigalign.config import resolve_config, tokenizer_digest, tokenizer_files
+from bigalign.data.files import checksums
 from bigalign.data.text import stated
 from bigalign.data.text.tokenizers import make_tokenizer
+from bigalign.evaluate import _warn_of_tokenizer
+from bigalign.frozen.towers import like_stored
+from bigalign.options import plain
+from bigalign.run import provenance
 from bigalign.weights import tokenizer
 
 SIGLIP = dict(
@@ -279,3 +286,107 @@ def test_a_damaged_file_is_named(tmp_path):
   (tmp_path / "bert/tokenizer_config.json").write_text("[1]")
   with pytest.raises(ValueError, match=r"tokenizer_config\.json: not a JSON object"):
     make_tokenizer("hf", path=path, length=6)
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog"]
+OTHER_IDS = {
+  "padding": ("hf", dict(tokenizer_config=dict(pad_token="[UNK]")), "pad: was 0, now 1"),
+  "case": (
+    "hf",
+    dict(tokenizer_config=dict(do_lower_case=False)),
+    "lower: was True, now False",
+  ),
+  "case of the text": (
+    "hf",
+    dict(sentence_bert_config=dict(do_lower_case=True)),
+    "text_lower: was False, now True",
+  ),
+  "an added token": (
+    "hf",
+    dict(added_tokens={"<new>": 10}),
+    r"added_tokens: was '0 \[\]', now .*'<new>=10'",
+  ),
+  "side": (
+    "hf",
+    dict(tokenizer_config=dict(truncation_side="left")),
+    "truncation_side: was 'right', now 'left'",
+  ),
+  "prompt": (
+    "hf",
+    dict(
+      modules=[],
+      config_sentence_transformers=dict(prompts=dict(q="query: "), default_prompt_name="q"),
+    ),
+    "prompt: was '', now 'query: '",
+  ),
+  "accents": (
+    "wordpiece",
+    dict(tokenizer_config=dict(strip_accents=False)),
+    "accents: was None, now False",
+  ),
+  "padding of wordpiece": (
+    "wordpiece",
+    dict(special_tokens_map=dict(pad_token="[SEP]")),
+    "pad: was 0, now 3",
+  ),
+  "pieces": (
+    "sentencepiece",
+    dict(tokenizer_config=dict(pad_token="</s>", eos_token="<unk>")),
+    "pad: was 0, now 1; eos: was 1, now 2",
+  ),
+}
+
+
+@pytest.mark.parametrize("name,files,said", OTHER_IDS.values(), ids=OTHER_IDS)
+def test_a_resumed_run_notices_other_ids_from_files(tmp_path, pieces, name, files, said):
+  home = tmp_path / "tokenizer"
+  path = bert_json(home)
+  if name == "wordpiece":
+    path = str(home / "vocab.txt")
+    pathlib.Path(path).write_text("\n".join(WORDS) + "\n")
+  if name == "sentencepiece":
+    path = shutil.copy(pieces, home)
+  options = dict(name=name, path=path, length=6)
+
+  def recorded():
+    config = resolve_config(
+      load("tiny").to_dict() | dict(data=dict(source="x", image_size=8, tokenizer=options))
+    )
+    names = dict(tokenizer=tokenizer_digest(config), tokenizer_files=tokenizer_files(config))
+    return dict(data="", **names)
+
+  before = recorded()
+  write(home, special_tokens_map=dict(mask_token="[MASK]"), tokenizer_config=dict(a="b"))
+  provenance.check_data(before, json.loads(json.dumps(recorded())), tmp_path, False)
+  write(home, **files)
+  now = json.loads(json.dumps(recorded()))
+  with pytest.raises(ValueError, match=rf"give other ids: .*{said}.*--allow_config_change"):
+    provenance.check_data(before, now, tmp_path, False)
+  provenance.check_data(before, now, tmp_path, True)
+  older = {key: value for key, value in before.items() if key != "tokenizer_files"}
+  provenance.check_data(older, now, tmp_path, False)
+  # Stores of texts know it too, and older ones stay usable.
+  (tmp_path / "header.json").write_text(json.dumps(checksums.seal(dict(tokenizer="1"))))
+  assert like_stored(tmp_path, dict(tokenizer="1", tokenizer_files=now)) == dict(tokenizer="1")
+
+
+def test_evaluating_with_other_ids_than_in_training_warns(tmp_path, warnings):
+  path = bert_json(tmp_path / "tokenizer")
+  options = dict(name="hf", path=path, length=6)
+  values = load("tiny").to_dict() | dict(data=dict(source="x", image_size=8, tokenizer=options))
+  config = resolve_config(values)
+  files = tokenizer_files(config)
+  meta = dict(config=plain(config), tokenizer=tokenizer_digest(config), tokenizer_files=files)
+  _warn_of_tokenizer(meta, config, tmp_path)
+  assert not warnings()
+  write(tmp_path / "tokenizer", tokenizer_config=dict(pad_token="[UNK]"))
+  _warn_of_tokenizer(meta, config, tmp_path)
+  assert "pad: was 0, now 1. Texts are embedded with the ids of the present files" in warnings()[-1]
+  (tmp_path / "tokenizer/tokenizer_config.json").unlink()
+  bert_json(tmp_path / "tokenizer", enable_padding=dict(pad_id=0, length=4))
+  _warn_of_tokenizer(meta, config, tmp_path)
+  assert "its file has another content than in training" in warnings()[-1]
+  pathlib.Path(path).unlink()
+  before = len(warnings())
+  _warn_of_tokenizer(meta, config, tmp_path)
+  assert len(warnings()) == before
