@@ -150,6 +150,11 @@ def open_tensors(path: str | pathlib.Path) -> Tensors:
   )
 
 
+def _short(error: BaseException) -> str:
+  """The text of an error; zipfile repeats names, which may be a part of the data."""
+  return tree.cut(str(error), 300)
+
+
 def is_name(value: Any) -> bool:
   """Returns whether a value in a file can be the name of a file or folder next to it."""
   if not isinstance(value, str) or value in ("", "..") or "\0" in value:
@@ -319,7 +324,7 @@ def _npz(file: pathlib.Path) -> dict[str, Entry]:
   try:
     archive = zipfile.ZipFile(file)
   except _DAMAGE as error:
-    raise ValueError(f"{file}: not an npz file: {error}") from error
+    raise ValueError(f"{file}: not an npz file: {_short(error)}") from error
   with archive:
     for info in archive.infolist():
       key = info.filename.removesuffix(".npy")
@@ -327,7 +332,7 @@ def _npz(file: pathlib.Path) -> dict[str, Entry]:
         with archive.open(info) as f:
           shape, _, dtype = _npy_header(f)
       except _DAMAGE as error:
-        raise ValueError(f"{file}: {key}: {error}") from error
+        raise ValueError(f"{file}: {tree.cut(key, 200)}: {_short(error)}") from error
       if key in entries:
         raise ValueError(f"{file}: {key}: duplicate key")
       if math.prod(shape) * dtype.itemsize > info.file_size:
@@ -373,7 +378,7 @@ def _read_npz(entry: Entry, key: str) -> np.ndarray:
       while len(data) <= size and (part := f.read(2**20)):  # to the end: zipfile checks the CRC
         data += part
   except _DAMAGE as error:
-    raise ValueError(f"{entry.file}: {key}: {error}") from error
+    raise ValueError(f"{entry.file}: {tree.cut(key, 200)}: {_short(error)}") from error
   if shape != entry.shape or dtype != entry.dtype or len(data) != size:
     raise ValueError(f"{entry.file}: {key}: {dtype} {shape} does not fit the data that follows")
   return np.frombuffer(data, dtype).reshape(shape, order="F" if columns else "C")

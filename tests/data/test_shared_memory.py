@@ -177,6 +177,7 @@ def test_workers_survive_a_sigterm_to_all_processes_while_they_start():
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_twenty_workers_killed_at_random_times_are_named():
   draw = random.Random(0)
   for _ in range(20):

@@ -133,6 +133,16 @@ def test_a_small_file_that_unpacks_to_much_is_refused(siglip, tmp_path):
     assert str(file) in message and key in message
 
 
+def test_an_error_about_an_archive_does_not_repeat_its_data(siglip, tmp_path):
+  """zipfile shows the name in a header, whose length may reach into the arrays."""
+  good, _, shapes, _ = siglip
+  data, file = bytearray(good.read_bytes()), tmp_path / "bad.npz"
+  data[26:28] = (50_000).to_bytes(2, "little")
+  file.write_bytes(data)
+  message = refused(file, shapes)
+  assert str(file) in message and "characters)" in message and len(message) < 1_000
+
+
 def resnet_keys():
   """{key: shape} of a ResNet-14, as torch saves it."""
   convs = {"conv1": (16, 3, 3, 3), "linear": (10, 64)}
