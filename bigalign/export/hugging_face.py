@@ -108,8 +108,9 @@ def _dual(text: Callable[[TrainedModel], dict[str, Any]], trained: TrainedModel)
   options = trained.image
   kind = "dinov2_with_registers" if options.registers else "dinov2"
   kind = "vit" if options.pool == "pooler" else kind
-  ratio = round(options.sizes.hidden / options.sizes.width)
-  vision = _vision(kind, trained) | dict(mlp_ratio=ratio)
+  vision = _vision(kind, trained)
+  if kind != "vit":
+    vision |= dict(mlp_ratio=round(options.sizes.hidden / options.sizes.width))
   if options.registers:
     vision |= dict(num_register_tokens=options.registers)
   return dict(

@@ -176,13 +176,17 @@ def _config(folder: pathlib.Path, tensors: files.Tensors) -> tuple[str, str, Map
 
 
 def _with_heads(config: Any, where: str, extra: dict[str, dict[str, Any]]) -> Any:
-  """open_clip's config with the number of heads that the caller gives."""
+  """open_clip's config with the number of heads that the caller gives.
+
+  Only towers of timm and Hugging Face need it: the config of open_clip's own ones states it.
+  """
   if not isinstance(config, Mapping):
     raise ValueError(f"{where}: must be an object")
   config = dict(config)
-  for side, name in (("image", "vision_cfg"), ("text", "text_cfg")):
+  sides = (("image", "vision_cfg", "timm_model_name"), ("text", "text_cfg", "hf_model_name"))
+  for side, name, borrowed in sides:
     given = config.get(name)
-    if "heads" in extra[side] and isinstance(given, Mapping):
+    if "heads" in extra[side] and isinstance(given, Mapping) and borrowed in given:
       config[name] = {**given, "heads": extra[side]["heads"]}
   return config
 

@@ -42,9 +42,13 @@ def vit(
   layer_norm_eps: float = 1e-12,
   qkv_bias: bool = True,
   pooler_act: str = "tanh",
+  mlp_ratio: Any = None,
   **_: Any,
 ) -> Layout:
-  """The layout of ViTModel, without the classifier of a ViTForImageClassification."""
+  """The layout of ViTModel, without the classifier of a ViTForImageClassification.
+
+  ViTModel ignores `mlp_ratio`, which exports of earlier versions have.
+  """
   if pooler_act != "tanh":
     raise ValueError(f"pooler_act: {pooler_act!r}; known: 'tanh'")
   prefix = prefix or find_prefix(shapes, "vit.")

@@ -91,7 +91,7 @@ def test_a_run_counts_writes_down_and_stops(tmp_path):
   for line in found:
     assert line["shard"] == bad and line["index"] == 30 + line["ordinal"]
     assert line["ordinal"] % 5 == 0
-    assert line["reason"] == "undecodable" and "<html>" in line["detail"]
+    assert line["reason"] == "undecodable" and "an HTML page" in line["detail"]
     assert line["key"] == f"bad/bad.tar/{100 + line['ordinal']:06d}"
 
 

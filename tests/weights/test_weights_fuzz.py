@@ -205,8 +205,8 @@ def test_damaged_configs_are_refused(clip, tmp_path, side, keys):
   [
     ("vision_config", "hidden_size", 24, "vision_model.pre_layrnorm.weight [12]"),
     ("vision_config", "intermediate_size", 21, "layers.0.mlp.fc1.weight [20, 12]"),
-    ("vision_config", "num_hidden_layers", 3, "vision_model.encoder.layers.2.mlp.fc1.weight"),
-    ("vision_config", "num_hidden_layers", 1, "vision_model.encoder.layers.1.mlp.fc1.weight"),
+    ("vision_config", "num_hidden_layers", 3, "vision_model.encoder.layers.2.layer_norm1.weight"),
+    ("vision_config", "num_hidden_layers", 1, "vision_model.encoder.layers.1.layer_norm1.weight"),
     ("vision_config", "patch_size", 8, "patch_embedding.weight [12, 3, 4, 4]"),
     ("text_config", "vocab_size", 2**24, "token_embedding.weight [48000, 8]"),
     ("text_config", "max_position_embeddings", 7, "position_embedding.weight [6, 8]"),
