@@ -400,7 +400,7 @@ class Checkpoints:
       names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
       before = [int(name) for name in names if name.isdecimal() and int(name) < step]
       older = f"the run then resumes from {self.folder / str(max(before, default=0))}."
-      without = "there is no older one, so the run then starts again."
+      without = "it is the oldest one, so the run then starts again."
       return f"Move this folder away; {older if before else without}"
 
     return _name_damaged(self.folder / str(step), way_on)
@@ -423,7 +423,7 @@ class Checkpoints:
 def _name_damaged(folder: epath.Path, way_on: Callable[[], str]) -> Iterator[None]:
   """Names a damaged checkpoint in orbax's error, which can be of any type, and says what to do.
 
-  Errors that have another cause than the checkpoint pass: nobody should move a good one away.
+  Errors with another cause pass unchanged, so that users do not move a good checkpoint away.
   """
   try:
     yield

@@ -38,6 +38,13 @@ def between(where: str, least: float, most: float = math.inf, **numbers: float) 
       raise ValueError(f"{where}.{name}={value!r} must be {bound}")
 
 
+def below_one(where: str, **numbers: float) -> None:
+  """Raises ValueError, naming `where` and the option, for a number not in [0, 1)."""
+  for name, value in numbers.items():
+    if not 0 <= value < 1:
+      raise ValueError(f"{where}.{name}={value!r} must be at least 0 and below 1")
+
+
 def above_zero(where: str, most: float = math.inf, **numbers: float) -> None:
   """Raises ValueError, naming `where` and the option, for a number not in (0, most]."""
   for name, value in numbers.items():

@@ -162,7 +162,7 @@ def tokenizer_digest(config: Config) -> str:
 def tokenizer_files(config: Config) -> dict[str, Any]:
   """What the files next to that of the tokenizer give, such as the id of padding and a prompt.
 
-  Their content is no part of `tokenizer_digest`, because most of it does not change ids.
+  `tokenizer_digest` does not cover these files, because most of their content does not change ids.
   """
   return config.data.make_tokenizer().from_files
 

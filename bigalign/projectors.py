@@ -25,8 +25,7 @@ class Projector(nn.Module):
       if getattr(self, name, None) is not None:
         checks.between(where, 1, **{name: getattr(self, name)})
     for name in ("dropout", "hidden_dropout"):
-      if not 0 <= (rate := getattr(self, name, 0.0)) < 1:
-        raise ValueError(f"{where}.{name}={rate!r} must be at least 0 and below 1")
+      checks.below_one(where, **{name: getattr(self, name, 0.0)})
     dtype = getattr(self, "dtype", "float32")
     if isinstance(dtype, str):
       checks.known(f"{where}.dtype", dtype, DTYPES)

@@ -49,7 +49,7 @@ from bigalign.program import (
 )
 from bigalign.run import disk, preemption, runtime
 from bigalign.run.flags import config_name, define_flags, parse_flags, profile_span
-from bigalign.run.metrics import MetricWriter, Progress
+from bigalign.run.metrics import DIAGNOSE, EVALUATE, MetricWriter, Progress
 from bigalign.run.provenance import (
   check_config,
   check_data,
@@ -72,9 +72,6 @@ from bigalign.step import (
   warn_of_bounds,
 )
 from bigalign.weights.init import load
-
-# Work after an update that a run which was asked to stop leaves to the next start.
-DIAGNOSE, EVALUATE = "diagnose", "evaluate"
 
 
 def train(

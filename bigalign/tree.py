@@ -148,7 +148,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shown(names: Iterable[Any], *, sep: str = "", width: int = 80) -> str:
-  """Returns a list as text, for an error: of many entries the first 8 and the number of the others.
+  """Returns a list as text, for an error: its first 8 entries and the number of the others.
 
   >>> shown(range(10)), shown("abc", sep=", ")
   ('[0, 1, 2, 3, 4, 5, 6, 7] and 2 more', 'a, b, c')
@@ -165,5 +165,5 @@ def shown(names: Iterable[Any], *, sep: str = "", width: int = 80) -> str:
 
 
 def cut(text: str, most: int) -> str:
-  """Returns a text without what is beyond `most` characters; says how long it was."""
+  """Returns a text; if it is longer than `most` characters, its beginning and its length."""
   return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

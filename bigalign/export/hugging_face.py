@@ -174,7 +174,7 @@ def _files(fitted: Fitted, trained: TrainedModel) -> dict[str, Any]:
   processor = dict(
     do_convert_rgb=True,
     do_resize=True,
-    resample={"bicubic": 3, "bilinear": 2}[trained.data.interpolation],
+    resample=int(Image.Resampling[trained.data.interpolation.upper()]),
     do_rescale=True,
     rescale_factor=1 / 255,
     do_normalize=True,

@@ -210,7 +210,7 @@ def cca(fit: Moments, choose: Moments, dims: int = 256) -> tuple[Map, Map]:
   other = _about(choose, mx, my)
   sides = [np.linalg.eigh(c) for c in (xx, yy)]
   # Beyond the rank of a side, directions have no variance and no correlation (0 / 0).
-  # The covariance is a difference of second moments, whose size its rounding errors follow.
+  # A covariance is a difference of second moments, so its rounding errors grow with the moments.
   ranks = [
     int((v > max(v[-1], np.trace(moment) / fit.n) * len(v) * np.finfo(v.dtype).eps).sum())
     for (v, _), moment in zip(sides, (fit.xx, fit.yy))

@@ -152,8 +152,8 @@ def _fingerprint(source: Source, data: DataOptions, *, places: bool = False) -> 
   Args:
     source: whose own fingerprint covers the samples and the view.
     data: config.data.
-    places: with the folders in the options, as older versions did, so that their stores are known.
-      Otherwise a dataset that was moved is the same one.
+    places: whether the folders in the options count, as in older versions; it finds their stores.
+      Without them, a dataset that was moved has the same fingerprint.
   """
 
   def options_of(values: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -113,8 +113,8 @@ def table_mask(loss: Loss, state: State) -> Any:
 def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
   """The sum of weight * loss; each term has parameters, state and metrics under its own name.
 
-  The losses get features and fields of the batch in float32, if they come in fewer bits. The total
-  is logged as "loss". A single term logs its metrics under their own names, as open_clip
+  Features and batch fields of fewer bits are converted to float32 for the losses. The total is
+  logged as "loss". A single term logs its metrics under their own names, as open_clip
   does ("contrastive_loss", "logit_scale"); several terms log theirs as "<name>/<metric>".
 
   Args:

@@ -22,7 +22,7 @@ def check(name: str, t_init: float, t_max: float | None, *, learned: bool = True
     learned: whether the scale is learned; a constant one has no bounds.
 
   Raises:
-    ValueError: for a first value that is not in the bounds, or bounds without a value.
+    ValueError: if t_max is below 1, or t_init is not positive or not within the bounds.
   """
   where = f"config.loss.{name}"
   checks.above_zero(where, t_init=t_init)

@@ -178,7 +178,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"The largest batch that fits is about {guess:,} pairs; --largest_batch compiles it")
   if values.sweep:
     changes = combinations(with_changes(config, **asked), values.sweep, result["devices"])
-    result["sweep"] = sweep(changes, lambda **some: plan_run(**{**asked, **some}))
+    result["sweep"] = sweep(changes, functools.partial(plan_run, **asked))
     print(table.format_sweep(result["sweep"]))
   if values.json:
     pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")

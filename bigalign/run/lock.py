@@ -21,6 +21,8 @@ from typing import Any
 
 from absl import logging
 
+from bigalign.data.files import storage
+
 FILE = "lock"
 BEAT = 15.0  # seconds between two counts
 STALE = 3 * BEAT  # seconds without a count after which a holder counts as dead
@@ -88,10 +90,8 @@ class WorkdirLock:
     """
     if not (fresh or self._local) and time.monotonic() - self._seen < 2 * BEAT:
       return
-    holder = None
-    with contextlib.suppress(FileNotFoundError):
-      same = not self._local or os.stat(self._path).st_ino == os.fstat(self._descriptor).st_ino
-      holder = self._read() if same else None
+    same = not self._local or storage.is_at(self._descriptor, self._path)
+    holder = self._read() if same else None
     if holder is None or holder.get("id") != self._me["id"]:
       what = f"taken over by {_who(holder)}" if holder else "deleted, moved or replaced"
       raise WorkdirLost(
@@ -127,10 +127,9 @@ class WorkdirLock:
         raise self._in_use(holder) from None
       except OSError:  # some network file systems have no locks
         locked = False
-      with contextlib.suppress(FileNotFoundError):
-        if os.stat(self._path).st_ino == os.fstat(descriptor).st_ino:
-          self._descriptor = descriptor
-          return locked
+      if storage.is_at(descriptor, self._path):
+        self._descriptor = descriptor
+        return locked
       os.close(descriptor)  # the holder deleted it in between
 
   def _in_use(self, holder: dict[str, Any] | None) -> WorkdirInUse:
@@ -152,7 +151,7 @@ class WorkdirLock:
         raise self._in_use(now)
 
   def _read(self) -> dict[str, Any] | None:
-    """The holder; None if there is no file, or an empty one."""
+    """The holder; None if the file is missing or empty."""
     with contextlib.suppress(FileNotFoundError):
       for _ in range(3):
         # Opened anew each time: a network file system need not show what another machine has

@@ -22,6 +22,8 @@ from absl import logging
 from bigalign.data.files import storage
 
 FILE = "metrics.jsonl"
+# What follows an update; a run that is asked to stop leaves it to its next start.
+DIAGNOSE, EVALUATE = "diagnose", "evaluate"
 _NON_FINITE: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 # Metrics measured in wall time: this prefix and these names. They differ between a run and its
 # repetition; all other metrics are equal to the bit after a resume.
@@ -109,10 +111,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-  """Which part of a step wrote a row: "log", "diagnose" or "evaluate"."""
+  """Which part of a step wrote a row: "log", DIAGNOSE or EVALUATE."""
   if any(name.startswith(WALL_CLOCK_PREFIX) for name in row):
     return "log"
-  return "diagnose" if any(name.startswith("train/") for name in row) else "evaluate"
+  return DIAGNOSE if any(name.startswith("train/") for name in row) else EVALUATE
 
 
 def _rewind(path: pathlib.Path, step: int | None, repeats: Collection[str] = ()) -> None:
@@ -163,7 +165,7 @@ class MetricWriter:
       tensorboard: write event files to workdir/tensorboard.
       wandb: options of wandb.init ({} for its defaults), or None for no W&B.
       resume_step: the restored step; later rows are cut. None for a run from the start.
-      repeats: "diagnose", "evaluate": rows of the restored step that will be written again.
+      repeats: DIAGNOSE, EVALUATE: rows of the restored step that will be written again.
 
     Raises:
       ImportError: if W&B is requested and not installed.

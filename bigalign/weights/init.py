@@ -21,11 +21,14 @@ from jax.sharding import NamedSharding
 
 from bigalign import tree
 from bigalign.data.files.patterns import expand_variables
+from bigalign.data.image.reading import ImageReading
 from bigalign.options import plain
 from bigalign.weights import Checkpoint, describe, open_clip, tokenizer, transfer, views
 
 SIDES = ("image", "text")
-_VIEW: dict[str, Any] = dict(resize="squash", resize_edge=None, interpolation="bicubic")
+_VIEW: dict[str, Any] = {
+  option: getattr(ImageReading, option) for option in ("resize", "resize_edge", "interpolation")
+}
 _WORDS = ("init", "fresh", "drop")
 _OWN = {"image": ("image", "pixels"), "text": ("text",)}  # options that come with a single tower
 _SIZE = ("width", "depth", "heads", "mlp_ratio")  # the options that a variant sets
@@ -103,28 +106,19 @@ def view_options(
     `data` with resize, resize_edge and interpolation, as far as it does not give them itself; a
     warning shows what differs.
   """
-  stores = data.get("stores")
-  pretrained = "init" in model or (_is_tower(model, "image") and "init" in model["image"])
-  if not pretrained or (isinstance(stores, Mapping) and stores.get("image")):
-    return dict(data)
-  if record and record["model"] == model:
-    was = record["config"]["data"]
+  was, checkpoint = _origin(model, data, record, "image")
+  if was is not None:
     return {**{x: was[x] for x in _VIEW if was.get(x) is not None}, **data}
-  try:
-    parts = [x for x in _pretrained_parts(model) if x.side in ("", "image")]
-  except (FileNotFoundError, KeyError):
-    parts = []
-  view = parts[0].checkpoint.view if parts else None
+  view = None if checkpoint is None else checkpoint.view
   if view is None:
     return dict(data)
-  same_size = data.get("image_size") == view.size
+  # The edge belongs to the stated size, and only "shortest" has one.
+  takes_edge = data.get("image_size") == view.size and data.get("resize") in (None, "shortest")
   missing = {
     key: value
     for key, value in view.options.items()
-    if data.get(key) is None and value is not None and (key != "resize_edge" or same_size)
+    if data.get(key) is None and value is not None and (takes_edge or key != "resize_edge")
   }
-  if data.get("resize") not in (None, "shortest"):
-    missing.pop("resize_edge", None)
   if missing:
     logging.info("config.data: %s, as %s states", missing, view.where)
   full = {**_VIEW, **{k: v for k, v in data.items() if v is not None}, **missing}
@@ -151,22 +145,38 @@ def tokenizer_options(
     `data`, its tokenizer completed; unchanged if no checkpoint gives the text tower, its files are
     missing, or stores hold the texts.
   """
-  given, stores = data.get("tokenizer"), data.get("stores")
-  if not isinstance(given, Mapping) or (isinstance(stores, Mapping) and stores.get("text")):
+  given = data.get("tokenizer")
+  if not isinstance(given, Mapping):
     return dict(data)
-  pretrained = "init" in model or (_is_tower(model, "text") and "init" in model["text"])
-  if not pretrained:
+  was, checkpoint = _origin(model, data, record, "text")
+  if was is not None:
+    return {**data, "tokenizer": tokenizer.as_recorded(given, was["tokenizer"])}
+  if checkpoint is None:
     return dict(data)
+  return {**data, "tokenizer": tokenizer.completed(checkpoint, given)}
+
+
+def _origin(
+  model: Mapping[str, Any], data: Mapping[str, Any], record: Mapping[str, Any] | None, side: str
+) -> tuple[Mapping[str, Any] | None, Checkpoint | None]:
+  """What completes config.data for a tower: config.data of the run that resumes, or a checkpoint.
+
+  Returns:
+    One of the two; the other is None. Both are None if no checkpoint gives the tower, stores hold
+    its inputs, or the checkpoint's files are missing.
+  """
+  stores = data.get("stores")
+  stored = isinstance(stores, Mapping) and stores.get(side)
+  pretrained = "init" in model or (_is_tower(model, side) and "init" in model[side])
+  if stored or not pretrained:
+    return None, None
   if record and record["model"] == model:
-    was = record["config"]["data"]["tokenizer"]
-    return {**data, "tokenizer": tokenizer.as_recorded(given, was)}
+    return record["config"]["data"], None
   try:
-    parts = [x for x in _pretrained_parts(model) if x.side in ("", "text")]
+    parts = [x for x in _pretrained_parts(model) if x.side in ("", side)]
   except (FileNotFoundError, KeyError):
     parts = []
-  if not parts:
-    return dict(data)
-  return {**data, "tokenizer": tokenizer.completed(parts[0].checkpoint, given)}
+  return None, parts[0].checkpoint if parts else None
 
 
 def options_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:

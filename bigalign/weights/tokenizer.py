@@ -10,7 +10,7 @@ from absl import logging
 
 from bigalign.data.text import stated
 from bigalign.data.text.stated import Stated
-from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer, make_tokenizer
+from bigalign.data.text.tokenizers import Tokenizer, make_tokenizer
 from bigalign.weights import Checkpoint
 
 _FILLED = {"sentencepiece": ("pad", "eos"), "hf": ("pad", "prompt")}
@@ -50,7 +50,7 @@ def completed(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any
       )
       options[option] = value
   if options != given:
-    tokenizer = TOKENIZERS[name](**{k: v for k, v in options.items() if k != "name"})
+    tokenizer = make_tokenizer(**options)
   stated.warn(tokenizer, statements)
   unknown = "pad_token" not in statements and given.get("pad") is None
   if unknown and _padding_matters(checkpoint.model["text"]):
@@ -156,7 +156,7 @@ def _open_clip(folder: pathlib.Path) -> dict[str, Stated]:
       statements["lower"] = Stated(lower, f"{place}lower")
     if own or bare:
       statements["canonicalize"] = Stated(bare, f"{place}canonicalize")
-  for key in ("strip_sep_token", "tokenizer_mode", "additional_special_tokens", "reduction_mask"):
+  for key in stated.UNSUPPORTED:
     value = settings.get(key, text.get(key))
     if value:
       statements[key] = Stated(value, f"{where}: tokenizer_kwargs: {key}")

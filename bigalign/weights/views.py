@@ -172,13 +172,13 @@ def differences(view: View, data: Mapping[str, Any]) -> list[str]:
     view: of the checkpoint.
     data: image_size, resize, resize_edge and interpolation.
   """
-  ours, theirs = dict(data), dict(view.options)
+  theirs = dict(view.options)
   if view.size != data["image_size"]:
     theirs.pop("resize_edge", None)  # the edge belongs to the size
   lines = [
-    f"config.data.{key} is {ours[key]!r}, but {view.where} states {value!r}"
+    f"config.data.{key} is {data[key]!r}, but {view.where} states {value!r}"
     for key, value in theirs.items()
-    if ours[key] != value
+    if data[key] != value
   ]
   if view.size is not None and view.size != data["image_size"]:
     lines.append(

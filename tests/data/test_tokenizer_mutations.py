@@ -13,9 +13,9 @@ import pickle
 
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers as rust
 from helpers import mutations
+from helpers.small_tokenizers import write_pieces
 
 from bigalign.data.samples.rejects import rejection
 from bigalign.data.text import clip_text
@@ -42,18 +42,7 @@ def clip(folder: pathlib.Path, *, packed: bool = True) -> None:
 
 def pieces(folder: pathlib.Path) -> None:
   """A SentencePiece model."""
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(["a dog and a cat", "two dogs, one cat!", "zwei Hunde"] * 9),
-    model_prefix=str(folder / "spiece"),
-    vocab_size=50,
-    hard_vocab_limit=False,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    minloglevel=2,
-  )
-  (folder / "spiece.vocab").unlink()
+  write_pieces(folder / "spiece", ["a dog and a cat", "two dogs, one cat!", "zwei Hunde"], 50)
 
 
 def bert_json(folder: pathlib.Path) -> None:
@@ -177,8 +166,7 @@ def tokenizers(folder: pathlib.Path) -> mutations.Trial:
     files = dict(wholes[kind])
     # Half of the time the file that the option names, else any file of its folder.
     file = KINDS[kind][1] if random.random() < 0.5 else sorted(files)[random.integers(len(files))]
-    damage = mutations.mutated_json if file.endswith(".json") else mutations.mutated
-    files[file] = damage(files[file], random)
+    files[file] = mutations.mutated_file(file, files[file], random)
     return read(kind, files)
 
   return trial

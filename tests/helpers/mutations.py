@@ -134,6 +134,11 @@ def mutated_json(data: bytes, random: np.random.Generator) -> bytes:
   return json.dumps(value).encode()
 
 
+def mutated_file(name: str, data: bytes, random: np.random.Generator) -> bytes:
+  """Returns the content of a file with `mutated_json` for a .json, else with `mutated`."""
+  return (mutated_json if name.endswith(".json") else mutated)(data, random)
+
+
 @dataclasses.dataclass
 class Tally:
   """What reading damaged inputs ended in.

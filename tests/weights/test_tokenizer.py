@@ -8,10 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers as rust
 from helpers.shipped import load
 from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
+from helpers.small_tokenizers import write_pieces
 
 from bigalign import weights
 from bigalign.config import resolve_config, tokenizer_digest, tokenizer_files
@@ -50,18 +50,7 @@ def write(path, **files):
 def pieces(tmp_path_factory):
   """A SentencePiece model with <pad> 0 and </s> 1, as T5's."""
   stem = tmp_path_factory.mktemp("pieces") / "spiece"
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(["a dog and a cat", "two dogs, one cat!"] * 9),
-    model_prefix=str(stem),
-    vocab_size=40,
-    hard_vocab_limit=False,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    minloglevel=2,
-  )
-  return f"{stem}.model"
+  return str(write_pieces(stem, ["a dog and a cat", "two dogs, one cat!"], 40))
 
 
 def bert_json(path, *, lower=True, **changes):

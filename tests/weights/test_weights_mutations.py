@@ -98,8 +98,7 @@ def checkpoints(folder: pathlib.Path) -> mutations.Trial:
     random = np.random.default_rng([6, n])
     files = dict(wholes[n % len(KINDS)])
     name = sorted(files)[random.integers(len(files))]
-    damage = mutations.mutated_json if name.endswith(".json") else mutations.mutated
-    files[name] = damage(files[name], random)
+    files[name] = mutations.mutated_file(name, files[name], random)
     return read(n % len(KINDS), files)
 
   return trial

@@ -70,11 +70,22 @@ def read_json(path: Any) -> dict[str, Any]:
   Raises:
     Damaged: if the file is not JSON, or differs from what was written.
   """
+  return unseal(load_json(path), path)
+
+
+def load_json(path: Any) -> Any:
+  """Returns the JSON value in a file, without checking a checksum.
+
+  Args:
+    path: a pathlib.Path or an epath.Path.
+
+  Raises:
+    Damaged: if the file is not JSON.
+  """
   try:
-    value = json.loads(path.read_bytes())
+    return json.loads(path.read_bytes())
   except (ValueError, RecursionError) as error:  # ValueError: not UTF-8 either
     raise Damaged(f"{path} is damaged: it is not JSON: {error}") from error
-  return unseal(value, path)
 
 
 def _digest(value: Mapping[str, Any]) -> str:

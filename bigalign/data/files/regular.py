@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
-from collections.abc import Iterator
 from typing import BinaryIO
 
 _KINDS = {
@@ -48,16 +46,14 @@ def open_descriptor(path: str | os.PathLike[str], *, follow: bool = True) -> int
   return descriptor
 
 
-@contextlib.contextmanager
-def open_regular(path: str | os.PathLike[str], *, buffering: int = -1) -> Iterator[BinaryIO]:
+def open_regular(path: str | os.PathLike[str], *, buffering: int = -1) -> BinaryIO:
   """Opens a regular file to read its bytes.
 
   Raises:
     NotRegular: if it is something else.
     OSError: if it cannot be opened.
   """
-  with os.fdopen(open_descriptor(path), "rb", buffering) as file:
-    yield file
+  return os.fdopen(open_descriptor(path), "rb", buffering)
 
 
 def _check(path: str | os.PathLike[str], status: os.stat_result) -> None:

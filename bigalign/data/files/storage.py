@@ -96,12 +96,12 @@ def locked(folder: str | os.PathLike[str], program: str, *, wait: bool = False) 
 
   Raises:
     BlockingIOError: if another process holds the lock.
-    FileNotFoundError: if there is no such folder, also if the other process removed or renamed it.
+    FileNotFoundError: if the folder does not exist, or another process removed or renamed it.
   """
   descriptor = _lock(folder, program, wait)
-  # The process that held the lock may have removed the folder, so that this is the lock of one that
-  # has no name any more, and excludes no process.
-  while not _is_at(descriptor, folder):
+  # The process that held the lock may have removed the folder. A lock on a removed folder does not
+  # exclude other processes, so the folder that has this name now is locked instead.
+  while not is_at(descriptor, folder):
     os.close(descriptor)
     descriptor = _lock(folder, program, wait)
   try:
@@ -123,8 +123,8 @@ def _lock(folder: str | os.PathLike[str], program: str, wait: bool) -> int:
   return descriptor
 
 
-def _is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
-  """Returns whether a path still leads to the open file."""
+def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
+  """Returns whether a path leads to the file or folder that is open as this descriptor."""
   try:
     return os.path.samestat(os.fstat(descriptor), os.stat(path))
   except FileNotFoundError:

@@ -26,7 +26,7 @@ class MixturePart:
   Args:
     name: of the source, in schedules, metrics and errors.
     source: as config.data.source.
-    weight: share of the stream, relative to the other weights; all sources have one, or none.
+    weight: share of the stream, relative to the other weights. Give one to all sources, or to none.
     upsampling: instead of a weight, passes over this source during one pass over a source with
       upsampling 1: open_clip's --train-data-upsampling-factors. 1 if neither is given.
     view: of this source, as config.data.view.
@@ -116,9 +116,9 @@ class DataOptions(ImageReading):
       that read many at a time; "auto": "block" for sources that ask for it.
     workers: processes that read and decode; their number does not change the batches.
     rejects: shares of rejected samples at which to warn and to stop.
-    stop_at_bad_shard: judge the shard of a rejected sample by others of it, drawn at random. If
-      none can be used, the log names the shard. The run stops if such shards hold a larger share
-      of the source than `rejects.stop`.
+    stop_at_bad_shard: after a rejected sample, read other samples of its shard, drawn at random. If
+      all of them are rejected too, the shard counts as bad, and the log names it. The run stops if
+      bad shards hold a larger share of the source than `rejects.stop`.
   """
 
   tokenizer: Annotated[Component, Choose(TOKENIZERS)]

@@ -453,10 +453,11 @@ class _TrainBatches(SampleReader):
 def evidence(size: int, *, shards: int, tolerated: float) -> int:
   """Returns how many samples of a shard, all bad, show that the shard is bad throughout.
 
-  A shard of which a share p is bad gives n bad samples in a row with probability p ** n. Here p is
-  the share that is still not "throughout": the tolerated one, and at least 90 % for shards of
-  1,000 samples and 99 % for 10,000. n is so large that one of all shards is judged wrongly with a
-  probability of at most 1e-6. The result may be larger than the shard: then all of it is read.
+  If a share p of a shard is bad, n samples that are drawn are all bad with probability p ** n. A
+  shard counts as bad throughout if more than p of it is bad; p is the tolerated share, but at
+  least 90 % for shards of up to 1,000 samples and 99 % for those of 10,000 and more. n is the
+  smallest number with which the probability that any shard is judged wrongly is at most 1e-6. If n
+  is larger than the shard, all of it is read.
 
   Args:
     size: samples in the shard.

@@ -43,7 +43,7 @@ class BatchSource(Protocol):
   def __getitem__(self, k: int, /) -> dict[str, np.ndarray]: ...
 
 
-_START = secrets.token_hex(4)  # names this process, unlike its id, which containers repeat
+_START = secrets.token_hex(4)  # distinguishes this process from others; ids repeat in containers
 _PREFIX = [f"bigalign-0-{_START}-"]  # of the names of shared memory
 
 
@@ -241,7 +241,7 @@ class Batches:
     return element
 
   def _dead(self, code: int) -> RuntimeError:
-    """The error for a dead worker; `code` is its exit code, if it died before it was known."""
+    """The error for a dead worker. `code`: of a worker that died before its process was known."""
     dead: list[Any] = [process for process in self._children if process.exitcode]
     dead = dead or [types.SimpleNamespace(pid="(still starting)", exitcode=code)]
     return RuntimeError(

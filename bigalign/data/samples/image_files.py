@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Sequence
 
 from bigalign.data.files.regular import NotRegular, open_descriptor
 from bigalign.data.samples.rejects import Rejected
@@ -34,7 +33,7 @@ def read(name: str, *, folder: str, root: str | None = None, key: str) -> bytes:
     key: names the sample in the error.
 
   Raises:
-    Rejected: if there is no such file, or it must not be read.
+    Rejected: if the file does not exist, or must not be read.
     OSError: if the disk fails.
   """
   try:
@@ -66,7 +65,7 @@ def _open(name: str, folder: str, root: str | None, key: str) -> int:
   if base in ("", os.curdir, os.pardir):
     place = os.path.realpath(path)
   for _ in range(2):
-    if not is_inside(place, [folder] if root is None else [folder, root]):
+    if not _is_inside(place, folder, root):
       raise Rejected("no_image", f"{key}: {outside(name, folder)}")
     try:
       return open_descriptor(place, follow=False)
@@ -77,8 +76,9 @@ def _open(name: str, folder: str, root: str | None, key: str) -> int:
   raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))  # a loop, or changed in between
 
 
-def is_inside(place: str, folders: Sequence[str]) -> bool:
-  """Returns whether a path without links is below one of some folders."""
+def _is_inside(place: str, folder: str, root: str | None) -> bool:
+  """Whether a path without links is below the folder of a table, or below `root`."""
+  folders = [folder] if root is None else [folder, root]
   return any(
     os.path.join(place, "").startswith(os.path.join(_real_folder(folder), "")) for folder in folders
   )
@@ -90,7 +90,7 @@ def leads_outside(name: str, *, folder: str, root: str | None = None) -> bool:
     place = os.path.realpath(os.path.join(folder, name))
   except (OSError, ValueError):
     return False
-  return not is_inside(place, [folder] if root is None else [folder, root])
+  return not _is_inside(place, folder, root)
 
 
 def outside(name: str, folder: str) -> str:

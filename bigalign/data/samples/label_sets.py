@@ -43,7 +43,7 @@ class LabelSets:
       key: names the sample in the log.
 
     Returns:
-      The classes; None if there is no file, or one that holds anything else.
+      The classes; None if the file is missing or holds anything else.
     """
     if data is None:
       return None
@@ -78,7 +78,7 @@ def read(data: bytes) -> np.ndarray:
     raise ValueError(f"not an .npy file: {cut(str(error), 80)}") from None
   # The header may state any size, so it is compared with the bytes before an array is made.
   count = math.prod(shape)
-  one_axis = [n for n in shape if n != 1] == [count] * (count != 1)
+  one_axis = max(shape, default=1) == count
   if dtype.kind not in "biuf" or not one_axis or not 0 < count <= MOST:
     raise ValueError(
       f"an array of {cut(str(dtype), 40)} and shape {cut(str(shape), 40)}; expected [K] numbers,"

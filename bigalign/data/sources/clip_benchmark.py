@@ -27,7 +27,7 @@ def dataset_type(shard: str) -> str:
   Raises:
     ValueError: for an unknown kind.
   """
-  file = _near(shard, "dataset_type.txt")
+  file = near(shard, "dataset_type.txt")
   if file is None:
     return ""
   kind = lines.read_text(file).strip().lower()
@@ -46,7 +46,7 @@ def stated_shards(paths: Sequence[str], *, pattern: str) -> list[str]:
   Raises:
     ValueError: if shards are missing, or the file holds another text.
   """
-  file = _near(paths[0], "nshards.txt", parent=False) if paths else None
+  file = near(paths[0], "nshards.txt", parent=False) if paths else None
   if file is None or any(not _number(path).isdigit() for path in paths):
     return list(paths)
   text = lines.read_text(file).strip()
@@ -83,7 +83,7 @@ def _number(path: str) -> str:
   return os.path.basename(path).partition(".")[0]
 
 
-def _near(shard: str, name: str, *, parent: bool = True) -> pathlib.Path | None:
+def near(shard: str, name: str, *, parent: bool = True) -> pathlib.Path | None:
   """The file of this name in the folder of a shard or its parent."""
   folder = pathlib.Path(shard).parent
   places = (folder, folder.parent) if parent else (folder,)

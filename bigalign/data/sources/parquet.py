@@ -294,31 +294,16 @@ def _leaf(kind: Any, path: str) -> Any:
   return _leaf(kind.field(first).type, rest) if first in names else None
 
 
-def _plain(kind: Any) -> Any:
-  from pyarrow import types
-
-  return kind.value_type if types.is_dictionary(kind) else kind
-
-
-def _is_bytes(kind: Any) -> bool:
-  from pyarrow import types
-
-  return any(
-    test(_plain(kind))
-    for test in (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null)
-  ) or types.is_fixed_size_binary(_plain(kind))
-
-
-def _is_string(kind: Any) -> bool:
-  from pyarrow import types
-
-  return any(
-    test(_plain(kind)) for test in (types.is_string, types.is_large_string, types.is_string_view)
-  )
-
-
 def _is_text(kind: Any) -> bool:
-  return _is_bytes(kind) or _is_string(kind)
+  """Whether a column holds texts or bytes, also as a dictionary; or nulls only."""
+  from pyarrow import types
+
+  plain = kind.value_type if types.is_dictionary(kind) else kind
+  tests = (
+    *(types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary),
+    *(types.is_string, types.is_large_string, types.is_string_view, types.is_null),
+  )
+  return any(test(plain) for test in tests)
 
 
 def _is_image(kind: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import mmap
@@ -117,7 +118,7 @@ class TableFiles:
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     path, row = self._row(i)
-    key = self._key(i, path, row)
+    key = self._key(i, row)
     folder = os.path.dirname(path)
     return dict(
       image=image_files.read(row[self._image], folder=folder, root=self._root, key=key),
@@ -128,15 +129,15 @@ class TableFiles:
 
   def key(self, i: int) -> str:
     """Returns the key of row i; does not read the image."""
-    return self._key(i, *self._row(i))
+    return self._key(i, self.fields(i))
 
-  def _key(self, i: int, path: str, row: Mapping[str, Any]) -> str:
+  def _key(self, i: int, row: Mapping[str, Any]) -> str:
+    path, place, _ = self.where(i)
     name = row.get(self._image)
     if not isinstance(name, str) or not name:
       raise Rejected("no_image", f"{os.path.basename(path)}: row {i} has no {self._image!r}")
-    which = int(np.searchsorted(self._firsts, i, side="right")) - 1
     # With the row, because several rows of a table may name one image, each with a caption.
-    return f"{os.path.basename(path)}/{i - int(self._firsts[which])}/{name}"
+    return f"{os.path.basename(path)}/{place}/{name}"
 
   def where(self, i: int) -> tuple[str, int, int]:
     """Returns the table of row i, its place there, and the rows of the table."""
@@ -262,7 +263,7 @@ class _Quoted:
 
   def __init__(self, buffer: mmap.mmap, separator: bytes, shape: Shape | None, *, path: str):
     self._buffer, self._separator, self._shape, self._path = buffer, separator, shape, path
-    self._field = re.compile(_field(separator))
+    self._field = _field(separator)
     self._strays = 0
     self._first_stray = 0  # byte
 
@@ -374,13 +375,14 @@ def _ending(path: bytes) -> str:
   return ending if ending.isalnum() else ""
 
 
-def _field(separator: bytes) -> bytes:
+@functools.cache
+def _field(separator: bytes) -> re.Pattern[bytes]:
   """A regular expression of a field: quoted if it begins with a double quote, else taken literally.
 
   The quantifiers are possessive, so that matching takes linear time.
   """
   rest = b"[^\n" + re.escape(separator) + b"]*+"
-  return b'(?:"((?:[^"]++|"")*+)"(' + rest + b')|((?!")' + rest + b"))"
+  return re.compile(b'(?:"((?:[^"]++|"")*+)"(' + rest + b')|((?!")' + rest + b"))")
 
 
 def _shape(header: tuple[list[str], bytes] | None, image: str) -> Shape | None:
@@ -418,7 +420,7 @@ def _split(line: bytes, separator: bytes, *, strict: bool = False) -> list[bytes
     strict: whether a field is only quoted if nothing follows its closing double quote. Readers of
       CSV append what follows.
   """
-  field, fields, position = re.compile(_field(separator)), [], 0
+  field, fields, position = _field(separator), [], 0
   while True:
     match = field.match(line, position)
     if match is None or (strict and match[2]):

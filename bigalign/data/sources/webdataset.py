@@ -272,11 +272,8 @@ def _dots(extensions: Iterable[str]) -> str:
 
 def classnames_near(shard: str) -> tuple[str, ...]:
   """Returns the names in the classnames.txt in the folder of a shard or its parent; () if none."""
-  folder = pathlib.Path(shard).parent
-  for path in (folder / "classnames.txt", folder.parent / "classnames.txt"):
-    if path.is_file():
-      return read_classnames(path)
-  return ()
+  path = clip_benchmark.near(shard, "classnames.txt")
+  return () if path is None else read_classnames(path)
 
 
 def read_classnames(path: pathlib.Path) -> tuple[str, ...]:

@@ -112,6 +112,7 @@ class Store:
       manifest[name] for name in ("header", "ids", "left_out", "sources")
     )
     self._files, self._index = manifest["files"], manifest["index"]
+    self._file_of = {file["stem"]: file for file in self._files}
     self._firsts = np.cumsum([0, *(file["rows"] for file in self._files)])
     self._checks_rows = all("crc" in file["sums"] for file in self._files)
     if not self._checks_rows:
@@ -246,13 +247,11 @@ class Store:
 
   def _map(self, key: tuple[str, str]) -> tuple[np.ndarray, int]:
     stem, name = key
-    if name == "labels":  # small, unlike vectors, so the whole file is checked
-      path = self.folder / f"{stem}.{name}.npy"
-      (expected,) = (file["sums"][name] for file in self._files if file["stem"] == stem)
-      if checksum(path) != expected:
-        raise checksums.Damaged(f"{path} changed after it was written: its checksum differs")
-    (rows,) = (file["rows"] for file in self._files if file["stem"] == stem)
-    array = load(self.folder / f"{stem}.{name}.npy", rows)
+    file, path = self._file_of[stem], self.folder / f"{stem}.{name}.npy"
+    # Labels are small, unlike vectors, so the whole file is checked.
+    if name == "labels" and checksum(path) != file["sums"][name]:
+      raise checksums.Damaged(f"{path} changed after it was written: its checksum differs")
+    array = load(path, file["rows"])
     return array.view(self.dtype) if name == "vectors" else array, 1
 
 

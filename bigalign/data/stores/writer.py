@@ -326,12 +326,9 @@ def _sources(path: pathlib.Path) -> list[dict[str, Any]]:
   """The content of sources.json, a list; the manifest has the same list with a checksum.
 
   Raises:
-    checksums.Damaged: if it is not a list of JSON.
+    checksums.Damaged: if it is not JSON, or not a list.
   """
-  try:
-    entries = json.loads(path.read_bytes())
-  except (ValueError, RecursionError) as error:
-    raise checksums.Damaged(f"{path} is damaged: it is not JSON: {error}") from error
+  entries = checksums.load_json(path)
   if not isinstance(entries, list):
     raise checksums.Damaged(f"{path} is damaged: it is not a list")
   return entries

@@ -180,8 +180,9 @@ def index_shard(path: str, index_folder: str) -> Part:
   for attempt in range(_TRIES):
     os.makedirs(folder, exist_ok=True)
     try:
-      path = os.path.join(folder, f"{part.name}.index")
-      _write(path, [part], lambda file: file.write(starts.data))
+      _write(
+        os.path.join(folder, f"{part.name}.index"), [part], lambda file: file.write(starts.data)
+      )
       break
     except FileNotFoundError:  # another process merged the other parts, and removed the folder
       if attempt == _TRIES - 1:

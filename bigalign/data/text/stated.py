@@ -22,13 +22,14 @@ from bigalign import tree
 
 _LARGEST = 100_000_000  # bytes of a JSON file
 _UNLIMITED = 1_000_000  # transformers writes int(1e30) for "no limit"
-# Short, because a tokenizer cuts them; one of each pair differs unless case or marks are ignored.
+# Short, so that no tokenizer cuts them. Unless a tokenizer ignores case (marks), the ids of the two
+# texts differ in at least one pair.
 _CASES = (("A", "a"), ("The", "the"), ("DOG", "dog"))
 _MARKS = (("a!", "a"), ("dog,", "dog"))
 # Classes of transformers whose ids are those of their SentencePiece model.
 _PLAIN_PIECES = ("T5", "Siglip", "Siglip2", "Gemma", "Llama", "Albert", "BigBird")
 # Settings of open_clip's tokenizers that change ids and that ours lack.
-_UNSUPPORTED = ("strip_sep_token", "tokenizer_mode", "additional_special_tokens", "reduction_mask")
+UNSUPPORTED = ("strip_sep_token", "tokenizer_mode", "additional_special_tokens", "reduction_mask")
 _TOKENS = ("pad_token", "eos_token", "bos_token", "cls_token", "sep_token")
 _GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _ID = re.compile("[0-9]{1,9}")
@@ -106,7 +107,7 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
   for name in _TOKENS:
     put(name, special_first.get(name), f"{special_file}: {name}", str)
   given = settings.get("tokenizer_class")
-  kind = given.removesuffix("Fast").removesuffix("Tokenizer") if isinstance(given, str) else ""
+  kind = _family(given) if isinstance(given, str) else ""
   for name, key, types in (
     ("class", "tokenizer_class", str),
     *((name, name, str) for name in _TOKENS),
@@ -234,14 +235,19 @@ def _behaviour(tokenizer: Tokenizer, statements: Statements) -> list[tuple[str, 
     ("truncation_side", "long texts are cut on the side", tokenizer.truncation_side),
     ("prompt", "the prompt before each text is", tokenizer.prompt),
     ("class", "ids are those of the SentencePiece model,", stated_class if known else None),
-    *((x, f"{x} (not possible here) is", None) for x in _UNSUPPORTED),
+    *((x, f"{x} (not possible here) is", None) for x in UNSUPPORTED),
   ]
 
 
 def _plain_pieces(statements: Statements) -> bool:
   """Whether the stated class has the ids of its SentencePiece model; XLM-RoBERTa shifts them."""
   name = str(statements["class"].value) if "class" in statements else ""
-  return not name or name.removesuffix("Fast").removesuffix("Tokenizer") in _PLAIN_PIECES
+  return not name or _family(name) in _PLAIN_PIECES
+
+
+def _family(tokenizer_class: str) -> str:
+  """The family of a tokenizer class of transformers: BertTokenizerFast → Bert."""
+  return tokenizer_class.removesuffix("Fast").removesuffix("Tokenizer")
 
 
 def _token_differences(tokenizer: Tokenizer, statements: Statements) -> list[str]:
@@ -256,9 +262,11 @@ def _token_differences(tokenizer: Tokenizer, statements: Statements) -> list[str
     start = "cls_token" if "cls_token" in statements else "bos_token"
     tokens.append((start, "a text begins with the id", tokenizer.first_id))
   for name, what, ours in tokens:
-    if name in statements and token_id(tokenizer, statements[name]) != ours:
+    if name not in statements:
+      continue
+    theirs = token_id(tokenizer, statements[name])
+    if theirs != ours:
       value, where = statements[name]
-      theirs = token_id(tokenizer, statements[name])
       suffix = "which the vocabulary lacks" if theirs is None else f"the id {theirs}"
       lines.append(f"{what} {ours}, but {where} is {value!r}, {suffix}")
   added = statements.get("added_tokens", Stated({}, ""))
@@ -283,8 +291,9 @@ def _same(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> bool:
 
 def warn(tokenizer: Tokenizer, statements: Statements) -> None:
   """Logs the differences once, and not again in the processes that read data."""
-  lines = differences(tokenizer, statements)
-  if lines and multiprocessing.parent_process() is None:
+  if multiprocessing.parent_process() is not None:  # the program has logged them
+    return
+  if lines := differences(tokenizer, statements):
     _warn_once(f"tokenizer {tokenizer.name!r}: {tree.shown(lines, sep='; ', width=600)}")
 
 

@@ -36,8 +36,8 @@ class Tokenizer:
     eos: the id that ends every text, also one that was cut to `length`; None if `_encode` cuts.
     prompt: text before every text.
     truncation_side: where a text that is too long is cut, "left" or "right".
-    from_files: what the files next to that of the option `path` can change, {name: value} that JSON
-      can hold. The option and the content of its own file give all the rest.
+    from_files: {name: value} of what the files next to `path` can change, as JSON can hold it. The
+      options and the file at `path` determine everything else.
   """
 
   vocab_size: int
@@ -268,8 +268,7 @@ class Rust(Tokenizer):
       normalizer: of the texts; by default that of the model.
     """
     normalizer = self.model.normalizer if normalizer is None else normalizer
-    state = json.loads(normalizer.__getstate__()) if normalizer else {}
-    bert = state if state.get("type") == "BertNormalizer" else {}
+    bert = _bert_settings(normalizer)
     names = dict(lower="lowercase", accents="strip_accents", chinese="handle_chinese_chars")
     return dict(
       pad=self.pad,
@@ -355,8 +354,8 @@ class HuggingFace(Rust):
       raise ValueError(f"tokenizer path={path!r}: not a tokenizer.json: {text}") from error
     self.model = model
     added = _add_tokens(model, statements)
-    kind = json.loads(model.normalizer.__getstate__()) if model.normalizer else {}
-    if kind.get("type") == "BertNormalizer":  # transformers rebuilds it from tokenizer_config.json
+    if kind := _bert_settings(model.normalizer):
+      # transformers rebuilds it from tokenizer_config.json.
       model.normalizer = _bert_normalizer(
         statements,
         lower=statements["lower"].value if "lower" in statements else kind["lowercase"],
@@ -455,6 +454,12 @@ def make_tokenizer(name: str, *, length: int, **options: Any) -> Tokenizer:
   return TOKENIZERS[name](length=length, **options)
 
 
+def _bert_settings(normalizer: normalizers.Normalizer | None) -> dict[str, Any]:
+  """The settings of BERT's normalizer; {} for any other one, and for none."""
+  state: dict[str, Any] = json.loads(normalizer.__getstate__()) if normalizer else {}
+  return state if state.get("type") == "BertNormalizer" else {}
+
+
 def _bert_normalizer(
   statements: stated.Statements,
   *,
@@ -467,7 +472,7 @@ def _bert_normalizer(
 
   Args:
     statements: as of stated.near.
-    lower: whether text is lower-cased; of a tokenizer.json only if no file states it.
+    lower: whether text is lower-cased. The caller decides between its options and the files.
     accents: whether accents are stripped; None: if text is lower-cased.
     chinese: whether Chinese characters are separated.
     clean: whether control characters are removed.

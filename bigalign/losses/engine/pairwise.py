@@ -153,7 +153,8 @@ class Engine:
       new: {name: [B, ...]}, with B at most K.
       start: [] int32, in [0, K).
     """
-    # Not a matrix, so a RecordingEngine does not record it; the compiler alone would gather it.
+    # A RecordingEngine records matrices, and this is not one, so its own _plan is not called. The
+    # dense way has no plan, and without one the compiler would gather the whole queue.
     way = "gather" if self.way == "dense" else self.way
     plan = Engine._plan(dataclasses.replace(self, way=way), queue, new)
     assert plan is not None

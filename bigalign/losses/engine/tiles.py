@@ -120,7 +120,7 @@ def communicated_dtype(x: jax.Array, dtype: str) -> Any:
 
 
 def widened(arrays: Mapping[str, jax.Array]) -> Arrays:
-  """The arrays, of which float16 and bfloat16 ones are in float32."""
+  """The arrays, with float16 and bfloat16 converted to float32."""
 
   def narrow(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4

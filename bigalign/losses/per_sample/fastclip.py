@@ -208,9 +208,7 @@ def fastclip_v2(
   where = "config.loss.fastclip_v2"
   checks.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
   checks.above_zero(where, eps_tau=eps_tau, grad_clip=grad_clip)
-  for option, decay in dict(b1=b1, b2=b2).items():
-    if not 0 <= decay < 1:
-      raise ValueError(f"{where}.{option}={decay!r} must be at least 0 and below 1")
+  checks.below_one(where, b1=b1, b2=b2)
   global_contrastive.check_bounds(where, tau_init, tau_min, tau_max)
   averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over, eps)
   robust = schedules.ramp(rho, "config.loss.fastclip_v2.rho")

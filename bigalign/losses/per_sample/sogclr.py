@@ -285,10 +285,10 @@ def _update(
   """Updates u, and b if there is one, with the batch.
 
   Returns:
-    The state, in which an id that occurs several times has the values of its last occurrence, and
-    the values {side: {name: [B]}} with which each row is weighted: its own or, as in the release,
-    those that the state now has. The u of another occurrence can be smaller than a row's own g by
-    any factor, which then multiplies the gradient of this row.
+    The state, and the values {side: {name: [B]}} that weight each row. If an id occurs several
+    times, the state keeps the values of its last row. "paper" weights each row by its own values,
+    "released" by those in the state: its gradient can be very large, because the u of the last row
+    can be far smaller than the g of another one.
   """
   positive = -math.log(len(log_g["img"]) - 1)  # log of exp(0) / (B - 1)
 
