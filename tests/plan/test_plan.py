@@ -12,6 +12,7 @@ import time
 
 import pytest
 from helpers.shipped import ROOT, load
+from helpers.tpu_compiler import compiled_for_tpus, needs_libtpu
 
 from bigalign.config import resolve_config
 from bigalign.plan import (
@@ -21,16 +22,12 @@ from bigalign.plan import (
   largest_batch,
   main,
   table,
-  topologies,
   variants,
 )
 from bigalign.program import make_program
 from bigalign.run import provenance
 from bigalign.weights.init import options_from_sizes
 
-needs_libtpu = pytest.mark.skipif(
-  not topologies.installed(), reason="libtpu is not installed: the extra plan"
-)
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
@@ -252,8 +249,7 @@ def test_impossible_plans_say_what_is_possible(parts, topology, message):
     compile_step.measure(small(**parts), topology)
 
 
-@needs_libtpu
-@pytest.mark.optimized
+@compiled_for_tpus
 def test_both_verdicts_from_the_command_line(tmp_path):
   """Exit status, JSON, prices, and a cached plan in seconds, without importing jax."""
   file, prices = tmp_path / "small.py", tmp_path / "prices.json"

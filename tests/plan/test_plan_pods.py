@@ -12,16 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.shipped import ROOT, load
+from helpers.tpu_compiler import compiled_for_tpus, needs_libtpu
 
 from bigalign.config import resolve_config
-from bigalign.plan import compile_step, main, topologies, variants
+from bigalign.plan import compile_step, main, variants
 from bigalign.program import init_state, make_program
 from bigalign.run import flops
 from bigalign.step import train_step
 
-needs_libtpu = pytest.mark.skipif(
-  not topologies.installed(), reason="libtpu is not installed: the extra plan"
-)
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Sizes of DINOv2 and MiniLM, instead of their checkpoints.
 TOWERS = dict(
@@ -32,8 +30,7 @@ TOWERS = dict(
 LOGITS = dict(way="gather", dtype="bfloat16")
 
 
-@needs_libtpu
-@pytest.mark.optimized
+@compiled_for_tpus
 def test_what_a_small_step_moves():
   """Data parallelism, FSDP, bfloat16 gradients: half the bytes; weights and no activations."""
   c = load("siglip_b16").to_dict()
@@ -108,8 +105,7 @@ def shipped(name):
   return c
 
 
-@needs_libtpu
-@pytest.mark.optimized
+@compiled_for_tpus
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_a_program_for_its_topology(name):
   """Mesh, batch and rules are valid without data; test_every_config_fits compiles the program."""
@@ -157,8 +153,7 @@ def l14(**parts):
   return c
 
 
-@needs_libtpu
-@pytest.mark.optimized
+@compiled_for_tpus
 def test_layers_are_one_program():
   """L/14: the number of lines of the lowered program does not grow with the layers."""
   step = compile_step.trace(l14(remat="full"), "v5e:16x16")

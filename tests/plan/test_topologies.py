@@ -11,16 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers.loss_oracles import at
+from helpers.tpu_compiler import compiles_for_tpus
 
 from bigalign import losses, sharding
 from bigalign.losses.engine import pairwise
 from bigalign.plan import hlo_collectives, topologies
 from bigalign.run import flops
 
-pytestmark = [
-  pytest.mark.optimized,
-  pytest.mark.skipif(not topologies.installed(), reason="libtpu is not installed: the extra plan"),
-]
+pytestmark = compiles_for_tpus
 D = 1152
 MESHES = {"data x fsdp": dict(data=16, fsdp=16), "data": dict(data=256)}
 

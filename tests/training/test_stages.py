@@ -17,6 +17,7 @@ import pytest
 from helpers import small_runs
 from helpers.shipped import ROOT, load
 from helpers.small_shards import samples, write_tar
+from helpers.tpu_compiler import compiled_for_tpus
 from ml_collections import ConfigDict
 
 from bigalign import evaluate, sharding, stages, train
@@ -24,16 +25,13 @@ from bigalign.config import resolve_config
 from bigalign.data.loader.options import resolve_data
 from bigalign.inputs import open_data, staged_batches
 from bigalign.options import plain
-from bigalign.plan import chips, main, table, topologies
+from bigalign.plan import chips, main, table
 from bigalign.program import init_on_mesh, init_params, layout, make_program
 from bigalign.run import provenance
 from bigalign.run.metrics import is_wall_clock, read_metrics
 from bigalign.step import data_position, jitted
 from bigalign.towers.vit import VitOptions, resampled
 
-needs_libtpu = pytest.mark.skipif(
-  not topologies.installed(), reason="libtpu is not installed: the extra plan"
-)
 FIRST = dict(
   until=2,
   batch_size=32,
@@ -506,8 +504,7 @@ def test_the_exit_status_is_that_of_all_stages(tmp_path, fits):
   assert ("FITS in all stages" if fits else "DOES NOT FIT: stage 0") in done.stdout
 
 
-@needs_libtpu
-@pytest.mark.slow
+@compiled_for_tpus
 def test_each_stage_is_compiled_for_a_pod_and_kept(tmp_path, monkeypatch):
   """The very program of the stage: the parameters of the last one's images, a batch of its own."""
   c = tiny(logits=dict(way="gather", dtype="bfloat16"), loss=dict(clip={}), rules=(("", ()),))
