@@ -63,6 +63,26 @@ _EXPECTED_ORBAX_WARNINGS = (
 )
 
 
+def skip_tpu() -> None:
+  """Makes JAX look for devices as if libtpu were not installed, without a word about it.
+
+  jax 0.10.2: `jax._src.xla_bridge.register_backend_factory`. JAX asks libtpu for devices if it is
+  installed, and libtpu reports on standard error that there are none. JAX_PLATFORMS would have to
+  list all other platforms, and JAX raises if one of a list has no device. Programs for TPUs can
+  still be compiled. Does nothing once JAX has its devices.
+  """
+  from jax._src import xla_bridge
+
+  def absent() -> None:
+    raise RuntimeError("this machine has no TPU")
+
+  name = "Unable to initialize backend 'tpu'"  # logged at INFO, which our programs show
+  quiet = logging.getLogger("jax._src.xla_bridge")
+  if not xla_bridge.backends_are_initialized():
+    xla_bridge.register_backend_factory("tpu", absent, priority=300, fail_quietly=True)  # type: ignore[arg-type]
+    quiet.addFilter(lambda record: not record.getMessage().startswith(name))
+
+
 def coordination_client() -> Any:
   """Returns this process's client of JAX's coordination service, which runs in process 0.
 

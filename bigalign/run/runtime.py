@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from bigalign.private_apis import registration_timeout
+from bigalign.private_apis import registration_timeout, skip_tpu
 
 CONNECT_TIMEOUT = 300  # seconds within which all processes must connect
 
@@ -36,6 +36,9 @@ LIBTPU_INIT_ARGS_OF_KIND = {
 # https://docs.nvidia.com/jax-toolbox/environment-variables
 XLA_FLAGS_GPU = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
 XLA_FLAGS_DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
+
+# Variables that TPU hosts and their containers set, and other machines do not.
+TPU_VARIABLES = {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"}
 
 # Vendor id of Google, and kind of TPU by device id.
 PCI = "/sys/bus/pci/devices"
@@ -63,6 +66,8 @@ def setup(
     _add_flags("XLA_FLAGS", flags)
   if _tpu():
     set_libtpu_flags(_tpu_kind())
+  elif not _may_be_tpu() and not jax.config.jax_platforms and importlib.util.find_spec("libtpu"):
+    skip_tpu()  # libtpu is here to compile for TPUs elsewhere
   set_by_user = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
   if gpu_memory_fraction is not None and not set_by_user:
     os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gpu_memory_fraction)
@@ -181,9 +186,18 @@ def _platforms() -> str:
 
 def _tpu() -> bool:
   """Whether this is a TPU host, by its devices and packages: asking JAX would initialise it."""
-  chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
-  has = bool(chips) and importlib.util.find_spec("libtpu") is not None
+  has = bool(_tpu_devices()) and importlib.util.find_spec("libtpu") is not None
   return has and ("tpu" in _platforms() or not _platforms())
+
+
+def _tpu_devices() -> list[str]:
+  # /dev/vfio/vfio alone is a module of the kernel without a device.
+  return [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/[0-9]*")]
+
+
+def _may_be_tpu() -> bool:
+  """Whether JAX should look for a TPU: a container may show its chips in another way."""
+  return bool(_tpu_devices() or TPU_VARIABLES & set(os.environ) or _tpu_kind())
 
 
 def _tpu_kind() -> str:

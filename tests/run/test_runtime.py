@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import subprocess
+import sys
+import types
 
 import pytest
 
@@ -93,3 +97,57 @@ def test_gpus_are_deterministic_when_asked(monkeypatch):
   runtime.setup(cache=None, deterministic=True)
   assert "--xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"]
   assert "--xla_gpu_autotune_level=0" not in os.environ["XLA_FLAGS"]
+
+
+# A machine without a TPU, as far as runtime looks at it.
+WITHOUT_TPU = """
+from absl import logging
+import jax
+from bigalign.run import runtime
+runtime.glob.glob = lambda pattern: []
+logging.set_verbosity(logging.INFO)
+logging.use_absl_handler()
+runtime.setup(cache=None)
+print(jax.devices()[0].platform)
+"""
+
+
+@pytest.mark.slow
+def test_libtpu_says_nothing_on_a_machine_without_a_tpu():
+  removed = {"JAX_PLATFORMS", *runtime.TPU_VARIABLES}
+  env = {name: value for name, value in os.environ.items() if name not in removed}
+  ended = subprocess.run(
+    [sys.executable, "-c", WITHOUT_TPU], capture_output=True, text=True, env=env, check=True
+  )
+  assert ended.stderr == "" and ended.stdout in ("cpu\n", "gpu\n")
+
+
+@pytest.mark.parametrize(
+  "paths,variables,platforms,skips",
+  [
+    ([], {}, "", True),
+    (["/dev/vfio/vfio"], {}, "", True),
+    (["/dev/accel0"], {}, "", False),
+    (["/dev/vfio/0"], {}, "", False),
+    ([], {"TPU_ACCELERATOR_TYPE": "v6e-8"}, "", False),
+    ([], {}, "tpu", False),
+    ([], {}, "cpu", False),
+  ],
+)
+def test_tpus_are_looked_for_where_they_may_be(monkeypatch, paths, variables, platforms, skips):
+  for name in ("JAX_PLATFORMS", *runtime.TPU_VARIABLES):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in {**variables, "LIBTPU_INIT_ARGS": "--before"}.items():
+    monkeypatch.setenv(name, value)
+  if platforms:
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+  skipped = []
+  monkeypatch.setattr(
+    runtime.glob, "glob", lambda pattern: [x for x in paths if fnmatch.fnmatch(x, pattern)]
+  )
+  monkeypatch.setattr(runtime, "_gpu", lambda: False)
+  monkeypatch.setattr(runtime, "skip_tpu", lambda: skipped.append(True))
+  monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object())
+  monkeypatch.setattr(runtime.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+  runtime.setup(cache=None)
+  assert bool(skipped) == skips
