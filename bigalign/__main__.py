@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from bigalign.run import errors
+
 # {program: (its module below bigalign, summary)}; the module has a function `run`.
 PROGRAMS = {
   "train": ("train", "train a model from a config file"),
@@ -42,9 +44,9 @@ def main() -> None:
     return
   if name not in PROGRAMS:
     sys.exit(f"bigalign: unknown program {name!r}; known: {', '.join(PROGRAMS)}")
-  module = importlib.import_module(f"bigalign.{PROGRAMS[name][0]}")
-  sys.argv = [f"bigalign {name}", *sys.argv[2:]]
-  module.run()
+  sys.argv = [f"bigalign {name}", *errors.take_flag(sys.argv[2:])]
+  with errors.reported(sys.argv[0]):
+    importlib.import_module(f"bigalign.{PROGRAMS[name][0]}").run()
 
 
 if __name__ == "__main__":

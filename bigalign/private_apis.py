@@ -283,6 +283,15 @@ def name_shared_memory(prefix: str) -> None:
   shared_memory._make_filename = lambda: f"/{prefix}{secrets.token_hex(8)}"  # type: ignore[attr-defined]
 
 
+def text_of_remote_traceback(error: BaseException) -> str | None:
+  """Returns the traceback of an error that a process pool passes on; None for other errors.
+
+  Python 3.11: `concurrent.futures.process._RemoteTraceback` is its cause, whose `tb` is the text.
+  """
+  cause = error.__cause__
+  return cause.tb if type(cause).__name__ == "_RemoteTraceback" else None  # type: ignore[union-attr]
+
+
 def tensorstore_status(error: ValueError) -> str:
   """Returns the status code of an error of tensorstore, such as "UNAVAILABLE"; "" if it has none.
 

@@ -37,7 +37,7 @@ from bigalign.evals.embed import round_batch
 from bigalign.frozen.towers import Towers, like_stored, load_towers
 from bigalign.inputs import open_data
 from bigalign.options import plain, without_defaults
-from bigalign.run import preemption, runtime
+from bigalign.run import errors, preemption, runtime
 from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.provenance import check_hosts_agree
 
@@ -320,7 +320,7 @@ def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
   values = flags.FLAGS
   if len(argv) > 1:
-    raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
+    raise errors.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   config = plain(values.config)
   setup_runtime(config)
   runtime.connect(values.coordinator, values.num_processes, values.process_id)

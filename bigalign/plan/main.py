@@ -30,6 +30,7 @@ from bigalign.plan.variants import (
   topology_of,
   with_changes,
 )
+from bigalign.run import errors
 from bigalign.run.flags import config_name, define_flags, parse_flags
 
 Plan = dict[str, Any]
@@ -149,11 +150,11 @@ def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
   values = flags.FLAGS
   if len(argv) > 1:
-    raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
+    raise errors.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   config = options.plain(values.config)
   topology = values.topology or topology_of(config)
   if not topology:
-    raise app.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
+    raise errors.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
   prices = read_prices(values.prices, chips.kind(topology)) if values.prices else {}
   plan_stage = functools.partial(
     plan, topology=topology, samples=values.samples, cache=values.cache

@@ -22,7 +22,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from bigalign.private_apis import coordination_client, is_lost_process, missing_at_barrier
-from bigalign.run import watchdog
+from bigalign.run import errors, watchdog
 
 RESTART_EXIT_CODE = 143
 # A value of Google's metadata server that announces the end of this machine, by name.
@@ -266,7 +266,10 @@ def exit_on_error(error: Exception) -> NoReturn:
   if jax.process_count() == 1:
     raise error
   lost = is_lost_process(error)
-  logging.error("process %d ends, and the run with it", jax.process_index(), exc_info=error)
+  if errors.is_mistake(error) and not lost and not errors.shows_tracebacks():
+    logging.error("process %d: %s", jax.process_index(), errors.message(error))
+  else:
+    logging.error("process %d ends, and the run with it", jax.process_index(), exc_info=error)
   if lost:
     logging.error(
       "processes %s do not answer: they are lost or wait for a lost one. Their own logs say why."
