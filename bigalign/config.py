@@ -9,19 +9,21 @@ config.json of a run holds the resolved options.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from bigalign import checks, sharding
 from bigalign.checkpoint import Checkpoints
 from bigalign.data.loader.options import DataOptions
-from bigalign.evals import EvalOptions
+from bigalign.data.text import stated
+from bigalign.evals import EvalOptions, named_files
 from bigalign.losses import LossTerms
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.model import ModelOptions
 from bigalign.optim import OPTIMIZERS, make_optimizer
 from bigalign.options import DEFAULTS, Call, Choose, Component, plain, resolve, without_defaults
-from bigalign.run import runtime
+from bigalign.run import copies, runtime
 from bigalign.run.metrics import MetricWriter
 from bigalign.run.provenance import digest
 from bigalign.weights import init
@@ -179,10 +181,36 @@ def with_tokenizer_digest(record: Mapping[str, Any]) -> dict[str, Any]:
   return {**record, "tokenizer": tokenizer_digest(recorded_config(record))}
 
 
-def recorded_config(record: Mapping[str, Any]) -> Config:
+def recorded_config(record: Mapping[str, Any], workdir: pathlib.Path | None = None) -> Config:
   """The options of a run from its record: config.json, or what is saved with a checkpoint.
 
   Options that did not exist when the run was written get their defaults.
+
+  Args:
+    record: the record.
+    workdir: the local folder of the run; the options then name the copies there (see run/copies)
+      instead of files of the machine that trained. Older runs have no copies.
+
+  Raises:
+    checksums.Damaged: if a copy was damaged or edited.
   """
-  config: Config = resolve(Config, record["config"], "config")
+  values = record["config"]
+  if workdir is not None:
+    values = copies.used(values, record.get("copies", {}), workdir)
+  config: Config = resolve(Config, values, "config")
   return config
+
+
+def originals(config: Config) -> Iterator[copies.Original]:
+  """The small files that the options of a run name: its tokenizer, class names, templates.
+
+  Raises:
+    FileNotFoundError, KeyError: for a missing file or environment variable.
+  """
+  source = config.data.make_tokenizer().vocabulary_file
+  if source is not None:
+    option, file = source
+    near = tuple(x for x in stated.files(file.parent) if x.name != file.name)
+    yield copies.Original("tokenizer", ("data", "tokenizer", option), file, near)
+  for (name, option), file in named_files(config.evals).items():
+    yield copies.Original(option, ("evals", name, option), file)

@@ -36,8 +36,10 @@ from bigalign.state import restore_params
 class Run(NamedTuple):
   """A run at one step, on this machine's mesh.
 
-  workdir: its local folder. step: of the checkpoint. config: as it was trained. meta: the JSON of
-  the checkpoint (revision, versions, samples_seen, dataset_size ...). params: all parameters by
+  workdir: its local folder. step: of the checkpoint. config: as it was trained, except that options
+  that name small files, such as the tokenizer, name the copies in the folder of the run. meta: the
+  JSON of the checkpoint (config with the paths as written, revision, versions, samples_seen,
+  dataset_size ...). params: all parameters by
   path. ema: the same with running averages, empty if the run has none. embed: embed_image and
   embed_text, jitted.
   """
@@ -78,9 +80,9 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   checkpoints = keep.make(workdir=folder.root, read_only=True)
   number = checkpoints.find(step)
   meta = checkpoints.meta(number)
-  config = recorded_config(meta)
+  config = recorded_config(meta, folder.local)
   _warn_of_tokenizer(meta, config, folder.local)
-  del meta["config"]
+  meta["config"] = plain(recorded_config(meta))
   program = make_program(config, dataset_size=meta["dataset_size"])
   # The machine may differ from the one that trained: the model is replicated on all its devices.
   mesh = sharding.make_mesh()
@@ -95,7 +97,8 @@ def _warn_of_tokenizer(meta: Mapping[str, Any], config: Config, workdir: pathlib
   """Logs that files of the tokenizer changed since the run was trained."""
   try:
     changed = changed_ids(meta, {"tokenizer_files": tokenizer_files(config)})
-    if with_tokenizer_digest(meta)["tokenizer"] != tokenizer_digest(config):
+    copied = config.data.tokenizer != recorded_config(meta).data.tokenizer  # and so is unchanged
+    if not copied and with_tokenizer_digest(meta)["tokenizer"] != tokenizer_digest(config):
       changed = changed or "config.data.tokenizer: its file has another content than in training"
   except (OSError, KeyError, ValueError, ImportError):  # whoever needs the tokenizer reports it
     return

@@ -21,6 +21,7 @@ from bigalign import durations, sharding
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.config import (
   Config,
+  originals,
   recorded_config,
   resolve_config,
   setup_runtime,
@@ -47,7 +48,7 @@ from bigalign.program import (
   make_program,
   stage_program,
 )
-from bigalign.run import disk, preemption, runtime
+from bigalign.run import copies, disk, preemption, runtime
 from bigalign.run.flags import config_name, define_flags, parse_flags, profile_span
 from bigalign.run.metrics import DIAGNOSE, EVALUATE, MetricWriter, Progress
 from bigalign.run.provenance import (
@@ -200,6 +201,8 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
     "tokenizer_files": tokenizer_files(options),
   }
   check_hosts_agree(meta)
+  copied = copies.read(originals(options))
+  meta["copies"] = copied.record
   if record:
     record = {**record, "config": plain(recorded_config(record))}
   check_config(folder.local, record, meta, allow_config_change)
@@ -239,6 +242,8 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
     logging.info("Resuming from step %d, %d samples seen", resumed_from, samples_seen)
   if inputs.stores:
     check_stores(inputs.stores.sides, options, program, state)
+  if jax.process_index() == 0:
+    copies.write(copied, folder.local)
   write_config(folder.local, meta)
   return Run(
     config=options,

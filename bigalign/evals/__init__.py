@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from bigalign.evals import geometry, glyphs, retrieval, zeroshot
 from bigalign.evals.embed import Context
 from bigalign.options import Choose, Component, resolve_value
 
-__all__ = ["EVALS", "Context", "EvalOptions", "make_evaluators"]
+__all__ = ["EVALS", "Context", "EvalOptions", "make_evaluators", "named_files"]
 
 Evaluator = Callable[[Any], dict[str, float]]
 
@@ -24,6 +25,22 @@ EVALS: dict[str, Callable[..., Evaluator]] = dict(
 )
 
 EvalOptions = Mapping[str, Annotated[Component, Choose(EVALS, key="type", fixed=("context",))]]
+
+
+def named_files(evals: Mapping[str, Component]) -> dict[tuple[str, str], pathlib.Path]:
+  """{(name of an evaluator, option): file} of the options that name a file of texts.
+
+  Raises:
+    FileNotFoundError: for a missing file.
+  """
+  return {
+    (name, option): zeroshot.text_file(path, f"config.evals.{name}.{option}")
+    for name, component in evals.items()
+    if component.name == "zeroshot"
+    for option, path in zeroshot.named_files(
+      classnames=component.option("classnames"), templates=component.option("templates")
+    ).items()
+  }
 
 
 def make_evaluators(

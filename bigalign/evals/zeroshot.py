@@ -33,6 +33,14 @@ PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob
 _SLOTS = ("{c}", "{}")  # placeholders of the class name in CLIP_benchmark and open_clip
 
 
+def text_file(path: str, what: str) -> pathlib.Path:
+  """The file at a path whose variables and ~ are expanded; FileNotFoundError if there is none."""
+  file = pathlib.Path(expand_variables(path, what=what)).expanduser()
+  if not file.is_file():
+    raise FileNotFoundError(f"{what}={path!r}: {file} does not exist")
+  return file
+
+
 def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
   """Returns the strings of a .json list, or the lines of another text file that are not blank.
 
@@ -45,9 +53,7 @@ def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
     FileNotFoundError: if the file is missing.
     ValueError: for an empty file, one that is not UTF-8, or JSON that is not a list of strings.
   """
-  file = pathlib.Path(expand_variables(path, what=what)).expanduser()
-  if not file.is_file():
-    raise FileNotFoundError(f"{what}={path!r}: {file} does not exist")
+  file = text_file(path, what)
   if file.suffix != ".json":
     texts = [*read_classnames(file)] if labels else list(filter(None, read_names(file)))
   else:
@@ -65,6 +71,19 @@ def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
   return texts
 
 
+def named_files(*, classnames: str | None, templates: str | Sequence[str]) -> dict[str, str]:
+  """{option: path} of the options of `zeroshot` that name a file."""
+  named = {} if classnames is None else {"classnames": classnames}
+  return named | ({"templates": str(templates)} if _is_file(templates) else {})
+
+
+def _is_file(templates: str | Sequence[str]) -> bool:
+  """Whether templates are given by the path of a file."""
+  if not isinstance(templates, str) or templates in PROMPTS:
+    return False
+  return pathlib.Path(templates).suffix in (".txt", ".json")
+
+
 def read_templates(templates: str | Sequence[str], what: str = "templates") -> list[str]:
   """Returns prompt templates.
 
@@ -79,7 +98,7 @@ def read_templates(templates: str | Sequence[str], what: str = "templates") -> l
     lines = list(templates)
   elif templates in PROMPTS:
     lines = read_lines(str(PROMPTS[templates]), what)
-  elif pathlib.Path(templates).suffix in (".txt", ".json"):
+  elif _is_file(templates):
     lines = read_lines(templates, what)
   else:
     raise ValueError(

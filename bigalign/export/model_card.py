@@ -10,7 +10,6 @@ from bigalign.config import recorded_config
 from bigalign.data.loader.options import DataOptions
 from bigalign.evaluate import Run
 from bigalign.export.base import Contents, Format, TrainedModel
-from bigalign.options import plain
 from bigalign.run.metrics import read_metrics
 from bigalign.stages import split
 
@@ -33,7 +32,7 @@ def facts(run: Run, name: str, family: str, ema: bool) -> dict[str, Any]:
     "ema": ema,
     **{k: run.meta[k] for k in ("samples_seen", "dataset_size", "data", "revision", "versions")},
     "metrics": measured,
-    "config": plain(run.config),
+    "config": run.meta["config"],
   }
 
 

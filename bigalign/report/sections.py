@@ -11,7 +11,6 @@ import numpy as np
 
 from bigalign import tree
 from bigalign.evaluate import Run
-from bigalign.options import plain
 from bigalign.report import figures
 from bigalign.run.metrics import is_wall_clock
 
@@ -337,7 +336,7 @@ def everything(rows: Rows, values: Mapping[str, float], by_chance: Mapping[str, 
 
 def details(run: Run) -> str:
   """Returns the config, the versions of code and packages, and the fingerprint of the data."""
-  config = [(key, repr(value)) for key, value in tree.flatten(plain(run.config)).items()]
+  config = [(key, repr(value)) for key, value in tree.flatten(run.meta["config"]).items()]
   code = {
     "revision": run.meta["revision"],
     "data fingerprint": run.meta["data"],

@@ -21,6 +21,7 @@ from etils import epath
 
 from bigalign.data.files import storage
 from bigalign.private_apis import coordination_client
+from bigalign.run import copies
 from bigalign.run.lock import FILE, WorkdirLock, WorkdirLost
 
 _REJECTED = "rejected-"  # begins the name of each process's log of rejected samples
@@ -123,6 +124,21 @@ class Workdir:
       with storage.atomic_write(self.local / file.name, suffix=storage.unique_suffix()) as copy:
         copy.write(file.read_bytes())
       self._uploaded[file.name] = (self.local / file.name).stat().st_mtime_ns
+    self._download_copies()
+
+  def _download_copies(self) -> None:
+    """Downloads the copies that are missing here: see run/copies.py."""
+    if not (self.root / copies.FOLDER).exists():
+      return
+    for folder in (self.root / copies.FOLDER).iterdir():
+      for file in folder.iterdir():
+        name = f"{copies.FOLDER}/{folder.name}/{file.name}"
+        copy = self.local / name
+        if not copy.is_file():
+          copy.parent.mkdir(parents=True, exist_ok=True)
+          with storage.atomic_write(copy, suffix=storage.unique_suffix()) as out:
+            out.write(file.read_bytes())
+        self._uploaded[name] = copy.stat().st_mtime_ns
 
   def upload(self, process: int) -> None:
     """Uploads the files that changed.

@@ -22,6 +22,7 @@ from bigalign.export import check, hugging_face, main, model_card, open_clip
 from bigalign.export.fit import fit
 from bigalign.export.formats import prepare
 from bigalign.model import make_model
+from bigalign.options import plain
 
 SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
 # CLIP as Hugging Face knows it; a plain ViT beside CLIP's text, as configs/clip_b16.py; SigLIP.
@@ -118,6 +119,7 @@ def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale
   rows = [{"step": 2, "val/x": 0.5}, {"step": 3, "val/x": 0.625, "train/loss": 1.0}]
   (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
   meta = dict(samples_seen=12, dataset_size=1000, data="f" * 16, revision="abc", versions={})
+  meta["config"] = plain(config)
   return Run(tmp_path / "run", 3, config, meta, None, params, {}, {})
 
 

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 import sentencepiece
+import tokenizers
 
 
 def write_pieces(stem: pathlib.Path, texts: Sequence[str], vocab_size: int) -> pathlib.Path:
@@ -29,3 +30,30 @@ def write_pieces(stem: pathlib.Path, texts: Sequence[str], vocab_size: int) -> p
   )
   stem.with_suffix(".vocab").unlink()
   return stem.with_suffix(".model")
+
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "A", "Dog", "query", ":")
+
+
+def bert_json(folder: pathlib.Path, *, lower: bool = True, words=WORDS, **changes) -> str:
+  """Writes a WordPiece tokenizer.json; returns its path.
+
+  Args:
+    folder: of the file.
+    lower: whether text is lower-cased.
+    words: the vocabulary, the special tokens in the places of BERT's.
+    changes: {method of tokenizers.Tokenizer: its arguments}.
+  """
+  model = tokenizers.Tokenizer(
+    tokenizers.models.WordPiece({x: i for i, x in enumerate(words)}, unk_token="[UNK]")
+  )
+  model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
+  model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+  )
+  for name, options in changes.items():
+    getattr(model, name)(**options)
+  folder.mkdir(exist_ok=True)
+  model.save(str(folder / "tokenizer.json"))
+  return str(folder / "tokenizer.json")

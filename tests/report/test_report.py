@@ -14,6 +14,7 @@ from helpers.shipped import load
 from bigalign import evaluate, sharding
 from bigalign.config import resolve_config
 from bigalign.evals.chance import chance
+from bigalign.options import plain
 from bigalign.report import figures, main, sections
 from bigalign.report.sections import Pairs
 
@@ -66,7 +67,9 @@ def make_config(**changes):
 def make_run(tmp_path, **changes):
   config = make_config(loss={"clip": {"weight": 1.0}}, **{"data": {"source": EVIL}, **changes})
   versions = {"bigalign": "0.1", "jax": "1"}
-  meta = dict(samples_seen=2560, revision="abc", data="f00", versions=versions)
+  meta = dict(
+    samples_seen=2560, revision="abc", data="f00", versions=versions, config=plain(config)
+  )
   params = {"model/x": jnp.zeros((3, 4))}
   return evaluate.Run(tmp_path, 40, config, meta, None, params, {}, {})
 

@@ -138,6 +138,24 @@ def test_the_local_folder_equals_the_bucket(bucket, cache):
 
 
 @needs_gcsfs
+def test_copies_in_a_bucket_are_downloaded_once(bucket, cache):
+  one = Workdir("gs://bucket/copied")
+  name = "copies/tokenizer-0f/tokenizer.json"
+  (one.local / name).parent.mkdir(parents=True)
+  (one.local / name).write_text("{}")
+  one.upload(0)
+  other = Workdir("gs://bucket/copied", reader=True)
+  other.download()
+  assert (other.local / name).read_text() == "{}" and other.local != one.local
+  bucket.objects[f"copied/{name}"] = gcs_server.Object(b"never replaced", 2)
+  other.download()
+  assert (other.local / name).read_text() == "{}"
+  before = len(bucket.writes)
+  other.upload(0)
+  assert len(bucket.writes) == before
+
+
+@needs_gcsfs
 def test_what_another_machine_writes_later_is_seen(bucket, cache):
   """gcsfs remembers listings, with the sizes of files."""
   reader = Workdir("gs://bucket/watched", reader=True)

@@ -8,10 +8,9 @@ import shutil
 
 import numpy as np
 import pytest
-import tokenizers as rust
 from helpers.shipped import load
 from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
-from helpers.small_tokenizers import write_pieces
+from helpers.small_tokenizers import bert_json, write_pieces
 
 from bigalign import weights
 from bigalign.config import resolve_config, tokenizer_digest, tokenizer_files
@@ -51,24 +50,6 @@ def pieces(tmp_path_factory):
   """A SentencePiece model with <pad> 0 and </s> 1, as T5's."""
   stem = tmp_path_factory.mktemp("pieces") / "spiece"
   return str(write_pieces(stem, ["a dog and a cat", "two dogs, one cat!"], 40))
-
-
-def bert_json(path, *, lower=True, **changes):
-  """A WordPiece tokenizer.json."""
-  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "A", "Dog", "query", ":"]
-  model = rust.Tokenizer(
-    rust.models.WordPiece({x: i for i, x in enumerate(words)}, unk_token="[UNK]")
-  )
-  model.normalizer = rust.normalizers.BertNormalizer(lowercase=lower)
-  model.pre_tokenizer = rust.pre_tokenizers.BertPreTokenizer()
-  model.post_processor = rust.processors.TemplateProcessing(
-    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-  )
-  for name, options in changes.items():
-    getattr(model, name)(**options)
-  path.mkdir(exist_ok=True)
-  model.save(str(path / "tokenizer.json"))
-  return str(path / "tokenizer.json")
 
 
 def ids(made, *texts):

@@ -20,6 +20,12 @@ from absl import logging
 
 from bigalign import tree
 
+# What `near` reads of a folder, and of that of a sentence-transformers model.
+_FILES = (
+  *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+  "sentence_bert_config.json",
+)
+_SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json")
 _LARGEST = 100_000_000  # bytes of a JSON file
 _UNLIMITED = 1_000_000  # transformers writes int(1e30) for "no limit"
 # Short, so that no tokenizer cuts them. Unless a tokenizer ignores case (marks), the ids of the two
@@ -159,13 +165,29 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
   return stated
 
 
+def files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+  """The files that `near` reads. Copied into one folder, they state the same there.
+
+  Args:
+    folder: as of `near`.
+  """
+  top = _sentence_folder(folder) or folder
+  found = [*(folder / name for name in _FILES), *(top / name for name in _SENTENCE_FILES)]
+  return tuple(file for file in found if file.is_file())
+
+
+def _sentence_folder(folder: pathlib.Path) -> pathlib.Path | None:
+  """The folder of a sentence-transformers model, whose encoder may have a folder of its own."""
+  return next((x for x in (folder, folder.parent) if (x / "modules.json").is_file()), None)
+
+
 def _sentence(folder: pathlib.Path, put: Any) -> None:
-  """The statements of sentence-transformers, whose encoder may have a folder of its own."""
+  """The statements of sentence-transformers."""
   file = folder / "sentence_bert_config.json"
   sentence = read(file)
   put("text_lower", sentence.get("do_lower_case"), f"{file}: do_lower_case", bool)
   put("length", sentence.get("max_seq_length"), f"{file}: max_seq_length", int)
-  top = next((x for x in (folder, folder.parent) if (x / "modules.json").is_file()), None)
+  top = _sentence_folder(folder)
   file = (top or folder) / "config_sentence_transformers.json"
   settings = read(file) if top else {}
   name, prompts = settings.get("default_prompt_name"), settings.get("prompts")

@@ -69,6 +69,11 @@ class Tokenizer:
     return None if path is None else _file(path, option="path")
 
   @property
+  def vocabulary_file(self) -> tuple[str, pathlib.Path] | None:
+    """(the option that names it, the file of the vocabulary); None without a file."""
+    return None if self.file is None else ("path", self.file)
+
+  @property
   def last_id(self) -> int:
     """The last id of a text."""
     ids, mask = self.encode_batch(["text"])
@@ -170,6 +175,11 @@ class Words(Tokenizer):
       words = _text(vocabulary, option="vocabulary").split()
     self.ids = {word: i + 3 for i, word in enumerate(dict.fromkeys(words))}
     self.vocab_size = len(self.ids) + 3
+
+  @property
+  def vocabulary_file(self) -> tuple[str, pathlib.Path] | None:
+    name = self.spec["vocabulary"]
+    return None if name == "glyphs" else ("vocabulary", _file(name, option="vocabulary"))
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     encoded = ([self.ids.get(word, 1) for word in self._split(text)] for text in texts)
@@ -418,6 +428,10 @@ class Clip(Rust):
     self._lower, self._canonicalize = lower, canonicalize
     if path is not None:
       stated.warn(self, stated.near(file.parent))
+
+  @property
+  def vocabulary_file(self) -> tuple[str, pathlib.Path] | None:
+    return "path", self.file or clip_text.installed_vocabulary()
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     texts = [clip_text.clean(text) for text in texts]
