@@ -130,6 +130,36 @@ def fused_attention_flops(name: str, params: Mapping[str, Any], query: Any, key:
   return FUSED_ATTENTION_PRODUCTS[name] * 2 * int(query.size) * int(keys)
 
 
+def preemption_handler() -> tuple[Callable[[], None], Callable[[], None]] | None:
+  """Returns functions that call and restore JAX's handler of SIGTERM; None if it has none.
+
+  jaxlib 0.10.2: jax.distributed.initialize installs it, in C++, so Python's signal module does not
+  know it. Once it is called, all processes agree on a step to stop at. It only sets a flag, so any
+  thread may call it. The first member of libc's `struct sigaction` is the address of the handler.
+  """
+  import ctypes
+  import signal
+
+  if callable(signal.getsignal(signal.SIGTERM)):
+    return None  # of Python, which replaced that of JAX
+  libc = ctypes.CDLL(None)
+  action = ctypes.create_string_buffer(1024)  # larger than the struct
+  if libc.sigaction(int(signal.SIGTERM), None, action):
+    return None
+  address = ctypes.c_void_p.from_buffer(action).value
+  if address in (None, int(signal.SIG_DFL), int(signal.SIG_IGN)):
+    return None
+  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(address)
+
+  def call() -> None:
+    handler(int(signal.SIGTERM))
+
+  def restore() -> None:
+    libc.sigaction(int(signal.SIGTERM), action, None)
+
+  return call, restore
+
+
 def is_lost_process(error: BaseException) -> bool:
   """Returns whether an error says that another process of the run is gone.
 

@@ -31,6 +31,7 @@ _ROOT = str(pathlib.Path(__file__).parents[1]) + os.sep
 _TYPES = (ValueError, TypeError, KeyError, OSError, ImportError, FloatingPointError, RuntimeError)
 _BUGS = (NotImplementedError, RecursionError)
 _RAISE = dis.opmap["RAISE_VARARGS"]
+_PROGRAMS: list[str] = []  # that `reported` runs now
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in .*$', re.MULTILINE)
 
 
@@ -49,6 +50,7 @@ def reported(program: str) -> Iterator[None]:
     SystemExit: after a mistake or Ctrl-C.
     Exception: a bug, unchanged; the interpreter prints its traceback.
   """
+  _PROGRAMS.append(program)
   try:
     yield
   except KeyboardInterrupt:
@@ -62,6 +64,13 @@ def reported(program: str) -> Iterator[None]:
     sys.stdout.flush()
     print(f"{program}: {message(error)}", file=sys.stderr)
     sys.exit(status(error))
+  finally:
+    _PROGRAMS.pop()
+
+
+def in_program() -> bool:
+  """Whether this process is one of our programs, and not a notebook or another library's."""
+  return bool(_PROGRAMS)
 
 
 def take_flag(words: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Early ends of a run: preemption notices, processes that are lost, processes that hang.
 
 Exit code 143 (128 + SIGTERM) means: run the same command again. An error in the program exits
-with 1.
+with 1, a run that Ctrl-C stopped with 130.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from bigalign.private_apis import coordination_client, is_lost_process, missing_at_barrier
 from bigalign.run import errors, watchdog
+from bigalign.run.stop_signals import StopSignals
 
 RESTART_EXIT_CODE = 143
 # A value of Google's metadata server that announces the end of this machine, by name.
@@ -32,13 +33,17 @@ PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
 
 
 class Preempted(SystemExit):
-  """The run stopped early; unless `step` is 0, a checkpoint of `step` exists. Exits with 143."""
+  """The run stopped early; unless `step` is 0, a checkpoint of `step` exists.
 
-  def __init__(self, step: int) -> None:
-    super().__init__(RESTART_EXIT_CODE)
+  Exits with 143, or after Ctrl-C with 130, so that no script starts the run again by itself.
+  """
+
+  def __init__(self, step: int, *, interrupted: bool = False) -> None:
+    super().__init__(errors.INTERRUPTED if interrupted else RESTART_EXIT_CODE)
     self.step = step
     saved = f"checkpoint saved at step {step}" if step else "no step was done"
-    logging.warning("SIGTERM received: %s. Run the same command to resume.", saved)
+    why = "Interrupted" if interrupted else "SIGTERM received"
+    logging.warning("%s: %s. Run the same command to resume.", why, saved)
 
 
 class EvaluationStopped(Exception):
@@ -46,30 +51,28 @@ class EvaluationStopped(Exception):
 
 
 class PreemptionListener:
-  """A context that listens for SIGTERM and for Google's notices of maintenance and preemption.
+  """A context that listens for SIGTERM, Ctrl-C and Google's notices of maintenance or preemption.
 
-  A single process installs a signal handler here. With several processes each has JAX's handler,
-  and JAX's coordination service agrees on a question that no process has asked yet; asking compares
-  two numbers and sends no message. Inside the context a signal ends nothing by itself. So the
-  context must contain everything that a run writes.
+  `stop_signals.StopSignals` handles the signals. With several processes, JAX's coordination service
+  agrees on a question that no process has asked yet; asking compares two numbers and sends no
+  message. Inside the context one signal ends nothing by itself. So the context must contain
+  everything that a run writes.
   """
 
   def __init__(self) -> None:
-    self._received = False
+    self._signals = StopSignals()
     self._asked = 0  # questions so far; JAX's service wants numbers that grow by one
     self._stopping = False
     self._listening = False
     self._stop = threading.Event()
-    # Only the main thread may install a signal handler.
-    self._installs_handler = not jax.distributed.is_initialized()
-    self._installs_handler &= threading.current_thread() is threading.main_thread()
 
-  def _handle(self, *_: object) -> None:
-    self._received = True
+  @property
+  def interrupted(self) -> bool:
+    """Whether Ctrl-C was pressed in this process."""
+    return self._signals.interrupted
 
   def __enter__(self) -> PreemptionListener:
-    if self._installs_handler:
-      self._previous_handler = signal.signal(signal.SIGTERM, self._handle)
+    self._signals.__enter__()
     host = _metadata_host()
     if host:
       threading.Thread(target=_poll_metadata, args=(host, self._stop), daemon=True).start()
@@ -79,8 +82,7 @@ class PreemptionListener:
   def __exit__(self, *exception: object) -> None:
     self._listening = False
     self._stop.set()
-    if self._installs_handler:
-      signal.signal(signal.SIGTERM, self._previous_handler)
+    self._signals.__exit__(*exception)
 
   def should_stop(self, step: int) -> bool:
     """Returns whether to stop now; every process must ask before the first update and after each.
@@ -89,7 +91,7 @@ class PreemptionListener:
       step: number of updates done, for the log.
     """
     was_stopping, stops = self._stopping, self._ask()
-    if stops and not was_stopping:
+    if stops and not (was_stopping or self._signals.received):  # which was said on arrival
       logging.warning("The run is asked to stop and ends after step %d", step)
     return stops
 
@@ -113,7 +115,9 @@ class PreemptionListener:
     """Whether to stop; all processes get the same answer to the same question."""
     self._asked += 1
     reached = multihost_utils.reached_preemption_sync_point(self._asked)
-    self._stopping |= self._received or reached
+    # Several processes stop at the step that all agree on.
+    alone = not jax.distributed.is_initialized()
+    self._stopping |= reached or (alone and self._signals.received)
     return self._stopping
 
 

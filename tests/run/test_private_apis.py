@@ -53,6 +53,28 @@ client.key_value_set("folder/a", "2", allow_overwrite=True)
 assert client.key_value_dir_get("folder/") == [("folder/a", "2")]
 client.wait_at_barrier("end", 1000)
 """
+# The same: one call makes all processes stop, although Python has its own handler of SIGTERM now.
+ASKED_TO_STOP = """
+import os, signal, sys, time, jax
+from jax.experimental import multihost_utils
+from bigalign import private_apis
+assert private_apis.preemption_handler() is None
+jax.distributed.initialize(sys.argv[1], 1, 0)
+call, restore = private_apis.preemption_handler()
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+assert private_apis.preemption_handler() is None
+call()
+restore()
+os.kill(os.getpid(), signal.SIGTERM)
+end = time.monotonic() + 30
+asked = 1
+while not multihost_utils.reached_preemption_sync_point(asked):
+  assert time.monotonic() < end
+  time.sleep(0.05)
+  asked += 1
+assert not received
+"""
 # Process 0 of two; the other never starts.
 UNCONNECTED = """
 import sys, jax
@@ -120,6 +142,12 @@ def program(script):
 
 def test_the_coordination_service_is_a_key_value_store_with_barriers():
   done = program(ALONE)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_handler_of_sigterm_can_be_called_and_restored():
+  done = program(ASKED_TO_STOP)
   assert done.returncode == 0, done.stderr
 
 

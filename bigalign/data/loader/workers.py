@@ -187,9 +187,10 @@ class Batches:
   """
 
   def __init__(self, iterator: grain.DatasetIterator, spool: _Spool | None = None):
-    # A scheduler signals all processes. Workers inherit the mask, and ignore SIGTERM once they run.
+    # A scheduler or a terminal signals all processes. Workers inherit the mask, and ignore these
+    # signals once they run.
     resource_tracker.ensure_running()  # its own start would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
       iterator.start_prefetch()
     finally:
@@ -275,4 +276,4 @@ def _start_worker(worker: int, workers: int, *, prefix: str) -> None:
     name_shared_memory(prefix)
   # The program also gets SIGTERM. It trains for some more steps, and then closes the workers.
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
