@@ -23,12 +23,12 @@ from bigalign.config import (
   with_tokenizer_digest,
 )
 from bigalign.data.files.patterns import expand_shards
-from bigalign.evals import make_evaluators
+from bigalign.evals import Evaluator, make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.options import plain
 from bigalign.program import layout, make_embed, make_program
-from bigalign.run import preemption, runtime
-from bigalign.run.provenance import changed_ids, read_config
+from bigalign.run import errors, preemption, runtime
+from bigalign.run.provenance import changed_ids, check_hosts_agree, read_config
 from bigalign.run.workdir import Workdir
 from bigalign.state import restore_params
 
@@ -108,20 +108,49 @@ def _warn_of_tokenizer(meta: Mapping[str, Any], config: Config, workdir: pathlib
     )
 
 
-def evaluate(run: Run, evals: Mapping[str, Any]) -> dict[str, float]:
+def evaluate(run: Run, evals: Mapping[str, Any] | None = None) -> dict[str, float]:
   """{metric: value} of a run; those of the averaged parameters as "ema/…".
 
   Args:
     run: of open_run.
-    evals: as config.evals: {name: options, type among them}, in plain values or resolved.
+    evals: as config.evals: {name: options, type among them}, in plain values or resolved. None:
+      those of the run's config; a warning names the ones whose data is not on this machine.
+
+  Raises:
+    FileNotFoundError: for missing data of `evals`; if it is None, without the data of any.
   """
-  evaluators = make_evaluators(evals, mesh=run.mesh, data=run.config.data, **run.embed)
+  evaluators = (
+    _evaluators_with_data(run)
+    if evals is None
+    else make_evaluators(evals, mesh=run.mesh, data=run.config.data, **run.embed)
+  )
   metrics: dict[str, float] = {}
   with jax.set_mesh(run.mesh):
     for prefix, params in (("", run.params), ("ema/", run.ema)):
       for evaluator in evaluators.values() if params else ():
         metrics |= {prefix + name: value for name, value in evaluator(params).items()}
   return metrics
+
+
+def _evaluators_with_data(run: Run) -> dict[str, Evaluator]:
+  """The evaluators of a run's config, without those whose data is not on this machine."""
+  evaluators: dict[str, Evaluator] = {}
+  missing: dict[str, str] = {}
+  for name, component in run.config.evals.items():
+    one = {name: component}
+    try:
+      evaluators |= make_evaluators(one, mesh=run.mesh, data=run.config.data, **run.embed)
+    except (FileNotFoundError, KeyError) as error:
+      missing[name] = errors.message(error)
+  for name, reason in missing.items():
+    logging.warning("config.evals.%s is left out: %s", name, reason)
+  check_hosts_agree({"set of evaluators whose data is there": [*evaluators]})
+  if missing and not evaluators:
+    raise FileNotFoundError(
+      f"The data of no evaluator of {run.workdir} is on this machine; name other data with"
+      f" --retrieval or --zeroshot. {'; '.join(missing.values())}"
+    )
+  return evaluators
 
 
 def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
@@ -202,11 +231,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   if args.zeroshot:
     name, options = zeroshot_folder(args.zeroshot)
     evals[name] = options
-  evals = evals or plain(opened.config)["evals"]
-  if not evals:
+  if not evals and not opened.config.evals:
     parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
   logging.info("Step %d of %s on %s", opened.step, opened.workdir, runtime.describe())
-  metrics = evaluate(opened, evals)
+  metrics = evaluate(opened, evals or None)
   if jax.process_index() == 0:
     rich.console.Console().print(table(metrics))
     if args.json:
@@ -215,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "step": opened.step,
         "samples_seen": opened.meta["samples_seen"],
         "revision": opened.meta["revision"],
-        "evals": evals,
+        "evals": evals or opened.meta["config"]["evals"],
         "metrics": metrics,
       }
       pathlib.Path(args.json).write_text(json.dumps(written, indent=1) + "\n")

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from bigalign.config import Config
 from bigalign.data.files.draws import draw
@@ -22,7 +23,7 @@ from bigalign.evals.embed import Context, EvalData, embedder, to_host
 from bigalign.evaluate import Run, open_run
 from bigalign.report import sections
 from bigalign.report.sections import Pairs, Rows
-from bigalign.run import runtime
+from bigalign.run import errors, runtime
 from bigalign.run.metrics import read_metrics
 
 FILE = "report.html"
@@ -72,9 +73,16 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
 
 
 def embed_pairs(run: Run) -> Pairs:
-  """Up to SAMPLES pairs, drawn from what the run's config evaluates on."""
+  """Up to SAMPLES pairs, drawn from what the run's config evaluates on.
+
+  Raises:
+    FileNotFoundError: if the data is not on this machine.
+  """
   spec, fields, where = held_out(run.config)
-  source = open_source(spec, captions=fields)
+  try:
+    source = open_source(spec, captions=fields)
+  except KeyError as error:  # a variable that is not set
+    raise FileNotFoundError(errors.message(error)) from error
   picked = _Picked(source, np.asarray(draw(len(source), SAMPLES)))
   size = len(jax.devices()) * 16
   data = dataclasses.replace(run.config.data, workers=0)  # a few hundred samples
@@ -99,8 +107,14 @@ def embed_pairs(run: Run) -> Pairs:
   return Pairs(f"{len(kept)} {where}", images, captions, zimg, ztxt)
 
 
-def page(run: Run, rows: Rows, pairs: Pairs) -> str:
-  """The HTML of the page, which loads nothing from elsewhere."""
+def page(run: Run, rows: Rows, pairs: Pairs | str) -> str:
+  """The HTML of the page, which loads nothing from elsewhere.
+
+  Args:
+    run: the run.
+    rows: of its metrics.jsonl.
+    pairs: embedded samples, or why there are none.
+  """
   values = sections.final(rows)
   guess = chance(values)
   body = "\n".join(
@@ -108,8 +122,11 @@ def page(run: Run, rows: Rows, pairs: Pairs) -> str:
       sections.header(run, rows),
       sections.headline(values, guess),
       sections.learning(rows, guess),
-      sections.geometry(pairs),
-      sections.retrieval(pairs),
+      *(
+        (sections.absent(pairs),)
+        if isinstance(pairs, str)
+        else (sections.geometry(pairs), sections.retrieval(pairs))
+      ),
       sections.throughput(rows),
       sections.everything(rows, values, guess),
       sections.details(run),
@@ -132,7 +149,13 @@ def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.P
   run = open_run(workdir, step)
   rows = [row for row in read_metrics(run.workdir) if row["step"] <= run.step]
   path = run.workdir / FILE
-  path.write_text(page(run, rows, embed_pairs(run)), encoding="utf-8")
+  pairs: Pairs | str
+  try:
+    pairs = embed_pairs(run)
+  except FileNotFoundError as error:
+    pairs = str(error)
+    logging.warning("The page shows no samples: %s", pairs)
+  path.write_text(page(run, rows, pairs), encoding="utf-8")
   return path
 
 

@@ -173,6 +173,11 @@ def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
   return f'<h2>Learning</h2><div class="grid two">{"".join(cards)}</div>' if cards else ""
 
 
+def absent(reason: str) -> str:
+  """Returns why the page shows no samples."""
+  return f"<h2>Samples</h2><p>The page shows no samples: {escape(reason)}</p>"
+
+
 def geometry(pairs: Pairs) -> str:
   """Returns the similarity matrix of some pairs, and a PCA of both modalities with their gap."""
   some = np.linspace(0, len(pairs.zimg) - 1, min(MATRIX, len(pairs.zimg))).astype(int)

@@ -52,14 +52,15 @@ def run_config(home):
       classnames="$HOME_OF_ALL/names.txt",
       templates="$HOME_OF_ALL/prompts.json",
       batch_size=16,
-    )
+    ),
+    other=dict(type="retrieval", source=write_tar(home / "shards/1.tar", samples(16, 16))),
   )
   return c
 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-  """(the folder of a run on another machine, what was found where it was trained)."""
+  """(the folder of a run on another machine, what was found where it was trained, shards)."""
   home = tmp_path_factory.mktemp("there")
   bert_json(home / "bert", words=WORDS)
   write_json(home / "bert", tokenizer_config=dict(pad_token="[UNK]"), added_tokens={"<new>": 8})
@@ -73,13 +74,13 @@ def moved(tmp_path_factory):
   shutil.move(home / "run", away)
   for name in ("bert", "names.txt", "prompts.json"):
     shutil.move(home / name, home / f"gone-{name}")
-  return away, found
+  return away, found, home / "shards"
 
 
 def results(folder, out):
   """What `evaluate`, `report` and `export` make of a run."""
   run = evaluate.open_run(folder)
-  metrics = evaluate.evaluate(run, run.config.evals)
+  metrics = evaluate.evaluate(run)
   ids = run.config.data.make_tokenizer().encode_batch(TEXTS)
   page = report(folder).read_text().replace(str(folder), "")
   path, _ = export(run, "torch", out)
@@ -91,7 +92,7 @@ def results(folder, out):
 
 @pytest.mark.slow
 def test_a_moved_run_is_evaluated_reported_and_exported_with_equal_results(moved, tmp_path, caplog):
-  folder, there = moved
+  folder, there, _ = moved
   here = results(folder, tmp_path / "exported")
   np.testing.assert_array_equal(here.pop("ids"), there["ids"])
   assert here == {name: value for name, value in there.items() if name != "ids"}
@@ -99,6 +100,24 @@ def test_a_moved_run_is_evaluated_reported_and_exported_with_equal_results(moved
   assert not [x for x in caplog.records if x.levelno >= logging.WARNING]
   config = json.loads(here["files"]["bigalign.json"])["config"]
   assert config["data"]["tokenizer"]["path"] == "$HOME_OF_ALL/bert/tokenizer.json"
+
+
+@pytest.mark.slow
+def test_evaluators_whose_data_is_elsewhere_are_left_out_by_name(moved, caplog):
+  folder, there, shards = moved
+  run = evaluate.open_run(folder)
+  (shards / "1.tar").rename(shards / "gone")
+  metrics = evaluate.evaluate(run)
+  assert metrics and metrics == {k: x for k, x in there["metrics"].items() if "zeroshot" in k}
+  (text,) = [x.getMessage() for x in caplog.records if x.levelno >= logging.WARNING]
+  assert text.startswith("config.evals.other is left out: ") and "1.tar" in text
+  (shards / "0.tar").rename(shards / "gone too")
+  with pytest.raises(FileNotFoundError, match=r"no evaluator of .*--retrieval .*0\.tar.*1\.tar"):
+    evaluate.evaluate(run)
+  with pytest.raises(FileNotFoundError, match=r"0\.tar"):  # by name, nothing is left out
+    evaluate.evaluate(run, run.config.evals)
+  page = report(folder).read_text()
+  assert "The page shows no samples: " in page and "zeroshot-val-top1" in page
 
 
 def tokenizers_of(home):
