@@ -20,9 +20,18 @@ from bigalign.data.text import stated
 from bigalign.evals import EvalOptions, named_files
 from bigalign.losses import LossTerms
 from bigalign.losses.engine.pairwise import Engine
-from bigalign.model import ModelOptions
+from bigalign.model import ModelOptions, ModelWeights
 from bigalign.optim import OPTIMIZERS, make_optimizer
-from bigalign.options import DEFAULTS, Call, Choose, Component, plain, resolve, without_defaults
+from bigalign.options import (
+  DEFAULTS,
+  Also,
+  Call,
+  Choose,
+  Component,
+  plain,
+  resolve,
+  without_defaults,
+)
 from bigalign.run import copies, runtime
 from bigalign.run.metrics import MetricWriter
 from bigalign.run.provenance import digest
@@ -77,7 +86,7 @@ class Config:
   log_every: int
   checkpoint_every: int | str
   data: DataOptions
-  model: ModelOptions
+  model: Annotated[ModelOptions, Also(ModelWeights)]
   loss: LossTerms
   optimizer: Annotated[
     Component,

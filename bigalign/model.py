@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import checks, sharding, sphere
-from bigalign.options import DEFAULTS, Choose, Component, resolve
+from bigalign.options import DEFAULTS, Also, Choose, Component, resolve
 from bigalign.projectors import PROJECTORS
 from bigalign.towers import TOWERS, TowerOutput
 
@@ -185,6 +185,33 @@ def without_remat(model: DualEncoder) -> DualEncoder:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerWeights:
+  """Options of a tower in a config file that name pretrained weights: see weights/init.py.
+
+  Args:
+    init: folder or file of a pretrained checkpoint, which gives the options of the tower and its
+      weights; options next to it replace those of the checkpoint.
+    fresh: regular expression of the parameters that keep their random initial values.
+    drop: regular expression of the tensors of the checkpoint that may be left out.
+  """
+
+  init: str = ""
+  fresh: str = ""
+  drop: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelWeights(TowerWeights):
+  """The same for the whole model.
+
+  Args:
+    open_clip: name of an architecture of open_clip, which gives the sizes but no weights.
+  """
+
+  open_clip: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
   """A dual encoder.
 
@@ -197,8 +224,8 @@ class ModelOptions:
     pixels: normalisation of the image, on the device: "half" (SigLIP), "clip", "imagenet".
   """
 
-  image: Annotated[Any, Choose(TOWERS)]
-  text: Annotated[Any, Choose(TOWERS)]
+  image: Annotated[Any, Choose(TOWERS), Also(TowerWeights)]
+  text: Annotated[Any, Choose(TOWERS), Also(TowerWeights)]
   embed_dim: int
   image_projector: Annotated[Component, PROJECTOR] = DEFAULTS
   text_projector: Annotated[Component, PROJECTOR] = DEFAULTS

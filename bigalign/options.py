@@ -17,6 +17,8 @@ A field that holds another group says so in its type:
   tokenizer: Annotated[Component, Choose(TOKENIZERS)]            one of a registry, dict(name=…, …)
   evals: Mapping[str, Annotated[Component, Choose(EVALS, key="type")]]       several, by name
 
+`inside` says what such a type holds; the command line and the reference of the options read it.
+
 Nothing here imports JAX: data workers read options too.
 """
 
@@ -100,6 +102,16 @@ class Choose(NamedTuple):
   default: str = ""
 
 
+class Also(NamedTuple):
+  """Marks a field whose group has more options in a config file than when it is resolved.
+
+  Args:
+    group: a dataclass with these options, which become others before the config is resolved.
+  """
+
+  group: type
+
+
 class Option(NamedTuple):
   """One option: its type, its default (MISSING if it must be given), and its documentation."""
 
@@ -172,6 +184,57 @@ def _args_section(text: str) -> dict[str, str]:
       else:
         docs |= {name: f"{docs[name]} {stripped}" for name in names}
   return docs
+
+
+class Inside(NamedTuple):
+  """What the value of an option holds.
+
+  Args:
+    options: {name: option} of one group.
+    entries: {entry: {name: option}} of a registry from which the value names one, or several.
+    key: the option that names the entry; "" where the keys of a mapping do.
+    default: the entry if none is named.
+    element: the type of each element of a mapping by any name, or of a sequence; None for others.
+  """
+
+  options: Mapping[str, Option]
+  entries: Mapping[str, Mapping[str, Option]]
+  key: str
+  default: str
+  element: Any
+
+  def known(self, entry: str | None = None) -> dict[str, Option]:
+    """All options: of one group, or of an entry of the registry; of any entry if it is unknown."""
+    if not self.key:
+      return dict(self.options)
+    chosen = [self.entries[entry]] if entry in self.entries else [*self.entries.values()]
+    named = {self.key: Option(str, self.default or MISSING, f"one of {', '.join(self.entries)}")}
+    own = {name: option for options in reversed(chosen) for name, option in options.items()}
+    return {**named, **self.options, **own}
+
+
+def inside(kind: Any) -> Inside:
+  """What the values of a type hold; nothing for plain values."""
+  marker, base = _marker(kind)
+  inner = _without_none(base)
+  also = next((x for x in getattr(kind, "__metadata__", ()) if isinstance(x, Also)), None)
+  options = definition(also.group) if also else {}
+  if isinstance(marker, Call):
+    options |= definition(marker.function, marker.fixed)
+  elif isinstance(marker, Choose):
+    hidden = (*marker.fixed, marker.key)
+    shared = definition(marker.shared, hidden) if marker.shared else {}
+    entries = {
+      name: {**shared, **definition(entry, marker.fixed)} for name, entry in marker.registry.items()
+    }
+    return Inside(options, entries, marker.key, marker.default, None)
+  elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
+    options |= definition(inner)
+  elif _is_mapping(inner):
+    return Inside({}, {}, "", "", [*typing.get_args(inner), Any, Any][1])
+  elif typing.get_origin(inner) in (tuple, list, collections.abc.Sequence):
+    return Inside({}, {}, "", "", [*typing.get_args(inner), Any][0])
+  return Inside(options, {}, "", "", None)
 
 
 def resolve(target: Any, given: Any, where: str, fixed: Sequence[str] = ()) -> Any:

@@ -242,19 +242,6 @@ def _keep_log_record(record: logging.LogRecord) -> bool:
   return "/orbax/" not in record.pathname or (record.levelno > logging.INFO and not expected)
 
 
-def transform_config_file(flag: str, transform: Callable[[Any], Any]) -> None:
-  """Applies `transform` to the config that the flag's file returns, before overrides are parsed.
-
-  ml_collections 1.1.0: wraps `parse` of the flag's parser. The type of an override is taken from
-  the value in the file at this point, and there is no public hook before it.
-  """
-  from absl import flags
-
-  parser: Any = flags.FLAGS[flag].parser
-  read_file = parser.parse
-  parser.parse = lambda path: transform(read_file(path))
-
-
 # The data loader and the sources
 
 

@@ -531,7 +531,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
   """The program `bigalign train`."""
-  define_flags()
+  define_flags(lambda: Config)
   app.run(main, flags_parser=parse_flags)
 
 

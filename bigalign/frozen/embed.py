@@ -26,7 +26,7 @@ from absl import app, flags, logging
 from jax.experimental import multihost_utils
 
 from bigalign import checks, sharding
-from bigalign.config import resolve_config, setup_runtime, without_stores
+from bigalign.config import Config, resolve_config, setup_runtime, without_stores
 from bigalign.data.files import storage
 from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
@@ -349,12 +349,5 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
   """The program `bigalign embed`."""
-  define_flags()
-  flags.DEFINE_string("out", None, "Folder of the stores, OUT/image and OUT/text.", required=True)
-  flags.DEFINE_list("towers", list(SIDES), "Which towers: image, text.")
-  flags.DEFINE_bool("verify", False, "Only check the stores in OUT against their checksums.")
-  flags.DEFINE_integer("batch_size", 256, "Images or texts per batch, over all devices.")
-  flags.DEFINE_enum("dtype", "float16", list(reader.DTYPES), "dtype of the vectors.")
-  flags.DEFINE_bool("projected", False, "After the projectors, in the shared space.")
-  flags.DEFINE_bool("tokens", False, "Also store every token, for projectors that read tokens.")
+  define_flags(lambda: Config, "embed")
   app.run(main, flags_parser=parse_flags)

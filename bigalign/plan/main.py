@@ -61,10 +61,7 @@ def plan(
   if path.exists():
     cached: Plan = json.loads(path.read_text())
     return cached
-  # JAX is imported only now, because a cached plan takes a second without it.
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  # A program compiled without its device can be written to that cache but not read back.
-  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+  _prepare_jax()  # imported only now, because a cached plan takes a second without it
   from bigalign.plan import compile_step
 
   measured: Plan = compile_step.measure(config, topology, samples=samples, stage=stage)
@@ -186,27 +183,24 @@ def main(argv: Sequence[str]) -> None:
   sys.exit(0 if result["fits"] else 1)
 
 
+def _prepare_jax() -> None:
+  """Sets what JAX reads when it is imported."""
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  # A program compiled without its device can be written to that cache but not read back.
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
+
+def _options() -> type:
+  """The options of a config; importing them imports JAX."""
+  _prepare_jax()
+  from bigalign.config import Config
+
+  return Config
+
+
 def run() -> None:
   """The program `bigalign plan`."""
-  define_flags()
-  flags.DEFINE_string(
-    "topology",
-    None,
-    "A TPU slice such as v5e:16x16, or slices, v5e:16x16*2; default: topology of the config.",
-  )
-  flags.DEFINE_integer("batch", None, "Global batch size, instead of config.batch_size.")
-  flags.DEFINE_list("sweep", [], "Any of batch, remat, mesh: compile all combinations.")
-  flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits, by compiling.")
-  flags.DEFINE_integer(
-    "samples", 0, "Size of the dataset, for epochs and losses with per-sample state."
-  )
-  flags.DEFINE_string(
-    "prices",
-    os.environ.get("BIGALIGN_PRICES"),
-    'JSON file with the price of a chip for an hour, by kind: {"v5e": 1.2}.',
-  )
-  flags.DEFINE_string("json", None, "Also write the figures to this file.")
-  flags.DEFINE_string("cache", "~/.cache/bigalign/plans", "Folder of cached plans.")
+  define_flags(_options, "plan")
   app.run(main, flags_parser=parse_flags)
 
 

@@ -1,45 +1,104 @@
-"""Command-line flags of `bigalign train`: the config file, overrides of it, and the processes."""
+"""Command-line flags of the programs that take a config: train, embed and plan.
+
+  bigalign train --config=siglip_b16 --config.optimizer.lr=3e-4 --workdir=runs/mine
+
+--config names a config (see run/configs.py); --config.OPTION=VALUE replaces one of its options (see
+run/overrides.py). absl parses all other flags.
+"""
 
 from __future__ import annotations
 
-import pathlib
-import sys
-import warnings
+import os
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
-from ml_collections import ConfigDict, FieldReference
 
-from bigalign.private_apis import transform_config_file
+from bigalign.data.stores.reader import DTYPES
+from bigalign.run import overrides
+from bigalign.run.configs import config_name as name_of
+from bigalign.run.configs import load_config, shipped
+from bigalign.run.errors import UsageError
 
-# Options that are a number of steps or a text such as "3 epochs".
-DURATIONS = ("total_steps", "checkpoint_every", "eval_every", "diagnose_every")
-DURATIONS_OF_THE_OPTIMIZER = ("warmup", "cooldown")
+
+class _ConfigFlag(flags.Flag):  # type: ignore[type-arg]
+  """--config: `parse_flags` replaces its text by the config.
+
+  Args:
+    options: as of `define_flags`.
+  """
+
+  def __init__(self, options: Callable[[], type] | None) -> None:
+    super().__init__(
+      flags.ArgumentParser(),
+      flags.ArgumentSerializer(),
+      "config",
+      None,
+      "NAME|FILE: a shipped config, or a Python file that has get_config().",
+    )
+    self.options = options
+    self.text = ""
 
 
-def define_flags() -> None:
-  """Defines the flags with absl."""
-  with warnings.catch_warnings():
-    # config_flags calls load_module(), which is deprecated; only ml_collections can change that.
-    warnings.filterwarnings("ignore", message=".*load_module.*", category=DeprecationWarning)
-    from ml_collections import config_flags
+def define_flags(options: Callable[[], type] | None, program: str = "train") -> None:
+  """Defines the flags of a program with absl.
 
-  config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/.")
-  transform_config_file("config", _accept_durations)
-  flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
-  flags.DEFINE_bool("allow_config_change", False, "Resume a run although its config has changed.")
-  flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace into WORKDIR/profile.")
+  Args:
+    options: returns the dataclass of the options of a config, bigalign.config.Config; called only
+      if one is overridden. None where the flags are listed but not parsed.
+    program: a key of PROGRAMS.
+  """
+  flags.DEFINE_flag(_ConfigFlag(options))
+  PROGRAMS[program]()
   flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.")
   flags.DEFINE_integer("num_processes", None, "Number of processes.")
   flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-  flags.mark_flag_as_required("config")
+
+
+def _train() -> None:
+  flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
+  flags.DEFINE_bool("allow_config_change", False, "Resume a run although its config has changed.")
+  flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace into WORKDIR/profile.")
+
+
+def _embed() -> None:
+  flags.DEFINE_string("out", None, "Folder of the stores, OUT/image and OUT/text.", required=True)
+  flags.DEFINE_list("towers", ["image", "text"], "Which towers: image, text.")
+  flags.DEFINE_bool("verify", False, "Only check the stores in OUT against their checksums.")
+  flags.DEFINE_integer("batch_size", 256, "Images or texts per batch, over all devices.")
+  flags.DEFINE_enum("dtype", "float16", list(DTYPES), "dtype of the vectors.")
+  flags.DEFINE_bool("projected", False, "After the projectors, in the shared space.")
+  flags.DEFINE_bool("tokens", False, "Also store every token, for projectors that read tokens.")
+
+
+def _plan() -> None:
+  flags.DEFINE_string(
+    "topology",
+    None,
+    "A TPU slice such as v5e:16x16, or slices, v5e:16x16*2; default: topology of the config.",
+  )
+  flags.DEFINE_integer("batch", None, "Global batch size, instead of config.batch_size.")
+  flags.DEFINE_list("sweep", [], "Any of batch, remat, mesh: compile all combinations.")
+  flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits, by compiling.")
+  flags.DEFINE_integer(
+    "samples", 0, "Size of the dataset, for epochs and losses with per-sample state."
+  )
+  flags.DEFINE_string(
+    "prices",
+    os.environ.get("BIGALIGN_PRICES"),
+    'JSON file with the price of a chip for an hour, by kind: {"v5e": 1.2}.',
+  )
+  flags.DEFINE_string("json", None, "Also write the figures to this file.")
+  flags.DEFINE_string("cache", "~/.cache/bigalign/plans", "Folder of cached plans.")
+
+
+# {program: what defines its own flags}
+PROGRAMS: dict[str, Callable[[], None]] = {"train": _train, "embed": _embed, "plan": _plan}
 
 
 def config_name() -> str:
   """Returns the name of the config file without folder and suffix, once flags are parsed."""
-  from ml_collections import config_flags
-
-  return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  return name_of(_config_flag().text)
 
 
 def profile_span(text: str) -> tuple[int, int]:
@@ -54,35 +113,40 @@ def profile_span(text: str) -> tuple[int, int]:
   return int(first), int(last)
 
 
-def _accept_durations(config: Any) -> Any:
-  """Lets an override replace a duration that is a number by a text.
-
-  An override must have the type of the value in the file: --config.total_steps="3 epochs" would be
-  refused if the file says 40.
-  """
-  if isinstance(config, ConfigDict):
-    parts = ((config, DURATIONS), (config.get("optimizer", {}), DURATIONS_OF_THE_OPTIMIZER))
-    for part, names in parts:
-      for name in names:
-        if name in part:
-          part[name] = FieldReference(part[name], field_type=object)
-  return config
-
-
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags as absl does; an override of an unknown key ends the program with an advice.
+  """Parses a command line; FLAGS.config is then the config with its overrides.
 
   Args:
     argv: the command line, the program first.
 
   Returns:
     The words of the command line that are not flags, the program first.
+
+  Raises:
+    UsageError: for an unknown flag, a missing or wrong value, or a missing --config.
+    FileNotFoundError: for a config that does not exist.
+    TypeError, ValueError: for an override of an option that does not exist, or of a wrong type.
   """
+  values = flags.FLAGS
+  words, others = overrides.take_words(values.read_flags_from_files(argv, force_gnu=False))
   try:
-    remaining: list[str] = app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError) as error:
-    sys.exit(
-      f"No such key in the config: {error.args[0]}\nA flag can only change a key that the config"
-      " file sets. To use another option, add it to the config file first."
+    remaining: list[str] = values(others)
+  except flags.Error as error:
+    text = str(error).removesuffix("?").rstrip()  # "Did you mean: workdir ?"
+    end = "?" if text != str(error) else "."
+    raise UsageError(f"{text}{end} `{argv[0]} --help` lists the flags") from error
+  flag = _config_flag()
+  if flag.value is None:
+    raise UsageError(
+      f"--config=NAME or --config=FILE is missing. Shipped configs: {', '.join(shipped())}"
     )
+  flag.text = flag.value
+  config = load_config(flag.text)
+  if words and flag.options:
+    config = load_config(config, overrides.read_words(words, flag.options(), config))
+  flag.value = config
   return remaining
+
+
+def _config_flag() -> Any:
+  return flags.FLAGS["config"]

@@ -20,6 +20,7 @@ from helpers.shipped import ROOT, load
 from jax._src import compiler, distributed
 
 from bigalign import train
+from bigalign.config import Config
 from bigalign.run import flags
 from bigalign.run.metrics import is_wall_clock, read_metrics
 
@@ -157,5 +158,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.define_flags()
+  flags.define_flags(lambda: Config)
   app.run(main, flags_parser=flags.parse_flags)

@@ -25,6 +25,7 @@ from bigalign.evals import EVALS
 from bigalign.losses import LOSSES
 from bigalign.optim import OPTIMIZERS
 from bigalign.options import (
+  Also,
   Call,
   Choose,
   Component,
@@ -38,13 +39,12 @@ from bigalign.options import (
 from bigalign.run.provenance import digest
 from bigalign.towers import TOWERS
 
-# The resolver: what turns the plain values of a config into options. flags.py prepares the config
-# file for absl, variants.py makes configs that are resolved later, init.py reads what config.model
-# says of pretrained checkpoints; the rest of weights/ reads the configs of other libraries.
+# The resolver: what turns the plain values of a config into options. variants.py makes configs that
+# are resolved later, init.py reads what config.model says of pretrained checkpoints; the rest of
+# weights/ reads the configs of other libraries.
 RESOLVER = {
   "bigalign/options.py",
   "bigalign/config.py",
-  "bigalign/run/flags.py",
   "bigalign/plan/variants.py",
 }
 GROUPS = re.compile(
@@ -136,6 +136,8 @@ def _inside(name, kind):
   """The groups that a type holds."""
   if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     return [(name, kind, ())]
+  if isinstance(kind, Also):
+    return [(name, kind.group, ())]
   if isinstance(kind, Call):
     return [(name, kind.function, kind.fixed)]
   if isinstance(kind, Choose):

@@ -30,7 +30,6 @@ from grain.multiprocessing import SharedMemoryArray
 from helpers.object_store_server import store
 from helpers.shipped import ROOT
 from jax.experimental.compilation_cache import compilation_cache
-from ml_collections import FieldReference, config_flags
 
 from bigalign import private_apis
 from bigalign.checkpoint import Checkpoints
@@ -240,27 +239,6 @@ def test_orbax_logs_nothing_about_a_sound_checkpoint(tmp_path, caplog):
     logger.setLevel(level)
     logger.removeHandler(caplog.handler)
   assert not [x.getMessage() for x in caplog.records if "orbax" in x.pathname]
-
-
-def test_a_config_file_is_transformed_before_overrides_are_parsed(tmp_path, monkeypatch):
-  file = tmp_path / "c.py"
-  file.write_text(
-    "from ml_collections import ConfigDict\n\n"
-    "def get_config():\n  return ConfigDict(dict(steps=40))\n"
-  )
-  values = flags.FlagValues()
-  monkeypatch.setattr(flags, "FLAGS", values)
-  config_flags.DEFINE_config_file("config", flag_values=values)
-
-  def free(config):
-    config.steps = FieldReference(config.steps, field_type=object)
-    return config
-
-  private_apis.transform_config_file("config", free)
-  argv = ["program", f"--config={file}", "--config.steps=3 epochs"]
-  monkeypatch.setattr(sys, "argv", argv)  # ml_collections finds overrides there
-  values(argv)
-  assert values.config.steps == "3 epochs"
 
 
 def test_a_pool_lists_its_processes_which_outlive_it():

@@ -20,6 +20,7 @@ from helpers import small_runs
 from helpers.shipped import load
 
 from bigalign import sharding, train
+from bigalign.config import Config
 from bigalign.data.loader.options import resolve_data
 from bigalign.inputs import open_data
 from bigalign.run.flags import define_flags, parse_flags
@@ -217,5 +218,5 @@ def _main(argv):
 
 
 if __name__ == "__main__":
-  define_flags()
+  define_flags(lambda: Config)
   app.run(_main, flags_parser=parse_flags)

@@ -17,6 +17,7 @@ from helpers.shipped import load
 
 from bigalign import train
 from bigalign.checkpoint import Checkpoints
+from bigalign.config import Config
 from bigalign.run import flags, preemption, timing
 from bigalign.run.metrics import read_metrics
 
@@ -142,5 +143,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.define_flags()
+  flags.define_flags(lambda: Config)
   app.run(main, flags_parser=flags.parse_flags)
