@@ -48,7 +48,7 @@ from bigalign.program import (
   make_program,
   stage_program,
 )
-from bigalign.run import copies, disk, preemption, runtime
+from bigalign.run import copies, disk, errors, preemption, runtime
 from bigalign.run.flags import config_name, define_flags, parse_flags, profile_span
 from bigalign.run.metrics import DIAGNOSE, EVALUATE, MetricWriter, Progress
 from bigalign.run.provenance import (
@@ -156,7 +156,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   startup_timer = StartupTimer()
   folder.download()
   values = plain(config)
-  record = read_config(folder.local)
+  record = _record(folder)
   options = resolve_config(values, record)
   inputs = open_data(options.data)
   dataset_size = len(inputs.source)
@@ -271,6 +271,18 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
     due=due,
     listener=listener,
   )
+
+
+def _record(folder: Workdir) -> dict[str, Any] | None:
+  """config.json of the run to continue; None if no start has come as far as a checkpoint.
+
+  Otherwise a start that failed would keep its folder from the corrected config.
+  """
+  if not (folder.local / "config.json").exists():
+    return None
+  with contextlib.closing(Checkpoints(folder.root, read_only=True)) as checkpoints:
+    begun = checkpoints.latest() is not None
+  return read_config(folder.local) if begun else None
 
 
 def loop(run: Run) -> State:
@@ -427,7 +439,7 @@ def loop(run: Run) -> State:
         save(scores)
 
   if step < total_steps or due:
-    raise preemption.Preempted(step)
+    raise preemption.Preempted(step, interrupted=run.listener.interrupted)
   return state
 
 
@@ -511,7 +523,7 @@ def _check_profile(profile: Sequence[int], total_steps: int) -> None:
 def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
   if len(argv) > 1:
-    raise app.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
+    raise errors.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   values = flags.FLAGS
   config = plain(values.config)
   config |= {"profile": profile_span(values.profile)} if values.profile else {}
@@ -531,7 +543,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
   """The program `bigalign train`."""
-  define_flags(lambda: Config)
+  define_flags()
   app.run(main, flags_parser=parse_flags)
 
 
