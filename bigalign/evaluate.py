@@ -41,7 +41,7 @@ class Run(NamedTuple):
   JSON of the checkpoint (config with the paths as written, revision, versions, samples_seen,
   dataset_size ...). params: all parameters by
   path. ema: the same with running averages, empty if the run has none. embed: embed_image and
-  embed_text, jitted.
+  embed_text, jitted. address: of the folder, local or gs://…; "": workdir.
   """
 
   workdir: pathlib.Path
@@ -52,6 +52,12 @@ class Run(NamedTuple):
   params: dict[str, jax.Array]
   ema: dict[str, jax.Array]
   embed: dict[str, Callable[..., jax.Array]]
+  address: str = ""
+
+  @property
+  def name(self) -> str:
+    """The name of the run's folder, local or in a bucket."""
+    return self.address.rpartition("/")[2] or self.workdir.name
 
 
 def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
@@ -90,7 +96,8 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   params = restore_params(checkpoints, number, shapes, shardings)
   ema = restore_params(checkpoints, number, shapes, shardings, ema=True) if program.ema else {}
   checkpoints.close()
-  return Run(folder.local, number, config, meta, mesh, params, ema, make_embed(program.model))
+  embed = make_embed(program.model)
+  return Run(folder.local, number, config, meta, mesh, params, ema, embed, str(folder.root))
 
 
 def _warn_of_tokenizer(meta: Mapping[str, Any], config: Config, workdir: pathlib.Path) -> None:
@@ -233,13 +240,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     evals[name] = options
   if not evals and not opened.config.evals:
     parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
-  logging.info("Step %d of %s on %s", opened.step, opened.workdir, runtime.describe())
+  logging.info("Step %d of %s on %s", opened.step, opened.address, runtime.describe())
   metrics = evaluate(opened, evals or None)
   if jax.process_index() == 0:
     rich.console.Console().print(table(metrics))
     if args.json:
       written = {
-        "run": str(opened.workdir),
+        "run": opened.address,
         "step": opened.step,
         "samples_seen": opened.meta["samples_seen"],
         "revision": opened.meta["revision"],

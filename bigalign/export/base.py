@@ -112,8 +112,11 @@ class Format:
     packages: the packages that `compute` imports.
     output: what is compared: "logits" [N, M], or "embeddings" [M, E] if the folder holds the text
       side only.
-    library: the library_name on the Hugging Face hub; "" for none.
-    usage: section of the model card. DIR and {padding} are placeholders.
+    library: the library_name on the Hugging Face hub.
+    tags: further tags on the hub.
+    usage: returns the part of the model card that shows how to load the folder. Its code opens
+      "DIR" and the image "x.jpg"; {padding} is a placeholder.
+    on_hub: (old, new): how this code changes for the repository "REPO" of the hub.
   """
 
   name: str
@@ -121,8 +124,17 @@ class Format:
   compute: Callable[[pathlib.Path, Sequence[Image.Image], Sequence[str]], np.ndarray]
   packages: tuple[str, ...] = ()
   output: str = "logits"
-  library: str = ""
-  usage: str
+  library: str
+  tags: tuple[str, ...] = ()
+  usage: Callable[[TrainedModel], str]
+  on_hub: tuple[str, str] = ('"DIR"', '"REPO"')
+
+
+# `on_hub` for code that needs the files of a folder.
+DOWNLOADED = (
+  'folder = "DIR"',
+  'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("REPO")',
+)
 
 
 def tower_name(options: Any) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from bigalign import tree, weights
 from bigalign.config import recorded_config
-from bigalign.export.base import Format, TrainedModel
+from bigalign.export.base import DOWNLOADED, Format, TrainedModel
 from bigalign.export.fit import Family, Fitted, first_fit
 from bigalign.model import make_model
 from bigalign.weights.files import read_json
@@ -89,13 +89,57 @@ def _compute(
   return np.asarray(np.exp(t) * np.asarray(feats["zimg"]) @ np.asarray(feats["ztxt"]).T + b)
 
 
-_USAGE = """`model.npz` has the keys of big_vision's `two_towers`: `img/…`, `txt/…`, `t`, `b`.
-big_vision and `bigalign.weights` read it; `tokenizer.json` is for the `tokenizers` library.
+_USAGE = """`model.npz` is a checkpoint of big_vision's `two_towers`.
+
+```python
+from big_vision.models.proj.image_text import two_towers
+from ml_collections import ConfigDict
+
+folder = "DIR"
+config = ConfigDict({
+  "image": {image},
+  "text": {text},
+  "out_dim": (None, {dim}),{bias_init}
+})
+params = two_towers.load(None, f"{folder}/model.npz", config)
+zimg, ztxt, out = two_towers.Model(**config).apply({"params": params}, images, texts)
+logits = out["t"] * zimg @ ztxt.T{bias}
+```
+
+`images`: float32 [N, {size}, {size}, 3], `pixels / 127.5 - 1`. `texts`: int32 [M, {length}], the
+token ids of `tokenizer.json` (library `tokenizers`), padded to {length}.
 """
+
+
+def _usage(trained: TrainedModel) -> str:
+  """The part of the model card that shows how to load the folder."""
+
+  def options(tower: Any, **others: Any) -> str:
+    width, depth, heads, hidden = tower.sizes
+    named = dict(width=width, depth=depth, num_heads=heads, mlp_dim=hidden)
+    return repr(named | others)
+
+  values = {
+    "image": options(trained.image, patch_size=(trained.image.patch,) * 2, pool_type="map"),
+    "text": options(trained.text, vocab_size=trained.text.vocab_size, pool_type="last"),
+    "dim": trained.model.text_projector.dim,
+    "bias_init": '\n  "bias_init": 0.0,' if "b" in trained.arrays else "",
+    "bias": ' + out["b"]' if "b" in trained.arrays else "",
+    "size": trained.data.image_size,
+    "length": trained.text.length,
+  }
+  usage = _USAGE
+  for name, value in values.items():
+    usage = usage.replace("{" + name + "}", str(value))
+  return usage
+
 
 FORMAT = Format(
   name="npz",
   prepare=functools.partial(first_fit, FAMILIES, "model.npz", _files),
   compute=_compute,
-  usage=_USAGE,
+  library="big_vision",
+  tags=("jax",),
+  usage=_usage,
+  on_hub=DOWNLOADED,
 )

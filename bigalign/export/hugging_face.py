@@ -242,5 +242,6 @@ FORMAT = Format(
   compute=_compute,
   packages=("torch", "transformers"),
   library="transformers",
-  usage=_USAGE,
+  tags=("safetensors",),
+  usage=lambda trained: _USAGE,
 )

@@ -1,6 +1,7 @@
 """Writes a run as a folder for another library: bigalign export runs/clip --format=hf --out=clip
 
-bigalign export --check clip compares the outputs of the folder with the run's.
+bigalign export --check clip compares the outputs of the folder with the run's; --push user/clip
+uploads a folder to the Hugging Face hub once they match.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ from safetensors.numpy import save_file
 from bigalign import tree
 from bigalign.evaluate import Run, open_run
 from bigalign.export import check, model_card
+from bigalign.export import push as hub
 from bigalign.export.base import Arrays, Contents, TrainedModel
 from bigalign.export.formats import FORMATS, prepare
 from bigalign.export.tokenizer_files import SAMPLES
@@ -133,16 +136,25 @@ def logits(
 
 
 def export(
-  run: Run, name: str, out: str | pathlib.Path, *, ema: bool = False, license: str = "unknown"
+  run: Run,
+  kind: str,
+  out: str | pathlib.Path,
+  *,
+  ema: bool = False,
+  name: str = "",
+  license: str | None = None,
+  datasets: Sequence[str] = (),
 ) -> tuple[pathlib.Path, float | None]:
   """Writes the folder, which appears only once it is complete and compared.
 
   Args:
     run: the run.
-    name: of the format.
+    kind: the name of the format.
     out: the folder, which must be new or empty.
     ema: whether to export the averaged parameters.
-    license: of the weights, for the model card.
+    name: of the model, for the model card; "": that of the run's folder.
+    license: of the weights, for the model card; None: not stated.
+    datasets: identifiers of the training data on the Hugging Face hub, for the model card.
 
   Returns:
     The path of the folder, and the largest relative difference of its outputs from the run's, None
@@ -156,22 +168,24 @@ def export(
   out = pathlib.Path(out).absolute()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"--out={out} exists and is not an empty folder; choose another")
-  trained, kind = trained_model(run, ema), FORMATS[name]
-  contents = prepare(name, trained)
-  about = model_card.facts(run, name, contents.family, ema)
+  trained, form = trained_model(run, ema), FORMATS[kind]
+  contents = prepare(kind, trained)
+  about = model_card.facts(
+    run, kind, contents.family, ema, name=name, license=license, datasets=datasets
+  )
   out.parent.mkdir(parents=True, exist_ok=True)
   part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
   try:
-    _write(part, contents, trained, kind.output)
+    _write(part, contents, trained, form.output)
     (part / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    difference = check.difference(part) if check.possible(name) else None
+    difference = check.difference(part) if check.possible(kind) else None
     if difference is not None and not difference <= check.TOLERANCE:
       raise ValueError(
-        f"--format={name}: the {kind.output} of {contents.family} differ from the run's by"
+        f"--format={kind}: the {form.output} of {contents.family} differ from the run's by"
         f" {difference:.1e} of the largest, more than {check.TOLERANCE}; nothing was written"
       )
-    card = model_card.text(about, kind, contents, trained, license, difference)
-    (part / CARD).write_text(card)
+    card = model_card.text(about, form, contents, trained, difference)
+    (part / CARD).write_text(card, encoding="utf-8")
     part.chmod(0o755)
     part.replace(out)
   except BaseException:
@@ -222,22 +236,54 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--out", metavar="DIR", help="the folder; must be new or empty")
   parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
   parser.add_argument("--ema", action="store_true", help="export the averaged parameters")
+  parser.add_argument("--name", help="of the model, for the model card (name of the run's folder)")
+  parser.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
   parser.add_argument(
-    "--license", default="unknown", help="of the weights, for the model card (%(default)s)"
+    "--dataset",
+    action="append",
+    metavar="ID",
+    help="training data on the Hugging Face hub, for the model card; can be repeated",
   )
   parser.add_argument("--check", metavar="DIR", help="compare the outputs of an exported folder")
+  parser.add_argument(
+    "--push",
+    metavar="REPO",
+    help="upload the folder to this repository of the Hugging Face hub, such as user/clip, if its"
+    " outputs match those of the run; logs in with `hf auth login` or HF_TOKEN",
+  )
+  parser.add_argument(
+    "--private", action="store_true", help="with --push: a new repository is private"
+  )
   args = parser.parse_args(argv)
   if not args.check and not (args.run and args.format and args.out):
     parser.error("RUN, --format and --out are needed, or --check DIR")
+  if args.private and not args.push:
+    parser.error("--private needs --push REPO")
   difference: float | None
   try:
+    if args.push:
+      hub.check_account(args.push)
     if args.check:
       out = pathlib.Path(args.check)
       difference = check.difference(out)
     else:
+      if args.push and check.missing(args.format):
+        needed = " and ".join(check.missing(args.format))
+        raise ImportError(
+          f"--push={args.push}: only a folder that was compared with the run is uploaded; comparing"
+          f" this format needs {needed}"
+        )
       runtime.setup()
       opened = open_run(args.run, args.step)
-      out, difference = export(opened, args.format, args.out, ema=args.ema, license=args.license)
+      out, difference = export(
+        opened,
+        args.format,
+        args.out,
+        ema=args.ema,
+        name=args.name or (args.push or "").rpartition("/")[2],
+        license=args.license,
+        datasets=args.dataset or (),
+      )
   except (ValueError, OSError, ImportError) as error:
     parser.exit(1, f"bigalign export: {error}\n")
   if difference is None:
@@ -253,6 +299,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     f"{out}: verified. Outputs match the training run (maximum relative difference"
     f" {difference:.1e})"
   )
+  if args.push:
+    try:
+      print(f"{hub.push(out, args.push, private=args.private)}: uploaded")
+    except (ValueError, OSError) as error:
+      words = ["--check", str(out), "--push", args.push, *["--private"] * args.private]
+      again = f"bigalign export {shlex.join(words)}"
+      parser.exit(1, f"bigalign export: {error}\nThe folder is complete. Try again: {again}\n")
   return 0
 
 

@@ -4,32 +4,55 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import yaml
 
 from bigalign.config import recorded_config
 from bigalign.data.loader.options import DataOptions
+from bigalign.evals.chance import chance
+from bigalign.evals.retrieval import RECALL_AT
 from bigalign.evaluate import Run
-from bigalign.export.base import Contents, Format, TrainedModel
+from bigalign.export.base import Contents, Format, TrainedModel, tower_name
 from bigalign.run.metrics import read_metrics
 from bigalign.stages import split
+from bigalign.towers.base import TransformerOptions
 
 
-def facts(run: Run, name: str, family: str, ema: bool) -> dict[str, Any]:
+def facts(
+  run: Run,
+  kind: str,
+  family: str,
+  ema: bool,
+  *,
+  name: str = "",
+  license: str | None = None,
+  datasets: Sequence[str] = (),
+) -> dict[str, Any]:
   """The content of bigalign.json: the format, and data about the run.
 
   Args:
     run: the run.
-    name: of the format.
+    kind: the name of the format.
     family: of the model in the folder.
     ema: whether the averaged parameters are exported.
+    name: of the model; "": that of the run's folder.
+    license: of the weights, by its identifier on the hub; None: not stated.
+    datasets: identifiers of the training data on the hub.
   """
   rows = [row for row in read_metrics(run.workdir) if row["step"] == run.step]
   measured = {k: x for row in rows for k, x in row.items() if k.startswith(("val/", "ema/"))}
   return {
-    "format": name,
+    "name": name or run.name,
+    "format": kind,
     "family": family,
     "step": run.step,
     "ema": ema,
+    "license": license,
+    "datasets": [*datasets],
     **{k: run.meta[k] for k in ("samples_seen", "dataset_size", "data", "revision", "versions")},
     "metrics": measured,
     "config": run.meta["config"],
@@ -85,11 +108,10 @@ def _has_pipeline(kind: Format, contents: Contents, trained: TrainedModel) -> bo
 
 
 def text(
-  about: dict[str, Any],
+  about: Mapping[str, Any],
   kind: Format,
   contents: Contents,
   trained: TrainedModel,
-  license: str,
   difference: float | None,
 ) -> str:
   """README.md in the form of the Hugging Face hub.
@@ -99,29 +121,176 @@ def text(
     kind: the format.
     contents: of the folder.
     trained: the model.
-    license: of the weights.
     difference: of the outputs from the run's, relative to the largest; None if not compared.
   """
-  config, prefix = recorded_config(about), "ema/" if about["ema"] else ""
-  data = config.data
-  task, title = {
-    "logits": ("zero-shot-image-classification", "An image-text dual encoder"),
-    "embeddings": ("sentence-similarity", "The text side of an image-text dual encoder"),
-  }[kind.output]
-  exif = _EXIF if data.apply_exif else ""
-  has_pipeline = _has_pipeline(kind, contents, trained)
-  head = [f"license: {license}", *([f"pipeline_tag: {task}"] if has_pipeline else [])]
-  head += [f"library_name: {kind.library}"] if kind.library else []
   measured = {
     k.removeprefix("ema/"): x
     for k, x in about["metrics"].items()
     if k.startswith("ema/") == about["ema"]
   }
+  has_pipeline = _has_pipeline(kind, contents, trained)
+  front = _front_matter(about, kind, measured, has_pipeline)
+  pipeline = (
+    "The pipeline `zero-shot-image-classification` of transformers does not work: it pads the"
+    f" texts of every SigLIP to {_PIPELINE_LENGTH} tokens, and this model needs"
+    f" {trained.data.text_length}.\n"
+  )
+  exif = _EXIF if trained.data.apply_exif else ""
+  parts = [
+    f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+    f"# {about['name']}",
+    _summary(about, kind, trained),
+    "## Usage",
+    kind.usage(trained).replace("{padding}", _padding(trained)).rstrip(),
+    '"DIR" is this folder.',
+    *([] if has_pipeline else [pipeline.rstrip()]),
+    *([_IMAGES.replace("{exif}", exif).rstrip()] if kind.output == "logits" else []),
+    "## Metrics",
+    _metrics(measured),
+    "## Training",
+    _training(about, kind, contents, trained, difference),
+    "<details><summary>All options of the run</summary>",
+    f"```json\n{json.dumps(about['config'], indent=1)}\n```",
+    "</details>",
+  ]
+  return "\n\n".join(parts) + "\n"
+
+
+def for_hub(card: str, kind: Format, repo: str) -> str:
+  """A model card whose code loads the repository "user/name" of the hub.
+
+  Args:
+    card: README.md of an exported folder.
+    kind: its format.
+    repo: the repository.
+  """
+  old, new = kind.on_hub
+  return card.replace(old, new.replace("REPO", repo)).replace('\n\n"DIR" is this folder.', "")
+
+
+# {output of a format: (task of the hub, what the folder holds)}
+_TASKS = {
+  "logits": ("zero-shot-image-classification", "An image-text dual encoder"),
+  "embeddings": ("sentence-similarity", "The text side of an image-text dual encoder"),
+}
+
+
+def _front_matter(
+  about: Mapping[str, Any], kind: Format, measured: Mapping[str, float], has_pipeline: bool
+) -> dict[str, Any]:
+  """The metadata of the hub; see https://huggingface.co/docs/hub/model-cards."""
+  front: dict[str, Any] = {"license": about["license"]} if about["license"] else {}
+  front["library_name"] = kind.library
+  if has_pipeline:
+    front["pipeline_tag"] = _TASKS[kind.output][0]
+  losses = list(about["config"]["loss"])
+  front["tags"] = list(dict.fromkeys(["bigalign", "image-text", *losses, *kind.tags]))
+  if about["datasets"]:
+    front["datasets"] = about["datasets"]
+  results = _results(measured) if kind.output == "logits" else []
+  if results:
+    types = [metric["type"] for result in results for metric in result["metrics"]]
+    front["metrics"] = list(dict.fromkeys(types))
+    front["model-index"] = [{"name": about["name"], "results": results}]
+  return front
+
+
+# Metrics of evaluators that the hub can show: (pattern with the evaluator's name, task, {end of the
+# metric: (type on the hub, name)}).
+_SHOWN = (
+  (
+    re.compile(r"val/(?P<name>.+)-zeroshot-val-(?P<metric>\w+)"),
+    ("zero-shot-image-classification", "Zero-shot image classification"),
+    {
+      "top1": ("accuracy", "Top-1 accuracy"),
+      "top5": ("accuracy", "Top-5 accuracy"),
+      "mean_per_class_recall": ("recall", "Mean recall of the classes"),
+      "mean_average_precision": ("mean_average_precision", "Mean average precision"),
+    },
+  ),
+  (
+    re.compile(r"val/(?:(?P<name>.+)/)?(?P<metric>(?:image_to_text|text_to_image)_R@\d+)"),
+    ("image-text-retrieval", "Image-text retrieval"),
+    {
+      f"{direction}_R@{k}": ("recall", f"{direction.replace('_', ' ').capitalize()}, recall@{k}")
+      for direction in ("image_to_text", "text_to_image")
+      for k in RECALL_AT
+    },
+  ),
+)
+
+
+def _results(measured: Mapping[str, float]) -> list[dict[str, Any]]:
+  """The `results` of the hub's model-index: one per evaluator.
+
+  The type of a dataset would be its identifier on the hub. A run does not know it, so it is
+  "unknown", as in the cards of sentence-transformers.
+  """
+  results: dict[tuple[str, str], dict[str, Any]] = {}
+  for key, value in measured.items():
+    for pattern, (task, title), known in _SHOWN:
+      match = pattern.fullmatch(key)
+      if match is None or match["metric"] not in known or not math.isfinite(value):
+        continue
+      kind, label = known[match["metric"]]
+      name = match["name"] or "val"
+      result = results.setdefault(
+        (task, name),
+        {
+          "task": {"type": task, "name": title},
+          "dataset": {"type": "unknown", "name": name},
+          "metrics": [],
+        },
+      )
+      result["metrics"].append({"type": kind, "value": value, "name": label})
+  return list(results.values())
+
+
+def _summary(about: Mapping[str, Any], kind: Format, trained: TrainedModel) -> str:
+  """One paragraph: what the folder holds."""
+  towers = {"images": trained.image, "texts": trained.text}
+  described = []
+  for inputs, options in towers.items():
+    name = f"`{tower_name(options)}`"
+    if isinstance(options, TransformerOptions):
+      depth = options.sizes.depth
+      name += f" ({depth} layer{'s' * (depth != 1)} of width {options.sizes.width})"
+    described.append(f"{name} for {inputs}")
+  width = about["config"]["model"]["embed_dim"]
+  return (
+    f"{_TASKS[kind.output][1]}: {' and '.join(described)}, with embeddings of width {width}."
+    f" Trained with bigalign, and exported for {kind.library}."
+  )
+
+
+def _metrics(measured: Mapping[str, float]) -> str:
+  """The metrics of the exported step, next to their chance levels."""
+  if not measured:
+    return "None at this step."
+  by_chance = chance(measured)
+  rows = ["| metric | value | chance |", "|---|---|---|"]
+  for name, value in measured.items():
+    rows.append(
+      f"| {name} | {value:.4g} | {f'{by_chance[name]:.4g}' if name in by_chance else ''} |"
+    )
+  return "\n".join(rows)
+
+
+def _training(
+  about: Mapping[str, Any],
+  kind: Format,
+  contents: Contents,
+  trained: TrainedModel,
+  difference: float | None,
+) -> str:
+  """How the model was trained, as a table."""
+  config = recorded_config(about)
+  data = config.data
   stages = split(config, dataset_size=about["dataset_size"])
   sizes = [size for size, _ in itertools.groupby(stage.batch_size for stage in stages)]
   rows = [
     ("trained by", f"bigalign {about['revision']}"),
-    ("model", contents.family + (", averaged parameters" if prefix else "")),
+    ("model", contents.family + (", averaged parameters" if about["ema"] else "")),
     ("data", f"{_sources(data)} ({about['dataset_size']:,} samples, {about['data']})"),
     ("loss", ", ".join(config.loss)),
     ("steps", f"{about['step']:,} of batch {', then '.join(f'{size:,}' for size in sizes)}"),
@@ -140,46 +309,4 @@ def text(
       else f"match the run's (maximum relative difference {difference:.1e})",
     ),
   ]
-  parts = [
-    "---",
-    *head,
-    "---",
-    "",
-    f"# {title}",
-    "",
-    "| | |",
-    "|---|---|",
-    *(f"| {name} | {value} |" for name, value in rows),
-    "",
-    kind.usage.replace("DIR", "this folder").replace("{padding}", _padding(trained)),
-    *(
-      []
-      if has_pipeline
-      else [
-        "The pipeline `zero-shot-image-classification` of transformers does not work: it pads the"
-        f" texts of every SigLIP to {_PIPELINE_LENGTH} tokens, and this model needs"
-        f" {trained.data.text_length}.",
-        "",
-      ]
-    ),
-    *([_IMAGES.replace("{exif}", exif)] if kind.output == "logits" else []),
-    "## Metrics",
-    "",
-    *(
-      ["| metric | value |", "|---|---|", *(f"| {k} | {x:.4g} |" for k, x in measured.items())]
-      if measured
-      else ["None at this step."]
-    ),
-    "",
-    "## Config",
-    "",
-    "<details><summary>All options of the run</summary>",
-    "",
-    "```json",
-    json.dumps(about["config"], indent=1),
-    "```",
-    "",
-    "</details>",
-    "",
-  ]
-  return "\n".join(parts)
+  return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

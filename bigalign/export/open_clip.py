@@ -202,5 +202,7 @@ FORMAT = Format(
   compute=_compute,
   packages=("torch", "torchvision", "open_clip"),
   library="open_clip",
-  usage=_USAGE,
+  tags=("safetensors",),
+  usage=lambda trained: _USAGE,
+  on_hub=("local-dir:DIR", "hf-hub:REPO"),
 )

@@ -155,5 +155,6 @@ FORMAT = Format(
   packages=("torch", "sentence_transformers"),
   output="embeddings",
   library="sentence-transformers",
-  usage=_USAGE,
+  tags=("feature-extraction", "safetensors"),
+  usage=lambda trained: _USAGE,
 )

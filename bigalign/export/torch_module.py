@@ -18,6 +18,7 @@ from PIL import Image
 
 from bigalign import tree
 from bigalign.export.base import (
+  DOWNLOADED,
   Arrays,
   Contents,
   Format,
@@ -227,18 +228,34 @@ _USAGE = """`model.py` is the model in PyTorch, for you to read and change. It n
 safetensors, tokenizers and Pillow.
 
 ```python
-from PIL import Image
+import sys
 
+{imports}
+folder = "DIR"
+sys.path.append(folder)
 from model import load
 
-logits = load("DIR").logits([Image.open("x.jpg")], ["a cat", "a dog"])
+logits = load(folder).logits([Image.open("x.jpg")], {texts})
 ```
 """
+
+
+def _usage(trained: TrainedModel) -> str:
+  """The part of the model card that shows how to load the folder."""
+  imports, texts = "from PIL import Image\n", '["a cat", "a dog"]'
+  if trained.vector_shape:
+    imports = f"import torch\n{imports}"
+    texts = f"torch.randn(2, {', '.join(map(str, trained.vector_shape))})"
+  return _USAGE.replace("{imports}", imports).replace("{texts}", texts)
+
 
 FORMAT = Format(
   name="torch",
   prepare=_prepare,
   compute=_compute,
   packages=("torch", "safetensors"),
-  usage=_USAGE,
+  library="pytorch",
+  tags=("safetensors",),
+  usage=_usage,
+  on_hub=DOWNLOADED,
 )

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from bigalign.config import Config
 from bigalign.data.files.draws import draw
@@ -130,18 +131,19 @@ def page(run: Run, rows: Rows, pairs: Pairs | str) -> str:
       sections.throughput(rows),
       sections.everything(rows, values, guess),
       sections.details(run),
-      f"<footer>bigalign {escape(run.meta['versions']['bigalign'])} · {escape(str(run.workdir))}"
-      "</footer>",
+      f"<footer>bigalign {escape(run.meta['versions']['bigalign'])} ·"
+      f" {escape(run.address or str(run.workdir))}</footer>",
     )
   )
   template = pathlib.Path(__file__).with_name("template.html").read_text(encoding="utf-8")
-  return string.Template(template).substitute(
-    title=escape(f"{run.workdir.name} · bigalign"), body=body
-  )
+  return string.Template(template).substitute(title=escape(f"{run.name} · bigalign"), body=body)
 
 
 def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.Path:
-  """Writes workdir/report.html and returns its path.
+  """Writes workdir/report.html and returns its local path.
+
+  The page of a run in a bucket is uploaded too. The local copy would else be deleted by the next
+  program that reads the run, because its folder then becomes equal to the bucket.
 
   Raises:
     FileNotFoundError: if the folder is not a run, or has no such checkpoint or no metrics.jsonl.
@@ -156,6 +158,8 @@ def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.P
     pairs = str(error)
     logging.warning("The page shows no samples: %s", pairs)
   path.write_text(page(run, rows, pairs), encoding="utf-8")
+  if "://" in run.address:
+    (epath.Path(run.address) / FILE).write_bytes(path.read_bytes())
   return path
 
 

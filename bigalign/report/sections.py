@@ -115,7 +115,7 @@ def header(run: Run, rows: Rows) -> str:
   if speed:
     facts["images/s"] = f"{np.median(speed):,.0f}"
   spans = "".join(f"<span>{escape(k)} <b>{escape(str(v))}</b></span>" for k, v in facts.items())
-  return f'<h1>{escape(run.workdir.name)}</h1><div class="facts">{spans}</div>'
+  return f'<h1>{escape(run.name)}</h1><div class="facts">{spans}</div>'
 
 
 def headline(values: Mapping[str, float], by_chance: Mapping[str, float]) -> str:

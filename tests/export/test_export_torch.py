@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -316,6 +317,49 @@ def test_open_clip_loads_a_run(name, runs, plain, libraries, data_root, tmp_path
   pixels = torch.stack([preprocess(Image.fromarray(x)) for x in images])
   with torch.inference_mode():
     near(model.eval().get_logits(pixels, tokenizer(TEXTS))[0].numpy(), expected)
+
+
+CODE = {
+  "hf": (test_export.CLIP, test_export.CLIP_LOSS),
+  "open_clip": (test_export.PLAIN, test_export.SIGLIP_LOSS),
+  "torch": (test_export.PLAIN, test_export.CLIP_LOSS),
+  "sentence-transformers": (None, None),
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_the_code_of_the_model_card_runs(kind, libraries, tmp_path, monkeypatch):
+  """As it is printed, on one image; it gives the run's logits or embeddings."""
+  import torch
+
+  model, loss = CODE[kind]
+  if model is None:
+    run = test_export_sentence.sentence_run("mean", test_export.BERT, tmp_path)
+  else:
+    run = test_export.make_run(
+      tmp_path, model, loss, test_export.word_pieces(tmp_path), resize="shortest"
+    )
+  out, _ = main.export(run, kind, tmp_path / "out")
+  image = main.sample_images()[1]
+  Image.fromarray(image).save(tmp_path / "x.png")
+  code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+  code = code.replace("DIR", str(out)).replace("x.jpg", str(tmp_path / "x.png"))
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  names: dict = {}
+  with torch.inference_mode():
+    exec(code, names)
+  sys.modules.pop("model", None)
+  trained = main.trained_model(run)
+  if model is None:
+    np.testing.assert_allclose(
+      names["embeddings"], main.embeddings(trained, ["a cat", "a dog"]), atol=TOLERANCE
+    )
+    return
+  texts = ["a cat"] if kind == "open_clip" else ["a cat", "a dog"]
+  expected = main.logits(trained, [image], texts)
+  found = np.asarray(names["logits"])
+  assert found.shape == expected.shape
+  np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max())
 
 
 def test_the_check_sees_what_was_changed(runs, libraries, data_root, tmp_path):

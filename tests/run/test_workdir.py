@@ -13,6 +13,7 @@ from helpers.shipped import load
 
 from bigalign import evaluate, train
 from bigalign.checkpoint import Checkpoints
+from bigalign.report import main as report
 from bigalign.run import lock, preemption
 from bigalign.run import workdir as workdir_module
 from bigalign.run.metrics import read_metrics
@@ -153,6 +154,22 @@ def test_copies_in_a_bucket_are_downloaded_once(bucket, cache):
   before = len(bucket.writes)
   other.upload(0)
   assert len(bucket.writes) == before
+
+
+@needs_gcsfs
+def test_a_report_in_a_bucket_outlives_the_next_reader(bucket, cache, monkeypatch):
+  bucket.objects["paged/metrics.jsonl"] = gcs_server.Object(b'{"step": 3}\n', 1)
+  home = Workdir("gs://bucket/paged", reader=True)
+  home.download()
+  opened = evaluate.Run(home.local, 3, None, {}, None, {}, {}, {}, str(home.root))
+  assert opened.name == "paged" and opened.workdir.name != "paged"
+  monkeypatch.setattr(report, "open_run", lambda workdir, step: opened)
+  monkeypatch.setattr(report, "embed_pairs", lambda run: "none")
+  monkeypatch.setattr(report, "page", lambda run, rows, pairs: "<h1>paged</h1>")
+  path = report.report("gs://bucket/paged")
+  Workdir("gs://bucket/paged", reader=True).download()
+  assert path.read_text() == "<h1>paged</h1>"
+  assert bucket.objects["paged/report.html"].data == b"<h1>paged</h1>"
 
 
 @needs_gcsfs
