@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -186,6 +187,15 @@ def test_remote_parquet_equals_local_parquet(tmp_path, monkeypatch):
     again = pickle.loads(pickle.dumps(remote))
     assert again.fingerprint == remote.fingerprint and again[33] == local[33]
     assert where(remote, 21) == (f"{server.url}/1.parquet", 1, 20)
+
+
+def test_footers_of_remote_parquet_are_read_at_the_same_time(tmp_path, monkeypatch):
+  records = [dict(image=picture(i), captions=("a",), label=0) for i in range(4)]
+  write_parquet(tmp_path, records, files=2)
+  tail, together = storage.tail, threading.Barrier(2, timeout=20)
+  monkeypatch.setattr(storage, "tail", lambda *given: together.wait() < 0 or tail(*given))
+  with store(tmp_path) as server:
+    assert len(open_source(f"{server.url}/{{0..1}}.parquet")) == 4
 
 
 def test_missing_or_changed_remote_parquet_is_named(tmp_path):

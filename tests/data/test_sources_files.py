@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import csv
 import io
 import itertools
 import json
 import os
 import pickle
+import threading
 import tracemalloc
 
 import numpy as np
@@ -376,6 +378,26 @@ def test_the_cache_keeps_to_its_capacity():
   assert [cache[key] for key in (4, 5, 4, 6, 4, 5)] == [-4, -5, -4, -6, -4, -5]
   assert made == [4, 5, 6, 5]  # 6 evicted 5, which was used less recently than 4
   assert cache[50] == -50 and list(cache._values) == [50]  # larger than the capacity, but used last
+
+
+def test_the_cache_makes_different_values_at_the_same_time_and_each_once():
+  both, made = threading.Barrier(2, timeout=20), []
+
+  def make(key):
+    if key != 5:
+      both.wait()  # for the thread that makes the other value
+    made.append(key)
+    if key == 5 and made.count(5) == 1:
+      raise OSError("once")
+    return -key, 1
+
+  cache = LRUCache(make, capacity=10)
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert sorted(pool.map(cache.__getitem__, [3, 4] * 4)) == [-4] * 4 + [-3] * 4
+  assert sorted(made) == [3, 4]
+  with pytest.raises(OSError, match="once"):
+    cache[5]
+  assert cache[5] == -5 and cache._used == 3 and not cache._turns
 
 
 def test_array_records_whose_first_record_is_broken_are_read(tmp_path):

@@ -79,7 +79,9 @@ class Parquet:
     self._paths = expand_shards(pattern)
     self._label = label
     self._footers = LRUCache(_footer, capacity=_FOOTERS)
-    metadata = [_open(path, "metadata", self._footers) for path in self._paths]
+    with storage.requests(self._paths) as pool:
+      read = functools.partial(_open, kind="metadata", footers=self._footers)
+      metadata = list(pool.map(read, self._paths))
     self.captions = tuple(captions)
     schemas = [_schema(file, path) for file, path in zip(metadata, self._paths)]
     # A file without rows may have a schema without types.
