@@ -27,7 +27,7 @@ from bigalign.evals import Evaluator, make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.options import plain
 from bigalign.program import layout, make_embed, make_program
-from bigalign.run import errors, preemption, runtime
+from bigalign.run import errors, preemption, progress, runtime
 from bigalign.run.provenance import changed_ids, check_hosts_agree, read_config
 from bigalign.run.workdir import Workdir
 from bigalign.state import restore_params
@@ -169,7 +169,14 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
 
   Raises:
     FileNotFoundError: if there is no folder, no shard or no classnames.txt.
+    ValueError: for a folder in an object store.
   """
+  if "://" in str(folder):
+    raise ValueError(
+      f"--zeroshot={folder}: a folder on a disk or a mount. Shards in an object store can be named"
+      ' in the config: config.evals.NAME = dict(type="zeroshot", source="gs://…/*.tar"), with'
+      " classnames.txt next to them."
+    )
   given = pathlib.Path(folder).expanduser().absolute()
   shards = given if any(given.glob("*.tar")) else given / "test"
   pattern = str(shards / "*.tar")
@@ -241,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   if not evals and not opened.config.evals:
     parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
   logging.info("Step %d of %s on %s", opened.step, opened.address, runtime.describe())
-  metrics = evaluate(opened, evals or None)
+  with progress.shown(jax.process_index() == 0):
+    metrics = evaluate(opened, evals or None)
   if jax.process_index() == 0:
     rich.console.Console().print(table(metrics))
     if args.json:

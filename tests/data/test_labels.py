@@ -10,10 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.every_format import example, write_array_record
+from helpers.object_store_server import store
 from helpers.small_shards import picture, write_tar
 
 from bigalign.data.samples.labels import Labels
+from bigalign.data.sources import clip_benchmark
 from bigalign.data.sources.base import Concatenation, name_classes, open_source
+from bigalign.data.sources.webdataset import classnames_near
 
 INTEGERS = [3, "3", b"3\n", " 3 ", 3.0, "3.0", [3], [[b"3"]], np.int64(3), np.array([3])]
 MISSING = [None, "", " \n", b"", float("nan"), "nan", [], [None], np.array([]), -1]
@@ -32,6 +35,25 @@ def test_integers_are_read_in_every_form(value):
 def test_missing_labels_are_missing_without_a_word(value, caplog):
   assert Labels((), what="label")(value, key="k") == -1
   assert not caplog.records
+
+
+def test_files_next_to_remote_shards_are_read(tmp_path):
+  """In the folder of the shards, or one level up; without the file, labels have no names."""
+  (tmp_path / "set/test").mkdir(parents=True)
+  with store(tmp_path) as server:
+    shard = f"{server.url}/set/test/0.tar"
+    assert classnames_near(shard) == () and clip_benchmark.dataset_type(shard) == ""
+    (tmp_path / "set/classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "set/dataset_type.txt").write_text("multilabel\n")
+    (tmp_path / "set/test/nshards.txt").write_text("1")
+    assert classnames_near(shard) == ("cat", "dog")
+    assert clip_benchmark.dataset_type(shard) == "multilabel"
+    two = [shard, f"{server.url}/set/test/1.tar"]
+    assert clip_benchmark.stated_shards(two, pattern="{0..1}.tar") == [shard]
+    (tmp_path / "set/test/classnames.txt").write_text("kitten\n\npuppy\n")
+    with pytest.raises(ValueError, match=rf"{server.url}/set/test/classnames.txt: line 2 is blank"):
+      classnames_near(shard)
+    assert clip_benchmark.near(f"{server.url}/0.tar", "classnames.txt") is None  # no level above
 
 
 @pytest.mark.parametrize("value", UNREADABLE, ids=lambda value: repr(value)[:20])

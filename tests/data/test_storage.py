@@ -9,6 +9,7 @@ import pickle
 import time
 
 import pytest
+import tensorstore
 from helpers.object_store_server import store
 from helpers.small_shards import samples, write_tar
 
@@ -168,3 +169,28 @@ def test_the_fingerprint_of_many_remote_files_takes_the_time_of_a_few(tmp_path, 
   assert made == fingerprints.of_files(reversed(urls[::-1])) != fingerprints.of_files(urls[::-1])
   ends = [f"{i}\n".encode() + path.encode() * 9 for i, path in enumerate(paths)]
   assert made == hashlib.sha256(b"".join(ends)).hexdigest()[:32]
+
+
+def test_a_glob_lists_only_what_its_beginning_allows(monkeypatch):
+  """A folder of a store may hold millions of objects that the pattern does not mean."""
+  objects = tensorstore.KvStore.open("memory://").result()
+  for name in ("a.tar", "train-0.tar", "train-10.tar", "train-x/0.tar", "train.txt", "val-0.tar"):
+    objects[name] = b""
+  asked = []
+
+  class Recorded:
+    def list(self, keys):
+      asked.append((keys.inclusive_min, keys.exclusive_max))
+      return objects.list(keys)
+
+  monkeypatch.setattr(storage, "_store", lambda folder: Recorded())
+
+  assert expand_shards("gs://b/d/train-*.tar") == ["gs://b/d/train-0.tar", "gs://b/d/train-10.tar"]
+  assert expand_shards("gs://b/d/train-[1]?.tar") == ["gs://b/d/train-10.tar"]
+  assert expand_shards("gs://b/d/{train,val}-?.tar") == [
+    "gs://b/d/train-0.tar",
+    "gs://b/d/val-0.tar",
+  ]
+  assert len(expand_shards("gs://b/d/*.tar")) == 4
+  train, val = (b"train-", b"train."), (b"val-", b"val.")
+  assert asked == [train, train, train, val, (b"", b"")]

@@ -246,6 +246,8 @@ def test_held_out_samples_are_those_of_the_evaluators(evals, source):
 
 
 def test_zeroshot_folders_of_clip_benchmark(tmp_path):
+  with pytest.raises(ValueError, match=r"--zeroshot=gs://bucket/pets: a folder on a disk"):
+    evaluate.zeroshot_folder("gs://bucket/pets")
   with pytest.raises(FileNotFoundError, match=r"\.tar"):
     evaluate.zeroshot_folder(tmp_path / "nothing")
   (tmp_path / "pets/test").mkdir(parents=True)

@@ -16,8 +16,8 @@ class LRUCache(Generic[Key, Value]):
   """Makes values on first use, and drops the least recently used ones beyond a capacity.
 
   The value used last always stays, however large it is. Threads make different values at the same
-  time, and wait for one that another thread is making. A copy that was pickled starts empty, because
-  open files cannot be pickled.
+  time, and wait for one that another thread is making. A copy that was pickled starts empty,
+  because open files cannot be pickled.
 
   Args:
     make: takes a key, returns (value, size of the value).

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import IO
 
+from bigalign.data.files import storage
 from bigalign.data.files.regular import open_regular
 
 MARK = b"\xef\xbb\xbf"  # U+FEFF, the byte order mark, in UTF-8
@@ -86,21 +87,24 @@ def check_encoding(data: bytes, *, name: str) -> None:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-  """Returns the text in a local file, as `decode` does.
+  """Returns the text in a file, local or remote, as `decode` does.
 
   Raises:
     ValueError: for another encoding than UTF-8, or a file above 1 GiB.
     OSError: if the file is missing or not a regular file.
   """
-  with open_regular(path) as file:
-    data = file.read(_LARGEST + 1)
+  if storage.is_remote(os.fspath(path)):
+    data = storage.read(os.fspath(path), 0, _LARGEST + 1)
+  else:
+    with open_regular(path) as file:
+      data = file.read(_LARGEST + 1)
   if len(data) > _LARGEST:
     raise ValueError(f"{path}: more than {_LARGEST} bytes, too many for a text that is read whole")
   return decode(data, name=str(path))
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
-  """Returns the lines of a local file without white space at their ends.
+  """Returns the lines of a file, local or remote, without white space at their ends.
 
   Byte order marks before lines, as in concatenated files, and blank lines at the end are left out.
   """

@@ -115,7 +115,9 @@ def _glob(name: str) -> list[str]:
       f"{name!r}: remote patterns take * and ? only in the name of the file; write "
       "folders out, or as lists like {a,b}"
     )
-  return [f"{folder}/{entry}" for entry in sorted(fnmatch.filter(storage.names(folder), last))]
+  prefix = re.split(r"[*?[]", last, maxsplit=1)[0]
+  names = storage.names(folder, prefix=prefix)
+  return [f"{folder}/{entry}" for entry in sorted(fnmatch.filter(names, last))]
 
 
 def _check_present(paths: list[str], *, pattern: str) -> None:

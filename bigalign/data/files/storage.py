@@ -227,21 +227,53 @@ def check(path: str, expect: Stat) -> None:
     raise FileChanged(f"{path}: {_difference(expect, current)}")
 
 
-def names(folder: str) -> list[str]:
+def exists(path: str) -> bool:
+  """Returns whether there is a file at a path.
+
+  A store that does not let a reader list its objects answers "permission denied" for a missing one.
+  """
+  if not is_remote(path):
+    return os.path.isfile(path)
+  try:
+    stat(path)
+  except FileNotFoundError:
+    return False
+  except ValueError as error:
+    if tensorstore_status(error) != "PERMISSION_DENIED":
+      raise
+    return False
+  return True
+
+
+def names(folder: str, *, prefix: str = "") -> list[str]:
   """Returns the names of the files in a folder, unsorted.
+
+  tensorstore cannot ask for one level only, so objects in subfolders are listed and left out.
+
+  Args:
+    folder: local or remote.
+    prefix: begins the names; a store is asked for these only.
 
   Raises:
     ValueError: for a store that cannot list files, such as http://.
   """
   if not is_remote(folder):
-    return os.listdir(folder or os.curdir)
+    return [name for name in os.listdir(folder or os.curdir) if name.startswith(prefix)]
   try:
-    keys = _request(folder, lambda: _store(folder).list().result())
+    keys = _request(folder, lambda: _store(folder).list(_keys_of(prefix)).result())
   except NotImplementedError:
     raise ValueError(
       f"{folder}: this store cannot list its files; write the names out, as in {{00000..00099}}.tar"
     ) from None
   return [key.decode() for key in keys if b"/" not in key]
+
+
+def _keys_of(prefix: str) -> Any:
+  """tensorstore's range of the keys that begin so."""
+  import tensorstore
+
+  first = prefix.encode()  # UTF-8 has no byte 0xff, so the last one can be incremented
+  return tensorstore.KvStore.KeyRange(first, first[:-1] + bytes([first[-1] + 1]) if first else b"")
 
 
 class BlockReader:

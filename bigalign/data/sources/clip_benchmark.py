@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Sequence
 
 from bigalign import tree
-from bigalign.data.files import lines
+from bigalign.data.files import lines, storage
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,14 @@ def _number(path: str) -> str:
   return os.path.basename(path).partition(".")[0]
 
 
-def near(shard: str, name: str, *, parent: bool = True) -> pathlib.Path | None:
-  """The file of this name in the folder of a shard or its parent."""
-  folder = pathlib.Path(shard).parent
-  places = (folder, folder.parent) if parent else (folder,)
-  return next((place / name for place in places if (place / name).is_file()), None)
+def near(shard: str, name: str, *, parent: bool = True) -> str | None:
+  """The path of the file of this name in the folder of a shard or its parent, local or remote."""
+  folder = shard.rpartition("/")[0] if storage.is_remote(shard) else str(pathlib.Path(shard).parent)
+  places = [folder]
+  if parent and storage.is_remote(shard):
+    above = folder.rpartition("/")[0]
+    places += [above] if "://" in above else []  # else the folder is the bucket
+  elif parent:
+    places.append(str(pathlib.Path(folder).parent))
+  files = (f"{place.removesuffix('/')}/{name}" for place in places)
+  return next((file for file in files if storage.exists(file)), None)

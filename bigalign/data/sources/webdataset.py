@@ -276,7 +276,7 @@ def classnames_near(shard: str) -> tuple[str, ...]:
   return () if path is None else read_classnames(path)
 
 
-def read_classnames(path: pathlib.Path) -> tuple[str, ...]:
+def read_classnames(path: str | pathlib.Path) -> tuple[str, ...]:
   """Returns the names of the classes in a file, one per line; the label is the line, from 0.
 
   Raises:
