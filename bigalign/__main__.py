@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib import metadata
 
+from bigalign import tree
 from bigalign.run import errors
 
 # {program: (its module below bigalign, summary)}; the module has a function `run`.
@@ -23,6 +25,7 @@ PROGRAMS = {
   "index": ("shards.index", "index the samples of shards for random access in training"),
   "convert": ("shards.convert", "copy a source to ArrayRecord files, optionally shrinking images"),
   "view": ("shards.view", "select the samples of a source by rules, deduplication or lists"),
+  "search": ("search.main", "find images by text or image: terminal, JSON or local web page"),
   "plan": (
     "plan.main",
     "predict memory, speed and cost of a config on a TPU slice you don't have yet",
@@ -31,6 +34,8 @@ PROGRAMS = {
     "plan.loss_costs",
     "compute the cost of losses per device: memory, FLOPs, communication",
   ),
+  "configs": ("cli.configs", "list the shipped configs, print or copy one"),
+  "options": ("cli.reference", "explain the options of a config: bigalign options data.augment"),
 }
 
 
@@ -40,13 +45,42 @@ def main() -> None:
   if name in ("-h", "--help"):
     print("usage: bigalign PROGRAM …\n")
     print("\n".join(f"  {program:<10}{summary}" for program, (_, summary) in PROGRAMS.items()))
-    print("\nRun `bigalign PROGRAM --help` for its options.")
+    print("\nRun `bigalign PROGRAM --help` for its options, `bigalign --version` for the version.")
+    return
+  if name == "--version":
+    print(f"bigalign {metadata.version('bigalign')}")
     return
   if name not in PROGRAMS:
-    sys.exit(f"bigalign: unknown program {name!r}; known: {', '.join(PROGRAMS)}")
-  sys.argv = [f"bigalign {name}", *errors.take_flag(sys.argv[2:])]
+    near = tree.nearest(name, PROGRAMS)
+    print(
+      f"bigalign: unknown program {name!r}.{near} Known: {', '.join(PROGRAMS)}", file=sys.stderr
+    )
+    sys.exit(2)
+  words = errors.take_flag(sys.argv[2:])
+  sys.argv = [f"bigalign {name}", *words]
   with errors.reported(sys.argv[0]):
-    importlib.import_module(f"bigalign.{PROGRAMS[name][0]}").run()
+    if "--help" in words or "-h" in words:
+      _help(name)
+    else:
+      _run(name)
+
+
+def _run(name: str) -> None:
+  importlib.import_module(f"bigalign.{PROGRAMS[name][0]}").run()
+
+
+def _help(name: str) -> None:
+  """Prints the help of a program; of one that takes a config, without importing it."""
+  from bigalign.cli import examples, help
+  from bigalign.run.flags import PROGRAMS as WITH_CONFIG
+
+  if name in WITH_CONFIG:
+    print(help.text(name))
+    return
+  try:
+    _run(name)  # argparse prints the help and exits
+  finally:
+    print(f"\n{examples.text(name)}")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,13 @@ def _hinted(target: Any) -> Any:
 
 
 def documentation(target: Any) -> dict[str, str]:
-  """{option: text} of the `Args:` section of a docstring, of a class and its bases."""
+  """{option: text} of the `Args:` section of a docstring, of a class and its bases.
+
+  Args:
+    target: a function, a class, or a docstring.
+  """
+  if isinstance(target, str):
+    return _args_section(inspect.cleandoc(target))
   if not isinstance(target, type):
     return _args_section(inspect.getdoc(target) or "")
   found: dict[str, str] = {}
@@ -192,22 +198,27 @@ class Inside(NamedTuple):
   Args:
     options: {name: option} of one group.
     entries: {entry: {name: option}} of a registry from which the value names one, or several.
+    about: {entry: the first paragraph of its documentation}.
     key: the option that names the entry; "" where the keys of a mapping do.
     default: the entry if none is named.
     element: the type of each element of a mapping by any name, or of a sequence; None for others.
+    place: of an element: ".NAME" of a mapping, "[0]" of a sequence.
   """
 
   options: Mapping[str, Option]
   entries: Mapping[str, Mapping[str, Option]]
+  about: Mapping[str, str]
   key: str
   default: str
   element: Any
+  place: str = ""
 
   def known(self, entry: str | None = None) -> dict[str, Option]:
     """All options: of one group, or of an entry of the registry; of any entry if it is unknown."""
     if not self.key:
       return dict(self.options)
-    chosen = [self.entries[entry]] if entry in self.entries else [*self.entries.values()]
+    one = self.entries.get(entry or "")
+    chosen = [*self.entries.values()] if one is None else [one]
     named = {self.key: Option(str, self.default or MISSING, f"one of {', '.join(self.entries)}")}
     own = {name: option for options in reversed(chosen) for name, option in options.items()}
     return {**named, **self.options, **own}
@@ -227,14 +238,19 @@ def inside(kind: Any) -> Inside:
     entries = {
       name: {**shared, **definition(entry, marker.fixed)} for name, entry in marker.registry.items()
     }
-    return Inside(options, entries, marker.key, marker.default, None)
+    about = {name: _first_paragraph(entry) for name, entry in marker.registry.items()}
+    return Inside(options, entries, about, marker.key, marker.default, None)
   elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
     options |= definition(inner)
   elif _is_mapping(inner):
-    return Inside({}, {}, "", "", [*typing.get_args(inner), Any, Any][1])
+    return Inside({}, {}, {}, "", "", [*typing.get_args(inner), Any, Any][1], ".NAME")
   elif typing.get_origin(inner) in (tuple, list, collections.abc.Sequence):
-    return Inside({}, {}, "", "", [*typing.get_args(inner), Any][0])
-  return Inside(options, {}, "", "", None)
+    return Inside({}, {}, {}, "", "", [*typing.get_args(inner), Any][0], "[0]")
+  return Inside(options, {}, {}, "", "", None)
+
+
+def _first_paragraph(target: Any) -> str:
+  return " ".join((inspect.getdoc(target) or "").split("\n\n")[0].split())
 
 
 def resolve(target: Any, given: Any, where: str, fixed: Sequence[str] = ()) -> Any:

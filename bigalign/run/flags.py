@@ -34,7 +34,7 @@ class _ConfigFlag(flags.Flag):  # type: ignore[type-arg]
       flags.ArgumentSerializer(),
       "config",
       None,
-      "NAME|FILE: a shipped config, or a Python file that has get_config().",
+      "NAME|FILE: A shipped config, or a Python file that has get_config().",
     )
     self.options = options
     self.text = ""
@@ -50,22 +50,26 @@ def define_flags(options: Callable[[], type] | None, program: str = "train") -> 
   """
   flags.DEFINE_flag(_ConfigFlag(options))
   PROGRAMS[program]()
-  flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes.")
-  flags.DEFINE_integer("num_processes", None, "Number of processes.")
-  flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+  flags.DEFINE_string("coordinator", None, "HOST:PORT: Of process 0, for several processes.")
+  flags.DEFINE_integer("num_processes", None, "N: Number of processes.")
+  flags.DEFINE_integer("process_id", None, "N: Number of this process, from 0.")
 
 
 def _train() -> None:
-  flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<name of the config>.")
+  flags.DEFINE_string(
+    "workdir", None, "DIR: Folder of the run; default: runs/<name of the config>."
+  )
   flags.DEFINE_bool("allow_config_change", False, "Resume a run although its config has changed.")
-  flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace into WORKDIR/profile.")
+  flags.DEFINE_string("profile", None, "FIRST:LAST: Steps to trace into WORKDIR/profile.")
 
 
 def _embed() -> None:
-  flags.DEFINE_string("out", None, "Folder of the stores, OUT/image and OUT/text.", required=True)
-  flags.DEFINE_list("towers", ["image", "text"], "Which towers: image, text.")
+  flags.DEFINE_string(
+    "out", None, "DIR: Folder of the stores, OUT/image and OUT/text.", required=True
+  )
+  flags.DEFINE_list("towers", ["image", "text"], "A,B: Which towers: image, text.")
   flags.DEFINE_bool("verify", False, "Only check the stores in OUT against their checksums.")
-  flags.DEFINE_integer("batch_size", 256, "Images or texts per batch, over all devices.")
+  flags.DEFINE_integer("batch_size", 256, "N: Images or texts per batch, over all devices.")
   flags.DEFINE_enum("dtype", "float16", list(DTYPES), "dtype of the vectors.")
   flags.DEFINE_bool("projected", False, "After the projectors, in the shared space.")
   flags.DEFINE_bool("tokens", False, "Also store every token, for projectors that read tokens.")
@@ -75,21 +79,21 @@ def _plan() -> None:
   flags.DEFINE_string(
     "topology",
     None,
-    "A TPU slice such as v5e:16x16, or slices, v5e:16x16*2; default: topology of the config.",
+    "SLICE: A TPU slice such as v5e:16x16, or slices, v5e:16x16*2; default: config.topology.",
   )
-  flags.DEFINE_integer("batch", None, "Global batch size, instead of config.batch_size.")
-  flags.DEFINE_list("sweep", [], "Any of batch, remat, mesh: compile all combinations.")
+  flags.DEFINE_integer("batch", None, "N: Global batch size, instead of config.batch_size.")
+  flags.DEFINE_list("sweep", [], "A,B: Any of batch, remat, mesh: compile all combinations.")
   flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits, by compiling.")
   flags.DEFINE_integer(
-    "samples", 0, "Size of the dataset, for epochs and losses with per-sample state."
+    "samples", 0, "N: Size of the dataset, for epochs and losses with per-sample state."
   )
   flags.DEFINE_string(
     "prices",
     os.environ.get("BIGALIGN_PRICES"),
-    'JSON file with the price of a chip for an hour, by kind: {"v5e": 1.2}.',
+    'FILE: JSON with the price of a chip for an hour, by kind: {"v5e": 1.2}.',
   )
-  flags.DEFINE_string("json", None, "Also write the figures to this file.")
-  flags.DEFINE_string("cache", "~/.cache/bigalign/plans", "Folder of cached plans.")
+  flags.DEFINE_string("json", None, "FILE: Also write the figures to this file.")
+  flags.DEFINE_string("cache", "~/.cache/bigalign/plans", "DIR: Folder of cached plans.")
 
 
 # {program: what defines its own flags}

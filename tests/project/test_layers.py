@@ -26,7 +26,7 @@ LAYERS = [
   {"inputs", "program"},
   {"step", "evaluate"},
   {"report"},
-  {"frozen", "shards", "export", "plan"},
+  {"frozen", "shards", "export", "plan", "cli"},
   {"train"},
   {"__main__"},
 ]

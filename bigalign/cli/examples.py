@@ -1,0 +1,77 @@
+"""Two or three commands of each program, which end its --help."""
+
+from __future__ import annotations
+
+EXAMPLES = {
+  "train": (
+    "bigalign train --config=quickstart",
+    "bigalign train --config=siglip_b16 --workdir=runs/siglip --config.batch_size=4096"
+    " --config.data.source='/data/{00000..41455}.tar'",
+  ),
+  "evaluate": (
+    "bigalign evaluate runs/quickstart",
+    "bigalign evaluate runs/siglip --step best --zeroshot /data/cifar10 --json scores.json",
+  ),
+  "embed": (
+    "bigalign embed --config=photos_frozen --out=stores/photos",
+    "bigalign embed --config=mine.py --out=stores/mine --towers=image --batch_size=512",
+  ),
+  "compare": (
+    "bigalign compare --image stores/dino/image --text stores/minilm/text",
+    "bigalign compare --image A/image B/image --text C/text D/text --heatmap towers.png",
+  ),
+  "curate": (
+    "bigalign curate --classes classes/image --captions captions/text --out chosen",
+    "bigalign curate --classes classes/image --captions captions/text --shots 16 --out chosen",
+  ),
+  "report": (
+    "bigalign report runs/quickstart",
+    "bigalign report runs/siglip --step best",
+  ),
+  "export": (
+    "bigalign export runs/siglip --format=hf --out=exports/siglip",
+    "bigalign export --check exports/siglip",
+  ),
+  "inspect": (
+    "bigalign inspect '/data/{00000..41455}.tar'",
+    "bigalign inspect /data/pairs.parquet --out pairs.html --batch_size=16384",
+  ),
+  "index": (
+    "bigalign index '/data/{00000..41455}.tar'",
+    "bigalign index '/data/*.tar' --stats --captions txt,json.caption",
+  ),
+  "convert": (
+    "bigalign convert '/data/{00000..41455}.tar' --out /data/records",
+    "bigalign convert '/data/*.tar' --out /data/small --short_side 256",
+  ),
+  "view": (
+    "bigalign view '/data/*.tar' --where 'width >= 200' --out good",
+    "bigalign view '/data/*.tar' --ids chosen.0.places.npy --out chosen",
+  ),
+  "search": (
+    "bigalign search runs/photos 'val/*.tar' --query 'a red bus'",
+    "bigalign search runs/photos 'val/*.tar' --serve",
+  ),
+  "plan": (
+    "bigalign plan --config=siglip_b16",
+    "bigalign plan --config=siglip_b16 --topology=v5e:16x16 --batch=131072 --sweep=remat",
+  ),
+  "costs": (
+    "bigalign costs --losses=siglip,clip",
+    "bigalign costs --losses=siglip --topology=v5e:16x16 --batch=131072",
+  ),
+  "configs": (
+    "bigalign configs",
+    "bigalign configs siglip_b16 --copy mine.py",
+  ),
+  "options": (
+    "bigalign options data.augment",
+    "bigalign options loss.siglip",
+  ),
+}
+
+
+def text(program: str) -> str:
+  """The examples of a program as lines that end its help; "" if it has none."""
+  lines = [f"  {example}" for example in EXAMPLES.get(program, ())]
+  return "\n".join(["examples:", *lines]) if lines else ""
