@@ -119,8 +119,25 @@ def connect(
   elif len(missing) < len(given):
     names = [f"--{name} or BIGALIGN_{name.upper()}" for name in missing]
     raise ValueError(f"a run of several processes also needs {', '.join(names)}")
-  elif int(os.environ.get("SLURM_NTASKS", 1)) > 1 or _tpu():
+  elif _slurm() or _tpu():
     _initialize()
+
+
+def _slurm() -> bool:
+  """Whether srun started this process as one of several.
+
+  The shells of salloc and sbatch hold the number of tasks of the job too (SLURM_NTASKS), but there
+  are no other processes: a run that is started there by hand would wait for them.
+  """
+  if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # which srun sets
+    return True
+  if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    logging.warning(
+      "This Slurm job has %s tasks, but srun did not start this process as one of them, so it runs"
+      " alone. Put srun before the command to use all tasks.",
+      os.environ["SLURM_NTASKS"],
+    )
+  return False
 
 
 def _initialize(**given: Any) -> None:

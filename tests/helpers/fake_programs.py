@@ -239,7 +239,8 @@ def srun(folder: pathlib.Path, words: list[str]) -> int:
   count = int(os.environ["SLURM_NTASKS"])
   homes = [host(folder, "node", i) for i in range(count)]
   processes = [
-    start(folder, home, i, count, command, SLURM_PROCID=str(i)) for i, home in enumerate(homes)
+    start(folder, home, i, count, command, SLURM_PROCID=str(i), SLURM_STEP_NUM_TASKS=str(count))
+    for i, home in enumerate(homes)
   ]
   send_signal(folder, homes, processes)
   return max(p.wait() for p in processes)

@@ -151,3 +151,34 @@ def test_tpus_are_looked_for_where_they_may_be(monkeypatch, paths, variables, pl
   monkeypatch.setattr(runtime.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
   runtime.setup(cache=None)
   assert bool(skipped) == skips
+
+
+@pytest.mark.parametrize(
+  "given, connects, warns",
+  [
+    (dict(SLURM_NTASKS="8", SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="3"), True, False),  # srun
+    (dict(SLURM_NTASKS="8"), False, True),  # a shell of salloc
+    (
+      dict(SLURM_NTASKS="8", SLURM_PROCID="0", SLURM_LOCALID="0"),
+      False,
+      True,
+    ),  # a script of sbatch
+    (dict(SLURM_NTASKS="8", SLURM_STEP_NUM_TASKS="1"), False, True),  # a shell on the first node
+    (dict(SLURM_NTASKS="1", SLURM_STEP_NUM_TASKS="1"), False, False),
+    ({}, False, False),
+  ],
+)
+def test_only_processes_that_srun_started_wait_for_others(
+  given, connects, warns, monkeypatch, caplog
+):
+  for name in [name for name in os.environ if name.startswith(("SLURM_", "BIGALIGN_"))]:
+    monkeypatch.delenv(name)
+  for name, value in given.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(runtime, "_tpu", lambda: False)
+  called = []
+  monkeypatch.setattr(runtime, "_initialize", lambda **given: called.append(given))
+  with caplog.at_level("WARNING"):
+    runtime.connect()
+  assert called == [{}] * connects
+  assert ("srun did not start this process" in caplog.text) == warns
