@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from absl import logging
 
-from bigalign import gradcache, losses, sharding, tree
+from bigalign import gradcache, sharding, tree
 from bigalign.data.samples.rejects import REASONS
-from bigalign.losses import PROVIDES, Context, Loss, diagnostics
+from bigalign.losses import PROVIDES, Context, Loss, diagnostics, table_mask
+from bigalign.losses import summary as loss_summary
 from bigalign.model import without_remat
 from bigalign.program import Program, compute_dtype
 from bigalign.run import flops
@@ -108,9 +109,7 @@ def train_step(
     frozen=state.frozen,
     ema=keep(ema, state.ema),
     opt=keep(opt, state.opt),
-    loss=jax.tree.map(
-      keep_small, losses.table_mask(program.loss, state.loss), loss_state, state.loss
-    ),
+    loss=jax.tree.map(keep_small, table_mask(program.loss, state.loss), loss_state, state.loss),
   )
 
   # --- what is reported
@@ -243,7 +242,7 @@ def summary(program: Program, shapes: State) -> str:
     _inputs(program, batch),
     jax.random.key(0),
   )
-  return losses.summary(program.loss, program.sizes, feats, batch)
+  return loss_summary(program.loss, program.sizes, feats, batch)
 
 
 def constrain(loss: Loss, trainable: Arrays, before: State) -> Arrays:

@@ -21,7 +21,8 @@ import rich.console
 import rich.progress
 import rich.table
 
-from bigalign import checks, losses, sharding
+from bigalign import checks, sharding
+from bigalign.losses import BATCH_OPTIONS, LOSSES, PROVIDES, first_context, make_loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 from bigalign.plan import hlo_collectives, topologies
@@ -87,16 +88,16 @@ def measure(
     (communicated, by kind), "flops", or "error" if the program does not fit into memory.
   """
   if options is None:
-    options = losses.BATCH_OPTIONS.get(name, lambda batch: {})(batch)
-  loss = losses.make_loss({name: dict(options)})
+    options = BATCH_OPTIONS.get(name, lambda batch: {})(batch)
+  loss = make_loss({name: dict(options)})
   sizes = {"image": samples or batch, "text": samples or batch, "embed": width}
   params, state = jax.eval_shape(lambda: loss.init(sizes))
-  names = {"zimg", "ztxt", *(name for need in loss.needs for name in losses.PROVIDES[need])}
+  names = {"zimg", "ztxt", *(name for need in loss.needs for name in PROVIDES[need])}
   names |= {"mask_txt"} if "tokens" in loss.needs else set()
   abstract = {name: x for name, x in fields(batch, width).items() if name in names}
 
   def value(params: Any, feats: Any, state: Any, rest: Any) -> Any:
-    context = losses.first_context(pairwise.Engine(way, dtype))
+    context = first_context(pairwise.Engine(way, dtype))
     objective, (after, _) = loss.apply(params, state, {**rest, **feats}, rest, context)
     return objective, after
 
@@ -181,7 +182,7 @@ def write_document(path: pathlib.Path, settings: str, rows: Sequence[Mapping[str
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
     for line in lines:
       old = [cell.strip() for cell in line.split("|")[1:-1]]
-      if old[0] in losses.LOSSES:
+      if old[0] in LOSSES:
         table[old[0], old[1]] = old
   table |= {(row["loss"], row["way"]): cells(row) for row in rows}
   order = sorted(table, key=lambda key: (key[0], pairwise.WAYS.index(key[1])))
@@ -234,10 +235,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   )
   args = parser.parse_args(argv)
   runtime.setup()
-  names = args.losses.split(",") if args.losses else sorted(losses.LOSSES)
+  names = args.losses.split(",") if args.losses else sorted(LOSSES)
   ways = args.ways.split(",")
   for name in names:
-    checks.choose(losses.LOSSES, name, "--losses")
+    checks.choose(LOSSES, name, "--losses")
   held = topologies.devices(args.topology) if args.topology else jax.devices()
   mesh = sharding.make_mesh(fsdp=args.fsdp, devices=held)
   sharding.host_rows(mesh, args.batch)

@@ -30,10 +30,11 @@ from bigalign.plan.variants import (
   topology_of,
   with_changes,
 )
-from bigalign.run import errors
+from bigalign.run import errors, progress
 from bigalign.run.flags import config_name, define_flags, parse_flags
 
 Plan = dict[str, Any]
+CACHE = "~/.cache/bigalign/plans"
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
 # The user's flags of the compiler, before a plan adds its own.
 _COMPILER_FLAGS = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
@@ -64,7 +65,9 @@ def plan(
   _prepare_jax()  # imported only now, because a cached plan takes a second without it
   from bigalign.plan import compile_step
 
-  measured: Plan = compile_step.measure(config, topology, samples=samples, stage=stage)
+  with progress.Progress("compile", 0, visible=progress.is_shown()) as shown:
+    shown.note = f"the step for {topology}"
+    measured: Plan = compile_step.measure(config, topology, samples=samples, stage=stage)
   path.parent.mkdir(parents=True, exist_ok=True)
   with storage.atomic_write(path, suffix=storage.unique_suffix()) as file:
     file.write(json.dumps(measured).encode())
@@ -135,7 +138,8 @@ def sweep(
   take hours.
   """
   plans: list[Plan] = []
-  for changes in combinations:
+  every = list(combinations)
+  for changes in progress.track(every, "sweep", len(every), unit="plans"):
     try:
       plans.append({"asked": changes, **plan_run(**changes)})
     except ValueError as error:
@@ -143,41 +147,84 @@ def sweep(
   return plans
 
 
+def predict(
+  config: Mapping[str, Any],
+  topology: str = "",
+  *,
+  batch: int | None = None,
+  sweeps: Sequence[str] = (),
+  search: bool = False,
+  samples: int = 0,
+  prices: str | None = None,
+  cache: str | pathlib.Path = CACHE,
+  name: str = "config",
+  show: Callable[[str], None] = lambda text: None,
+) -> Plan:
+  """The plan of a run; with "sweep" and "largest_batch" if they are asked for.
+
+  Args:
+    config: as `bigalign train` takes it, in plain values.
+    topology: as of `plan`; "": that of the config.
+    batch: global batch size, instead of config.batch_size.
+    sweeps: any of "batch", "remat", "mesh": all combinations are compiled.
+    search: whether the largest batch that fits is found by compiling.
+    samples: of the dataset, for epochs and losses with per-sample state.
+    prices: JSON file with the price of a chip for an hour, by kind.
+    cache: folder of earlier plans.
+    name: of the config, for `show`.
+    show: gets each result as a text, as soon as it is known.
+
+  Raises:
+    ValueError: if neither names a topology.
+  """
+  topology = topology or topology_of(config)
+  if not topology:
+    raise errors.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
+  price_of = read_prices(prices, chips.kind(topology)) if prices else {}
+  plan_stage = functools.partial(plan, topology=topology, samples=samples, cache=cache)
+
+  def plan_run(**changes: Any) -> Plan:
+    changed = with_changes(config, **changes)
+    stages = [plan_stage(changed, stage=i) for i in range(count_stages(changed))]
+    stages = [{**stage, **chips.estimate(stage, price_of)} for stage in stages]
+    return combine_stages(stages) if len(stages) > 1 else stages[0]
+
+  asked = {"batch": batch} if batch else {}
+  result = plan_run(**asked)
+  show(table.format_plan(name, result))
+  last = result.get("stages", [result])[-1]  # the config itself
+  if search:
+    result["largest_batch"] = largest_batch.search(
+      last, lambda n: plan_stage(with_changes(config, batch=n))
+    )
+    show(f"Largest batch that was compiled and fits: {result['largest_batch']:,}")
+  elif guess := largest_batch.predict([last]):
+    show(f"The largest batch that fits is about {guess:,} pairs; --largest_batch compiles it")
+  if sweeps:
+    changes = combinations(with_changes(config, **asked), sweeps, result["devices"])
+    result["sweep"] = sweep(changes, functools.partial(plan_run, **asked))
+    show(table.format_sweep(result["sweep"]))
+  return result
+
+
 def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
   values = flags.FLAGS
   if len(argv) > 1:
     raise errors.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
-  config = options.plain(values.config)
-  topology = values.topology or topology_of(config)
-  if not topology:
-    raise errors.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
-  prices = read_prices(values.prices, chips.kind(topology)) if values.prices else {}
-  plan_stage = functools.partial(
-    plan, topology=topology, samples=values.samples, cache=values.cache
-  )
-
-  def plan_run(**changes: Any) -> Plan:
-    changed = with_changes(config, **changes)
-    stages = [plan_stage(changed, stage=i) for i in range(count_stages(changed))]
-    stages = [{**stage, **chips.estimate(stage, prices)} for stage in stages]
-    return combine_stages(stages) if len(stages) > 1 else stages[0]
-
-  asked = {"batch": values.batch} if values.batch else {}
-  result = plan_run(**asked)
-  print(table.format_plan(config_name(), result))
-  last = result.get("stages", [result])[-1]  # the config itself
-  if values.largest_batch:
-    result["largest_batch"] = largest_batch.search(
-      last, lambda n: plan_stage(with_changes(config, batch=n))
+  with progress.shown():
+    result = predict(
+      options.plain(values.config),
+      values.topology or "",
+      batch=values.batch,
+      sweeps=values.sweep,
+      search=values.largest_batch,
+      samples=values.samples,
+      prices=values.prices,
+      cache=values.cache,
+      name=config_name(),
+      show=print,
     )
-    print(f"Largest batch that was compiled and fits: {result['largest_batch']:,}")
-  elif guess := largest_batch.predict([last]):
-    print(f"The largest batch that fits is about {guess:,} pairs; --largest_batch compiles it")
-  if values.sweep:
-    changes = combinations(with_changes(config, **asked), values.sweep, result["devices"])
-    result["sweep"] = sweep(changes, functools.partial(plan_run, **asked))
-    print(table.format_sweep(result["sweep"]))
   if values.json:
     pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
   sys.exit(0 if result["fits"] else 1)

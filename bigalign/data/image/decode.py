@@ -36,6 +36,7 @@ def decode(
   max_pixels: int = 64_000_000,
   shrink: Callable[[int, int], int] | None = None,
   apply_exif: bool = False,
+  pillow_rgb: bool = False,
 ) -> np.ndarray:
   """Decodes one image.
 
@@ -50,6 +51,8 @@ def decode(
       only a part of its DCT: [ceil(H / 8), ceil(W / 8), 3] for 8. Other formats keep their size.
     apply_exif: rotate and mirror by the EXIF orientation, after `shrink`. By default pixels stay as
       they are stored, as in img2dataset, open_clip and big_vision.
+    pillow_rgb: convert all modes as Pillow's convert("RGB"), which transformers and open_clip call:
+      the colours under transparent pixels show, and 16 bits are cut off at 255.
 
   Returns:
     uint8 [H, W, 3], RGB.
@@ -81,7 +84,33 @@ def decode(
       raise
     except Exception:
       pass  # Pillow reads a few files that libjpeg-turbo warns about, and has better errors.
-  return _decode_pillow(data, max_pixels=max_pixels, apply_exif=apply_exif)
+  return _decode_pillow(data, max_pixels=max_pixels, apply_exif=apply_exif, pillow_rgb=pillow_rgb)
+
+
+def from_pillow(
+  image: Image.Image, *, apply_exif: bool = False, pillow_rgb: bool = False
+) -> np.ndarray:
+  """Returns the pixels of an image that Pillow has opened, as `decode` does.
+
+  Args:
+    image: of any mode.
+    apply_exif, pillow_rgb: as of `decode`.
+
+  Returns:
+    uint8 [H, W, 3], RGB.
+
+  Raises:
+    Rejected: if the pixels cannot be read.
+  """
+  try:
+    image.load()
+    orientation = _orientation(image) if apply_exif else 1
+    return _upright(_to_rgb(image, pillow_rgb), orientation)
+  except Rejected:
+    raise
+  except Exception as error:
+    reason = "truncated" if "truncated" in str(error) else "undecodable"
+    raise Rejected(reason, str(error)) from error
 
 
 def _check_pixels(width: int, height: int, *, max_pixels: int) -> None:
@@ -129,7 +158,9 @@ def _from_array(image: np.ndarray) -> np.ndarray:
   return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[2] == 1 else image
 
 
-def _decode_pillow(data: bytes, *, max_pixels: int, apply_exif: bool) -> np.ndarray:
+def _decode_pillow(
+  data: bytes, *, max_pixels: int, apply_exif: bool, pillow_rgb: bool
+) -> np.ndarray:
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       _check_pixels(*image.size, max_pixels=max_pixels)
@@ -138,7 +169,7 @@ def _decode_pillow(data: bytes, *, max_pixels: int, apply_exif: bool) -> np.ndar
         _check_scans(data, image.width * image.height, max_pixels=max_pixels)
       image.load()  # rotates a TIFF itself, and then reports orientation 1
       orientation = _orientation(image) if apply_exif else 1
-      return _upright(_to_rgb(image), orientation)
+      return _upright(_to_rgb(image, pillow_rgb), orientation)
   # Pillow's own limit is above our default, but a caller may raise ours above it.
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise Rejected("too_large", str(error)) from error
@@ -179,7 +210,9 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
   return pixels if orientation == 1 else np.ascontiguousarray(_UPRIGHT[orientation](pixels))
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, pillow_rgb: bool) -> np.ndarray:
+  if pillow_rgb:
+    return np.array(image.convert("RGB"))
   if image.mode.startswith("I"):  # I;16 and its byte orders; I from 16-bit PNG in old Pillows
     wide = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
     grey = ((wide + 128) // 257).astype(np.uint8)

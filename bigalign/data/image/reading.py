@@ -60,10 +60,14 @@ class ImageReading:
     return self.resize_edge or self.image_size
 
   def decode(
-    self, data: bytes | np.ndarray, *, shrink: Callable[[int, int], int] | None = None
+    self,
+    data: bytes | np.ndarray,
+    *,
+    shrink: Callable[[int, int], int] | None = None,
+    pillow_rgb: bool = False,
   ) -> np.ndarray:
     """One image as uint8 [H, W, 3]; raises Rejected for anything that is not a whole image."""
-    return decode(data, shrink=shrink, apply_exif=self.apply_exif)
+    return decode(data, shrink=shrink, apply_exif=self.apply_exif, pillow_rgb=pillow_rgb)
 
   def evaluation_view(self, image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] -> [image_size, image_size, 3], without randomness."""

@@ -1,0 +1,231 @@
+"""The programs as functions: they return what the programs print.
+
+In a run of several processes, call jax.distributed.initialize() first, as JAX demands.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from ml_collections import ConfigDict
+
+from bigalign.config import setup_runtime
+from bigalign.data.stores import reader
+from bigalign.evaluate import evaluate as run_evaluators
+from bigalign.evaluate import open_run, zeroshot_folder
+from bigalign.export.main import export as write_folder
+from bigalign.frozen.embed import SIDES
+from bigalign.frozen.embed import embed as write_stores
+from bigalign.options import plain
+from bigalign.plan.main import CACHE, predict
+from bigalign.run import runtime
+from bigalign.run.configs import config_name, load_config
+from bigalign.train import train as train_in
+
+Config: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | ConfigDict
+
+
+def train(
+  config: Config,
+  overrides: Mapping[str, Any] | None = None,
+  *,
+  workdir: str | os.PathLike[str] | None = None,
+  allow_config_change: bool = False,
+  **options: Any,
+) -> str:
+  """Trains a model; continues from the newest checkpoint in the folder of the run.
+
+  Args:
+    config: the name of a shipped config, the path of a config file, or the config.
+    overrides: {option: value}, such as {"optimizer.lr": 3e-4}.
+    workdir: folder of the run, local or gs://…; None: runs/NAME, after the config.
+    allow_config_change: continue although the config of the run in the folder differs.
+    **options: overrides too: total_steps=100, optimizer__lr=3e-4.
+
+  Returns:
+    The folder of the run, for bigalign.load.
+
+  Raises:
+    TypeError, ValueError, FileNotFoundError …: as of bigalign.train.train.
+  """
+  values = load_config(config, {**(overrides or {}), **options})
+  if workdir is None:
+    if not isinstance(config, str | os.PathLike):
+      raise TypeError("train() of a config without a name needs workdir=, the folder of the run")
+    workdir = f"runs/{config_name(config)}"
+  setup_runtime(values)
+  train_in(values, workdir, allow_config_change=allow_config_change)
+  return os.fspath(workdir)
+
+
+def evaluate(
+  run: str | os.PathLike[str],
+  *,
+  step: int | str | None = None,
+  retrieval: str | None = None,
+  fields: Sequence[str] | None = None,
+  zeroshot: str | os.PathLike[str] | None = None,
+  evals: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+  """Returns the metrics of a run, {name: value}: by default those of the evaluators of its config.
+
+  Args:
+    run: the --workdir of a run.
+    step: which checkpoint: a number, "latest" or "best"; None: the latest.
+    retrieval: shards, or another source, for retrieval.
+    fields: of its captions; None: config.data.captions.
+    zeroshot: folder of a CLIP_benchmark dataset, for zero-shot classification.
+    evals: other evaluators, written as config.evals.
+
+  Raises:
+    ValueError: if the run has no evaluators and none are given.
+  """
+  runtime.setup()
+  opened = open_run(os.fspath(run), "latest" if step is None else step)
+  chosen: dict[str, Any] = dict(evals or {})
+  if retrieval:
+    chosen["val"] = dict(type="retrieval", source=retrieval, fields=fields)
+  if zeroshot:
+    name, options = zeroshot_folder(os.fspath(zeroshot))
+    chosen[name] = options
+  if not chosen and not opened.config.evals:
+    raise ValueError(f"{run} has no config.evals; give retrieval, zeroshot or evals")
+  return run_evaluators(opened, chosen or None)
+
+
+def embed(
+  config: Config,
+  out: str | os.PathLike[str],
+  overrides: Mapping[str, Any] | None = None,
+  *,
+  towers: Sequence[str] = SIDES,
+  batch_size: int = 256,
+  dtype: str = "float16",
+  projected: bool = False,
+  tokens: bool = False,
+  **options: Any,
+) -> dict[str, dict[str, Any]]:
+  """Runs a dataset through frozen towers and stores the embeddings.
+
+  Args:
+    config: as of `train`; its `data` and `model` are used.
+    out: the stores are OUT/image and OUT/text.
+    overrides: as of `train`.
+    towers: which sides: "image", "text".
+    batch_size: images or texts at a time, over all devices.
+    dtype: of the vectors: "float16", "bfloat16" or "float32".
+    projected: after the projectors, in the shared space.
+    tokens: every token too, for projectors that read tokens.
+    **options: as of `train`.
+
+  Returns:
+    {folder of a store: {"rows": N, "width": D, "left_out": {reason: samples}}}.
+  """
+  values = plain(load_config(config, {**(overrides or {}), **options}))
+  setup_runtime(values)
+  folders = write_stores(
+    values,
+    pathlib.Path(out),
+    sides=towers,
+    batch_size=batch_size,
+    dtype=dtype,
+    projected=projected,
+    tokens=tokens,
+  )
+  stores = {str(folder): reader.Store(folder) for folder in folders.values()}
+  return {
+    folder: dict(rows=len(store), width=store.width, left_out=store.left_out)
+    for folder, store in stores.items()
+  }
+
+
+class Exported(NamedTuple):
+  """What an export wrote.
+
+  Args:
+    folder: the folder.
+    difference: the largest difference of its outputs from the run's, relative to the largest; None
+      if the library of the format is not installed, so that they could not be compared.
+  """
+
+  folder: pathlib.Path
+  difference: float | None
+
+
+def export(
+  run: str | os.PathLike[str],
+  out: str | os.PathLike[str],
+  format: str = "hf",
+  *,
+  step: int | str | None = None,
+  ema: bool = False,
+  **card: Any,
+) -> Exported:
+  """Writes a run as a folder for another library.
+
+  Args:
+    run: the --workdir of a run.
+    out: the folder, new or empty.
+    format: "hf", "open_clip", "npz" (big_vision), "torch" or "sentence-transformers".
+    step: which checkpoint: a number, "latest" or "best"; None: the latest.
+    ema: whether to export the averaged parameters.
+    **card: of the model card: license="apache-2.0" …, as of bigalign.export.main.export.
+
+  Raises:
+    ValueError: if the format cannot hold the model, with the reasons and the formats that can.
+    FileExistsError: if the folder is not empty.
+  """
+  runtime.setup()
+  opened = open_run(os.fspath(run), "latest" if step is None else step)
+  return Exported(*write_folder(opened, format, pathlib.Path(out), ema=ema, **card))
+
+
+def plan(
+  config: Config,
+  overrides: Mapping[str, Any] | None = None,
+  *,
+  topology: str = "",
+  batch: int | None = None,
+  sweep: Sequence[str] = (),
+  largest_batch: bool = False,
+  samples: int = 0,
+  prices: str | None = None,
+  cache: str | os.PathLike[str] = CACHE,
+  **options: Any,
+) -> dict[str, Any]:
+  """Predicts memory, speed and cost of a config on a TPU slice; needs the extra `plan`.
+
+  The train step is compiled for the slice on this machine. docs/plan.md explains the figures. JAX
+  must not use an accelerator of this machine meanwhile: set JAX_PLATFORMS=cpu.
+
+  Args:
+    config: as of `train`.
+    overrides: as of `train`.
+    topology: "v5e:16x16", or several slices, "v5e:16x16*2"; "": config.topology.
+    batch: global batch size, instead of config.batch_size.
+    sweep: any of "batch", "remat", "mesh": all combinations are compiled.
+    largest_batch: whether the largest batch that fits is found, by compiling.
+    samples: of the dataset, for epochs and losses with per-sample state.
+    prices: JSON file with the price of a chip for an hour, by kind: {"v5e": 1.2}.
+    cache: folder of earlier plans, which are reused.
+    **options: as of `train`.
+
+  Returns:
+    The figures, as `bigalign plan --json` writes them.
+
+  Raises:
+    ValueError: if no topology is given.
+  """
+  return predict(
+    plain(load_config(config, {**(overrides or {}), **options})),
+    topology,
+    batch=batch,
+    sweeps=sweep,
+    search=largest_batch,
+    samples=samples,
+    prices=prices,
+    cache=pathlib.Path(cache),
+  )
