@@ -29,6 +29,9 @@ HARMLESS = re.compile(
 )
 
 
+_UNKNOWN = "unknown"  # what checkpoint.revision returns without git
+
+
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
   """Compares two configs, without options that do not affect what is learned (HARMLESS).
 
@@ -209,21 +212,25 @@ def check_hosts_agree(meta: Mapping[str, Any]) -> None:
     meta: {name: value that JSON can hold}, such as config, code version, packages and data.
 
   Raises:
-    RuntimeError: if they differ; names the value and the processes.
+    RuntimeError: if they differ; names the value and the processes. A process that does not know
+      its value ("unknown", without git or the repository) agrees with any.
   """
   if jax.process_count() == 1:
     return
-  digests = {
-    name: np.frombuffer(
-      hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:8], np.uint32
-    )
-    for name, value in meta.items()
-  }
+
+  def digest_of(value: Any) -> np.ndarray:
+    encoded = json.dumps(value, sort_keys=True).encode()
+    return np.frombuffer(hashlib.sha256(encoded).digest()[:8], np.uint32)
+
+  digests = {name: digest_of(value) for name, value in meta.items()}
+  unknown = digest_of(_UNKNOWN)
   for name, every in multihost_utils.process_allgather(digests).items():
-    other = np.flatnonzero((every != every[:1]).any(1))
+    known = np.flatnonzero((every != unknown).any(1))
+    other = known[(every[known] != every[known[:1]]).any(1)]
     if other.size:
       raise RuntimeError(
-        f"processes {tree.shown(other.tolist())} have another {name} than process 0. Process"
-        f" {jax.process_index()} has {tree.cut(json.dumps(meta[name]), 1000)}; the logs of the"
-        " others show theirs. Start all of them with the same command, code, packages and files."
+        f"processes {tree.shown(other.tolist())} have another {name} than process {known[0]}."
+        f" Process {jax.process_index()} has {tree.cut(json.dumps(meta[name]), 1000)}; the logs of"
+        " the others show theirs. Start all of them with the same command, code, packages and"
+        " files."
       )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -73,3 +75,30 @@ def test_a_process_with_another_value_says_whose_value_it_shows(monkeypatch):
   text = str(error.value)
   assert "another config than process 0. Process 3 has" in text and '"seed": 7' in text
   assert "and 12 more" in text and len(text) < 1500
+
+
+@pytest.mark.parametrize(
+  "revisions, message",
+  [
+    (["a1", "unknown", "a1"], None),  # a host without git
+    (["unknown", "a1", "a1"], None),
+    (["unknown"] * 3, None),
+    (["unknown", "a1", "b2"], r"processes \[2\] have another revision than process 1"),
+    (["a1", "b2", "unknown"], r"processes \[1\] have another revision than process 0"),
+  ],
+)
+def test_a_host_that_does_not_know_its_revision_ends_no_run(revisions, message, monkeypatch):
+  sent = []
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+
+  def alone(digests):
+    sent.append(digests["revision"])
+    return {"revision": digests["revision"][None]}
+
+  monkeypatch.setattr(provenance.multihost_utils, "process_allgather", alone)
+  for revision in revisions:
+    provenance.check_hosts_agree({"revision": revision})
+  every = {"revision": np.stack(sent)}
+  monkeypatch.setattr(provenance.multihost_utils, "process_allgather", lambda x: every)
+  with pytest.raises(RuntimeError, match=message) if message else contextlib.nullcontext():
+    provenance.check_hosts_agree({"revision": revisions[0]})
