@@ -135,12 +135,10 @@ def resolve_config(
   """
   values = plain(values)
   if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
-    written = values["model"]
-    model = init.options(written, record) if files_needed else init.options_from_sizes(written)
-    values = {**values, "model": model}
-    if isinstance(values.get("data"), Mapping):
-      data = init.view_options(written, values["data"], record)
-      values["data"] = init.tokenizer_options(written, data, record)
+    given = values.get("data")
+    data = given if isinstance(given, Mapping) else {}
+    model, data = init.completed(values["model"], data, record, files_needed=files_needed)
+    values = {**values, "model": model, **({"data": data} if isinstance(given, Mapping) else {})}
   config: Config = resolve(Config, values, "config")
   return config
 

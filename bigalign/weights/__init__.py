@@ -69,7 +69,7 @@ class Checkpoint:
     kind: its name in LAYOUTS.
     tensors: {key: file, shape and dtype}.
     layout: its options and table of keys.
-    view: of images, as its files state it; None if they do not.
+    view: of images, as its files state it; None if they do not, or without an image tower.
   """
 
   path: pathlib.Path
@@ -130,8 +130,10 @@ def describe(
   model = dict(layout.model)
   view = None
   if "pixels" in model:
-    model["pixels"] = pixels.stated(inside, kind) or model["pixels"]
-    view = views.stated(inside, kind)
+    section = views.preprocessing(inside, kind)
+    model["pixels"] = pixels.stated(section) or model["pixels"]
+    by_config = "" if tensors.path.suffix == ".npz" else where
+    view = views.with_size(views.stated(section), layout.data.get("image_size"), by_config)
   for side, options in extra.items():
     if options and side not in model:
       raise ValueError(f"{where}: {side}={options}: the checkpoint has no {side} tower")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,8 @@ from bigalign.weights import Checkpoint, describe, open_clip, tokenizer, transfe
 
 SIDES = ("image", "text")
 _VIEW: dict[str, Any] = {
-  option: getattr(ImageReading, option) for option in ("resize", "resize_edge", "interpolation")
+  "image_size": None,
+  **{x: getattr(ImageReading, x) for x in ("resize", "resize_edge", "interpolation")},
 }
 _WORDS = ("init", "fresh", "drop")
 _OWN = {"image": ("image", "pixels"), "text": ("text",)}  # options that come with a single tower
@@ -41,6 +42,7 @@ class Pretrained(NamedTuple):
   Args:
     where: its place in the config.
     side: "image" or "text"; "" for the whole model.
+    init: its path as the config names it, with its variables.
     checkpoint: the checkpoint.
     fresh: regular expression of paths that keep their random initial values.
     drop: regular expression of keys that may be left out.
@@ -48,28 +50,70 @@ class Pretrained(NamedTuple):
 
   where: str
   side: str
+  init: str
   checkpoint: Checkpoint
   fresh: str
   drop: str
 
 
-def options(given: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """config.model with the options of its checkpoints filled in, for make_model. Reads no tensor.
+def completed(
+  model: Mapping[str, Any],
+  data: Mapping[str, Any],
+  record: Mapping[str, Any] | None = None,
+  *,
+  files_needed: bool = True,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """config.model and config.data with what the checkpoints state. Reads no tensor.
 
   Args:
-    given: config.model as written.
+    model: config.model as written.
+    data: config.data as written.
     record: config.json of the run that resumes. If its model was written in the same way, its
-      options are used, and the checkpoints are not needed any more.
+      options hold, images and ids stay as they were, and the checkpoints are not needed any more.
+    files_needed: False: if files of a checkpoint are missing here, use the sizes next to `init`.
+
+  Returns:
+    The options of the model. `data` with image_size, resize, resize_edge, interpolation and
+    tokenizer, as far as it does not give them itself and no store holds the inputs of the tower;
+    warnings show what differs.
 
   Raises:
     FileNotFoundError: for a path that does not exist.
     KeyError: for an environment variable that is not set.
-    ValueError: for a checkpoint without the tower, or with other pixel statistics.
+    ValueError: for a checkpoint without the tower, or with other pixel statistics; if files are
+      missing that are not needed, and the sizes are not written.
   """
-  if record and record["model"] == given:
-    return dict(record["config"]["model"])
+  if record and record["model"] == model:
+    was = record["config"]
+    return dict(was["model"]), _as_recorded(model, data, was["data"])
+  try:
+    parts = _pretrained_parts(model)
+    full = _options(model, parts)
+  except (FileNotFoundError, KeyError) as error:
+    if files_needed:
+      raise
+    return _written_sizes(model, error), dict(data)
+  full_data = dict(data)
+  for part in parts:
+    if part.side in ("", "image") and not _stored(data, "image"):
+      full_data = with_view(full_data, part.checkpoint.view)
+    if part.side in ("", "text") and not _stored(data, "text"):
+      full_data = _with_tokenizer(full_data, part)
+  return full, full_data
+
+
+def options(given: Mapping[str, Any]) -> dict[str, Any]:
+  """config.model with the options of its checkpoints filled in, for make_model.
+
+  Args:
+    given: config.model as written.
+  """
+  return _options(given, _pretrained_parts(given))
+
+
+def _options(given: Mapping[str, Any], parts: Sequence[Pretrained]) -> dict[str, Any]:
+  """config.model with the options of the checkpoints that it names."""
   model = _own_options(given) | {s: _own_options(given[s]) for s in SIDES if _is_tower(given, s)}
-  parts = _pretrained_parts(given)
   if "open_clip" in model:
     if parts:
       raise ValueError(f"config.model.open_clip and {parts[0].where}.init: both give the sizes")
@@ -89,117 +133,96 @@ def options(given: Mapping[str, Any], record: Mapping[str, Any] | None = None) -
   return dict(plain(model))
 
 
-def view_options(
-  model: Mapping[str, Any],
-  data: Mapping[str, Any],
-  record: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def with_view(data: Mapping[str, Any], view: views.View | None) -> dict[str, Any]:
   """config.data with the view of images that the checkpoint of the image tower states.
 
   Args:
-    model: config.model as written.
     data: config.data as written.
-    record: config.json of the run that resumes. If its model was written in the same way, images
-      stay as they were.
+    view: of the checkpoint.
 
   Returns:
-    `data` with resize, resize_edge and interpolation, as far as it does not give them itself; a
-    warning shows what differs.
+    `data` with image_size, resize, resize_edge and interpolation, as far as it does not give them
+    itself; a warning shows what differs.
   """
-  was, checkpoint = _origin(model, data, record, "image")
-  if was is not None:
-    return {**{x: was[x] for x in _VIEW if was.get(x) is not None}, **data}
-  view = None if checkpoint is None else checkpoint.view
   if view is None:
     return dict(data)
+  size = view.size if data.get("image_size") is None else data["image_size"]
   # The edge belongs to the stated size, and only "shortest" has one.
-  takes_edge = data.get("image_size") == view.size and data.get("resize") in (None, "shortest")
+  takes_edge = size == view.size and data.get("resize") in (None, "shortest")
   missing = {
     key: value
-    for key, value in view.options.items()
+    for key, value in (("image_size", view.size), *view.options.items())
     if data.get(key) is None and value is not None and (takes_edge or key != "resize_edge")
   }
   if missing:
-    logging.info("config.data: %s, as %s states", missing, view.where)
+    logging.info("config.data: %s, as %s states", missing, view.where or view.size_where)
   full = {**_VIEW, **{k: v for k, v in data.items() if v is not None}, **missing}
-  if "image_size" in full:
+  if full["image_size"] is not None:
     for line in views.differences(view, full):
       logging.warning("%s", line)
   return {**data, **missing}
 
 
-def tokenizer_options(
-  model: Mapping[str, Any],
-  data: Mapping[str, Any],
-  record: Mapping[str, Any] | None = None,
+def _with_tokenizer(data: Mapping[str, Any], part: Pretrained) -> dict[str, Any]:
+  """config.data with what the checkpoint of the text tower states about its tokenizer."""
+  given = data.get("tokenizer")
+  if given is not None and not isinstance(given, Mapping):
+    return dict(data)
+  full = tokenizer.completed(part.checkpoint, given, part.init)
+  return dict(data) if full is None else {**data, "tokenizer": full}
+
+
+def _as_recorded(
+  model: Mapping[str, Any], data: Mapping[str, Any], was: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """config.data with what the checkpoint of the text tower states about its tokenizer.
+  """config.data with what was filled in from the checkpoints when the run began.
 
   Args:
     model: config.model as written.
     data: config.data as written.
-    record: config.json of the run that resumes. If its model was written in the same way, its
-      tokenizer keeps the ids with which the run began.
-
-  Returns:
-    `data`, its tokenizer completed; unchanged if no checkpoint gives the text tower, its files are
-    missing, or stores hold the texts.
+    was: config.data of the record.
   """
+  full = dict(data)
+  if _is_pretrained(model, "image") and not _stored(data, "image"):
+    full |= {x: was[x] for x in _VIEW if data.get(x) is None and was.get(x) is not None}
+    if full.get("resize", _VIEW["resize"]) != was.get("resize") and data.get("resize_edge") is None:
+      full.pop("resize_edge", None)  # it belongs to the recorded resize
   given = data.get("tokenizer")
-  if not isinstance(given, Mapping):
-    return dict(data)
-  was, checkpoint = _origin(model, data, record, "text")
-  if was is not None:
-    return {**data, "tokenizer": tokenizer.as_recorded(given, was["tokenizer"])}
-  if checkpoint is None:
-    return dict(data)
-  return {**data, "tokenizer": tokenizer.completed(checkpoint, given)}
+  completes = _is_pretrained(model, "text") and not _stored(data, "text")
+  if completes and (given is None or isinstance(given, Mapping)):
+    full["tokenizer"] = tokenizer.as_recorded(given, was["tokenizer"])
+  return full
 
 
-def _origin(
-  model: Mapping[str, Any], data: Mapping[str, Any], record: Mapping[str, Any] | None, side: str
-) -> tuple[Mapping[str, Any] | None, Checkpoint | None]:
-  """What completes config.data for a tower: config.data of the run that resumes, or a checkpoint.
+def _is_pretrained(model: Mapping[str, Any], side: str) -> bool:
+  """Whether a checkpoint gives the tower of a side."""
+  return "init" in model or (_is_tower(model, side) and "init" in model[side])
 
-  Returns:
-    One of the two; the other is None. Both are None if no checkpoint gives the tower, stores hold
-    its inputs, or the checkpoint's files are missing.
-  """
+
+def _stored(data: Mapping[str, Any], side: str) -> bool:
+  """Whether a store holds the inputs of the tower of a side."""
   stores = data.get("stores")
-  stored = isinstance(stores, Mapping) and stores.get(side)
-  pretrained = "init" in model or (_is_tower(model, side) and "init" in model[side])
-  if stored or not pretrained:
-    return None, None
-  if record and record["model"] == model:
-    return record["config"]["data"], None
-  try:
-    parts = [x for x in _pretrained_parts(model) if x.side in ("", side)]
-  except (FileNotFoundError, KeyError):
-    parts = []
-  return None, parts[0].checkpoint if parts else None
+  return isinstance(stores, Mapping) and bool(stores.get(side))
 
 
-def options_from_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
-  """`options`; if files of a checkpoint are missing here, the sizes written next to `init`.
+def _written_sizes(given: Mapping[str, Any], error: Exception) -> dict[str, Any]:
+  """config.model without its checkpoints, whose files are missing here.
 
   Raises:
-    ValueError: if files are missing and the sizes are not written.
+    ValueError: if the sizes are not written.
   """
-  try:
-    return options(given)
-  except (FileNotFoundError, KeyError) as error:
-    model = {
-      k: {o: x for o, x in v.items() if o not in _WORDS} if isinstance(v, Mapping) else v
-      for k, v in given.items()
-      if k not in _WORDS
-    }
-    if any("name" not in model.get(side, {}) for side in SIDES):
-      raise ValueError(
-        "config.model.init names a checkpoint that is not on this machine, and the config does not"
-        " give the sizes of the model; write them next to `init`, name= among them, or copy the"
-        f" checkpoint's config.json here (no weights are read): {error}"
-      ) from error
-    return model
+  model = {
+    k: {o: x for o, x in v.items() if o not in _WORDS} if isinstance(v, Mapping) else v
+    for k, v in given.items()
+    if k not in _WORDS
+  }
+  if any("name" not in model.get(side, {}) for side in SIDES):
+    raise ValueError(
+      "config.model.init names a checkpoint that is not on this machine, and the config does not"
+      " give the sizes of the model; write them next to `init`, name= among them, or copy the"
+      f" checkpoint's config.json here (no weights are read): {error}"
+    ) from error
+  return model
 
 
 def load(
@@ -296,7 +319,9 @@ def _pretrained(given: Mapping[str, Any], side: str, towers: Mapping[str, Any]) 
       f"{where}.init: {path} holds no {lacking[0]} tower"
       + ("" if side else "; set it as init of the tower it holds, and give the other tower too")
     )
-  return Pretrained(where, side, checkpoint, given.get("fresh", ""), given.get("drop", ""))
+  return Pretrained(
+    where, side, given["init"], checkpoint, given.get("fresh", ""), given.get("drop", "")
+  )
 
 
 def _expanded(text: Any, what: str) -> str:

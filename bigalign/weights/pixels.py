@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 from bigalign.model import PIXELS
-from bigalign.weights.files import read_json
-from bigalign.weights.views import image_processor
+from bigalign.weights.views import Preprocessing
 
 
-def stated(folder: pathlib.Path, kind: str) -> str | None:
+def stated(given: Preprocessing | None) -> str | None:
   """The name in PIXELS of the statistics in the files next to the weights; None without such.
 
   Models of a family can differ in their statistics: DINO is a Hugging Face ViT with ImageNet's.
 
-  Args:
-    folder: of the weights.
-    kind: the checkpoint's name in LAYOUTS.
-
   Raises:
     ValueError: for statistics without a name in PIXELS.
   """
-  if kind == "open_clip":
-    names = ("mean", "std")
-    where = str(folder / "open_clip_config.json")
-    config: Any = read_json(pathlib.Path(where)).get("preprocess_cfg")
-  else:
-    names = ("image_mean", "image_std")
-    where, config = image_processor(folder)
-  if not isinstance(config, dict) or not set(names) <= config.keys():
+  if given is None:
+    return None
+  where, kind, config = given
+  names = ("mean", "std") if kind == "open_clip" else ("image_mean", "image_std")
+  if not set(names) <= config.keys():
     return None
   theirs = tuple(_three(config[name]) for name in names)
   for name, statistics in PIXELS.items():

@@ -2,40 +2,128 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
 
-from bigalign.data.text import stated
+from bigalign.data.text import clip_text, stated
 from bigalign.data.text.stated import Stated
 from bigalign.data.text.tokenizers import Tokenizer, make_tokenizer
 from bigalign.weights import Checkpoint
 
 _FILLED = {"sentencepiece": ("pad", "eos"), "hf": ("pad", "prompt")}
+# Options that say which tokenizer it is. If the first is given, the others are not filled in.
+_IDENTITY = ("path", "lower", "canonicalize")
+_PIECES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_TEXTS = ("a photo of a dog", "Two CATS, on the beach!", "3 o'clock")
+_ERRORS = (OSError, KeyError, TypeError, ValueError)  # of a tokenizer that cannot be made
 # {cleaning of open_clip: (whether case is ignored, whether punctuation is)}
 _CLEAN = {"lower": (True, False), "whitespace": (False, False), "canonicalize": (True, True)}
 
 
-def completed(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any] | None:
+  """Returns the options of the tokenizer in the files of a checkpoint; None without one.
+
+  If several files hold one, such as SigLIP's, the ids of the chosen one differ least from what the
+  other files state.
+
+  Args:
+    checkpoint: with a text tower.
+  """
+  statements = statements_of(checkpoint)
+  best: tuple[int, dict[str, Any]] | None = None
+  for options in _candidates(checkpoint, statements):
+    try:
+      with stated.silent():
+        tokenizer = make_tokenizer(**_with_pad(options, statements))
+        count = len(stated.differences(tokenizer, statements))
+    except _ERRORS:
+      continue
+    if best is None or count < best[0]:
+      best = count, options
+    if not count:
+      break
+  return None if best is None else best[1]
+
+
+def _candidates(checkpoint: Checkpoint, statements: stated.Statements) -> Iterator[dict[str, Any]]:
+  """The options of each tokenizer that the files may hold, the likeliest first."""
+  length = dict(length=_length(checkpoint, statements))
+  cleaning = {
+    name: True for name in ("lower", "canonicalize") if stated.value(statements, name, False)
+  }
+  for folder in _folders(checkpoint):
+    if (folder / "tokenizer.json").is_file():
+      yield dict(name="hf", path=str(folder / "tokenizer.json"), **length)
+    for name in _PIECES:
+      if (folder / name).is_file():
+        yield dict(name="sentencepiece", path=str(folder / name), **cleaning, **length)
+    if (folder / "vocab.txt").is_file():
+      lower = stated.value(statements, "lower", True)
+      yield dict(name="wordpiece", path=str(folder / "vocab.txt"), lower=lower, **length)
+  if checkpoint.kind == "open_clip" and checkpoint.model["text"]["name"] == "text":
+    try:
+      clip_text.installed_vocabulary()
+    except FileNotFoundError:
+      return
+    own = {k: stated.value(statements, k, k == "lower") for k in ("lower", "canonicalize")}
+    yield dict(name="clip", **own, **length)
+
+
+def _folders(checkpoint: Checkpoint) -> list[pathlib.Path]:
+  """The folders that may hold the tokenizer of a checkpoint."""
+  return [*dict.fromkeys((checkpoint.tensors.path.parent, _folder(checkpoint)))]
+
+
+def _folder(checkpoint: Checkpoint) -> pathlib.Path:
+  """The folder of the checkpoint, in which that of its tensors may be."""
+  return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _length(checkpoint: Checkpoint, statements: stated.Statements) -> int:
+  """Ids of a text: as the files state it, but not more than the tower has positions."""
+  positions = int(checkpoint.layout.data.get("length") or checkpoint.model["text"]["length"])
+  return min(int(stated.value(statements, "length", positions)), positions)
+
+
+def _with_pad(options: Mapping[str, Any], statements: stated.Statements) -> dict[str, Any]:
+  """The options of a tokenizer with the stated id of padding, if the statement is a number."""
+  pad = stated.value(statements, "pad_token", None)
+  has_option = options["name"] in _FILLED or options["name"] == "clip"
+  return {**options, "pad": pad} if has_option and type(pad) is int else dict(options)
+
+
+def completed(
+  checkpoint: Checkpoint, given: Mapping[str, Any] | None, init: str = ""
+) -> dict[str, Any] | None:
   """Returns the options of a tokenizer with those that the files of a checkpoint state.
 
-  An option that is given and differs is kept; a warning shows both values, and all other
-  differences of the ids.
+  Without a name or a file, the tokenizer is that of the checkpoint; without a length, it has that
+  of the checkpoint. An option that is given and differs is kept; a warning shows both values, and
+  all other differences of the ids.
 
   Args:
     checkpoint: of the text tower.
-    given: options of the tokenizer, with its name.
+    given: options of the tokenizer; None for none.
+    init: the path of the checkpoint as the config names it, with its variables.
+
+  Returns:
+    The options; None if none are given and the checkpoint has no tokenizer.
   """
-  name = str(given.get("name"))
+  options = _identified(checkpoint, {k: v for k, v in (given or {}).items() if v is not None}, init)
+  if "name" not in options:
+    return options or None
+  name = str(options["name"])
   try:
-    tokenizer = make_tokenizer(**given)
-  except (OSError, KeyError, TypeError, ValueError):
-    return dict(given)  # whoever opens the data reports it
-  file = given.get("path")
+    tokenizer = make_tokenizer(**options)
+  except _ERRORS:
+    return options  # whoever opens the data reports it
+  file = options.get("path")
   statements = statements_of(checkpoint, tokenizer.file.parent if tokenizer.file else None)
-  options = dict(given)
+  before = dict(options)
   for option in _FILLED.get(name, ()):
     value, where = _stated(tokenizer, option, statements)
     ours = getattr(tokenizer, option)
@@ -49,10 +137,12 @@ def completed(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any
         ours,
       )
       options[option] = value
-  if options != given:
+  if options != before:
     tokenizer = make_tokenizer(**options)
   stated.warn(tokenizer, statements)
-  unknown = "pad_token" not in statements and given.get("pad") is None
+  if not stated.differences(tokenizer, statements):
+    _warn_of_other_ids(tokenizer, checkpoint)
+  unknown = "pad_token" not in statements and options.get("pad") is None
   if unknown and _padding_matters(checkpoint.model["text"]):
     logging.warning(
       "%s: no file states which token pads, and the text tower sees padding; the tokenizer %r"
@@ -65,16 +155,80 @@ def completed(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any
   return options
 
 
-def as_recorded(given: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def _identified(checkpoint: Checkpoint, given: dict[str, Any], init: str) -> dict[str, Any]:
+  """The given options; name, file and length are those of the checkpoint where they are lacking."""
+  options = dict(given)
+  theirs = of_checkpoint(checkpoint) if "path" not in given else None
+  if theirs is not None and _means(given, theirs):
+    own = {k: v for k, v in theirs.items() if k in ("name", *_IDENTITY)}
+    if "path" in own:
+      own["path"] = _as_written(own["path"], checkpoint, init)
+    options = own | options
+    logging.info("config.data.tokenizer: %s, of %s", own, checkpoint.path)
+  if "name" in options and "length" not in options:
+    options["length"] = _length(checkpoint, statements_of(checkpoint))
+    logging.info("config.data.tokenizer.length=%d, of %s", options["length"], checkpoint.path)
+  if options != given:  # a tokenizer.json may not name its padding
+    options = _with_pad(options, statements_of(checkpoint)) | given
+  return options
+
+
+def _means(given: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+  """Whether options that may lack a name or a file mean another tokenizer."""
+  if "name" not in given:
+    return "path" not in given
+  return given["name"] == other["name"] and "path" in other and "path" not in given
+
+
+def _as_written(path: str, checkpoint: Checkpoint, init: str) -> str:
+  """The path of a file of a checkpoint, beginning with `init` and so with its variables."""
+  folder = init if checkpoint.path.is_dir() else os.path.dirname(init)
+  if not folder:
+    return path
+  inside = pathlib.Path(path).relative_to(_folder(checkpoint)).as_posix()
+  return f"{folder.rstrip('/')}/{inside}"
+
+
+def _warn_of_other_ids(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+  """Logs a text of which the tokenizer of the checkpoint gives other ids, if there is one."""
+  folders = {x.resolve() for x in _folders(checkpoint)}
+  if tokenizer.file is not None and tokenizer.file.resolve().parent in folders:
+    return
+  theirs = of_checkpoint(checkpoint)
+  if theirs is None or theirs["name"] == tokenizer.name == "clip":
+    return
+  options = _with_pad({**theirs, "length": tokenizer.length}, statements_of(checkpoint))
+  with stated.silent():
+    other = make_tokenizer(**options)
+  for text, ours, wanted in zip(_TEXTS, _ids(tokenizer), _ids(other)):
+    if ours != wanted:
+      logging.warning(
+        "config.data.tokenizer gives other ids than the tokenizer of %s: for %r %s, not %s",
+        *(checkpoint.path, text, ours, wanted),
+      )
+      return
+
+
+def _ids(tokenizer: Tokenizer) -> list[list[int]]:
+  """The ids of a few texts without padding."""
+  ids, mask = tokenizer.encode_batch(_TEXTS)
+  return [row[real].tolist() for row, real in zip(ids, mask)]
+
+
+def as_recorded(given: Mapping[str, Any] | None, recorded: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the options of a tokenizer, those that `completed` filled in when the run began kept.
 
   Args:
-    given: options of the tokenizer, as written.
+    given: options of the tokenizer, as written; None for none.
     recorded: the same of the run that resumes, resolved.
   """
-  same = given.get("name") == recorded.get("name")
-  kept = {x: recorded.get(x) for x in _FILLED.get(str(given.get("name")), ()) if same}
-  return {**given, **{k: v for k, v in kept.items() if v is not None and given.get(k) is None}}
+  given = {k: v for k, v in (given or {}).items() if v is not None}
+  if given.get("name") not in (None, recorded["name"]):
+    return given
+  kept = {"name", "length", *_FILLED.get(recorded["name"], ())}
+  if _means(given, recorded):
+    kept |= {*_IDENTITY}
+  return {k: v for k, v in recorded.items() if k in kept and v is not None} | given
 
 
 def _stated(tokenizer: Tokenizer, option: str, statements: stated.Statements) -> tuple[Any, str]:

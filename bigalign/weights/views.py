@@ -1,4 +1,4 @@
-"""How a checkpoint's image tower was given its images: resize, crop and filter."""
+"""How a checkpoint's image tower was given its images: size, resize, crop and filter."""
 
 from __future__ import annotations
 
@@ -29,48 +29,83 @@ class View(NamedTuple):
   """What the files of a checkpoint state about the view of an image.
 
   Args:
-    where: the file.
-    size: pixels per side; None if no file states it.
+    where: the file and the place in it of the options.
     options: some of resize, resize_edge and interpolation, as in config.data.
+    size: pixels per side; None if it is unknown.
+    size_where: the file and the place in it of the size; "" if no file states it.
   """
 
   where: str
-  size: int | None
   options: dict[str, Any]
+  size: int | None
+  size_where: str
 
 
-def stated(folder: pathlib.Path, kind: str) -> View | None:
-  """Returns the view of images that the files next to the weights state; None without such a file.
+class Preprocessing(NamedTuple):
+  """The section about images in the files next to weights.
+
+  Args:
+    where: the file and the place in it.
+    kind: the checkpoint's name in LAYOUTS.
+    config: the section.
+  """
+
+  where: str
+  kind: str
+  config: Mapping[str, Any]
+
+
+def preprocessing(folder: pathlib.Path, kind: str) -> Preprocessing | None:
+  """Returns the section about images in the files next to the weights; None without one.
 
   Args:
     folder: of the weights.
     kind: the checkpoint's name in LAYOUTS.
+  """
+  if kind == "open_clip":
+    file = folder / "open_clip_config.json"
+    where, config = f"{file}: preprocess_cfg", read_json(file).get("preprocess_cfg")
+  else:
+    where, config = _image_processor(folder)
+  return Preprocessing(where, kind, config) if isinstance(config, Mapping) else None
+
+
+def stated(given: Preprocessing | None) -> View | None:
+  """Returns the view of images that the section states; None without one, and for NaFlex.
 
   Raises:
     ValueError: for a view that config.data cannot give, with the file and the key.
   """
-  if kind == "open_clip":
-    file = folder / "open_clip_config.json"
-    config: Any = read_json(file).get("preprocess_cfg")
-    make, where = _open_clip, f"{file}: preprocess_cfg"
-  else:
-    where, config = image_processor(folder)
-    make = _hugging_face
-  if not isinstance(config, Mapping):
+  # NaFlex sees patches of the image's own shape.
+  if given is None or given.kind.startswith("siglip2"):
     return None
-  if kind.startswith("siglip2"):  # NaFlex: patches of the image's own shape
-    return None
+  make = _open_clip if given.kind == "open_clip" else _hugging_face
   try:
-    size, options = make(config)
+    size, options = make(given.config)
   except ValueError as error:
     raise ValueError(
-      f"{where}: {error}. If another view is right, remove the key there and set config.data.resize"
+      f"{given.where}: {error}. If another view is right, remove the key there and set"
+      " config.data.resize"
     ) from error
-  return View(where, size, options)
+  return View(given.where, options, size, given.where)
 
 
-def image_processor(folder: pathlib.Path) -> tuple[str, Any]:
-  """Returns the file of transformers' image processor, and its content; None without a file.
+def with_size(view: View | None, size: Any, where: str) -> View | None:
+  """Returns the view with the size of the images that the tower was made for, if it lacks one.
+
+  Args:
+    view: what the section about images states.
+    size: image_size of the tower's config: a number, or a list of two equal ones.
+    where: the file of this config; "" if no file states the size.
+  """
+  side = size[0] if isinstance(size, list | tuple) and len({*size}) == 1 else size
+  if type(side) is not int or (view is not None and view.size is not None):
+    return view
+  return (view or View(where, {}, None, ""))._replace(size=side, size_where=where)
+
+
+def _image_processor(folder: pathlib.Path) -> tuple[str, Any]:
+  """The file of transformers' image processor, and its content; None without a file.
 
   transformers 5 writes the image processor into the file of the whole processor.
   """
@@ -89,12 +124,11 @@ def _open_clip(config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
     raise ValueError(f"mode: {config['mode']!r}; known: 'RGB'")
   options: dict[str, Any] = {}
   if "resize_mode" in config:
-    mode = config["resize_mode"]
-    if mode not in ("shortest", "squash"):
-      raise ValueError(
-        f"resize_mode: {str(mode)[:80]!r}, with fill_color={config.get('fill_color', 0)!r}; known:"
-        " 'shortest', 'squash'"
-      )
+    mode, fill = config["resize_mode"], config.get("fill_color", 0)
+    if mode not in ("shortest", "squash", "longest"):
+      raise ValueError(f"resize_mode: {str(mode)[:80]!r}; known: 'shortest', 'squash', 'longest'")
+    if mode == "longest" and fill not in (0, [0, 0, 0]):
+      raise ValueError(f"resize_mode: 'longest', with fill_color={str(fill)[:80]}; known: 0")
     options["resize"] = mode
   if "interpolation" in config:
     options["interpolation"] = _filter("interpolation", config["interpolation"])
@@ -180,8 +214,8 @@ def differences(view: View, data: Mapping[str, Any]) -> list[str]:
     for key, value in theirs.items()
     if data[key] != value
   ]
-  if view.size is not None and view.size != data["image_size"]:
+  if view.size_where and view.size not in (None, data["image_size"]):
     lines.append(
-      f"config.data.image_size is {data['image_size']}, but {view.where} states {view.size}"
+      f"config.data.image_size is {data['image_size']}, but {view.size_where} states {view.size}"
     )
   return lines

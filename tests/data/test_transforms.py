@@ -133,6 +133,20 @@ def test_eval_image_is_pillow(shape):
     assert out.shape == (32, 32, 3) and out.dtype == np.uint8
 
 
+@pytest.mark.parametrize("height,width", [(576, 9), (9, 576), (704, 33), (100, 61), (3000, 1)])
+def test_the_longest_edge_is_resized_as_by_open_clip(height, width):
+  """ResizeKeepRatio(size, longest=1), whose order of operations decides halves."""
+  for size in (224, 288):
+    ratio = max(height / size, width / size)
+    theirs = [max(1, round(side / ratio)) for side in (height, width)]
+    image = eval_image(np.full((height, width, 3), 255, np.uint8), size=size, resize="longest")
+    white = (image > 0).all(-1)
+    assert [white.any(1).sum(), white.any(0).sum()] == theirs
+    # CenterCropOrPad: the larger half of an odd margin is below and right.
+    first = [(size - side) // 2 for side in theirs]
+    assert [white.any(1).argmax(), white.any(0).argmax()] == first
+
+
 @pytest.fixture(scope="module")
 def vectors():
   meta = json.loads((ROOT / "preprocess/meta.json").read_text())

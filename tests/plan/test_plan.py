@@ -26,7 +26,7 @@ from bigalign.plan import (
 )
 from bigalign.program import make_program
 from bigalign.run import provenance
-from bigalign.weights.init import options_from_sizes
+from bigalign.weights.init import completed
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -205,9 +205,10 @@ def test_a_missing_checkpoint_can_be_replaced_by_sizes(tmp_path):
   model["image"]["init"] = str(tmp_path / "nowhere")
   model["text"] = dict(init=str(tmp_path / "either"), name="text", vocab_size=9, length=4)
   with pytest.raises(ValueError, match=r"write them next to `init`.*nowhere"):
-    options_from_sizes(model)
+    completed(model, {}, files_needed=False)
   model["image"] |= dict(name="vit", variant="S")
-  assert options_from_sizes(model) == dict(
+  sizes, _ = completed(model, {}, files_needed=False)
+  assert sizes == dict(
     image=dict(name="vit", variant="S"),
     text=dict(name="text", vocab_size=9, length=4),
     embed_dim=512,

@@ -10,7 +10,7 @@ from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
 
 from bigalign import weights
 from bigalign.data.loader.options import resolve_data
-from bigalign.weights import init, open_clip
+from bigalign.weights import init, open_clip, views
 
 STUB = {x: np.zeros(1, np.float32) for x in "abc"}
 VIT = dict(VISION, model_type="vit")
@@ -152,15 +152,45 @@ def test_the_view_of_images_is_the_checkpoints(tmp_path, files, expected, caplog
   path = pictures(tmp_path, **files)
   model = dict(image=dict(init=str(path)))
   data = dict(image_size=16, tokenizer=dict(name="byte", length=4))
-  filled = init.view_options(model, data)
+  _, filled = init.completed(model, data)
   assert {k: v for k, v in filled.items() if k not in data} == expected
   assert not [x for x in caplog.records if x.levelname == "WARNING"]
   resolve_data(filled)
   ours = dict(data, resize="longest", interpolation="bicubic")
-  assert init.view_options(model, ours) == ours  # what the config says is kept
+  assert init.completed(model, ours)[1] == ours  # what the config says is kept
   warned = " ".join(x.getMessage() for x in caplog.records if x.levelname == "WARNING")
   assert ("config.data.resize is 'longest', but" in warned) == ("resize" in expected)
   assert ("interpolation is 'bicubic', but" in warned) == ("bilinear" in expected.values())
+
+
+def test_the_size_of_images_is_the_checkpoints(tmp_path, caplog):
+  """Of the image processor, else of the tower's config; an npz has no file that states it."""
+  squash = HALF | dict(size=dict(height=24, width=24))
+  (tmp_path / "stated").mkdir()
+  for folder_, files, file in (
+    (tmp_path / "stated", dict(preprocessor=squash), "preprocessor_config.json"),
+    (tmp_path, dict(preprocessor=HALF), "config.json"),
+    (tmp_path, {}, "config.json"),
+  ):
+    size = 24 if files.get("preprocessor") == squash else 16
+    model = dict(image=dict(init=str(pictures(folder_, **files))))
+    assert init.completed(model, {})[1]["image_size"] == size
+    assert init.completed(model, dict(image_size=None))[1]["image_size"] == size
+    assert not [x for x in caplog.records if x.levelname == "WARNING"]
+    assert init.completed(model, dict(image_size=32))[1]["image_size"] == 32
+    text = " ".join(x.getMessage() for x in caplog.records if x.levelname == "WARNING")
+    assert "config.data.image_size is 32, but" in text and f"{file} states {size}" in text
+    caplog.clear()
+  assert views.with_size(None, [16, 16], "") == views.View("", {}, 16, "")
+  assert views.with_size(None, [16, 24], "") is None
+  full = dict(image_size=32, resize="squash", resize_edge=None, interpolation="bicubic")
+  assert views.differences(views.View("", {}, 16, ""), full) == []
+
+
+def test_open_clips_longest_is_read(tmp_path):
+  for fill in ({}, dict(fill_color=0)):
+    path = pictures(tmp_path, preprocess_cfg=dict(size=16, resize_mode="longest", **fill))
+    assert weights.describe(path).view.options == dict(resize="longest")
 
 
 def test_a_processor_of_transformers_5_is_read(tmp_path):
@@ -181,9 +211,17 @@ def test_a_processor_of_transformers_5_is_read(tmp_path):
 def test_a_resumed_run_keeps_its_view(tmp_path):
   path = pictures(tmp_path, dict(HALF, size=16, crop_size=16, do_center_crop=True))
   model, data = dict(image=dict(init=str(path))), dict(image_size=16)
-  record = dict(model=model, config=dict(data=dict(data, resize="squash", resize_edge=None)))
-  assert init.view_options(model, data, record)["resize"] == "squash"
-  assert init.view_options(model, data)["resize"] == "shortest"
+  was = dict(data, resize="squash", resize_edge=None)
+  record = dict(model=model, config=dict(model=model, data=was))
+  assert init.completed(model, data, record)[1]["resize"] == "squash"
+  assert init.completed(model, data)[1]["resize"] == "shortest"
+  was |= dict(resize="shortest", resize_edge=20, interpolation="bilinear")
+  kept = {k: was[k] for k in ("image_size", "resize", "resize_edge", "interpolation")}
+  for given in (data, {}, dict(resize_edge=None), dict(image_size=None, interpolation=None)):
+    assert init.completed(model, given, record)[1] == kept
+  given = dict(data, resize="squash")  # a change of the config; the edge is not one of "squash"
+  squashed = init.completed(model, given, record)[1]
+  assert squashed == {k: {**kept, **given}[k] for k in kept if k != "resize_edge"}
 
 
 def test_a_bilinear_view_is_pillows():
@@ -203,7 +241,8 @@ def test_a_bilinear_view_is_pillows():
 @pytest.mark.parametrize(
   "files,message",
   [
-    (dict(preprocess_cfg=dict(resize_mode="longest")), "preprocess_cfg: resize_mode: 'longest'"),
+    (dict(preprocess_cfg=dict(resize_mode="widest")), "preprocess_cfg: resize_mode: 'widest'"),
+    (dict(preprocess_cfg=dict(resize_mode="longest", fill_color=128)), "with fill_color=128"),
     (dict(preprocess_cfg=dict(interpolation="nearest")), "interpolation: 'nearest'; known"),
     (dict(preprocess_cfg=dict(size=[16, 24])), r"size: .16, 24. is not a square"),
     (dict(preprocess_cfg=dict(mode="L")), "mode: 'L'"),

@@ -14,6 +14,7 @@ import tokenizers
 from helpers.shipped import load
 from helpers.small_checkpoints import BERT, CLIP, bert_keys, clip_keys, folder
 from helpers.small_shards import samples, write_tar
+from helpers.small_tokenizers import bert_json
 from helpers.tower_oracles import CASES, describe, error, images, stored
 from helpers.tower_oracles import ROOT as ORACLES
 
@@ -420,6 +421,32 @@ def test_pixels_are_those_of_the_folder(clip):
   assert init.options(dict(init=str(clip)))["pixels"] == "imagenet"
   both = dict(image=dict(init=str(clip)), text=dict(init=str(clip)), embed_dim=4)
   assert init.options(both)["pixels"] == "imagenet"
+
+
+def test_two_towers_bring_their_own_inputs_and_are_described_once(clip, tmp_path, monkeypatch):
+  """Images as the image tower's checkpoint states them, texts as the text tower's does."""
+  size = dict(shortest_edge=20), dict(height=16, width=16)
+  preprocessor = dict(size=size[0], crop_size=size[1], do_center_crop=True, resample=2)
+  (clip / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+  bert_json(clip)
+  other = folder(tmp_path / "other", CLIP, clip_keys())
+  (other / "preprocessor_config.json").write_text(json.dumps(dict(size=dict(height=8, width=8))))
+  bert_json(other, lower=False)
+  described = []
+  real = init.describe
+  monkeypatch.setattr(init, "describe", lambda path, **x: described.append(path) or real(path, **x))
+  values = load("tiny").to_dict() | dict(loss=dict(clip={}))
+  values["data"] = dict(source="glyphs")
+  values["model"] = dict(image=dict(init=str(clip)), text=dict(init=str(other)), embed_dim=4)
+  data = resolve_config(values).data
+  assert described == [clip, other]
+  assert (data.image_size, data.resize, data.resize_edge) == (16, "shortest", 20)
+  assert data.interpolation == "bilinear"
+  assert data.tokenizer.option("path") == str(other / "tokenizer.json")
+  assert data.text_length == 6
+  values["model"] = dict(init=str(clip))
+  data = resolve_config(values).data
+  assert described[2:] == [clip] and data.tokenizer.option("path") == str(clip / "tokenizer.json")
 
 
 def test_names_of_open_clip_are_sizes(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 from helpers.shipped import load
 from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
 from helpers.small_tokenizers import bert_json, write_pieces
@@ -15,7 +16,7 @@ from helpers.small_tokenizers import bert_json, write_pieces
 from bigalign import weights
 from bigalign.config import resolve_config, tokenizer_digest, tokenizer_files
 from bigalign.data.files import checksums
-from bigalign.data.text import stated
+from bigalign.data.text import clip_text, stated
 from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.evaluate import _warn_of_tokenizer
 from bigalign.frozen.towers import like_stored
@@ -125,6 +126,101 @@ def test_the_padding_of_clips_config_is_not_used(tmp_path):
   folder(tmp_path / "clip", dict(CLIP, text_config=dict(TEXT, pad_token_id=1)), STUB)
   given = dict(name="hf", path=path, length=6)
   assert tokenizer.completed(weights.describe(tmp_path / "clip"), given) == given
+
+
+@pytest.mark.parametrize("given", [None, {}, dict(length=4), dict(name="hf"), dict(pad=9)])
+def test_the_tokenizer_is_the_checkpoints(tmp_path, monkeypatch, warnings, given):
+  """Its path begins with what the config names; a resumed run keeps it."""
+  home = folder(tmp_path / "bert", BERT, STUB)
+  bert_json(home)
+  write(home, tokenizer_config=dict(model_max_length=5, pad_token="[UNK]"))
+  monkeypatch.setenv("HOME_OF_BERT", str(tmp_path))
+  model = dict(text=dict(init="$HOME_OF_BERT/bert/"))
+  _, data = weights.init.completed(model, dict(tokenizer=given))
+  own = dict(name="hf", path="$HOME_OF_BERT/bert/tokenizer.json", length=5) | (given or {})
+  assert data["tokenizer"] == own
+  made = make_tokenizer(**data["tokenizer"])
+  assert ids(made, "A Dog") == [[2, 4, 5, 3, *([1] * (own["length"] - 4))]] or own.get("pad") == 9
+  assert made.file == home / "tokenizer.json"
+  shown = warnings()
+  assert len(shown) == (given in (dict(length=4), dict(pad=9))), shown
+  recorded = dict(pad=None, prompt=None) | own
+  record = dict(model=model, config=dict(model=model, data=dict(tokenizer=recorded)))
+  assert weights.init.completed(model, dict(tokenizer=given), record)[1]["tokenizer"] == own
+
+
+def test_the_tokenizer_next_to_a_file(tmp_path, monkeypatch):
+  home = folder(tmp_path / "bert", BERT, STUB)
+  bert_json(home)
+  monkeypatch.setenv("BERT_FILE", str(home / "model.safetensors"))
+  for init, path in (
+    (f"{home}/model.safetensors", f"{home}/tokenizer.json"),
+    ("$BERT_FILE", f"{home}/tokenizer.json"),
+  ):
+    checkpoint = weights.describe(home / "model.safetensors")
+    assert tokenizer.completed(checkpoint, None, init)["path"] == path
+
+
+def test_siglips_tokenizer_is_its_sentencepiece_model(tmp_path, pieces, warnings):
+  """Its tokenizer.json neither lower-cases nor removes punctuation."""
+  home = folder(tmp_path / "siglip", SIGLIP, STUB)
+  bert_json(home, lower=False)
+  (home / "spiece.model").write_bytes(pathlib.Path(pieces).read_bytes())
+  write(home, tokenizer_config=dict(tokenizer_class="SiglipTokenizer", pad_token="</s>"))
+  checkpoint = weights.describe(home)
+  path = f"{home}/spiece.model"
+  expected = dict(
+    name="sentencepiece",
+    path=path,
+    lower=True,
+    canonicalize=True,
+    length=TEXT["max_position_embeddings"],
+  )
+  assert tokenizer.completed(checkpoint, None, str(home)) == expected
+  assert not warnings()
+  recorded = dict(pad=None, eos=None) | expected
+  assert tokenizer.as_recorded(None, recorded) == expected
+  kept = tokenizer.as_recorded(dict(name="sentencepiece", path=path), recorded)
+  assert kept == dict(name="sentencepiece", path=path, length=6)  # what was written is not hidden
+
+
+def test_a_checkpoint_without_a_tokenizer_gives_none(tmp_path):
+  checkpoint = weights.describe(folder(tmp_path / "bert", BERT, STUB))
+  assert tokenizer.completed(checkpoint, None) is None
+  assert tokenizer.completed(checkpoint, dict(name="byte")) == dict(name="byte", length=6)
+  (tmp_path / "bert/vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+  write(tmp_path / "bert", tokenizer_config=dict(do_lower_case=False))
+  path = str(tmp_path / "bert/vocab.txt")
+  expected = dict(name="wordpiece", path=path, lower=False, length=6)
+  assert tokenizer.completed(checkpoint, None) == expected
+
+
+def test_open_clips_own_tokenizer(tmp_path, monkeypatch, warnings):
+  own = bert_json(tmp_path / "installed")
+  monkeypatch.setattr(clip_text, "installed_vocabulary", lambda: pathlib.Path(own))
+  monkeypatch.setattr(clip_text, "bpe", lambda file: tokenizers.Tokenizer.from_file(str(file)))
+  settings = dict(clean="canonicalize")
+  text_cfg = dict(layers=1, context_length=7, tokenizer_kwargs=settings)
+  home = folder(tmp_path / "oc", {}, STUB)
+  (home / "config.json").unlink()
+  model = dict(embed_dim=4, vision_cfg=dict(layers=1), text_cfg=text_cfg)
+  write(home, open_clip_config=dict(model_cfg=model))
+  found = tokenizer.completed(weights.describe(home), None)
+  assert found == dict(name="clip", lower=True, canonicalize=True, length=7, pad=0)
+  assert not warnings()
+
+
+def test_another_tokenizer_than_the_checkpoints_is_shown_with_ids(tmp_path, warnings):
+  home = folder(tmp_path / "bert", BERT, STUB)
+  bert_json(home)
+  other = bert_json(tmp_path / "other", words=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog", "a"))
+  tokenizer.completed(weights.describe(home), dict(name="hf", path=other, length=6))
+  (text,) = warnings()
+  assert "'a photo of a dog' [2, 5, 1, 1, 5, 3], not [2, 4, 1, 1, 4, 3]" in text
+  stated._warn_once.cache_clear()
+  same = bert_json(tmp_path / "same")
+  tokenizer.completed(weights.describe(home), dict(name="hf", path=same, length=6))
+  assert warnings() == [text]
 
 
 def test_a_tokenizer_json_is_completed_by_the_files_next_to_it(tmp_path, warnings):

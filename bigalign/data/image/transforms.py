@@ -160,7 +160,8 @@ def eval_image(
   if resize == "squash":
     return np.asarray(pixels.resize((size, size), kernel))
   if resize == "longest":
-    inner = tuple(max(1, round(side * size / max(height, width))) for side in (width, height))
+    ratio = max(height, width) / size  # in this order, so that halves are rounded as in open_clip
+    inner = tuple(max(1, round(side / ratio)) for side in (width, height))
     return _padded(pixels.resize(inner, kernel), size)
   if resize != "shortest":
     raise ValueError(f"Unknown resize {resize!r}; known: 'squash', 'shortest', 'longest'")

@@ -7,12 +7,14 @@ does not: SigLIP pads with `</s>` although its vocabulary has `<pad>`.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import json
 import multiprocessing
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,6 +41,7 @@ UNSUPPORTED = ("strip_sep_token", "tokenizer_mode", "additional_special_tokens",
 _TOKENS = ("pad_token", "eos_token", "bos_token", "cls_token", "sep_token")
 _GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _ID = re.compile("[0-9]{1,9}")
+_SILENT = contextvars.ContextVar("silent", default=False)
 
 
 class Stated(NamedTuple):
@@ -54,6 +57,11 @@ class Stated(NamedTuple):
 
 
 Statements = Mapping[str, Stated]
+
+
+def value(statements: Statements, name: str, default: Any) -> Any:
+  """The stated value, or the default where no file states it."""
+  return statements[name].value if name in statements else default
 
 
 class Tokenizer(Protocol):
@@ -98,11 +106,11 @@ def near(folder: pathlib.Path) -> dict[str, Stated]:
   """
   stated: dict[str, Stated] = {}
 
-  def put(name: str, value: Any, where: str, kind: type | tuple[type, ...]) -> None:
-    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
-      value = value["content"]
-    if name not in stated and isinstance(value, kind):
-      stated[name] = Stated(value, where)
+  def put(name: str, given: Any, where: str, kind: type | tuple[type, ...]) -> None:
+    if isinstance(given, Mapping) and isinstance(given.get("content"), str):
+      given = given["content"]
+    if name not in stated and isinstance(given, kind):
+      stated[name] = Stated(given, where)
 
   file = folder / "tokenizer_config.json"
   settings = read(file)
@@ -206,19 +214,19 @@ def read(file: pathlib.Path) -> dict[str, Any]:
   try:
     if file.stat().st_size > _LARGEST:
       raise ValueError(f"{file.stat().st_size} bytes are more than {_LARGEST}")
-    value = json.loads(file.read_text("utf-8"))
-    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is not a text
+    content = json.loads(file.read_text("utf-8"))
+    json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is not a text
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f"{file}: not a JSON object: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{file}: not a JSON object, but a {type(value).__name__}")
-  return value
+  if not isinstance(content, dict):
+    raise ValueError(f"{file}: not a JSON object, but a {type(content).__name__}")
+  return content
 
 
 def token_id(tokenizer: Tokenizer, stated: Stated) -> int | None:
   """The id of a stated token: the number itself, or that of its text; None without such an id."""
-  value = stated.value
-  found = value if isinstance(value, int) else tokenizer.token_id(value)
+  token = stated.value
+  found = token if isinstance(token, int) else tokenizer.token_id(token)
   return found if found is not None and 0 <= found < tokenizer.vocab_size else None
 
 
@@ -243,9 +251,9 @@ def differences(tokenizer: Tokenizer, statements: Statements) -> list[str]:
 def _behaviour(tokenizer: Tokenizer, statements: Statements) -> list[tuple[str, str, Any]]:
   """[(name of a statement, what it is about, what the tokenizer does)]."""
   lower = _same(tokenizer, _CASES)
-  lowered_before = statements.get("text_lower", Stated(False, "")).value
+  lowered_before = value(statements, "text_lower", False)
   known = tokenizer.name != "sentencepiece" or _plain_pieces(statements)
-  stated_class = statements["class"].value if "class" in statements else ""
+  stated_class = value(statements, "class", "")
   return [
     # Lower-casing of the text before the tokenizer makes the tokenizer's own irrelevant.
     ("text_lower" if lowered_before else "lower", "the tokenizer ignores case:", lower),
@@ -263,7 +271,7 @@ def _behaviour(tokenizer: Tokenizer, statements: Statements) -> list[tuple[str, 
 
 def _plain_pieces(statements: Statements) -> bool:
   """Whether the stated class has the ids of its SentencePiece model; XLM-RoBERTa shifts them."""
-  name = str(statements["class"].value) if "class" in statements else ""
+  name = str(value(statements, "class", ""))
   return not name or _family(name) in _PLAIN_PIECES
 
 
@@ -275,7 +283,7 @@ def _family(tokenizer_class: str) -> str:
 def _token_differences(tokenizer: Tokenizer, statements: Statements) -> list[str]:
   """The differences of special and added tokens."""
   lines = []
-  ends = tokenizer.adds_end and statements.get("ends", Stated(True, "")).value
+  ends = tokenizer.adds_end and value(statements, "ends", True)
   tokens = [("pad_token", "padding has the id", tokenizer.pad)]
   if ends:
     end = "eos_token" if "eos_token" in statements else "sep_token"
@@ -288,18 +296,17 @@ def _token_differences(tokenizer: Tokenizer, statements: Statements) -> list[str
       continue
     theirs = token_id(tokenizer, statements[name])
     if theirs != ours:
-      value, where = statements[name]
+      token, where = statements[name]
       suffix = "which the vocabulary lacks" if theirs is None else f"the id {theirs}"
-      lines.append(f"{what} {ours}, but {where} is {value!r}, {suffix}")
-  added = statements.get("added_tokens", Stated({}, ""))
-  for token, theirs in added.value.items():
+      lines.append(f"{what} {ours}, but {where} is {token!r}, {suffix}")
+  for token, theirs in value(statements, "added_tokens", {}).items():
     found = tokenizer.token_id(token)
     if found != theirs:
-      lines.append(f"the token {token!r} has the id {found}, but {added.where} is {theirs}")
-  more = statements.get("special_tokens", Stated((), ""))
+      where = statements["added_tokens"].where
+      lines.append(f"the token {token!r} has the id {found}, but {where} is {theirs}")
   lines += [
-    f"the vocabulary lacks {token!r}, but {more.where} has it"
-    for token in more.value
+    f"the vocabulary lacks {token!r}, but {statements['special_tokens'].where} has it"
+    for token in value(statements, "special_tokens", ())
     if tokenizer.token_id(token) is None
   ]
   return lines
@@ -311,9 +318,20 @@ def _same(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> bool:
   return all(np.array_equal(*some) for some in zip(*sides))
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+  """A context in which `warn` logs nothing: tokenizers are tried."""
+  token = _SILENT.set(True)
+  try:
+    yield
+  finally:
+    _SILENT.reset(token)
+
+
 def warn(tokenizer: Tokenizer, statements: Statements) -> None:
   """Logs the differences once, and not again in the processes that read data."""
-  if multiprocessing.parent_process() is not None:  # the program has logged them
+  # A parent process has logged them.
+  if _SILENT.get() or multiprocessing.parent_process() is not None:
     return
   if lines := differences(tokenizer, statements):
     _warn_once(f"tokenizer {tokenizer.name!r}: {tree.shown(lines, sep='; ', width=600)}")

@@ -368,13 +368,13 @@ class HuggingFace(Rust):
       # transformers rebuilds it from tokenizer_config.json.
       model.normalizer = _bert_normalizer(
         statements,
-        lower=statements["lower"].value if "lower" in statements else kind["lowercase"],
+        lower=stated.value(statements, "lower", kind["lowercase"]),
         accents=kind["strip_accents"],
         chinese=kind["handle_chinese_chars"],
         clean=kind["clean_text"],
       )
     bert = model.normalizer
-    lowered = bool(statements.get("text_lower", stated.Stated(False, "")).value)
+    lowered = bool(stated.value(statements, "text_lower", False))
     if lowered:
       model.normalizer = _lowered(model.normalizer)
     named = [model.token_to_id(token) for token in ("[PAD]", "<pad>", "<|pad|>")]
@@ -382,9 +382,7 @@ class HuggingFace(Rust):
     chosen = self._chosen(pad, "pad_token", statements)
     side = _truncation_side(statements, model.truncation)
     self._set(model, pad=_token_id(chosen, default, option="pad", path=path), side=side)
-    self.prompt = statements["prompt"].value if "prompt" in statements else ""
-    if prompt is not None:
-      self.prompt = prompt
+    self.prompt = stated.value(statements, "prompt", "") if prompt is None else prompt
     self.from_files = dict(self._changeable(added, bert), prompt=self.prompt, text_lower=lowered)
     try:
       stated.warn(self, statements)
@@ -491,14 +489,10 @@ def _bert_normalizer(
     chinese: whether Chinese characters are separated.
     clean: whether control characters are removed.
   """
-
-  def value(name: str, default: Any) -> Any:
-    return statements[name].value if name in statements else default
-
   return normalizers.BertNormalizer(
     clean_text=clean,
-    handle_chinese_chars=value("chinese", chinese),
-    strip_accents=value("accents", accents),
+    handle_chinese_chars=stated.value(statements, "chinese", chinese),
+    strip_accents=stated.value(statements, "accents", accents),
     lowercase=lower,
   )
 
@@ -511,8 +505,7 @@ def _lowered(normalizer: normalizers.Normalizer | None) -> normalizers.Normalize
 
 def _truncation_side(statements: stated.Statements, truncation: Any) -> str:
   """The stated side, else that of the tokenizer.json, else "right"."""
-  side = (truncation or {}).get("direction", "right")
-  side = statements["truncation_side"].value if "truncation_side" in statements else side
+  side = stated.value(statements, "truncation_side", (truncation or {}).get("direction", "right"))
   return side if side in ("left", "right") else "right"
 
 
@@ -523,7 +516,7 @@ def _add_tokens(model: tokenizers.Tokenizer, statements: stated.Statements) -> d
     {token: id} of those that were added.
   """
   added = {}
-  given = statements.get("added_tokens", stated.Stated({}, "")).value
+  given = stated.value(statements, "added_tokens", {})
   for token, i in sorted(given.items(), key=lambda item: item[1]):
     if model.token_to_id(token) is None and i == model.get_vocab_size(with_added_tokens=True):
       model.add_tokens([tokenizers.AddedToken(token, normalized=False)])
