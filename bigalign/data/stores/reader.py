@@ -154,6 +154,17 @@ class Store:
         )
     return vectors
 
+  def tiles(self, rows: int) -> Iterator[np.ndarray]:
+    """Yields all vectors in the order of their rows, mapped and not checked.
+
+    Args:
+      rows: of a tile, at most; a tile does not span two files.
+    """
+    for file in self._files:
+      array = self._mapped[file["stem"], "vectors"]
+      for start in range(0, len(array), rows):
+        yield array[start : start + rows]
+
   def _unchecked(self, rows: np.ndarray) -> np.ndarray:
     return self._gather("vectors", rows, np.empty((len(rows), *self.shape), self.dtype))
 

@@ -1,0 +1,277 @@
+"""Embeds the images of a source with a loaded model, into a store that the next search reuses."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bigalign import sharding
+from bigalign.api.model import Model
+from bigalign.data.files import storage
+from bigalign.data.samples.ids import sample_id
+from bigalign.data.samples.rejects import Rejected, rejection
+from bigalign.data.sources.base import Source, prefetch, read, repeated_key
+from bigalign.data.stores import reader, writer
+from bigalign.evals.embed import round_batch, to_host
+from bigalign.run.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 16  # that read images, at most
+_PIECES = 4096  # of a source at most
+_PIECE = 4096  # images of a piece at least; a kill loses at most one piece
+
+
+class _Batch(NamedTuple):
+  """What the image tower reads for some samples, [n, ...], their samples [n, 2] uint64, rejects."""
+
+  inputs: np.ndarray
+  samples: np.ndarray
+  left_out: dict[str, int]
+
+
+def weights_digest(params: Mapping[str, Any], side: str) -> str:
+  """Returns hex digits of the parameters of one side of a model.
+
+  Args:
+    params: {path: array} of a Model.
+    side: "image" or "text".
+  """
+  digest = hashlib.sha256()
+  for path in sorted(params):
+    if path.startswith((f"{side}_tower/", f"{side}_projector/")):
+      array = to_host(params[path])
+      digest.update(f"{path} {array.dtype} {array.shape}".encode() + array.tobytes())
+  return digest.hexdigest()[:32]
+
+
+def header_of(model: Model, dtype: str) -> dict[str, Any]:
+  """Returns the header of a store of a model's image embeddings: what they depend on."""
+  encoder = model.encoder
+  parts = (getattr(encoder, f"image_{name}", None) for name in ("tower", "projector"))
+  return dict(
+    side="image",
+    projected=True,
+    weights=weights_digest(model.params, "image"),
+    model=hashlib.sha256(repr([*parts]).encode()).hexdigest()[:32],
+    view=repr(model.view),
+    width=model.embed_dim,
+    dtype=dtype,
+    tokens=0,
+  )
+
+
+def embed_source(
+  model: Model,
+  source: Source,
+  folder: pathlib.Path,
+  *,
+  batch_size: int = 64,
+  dtype: str = "float16",
+) -> reader.Store:
+  """Writes, or completes, a store of the embeddings of a source's images; returns it.
+
+  Images that cannot be read are left out, and counted by their reasons. All devices share the work.
+
+  Args:
+    model: that embeds.
+    source: of the images.
+    folder: of the store.
+    batch_size: images at a time over all devices; rounded up to fit them.
+    dtype: of the stored vectors.
+
+  Raises:
+    ValueError: if the folder holds vectors of another model or source, or no image can be read.
+    BlockingIOError: if another process of this machine writes the same folder.
+  """
+  if model.view is None:
+    raise ValueError(f"{model.source} has no image tower, so it embeds no images; search a STORE")
+  if repeated := repeated_key(source):
+    raise ValueError(
+      f"Two samples of {source!r} have the key {repeated!r}, in files of one name in several"
+      " folders, so results could not be told apart. Rename the files, or search one folder"
+    )
+  batch_size = round_batch(model.mesh, batch_size)
+  with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+
+    def load(indices: Sequence[int]) -> _Batch:
+      """The images of some samples as the model sees them."""
+      prefetch(source, indices)
+      made = list(pool.map(functools.partial(_square, model, source), indices))
+      left_out = collections.Counter(x for x in made if isinstance(x, str))
+      kept = [(i, *x) for i, x in zip(indices, made) if not isinstance(x, str)]
+      size = model.view.reading.image_size if model.view else 0
+      squares = np.stack([x[1] for x in kept]) if kept else np.empty((0, size, size, 3), np.uint8)
+      samples = np.array([(x[2], x[0]) for x in kept], np.uint64)
+      return _Batch(squares, samples.reshape(-1, 2), left_out)
+
+    return _write(
+      model,
+      load,
+      folder,
+      header_of(model, dtype),
+      fingerprint=source.fingerprint,
+      name=repr(source),
+      count=len(source),
+      batch_size=batch_size,
+    )
+
+
+def project(
+  model: Model, store: reader.Store, folder: pathlib.Path, *, batch_size: int = 1024
+) -> reader.Store:
+  """Applies a model's projector to a store of a tower's outputs; returns the store of embeddings.
+
+  Args:
+    model: whose tower made the store.
+    store: of `bigalign embed` without --projected, of the image tower.
+    folder: of the new store.
+    batch_size: rows at a time, over all devices.
+  """
+
+  def load(indices: Sequence[int]) -> _Batch:
+    rows = np.asarray(indices)
+    return _Batch(store.read(rows).astype(np.float32), store.samples(rows), {})
+
+  return _write(
+    model,
+    load,
+    folder,
+    header_of(model, "float16"),
+    fingerprint=store.fingerprint,
+    name=repr(store),
+    count=len(store),
+    batch_size=round_batch(model.mesh, batch_size),
+  )
+
+
+def _square(model: Model, source: Source, i: int) -> tuple[np.ndarray, int] | str:
+  """An image as the model sees it and its id; the reason if it cannot be used."""
+  assert model.view is not None
+  try:
+    record = read(source, i)
+    try:
+      return model.view(record["image"]), sample_id(record["key"])
+    except Exception as error:
+      raise rejection(error) from error
+  except Rejected as error:
+    logger.info("sample %d of %r is left out: %s", i, source, error)
+    return error.reason
+
+
+def _write(
+  model: Model,
+  load: Callable[[Sequence[int]], _Batch],
+  folder: pathlib.Path,
+  header: Mapping[str, Any],
+  *,
+  fingerprint: str,
+  name: str,
+  count: int,
+  batch_size: int,
+) -> reader.Store:
+  """Embeds the pieces that a store lacks."""
+  if jax.process_count() > 1:
+    raise ValueError("bigalign search runs in one process; use `bigalign embed` on several hosts")
+  batches = max(-(-_PIECE // batch_size), -(-count // (batch_size * _PIECES)))
+  piece = batches * batch_size
+  writer.begin(folder, header)
+  with storage.locked(folder, "bigalign search"):
+    claimed = writer.claim(
+      folder, fingerprint, count, name, batch_size=batch_size, batches=batches, write=True
+    )
+    if claimed.first:
+      raise ValueError(f"{folder} holds the embeddings of another source; name another --out")
+    if not claimed.done:
+      embed = _embedder(model, batch_size)
+      begun = min(count, claimed.next * piece)
+      with Progress("embed", count, unit="images", start=begun) as progress:
+        for start in range(begun, count, piece):
+          places = range(start, min(start + piece, count))
+          rows, left_out = _embed_piece(embed, load, places, batch_size, progress)
+          _write_piece(folder, start // piece, *rows, left_out, dtype=header["dtype"])
+    writer.finish(folder, captions=False)
+  return reader.Store(folder)
+
+
+def _embed_piece(
+  embed: Callable[[np.ndarray], np.ndarray],
+  load: Callable[[Sequence[int]], _Batch],
+  places: range,
+  batch_size: int,
+  progress: Progress,
+) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, int]]:
+  """Vectors [n, E] and samples [n, 2] of the samples at these places, and what was left out."""
+  vectors, samples = [], []
+  left_out: collections.Counter[str] = collections.Counter()
+  parts = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+  with concurrent.futures.ThreadPoolExecutor(1) as ahead:  # reads while the devices compute
+    loading = ahead.submit(load, parts[0])
+    for part, following in itertools.zip_longest(parts, parts[1:]):
+      batch = loading.result()
+      if following is not None:
+        loading = ahead.submit(load, following)
+      vectors.append(embed(batch.inputs))
+      samples.append(batch.samples)
+      left_out.update(batch.left_out)
+      progress.advance(len(part))
+  return (np.concatenate(vectors), np.concatenate(samples)), left_out
+
+
+def _write_piece(
+  folder: pathlib.Path,
+  piece: int,
+  z: np.ndarray,
+  samples: np.ndarray,
+  left_out: dict[str, int],
+  *,
+  dtype: str,
+) -> None:
+  sound = reader.finite(z)
+  if not sound.all():
+    left_out["not_finite"] = int((~sound).sum())
+  vectors = z[sound].astype(reader.DTYPES[dtype])
+  writer.write(folder, piece, vectors, samples[sound], left_out=left_out)
+
+
+def _embedder(model: Model, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+  """A function from [n, ...] inputs, n <= batch_size, to [n, E] float32 of unit norm."""
+  apply = jax.jit(lambda params, x: model.apply(params, x)["zimg"])
+  rows = sharding.host_rows(model.mesh, batch_size)
+
+  def embed(inputs: np.ndarray) -> np.ndarray:
+    if not len(inputs):
+      return np.empty((0, model.embed_dim), np.float32)
+    padded = np.resize(inputs, (batch_size, *inputs.shape[1:]))
+    with jax.set_mesh(model.mesh):
+      on_mesh = sharding.global_batch(model.mesh, {"image": padded}, rows, batch_size)
+      z = sharding.block_on_cpu(apply(model.params, on_mesh["image"]))
+    return to_host(z)[: len(inputs)].astype(np.float32)
+
+  return embed
+
+
+def cache_folder(model: Model, fingerprint: str) -> pathlib.Path:
+  """Returns where the embeddings of a source are kept if no folder is given.
+
+  It is $BIGALIGN_SEARCH, or ~/.cache/bigalign/search, followed by digits for the model and source.
+
+  Args:
+    model: that embeds.
+    fingerprint: of the source, or of the store whose vectors the model projects.
+  """
+  root = os.environ.get("BIGALIGN_SEARCH") or "~/.cache/bigalign/search"
+  content = json.dumps([header_of(model, "float16"), fingerprint], sort_keys=True)
+  return pathlib.Path(root).expanduser() / hashlib.sha256(content.encode()).hexdigest()[:24]
