@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import rich.box
-import rich.console
 import rich.table
 from absl import logging
 
@@ -29,6 +28,7 @@ from bigalign.options import plain
 from bigalign.program import layout, make_embed, make_program
 from bigalign.run import errors, preemption, progress, runtime
 from bigalign.run.provenance import changed_ids, check_hosts_agree, read_config
+from bigalign.run.tables import show
 from bigalign.run.workdir import Workdir
 from bigalign.state import restore_params
 
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   with progress.shown(jax.process_index() == 0):
     metrics = evaluate(opened, evals or None)
   if jax.process_index() == 0:
-    rich.console.Console().print(table(metrics))
+    show(table(metrics))
     if args.json:
       written = {
         "run": opened.address,

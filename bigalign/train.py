@@ -50,7 +50,7 @@ from bigalign.program import (
 )
 from bigalign.run import copies, disk, errors, preemption, runtime
 from bigalign.run.flags import config_name, define_flags, parse_flags, profile_span
-from bigalign.run.metrics import DIAGNOSE, EVALUATE, MetricWriter, Progress
+from bigalign.run.metrics import DIAGNOSE, EVALUATE, MetricWriter, TrainingProgress
 from bigalign.run.provenance import (
   check_config,
   check_data,
@@ -100,7 +100,12 @@ def train(
   """
   folder = Workdir(workdir)
   with folder.locked():
-    return loop(setup(config, folder, allow_config_change=allow_config_change))
+    try:
+      return loop(setup(config, folder, allow_config_change=allow_config_change))
+    except Exception as error:
+      if disk.is_full(error):
+        disk.remove_partial(folder.local)
+      raise
 
 
 class Run(NamedTuple):
@@ -315,7 +320,7 @@ def loop(run: Run) -> State:
     config.writer.make(
       workdir=run.workdir.local, resume_step=run.resumed_from, repeats=due
     ) as writer,
-    Progress(total_steps, start=step) as progress,
+    TrainingProgress(total_steps, start=step, evaluate_every=run.eval_every) as progress,
     preemption.Watchdog(config.patience, step) as watchdog,
     Profile(config.profile, run.workdir.local / "profile", step) as profile,
   ):
@@ -391,7 +396,7 @@ def loop(run: Run) -> State:
       checks.append(step_checks)
       watchdog.completed(step)
       run.startup_timer.first_step(metrics)
-      progress.advance(step)
+      progress.reach(step)
       if step == profile.end:
         with timer.paused(metrics):
           profile.stop()
@@ -472,10 +477,11 @@ def _evaluate(
   state: State,
   step: int,
   writer: MetricWriter,
-  progress: Progress,
+  progress: TrainingProgress,
 ) -> dict[str, float]:
   """{metric: value} of the parameters, and "ema/…" of their averages; written and shown."""
-  scores = _scores(evaluators, state)
+  with progress.evaluating():
+    scores = _scores(evaluators, state)
   if scores:
     writer.write(step, scores)
     progress.log(step, scores)
@@ -543,7 +549,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
   """The program `bigalign train`."""
-  define_flags()
+  define_flags(lambda: Config)
   app.run(main, flags_parser=parse_flags)
 
 

@@ -20,6 +20,7 @@ from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS, Rejected
 from bigalign.data.sources.base import open_source, read
+from bigalign.run.progress import track
 
 
 class Context(NamedTuple):
@@ -150,7 +151,8 @@ def over_mesh(context: Context, data: EvalData, **more: Any) -> Iterator[dict[st
     **more: arguments of data.batches.
   """
   rows = sharding.host_rows(context.mesh, data.batch_size)
-  for batch in data.batches(**more):
+  total = -(-len(data.source) // data.batch_size)
+  for batch in track(data.batches(**more), context.name, total, unit="batches"):
     yield sharding.global_batch(context.mesh, batch, rows, data.batch_size)
 
 
@@ -227,7 +229,8 @@ def mean_embedder(
 
   def run(params: Any) -> jax.Array:
     embedded = []
-    for start in range(0, count, batch_size):
+    starts = range(0, count, batch_size)
+    for start in track(starts, context.name, len(starts), unit="batches of texts"):
       # The last batch is padded with the first rows, which `mean` cuts off.
       chosen = (start + rows) % count
       batch = {name: x[chosen] for name, x in arrays.items()}

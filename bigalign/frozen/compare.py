@@ -12,22 +12,25 @@ import argparse
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import rich.box
-import rich.console
 import rich.table
 
 from bigalign.data.loader.pairs import Pairs
 from bigalign.data.stores.reader import Store
 from bigalign.frozen import alignment
 from bigalign.report import figures
+from bigalign.run import progress
+from bigalign.run.tables import show
 
 CHUNK = 8192  # images whose embeddings are in memory at a time
 MAPS = ("local_cka", "ridge", "cca", "procrustes")
 SHOWN = "text_to_image_R@5"
+# What `compare` does, in order.
+STAGES = ("read", "spectra", "neighbours", "ridge", "cca", "procrustes", "local_cka", "recall")
 
 
 class Embeddings(NamedTuple):
@@ -45,7 +48,13 @@ class Embeddings(NamedTuple):
 
 
 def compare(
-  image: str, text: str, *, heldout: float = 0.2, most: int = 2000, least: float = 0.99
+  image: str,
+  text: str,
+  *,
+  heldout: float = 0.2,
+  most: int = 2000,
+  least: float = 0.99,
+  stage: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
   """Returns the measures of one pair of stores.
 
@@ -55,6 +64,7 @@ def compare(
     heldout: share of the samples for retrieval; a tenth of the others chooses penalties.
     most: largest number of images for retrieval and nearest neighbours, which form N x N cosines.
     least: share of the images that must have captions.
+    stage: called with each of STAGES when it begins.
 
   Raises:
     ValueError: if there are too few samples to hold any out; for stores of tokens.
@@ -65,6 +75,7 @@ def compare(
       raise ValueError(
         f"{store.folder} holds tokens, but pooled embeddings are compared; embed without --tokens"
       )
+  stage("read")
   total: dict[str, alignment.Moments] = {}
   chunks: list[Embeddings] = []
   for name, some in _chunks(pairs, heldout=heldout):
@@ -87,25 +98,34 @@ def compare(
   everything = fit + choose
   cov_image, cov_text, _ = everything.covariances
   with_caption, first = np.unique(heldout_samples.owner, return_index=True)
-  maps = dict(
-    ridge=alignment.ridge(fit, choose),
-    cca=alignment.cca(fit, choose),
-    procrustes=alignment.procrustes(everything),
-  )
-  scores = alignment.local_cka(everything, heldout_samples.image, heldout_samples.text)
-  return dict(
+  stage("spectra")
+  measures: dict[str, Any] = dict(
     image=str(image),
     text=str(text),
     pairs=everything.n,
     heldout=len(heldout_samples.image),
     linear_cka=alignment.linear_cka(everything),
-    mutual_knn=alignment.mutual_knn(
-      heldout_samples.image[with_caption], heldout_samples.text[first], k=min(10, len(first) - 1)
-    ),
     effective_rank_image=alignment.effective_rank(cov_image),
     effective_rank_text=alignment.effective_rank(cov_text),
     uniformity_image=alignment.uniformity(heldout_samples.image),
     uniformity_text=alignment.uniformity(heldout_samples.text),
+  )
+  stage("neighbours")
+  measures["mutual_knn"] = alignment.mutual_knn(
+    heldout_samples.image[with_caption], heldout_samples.text[first], k=min(10, len(first) - 1)
+  )
+  maps = {}
+  stage("ridge")
+  maps["ridge"] = alignment.ridge(fit, choose)
+  stage("cca")
+  maps["cca"] = alignment.cca(fit, choose)
+  stage("procrustes")
+  maps["procrustes"] = alignment.procrustes(everything)
+  stage("local_cka")
+  scores = alignment.local_cka(everything, heldout_samples.image, heldout_samples.text)
+  stage("recall")
+  return dict(
+    **measures,
     local_cka=alignment.recalls(scores, heldout_samples.owner),
     **{
       name: alignment.retrieval(
@@ -161,7 +181,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[rich.table.Table]:
   for heading in ("image", "text"):
     pairs.add_column(heading, overflow="fold")
   for heading in shown.values():
-    pairs.add_column(heading, justify="right", no_wrap=len(heading) < 9)
+    pairs.add_column(heading, justify="right", no_wrap=True)
   for heading in ("tower", "effective rank", "uniformity"):
     towers.add_column(heading, justify="left" if heading == "tower" else "right")
   alone = {}
@@ -197,10 +217,17 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
   args = parser.parse_args(words)
   for folder in (*args.image, *args.text):
     Store(folder)  # reports a folder that is not a store before anything is computed
-  rows = [
-    compare(image, text, heldout=args.heldout, most=args.most)
-    for image, text in itertools.product(args.image, args.text)
-  ]
+  pairs = [*itertools.product(args.image, args.text)]
+  rows = []
+  with progress.Progress("compare", len(pairs) * len(STAGES), unit="stages") as shown:
+    for image, text in pairs:
+
+      def stage(name: str) -> None:
+        shown.note = f"pair {len(rows) + 1} of {len(pairs)}, {name}"
+        shown.reach(len(rows) * len(STAGES) + STAGES.index(name))
+
+      rows.append(compare(image, text, heldout=args.heldout, most=args.most, stage=stage))
+      shown.reach(len(rows) * len(STAGES))
   if args.heatmap:
     values = np.array([row["ridge"][SHOWN] for row in rows]).reshape(len(args.image), -1)
     rows_and_columns = (
@@ -209,7 +236,7 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     names = dict(zip(("rows", "columns"), rows_and_columns))
     pathlib.Path(args.heatmap).write_bytes(figures.grid(values, **names, title=f"ridge, {SHOWN}"))
   rows.sort(key=lambda row: -row["ridge"][SHOWN])
-  rich.console.Console().print(*tables(rows))
+  show(*tables(rows))
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
   return rows

@@ -16,13 +16,12 @@ import hashlib
 import json
 import pathlib
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from jax.experimental import multihost_utils
 
 from bigalign import checks, sharding
@@ -37,7 +36,7 @@ from bigalign.evals.embed import round_batch
 from bigalign.frozen.towers import Towers, like_stored, load_towers
 from bigalign.inputs import open_data
 from bigalign.options import plain, without_defaults
-from bigalign.run import errors, preemption, runtime
+from bigalign.run import errors, preemption, progress, runtime
 from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.provenance import check_hosts_agree
 
@@ -202,13 +201,23 @@ def _fill(
     images="image" in folders,
     start=first * per_piece * batch_size,
   )
-  left = -(-len(source) // batch_size) - first * per_piece
-  with contextlib.closing(batches):
+  total, done = -(-len(source) // batch_size), first * per_piece
+  left = total - done
+  visible = progress.is_shown() and jax.process_index() == 0
+
+  def advance() -> None:
+    shown.advance()
+    shown.note = f"{shown.clock.speed() * batch_size:,.0f} images/s"
+
+  with (
+    contextlib.closing(batches),
+    progress.Progress("embed", total, unit="batches", start=done, visible=visible) as shown,
+  ):
     for piece in range(first, first + -(-left // per_piece)):
-      begin, number = time.perf_counter(), min(left, per_piece)
+      number = min(left, per_piece)
       left -= number
       wanted = [side for side in folders if piece >= ranges[side].next]
-      found, left_out = _piece(batches, number, towers, wanted, rows, batch_size)
+      found, left_out = _piece(batches, number, towers, wanted, rows, batch_size, advance)
       for side, made in found.items():
         with np.errstate(over="ignore"):  # vectors beyond float16's 65,504 are left out
           vectors = made.vectors.astype(reader.DTYPES[towers.headers[side]["dtype"]])
@@ -226,15 +235,6 @@ def _fill(
           parts=jax.process_count(),
           left_out=reasons,
         )
-      rate = number * batch_size / (time.perf_counter() - begin)
-      logging.info(
-        "Piece %d: %d %s left, %.0f images/s, about %.0f min",
-        piece,
-        left,
-        "batch" if left == 1 else "batches",
-        rate,
-        left * batch_size / rate / 60,
-      )
 
 
 def _piece(
@@ -244,6 +244,7 @@ def _piece(
   sides: Sequence[str],
   rows: np.ndarray,
   batch_size: int,
+  advance: Callable[[], None],
 ) -> tuple[dict[str, _Rows], dict[str, int]]:
   """This process's rows of the next `number` batches, and {reason: samples left out}."""
   images: list[_Rows] = []
@@ -270,6 +271,7 @@ def _piece(
     there = batch["texts_valid"] & batch["valid"][:, None]
     texts.append(dict(text=batch["texts"][there], mask=batch["texts_mask"][there]))
     samples.append(np.repeat(own, there.sum(1), axis=0))
+    advance()
   while running:
     fetch()
   found = {}
@@ -328,15 +330,16 @@ def main(argv: Sequence[str]) -> None:
     sound = [verify(pathlib.Path(values.out) / side) for side in values.towers]
     sys.exit(0 if all(sound) else 1)
   try:
-    folders = embed(
-      config,
-      values.out,
-      sides=values.towers,
-      batch_size=values.batch_size,
-      dtype=values.dtype,
-      projected=values.projected,
-      tokens=values.tokens,
-    )
+    with progress.shown():
+      folders = embed(
+        config,
+        values.out,
+        sides=values.towers,
+        batch_size=values.batch_size,
+        dtype=values.dtype,
+        projected=values.projected,
+        tokens=values.tokens,
+      )
   except Exception as error:
     preemption.exit_on_error(error)
   if jax.process_index() == 0:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.box
-import rich.console
 import rich.table
 
 from bigalign.plan import chips
+from bigalign.run import tables
 
 Plan = Mapping[str, Any]  # of one stage, or of a run with "stages": compile_step.measure, main
 
@@ -46,7 +46,7 @@ def format_plan(name: str, plan: Plan) -> str:
     table.add_row(*row)
   if plan["not_checked"]:
     lines.insert(3, f"Not checked: {plan['not_checked']}")
-  return "\n".join(lines) + _text(table)
+  return "\n".join(lines) + tables.text(table)
 
 
 def format_sweep(plans: Sequence[Plan]) -> str:
@@ -74,7 +74,7 @@ def format_sweep(plans: Sequence[Plan]) -> str:
       "/".join(dict.fromkeys(plan["remat"].values())),
       str(plan["mesh"]["fsdp"]),
     )
-    work = f"{plan['flops_per_chip'] / 1e12:,.1f}"
+    work = tables.number(plan["flops_per_chip"] / 1e12)
     if plan["fits"]:
       sent = sum(x["bytes"] for x in plan["collectives"].values())
       table.add_row(
@@ -82,11 +82,11 @@ def format_sweep(plans: Sequence[Plan]) -> str:
         _size(plan["peak_bytes_per_chip"]),
         work,
         _size(sent),
-        f"{plan['images_per_second'][1]:,.0f}, not measured",
+        f"{tables.number(plan['images_per_second'][1])}, not measured",
       )
     else:
       table.add_row(*start, f"does not fit: {_needs(plan)}", work, "", "")
-  return _text(table)
+  return tables.text(table)
 
 
 def _stage(plan: Plan) -> str:
@@ -110,7 +110,7 @@ def _together(name: str, plan: Plan) -> str:
   return (
     f"{name}, {plan['total_steps']:,} updates on {plan['topology']}\n{verdict}\n"
     + format_sweep([plan])
-    + (_text(table) if plan["fits"] else "")
+    + (tables.text(table) if plan["fits"] else "")
   )
 
 
@@ -133,7 +133,7 @@ def _needs(plan: Plan) -> str:
 def _rows(plan: Plan) -> list[tuple[str, str, str]]:
   rows = [
     ("activations of the loss alone", _size(plan["loss_alone_bytes_per_chip"]), "at most"),
-    ("matrix products", f"{plan['flops_per_chip'] / 1e12:,.2f} TFLOP", "per step"),
+    ("matrix products", tables.scaled(plan["flops_per_chip"], tables.FLOP), "per step"),
     ("memory traffic", _size(plan["memory_traffic_bytes_per_chip"]), "per step"),
   ]
   for kind, moved in plan["collectives"].items():
@@ -151,14 +151,14 @@ def _rows(plan: Plan) -> list[tuple[str, str, str]]:
 def _estimates(plan: Plan) -> list[tuple[str, str, str]]:
   rows = []
   for label, key, form in (
-    ("seconds per step", "seconds_per_step", "{:.3f}"),
-    ("images per second, all chips", "images_per_second", "{:,.0f}"),
-    ("samples per day", "samples_per_day", "{:,.0f}"),
-    (f"chip-hours of {_count(plan['total_samples'])} pairs", "chip_hours", "{:,.0f}"),
-    ("cost", "cost", "{:,.0f}"),
+    ("time of a step", "seconds_per_step", lambda x: tables.scaled(x, tables.SECONDS)),
+    ("images per second, all chips", "images_per_second", tables.number),
+    ("samples per day", "samples_per_day", _count),
+    (f"chip-hours of {_count(plan['total_samples'])} pairs", "chip_hours", tables.number),
+    ("cost", "cost", tables.number),
   ):
     if plan.get(key) is not None:
-      rows.append((label, " to ".join(form.format(x) for x in sorted(plan[key])), "not measured"))
+      rows.append((label, " to ".join(form(x) for x in sorted(plan[key])), "not measured"))
   return rows
 
 
@@ -166,17 +166,12 @@ def _plural(n: int, one: str, many: str) -> str:
   return one if n == 1 else many
 
 
-def _count(n: int) -> str:
+def _count(n: float) -> str:
   """A number to read: 86.2 million; small ones in full: 7,233."""
-  return f"{n / 1e6:,.1f} million" if n >= 1e6 else f"{n:,}"
+  return f"{n / 1e6:,.1f} million" if n >= 1e6 else f"{n:,.0f}"
 
 
 def _size(n: float) -> str:
+  if n < 1e4:
+    return f"{n / 1e3:,.2f} KB"
   return f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
-
-
-def _text(table: rich.table.Table) -> str:
-  console = rich.console.Console(width=110)
-  with console.capture() as captured:
-    console.print(table)
-  return captured.get()

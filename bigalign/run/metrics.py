@@ -8,18 +8,16 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
 import numpy as np
-import rich.console
-import rich.progress
 from absl import logging
 
 from bigalign.data.files import storage
+from bigalign.run.progress import Progress, clock_time
 
 FILE = "metrics.jsonl"
 # What follows an update; a run that is asked to stop leaves it to its next start.
@@ -261,64 +259,63 @@ def _short(value: int | float) -> str:
   return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
-class Progress:
+class TrainingProgress(Progress):
   """A progress bar on a terminal, otherwise a line for each log; process 0 only.
 
-  with Progress(280, start=0) as progress:
-    progress.advance(step)       # after each step; cheap, waits for nothing
+  with TrainingProgress(280, start=0, evaluate_every=100) as progress:
+    progress.reach(step)         # after each step; cheap, waits for nothing
     progress.log(step, metrics)  # train/* go to the bar, all others to lines of their own
 
   Args:
     total_steps: of the run.
     start: steps done before.
+    evaluate_every: steps between two evaluations; 0: none but the last.
     stream: where to write; standard error by default.
   """
 
-  def __init__(self, total_steps: int, *, start: int = 0, stream: TextIO | None = None) -> None:
-    self._total, self._start, self._began = total_steps, start, time.monotonic()
-    self._shown = jax.process_index() == 0
-    self._console = rich.console.Console(file=stream or sys.stderr)
-    self._bar: rich.progress.Progress | None = None
-    self._task: Any = None
-    self._handler = logging.get_absl_handler().python_handler
-    self._handler_stream = self._handler.stream
+  def __init__(
+    self,
+    total_steps: int,
+    *,
+    start: int = 0,
+    evaluate_every: int = 0,
+    stream: TextIO | None = None,
+  ) -> None:
+    shown = jax.process_index() == 0
+    # Each log is a line already.
+    super().__init__("compile", total_steps, start=start, visible=shown, lines=False, stream=stream)
+    self._evaluate_every = evaluate_every
+    self._evaluations: list[float] = []  # seconds that each one took
 
-  def __enter__(self) -> Progress:
-    if self._shown and self._console.is_terminal:
-      column = rich.progress.TextColumn
-      self._bar = rich.progress.Progress(
-        column("[bold]{task.description}"),
-        rich.progress.BarColumn(bar_width=None),
-        rich.progress.MofNCompleteColumn(),
-        column("{task.fields[shown]}"),
-        rich.progress.TimeElapsedColumn(),
-        column("[dim]elapsed"),
-        rich.progress.TimeRemainingColumn(),
-        column("[dim]left"),
-        console=self._console,
-        expand=True,
-        refresh_per_second=5,
-      )
-      self._task = self._bar.add_task("compile", total=self._total, completed=self._start, shown="")
-      self._bar.start()
-      # rich keeps the bar below whatever goes through sys.stderr; absl still holds the old stream.
-      self._handler.stream = sys.stderr
-    return self
+  def reach(self, done: int) -> None:
+    self.what = "train"
+    super().reach(done)
 
-  def __exit__(self, *exception: object) -> None:
-    if self._bar is not None:
-      self._bar.stop()
-      self._handler.stream = self._handler_stream
-      self._bar = None
+  @contextlib.contextmanager
+  def evaluating(self) -> Iterator[None]:
+    """A context of one evaluation."""
+    before, self.what = self.what, "evaluate"
+    begin = time.monotonic()
+    with self.clock.paused():
+      yield
+    self._evaluations.append(time.monotonic() - begin)
+    self.what = before
 
-  def advance(self, step: int) -> None:
-    """Shows that `step` updates were started."""
-    if self._bar is not None:
-      self._bar.update(self._task, completed=step, description="train")
+  def seconds_left(self) -> float | None:
+    left = self.clock.left()
+    later = self._evaluations[1:]  # the first one compiles
+    if left is None or not later:
+      return left
+    return left + self._evaluations_left() * sum(later) / len(later)
+
+  def _evaluations_left(self) -> int:
+    done, total, every = self.clock.done, self.clock.total, self._evaluate_every
+    regular = total // every - done // every if every else 0
+    return regular + int(not every or total % every > 0)  # and the one at the end
 
   def log(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Shows the metrics {name: number} of a step."""
-    if not self._shown:
+    if not self.visible:
       return
     values = {name: scalar(name, value) for name, value in metrics.items()}
     train = "  ".join(
@@ -329,10 +326,12 @@ class Progress:
       )
       if name in values
     )
-    if self._bar is not None and train:
-      self._bar.update(self._task, completed=step, description="train", shown=train)
-    elif train:
-      self._say(f"step {step:>{len(str(self._total))}}/{self._total}  {train}{self._left(step)}")
+    if train:
+      self.reach(step)
+      self.note = train
+    if train and self._bar is None:
+      total = self.clock.total
+      self.say(f"step {step:>{len(str(total))}}/{total}  {train}{self._time_left()}")
     others = {n: v for n, v in values.items() if not n.startswith(("train/", "perf/"))}
     names = dict.fromkeys(name.removeprefix("ema/") for name in others)
     lines = [f"step {step}"]
@@ -342,14 +341,8 @@ class Progress:
       shown = "  ".join(label + _short(value) for label, value in pair if value is not None)
       lines.append(f"  {name:<{max(map(len, names))}}  {shown}")
     if others:
-      self._say("\n".join(lines))
+      self.say("\n".join(lines))
 
-  def _say(self, text: str) -> None:
-    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-  def _left(self, step: int) -> str:
-    done = step - self._start
-    if done <= 0 or step >= self._total:
-      return ""
-    seconds = round((time.monotonic() - self._began) / done * (self._total - step))
-    return f"  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+  def _time_left(self) -> str:
+    seconds = self.seconds_left()
+    return "" if seconds is None else f"  {clock_time(seconds)} left"

@@ -29,6 +29,7 @@ from bigalign import tree
 from bigalign.data.files import processes, storage
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import Source, Spec, open_spec, read, texts_of
+from bigalign.run.progress import shown, track
 from bigalign.shards import source_flags
 from bigalign.shards.examples import Plan, write_file
 
@@ -86,7 +87,8 @@ def convert(
     done = _resume(plan, json.loads(json.dumps(started)))
     left = [(plan, n) for n in range(plan.files) if os.path.basename(plan.path(n)) not in done]
     with open(os.path.join(plan.folder, LOG), "a", encoding="utf-8") as log:
-      for written in processes.run(write_file, left, workers=workers):
+      files = processes.run(write_file, left, workers=workers)
+      for written in track(files, "convert", len(left), unit="files"):
         log.write(json.dumps(written) + "\n")
         log.flush()
         done[written["file"]] = written
@@ -170,14 +172,15 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     "--workers", type=int, default=os.cpu_count(), help="number of processes (%(default)s)"
   )
   given = parser.parse_args(words)
-  totals = convert(
-    source_flags.spec_from_flags(given),
-    given.out,
-    records=given.records,
-    short_side=given.short_side,
-    quality=given.quality,
-    workers=given.workers,
-  )
+  with shown():
+    totals = convert(
+      source_flags.spec_from_flags(given),
+      given.out,
+      records=given.records,
+      short_side=given.short_side,
+      quality=given.quality,
+      workers=given.workers,
+    )
   print(json.dumps(totals))
   print(f"{given.out}/*.array_record")
   return totals

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from bigalign.data.files import processes, storage
 from bigalign.data.files.patterns import expand_shards, expand_variables
 from bigalign.data.tar import index, sidecars, stats
+from bigalign.run.progress import shown, track
 from bigalign.shards import beam
 
 STATES = ("indexed", "current", "failed")
@@ -133,7 +134,8 @@ def build(
     tasks += [
       Task(path, index_folder, captions, sidecar_fields) for path in paths if path not in outcomes
     ]
-  outcomes |= {outcome.path: outcome for outcome in run(tasks)}
+  done = track(run(tasks), "index", len(tasks), unit="shards")
+  outcomes |= {outcome.path: outcome for outcome in done}
   for folder in of_folder:
     index.merge(folder, _index_folder(folder, out))
   return [outcomes[path] for paths in of_folder.values() for path in paths]
@@ -232,13 +234,14 @@ def main(argv: list[str] | None = None) -> int:
   )
   if args.runner:
     run = functools.partial(beam.run, process_shard, flags=[f"--runner={args.runner}", *flags])
-  outcomes = build(
-    args.shards,
-    run,
-    out=args.out,
-    captions=tuple(args.captions.split(",")) if args.stats else None,
-    sidecar_fields=sidecar_fields,
-  )
+  with shown():
+    outcomes = build(
+      args.shards,
+      run,
+      out=args.out,
+      captions=tuple(args.captions.split(",")) if args.stats else None,
+      sidecar_fields=sidecar_fields,
+    )
   print(report(outcomes))
   folders = {_index_folder(os.path.dirname(outcome.path), args.out) for outcome in outcomes}
   for index_folder in sorted(folders):

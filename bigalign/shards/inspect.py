@@ -18,8 +18,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import rich.box
+import rich.table
+
+from bigalign import tree
 from bigalign.data.files import processes
 from bigalign.data.sources.base import Spec, open_spec
+from bigalign.run.progress import shown, track
+from bigalign.run.tables import number, pairs, show
 from bigalign.shards import inspect_page, sample_stats, source_flags, speed
 from bigalign.shards.sample_stats import SampleStats, StatsTask
 
@@ -40,7 +46,8 @@ def gather(spec: Spec, *, samples: int, language: str | None, workers: int) -> l
       len(source), samples=samples, block=getattr(source, "block", 1)
     )
   ]
-  results = processes.run(sample_stats.collect, tasks, workers=workers)
+  running = processes.run(sample_stats.collect, tasks, workers=workers)
+  results = track(running, "inspect", len(tasks), unit="blocks of samples")
   return [sample for part in results for sample in part]
 
 
@@ -152,6 +159,50 @@ def inspect(
   return figures
 
 
+def tables(figures: Mapping[str, Any]) -> list[rich.table.Table]:
+  """Returns the figures of `inspect` for the terminal."""
+  general, sizes = pairs(), rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  general.add_row("source", str(figures["source"]))
+  general.add_row("samples", f"{figures['samples']:,}")
+  general.add_row("samples read", f"{figures['looked_at']:,}")
+  general.add_row("bad samples", _listed(figures["bad"]) or "none")
+  for name in ("repeated_images", "repeated_captions"):
+    what = name.replace("repeated_", "duplicate ")
+    general.add_row(what, f"{figures[name]:.1%}")
+  for name in ("kinds", "scripts", "languages"):
+    if figures[name]:
+      general.add_row(name, _listed(figures[name]))
+  for text, count in [*figures["frequent"].items()][:3]:
+    general.add_row("frequent caption", f"{count:,} times: {text[:100]}")
+  rates = figures.get("throughput", {})
+  for name, what in (
+    ("problem", "reading speed"),
+    ("read", "read, samples/s"),
+    ("decoded", "decoded, samples/s"),
+    ("hosts", "hosts needed"),
+  ):
+    if name in rates:
+      value = rates[name]
+      general.add_row(what, value if isinstance(value, str) else number(value))
+  rows = {name.replace("_", " "): value for name, value in figures["images"].items() if value}
+  rows |= {
+    f"characters of {name}": value["characters"]
+    for name, value in figures["captions"].items()
+    if value["characters"]
+  }
+  names = list(dict.fromkeys(key for value in rows.values() for key in value))
+  sizes.add_column("")
+  for name in names:
+    sizes.add_column(name, justify="right")
+  for row, value in rows.items():
+    sizes.add_row(row, *(number(value[name]) if name in value else "" for name in names))
+  return [general, sizes] if rows else [general]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+  return tree.shown([f"{name} {count:,}" for name, count in counts.items()], sep=", ")
+
+
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the program: prints the figures and the path of the page."""
   parser = argparse.ArgumentParser(
@@ -159,6 +210,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   )
   source_flags.add_source_flags(parser)
   parser.add_argument("--out", default="inspect.html", help="path of the page (%(default)s)")
+  parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
   parser.add_argument("--language", help="field that holds the language, such as json.lang")
   parser.add_argument(
     "--samples", type=int, default=10_000, help="number of samples to read (%(default)s)"
@@ -187,18 +239,20 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   spec = source_flags.spec_from_flags(given)
   if given.language:
     spec = spec._replace(captions=(*(spec.captions or ()), given.language))
-  figures = inspect(
-    spec,
-    given.out,
-    samples=given.samples,
-    language=given.language,
-    workers=given.workers,
-    image_size=given.image_size,
-    seconds=given.seconds,
-    wanted=(given.batch_size or 0) * (given.steps_per_second or 0),
-  )
-  for name, value in figures.items():
-    print(f"{name}: {json.dumps(value)}")
+  with shown():
+    figures = inspect(
+      spec,
+      given.out,
+      samples=given.samples,
+      language=given.language,
+      workers=given.workers,
+      image_size=given.image_size,
+      seconds=given.seconds,
+      wanted=(given.batch_size or 0) * (given.steps_per_second or 0),
+    )
+  if given.json:
+    pathlib.Path(given.json).write_text(json.dumps(figures, indent=1) + "\n")
+  show(*tables(figures))
   print(given.out)
   return figures
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 
 import numpy as np
 import pytest
@@ -223,8 +224,13 @@ def test_a_run_reads_a_view_and_refuses_another(tmp_path, capsys):
     View(other, f"{tmp_path}/even")
   with pytest.raises(FileNotFoundError, match=r"no .*odd\.json; make it with bigalign view"):
     View(other, f"{tmp_path}/odd")
-  with pytest.raises(FileNotFoundError, match="write them: bigalign index --stats"):
+  with pytest.raises(FileNotFoundError, match="write them: bigalign index --stats") as missing:
     make_view(other, f"{tmp_path}/none", rule="width > 1")
+  # The command writes next to the index that was made by itself, and not into the data.
+  words = shlex.split(str(missing.value).split("write them: bigalign index ")[1])
+  assert index.main([*words, "--workers", "1"]) == 0
+  assert [x.name for x in tmp_path.iterdir() if x.name.startswith("bigalign")] == []
+  make_view(other, f"{tmp_path}/some", rule="width > 1")
   with pytest.raises(ValueError, match=r"no columns to filter by.*bigalign index --stats"):
     make_view(open_source("glyphs"), f"{tmp_path}/none", rule="width > 1")
   view.main([shard, "--ids", str(tmp_path / "ids.txt"), "--out", str(tmp_path / "more")])

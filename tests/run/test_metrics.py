@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bigalign.run import metrics
-from bigalign.run.metrics import MetricWriter, Progress, is_wall_clock, read_metrics
+from bigalign.run.metrics import MetricWriter, TrainingProgress, is_wall_clock, read_metrics
 
 
 def bits(x):
@@ -132,7 +132,7 @@ def test_a_full_disk_is_an_error_of_the_write_that_meets_it(tmp_path, monkeypatc
 def test_only_process_zero_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
   out = io.StringIO()
-  with MetricWriter(tmp_path) as writer, Progress(10, stream=out) as progress:
+  with MetricWriter(tmp_path) as writer, TrainingProgress(10, stream=out) as progress:
     writer.write(1, {"a": 1.0})
     progress.log(1, {"train/loss": 1.0})
   assert not list(tmp_path.iterdir())
@@ -178,8 +178,8 @@ def test_names_of_wall_clock_metrics():
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal():
   out = io.StringIO()
-  with Progress(280, start=20, stream=out) as progress:
-    progress.advance(39)
+  with TrainingProgress(280, start=20, stream=out) as progress:
+    progress.reach(39)
     progress.log(40, {"train/loss": 5.12345, "train/samples_per_second": 12345.6, "perf/mfu": 0.5})
     progress.log(280, {"train/loss": 1.0})
     progress.log(

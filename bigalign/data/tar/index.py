@@ -139,10 +139,15 @@ def home(folder: str, root: str | None = None) -> str:
     folder: of the shards.
     root: of all such indexes; by default $BIGALIGN_INDEX or ~/.cache/bigalign/index.
   """
-  root = root or os.environ.get("BIGALIGN_INDEX") or "~/.cache/bigalign/index"
+  root = root or homes()
   absolute = folder.rstrip("/") if storage.is_remote(folder) else os.path.abspath(folder)
   name = f"{os.path.basename(absolute)}-{hashlib.sha256(absolute.encode()).hexdigest()[:16]}"
   return os.path.join(os.path.expanduser(root), name)
+
+
+def homes() -> str:
+  """Returns the folder of all indexes that are not next to their shards."""
+  return os.path.expanduser(os.environ.get("BIGALIGN_INDEX") or "~/.cache/bigalign/index")
 
 
 def index_folders(folder: str) -> list[str]:

@@ -67,8 +67,12 @@ def load(
   """
   path = path_of(name, index_folder, stat)
   if not os.path.exists(path):
+    # Where the index is, so that a folder of data stays as it is.
+    apart = os.path.dirname(index_folder.rstrip("/")) == index.homes().rstrip("/")
+    out = f" --out {shlex.quote(index.homes())}" if apart else ""
     raise FileNotFoundError(
-      f"{name} has no stats ({path}); write them: bigalign index --stats {shlex.quote(pattern)}"
+      f"{name} has no stats ({path}); write them:"
+      f" bigalign index --stats {shlex.quote(pattern)}{out}"
     )
   statistics: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
   return statistics

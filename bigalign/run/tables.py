@@ -1,0 +1,65 @@
+"""Tables and numbers for people: as wide as the terminal, three digits, a unit that fits."""
+
+from __future__ import annotations
+
+import sys
+
+import rich.box
+import rich.console
+import rich.table
+
+_PIPED = 1000  # columns where there is no terminal: no table is cut there
+
+
+def show(*tables: rich.table.Table) -> None:
+  """Prints tables to standard output."""
+  _console().print(*tables)
+
+
+def text(table: rich.table.Table) -> str:
+  """Returns a table as text, as `show` would print it."""
+  console = _console()
+  with console.capture() as captured:
+    console.print(table)
+  return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def _console() -> rich.console.Console:
+  console = rich.console.Console(file=sys.stdout)
+  if not console.is_terminal:
+    console = rich.console.Console(file=sys.stdout, width=_PIPED)
+  return console
+
+
+def pairs(title: str = "") -> rich.table.Table:
+  """Returns an empty table of two columns without a heading: what, and its value."""
+  table = rich.table.Table(box=rich.box.SIMPLE, show_header=False, title=title or None)
+  table.add_column("", overflow="fold")
+  table.add_column("", overflow="fold")
+  return table
+
+
+def number(x: float) -> str:
+  """Three digits, or all digits before the point: 0.0123, 12.3, 12,345.
+
+  >>> [number(x) for x in (0, 0.000123456, 1.5, 12.34, 12345.6)]
+  ['0', '0.000123', '1.5', '12.3', '12,346']
+  """
+  return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def scaled(x: float, units: dict[str, float]) -> str:
+  """A number in the largest unit of which it is at least one.
+
+  >>> scaled(0.00123, SECONDS), scaled(2.5e9, FLOP)
+  ('1.23 ms', '2.5 GFLOP')
+  """
+  for unit, size in units.items():
+    if x >= size:
+      return f"{number(x / size)} {unit}"
+  unit, size = list(units.items())[-1]
+  return f"{number(x / size)} {unit}"
+
+
+SECONDS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+FLOP = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
