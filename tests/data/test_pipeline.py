@@ -376,6 +376,7 @@ KILL = """
 """
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_noticed_within_seconds(shards, tmp_path):
   out, _ = start(tmp_path, KILL + GUARD, shards).communicate(timeout=120)
   pid, line = out.splitlines()

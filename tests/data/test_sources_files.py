@@ -24,6 +24,7 @@ from helpers.every_format import (
   write_array_records,
   write_parquet,
 )
+from helpers.marks import slow_unless
 from helpers.shipped import load
 from helpers.small_shards import picture
 
@@ -98,7 +99,7 @@ def test_every_record_by_random_access(tmp_path, version):
     open_source(spec, image="photo")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", slow_unless(VERSIONS, ["parquet", "tfds"].__contains__))
 def test_photos_have_equal_batches_from_every_format(data_root, tmp_path, version):
   """Ids, pixels, tokens and labels, of three collections joined into one source."""
   tars = open_source(PHOTO_SHARDS, captions=("json.captions", "txt"))

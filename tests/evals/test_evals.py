@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marks import slow_unless
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
@@ -152,7 +153,7 @@ def numpy_retrieval(zimg, ztxt, owner):
   [(embed_image, embed_text), (embed_image_coarsely, embed_text_coarsely)],
   ids=["distinct", "ties"],
 )
-@pytest.mark.parametrize("batch_size", [10, 100])
+@pytest.mark.parametrize("batch_size", slow_unless([10, 100], (10).__eq__))
 def test_retrieval_equals_numpy(tiny, axes, towers, batch_size):
   # 37 samples, 35 usable, divide neither by the batch (16 or 104 on 8 devices) nor by 8.
   options = dict(type="retrieval", source="tiny", captions=3, batch_size=batch_size)
@@ -239,7 +240,7 @@ def numpy_zeroshot(zimg, labels, weights):
   }
 
 
-@pytest.mark.parametrize("batch_size", [10, 100])
+@pytest.mark.parametrize("batch_size", slow_unless([10, 100], (10).__eq__))
 @pytest.mark.parametrize("axes", [dict(), dict(data=4, tensor=2)])
 def test_zeroshot_equals_numpy(tiny, batch_size, axes):
   templates = ["a {}", "{c}s", "the {} here"]

@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
   c.model.image.update(width=32, depth=1)
   c.model.text.update(width=32, depth=1)
   c.writer = dict(tensorboard=False)
-  c.mesh = dict(data=2, fsdp=4)  # the evaluation has another mesh
+  c.mesh = dict(data=4, fsdp=2)  # the evaluation has another mesh
   train(c, folder / "run")
   return folder / "run"
 

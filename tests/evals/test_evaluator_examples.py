@@ -6,9 +6,13 @@ import doctest
 import importlib
 
 import pytest
+from helpers.marks import slow_unless
 
 
-@pytest.mark.parametrize("name", ["chance", "geometry", "glyphs", "retrieval", "zeroshot"])
+@pytest.mark.parametrize(
+  "name",
+  slow_unless(["chance", "geometry", "glyphs", "retrieval", "zeroshot"], "geometry".__ne__),
+)
 def test_examples_of_evaluators(name):
   results = doctest.testmod(importlib.import_module(f"bigalign.evals.{name}"))
   assert results.attempted and not results.failed

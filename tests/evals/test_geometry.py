@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.loss_oracles import both_precisions, cases, floats, oracles, unit
+from helpers.marks import slow_unless
 from test_evals import Tiny, make, make_params, on_host
 
 from bigalign.evals import embed, geometry
@@ -61,7 +62,7 @@ def numpy_geometry(x, y, t=2.0):
   }
 
 
-@pytest.mark.parametrize("axes", [dict(), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("axes", slow_unless([dict(), dict(data=2, fsdp=2, tensor=2)], bool))
 def test_the_evaluator_equals_numpy(monkeypatch, axes):
   # 37 samples, one of them broken and one without a caption, over 8 devices.
   tiny = Tiny(captions=1)

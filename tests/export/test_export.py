@@ -145,7 +145,7 @@ def no_torch(monkeypatch):
   "kind, model, loss, family",
   [
     ("hf", CLIP, CLIP_LOSS, "CLIPModel"),
-    ("hf", PLAIN, CLIP_LOSS, "VisionTextDualEncoderModel"),
+    pytest.param("hf", PLAIN, CLIP_LOSS, "VisionTextDualEncoderModel", marks=pytest.mark.slow),
     pytest.param(
       "hf", BERT, CLIP_LOSS, "VisionTextDualEncoderModel with BERT", marks=pytest.mark.slow
     ),
@@ -185,7 +185,7 @@ def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
     pytest.param("hf", SIGLIP, SIGLIP_LOSS, marks=pytest.mark.slow),
     pytest.param("npz", SIGLIP, SIGLIP_LOSS, marks=pytest.mark.slow),
     pytest.param("open_clip", PLAIN, CLIP_LOSS, marks=pytest.mark.slow),
-    ("hf", CLIP, CLIP_LOSS),
+    pytest.param("hf", CLIP, CLIP_LOSS, marks=pytest.mark.slow),
   ],
 )
 def test_a_tower_longer_than_its_texts_is_cut(kind, model, loss, tmp_path, no_torch):

@@ -65,6 +65,7 @@ def with_stores(config, folders, **changes):
   return config | dict(data=data | changes)
 
 
+@pytest.mark.slow
 def test_a_run_from_stores_is_the_run_of_the_towers(config, tmp_path):
   """The vectors that projectors get, and what the run is worth from pixels."""
   folders = embed(config, tmp_path / "stores", batch_size=8, dtype="float32")

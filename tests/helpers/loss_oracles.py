@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +53,16 @@ SCALARS = dict(log_scale="t", bias="b")
 
 
 def cases(name, contains=""):
-  """The cases of one loss, as parameters of a test."""
+  """The cases of one loss, as parameters of a test; of cases of several sizes, one is fast."""
   cases = list(oracles().cases(loss=name, contains=contains))
   assert cases, f"{ROOT} holds no case of {name!r}"
-  return [pytest.param(case, id=f"oracle-{name}-{case['id']}") for case in cases]
+  params, kinds = [], set()
+  for case in cases:
+    kind = re.sub(r"\bN\d+(x\d+)?", "N", case["id"])
+    marks = [pytest.mark.slow] if kind in kinds else []
+    params.append(pytest.param(case, id=f"oracle-{name}-{case['id']}", marks=marks))
+    kinds.add(kind)
+  return params
 
 
 class Oracles:

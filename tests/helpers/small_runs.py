@@ -17,6 +17,7 @@ from unittest import mock
 
 from absl import app
 from helpers.shipped import ROOT, load
+from helpers.small_shards import samples, write_tar
 from jax._src import compiler, distributed
 
 from bigalign import train
@@ -41,6 +42,12 @@ def config(mesh, **changes):
   c = load("tiny")
   c.update_from_flattened_dict({"mesh": mesh, **SMALL, **changes})
   return c
+
+
+def evals(folder, count=40, batch_size=64):
+  """Retrieval among `count` small images: drawing and embedding glyphs would take most of a run."""
+  source = write_tar(folder / "val.tar", samples(500, count))
+  return {"val": {"type": "retrieval", "source": source, "batch_size": batch_size}}
 
 
 def write(path: pathlib.Path, c) -> pathlib.Path:

@@ -11,6 +11,7 @@ import time
 
 import pytest
 from helpers import fake_programs
+from helpers.marks import slow_unless
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch/local.sh"
 
@@ -53,7 +54,10 @@ def test_one_failure_ends_all_and_its_status_comes_through(which, tmp_path):
   assert f"process {which} ended with status 7" in result.stderr and "why" in result.stderr
 
 
-@pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+  "sent, status",
+  slow_unless([(signal.SIGINT, 130), (signal.SIGTERM, 143)], (signal.SIGTERM, 143).__eq__),
+)
 def test_a_signal_ends_the_processes_and_what_they_started(sent, status, tmp_path):
   # The grandchild plays the part of a data worker.
   nest = f"(while sleep 0.1; do date +%s%N > {tmp_path}/$BIGALIGN_PROCESS_ID; done) & wait"
@@ -73,7 +77,9 @@ def test_a_signal_ends_the_processes_and_what_they_started(sent, status, tmp_pat
   assert [mark.read_text() for mark in marks] == last
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["leader", "group"])
+@pytest.mark.parametrize(
+  "send", slow_unless([os.kill, os.killpg], os.killpg.__eq__), ids=["leader", "group"]
+)
 def test_sigterm_waits_for_the_checkpoints_of_all_processes(send, tmp_path):
   """Saving may take longer than the 10 s that Ctrl-C grants; here 50 x 0.02 s of a mocked sleep."""
   tools = tmp_path / "bin"

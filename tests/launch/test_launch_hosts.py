@@ -113,7 +113,12 @@ def test_a_failure_before_the_run_deletes_too(folder, launch):
   [
     ("ACTIVE", 143, ["ssh", "ssh"]),  # did a host fail by itself?; the run again
     pytest.param("ACTIVE", 134, ["ssh", "ssh"], marks=pytest.mark.slow),
-    ("SUSPENDED", 137, ["ssh", "delete", "create", "scp", "ssh", "ssh", "ssh"]),
+    pytest.param(
+      "SUSPENDED",
+      137,
+      ["ssh", "delete", "create", "scp", "ssh", "ssh", "ssh"],
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_after_preemption_the_run_restarts(state, status, again, folder, launch):

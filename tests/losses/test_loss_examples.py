@@ -7,15 +7,20 @@ import importlib
 import pkgutil
 
 import pytest
+from helpers.marks import slow_unless
 
 from bigalign import losses
 
 MODULES = sorted(
   module.name for module in pkgutil.walk_packages(losses.__path__, f"{losses.__name__}.")
 )
+# Their examples take seconds to compile.
+COMPILED = [
+  f"bigalign.losses.{name}" for name in ("albef", "m3co", "mixup", "per_sample.fastclip", "sparc")
+]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", slow_unless(MODULES, lambda name: name not in COMPILED))
 def test_examples_print_what_they_say(name):
   assert doctest.testmod(importlib.import_module(name)).failed == 0
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marks import slow_unless
 from scipy.special import erf
 
 from bigalign import tree
@@ -82,7 +83,7 @@ def test_every_projector_has_a_case():
   assert set(CASES) == set(PROJECTORS)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_unless(CASES, {"linear", "mlp", "residual"}.__contains__))
 def test_values_and_a_step_are_those_of_numpy(name):
   (options, ours, count), draws = CASES[name], np.random.default_rng(1)
   dim = D if name == "identity" else E

@@ -7,6 +7,7 @@ import inspect
 
 import flax.linen as nn
 import pytest
+from helpers.marks import slow_unless
 
 from bigalign import projectors
 from bigalign.projectors import PROJECTORS
@@ -17,7 +18,7 @@ MODULES = (bert, features, mobilenet, naflex, resnet, text, vit, projectors)
 
 @pytest.mark.parametrize(
   "module",
-  [pytest.param(x, marks=pytest.mark.slow) if x in (naflex, bert) else x for x in MODULES],
+  slow_unless(MODULES, lambda module: module in (features, mobilenet, resnet)),
   ids=lambda module: module.__name__,
 )
 def test_examples_run(module):

@@ -11,6 +11,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from helpers.marks import slow_unless
 from helpers.shipped import ROOT, load
 from helpers.small_shards import samples, write_tar
 
@@ -49,7 +50,7 @@ def test_says_what_a_run_is(name):
   assert f"--config=configs/{name}.py" in docstring or f"make {name}" in docstring
 
 
-@pytest.mark.parametrize("name", SCRATCH)
+@pytest.mark.parametrize("name", slow_unless(SCRATCH, ["siglip_b16", "tiny"].__contains__))
 def test_full_size_state(name):
   """Shapes and places of the whole state on two meshes of eight; no array is made."""
   config = resolve_config(load(name))

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 from helpers import small_runs
-from helpers.shipped import load
 
 from bigalign import train
 from bigalign.checkpoint import Checkpoints, Keep
@@ -86,7 +85,7 @@ def test_keeping_none_is_refused(tmp_path):
 def test_a_resumed_run_checks_what_it_keeps(tmp_path):
   """A metric without a value is an error before the first update, and stays one."""
   best = "val/image_to_text_R@1"
-  evals = {"val": {**load("tiny").evals.val, "batch_size": 256}}
+  evals = small_runs.evals(tmp_path / "shards")
   keep = {"last": 1, "every": 1, "best": best, "mode": "max"}
   changes = dict(checkpoint_every=1, eval_every=1, evals=evals, ema=0.0)
   mesh = {"data": 8, "fsdp": 1, "tensor": 1}

@@ -82,7 +82,6 @@ TOGETHER = {
   "keep": {"last": 9},
   "ema": 0.0,
   "loss": {"siglip": {"weight": 1.0}, "isogclr": {"tau_init": 0.07}},
-  "evals": {"val": {**load("tiny").evals.val, "batch_size": 64}},
 }
 
 
@@ -99,23 +98,24 @@ def _upto(step, workdir, copy):
 @pytest.mark.timeout(1200)
 def test_four_processes(tmp_path):
   """They learn, remember and read what one does; and lose nothing when some of them die."""
-  config = small_runs.write(tmp_path / "config.py", small_runs.config(MIXED, **TOGETHER))
+  together = {**TOGETHER, "evals": small_runs.evals(tmp_path, count=336, batch_size=8)}
+  config = small_runs.write(tmp_path / "config.py", small_runs.config(MIXED, **together))
   flags = [f"--config={config}", "--workdir"]
   alone, four, cut = (tmp_path / name for name in ("alone", "four", "cut"))
-  _train(alone, ONE, **TOGETHER)
+  _train(alone, ONE, **together)
   with small_runs.Run(tmp_path / "0", 4, *flags, four, program=__file__) as run:
     run.ends()
     _assert_batches_of_one([run.read(i) for i in range(4)])
   _assert_close(small_runs.losses(four), small_runs.losses(alone))
   _assert_same_findings(four, alone)
-  _survive(tmp_path, [*flags, cut], cut)
+  _survive(tmp_path, [*flags, cut], _upto(5, four, cut))
   assert small_runs.exact(cut) == small_runs.exact(four)
   _go_on_with_others(tmp_path, alone, four)
 
 
 def _go_on_with_others(tmp_path, alone, four):
   """From four processes to one, and from one to two: exactly the next samples."""
-  plain = {**TOGETHER, "evals": {}, "diagnose_every": 0}
+  plain = {**TOGETHER, "diagnose_every": 0}
   one = _train(_upto(10, four, tmp_path / "one"), _mesh((4, 1, 2)), **plain)
   _assert_close(one, small_runs.losses(four))
   two = _upto(10, alone, tmp_path / "two")

@@ -13,7 +13,6 @@ import jax
 import pytest
 from absl import app
 from helpers import small_runs
-from helpers.shipped import load
 
 from bigalign import train
 from bigalign.checkpoint import Checkpoints
@@ -29,7 +28,6 @@ CONFIG = {
   "diagnose_every": 2,
   "keep": {"last": 9, "best": BEST, "mode": "min"},
   "ema": 0.0,
-  "evals": {"val": {**load("tiny").evals.val, "batch_size": 256}},
 }
 # Where the signal comes; the step of the checkpoint that the run then leaves, and how many of this
 # step's rows are left to the next start.
@@ -58,7 +56,9 @@ def _rows(workdir, step):
 def test_a_signal_at_any_moment_loses_nothing(processes, tmp_path):
   """The last checkpoint is written, and the resumed runs write the rows of an undisturbed one."""
   mesh = {"data": 4, "fsdp": 2, "tensor": 1}
-  config = small_runs.write(tmp_path / "config.py", small_runs.config(mesh, **CONFIG))
+  config = small_runs.write(
+    tmp_path / "config.py", small_runs.config(mesh, **CONFIG, evals=small_runs.evals(tmp_path))
+  )
 
   def codes(workdir, moment):
     os.environ["MOMENT"] = moment

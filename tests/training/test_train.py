@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from helpers import small_runs
 from helpers.shipped import ROOT, load
 from helpers.small_shards import samples, write_tar
 
@@ -112,7 +113,7 @@ def test_resume_of_what_pods_run_is_bitwise(tiny, tmp_path):
   tiny.model.text.update(tower)
   tiny.log_every, tiny.data.workers, tiny.eval_every = 3, 2, 4
   tiny.mesh = dict(data=2, fsdp=2, tensor=2)
-  tiny.evals = load("tiny").evals
+  tiny.evals = small_runs.evals(tmp_path)
   whole = run(tmp_path / "whole", tiny)
   shutil.copytree(tmp_path / "whole", tmp_path / "cut")
   shutil.rmtree(tmp_path / "cut" / "checkpoints" / "8")
@@ -157,6 +158,7 @@ def test_diagnoses_have_the_position_of_their_state(tiny, tmp_path, monkeypatch)
   assert [(row["train/at_step"], row["train/at_samples"]) for row in rows] == [(1, 16), (2, 32)]
 
 
+@pytest.mark.slow
 def test_frozen_parameters(tiny, tmp_path):
   """No optimizer state, no gradient, unchanged to the bit, stored once, restored and resumed."""
   tiny.frozen, tiny.total_steps, tiny.checkpoint_every = "image_tower", 4, 2
