@@ -42,3 +42,8 @@ def data_root() -> pathlib.Path:
   if not root:
     pytest.skip("BIGALIGN_DATA is not set: the root of the real image-text shards")
   return pathlib.Path(root)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """The longest tests, which state a time limit, start first, so that none runs alone at the end."""
+  items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
