@@ -45,5 +45,5 @@ def data_root() -> pathlib.Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """The longest tests, which state a time limit, start first, so that none runs alone at the end."""
+  """The longest tests, which state a time limit, start first: none runs alone at the end."""
   items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
