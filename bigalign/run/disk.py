@@ -7,9 +7,11 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 
 from absl import logging
 
+_TRIES, _WAIT = 20, 0.1  # seconds
 _TEXTS = ("No space left on device", "Disk quota exceeded", "not enough space")
 
 
@@ -27,10 +29,21 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def remove_partial(folder: pathlib.Path) -> None:
-  """Removes what was being written in the folder of a run: it is never read."""
-  for place in (folder, folder / "checkpoints"):
-    for path in place.glob("*.orbax-checkpoint-tmp*"):
+  """Removes what was being written in the folder of a run: it is never read.
+
+  Call it while the run holds the lock of its folder. The next run writes there after that.
+  """
+  for _ in range(_TRIES):
+    partial = [
+      path
+      for place in (folder, folder / "checkpoints")
+      for path in place.glob("*.orbax-checkpoint-tmp*")
+    ]
+    if not partial:
+      break
+    for path in partial:
       shutil.rmtree(path, ignore_errors=True)
+    time.sleep(_WAIT)  # other threads of the failed save may still write their part
   for pattern in ("*.part", "*.tmp"):
     for path in folder.glob(pattern):
       path.unlink(missing_ok=True)
@@ -41,12 +54,11 @@ def exit_if_full(error: BaseException, folder: pathlib.Path, *, checkpoints: str
 
   Args:
     error: that ended the run.
-    folder: the local folder of the run.
+    folder: the local folder of the run, from which `train` has removed what was incomplete.
     checkpoints: the address of the checkpoints, if they are in a bucket.
   """
   if not is_full(error):
     return
-  remove_partial(folder)
   steps = [x.name for x in (folder / "checkpoints").glob("*") if x.name.isdecimal()]
   newest = f"from step {max(map(int, steps))}" if steps else "and starts again"
   newest = f"from the newest checkpoint in {checkpoints}" if checkpoints else newest

@@ -21,6 +21,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
+from bigalign import tree
 from bigalign.private_apis import coordination_client, is_lost_process, missing_at_barrier
 from bigalign.run import errors, watchdog
 from bigalign.run.stop_signals import StopSignals
@@ -191,7 +192,8 @@ class Watchdog:
       if time.monotonic() - since > self._patience:
         reported = client.key_value_dir_get("bigalign/step/")
         steps = {int(key.rsplit("/", 1)[1]): int(value) for key, value in reported}
-        logging.error("%s %s", hang_message(steps, self._patience), watchdog.describe())
+        message = hang_message(steps, self._patience, jax.process_count())
+        logging.error("%s %s", message, watchdog.describe())
         _exit_to_restart()
 
   def _watch_alone(self) -> None:
@@ -218,7 +220,7 @@ class Watchdog:
         )
         warned = True
       elif not computes:
-        logging.error("%s %s", hang_message({0: last[0]}, self._patience), watchdog.describe())
+        logging.error("%s %s", hang_message({0: last[0]}, self._patience, 1), watchdog.describe())
         _exit_to_restart()
 
 
@@ -229,20 +231,25 @@ def _exit_to_restart() -> NoReturn:
   os._exit(RESTART_EXIT_CODE)
 
 
-def hang_message(steps: dict[int, int], patience: float) -> str:
+def hang_message(steps: dict[int, int], patience: float, processes: int) -> str:
   """Returns the error to log when no process completes a step.
 
   Args:
     steps: {process: the last step that it reported}.
     patience: seconds without a completed step.
+    processes: of the run; one that is not in `steps` hangs before it reports its first step.
   """
   first = min(steps.values())
   slowest = [process for process, step in sorted(steps.items()) if step == first]
-  who = f"processes {slowest} hang after step {first}; the others wait for them"
-  if len(slowest) == len(steps):
-    who = f"all {len(steps)} processes hang after step {first}"
-  if len(steps) == 1:
+  silent = [process for process in range(processes) if process not in steps]
+  if processes == 1:
     who = f"the process hangs after step {first}"
+  elif silent:
+    who = f"processes {tree.shown(silent)} have not reported any step; the others wait for them"
+  elif len(slowest) == processes:
+    who = f"all {processes} processes hang after step {first}"
+  else:
+    who = f"processes {tree.shown(slowest)} hang after step {first}; the others wait for them"
   return (
     f"No step in {patience:.0f} s: {who}. Look at their machines and logs. Run the same command to"
     " resume from the newest checkpoint. If steps, evaluations or compilations may take longer,"

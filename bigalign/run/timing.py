@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -136,21 +137,36 @@ class Profile:
     self.stop()
 
 
+_EVENTS = (COMPILE_SECONDS_EVENT, COMPILE_REQUEST_EVENT, COMPILATION_CACHE_HIT_EVENT)
+
+
+@functools.cache
+def _event_sums() -> collections.Counter[str]:
+  """{event of JAX: its seconds, or how often it happened} in this process, since the first call.
+
+  JAX keeps its listeners, so a process registers them once and not for each of its runs, of which
+  some end before their first step.
+  """
+  sums: collections.Counter[str] = collections.Counter()
+
+  def count(event: str, **_: Any) -> None:
+    sums[event] += 1
+
+  def add(event: str, duration_secs: float, **_: Any) -> None:
+    sums[event] += duration_secs  # type: ignore[assignment]
+
+  jax.monitoring.register_event_listener(count)
+  jax.monitoring.register_event_duration_secs_listener(add)
+  return sums
+
+
 class StartupTimer:
   """Measures the time from its creation to the end of the first step, and the compilations."""
 
   def __init__(self) -> None:
     self._begin = time.perf_counter()
-    self._sums: dict[str, float] = collections.defaultdict(float)
+    self._before = collections.Counter(_event_sums())
     self._metrics: dict[str, float] | None = None
-    jax.monitoring.register_event_listener(self._count)
-    jax.monitoring.register_event_duration_secs_listener(self._add)
-
-  def _count(self, event: str, **_: Any) -> None:
-    self._sums[event] += 1
-
-  def _add(self, event: str, duration_secs: float, **_: Any) -> None:
-    self._sums[event] += duration_secs
 
   def first_step(self, metrics: Any) -> None:
     """Waits for the metrics of the first step and logs the times; later calls do nothing.
@@ -161,13 +177,13 @@ class StartupTimer:
     if self._metrics is not None:
       return
     jax.block_until_ready(metrics)
-    jax.monitoring.unregister_event_listener(self._count)
-    jax.monitoring.unregister_event_duration_listener(self._add)
+    sums = _event_sums()
+    since = {event: sums[event] - self._before[event] for event in _EVENTS}
     self._metrics = {
       "perf/seconds_to_first_step": time.perf_counter() - self._begin,
-      "perf/compile_seconds": self._sums[COMPILE_SECONDS_EVENT],
-      "perf/programs": self._sums[COMPILE_REQUEST_EVENT],
-      "perf/programs_from_cache": self._sums[COMPILATION_CACHE_HIT_EVENT],
+      "perf/compile_seconds": since[COMPILE_SECONDS_EVENT],
+      "perf/programs": since[COMPILE_REQUEST_EVENT],
+      "perf/programs_from_cache": since[COMPILATION_CACHE_HIT_EVENT],
     }
     seconds, compiling, programs, cached = self._metrics.values()
     logging.info(

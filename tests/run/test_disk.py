@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -130,12 +131,83 @@ def test_the_next_start_removes_the_shared_memory_of_a_killed_run(tmp_path):
   process.communicate()
   time.sleep(0.5)
   left = {path.name for path in {*shared.iterdir()} - before}
-  owner = "bigalign-" + hashlib.sha256(str(tmp_path).encode()).hexdigest()[:16] + "-"
+  status = tmp_path.stat()
+  place = f"{status.st_dev}/{status.st_ino}"
+  owner = "bigalign-" + hashlib.sha256(place.encode()).hexdigest()[:16] + "-"
   mine = {name for name in left if name.startswith((owner, f"sem.{owner}"))}
   assert {name.partition("-")[0] for name in mine} == {"bigalign", "sem.bigalign"}
   assert not shared_memory.remove_left_over("bigalign-another-", "x")
   assert {*shared_memory.remove_left_over(owner, "x")} == mine
   assert not any((shared / name).exists() for name in mine)
+
+
+@pytest.fixture
+def names(monkeypatch):
+  """Beginnings of the names of shared memory, of each owner in turn."""
+  made: list[str] = []
+  monkeypatch.setattr(workers, "_PREFIX", [*workers._PREFIX])
+  monkeypatch.setattr(workers, "name_shared_memory", lambda prefix: None)
+  monkeypatch.setattr(shared_memory, "remove_left_over", lambda owner, mine: made.append(owner))
+  return made
+
+
+def test_another_folder_with_the_same_path_is_another_owner(names, tmp_path):
+  """As /workdir of two containers that share /dev/shm."""
+  one, link = tmp_path / "one", tmp_path / "link"
+  one.mkdir()
+  link.symlink_to(one)
+  workers.own_shared_memory(str(one))
+  workers.own_shared_memory(str(link))
+  one.rename(tmp_path / "kept")
+  one.mkdir()
+  workers.own_shared_memory(str(one))
+  workers.own_shared_memory(str(tmp_path / "kept"))
+  workers.own_shared_memory("gs://bucket/one")
+  first, same, other, kept, bucket = names
+  assert first == same == kept and len({first, other, bucket}) == 3
+
+
+def test_shared_memory_of_another_user_stays(monkeypatch, tmp_path):
+  monkeypatch.setattr(shared_memory, "_MOUNT", str(tmp_path))
+  for name in ("run-a", "run-theirs", "run-mine-b"):
+    (tmp_path / name).touch()
+  unlink = os.unlink
+
+  def refuse(path):
+    if path.endswith("theirs"):
+      raise PermissionError(errno.EPERM, "Operation not permitted")
+    unlink(path)
+
+  monkeypatch.setattr(os, "unlink", refuse)
+  assert shared_memory.remove_left_over("run-", "run-mine-") == ["run-a"]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["run-mine-b", "run-theirs"]
+
+
+def test_incomplete_files_are_removed_while_the_lock_is_held(tmp_path, monkeypatch):
+  """Afterwards the folder belongs to the next run."""
+  done = []
+
+  class Locked:
+    local = tmp_path
+
+    @contextlib.contextmanager
+    def locked(self):
+      try:
+        yield
+      finally:
+        done.append("released")
+
+  def fail(*args, **options):
+    raise FULL
+
+  monkeypatch.setattr(train, "Workdir", lambda workdir: Locked())
+  monkeypatch.setattr(train, "setup", fail)
+  monkeypatch.setattr(disk, "remove_partial", lambda folder: done.append("removed"))
+  with pytest.raises(OSError, match="No space left"):
+    train.train({}, tmp_path)
+  monkeypatch.setattr(os, "_exit", done.append)
+  disk.exit_if_full(FULL, tmp_path)
+  assert done == ["removed", "released", 1]
 
 
 if __name__ == "__main__":

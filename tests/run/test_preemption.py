@@ -137,9 +137,12 @@ def test_errors_exit_with_1_and_lost_processes_with_143(error, code, monkeypatch
 
 
 def test_processes_that_hang_are_named():
-  message = preemption.hang_message({0: 13, 1: 12, 2: 13}, 600.0)
+  message = preemption.hang_message({0: 13, 1: 12, 2: 13}, 600.0, 3)
   assert "No step in 600 s: processes [1] hang after step 12" in message
-  assert "all 2 processes hang after step 7" in preemption.hang_message({0: 7, 1: 7}, 60.0)
+  assert "all 2 processes hang after step 7" in preemption.hang_message({0: 7, 1: 7}, 60.0, 2)
+  assert "the process hangs after step 7" in preemption.hang_message({0: 7}, 60.0, 1)
+  silent = preemption.hang_message({0: 7, 2: 7}, 60.0, 12)
+  assert "processes [1, 3, 4, 5, 6, 7, 8, 9] and 2 more have not reported any step" in silent
 
 
 def test_damaged_checkpoints_are_named_and_never_restored(tmp_path):

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas
 
-from bigalign.private_apis import FUSED_ATTENTION_PRODUCTS
-from bigalign.run import flops
-from bigalign.run.timing import StepTimer
+from bigalign.private_apis import (
+  COMPILE_REQUEST_EVENT,
+  COMPILE_SECONDS_EVENT,
+  FUSED_ATTENTION_PRODUCTS,
+)
+from bigalign.run import flops, timing
+from bigalign.run.timing import StartupTimer, StepTimer
 
 
 def _seconds_per_step(step, x, pauses):
@@ -76,3 +80,23 @@ def test_a_kernel_counts_as_often_as_its_grid_runs():
 
   x, y = jnp.ones((32, 64)), jnp.ones((64, 16))
   assert flops.count(product, x, y) == flops.count(jnp.matmul, x, y) == 2 * 32 * 64 * 16
+
+
+def test_runs_of_one_process_share_the_listeners_of_jax(monkeypatch):
+  """Also those that end before their first step; each counts only what came after its start."""
+  timing._event_sums.cache_clear()
+  counts, durations = [], []
+  monkeypatch.setattr(jax.monitoring, "register_event_listener", counts.append)
+  monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", durations.append)
+  timers = []
+  for _ in range(3):
+    timers.append(StartupTimer())
+    counts[0](COMPILE_REQUEST_EVENT)
+    durations[0](COMPILE_SECONDS_EVENT, 0.5)
+  assert len(counts) == len(durations) == 1
+  for timer, programs in zip(timers, (3, 2, 1)):
+    timer.first_step(jnp.zeros(()))
+    row = timer.take_metrics()
+    assert (row["perf/programs"], row["perf/compile_seconds"]) == (programs, programs / 2)
+    assert row["perf/programs_from_cache"] == 0
+  timing._event_sums.cache_clear()

@@ -37,10 +37,12 @@ def remove_left_over(owner: str, mine: str) -> list[str]:
     for name in os.listdir(_MOUNT)
     if (plain := name.removeprefix("sem.")).startswith(owner) and not plain.startswith(mine)
   ]
+  removed = []
   for name in names:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # of another user
       os.unlink(os.path.join(_MOUNT, name))
-  return names
+      removed.append(name)
+  return removed
 
 
 @dataclasses.dataclass(frozen=True)

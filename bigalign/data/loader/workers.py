@@ -50,11 +50,17 @@ _PREFIX = [f"bigalign-0-{_START}-"]  # of the names of shared memory
 def own_shared_memory(owner: str) -> None:
   """Names the shared memory of workers after its owner, and removes what a killed run left.
 
+  A local folder is identified by its device and inode: containers that share /dev/shm can each have
+  another folder with the same path.
+
   Args:
-    owner: the folder of the run. No other process uses its shared memory now.
+    owner: the folder of the run, local or gs://…. No other process uses its shared memory now.
   """
   if not shared_memory.HAS_FILES:
     return
+  if os.path.isdir(owner):
+    status = os.stat(owner)
+    owner = f"{status.st_dev}/{status.st_ino}"
   name = f"bigalign-{hashlib.sha256(owner.encode()).hexdigest()[:16]}-"
   _PREFIX[0] = f"{name}{_START}-"
   name_shared_memory(_PREFIX[0])  # the semaphores of the queues are made in this process
