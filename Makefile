@@ -22,7 +22,7 @@ TEST := $(VENV)/.installed-test$(subst $(space),,$(addprefix -,$(EXTRAS)))
 list = $(subst $(space),$(comma),$(strip $(1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart base install test test-slow test-optimized test-all test-long lint constraints clean
+.PHONY: help quickstart base install test test-slow test-optimized test-all test-long lint constraints dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -64,17 +64,25 @@ constraints: $(TEST)  ## write the versions in .venv to .ci/constraints.txt
 	@$(BIN)/python .ci/freeze.py > .ci/constraints.new
 	@mv .ci/constraints.new .ci/constraints.txt
 
+# A source distribution, and the wheel that is built from it alone.
+dist: $(TEST)  ## build the source distribution and the wheel in dist/
+	@rm -rf dist && mkdir dist
+	@$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > dist/log
+	@$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist dist/*.tar.gz
+	@rm dist/log && ls dist
+
 clean:  ## remove .venv, caches and build folders, but no runs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(BASE): pyproject.toml .ci/constraints.txt | $(BIN)/pip
+$(BASE): pyproject.toml setup.py .ci/constraints.txt | $(BIN)/pip
 	@echo "Installing into $(VENV), once; this takes a minute or two"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt \
 	  --editable "$(if $(strip $(EXTRAS)),.[$(call list,$(EXTRAS))],.)"
 	@touch "$@"
 
-$(TEST): pyproject.toml .ci/constraints.txt | $(BIN)/pip
+$(TEST): pyproject.toml setup.py .ci/constraints.txt | $(BIN)/pip
 	@echo "Installing into $(VENV), once; this takes a minute or two"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt \
 	  --editable ".[$(call list,test $(EXTRAS))]"
