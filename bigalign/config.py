@@ -121,7 +121,14 @@ class Config:
 def resolve_config(
   values: Any, record: Mapping[str, Any] | None = None, *, files_needed: bool = True
 ) -> Config:
-  """The options of a config, every default filled in.
+  """The options of a config, every default filled in; see `resolve_and_compare`."""
+  return resolve_and_compare(values, record, files_needed=files_needed)[0]
+
+
+def resolve_and_compare(
+  values: Any, record: Mapping[str, Any] | None = None, *, files_needed: bool = True
+) -> tuple[Config, tuple[str, ...]]:
+  """The options of a config, every default filled in, and how they differ from its checkpoints.
 
   Args:
     values: a ConfigDict or a mapping of plain values, as a config file gives them.
@@ -129,18 +136,24 @@ def resolve_config(
       checkpoint files have changed since.
     files_needed: False: if a pretrained checkpoint is missing, use the sizes next to its `init`.
 
+  Returns:
+    The options, and a text for each option of `data` that differs from what the pretrained
+    checkpoints state; these are logged too.
+
   Raises:
     TypeError, ValueError: for unknown, missing or wrong options; they name the place.
     FileNotFoundError, KeyError: for a pretrained checkpoint that is missing.
   """
-  values = plain(values)
+  values, differences = plain(values), ()
   if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
     given = values.get("data")
     data = given if isinstance(given, Mapping) else {}
-    model, data = init.completed(values["model"], data, record, files_needed=files_needed)
+    model, data, differences = init.completed(
+      values["model"], data, record, files_needed=files_needed
+    )
     values = {**values, "model": model, **({"data": data} if isinstance(given, Mapping) else {})}
   config: Config = resolve(Config, values, "config")
-  return config
+  return config, differences
 
 
 def written_model(values: Mapping[str, Any]) -> dict[str, Any]:

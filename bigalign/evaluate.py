@@ -88,6 +88,8 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   meta = checkpoints.meta(number)
   config = recorded_config(meta, folder.local)
   _warn_of_tokenizer(meta, config, folder.local)
+  for line in meta.get("differences", ()):  # from the checkpoint with which the run began
+    logging.warning("%s", line)
   meta["config"] = plain(recorded_config(meta))
   program = make_program(config, dataset_size=meta["dataset_size"])
   # The machine may differ from the one that trained: the model is replicated on all its devices.

@@ -23,7 +23,7 @@ from bigalign.config import (
   Config,
   originals,
   recorded_config,
-  resolve_config,
+  resolve_and_compare,
   setup_runtime,
   tokenizer_digest,
   tokenizer_files,
@@ -162,7 +162,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   folder.download()
   values = plain(config)
   record = _record(folder)
-  options = resolve_config(values, record)
+  options, differences = resolve_and_compare(values, record)
   inputs = open_data(options.data)
   dataset_size = len(inputs.source)
   stages = split(options, dataset_size=dataset_size)
@@ -207,7 +207,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   }
   check_hosts_agree(meta)
   copied = copies.read(originals(options))
-  meta["copies"] = copied.record
+  meta["copies"], meta["differences"] = copied.record, [*differences]
   if record:
     record = {**record, "config": plain(recorded_config(record))}
   check_config(folder.local, record, meta, allow_config_change)

@@ -56,13 +56,28 @@ class Pretrained(NamedTuple):
   drop: str
 
 
+class Completed(NamedTuple):
+  """Options with what the checkpoints of a run state.
+
+  Args:
+    model: config.model with all options of the towers.
+    data: config.data with image_size, resize, resize_edge, interpolation and tokenizer.
+    differences: how `data` differs from what the checkpoints state, a text each. Those of a run
+      that resumes are those with which it began.
+  """
+
+  model: dict[str, Any]
+  data: dict[str, Any]
+  differences: tuple[str, ...] = ()
+
+
 def completed(
   model: Mapping[str, Any],
   data: Mapping[str, Any],
   record: Mapping[str, Any] | None = None,
   *,
   files_needed: bool = True,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> Completed:
   """config.model and config.data with what the checkpoints state. Reads no tensor.
 
   Args:
@@ -73,9 +88,8 @@ def completed(
     files_needed: False: if files of a checkpoint are missing here, use the sizes next to `init`.
 
   Returns:
-    The options of the model. `data` with image_size, resize, resize_edge, interpolation and
-    tokenizer, as far as it does not give them itself and no store holds the inputs of the tower;
-    warnings show what differs.
+    The options. Those of `data` are completed as far as it does not give them itself and no store
+    holds the inputs of the tower; warnings show the differences.
 
   Raises:
     FileNotFoundError: for a path that does not exist.
@@ -84,22 +98,29 @@ def completed(
       missing that are not needed, and the sizes are not written.
   """
   if record and record["model"] == model:
-    was = record["config"]
-    return dict(was["model"]), _as_recorded(model, data, was["data"])
+    was, differences = record["config"], tuple(record.get("differences", ()))
+    for line in differences:
+      logging.warning("%s", line)
+    return Completed(dict(was["model"]), _as_recorded(model, data, was["data"]), differences)
   try:
     parts = _pretrained_parts(model)
     full = _options(model, parts)
   except (FileNotFoundError, KeyError) as error:
     if files_needed:
       raise
-    return _written_sizes(model, error), dict(data)
-  full_data = dict(data)
+    return Completed(_written_sizes(model, error), dict(data))
+  full_data, found = dict(data), []
   for part in parts:
     if part.side in ("", "image") and not _stored(data, "image"):
       full_data = with_view(full_data, part.checkpoint.view)
+      found += _view_differences(full_data, part.checkpoint.view)
     if part.side in ("", "text") and not _stored(data, "text"):
-      full_data = _with_tokenizer(full_data, part)
-  return full, full_data
+      given = data.get("tokenizer")
+      if given is None or isinstance(given, Mapping):
+        chosen, lines = tokenizer.completed_and_compared(part.checkpoint, given, part.init)
+        full_data |= {} if chosen is None else {"tokenizer": chosen}
+        found += lines
+  return Completed(full, full_data, tuple(found))
 
 
 def options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,20 +177,15 @@ def with_view(data: Mapping[str, Any], view: views.View | None) -> dict[str, Any
   }
   if missing:
     logging.info("config.data: %s, as %s states", missing, view.where or view.size_where)
-  full = {**_VIEW, **{k: v for k, v in data.items() if v is not None}, **missing}
-  if full["image_size"] is not None:
-    for line in views.differences(view, full):
-      logging.warning("%s", line)
+  for line in _view_differences({**data, **missing}, view):
+    logging.warning("%s", line)
   return {**data, **missing}
 
 
-def _with_tokenizer(data: Mapping[str, Any], part: Pretrained) -> dict[str, Any]:
-  """config.data with what the checkpoint of the text tower states about its tokenizer."""
-  given = data.get("tokenizer")
-  if given is not None and not isinstance(given, Mapping):
-    return dict(data)
-  full = tokenizer.completed(part.checkpoint, given, part.init)
-  return dict(data) if full is None else {**data, "tokenizer": full}
+def _view_differences(data: Mapping[str, Any], view: views.View | None) -> list[str]:
+  """How config.data differs from the view; none without the size of images."""
+  full = {**_VIEW, **{k: v for k, v in data.items() if v is not None}}
+  return [] if view is None or full["image_size"] is None else views.differences(view, full)
 
 
 def _as_recorded(

@@ -113,14 +113,21 @@ def completed(
   Returns:
     The options; None if none are given and the checkpoint has no tokenizer.
   """
+  return completed_and_compared(checkpoint, given, init)[0]
+
+
+def completed_and_compared(
+  checkpoint: Checkpoint, given: Mapping[str, Any] | None, init: str = ""
+) -> tuple[dict[str, Any] | None, list[str]]:
+  """Returns what `completed` returns, and the differences that it logs."""
   options = _identified(checkpoint, {k: v for k, v in (given or {}).items() if v is not None}, init)
   if "name" not in options:
-    return options or None
+    return options or None, []
   name = str(options["name"])
   try:
     tokenizer = make_tokenizer(**options)
   except _ERRORS:
-    return options  # whoever opens the data reports it
+    return options, []  # whoever opens the data reports it
   file = options.get("path")
   statements = statements_of(checkpoint, tokenizer.file.parent if tokenizer.file else None)
   before = dict(options)
@@ -140,19 +147,18 @@ def completed(
   if options != before:
     tokenizer = make_tokenizer(**options)
   stated.warn(tokenizer, statements)
-  if not stated.differences(tokenizer, statements):
-    _warn_of_other_ids(tokenizer, checkpoint)
+  differences = stated.differences(tokenizer, statements)  # which are logged now
+  others = [] if differences else _other_ids(tokenizer, checkpoint)
   unknown = "pad_token" not in statements and options.get("pad") is None
   if unknown and _padding_matters(checkpoint.model["text"]):
-    logging.warning(
-      "%s: no file states which token pads, and the text tower sees padding; the tokenizer %r"
-      " pads with %d. SigLIP pads with its end token, 1 in c4_en; SigLIP 2 with 0. Set"
-      " config.data.tokenizer.pad",
-      checkpoint.path,
-      name,
-      tokenizer.pad,
+    others.append(
+      f"{checkpoint.path}: no file states which token pads, and the text tower sees padding; the"
+      f" tokenizer {name!r} pads with {tokenizer.pad}. SigLIP pads with its end token, 1 in c4_en;"
+      " SigLIP 2 with 0. Set config.data.tokenizer.pad"
     )
-  return options
+  for line in others:
+    logging.warning("%s", line)
+  return options, [*(f"config.data.tokenizer: {line}" for line in differences), *others]
 
 
 def _identified(checkpoint: Checkpoint, given: dict[str, Any], init: str) -> dict[str, Any]:
@@ -189,24 +195,24 @@ def _as_written(path: str, checkpoint: Checkpoint, init: str) -> str:
   return f"{folder.rstrip('/')}/{inside}"
 
 
-def _warn_of_other_ids(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
-  """Logs a text of which the tokenizer of the checkpoint gives other ids, if there is one."""
+def _other_ids(tokenizer: Tokenizer, checkpoint: Checkpoint) -> list[str]:
+  """A text for which the tokenizer of the checkpoint gives other ids, if there is one."""
   folders = {x.resolve() for x in _folders(checkpoint)}
   if tokenizer.file is not None and tokenizer.file.resolve().parent in folders:
-    return
+    return []
   theirs = of_checkpoint(checkpoint)
   if theirs is None or theirs["name"] == tokenizer.name == "clip":
-    return
+    return []
   options = _with_pad({**theirs, "length": tokenizer.length}, statements_of(checkpoint))
   with stated.silent():
     other = make_tokenizer(**options)
   for text, ours, wanted in zip(_TEXTS, _ids(tokenizer), _ids(other)):
     if ours != wanted:
-      logging.warning(
-        "config.data.tokenizer gives other ids than the tokenizer of %s: for %r %s, not %s",
-        *(checkpoint.path, text, ours, wanted),
-      )
-      return
+      return [
+        f"config.data.tokenizer gives other ids than the tokenizer of {checkpoint.path}: for"
+        f" {text!r} {ours}, not {wanted}"
+      ]
+  return []
 
 
 def _ids(tokenizer: Tokenizer) -> list[list[int]]:

@@ -207,8 +207,8 @@ def differences(view: View, data: Mapping[str, Any]) -> list[str]:
     data: image_size, resize, resize_edge and interpolation.
   """
   theirs = dict(view.options)
-  if view.size != data["image_size"]:
-    theirs.pop("resize_edge", None)  # the edge belongs to the size
+  if (view.size, theirs.get("resize")) != (data["image_size"], data["resize"]):
+    theirs.pop("resize_edge", None)  # the edge belongs to both
   lines = [
     f"config.data.{key} is {data[key]!r}, but {view.where} states {value!r}"
     for key, value in theirs.items()

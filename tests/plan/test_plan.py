@@ -207,7 +207,7 @@ def test_a_missing_checkpoint_can_be_replaced_by_sizes(tmp_path):
   with pytest.raises(ValueError, match=r"write them next to `init`.*nowhere"):
     completed(model, {}, files_needed=False)
   model["image"] |= dict(name="vit", variant="S")
-  sizes, _ = completed(model, {}, files_needed=False)
+  sizes = completed(model, {}, files_needed=False).model
   assert sizes == dict(
     image=dict(name="vit", variant="S"),
     text=dict(name="text", vocab_size=9, length=4),

@@ -152,12 +152,12 @@ def test_the_view_of_images_is_the_checkpoints(tmp_path, files, expected, caplog
   path = pictures(tmp_path, **files)
   model = dict(image=dict(init=str(path)))
   data = dict(image_size=16, tokenizer=dict(name="byte", length=4))
-  _, filled = init.completed(model, data)
+  filled = init.completed(model, data).data
   assert {k: v for k, v in filled.items() if k not in data} == expected
   assert not [x for x in caplog.records if x.levelname == "WARNING"]
   resolve_data(filled)
   ours = dict(data, resize="longest", interpolation="bicubic")
-  assert init.completed(model, ours)[1] == ours  # what the config says is kept
+  assert init.completed(model, ours).data == ours  # what the config says is kept
   warned = " ".join(x.getMessage() for x in caplog.records if x.levelname == "WARNING")
   assert ("config.data.resize is 'longest', but" in warned) == ("resize" in expected)
   assert ("interpolation is 'bicubic', but" in warned) == ("bilinear" in expected.values())
@@ -174,10 +174,10 @@ def test_the_size_of_images_is_the_checkpoints(tmp_path, caplog):
   ):
     size = 24 if files.get("preprocessor") == squash else 16
     model = dict(image=dict(init=str(pictures(folder_, **files))))
-    assert init.completed(model, {})[1]["image_size"] == size
-    assert init.completed(model, dict(image_size=None))[1]["image_size"] == size
+    assert init.completed(model, {}).data["image_size"] == size
+    assert init.completed(model, dict(image_size=None)).data["image_size"] == size
     assert not [x for x in caplog.records if x.levelname == "WARNING"]
-    assert init.completed(model, dict(image_size=32))[1]["image_size"] == 32
+    assert init.completed(model, dict(image_size=32)).data["image_size"] == 32
     text = " ".join(x.getMessage() for x in caplog.records if x.levelname == "WARNING")
     assert "config.data.image_size is 32, but" in text and f"{file} states {size}" in text
     caplog.clear()
@@ -213,14 +213,14 @@ def test_a_resumed_run_keeps_its_view(tmp_path):
   model, data = dict(image=dict(init=str(path))), dict(image_size=16)
   was = dict(data, resize="squash", resize_edge=None)
   record = dict(model=model, config=dict(model=model, data=was))
-  assert init.completed(model, data, record)[1]["resize"] == "squash"
-  assert init.completed(model, data)[1]["resize"] == "shortest"
+  assert init.completed(model, data, record).data["resize"] == "squash"
+  assert init.completed(model, data).data["resize"] == "shortest"
   was |= dict(resize="shortest", resize_edge=20, interpolation="bilinear")
   kept = {k: was[k] for k in ("image_size", "resize", "resize_edge", "interpolation")}
   for given in (data, {}, dict(resize_edge=None), dict(image_size=None, interpolation=None)):
-    assert init.completed(model, given, record)[1] == kept
+    assert init.completed(model, given, record).data == kept
   given = dict(data, resize="squash")  # a change of the config; the edge is not one of "squash"
-  squashed = init.completed(model, given, record)[1]
+  squashed = init.completed(model, given, record).data
   assert squashed == {k: {**kept, **given}[k] for k in kept if k != "resize_edge"}
 
 

@@ -19,7 +19,7 @@ from helpers.tower_oracles import CASES, describe, error, images, stored
 from helpers.tower_oracles import ROOT as ORACLES
 
 from bigalign import sharding, tree
-from bigalign.config import resolve_config
+from bigalign.config import resolve_and_compare, resolve_config
 from bigalign.evaluate import open_run
 from bigalign.model import PIXELS, unit
 from bigalign.program import init_on_mesh, layout, make_program
@@ -152,10 +152,14 @@ def test_tower_oracle_two_towers_of_two_checkpoints(tmp_path, caplog):
     "Frozen: 25 of the 25 arrays of model/image_tower",
   ):
     assert line in caplog.text, line
+  differs = f"config.data.image_size is {size}, but {tmp_path}/hf_dinov2/"
+  assert differs in caplog.text
   for name in ("hf_dinov2", "st_bert_mean"):
     shutil.rmtree(tmp_path / name)
 
+  caplog.clear()
   run = open_run(tmp_path / "run")
+  assert differs in caplog.text  # the evaluation has that size too
   image, _, text, _ = outputs(run, io, "pixel_values_interp")
   assert error(image, io["out_pooler_interp"]) <= TOLERANCE
   assert TOLERANCE < error(text, io["out_mean_normalized"]) < 0.05, "it learns, from there"
@@ -167,7 +171,9 @@ def test_tower_oracle_two_towers_of_two_checkpoints(tmp_path, caplog):
 
   for step in ("2", "3"):
     shutil.rmtree(tmp_path / "run/checkpoints" / step)
+  caplog.clear()
   again = train(c, tmp_path / "run")
+  assert differs in caplog.text
   jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(x) for x in (whole, again)))
   other = dict(given, text=dict(given["text"], init=str(ORACLES / "st_bert_mean")))
   given["image"]["init"] = str(ORACLES / "hf_dinov2")
@@ -432,6 +438,7 @@ def test_two_towers_bring_their_own_inputs_and_are_described_once(clip, tmp_path
   other = folder(tmp_path / "other", CLIP, clip_keys())
   (other / "preprocessor_config.json").write_text(json.dumps(dict(size=dict(height=8, width=8))))
   bert_json(other, lower=False)
+  (clip / "added_tokens.json").write_text(json.dumps({"<new>": 40}))
   described = []
   real = init.describe
   monkeypatch.setattr(init, "describe", lambda path, **x: described.append(path) or real(path, **x))
@@ -446,7 +453,17 @@ def test_two_towers_bring_their_own_inputs_and_are_described_once(clip, tmp_path
   assert data.text_length == 6
   values["model"] = dict(init=str(clip))
   data = resolve_config(values).data
-  assert described[2:] == [clip] and data.tokenizer.option("path") == str(clip / "tokenizer.json")
+  values["data"] |= dict(resize="longest", tokenizer=dict(length=4))
+  config, differences = resolve_and_compare(values)
+  assert config.data.resize == "longest" and config.data.text_length == 4
+  assert [x.split(",")[0] for x in differences] == [
+    "config.data.resize is 'longest'",
+    "config.data.tokenizer: a text ends with the id 3",
+    "config.data.tokenizer: the token '<new>' has the id None",
+  ]
+  assert described[2:] == [clip, clip] and data.tokenizer.option("path") == str(
+    clip / "tokenizer.json"
+  )
 
 
 def test_names_of_open_clip_are_sizes(tmp_path):

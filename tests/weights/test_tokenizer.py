@@ -136,7 +136,7 @@ def test_the_tokenizer_is_the_checkpoints(tmp_path, monkeypatch, warnings, given
   write(home, tokenizer_config=dict(model_max_length=5, pad_token="[UNK]"))
   monkeypatch.setenv("HOME_OF_BERT", str(tmp_path))
   model = dict(text=dict(init="$HOME_OF_BERT/bert/"))
-  _, data = weights.init.completed(model, dict(tokenizer=given))
+  data = weights.init.completed(model, dict(tokenizer=given)).data
   own = dict(name="hf", path="$HOME_OF_BERT/bert/tokenizer.json", length=5) | (given or {})
   assert data["tokenizer"] == own
   made = make_tokenizer(**data["tokenizer"])
@@ -146,7 +146,7 @@ def test_the_tokenizer_is_the_checkpoints(tmp_path, monkeypatch, warnings, given
   assert len(shown) == (given in (dict(length=4), dict(pad=9))), shown
   recorded = dict(pad=None, prompt=None) | own
   record = dict(model=model, config=dict(model=model, data=dict(tokenizer=recorded)))
-  assert weights.init.completed(model, dict(tokenizer=given), record)[1]["tokenizer"] == own
+  assert weights.init.completed(model, dict(tokenizer=given), record).data["tokenizer"] == own
 
 
 def test_the_tokenizer_next_to_a_file(tmp_path, monkeypatch):
