@@ -144,7 +144,8 @@ def resolve_and_compare(
     TypeError, ValueError: for unknown, missing or wrong options; they name the place.
     FileNotFoundError, KeyError: for a pretrained checkpoint that is missing.
   """
-  values, differences = plain(values), ()
+  values = plain(values)
+  differences: tuple[str, ...] = ()
   if isinstance(values, Mapping) and isinstance(values.get("model"), Mapping):
     given = values.get("data")
     data = given if isinstance(given, Mapping) else {}
