@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from bigalign.data.stores.reader import DTYPES
 from bigalign.run import overrides
@@ -109,11 +109,11 @@ def profile_span(text: str) -> tuple[int, int]:
   """Returns the steps of --profile as numbers: "10:15" -> (10, 15).
 
   Raises:
-    app.UsageError: if the text has another form.
+    UsageError: if the text has another form.
   """
   first, _, last = text.partition(":")
   if not (first.isdecimal() and last.isdecimal()):
-    raise app.UsageError(f"--profile={text}: two steps are wanted, as in --profile=10:15")
+    raise UsageError(f"--profile={text}: two steps are wanted, as in --profile=10:15")
   return int(first), int(last)
 
 
@@ -141,8 +141,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     raise UsageError(f"{text}{end} `{argv[0]} --help` lists the flags") from error
   flag = _config_flag()
   if flag.value is None:
+    near = f" Did you mean --config={remaining[1]}?" if remaining[1:] else ""
     raise UsageError(
-      f"--config=NAME or --config=FILE is missing. Shipped configs: {', '.join(shipped())}"
+      f"--config=NAME or --config=FILE is missing.{near} Shipped configs: {', '.join(shipped())}"
     )
   flag.text = flag.value
   config = load_config(flag.text)
