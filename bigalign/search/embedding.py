@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,14 +60,15 @@ def weights_digest(params: Mapping[str, Any], side: str) -> str:
 
 def header_of(model: Model, dtype: str) -> dict[str, Any]:
   """Returns the header of a store of a model's image embeddings: what they depend on."""
-  encoder = model.encoder
-  parts = (getattr(encoder, f"image_{name}", None) for name in ("tower", "projector"))
+  encoder, view = model.encoder, model.view
+  parts = (encoder.image_tower, encoder.image_projector, encoder.pixels)
+  text = re.sub(r" at 0x\w+", "", repr(parts))  # addresses of functions
   return dict(
     side="image",
     projected=True,
     weights=weights_digest(model.params, "image"),
-    model=hashlib.sha256(repr([*parts]).encode()).hexdigest()[:32],
-    view=repr(model.view),
+    model=hashlib.sha256(text.encode()).hexdigest()[:32],
+    view=view and dict(view.reading.preprocessing(), margin=view.margin, pillow=view.pillow_rgb),
     width=model.embed_dim,
     dtype=dtype,
     tokens=0,

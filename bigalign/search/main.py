@@ -263,6 +263,7 @@ def serve(searcher: Searcher, title: str, host: str, port: int) -> None:
       " password",
       host,
     )
+  searcher.warm_up()
   app = server.create_app(searcher, title=title, names=frozenset(x.lower() for x in names))
   server.serve(app, host, port, lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
 

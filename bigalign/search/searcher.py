@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -71,6 +72,13 @@ class Searcher:
     with self._lock:
       vectors = self.model.embed_images(list(images), progress=False)
     return self._answer(vectors, k)
+
+  def warm_up(self) -> None:
+    """Compiles what the first queries would wait for."""
+    with contextlib.suppress(ValueError):  # a model may have one tower only
+      self.texts(["a"], 1)
+    with contextlib.suppress(ValueError):
+      self.images([np.zeros((8, 8, 3), np.uint8)], 1)
 
   def neighbours(self, row: int, k: int = 10) -> list[Result]:
     """Returns the k rows nearest to a row, without itself.

@@ -44,14 +44,14 @@ FIRST = "document.querySelector('#grid .card .caption')?.textContent"
 def seen_first(browser, caption):
   """Waits until a caption is the first result and its image is shown."""
   browser.wait(f"{FIRST} === {caption!r}")
-  browser.wait("document.querySelector('#grid img').naturalWidth > 0")
+  browser.wait("document.querySelector('#grid img')?.naturalWidth > 0")
 
 
 def colour_of_first(browser):
   """The colour in the middle of the first image, as it is painted."""
   return browser.run(
-    "(() => { const i = document.querySelector('#grid img'), c = document.createElement('canvas');"
-    " const d = c.getContext('2d'); d.drawImage(i, 0, 0, 8, 8);"
+    "(async () => { const i = document.querySelector('#grid img'); await i.decode();"
+    " const d = document.createElement('canvas').getContext('2d'); d.drawImage(i, 0, 0, 8, 8);"
     " return [...d.getImageData(4, 4, 1, 1).data].slice(0, 3); })()"
   )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import io
 import json
@@ -89,6 +91,24 @@ def test_what_is_embedded_is_not_embedded_again(model, pictures, store, monkeypa
   with pytest.raises(ValueError, match="the embeddings of another source; name another --out"):
     other = write_tar(pathlib.Path(pictures).parent / "other.tar", samples(5, 3))
     embed_source(model, open_source(other), store.folder, batch_size=8)
+
+
+def test_the_folder_in_the_cache_depends_on_model_and_source_only(model, monkeypatch):
+  """Not on where a run lies, or on what it was trained with."""
+  other = copy.copy(model)
+  moved = dataclasses.replace(model.view.reading, source="elsewhere.tar", workers=7)
+  other.view = model.view._replace(reading=moved)
+  assert embedding.header_of(other, "float16") == embedding.header_of(model, "float16")
+  folder = embedding.cache_folder(model, "f")
+  assert embedding.cache_folder(other, "f") == folder != embedding.cache_folder(other, "g")
+  other.view = model.view._replace(reading=dataclasses.replace(moved, resize="shortest"))
+  assert embedding.cache_folder(other, "f") != folder
+  other = copy.copy(model)
+  path = next(path for path in model.params if path.startswith("image_tower/"))
+  other.params = model.params | {path: model.params[path] + 1}
+  assert embedding.cache_folder(other, "f") != folder
+  monkeypatch.setenv("BIGALIGN_SEARCH", "/data/search")
+  assert embedding.cache_folder(model, "f").parent == pathlib.Path("/data/search")
 
 
 def test_a_search_that_was_killed_resumes(model, pictures, store, tmp_path, monkeypatch):

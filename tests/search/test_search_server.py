@@ -155,5 +155,6 @@ def test_addresses_that_others_reach_are_warned_about(
 ):
   made = {}
   monkeypatch.setattr(server, "serve", lambda app, host, port, ready: made.update(host=host))
+  monkeypatch.setattr(searcher, "warm_up", lambda: made.update(warm=True))
   main.serve(searcher, "x", host, 0)
-  assert made == dict(host=host) and ("no password" in caplog.text) != loopback
+  assert made == dict(host=host, warm=True) and ("no password" in caplog.text) != loopback
