@@ -2,19 +2,19 @@
 
 The compiler's own cost analysis counts the body of a loop once. Here a loop counts as often as it
 runs: the trip count that XLA annotates, or the constant that the loop counter is compared with, as
-in a scan.
+in a scan. Of a conditional, the longest branch counts.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import re
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 
-_WIDTH = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2}
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(r" = (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
 _CALLED = re.compile(
@@ -24,7 +24,8 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|c64|c128)\[([\d,]*)\]")
+DTYPE = r"pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?|c64|c128"  # such as f32, s4 and f8e4m3fn
+_SHAPE = re.compile(rf"\b({DTYPE})\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
@@ -90,10 +91,13 @@ def collectives(text: str) -> dict[str, Collective]:
 def runs(text: str) -> dict[str, int]:
   """Returns {computation: how often it runs} for one run of a compiled program.
 
+  Of the branches of a conditional one runs. Which one is not known, so it is the longest.
+
   Args:
     text: `compiled.as_text()`.
   """
-  called: dict[str, list[tuple[str, int]]] = {}
+  called: dict[str, list[tuple[list[str], int]]] = {}  # (one of these, how often)
+  length: collections.Counter[str] = collections.Counter()  # instructions, without those called
   limits = _limits(text)
   entry = name = ""
   for line in text.splitlines():
@@ -102,16 +106,31 @@ def runs(text: str) -> dict[str, int]:
       called[name] = []
       entry = name if line.startswith("ENTRY") else entry
     elif name:
+      length[name] += 1
       trips = _trips(line, limits)
-      for callee, branches in _CALLED.findall(line):
-        called[name] += [(x, trips) for x in re.findall(r"[\w.\-]+", callee or branches)]
+      callees = [
+        x
+        for callee, branches in _CALLED.findall(line)
+        for x in re.findall(r"[\w.\-]+", callee or branches)
+      ]
+      one_runs = " conditional(" in line
+      called[name] += [(callees, trips)] if one_runs else [([x], trips) for x in callees]
   times: collections.Counter[str] = collections.Counter()
+
+  @functools.cache
+  def work(computation: str) -> int:
+    """Instructions that run, with those of what it calls."""
+    return length[computation] + sum(
+      trips * max((work(x) for x in callees if x in called), default=0)
+      for callees, trips in called[computation]
+    )
 
   def visit(computation: str, n: int) -> None:
     times[computation] += n
-    for callee, trips in called[computation]:
-      if callee in called:
-        visit(callee, n * trips)
+    for callees, trips in called[computation]:
+      known = [x for x in callees if x in called]
+      if known:
+        visit(max(known, key=work), n * trips)
 
   visit(entry, 1)
   return dict(times)
@@ -164,7 +183,9 @@ def size(dtype: str, dims: str) -> float:
 
 
 def _width(dtype: str) -> float:
-  return _WIDTH.get(dtype) or int(dtype[1:]) / 8
+  """Bytes of a number: its bits follow the first letters of its type."""
+  bits = re.search(r"\d+", dtype)
+  return int(bits.group()) / 8 if bits else 1.0  # pred
 
 
 def _group(line: str, devices: int) -> int:

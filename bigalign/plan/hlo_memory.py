@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bigalign.plan import hlo_collectives
 
 _LINE = re.compile(r"^  (ROOT )?%([\w.\-]+) = (.*?[\])}]) ([a-z][a-z\-]*)\((.*?)\)(?:, |$)(.*)")
-_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|c64|c128)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(rf"\b({hlo_collectives.DTYPE})\[([\d,]*)\](\{{[^}}]*\}})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
 _MOVES_NOTHING = {

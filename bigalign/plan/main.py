@@ -24,9 +24,9 @@ from bigalign import options
 from bigalign.data.files import storage
 from bigalign.plan import chips, largest_batch, table
 from bigalign.plan.variants import (
-  checkpoint_files,
   combinations,
   count_stages,
+  named_files,
   topology_of,
   with_changes,
 )
@@ -75,12 +75,12 @@ def plan(
 
 
 def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> str:
-  """Hex digits of what a plan depends on: arguments, code, packages, flags, checkpoint files."""
+  """Hex digits of what a plan depends on: arguments, code, packages, flags, named files."""
   code = hashlib.sha256()
   for file in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
     code.update(file.read_bytes())
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
-  files = checkpoint_files(config)
+  files = named_files(config)
   parts = [config, topology, samples, stage, versions, files, code.hexdigest(), _COMPILER_FLAGS]
   return options.fingerprint(parts)
 

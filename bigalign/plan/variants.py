@@ -28,13 +28,17 @@ def topology_of(config: Mapping[str, Any]) -> str:
   return str(config.get("topology") or "")
 
 
-def checkpoint_files(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-  """(path, modification time in ns, size) of the checkpoint files that config.model names."""
+def named_files(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+  """(path, modification time in ns, size) of the checkpoint and tokenizer files of a config."""
   model = config["model"]
   parts = [model, *(x for x in model.values() if isinstance(x, Mapping))]
   named = [x["init"] for x in parts if x.get("init")]  # None: trained from the start
   roots = [pathlib.Path(os.path.expandvars(init)).expanduser() for init in named]
   files = [file for root in roots for file in (root, *sorted(root.glob("*")))]
+  tokenizer = config.get("data", {}).get("tokenizer") or {}
+  for path in filter(None, (tokenizer.get(option) for option in ("path", "vocabulary"))):
+    file = pathlib.Path(os.path.expandvars(path)).expanduser()
+    files += [file, *sorted(file.parent.glob("*.json"))]  # which state padding and more
   return [(str(x), x.stat().st_mtime_ns, x.stat().st_size) for x in files if x.exists()]
 
 

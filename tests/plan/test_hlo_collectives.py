@@ -79,6 +79,39 @@ ENTRY %main (p: f32[16,8]) -> f32[16,8] {
   }
 
 
+def test_one_branch_of_a_conditional_counts():
+  """The longest one, with what it calls; also when there are two, by another name."""
+  text = """HloModule jit_f, is_scheduled=true, num_partitions=2
+
+%short (p: f32[8]) -> f32[8] {
+  %g0 = f32[64]{0} all-gather(%p), replica_groups={{0,1}}, dimensions={0}
+}
+
+%inner (p: f32[8]) -> f32[8] {
+  %r = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+  %a = f32[8]{0} add(%r, %r)
+}
+
+%long (p: f32[8]) -> f32[8] {
+  %c = f32[8]{0} call(%p), to_apply=%inner
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %x = f32[8]{0} conditional(%i, %p, %p), branch_computations={%short, %long}
+  %y = f32[8]{0} conditional(%b, %p, %p), true_computation=%short, false_computation=%long
+}
+"""
+  assert hlo_collectives.runs(text) == {"main": 1, "long": 2, "inner": 2}
+  assert hlo_collectives.collectives(text) == {"all-reduce": (2, 2 * 2 * 8 * 4, 0)}
+
+
+def test_small_floats_have_a_size():
+  line = "HloModule f, num_partitions=2\n\nENTRY %main (p: f32[8]) -> f32[8] {\n  %g = "
+  for dtype, size in (("f8e4m3fn", 64), ("f8e5m2", 64), ("f4e2m1fn", 32), ("s4", 32), ("c64", 512)):
+    text = f"{line}{dtype}[64]{{0}} all-gather(%p), replica_groups={{{{0,1}}}}\n}}\n"
+    assert hlo_collectives.collectives(text) == {"all-gather": (1, size, 0)}
+
+
 def test_a_collective_that_overlaps_a_loop_counts_once():
   text = """
 %fused.1 (p: f32[2,8]) -> (f32[2,8], f32[16,8], u32[]) {

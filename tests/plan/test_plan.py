@@ -322,8 +322,8 @@ def test_verdicts_on_both_sides_of_the_line(batch):
 def test_a_model_that_is_trained_from_the_start_names_no_checkpoint(tmp_path):
   (tmp_path / "weights").touch()
   towers = dict(image=dict(init=None), text=dict(init=str(tmp_path / "weights")), embed_dim=8)
-  assert [x[0] for x in variants.checkpoint_files(dict(model=towers))] == [f"{tmp_path}/weights"]
-  assert variants.checkpoint_files(dict(model=dict(init=None, image=dict(init="")))) == []
+  assert [x[0] for x in variants.named_files(dict(model=towers))] == [f"{tmp_path}/weights"]
+  assert variants.named_files(dict(model=dict(init=None, image=dict(init="")))) == []
 
 
 def test_small_models_are_counted_in_full():
@@ -360,6 +360,20 @@ def test_flags_of_the_compiler_are_part_of_what_is_cached(monkeypatch):
   environment = {"LIBTPU_INIT_ARGS": "--mine", "PATH": "", "PYTHONPATH": str(ROOT)}
   done = subprocess.run([sys.executable, "-c", begun], env=environment, capture_output=True)
   assert done.stdout == b"['--mine', '']\n", done.stderr
+
+
+def test_files_of_the_tokenizer_are_part_of_what_is_cached(tmp_path):
+  config = small()
+  file = tmp_path / "vocab.txt"
+  file.write_text("one")
+  config["data"]["tokenizer"] = dict(name="wordpiece", path=str(file), length=8)
+  ask = functools.partial(main._key, config, "v5e:2x2", 0, 0)
+  keys = [ask(), ask()]
+  file.write_text("one\ntwo")
+  keys.append(ask())
+  (tmp_path / "tokenizer_config.json").write_text("{}")
+  keys.append(ask())
+  assert keys[0] == keys[1] and len({*keys}) == 3
 
 
 def test_a_combination_that_is_not_possible_does_not_end_a_sweep():
