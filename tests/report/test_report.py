@@ -13,6 +13,7 @@ from helpers.shipped import load
 
 from bigalign import evaluate, sharding
 from bigalign.config import resolve_config
+from bigalign.data.samples.labels import Labels
 from bigalign.evals.chance import chance
 from bigalign.options import plain
 from bigalign.report import figures, main, sections
@@ -143,6 +144,17 @@ def test_page_of_a_run_without_metrics_and_with_one_caption(tmp_path):
   assert "Geometry" in page.heads and "Result" not in page.heads and "Retrieval" not in page.heads
 
 
+def test_the_page_of_a_run_on_a_mixture_names_all_its_sources(tmp_path):
+  parts = [{"name": x, "source": f"{x}/*.tar", "weight": 1.0} for x in ("first", "second")]
+  values = load("tiny").to_dict()
+  data = {k: x for k, x in values["data"].items() if k != "source"}
+  config = resolve_config(values | {"evals": {}, "data": data | {"mixture": parts}})
+  run = make_run(tmp_path)._replace(config=config)
+  words = "".join(parse(main.page(run, [], make_pairs())).words)
+  assert "first/*.tar::second/*.tar" in words
+  assert main.held_out(config)[0] == "first/*.tar"
+
+
 def test_margins_equal_a_sort():
   rng = np.random.default_rng(1)
   sims, positive = rng.normal(size=(9, 12)), rng.random((9, 12)) < 0.2
@@ -243,6 +255,39 @@ def test_held_out_samples_are_those_of_the_evaluators(evals, source):
   changes = {} if evals is None else {"evals": evals}
   config = make_config(data=dict(source="train"), **changes)
   assert main.held_out(config)[0] == source
+
+
+def test_captions_are_the_class_names_that_the_evaluator_has(monkeypatch, tmp_path):
+  """Also if the source has other names, or its labels are names."""
+  (tmp_path / "names.txt").write_text("cat\ndog\n")
+
+  class Source:
+    fingerprint, classnames = "0", ("wrong", "names")
+    labels = Labels(classnames, what="cls")
+
+    def __len__(self):
+      return 4
+
+    def __getitem__(self, i):
+      label = self.labels(("cat", "dog")[i % 2], key=str(i))
+      image = np.full((6, 6, 3), i, np.uint8)
+      return dict(image=image, captions=(), key=str(i), label=label)
+
+  seen = []
+
+  class Stop(Exception):
+    pass
+
+  def batches(picked, *args, **options):
+    seen.extend(picked[i]["captions"][0] for i in range(len(picked)))
+    raise Stop
+
+  monkeypatch.setattr(main, "open_source", lambda spec, captions=None: Source())
+  monkeypatch.setattr(main.evaluation, "eval_batches", batches)
+  one = dict(type="zeroshot", source="here", classnames=str(tmp_path / "names.txt"))
+  with pytest.raises(Stop):
+    main.embed_pairs(make_run(tmp_path, evals={"pets": one}))
+  assert sorted(seen) == ["cat", "cat", "dog", "dog"]
 
 
 def test_zeroshot_folders_of_clip_benchmark(tmp_path):
