@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from bigalign import checks
+from bigalign.api.checkpoints import in_dtype, load_checkpoint
 from bigalign.api.image_inputs import View
 from bigalign.api.logits import of_losses
 from bigalign.api.model import Model
 from bigalign.evaluate import open_run
 from bigalign.export import main
-from bigalign.model import DualEncoder
 from bigalign.options import plain
 from bigalign.run import runtime
 from bigalign.towers.base import DTYPES
 from bigalign.towers.features import FeaturesOptions
+from bigalign.weights.files import read_json
 
 
 def load(
@@ -26,17 +28,21 @@ def load(
   ema: bool = False,
   *,
   dtype: str = "float32",
+  tokenizer: Mapping[str, Any] | None = None,
 ) -> Model:
   """Loads a model that embeds images and texts.
 
   Preprocessing and tokenizer are those with which the model was trained, as its files state them.
 
   Args:
-    path: the --workdir of a run, local or gs://…
+    path: the --workdir of a run, local or gs://…; a folder that `bigalign export` wrote; a folder
+      of Hugging Face, open_clip or sentence-transformers; a .npz file of big_vision. A folder may
+      hold one tower only.
     step: of a run, which checkpoint: a number, "latest" or "best"; None: the latest.
     ema: of a run, whether to use the running averages of the parameters (config.ema).
     dtype: in which the towers compute. "bfloat16" is faster on accelerators and differs in
       the third digit.
+    tokenizer: options as config.data.tokenizer, for files without a tokenizer, such as a .npz.
 
   Raises:
     FileNotFoundError: for a path that does not exist, or a step without a checkpoint.
@@ -45,7 +51,26 @@ def load(
   """
   checks.known("dtype", dtype, DTYPES)
   runtime.setup()
-  return _run(os.fspath(path), "latest" if step is None else step, ema, dtype)
+  address = os.fspath(path)
+  if _is_run(address):
+    return _run(address, "latest" if step is None else step, ema, dtype)
+  folder = pathlib.Path(address).expanduser()
+  if not folder.exists():
+    raise FileNotFoundError(f"{address}: no such file or folder")
+  if step is not None or ema:
+    raise ValueError(f"{address} is not a run, so it has no steps and no averages")
+  return load_checkpoint(folder, dtype=dtype, tokenizer=tokenizer)
+
+
+def _is_run(address: str) -> bool:
+  """Whether an address is that of a run: in a bucket, or a folder with checkpoints or a record."""
+  if "://" in address:
+    return True
+  folder = pathlib.Path(address).expanduser()
+  record = folder / "config.json"
+  if (folder / "checkpoints").is_dir():
+    return True
+  return record.is_file() and isinstance(read_json(record).get("config"), dict)
 
 
 def _run(path: str, step: int | str, ema: bool, dtype: str) -> Model:
@@ -67,14 +92,3 @@ def _run(path: str, step: int | str, ema: bool, dtype: str) -> Model:
     export=functools.partial(main.export, run, ema=ema),
     mesh=run.mesh,
   )
-
-
-def in_dtype(encoder: DualEncoder, dtype: str) -> DualEncoder:
-  """The encoder with towers that compute in another dtype."""
-  towers: dict[str, Any] = {name: getattr(encoder, name) for name in ("image_tower", "text_tower")}
-  changed = {
-    name: tower.clone(options=dataclasses.replace(tower.options, dtype=dtype))
-    for name, tower in towers.items()
-    if tower is not None and hasattr(tower.options, "dtype")
-  }
-  return encoder.clone(**changed)

@@ -59,6 +59,7 @@ class Model:
     view: View | None,
     tokenizer: Tokenizer | None,
     embed_dim: int,
+    clean: Callable[[str], str] | None = None,
     export: Callable[..., Any],
     mesh: jax.sharding.Mesh | None = None,
   ) -> None:
@@ -75,6 +76,7 @@ class Model:
       path: jax.device_put(x, everywhere) for path, x in params.items()
     }
     self._export = export
+    self._clean = clean
     self._embed_image, self._embed_text = (
       jax.jit(functools.partial(self._encode, method)) for method in ("embed_image", "embed_text")
     )
@@ -142,7 +144,7 @@ class Model:
     total = len(items) if isinstance(items, Sequence) else None
 
     def prepare(start: int, part: Sequence[Any]) -> Prepared:
-      ids, mask = tokenizer.encode_batch(_checked(part, start))
+      ids, mask = tokenizer.encode_batch(self._texts(part, start))
       return lambda: {"ids": ids, "mask": mask}
 
     return self._embedded(self._embed_text, items, total, prepare, batch_size, progress)
@@ -202,7 +204,7 @@ class Model:
       return self.embed_texts(names)
     chosen = [templates] if isinstance(templates, str) and "{" in templates else templates
     prompts = read_templates(chosen)
-    texts = [fill(prompt, name) for name in _checked(names, 0) for prompt in prompts]
+    texts = [fill(prompt, name) for name in names for prompt in prompts]
     z = self.embed_texts(texts).reshape(len(names), len(prompts), self.embed_dim).mean(1)
     return np.asarray(z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12))
 
@@ -221,7 +223,7 @@ class Model:
   def tokenize(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
     """Returns the token ids of M texts, [M, L] int32, and their mask [M, L], False for padding."""
     items = [texts] if isinstance(texts, str) else list(texts)
-    return self._tokenizer().encode_batch(_checked(items, 0))
+    return self._tokenizer().encode_batch(self._texts(items))
 
   def apply(
     self,
@@ -283,6 +285,13 @@ class Model:
     if self.tokenizer is None:
       raise ValueError(f"{self.source} has no text tower with a tokenizer, so it embeds no texts")
     return self.tokenizer
+
+  def _texts(self, texts: Sequence[Any], start: int = 0) -> list[str]:
+    """The texts as the tokenizer gets them; TypeError for something else, numbered from `start`."""
+    for i, text in enumerate(texts, start):
+      if not isinstance(text, str):
+        raise TypeError(f"texts[{i}] is of type {type(text).__name__}; a text is a str")
+    return list(texts) if self._clean is None else [self._clean(text) for text in texts]
 
   def _given(self, values: Any) -> np.ndarray | None:
     """Embeddings [N, E] if the values are such, else None."""
@@ -364,11 +373,3 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _padded(x: np.ndarray, size: int) -> np.ndarray:
   """[n, …] -> [size, …]; the first row fills what is missing."""
   return np.concatenate([x, np.repeat(x[:1], size - len(x), axis=0)]) if len(x) < size else x
-
-
-def _checked(texts: Sequence[Any], start: int) -> list[str]:
-  """The texts; TypeError for something else."""
-  for i, text in enumerate(texts, start):
-    if not isinstance(text, str):
-      raise TypeError(f"texts[{i}] is of type {type(text).__name__}; a text is a str")
-  return list(texts)

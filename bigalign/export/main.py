@@ -14,7 +14,7 @@ import pathlib
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from bigalign import tree
+from bigalign import checks, tree
 from bigalign.evaluate import Run, open_run
 from bigalign.export import check, model_card
 from bigalign.export import push as hub
@@ -165,14 +165,38 @@ def export(
     ValueError: if the format cannot hold the model, with the keys of the config and the formats
       that can; or if the outputs of the folder are not the run's.
   """
+  return write(
+    trained_model(run, ema),
+    kind,
+    out,
+    lambda family: model_card.facts(
+      run, kind, family, ema, name=name, license=license, datasets=datasets
+    ),
+  )
+
+
+def write(
+  trained: TrainedModel,
+  kind: str,
+  out: str | pathlib.Path,
+  facts: Callable[[str], dict[str, Any]],
+  card: Callable[..., str] = model_card.text,
+) -> tuple[pathlib.Path, float | None]:
+  """Writes the folder of a model; returns and raises as `export`.
+
+  Args:
+    trained: the model.
+    kind: the name of the format.
+    out: the folder.
+    facts: returns the content of bigalign.json for the family of the model in the folder.
+    card: returns the model card, as model_card.text.
+  """
   out = pathlib.Path(out).absolute()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"--out={out} exists and is not an empty folder; choose another")
-  trained, form = trained_model(run, ema), FORMATS[kind]
+  form = checks.choose(FORMATS, kind, "--format")
   contents = prepare(kind, trained)
-  about = model_card.facts(
-    run, kind, contents.family, ema, name=name, license=license, datasets=datasets
-  )
+  about = facts(contents.family)
   out.parent.mkdir(parents=True, exist_ok=True)
   part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
   try:
@@ -184,8 +208,8 @@ def export(
         f"--format={kind}: the {form.output} of {contents.family} differ from the run's by"
         f" {difference:.1e} of the largest, more than {check.TOLERANCE}; nothing was written"
       )
-    card = model_card.text(about, form, contents, trained, difference)
-    (part / CARD).write_text(card, encoding="utf-8")
+    text = card(about, form, contents, trained, difference)
+    (part / CARD).write_text(text, encoding="utf-8")
     part.chmod(0o755)
     part.replace(out)
   except BaseException:

@@ -156,6 +156,32 @@ def text(
   return "\n\n".join(parts) + "\n"
 
 
+def converted(
+  about: Mapping[str, Any],
+  kind: Format,
+  contents: Contents,
+  trained: TrainedModel,
+  difference: float | None,
+) -> str:
+  """README.md of a model that bigalign did not train; the arguments are those of `text`."""
+  has_pipeline = _has_pipeline(kind, contents, trained)
+  front = _front_matter(about, kind, {}, has_pipeline)
+  compared = (
+    "Outputs were not compared with the original's."
+    if difference is None
+    else f"Outputs match the original's (maximum relative difference {difference:.1e})."
+  )
+  parts = [
+    f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+    f"# {about['name']}",
+    f"Converted by bigalign from {about['converted_from']} to {contents.family}. {compared}",
+    "## Usage",
+    kind.usage(trained).replace("{padding}", _padding(trained)).rstrip(),
+    '"DIR" is this folder.',
+  ]
+  return "\n\n".join(parts) + "\n"
+
+
 def for_hub(card: str, kind: Format, repo: str) -> str:
   """A model card whose code loads the repository "user/name" of the hub.
 

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -36,6 +36,7 @@ from bigalign.towers.features import FeaturesOptions
 from bigalign.towers.mobilenet import MobilenetOptions
 from bigalign.towers.text import TextOptions
 from bigalign.towers.vit import VitOptions, sincos2d
+from bigalign.weights.files import open_tensors
 
 SOURCE = pathlib.Path(__file__).with_name("torch_model.txt")
 # (regular expression of a path, our axes -> torch's); the first match counts.
@@ -201,11 +202,60 @@ def _state(trained: TrainedModel) -> Arrays:
       else {path: x}
     )
     for name, layer in layers.items():
-      rule = next((rule for pattern, rule in _RULES if re.search(pattern, name)), None)
-      name = re.sub(r"/(kernel|scale)$", "/weight", name)
-      name = re.sub(r"^text_tower/embedding$", "text_tower/embedding/weight", name)
-      tensors[name.replace("/", ".")] = einops.rearrange(layer, rule) if rule else layer
+      rule = _rule(name)
+      tensors[_key(name)] = einops.rearrange(layer, rule) if rule else layer
   return tensors
+
+
+def _rule(name: str) -> str | None:
+  """Our axes -> torch's, of a parameter of one layer; None if they are the same."""
+  return next((rule for pattern, rule in _RULES if re.search(pattern, name)), None)
+
+
+def _key(name: str) -> str:
+  """The key of a parameter of one layer in the state_dict."""
+  name = re.sub(r"/(kernel|scale)$", "/weight", name)
+  name = re.sub(r"^text_tower/embedding$", "text_tower/embedding/weight", name)
+  return name.replace("/", ".")
+
+
+def read(folder: pathlib.Path, shapes: Mapping[str, Any], text: Any) -> Arrays:
+  """Returns the arrays of an exported folder by path: the inverse of what an export writes.
+
+  Args:
+    folder: of the module.
+    shapes: {path: shape and dtype} of the arrays.
+    text: the options of the text tower.
+
+  Raises:
+    ValueError: if the file lacks an array, or has it in another shape.
+  """
+  tensors = open_tensors(folder / "model.safetensors")
+
+  def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    key = _key(name)
+    if key not in tensors:
+      raise ValueError(f"{tensors.path}: {key}: is missing")
+    x = tensors.read(key)
+    if rule := _rule(name):
+      ours, theirs = (part.strip() for part in rule.split("->"))
+      x = einops.rearrange(x, f"{theirs} -> {ours}", **dict(zip(ours.split(), shape)))
+    if name == "text_tower/relative":
+      table = np.zeros(shape, np.float32)
+      table[buckets(text.length, text.buckets)] = einops.rearrange(x, "1 h n m -> n m h")
+      x = table
+    if x.shape != shape:
+      raise ValueError(f"{tensors.path}: {key}: {list(x.shape)}, the model's: {list(shape)}")
+    return x
+
+  arrays = {}
+  for path, spec in shapes.items():
+    if tree.is_stacked(path):
+      layers = range(spec.shape[0])
+      arrays[path] = np.stack([one(tree.layer_path(path, i), spec.shape[1:]) for i in layers])
+    else:
+      arrays[path] = one(path, spec.shape)
+  return arrays
 
 
 def _compute(

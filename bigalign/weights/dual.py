@@ -13,6 +13,7 @@ from bigalign.weights.files import is_name, read_json
 from bigalign.weights.layout import Layout, Shapes, call, join
 
 # Keys of a Pooling module besides pooling_mode….
+_ENCODERS = ("Transformer", "CLIPModel")  # modules that hold a folder of transformers
 _POOLING = ("word_embedding_dimension", "embedding_dimension", "include_prompt")
 
 
@@ -72,10 +73,10 @@ def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
       options["pool"] = _pooling(folder / path / "config.json", prompted=prompted)
     elif kind == "Normalize":
       options["unit"] = True
-    elif kind != "Transformer":
+    elif kind not in _ENCODERS:
       raise ValueError(
-        f"{folder / 'modules.json'}: module {number} is {kind!r}; known: Transformer, Pooling,"
-        " Normalize"
+        f"{folder / 'modules.json'}: module {number} is {kind!r}; known: CLIPModel, Transformer,"
+        " Pooling, Normalize"
       )
   data = {}
   file = folder / transformer(folder) / "sentence_bert_config.json"
@@ -92,7 +93,7 @@ def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
 
 def transformer(folder: pathlib.Path) -> str:
   """The subfolder of the encoder: "" in all but the oldest sentence-transformers."""
-  return next((path for _, kind, path in _modules(folder) if kind == "Transformer"), "")
+  return next((path for _, kind, path in _modules(folder) if kind in _ENCODERS), "")
 
 
 def _modules(folder: pathlib.Path) -> list[tuple[int, str, str]]:

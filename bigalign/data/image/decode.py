@@ -51,8 +51,8 @@ def decode(
       only a part of its DCT: [ceil(H / 8), ceil(W / 8), 3] for 8. Other formats keep their size.
     apply_exif: rotate and mirror by the EXIF orientation, after `shrink`. By default pixels stay as
       they are stored, as in img2dataset, open_clip and big_vision.
-    pillow_rgb: convert all modes as Pillow's convert("RGB"), which transformers and open_clip call:
-      the colours under transparent pixels show, and 16 bits are cut off at 255.
+    pillow_rgb: convert all modes as Pillow's convert("RGB"), which open_clip calls: the colours
+      under transparent pixels show, and 16 bits are cut off at 255.
 
   Returns:
     uint8 [H, W, 3], RGB.

@@ -1,0 +1,157 @@
+"""Folders that bigalign exported, loaded again without the library that they are for."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bigalign
+from bigalign import tree
+from bigalign.config import resolve_config
+from bigalign.evaluate import Run
+from bigalign.export import check, main
+from bigalign.options import plain
+
+SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
+CLIP = dict(
+  image=dict(
+    name="vit",
+    patch=8,
+    pool="cls",
+    class_position=True,
+    pre_norm=True,
+    patch_bias=False,
+    activation="quick_gelu",
+    epsilon=1e-5,
+    **SIZE,
+  ),
+  text=dict(
+    name="text",
+    vocab_size=9,
+    length=12,
+    causal=True,
+    pool="eos",
+    activation="quick_gelu",
+    epsilon=1e-5,
+    **SIZE,
+  ),
+  embed_dim=12,
+  pixels="clip",
+)
+SIGLIP = dict(
+  image=dict(name="vit", patch=8, pool="map", **SIZE),
+  text=dict(name="text", vocab_size=259, length=16, pool="last", mask_padding=True, **SIZE),
+  embed_dim=16,
+  image_projector=dict(name="identity"),
+  text_projector=dict(name="linear", bias=True),
+)
+SIGLIP_UNMASKED = {**SIGLIP, "text": {**SIGLIP["text"], "mask_padding": False}}
+MPNET = dict(
+  image=dict(name="vit", patch=8, positions="sincos2d", **SIZE),
+  text=dict(
+    name="bert",
+    vocab_size=9,
+    length=8,
+    types=0,
+    pad=1,
+    skip_padding=True,
+    buckets=32,
+    pool="mean",
+    **SIZE,
+  ),
+  text_projector=dict(name="mlp"),
+  embed_dim=12,
+)
+TEXTS = ["a cat", "photo of a dog", "x" * 30]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+  """Makes a run of random parameters for a model and a loss; nothing is compared by torch."""
+  monkeypatch.setattr(check, "possible", lambda kind: False)
+
+  def make(model, loss):
+    first = "[UNK] [PAD]" if model["text"].get("pad") else "[PAD] [UNK]"
+    words = f"{first} [CLS] a cat dog photo of [SEP]".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = dict(name="wordpiece", path=str(tmp_path / "vocab.txt"), length=8)
+    if model in (SIGLIP, SIGLIP_UNMASKED):
+      tokenizer = dict(name="byte", length=16)
+    data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize="shortest")
+    steps = dict(seed=0, batch_size=4, total_steps=3, log_every=1, checkpoint_every=0)
+    config = resolve_config(
+      dict(data=data, model=model, loss={loss: {}}, optimizer=dict(lr=1e-3), **steps)
+    )
+    inputs = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, tokenizer["length"]), jnp.int32)
+    shapes = jax.eval_shape(config.model.build().init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+    params = {
+      path: 0.3 * rng.standard_normal(x.shape).astype(np.float32) + path.endswith("/scale")
+      for path, x in tree.flatten(shapes, "model/").items()
+    }
+    params |= {f"loss/{loss}/t": np.float32(2.3)}
+    params |= {f"loss/{loss}/b": np.float32(-3)} if loss == "siglip" else {}
+    (tmp_path / "run").mkdir()
+    meta = dict(samples_seen=12, dataset_size=1000, data="f" * 16, revision="abc", versions={})
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": 3}) + "\n")
+    return Run(tmp_path / "run", 3, config, {**meta, "config": plain(config)}, None, params, {}, {})
+
+  return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "kind, model, loss",
+  [
+    ("hf", CLIP, "clip"),
+    ("hf", SIGLIP, "siglip"),
+    ("open_clip", CLIP, "siglip"),
+    ("npz", SIGLIP_UNMASKED, "siglip"),
+    ("torch", SIGLIP, "siglip"),
+    ("torch", MPNET, "clip"),
+  ],
+)
+def test_an_exported_folder_is_the_run(kind, model, loss, run, pictures, tmp_path):
+  opened = run(model, loss)
+  out, _ = main.export(opened, kind, tmp_path / "out")
+  loaded = bigalign.load(out)
+  images = [np.asarray(x) for x in pictures]
+  expected = main.logits(main.trained_model(opened), images, TEXTS)
+  assert np.ptp(expected, 0).min() > 1e-2, "inputs are told apart"
+  found = loaded.logits(pictures, TEXTS)
+  np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+  probabilities = loaded.classify(pictures, TEXTS)
+  rows = probabilities.sum(1)
+  if loss == "siglip":
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-expected)), rtol=1e-3)
+  else:
+    np.testing.assert_allclose(rows, 1, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_folder_is_saved_in_another_format(run, pictures, tmp_path):
+  out, _ = main.export(run(CLIP, "clip"), "hf", tmp_path / "hf")
+  first = bigalign.load(out)
+  saved = first.save(tmp_path / "second", "open_clip", license="mit", name="small")
+  again = bigalign.load(saved)
+  np.testing.assert_allclose(
+    again.logits(pictures, TEXTS), first.logits(pictures, TEXTS), rtol=1e-4, atol=1e-4
+  )
+  card = (saved / "README.md").read_text()
+  assert "license: mit" in card and "# small" in card and "from hf" in card
+  with pytest.raises(ValueError, match="Formats that can: hf, open_clip, torch"):
+    first.save(tmp_path / "third", "npz")
+  with pytest.raises(ValueError, match="unknown 'onnx'"):
+    first.save(tmp_path / "third", "onnx")
+
+
+def test_what_is_not_there_or_not_a_run(tmp_path):
+  with pytest.raises(FileNotFoundError, match="nope: no such file or folder"):
+    bigalign.load(tmp_path / "nope")
+  for options in (dict(step=3), dict(ema=True)):
+    with pytest.raises(ValueError, match="is not a run"):
+      bigalign.load(tmp_path, **options)
