@@ -28,7 +28,8 @@ def test_the_written_versions_agree():
   changes = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
   citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
   fallback = PROJECT["tool"]["setuptools_scm"]["fallback_version"]
-  assert changes[0] == citation["version"] == fallback
+  assert changes[0] == citation["version"] == fallback.removesuffix(".dev0")
+  assert ("not released yet" in (ROOT / "CHANGELOG.md").read_text()) == fallback.endswith(".dev0")
   assert PROJECT["project"]["dynamic"] == ["version"]
 
 
