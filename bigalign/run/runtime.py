@@ -66,7 +66,11 @@ def setup(
     _add_flags("XLA_FLAGS", flags)
   if _tpu():
     set_libtpu_flags(_tpu_kind())
-  elif not _may_be_tpu() and not jax.config.jax_platforms and importlib.util.find_spec("libtpu"):
+  elif (
+    not _may_be_tpu()
+    and not jax.config.values["jax_platforms"]
+    and importlib.util.find_spec("libtpu")
+  ):
     skip_tpu()  # libtpu is here to compile for TPUs elsewhere
   set_by_user = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
   if gpu_memory_fraction is not None and not set_by_user:

@@ -148,7 +148,9 @@ def test_tpus_are_looked_for_where_they_may_be(monkeypatch, paths, variables, pl
   monkeypatch.setattr(runtime, "_gpu", lambda: False)
   monkeypatch.setattr(runtime, "skip_tpu", lambda: skipped.append(True))
   monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: object())
-  monkeypatch.setattr(runtime.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+  monkeypatch.setattr(
+    runtime.jax, "config", types.SimpleNamespace(values={"jax_platforms": platforms})
+  )
   runtime.setup(cache=None)
   assert bool(skipped) == skips
 
