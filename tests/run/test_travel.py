@@ -13,6 +13,7 @@ from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 from helpers.small_tokenizers import bert_json, write_pieces
 
+import bigalign
 from bigalign import evaluate, train
 from bigalign.config import originals, recorded_config, resolve_config
 from bigalign.data.files.checksums import Damaged
@@ -78,24 +79,26 @@ def moved(tmp_path_factory):
 
 
 def results(folder, out):
-  """What `evaluate`, `report` and `export` make of a run."""
+  """What `evaluate`, `report`, `export` and `load` make of a run."""
   run = evaluate.open_run(folder)
   metrics = evaluate.evaluate(run)
   ids = run.config.data.make_tokenizer().encode_batch(TEXTS)
+  embedded = bigalign.load(folder).embed_texts(TEXTS)
   page = report(folder).read_text().replace(str(folder), "")
   path, _ = export(run, "torch", out)
   files = {
     x.name: x.read_bytes() for x in path.iterdir() if x.suffix in (".json", ".safetensors", ".npz")
   }
-  return dict(metrics=metrics, ids=ids, page=page, files=files)
+  return dict(metrics=metrics, arrays=(*ids, embedded), page=page, files=files)
 
 
 @pytest.mark.slow
 def test_a_moved_run_is_evaluated_reported_and_exported_with_equal_results(moved, tmp_path, caplog):
   folder, there, _ = moved
   here = results(folder, tmp_path / "exported")
-  np.testing.assert_array_equal(here.pop("ids"), there["ids"])
-  assert here == {name: value for name, value in there.items() if name != "ids"}
+  for ours, theirs in zip(here.pop("arrays"), there["arrays"]):
+    np.testing.assert_array_equal(ours, theirs)
+  assert here == {name: value for name, value in there.items() if name != "arrays"}
   assert here["metrics"]["val/shapes-zeroshot-val-num_classes"] == 3
   assert not [x for x in caplog.records if x.levelno >= logging.WARNING]
   config = json.loads(here["files"]["bigalign.json"])["config"]
