@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from bigalign.data.files.draws import draw
 from bigalign.search.collection import Collection, Item
 from bigalign.search.index import Index
 
@@ -90,6 +91,11 @@ class Searcher:
     (found,) = self._answer(vector / np.linalg.norm(vector), k + 1)
     others = [result for result in found if result.item.row != row][:k]
     return [result._replace(rank=rank) for rank, result in enumerate(others, 1)]
+
+  def some(self, k: int) -> list[Result]:
+    """Returns k rows, drawn at random and the same ones each time; their score is 0."""
+    rows = draw(len(self.collection), k)
+    return [Result(i, 0.0, self.collection.item(int(row))) for i, row in enumerate(rows, 1)]
 
   def _answer(self, vectors: np.ndarray, k: int) -> list[list[Result]]:
     hits = self.index.search(vectors, k)

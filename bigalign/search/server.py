@@ -5,6 +5,7 @@
   GET  /api/search?q=TEXT&k=24     results of a text
   POST /api/search?k=24            results of an image, the body of the request
   GET  /api/neighbours?row=7&k=24  results near a row
+  GET  /api/some?k=12              some rows, to begin with
   GET  /image/7?size=320           the image of a row as JPEG, at most `size` pixels wide and high
 
 Captions and images come from strangers. The page shows captions as text only, its policy allows no
@@ -191,6 +192,12 @@ def create_app(
     answer["query"] = shown([own], 0)["results"][0]
     return JSONResponse(answer)
 
+  async def some(request: Request) -> Response:
+    k = _number(request, "k", 12, 1, MOST_RESULTS)
+    begin = time.perf_counter()
+    found = await _run(lambda: searcher.some(k))
+    return JSONResponse(shown(found, time.perf_counter() - begin))
+
   async def image(request: Request) -> Response:
     row = request.path_params["row"]
     if row >= len(searcher.collection):
@@ -214,6 +221,7 @@ def create_app(
       Route("/api/about", about),
       Route("/api/search", search, methods=["GET", "POST"]),
       Route("/api/neighbours", neighbours),
+      Route("/api/some", some),
       Route("/image/{row:int}", image),
     ],
     exception_handlers={HTTPException: error, 500: error},

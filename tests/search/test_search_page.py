@@ -59,6 +59,7 @@ def colour_of_first(browser):
 def test_a_person_finds_an_image(browser, address, tmp_path):
   browser.open(address)
   browser.wait("document.querySelector('#about').textContent.includes('9 embeddings of colours')")
+  browser.wait("document.querySelectorAll('#grid .card').length === 9")  # to begin with
   browser.click("input[name=q]")
   browser.type("something orange")
   seen_first(browser, "orange square")

@@ -51,6 +51,14 @@ def test_an_image_finds_itself_and_a_row_its_neighbours(client):
   assert [x["rank"] for x in answer["results"]] == [1, 2]
 
 
+def test_some_images_to_begin_with(client):
+  rows = [x["row"] for x in client.get("/api/some?k=4").json()["results"]]
+  assert len(set(rows)) == 4 and rows == [
+    x["row"] for x in client.get("/api/some?k=4").json()["results"]
+  ]
+  assert len(client.get("/api/some?k=100").json()["results"]) == 9
+
+
 def test_what_is_searched(client):
   about = client.get("/api/about").json()
   assert about == dict(title="colours/*.tar", model="colours", rows=9, images=True)
