@@ -58,8 +58,8 @@ script="#!/bin/bash
 trap : TERM
 cd $(quote "$root") || exit
 status=0
-failed=\$PWD/.failed-\$SLURM_JOB_ID
-rm -f \"\$failed\"
+# A name that no attempt has used: NFS may remember for a minute that a file did not exist.
+failed=\$PWD/.failed-\$SLURM_JOB_ID-\${SLURM_RESTART_COUNT:-0}
 $(quote "${step[@]}" bash -c "$task" task "$root/launch/forward.sh") \"\$failed\" $(quote "${command[@]}") || status=\$?
 if [[ -s \$failed ]]; then status=\$(cat \"\$failed\"); rm \"\$failed\"; fi
 # 143: SIGTERM requested a checkpoint. A cancelled or preempted job is no longer in the state RUNNING;

@@ -48,14 +48,11 @@ def albef_itc(
     (True, 0.0)
   """
   checks.known("config.loss.albef_itc.positives", positives, ("pair", "ids"))
-  for name, value in (("queue_size", queue_size), ("local_keys", local_keys)):
-    if value is not None and value < 1:
-      raise ValueError(f"config.loss.albef_itc.{name}={value} must be at least 1")
+  checks.between("config.loss.albef_itc", 1, queue_size=queue_size)
+  if local_keys is not None:
+    checks.between("config.loss.albef_itc", 1, local_keys=local_keys)
   checks.between("config.loss.albef_itc", 0, 1, alpha=alpha)
-  if not 0.001 <= temperature_init <= 0.5:
-    raise ValueError(
-      f"config.loss.albef_itc.temperature_init={temperature_init} is not between 0.001 and 0.5"
-    )
+  checks.between("config.loss.albef_itc", 0.001, 0.5, temperature_init=temperature_init)
 
   def init(sizes):
     shape = (2, queue_size, sizes["embed"])

@@ -124,8 +124,7 @@ def mobileclip_dr(
     1.268
   """
   temperature.check("mobileclip_dr", t_init, t_max)
-  if not 0 <= soft_share <= 1:
-    raise ValueError(f"config.loss.mobileclip_dr.soft_share={soft_share} must be between 0 and 1")
+  checks.between("config.loss.mobileclip_dr", 0, 1, soft_share=soft_share)
   no_bias = (0.0,) * len(teacher_scales)
   _check_teachers("mobileclip_dr", teacher_dims, teacher_scales, no_bias)
 
@@ -200,8 +199,7 @@ def siglip_distill(
   """
   temperature.check("siglip_distill", t_init, t_max)
   checks.known("config.loss.siglip_distill.form", form, ("bce", "signed"))
-  if not 0 <= soft_share <= 1:
-    raise ValueError(f"config.loss.siglip_distill.soft_share={soft_share} must be between 0 and 1")
+  checks.between("config.loss.siglip_distill", 0, 1, soft_share=soft_share)
   _check_teachers("siglip_distill", teacher_dims, teacher_scales, teacher_biases)
 
   def init(sizes):

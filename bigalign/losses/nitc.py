@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives_lse
@@ -32,8 +33,7 @@ def nitc(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, smoothing: fl
     0.869
   """
   temperature.check("nitc", t_init, t_max)
-  if not 0 <= smoothing <= 1:
-    raise ValueError(f"config.loss.nitc.smoothing={smoothing} must be between 0 and 1")
+  checks.between("config.loss.nitc", 0, 1, smoothing=smoothing)
 
   def init(sizes):
     return temperature.init(t_init), {}

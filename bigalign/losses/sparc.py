@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import contrast
@@ -44,8 +45,8 @@ def sparc(
     (0.313, 0.744)
   """
   temperature.check("sparc", t_init, t_max)
-  if threshold is not None and not 0 <= threshold <= 1:
-    raise ValueError(f"config.loss.sparc.threshold={threshold} must be between 0 and 1")
+  if threshold is not None:
+    checks.between("config.loss.sparc", 0, 1, threshold=threshold)
 
   def init(sizes):
     return temperature.init(t_init), {}

@@ -18,9 +18,10 @@ from etils import epath
 from bigalign.config import Config
 from bigalign.data.files.draws import draw
 from bigalign.data.loader import evaluation
-from bigalign.data.sources.base import open_source
+from bigalign.data.sources.base import name_classes, open_source
 from bigalign.evals.chance import chance
 from bigalign.evals.embed import Context, EvalData, embedder, to_host
+from bigalign.evals.zeroshot import read_lines
 from bigalign.evaluate import Run, open_run
 from bigalign.report import sections
 from bigalign.report.sections import Pairs, Rows
@@ -34,9 +35,9 @@ SAMPLES = 512  # held-out pairs that are embedded for the figures
 class _Picked:
   """Some samples of a source with one caption each: the first, or the name of the class."""
 
-  def __init__(self, source: Any, indices: np.ndarray):
+  def __init__(self, source: Any, indices: np.ndarray, names: Sequence[str] = ()):
     self._source, self._indices = source, indices
-    self._names = getattr(source, "classnames", ())
+    self._names = tuple(names) or getattr(source, "classnames", ())
     self.fingerprint = source.fingerprint
 
   def __len__(self) -> int:
@@ -73,6 +74,17 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
   return config.data.sources[0], default, "TRAINING samples: config.evals names no source"
 
 
+def _classnames(config: Config) -> list[str]:
+  """The names of the classes of `held_out`, if a zero-shot evaluator gives them in a file."""
+  for name, evaluator in config.evals.items():
+    if evaluator.name == "zeroshot" and evaluator.option("classnames") is not None:
+      where = f"config.evals.{name}.classnames"
+      return read_lines(evaluator.option("classnames"), where, labels=True)
+    if evaluator.name in ("glyphs", "retrieval", "geometry", "zeroshot"):
+      break
+  return []
+
+
 def embed_pairs(run: Run) -> Pairs:
   """Up to SAMPLES pairs, drawn from what the run's config evaluates on.
 
@@ -84,7 +96,10 @@ def embed_pairs(run: Run) -> Pairs:
     source = open_source(spec, captions=fields)
   except KeyError as error:  # a variable that is not set
     raise FileNotFoundError(errors.message(error)) from error
-  picked = _Picked(source, np.asarray(draw(len(source), SAMPLES)))
+  names = _classnames(run.config)
+  if names:
+    name_classes(source, names)
+  picked = _Picked(source, np.asarray(draw(len(source), SAMPLES)), names)
   size = len(jax.devices()) * 16
   data = dataclasses.replace(run.config.data, workers=0)  # a few hundred samples
   batches = list(
