@@ -91,6 +91,8 @@ def _upto(step, workdir, copy):
   for folder in (copy / "checkpoints").iterdir():
     if int(folder.name) > step:
       shutil.rmtree(folder)
+  rows = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (copy / "metrics.jsonl").write_text("".join(x for x in rows if json.loads(x)["step"] <= step))
   return copy
 
 
