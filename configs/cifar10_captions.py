@@ -1,7 +1,7 @@
 """From scratch on 5,000 captioned CIFAR-10 photos, zero-shot on 1,000 others; minutes on a laptop.
 
   export BIGALIGN_DATA=…   # the folder that contains cifar10/{train,test}
-  bigalign train --config=configs/cifar10_captions.py
+  bigalign train --config=cifar10_captions
 
 The captions are class names, so the vocabulary is the ten names, and the other words of a zero-shot
 template are dropped: they never occur in training, and keeping them costs four points.

@@ -1,6 +1,6 @@
 """CLIP ViT-B/16 at 224 pixels on your own shards, https://arxiv.org/abs/2103.00020.
 
-  bigalign train --config=configs/clip_b16.py \
+  bigalign train --config=clip_b16 \
     --config.data.source='/data/{00000..41455}.tar' \
     --config.data.tokenizer.path=/data/bpe_simple_vocab_16e6.txt.gz
 

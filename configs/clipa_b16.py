@@ -1,6 +1,6 @@
 """CLIPA ViT-B/16: most samples with small images and short texts, the last few at full size.
 
-  bigalign train --config=configs/clipa_b16.py \
+  bigalign train --config=clipa_b16 \
     --config.data.source='/data/{00000..41455}.tar' \
     --config.data.tokenizer.path=/data/bpe_simple_vocab_16e6.txt.gz
 

@@ -1,7 +1,7 @@
 """After FLAME: a B/16 learns from stored caption embeddings of a large language model.
 
   export STORES=/stores/flame
-  bigalign train --config=configs/flame_b16.py --config.data.source='/data/{00000..01499}.tar'
+  bigalign train --config=flame_b16 --config.data.source='/data/{00000..01499}.tar'
 
 https://arxiv.org/abs/2411.11927. The language model is frozen. It reads each long caption after
 several prompts, each of which asks for one facet: entities, interactions, the scene. $STORES/facets

@@ -1,7 +1,7 @@
 """freeze-align: token projectors on frozen DINOv2-L and all-roberta-large-v1.
 
   export IMAGE_TOWER=/models/dinov2-large TEXT_TOWER=/models/all-roberta-large-v1
-  bigalign train --config=configs/freeze_align_dinov2l_arl.py \
+  bigalign train --config=freeze_align_dinov2l_arl \
     --config.data.source='/data/{00000..01699}.tar'
 
 https://arxiv.org/abs/2409.19425. The towers run in every step, because every token is projected and

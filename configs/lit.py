@@ -1,7 +1,7 @@
 """A frozen vision tower and a trainable sentence encoder, on your own shards.
 
   export IMAGE_TOWER=/models/dinov2-base TEXT_TOWER=/models/all-MiniLM-L6-v2
-  bigalign train --config=configs/lit.py --config.data.source='/data/{00000..00331}.tar'
+  bigalign train --config=lit --config.data.source='/data/{00000..00331}.tar'
 
 Both are Hugging Face folders, from which the sizes are read; docs/weights.md lists the families.
 The image tower is locked as in https://arxiv.org/abs/2111.07991.

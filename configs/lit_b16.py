@@ -1,7 +1,7 @@
 """LiT B/16: a frozen pretrained image tower and a text tower trained from scratch.
 
   export IMAGE_TOWER=/models/vit-base-patch16-224-in21k
-  bigalign train --config=configs/lit_b16.py --config.data.source='/data/{00000..41455}.tar'
+  bigalign train --config=lit_b16 --config.data.source='/data/{00000..41455}.tar'
 
 https://arxiv.org/abs/2111.07991: the setting Lu, a locked image tower without a projector, and an
 unlocked text tower. configs/lit.py also starts from a pretrained text tower.

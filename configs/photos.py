@@ -1,7 +1,7 @@
 """From scratch on 3,400 captioned photos and emoji; retrieval on their held-out shards.
 
   export BIGALIGN_DATA=…   # the folder that contains coco2k, flickr8k and emoji
-  bigalign train --config=configs/photos.py
+  bigalign train --config=photos
 
 Three thousand photos are too few for a good CLIP. This config shows every part of a run on real
 shards, with several captions per image. Its results are in the README.

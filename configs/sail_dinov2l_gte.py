@@ -1,8 +1,8 @@
 """SAIL: two gated projectors on frozen DINOv2-L and GTE-large-en-v1.5, trained from stores.
 
   export IMAGE_TOWER=/models/dinov2-large STORES=/stores/sail
-  bigalign embed --config=configs/sail_dinov2l_gte.py --out=$STORES --towers=image
-  bigalign train --config=configs/sail_dinov2l_gte.py
+  bigalign embed --config=sail_dinov2l_gte --out=$STORES --towers=image
+  bigalign train --config=sail_dinov2l_gte
 
 https://arxiv.org/abs/2412.04616, as released. $STORES/raw and $STORES/long are embedding
 stores, 1,024 wide: the output of GTE-large-en-v1.5 at the first token, of the alt text and of the

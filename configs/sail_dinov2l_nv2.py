@@ -1,8 +1,8 @@
 """SAIL: two gated projectors on frozen DINOv2-L and NV-Embed-v2, trained from stores.
 
   export IMAGE_TOWER=/models/dinov2-large STORES=/stores/sail
-  bigalign embed --config=configs/sail_dinov2l_nv2.py --out=$STORES --towers=image
-  bigalign train --config=configs/sail_dinov2l_nv2.py
+  bigalign embed --config=sail_dinov2l_nv2 --out=$STORES --towers=image
+  bigalign train --config=sail_dinov2l_nv2
 
 https://arxiv.org/abs/2412.04616, as released. $STORES/raw and $STORES/long are embedding
 stores, 4,096 wide: the output of NV-Embed-v2, without an instruction, for the alt text and for the

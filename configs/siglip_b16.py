@@ -1,6 +1,6 @@
 """SigLIP B/16 at 224 pixels on your own shards, https://arxiv.org/abs/2303.15343.
 
-  bigalign train --config=configs/siglip_b16.py \
+  bigalign train --config=siglip_b16 \
     --config.data.source='/data/{00000..41455}.tar' --config.data.tokenizer.path=/data/c4_en.model
 
 For 64 chips of TPU v5e (8x8) or 8 H100s. The tokenizer is a SentencePiece model of 32,000 pieces;

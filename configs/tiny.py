@@ -1,4 +1,4 @@
-"""Runs in seconds, for tests and first steps: bigalign train --config=configs/tiny.py"""
+"""Runs in seconds, for tests and first steps: bigalign train --config=tiny"""
 
 from ml_collections import ConfigDict
 

@@ -71,7 +71,16 @@ EXAMPLES = {
 }
 
 
+# What else the help of a program says.
+NOTES = {
+  "evaluate": "The evaluators of a run are those of its config; `bigalign options evals` explains"
+  " them\nand their options.",
+  "costs": "`bigalign options loss` explains the losses, `bigalign options logits` the ways.",
+}
+
+
 def text(program: str) -> str:
-  """The examples of a program as lines that end its help; "" if it has none."""
+  """The examples of a program and its note, as lines that end its help; "" if it has none."""
   lines = [f"  {example}" for example in EXAMPLES.get(program, ())]
-  return "\n".join(["examples:", *lines]) if lines else ""
+  notes = ["", NOTES[program]] if program in NOTES else []
+  return "\n".join(["examples:", *lines, *notes]) if lines else ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
+import re
+import shlex
 
 import pytest
 from absl import flags as absl_flags
@@ -10,7 +13,7 @@ from ml_collections import ConfigDict
 
 from bigalign.config import Config, resolve_config
 from bigalign.run import flags, overrides
-from bigalign.run.configs import load_config
+from bigalign.run.configs import find_file, load_config, shipped
 from bigalign.run.errors import UsageError
 from bigalign.run.overrides import Word, names, read_words, take_words
 
@@ -203,6 +206,16 @@ def test_names_reach_the_whole_config(configs):
   wanted = {"seed", "data.augment.color_jitter.hue", "loss.siglip.weight", "model.image.init"}
   assert {f"config.{name}" for name in wanted} <= found
   assert "config.loss.clip.weight" not in found  # this config has another loss
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_the_commands_of_a_shipped_config_use_options_that_exist(name):
+  docstring = ast.get_docstring(ast.parse(find_file(name).read_text())).replace("\\\n", " ")
+  commands = re.findall(r"^ *bigalign (?:train|embed) .*", docstring, re.MULTILINE)
+  for line in commands:
+    found, others = take_words(shlex.split(line))
+    assert f"--config={name}" in others, line
+    read_words(found, Config, load_config(name))
 
 
 @pytest.fixture
