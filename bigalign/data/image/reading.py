@@ -17,7 +17,8 @@ class ImageReading:
   """How the bytes of an image become the square that a model sees.
 
   Args:
-    image_size: pixels per side of the square.
+    image_size: pixels per side of the square. What is left out of this option and the next ones
+      comes from the pretrained checkpoint of the image tower, if there is one.
     resize: how evaluation, which does not augment, resizes: "squash" to the square, as SigLIP;
       "shortest" edge to the size, then the centre, as CLIP; "longest" edge to the size, then black
       bars.

@@ -95,7 +95,8 @@ class DataOptions(ImageReading):
   Args:
     source: "glyphs", shards ("DIR/{00000..00099}.tar"), Parquet, ArrayRecord, tables of image
       files, "tfds:NAME:SPLIT"; several joined by "::", of which an epoch holds each sample once.
-    tokenizer: name, length and options of a tokenizer.
+    tokenizer: name, length and options of a tokenizer. What is left out comes from the pretrained
+      checkpoint of the text tower, if there is one.
     mixture: several sources with shares, instead of `source`.
     schedule: ((start, {name: weight}), …): other weights for a mixture from there on; start is
       "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
