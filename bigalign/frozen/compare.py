@@ -218,7 +218,7 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
   for folder in (*args.image, *args.text):
     Store(folder)  # reports a folder that is not a store before anything is computed
   pairs = [*itertools.product(args.image, args.text)]
-  rows = []
+  rows: list[dict[str, Any]] = []
   with progress.Progress("compare", len(pairs) * len(STAGES), unit="stages") as shown:
     for image, text in pairs:
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO, TypeVar
+from typing import Any, Self, TextIO, TypeVar
 
 import rich.console
 import rich.progress
@@ -119,7 +119,7 @@ class Progress:
     self._handler = logging.get_absl_handler().python_handler
     self._handler_stream = self._handler.stream
 
-  def __enter__(self) -> Progress:
+  def __enter__(self) -> Self:
     if not self.visible:
       return self
     if self._console.is_terminal and not self._console.is_dumb_terminal:
