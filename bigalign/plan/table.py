@@ -154,11 +154,12 @@ def _estimates(plan: Plan) -> list[tuple[str, str, str]]:
     ("time of a step", "seconds_per_step", lambda x: tables.scaled(x, tables.SECONDS)),
     ("images per second, all chips", "images_per_second", tables.number),
     ("samples per day", "samples_per_day", _count),
-    (f"chip-hours of {_count(plan['total_samples'])} pairs", "chip_hours", tables.number),
-    ("cost", "cost", tables.number),
+    (f"chip-hours of {_count(plan['total_samples'])} pairs", "chip_hours", _small),
+    ("cost", "cost", _small),
   ):
     if plan.get(key) is not None:
-      rows.append((label, " to ".join(form(x) for x in sorted(plan[key])), "not measured"))
+      ends = dict.fromkeys(form(x) for x in sorted(plan[key]))
+      rows.append((label, " to ".join(ends), "not measured"))
   return rows
 
 
@@ -168,7 +169,13 @@ def _plural(n: int, one: str, many: str) -> str:
 
 def _count(n: float) -> str:
   """A number to read: 86.2 million; small ones in full: 7,233."""
+  if n >= 1e9:
+    return f"{n / 1e9:,.1f} billion"
   return f"{n / 1e6:,.1f} million" if n >= 1e6 else f"{n:,.0f}"
+
+
+def _small(x: float) -> str:
+  return tables.number(x) if x >= 0.001 else "less than 0.001"
 
 
 def _size(n: float) -> str:

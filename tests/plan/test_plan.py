@@ -347,6 +347,39 @@ def test_small_models_are_counted_in_full():
   assert "7,233 parameters, 1.2 million of them trained" in text
 
 
+def test_figures_of_a_tiny_config_have_units_that_fit():
+  plan = dict(
+    topology="v5e:1x1",
+    devices=1,
+    device_kind="TPU v5 lite",
+    mesh=dict(data=1),
+    batch_size=64,
+    batch_per_chip=64,
+    microbatches=1,
+    parameters=291_330,
+    trainable=291_330,
+    fits=True,
+    peak_bytes_per_chip=9.6e6,
+    memory_bytes_per_chip=dict(parameters=1.17e6, code=900),
+    not_checked="",
+    loss_alone_bytes_per_chip=3e5,
+    flops_per_chip=2.79e9,
+    memory_traffic_bytes_per_chip=3.3e7,
+    collectives={},
+    total_samples=2560,
+    seconds_per_step=[6.8e-5, 4.2e-5],
+    images_per_second=[9.4e5, 1.5e6],
+    samples_per_day=[8.1e10, 1.3e11],
+    chip_hours=[7.6e-7, 4.7e-7],
+    cost=[0.25, 1200],
+  )
+  text = " ".join(table.format_plan("tiny", plan).split())
+  assert "time of a step 42 µs to 68 µs" in text and "matrix products 2.79 GFLOP" in text
+  assert "code 0.90 KB" in text and "samples per day 81.0 billion to 130.0 billion" in text
+  assert "chip-hours of 2,560 pairs less than 0.001 not measured" in text
+  assert "cost 0.25 to 1,200" in text and "0.000" not in text
+
+
 def test_interconnect_and_memory_of_v6e_are_those_of_its_page():
   assert (chips.CHIPS["v6e"].bandwidth, 2 * chips.CHIPS["v6e"].links) == (1638e9, 800e9)
 
