@@ -199,6 +199,25 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
   return classnames[0].parent.name, options
 
 
+def data_evals(
+  retrieval: str | None, fields: Sequence[str] | None, zeroshot: str | pathlib.Path | None
+) -> dict[str, dict[str, Any]]:
+  """Evaluators of data that are given by hand, as in config.evals.
+
+  Args:
+    retrieval: a source, for retrieval.
+    fields: of its captions; None: config.data.captions.
+    zeroshot: folder of a CLIP_benchmark dataset.
+  """
+  evals: dict[str, dict[str, Any]] = {}
+  if retrieval:
+    evals["val"] = dict(type="retrieval", source=retrieval, fields=fields)
+  if zeroshot:
+    name, options = zeroshot_folder(zeroshot)
+    evals[name] = options
+  return evals
+
+
 def table(metrics: Mapping[str, float]) -> rich.table.Table:
   """The metrics next to their chance level."""
   guess = chance({name.removeprefix("ema/"): value for name, value in metrics.items()})
@@ -240,13 +259,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   runtime.setup()
   runtime.connect()
   opened = open_run(args.run, args.step)
-  evals: dict[str, Mapping[str, Any]] = {}
-  if args.retrieval:
-    fields = args.fields and args.fields.split(",")
-    evals["val"] = dict(type="retrieval", source=args.retrieval, fields=fields)
-  if args.zeroshot:
-    name, options = zeroshot_folder(args.zeroshot)
-    evals[name] = options
+  evals = data_evals(args.retrieval, args.fields and args.fields.split(","), args.zeroshot)
   if not evals and not opened.config.evals:
     parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
   logging.info("Step %d of %s on %s", opened.step, opened.address, runtime.describe())

@@ -56,6 +56,12 @@ def load_checkpoint(
     return _torch_module(path, about, dtype)
   file = path / "model.npz" if about.get("format") == "npz" else path
   checkpoint = _masked(weights.describe(file), about)
+  if checkpoint.kind.startswith("siglip2"):
+    logging.warning(
+      "%s: NaFlex sees patches of the image's own shape; here, images are squashed to a square, so"
+      " their embeddings differ from those of transformers",
+      path,
+    )
   data = _data(checkpoint, about, tokenizer)
   encoder, written = _encoder(checkpoint.model, dtype)
   mesh = sharding.make_mesh()

@@ -34,6 +34,11 @@ def load(
 
   Preprocessing and tokenizer are those with which the model was trained, as its files state them.
 
+  >>> import bigalign
+  >>> model = bigalign.load(run)  # run = "runs/quickstart"
+  >>> model.embed_texts(["a cat", "a dog"]).shape
+  (2, 64)
+
   Args:
     path: the --workdir of a run, local or gs://…; a folder that `bigalign export` wrote; a folder
       of Hugging Face, open_clip or sentence-transformers; a .npz file of big_vision. A folder may

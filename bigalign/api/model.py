@@ -37,6 +37,18 @@ class Model:
   Embeddings are float32 [N, E] of unit norm, so their product is the cosine. All devices share
   the work. A batch is padded, so that a call compiles one shape.
 
+  >>> import bigalign
+  >>> model = bigalign.load(run)  # run = "runs/quickstart"
+  >>> model.embed_images(images).shape, model.embed_texts("a cat").shape  # paths, PIL images ...
+  ((5, 64), (1, 64))
+  >>> model.similarity(images, ["a cat", "a dog"]).shape
+  (5, 2)
+  >>> model.classify(images, ["cat", "dog"], templates=["a photo of a {}."]).shape
+  (5, 2)
+  >>> pixels, (ids, mask) = model.preprocess(images), model.tokenize(["a cat"])
+  >>> sorted(model.apply(model.params, pixels, ids, mask))
+  ['logits', 'zimg', 'ztxt']
+
   Attributes:
     source: the run, folder or file that was loaded.
     config: its options in plain values: "model" and "data", of a run all options.

@@ -10,18 +10,18 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 from ml_collections import ConfigDict
 
 from bigalign.config import setup_runtime
-from bigalign.data.stores import reader
+from bigalign.evaluate import data_evals, open_run
 from bigalign.evaluate import evaluate as run_evaluators
-from bigalign.evaluate import open_run, zeroshot_folder
 from bigalign.export.main import export as write_folder
-from bigalign.frozen.embed import SIDES
+from bigalign.frozen.embed import SIDES, summary
 from bigalign.frozen.embed import embed as write_stores
 from bigalign.options import plain
 from bigalign.plan.main import CACHE, predict
-from bigalign.run import runtime
+from bigalign.run import progress, runtime
 from bigalign.run.configs import config_name, load_config
 from bigalign.train import train as train_in
 
@@ -85,15 +85,12 @@ def evaluate(
   """
   runtime.setup()
   opened = open_run(os.fspath(run), "latest" if step is None else step)
-  chosen: dict[str, Any] = dict(evals or {})
-  if retrieval:
-    chosen["val"] = dict(type="retrieval", source=retrieval, fields=fields)
-  if zeroshot:
-    name, options = zeroshot_folder(os.fspath(zeroshot))
-    chosen[name] = options
+  chosen = data_evals(retrieval, fields, None if zeroshot is None else os.fspath(zeroshot))
+  chosen |= dict(evals or {})
   if not chosen and not opened.config.evals:
     raise ValueError(f"{run} has no config.evals; give retrieval, zeroshot or evals")
-  return run_evaluators(opened, chosen or None)
+  with progress.shown(jax.process_index() == 0):
+    return run_evaluators(opened, chosen or None)
 
 
 def embed(
@@ -126,20 +123,17 @@ def embed(
   """
   values = plain(load_config(config, {**(overrides or {}), **options}))
   setup_runtime(values)
-  folders = write_stores(
-    values,
-    pathlib.Path(out),
-    sides=towers,
-    batch_size=batch_size,
-    dtype=dtype,
-    projected=projected,
-    tokens=tokens,
-  )
-  stores = {str(folder): reader.Store(folder) for folder in folders.values()}
-  return {
-    folder: dict(rows=len(store), width=store.width, left_out=store.left_out)
-    for folder, store in stores.items()
-  }
+  with progress.shown(jax.process_index() == 0):
+    folders = write_stores(
+      values,
+      pathlib.Path(out),
+      sides=towers,
+      batch_size=batch_size,
+      dtype=dtype,
+      projected=projected,
+      tokens=tokens,
+    )
+  return summary(folders.values())
 
 
 class Exported(NamedTuple):

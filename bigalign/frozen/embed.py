@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -310,6 +310,15 @@ def _texts(
   return np.concatenate(made)[:count] if made else empty
 
 
+def summary(folders: Iterable[pathlib.Path]) -> dict[str, dict[str, Any]]:
+  """{folder of a store: its number of rows, their width, and how many samples are left out}."""
+  stores = {str(folder): reader.Store(folder) for folder in folders}
+  return {
+    folder: dict(rows=len(store), width=store.width, left_out=store.left_out)
+    for folder, store in stores.items()
+  }
+
+
 def verify(folder: str | pathlib.Path) -> bool:
   """Prints the errors of a store; returns whether there are none."""
   found = reader.Store(folder)
@@ -343,11 +352,8 @@ def main(argv: Sequence[str]) -> None:
   except Exception as error:
     preemption.exit_on_error(error)
   if jax.process_index() == 0:
-    for folder in folders.values():
-      made = reader.Store(folder)
-      print(
-        json.dumps({str(folder): dict(rows=len(made), width=made.width, left_out=made.left_out)})
-      )
+    for folder, about in summary(folders.values()).items():
+      print(json.dumps({folder: about}))
 
 
 def run() -> None:

@@ -151,6 +151,7 @@ def test_scale_bias_and_kind_of_each_loss(loss, params, head):
   assert of_losses({k: np.float32(x) for k, x in params.items()}, terms) == head
 
 
+@pytest.mark.slow
 def test_apply_is_pure(model, pictures):
   images, (ids, mask) = model.preprocess(pictures), model.tokenize(["a cat", "a dog"])
   out = jax.jit(model.apply)(model.params, images, ids, mask)
@@ -165,6 +166,7 @@ def test_apply_is_pure(model, pictures):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_steps_and_averages(run_folder, model, pictures):
   first, mean = bigalign.load(run_folder, step=1), bigalign.load(run_folder, ema=True)
   z = model.embed_images(pictures)
@@ -174,6 +176,7 @@ def test_steps_and_averages(run_folder, model, pictures):
     bigalign.load(run_folder, step=7)
 
 
+@pytest.mark.slow
 def test_half_precision_is_near(run_folder, model, pictures):
   fast = bigalign.load(run_folder, dtype="bfloat16")
   difference = np.abs(fast.embed_images(pictures) - model.embed_images(pictures)).max()
