@@ -46,6 +46,7 @@ RESOLVER = {
   "bigalign/options.py",
   "bigalign/config.py",
   "bigalign/plan/variants.py",
+  "bigalign/api/checkpoints.py",  # like weights/: what files state, before it is resolved
 }
 GROUPS = re.compile(
   r"(^|\.)(config|configs|data|model|loss|optimizer|evals|mesh|keep|writer|runtime|tokenizer|augment"
