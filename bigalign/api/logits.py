@@ -64,21 +64,21 @@ def of_losses(params: Mapping[str, Any], losses: Mapping[str, Component]) -> Hea
   """
   learned = {name: tree.subtree(params, f"loss/{name}/") for name in losses}
   name = next((x for x in losses if {"t", "temperature"} & {*learned[x]}), next(iter(losses)))
-  found, options = learned[name], losses[name].options
+  found, resolved = learned[name], losses[name].options
   if "t" in found:
     scale = float(np.exp(np.asarray(found["t"])))
   elif "temperature" in found:
     scale = 1 / float(np.asarray(found["temperature"]))
   else:
-    scale = _fixed(options)
-  base = str(options.get("base", name))  # of matryoshka
+    scale = _fixed(resolved)
+  base = str(resolved.get("base", name))  # of matryoshka
   bias = float(np.asarray(found["b"])) if "b" in found else 0.0
   return Head(scale, bias, base in SIGMOID)
 
 
-def _fixed(options: Mapping[str, Any]) -> float:
-  """The scale of a loss that does not learn it, from its options; 1 if they have none."""
-  if options.get("t_init") is not None:
-    return float(options["t_init"])
-  tau = next((options[x] for x in _TEMPERATURES if options.get(x) is not None), 1.0)
+def _fixed(resolved: Mapping[str, Any]) -> float:
+  """The scale of a loss that does not learn it, from its resolved options; 1 if they have none."""
+  if resolved.get("t_init") is not None:
+    return float(resolved["t_init"])
+  tau = next((resolved[x] for x in _TEMPERATURES if resolved.get(x) is not None), 1.0)
   return 1 / float(tau)
