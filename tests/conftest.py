@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import signal
@@ -42,6 +43,16 @@ def data_root() -> pathlib.Path:
   if not root:
     pytest.skip("BIGALIGN_DATA is not set: the root of the real image-text shards")
   return pathlib.Path(root)
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+  """A program that a test calls sets the levels of its process, not those of the next test."""
+  loggers = [logging.getLogger(name) for name in (None, "absl")]
+  levels = [logger.level for logger in loggers]
+  yield
+  for logger, level in zip(loggers, levels):
+    logger.setLevel(level)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
