@@ -381,7 +381,7 @@ def test_two_processes_find_what_one_finds(tiny, tmp_path):
     ],
     check=True,
     timeout=300,
-    env={**os.environ, "PYTHONPATH": str(root)},
+    env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
   )
   expected = [2, 8, both_evaluators()]
   for process in range(2):
