@@ -35,8 +35,10 @@ def named_files(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:
   named = [x["init"] for x in parts if x.get("init")]  # None: trained from the start
   roots = [pathlib.Path(os.path.expandvars(init)).expanduser() for init in named]
   files = [file for root in roots for file in (root, *sorted(root.glob("*")))]
-  tokenizer = config.get("data", {}).get("tokenizer") or {}
-  for path in filter(None, (tokenizer.get(option) for option in ("path", "vocabulary"))):
+  data = config.get("data")
+  tokenizer = data.get("tokenizer") if isinstance(data, Mapping) else None
+  options = tokenizer if isinstance(tokenizer, Mapping) else {}  # another type is refused later
+  for path in filter(None, (options.get(option) for option in ("path", "vocabulary"))):
     file = pathlib.Path(os.path.expandvars(path)).expanduser()
     files += [file, *sorted(file.parent.glob("*.json"))]  # which state padding and more
   return [(str(x), x.stat().st_mtime_ns, x.stat().st_size) for x in files if x.exists()]

@@ -326,6 +326,12 @@ def test_a_model_that_is_trained_from_the_start_names_no_checkpoint(tmp_path):
   assert variants.named_files(dict(model=dict(init=None, image=dict(init="")))) == []
 
 
+@pytest.mark.parametrize("data", [None, dict(tokenizer="byte"), dict(tokenizer=None), "glyphs"])
+def test_what_is_not_a_section_names_no_file(data):
+  """The resolver refuses it with its place in the config."""
+  assert variants.named_files(dict(model={}, data=data)) == []
+
+
 def test_small_models_are_counted_in_full():
   plan = dict(
     topology="v5e:1x1",
@@ -429,6 +435,7 @@ def test_prices_are_checked_before_anything_is_compiled(tmp_path, capsys):
     ('{"v5e": "1.2"}', "the price of 'v5e' is '1.2', not a number"),
     ('{"v5e": NaN}', "is nan"),
     ("[1.2]", "an object such as"),
+    ("{'v5e': 1.2}", r"--prices=.*prices\.json is not JSON: .*line 1"),
   ):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
