@@ -17,6 +17,7 @@ from etils import epath
 
 from bigalign.config import Config
 from bigalign.data.files.draws import draw
+from bigalign.data.files.patterns import expand_variables
 from bigalign.data.loader import evaluation
 from bigalign.data.sources.base import name_classes, open_source
 from bigalign.evals.chance import chance
@@ -93,9 +94,10 @@ def embed_pairs(run: Run) -> Pairs:
   """
   spec, fields, where = held_out(run.config)
   try:
-    source = open_source(spec, captions=fields)
+    expand_variables(spec, what="source")
   except KeyError as error:  # a variable that is not set
     raise FileNotFoundError(errors.message(error)) from error
+  source = open_source(spec, captions=fields)
   names = _classnames(run.config)
   if names:
     name_classes(source, names)

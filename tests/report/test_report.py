@@ -257,6 +257,21 @@ def test_held_out_samples_are_those_of_the_evaluators(evals, source):
   assert main.held_out(config)[0] == source
 
 
+def test_data_that_is_not_here_differs_from_a_bug(monkeypatch, tmp_path):
+  """The page of a run needs no data, so only a variable that is not set may pass for that."""
+  monkeypatch.delenv("PETS_OF_THIS_TEST", raising=False)
+  away = dict(type="retrieval", source="$PETS_OF_THIS_TEST/x.tar")
+  with pytest.raises(FileNotFoundError, match="variable PETS_OF_THIS_TEST is not set"):
+    main.embed_pairs(make_run(tmp_path, evals={"val": away}))
+
+  def open_source(spec, captions=None):
+    return {}["a bug"]
+
+  monkeypatch.setattr(main, "open_source", open_source)
+  with pytest.raises(KeyError, match="a bug"):
+    main.embed_pairs(make_run(tmp_path, evals={"val": dict(away, source="here")}))
+
+
 def test_captions_are_the_class_names_that_the_evaluator_has(monkeypatch, tmp_path):
   """Also if the source has other names, or its labels are names."""
   (tmp_path / "names.txt").write_text("cat\ndog\n")
