@@ -15,6 +15,7 @@ from PIL import Image
 
 from bigalign.data.image import naflex, transforms
 from bigalign.data.image.decode import decode
+from bigalign.data.image.reading import ImageReading
 from bigalign.data.image.transforms import eval_image, train_image
 from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import REASONS, Rejected
@@ -145,6 +146,13 @@ def test_the_longest_edge_is_resized_as_by_open_clip(height, width):
     # CenterCropOrPad: the larger half of an odd margin is below and right.
     first = [(size - side) // 2 for side in theirs]
     assert [white.any(1).argmax(), white.any(0).argmax()] == first
+
+
+def test_stores_of_the_former_rounding_are_not_those_of_the_longest_edge():
+  for resize in ("squash", "shortest", "longest"):
+    depends = ImageReading(image_size=8, resize=resize).preprocessing()
+    assert (depends.pop("rounding", "") == "open_clip") == (resize == "longest")
+    assert depends == dict(image_size=8, resize=resize, resize_edge=None, apply_exif=False)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ class ImageReading:
   """How the bytes of an image become the square that a model sees.
 
   Args:
-    image_size: pixels per side of the square. What is left out of this option and the next ones
-      comes from the pretrained checkpoint of the image tower, if there is one.
+    image_size: pixels per side of the square. image_size, resize, resize_edge and interpolation
+      come from the pretrained checkpoint of the image tower, if the config leaves them out.
     resize: how evaluation, which does not augment, resizes: "squash" to the square, as SigLIP;
       "shortest" edge to the size, then the centre, as CLIP; "longest" edge to the size, then black
       bars.
@@ -85,4 +85,6 @@ class ImageReading:
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageReading)}
     if self.interpolation == "bicubic":  # stores from before this option remain valid
       del values["interpolation"]
+    if self.resize == "longest":  # halves were rounded otherwise before
+      values["rounding"] = "open_clip"
     return values
