@@ -326,6 +326,18 @@ def is_corrupt_array_record(error: RuntimeError) -> bool:
   return "Corrupted" in str(error)
 
 
+def error_of_hub_requests() -> type[Exception]:
+  """Returns the base class of the errors of the library that huggingface_hub sends requests with.
+
+  huggingface_hub 2.4: HfHubHTTPError inherits it. The library is httpx in 1.x and httpx2 in 2.x,
+  and huggingface_hub does not say which.
+  """
+  from huggingface_hub.errors import HfHubHTTPError
+
+  found: type[Exception] = next(x for x in HfHubHTTPError.__mro__ if x.__name__ == "HTTPError")
+  return found
+
+
 def rendered_glyph(face: Any) -> tuple[np.ndarray, int]:
   """Returns the coverage of the glyph that a freetype.Face rendered last, and its top.
 

@@ -16,6 +16,7 @@ from bigalign.data.loader.options import DataOptions
 from bigalign.evals.chance import chance
 from bigalign.evals.retrieval import RECALL_AT
 from bigalign.evaluate import Run
+from bigalign.export import published
 from bigalign.export.base import Contents, Format, TrainedModel, tower_name
 from bigalign.run.metrics import read_metrics
 from bigalign.stages import split
@@ -55,7 +56,7 @@ def facts(
     "datasets": [*datasets],
     **{k: run.meta[k] for k in ("samples_seen", "dataset_size", "data", "revision", "versions")},
     "metrics": measured,
-    "config": run.meta["config"],
+    "config": published.without_users(run.meta["config"]),
   }
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from bigalign.export import model_card
+from bigalign import checks, private_apis
+from bigalign.export import model_card, published
 from bigalign.export.formats import FORMATS
 from bigalign.weights.files import read_json
 
-_CARD = "README.md"
+_ABOUT, _CARD = "bigalign.json", "README.md"
 _TOKENS = "https://huggingface.co/settings/tokens"
 
 
@@ -60,7 +62,8 @@ def check_account(repo: str) -> None:
 def push(folder: pathlib.Path, repo: str, *, private: bool = False) -> str:
   """Uploads the files of a folder as one commit, and returns the address of the repository.
 
-  The code in the model card then loads the repository. Other files of an existing repository stay.
+  Hidden files and folders are not uploaded. The code in the model card then loads the repository,
+  and paths of this machine are without their folders. Other files of an existing repository stay.
 
   Args:
     folder: written by bigalign export.
@@ -68,14 +71,25 @@ def push(folder: pathlib.Path, repo: str, *, private: bool = False) -> str:
     private: whether only its owner may read it.
 
   Raises:
-    ValueError: if the hub refuses the metadata of the model card, or the repository is public and
-      should be private.
+    ValueError: if the folder names no known format, the hub refuses the metadata of the model
+      card, or the repository is public and should be private.
     PermissionError: if the account may not write to the repository.
     OSError: if the hub cannot be reached or reports another error.
   """
   from huggingface_hub import CommitOperationAdd, HfApi
 
-  about = read_json(folder / "bigalign.json")
+  about = read_json(folder / _ABOUT)
+  kind = checks.choose(FORMATS, str(about.get("format")), f"{folder / _ABOUT}: format")
+  card = published.card((folder / _CARD).read_text(encoding="utf-8"), about)
+  step = f", step {about['step']}" if about.get("step") is not None else ""  # converted: none
+  message = f"{about.get('name') or folder.resolve().name}{step}, exported by bigalign"
+  names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+  files: dict[str, Any] = {
+    name.as_posix(): folder / name
+    for name in names
+    if not any(part.startswith(".") for part in name.parts)
+  }
+  files[_ABOUT] = f"{json.dumps(published.facts(about), indent=1)}\n".encode()
   api = HfApi()
   with _explained(repo):
     address = api.create_repo(repo, private=True if private else None, exist_ok=True)
@@ -85,17 +99,11 @@ def push(folder: pathlib.Path, repo: str, *, private: bool = False) -> str:
         f"--private: {address} exists and is public. Make it private in its settings, or choose"
         " another name."
       )
-    card = (folder / _CARD).read_text(encoding="utf-8")
-    files: dict[str, Any] = {
-      path.relative_to(folder).as_posix(): path
-      for path in sorted(folder.rglob("*"))
-      if path.is_file() and not path.name.startswith(".")
-    }
-    files[_CARD] = model_card.for_hub(card, FORMATS[about["format"]], repo).encode()
+    files[_CARD] = model_card.for_hub(card, kind, repo).encode()
     api.create_commit(
       repo,
       [CommitOperationAdd(name, content) for name, content in files.items()],
-      commit_message=f"{about['name']}, step {about['step']}, exported by bigalign",
+      commit_message=message,
     )
   return str(address)
 
@@ -109,8 +117,7 @@ def _explained(repo: str) -> Iterator[None]:
   from huggingface_hub import constants
   from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-  # The library that huggingface_hub sends requests with: httpx in 1.x, httpx2 in 2.x.
-  http_error: Any = HfHubHTTPError.__bases__[0]
+  http_error = private_apis.error_of_hub_requests()
   try:
     yield
   except HfHubHTTPError as error:

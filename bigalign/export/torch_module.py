@@ -282,7 +282,7 @@ import sys
 
 {imports}
 folder = "DIR"
-sys.path.append(folder)
+sys.path.insert(0, folder)
 from model import load
 
 logits = load(folder).logits([Image.open("x.jpg")], {texts})

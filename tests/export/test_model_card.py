@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from test_export import CLIP, CLIP_LOSS, SIGLIP, SIGLIP_LOSS, make_run, word_pieces
 
-from bigalign.export import main, model_card
+from bigalign.export import main, model_card, published
 from bigalign.export.base import Contents
 from bigalign.export.formats import FORMATS
 
@@ -83,6 +83,51 @@ def test_the_page_shows_the_model_first_and_the_config_folded(run):
   assert "match the run's (maximum relative difference 3.0e-07)" in text
   visible = re.sub(r"(?s)<details>.*</details>", "", text)
   assert "log_every" in text and "log_every" not in visible and text.endswith("</details>\n")
+
+
+def test_what_is_private_of_the_options_is_not_published(run):
+  """Users and passwords nowhere; folders of this machine not on the hub."""
+  source = "https://me:token@host/a b.tar::/home/me/data/é.tar"
+  data = {**run.meta["config"]["data"], "source": source}
+  config = {**run.meta["config"], "data": data, "frozen": "/attention/"}
+  made = run._replace(meta={**run.meta, "config": config})
+  about = json.loads(json.dumps(model_card.facts(made, "hf", "CLIPModel", False)))
+  assert about["config"]["data"]["source"] == "https://host/a b.tar::/home/me/data/é.tar"
+  text = card(made)
+  assert "| data | `https://host/a b.tar::/home/me/data/é.tar` (" in text
+  assert "token@" not in text and "//me" not in text
+  public = published.card(text, about)
+  assert "| data | `https://host/a b.tar::é.tar` (" in public and "/home/me" not in public
+  assert json.dumps("https://host/a b.tar::é.tar") in public
+  assert '"path": "vocab.txt"' in public and str(run.workdir.parent) not in public
+  assert '"frozen": "/attention/"' in public
+  older = {**about, "config": config}  # written before users were left out
+  facts = published.facts(older)
+  assert facts["config"]["data"]["source"] == "https://host/a b.tar::é.tar"
+  assert facts["config"]["frozen"] == "/attention/" and facts["step"] == 3
+  assert "me:token" not in published.card(json.dumps(older), older)
+
+
+@pytest.mark.parametrize(
+  "given,expected",
+  [
+    ("parquet:/data/x/*.parquet", "parquet:*.parquet"),
+    ("~/words.txt", "~/words.txt"),
+    ("/", "/"),
+    ("gs://bucket/run/*.tar", "gs://bucket/run/*.tar"),
+    ("$DATA/x.tar", "$DATA/x.tar"),
+    ("user/model", "user/model"),
+    ("tfds:cifar10:train", "tfds:cifar10:train"),
+  ],
+)
+def test_only_paths_of_this_machine_lose_their_folders(given, expected):
+  about = {"config": {"data": {"sources": [given]}}}
+  assert published.facts(about)["config"]["data"]["sources"] == [expected]
+  assert published.card(f"`{given}` {given}", about) == f"`{expected}` {given}"
+
+
+def test_a_module_next_to_the_card_comes_before_one_of_the_same_name(run):
+  assert "sys.path.insert(0, folder)\nfrom model import load" in card(run, "torch")
 
 
 def test_averages_show_their_own_metrics(run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -68,12 +69,42 @@ def test_a_folder_becomes_one_commit(hub, exported, capfd):
   names = sorted(x.relative_to(exported).as_posix() for x in exported.rglob("*") if x.is_file())
   assert sorted(repo["files"]) == names and len(hub.blobs) == 2
   for name in names:
-    if name != "README.md":
+    if name not in ("README.md", "bigalign.json"):
       assert repo["files"][name] == (exported / name).read_bytes()
+  about = json.loads((exported / "bigalign.json").read_text())
+  assert about["config"]["data"]["tokenizer"]["path"] == f"{exported.parent}/vocab.txt"
+  about["config"]["data"]["tokenizer"]["path"] = "vocab.txt"
+  assert json.loads(repo["files"]["bigalign.json"]) == about
+  assert not any(str(exported.parent).encode() in x for x in repo["files"].values())
   card = repo["files"]["README.md"].decode()
   assert 'AutoModel.from_pretrained("user/clip")' in card and "DIR" not in card
   assert '"DIR"' in (exported / "README.md").read_text(), "the folder itself does not change"
   assert hub_server.TOKEN not in "".join(capfd.readouterr())
+
+
+def test_nothing_hidden_is_uploaded(hub, exported, tmp_path):
+  """The settings of git can hold a token."""
+  copy = shutil.copytree(exported, tmp_path / "copy")
+  names = {x.relative_to(copy).as_posix() for x in copy.rglob("*") if x.is_file()}
+  for name in (".git/config", ".cache/a/b", "sub/.env", "sub/.ssh/id", ".hidden"):
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_text("url = https://user:secret@host")
+  push.push(copy, "user/clip")
+  assert hub.repos["user/clip"]["files"].keys() == names
+
+
+def test_a_folder_that_states_less_is_uploaded_or_refused_before(hub, exported, tmp_path):
+  """A converted model has no step; older folders have no name."""
+  copy = shutil.copytree(exported, tmp_path / "older")
+  about = json.loads((copy / "bigalign.json").read_text())
+  less = {key: value for key, value in about.items() if key not in ("step", "name")}
+  (copy / "bigalign.json").write_text(json.dumps(less))
+  push.push(copy, "user/clip")
+  assert hub.repos["user/clip"]["commits"] == ["older, exported by bigalign"]
+  (copy / "bigalign.json").write_text(json.dumps({**less, "format": "other"}))
+  with pytest.raises(ValueError, match=r"bigalign\.json: format: unknown 'other'"):
+    push.push(copy, "user/never")
+  assert "user/never" not in hub.repos
 
 
 def test_an_upload_again_changes_the_same_repository(hub, exported):

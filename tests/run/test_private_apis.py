@@ -351,6 +351,13 @@ def test_a_corrupt_array_record_is_recognised(tmp_path):
   assert not private_apis.is_corrupt_array_record(RuntimeError("Input/output error"))
 
 
+def test_the_hub_sends_requests_with_a_library_whose_errors_have_one_base():
+  found = private_apis.error_of_hub_requests()
+  library = sys.modules[found.__module__.split(".")[0]]
+  assert issubclass(library.ConnectError, found) and issubclass(library.ReadTimeout, found)
+  assert not issubclass(found, OSError) and not issubclass(FileNotFoundError, found)
+
+
 def test_freetype_gives_the_coverage_of_a_glyph():
   face = freetype.Face(str(font_folder() / "DejaVuSans.ttf"))
   face.set_char_size(64 * 24)
