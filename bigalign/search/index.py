@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import functools
 import importlib
 import json
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -64,24 +64,32 @@ def exact(tiles: Iterable[np.ndarray], queries: np.ndarray, k: int) -> Hits:
   Raises:
     ValueError: for queries that are not finite or of another width than the vectors, or k < 1.
   """
-  if k < 1:
-    raise ValueError(f"k={k}: at least 1 result")
-  queries = np.asarray(queries, np.float32)
-  if queries.ndim != 2 or not np.isfinite(queries).all():
-    raise ValueError(f"queries of shape {queries.shape}: expected [Q, D] of finite numbers")
+  queries = _checked(queries, k)
   best = [(np.empty(0, np.float32), np.empty(0, np.int64))] * len(queries)
   first = 0
   for tile in _float32(tiles):
-    if tile.shape[1:] != queries.shape[1:]:
-      raise ValueError(
-        f"queries have {queries.shape[1]} numbers and vectors {tile.shape[1]}: another model?"
-      )
+    _check_width(queries, tile.shape[1])
     scores = queries @ tile.T
     best = [_merge(*found, row, first, k) for found, row in zip(best, scores)]
     first += len(tile)
   number = min(k, first)
   shape = (len(queries), number)
   return Hits(*(np.array([x[i] for x in best]).reshape(shape) for i in (0, 1)))
+
+
+def _checked(queries: np.ndarray, k: int) -> np.ndarray:
+  """The queries as float32; ValueError if they are not [Q, D] of finite numbers, or k < 1."""
+  if k < 1:
+    raise ValueError(f"k={k}: at least 1 result")
+  queries = np.ascontiguousarray(queries, np.float32)
+  if queries.ndim != 2 or not np.isfinite(queries).all():
+    raise ValueError(f"queries of shape {queries.shape}: expected [Q, D] of finite numbers")
+  return queries
+
+
+def _check_width(queries: np.ndarray, width: int) -> None:
+  if queries.shape[1] != width:
+    raise ValueError(f"queries have {queries.shape[1]} numbers and vectors {width}: another model?")
 
 
 def _merge(
@@ -184,16 +192,23 @@ class Approximate:
     """Returns about the k best rows of each query, [Q, D] float32, with their exact scores.
 
     Lists with too few vectors give fewer results; their scores are then -inf and their rows -1.
+
+    Raises:
+      ValueError: as `exact`.
     """
+    queries = _checked(queries, k)
+    _check_width(queries, self._store.width)
     number = min(k, len(self))
+    if not len(queries):
+      return Hits(np.empty((0, number), np.float32), np.empty((0, number), np.int64))
     wanted = min(_RERANK * number, len(self))
-    _, candidates = self._index.search(np.ascontiguousarray(queries, np.float32), wanted)
+    _, candidates = self._index.search(queries, wanted)
     answers = [self._ordered(q, rows[rows >= 0], number) for q, rows in zip(queries, candidates)]
-    return Hits(*(np.stack(x) if x else np.empty((0, number)) for x in zip(*answers)))
+    return Hits(*(np.stack(x) for x in zip(*answers)))
 
   def _ordered(self, query: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     rows = np.sort(rows)
-    scores = self._store.read(rows).astype(np.float32) @ np.asarray(query, np.float32)
+    scores = self._store.read(rows).astype(np.float32) @ query
     order = np.argsort(-scores, kind="stable")[:k]
     missing = (0, k - len(order))
     return (
@@ -251,6 +266,7 @@ def open_approximate(
   *,
   probes: int = _PROBES,
   queries: Callable[[], np.ndarray] | None = None,
+  origin: str = "",
   k: int = 10,
 ) -> tuple[Approximate, dict[str, Any]]:
   """Opens the approximate index next to the vectors of a store; builds it if there is none.
@@ -259,28 +275,36 @@ def open_approximate(
     store: of vectors [N, D].
     probes: lists that a query is compared with.
     queries: makes [Q, D] float32 to measure the recall with; None: rows of the store.
+    origin: of the queries, such as the model that makes them. The recall is kept next to the index
+      and measured again for another origin, probes or k.
     k: results per query for the recall.
 
   Returns:
-    The index, and its facts: "lists", "probes", "recall" against the exact search, "k", "queries".
+    The index, and its facts: "lists", "probes", "recall" against the exact search, "k", "queries",
+    "origin".
   """
   library = faiss()
   path = store.folder / f"faiss-{store.fingerprint[:12]}.index"
   facts_path = path.with_suffix(".json")
   if not path.exists():
-    part = f"{path}.part-{os.getpid()}"
-    library.write_index(build(store), part)
-    os.replace(part, path)
+    part = pathlib.Path(f"{path}.part-{os.getpid()}")
+    try:
+      library.write_index(build(store), os.fspath(part))
+      part.replace(path)
+    except BaseException:
+      part.unlink(missing_ok=True)  # the disk may be full
+      raise
   index = library.read_index(os.fspath(path), library.IO_FLAG_MMAP)
   opened = Approximate(store, index, probes=probes)
   facts = json.loads(facts_path.read_text()) if facts_path.exists() else {}
-  if (facts.get("probes"), facts.get("k")) != (probes, k):
+  if tuple(map(facts.get, ("probes", "k", "origin"))) != (probes, k, origin):
     asked = queries() if queries else _some_rows(store)
     facts = dict(
       lists=index.nlist,
       probes=probes,
       k=k,
       queries=len(asked),
+      origin=origin,
       recall=recall(opened.search(asked, k), exact(tiles_of(store), asked, k)),
     )
     with atomic_write(facts_path) as file:
@@ -301,5 +325,6 @@ def recall(found: Hits, best: Hits) -> float:
   >>> recall(Hits(rows, rows), Hits(rows, np.array([[2, 1], [3, 9]])))
   0.75
   """
-  shared = map(functools.partial(np.intersect1d, assume_unique=True), found.rows, best.rows)
+  pairs = zip(found.rows, best.rows)  # missing results are -1, several times
+  shared = (np.intersect1d(rows[rows >= 0], wanted, assume_unique=True) for rows, wanted in pairs)
   return sum(map(len, shared)) / max(best.rows.size, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ from search.conftest import write_store
 
 from bigalign.data.files.checksums import Damaged
 from bigalign.search import index
-from bigalign.search.index import Exact, exact, open_approximate, recall, tiles_of
+from bigalign.search.index import Exact, Hits, exact, open_approximate, recall, tiles_of
 
 RNG = np.random.default_rng(0)
 # Small integers: their products are exact in any order, and many are equal.
@@ -140,3 +141,53 @@ def test_an_approximate_index_is_built_once(clusters, monkeypatch):
   assert answer.rows.shape == (50, 4000)
   missing = answer.rows < 0
   assert missing.any() and np.isneginf(answer.scores[missing]).all()
+
+
+def test_results_that_lists_lack_are_not_counted_as_found():
+  rows = np.array([[3, -1, -1, -1]])
+  best = np.array([[3, 4, 5, 6]])
+  assert recall(Hits(rows, rows), Hits(best, best)) == 0.25
+
+
+def test_recall_is_measured_again_for_other_queries(clusters):
+  store, queries = clusters
+
+  def facts(origin, count):
+    asked = queries[:count]
+    return open_approximate(store, probes=2, queries=lambda: asked, origin=origin)[1]
+
+  assert facts("one text tower", 7)["queries"] == 7
+  assert facts("another", 8)["queries"] == 8
+  again = facts("another", 9)
+  assert again["queries"] == 8 and again["origin"] == "another"
+
+
+def test_wrong_queries_of_an_approximate_index_are_refused(clusters):
+  store, queries = clusters
+  found, _ = open_approximate(store, probes=1, queries=lambda: queries)
+  nothing = found.search(queries[:0], 3)
+  assert nothing.rows.shape == nothing.scores.shape == (0, 3) and nothing.rows.dtype == np.int64
+  for wrong, k, message in (
+    (queries, 0, "k=0: at least 1"),
+    (queries[:, :7], 3, "queries have 7 numbers and vectors 16"),
+    (queries[0], 3, r"shape \(16,\)"),
+    (queries * np.nan, 3, "finite"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      found.search(wrong, k)
+
+
+def test_an_index_that_was_not_written_to_its_end_is_removed(tmp_path, monkeypatch):
+  library = pytest.importorskip(
+    "faiss", reason="faiss or starlette is not installed: the extra search"
+  )
+
+  def killed(index, path):
+    pathlib.Path(path).write_bytes(b"half")
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(library, "write_index", killed)
+  store = write_store(tmp_path, VECTORS)
+  with pytest.raises(KeyboardInterrupt):
+    open_approximate(store)
+  assert not [*tmp_path.glob("faiss-*")]
