@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 import pathlib
 import shutil
 import sys
 import time
 
 from absl import logging
+
+from bigalign.run import errors
 
 _TRIES, _WAIT = 20, 0.1  # seconds
 _TEXTS = ("No space left on device", "Disk quota exceeded", "not enough space")
@@ -68,6 +69,5 @@ def exit_if_full(error: BaseException, folder: pathlib.Path, *, checkpoints: str
   logging.error("%s: %s, after the files that were incomplete were removed", folder, free)
   logging.error("Make room and run the same command again: it resumes %s, with equal bits", newest)
   sys.stdout.flush()
-  sys.stderr.flush()
   # Not sys.exit: writes of tensorstore that are still pending would print hundreds of lines.
-  os._exit(1)
+  errors.exit_now(1)

@@ -10,7 +10,6 @@ import functools
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 import urllib.request
@@ -227,8 +226,7 @@ class Watchdog:
 def _exit_to_restart() -> NoReturn:
   """Ends this process at once, and its workers with it."""
   watchdog.kill_workers()
-  sys.stderr.flush()
-  os._exit(RESTART_EXIT_CODE)
+  errors.exit_now(RESTART_EXIT_CODE)
 
 
 def hang_message(steps: dict[int, int], patience: float, processes: int) -> str:
@@ -287,5 +285,4 @@ def exit_on_error(error: Exception) -> NoReturn:
       " Run the same command, with any number of processes, to resume from the newest checkpoint.",
       missing_processes(5),
     )
-  sys.stderr.flush()
-  os._exit(RESTART_EXIT_CODE if lost else 1)
+  errors.exit_now(RESTART_EXIT_CODE if lost else 1)

@@ -50,6 +50,8 @@ class StopSignals:
     self.interrupted = False
     self._since = 0.0  # of the first signal
     self._terminated = False
+    self._answered = False  # whether the thread has seen a Ctrl-C since `_handle` last returned
+    self._raises = False  # whether `_handle` raises KeyboardInterrupt; only the thread decides it
     self._active = threading.current_thread() is threading.main_thread()
     self._notify_others: Callable[[], None] | None = None
     self._restore: list[Callable[[], object]] = []
@@ -60,9 +62,10 @@ class StopSignals:
     if jax.distributed.is_initialized():
       of_jax = preemption_handler()
       if of_jax is None:
-        return self  # JAX knows another way, and so do the processes that do not get the signal
+        return self  # JAX stops the run in another way, which also reaches the other processes
       self._notify_others, restore = of_jax
-      self._restore.append(restore)
+      # Python must forget `_handle` too, or the next context would take it for a handler of others.
+      self._restore += [restore, lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)]
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -75,9 +78,8 @@ class StopSignals:
     ]
     for number in SIGNALS:
       before = signal.signal(number, self._handle)
-      if (
-        number == signal.SIGINT or self._notify_others is None
-      ):  # JAX's own comes back by `restore`
+      # The handler of JAX comes back by `restore`.
+      if number == signal.SIGINT or self._notify_others is None:
         self._restore.append(functools.partial(signal.signal, number, before))
     return self
 
@@ -87,9 +89,15 @@ class StopSignals:
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
     """Called in the main thread, later than `_read` or before it."""
-    again = number == signal.SIGINT and self._is_second_press()
     self.received = True
-    if again and not errors.in_program():
+    if number != signal.SIGINT:
+      return
+    end = time.monotonic() + 1
+    while not self._answered and time.monotonic() < end:  # a lock would not be safe here
+      time.sleep(0.001)
+    self._answered = False
+    raises, self._raises = self._raises, False
+    if raises:
       raise KeyboardInterrupt
 
   def _is_second_press(self) -> bool:
@@ -103,11 +111,17 @@ class StopSignals:
 
   def _arrived(self, number: int) -> None:
     if number == signal.SIGINT:
-      if self._is_second_press() and errors.in_program():
-        _quit()
-      if self.interrupted:
+      if self._is_second_press():
+        if errors.in_program():
+          _quit()
+        else:
+          self._raises = True
+      first, self.interrupted = not self.interrupted, True
+      if first:
+        self._since = time.monotonic()
+      self._answered = True  # before the log, whose lock the main thread may hold
+      if not first:
         return
-      self._since, self.interrupted = time.monotonic(), True
       logging.warning("Interrupted: saving after this step; press Ctrl-C again to quit at once")
     elif number == signal.SIGTERM:
       saving = "still saving" if self._terminated else "saving"
@@ -125,6 +139,5 @@ class StopSignals:
 def _quit() -> NoReturn:
   """Ends this process and its workers at once."""
   sys.stderr.write("\nQuitting without saving\n")
-  sys.stderr.flush()
   watchdog.kill_workers()
-  os._exit(errors.INTERRUPTED)
+  errors.exit_now(errors.INTERRUPTED)

@@ -69,7 +69,7 @@ def test_a_run_ended_by_a_full_disk_continues_with_equal_bits(tmp_path, monkeypa
 
   monkeypatch.setattr(checksums, "record", full)
   ended = []
-  monkeypatch.setattr(disk.os, "_exit", ended.append)
+  monkeypatch.setattr(os, "_exit", ended.append)
   with pytest.raises(OSError, match="No space left") as error:
     train.train(config, tmp_path / "run")
   disk.exit_if_full(error.value, tmp_path / "run")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
 
+from bigalign.private_apis import preemption_handler
 from bigalign.run import errors, preemption, stop_signals
 from bigalign.run.stop_signals import StopSignals
 
@@ -93,6 +96,52 @@ def test_outside_of_a_program_a_second_ctrl_c_raises(caplog):
     time.sleep(2 * stop_signals.SAME_PRESS)
     press()
     time.sleep(5)
+
+
+def test_one_ctrl_c_that_waits_for_the_main_thread_does_not_raise():
+  """Python calls the handler much later than the signal arrives; that is not a second press."""
+  with StopSignals() as signals:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # other threads get it
+    try:
+      threading.Timer(0.05, press).start()
+      LIBC.usleep(300_000)
+      time.sleep(0)  # the handler runs here at the latest
+    except KeyboardInterrupt:
+      pytest.fail("the first Ctrl-C raised KeyboardInterrupt")
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
+  assert signals.interrupted
+
+
+def test_the_second_run_of_several_processes_answers_too(monkeypatch):
+  """JAX's handler is one of C, which Python does not know; `abs` of libc stands for it here."""
+  monkeypatch.setattr(stop_signals.jax.distributed, "is_initialized", lambda: True)
+  before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  LIBC.signal(int(signal.SIGTERM), ctypes.cast(LIBC.abs, ctypes.c_void_p))
+  try:
+    for _ in range(2):
+      assert preemption_handler() is not None
+      with StopSignals() as signals:
+        press(signal.SIGTERM)
+        wait_for(lambda signals=signals: signals.received)
+    assert preemption_handler() is not None
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_cursor_comes_back_when_a_process_ends_at_once(monkeypatch):
+  ours, terminal = os.openpty()
+  ended: list[int] = []
+  monkeypatch.setattr(os, "_exit", ended.append)
+  monkeypatch.setattr(stop_signals.watchdog, "kill_workers", lambda: None)
+  monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+  fail = functools.partial(preemption.exit_on_error, ValueError("x"))
+  with open(ours, "rb", buffering=0) as screen, open(terminal, "w") as stderr:
+    monkeypatch.setattr(sys, "__stderr__", stderr)
+    for end in (stop_signals._quit, preemption._exit_to_restart, fail):
+      end()
+      assert screen.read(100) == b"\x1b[?25h"
+  assert ended == [130, 143, 1]
 
 
 def test_a_run_that_ctrl_c_stopped_is_not_started_again(caplog):
