@@ -214,7 +214,7 @@ class Inside(NamedTuple):
   place: str = ""
 
   def known(self, entry: str | None = None) -> dict[str, Option]:
-    """All options: of one group, or of an entry of the registry; of any entry if it is unknown."""
+    """All options of the group; an unknown entry has the options of all entries."""
     if not self.key:
       return dict(self.options)
     one = self.entries.get(entry or "")

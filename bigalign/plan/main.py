@@ -118,7 +118,10 @@ def read_prices(path: str, kind: str) -> dict[str, float]:
   Raises:
     ValueError: if the file holds something else, before anything is compiled.
   """
-  prices = json.loads(pathlib.Path(path).read_text())
+  try:
+    prices = json.loads(pathlib.Path(path).read_text())
+  except ValueError as error:  # of the text or its encoding
+    raise ValueError(f"--prices={path} is not JSON: {error}") from error
   if not isinstance(prices, dict):
     raise ValueError(f'--prices={path}: an object such as {{"v5e": 1.2}} is expected')
   for name, price in prices.items():

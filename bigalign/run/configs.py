@@ -80,7 +80,8 @@ def load_config(
 
   Raises:
     FileNotFoundError: for a config that does not exist.
-    ValueError: for a file without get_config(), and for a place that cannot hold an option.
+    ValueError: for a file without get_config() or that is not Python, and for a place that cannot
+      hold an option.
     TypeError: for a get_config() that does not return a config.
   """
   if isinstance(config, ConfigDict):
@@ -160,7 +161,7 @@ def set_option(config: Any, keys: tuple[Key, ...], value: Any, where: str = "con
       raise ValueError(f"{place} has no element {rest[0]}; its length is {length}")
     elements = [*inner]
     if rest[1:]:
-      elements[rest[0]] = copy.copy(elements[rest[0]])  # the sequence may be the caller's
+      elements[rest[0]] = copy.deepcopy(elements[rest[0]])  # it may be the caller's
       set_option(elements, tuple(rest), value, place)
     else:
       elements[rest[0]] = value
@@ -188,7 +189,10 @@ def _read(config: str | os.PathLike[str]) -> ConfigDict:
   if spec is None or spec.loader is None:
     raise ValueError(f"{path} is not a Python file; a config file is one that has get_config()")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise ValueError(f"{error.filename or path}:{error.lineno}: {error.msg}") from error
   if not callable(getattr(module, "get_config", None)):
     raise ValueError(f"{path} has no function get_config() that returns a ConfigDict")
   made = module.get_config() if argument is None else module.get_config(argument)

@@ -132,8 +132,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     TypeError, ValueError: for an override of an option that does not exist, or of a wrong type.
   """
   values = flags.FLAGS
-  words, others = overrides.take_words(values.read_flags_from_files(argv, force_gnu=False))
   try:
+    argv_with_files = values.read_flags_from_files(argv, force_gnu=False)
+    words, others = overrides.take_words(argv_with_files)
     remaining: list[str] = values(others)
   except flags.Error as error:
     text = str(error).removesuffix("?").rstrip()  # "Did you mean: workdir ?"

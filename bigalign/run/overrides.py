@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bigalign import options, tree
 from bigalign.options import Option
-from bigalign.run.configs import Key, get_option, join_path, split_path
+from bigalign.run.configs import Key, get_option, join_path, load_config, set_option, split_path
 
 _TRUE = ("true", "t", "yes", "1")
 _FALSE = ("false", "f", "no", "0")
@@ -74,8 +74,8 @@ def read_words(words: Sequence[Word], root: type, config: Any) -> dict[str, Any]
   {'workers': 2, 'captions': ('a', 'b')}
 
   Args:
-    words: the overrides. One that is repeated gives several elements of a sequence; of other
-      options the last counts.
+    words: the overrides. The last word of an option counts, but single elements of a sequence that
+      are repeated give one sequence.
     root: the dataclass of the options of a config.
     config: the config whose options they replace, in plain values.
 
@@ -94,15 +94,19 @@ def read_words(words: Sequence[Word], root: type, config: Any) -> dict[str, Any]
     path: word.text for path, word in zip(paths, words) if path[-1] in ("name", "type") and path[1:]
   }
   values: dict[str, Any] = {}
-  given: dict[tuple[Key, ...], list[Any]] = {}
+  elements: dict[tuple[Key, ...], tuple[Any, ...]] = {}  # given one by one
+  changed = load_config(config)  # by the words so far: a group may name an entry of a registry
   for path, word in zip(paths, words):
-    kind = kind_of(root, path, config, named)
-    value = _read(word, kind, get_option(config, path), f"config.{join_path(path)}")
-    given.setdefault(path, []).append(value)
-    several = len(given[path]) > 1 and isinstance(value, tuple)
-    joined = tuple(x for part in given[path] for x in part) if several else value
+    kind = kind_of(root, path, changed, named)
+    value = _read(word, kind, get_option(changed, path), f"config.{join_path(path)}")
+    if isinstance(value, tuple) and not _is_list(word.text or ""):
+      value = elements[path] = (*elements.get(path, ()), *value)
+    else:
+      elements.pop(path, None)
     values.pop(join_path(path), None)  # the last word decides the order
-    values[join_path(path)] = joined
+    values[join_path(path)] = value
+    with changed.unlocked(), changed.ignore_type():  # as load_config does
+      set_option(changed, path, value)
   return values
 
 
@@ -239,7 +243,7 @@ def read_text(text: str, kind: Any, current: Any = None) -> Any:
   Args:
     text: as it was typed; lists, tuples and dicts as in Python.
     kind: the type, or {name: Option}.
-    current: the value that it replaces, whose type decides if `kind` allows any.
+    current: the value that it replaces; if `kind` allows any, a text replaces a text.
 
   Raises:
     ValueError: if the type excludes it.
@@ -261,9 +265,10 @@ def read_text(text: str, kind: Any, current: Any = None) -> Any:
         if text == str(value):
           return value
     elif part is Any:
-      return text if isinstance(current, str) else _literal_or_text(text)
+      return text if isinstance(current, str) else _any(text)
     elif _is_sequence(part):
-      return _sequence(text, part)
+      if str not in parts or _is_list(text):
+        return _sequence(text, part)
     elif _is_group(part):
       value = _literal(text)
       if isinstance(value, dict) or value is None:
@@ -310,10 +315,22 @@ def _sequence(text: str, kind: Any) -> tuple[Any, ...]:
   raise ValueError(text)
 
 
+def _is_list(text: str) -> bool:
+  """Whether a text is a list or a tuple as Python writes it."""
+  return isinstance(_literal_or_text(text), list | tuple)
+
+
+def _any(text: str) -> Any:
+  """The value of an option without a type: a switch, a value as Python writes it, or the text."""
+  if text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  return _literal_or_text(text)
+
+
 def _literal(text: str) -> Any:
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
     raise ValueError(f"{text!r} is not a value as Python writes it") from None
 
 

@@ -58,6 +58,7 @@ def test_a_config_that_does_not_exist_is_named_with_the_shipped_ones(
   ("text", "error", "message"),
   [
     ("", ValueError, r"mine\.py has no function get_config\(\)"),
+    ("def get_config():\n  return (\n", ValueError, r"mine\.py:2: '\(' was never closed"),
     ("def get_config():\n  return 3\n", TypeError, r"returned int; it must return a ConfigDict"),
   ],
 )
@@ -96,6 +97,11 @@ def test_overrides_do_not_change_what_was_given():
     assert changed.data.mixture[0]["name"] == "a"
     assert [part.get("weight") for part in given["data"]["mixture"]] == [None, None]
     assert given["data"]["mixture"][0]["name"] == "coco2k"
+  for given in (load_shipped("clipa_b16"), load_shipped("clipa_b16").to_dict()):
+    before = given["stages"][0]["data"]["image_size"]
+    changed = load_config(given, {"stages[0].data.image_size": 64})
+    assert changed.stages[0]["data"]["image_size"] == 64
+    assert given["stages"][0]["data"]["image_size"] == before != 64
 
 
 def test_references_between_options_follow_an_override(tmp_path):

@@ -85,6 +85,46 @@ def test_a_negative_number_is_a_value():
       ["--config.data.captions=[['a', 3], ['b', 1]]"],
       {"data.captions": (["a", 3], ["b", 1])},
     ),
+    # A list replaces what was given before.
+    (
+      "tiny",
+      ["--config.data.captions=a", "--config.data.captions=['b', 'c']", "--config.seed=1"],
+      {"data.captions": ("b", "c"), "seed": 1},
+    ),
+    (
+      "tiny",
+      ["--config.data.augment.scale=(0.5, 1)", "--config.data.augment.scale=(0.4, 1)"],
+      {"data.augment.scale": (0.4, 1)},
+    ),
+    (
+      "tiny",
+      ["--config.data.captions=['a']", "--config.data.captions=b", "--config.data.captions=c"],
+      {"data.captions": ("b", "c")},
+    ),
+    # A text where both a text and a sequence are allowed.
+    (
+      "tiny",
+      ["--config.evals.x.type=zeroshot", "--config.evals.x.templates=simple"],
+      {"evals.x.type": "zeroshot", "evals.x.templates": "simple"},
+    ),
+    (
+      "tiny",
+      ["--config.evals.x.type=zeroshot", "--config.evals.x.templates=['a {}', 'b {}']"],
+      {"evals.x.type": "zeroshot", "evals.x.templates": ("a {}", "b {}")},
+    ),
+    # Switches and None where any type is allowed.
+    (
+      "tiny",
+      ["--config.data.source_options.shuffle_files=false", "--config.data.source_options.x=true"],
+      {"data.source_options.shuffle_files": False, "data.source_options.x": True},
+    ),
+    ("tiny", ["--config.data.source_options.x=None"], {"data.source_options.x": None}),
+    # A group that is given as a whole decides which options follow.
+    (
+      "tiny",
+      ["--config.optimizer={'name': 'muon', 'lr': 1e-3}", "--config.optimizer.rms=0.7"],
+      {"optimizer": {"name": "muon", "lr": 1e-3}, "optimizer.rms": 0.7},
+    ),
     # Of other options the last word counts.
     ("tiny", ["--config.seed=1", "--config.seed=2"], {"seed": 2}),
     # Whole groups.
@@ -124,6 +164,12 @@ def test_options_that_the_file_does_not_write_can_be_given(config, words, config
   assert all(
     changed[name.split(".")[0]] != configs[config].get(name.split(".")[0]) for name in values
   )
+
+
+def test_a_text_of_an_option_of_any_type_stays_one():
+  config = {"data": {"source_options": {"split": "x"}}}
+  words = ["--config.data.source_options.split=true"]
+  assert read(config, *words) == {"data.source_options.split": "true"}
 
 
 def test_options_given_on_the_command_line_are_those_of_the_run(configs):
@@ -183,6 +229,7 @@ def _written(values, before=""):
     (["--config.batch_size=1.5"], r"^config\.batch_size='1\.5' must be int$"),
     (["--config.data.shuffle=maybe"], r"^config\.data\.shuffle='maybe' must be bool$"),
     (["--config.loss=clip"], r"config\.loss='clip' must be a group"),
+    (["--config.loss={[]: 1}"], r"^config\.loss=.* must be a group"),
     (
       ["--config.model.image_projector=mlp"],
       r"to choose mlp, write --config\.model\.image_projector\.name=mlp$",
@@ -269,6 +316,7 @@ def test_embed_and_plan_have_flags_of_their_own(program):
     ),
     (["--config=tiny", "--process_id=x"], UsageError, r"process_id=x.*`bigalign train --help`"),
     (["--config=tiny", "--config.sed=1"], TypeError, r"Did you mean 'seed'"),
+    (["--config=tiny", "--flagfile=nope.txt"], UsageError, r"nope\.txt"),
   ],
 )
 def test_wrong_command_lines(words, error, message, program):
