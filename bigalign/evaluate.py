@@ -39,9 +39,9 @@ class Run(NamedTuple):
   workdir: its local folder. step: of the checkpoint. config: as it was trained, except that options
   that name small files, such as the tokenizer, name the copies in the folder of the run. meta: the
   JSON of the checkpoint (config with the paths as written, revision, versions, samples_seen,
-  dataset_size ...). params: all parameters by
-  path. ema: the same with running averages, empty if the run has none. embed: embed_image and
-  embed_text, jitted. address: of the folder, local or gs://…; "": workdir.
+  dataset_size ...). params: all parameters by path. ema: the same with running averages, empty if
+  the run has none. embed: embed_image and embed_text, jitted. address: of the folder, local or
+  gs://…; "": workdir.
   """
 
   workdir: pathlib.Path
@@ -128,11 +128,14 @@ def evaluate(run: Run, evals: Mapping[str, Any] | None = None) -> dict[str, floa
   Raises:
     FileNotFoundError: for missing data of `evals`; if it is None, without the data of any.
   """
-  evaluators = (
-    _evaluators_with_data(run)
-    if evals is None
-    else make_evaluators(evals, mesh=run.mesh, data=run.config.data, **run.embed)
-  )
+  if evals is None:
+    evaluators, _ = _evaluators_with_data(run)
+  else:
+    evaluators = make_evaluators(evals, mesh=run.mesh, data=run.config.data, **run.embed)
+  return _measure(run, evaluators)
+
+
+def _measure(run: Run, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
   metrics: dict[str, float] = {}
   with jax.set_mesh(run.mesh):
     for prefix, params in (("", run.params), ("ema/", run.ema)):
@@ -141,8 +144,8 @@ def evaluate(run: Run, evals: Mapping[str, Any] | None = None) -> dict[str, floa
   return metrics
 
 
-def _evaluators_with_data(run: Run) -> dict[str, Evaluator]:
-  """The evaluators of a run's config, without those whose data is not on this machine."""
+def _evaluators_with_data(run: Run) -> tuple[dict[str, Evaluator], dict[str, str]]:
+  """The evaluators of a run's config, and {name: reason} of those whose data is not here."""
   evaluators: dict[str, Evaluator] = {}
   missing: dict[str, str] = {}
   for name, component in run.config.evals.items():
@@ -150,6 +153,8 @@ def _evaluators_with_data(run: Run) -> dict[str, Evaluator]:
     try:
       evaluators |= make_evaluators(one, mesh=run.mesh, data=run.config.data, **run.embed)
     except (FileNotFoundError, KeyError) as error:
+      if not errors.is_mistake(error):
+        raise
       missing[name] = errors.message(error)
   for name, reason in missing.items():
     logging.warning("config.evals.%s is left out: %s", name, reason)
@@ -159,7 +164,7 @@ def _evaluators_with_data(run: Run) -> dict[str, Evaluator]:
       f"The data of no evaluator of {run.workdir} is on this machine; name other data with"
       f" --retrieval or --zeroshot. {'; '.join(missing.values())}"
     )
-  return evaluators
+  return evaluators, missing
 
 
 def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
@@ -263,8 +268,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   if not evals and not opened.config.evals:
     parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
   logging.info("Step %d of %s on %s", opened.step, opened.address, runtime.describe())
+  left_out: dict[str, str] = {}
   with progress.shown(jax.process_index() == 0):
-    metrics = evaluate(opened, evals or None)
+    if evals:
+      metrics = evaluate(opened, evals)
+    else:
+      evaluators, left_out = _evaluators_with_data(opened)
+      metrics = _measure(opened, evaluators)
+      evals = {name: opened.meta["config"]["evals"][name] for name in evaluators}
   if jax.process_index() == 0:
     show(table(metrics))
     if args.json:
@@ -273,7 +284,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "step": opened.step,
         "samples_seen": opened.meta["samples_seen"],
         "revision": opened.meta["revision"],
-        "evals": evals or opened.meta["config"]["evals"],
+        "evals": evals,
+        "left_out": left_out,  # {evaluator of the config: why its data could not be read}
         "metrics": metrics,
       }
       pathlib.Path(args.json).write_text(json.dumps(written, indent=1) + "\n")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 
-from bigalign import evaluate
+from bigalign import evaluate, sharding
+from bigalign.config import resolve_config
 from bigalign.report import main
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
@@ -43,6 +46,36 @@ def test_evaluate_finds_what_training_measured(trained, tmp_path, capsys):
   written = json.loads((tmp_path / "scores.json").read_text())
   assert written["metrics"] == found and written["step"] == 4 and written["samples_seen"] == 64
   assert "val/image_to_text_R@1" in capsys.readouterr().out
+
+
+def test_evaluators_without_data_are_left_out_by_name(tmp_path, monkeypatch):
+  """And not those in whose code something fails."""
+
+  def made(evals, **kwargs):
+    (name,) = evals
+    if name == "gone":
+      open(tmp_path / "gone.tar").close()
+    return {name: lambda params: {f"{name}/x": 1.0}} if name != "bug" else {}["bug"]
+
+  config = resolve_config(load("tiny"))
+  (component, *_) = config.evals.values()
+
+  def run_with(*names):
+    there = dataclasses.replace(config, evals=dict.fromkeys(names, component))
+    options = {name: {"type": "retrieval"} for name in names}
+    meta = dict(samples_seen=64, revision="x", config=dict(evals=options))
+    params = {"w": np.zeros(1)}
+    return evaluate.Run(tmp_path, 4, there, meta, sharding.make_mesh(), params, {}, {})
+
+  monkeypatch.setattr(evaluate, "make_evaluators", made)
+  monkeypatch.setattr(evaluate, "open_run", lambda *args: run_with("gone", "val"))
+  found = evaluate.main(["run", "--json", str(tmp_path / "scores.json")])
+  written = json.loads((tmp_path / "scores.json").read_text())
+  assert found == {"val/x": 1.0}
+  assert [*written["evals"]] == ["val"]
+  assert written["left_out"] == {"gone": f"{tmp_path}/gone.tar: No such file or directory"}
+  with pytest.raises(KeyError, match="bug"):
+    evaluate.evaluate(run_with("val", "bug"))
 
 
 def test_report_of_a_run_is_the_last_thing_printed(trained, capsys):
