@@ -75,7 +75,11 @@ def setup(
   set_by_user = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
   if gpu_memory_fraction is not None and not set_by_user:
     os.environ["XLA_CLIENT_MEM_FRACTION"] = str(gpu_memory_fraction)
-  if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  if (
+    cache
+    and "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    and jax.config.values["jax_compilation_cache_dir"] is None
+  ):
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
   if debug_nans:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from bigalign.run import runtime
@@ -54,6 +55,20 @@ def test_the_accelerator_type_comes_first(tpu, monkeypatch, kind, expected):
   plug_in(tpu, "0x1ae0", "0x006f")
   monkeypatch.setenv("TPU_ACCELERATOR_TYPE", kind)
   assert flags_of("LIBTPU_INIT_ARGS").get(VMEM) == expected
+
+
+@pytest.mark.parametrize("mine", [None, "/mine"])
+def test_a_compilation_cache_of_the_user_is_kept(tpu, monkeypatch, mine):
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: jax.config.values[name] for name in names}
+  try:
+    jax.config.update("jax_compilation_cache_dir", mine)
+    runtime.setup(cache="/ours")
+    assert jax.config.values["jax_compilation_cache_dir"] == (mine or "/ours")
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
 
 
 def test_settings_of_the_user_are_kept(tpu, monkeypatch):
