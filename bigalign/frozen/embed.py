@@ -108,8 +108,8 @@ def embed(
   per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
   folders = {side: pathlib.Path(out) / side for side in sides}
   ranges = {}
-  fingerprint = _fingerprint(source, data)
-  older = _fingerprint(source, data, places=True)
+  fingerprint = source_fingerprint(source, data)
+  older = source_fingerprint(source, data, places=True)
   check_hosts_agree({"data": fingerprint, "headers": towers.headers})
   with contextlib.ExitStack() as held:
     for side, folder in folders.items():
@@ -145,8 +145,8 @@ def embed(
   return folders
 
 
-def _fingerprint(source: Source, data: DataOptions, *, places: bool = False) -> str:
-  """Of what decides ids and captions: the samples, the names of their parts, and the fields.
+def source_fingerprint(source: Source, data: DataOptions, *, places: bool = False) -> str:
+  """Returns hex digits of what decides ids and captions: samples, names of their parts, fields.
 
   Args:
     source: whose own fingerprint covers the samples and the view.

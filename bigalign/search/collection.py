@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ class Item(NamedTuple):
   """A row as it is shown.
 
   row: of the store. place: of its sample in the source. key: of the sample; "" if there is no
-  source. captions: of the sample; of a row of a text store only its own. note: why the sample is
-  missing.
+  source. captions: of the sample; of a row of a text store only its own. note: why the sample, or
+  its caption, is missing.
   """
 
   row: int
@@ -62,19 +63,40 @@ class Collection:
       return Item(row, place, "", (), str(error))
     captions = tuple(map(str, record["captions"]))
     if self.store.header.get("side") == "text":
-      first, _ = self.store.find(self.store.samples(np.array([row]))[:, 0])
-      captions = captions[row - int(first[0]) :][:1]
+      (first,), (rows,) = self.store.find(self.store.samples(np.array([row]))[:, 0])
+      if len(captions) != rows:  # which of them the row is, is unknown
+        note = (
+          f"the source has {len(captions)} captions of this sample and the store {rows}: do"
+          " --captions name the fields that were embedded?"
+        )
+        return Item(row, place, record["key"], (), note)
+      captions = captions[row - int(first) :][:1]
     return Item(row, place, record["key"], captions or self._class(record))
 
-  def image(self, row: int) -> np.ndarray:
-    """Returns the image of a row, uint8 [H, W, 3].
+  def encoded(self, row: int) -> bytes | np.ndarray:
+    """Returns the image of a row as the source holds it.
 
     Raises:
       Rejected: if it cannot be read, or there is no source.
     """
     if self.source is None:
       raise Rejected("no_image", "the search was started without the source of the images")
-    return decode(self._record(row)["image"])
+    image: bytes | np.ndarray = self._record(row)["image"]
+    return image
+
+  def image(self, row: int, *, size: int) -> np.ndarray:
+    """Returns the image of a row to be shown, upright, uint8 [H, W, 3].
+
+    Args:
+      row: of the store.
+      size: pixels of the longer side as it is shown; a large JPEG is decoded to at least twice as
+        many, which takes a fraction of its time and memory.
+
+    Raises:
+      Rejected: if it cannot be read, or there is no source.
+    """
+    shrink = functools.partial(_shrink, size=size)
+    return decode(self.encoded(row), shrink=shrink, apply_exif=True)
 
   def _place(self, row: int) -> int:
     return int(self.store.samples(np.array([row]))[0, 1])
@@ -100,6 +122,11 @@ class Collection:
       f"{self.source!r} is not the source of {self.store.folder}: row {row} is sample {place} and"
       f" {there}; name the source that was embedded"
     )
+
+
+def _shrink(height: int, width: int, *, size: int) -> int:
+  """8, 4, 2 or 1: by how much a JPEG may be reduced when it is decoded."""
+  return next((x for x in (8, 4, 2) if max(height, width) >= 2 * size * x), 1)
 
 
 def is_store(path: str) -> bool:

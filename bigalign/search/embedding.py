@@ -91,7 +91,8 @@ def embed_source(
     model: that embeds.
     source: of the images.
     folder: of the store.
-    batch_size: images at a time over all devices; rounded up to fit them.
+    batch_size: images at a time over all devices; rounded up to fit them. A store that was begun
+      with another one is completed.
     dtype: of the stored vectors.
 
   Raises:
@@ -188,19 +189,30 @@ def _write(
   if jax.process_count() > 1:
     raise ValueError("bigalign search runs in one process; use `bigalign embed` on several hosts")
   batches = max(-(-_PIECE // batch_size), -(-count // (batch_size * _PIECES)))
-  piece = batches * batch_size
+  recorded, piece = batch_size, batches * batch_size
   writer.begin(folder, header)
   with storage.locked(folder, "bigalign search"):
-    claimed = writer.claim(
-      folder, fingerprint, count, name, batch_size=batch_size, batches=batches, write=True
-    )
-    if claimed.first:
+    begun = writer.begun(folder)
+    # Before the claim, which appends a source that is new.
+    if [x["fingerprint"] for x in begun] not in ([], [fingerprint]) and writer.pieces(folder):
       raise ValueError(f"{folder} holds the embeddings of another source; name another --out")
+    if begun and begun[0]["fingerprint"] == fingerprint:
+      # Pieces keep their size; how many images are embedded at a time does not change a piece.
+      recorded, piece = begun[0]["batch_size"], begun[0]["piece"]
+    claimed = writer.claim(
+      folder,
+      fingerprint,
+      count,
+      name,
+      batch_size=recorded,
+      batches=piece // recorded,
+      write=True,
+    )
     if not claimed.done:
       embed = _embedder(model, batch_size)
-      begun = min(count, claimed.next * piece)
-      with Progress("embed", count, unit="images", start=begun) as progress:
-        for start in range(begun, count, piece):
+      first = min(count, claimed.next * piece)
+      with Progress("embed", count, unit="images", start=first) as progress:
+        for start in range(first, count, piece):
           places = range(start, min(start + piece, count))
           rows, left_out = _embed_piece(embed, load, places, batch_size, progress)
           _write_piece(folder, start // piece, *rows, left_out, dtype=header["dtype"])

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
@@ -48,6 +49,7 @@ MOST_TEXT = 2000  # characters of a query
 MOST_UPLOAD = 20 << 20  # bytes of an image
 MOST_PIXELS = 64_000_000  # of an image
 _SIZES = (64, 2048)  # pixels of a thumbnail, least and most
+_DECODES = 4  # uploads, and thumbnails, that are in memory at a time
 _HEADERS = {
   "X-Content-Type-Options": "nosniff",
   "X-Frame-Options": "DENY",
@@ -128,12 +130,20 @@ class _Guard:
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     if not is_allowed_host(host, self._names):
       return JSONResponse({"error": f"unknown host {host[:100]!r}"}, 421)
-    foreign = origin is not None and urlsplit(origin).netloc != host
+    foreign = origin is not None and not _is_origin(origin, host)
     # A link from elsewhere may open the page, and nothing else.
     linked = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
     if foreign or (linked and request.url.path != "/"):
       return JSONResponse({"error": "a request from another web page"}, 403)
     return None
+
+
+def _is_origin(origin: str, host: str) -> bool:
+  """Whether the Origin of a request is a page of this host."""
+  try:
+    return urlsplit(origin).netloc == host
+  except ValueError:  # for example, a bracket that is not closed
+    return False
 
 
 def create_app(
@@ -148,6 +158,16 @@ def create_app(
   """
   html, policy = page()
   version = searcher.collection.store.fingerprint[:12]
+  uploads, thumbnails = (threading.BoundedSemaphore(_DECODES) for _ in range(2))
+
+  def by_image(data: bytes, k: int) -> list[Result]:
+    with uploads:
+      (found,) = searcher.images([pixels(searcher.model, data)], k)
+    return found
+
+  def encoded(row: int, size: int) -> bytes:
+    with thumbnails:
+      return thumbnail(searcher, row, size)
 
   def shown(results: list[Result], seconds: float) -> dict[str, Any]:
     answers = [result.as_json() for result in results]
@@ -174,7 +194,7 @@ def create_app(
     begin = time.perf_counter()
     if request.method == "POST":
       data = await _body(request)
-      (found,) = await _run(lambda: searcher.images([_pixels(data)], k))
+      found = await _run(lambda: by_image(data, k))
     else:
       text = request.query_params.get("q", "").strip()
       if not text or len(text) > MOST_TEXT:
@@ -203,7 +223,7 @@ def create_app(
     if row >= len(searcher.collection):
       raise HTTPException(404, f"row {row} of {len(searcher.collection)}")
     size = _number(request, "size", 320, *_SIZES)
-    data = await _run(lambda: thumbnail(searcher, row, size))
+    data = await _run(lambda: encoded(row, size))
     headers = {
       "Cache-Control": "private, max-age=86400",
       "Content-Security-Policy": "default-src 'none'",
@@ -259,15 +279,24 @@ async def _body(request: Request) -> bytes:
   return bytes(data)
 
 
-def _pixels(data: bytes) -> Any:
-  """The bytes of an image that decodes; Rejected for anything else."""
-  decode(data, max_pixels=MOST_PIXELS)
-  return data
+def pixels(model: Any, data: bytes) -> np.ndarray:
+  """Returns an uploaded image, uint8 [H, W, 3], decoded as the model decodes images.
+
+  Args:
+    model: that embeds it.
+    data: of the file.
+
+  Raises:
+    Rejected: for anything that is not a whole image of at most MOST_PIXELS.
+  """
+  view = getattr(model, "view", None)
+  kinds = dict(apply_exif=view.reading.apply_exif, pillow_rgb=view.pillow_rgb) if view else {}
+  return decode(data, max_pixels=MOST_PIXELS, **kinds)
 
 
 def thumbnail(searcher: Searcher, row: int, size: int) -> bytes:
   """Returns the image of a row as JPEG, at most `size` pixels wide and high, without metadata."""
-  image = Image.fromarray(searcher.collection.image(row))
+  image = Image.fromarray(searcher.collection.image(row, size=size))
   image.thumbnail((size, size))
   file = io.BytesIO()
   image.save(file, "jpeg", quality=88)
@@ -284,28 +313,36 @@ def is_loopback(host: str) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def running(
-  app: ASGIApp, host: str, port: int, ready: Callable[[str], None]
-) -> Iterator[threading.Thread]:
-  """A context in which a thread serves the page.
+def listen(host: str, port: int) -> socket.socket:
+  """Returns a socket that keeps the port; requests wait until a server answers them.
 
   Args:
-    app: of `create_app`.
     host: address to listen on.
     port: to listen on; 0: any that is free.
-    ready: is called with the address of the page.
 
   Raises:
     OSError: if the port is taken or the address is not one of this machine.
   """
   family = socket.AF_INET6 if ":" in host else socket.AF_INET
   try:
-    listening = socket.create_server((host, port), family=family)
+    return socket.create_server((host, port), family=family)
   except OSError as error:
     raise OSError(
       f"--host={host} --port={port}: {error.strerror}; name another, or --port=0 for a free one"
     ) from error
+
+
+@contextlib.contextmanager
+def running(
+  app: ASGIApp, listening: socket.socket, ready: Callable[[str], None]
+) -> Iterator[threading.Thread]:
+  """A context in which a thread serves the page.
+
+  Args:
+    app: of `create_app`.
+    listening: of `listen`; it is closed at the end.
+    ready: is called with the address of the page.
+  """
   server = uvicorn.Server(
     uvicorn.Config(app, log_level="warning", server_header=False, lifespan="off")
   )
@@ -314,16 +351,16 @@ def running(
   with listening:
     thread.start()
     try:
-      shown = f"[{host}]" if ":" in host else host
-      ready(f"http://{shown}:{listening.getsockname()[1]}/")
+      address, port = listening.getsockname()[:2]
+      ready(f"http://{f'[{address}]' if ':' in address else address}:{port}/")
       yield thread
     finally:
       server.should_exit = True
       thread.join(10)
 
 
-def serve(app: ASGIApp, host: str, port: int, ready: Callable[[str], None]) -> None:
-  """Serves the page until Ctrl-C; the arguments and errors are those of `running`."""
-  with contextlib.suppress(KeyboardInterrupt), running(app, host, port, ready) as thread:
+def serve(app: ASGIApp, listening: socket.socket, ready: Callable[[str], None]) -> None:
+  """Serves the page until Ctrl-C; the arguments are those of `running`."""
+  with contextlib.suppress(KeyboardInterrupt), running(app, listening, ready) as thread:
     while thread.is_alive():
       thread.join(1)

@@ -28,7 +28,7 @@ from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
 from bigalign.data.stores.reader import Store
 from bigalign.frozen import compare
-from bigalign.frozen.embed import _fingerprint, embed
+from bigalign.frozen.embed import embed, source_fingerprint
 from bigalign.inputs import open_data
 from bigalign.run.metrics import read_metrics
 
@@ -491,7 +491,7 @@ def test_a_moved_dataset_is_the_same_for_a_store(tmp_path):
 
   def fingerprint(data, **older):
     data = resolve_data(dict(data, image_size=8, tokenizer=dict(name="byte", length=4)))
-    return _fingerprint(Source(), data, **older)
+    return source_fingerprint(Source(), data, **older)
 
   def part(source, **more):
     return dict(mixture=(dict(name="a", source=source, **more),))

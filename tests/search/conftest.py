@@ -59,12 +59,14 @@ def unit(colours):
   return z / np.linalg.norm(z, axis=1, keepdims=True)
 
 
-def write_store(folder, vectors, *, side="image", dtype="float16", keys=None, **header):
+def write_store(
+  folder, vectors, *, side="image", dtype="float16", keys=None, fingerprint="f", **header
+):
   """A store of these vectors, whose keys are those of write_tar's samples, or `keys`."""
   keys = [f"{i:06d}" for i in range(len(vectors))] if keys is None else keys
   header = dict(side=side, width=vectors.shape[1], dtype=dtype, projected=True) | header
   writer.begin(folder, header)
-  writer.claim(folder, "f", len(vectors), "s", batch_size=64, batches=1, write=True)
+  writer.claim(folder, fingerprint, len(vectors), "s", batch_size=64, batches=1, write=True)
   samples = np.array([[sample_id(key), i] for i, key in enumerate(keys)], np.uint64)
   for piece, start in enumerate(range(0, len(vectors), 64)):
     rows = slice(start, start + 64)

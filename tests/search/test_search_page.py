@@ -25,7 +25,7 @@ def address(searcher):
     where.append(url)
     ready.set()
 
-  with server.running(app, "127.0.0.1", 0, at):
+  with server.running(app, server.listen("127.0.0.1", 0), at):
     assert ready.wait(10)
     yield where[0]
 

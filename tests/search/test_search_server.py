@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import doctest
 import io
 import re
+import threading
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.small_shards import write_tar
 from PIL import Image
-from search.conftest import COLOURS, square
+from search.conftest import COLOURS, square, write_store
 
 testclient = pytest.importorskip(
   "starlette.testclient", reason="faiss or starlette is not installed: the extra search"
@@ -18,7 +23,10 @@ server = pytest.importorskip(
   "bigalign.search.server", reason="faiss or starlette is not installed: the extra search"
 )
 
-from bigalign.search import main  # noqa: E402
+from bigalign.api.image_inputs import View  # noqa: E402
+from bigalign.data.image.reading import ImageReading  # noqa: E402
+from bigalign.data.sources.base import open_source  # noqa: E402
+from bigalign.search import collection, main  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +80,66 @@ def test_images_are_encoded_again_and_bounded(client):
   assert client.get("/image/0?size=9999").status_code == 400
 
 
+def sideways(size=(1600, 1200)):
+  """A JPEG whose upper half is red as it is stored, of a camera that was turned: EXIF 6."""
+  image = Image.new("RGB", size, (0, 0, 255))
+  image.paste((255, 0, 0), (0, 0, size[0], size[1] // 2))
+  exif = Image.Exif()
+  exif[0x0112] = 6  # orientation: a quarter turn clockwise shows it upright
+  file = io.BytesIO()
+  image.save(file, "jpeg", exif=exif)
+  return file.getvalue()
+
+
+def test_photos_are_shown_upright_and_decoded_no_larger_than_needed(tmp_path, monkeypatch):
+  path = write_tar(tmp_path / "0.tar", [("0.jpg", sideways())])
+  source = open_source(path, captions=())
+  store = write_store(tmp_path / "store", np.ones((1, 3)), keys=[source[0]["key"]])
+  photos = collection.Collection(store, source)
+  assert photos.image(0, size=64).shape == (200, 150, 3)  # an eighth of 1600, turned
+  assert photos.image(0, size=101).shape == (400, 300, 3)  # an eighth is less than twice the size
+  assert photos.image(0, size=2048).shape == (1600, 1200, 3)
+  shown = Image.open(io.BytesIO(server.thumbnail(SimpleNamespace(collection=photos), 0, 80)))
+  pixels = np.asarray(shown).astype(int)
+  assert shown.size == (60, 80)
+  assert (pixels[:, :25, 2] > 200).all() and (pixels[:, 35:, 0] > 200).all()
+
+
+def test_uploads_are_decoded_as_the_model_decodes(monkeypatch):
+  model = SimpleNamespace(view=View(ImageReading(image_size=8, apply_exif=True)))
+  assert server.pixels(model, sideways((20, 10))).shape == (20, 10, 3)
+  model.view = View(ImageReading(image_size=8))
+  assert server.pixels(model, sideways((20, 10))).shape == (10, 20, 3)
+  file = io.BytesIO()
+  Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(file, "png")
+  assert server.pixels(model, file.getvalue()).max() == 255  # blended with white
+  model.view = model.view._replace(pillow_rgb=True)
+  assert server.pixels(model, file.getvalue()).max() == 9
+
+
+def test_uploads_are_decoded_once_and_few_at_a_time(searcher, monkeypatch):
+  now, most, lock = [0], [0], threading.Lock()
+
+  def images(given, k):
+    assert isinstance(given[0], np.ndarray)  # nothing is left to be decoded under the lock
+    with lock:
+      now[0] += 1
+      most[0] = max(most[0], now[0])
+    time.sleep(0.02)
+    with lock:
+      now[0] -= 1
+    return [[]]
+
+  monkeypatch.setattr(server, "_DECODES", 2)
+  monkeypatch.setattr(searcher, "images", images)
+  app = server.create_app(searcher, title="")
+  client = testclient.TestClient(app, "http://localhost")
+  with concurrent.futures.ThreadPoolExecutor(6) as pool:
+    post = [pool.submit(client.post, "/api/search", content=square((9, 9, 9))) for _ in range(6)]
+  assert [x.result().status_code for x in post] == [200] * 6
+  assert most == [2]
+
+
 @pytest.mark.parametrize(
   "path, status, message",
   [
@@ -114,6 +182,7 @@ def test_uploads_that_are_not_images_are_refused(client, monkeypatch):
     ({"origin": "http://localhost:8000"}, 200),
     ({"origin": "http://evil.example"}, 403),
     ({"origin": "null"}, 403),
+    ({"origin": "http://[evil"}, 403),
     ({"sec-fetch-site": "same-origin"}, 200),
     ({"sec-fetch-site": "cross-site"}, 403),
   ],
@@ -162,7 +231,24 @@ def test_addresses_that_others_reach_are_warned_about(
   searcher, monkeypatch, caplog, host, loopback
 ):
   made = {}
-  monkeypatch.setattr(server, "serve", lambda app, host, port, ready: made.update(host=host))
+  monkeypatch.setattr(server, "serve", lambda app, listens, ready: made.update(listens=listens))
   monkeypatch.setattr(searcher, "warm_up", lambda: made.update(warm=True))
-  main.serve(searcher, "x", host, 0)
-  assert made == dict(host=host, warm=True) and ("no password" in caplog.text) != loopback
+  main.serve(searcher, "x", host, "a socket")
+  assert made == dict(listens="a socket", warm=True) and ("no password" in caplog.text) != loopback
+
+
+def test_the_address_of_the_page_is_shown(searcher):
+  shown = []
+  app = server.create_app(searcher, title="")
+  listening = server.listen("127.0.0.1", 0)
+  port = listening.getsockname()[1]
+  with server.running(app, listening, shown.append):
+    assert shown == [f"http://127.0.0.1:{port}/"]
+
+
+def test_a_taken_port_is_reported_before_a_model_is_loaded(monkeypatch):
+  monkeypatch.setattr(main, "load", None)
+  with server.listen("127.0.0.1", 0) as taken:
+    port = str(taken.getsockname()[1])
+    with pytest.raises(OSError, match=f"--port={port}: .*name another, or --port=0"):
+      main.main(["random", "x.tar", "--serve", "--port", port])

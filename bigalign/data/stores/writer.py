@@ -113,10 +113,15 @@ def claim(
   return Range(entry["first"], entry["place"], left[0] if left else count, not left)
 
 
+def begun(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the sources that a store was begun with, in order, as the attribute `Store.sources`."""
+  path = folder / "sources.json"
+  return _sources(path) if path.exists() else []
+
+
 def fingerprints(folder: pathlib.Path) -> list[str]:
   """Returns the fingerprints of the sources that a store was begun with."""
-  path = folder / "sources.json"
-  return [entry["fingerprint"] for entry in _sources(path)] if path.exists() else []
+  return [entry["fingerprint"] for entry in begun(folder)]
 
 
 def _missing(entry: Mapping[str, Any], complete: Mapping[int, Any]) -> list[int]:
