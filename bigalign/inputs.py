@@ -21,6 +21,7 @@ from bigalign.data.sources.mixture import Mixture, Prefixed
 from bigalign.data.sources.views import View
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.text.captions import fields
+from bigalign.data.text.tokenizers import Tokenizer
 
 
 class Inputs(NamedTuple):
@@ -197,18 +198,28 @@ def _open_part(part: MixturePart, captions: Sequence[str] | None) -> tuple[Sourc
 
 
 def check_tokenizer(text_tower: Any, data: DataOptions) -> None:
+  """Raises ValueError if config.data.tokenizer does not fit the text tower; see `check_ids`."""
+  check_ids(text_tower, data.make_tokenizer(), "config.model.text", "config.data.tokenizer")
+
+
+def check_ids(text_tower: Any, tokenizer: Tokenizer, tower: str, name: str) -> None:
   """Raises ValueError if the text tower's token table or positions are too small for the tokenizer.
 
   On the device an index past the end is not an error: it reads the last row.
+
+  Args:
+    text_tower: the tower; one without such options takes any ids.
+    tokenizer: of its texts.
+    tower: where the options of the tower are, for the error.
+    name: what the tokenizer is called in the error.
   """
-  tokenizer = data.make_tokenizer()
   options = getattr(text_tower, "options", None)
-  for name, needed in (("length", tokenizer.length), ("vocab_size", tokenizer.vocab_size)):
-    available = getattr(options, name, needed)
+  for option, needed in (("length", tokenizer.length), ("vocab_size", tokenizer.vocab_size)):
+    available = getattr(options, option, needed)
     if available < needed:
       raise ValueError(
-        f"config.model.text.{name}={available} is too small for config.data.tokenizer"
-        f" {data.tokenizer.name!r}, which needs {needed}"
+        f"{tower}.{option}={available} is too small for {name} {tokenizer.name!r}, which needs"
+        f" {needed}"
       )
 
 

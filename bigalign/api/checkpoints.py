@@ -23,6 +23,7 @@ from bigalign.data.text import stated
 from bigalign.data.text.tokenizers import Tokenizer, make_tokenizer
 from bigalign.export import main, model_card, torch_module
 from bigalign.export.base import TrainedModel
+from bigalign.inputs import check_ids
 from bigalign.model import PROJECTOR, DualEncoder, ModelOptions
 from bigalign.options import Choose, Component, plain, plain_value, resolve, resolve_value
 from bigalign.towers import TOWERS
@@ -129,6 +130,8 @@ def _model(
   """The model of a folder."""
   options = config["data"].get("tokenizer") if encoder.text_tower is not None else None
   tokenizer = make_tokenizer(**options) if options else None
+  if tokenizer is not None:
+    check_ids(encoder.text_tower, tokenizer, f"{path}: text", "the tokenizer")
   return Model(
     source=str(path),
     encoder=encoder,

@@ -24,7 +24,7 @@ _ERRORS = (OSError, KeyError, TypeError, ValueError)  # of a tokenizer that cann
 _CLEAN = {"lower": (True, False), "whitespace": (False, False), "canonicalize": (True, True)}
 
 
-def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def of_checkpoint(checkpoint: Checkpoint, name: str | None = None) -> dict[str, Any] | None:
   """Returns the options of the tokenizer in the files of a checkpoint; None without one.
 
   If several files hold one, such as SigLIP's, the ids of the chosen one differ least from what the
@@ -32,10 +32,13 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
   Args:
     checkpoint: with a text tower.
+    name: of the tokenizer in TOKENIZERS, if only this kind is wanted.
   """
   statements = statements_of(checkpoint)
   best: tuple[int, dict[str, Any]] | None = None
   for options in _candidates(checkpoint, statements):
+    if name not in (None, options["name"]):
+      continue
     try:
       with stated.silent():
         tokenizer = make_tokenizer(**_with_pad(options, statements))
@@ -64,13 +67,36 @@ def _candidates(checkpoint: Checkpoint, statements: stated.Statements) -> Iterat
     if (folder / "vocab.txt").is_file():
       lower = stated.value(statements, "lower", True)
       yield dict(name="wordpiece", path=str(folder / "vocab.txt"), lower=lower, **length)
-  if checkpoint.kind == "open_clip" and checkpoint.model["text"]["name"] == "text":
+  if checkpoint.kind == "open_clip" and _may_be_clip(checkpoint):
     try:
       clip_text.installed_vocabulary()
     except FileNotFoundError:
       return
     own = {k: stated.value(statements, k, k == "lower") for k in ("lower", "canonicalize")}
     yield dict(name="clip", **own, **length)
+
+
+def _may_be_clip(checkpoint: Checkpoint) -> bool:
+  """Whether an open_clip checkpoint may have open_clip's own tokenizer, CLIP's BPE.
+
+  Not if the config names another tokenizer, and not next to a tokenizer.json for another vocabulary
+  than CLIP's.
+  """
+  if checkpoint.model["text"]["name"] != "text" or _named(checkpoint) is not None:
+    return False
+  other = any((folder / "tokenizer.json").is_file() for folder in _folders(checkpoint))
+  return not other or checkpoint.model["text"]["vocab_size"] == clip_text.SIZE
+
+
+def _named(checkpoint: Checkpoint) -> tuple[str, str] | None:
+  """(file and key, name) of the tokenizer that an open_clip_config.json names; None without."""
+  if checkpoint.kind != "open_clip":
+    return None
+  where, text = _text_cfg(checkpoint.tensors.path.parent)
+  for key in ("hf_tokenizer_name", "hf_model_name"):
+    if text.get(key):
+      return f"{where}: {key}", str(text[key])
+  return None
 
 
 def _folders(checkpoint: Checkpoint) -> list[pathlib.Path]:
@@ -112,6 +138,9 @@ def completed(
 
   Returns:
     The options; None if none are given and the checkpoint has no tokenizer.
+
+  Raises:
+    ValueError: if none are given, and the checkpoint names a tokenizer whose files are missing.
   """
   return completed_and_compared(checkpoint, given, init)[0]
 
@@ -164,8 +193,16 @@ def completed_and_compared(
 def _identified(checkpoint: Checkpoint, given: dict[str, Any], init: str) -> dict[str, Any]:
   """The given options; name, file and length are those of the checkpoint where they are lacking."""
   options = dict(given)
-  theirs = of_checkpoint(checkpoint) if "path" not in given else None
-  if theirs is not None and _means(given, theirs):
+  theirs = of_checkpoint(checkpoint, given.get("name")) if "path" not in given else None
+  named = _named(checkpoint)
+  if theirs is None and named is not None and not {"name", "path"} & given.keys():
+    where, name = named
+    raise ValueError(
+      f"{where}: {name[:80]!r}, but {checkpoint.tensors.path.parent} holds no tokenizer. Copy its"
+      f" tokenizer.json (or {', '.join(_PIECES)}, vocab.txt) there, or name one: tokenizer="
+      "dict(name='hf', path='…/tokenizer.json'), in a config as config.data.tokenizer"
+    )
+  if theirs is not None and _refers_to(given, theirs):
     own = {k: v for k, v in theirs.items() if k in ("name", *_IDENTITY)}
     if "path" in own:
       own["path"] = _as_written(own["path"], checkpoint, init)
@@ -179,11 +216,12 @@ def _identified(checkpoint: Checkpoint, given: dict[str, Any], init: str) -> dic
   return options
 
 
-def _means(given: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-  """Whether options that may lack a name or a file mean another tokenizer."""
+def _refers_to(given: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+  """Whether options without a name or a file refer to this tokenizer."""
   if "name" not in given:
     return "path" not in given
-  return given["name"] == other["name"] and "path" in other and "path" not in given
+  named = given["name"] == other["name"]
+  return named and other.get("path") is not None and "path" not in given
 
 
 def _as_written(path: str, checkpoint: Checkpoint, init: str) -> str:
@@ -232,7 +270,7 @@ def as_recorded(given: Mapping[str, Any] | None, recorded: Mapping[str, Any]) ->
   if given.get("name") not in (None, recorded["name"]):
     return given
   kept = {"name", "length", *_FILLED.get(recorded["name"], ())}
-  if _means(given, recorded):
+  if _refers_to(given, recorded):
     kept |= {*_IDENTITY}
   return {k: v for k, v in recorded.items() if k in kept and v is not None} | given
 
@@ -296,12 +334,9 @@ def _padding_matters(text: Mapping[str, Any]) -> bool:
 
 def _open_clip(folder: pathlib.Path) -> dict[str, Stated]:
   """What the text_cfg of an open_clip_config.json states."""
-  file = folder / "open_clip_config.json"
-  config = stated.read(file).get("model_cfg")
-  text = config.get("text_cfg") if isinstance(config, Mapping) else None
-  if not isinstance(text, Mapping):
+  where, text = _text_cfg(folder)
+  if not text:
     return {}
-  where = f"{file}: text_cfg"
   settings = text.get("tokenizer_kwargs")
   settings = settings if isinstance(settings, Mapping) else {}
   own = "hf_tokenizer_name" not in text
@@ -321,3 +356,11 @@ def _open_clip(folder: pathlib.Path) -> dict[str, Stated]:
     if value:
       statements[key] = Stated(value, f"{where}: tokenizer_kwargs: {key}")
   return statements
+
+
+def _text_cfg(folder: pathlib.Path) -> tuple[str, Mapping[str, Any]]:
+  """(file and key, text_cfg) of an open_clip_config.json; an empty one if there is none."""
+  file = folder / "open_clip_config.json"
+  config = stated.read(file).get("model_cfg")
+  text = config.get("text_cfg") if isinstance(config, Mapping) else None
+  return f"{file}: text_cfg", text if isinstance(text, Mapping) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
 from helpers.small_tokenizers import bert_json, write_pieces
 
 from bigalign import weights
+from bigalign.api import checkpoints
 from bigalign.config import resolve_config, tokenizer_digest, tokenizer_files
 from bigalign.data.files import checksums
 from bigalign.data.text import clip_text, stated
@@ -64,7 +66,7 @@ def config(init, **tok):
     batch_size=8,
     log_every=1,
     checkpoint_every=0,
-    data=dict(source="glyphs", image_size=16, tokenizer=tok),
+    data=dict(source="glyphs", image_size=16, resize="squash", tokenizer=tok),
     model=dict(init=str(init)),
     loss=dict(siglip={}),
     optimizer=dict(lr=1e-3),
@@ -208,6 +210,81 @@ def test_open_clips_own_tokenizer(tmp_path, monkeypatch, warnings):
   found = tokenizer.completed(weights.describe(home), None)
   assert found == dict(name="clip", lower=True, canonicalize=True, length=7, pad=0)
   assert not warnings()
+
+
+def open_clip_folder(path, **text_cfg):
+  """A folder of open_clip without a tokenizer."""
+  folder(path, {}, STUB)
+  (path / "config.json").unlink()
+  text = dict(layers=1, context_length=7) | text_cfg
+  model = dict(embed_dim=4, vision_cfg=dict(layers=1), text_cfg=text)
+  return write(path, open_clip_config=dict(model_cfg=model))
+
+
+def clip_is_installed(tmp_path, monkeypatch):
+  own = bert_json(tmp_path / "installed", lower=False)
+  monkeypatch.setattr(clip_text, "installed_vocabulary", lambda: pathlib.Path(own))
+  monkeypatch.setattr(clip_text, "bpe", lambda file: tokenizers.Tokenizer.from_file(str(file)))
+
+
+@pytest.mark.parametrize("given", [None, {}, dict(length=5)])
+def test_a_tokenizer_that_open_clip_names_is_never_clips(tmp_path, monkeypatch, given):
+  """Other ids than in training would be silent: only the files of that tokenizer will do."""
+  clip_is_installed(tmp_path, monkeypatch)
+  home = open_clip_folder(tmp_path / "oc", hf_tokenizer_name="timm/ViT-B-16-SigLIP")
+  message = r"text_cfg: hf_tokenizer_name: 'timm/ViT-B-16-SigLIP', but .*/oc holds no tokenizer\."
+  with pytest.raises(ValueError, match=rf"{message} Copy its tokenizer\.json.*tokenizer=dict"):
+    tokenizer.completed(weights.describe(home), given)
+  chosen = dict(name="byte", length=7)
+  assert tokenizer.completed(weights.describe(home), chosen) == chosen
+  path = bert_json(home)
+  assert tokenizer.completed(weights.describe(home), given)["path"] == path
+
+
+def test_a_tokenizer_json_for_another_vocabulary_comes_before_clips(tmp_path, monkeypatch):
+  """Also if CLIP's differs in less from what the files state."""
+  clip_is_installed(tmp_path, monkeypatch)
+  settings = dict(clean="whitespace")
+  for size, name in ((11, "hf"), (clip_text.SIZE, "clip")):
+    home = open_clip_folder(tmp_path / name, vocab_size=size, tokenizer_kwargs=settings)
+    bert_json(home)
+    assert tokenizer.of_checkpoint(weights.describe(home))["name"] == name
+
+
+def test_a_kind_of_tokenizer_is_looked_for_among_the_files(tmp_path, pieces):
+  """Where the folder has several, the likeliest is not always of this kind."""
+  home = folder(tmp_path / "siglip", SIGLIP, STUB)
+  bert_json(home)
+  (home / "spiece.model").write_bytes(pathlib.Path(pieces).read_bytes())
+  write(home, tokenizer_config=dict(do_lower_case=True, pad_token="[UNK]"))
+  checkpoint = weights.describe(home)
+  assert tokenizer.of_checkpoint(checkpoint)["name"] == "hf"
+  found = tokenizer.completed(checkpoint, dict(name="sentencepiece"))
+  assert found["path"] == f"{home}/spiece.model"
+  assert tokenizer.completed(checkpoint, dict(name="wordpiece")) == dict(name="wordpiece", length=6)
+
+
+def test_an_option_of_the_record_is_not_kept_for_a_tokenizer_that_is_named(tmp_path):
+  """A run that began with lower=False cannot be resumed without it: its ids would be unchanged."""
+  recorded = dict(name="clip", path=None, lower=False, canonicalize=False, length=7, pad=0)
+  kept = tokenizer.as_recorded(dict(name="clip"), recorded)
+  assert kept == dict(name="clip", length=7)
+  own = dict(name="clip", lower=False, canonicalize=False, length=7)
+  assert tokenizer.as_recorded(None, recorded) == own  # that of the checkpoint
+
+
+def test_a_loaded_model_refuses_ids_that_its_tower_lacks(tmp_path):
+  """An index past the end of a table is not an error on the device: it reads the last row."""
+  path = bert_json(tmp_path / "bert")
+  for table, length, wrong in ((9, 6, "vocab_size=9"), (10, 5, "length=5"), (10, 6, "")):
+    sizes = types.SimpleNamespace(vocab_size=table, length=length)
+    encoder = types.SimpleNamespace(text_tower=types.SimpleNamespace(options=sizes))
+    config = dict(data=dict(tokenizer=dict(name="hf", path=path, length=6)), model={})
+    made = pytest.raises(ValueError if wrong else KeyError, match=wrong or "embed_dim")
+    with made as error:
+      checkpoints._model(tmp_path / "bert", {}, encoder=encoder, params={}, config=config)
+    if wrong:
+      assert f"bert: text.{wrong} is too small for the tokenizer 'hf', which" in str(error.value)
 
 
 def test_another_tokenizer_than_the_checkpoints_is_shown_with_ids(tmp_path, warnings):

@@ -28,7 +28,7 @@ except ImportError:
   ftfy = None  # type: ignore[assignment]
 
 _START, _END = "<start_of_text>", "<end_of_text>"
-_SIZE = 49408
+SIZE = 49408  # of CLIP's vocabulary
 _LARGEST = 1 << 26  # bytes of the list of merges, also decompressed; CLIP's has 3 MB
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLAIN = str.maketrans(
@@ -86,7 +86,7 @@ def bpe(file: pathlib.Path) -> tokenizers.Tokenizer:
     ValueError: if the file is another one.
   """
   characters = _byte_characters()
-  count = _SIZE - 2 - 2 * len(characters)
+  count = SIZE - 2 - 2 * len(characters)
   listed = [line.split(" ") for line in lines.split(_merges(file))[1 : count + 1]]
   merges = [(line[0], line[1]) for line in listed if len(line) == 2]
   pieces = [
@@ -97,10 +97,10 @@ def bpe(file: pathlib.Path) -> tokenizers.Tokenizer:
     _END,
   ]
   ids = {piece: i for i, piece in enumerate(pieces)}
-  if len(ids) != _SIZE:
+  if len(ids) != SIZE:
     raise ValueError(
       f"{file}: not CLIP's list of merges, bpe_simple_vocab_16e6.txt.gz: its first {count} lines"
-      f" after the heading have {len(merges)} merges, with {len(ids)} different pieces of {_SIZE}"
+      f" after the heading have {len(merges)} merges, with {len(ids)} different pieces of {SIZE}"
     )
   try:
     bpe_model = models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>", unk_token=_END)
