@@ -12,8 +12,8 @@ from bigalign.weights.clip import projections
 from bigalign.weights.files import is_name, read_json
 from bigalign.weights.layout import Layout, Shapes, call, join
 
-# Keys of a Pooling module besides pooling_mode….
 _ENCODERS = ("Transformer", "CLIPModel")  # modules that hold a folder of transformers
+# Keys of a Pooling module besides pooling_mode….
 _POOLING = ("word_embedding_dimension", "embedding_dimension", "include_prompt")
 
 

@@ -163,7 +163,7 @@ def with_view(data: Mapping[str, Any], view: views.View | None) -> dict[str, Any
 
   Returns:
     `data` with image_size, resize, resize_edge and interpolation, as far as it does not give them
-    itself; a warning shows what differs.
+    itself; a warning shows what differs, and the view that is used if no file states one.
   """
   if view is None:
     return dict(data)
@@ -176,7 +176,16 @@ def with_view(data: Mapping[str, Any], view: views.View | None) -> dict[str, Any
     if data.get(key) is None and value is not None and (takes_edge or key != "resize_edge")
   }
   if missing:
-    logging.info("config.data: %s, as %s states", missing, view.where or view.size_where)
+    logging.info("config.data: %s, of %s", missing, view.where or view.size_where)
+  if view.missing and data.get("resize") is None:
+    used = {**_VIEW, **{k: v for k, v in data.items() if v is not None}, **missing}
+    logging.warning(
+      "%s: no such file, so images are seen with resize=%r and interpolation=%r. Copy the"
+      " checkpoint's file there, or set config.data.resize",
+      view.where,
+      used["resize"],
+      used["interpolation"],
+    )
   for line in _view_differences({**data, **missing}, view):
     logging.warning("%s", line)
   return {**data, **missing}

@@ -18,7 +18,7 @@ def stated(given: Preprocessing | None) -> str | None:
   """
   if given is None:
     return None
-  where, kind, config = given
+  where, kind, config, _ = given
   names = ("mean", "std") if kind == "open_clip" else ("image_mean", "image_std")
   if not set(names) <= config.keys():
     return None

@@ -10,6 +10,7 @@ from helpers.small_checkpoints import BERT, CLIP, TEXT, VISION, folder
 
 from bigalign import weights
 from bigalign.data.loader.options import resolve_data
+from bigalign.model import PIXELS
 from bigalign.weights import init, open_clip, views
 
 STUB = {x: np.zeros(1, np.float32) for x in "abc"}
@@ -125,14 +126,16 @@ def pictures(tmp_path, preprocessor=None, preprocess_cfg=None):
 
 HALF = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
 SHORTEST = dict(size=dict(shortest_edge=20), crop_size=dict(height=16, width=16))
+BILINEAR = dict(resize="squash", interpolation="bilinear")
+BICUBIC = dict(resize="shortest", interpolation="bicubic")
 
 
 @pytest.mark.parametrize(
   "files,expected",
   [
-    (dict(preprocessor=HALF), {}),
-    (dict(preprocessor=HALF | dict(size=dict(height=16, width=16))), dict(resize="squash")),
-    (dict(preprocessor=HALF | dict(size=16, do_center_crop=False)), dict(resize="squash")),
+    (dict(preprocessor=HALF), BILINEAR),
+    (dict(preprocessor=HALF | dict(size=dict(height=16, width=16))), BILINEAR),
+    (dict(preprocessor=HALF | dict(size=16, do_center_crop=False)), BILINEAR),
     (
       dict(preprocessor=HALF | SHORTEST | dict(do_center_crop=True, resample=3)),
       dict(resize="shortest", resize_edge=20, interpolation="bicubic"),
@@ -141,7 +144,7 @@ SHORTEST = dict(size=dict(shortest_edge=20), crop_size=dict(height=16, width=16)
       dict(preprocessor=HALF | dict(size=16, crop_size=16, do_center_crop=True, resample=2)),
       dict(resize="shortest", interpolation="bilinear"),
     ),
-    (dict(preprocess_cfg=dict(size=16, resize_mode="shortest")), dict(resize="shortest")),
+    (dict(preprocess_cfg=dict(size=16, resize_mode="shortest")), BICUBIC),
     (
       dict(preprocess_cfg=dict(size=[16, 16], resize_mode="squash", interpolation="bilinear")),
       dict(resize="squash", interpolation="bilinear"),
@@ -166,17 +169,19 @@ def test_the_view_of_images_is_the_checkpoints(tmp_path, files, expected, caplog
 def test_the_size_of_images_is_the_checkpoints(tmp_path, caplog):
   """Of the image processor, else of the tower's config; an npz has no file that states it."""
   squash = HALF | dict(size=dict(height=24, width=24))
-  (tmp_path / "stated").mkdir()
+  for name in ("stated", "none"):
+    (tmp_path / name).mkdir()
   for folder_, files, file in (
     (tmp_path / "stated", dict(preprocessor=squash), "preprocessor_config.json"),
     (tmp_path, dict(preprocessor=HALF), "config.json"),
-    (tmp_path, {}, "config.json"),
+    (tmp_path / "none", {}, "config.json"),
   ):
     size = 24 if files.get("preprocessor") == squash else 16
     model = dict(image=dict(init=str(pictures(folder_, **files))))
     assert init.completed(model, {}).data["image_size"] == size
     assert init.completed(model, dict(image_size=None)).data["image_size"] == size
-    assert not [x for x in caplog.records if x.levelname == "WARNING"]
+    shown = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+    assert bool(shown) == (not files) and all("no such file" in x for x in shown)
     assert init.completed(model, dict(image_size=32)).data["image_size"] == 32
     text = " ".join(x.getMessage() for x in caplog.records if x.levelname == "WARNING")
     assert "config.data.image_size is 32, but" in text and f"{file} states {size}" in text
@@ -190,7 +195,92 @@ def test_the_size_of_images_is_the_checkpoints(tmp_path, caplog):
 def test_open_clips_longest_is_read(tmp_path):
   for fill in ({}, dict(fill_color=0)):
     path = pictures(tmp_path, preprocess_cfg=dict(size=16, resize_mode="longest", **fill))
-    assert weights.describe(path).view.options == dict(resize="longest")
+    assert weights.describe(path).view.options == dict(BICUBIC, resize="longest")
+
+
+@pytest.mark.parametrize("section", [None, {}, "statistics", dict(resize_mode=None)])
+def test_what_open_clip_leaves_out_is_its_default(tmp_path, caplog, section):
+  """Its models on the hub that are older than resize_mode state the statistics alone."""
+  mean, std = PIXELS["clip"]
+  config = dict(mean=mean, std=std) if section == "statistics" else section
+  path = pictures(tmp_path, preprocess_cfg=config or {})
+  if section is None:
+    file = path / "open_clip_config.json"
+    file.write_text(json.dumps(dict(model_cfg=json.loads(file.read_text())["model_cfg"])))
+  checkpoint = weights.describe(path)
+  assert checkpoint.view.options == BICUBIC and checkpoint.model["pixels"] == "clip"
+  model = dict(image=dict(init=str(path)))
+  data = init.completed(model, {}).data
+  assert data == BICUBIC | dict(image_size=224)
+  assert not [x for x in caplog.records if x.levelname == "WARNING"]
+  (line,) = init.completed(model, dict(resize="squash")).differences
+  assert "is 'squash'" in line and "preprocess_cfg leaves it out, which means 'shortest'" in line
+  was = dict(image_size=224, resize="squash", interpolation="bicubic")
+  record = dict(model=model, config=dict(model=model, data=was))
+  assert init.completed(model, {}, record).data == was  # a run keeps the view with which it began
+
+
+@pytest.mark.parametrize(
+  "family,given,options,size",
+  [
+    ("clip", {}, dict(BICUBIC, resize_edge=None), 16),
+    ("clip_vision_model", dict(size=None, do_center_crop=None, resample=None), BICUBIC, 16),
+    ("clip", dict(crop_size=dict(height=96, width=96)), dict(BICUBIC, resize_edge=224), 96),
+    ("clip", dict(size=dict(shortest_edge=20), crop_size=16), dict(BICUBIC, resize_edge=20), 16),
+    ("clip", dict(size=dict(height=8, width=8)), dict(BICUBIC, resize="squash"), 8),
+    ("siglip", {}, dict(BICUBIC, resize="squash"), 16),
+    ("siglip_vision_model", dict(resample=2), BILINEAR, 16),
+    ("vit", {}, BILINEAR, 16),
+    ("vit", dict(size=24), BILINEAR, 24),
+    ("vit", dict(image_processor_type="CLIPImageProcessorFast"), BICUBIC, 16),
+    ("vit", dict(image_processor_type="OtherImageProcessor", size=24), {}, 16),
+    ("dinov2", {}, BICUBIC, 224),
+    ("dinov2_with_registers", dict(size=dict(shortest_edge=256)), dict(resize_edge=256), 224),
+    ("dinov3_vit", {}, BILINEAR, 224),
+  ],
+)
+def test_what_transformers_leaves_out_is_the_default_of_its_class(
+  tmp_path, family, given, options, size
+):
+  path = folder(tmp_path / "some", FAMILIES[family], STUB)
+  (path / "preprocessor_config.json").write_text(json.dumps(given))
+  view = weights.describe(path).view
+  assert view.size == size and not view.missing
+  if family == "dinov2_with_registers":
+    options = dict(BICUBIC, **options)
+  assert {k: v for k, v in view.options.items() if v is not None} == {
+    k: v for k, v in options.items() if v is not None
+  }
+  if not given:
+    assert {*view.left_out} == {*view.options}
+
+
+@pytest.mark.parametrize(
+  "family,used",
+  [
+    ("clip", BICUBIC),
+    ("siglip_vision_model", dict(BICUBIC, resize="squash")),
+    ("dinov2", BICUBIC),
+    ("vit", BILINEAR),
+    ("vision-text-dual-encoder", {}),
+  ],
+)
+def test_a_view_that_no_file_states_is_shown(tmp_path, caplog, family, used):
+  model = dict(init=str(folder(tmp_path / "some", FAMILIES[family], STUB)))
+  model = model if "text_config" in FAMILIES[family] else dict(image=model)
+  tokenizer = dict(tokenizer=dict(name="byte", length=4))
+  found = init.completed(model, tokenizer)
+  views_ = {k: v for k, v in found.data.items() if k in ("resize", "interpolation")}
+  assert views_ == used and "config.data.resize" not in " ".join(found.differences)
+  shown = dict(resize="squash", interpolation="bicubic") | used
+  (line,) = [x.getMessage() for x in caplog.records if "preprocessor_config" in x.getMessage()][-1:]
+  assert "preprocessor_config.json: no such file" in line
+  assert f"resize={shown['resize']!r} and interpolation={shown['interpolation']!r}" in line
+  caplog.clear()
+  given = dict(tokenizer, resize="longest", interpolation="bicubic")
+  differences = init.completed(model, given).differences  # no file states another one
+  shown = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+  assert "resize" not in " ".join((*differences, *shown))
 
 
 def test_a_processor_of_transformers_5_is_read(tmp_path):
@@ -201,7 +291,7 @@ def test_a_processor_of_transformers_5_is_read(tmp_path):
   (path / "processor_config.json").write_text(json.dumps(config))
   checkpoint = weights.describe(path)
   assert checkpoint.model["pixels"] == "imagenet"
-  assert checkpoint.view.options == dict(interpolation="bilinear")
+  assert checkpoint.view.options == BILINEAR
   config["image_processor"] = dict(clip, resample=0)
   (path / "processor_config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match=r"processor_config\.json: image_processor: resample: '0'"):
