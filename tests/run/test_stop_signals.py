@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import select
 import signal
 import sys
 import threading
@@ -140,6 +141,7 @@ def test_the_cursor_comes_back_when_a_process_ends_at_once(monkeypatch):
     monkeypatch.setattr(sys, "__stderr__", stderr)
     for end in (stop_signals._quit, preemption._exit_to_restart, fail):
       end()
+      assert select.select([screen], [], [], 5)[0]
       assert screen.read(100) == b"\x1b[?25h"
   assert ended == [130, 143, 1]
 
