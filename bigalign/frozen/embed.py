@@ -106,7 +106,7 @@ def embed(
   )
   batch_size = round_batch(towers.mesh, batch_size)
   per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
-  folders = {side: pathlib.Path(out) / side for side in sides}
+  folders = {side: pathlib.Path(out).expanduser() / side for side in sides}
   ranges = {}
   fingerprint = source_fingerprint(source, data)
   older = source_fingerprint(source, data, places=True)
@@ -336,7 +336,7 @@ def main(argv: Sequence[str]) -> None:
   setup_runtime(config)
   runtime.connect(values.coordinator, values.num_processes, values.process_id)
   if values.verify:
-    sound = [verify(pathlib.Path(values.out) / side) for side in values.towers]
+    sound = [verify(pathlib.Path(values.out).expanduser() / side) for side in values.towers]
     sys.exit(0 if all(sound) else 1)
   try:
     with progress.shown():

@@ -94,6 +94,7 @@ class Progress:
     start: units done before.
     visible: False: show nothing; of several processes, one shows it.
     lines: print lines where there is no terminal.
+    after: seconds before the bar appears; such a bar is removed at the end, and notebooks show it.
     stream: where to write; standard error by default.
   """
 
@@ -106,12 +107,13 @@ class Progress:
     start: int = 0,
     visible: bool = True,
     lines: bool = True,
+    after: float = 0.0,
     stream: TextIO | None = None,
   ) -> None:
     self.what, self.unit, self.note = what, unit, ""
     self.clock = Clock(total, start)
     self.visible = visible
-    self._lines = lines
+    self._lines, self._after = lines, after
     self._console = rich.console.Console(file=stream or sys.stderr)
     self._bar: rich.progress.Progress | None = None
     self._task: Any = None
@@ -122,8 +124,9 @@ class Progress:
   def __enter__(self) -> Self:
     if not self.visible:
       return self
-    if self._console.is_terminal and not self._console.is_dumb_terminal:
-      self._start_bar()
+    if self._has_bar():
+      if not self._after:
+        self._start_bar()
     elif self._lines:
       threading.Thread(target=self._print_lines, daemon=True).start()
     return self
@@ -142,6 +145,9 @@ class Progress:
   def reach(self, done: int) -> None:
     """Shows that so much work is done in all; cheap."""
     self.clock.reached(done)
+    late = self._after and self.clock.elapsed() > self._after and done != self.clock.total
+    if late and self._bar is None and self.visible and self._has_bar():
+      self._start_bar()
     if self._bar is not None:
       self._bar.update(self._task, completed=done)
 
@@ -166,6 +172,11 @@ class Progress:
     known = [count if self.clock.total else "", self.note, self.times()]
     return f"{self.what}: {', '.join(part for part in known if part)}"
 
+  def _has_bar(self) -> bool:
+    """Whether the place of the output can show a bar."""
+    terminal = self._console.is_terminal and not self._console.is_dumb_terminal
+    return terminal or bool(self._after and self._console.is_jupyter)
+
   def _print_lines(self) -> None:
     while not self._ended.wait(EVERY):
       self.say(self.line())
@@ -186,6 +197,7 @@ class Progress:
       *columns,
       console=self._console,
       expand=True,
+      transient=bool(self._after),
       refresh_per_second=5,
       redirect_stdout=sys.stdout.isatty(),  # rich would send what is piped to standard error
     )

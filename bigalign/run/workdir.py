@@ -39,7 +39,7 @@ class Workdir:
   def __init__(self, workdir: str | os.PathLike[str], *, reader: bool = False) -> None:
     """
     Args:
-      workdir: a folder, or an address gs://…
+      workdir: a folder, in which ~ is the home folder, or an address gs://…
       reader: for programs that only read: uses a local folder of its own, so that it does not
         disturb a run that is training on this machine.
 
@@ -48,16 +48,16 @@ class Workdir:
       ImportError: if gcsfs is missing.
     """
     address = os.fspath(workdir)
-    self.root: Any = pathlib.Path(address).absolute()
+    self.root: Any = pathlib.Path(address).expanduser().absolute()
     self.local: pathlib.Path = self.root
     self._uploaded: dict[str, int] = {}  # {file in the bucket: mtime of its local copy, ns}
     self._lock: WorkdirLock | None = None
     if "://" not in address:
       return
     if not address.startswith("gs://"):
-      raise ValueError(f"--workdir={address}: a run's folder is a local path, a mount, or gs://…")
+      raise ValueError(f"{address}: a run's folder (--workdir) is a local path, a mount, or gs://…")
     if not importlib.util.find_spec("gcsfs"):
-      raise ImportError(f"--workdir={address} needs gcsfs: pip install 'bigalign[gcs]'")
+      raise ImportError(f"{address} needs gcsfs: pip install 'bigalign[gcs]'")
     address = address.rstrip("/")
     storage.forget_listings()
     self.root = epath.Path(address)

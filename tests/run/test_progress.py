@@ -152,6 +152,22 @@ def test_one_process_shows_it(terminal, monkeypatch):
   assert not terminal.getvalue()
 
 
+def test_short_work_shows_no_bar(terminal, now):
+  with Progress("embed", 4, lines=False, after=2, stream=terminal) as bar:
+    bar.advance()
+    now[0] += 1
+    bar.advance()
+    assert not terminal.getvalue()
+    now[0] += 2
+    bar.advance()
+    assert bar.visible and re.search("^embed .* 3/4", terminal.lines()[-1])
+  terminal.truncate(0)
+  with Progress("embed", 1, lines=False, after=2, stream=terminal) as bar:
+    now[0] += 3
+    bar.advance()  # the last
+  assert not terminal.getvalue()
+
+
 def test_only_programs_show_the_progress_of_loops(terminal, monkeypatch):
   monkeypatch.setattr(sys, "stderr", terminal)
   assert [*track("ab", "index", 2)] == ["a", "b"]

@@ -253,7 +253,7 @@ def test_a_run_that_lost_its_folder_uploads_nothing(tmp_path, monkeypatch):
   [
     (
       "s3://bucket/run",
-      r"--workdir=s3://bucket/run: a run's folder is a local path, a mount, or gs",
+      r"s3://bucket/run: a run's folder \(--workdir\) is a local path, a mount, or gs",
     ),
     ("gs://bucket/run", r"needs gcsfs: pip install 'bigalign\[gcs\]'"),
   ],
@@ -262,3 +262,9 @@ def test_unusable_addresses_are_errors(address, message, monkeypatch):
   monkeypatch.setattr(workdir_module.importlib.util, "find_spec", lambda name: None)
   with pytest.raises((ValueError, ImportError), match=message):
     Workdir(address)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  folder = Workdir("~/runs/x")
+  assert folder.local == folder.root == tmp_path / "runs/x"
