@@ -15,7 +15,6 @@ from absl import logging
 
 from bigalign import sharding, tree, weights
 from bigalign.api.image_inputs import View
-from bigalign.api.logits import SIGMOID, Head
 from bigalign.api.model import Model
 from bigalign.data.image.reading import ImageReading
 from bigalign.data.loader.options import resolve_data
@@ -24,6 +23,7 @@ from bigalign.data.text.tokenizers import Tokenizer, make_tokenizer
 from bigalign.export import main, model_card, torch_module
 from bigalign.export.base import TrainedModel
 from bigalign.inputs import check_ids
+from bigalign.losses.head import Head
 from bigalign.model import PROJECTOR, DualEncoder, ModelOptions
 from bigalign.options import Choose, Component, plain, plain_value, resolve, resolve_value
 from bigalign.towers import TOWERS
@@ -45,15 +45,22 @@ def load_checkpoint(
   """The model in the files of another library, or in an exported folder.
 
   Args:
-    path: a folder or file, as of weights.describe.
+    path: a folder or file, as of weights.describe; a file of an exported folder stands for it.
     dtype: in which the towers compute.
     tokenizer: options as config.data.tokenizer, for files that hold none; None: that of the files.
 
   Raises:
     FileNotFoundError, ValueError: for files that cannot be read, with the file and the key.
+    ValueError: for a tokenizer besides that of an exported PyTorch module.
   """
   about = exported_facts(path)
+  if about and not path.is_dir():
+    path = path.parent
   if about.get("format") == "torch":
+    if tokenizer is not None:
+      raise ValueError(
+        f"tokenizer: {path} has the tokenizer of its run; the argument is for files without one"
+      )
     return _torch_module(path, about, dtype)
   file = path / "model.npz" if about.get("format") == "npz" else path
   checkpoint = _masked(weights.describe(file), about)
@@ -79,7 +86,7 @@ def load_checkpoint(
     config={"model": written, "data": data},
     head=_head(params, about, checkpoint.kind),
     view=_view(data, about, checkpoint.kind) if "image" in checkpoint.model else None,
-    clean=_cleaning(checkpoint) if "text" in checkpoint.model else None,
+    clean=_cleaning(checkpoint) if "text" in checkpoint.model and tokenizer is None else None,
     mesh=mesh,
   )
 
@@ -273,14 +280,12 @@ def _shapes(
 
 
 def _head(params: Mapping[str, Any], about: Mapping[str, Any], kind: str) -> Head:
-  """Scale and bias of the files; a sigmoid if they hold a bias, or after such a loss of the run."""
-  losses = about.get("config", {}).get("loss")
-  sigmoid = "b" in params or kind.startswith("siglip")
-  if losses:
-    name, options = next(iter(losses.items()))
-    sigmoid = (options or {}).get("base", name) in SIGMOID
-  scale = float(np.exp(np.asarray(params["t"]))) if "t" in params else 1.0
-  return Head(scale, float(np.asarray(params.get("b", 0.0))), sigmoid)
+  """Scale and bias of the files; what they lack is that of the export, or of their kind."""
+  exported = about.get("head", {})
+  sigmoid = exported.get("sigmoid", "b" in params or kind.startswith("siglip"))
+  scale = np.exp(np.asarray(params["t"])) if "t" in params else exported.get("scale", 1.0)
+  bias = np.asarray(params["b"]) if "b" in params else exported.get("bias", 0.0)
+  return Head(float(scale), float(bias), bool(sigmoid))
 
 
 def _export(
@@ -322,6 +327,7 @@ def _export(
       "datasets": [*datasets],
       "converted_from": path.name,
       "view": {"margin": view.margin, "pillow_rgb": view.pillow_rgb},
+      "head": head._asdict(),
       "config": {**config, "loss": {"siglip" if head.sigmoid else "clip": {}}},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import threading
 from collections.abc import Iterable, Sized
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,6 +20,10 @@ from bigalign.data.samples.rejects import Rejected
 OneImage: TypeAlias = Image.Image | str | os.PathLike[str] | bytes | np.ndarray
 # One image, several of any kind, or uint8 [N, H, W, 3].
 Images: TypeAlias = OneImage | Iterable[OneImage]
+
+# Pillow reads the pixels of an open file when they are first needed, which two threads must not do
+# at once. Images cannot be keys of a dict, so that each has one of these locks.
+_LOCKS = [threading.Lock() for _ in range(64)]
 
 
 class View(NamedTuple):
@@ -56,7 +61,8 @@ class View(NamedTuple):
     """uint8 [H, W, 3]."""
     kinds = dict(apply_exif=self.reading.apply_exif, pillow_rgb=self.pillow_rgb)
     if isinstance(image, Image.Image):
-      return from_pillow(image, **kinds)
+      with _LOCKS[(id(image) >> 6) % len(_LOCKS)]:
+        return from_pillow(image, **kinds)
     if isinstance(image, str | os.PathLike):
       image = pathlib.Path(image).expanduser().read_bytes()
     if isinstance(image, bytes | bytearray | memoryview):

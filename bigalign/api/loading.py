@@ -11,10 +11,10 @@ from typing import Any
 from bigalign import checks
 from bigalign.api.checkpoints import in_dtype, load_checkpoint
 from bigalign.api.image_inputs import View
-from bigalign.api.logits import of_losses
 from bigalign.api.model import Model
-from bigalign.evaluate import open_run
+from bigalign.evaluate import Run, open_run
 from bigalign.export import main
+from bigalign.losses.head import of_losses
 from bigalign.options import plain
 from bigalign.run import runtime
 from bigalign.towers.base import DTYPES
@@ -52,13 +52,17 @@ def load(
   Raises:
     FileNotFoundError: for a path that does not exist, or a step without a checkpoint.
     ValueError: for files that cannot be read, with the file and the key; for averages of a run that
-      keeps none.
+      keeps none; for a tokenizer besides that of a run.
   """
   checks.known("dtype", dtype, DTYPES)
   runtime.setup()
   address = os.fspath(path)
   if _is_run(address):
-    return _run(address, "latest" if step is None else step, ema, dtype)
+    if tokenizer is not None:
+      raise ValueError(
+        f"tokenizer: {address} is a run, which has its own; the argument is for files without one"
+      )
+    return _run(address, step, ema, dtype)
   folder = pathlib.Path(address).expanduser()
   if not folder.exists():
     raise FileNotFoundError(f"{address}: no such file or folder")
@@ -78,9 +82,14 @@ def _is_run(address: str) -> bool:
   return record.is_file() and isinstance(read_json(record).get("config"), dict)
 
 
-def _run(path: str, step: int | str, ema: bool, dtype: str) -> Model:
+def open_step(path: str | os.PathLike[str], step: int | str | None) -> Run:
+  """The run in a folder, at a step; None: the latest."""
+  return open_run(os.fspath(path), "latest" if step is None else step)
+
+
+def _run(path: str, step: int | str | None, ema: bool, dtype: str) -> Model:
   """The model of a run."""
-  run = open_run(path, step)
+  run = open_step(path, step)
   trained = main.trained_model(run, ema)
   data = run.config.data
   has_texts = not isinstance(run.config.model.text, FeaturesOptions)
@@ -94,6 +103,11 @@ def _run(path: str, step: int | str, ema: bool, dtype: str) -> Model:
     view=View(data) if has_images else None,
     tokenizer=trained.tokenizer if has_texts else None,
     embed_dim=run.config.model.embed_dim,
-    export=functools.partial(main.export, run, ema=ema),
+    export=functools.partial(_export, run.address or path, run.step, ema),
     mesh=run.mesh,
   )
+
+
+def _export(path: str, step: int, ema: bool, *args: Any, **options: Any) -> Any:
+  """Exports a run, which is read again: a loaded model keeps the parameters only once."""
+  return main.export(open_step(path, step), *args, ema=ema, **options)

@@ -14,20 +14,22 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from bigalign import sharding, tree
 from bigalign.api.image_inputs import Images, View, is_array, listed
-from bigalign.api.late_progress import LateProgress
-from bigalign.api.logits import Head
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.evals.embed import round_batch, to_host
 from bigalign.evals.zeroshot import fill, read_templates
+from bigalign.losses.head import Head
 from bigalign.model import DualEncoder
+from bigalign.run.progress import Progress
 
 Texts: TypeAlias = str | Iterable[str]
 Prepared: TypeAlias = Callable[[], dict[str, np.ndarray]]  # waits for the arrays of a batch
 
 _AHEAD = 2  # batches that are prepared while the devices compute
+_LATE = 2.0  # seconds before a progress bar appears
 _THREADS = 16  # that read images, at most
 
 
@@ -35,7 +37,8 @@ class Model:
   """Embeds images and texts, and compares them.
 
   Embeddings are float32 [N, E] of unit norm, so their product is the cosine. All devices share
-  the work. A batch is padded, so that a call compiles one shape.
+  the work. A batch is padded, so that a call compiles one shape. Of several processes, all call a
+  method with the same images or texts; each reads its part, and all get the same result.
 
   >>> import bigalign
   >>> model = bigalign.load(run)  # run = "runs/quickstart"
@@ -125,8 +128,8 @@ class Model:
     items, total = listed(images)
     with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
 
-      def prepare(start: int, part: Sequence[Any]) -> Prepared:
-        squares = [pool.submit(view.numbered, start + i, x) for i, x in enumerate(part)]
+      def prepare(start: int, part: Sequence[Any], own: Sequence[int]) -> Prepared:
+        squares = [pool.submit(view.numbered, start + i, part[i]) for i in own]
         return lambda: {"image": np.stack([x.result() for x in squares])}
 
       try:
@@ -155,8 +158,9 @@ class Model:
     items = [texts] if isinstance(texts, str) else texts
     total = len(items) if isinstance(items, Sequence) else None
 
-    def prepare(start: int, part: Sequence[Any]) -> Prepared:
-      ids, mask = tokenizer.encode_batch(self._texts(part, start))
+    def prepare(start: int, part: Sequence[Any], own: Sequence[int]) -> Prepared:
+      texts = self._texts(part, start)
+      ids, mask = tokenizer.encode_batch([texts[i] for i in own])
       return lambda: {"ids": ids, "mask": mask}
 
     return self._embedded(self._embed_text, items, total, prepare, batch_size, progress)
@@ -306,7 +310,7 @@ class Model:
     return list(texts) if self._clean is None else [self._clean(text) for text in texts]
 
   def _given(self, values: Any) -> np.ndarray | None:
-    """Embeddings [N, E] if the values are such, else None."""
+    """The values as float32 if they are embeddings [N, E], else None."""
     if not is_array(values):
       return None
     array = np.asarray(values)
@@ -333,11 +337,15 @@ class Model:
     embed: Callable[..., jax.Array],
     items: Iterable[Any],
     total: int | None,
-    prepare: Callable[[int, Sequence[Any]], Prepared],
+    prepare: Callable[[int, Sequence[Any], Sequence[int]], Prepared],
     batch_size: int,
     progress: bool,
   ) -> np.ndarray:
-    """[N, E]: embeds items in batches of one shape; every process of a run gets all of them."""
+    """[N, E]: embeds items in batches of one shape.
+
+    Every process of a run gets all items and returns all embeddings, but prepares only its own rows
+    of a batch: prepare(number of the first item, batch, places of the own ones in it).
+    """
     if batch_size < 1:
       raise ValueError(f"batch_size={batch_size}: at least 1")
     batch_size = round_batch(self.mesh, batch_size)
@@ -353,26 +361,52 @@ class Model:
     done: list[np.ndarray] = []
     running: tuple[int, jax.Array] | None = None
     start = 0
-    with LateProgress(total, enabled=progress) as bar, jax.set_mesh(self.mesh):
+    visible = progress and jax.process_index() == 0
+    with (
+      Progress("embed", total or 0, lines=False, after=_LATE, visible=visible) as bar,
+      jax.set_mesh(self.mesh),
+    ):
       for chunk in itertools.chain([first], chunks, [None] * _AHEAD):
         if chunk is not None:
-          ready.append((len(chunk), prepare(start, chunk)))
+          own = [int(row) for row in rows if row < len(chunk)] or [0]
+          ready.append((len(chunk), prepare(start, chunk, own)))
           start += len(chunk)
           if len(ready) < _AHEAD:
             continue
         if not ready:
           continue
         count, arrays = ready.popleft()
-        padded = {k: _padded(x, size)[rows] for k, x in arrays().items()}
+        padded = {k: _padded(x, len(rows)) for k, x in _on_all(arrays).items()}
         on_mesh = sharding.global_batch(self.mesh, padded, rows, size)
         z = sharding.block_on_cpu(embed(self.params, *on_mesh.values()))
         if running is not None:  # the devices compute one batch while the host reads the other
           done.append(to_host(running[1])[: running[0]])
         running = count, z
+        if total is None:
+          bar.note = f"{bar.clock.done + count:,}"
         bar.advance(count)
       assert running is not None
       done.append(to_host(running[1])[: running[0]])
     return np.concatenate(done)
+
+
+def _on_all(prepared: Prepared) -> dict[str, np.ndarray]:
+  """The arrays; raises on every process of a run if it raises on one, which would wait else."""
+  if jax.process_count() == 1:
+    return prepared()
+  arrays, error = {}, None
+  try:
+    arrays = prepared()
+  except Exception as caught:
+    error = caught
+  failed = np.asarray(multihost_utils.process_allgather(np.asarray(error is not None)))
+  if error is not None:
+    raise error
+  if failed.any():
+    raise RuntimeError(
+      f"process {int(failed.argmax())} of the run could not read an item, which its own error names"
+    )
+  return arrays
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from ml_collections import ConfigDict
 
+from bigalign.api.loading import open_step
 from bigalign.config import setup_runtime
-from bigalign.evaluate import data_evals, open_run
+from bigalign.evaluate import data_evals
 from bigalign.evaluate import evaluate as run_evaluators
 from bigalign.export.main import export as write_folder
 from bigalign.frozen.embed import SIDES, summary
@@ -51,14 +52,15 @@ def train(
   Raises:
     TypeError, ValueError, FileNotFoundError …: as of bigalign.train.train.
   """
-  values = load_config(config, {**(overrides or {}), **options})
+  values = _values(config, overrides, options)
   if workdir is None:
     if not isinstance(config, str | os.PathLike):
       raise TypeError("train() of a config without a name needs workdir=, the folder of the run")
     workdir = f"runs/{config_name(config)}"
   setup_runtime(values)
-  train_in(values, workdir, allow_config_change=allow_config_change)
-  return os.fspath(workdir)
+  folder = os.path.expanduser(workdir)
+  train_in(values, folder, allow_config_change=allow_config_change)
+  return folder
 
 
 def evaluate(
@@ -84,7 +86,7 @@ def evaluate(
     ValueError: if the run has no evaluators and none are given.
   """
   runtime.setup()
-  opened = open_run(os.fspath(run), "latest" if step is None else step)
+  opened = open_step(run, step)
   chosen = data_evals(retrieval, fields, None if zeroshot is None else os.fspath(zeroshot))
   chosen |= dict(evals or {})
   if not chosen and not opened.config.evals:
@@ -121,7 +123,7 @@ def embed(
   Returns:
     {folder of a store: {"rows": N, "width": D, "left_out": {reason: samples}}}.
   """
-  values = plain(load_config(config, {**(overrides or {}), **options}))
+  values = plain(_values(config, overrides, options))
   setup_runtime(values)
   with progress.shown(jax.process_index() == 0):
     folders = write_stores(
@@ -173,7 +175,7 @@ def export(
     FileExistsError: if the folder is not empty.
   """
   runtime.setup()
-  opened = open_run(os.fspath(run), "latest" if step is None else step)
+  opened = open_step(run, step)
   return Exported(*write_folder(opened, format, pathlib.Path(out), ema=ema, **card))
 
 
@@ -214,7 +216,7 @@ def plan(
     ValueError: if no topology is given.
   """
   return predict(
-    plain(load_config(config, {**(overrides or {}), **options})),
+    plain(_values(config, overrides, options)),
     topology,
     batch=batch,
     sweeps=sweep,
@@ -223,3 +225,10 @@ def plan(
     prices=prices,
     cache=pathlib.Path(cache),
   )
+
+
+def _values(
+  config: Config, overrides: Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> ConfigDict:
+  """The config with the overrides of both kinds."""
+  return load_config(config, {**(overrides or {}), **options})

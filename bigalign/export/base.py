@@ -28,8 +28,8 @@ class TrainedModel(NamedTuple):
 
   Args:
     model: in float32.
-    arrays: its parameters by path, "image_tower/…", and the scalars "t" (log of the logit scale)
-      and "b" (logit bias), if the loss has one.
+    arrays: its parameters by path, "image_tower/…", and the scalars "t" (log of the logit scale,
+      learned or fixed) and "b" (logit bias), if the loss has one.
     data: the data options of the run.
     tokenizer: the tokenizer of the run.
   """

@@ -14,7 +14,7 @@ import pathlib
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,32 +26,15 @@ from bigalign import checks, tree
 from bigalign.evaluate import Run, open_run
 from bigalign.export import check, model_card
 from bigalign.export import push as hub
-from bigalign.export.base import Arrays, Contents, TrainedModel
+from bigalign.export.base import Contents, TrainedModel
 from bigalign.export.formats import FORMATS, prepare
 from bigalign.export.tokenizer_files import SAMPLES
+from bigalign.losses import head
 from bigalign.run import runtime
 from bigalign.towers.text import TextOptions
 
 ABOUT, CARD = "bigalign.json", "README.md"
 _SIDE = 61  # pixels of the shorter side of the sample images
-
-
-def scalars(params: Mapping[str, Any], losses: Mapping[str, Any]) -> Arrays:
-  """The log of the logit scale, "t", and the bias, "b", of the first loss that learns them.
-
-  A loss with a fixed temperature gives t = 0: logits are cosines.
-
-  Args:
-    params: {path: array} of the run.
-    losses: {name of a loss: anything}, in the order of the config.
-  """
-  for name in losses:
-    learned = tree.subtree(params, f"loss/{name}/")
-    if "temperature" in learned:
-      return {"t": np.asarray(-np.log(np.asarray(learned["temperature"], np.float32)))}
-    if "t" in learned:
-      return {k: np.asarray(learned[k], np.float32) for k in ("t", "b") if k in learned}
-  return {"t": np.zeros((), np.float32)}
 
 
 def trained_model(run: Run, ema: bool = False) -> TrainedModel:
@@ -61,7 +44,7 @@ def trained_model(run: Run, ema: bool = False) -> TrainedModel:
     ValueError: if the averages are wanted, and the run has none.
   """
   if ema and not run.ema:
-    raise ValueError(f"--ema: {run.workdir} keeps no averages (config.ema)")
+    raise ValueError(f"ema (--ema): {run.workdir} keeps no averages (config.ema)")
   params = run.ema if ema else run.params
   model = run.config.model
   towers = {"image": model.image, "text": model.text}
@@ -80,7 +63,7 @@ def trained_model(run: Run, ema: bool = False) -> TrainedModel:
     arrays[path] = arrays[path][:, : tokenizer.length]
   return TrainedModel(
     dataclasses.replace(model, **in_float32).build(),
-    arrays | scalars(params, run.config.loss),
+    arrays | head.scalars(params, run.config.loss),
     run.config.data,
     tokenizer,
   )
@@ -191,10 +174,10 @@ def write(
     facts: returns the content of bigalign.json for the family of the model in the folder.
     card: returns the model card, as model_card.text.
   """
-  out = pathlib.Path(out).absolute()
+  out = pathlib.Path(out).expanduser().absolute()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise FileExistsError(f"--out={out} exists and is not an empty folder; choose another")
-  form = checks.choose(FORMATS, kind, "--format")
+    raise FileExistsError(f"{out} (--out) exists and is not an empty folder; choose another")
+  form = checks.choose(FORMATS, kind, "format (--format)")
   contents = prepare(kind, trained)
   about = facts(contents.family)
   out.parent.mkdir(parents=True, exist_ok=True)

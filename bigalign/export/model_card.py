@@ -18,6 +18,7 @@ from bigalign.evals.retrieval import RECALL_AT
 from bigalign.evaluate import Run
 from bigalign.export import published
 from bigalign.export.base import Contents, Format, TrainedModel, tower_name
+from bigalign.losses.head import of_losses
 from bigalign.run.metrics import read_metrics
 from bigalign.stages import split
 from bigalign.towers.base import TransformerOptions
@@ -56,6 +57,7 @@ def facts(
     "datasets": [*datasets],
     **{k: run.meta[k] for k in ("samples_seen", "dataset_size", "data", "revision", "versions")},
     "metrics": measured,
+    "head": of_losses(run.ema if ema else run.params, run.config.loss)._asdict(),
     "config": published.without_users(run.meta["config"]),
   }
 

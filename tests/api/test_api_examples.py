@@ -8,14 +8,13 @@ import re
 import pytest
 from helpers.shipped import ROOT
 
-from bigalign.api import image_inputs, loading, logits, model, names
+from bigalign.api import image_inputs, loading, model, names
 
 
 @pytest.mark.parametrize(
   "module",
   [
     image_inputs,
-    logits,
     names,
     pytest.param(loading, marks=pytest.mark.slow),
     pytest.param(model, marks=pytest.mark.slow),

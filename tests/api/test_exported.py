@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,12 @@ import pytest
 
 import bigalign
 from bigalign import tree
+from bigalign.api import checkpoints, loading
 from bigalign.config import resolve_config
+from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.evaluate import Run
-from bigalign.export import check, main
+from bigalign.export import check, main, model_card
+from bigalign.losses.head import of_losses
 from bigalign.options import plain
 
 SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
@@ -75,6 +80,7 @@ def run(tmp_path, monkeypatch):
   monkeypatch.setattr(check, "possible", lambda kind: False)
 
   def make(model, loss):
+    terms = {loss: {}} if isinstance(loss, str) else loss
     first = "[UNK] [PAD]" if model["text"].get("pad") else "[PAD] [UNK]"
     words = f"{first} [CLS] a cat dog photo of [SEP]".split()
     (tmp_path / "vocab.txt").write_text("\n".join(words))
@@ -84,7 +90,7 @@ def run(tmp_path, monkeypatch):
     data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize="shortest")
     steps = dict(seed=0, batch_size=4, total_steps=3, log_every=1, checkpoint_every=0)
     config = resolve_config(
-      dict(data=data, model=model, loss={loss: {}}, optimizer=dict(lr=1e-3), **steps)
+      dict(data=data, model=model, loss=terms, optimizer=dict(lr=1e-3), **steps)
     )
     inputs = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, tokenizer["length"]), jnp.int32)
     shapes = jax.eval_shape(config.model.build().init, jax.random.key(0), *inputs)["params"]
@@ -93,14 +99,32 @@ def run(tmp_path, monkeypatch):
       path: 0.3 * rng.standard_normal(x.shape).astype(np.float32) + path.endswith("/scale")
       for path, x in tree.flatten(shapes, "model/").items()
     }
-    params |= {f"loss/{loss}/t": np.float32(2.3)}
-    params |= {f"loss/{loss}/b": np.float32(-3)} if loss == "siglip" else {}
+    params |= {f"loss/{x}/t": np.float32(2.3) for x in terms if x in ("clip", "siglip")}
+    params |= {f"loss/{x}/b": np.float32(-3) for x in terms if x == "siglip"}
     (tmp_path / "run").mkdir()
     meta = dict(samples_seen=12, dataset_size=1000, data="f" * 16, revision="abc", versions={})
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": 3}) + "\n")
     return Run(tmp_path / "run", 3, config, {**meta, "config": plain(config)}, None, params, {}, {})
 
   return make
+
+
+@pytest.fixture
+def load_run(monkeypatch):
+  """Loads a run of `run`."""
+
+  def make(opened):
+    (opened.workdir / "checkpoints").mkdir(exist_ok=True)
+    monkeypatch.setattr(loading, "open_run", lambda *_: opened)
+    return bigalign.load(opened.workdir)
+
+  return make
+
+
+@pytest.fixture
+def without_samples(monkeypatch):
+  """Exports do not compute the logits of the samples, which takes seconds."""
+  monkeypatch.setattr(main, "logits", lambda trained, images, texts: np.zeros((4, len(texts))))
 
 
 @pytest.mark.slow
@@ -113,6 +137,7 @@ def run(tmp_path, monkeypatch):
     ("npz", SIGLIP_UNMASKED, "siglip"),
     ("torch", SIGLIP, "siglip"),
     ("torch", MPNET, "clip"),
+    ("hf", CLIP, dict(sogclr=dict(tau=0.05))),
   ],
 )
 def test_an_exported_folder_is_the_run(kind, model, loss, run, pictures, tmp_path):
@@ -155,3 +180,92 @@ def test_what_is_not_there_or_not_a_run(tmp_path):
   for options in (dict(step=3), dict(ema=True)):
     with pytest.raises(ValueError, match="is not a run"):
       bigalign.load(tmp_path, **options)
+
+
+def test_the_scale_is_one_in_a_run_and_its_export(
+  run, load_run, without_samples, tmp_path, monkeypatch
+):
+  """Also where no loss learns it; "~" is the home folder."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  opened = run(CLIP, dict(sogclr=dict(tau=0.05)))
+  model = load_run(opened)
+  assert model.head == (20, 0, False)
+  z = np.eye(3, 12, dtype=np.float32)
+  monkeypatch.setattr(model, "_encode", lambda method, params, x, mask=None: x)
+  np.testing.assert_allclose(model.apply(model.params, z, z)["logits"], model.logits(z, z), 1e-6)
+  out, _ = main.export(opened, "torch", "~/exported/clip")
+  assert out == tmp_path / "exported/clip"
+  loaded = bigalign.load("~/exported/clip")
+  np.testing.assert_allclose(loaded.head, model.head, rtol=1e-6)
+  np.testing.assert_array_equal(loaded.params["t"], model.params["t"])
+
+
+def test_an_export_says_what_follows_the_cosines(run):
+  """A module of PyTorch always has a bias, which says nothing about the loss."""
+  opened = run(CLIP, dict(sogclr=dict(tau=0.05), clip={}))
+  arrays = {**main.trained_model(opened).arrays, "b": np.float32(0)}
+  about = json.loads(json.dumps(model_card.facts(opened, "torch", "", False)))
+  expected = of_losses(opened.params, opened.config.loss)
+  assert checkpoints._head(arrays, about, "torch") == expected, "of the loss that learns a scale"
+  assert checkpoints._head({}, about, "bert") == expected, "a text side holds no scale"
+  assert checkpoints._head(arrays, {}, "open_clip").sigmoid, "of another library"
+
+
+@pytest.mark.parametrize("kind, file", [("npz", "model.npz"), ("torch", "model.safetensors")])
+def test_a_file_of_a_folder_stands_for_it(kind, file, tmp_path, monkeypatch):
+  (tmp_path / "bigalign.json").write_text(json.dumps({"format": kind}))
+  (tmp_path / file).touch()
+  read = []
+
+  def stop(path, *_):
+    read.append(path)
+    raise InterruptedError
+
+  monkeypatch.setattr(checkpoints.weights, "describe", stop)
+  monkeypatch.setattr(checkpoints, "_torch_module", stop)
+  for path in (tmp_path, tmp_path / file):
+    with pytest.raises(InterruptedError):
+      bigalign.load(path)
+  assert read == [tmp_path / file if kind == "npz" else tmp_path] * 2
+
+
+def test_a_loaded_run_keeps_its_parameters_once(run, load_run, monkeypatch, tmp_path):
+  opened = run(CLIP, "clip")
+  again = opened._replace(params={})
+  parameter = weakref.ref(next(iter(opened.params.values())))
+  model = load_run(opened)
+  del opened
+  asked, exported = [], []
+  monkeypatch.undo()
+  gc.collect()
+  assert parameter() is None, "the model has its own copy"
+
+  def export(*args, **options):
+    exported.append((*args, options))
+    return args[2], None
+
+  monkeypatch.setattr(loading, "open_run", lambda folder, step: asked.append(step) or again)
+  monkeypatch.setattr(main, "export", export)
+  out = tmp_path / "out"
+  assert model.save(out, license="mit") == out and asked == [3]
+  assert exported == [(again, "hf", out, dict(ema=False, license="mit"))]
+
+
+def test_a_tokenizer_that_would_not_be_used(tmp_path):
+  (tmp_path / "run/checkpoints").mkdir(parents=True)
+  (tmp_path / "torch").mkdir()
+  (tmp_path / "torch/bigalign.json").write_text('{"format": "torch"}')
+  for folder in ("run", "torch"):
+    with pytest.raises(ValueError, match=f"tokenizer: .*{folder} .*for files without one"):
+      bigalign.load(tmp_path / folder, tokenizer=dict(name="byte", length=8))
+
+
+def test_underscores_are_those_of_the_tokenizer_that_is_given(run, without_samples, tmp_path):
+  """The tokenizer of a released SigLIP drops them; another one is used as it is."""
+  out, _ = main.export(run(SIGLIP, "siglip"), "hf", tmp_path / "out")
+  (out / "bigalign.json").unlink()
+  file = out / "tokenizer_config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "SiglipTokenizer"}))
+  options = dict(name="byte", length=16)
+  ids, _ = bigalign.load(out, tokenizer=options).tokenize(["two_dogs"])
+  np.testing.assert_array_equal(ids, make_tokenizer(**options).encode_batch(["two_dogs"])[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
+import time
 
 import jax
 import numpy as np
@@ -10,9 +12,12 @@ import pytest
 from PIL import Image
 
 import bigalign
-from bigalign.api.logits import Head, of_losses
+from bigalign.api.image_inputs import View
+from bigalign.api.model import _on_all
+from bigalign.data.image.reading import ImageReading
 from bigalign.evaluate import open_run
 from bigalign.losses import LossTerms
+from bigalign.losses.head import Head, of_losses, scalars
 from bigalign.options import resolve_value
 
 
@@ -97,6 +102,58 @@ def test_a_bad_image_is_named(model, pictures, tmp_path):
     model.embed_images(lazy)
 
 
+def test_an_open_file_is_read_by_one_thread_at_a_time(pictures):
+  """A list may hold an image twice, and Pillow reads its pixels when they are first needed."""
+  image = Image.open(io.BytesIO(encoded(pictures[0])))
+  read, now, most = image.load, [], []
+
+  def load():
+    now.append(1)
+    most.append(len(now))
+    time.sleep(0.002)
+    now.pop()
+    return read()
+
+  image.load = load
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    squares = list(pool.map(View(ImageReading(image_size=8)), [image] * 8))
+  assert len(most) >= 8 and max(most) == 1
+  np.testing.assert_array_equal(squares, [squares[0]] * 8)
+
+
+def test_a_process_reads_its_rows_of_a_batch(model, pictures, monkeypatch):
+  """The first half of the eight rows is another's; images fill the end of the batch."""
+  made = []
+
+  def stop(mesh, batch, rows, size):
+    made.append(batch["image"])
+    raise InterruptedError
+
+  monkeypatch.setattr("bigalign.sharding.host_rows", lambda mesh, size: np.arange(size // 2, size))
+  monkeypatch.setattr("bigalign.sharding.global_batch", stop)
+  for own in (2, 1):
+    with pytest.raises(InterruptedError):
+      model.embed_images(["nope.jpg"] * 4 + pictures[:own])
+    kept = pictures[:own] + pictures[:1] * (4 - own)
+    np.testing.assert_array_equal(made.pop(), model.preprocess(kept))
+
+
+def test_an_error_of_one_process_ends_all(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  gathered = "jax.experimental.multihost_utils.process_allgather"
+  monkeypatch.setattr(gathered, lambda failed: np.asarray([failed, False]))
+  assert _on_all(lambda: {"image": 1}) == {"image": 1}
+
+  def broken():
+    raise ValueError("images[3]: truncated")
+
+  with pytest.raises(ValueError, match="truncated"):
+    _on_all(broken)
+  monkeypatch.setattr(gathered, lambda failed: np.asarray([failed, True]))
+  with pytest.raises(RuntimeError, match="process 1 of the run could not read"):
+    _on_all(lambda: {"image": 1})
+
+
 def test_probabilities_follow_the_loss(model, pictures):
   scale, bias = np.exp(np.asarray(model.params["t"])), np.asarray(model.params["b"])
   cosines = model.similarity(pictures, ["a cat", "a dog", "x"])
@@ -144,11 +201,31 @@ def test_softmax_and_sigmoid():
       {"loss/matryoshka/t": 0.0, "loss/matryoshka/b": -1.0},
       Head(1.0, -1.0, True),
     ),
+    (
+      dict(matryoshka=dict(base="siglip", dims=(8, 64), shared=False)),
+      {
+        "loss/matryoshka/d64/t": 0.0,
+        "loss/matryoshka/d64/b": -2.0,
+        "loss/matryoshka/d8/t": 1.0,
+        "loss/matryoshka/d8/b": -1.0,
+      },
+      Head(1.0, -2.0, True),
+    ),
+    (
+      dict(matryoshka=dict(base="sogclr", base_options=dict(tau=0.05), dims=(8, 64))),
+      {},
+      Head(20.0, 0.0, False),
+    ),
+    (dict(matryoshka=dict(base="clip_gap")), {}, Head(100.0, 0.0, False)),
   ],
 )
 def test_scale_bias_and_kind_of_each_loss(loss, params, head):
   terms = resolve_value(LossTerms, loss, "config.loss")
-  assert of_losses({k: np.float32(x) for k, x in params.items()}, terms) == head
+  learned = {k: np.float32(x) for k, x in params.items()}
+  assert of_losses(learned, terms) == head
+  arrays = scalars(learned, terms)
+  np.testing.assert_allclose(np.exp(arrays["t"]), head.scale, rtol=1e-6)
+  assert arrays.get("b", 0) == head.bias
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from helpers.small_shards import samples, write_tar
 
 import bigalign
 from bigalign import evaluate as program
+from bigalign.api import programs
 from bigalign.plan import main as planning
 from bigalign.run import provenance
 
@@ -28,6 +29,15 @@ def test_a_config_without_a_name_needs_a_folder():
     bigalign.train("tyny")
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  trained = []
+  monkeypatch.setattr(programs, "setup_runtime", lambda values: None)
+  monkeypatch.setattr(programs, "train_in", lambda values, folder, **_: trained.append(folder))
+  assert bigalign.train("tiny", workdir="~/runs/x") == str(tmp_path / "runs/x")
+  assert trained == [str(tmp_path / "runs/x")]
+
+
 @pytest.mark.slow
 def test_evaluate_returns_what_the_program_prints(run_folder, tmp_path, capsys):
   shards = write_tar(tmp_path / "0.tar", samples(0, 16))
@@ -38,11 +48,12 @@ def test_evaluate_returns_what_the_program_prints(run_folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_embed_returns_the_stores(tmp_path):
+def test_embed_returns_the_stores(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
   image = dict(init=str(folder(tmp_path / "clip", CLIP, clip_keys())))
   found = bigalign.embed(
     "tiny",
-    tmp_path / "stores",
+    "~/stores",
     {"data.source": write_tar(tmp_path / "0.tar", samples(0, 16)), "model.image": image},
     towers=["image"],
     data__image_size=16,

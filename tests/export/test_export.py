@@ -21,8 +21,9 @@ from bigalign.evaluate import Run
 from bigalign.export import check, hugging_face, main, model_card, open_clip
 from bigalign.export.fit import fit
 from bigalign.export.formats import prepare
+from bigalign.losses import LossTerms, head
 from bigalign.model import make_model
-from bigalign.options import plain
+from bigalign.options import plain, resolve_value
 
 SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
 # CLIP as Hugging Face knows it; a plain ViT beside CLIP's text, as configs/clip_b16.py; SigLIP.
@@ -448,9 +449,13 @@ def test_averages_are_another_model(tmp_path, pieces, no_torch):
 
 
 def test_the_scale_is_that_of_the_first_term_that_learns_one():
-  params = {"loss/b/t": np.float32(1), "loss/b/b": np.float32(-3), "loss/c/t": np.float32(2)}
-  found = main.scalars(params, {"a": {}, "b": {}, "c": {}})
-  assert found == {"t": 1, "b": -3}
-  assert main.scalars({}, {"a": {}}) == {"t": 0}
-  found = main.scalars({"loss/albef_itc/temperature": np.float32(0.1)}, {"albef_itc": {}})
+  def scalars(params, **losses):
+    terms = resolve_value(LossTerms, losses, "config.loss")
+    return head.scalars({k: np.float32(x) for k, x in params.items()}, terms)
+
+  params = {"loss/siglip/t": 1, "loss/siglip/b": -3, "loss/clip/t": 2}
+  assert scalars(params, sogclr={}, siglip={}, clip={}) == {"t": 1, "b": -3}
+  found = scalars({"loss/albef_itc/temperature": 0.1}, albef_itc={})
   np.testing.assert_allclose(np.exp(found["t"]), 10, rtol=1e-6)
+  found = scalars({}, sogclr=dict(tau=0.05))
+  np.testing.assert_allclose(np.exp(found["t"]), 20, rtol=1e-6)

@@ -20,13 +20,13 @@ from PIL import Image
 from search.conftest import square, unit, write_store
 
 from bigalign.api.image_inputs import View
-from bigalign.api.logits import Head
 from bigalign.api.model import Model
 from bigalign.config import resolve_config
 from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
 from bigalign.data.stores.reader import Store
 from bigalign.frozen.embed import source_fingerprint
+from bigalign.losses.head import Head
 from bigalign.options import plain
 from bigalign.program import init_params, make_program
 from bigalign.search import embedding, main

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bigalign import tree
-from bigalign.options import Component
+from bigalign.losses import LOSSES
+from bigalign.options import Component, resolve
 
 # Losses that classify each pair on its own; all others compare the texts of an image.
 SIGMOID = ("siglip", "sail", "siglip_distill")
@@ -55,6 +57,29 @@ class Head(NamedTuple):
     return np.asarray(shares / shares.sum(1, keepdims=True), np.float32)
 
 
+class _Chosen(NamedTuple):
+  """The loss that decides the logits.
+
+  Args:
+    name: of the loss; of matryoshka, that of its base.
+    learned: {path: array} of its learned scalars.
+    resolved: its options.
+  """
+
+  name: str
+  learned: Mapping[str, Any]
+  resolved: Mapping[str, Any]
+
+  @property
+  def scale(self) -> float:
+    """The factor of the cosines."""
+    if "t" in self.learned:
+      return float(np.exp(np.asarray(self.learned["t"])))
+    if "temperature" in self.learned:
+      return 1 / float(np.asarray(self.learned["temperature"]))
+    return _fixed(self.resolved)
+
+
 def of_losses(params: Mapping[str, Any], losses: Mapping[str, Component]) -> Head:
   """The head of a run: that of the first loss that learns a scale, else of the first loss.
 
@@ -62,18 +87,42 @@ def of_losses(params: Mapping[str, Any], losses: Mapping[str, Component]) -> Hea
     params: {path: array} of the run.
     losses: config.loss.
   """
-  learned = {name: tree.subtree(params, f"loss/{name}/") for name in losses}
+  chosen = _chosen(params, losses)
+  bias = float(np.asarray(chosen.learned["b"])) if "b" in chosen.learned else 0.0
+  return Head(chosen.scale, bias, chosen.name in SIGMOID)
+
+
+def scalars(params: Mapping[str, Any], losses: Mapping[str, Component]) -> dict[str, np.ndarray]:
+  """The head of a run as parameters, float32: the arguments are those of `of_losses`.
+
+  Returns:
+    {"t": the log of the scale, which may be learned or fixed; "b": the bias, if the loss has one}.
+  """
+  chosen = _chosen(params, losses)
+  t = chosen.learned["t"] if "t" in chosen.learned else np.log(chosen.scale)
+  arrays = {"t": t, **({"b": chosen.learned["b"]} if "b" in chosen.learned else {})}
+  return {name: np.asarray(x, np.float32) for name, x in arrays.items()}
+
+
+def _chosen(params: Mapping[str, Any], losses: Mapping[str, Component]) -> _Chosen:
+  """The arguments are those of `of_losses`."""
+  learned = {name: _learned(params, name) for name in losses}
   name = next((x for x in losses if {"t", "temperature"} & {*learned[x]}), next(iter(losses)))
-  found, resolved = learned[name], losses[name].options
-  if "t" in found:
-    scale = float(np.exp(np.asarray(found["t"])))
-  elif "temperature" in found:
-    scale = 1 / float(np.asarray(found["temperature"]))
-  else:
-    scale = _fixed(resolved)
-  base = str(resolved.get("base", name))  # of matryoshka
-  bias = float(np.asarray(found["b"])) if "b" in found else 0.0
-  return Head(scale, bias, base in SIGMOID)
+  resolved = losses[name].options
+  if "base" not in resolved:
+    return _Chosen(name, learned[name], resolved)
+  base = str(resolved["base"])  # of matryoshka
+  options = resolve(
+    LOSSES[base], resolved["base_options"] or {}, f"{losses[name].where}.base_options"
+  )
+  return _Chosen(base, learned[name], options.options)
+
+
+def _learned(params: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """{path: array} of the scalars of a loss; those of the whole width if each width has its own."""
+  found = tree.subtree(params, f"loss/{name}/")
+  widths = [int(match[1]) for path in found if (match := re.match(r"d(\d+)/", path))]
+  return tree.subtree(found, f"d{max(widths)}/") if widths else found
 
 
 def _fixed(resolved: Mapping[str, Any]) -> float:
