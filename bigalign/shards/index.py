@@ -15,13 +15,12 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from bigalign.data.files import processes, storage
 from bigalign.data.files.patterns import expand_shards, expand_variables
 from bigalign.data.tar import index, sidecars, stats
-from bigalign.run.progress import shown, track
 from bigalign.shards import beam
 
 STATES = ("indexed", "current", "failed")
@@ -134,8 +133,7 @@ def build(
     tasks += [
       Task(path, index_folder, captions, sidecar_fields) for path in paths if path not in outcomes
     ]
-  done = track(run(tasks), "index", len(tasks), unit="shards")
-  outcomes |= {outcome.path: outcome for outcome in done}
+  outcomes |= {outcome.path: outcome for outcome in run(tasks)}
   for folder in of_folder:
     index.merge(folder, _index_folder(folder, out))
   return [outcomes[path] for paths in of_folder.values() for path in paths]
@@ -230,23 +228,31 @@ def main(argv: list[str] | None = None) -> int:
   if args.stats and any(map(sidecars.is_field, args.captions.split(","))):
     parser.error("--captions of --stats must be fields in the shards, not in files next to them")
   run: Callable[[Sequence[Task]], Iterable[Outcome]] = functools.partial(
-    processes.run, process_shard, workers=args.workers
+    _in_processes, workers=args.workers
   )
   if args.runner:
     run = functools.partial(beam.run, process_shard, flags=[f"--runner={args.runner}", *flags])
-  with shown():
-    outcomes = build(
-      args.shards,
-      run,
-      out=args.out,
-      captions=tuple(args.captions.split(",")) if args.stats else None,
-      sidecar_fields=sidecar_fields,
-    )
+  outcomes = build(
+    args.shards,
+    run,
+    out=args.out,
+    captions=tuple(args.captions.split(",")) if args.stats else None,
+    sidecar_fields=sidecar_fields,
+  )
   print(report(outcomes))
   folders = {_index_folder(os.path.dirname(outcome.path), args.out) for outcome in outcomes}
   for index_folder in sorted(folders):
     print(os.path.join(index_folder, index.FILE))
   return int(any(outcome.state == "failed" for outcome in outcomes))
+
+
+def _in_processes(tasks: Sequence[Task], *, workers: int) -> Iterator[Outcome]:
+  """The outcomes of tasks, done by processes of this machine, with a progress bar."""
+  from bigalign.run.progress import shown, track  # its packages are missing where Beam runs
+
+  with shown():
+    done = processes.run(process_shard, tasks, workers=workers)
+    yield from track(done, "index", len(tasks), unit="shards")
 
 
 def run() -> None:
