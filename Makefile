@@ -39,7 +39,7 @@ base: $(BASE)  ## create .venv with everything that training needs
 
 install: $(TEST)  ## create .venv with everything that the tests need
 
-test: $(TEST)  ## run the fast tests, six minutes on two cores
+test: $(TEST)  ## run the fast tests, five minutes on two cores
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not optimized and not long" $(ARGS)
 
 test-slow: $(TEST)  ## run only the slow tests
@@ -49,7 +49,7 @@ test-slow: $(TEST)  ## run only the slow tests
 test-optimized: $(TEST)  ## run the slow tests that compile as users do
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "optimized and not long" $(ARGS)
 
-test-all: test test-slow test-optimized  ## run all of them, three quarters of an hour on two cores
+test-all: test test-slow test-optimized  ## run all of them, an hour on two cores
 
 test-long: $(TEST)  ## run the longest tests, before a release
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m long $(ARGS)
