@@ -12,7 +12,8 @@
 # end, and sets `status` to its exit status. After a signal to the process group the command gets the
 # signal twice.
 forward() {
-  local child='' early='' signal ended=''
+  local child='' early='' signal ended='' found
+  status=143
   for signal in HUP INT QUIT TERM USR1 USR2; do
     # shellcheck disable=SC2064  # the name of the signal is expanded now
     trap "if [[ \$child ]]; then kill -$signal \"\$child\" 2>/dev/null; else early=$signal; fi" "$signal"
@@ -24,8 +25,10 @@ forward() {
   # A trap ends `wait` before the command ends. Once the command has ended, `wait` returns its status again.
   until [[ $ended ]]; do
     kill -0 "$child" 2>/dev/null || ended=yes
-    status=0
-    wait "$child" || status=$?
+    found=0
+    wait "$child" || found=$?
+    # bash loses the status (-1) if a trap runs just when the command ends; then that of the signal counts.
+    ((found < 0)) || status=$found
   done
 }
 
