@@ -88,8 +88,9 @@ def completed(
     files_needed: False: if files of a checkpoint are missing here, use the sizes next to `init`.
 
   Returns:
-    The options. Those of `data` are completed as far as it does not give them itself and no store
-    holds the inputs of the tower; warnings show the differences.
+    The options. Those of `data` are completed as far as it does not give them itself, also if a
+    store holds the vectors of the tower, since the run is evaluated from images and texts; warnings
+    show the differences.
 
   Raises:
     FileNotFoundError: for a path that does not exist.
@@ -111,10 +112,10 @@ def completed(
     return Completed(_written_sizes(model, error), dict(data))
   full_data, found = dict(data), []
   for part in parts:
-    if part.side in ("", "image") and not _stored(data, "image"):
+    if part.side in ("", "image"):
       full_data = with_view(full_data, part.checkpoint.view)
       found += _view_differences(full_data, part.checkpoint.view)
-    if part.side in ("", "text") and not _stored(data, "text"):
+    if part.side in ("", "text"):
       given = data.get("tokenizer")
       if given is None or isinstance(given, Mapping):
         chosen, lines = tokenizer.completed_and_compared(part.checkpoint, given, part.init)
@@ -208,13 +209,12 @@ def _as_recorded(
     was: config.data of the record.
   """
   full = dict(data)
-  if _is_pretrained(model, "image") and not _stored(data, "image"):
+  if _is_pretrained(model, "image"):
     full |= {x: was[x] for x in _VIEW if data.get(x) is None and was.get(x) is not None}
     if full.get("resize", _VIEW["resize"]) != was.get("resize") and data.get("resize_edge") is None:
       full.pop("resize_edge", None)  # it belongs to the recorded resize
   given = data.get("tokenizer")
-  completes = _is_pretrained(model, "text") and not _stored(data, "text")
-  if completes and (given is None or isinstance(given, Mapping)):
+  if _is_pretrained(model, "text") and (given is None or isinstance(given, Mapping)):
     full["tokenizer"] = tokenizer.as_recorded(given, was["tokenizer"])
   return full
 
@@ -222,12 +222,6 @@ def _as_recorded(
 def _is_pretrained(model: Mapping[str, Any], side: str) -> bool:
   """Whether a checkpoint gives the tower of a side."""
   return "init" in model or (_is_tower(model, side) and "init" in model[side])
-
-
-def _stored(data: Mapping[str, Any], side: str) -> bool:
-  """Whether a store holds the inputs of the tower of a side."""
-  stores = data.get("stores")
-  return isinstance(stores, Mapping) and bool(stores.get(side))
 
 
 def _written_sizes(given: Mapping[str, Any], error: Exception) -> dict[str, Any]:

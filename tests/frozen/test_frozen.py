@@ -21,7 +21,6 @@ from helpers.small_shards import samples, write_tar
 from bigalign import evaluate, train
 from bigalign.data.files.storage import locked
 from bigalign.data.image.decode import decode
-from bigalign.data.image.transforms import eval_image
 from bigalign.data.loader.options import resolve_data
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.sources.base import open_source
@@ -80,7 +79,9 @@ def test_a_run_from_stores_is_the_run_of_the_towers(config, tmp_path):
   opened = open_source(source)
   some = [opened[i] for i in (0, 5, 38, 39, 40, 41, 60, 69)]  # one for each device
   stored = image.read(image.find(np.array([sample_id(x["key"]) for x in some], np.uint64))[0])
-  pixels = np.stack([eval_image(decode(x["image"]), size=16, resize="squash") for x in some])
+  reading = run.config.data  # as the checkpoint states it, which the config does not
+  assert reading.resize == "shortest"
+  pixels = np.stack([reading.evaluation_view(decode(x["image"])) for x in some])
   with jax.set_mesh(run.mesh):
     np.testing.assert_allclose(
       run.embed["embed_image"](run.params, stored),
@@ -185,7 +186,7 @@ def test_vectors_beyond_the_dtype_are_left_out(config, tmp_path):
   "change, message",
   [
     (dict(data=dict(image_size=32)), r"image_size: 16 there, 32 here"),
-    (dict(data=dict(resize="shortest")), r"resize: 'squash' there, 'shortest' here"),
+    (dict(data=dict(resize="squash")), r"resize: 'shortest' there, 'squash' here"),
     (dict(tokenizer=dict(length=5)), r"tokenizer: '\w+' there, '\w+' here"),
     (dict(weights=True), r"weights: '\w+' there, '\w+' here"),
     (dict(frozen="text_tower"), r"arrays of towers would learn nothing .*config\.frozen='_tower/'"),
@@ -356,7 +357,7 @@ def test_one_side_may_be_stored_while_the_other_is_read(config, tmp_path, side):
   """The run is that of a frozen tower in the loop."""
   config["frozen"] = f"{side}_tower/"
   folders = embed(config, tmp_path / "stores", sides=[side], batch_size=8, dtype="float32")
-  whole = config["data"] | (dict(augment=dict(crop="squash")) if side == "image" else {})
+  whole = config["data"] | (dict(augment=dict(crop="evaluation")) if side == "image" else {})
   train.train(config | dict(data=whole), tmp_path / "loop")
   state = train.train(with_stores(config, folders), tmp_path / "stored")
   np.testing.assert_allclose(losses(tmp_path / "loop"), losses(tmp_path / "stored"), rtol=1e-5)
@@ -467,7 +468,7 @@ def test_tokens_are_stored_for_projectors_that_read_them(config, tmp_path):
   image, text = (Store(folders[side]) for side in ("image", "text"))
   assert image.shape == (1 + 16, 12) and text.shape == (1 + 6, 8)
   assert not list(image.verify()) and not list(text.verify())
-  whole = config["data"] | dict(augment=dict(crop="squash"))
+  whole = config["data"] | dict(augment=dict(crop="evaluation"))
   train.train(config | dict(data=whole), tmp_path / "loop")
   train.train(with_stores(config, folders), tmp_path / "stored")
   np.testing.assert_allclose(losses(tmp_path / "loop"), losses(tmp_path / "stored"), rtol=1e-5)
