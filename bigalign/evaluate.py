@@ -86,11 +86,11 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   checkpoints = keep.make(workdir=folder.root, read_only=True)
   number = checkpoints.find(step)
   meta = checkpoints.meta(number)
-  config = recorded_config(meta, folder.local)
-  _warn_of_tokenizer(meta, config, folder.local)
+  recorded, config = recorded_config(meta), recorded_config(meta, folder.local)
+  _warn_of_tokenizer(meta, recorded, config, folder.local)
   for line in meta.get("differences", ()):  # from the checkpoint with which the run began
     logging.warning("%s", line)
-  meta["config"] = plain(recorded_config(meta))
+  meta["config"] = plain(recorded)
   program = make_program(config, dataset_size=meta["dataset_size"])
   # The machine may differ from the one that trained: the model is replicated on all its devices.
   mesh = sharding.make_mesh()
@@ -102,11 +102,13 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   return Run(folder.local, number, config, meta, mesh, params, ema, embed, str(folder.root))
 
 
-def _warn_of_tokenizer(meta: Mapping[str, Any], config: Config, workdir: pathlib.Path) -> None:
+def _warn_of_tokenizer(
+  meta: Mapping[str, Any], recorded: Config, config: Config, workdir: pathlib.Path
+) -> None:
   """Logs that files of the tokenizer changed since the run was trained."""
   try:
     changed = changed_ids(meta, {"tokenizer_files": tokenizer_files(config)})
-    copied = config.data.tokenizer != recorded_config(meta).data.tokenizer  # and so is unchanged
+    copied = config.data.tokenizer != recorded.data.tokenizer  # and so is unchanged
     if not copied and with_tokenizer_digest(meta)["tokenizer"] != tokenizer_digest(config):
       changed = changed or "config.data.tokenizer: its file has another content than in training"
   except (OSError, KeyError, ValueError, ImportError):  # whoever needs the tokenizer reports it

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from PIL import Image
 
-from bigalign.data.image import transforms
 from bigalign.data.image.decode import from_pillow
 from bigalign.data.image.reading import ImageReading
 from bigalign.data.samples.rejects import Rejected
@@ -47,15 +46,7 @@ class View(NamedTuple):
       OSError: for a file that cannot be read.
       TypeError: for another kind of object.
     """
-    reading = self.reading
-    return transforms.eval_image(
-      self._pixels(image),
-      size=reading.image_size,
-      resize=reading.resize,
-      edge=reading.edge,
-      bilinear=reading.interpolation == "bilinear",
-      margin=self.margin,
-    )
+    return self.reading.evaluation_view(self._pixels(image), margin=self.margin)
 
   def _pixels(self, image: OneImage) -> np.ndarray:
     """uint8 [H, W, 3]."""

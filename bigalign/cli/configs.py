@@ -7,11 +7,11 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-import rich.console
 import rich.table
 from rich.markup import escape
 
 from bigalign.data.files import storage
+from bigalign.run import tables
 from bigalign.run.configs import find_file, folder, shipped, summary
 
 
@@ -20,7 +20,7 @@ def copy(name: str, target: pathlib.Path) -> None:
 
   Raises:
     FileExistsError: if there is such a file; it is not overwritten.
-    FileNotFoundError: if there is no such config.
+    FileNotFoundError: if the config does not exist.
   """
   text = find_file(name).read_bytes()
   if target.is_dir():
@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
     table.add_column()
     for name in shipped():
       table.add_row(name, escape(summary(name)))
-    rich.console.Console(highlight=False).print(table)
+    tables.show(table)
 
 
 def run() -> None:

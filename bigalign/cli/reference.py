@@ -48,7 +48,7 @@ def section(root: type, where: str) -> Section:
     where: such as "optimizer", "data.augment.scale", "loss.siglip", "evals.retrieval".
 
   Raises:
-    ValueError: if there is no such place; it names the nearest one.
+    ValueError: if the place does not exist; it names the nearest one.
   """
   here = _group("", "", root)
   keys = where.removeprefix("config").strip(".").replace("[0]", "")

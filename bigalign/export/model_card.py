@@ -140,12 +140,7 @@ def text(
   )
   exif = _EXIF if trained.data.apply_exif else ""
   parts = [
-    f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-    f"# {about['name']}",
-    _summary(about, kind, trained),
-    "## Usage",
-    kind.usage(trained).replace("{padding}", _padding(trained)).rstrip(),
-    '"DIR" is this folder.',
+    *_opening(about, kind, trained, front, _summary(about, kind, trained)),
     *([] if has_pipeline else [pipeline.rstrip()]),
     *([_IMAGES.replace("{exif}", exif).rstrip()] if kind.output == "logits" else []),
     "## Metrics",
@@ -174,15 +169,26 @@ def converted(
     if difference is None
     else f"Outputs match the original's (maximum relative difference {difference:.1e})."
   )
-  parts = [
+  summary = f"Converted by bigalign from {about['converted_from']} to {contents.family}. {compared}"
+  return "\n\n".join(_opening(about, kind, trained, front, summary)) + "\n"
+
+
+def _opening(
+  about: Mapping[str, Any],
+  kind: Format,
+  trained: TrainedModel,
+  front: Mapping[str, Any],
+  summary: str,
+) -> list[str]:
+  """The parts of every model card: front matter, title, summary and usage."""
+  return [
     f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
     f"# {about['name']}",
-    f"Converted by bigalign from {about['converted_from']} to {contents.family}. {compared}",
+    summary,
     "## Usage",
     kind.usage(trained).replace("{padding}", _padding(trained)).rstrip(),
     '"DIR" is this folder.',
   ]
-  return "\n\n".join(parts) + "\n"
 
 
 def for_hub(card: str, kind: Format, repo: str) -> str:

@@ -55,11 +55,12 @@ def find_file(config: str | os.PathLike[str]) -> pathlib.Path:
   path = pathlib.Path(name).expanduser()
   if path.is_file():
     return path
-  if name in shipped():
+  known = shipped()
+  if name in known:
     return folder() / f"{name}.py"
-  near = path.stem if path.stem in shipped() else ""
-  hint = f" --config={near} is a shipped config." if near else tree.nearest(path.stem, shipped())
-  raise FileNotFoundError(f"No config file {name}.{hint} Shipped configs: {', '.join(shipped())}")
+  near = path.stem if path.stem in known else ""
+  hint = f" --config={near} is a shipped config." if near else tree.nearest(path.stem, known)
+  raise FileNotFoundError(f"No config file {name}.{hint} Shipped configs: {', '.join(known)}")
 
 
 def load_config(

@@ -39,7 +39,7 @@ def take_words(argv: Sequence[str], flag: str = "config") -> tuple[list[Word], l
   """Splits a command line into overrides and all other words.
 
   Args:
-    argv: the words; those after "--" are no overrides.
+    argv: the words; those after "--" are not overrides.
     flag: the name before the first dot.
 
   Returns:
@@ -279,7 +279,7 @@ def read_text(text: str, kind: Any, current: Any = None) -> Any:
 
 
 def _parts(kind: Any) -> list[Any]:
-  """The types of a union; [kind] if it is none."""
+  """The types of a union; [kind] if it is not a union."""
   if isinstance(kind, Mapping) or options.inside(kind).entries:
     return [kind]
   if typing.get_origin(kind) is typing.Annotated:
@@ -305,7 +305,7 @@ def _is_sequence(kind: Any) -> bool:
 
 
 def _sequence(text: str, kind: Any) -> tuple[Any, ...]:
-  """A tuple of a literal; a text that is none is the only element."""
+  """A tuple of a literal; a text that is not a literal is the only element."""
   value = _literal_or_text(text)
   made = tuple(value) if isinstance(value, list | tuple) else (value,)
   if options.fits(made, kind) or options.inside(kind).element is not str:

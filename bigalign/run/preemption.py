@@ -148,7 +148,7 @@ class Watchdog:
   """A context that ends a run if no step completes, and names what hangs.
 
   A single process ends only if it also computes nothing, because a long evaluation or compilation
-  is no fault; it names its stopped workers and where its main thread is.
+  is not a fault; it names its stopped workers and where its main thread is.
 
   JAX itself ends a run, and names the process, when the heartbeats of a process stop because it
   died or is frozen. A process that hangs, in a read from a dead disk for example, still sends

@@ -28,7 +28,7 @@ from rich.text import Text
 
 Item = TypeVar("Item")
 
-EVERY = 20.0  # seconds between two lines where there is no terminal
+EVERY = 20.0  # seconds between two lines if the output is not a terminal
 _WINDOW = 120  # last measurements, at most one a second, that the estimate is from
 _NARROW = 90  # columns below which a bar leaves out the elapsed time
 _SHOWN = [False]
@@ -93,7 +93,7 @@ class Progress:
     unit: in the plural, such as "shards"; "": not shown.
     start: units done before.
     visible: False: show nothing; of several processes, one shows it.
-    lines: print lines where there is no terminal.
+    lines: print lines if the output is not a terminal.
     after: seconds before the bar appears; such a bar is removed at the end, and notebooks show it.
     stream: where to write; standard error by default.
   """

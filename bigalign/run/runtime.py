@@ -134,8 +134,8 @@ def connect(
 def _slurm() -> bool:
   """Whether srun started this process as one of several.
 
-  The shells of salloc and sbatch hold the number of tasks of the job too (SLURM_NTASKS), but there
-  are no other processes: a run that is started there by hand would wait for them.
+  The shells of salloc and sbatch hold the number of tasks of the job too (SLURM_NTASKS), without
+  its other processes: a run that is started there by hand would wait for them.
   """
   if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # which srun sets
     return True

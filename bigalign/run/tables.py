@@ -8,27 +8,28 @@ import rich.box
 import rich.console
 import rich.table
 
-_PIPED = 1000  # columns where there is no terminal: no table is cut there
+_PIPED = 1000  # columns if the output is not a terminal: no table is cut then
 
 
 def show(*tables: rich.table.Table) -> None:
   """Prints tables to standard output."""
-  _console().print(*tables)
+  console().print(*tables)
 
 
 def text(table: rich.table.Table) -> str:
   """Returns a table as text, as `show` would print it."""
-  console = _console()
-  with console.capture() as captured:
-    console.print(table)
+  printer = console()
+  with printer.capture() as captured:
+    printer.print(table)
   return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
-def _console() -> rich.console.Console:
-  console = rich.console.Console(file=sys.stdout)
-  if not console.is_terminal:
-    console = rich.console.Console(file=sys.stdout, width=_PIPED)
-  return console
+def console() -> rich.console.Console:
+  """Returns a printer to standard output, as wide as the terminal."""
+  found = rich.console.Console(file=sys.stdout, highlight=False)
+  if not found.is_terminal:
+    found = rich.console.Console(file=sys.stdout, highlight=False, width=_PIPED)
+  return found
 
 
 def pairs(title: str = "") -> rich.table.Table:

@@ -77,7 +77,7 @@ class Collection:
     """Returns the image of a row as the source holds it.
 
     Raises:
-      Rejected: if it cannot be read, or there is no source.
+      Rejected: if it cannot be read, or the source is not known.
     """
     if self.source is None:
       raise Rejected("no_image", "the search was started without the source of the images")
@@ -93,7 +93,7 @@ class Collection:
         many, which takes a fraction of its time and memory.
 
     Raises:
-      Rejected: if it cannot be read, or there is no source.
+      Rejected: if it cannot be read, or the source is not known.
     """
     shrink = functools.partial(_shrink, size=size)
     return decode(self.encoded(row), shrink=shrink, apply_exif=True)

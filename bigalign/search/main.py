@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import rich.box
-import rich.console
 import rich.table
 import rich.text
 
@@ -42,6 +41,7 @@ from bigalign.data.sources.base import Source, open_source
 from bigalign.data.stores.reader import Store
 from bigalign.frozen.embed import source_fingerprint
 from bigalign.inputs import open_data
+from bigalign.run import tables
 from bigalign.search import embedding
 from bigalign.search.collection import Collection, is_store, store_folder
 from bigalign.search.index import EXACT_ROWS, Exact, Index, faiss, open_approximate
@@ -432,8 +432,7 @@ def _answer(
   texts: Iterable[str] = given.query
   if not (given.query or given.image or given.serve):
     texts = lines(sys.stdin.isatty())
-  # A table in a file or a pipe is not wrapped at 80 columns.
-  console = rich.console.Console(width=None if sys.stdout.isatty() else 160)
+  console = tables.console()
   for query, results in answers(searcher, texts, given.image, given.k):
     if given.json:
       print(json.dumps(query | dict(results=[x.as_json() for x in results])), flush=True)

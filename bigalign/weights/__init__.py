@@ -105,7 +105,7 @@ def describe(
     text: the same for the text tower, such as heads of open_clip's Hugging Face towers.
 
   Raises:
-    FileNotFoundError: if there is no such file, or no config next to it.
+    FileNotFoundError: if the file does not exist, or no config is next to it.
     ValueError: for a checkpoint that cannot be read, with the file and the key.
   """
   path = pathlib.Path(path)

@@ -171,7 +171,7 @@ def read_json(file: pathlib.Path, kind: type = dict) -> Any:
     kind: dict or list.
 
   Raises:
-    FileNotFoundError: if there is no such file.
+    FileNotFoundError: if the file does not exist.
     ValueError: for another type, a duplicate key, or invalid JSON, with the file.
   """
   try:

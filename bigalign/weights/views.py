@@ -57,7 +57,7 @@ class View(NamedTuple):
     size: pixels per side; None if it is unknown.
     size_where: the file and the place in it of the size; "" if no file states it.
     left_out: keys of `options` that the file leaves out, so that its library's default holds.
-    missing: whether there is no such file; `options` are then the defaults of the library.
+    missing: whether the file does not exist; `options` are then the defaults of the library.
   """
 
   where: str
@@ -75,7 +75,7 @@ class Preprocessing(NamedTuple):
     where: the file and the place in it.
     kind: the checkpoint's name in LAYOUTS.
     config: the section; empty if the file has none.
-    missing: whether there is no such file.
+    missing: whether the file does not exist.
   """
 
   where: str

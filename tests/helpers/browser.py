@@ -115,9 +115,18 @@ class Browser:
   def wait(self, script, *, seconds=30):
     """Waits until a JavaScript expression is true."""
     end = time.monotonic() + seconds
-    while not self.run(f"Boolean({script})"):
+    while not self._is_true(script):
       assert time.monotonic() < end, f"still false: {script}\n{self.run('document.body.innerText')}"
       time.sleep(0.05)
+
+  def _is_true(self, script):
+    """False too if the page was replaced by another one in the meantime, as by a reload."""
+    try:
+      return self.run(f"Boolean({script})")
+    except AssertionError as error:
+      if "navigated or closed" not in str(error):
+        raise
+      return False
 
   def click(self, selector):
     """Presses and releases the left button in the middle of an element."""

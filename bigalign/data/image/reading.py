@@ -70,14 +70,20 @@ class ImageReading:
     """One image as uint8 [H, W, 3]; raises Rejected for anything that is not a whole image."""
     return decode(data, shrink=shrink, apply_exif=self.apply_exif, pillow_rgb=pillow_rgb)
 
-  def evaluation_view(self, image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> [image_size, image_size, 3], without randomness."""
+  def evaluation_view(self, image: np.ndarray, *, margin: str = "round") -> np.ndarray:
+    """uint8 [H, W, 3] -> [image_size, image_size, 3], without randomness.
+
+    Args:
+      image: the pixels.
+      margin: how the centre of a crop is rounded: see transforms.eval_image.
+    """
     return transforms.eval_image(
       image,
       size=self.image_size,
       resize=self.resize,
       edge=self.edge,
       bilinear=self.interpolation == "bilinear",
+      margin=margin,
     )
 
   def preprocessing(self) -> dict[str, Any]:

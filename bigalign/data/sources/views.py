@@ -60,7 +60,7 @@ class View:
 
   Raises:
     ValueError: if the view was made of another source, or the source changed since.
-    FileNotFoundError: if there is no such view.
+    FileNotFoundError: if the view does not exist.
   """
 
   def __init__(self, source: Source, path: str):
