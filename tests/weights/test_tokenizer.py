@@ -520,16 +520,16 @@ def test_evaluating_with_other_ids_than_in_training_warns(tmp_path, warnings):
   config = resolve_config(values)
   files = tokenizer_files(config)
   meta = dict(config=plain(config), tokenizer=tokenizer_digest(config), tokenizer_files=files)
-  _warn_of_tokenizer(meta, config, tmp_path)
+  _warn_of_tokenizer(meta, config, config, tmp_path)
   assert not warnings()
   write(tmp_path / "tokenizer", tokenizer_config=dict(pad_token="[UNK]"))
-  _warn_of_tokenizer(meta, config, tmp_path)
+  _warn_of_tokenizer(meta, config, config, tmp_path)
   assert "pad: was 0, now 1. Texts are embedded with the ids of the present files" in warnings()[-1]
   (tmp_path / "tokenizer/tokenizer_config.json").unlink()
   bert_json(tmp_path / "tokenizer", enable_padding=dict(pad_id=0, length=4))
-  _warn_of_tokenizer(meta, config, tmp_path)
+  _warn_of_tokenizer(meta, config, config, tmp_path)
   assert "its file has another content than in training" in warnings()[-1]
   pathlib.Path(path).unlink()
   before = len(warnings())
-  _warn_of_tokenizer(meta, config, tmp_path)
+  _warn_of_tokenizer(meta, config, config, tmp_path)
   assert len(warnings()) == before
