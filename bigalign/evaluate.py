@@ -105,7 +105,14 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
 def _warn_of_tokenizer(
   meta: Mapping[str, Any], recorded: Config, config: Config, workdir: pathlib.Path
 ) -> None:
-  """Logs that files of the tokenizer changed since the run was trained."""
+  """Logs that files of the tokenizer changed since the run was trained.
+
+  Args:
+    meta: of the checkpoint.
+    recorded: its options, which name files of the machine that trained.
+    config: the same, with the run's own copies of those files.
+    workdir: the run's local folder.
+  """
   try:
     changed = changed_ids(meta, {"tokenizer_files": tokenizer_files(config)})
     copied = config.data.tokenizer != recorded.data.tokenizer  # and so is unchanged

@@ -23,7 +23,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
     f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
   )
 # Programs are compiled once per session, by whichever process of a test comes first. The smallest
-# ones are kept too: a test spends half of its compilation on single operations.
+# ones are kept too: a test of a loss spends half of its time on compiling single operations.
 _CACHE = tempfile.TemporaryDirectory(prefix="bigalign-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 # Indexes of the shards that tests write.

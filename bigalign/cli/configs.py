@@ -19,7 +19,7 @@ def copy(name: str, target: pathlib.Path) -> None:
   """Writes a copy of a config to a new file.
 
   Raises:
-    FileExistsError: if there is such a file; it is not overwritten.
+    FileExistsError: if the file exists; it is not overwritten.
     FileNotFoundError: if the config does not exist.
   """
   text = find_file(name).read_bytes()

@@ -134,8 +134,8 @@ def connect(
 def _slurm() -> bool:
   """Whether srun started this process as one of several.
 
-  The shells of salloc and sbatch hold the number of tasks of the job too (SLURM_NTASKS), without
-  its other processes: a run that is started there by hand would wait for them.
+  SLURM_NTASKS does not show it: the shells of salloc and sbatch have that variable too, and a run
+  that is started there by hand is one process, which would wait for others.
   """
   if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # which srun sets
     return True

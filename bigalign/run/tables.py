@@ -25,7 +25,7 @@ def text(table: rich.table.Table) -> str:
 
 
 def console() -> rich.console.Console:
-  """Returns a printer to standard output, as wide as the terminal."""
+  """Returns a printer to standard output: as wide as the terminal, or 1,000 columns in a file."""
   found = rich.console.Console(file=sys.stdout, highlight=False)
   if not found.is_terminal:
     found = rich.console.Console(file=sys.stdout, highlight=False, width=_PIPED)

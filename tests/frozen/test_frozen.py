@@ -79,7 +79,7 @@ def test_a_run_from_stores_is_the_run_of_the_towers(config, tmp_path):
   opened = open_source(source)
   some = [opened[i] for i in (0, 5, 38, 39, 40, 41, 60, 69)]  # one for each device
   stored = image.read(image.find(np.array([sample_id(x["key"]) for x in some], np.uint64))[0])
-  reading = run.config.data  # as the checkpoint states it, which the config does not
+  reading = run.config.data  # with the resize of the checkpoint; the config sets none
   assert reading.resize == "shortest"
   pixels = np.stack([reading.evaluation_view(decode(x["image"])) for x in some])
   with jax.set_mesh(run.mesh):

@@ -120,7 +120,7 @@ class Browser:
       time.sleep(0.05)
 
   def _is_true(self, script):
-    """False too if the page was replaced by another one in the meantime, as by a reload."""
+    """Whether an expression is true; False while the page is replaced, as by a reload."""
     try:
       return self.run(f"Boolean({script})")
     except AssertionError as error:
