@@ -3,7 +3,7 @@
 # PYTHON=python3.13   interpreter for .venv (default: the first one that is new enough)
 # EXTRAS=cuda         also install JAX for that device: cuda or tpu
 # RUN=runs/again      workdir of the quickstart
-# ARGS="-k sharding"  more arguments for pytest
+# ARGS="-k sharding"  more arguments for pytest; of make bench, the benchmarks: ARGS="step loader"
 # JOBS=4              number of test processes
 
 VENV := .venv
@@ -19,10 +19,12 @@ comma := ,
 # what is already installed in .venv.
 BASE := $(VENV)/.installed$(subst $(space),,$(addprefix -,$(EXTRAS)))
 TEST := $(VENV)/.installed-test$(subst $(space),,$(addprefix -,$(EXTRAS)))
+BENCH := $(VENV)/.installed-bench$(subst $(space),,$(addprefix -,$(EXTRAS)))
+OPEN_CLIP := $(VENV)/.installed-open-clip
 list = $(subst $(space),$(comma),$(strip $(1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart base install test test-slow test-optimized test-all test-long lint constraints dist clean
+.PHONY: help quickstart base install test test-slow test-optimized test-all test-long lint bench open-clip constraints dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +62,11 @@ lint: $(TEST)  ## check style, formatting and types
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/shellcheck launch/*.sh .ci/run
 
+bench: $(BENCH) $(OPEN_CLIP)  ## run the benchmarks, half an hour on two cores, into benchmarks/results
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+open-clip: $(OPEN_CLIP)  ## install open_clip, to compare with
+
 constraints: $(TEST)  ## write the versions in .venv to .ci/constraints.txt
 	@$(BIN)/python .ci/freeze.py > .ci/constraints.new
 	@mv .ci/constraints.new .ci/constraints.txt
@@ -87,6 +94,21 @@ $(TEST): pyproject.toml setup.py .ci/constraints.txt | $(BIN)/pip
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt \
 	  --editable ".[$(call list,test $(EXTRAS))]"
 	@touch "$(BASE)" "$@"
+
+$(BENCH): pyproject.toml setup.py .ci/constraints.txt | $(BIN)/pip
+	@echo "Installing into $(VENV), once; this takes a minute or two"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt \
+	  --editable ".[$(call list,bench search $(EXTRAS))]"
+	@touch "$(BASE)" "$@"
+
+# Without its torchvision, because the package index has no build of that for a CPU torch. A build for
+# CUDA serves, since only its Python part is used; in site-packages, it would break every import of a
+# model of transformers, so it gets a folder of its own, which the programs that need it read.
+$(OPEN_CLIP): Makefile | $(BIN)/pip
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0 timm==1.0.31
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/torchvision-without-torch torchvision==0.28.0
+	@touch "$@"
 
 # An environment without pip is incomplete: Debian's python3 has no ensurepip.
 $(BIN)/pip:

@@ -122,7 +122,7 @@ def main() -> int:
   if importlib.util.find_spec("torch"):
     versions["torch"] = importlib.metadata.version("torch")
   else:
-    print("bigalign alone. To compare with PyTorch: pip install '.[bench]'")
+    print("bigalign alone: torch is not installed; `make bench` installs it")
     names.remove("torch")
   rates_by_turn: dict[str, list[float]] = {name: [] for name in names}
   with tempfile.TemporaryDirectory() as folder:

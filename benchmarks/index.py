@@ -1,9 +1,9 @@
 """Builds, opens and reads indexed shards: BIGALIGN_DATA=... python benchmarks/index.py
 
 Random reads of indexed tars are compared with sequential reads of webdataset and random reads of
-ArrayRecord, in turns. Without webdataset (extra `bench`) its part is left out. The images are
-photos, re-encoded to about 110 KB. All times are CPU time, because other programs on the machine
-lengthen wall time. The exit status is 1 if a figure misses its target.
+ArrayRecord, in turns. Without webdataset (`make bench` installs it) its part is left out. The
+images are photos, re-encoded to about 110 KB. All times are CPU time, because other programs on the
+machine lengthen wall time. The exit status is 1 if a figure misses its target.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def readers(folder: pathlib.Path, paths: list[str]) -> dict[str, Callable[[], in
   try:
     import webdataset
   except ImportError as error:
-    print(f"without webdataset: {error}. To install it: pip install '.[bench]'")
+    print(f"without webdataset: {error}. `make bench` installs it")
   else:
     functions["webdataset"] = lambda: sum(
       len(sample["jpg"]) for sample in webdataset.WebDataset(paths, shardshuffle=False)
@@ -157,8 +157,8 @@ def readers(folder: pathlib.Path, paths: list[str]) -> dict[str, Callable[[], in
   return functions
 
 
-def compare(functions: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-  """Returns {name: CPU-microseconds per sample, the median of the rounds}."""
+def compare(functions: dict[str, Callable[[], int]], rounds: int) -> tuple[dict[str, float], float]:
+  """Returns {name: CPU-microseconds per sample, median of the rounds}, and bytes of an image."""
   totals = {name: run() for name, run in functions.items()}
   assert len(set(totals.values())) == 1, totals
   times: dict[str, list[float]] = {name: [] for name in functions}
@@ -166,7 +166,8 @@ def compare(functions: dict[str, Callable[[], int]], rounds: int) -> dict[str, f
     began = time.process_time()
     run()
     times[name].append((time.process_time() - began) / (SAMPLES * SHARDS) * 1e6)
-  return {name: statistics.median(values) for name, values in times.items()}
+  mean_bytes = totals["bigalign"] / (SAMPLES * SHARDS)
+  return {name: statistics.median(values) for name, values in times.items()}, mean_bytes
 
 
 def main() -> int:
@@ -184,7 +185,8 @@ def main() -> int:
     run = functools.partial(build, paths[0], str(folder / "built"))
     figures = dict(build_samples_per_cpu_second=max(run() for _ in range(args.rounds)))
     figures |= large(folder / "large", paths[0])
-    microseconds = compare(readers(folder / "shards", paths), args.rounds)
+    microseconds, mean_bytes = compare(readers(folder / "shards", paths), args.rounds)
+  figures["read_gb_per_cpu_second"] = mean_bytes / microseconds["bigalign"] / 1e3
   figures |= {
     f"read_over_{name}": value / microseconds["bigalign"]
     for name, value in microseconds.items()

@@ -3,8 +3,8 @@
 Both read the same shards with two workers, in separate processes that take turns. The measure is
 the CPU time of such a process and all its children from one idle moment to the next, which other
 programs on the machine hardly affect. The images are photos of $BIGALIGN_DATA, resized and encoded
-again. The exit status is 1 if a target is missed, or if open_clip is missing: it needs the extra
-`bench`, and a torchvision that it can import.
+again. The exit status is 1 if a target is missed, or if open_clip is missing, which `make bench`
+installs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 import types
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +32,7 @@ os.environ["RAYON_NUM_THREADS"] = "1"
 
 import numpy as np
 from PIL import Image
+from rival import import_open_clip
 
 from bigalign.data.image import decode, transforms
 from bigalign.data.loader import training, workers
@@ -39,9 +40,23 @@ from bigalign.data.loader.options import resolve_data
 from bigalign.data.order.permutation import philox
 from bigalign.data.sources.base import Source, open_source
 
-BATCH, SIZE, SCALE, WORKERS = 128, 224, (0.9, 1.0), 2
-# Sets of images: the length of an edge in pixels, whether it is the shorter one, and the quality.
-SETS = {"500px": (500, False, 96), "256px": (256, True, 95)}
+BATCH, SCALE, WORKERS = 128, (0.9, 1.0), 2
+
+
+class Images(NamedTuple):
+  """A set of images: the pixels of an edge, whether the shorter one, JPEG quality, and view."""
+
+  edge: int
+  shorter: bool
+  quality: int
+  size: int = 224
+
+
+SETS = {
+  "500px": Images(500, False, 96),
+  "256px": Images(256, True, 95),
+  "640px": Images(640, False, 95, size=384),
+}
 # Images per CPU-second, ours / theirs.
 TARGETS = {
   ("bigalign", "500px"): 1.9,
@@ -57,7 +72,7 @@ Epoch = Callable[[], int]  # reads the shards once, and returns the number of im
 
 def make_shards(root: pathlib.Path, name: str, shards: list[str]) -> str:
   """Writes re-encoded copies of some shards, and returns their pattern."""
-  edge, shorter, quality = SETS[name]
+  edge, shorter, quality, _ = SETS[name]
   (root / name).mkdir()
   for s, shard in enumerate(shards):
     source = open_source(shard)
@@ -94,13 +109,13 @@ class OnlyPillow:
     return self._source[i]
 
 
-def ours(pattern: str, *, pillow: bool = False) -> Epoch:
+def ours(pattern: str, size: int, *, pillow: bool = False) -> Epoch:
   """bigalign's loader; with `pillow`, only Pillow decodes and resizes."""
   source: Source = open_source(pattern)
   data = resolve_data(
     dict(
       source=pattern,
-      image_size=SIZE,
+      image_size=size,
       tokenizer=dict(name="clip", length=77),
       augment=dict(scale=SCALE),
       workers=WORKERS,
@@ -116,17 +131,15 @@ def ours(pattern: str, *, pillow: bool = False) -> Epoch:
   return lambda: sum(len(next(batches)["image"]) for _ in range(len(source) // BATCH))
 
 
-def theirs(pattern: str) -> Epoch:
+def theirs(pattern: str, size: int) -> Epoch:
   """open_clip's loader: a shuffle buffer, its own transform and tokenizer, persistent workers."""
-  from step import import_open_clip
-
   import_open_clip()
   multiprocessing.set_start_method("fork", force=True)  # PyTorch's own choice on Linux
   import open_clip
   from open_clip_train.data import get_wds_dataset
 
   samples = len(open_source(pattern))
-  transform = open_clip.image_transform(SIZE, is_train=True, aug_cfg=dict(scale=SCALE))
+  transform = open_clip.image_transform(size, is_train=True, aug_cfg=dict(scale=SCALE))
   args = types.SimpleNamespace(
     train_data=pattern,
     train_num_samples=samples,
@@ -145,8 +158,8 @@ def theirs(pattern: str) -> Epoch:
 class Decoding:
   """The work that every loader must do: decoding and resizing images that are in memory."""
 
-  def __init__(self, images: list[bytes]):
-    self._images = images
+  def __init__(self, images: list[bytes], size: int):
+    self._images, self._size = images, size
 
   def __len__(self) -> int:
     return 1 << 62
@@ -154,21 +167,22 @@ class Decoding:
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     for r in range(BATCH):
       i = (k * BATCH + r) % len(self._images)
-      transforms.train_image(decode.decode(self._images[i]), philox(0, i), size=SIZE, scale=SCALE)
+      image = decode.decode(self._images[i])
+      transforms.train_image(image, philox(0, i), size=self._size, scale=SCALE)
     return dict(number=np.asarray([k]))
 
 
-def decoding(pattern: str) -> Epoch:
+def decoding(pattern: str, size: int) -> Epoch:
   """Decoding in the same number of processes, so that they share the cores as the loader's do."""
   source = open_source(pattern)
   images = [source[i]["image"] for i in range(len(source))]
-  batches = workers.iterate(Decoding(images), workers=WORKERS)
+  batches = workers.iterate(Decoding(images, size), workers=WORKERS)
   return lambda: sum(BATCH for _ in range(len(images) // BATCH) if next(batches))
 
 
-LOADERS: dict[str, Callable[[str], Epoch]] = dict(
+LOADERS: dict[str, Callable[[str, int], Epoch]] = dict(
   bigalign=ours,
-  pillow=lambda pattern: ours(pattern, pillow=True),
+  pillow=lambda pattern, size: ours(pattern, size, pillow=True),
   open_clip=theirs,
   decoding=decoding,
 )
@@ -203,16 +217,19 @@ def cpu_seconds() -> float:
   return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def serve(name: str, pattern: str, connection: Connection) -> None:
-  """Measures an epoch whenever asked: sends CPU-seconds and wall seconds per image."""
-  epoch = LOADERS[name](pattern)
-  epoch()  # starts workers, fills caches
-  connection.send("ready")
-  while _asked(connection):
-    cpu, wall = cpu_seconds(), time.perf_counter()
-    images = epoch()
-    wall = time.perf_counter() - wall
-    connection.send(((cpu_seconds() - cpu) / images, wall / images))
+def serve(name: str, pattern: str, size: int, connection: Connection) -> None:
+  """Measures an epoch whenever asked: sends CPU-seconds and wall seconds per image, or an error."""
+  try:
+    epoch = LOADERS[name](pattern, size)
+    epoch()  # starts workers, fills caches
+    connection.send("ready")
+    while _asked(connection):
+      cpu, wall = cpu_seconds(), time.perf_counter()
+      images = epoch()
+      wall = time.perf_counter() - wall
+      connection.send(((cpu_seconds() - cpu) / images, wall / images))
+  except Exception as error:
+    connection.send(repr(error))
 
 
 def _asked(connection: Connection) -> bool:
@@ -222,35 +239,49 @@ def _asked(connection: Connection) -> bool:
     return False
 
 
-def measure(pattern: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
-  """Returns {loader: [(CPU-seconds, wall seconds) per image, of each round]}; they take turns."""
+def measure(pattern: str, size: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+  """Returns {loader: [(CPU-seconds, wall seconds) per image, of each round]}; they take turns.
+
+  Raises:
+    RuntimeError: for a loader that failed; names it.
+  """
   context = multiprocessing.get_context("spawn")
   connections = {}
   times: dict[str, list[tuple[float, float]]] = {name: [] for name in LOADERS}
+
+  def receive(name: str) -> Any:
+    try:
+      answer = connections[name].recv()
+    except EOFError:
+      answer = "its process died"
+    if isinstance(answer, str) and answer != "ready":
+      raise RuntimeError(f"the loader {name!r} failed: {answer}")
+    return answer
+
   for name in LOADERS:
     connections[name], theirs = context.Pipe()
-    context.Process(target=serve, args=(name, pattern, theirs)).start()
+    context.Process(target=serve, args=(name, pattern, size, theirs)).start()
     theirs.close()
   try:
-    for connection in connections.values():
-      connection.recv()
+    for name in LOADERS:
+      receive(name)
     for _ in range(rounds):
       for name, connection in connections.items():
         connection.send("go")
-        times[name].append(connection.recv())
+        times[name].append(receive(name))
   finally:  # the processes end with their connections
     for connection in connections.values():
       connection.close()
   return times
 
 
-def error_of_fast_resize(pattern: str, *, images: int = 200) -> float:
+def error_of_fast_resize(pattern: str, size: int, *, images: int = 200) -> float:
   """Mean absolute difference in levels between the loader's images and Pillow's."""
   source = open_source(pattern)
   differences = []
   for i in range(0, len(source), -(-len(source) // images)):
     data = source[i]["image"]
-    ours = transforms.train_image(decode.decode(data), philox(0, i), size=SIZE, scale=SCALE)
+    ours = transforms.train_image(decode.decode(data), philox(0, i), size=size, scale=SCALE)
     pixels = Image.open(io.BytesIO(data)).convert("RGB")
     top, left, height, width = transforms._random_box(
       philox(0, i),
@@ -260,14 +291,15 @@ def error_of_fast_resize(pattern: str, *, images: int = 200) -> float:
       ratio=(3 / 4, 4 / 3),
     )
     box = (left, top, left + width, top + height)
-    exact = pixels.crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    exact = pixels.crop(box).resize((size, size), Image.Resampling.BICUBIC)
     differences.append(np.abs(ours.astype(int) - np.asarray(exact)).mean())
   return float(np.mean(differences))
 
 
 def compare(pattern: str, name: str, rounds: int) -> tuple[dict[str, Any], list[str]]:
   """Returns the figures of one set of images, and the targets that they miss."""
-  times = measure(pattern, rounds)
+  size = SETS[name].size
+  times = measure(pattern, size, rounds)
   median = {loader: statistics.median(cpu for cpu, _ in turns) for loader, turns in times.items()}
   ratios = {
     loader: [theirs[0] / ours[0] for ours, theirs in zip(times[loader], times["open_clip"])]
@@ -276,14 +308,16 @@ def compare(pattern: str, name: str, rounds: int) -> tuple[dict[str, Any], list[
   source = open_source(pattern)
   row: dict[str, Any] = dict(
     images=len(source),
+    view_pixels=size,
     mean_bytes=np.mean([len(source[i]["image"]) for i in range(len(source))]),
+    images_per_cpu_second={loader: round(1 / x, 1) for loader, x in median.items()},
     milliseconds_per_image={loader: round(1000 * x, 4) for loader, x in median.items()},
     ratio={loader: statistics.median(values) for loader, values in ratios.items()},
     ratios=ratios,
     overhead=statistics.median(
       1 - decoding[0] / ours[0] for ours, decoding in zip(times["bigalign"], times["decoding"])
     ),
-    mean_absolute_error=error_of_fast_resize(pattern),
+    mean_absolute_error=error_of_fast_resize(pattern, size),
     rounds=times,
   )
   missed = [
@@ -317,6 +351,11 @@ def main() -> int:
   parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
   parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("benchmarks/loader.json"))
   args = parser.parse_args()
+  try:
+    import_open_clip()
+    import open_clip_train.data  # noqa: F401  # which needs webdataset and pandas
+  except ImportError as error:
+    parser.exit(1, f"{error}; `make bench` installs what the benchmarks need\n")
   # Imported late: the loaders' processes import this file, and must not start JAX.
   from step import machine
 

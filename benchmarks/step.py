@@ -2,8 +2,7 @@
 
 Both alternate in one process, and the best round counts: other programs on the machine slow some
 rounds down, but never speed one up. Exits with 1 if bigalign is slower than GUARD times open_clip.
-Without torch and open_clip (extra `bench`, and a torchvision that open_clip can import), only
-bigalign runs.
+Without torch and open_clip (`make bench` installs them), only bigalign runs.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import importlib.metadata
 
 import jax
 import numpy as np
+from rival import import_open_clip
 
 from bigalign.checkpoint import revision
 from bigalign.config import resolve_config
@@ -136,22 +136,6 @@ def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
     return float(metrics["loss"])
 
   return run, step.flops
-
-
-def import_open_clip() -> None:
-  """Imports open_clip. Over a CPU torch, defines the two operators that torchvision lacks."""
-  import torch
-
-  try:
-    import open_clip
-  except RuntimeError as error:
-    if "torchvision::nms" not in str(error):
-      raise
-    global library  # the operators exist as long as this object does
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import open_clip  # noqa: F401
 
 
 def theirs(
@@ -276,7 +260,7 @@ def main() -> int:
     steps["open_clip"] = theirs(SMALL)
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch")}
   except ImportError as error:
-    print(f"bigalign alone: {error}. To compare with open_clip: pip install '.[bench]'")
+    print(f"bigalign alone: {error}; `make bench` installs what the comparison needs")
 
   best = measure({name: run for name, (run, _) in steps.items()}, args.rounds, args.steps)
   rows = {

@@ -2,7 +2,7 @@
 
 There is no wheel of torchvision for CPUs on the package index. Its Python part is all that
 open_clip's transforms need; two operators that are then missing are declared, as imports of
-torchvision look for them. The wheel lies in a folder of its own, which .ci/run fills: in
+torchvision look for them. The wheel lies in a folder of its own, which `make open-clip` fills: in
 site-packages, without the declarations, it would break every import of a model of transformers.
 """
 
