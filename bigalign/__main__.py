@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import gc
 import importlib
 import sys
 from importlib import metadata
@@ -66,11 +68,19 @@ def main() -> None:
 
 
 def _run(name: str) -> None:
-  importlib.import_module(f"bigalign.{PROGRAMS[name][0]}").run()
+  from bigalign.run.parsers import PARSERS
+
+  if name in PARSERS:  # --help and a wrong command line end here, before JAX is imported
+    PARSERS[name]().parse_args()
+  gc.disable()
+  program = importlib.import_module(f"bigalign.{PROGRAMS[name][0]}")
+  gc.freeze()  # modules last as long as the program: no collection needs to look through them
+  gc.enable()
+  program.run()
 
 
 def _help(name: str) -> None:
-  """Prints the help of a program; of one that takes a config, without importing it."""
+  """Prints the help of a program, without importing JAX."""
   from bigalign.cli import examples, help
   from bigalign.run.flags import PROGRAMS as WITH_CONFIG
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,9 +24,9 @@ from bigalign.evals import Evaluator, make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.options import plain
 from bigalign.program import layout, make_embed, make_program
-from bigalign.run import errors, preemption, progress, runtime
+from bigalign.run import errors, parsers, preemption, progress, runtime
 from bigalign.run.provenance import changed_ids, check_hosts_agree, read_config
-from bigalign.run.tables import show
+from bigalign.run.tables import show, write_json
 from bigalign.run.workdir import Workdir
 from bigalign.state import restore_params
 
@@ -40,7 +38,7 @@ class Run(NamedTuple):
   that name small files, such as the tokenizer, name the copies in the folder of the run. meta: the
   JSON of the checkpoint (config with the paths as written, revision, versions, samples_seen,
   dataset_size ...). params: all parameters by path. ema: the same with running averages, empty if
-  the run has none. embed: embed_image and embed_text, jitted. address: of the folder, local or
+  the run has none. embed: as of program.make_embed. address: of the folder, local or
   gs://…; "": workdir.
   """
 
@@ -51,7 +49,7 @@ class Run(NamedTuple):
   mesh: jax.sharding.Mesh
   params: dict[str, jax.Array]
   ema: dict[str, jax.Array]
-  embed: dict[str, Callable[..., jax.Array]]
+  embed: dict[str, Callable[..., Any]]
   address: str = ""
 
   @property
@@ -248,27 +246,7 @@ def table(metrics: Mapping[str, float]) -> rich.table.Table:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   """The program; returns the metrics that it prints and writes."""
-  parser = argparse.ArgumentParser(
-    prog="bigalign evaluate",
-    description="Runs the evaluators of a run's config on one of its checkpoints, or those given by"
-    " --retrieval and --zeroshot.",
-  )
-  parser.add_argument("run", help="the --workdir of a training run")
-  parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
-  parser.add_argument("--retrieval", metavar="SHARDS", help="webdataset shards, or another source")
-  parser.add_argument(
-    "--fields",
-    metavar="A,B",
-    help="caption fields for --retrieval, such as json.captions,txt;"
-    " config.data.captions if not given",
-  )
-  parser.add_argument(
-    "--zeroshot",
-    metavar="DIR",
-    help="folder of a CLIP_benchmark dataset: shards, classnames.txt"
-    " and zeroshot_classification_templates.txt",
-  )
-  parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
+  parser = parsers.evaluate()
   args = parser.parse_args(argv)
   runtime.setup()
   runtime.connect()
@@ -297,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         "left_out": left_out,  # {evaluator of the config: why its data could not be read}
         "metrics": metrics,
       }
-      pathlib.Path(args.json).write_text(json.dumps(written, indent=1) + "\n")
+      write_json(args.json, written)
       print(f"written to {args.json}")
   return metrics
 

@@ -51,6 +51,7 @@ EXAMPLES = {
   "search": (
     "bigalign search runs/photos 'val/*.tar' --query 'a red bus'",
     "bigalign search runs/photos 'val/*.tar' --serve",
+    "bigalign search runs/photos stores/photos --source 'val/*.tar' --image cat.jpg --json",
   ),
   "plan": (
     "bigalign plan --config=siglip_b16",

@@ -6,7 +6,6 @@ uploads a folder to the Hugging Face hub once they match.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -30,7 +29,7 @@ from bigalign.export.base import Contents, TrainedModel
 from bigalign.export.formats import FORMATS, prepare
 from bigalign.export.tokenizer_files import SAMPLES
 from bigalign.losses import head
-from bigalign.run import runtime
+from bigalign.run import parsers, runtime, tables
 from bigalign.towers.text import TextOptions
 
 ABOUT, CARD = "bigalign.json", "README.md"
@@ -233,34 +232,7 @@ def _write(folder: pathlib.Path, contents: Contents, trained: TrainedModel, outp
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The program; returns its exit status."""
-  parser = argparse.ArgumentParser(
-    prog="bigalign export",
-    description="Writes a checkpoint of a run as a folder for another library, or compares the"
-    " outputs of such a folder with those of the run for some images and texts.",
-  )
-  parser.add_argument("run", nargs="?", help="the --workdir of a training run")
-  parser.add_argument("--format", choices=sorted(FORMATS), help="the format of the folder")
-  parser.add_argument("--out", metavar="DIR", help="the folder; must be new or empty")
-  parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
-  parser.add_argument("--ema", action="store_true", help="export the averaged parameters")
-  parser.add_argument("--name", help="of the model, for the model card (name of the run's folder)")
-  parser.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
-  parser.add_argument(
-    "--dataset",
-    action="append",
-    metavar="ID",
-    help="training data on the Hugging Face hub, for the model card; can be repeated",
-  )
-  parser.add_argument("--check", metavar="DIR", help="compare the outputs of an exported folder")
-  parser.add_argument(
-    "--push",
-    metavar="REPO",
-    help="upload the folder to this repository of the Hugging Face hub, such as user/clip, if its"
-    " outputs match those of the run; logs in with `hf auth login` or HF_TOKEN",
-  )
-  parser.add_argument(
-    "--private", action="store_true", help="with --push: a new repository is private"
-  )
+  parser = parsers.export()
   args = parser.parse_args(argv)
   if not args.check and not (args.run and args.format and args.out):
     parser.error("RUN, --format and --out are needed, or --check DIR")
@@ -293,6 +265,14 @@ def main(argv: Sequence[str] | None = None) -> int:
       )
   except (ValueError, OSError, ImportError) as error:
     parser.exit(1, f"bigalign export: {error}\n")
+  outcome: dict[str, Any] = {
+    "folder": str(out),
+    "difference": difference,  # relative, the largest; null: not compared
+    "matches": None if difference is None else difference <= check.TOLERANCE,
+    "uploaded": None,  # its address
+  }
+  if args.json:
+    tables.write_json(args.json, outcome)
   if difference is None:
     needed = " and ".join(check.missing(args.format))
     print(f"{out}: written. Not verified: comparing the outputs needs {needed}")
@@ -308,11 +288,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   if args.push:
     try:
-      print(f"{hub.push(out, args.push, private=args.private)}: uploaded")
+      outcome["uploaded"] = hub.push(out, args.push, private=args.private)
     except (ValueError, OSError) as error:
       words = ["--check", str(out), "--push", args.push, *["--private"] * args.private]
       again = f"bigalign export {shlex.join(words)}"
       parser.exit(1, f"bigalign export: {error}\nThe folder is complete. Try again: {again}\n")
+    print(f"{outcome['uploaded']}: uploaded")
+    if args.json:
+      tables.write_json(args.json, outcome)
   return 0
 
 

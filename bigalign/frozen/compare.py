@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import rich.box
 import rich.table
 
-from bigalign.data.loader.pairs import Pairs
 from bigalign.data.stores.reader import Store
 from bigalign.frozen import alignment
-from bigalign.report import figures
 from bigalign.run import progress
-from bigalign.run.tables import show
+from bigalign.run.tables import show, write_json
+
+if TYPE_CHECKING:
+  from bigalign.data.loader.pairs import Pairs
 
 CHUNK = 8192  # images whose embeddings are in memory at a time
 MAPS = ("local_cka", "ridge", "cca", "procrustes")
@@ -69,6 +69,8 @@ def compare(
   Raises:
     ValueError: if there are too few samples to hold any out; for stores of tokens.
   """
+  from bigalign.data.loader.pairs import Pairs  # imports JAX, which --help does not need
+
   pairs = Pairs(image, text, least=least)
   for store in (pairs.image, pairs.text):
     if len(store.shape) > 1:
@@ -229,6 +231,8 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
       rows.append(compare(image, text, heldout=args.heldout, most=args.most, stage=stage))
       shown.reach(len(rows) * len(STAGES))
   if args.heatmap:
+    from bigalign.report import figures
+
     values = np.array([row["ridge"][SHOWN] for row in rows]).reshape(len(args.image), -1)
     rows_and_columns = (
       ["/".join(pathlib.Path(x).parts[-2:]) for x in side] for side in (args.image, args.text)
@@ -238,7 +242,7 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
   rows.sort(key=lambda row: -row["ridge"][SHOWN])
   show(*tables(rows))
   if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(args.json, rows)
   return rows
 
 

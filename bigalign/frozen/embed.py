@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import rich.box
+import rich.table
 from absl import app, flags
 from jax.experimental import multihost_utils
 
@@ -36,7 +38,7 @@ from bigalign.evals.embed import round_batch
 from bigalign.frozen.towers import Towers, like_stored, load_towers
 from bigalign.inputs import open_data
 from bigalign.options import plain, without_defaults
-from bigalign.run import errors, preemption, progress, runtime
+from bigalign.run import errors, preemption, progress, runtime, tables
 from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.provenance import check_hosts_agree
 
@@ -319,6 +321,19 @@ def summary(folders: Iterable[pathlib.Path]) -> dict[str, dict[str, Any]]:
   }
 
 
+def table(stores: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
+  """The summary for the terminal."""
+  rows = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  rows.add_column("store", overflow="fold")
+  rows.add_column("rows", justify="right")
+  rows.add_column("width", justify="right")
+  rows.add_column("samples left out", overflow="fold")
+  for folder, about in stores.items():
+    left_out = tables.counts(about["left_out"]) or "none"
+    rows.add_row(folder, f"{about['rows']:,}", f"{about['width']:,}", left_out)
+  return rows
+
+
 def verify(folder: str | pathlib.Path) -> bool:
   """Prints the errors of a store; returns whether there are none."""
   found = reader.Store(folder)
@@ -352,8 +367,10 @@ def main(argv: Sequence[str]) -> None:
   except Exception as error:
     preemption.exit_on_error(error)
   if jax.process_index() == 0:
-    for folder, about in summary(folders.values()).items():
-      print(json.dumps({folder: about}))
+    made = summary(folders.values())
+    tables.show(table(made))
+    if values.json:
+      tables.write_json(values.json, made)
 
 
 def run() -> None:

@@ -7,9 +7,7 @@ this machine or for a TPU slice that need not be available (`--topology v5e:16x1
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import rich.box
-import rich.console
-import rich.progress
 import rich.table
 
 from bigalign import checks, sharding
@@ -27,7 +23,8 @@ from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 from bigalign.plan import hlo_collectives, topologies
 from bigalign.private_apis import is_out_of_memory
-from bigalign.run import flops, runtime
+from bigalign.run import flops, parsers, progress, runtime
+from bigalign.run.tables import show, write_json
 
 TOKENS = (16, 16)  # per image and per text, for the losses that read tokens
 LEARNED = ("z", "raw_", "tokens_")  # prefixes of the features that get a gradient
@@ -203,54 +200,20 @@ def _size(n: float) -> str:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   """The program; returns the rows that it prints."""
-  parser = argparse.ArgumentParser(
-    prog="bigalign costs",
-    description="What each loss costs per device: temporary memory, products and communicated bytes"
-    " of the compiled loss and its gradients.",
-  )
-  parser.add_argument("--losses", metavar="A,B", help="default: all")
-  parser.add_argument("--ways", metavar="A,B", default=",".join(WAYS), help="%(default)s, or auto")
-  parser.add_argument("--batch", type=int, default=32768, help="global batch size (%(default)s)")
-  parser.add_argument("--width", type=int, default=512, help="of the embeddings (%(default)s)")
-  parser.add_argument(
-    "--samples",
-    type=int,
-    default=0,
-    help="samples of the dataset, for losses with per-sample state",
-  )
-  parser.add_argument(
-    "--dtype", default="float32", help="of communicated features (%(default)s, or bfloat16)"
-  )
-  parser.add_argument("--topology", help="a TPU slice such as v5e:16x16; default: this machine")
-  parser.add_argument(
-    "--fsdp", type=int, default=1, help="size of that mesh axis; data gets the other devices"
-  )
-  parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-  parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
-  parser.add_argument(
-    "--out",
-    metavar="FILE.md",
-    type=pathlib.Path,
-    help="add the rows to this document of all losses",
-  )
-  args = parser.parse_args(argv)
+  args = parsers.costs().parse_args(argv)
   runtime.setup()
   names = args.losses.split(",") if args.losses else sorted(LOSSES)
-  ways = args.ways.split(",")
+  ways = args.ways.split(",") if args.ways else WAYS
   for name in names:
     checks.choose(LOSSES, name, "--losses")
+  for way in ways:
+    checks.choose(dict.fromkeys(pairwise.WAYS), way, "--ways")
   held = topologies.devices(args.topology) if args.topology else jax.devices()
   mesh = sharding.make_mesh(fsdp=args.fsdp, devices=held)
   sharding.host_rows(mesh, args.batch)
-  rows = []
-  progress = rich.console.Console(stderr=True)
-  for name, way in rich.progress.track(
-    list(itertools.product(names, ways)),
-    "compiling",
-    console=progress,
-    disable=not progress.is_terminal,
-  ):
-    rows.append(
+  every = [*itertools.product(names, ways)]
+  with progress.shown():
+    rows = [
       measure(
         name,
         way,
@@ -260,14 +223,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         samples=args.samples,
         dtype=args.dtype,
       )
-    )
+      for name, way in progress.track(every, "compile", len(every), unit="programs")
+    ]
   where = args.topology or f"{mesh.size} x {held[0].device_kind}"
-  console = rich.console.Console()
-  console.print(f"B = {args.batch:,}, E = {args.width}, {args.dtype}, {where}; per device")
+  print(f"B = {args.batch:,}, E = {args.width}, {args.dtype}, {where}; per device")
   if args.markdown:
     print(markdown(map(cells, rows)), end="")
   else:
-    console.print(table(rows))
+    show(table(rows))
   if args.out:
     devices = f"--topology={args.topology}" if args.topology else f"# {where}:"
     settings = (
@@ -276,7 +239,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     write_document(args.out, settings, rows)
   if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(args.json, rows)
   return rows
 
 

@@ -30,7 +30,7 @@ from bigalign.plan.variants import (
   topology_of,
   with_changes,
 )
-from bigalign.run import errors, progress
+from bigalign.run import errors, progress, tables
 from bigalign.run.flags import config_name, define_flags, parse_flags
 
 Plan = dict[str, Any]
@@ -229,7 +229,7 @@ def main(argv: Sequence[str]) -> None:
       show=print,
     )
   if values.json:
-    pathlib.Path(values.json).write_text(json.dumps(result, indent=1) + "\n")
+    tables.write_json(values.json, result)
   sys.exit(0 if result["fits"] else 1)
 
 

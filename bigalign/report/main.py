@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
 import string
@@ -26,7 +25,7 @@ from bigalign.evals.zeroshot import read_lines
 from bigalign.evaluate import Run, open_run
 from bigalign.report import sections
 from bigalign.report.sections import Pairs, Rows
-from bigalign.run import errors, runtime
+from bigalign.run import errors, parsers, runtime
 from bigalign.run.metrics import read_metrics
 
 FILE = "report.html"
@@ -182,12 +181,7 @@ def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.P
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
   """The program; prints the path of the page."""
-  parser = argparse.ArgumentParser(
-    prog="bigalign report", description="Writes a self-contained HTML page of a run."
-  )
-  parser.add_argument("run", help="the --workdir of a training run")
-  parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
-  args = parser.parse_args(argv)
+  args = parsers.report().parse_args(argv)
   runtime.setup()
   path = report(args.run, args.step)
   print(path)

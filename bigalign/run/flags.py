@@ -73,6 +73,7 @@ def _embed() -> None:
   flags.DEFINE_enum("dtype", "float16", list(DTYPES), "dtype of the vectors.")
   flags.DEFINE_bool("projected", False, "After the projectors, in the shared space.")
   flags.DEFINE_bool("tokens", False, "Also store every token, for projectors that read tokens.")
+  flags.DEFINE_string("json", None, "FILE: Also write the summary of the stores to this file.")
 
 
 def _plan() -> None:

@@ -1,12 +1,18 @@
-"""Tables and numbers for people: as wide as the terminal, three digits, a unit that fits."""
+"""What programs print: tables and numbers for people, and the same figures as a JSON file."""
 
 from __future__ import annotations
 
+import json
+import pathlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import rich.box
 import rich.console
 import rich.table
+
+from bigalign import tree
 
 _PIPED = 1000  # columns if the output is not a terminal: no table is cut then
 
@@ -32,12 +38,28 @@ def console() -> rich.console.Console:
   return found
 
 
+def write_json(path: str | pathlib.Path, figures: Any) -> None:
+  """Writes what a program prints to a file, --json FILE; makes its folder."""
+  file = pathlib.Path(path).expanduser()
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def pairs(title: str = "") -> rich.table.Table:
   """Returns an empty table of two columns without a heading: what, and its value."""
   table = rich.table.Table(box=rich.box.SIMPLE, show_header=False, title=title or None)
   table.add_column("", overflow="fold")
   table.add_column("", overflow="fold")
   return table
+
+
+def counts(values: Mapping[str, int]) -> str:
+  """Counts by name, as a list.
+
+  >>> counts({"undecodable": 1200, "empty": 1})
+  'undecodable 1,200, empty 1'
+  """
+  return tree.shown([f"{name} {count:,}" for name, count in values.items()], sep=", ")
 
 
 def number(x: float) -> str:

@@ -1,15 +1,4 @@
-"""Searches images by text or by image, with a trained or downloaded model.
-
-The first search of shards embeds all their images, which takes a while, and keeps the embeddings;
-later searches start at once. Queries come from --query and --image, from the standard input, one
-text a line, or from a web page:
-
-  bigalign search runs/photos 'val/*.tar' --query "a red bus" --query "a cat on a sofa"
-  bigalign search runs/photos 'val/*.tar' --serve
-  bigalign search runs/photos stores/photos --source 'val/*.tar' --image cat.jpg --json
-
-A STORE is a folder that `bigalign embed` made with the same model.
-"""
+"""Searches images by text or by image, with a trained or downloaded model."""
 
 from __future__ import annotations
 
@@ -41,7 +30,7 @@ from bigalign.data.sources.base import Source, open_source
 from bigalign.data.stores.reader import Store
 from bigalign.frozen.embed import source_fingerprint
 from bigalign.inputs import open_data
-from bigalign.run import tables
+from bigalign.run import parsers, tables
 from bigalign.search import embedding
 from bigalign.search.collection import Collection, is_store, store_folder
 from bigalign.search.index import EXACT_ROWS, Exact, Index, faiss, open_approximate
@@ -340,50 +329,9 @@ def serve(searcher: Searcher, title: str, host: str, listening: socket.socket) -
   server.serve(app, listening, lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    "bigalign search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument(
-    "model", help="what bigalign.load reads: a run, or a folder of Hugging Face, open_clip …"
-  )
-  parser.add_argument(
-    "where", metavar="SHARDS|STORE", help="a source as config.data.source, or an embedding store"
-  )
-  parser.add_argument("--query", action="append", default=[], metavar="TEXT", help="repeatable")
-  parser.add_argument("--image", action="append", default=[], metavar="FILE", help="repeatable")
-  parser.add_argument("--k", type=int, default=10, help="results of each query (%(default)s)")
-  parser.add_argument("--json", action="store_true", help="print one JSON object for each query")
-  parser.add_argument("--serve", action="store_true", help="serve a web page until Ctrl-C")
-  parser.add_argument("--host", default="127.0.0.1", help="of the page (%(default)s)")
-  parser.add_argument("--port", type=int, default=8000, help="of the page (%(default)s)")
-  parser.add_argument("--step", help="of a run: a number, latest or best (latest)")
-  parser.add_argument("--ema", action="store_true", help="of a run: use its averaged parameters")
-  parser.add_argument("--source", default="", metavar="SHARDS", help="what a STORE was made from")
-  parser.add_argument("--captions", metavar="A,B", help="fields of the captions to show")
-  parser.add_argument(
-    "--source_options", nargs="*", default=[], metavar="NAME=VALUE", help="as in config.data"
-  )
-  parser.add_argument("--out", metavar="DIR", help="folder of the embeddings (in the cache)")
-  parser.add_argument(
-    "--index",
-    choices=("auto", "exact", "approximate"),
-    default="auto",
-    help="auto: exact up to 10 million rows; approximate needs the extra search",
-  )
-  parser.add_argument(
-    "--probes", type=int, default=32, help="of the approximate index: lists searched (%(default)s)"
-  )
-  parser.add_argument(
-    "--memory", type=float, default=8.0, metavar="GIB", help="for the vectors (%(default)s)"
-  )
-  parser.add_argument("--batch_size", type=int, default=64, help="images at a time (%(default)s)")
-  return parser
-
-
 def main(words: Sequence[str] | None = None) -> None:
   """Runs the program."""
-  parser = _parser()
+  parser = parsers.search()
   given = parser.parse_args(words)
   for name in ("k", "probes", "batch_size"):
     if (number := getattr(given, name)) < 1:

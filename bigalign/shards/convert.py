@@ -25,10 +25,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import rich.table
+
 from bigalign import tree
 from bigalign.data.files import processes, storage
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import Source, Spec, open_spec, read, texts_of
+from bigalign.run import tables
 from bigalign.run.progress import shown, track
 from bigalign.shards import source_flags
 from bigalign.shards.examples import Plan, write_file
@@ -151,6 +154,18 @@ def _resume(plan: Plan, started: Mapping[str, Any]) -> dict[str, dict[str, Any]]
   return done
 
 
+def table(totals: Mapping[str, Any]) -> rich.table.Table:
+  """Returns the totals of `convert` for the terminal."""
+  rows = tables.pairs()
+  there = f" ({totals['already_there']:,} from an earlier start)" if totals["already_there"] else ""
+  rows.add_row("files", f"{totals['files']:,}{there}")
+  rows.add_row("records", f"{totals['records']:,}")
+  rows.add_row("size", f"{totals['bytes'] / 1e6:,.1f} MB")
+  rows.add_row("resized images", f"{totals['smaller']:,}")
+  rows.add_row("bad samples", tables.counts(totals["refused"]) or "none")
+  return rows
+
+
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   """Runs the program: prints and returns the totals of `convert`."""
   parser = argparse.ArgumentParser(
@@ -171,6 +186,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   parser.add_argument(
     "--workers", type=int, default=os.cpu_count(), help="number of processes (%(default)s)"
   )
+  parser.add_argument("--json", metavar="FILE", help="also write the totals to this file")
   given = parser.parse_args(words)
   with shown():
     totals = convert(
@@ -181,8 +197,10 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
       quality=given.quality,
       workers=given.workers,
     )
-  print(json.dumps(totals))
+  tables.show(table(totals))
   print(f"{given.out}/*.array_record")
+  if given.json:
+    tables.write_json(given.json, totals)
   return totals
 
 

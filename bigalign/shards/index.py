@@ -16,7 +16,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bigalign.data.files import processes, storage
 from bigalign.data.files.patterns import expand_shards, expand_variables
@@ -171,11 +171,25 @@ def report(outcomes: Sequence[Outcome]) -> str:
         else f"{_count(outcome.samples, 'complete sample')}"
       )
       lines.append(f"{outcome.path}: {kept}: {outcome.problem.removeprefix(f'{outcome.path}: ')}")
-  states = [outcome.state for outcome in outcomes]
-  counts = ", ".join(f"{states.count(state):,} {state}" for state in STATES)
-  samples = sum(outcome.samples for outcome in outcomes)
-  total = f"{_count(samples, 'sample')} in {_count(len(outcomes), 'shard')}: {counts}"
+  found = totals(outcomes)
+  counts = ", ".join(f"{found[state]:,} {state}" for state in STATES)
+  total = f"{_count(found['samples'], 'sample')} in {_count(found['shards'], 'shard')}: {counts}"
   return "\n".join([*lines, total])
+
+
+def totals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+  """Returns "samples", "shards", shards of each of STATES, and the "problems" of shards."""
+  states = [outcome.state for outcome in outcomes]
+  return {
+    "samples": sum(outcome.samples for outcome in outcomes),
+    "shards": len(outcomes),
+    **{state: states.count(state) for state in STATES},
+    "problems": [
+      {"shard": outcome.path, "samples": outcome.samples, "problem": outcome.problem}
+      for outcome in outcomes
+      if outcome.problem
+    ],
+  }
 
 
 def _count(n: int, noun: str) -> str:
@@ -218,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     "--runner",
     help="runner of Apache Beam: DirectRunner, DataflowRunner, …; other flags\nare passed to Beam",
   )
+  parser.add_argument("--json", metavar="FILE", help="also write the totals to this file")
   args, flags = parser.parse_known_args(argv)
   if flags and not args.runner:
     parser.error(f"unknown arguments: {' '.join(flags)}")
@@ -241,8 +256,12 @@ def main(argv: list[str] | None = None) -> int:
   )
   print(report(outcomes))
   folders = {_index_folder(os.path.dirname(outcome.path), args.out) for outcome in outcomes}
-  for index_folder in sorted(folders):
-    print(os.path.join(index_folder, index.FILE))
+  files = [os.path.join(index_folder, index.FILE) for index_folder in sorted(folders)]
+  print("\n".join(files))
+  if args.json:
+    from bigalign.run.tables import write_json  # its packages are missing where Beam runs
+
+    write_json(args.json, totals(outcomes) | {"indexes": files})
   return int(any(outcome.state == "failed" for outcome in outcomes))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,11 @@ from typing import Any
 import rich.box
 import rich.table
 
-from bigalign import tree
 from bigalign.data.files import processes
 from bigalign.data.sources.base import Spec, open_spec
 from bigalign.run.progress import shown, track
-from bigalign.run.tables import number, pairs, show
-from bigalign.shards import inspect_page, sample_stats, source_flags, speed
+from bigalign.run.tables import counts, number, pairs, show, write_json
+from bigalign.shards import sample_stats, source_flags
 from bigalign.shards.sample_stats import SampleStats, StatsTask
 
 
@@ -111,6 +109,8 @@ def throughput(
   Returns:
     "read" and "decoded" samples per second, with `wanted` also "hosts"; or the "problem".
   """
+  from bigalign.shards import speed  # imports JAX, which --help does not need
+
   try:
     rates: Mapping[str, Any] = speed.loader_speeds(
       open_spec(spec), image_size=image_size, workers=workers, seconds=seconds
@@ -144,6 +144,8 @@ def inspect(
     seconds: length of each measurement; 0: do not measure.
     wanted: images per second that a run needs; 0: unknown.
   """
+  from bigalign.shards import inspect_page  # imports matplotlib, which --help does not need
+
   collected = gather(spec, samples=samples, language=language, workers=workers)
   figures = dict(
     source=spec.source, samples=len(open_spec(spec)), looked_at=len(collected), **summary(collected)
@@ -165,13 +167,13 @@ def tables(figures: Mapping[str, Any]) -> list[rich.table.Table]:
   general.add_row("source", str(figures["source"]))
   general.add_row("samples", f"{figures['samples']:,}")
   general.add_row("samples read", f"{figures['looked_at']:,}")
-  general.add_row("bad samples", _listed(figures["bad"]) or "none")
+  general.add_row("bad samples", counts(figures["bad"]) or "none")
   for name in ("repeated_images", "repeated_captions"):
     what = name.replace("repeated_", "duplicate ")
     general.add_row(what, f"{figures[name]:.1%}")
   for name in ("kinds", "scripts", "languages"):
     if figures[name]:
-      general.add_row(name, _listed(figures[name]))
+      general.add_row(name, counts(figures[name]))
   for text, count in [*figures["frequent"].items()][:3]:
     general.add_row("frequent caption", f"{count:,} times: {text[:100]}")
   rates = figures.get("throughput", {})
@@ -197,10 +199,6 @@ def tables(figures: Mapping[str, Any]) -> list[rich.table.Table]:
   for row, value in rows.items():
     sizes.add_row(row, *(number(value[name]) if name in value else "" for name in names))
   return [general, sizes] if rows else [general]
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-  return tree.shown([f"{name} {count:,}" for name, count in counts.items()], sep=", ")
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
@@ -251,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
       wanted=(given.batch_size or 0) * (given.steps_per_second or 0),
     )
   if given.json:
-    pathlib.Path(given.json).write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(given.json, figures)
   show(*tables(figures))
   print(given.out)
   return figures

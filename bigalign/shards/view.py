@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bigalign.data.sources import keys, views
 from bigalign.data.sources.base import open_spec
+from bigalign.run import tables
 from bigalign.shards import source_flags
 
 
@@ -51,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     default=os.cpu_count(),
     help="number of processes that read keys (%(default)s)",
   )
+  parser.add_argument("--json", metavar="FILE", help="also write the counts to this file")
   given = parser.parse_args(words)
   spec, counts = source_flags.spec_from_flags(given), {}
   ids = _read_ids(given.ids) if given.ids else None
@@ -61,7 +62,14 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     open_spec(spec), given.out, spec=given.source, rule=given.where, unique=given.unique, ids=ids
   )
   shown = {name: manifest[name] for name in ("samples", "kept", "left_out")} | counts
-  print(json.dumps(shown, indent=1))
+  rows = tables.pairs()
+  for name, value in shown.items():
+    text = tables.counts(value) or "none" if isinstance(value, Mapping) else f"{value:,}"
+    rows.add_row(name.replace("_", " "), text)
+  tables.show(rows)
+  print(f"{given.out}.npy")
+  if given.json:
+    tables.write_json(given.json, shown)
   return manifest | counts
 
 

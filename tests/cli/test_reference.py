@@ -18,11 +18,13 @@ from helpers.shipped import ROOT
 from bigalign import __main__ as command
 from bigalign.cli import configs, examples, help, reference
 from bigalign.config import Config
+from bigalign.export.formats import FORMATS
 from bigalign.losses import LOSSES
 from bigalign.options import MISSING, definition
 from bigalign.run.configs import load_config, shipped
 from bigalign.run.flags import PROGRAMS, define_flags
 from bigalign.run.overrides import names
+from bigalign.run.parsers import EXPORT_FORMATS
 
 
 def run(capsys, module, *words):
@@ -98,16 +100,31 @@ def test_help_reads_the_options_from_their_source_without_jax():
       assert default == option.default
 
 
-def test_help_needs_no_program():
-  """The parts of the command line that print help import nothing that imports JAX."""
-  code = (
-    "import sys; sys.argv = ['bigalign', 'plan', '--help']\n"
-    "from bigalign.__main__ import main; main()\n"
-    "assert not {'jax', 'flax', 'tensorflow', 'grain'} & {*sys.modules}, sys.modules"
-  )
+def test_help_and_wrong_command_lines_need_no_jax():
+  """Every program explains itself in a process that cannot import JAX, which takes seconds."""
+  code = """
+import sys
+from bigalign import __main__ as command
+heavy = ("jax", "flax", "tensorflow", "grain", "orbax", "matplotlib", "torch")
+sys.modules.update(dict.fromkeys(heavy))  # None: an import raises ImportError
+for words in [*((x, "--help") for x in command.PROGRAMS), ("evaluate",), ("costs", "--loses=x")]:
+  sys.argv = ["bigalign", *words]
+  try:
+    command.main()
+    ended = 0
+  except SystemExit as end:
+    ended = end.code or 0
+  print("ended:", words[0], ended, flush=True)
+"""
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
   assert done.returncode == 0, done.stderr[-1000:]
-  assert "--topology=SLICE" in done.stdout and "  optimizer.…" in done.stdout
+  ends = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ended: ")]
+  wanted = [[program, "0"] for program in command.PROGRAMS]
+  assert ends == [*wanted, ["evaluate", "2"], ["costs", "2"]], done.stderr[-1000:]
+
+
+def test_the_formats_in_the_help_of_export_are_those_that_there_are():
+  assert sorted(EXPORT_FORMATS) == sorted(FORMATS)
 
 
 @pytest.fixture(scope="module")

@@ -198,10 +198,13 @@ def test_indices_beyond_32_bits(tmp_path):
 def test_a_run_reads_a_view_and_refuses_another(tmp_path, capsys):
   shard = write_tar(tmp_path / "0.tar", samples(0, 30))
   (tmp_path / "ids.txt").write_text("\n".join(map(str, range(0, 30, 2))))
-  view.main([shard, "--ids", str(tmp_path / "ids.txt"), "--out", str(tmp_path / "even")])
-  assert json.loads(capsys.readouterr().out) == dict(
+  words = [shard, "--ids", str(tmp_path / "ids.txt"), "--out", str(tmp_path / "even")]
+  view.main([*words, "--json", str(tmp_path / "counts.json")])
+  assert json.loads((tmp_path / "counts.json").read_text()) == dict(
     samples=30, kept=15, left_out={"not in the list": 15}
   )
+  printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert ["left", "out", "not", "in", "the", "list", "15"] in printed and ["kept", "15"] in printed
   options = dict(image_size=4, tokenizer=dict(name="byte", length=40))
   for chosen in (
     dict(source=shard, view=f"{tmp_path}/even"),

@@ -193,13 +193,21 @@ def test_metadata_that_the_hub_refuses(hub, exported, verified, tmp_path, capfd)
   assert '"license" must be one of' in refused(capfd, "--check", copy, "--push=user/clip")
 
 
-def test_only_a_folder_that_matches_its_run_is_uploaded(hub, exported, monkeypatch, capsys):
+def test_only_a_folder_that_matches_its_run_is_uploaded(
+  hub, exported, tmp_path, monkeypatch, capsys
+):
   monkeypatch.setattr(check, "difference", lambda folder: 1e-2)
-  assert main.main(["--check", str(exported), "--push=user/clip"]) == 1
+  outcome = tmp_path / "outcome.json"
+  words = ["--check", str(exported), "--push=user/clip", f"--json={outcome}"]
+  assert main.main(words) == 1
   assert not hub.repos
+  found = json.loads(outcome.read_text())
+  assert found == dict(folder=str(exported), difference=1e-2, matches=False, uploaded=None)
   monkeypatch.setattr(check, "difference", lambda folder: 1e-7)
-  assert main.main(["--check", str(exported), "--push=user/clip", "--private"]) == 0
+  assert main.main([*words, "--private"]) == 0
   assert f"{hub.url}/user/clip: uploaded" in capsys.readouterr().out
+  found = json.loads(outcome.read_text())
+  assert found["matches"] and found["uploaded"] == f"{hub.url}/user/clip"
   assert hub.repos["user/clip"]["private"]
 
 

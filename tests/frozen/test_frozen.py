@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
 from bigalign.data.stores.reader import Store
 from bigalign.frozen import compare
+from bigalign.frozen import embed as program
 from bigalign.frozen.embed import embed, source_fingerprint
 from bigalign.inputs import open_data
 from bigalign.run.metrics import read_metrics
@@ -127,6 +129,22 @@ def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
   embed(config, out, batch_size=8)
   assert len(Store(folders["text"])) == COUNT + 10
   assert [x["samples"] for x in json.loads((out / "text/sources.json").read_text())] == [70, 10]
+
+
+def test_the_program_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
+  made = {str(tmp_path / "image"): dict(rows=1200, width=4, left_out={"undecodable": 3})}
+  values = dict.fromkeys(("coordinator", "num_processes", "process_id", "verify", "dtype"))
+  values |= dict(config=load("tiny"), out=str(tmp_path), towers=["image"], batch_size=8)
+  values |= dict(projected=False, tokens=False, json=str(tmp_path / "summary.json"))
+  monkeypatch.setattr(
+    program, "flags", types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values))
+  )
+  monkeypatch.setattr(program, "embed", lambda *args, **options: {})
+  monkeypatch.setattr(program, "summary", lambda folders: made)
+  program.main(["bigalign embed"])
+  assert json.loads((tmp_path / "summary.json").read_text()) == made
+  row = capsys.readouterr().out.splitlines()[3]
+  assert row.split() == [*made, "1,200", "4", "undecodable", "3"]
 
 
 @pytest.mark.slow

@@ -246,6 +246,19 @@ def test_large_images_are_resized_and_others_unchanged(tmp_path):
   assert [same[i]["image"] for i in range(4)] == images
 
 
+def test_totals_are_a_table_for_people_and_json_for_programs(tmp_path, capsys):
+  shard = tar_with_bad_samples(tmp_path / "0.tar")
+  words = [shard, f"--out={tmp_path}/out", "--workers=1", f"--json={tmp_path}/new/totals.json"]
+  totals = program.main(words)
+  assert json.loads((tmp_path / "new/totals.json").read_text()) == totals
+  *_, files, records, size, resized, bad, _, end = capsys.readouterr().out.splitlines()
+  assert files.split() == ["files", "1"] and records.split() == ["records", f"{totals['records']}"]
+  assert size.split()[0] == "size" and resized.split() == ["resized", "images", "0"]
+  reason, count = next(iter(totals["refused"].items()))
+  assert f"bad samples      {reason} {count}" in bad and "{" not in bad
+  assert end == f"{tmp_path}/out/*.array_record"
+
+
 @pytest.mark.slow
 def test_a_killed_copy_resumes(tmp_path):
   shard = write_tar(tmp_path / "0.tar", samples(0, 1200))
@@ -258,6 +271,7 @@ def test_a_killed_copy_resumes(tmp_path):
     f"--out={tmp_path}/out",
     "--records=10",
     "--workers=2",
+    f"--json={tmp_path}/totals.json",
   ]
   part = tmp_path / "out.part"
   with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
@@ -270,8 +284,8 @@ def test_a_killed_copy_resumes(tmp_path):
     log.write('{"file": "00119-of')  # a torn line, as a full disk leaves it
   (part / "00119-of-00120.array_record.tmp").write_bytes(b"half")
   before = {path.name: path.stat().st_mtime_ns for path in part.glob("*.array_record")}
-  again = subprocess.run(words, capture_output=True, text=True, check=True)
-  found = json.loads(again.stdout.splitlines()[-2])
+  subprocess.run(words, capture_output=True, check=True)
+  found = json.loads((tmp_path / "totals.json").read_text())
   assert found["records"] == 1200 and found["already_there"] >= finished
   assert not part.exists()
   whole = tmp_path / "whole"

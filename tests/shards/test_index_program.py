@@ -85,9 +85,13 @@ def test_truncated_and_invalid_shards_are_listed(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert "00001.tar" in printed and "00000.tar" not in printed
   (tmp_path / "00003.tar").write_bytes(b"<html>404</html>" * 100)
-  assert program.main([pattern, "--workers=1"]) == 1
+  assert program.main([pattern, "--workers=1", f"--json={tmp_path}/totals.json"]) == 1
   printed = capsys.readouterr().out
   assert "0 indexed, 3 current, 1 failed" in printed
+  totals = json.loads((tmp_path / "totals.json").read_text())
+  assert [totals[x] for x in ("shards", "indexed", "current", "failed")] == [4, 0, 3, 1]
+  assert [x["shard"][-9:] for x in totals["problems"]] == ["00001.tar", "00003.tar"]
+  assert totals["indexes"] == [str(tmp_path / index.FILE)]
   with pytest.raises(OSError, match=r"00003\.tar: the shard changed"):
     open_source(pattern)
   assert len(open_source(f"{tmp_path}/{{00000,00002}}.tar")) == 3 + 5
