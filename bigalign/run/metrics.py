@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TextIO
@@ -180,9 +181,9 @@ class MetricWriter:
     _rewind(folder / FILE, resume_step, repeats)
     self._file = (folder / FILE).open("a", encoding="utf-8")
     if tensorboard:
-      # This imports torch if it is installed, which takes seconds.
-      from tensorboardX.event_file_writer import EventsWriter
-      from tensorboardX.proto.event_pb2 import Event, SessionLog
+      with _without_torch():
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
       # Not SummaryWriter: its thread dies of a full disk, and then the run waits for it for ever.
       (folder / "tensorboard").mkdir(exist_ok=True)
@@ -235,6 +236,23 @@ class MetricWriter:
     # Closing flushes again, which fails again if the disk is full.
     with contextlib.suppress(*([OSError] if kind else [])):
       self.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """A context in which torch seems to be missing, unless it is loaded.
+
+  tensorboardX imports it for the sake of a type annotation, and torch takes two seconds. Whoever
+  gives it tensors of torch afterwards is not affected: it then imports torch again.
+  """
+  if "torch" in sys.modules:
+    yield
+    return
+  sys.modules["torch"] = None  # type: ignore[assignment]
+  try:
+    yield
+  finally:
+    del sys.modules["torch"]
 
 
 def _start_wandb(folder: pathlib.Path, options: Mapping[str, Any]) -> Any:

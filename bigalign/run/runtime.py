@@ -81,7 +81,9 @@ def setup(
     and jax.config.values["jax_compilation_cache_dir"] is None
   ):
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(cache).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  least = "jax_persistent_cache_min_compile_time_secs"
+  if jax.config.values.get(least) == 1.0:  # JAX's default, which keeps only slow compilations
+    jax.config.update(least, 0.0)
   if debug_nans:
     jax.config.update("jax_debug_nans", True)
 

@@ -115,6 +115,22 @@ def test_tensorboard_gets_event_files_and_the_purge_step(tmp_path):
   assert b"val/text_to_image_R@1" in file.read_bytes()
 
 
+def test_tensorboard_does_not_load_torch(tmp_path, monkeypatch):
+  for name in [name for name in sys.modules if name.split(".")[0] in ("tensorboardX", "torch")]:
+    monkeypatch.delitem(sys.modules, name)
+  searched = []
+
+  def find_spec(name, *_):
+    searched.append(name)
+
+  finder = types.SimpleNamespace(find_spec=find_spec)
+  monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+  MetricWriter(tmp_path).close()
+  assert "tensorboardX.event_file_writer" in searched
+  assert "torch" not in searched
+  assert "torch" not in sys.modules  # whoever needs it later can import it
+
+
 def test_a_full_disk_is_an_error_of_the_write_that_meets_it(tmp_path, monkeypatch):
   """TensorBoard's own thread would die of it, and the eleventh row would wait for ever."""
   with pytest.raises(OSError, match="No space left"), MetricWriter(tmp_path) as writer:

@@ -71,6 +71,18 @@ def test_a_compilation_cache_of_the_user_is_kept(tpu, monkeypatch, mine):
       jax.config.update(name, value)
 
 
+@pytest.mark.parametrize("before,after", [(1.0, 0.0), (30.0, 30.0)])  # JAX's default, a user's
+def test_the_compilation_cache_keeps_programs_that_compile_fast(tpu, before, after):
+  name = "jax_persistent_cache_min_compile_time_secs"
+  of_the_tests = jax.config.values[name]
+  try:
+    jax.config.update(name, before)
+    runtime.setup(cache=None)
+    assert jax.config.values[name] == after
+  finally:
+    jax.config.update(name, of_the_tests)
+
+
 def test_settings_of_the_user_are_kept(tpu, monkeypatch):
   monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
   monkeypatch.setenv("LIBTPU_INIT_ARGS", f"{VMEM}=5")
