@@ -22,6 +22,7 @@ from bigalign.model import DualEncoder
 from bigalign.optim import Schedule, make_optimizer
 from bigalign.state import Arrays, State
 from bigalign.towers.features import Features
+from bigalign.towers.padding import used_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +228,11 @@ def state_shardings(
   )
 
 
-def make_embed(model: DualEncoder) -> dict[str, Callable[..., jax.Array]]:
-  """embed_image(params, image), embed_text(params, ids, mask), jitted, for parameters by path."""
+def make_embed(model: DualEncoder) -> dict[str, Callable[..., Any]]:
+  """embed_image(params, image), embed_text(params, ids, mask), jitted, for parameters by path.
+
+  And text_lengths(ids, mask): how many positions of each text embed_text reads, see UsedLengths.
+  """
 
   def apply(method: str, params: Arrays, *args: jax.Array) -> Any:
     variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
@@ -238,4 +242,5 @@ def make_embed(model: DualEncoder) -> dict[str, Callable[..., jax.Array]]:
     jitted = jax.jit(functools.partial(apply, method))
     return lambda *args: sharding.block_on_cpu(jitted(*args))
 
-  return {method: compiled(method) for method in ("embed_image", "embed_text")}
+  embed = {method: compiled(method) for method in ("embed_image", "embed_text")}
+  return {**embed, "text_lengths": used_lengths(getattr(model.text_tower, "options", None))}

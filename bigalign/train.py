@@ -190,7 +190,8 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
       text = summary(programs[stage.number], shapes)
     logging.info("%s%s", "" if len(stages) == 1 else f"{stage.where}: ", text)
   listener = preemption.PreemptionListener()
-  embed = {name: listener.interruptible(f) for name, f in make_embed(program.model).items()}
+  embed = make_embed(program.model)
+  embed |= {name: listener.interruptible(embed[name]) for name in ("embed_image", "embed_text")}
   evaluators = make_evaluators(options.evals, mesh=mesh, data=options.data, **embed)
 
   # ------------------------------------------------------------------ the run in the workdir

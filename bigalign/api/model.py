@@ -24,6 +24,7 @@ from bigalign.evals.zeroshot import fill, read_templates
 from bigalign.losses.head import Head
 from bigalign.model import DualEncoder
 from bigalign.run.progress import Progress
+from bigalign.towers.padding import cut, used_lengths
 
 Texts: TypeAlias = str | Iterable[str]
 Prepared: TypeAlias = Callable[[], dict[str, np.ndarray]]  # waits for the arrays of a batch
@@ -37,7 +38,9 @@ class Model:
   """Embeds images and texts, and compares them.
 
   Embeddings are float32 [N, E] of unit norm, so their product is the cosine. All devices share
-  the work. A batch is padded, so that a call compiles one shape. Of several processes, all call a
+  the work. A batch is padded, so that a call compiles one shape for images, and a few for texts:
+  where the text tower ignores padding, a batch is as long as its longest text, rounded up. So the
+  last bits of an embedding depend on the other texts of the call. Of several processes, all call a
   method with the same images or texts; each reads its part, and all get the same result.
 
   >>> import bigalign
@@ -155,15 +158,27 @@ class Model:
       ValueError: for a model without a text tower.
     """
     tokenizer = self._tokenizer()
-    items = [texts] if isinstance(texts, str) else texts
-    total = len(items) if isinstance(items, Sequence) else None
+    listed = [texts] if isinstance(texts, str) else texts
+    items: Iterable[str] = (self._texts([text], i)[0] for i, text in enumerate(listed))
+    lengths = used_lengths(getattr(self.encoder.text_tower, "options", None))
 
     def prepare(start: int, part: Sequence[Any], own: Sequence[int]) -> Prepared:
-      texts = self._texts(part, start)
-      ids, mask = tokenizer.encode_batch([texts[i] for i in own])
+      # Of all rows, also those of other processes, so that all cut to one length.
+      ids, mask = tokenizer.encode_batch(part)
+      length = cut(lengths(ids, mask), ids.shape[1])
+      ids, mask = ids[own, :length], mask[own, :length]
       return lambda: {"ids": ids, "mask": mask}
 
-    return self._embedded(self._embed_text, items, total, prepare, batch_size, progress)
+    def embed(items: Iterable[str], total: int | None) -> np.ndarray:
+      return self._embedded(self._embed_text, items, total, prepare, batch_size, progress)
+
+    if not isinstance(listed, Sequence):
+      return embed(items, None)
+    # Texts of similar lengths share a batch, of which little is padding then.
+    known = list(items)
+    order = np.argsort([len(text) for text in known], kind="stable")
+    z = embed([known[i] for i in order], len(known))
+    return z[np.argsort(order)]
 
   # ------------------------------------------------------------------ comparisons
 
@@ -341,7 +356,7 @@ class Model:
     batch_size: int,
     progress: bool,
   ) -> np.ndarray:
-    """[N, E]: embeds items in batches of one shape.
+    """[N, E]: embeds items in batches of one size.
 
     Every process of a run gets all items and returns all embeddings, but prepares only its own rows
     of a batch: prepare(number of the first item, batch, places of the own ones in it).

@@ -12,6 +12,7 @@ from bigalign.data.loader.options import DataOptions
 from bigalign.evals import geometry, glyphs, retrieval, zeroshot
 from bigalign.evals.embed import Context
 from bigalign.options import Choose, Component, resolve_value
+from bigalign.towers.padding import UsedLengths, all_positions
 
 __all__ = ["EVALS", "Context", "EvalOptions", "make_evaluators", "named_files"]
 
@@ -50,6 +51,7 @@ def make_evaluators(
   embed_text: Callable[..., Any],
   mesh: Mesh,
   data: DataOptions,
+  text_lengths: UsedLengths = all_positions,
 ) -> dict[str, Evaluator]:
   """Returns the evaluators {name: run} of config.evals.
 
@@ -61,12 +63,13 @@ def make_evaluators(
     embed_text: embeds texts, see Context.
     mesh: to evaluate on.
     data: config.data.
+    text_lengths: see Context.
 
   Raises:
     ValueError, TypeError: for an unknown type or option; lists the known ones.
   """
   evaluators = {}
   for name, component in resolve_value(EvalOptions, evals, "config.evals").items():
-    context = Context(name, embed_image, embed_text, mesh, data)
+    context = Context(name, embed_image, embed_text, mesh, data, text_lengths)
     evaluators[name] = component.make(context=context)
   return evaluators

@@ -21,6 +21,7 @@ from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS, Rejected
 from bigalign.data.sources.base import open_source, read
 from bigalign.run.progress import track
+from bigalign.towers.padding import UsedLengths, all_positions, cut
 
 
 class Context(NamedTuple):
@@ -32,6 +33,8 @@ class Context(NamedTuple):
     embed_text: (params, ids [B, L] int32, mask [B, L] bool) -> [B, E], unit norm, float32; jitted.
     mesh: to evaluate on.
     data: config.data; images and texts are preprocessed in the same way.
+    text_lengths: how many positions of each text embed_text reads; the others are cut off. By
+      default it reads all.
   """
 
   name: str
@@ -39,6 +42,7 @@ class Context(NamedTuple):
   embed_text: Callable[[Any, jax.Array, jax.Array], jax.Array]
   mesh: Mesh
   data: DataOptions
+  text_lengths: UsedLengths = all_positions
 
 
 class EvalData(NamedTuple):
@@ -153,7 +157,20 @@ def over_mesh(context: Context, data: EvalData, **more: Any) -> Iterator[dict[st
   rows = sharding.host_rows(context.mesh, data.batch_size)
   total = -(-len(data.source) // data.batch_size)
   for batch in track(data.batches(**more), context.name, total, unit="batches"):
-    yield sharding.global_batch(context.mesh, batch, rows, data.batch_size)
+    cut_batch = _without_padding(context, batch)
+    yield sharding.global_batch(context.mesh, cut_batch, rows, data.batch_size)
+
+
+def _without_padding(context: Context, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+  """The batch without the positions of its texts that the tower does not read.
+
+  Several processes keep them: the arrays must have one shape on all, and each knows its rows only.
+  """
+  if jax.process_count() > 1:
+    return batch
+  ids, mask, there = (batch[name] for name in ("texts", "texts_mask", "texts_valid"))
+  length = cut(context.text_lengths(ids[there], mask[there]), ids.shape[-1])
+  return {**batch, "texts": ids[..., :length], "texts_mask": mask[..., :length]}
 
 
 def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
@@ -206,6 +223,7 @@ def mean_embedder(
   *,
   group: int,
   batch_size: int,
+  lengths: np.ndarray | None = None,
 ) -> Callable[[Any], jax.Array]:
   """Returns run(params) -> [N / group, E] on every device: unit means over groups of rows.
 
@@ -215,14 +233,17 @@ def mean_embedder(
     arrays: {name: [N, …]}, equal on every host.
     group: number of consecutive rows to average.
     batch_size: rows at a time, over all devices; rounded up to fit the mesh.
+    lengths: [N], positions on axis 1 of `arrays` that decide the embedding of each row. Rows of
+      similar lengths then share a batch, and the other positions are cut off.
   """
   count = len(next(iter(arrays.values())))
   batch_size = round_batch(context.mesh, min(batch_size, count))
   rows = sharding.host_rows(context.mesh, batch_size)
+  order = np.arange(count) if lengths is None else np.argsort(lengths, kind="stable")
+  places = rearrange(np.argsort(order), "(n g) -> n g", g=group)
 
-  def mean(batches: list[jax.Array]) -> jax.Array:
-    z = jnp.concatenate(batches)[:count]
-    z = rearrange(z, "(n g) e -> n g e", g=group).mean(1)
+  def mean(batches: list[jax.Array], places: jax.Array) -> jax.Array:
+    z = jnp.concatenate(batches)[places].mean(1)
     return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
 
   mean_jit = jax.jit(mean, out_shardings=sharding.replicated_sharding(context.mesh))
@@ -231,12 +252,15 @@ def mean_embedder(
     embedded = []
     starts = range(0, count, batch_size)
     for start in track(starts, context.name, len(starts), unit="batches of texts"):
-      # The last batch is padded with the first rows, which `mean` cuts off.
-      chosen = (start + rows) % count
+      # The last batch is padded with the first rows, which have no place.
+      chosen = order[(start + rows) % count]
       batch = {name: x[chosen] for name, x in arrays.items()}
+      if lengths is not None:  # those of the whole batch, so that all hosts cut to one length
+        longest = lengths[order[start : start + batch_size]]
+        batch = {name: x[:, : cut(longest, x.shape[1])] for name, x in batch.items()}
       on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
       embedded.append(embed(params, on_mesh))
-    means: jax.Array = sharding.block_on_cpu(mean_jit(embedded))
+    means: jax.Array = sharding.block_on_cpu(mean_jit(embedded, places))
     return means
 
   return run

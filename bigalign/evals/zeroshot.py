@@ -234,7 +234,12 @@ def class_weights(
     return context.embed_text(params, batch["ids"], batch["mask"])
 
   return mean_embedder(
-    context, embed, dict(ids=ids, mask=mask), group=len(templates), batch_size=batch_size
+    context,
+    embed,
+    dict(ids=ids, mask=mask),
+    group=len(templates),
+    batch_size=batch_size,
+    lengths=context.text_lengths(ids, mask),
   )
 
 

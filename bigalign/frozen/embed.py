@@ -41,6 +41,7 @@ from bigalign.options import plain, without_defaults
 from bigalign.run import errors, preemption, progress, runtime, tables
 from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.provenance import check_hosts_agree
+from bigalign.towers.padding import UsedLengths, cut, used_lengths
 
 SIDES = ("image", "text")
 BATCHES = 4  # per piece; a kill loses at most one piece
@@ -138,6 +139,7 @@ def embed(
         batch_size=batch_size,
         per_piece=per_piece,
         data=data,
+        lengths=used_lengths(config.model.text),
       )
     multihost_utils.sync_global_devices("embedded")
     for side, folder in folders.items():
@@ -188,6 +190,7 @@ def _fill(
   batch_size: int,
   per_piece: int,
   data: DataOptions,
+  lengths: UsedLengths,
 ) -> None:
   """Embeds the pieces that are missing on some side, one after the other."""
   folders = {side: folder for side, folder in folders.items() if not ranges[side].done}
@@ -219,7 +222,7 @@ def _fill(
       number = min(left, per_piece)
       left -= number
       wanted = [side for side in folders if piece >= ranges[side].next]
-      found, left_out = _piece(batches, number, towers, wanted, rows, batch_size, advance)
+      found, left_out = _piece(batches, number, towers, wanted, rows, batch_size, lengths, advance)
       for side, made in found.items():
         with np.errstate(over="ignore"):  # vectors beyond float16's 65,504 are left out
           vectors = made.vectors.astype(reader.DTYPES[towers.headers[side]["dtype"]])
@@ -246,6 +249,7 @@ def _piece(
   sides: Sequence[str],
   rows: np.ndarray,
   batch_size: int,
+  lengths: UsedLengths,
   advance: Callable[[], None],
 ) -> tuple[dict[str, _Rows], dict[str, int]]:
   """This process's rows of the next `number` batches, and {reason: samples left out}."""
@@ -281,7 +285,7 @@ def _piece(
     found["image"] = _Rows(*(np.concatenate(x) for x in zip(*images)))
   if "text" in sides:
     every = {name: np.concatenate([x[name] for x in texts]) for name in ("text", "mask")}
-    found["text"] = _Rows(_texts(every, towers, rows, batch_size), np.concatenate(samples))
+    found["text"] = _Rows(_texts(every, towers, rows, batch_size, lengths), np.concatenate(samples))
   return found, {reason: int(n) for reason, n in zip(REASONS, rejected) if n}
 
 
@@ -293,23 +297,35 @@ def _joined(words: np.ndarray) -> np.ndarray:
 
 
 def _texts(
-  every: Mapping[str, np.ndarray], towers: Towers, rows: np.ndarray, batch_size: int
+  every: Mapping[str, np.ndarray],
+  towers: Towers,
+  rows: np.ndarray,
+  batch_size: int,
+  lengths: UsedLengths,
 ) -> np.ndarray:
-  """[N, L] -> [N, D] or [N, 1 + L, D]; processes with fewer texts than others pad."""
-  count, own = len(every["text"]), len(rows)
-  longest = int(np.max(multihost_utils.process_allgather(np.int32(-(-count // own)))))
-  made = []
-  for start in range(0, longest * own, own):
-    part = (
-      {name: np.resize(x[start : start + own], (own, *x.shape[1:])) for name, x in every.items()}
-      if count > start
-      else {name: np.zeros((own, *x.shape[1:]), x.dtype) for name, x in every.items()}
-    )
+  """[N, L] -> [N, D] or [N, 1 + L, D]; processes with fewer texts than others pad.
+
+  The longest texts come first, so that the padding that the tower does not read can be cut off.
+  """
+  count, own, width = len(every["text"]), len(rows), every["text"].shape[1]
+  vectors = np.zeros((count, *reader.row_shape(towers.headers["text"])), np.float32)
+  batches = int(np.max(multihost_utils.process_allgather(np.int32(-(-count // own)))))
+  if not batches:
+    return vectors
+  used = lengths(every["text"], every["mask"])
+  order = np.argsort(-used, kind="stable")
+  chosen = [order[i * own :][:own] for i in range(batches)]
+  longest = np.array([used[some].max(initial=1) for some in chosen], np.int32)
+  longest = np.atleast_2d(multihost_utils.process_allgather(longest)).max(0)
+  for some, used_length in zip(chosen, longest):
+    length = cut(used_length, width)
+    # Repeats texts to fill a batch; of no text, it makes zeros.
+    part = {name: np.resize(x[some, :length], (own, length)) for name, x in every.items()}
     on_mesh = sharding.global_batch(towers.mesh, part, rows, batch_size)
     z = sharding.block_on_cpu(towers.run["text"](on_mesh["text"], on_mesh["mask"]))
-    made.append(sharding.host_part(z))
-  empty = np.empty((0, *reader.row_shape(towers.headers["text"])))
-  return np.concatenate(made)[:count] if made else empty
+    # A row with tokens keeps zeros for the padding that was cut off.
+    vectors[some, : z.shape[1]] = sharding.host_part(z)[: len(some)]
+  return vectors
 
 
 def summary(folders: Iterable[pathlib.Path]) -> dict[str, dict[str, Any]]:

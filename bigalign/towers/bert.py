@@ -13,6 +13,7 @@ import numpy as np
 from bigalign import checks, sharding, sphere
 from bigalign.towers import base
 from bigalign.towers.linear import Dense, lookup
+from bigalign.towers.padding import real_lengths
 
 POOLS = ("cls", "pooler", "mean")
 
@@ -113,6 +114,10 @@ class BertOptions(base.TransformerOptions):
     super().__post_init__()
 
   def build(self) -> Bert:
+  def used_lengths(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """[N]: how many leading positions of each text, [N, L], its embedding depends on."""
+    return real_lengths(mask)
+
     """The tower with these options."""
     return Bert(self)
 

@@ -8,10 +8,12 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bigalign import checks, sharding
 from bigalign.towers import base
 from bigalign.towers.linear import lookup
+from bigalign.towers.padding import all_positions, real_lengths
 
 POOLS = ("last", "eos", "argmax", "map", "mean")
 
@@ -51,6 +53,18 @@ class TextOptions(base.TransformerOptions):
   def build(self) -> Text:
     """The tower with these options."""
     return Text(self)
+
+  def used_lengths(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """[N]: how many leading positions of each text, [N, L], its embedding depends on."""
+    reads_all = self.pool == "last" or (not self.mask_padding and self.pool in ("map", "mean"))
+    if reads_all or not (self.mask_padding or self.causal):
+      return all_positions(ids, mask)
+    lengths = real_lengths(mask)
+    if self.pool == "argmax":  # it may find padding, which then has to stay
+      return np.maximum(lengths, 1 + np.argmax(ids, 1))
+    if self.pool == "eos" and self.eos is not None:
+      return np.maximum(lengths, 1 + np.argmax(ids == self.eos, 1))
+    return lengths
 
 
 class Text(nn.Module):
