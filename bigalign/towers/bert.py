@@ -114,12 +114,12 @@ class BertOptions(base.TransformerOptions):
     super().__post_init__()
 
   def build(self) -> Bert:
+    """The tower with these options."""
+    return Bert(self)
+
   def used_lengths(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """[N]: how many leading positions of each text, [N, L], its embedding depends on."""
     return real_lengths(mask)
-
-    """The tower with these options."""
-    return Bert(self)
 
 
 class Bert(nn.Module):
