@@ -28,6 +28,7 @@ from bigalign.options import (
   Call,
   Choose,
   Component,
+  PartOfConfig,
   plain,
   resolve,
   without_defaults,
@@ -38,6 +39,18 @@ from bigalign.run.provenance import digest
 from bigalign.weights import init
 
 OPTIMIZER_FIXED = ("params", "total_steps", "to_steps")  # passed by the program; not options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageEnd:
+  """What a stage has besides the options that it overrides.
+
+  Args:
+    until: where it ends: a number of updates, "5000 steps", "1e9 samples", "3 epochs", or a share
+      of the run, "90%".
+  """
+
+  until: int | str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +69,8 @@ class Config:
     model: towers, projectors, and pretrained weights.
     loss: {name: options}; each has a `weight`, and the weighted losses are added.
     optimizer: name, learning rate, schedule and options of the optimizer.
-    stages: earlier stages of the run, which override parts of this config; this config is the last
-      stage.
+    stages: earlier stages of the run, each with its `until` and the options of this config that it
+      overrides (docs/stages.md lists them); this config is the last stage.
     eval_every: steps between evaluations, or a duration; 0: only at the start and the end.
     diagnose_every: steps between diagnostics of the loss, or a duration: hardest negatives,
       saturation, shares of the gradient, temperatures; each costs about half a step. 0: none.
@@ -92,7 +105,7 @@ class Config:
     Component,
     Choose(OPTIMIZERS, fixed=OPTIMIZER_FIXED, shared=make_optimizer, default="adamw"),
   ]
-  stages: Sequence[Mapping[str, Any]] = ()
+  stages: Sequence[Annotated[Mapping[str, Any], PartOfConfig(StageEnd)]] = ()
   eval_every: int | str = 0
   diagnose_every: int | str = 0
   evals: EvalOptions = DEFAULTS

@@ -112,6 +112,16 @@ class Also(NamedTuple):
   group: type
 
 
+class PartOfConfig(NamedTuple):
+  """Marks a mapping that overrides options of the whole config, by the same names and types.
+
+  Args:
+    own: a dataclass with its options that the config does not have.
+  """
+
+  own: type
+
+
 class Option(NamedTuple):
   """One option: its type, its default (MISSING if it must be given), and its documentation."""
 
@@ -230,6 +240,8 @@ def inside(kind: Any) -> Inside:
   inner = _without_none(base)
   also = next((x for x in getattr(kind, "__metadata__", ()) if isinstance(x, Also)), None)
   options = definition(also.group) if also else {}
+  if own := own_options(kind):
+    return Inside(own, {}, {}, "", "", None)
   if isinstance(marker, Call):
     options |= definition(marker.function, marker.fixed)
   elif isinstance(marker, Choose):
@@ -247,6 +259,13 @@ def inside(kind: Any) -> Inside:
   elif typing.get_origin(inner) in (tuple, list, collections.abc.Sequence):
     return Inside({}, {}, {}, "", "", [*typing.get_args(inner), Any][0], "[0]")
   return Inside(options, {}, {}, "", "", None)
+
+
+def own_options(kind: Any) -> dict[str, Option]:
+  """{name: option} of a part of the config besides those of the config; {} for other types."""
+  extras = getattr(kind, "__metadata__", ())
+  part = next((x for x in extras if isinstance(x, PartOfConfig)), None)
+  return definition(part.own) if part else {}
 
 
 def _first_paragraph(target: Any) -> str:

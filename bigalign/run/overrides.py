@@ -115,6 +115,7 @@ def kind_of(
   path: tuple[Key, ...],
   config: Any,
   named: Mapping[tuple[Key, ...], str | None] = types.MappingProxyType({}),
+  outer: tuple[Key, ...] = (),
 ) -> Any:
   """The type of an option, or {name: Option} of one entry of a registry.
 
@@ -123,13 +124,17 @@ def kind_of(
     path: of the option.
     config: the config, which names the entries of registries.
     named: {path: name} of entries that replace those of the config.
+    outer: the place of the part of a config that `path` starts from, such as ("stages", 0).
 
   Raises:
     TypeError: for an option that does not exist.
   """
   kind: Any = root
   for i, key in enumerate(path):
-    here, where = path[:i], join_path(("config", *path[:i]))
+    here, where = path[:i], join_path(("config", *outer, *path[:i]))
+    own = options.own_options(kind)
+    if own and key not in own:  # a part of the config: its options are those of the config
+      return kind_of(root, path[i:], config, named, (*outer, *here))
     known, element = _options_at(kind, here, config, named)
     if isinstance(key, str) and key in known:
       kind = known[key].type

@@ -133,7 +133,19 @@ def test_a_negative_number_is_a_value():
     ("tiny", ["--config.data.augment=None"], {"data.augment": None}),
     # Elements of sequences.
     ("photos_frozen", ["--config.data.mixture[1].weight=2"], {"data.mixture[1].weight": 2.0}),
+    # Options of a stage have the types of the same options of the config.
     ("clipa_b16", ["--config.stages[0].batch_size=64"], {"stages[0].batch_size": 64}),
+    ("clipa_b16", ["--config.stages[0].until=2000"], {"stages[0].until": 2000}),
+    (
+      "clipa_b16",
+      ["--config.stages[0].model.image.patch_dropout=0", "--config.stages[0].data.augment=None"],
+      {"stages[0].model.image.patch_dropout": 0.0, "stages[0].data.augment": None},
+    ),
+    (
+      "clipa_b16",
+      ["--config.stages[0].data.augment.scale=(0.5, 1)", "--config.stages[0].until=90%"],
+      {"stages[0].data.augment.scale": (0.5, 1), "stages[0].until": "90%"},
+    ),
     # Names may hold what text holds.
     ("tiny", ["--config.data.source=/d/{00..09}.tar"], {"data.source": "/d/{00..09}.tar"}),
   ],
@@ -239,12 +251,25 @@ def _written(values, before=""):
       r"^--config\.seed: config\.seed needs a value, --config\.seed=VALUE; it is int",
     ),
     (["--noconfig.seed"], r"^--noconfig\.seed"),
+    (
+      ["--config.stages[0].batch_size=fast"],
+      r"^config\.stages\[0\]\.batch_size='fast' must be int$",
+    ),
+    (
+      ["--config.stages[0].data.tokenizer.length=1.5"],
+      r"^config\.stages\[0\]\.data\.tokenizer\.length='1\.5' must be int$",
+    ),
+    (
+      ["--config.stages[0].batchsize=64"],
+      r"^config\.stages\[0\]: unknown option 'batchsize'\. Did you mean 'batch_size'\?",
+    ),
     (["--config.mesh.fsdp=2", "--config.mesh={}"], r"--config\.mesh after .* would undo it"),
   ],
 )
 def test_mistakes_are_explained(words, message, configs):
+  config = "clipa_b16" if "stages" in words[0] else "tiny"
   with pytest.raises((TypeError, ValueError), match=message) as error:
-    read(configs["tiny"], *words)
+    read(configs[config], *words)
   assert len(str(error.value)) < 400
 
 
