@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import platform
 import socket
 from typing import Any
 
@@ -36,6 +38,15 @@ LIBTPU_INIT_ARGS_OF_KIND = {
 # https://docs.nvidia.com/jax-toolbox/environment-variables
 XLA_FLAGS_GPU = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
 XLA_FLAGS_DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_autotune_level=0")
+
+# Number and value of the parameters of glibc's mallopt (malloc.h): one arena, whose freed memory is
+# not returned to the kernel, for arrays of all sizes. It grows by 64 MiB at a time.
+MALLOPT = {
+  "arena_max": (-8, 1),
+  "mmap_max": (-4, 0),
+  "trim_threshold": (-1, -1),
+  "top_pad": (-2, 64 << 20),
+}
 
 # Variables that TPU hosts and their containers set, and other machines do not.
 TPU_VARIABLES = {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"}
@@ -86,6 +97,25 @@ def setup(
     jax.config.update(least, 0.0)
   if debug_nans:
     jax.config.update("jax_debug_nans", True)
+  if not (_gpu() or _tpu()):
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+  """Lets a program that computes on the CPU use freed memory again, where the C library is glibc.
+
+  XLA allocates the arrays of each step anew. By default glibc returns large ones to the kernel when
+  they are freed, and the next step waits for fresh pages. Parameters that the user has set by
+  GLIBC_TUNABLES or MALLOC_… keep their values.
+  """
+  if platform.libc_ver()[0] != "glibc":
+    return
+  mallopt = ctypes.CDLL(None).mallopt
+  tunables = os.environ.get("GLIBC_TUNABLES", "")
+  for name, (parameter, value) in MALLOPT.items():
+    variables = {f"MALLOC_{name.upper()}", f"MALLOC_{name.upper()}_"}
+    if f"glibc.malloc.{name}=" not in tunables and not variables & set(os.environ):
+      mallopt(parameter, value)
 
 
 def set_libtpu_flags(kind: str) -> None:

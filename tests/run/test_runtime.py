@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import platform
 import subprocess
 import sys
 import types
@@ -211,3 +212,47 @@ def test_only_processes_that_srun_started_wait_for_others(
     runtime.connect()
   assert called == [{}] * connects
   assert ("srun did not start this process" in caplog.text) == warns
+
+
+PAGE_FAULTS = """
+import resource
+import numpy as np
+from bigalign.run import runtime
+runtime.keep_freed_memory()
+for _ in range(2):
+  np.ones(16 << 20)  # 128 MiB
+print(-resource.getrusage(resource.RUSAGE_SELF).ru_minflt, end="")
+for _ in range(8):
+  np.ones(16 << 20)
+print("+" + str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is a function of glibc")
+@pytest.mark.parametrize("mine", ["", "glibc.malloc.mmap_max=65536"])
+def test_freed_memory_is_used_again(mine):
+  ended = subprocess.run(
+    [sys.executable, "-c", PAGE_FAULTS],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "GLIBC_TUNABLES": mine},
+    check=True,
+  )
+  before, after = map(int, ended.stdout.removeprefix("-").split("+"))
+  # 8 arrays of 32,768 pages of 4 KiB, unless the kernel gives larger pages.
+  assert (after - before > 500) == bool(mine)
+
+
+@pytest.mark.parametrize(
+  "gpu,tpu,expected", [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_only_programs_on_the_cpu_keep_freed_memory(monkeypatch, gpu, tpu, expected):
+  calls = []
+  monkeypatch.setattr(runtime, "_gpu", lambda: gpu)
+  monkeypatch.setattr(runtime, "_tpu", lambda: tpu)
+  monkeypatch.setattr(runtime, "keep_freed_memory", lambda: calls.append(1))
+  monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+  runtime.setup(cache=None)
+  assert bool(calls) == expected
