@@ -19,7 +19,6 @@ from bigalign.config import (
   tokenizer_files,
   with_tokenizer_digest,
 )
-from bigalign.data.files.patterns import expand_shards
 from bigalign.evals import Evaluator, make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.options import plain
@@ -29,6 +28,8 @@ from bigalign.run.provenance import changed_ids, check_hosts_agree, read_config
 from bigalign.run.tables import show, write_json
 from bigalign.run.workdir import Workdir
 from bigalign.state import restore_params
+
+_ZEROSHOT = "zeroshot (--zeroshot)"  # as Python and the command line name it
 
 
 class Run(NamedTuple):
@@ -168,8 +169,8 @@ def _evaluators_with_data(run: Run) -> tuple[dict[str, Evaluator], dict[str, str
   check_hosts_agree({"set of evaluators whose data is there": [*evaluators]})
   if missing and not evaluators:
     raise FileNotFoundError(
-      f"The data of no evaluator of {run.workdir} is on this machine; name other data with"
-      f" --retrieval or --zeroshot. {'; '.join(missing.values())}"
+      f"The data of no evaluator of {run.workdir} is on this machine; give other data as retrieval"
+      f" or zeroshot (--retrieval, --zeroshot). {'; '.join(missing.values())}"
     )
   return evaluators, missing
 
@@ -187,14 +188,16 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
   """
   if "://" in str(folder):
     raise ValueError(
-      f"--zeroshot={folder}: a folder on a disk or a mount. Shards in an object store can be named"
+      f"{_ZEROSHOT}={folder}: a folder on a disk or a mount. Shards in an object store can be named"
       ' in the config: config.evals.NAME = dict(type="zeroshot", source="gs://…/*.tar"), with'
       " classnames.txt next to them."
     )
   given = pathlib.Path(folder).expanduser().absolute()
-  shards = given if any(given.glob("*.tar")) else given / "test"
-  pattern = str(shards / "*.tar")
-  expand_shards(pattern)  # raises for a folder without shards
+  shards = next((x for x in (given, given / "test") if any(x.glob("*.tar"))), None)
+  if shards is None:
+    here = f"neither {given} nor {given / 'test'} holds shards (.tar)"
+    problem = here if given.is_dir() else "there is no such folder"
+    raise FileNotFoundError(f"{_ZEROSHOT}={folder}: {problem}")
 
   def find(name: str) -> list[pathlib.Path]:
     return [path / name for path in (shards, shards.parent) if (path / name).is_file()]
@@ -202,10 +205,12 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
   classnames, templates = find("classnames.txt"), find("zeroshot_classification_templates.txt")
   if not classnames:
     raise FileNotFoundError(
-      f"neither {shards} nor {shards.parent} holds a classnames.txt: one name per line, in the"
-      " order of the labels"
+      f"{_ZEROSHOT}={folder}: neither {shards} nor {shards.parent} holds a classnames.txt: one name"
+      " per line, in the order of the labels"
     )
-  options: dict[str, Any] = dict(type="zeroshot", source=pattern, classnames=str(classnames[0]))
+  options: dict[str, Any] = dict(
+    type="zeroshot", source=str(shards / "*.tar"), classnames=str(classnames[0])
+  )
   if templates:
     options["templates"] = str(templates[0])
   return classnames[0].parent.name, options

@@ -74,6 +74,9 @@ def test_evaluators_without_data_are_left_out_by_name(tmp_path, monkeypatch):
   assert found == {"val/x": 1.0}
   assert [*written["evals"]] == ["val"]
   assert written["left_out"] == {"gone": f"{tmp_path}/gone.tar: No such file or directory"}
+  other = r"give other data as retrieval or zeroshot \(--retrieval, --zeroshot\)\. .*gone\.tar"
+  with pytest.raises(FileNotFoundError, match=other):
+    evaluate.evaluate(run_with("gone"))
   with pytest.raises(KeyError, match="bug"):
     evaluate.evaluate(run_with("val", "bug"))
 
@@ -101,6 +104,29 @@ def test_shards_and_a_folder_given_by_hand(trained, tmp_path):
   )
   assert found["val/shapes-zeroshot-val-num_classes"] == 3
   assert found["val/shapes-zeroshot-val-num_samples"] == found["val/num_samples"] == 10
+
+
+@pytest.mark.parametrize(
+  ("folder", "members", "message"),
+  [
+    ("gs://bucket/shapes", (), "a folder on a disk or a mount"),
+    ("nowhere", (), "there is no such folder"),
+    (
+      "empty",
+      ("empty/classnames.txt",),
+      r"neither .*empty nor .*/test holds shards \(\.tar\)",
+    ),
+    ("bare", ("bare/test/0.tar",), r"neither .*bare/test nor .*bare holds a classnames\.txt"),
+  ],
+)
+def test_a_folder_of_classes_that_cannot_be_used(folder, members, message, tmp_path, monkeypatch):
+  """The message names the option, in the words of the command line and of Python."""
+  monkeypatch.chdir(tmp_path)
+  for member in members:
+    (tmp_path / member).parent.mkdir(parents=True)
+    (tmp_path / member).write_text("disc")
+  with pytest.raises((ValueError, OSError), match=rf"^zeroshot \(--zeroshot\)={folder}: {message}"):
+    evaluate.data_evals(None, None, folder)
 
 
 def test_steps_that_a_run_does_not_have(trained):
