@@ -122,15 +122,53 @@ def test_large_shards_are_not_indexed_automatically(tmp_path, monkeypatch):
     open_source(f"{tmp_path}/0.tar")
 
 
-@pytest.mark.parametrize("change", ["size", "time"])
-def test_a_stale_index_is_refused(tmp_path, change):
-  path = pathlib.Path(write_tar(tmp_path / "0.tar", samples(0, 3)))
-  open_source(str(path))
-  if change == "size":
+def change(path, how):
+  if how == "size":
     path.write_bytes(path.read_bytes() + bytes(512))
   else:
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-  with pytest.raises(OSError, match=r"0\.tar: the shard changed .*index it again: bigalign index"):
+
+
+REFUSED = r"0\.tar: the shard changed .*index it again: bigalign index"
+
+
+@pytest.mark.parametrize("how", ["size", "time"])
+def test_a_stale_index_that_a_user_made_is_refused(tmp_path, how):
+  path = pathlib.Path(write_tar(tmp_path / "0.tar", samples(0, 3)))
+  index.index_shard(str(path), str(tmp_path))
+  index.merge(str(tmp_path), str(tmp_path))
+  open_source(str(path))
+  change(path, how)
+  with pytest.raises(OSError, match=REFUSED):
+    open_source(str(path))
+
+
+@pytest.mark.parametrize("how", ["size", "time"])
+def test_shards_that_opening_indexed_are_indexed_again_when_they_change(tmp_path, how, caplog):
+  paths = [pathlib.Path(write_tar(tmp_path / f"{i}.tar", samples(3 * i, 3))) for i in range(2)]
+  pattern = f"{tmp_path}/*.tar"
+  opened = open_source(pattern)
+  change(paths[0], how)
+  with pytest.raises(OSError, match=REFUSED):  # a data worker reads what its run began with
+    pickle.loads(pickle.dumps(opened))
+  assert not caplog.records
+  write_tar(paths[1], samples(7, 5))
+  again = open_source(pattern)
+  assert len(again) == 8 and again[7]["captions"] == ("picture number 11",)
+  (line,) = [x.getMessage() for x in caplog.records]
+  assert line.startswith("2 of 2 shards in") and line.endswith(
+    "(the first: 0.tar); they are indexed again"
+  )
+  open_source(pattern)
+  assert len(caplog.records) == 1
+
+
+def test_many_bytes_that_changed_are_not_indexed_unasked(tmp_path, monkeypatch):
+  path = pathlib.Path(write_tar(tmp_path / "0.tar", samples(0, 3)))
+  open_source(str(path))
+  change(path, "time")
+  monkeypatch.setattr(shards, "UNASKED", 1000)
+  with pytest.raises(OSError, match=REFUSED):
     open_source(str(path))
 
 

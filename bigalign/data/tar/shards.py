@@ -32,6 +32,8 @@ class Shards:
   Args:
     paths: of the shards.
     pattern: names the shards in errors.
+    refresh: whether local shards that changed are indexed again, if their index is not next to
+      them: opening them made it. The log says so.
 
   Raises:
     ValueError: for remote shards, or many bytes of local ones, that are not indexed; gives the
@@ -39,9 +41,10 @@ class Shards:
     storage.FileChanged: if a shard changed since it was indexed.
   """
 
-  def __init__(self, paths: Sequence[str], *, pattern: str):
+  def __init__(self, paths: Sequence[str], *, pattern: str, refresh: bool = True):
     self.paths = list(paths)
     self._pattern = pattern
+    self._refresh = refresh
     self._indexes: list[index.Index] = [None] * len(self.paths)  # type: ignore[list-item]
     table, first = np.empty(len(self.paths), index.TABLE), np.empty(len(self.paths), np.int64)
     self.fields: set[str] = set()
@@ -101,12 +104,14 @@ class Shards:
   def _open(self, folder: str, names: Sequence[str]) -> index.Index:
     """The index of a folder; makes it first if it is missing and takes little time."""
     best = _best_index(folder, names)
-    missing = [os.path.join(folder, name) for name in names if not best or name not in best.rows]
-    if best and not missing:
-      return best
     own, remote = index.home(folder), storage.is_remote(folder)
-    size = 0 if remote else sum(storage.stat(path).size for path in missing)
     next_to_shards = best is not None and os.path.dirname(best.path) == folder
+    missing = [os.path.join(folder, name) for name in names if not best or name not in best.rows]
+    may_refresh = self._refresh and not remote and not next_to_shards
+    stale = _changed(best, folder, names) if best and may_refresh else []
+    size = 0 if remote else sum(storage.stat(path).size for path in [*missing, *stale])
+    if best and not missing and (not stale or size > UNASKED):
+      return best  # opening it reports a shard that changed
     if remote or next_to_shards or size > UNASKED:
       raise ValueError(
         f"{self._pattern!r}: {len(missing)} of {len(names)} shards in {folder or os.curdir} are"
@@ -115,8 +120,18 @@ class Shards:
         f"bigalign index {shlex.quote(self._pattern)}; after --out DIR, also set "
         "BIGALIGN_INDEX=DIR"
       )
-    logger.info("Indexing %d shards of %s, %.2g GB, into %s", len(missing), folder, size / 1e9, own)
-    for path in missing:
+    number = len(missing) + len(stale)
+    logger.info("Indexing %d shards of %s, %.2g GB, into %s", number, folder, size / 1e9, own)
+    if stale:
+      logger.warning(
+        "%d of %d shards in %s changed since they were indexed (the first: %s); they are indexed"
+        " again",
+        len(stale),
+        len(names),
+        folder or os.curdir,
+        os.path.basename(stale[0]),
+      )
+    for path in [*missing, *stale]:
       index.index_shard(path, own)
     index.merge(folder, own)
     return index.Index(os.path.join(own, index.FILE))
@@ -172,8 +187,21 @@ def _best_index(folder: str, names: Sequence[str]) -> index.Index | None:
   return min(indexes, key=count_wrong)  # on a tie, the one next to the shards
 
 
+def _changed(opened: index.Index, folder: str, names: Sequence[str]) -> list[str]:
+  """The paths of local shards that changed; looks at CHECKED of them, at all if one did."""
+
+  def changed(name: str) -> bool:
+    stat = opened.part(opened.rows[name]).stat
+    return stat != storage.stat(os.path.join(folder, name))
+
+  known = [name for name in names if name in opened.rows]
+  if not any(changed(known[n]) for n in draw(len(known), CHECKED)):
+    return []
+  return [os.path.join(folder, name) for name in known if changed(name)]
+
+
 def _reopen(paths: Sequence[str], pattern: str, fingerprint: str) -> Shards:
-  shards = Shards(paths, pattern=pattern)
+  shards = Shards(paths, pattern=pattern, refresh=False)
   if shards.fingerprint != fingerprint:
     raise OSError(f"{pattern!r}: the shards were indexed again, and differ; start again")
   return shards
