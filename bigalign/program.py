@@ -38,6 +38,7 @@ class Program:
       narrower in the data.
     sources: how many sources the data mixes.
     sizes: the number of ids, {"image": n, "text": m}, and "embed", the width E.
+    params: {path: shape} of all parameters.
     frozen: regular expression of the parameters that are not trained.
     ema: decay of the running average of the parameters; 0: none.
     seed: of dropout and of the draws of the loss.
@@ -54,6 +55,7 @@ class Program:
   spec: Mapping[str, tuple[tuple[int, ...], Any]]
   sources: int
   sizes: Mapping[str, int]
+  params: Mapping[str, Any]
   frozen: str
   ema: float
   seed: int
@@ -88,7 +90,7 @@ def make_program(config: Config, *, dataset_size: int = 0) -> Program:
   program = Program(
     model=model,
     loss=make_loss(config.loss),
-    optimizer=optax.identity(),  # replaced below: the optimizer needs the parameters' shapes
+    optimizer=optax.identity(),  # replaced below, like `rate`: the optimizer needs `params`
     rate=lambda step: step,
     spec=_spec(model, config.batch_size, config.data),
     sources=max(1, len(config.data.mixture)),
@@ -97,6 +99,7 @@ def make_program(config: Config, *, dataset_size: int = 0) -> Program:
       "text": dataset_size * config.data.captions_per_image,
       "embed": config.model.embed_dim,
     },
+    params={},
     frozen=config.frozen,
     ema=config.ema,
     seed=config.seed,
@@ -105,8 +108,8 @@ def make_program(config: Config, *, dataset_size: int = 0) -> Program:
     gradient_dtype=config.gradient_dtype,
     logits=config.logits,
   )
-  shapes = jax.eval_shape(functools.partial(init_params, program), jax.random.key(config.seed))
-  _, trainable = tree.partition(shapes, config.frozen, "config.frozen")
+  params = jax.eval_shape(functools.partial(init_params, program), jax.random.key(config.seed))
+  _, trainable = tree.partition(params, config.frozen, "config.frozen")
   if not trainable:
     raise ValueError(f"config.frozen={config.frozen!r} leaves no parameter to train")
   optimizer, rate = make_optimizer(
@@ -116,7 +119,7 @@ def make_program(config: Config, *, dataset_size: int = 0) -> Program:
     name=config.optimizer.name,
     **config.optimizer.options,
   )
-  return dataclasses.replace(program, optimizer=optimizer, rate=rate)
+  return dataclasses.replace(program, params=params, optimizer=optimizer, rate=rate)
 
 
 def stage_program(program: Program, stage: stages.Stage, mesh: jax.sharding.Mesh) -> Program:
@@ -177,7 +180,11 @@ def init_state(program: Program, key: jax.Array, loaded: Arrays | None = None) -
     key: of the random parameters.
     loaded: {path: array}: parameters that are used instead of random ones.
   """
-  params = {**init_params(program, key), **(loaded or {})}
+  return _first_state(program, {**init_params(program, key), **(loaded or {})})
+
+
+def _first_state(program: Program, params: Arrays) -> State:
+  """The state before the first update, with all parameters by path."""
   frozen, trainable = tree.partition(params, program.frozen, "config.frozen")
   # Frozen parameters are stored in their compute dtype.
   frozen = {path: x.astype(compute_dtype(program.model, path)) for path, x in frozen.items()}
@@ -208,7 +215,7 @@ def layout(
   program: Program, mesh: jax.sharding.Mesh, rules: Sequence[Any] | None = None
 ) -> tuple[State, State]:
   """The shapes of a state and the shardings of its arrays; allocates no parameters."""
-  shapes = jax.eval_shape(functools.partial(init_state, program), jax.random.key(program.seed))
+  shapes = jax.eval_shape(functools.partial(_first_state, program), program.params)
   return shapes, state_shardings(shapes, mesh, rules)
 
 

@@ -61,7 +61,7 @@ from bigalign.run.provenance import (
 from bigalign.run.timing import Profile, StartupTimer, StepTimer
 from bigalign.run.workdir import Workdir
 from bigalign.stages import Stage, named, split
-from bigalign.state import State, describe, parts, restore
+from bigalign.state import Arrays, State, describe, parts, restore
 from bigalign.step import (
   CompiledStep,
   StepChecks,
@@ -244,7 +244,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
     due = saved.get("due", ())  # older checkpoints hold no such list
     if keep_changed and not checkpoints.knows_best():
       with jax.set_mesh(mesh):
-        checkpoints.check_best(_scores(evaluators, state))
+        checkpoints.check_best(_scores(evaluators, state, resumed_from))
     logging.info("Resuming from step %d, %d samples seen", resumed_from, samples_seen)
   if inputs.stores:
     check_stores(inputs.stores.sides, options, program, state)
@@ -482,21 +482,27 @@ def _evaluate(
 ) -> dict[str, float]:
   """{metric: value} of the parameters, and "ema/…" of their averages; written and shown."""
   with progress.evaluating():
-    scores = _scores(evaluators, state)
+    scores = _scores(evaluators, state, step)
   if scores:
     writer.write(step, scores)
     progress.log(step, scores)
   return scores
 
 
-def _scores(evaluators: Mapping[str, Evaluator], state: State) -> dict[str, float]:
+def _scores(evaluators: Mapping[str, Evaluator], state: State, step: int) -> dict[str, float]:
   """{metric: value} of the parameters, and "ema/…" of their averages."""
-  scores: dict[str, float] = {}
-  for prefix, learned in (("", state.trainable), ("ema/", state.ema)):
-    for evaluator in evaluators.values() if learned else ():
-      values = evaluator({**learned, **state.frozen})
-      scores |= {prefix + name: value for name, value in values.items()}
-  return scores
+
+  def of(learned: Arrays) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for evaluator in evaluators.values():
+      scores |= evaluator({**learned, **state.frozen})
+    return scores
+
+  scores = of(state.trainable)
+  if not state.ema:
+    return scores
+  averages = of(state.ema) if step else scores  # they start as equal to the parameters
+  return scores | {f"ema/{name}": value for name, value in averages.items()}
 
 
 def _count_rejects(run: Run, checks: Sequence[StepChecks]) -> None:

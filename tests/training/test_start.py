@@ -1,0 +1,52 @@
+"""What a start does not do twice: tracing the model, compiling, evaluating equal parameters."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import pytest
+from helpers import small_runs
+from helpers.shipped import load
+
+from bigalign import program, sharding, train
+from bigalign.config import resolve_config
+from bigalign.run.metrics import read_metrics
+from bigalign.state import State
+
+ONE = {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def test_the_shapes_of_a_state_need_no_second_trace_of_the_model(monkeypatch):
+  config = load("tiny").to_dict() | {"frozen": "image_tower", "loss": {"sogclr": {}}}
+  made = program.make_program(resolve_config(config), dataset_size=100)
+  traced = jax.eval_shape(functools.partial(program.init_state, made), jax.random.key(0))
+  monkeypatch.setattr(program.DualEncoder, "init", None)
+  shapes, _ = program.layout(made, sharding.make_mesh())
+  assert shapes == traced
+
+
+@pytest.mark.parametrize("step, average, evaluations", [(0, 1.0, 1), (5, 3.0, 2), (5, None, 1)])
+def test_averages_are_evaluated_once_they_differ_from_the_parameters(step, average, evaluations):
+  averages = {} if average is None else {"a": average}
+  state = State(step=step, trainable={"a": 1.0}, frozen={"b": 2.0}, ema=averages, opt=(), loss=())
+  seen = []
+
+  def evaluate(params):
+    seen.append(params)
+    return {"val/sum": params["a"] + params["b"]}
+
+  scores = train._scores({"val": evaluate}, state, step)
+  assert scores == {"val/sum": 3.0} | ({"ema/val/sum": average + 2.0} if averages else {})
+  assert len(seen) == evaluations
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(tmp_path):
+  """Each of its programs comes from the compilation cache, from initialisation to evaluation."""
+  c = small_runs.config(ONE, total_steps=1, evals=small_runs.evals(tmp_path)).to_dict()
+  for name in ("first", "second"):
+    jax.clear_caches()
+    train.train(c, tmp_path / name)
+  (row,) = [row for row in read_metrics(tmp_path / "second") if "perf/programs" in row]
+  assert row["perf/programs_from_cache"] == row["perf/programs"] > 4
