@@ -126,7 +126,7 @@ def describe(
   tensors, layout = wrappers.fitted(tensors, make)
   tensors = wrappers.with_scalars(tensors, layout)
   if sentence and "text" in layout.model:
-    layout = dual.sentence(folder, layout)
+    tensors, layout = dual.sentence(folder, tensors, layout)
   model = dict(layout.model)
   view = None
   if "pixels" in model:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from bigalign import tree
 from bigalign.data.text import stated
+from bigalign.weights import table
 from bigalign.weights.clip import projections
-from bigalign.weights.files import is_name, read_json
+from bigalign.weights.files import Tensors, is_name, open_tensors, read_json
 from bigalign.weights.layout import Layout, Shapes, call, join
 
 _ENCODERS = ("Transformer", "CLIPModel")  # modules that hold a folder of transformers
-# Keys of a Pooling module besides pooling_mode….
+# Keys of a Dense module, and of a Pooling module besides pooling_mode….
+_DENSE = (
+  *("in_features", "out_features", "bias", "activation_function"),
+  *("module_input_name", "module_output_name"),
+)
+_SENTENCE = "sentence_embedding"  # the output of Pooling
+_WIDEST = 2**24
 _POOLING = ("word_embedding_dimension", "embedding_dimension", "include_prompt")
 
 
@@ -60,24 +67,40 @@ def vision_text(
   )
 
 
-def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
-  """A text encoder's layout with the pooling, norm and length of a sentence-transformers folder.
+def sentence(folder: pathlib.Path, tensors: Tensors, layout: Layout) -> tuple[Tensors, Layout]:
+  """A text encoder with the modules of a sentence-transformers folder: pooling, norm, projector.
+
+  Args:
+    folder: of the modules.
+    tensors: of the encoder.
+    layout: of the encoder.
+
+  Returns:
+    The tensors and the layout, with those of Dense modules, which are a projector, and the length
+    of texts.
 
   Raises:
-    ValueError: for a module or a setting that our towers do not have.
+    ValueError: for a module or a setting that our towers and projectors do not have.
   """
   options = dict(layout.model["text"])
+  dense: list[pathlib.Path] = []
   for number, kind, path in _modules(folder):
-    if kind == "Pooling":
+    if kind == "Pooling" and not dense:
       prompted = "prompt" in stated.near(folder / transformer(folder))
       options["pool"] = _pooling(folder / path / "config.json", prompted=prompted)
     elif kind == "Normalize":
-      options["unit"] = True
-    elif kind not in _ENCODERS:
+      if not dense:  # after a projector, the model itself makes embeddings of unit norm
+        options["unit"] = True
+    elif kind == "Dense" and "image" not in layout.model:
+      dense.append(folder / path)
+    elif kind not in _ENCODERS or dense:
       raise ValueError(
-        f"{folder / 'modules.json'}: module {number} is {kind!r}; known: CLIPModel, Transformer,"
-        " Pooling, Normalize"
+        f"{folder / 'modules.json'}: module {number} is {kind!r}; known: CLIPModel, or Transformer,"
+        " Pooling, Normalize and Dense, in this order"
       )
+  if dense:
+    tensors, projector = _projector(dense, tensors)
+    layout = join(layout, projector)
   data = {}
   file = folder / transformer(folder) / "sentence_bert_config.json"
   if file.is_file():
@@ -88,7 +111,35 @@ def sentence(folder: pathlib.Path, layout: Layout) -> Layout:
         " positions"
       )
     data = {"length": length or options["length"]}
-  return join(layout, Layout({"text": options}, (), data=data))
+  return tensors, join(layout, Layout({"text": options}, (), data=data))
+
+
+def _projector(modules: Sequence[pathlib.Path], tensors: Tensors) -> tuple[Tensors, Layout]:
+  """The tensors with those of the Dense modules, and the layout of these: a projector of texts.
+
+  Raises:
+    ValueError: for other layers than those of the projectors "linear" and "mlp".
+  """
+  layers = [_dense(module / "config.json") for module in modules]
+  functions = [layer.function for layer in layers]
+  options: dict[str, Any]
+  if functions == ["Identity"]:
+    names, options = ["out"], dict(name="linear", bias=layers[0].bias)
+  elif functions == ["GELU", "Identity"]:
+    names, options = ["fc1", "fc2"], dict(name="mlp", hidden=layers[0].width)
+    options |= dict(bias=layers[0].bias, out_bias=layers[1].bias)
+  else:
+    raise ValueError(
+      f"{modules[0] / 'config.json'}: activation_function: {tree.shown(functions, sep=', ')};"
+      " known: Identity of one Dense module, or GELU and Identity of two"
+    )
+  rows = []
+  for module, name, layer in zip(modules, names, layers):
+    found = open_tensors(module)
+    prefix = f"{module.name}."
+    tensors = tensors.joined({prefix + key: found[key] for key in found})
+    rows += table.dense(f"text_projector/{name}", f"{prefix}linear", bias=layer.bias)
+  return tensors, Layout({"text_projector": options, "embed_dim": layers[-1].width}, tuple(rows))
 
 
 def transformer(folder: pathlib.Path) -> str:
@@ -140,3 +191,35 @@ def _pooling(file: pathlib.Path, *, prompted: bool) -> str:
   if len(chosen) != 1 or chosen[0] not in names:
     raise ValueError(f"{file}: pooling_mode: {chosen}; exactly one of {sorted(names)} is needed")
   return names[chosen[0]]
+
+
+class _Dense(NamedTuple):
+  """A Dense module: its width, whether it has a bias, and the class of its activation."""
+
+  width: int
+  bias: bool
+  function: str
+
+
+def _dense(file: pathlib.Path) -> _Dense:
+  """The settings of a Dense module.
+
+  Args:
+    file: config.json of the module.
+
+  Raises:
+    ValueError: for an unknown key or an impossible value.
+  """
+  given = read_json(file)
+  unknown = [key for key in given if key not in _DENSE]
+  if unknown:
+    raise ValueError(f"{file}: {tree.shown(unknown)}: unknown keys ({len(unknown)})")
+  width, bias = given.get("out_features"), given.get("bias", True)
+  if type(width) is not int or not 1 <= width <= _WIDEST or type(bias) is not bool:
+    shown = tree.cut(repr(given), 300)
+    raise ValueError(f"{file}: {shown}: out_features must be a number and bias true or false")
+  for key in _DENSE[-2:]:
+    if given.get(key, _SENTENCE) not in (_SENTENCE, None):
+      raise ValueError(f"{file}: {key}: {str(given[key])[:80]!r}; known: {_SENTENCE!r}")
+  function = str(given.get("activation_function", "torch.nn.modules.activation.Tanh"))
+  return _Dense(width, bias, function[:200].rsplit(".", 1)[-1])

@@ -95,6 +95,10 @@ class Tensors(Mapping[str, Entry]):
     """The same tensors with other keys, {old: new}."""
     return Tensors(self.path, {names[key]: entry for key, entry in self._entries.items()})
 
+  def joined(self, others: Mapping[str, Entry]) -> Tensors:
+    """The same tensors and those of other files."""
+    return Tensors(self.path, {**self._entries, **others}, self._shapes)
+
   def reshaped(self, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     """The same tensors, some of another shape with as many numbers."""
     return Tensors(self.path, self._entries, shapes)

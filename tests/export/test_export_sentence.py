@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from test_export import BERT, CLIP, CLIP_LOSS, SIGLIP_LOSS, make_run, pieces_for
 
+import bigalign
 from bigalign import tree, weights
 from bigalign.export import check, main
 from bigalign.export.formats import prepare
@@ -62,6 +63,8 @@ def test_the_text_side_is_a_sentence_transformers_folder(name, tmp_path, monkeyp
   for module in modules[1:]:
     x = _MODULES[module["type"].rsplit(".", 1)[1]](x, mask, out / module["path"])
   expected = main.embeddings(trained, texts)
+  loaded = bigalign.load(out)  # pooling, norm, projector and tokenizer, as their library has them
+  np.testing.assert_allclose(loaded.embed_texts(texts, progress=False), expected, atol=2e-5)
   assert np.ptp(expected, 0).max() > 1e-1
   np.testing.assert_allclose(x, expected, atol=2e-5)
   with np.load(out / "samples.npz") as stored:

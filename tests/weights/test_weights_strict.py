@@ -28,6 +28,7 @@ from bigalign import sharding, tree, weights
 from bigalign.model import make_model
 
 RNG = np.random.default_rng(0)
+DENSE = {"fc1": (5, 12), "fc2": (7, 5)}  # [out, in] of two Dense modules
 
 
 @pytest.fixture
@@ -260,8 +261,37 @@ def test_names_of_old_and_of_headed_models(tmp_path, prefix, norm):
     (dict(BERT, position_embedding_type="relative_key"), {}, "position_embedding_type"),
     (
       BERT,
-      {"modules.json": [dict(type="x.Transformer", path=""), dict(type="x.Dense", path="2")]},
-      "modules.json: module 1 is 'Dense'",
+      {"modules.json": [dict(type="x.Transformer", path=""), dict(type="x.LSTM", path="2")]},
+      "modules.json: module 1 is 'LSTM'",
+    ),
+    (
+      BERT,
+      {
+        "modules.json": [dict(type="x.Dense", path="1"), dict(type="x.Pooling", path="2")],
+        "1/config.json": dict(out_features=3, activation_function="torch.nn.Identity"),
+      },
+      "modules.json: module 1 is 'Pooling'; known: .* in this order",
+    ),
+    (
+      BERT,
+      {
+        "modules.json": [dict(type="x.Dense", path="1")],
+        "1/config.json": dict(out_features=3),
+      },
+      "1/config.json: activation_function: Tanh; known: Identity of one Dense",
+    ),
+    (
+      BERT,
+      {"modules.json": [dict(type="x.Dense", path="1")], "1/config.json": dict(out_features=0)},
+      "1/config.json: .*out_features must be a number",
+    ),
+    (
+      BERT,
+      {
+        "modules.json": [dict(type="x.Dense", path="1")],
+        "1/config.json": dict(out_features=3, module_input_name="token_embeddings"),
+      },
+      "1/config.json: module_input_name: 'token_embeddings'; known: 'sentence_embedding'",
     ),
     (
       BERT,
@@ -318,6 +348,37 @@ def test_two_libraries_in_one_folder(clip):
   (path / "model.safetensors").unlink()
   with pytest.raises(ValueError, match=r"open_clip_config\.json: model_cfg: must be an object"):
     weights.describe(path)
+
+
+def test_dense_modules_of_sentence_transformers_are_a_projector(tmp_path):
+  """Their tensors are in files of their own."""
+  top = folder(tmp_path / "dense", BERT, bert_keys(BERT)[1])
+  kernels = {name: RNG.standard_normal(x).astype(np.float32) for name, x in DENSE.items()}
+  files = {
+    "modules.json": [
+      dict(type=f"a.{kind}", path=path)
+      for kind, path in zip(("Transformer", "Pooling", "Dense", "Dense", "Normalize"), " 1234")
+    ],
+    "1/config.json": dict(pooling_mode_mean_tokens=True),
+    "2/config.json": dict(out_features=5, bias=True, activation_function="torch.nn.GELU"),
+    "3/config.json": dict(out_features=7, bias=False, activation_function="torch.nn.Identity"),
+  }
+  for name, content in files.items():
+    (top / name).parent.mkdir(exist_ok=True)
+    (top / name).write_text(json.dumps(content).replace('" "', '""'))
+  bias = np.arange(5, dtype=np.float32)
+  save(top / "2/model.safetensors", {"linear.weight": kernels["fc1"], "linear.bias": bias})
+  save(top / "3/model.safetensors", {"linear.weight": kernels["fc2"]})
+  checkpoint = weights.describe(top)
+  projector = dict(name="mlp", hidden=5, bias=True, out_bias=False)
+  assert checkpoint.model["text_projector"] == projector and checkpoint.model["embed_dim"] == 7
+  assert checkpoint.model["text"]["pool"] == "mean" and "unit" not in checkpoint.model["text"]
+  shapes = {f"text_projector/{x}/kernel": x_shape[::-1] for x, x_shape in DENSE.items()}
+  shapes["text_projector/fc1/bias"] = (5,)
+  found = checkpoint.load({k: jax.ShapeDtypeStruct(x, np.float32) for k, x in shapes.items()})
+  for name, kernel in kernels.items():
+    np.testing.assert_array_equal(found[f"text_projector/{name}/kernel"], kernel.T)
+  np.testing.assert_array_equal(found["text_projector/fc1/bias"], bias)
 
 
 def test_an_old_sentence_transformers_folder(tmp_path):
