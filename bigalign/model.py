@@ -14,7 +14,8 @@ import numpy as np
 from bigalign import checks, sharding, sphere
 from bigalign.options import DEFAULTS, Also, Choose, Component, resolve
 from bigalign.projectors import PROJECTORS
-from bigalign.towers import TOWERS, TowerOutput
+from bigalign.towers import TOWERS, TowerOutput, attention
+from bigalign.towers.base import TransformerOptions
 
 # Pixel statistics in [0, 1] by name.
 PIXELS = {
@@ -174,13 +175,16 @@ def _stored(vectors: jax.Array) -> TowerOutput:
 
 
 def without_remat(model: DualEncoder) -> DualEncoder:
-  """The same model with towers that keep every activation."""
+  """The same model with towers that keep every activation and add no token for cuDNN."""
   towers = {name: getattr(model, name) for name in ("image_tower", "text_tower")}
-  changed = {
-    name: tower.clone(options=dataclasses.replace(tower.options, remat="none"))
-    for name, tower in towers.items()
-    if getattr(tower.options, "remat", "none") != "none"
-  }
+  changed = {}
+  for name, tower in towers.items():
+    options = tower.options
+    if getattr(options, "remat", "none") != "none":
+      options = dataclasses.replace(options, remat="none")
+    if isinstance(options, TransformerOptions) and options.is_fused(attention.device()):
+      options = dataclasses.replace(options, attention="xla")
+    changed[name] = tower.clone(options=options)
   return model.clone(**changed)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import checks, sharding
+from bigalign.towers import attention
 from bigalign.towers.linear import Dense, DenseGeneral
 
 # name: (width, depth, heads, hidden units per width). ViT and scaling-ViT sizes,
@@ -99,7 +100,9 @@ class TransformerOptions(TowerOptions):
     epsilon: epsilon of every layer norm.
     scan: compile one program for all blocks and stack their parameters; False gives each block
       its own parameters.
-    attention: implementation in jax.nn.dot_product_attention: None (its choice), "xla" or "cudnn".
+    attention: "xla" (separate products), "cudnn" (a fused kernel on NVIDIA GPUs since Ampere, for
+      bfloat16 and float16), or "auto": cuDNN's where it can compute this tower, otherwise XLA's.
+      None is "xla".
 
   Raises:
     ValueError: for an unknown name, with the known ones, or for heads that do not divide the width.
@@ -114,11 +117,12 @@ class TransformerOptions(TowerOptions):
   activation: str = "gelu_tanh"
   epsilon: float = 1e-6
   scan: bool = True
-  attention: str | None = None
+  attention: str | None = "auto"
 
   def __post_init__(self) -> None:
     """Checks the values."""
     checks.known(f"{self.place}.activation", self.activation, ACTIVATIONS)
+    checks.known(f"{self.place}.attention", self.attention or "xla", attention.IMPLEMENTATIONS)
     super().__post_init__()
     width, _, heads, _ = self.sizes
     if width % heads:
@@ -131,6 +135,13 @@ class TransformerOptions(TowerOptions):
     width = self.width or width
     hidden = round(width * (self.mlp_ratio or ratio))
     return Sizes(width, self.depth or depth, self.heads or heads, hidden)
+
+  def is_fused(self, device: attention.Device, mask: str = "none", bias: bool = False) -> bool:
+    """Whether these options choose cuDNN's attention on a device: see attention.is_fused."""
+    width, _, heads, _ = self.sizes
+    return attention.is_fused(
+      self.attention, device, dtype=self.compute_dtype, head=width // heads, mask=mask, bias=bias
+    )
 
   @property
   def token_width(self) -> int:
@@ -147,7 +158,6 @@ def block_arguments(options: TransformerOptions, **others: Any) -> flax.core.Fro
     dropout=options.dropout,
     epsilon=options.epsilon,
     dtype=options.compute_dtype,
-    implementation=options.attention,
     **others,
   )
 
@@ -180,13 +190,11 @@ class Attention(nn.Module):
   Args:
     heads: number of heads, which must divide the width.
     dtype: dtype of the computation.
-    implementation: implementation in jax.nn.dot_product_attention.
     biases: which of the q(uery), k(ey), v(alue) and o(ut) maps have a bias.
   """
 
   heads: int
   dtype: Any = jnp.float32
-  implementation: Any = None
   biases: str = "qkvo"
 
   @nn.compact
@@ -194,7 +202,7 @@ class Attention(nn.Module):
     self,
     x: jax.Array,
     memory: jax.Array,
-    mask: jax.Array | None = None,
+    mask: jax.Array | attention.Lengths | None = None,
     causal: bool = False,
     rotation: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -204,7 +212,7 @@ class Attention(nn.Module):
     Args:
       x: [B, N, D], the source of the queries.
       memory: [B, M, D], the source of keys and values.
-      mask: [B, M] bool, True = attended to; None: all of memory.
+      mask: [B, M] bool, True = attended to, or Lengths for cuDNN; None: all of memory.
       causal: whether token n attends only to the tokens up to n.
       rotation: [2, N, K], rotary embedding of queries and keys: cos, sin.
       bias: [1, H, N, M], added to the logits.
@@ -223,15 +231,7 @@ class Attention(nn.Module):
     query, key, value = project("query", x), project("key", memory), project("value", memory)
     if rotation is not None:
       query, key = rotate(query, rotation), rotate(key, rotation)
-    y = jax.nn.dot_product_attention(
-      query,
-      key,
-      value,
-      bias=bias,
-      mask=None if mask is None else mask[:, None, None, :],
-      is_causal=causal,
-      implementation=self.implementation,
-    )
+    y = attention.attend(query, key, value, mask, causal=causal, bias=bias)
     return DenseGeneral(
       width,
       axis=(-2, -1),
@@ -278,7 +278,6 @@ class Block(nn.Module):
   epsilon: float = 1e-6
   causal: bool = False
   dtype: Any = jnp.float32
-  implementation: str | None = None
   biases: str = "qkvo"
   gated: bool = False
   mlp_bias: bool = True
@@ -288,14 +287,14 @@ class Block(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None = None,
+    mask: jax.Array | attention.Lengths | None = None,
     deterministic: bool = True,
     rotation: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
     """[B, N, D] -> ([B, N, D], None); nn.scan expects a pair. See Attention for the arguments."""
     norm = {"epsilon": self.epsilon, "dtype": self.dtype}
     y = nn.LayerNorm(name="ln1", **norm)(x)
-    y = Attention(self.heads, self.dtype, self.implementation, self.biases, name="attn")(
+    y = Attention(self.heads, self.dtype, self.biases, name="attn")(
       y, y, mask, self.causal, rotation
     )
     x = x + nn.Dropout(self.dropout, name="attn_dropout")(self._scaled("scale1", y), deterministic)
@@ -340,6 +339,7 @@ class Encoder(nn.Module):
     mask: jax.Array | None = None,
     train: bool = False,
     relation: jax.Array | None = None,
+    padding_at_end: bool = False,
   ) -> jax.Array:
     """[B, N, D] -> [B, N, D], normed.
 
@@ -347,9 +347,16 @@ class Encoder(nn.Module):
       x: [B, N, D].
       mask: [B, N] bool, True = attended to.
       train: whether dropout is on.
-      relation: relative positions, for every block: a rotation or a bias of attention.
+      relation: relative positions, for every block: [2, N, K], a rotation, or [1, H, N, N], a bias
+        of attention.
+      padding_at_end: whether the caller knows that in each row of the mask the padding follows all
+        other tokens. Only then may attention read their number instead of the mask.
     """
     options, block = self.options, self.kind
+    count, hidden = x.shape[1], "none" if mask is None else "end" if padding_at_end else "any"
+    seen: jax.Array | attention.Lengths | None = mask
+    if options.is_fused(attention.device(), hidden, relation is not None and relation.ndim == 4):
+      x, seen, relation = attention.prepare(x, mask, relation)
     policy = checks.choose(REMAT, options.remat, "remat")
     if policy is not None:
       # Inside a scan the compiler cannot undo the remat, and the guards against it cost fusions.
@@ -362,11 +369,11 @@ class Encoder(nn.Module):
         in_axes=nn.broadcast,
         length=options.sizes.depth,
       )
-      x, _ = stack(name="blocks", **self.block)(x, mask, not train, relation)
+      x, _ = stack(name="blocks", **self.block)(x, seen, not train, relation)
     else:
       for i in range(options.sizes.depth):
-        x, _ = block(name=f"block_{i}", **self.block)(x, mask, not train, relation)
-    encoded: jax.Array = x
+        x, _ = block(name=f"block_{i}", **self.block)(x, seen, not train, relation)
+    encoded: jax.Array = x[:, :count] if x.shape[1] > count else x
     if self.norm:
       norm = nn.LayerNorm(epsilon=options.epsilon, dtype=options.compute_dtype, name="ln")
       encoded = norm(encoded)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import checks, sharding, sphere
-from bigalign.towers import base
+from bigalign.towers import attention, base
 from bigalign.towers.linear import Dense, lookup
 from bigalign.towers.padding import real_lengths
 
@@ -52,21 +52,18 @@ class Block(nn.Module):
   dropout: float = 0.0
   epsilon: float = 1e-12
   dtype: Any = jnp.float32
-  implementation: str | None = None
 
   @nn.compact
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None = None,
+    mask: jax.Array | attention.Lengths | None = None,
     deterministic: bool = True,
     bias: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
     """[B, N, D] -> ([B, N, D], None); bias [1, H, N, N] is added to the logits of attention."""
     norm = {"epsilon": self.epsilon, "dtype": self.dtype}
-    y = base.Attention(self.heads, self.dtype, self.implementation, name="attn")(
-      x, x, mask, bias=bias
-    )
+    y = base.Attention(self.heads, self.dtype, name="attn")(x, x, mask, bias=bias)
     y = nn.Dropout(self.dropout, name="attn_dropout")(y, deterministic)
     x = nn.LayerNorm(name="ln1", **norm)(x + y)
     y = base.Mlp(self.hidden, self.activation, dtype=self.dtype, name="mlp")(x, deterministic)
@@ -150,7 +147,8 @@ class Bert(nn.Module):
 
     Args:
       ids: [B, L] int32, token ids.
-      mask: [B, L] bool, True = no padding; None: the tokens `pad` are padding.
+      mask: [B, L] bool, True = no padding, which follows all other tokens as tokenizers write it
+        (see Encoder); None: the tokens `pad` are padding.
       train: whether dropout is on.
       types: [B, L] int32, token types; None: all are of type 0.
 
@@ -164,6 +162,7 @@ class Bert(nn.Module):
     length = ids.shape[1]
     if length > options.length:
       raise ValueError(f"texts of {length} tokens; {options.place}.length is {options.length}")
+    padding_at_end = mask is not None  # a token `pad` may also be in the middle of a text
     mask = ids != options.pad if mask is None else mask.astype(bool)
     x = lookup(self._table("embedding", options.vocab_size), ids, dtype) + self._positions(ids)
     if options.types:
@@ -173,7 +172,7 @@ class Bert(nn.Module):
     x = nn.Dropout(options.dropout, name="dropout")(x, not train)
     block = base.block_arguments(options)
     x = base.Encoder(options, block, kind=Block, norm=False, name="encoder")(
-      sharding.constrain_batch(x), mask, train, self._distances(length)
+      sharding.constrain_batch(x), mask, train, self._distances(length), padding_at_end
     )
     return base.TowerOutput(self._pooled(x, mask), x, mask)
 

@@ -91,7 +91,8 @@ class Text(nn.Module):
 
     Args:
       ids: [B, L] int32, token ids.
-      mask: [B, L] bool, True = no padding; None: no token is padding.
+      mask: [B, L] bool, True = no padding, which follows all other tokens as tokenizers write it
+        (see Encoder); None: no token is padding.
       train: whether dropout is on.
 
     Returns:
@@ -114,7 +115,9 @@ class Text(nn.Module):
     x = nn.Dropout(options.dropout, name="dropout")(x, not train)
     seen = mask if options.mask_padding else None
     block = base.block_arguments(options, causal=options.causal)
-    x = base.Encoder(options, block, name="encoder")(sharding.constrain_batch(x), seen, train=train)
+    x = base.Encoder(options, block, name="encoder")(
+      sharding.constrain_batch(x), seen, train=train, padding_at_end=True
+    )
     if options.pool == "map":
       pooled = base.MapHead(options, name="map_head")(x, seen)
     elif options.pool == "mean":
