@@ -6,68 +6,22 @@ import gc
 import json
 import weakref
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import small_models
 
 import bigalign
-from bigalign import tree
 from bigalign.api import checkpoints, loading
-from bigalign.config import resolve_config
 from bigalign.data.text.tokenizers import make_tokenizer
-from bigalign.evaluate import Run
 from bigalign.export import check, main, model_card
 from bigalign.losses.head import of_losses
-from bigalign.options import plain
 
-SIZE = dict(width=16, depth=2, heads=2, mlp_ratio=2.0)
-CLIP = dict(
-  image=dict(
-    name="vit",
-    patch=8,
-    pool="cls",
-    class_position=True,
-    pre_norm=True,
-    patch_bias=False,
-    activation="quick_gelu",
-    epsilon=1e-5,
-    **SIZE,
-  ),
-  text=dict(
-    name="text",
-    vocab_size=9,
-    length=12,
-    causal=True,
-    pool="eos",
-    activation="quick_gelu",
-    epsilon=1e-5,
-    **SIZE,
-  ),
-  embed_dim=12,
-  pixels="clip",
-)
-SIGLIP = dict(
-  image=dict(name="vit", patch=8, pool="map", **SIZE),
-  text=dict(name="text", vocab_size=259, length=16, pool="last", mask_padding=True, **SIZE),
-  embed_dim=16,
-  image_projector=dict(name="identity"),
-  text_projector=dict(name="linear", bias=True),
-)
-SIGLIP_UNMASKED = {**SIGLIP, "text": {**SIGLIP["text"], "mask_padding": False}}
+CLIP = small_models.clip(length=12)  # longer than its tokenizer
+SIGLIP = small_models.siglip(mask_padding=True)
+SIGLIP_UNMASKED = small_models.siglip()
 MPNET = dict(
-  image=dict(name="vit", patch=8, positions="sincos2d", **SIZE),
-  text=dict(
-    name="bert",
-    vocab_size=9,
-    length=8,
-    types=0,
-    pad=1,
-    skip_padding=True,
-    buckets=32,
-    pool="mean",
-    **SIZE,
-  ),
+  image=dict(name="vit", patch=8, positions="sincos2d", **small_models.SIZE),
+  text=dict(small_models.MPNET["text"], pool="mean", scan=True),
   text_projector=dict(name="mlp"),
   embed_dim=12,
 )
@@ -81,30 +35,10 @@ def run(tmp_path, monkeypatch):
 
   def make(model, loss):
     terms = {loss: {}} if isinstance(loss, str) else loss
-    first = "[UNK] [PAD]" if model["text"].get("pad") else "[PAD] [UNK]"
-    words = f"{first} [CLS] a cat dog photo of [SEP]".split()
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = dict(name="wordpiece", path=str(tmp_path / "vocab.txt"), length=8)
+    tokenizer = small_models.pieces_for(model, tmp_path)
     if model in (SIGLIP, SIGLIP_UNMASKED):
       tokenizer = dict(name="byte", length=16)
-    data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize="shortest")
-    steps = dict(seed=0, batch_size=4, total_steps=3, log_every=1, checkpoint_every=0)
-    config = resolve_config(
-      dict(data=data, model=model, loss=terms, optimizer=dict(lr=1e-3), **steps)
-    )
-    inputs = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros((1, tokenizer["length"]), jnp.int32)
-    shapes = jax.eval_shape(config.model.build().init, jax.random.key(0), *inputs)["params"]
-    rng = np.random.default_rng(0)
-    params = {
-      path: 0.3 * rng.standard_normal(x.shape).astype(np.float32) + path.endswith("/scale")
-      for path, x in tree.flatten(shapes, "model/").items()
-    }
-    params |= {f"loss/{x}/t": np.float32(2.3) for x in terms if x in ("clip", "siglip")}
-    params |= {f"loss/{x}/b": np.float32(-3) for x in terms if x == "siglip"}
-    (tmp_path / "run").mkdir()
-    meta = dict(samples_seen=12, dataset_size=1000, data="f" * 16, revision="abc", versions={})
-    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": 3}) + "\n")
-    return Run(tmp_path / "run", 3, config, {**meta, "config": plain(config)}, None, params, {}, {})
+    return small_models.make_run(tmp_path, model, terms, tokenizer, resize="shortest", bias=-3)
 
   return make
 

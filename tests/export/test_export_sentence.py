@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_export import BERT, CLIP, CLIP_LOSS, SIGLIP_LOSS, make_run, pieces_for
+from helpers.small_models import BERT, CLIP, CLIP_LOSS, SIGLIP_LOSS, make_run, pieces_for
 
 import bigalign
 from bigalign import tree, weights

@@ -9,9 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-import test_export
 import test_export_sentence
-from helpers import torchvision_beside_cpu_torch
+from helpers import small_models, torchvision_beside_cpu_torch
 from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 from PIL import Image
@@ -37,51 +36,20 @@ TEXTS = ["picture number 3", "A red disc, on the left!", "café", "two words " *
 
 def models(tokenizers):
   """{name: what tiny.py is changed to}."""
+  bpe = str(tokenizers / "clip_bpe_simple_vocab_16e6.txt.gz")
   clip = dict(
-    tokenizer=dict(
-      name="clip", path=str(tokenizers / "clip_bpe_simple_vocab_16e6.txt.gz"), length=16
-    ),
+    small_models.clip(SIZE, vocab_size=49408, length=16, embed_dim=24),
+    tokenizer=dict(name="clip", path=bpe, length=16),
     resize="shortest",
-    image=dict(
-      name="vit",
-      patch=8,
-      pool="cls",
-      class_position=True,
-      pre_norm=True,
-      patch_bias=False,
-      activation="quick_gelu",
-      epsilon=1e-5,
-      **SIZE,
-    ),
-    text=dict(
-      name="text",
-      vocab_size=49408,
-      length=16,
-      causal=True,
-      pool="eos",
-      activation="quick_gelu",
-      epsilon=1e-5,
-      **SIZE,
-    ),
-    embed_dim=24,
-    pixels="clip",
     loss=dict(clip=dict(weight=1.0)),
   )
+  pieces = str(tokenizers / "maxtext_default_32768.spm.model")
   siglip = dict(
-    tokenizer=dict(
-      name="sentencepiece",
-      path=str(tokenizers / "maxtext_default_32768.spm.model"),
-      length=64,
-      lower=True,
-    ),
+    small_models.siglip(SIZE, vocab_size=32768, length=64),
+    tokenizer=dict(name="sentencepiece", path=pieces, length=64, lower=True),
     resize="squash",
-    embed_dim=32,
     pixels="half",
     loss=dict(siglip=dict(weight=1.0)),
-    image=dict(name="vit", patch=8, pool="map", **SIZE),
-    text=dict(name="text", vocab_size=32768, length=64, mask_padding=False, **SIZE),
-    image_projector=dict(name="identity"),
-    text_projector=dict(name="linear", bias=True),
   )
   return dict(clip=clip, siglip=siglip)
 
@@ -123,8 +91,8 @@ def libraries(monkeypatch):
 def plain(data_root, tmp_path):
   """A run as configs/clip_b16.py, by name of its loss; not trained."""
   path = data_root / "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz"
-  model = tree.unflatten({**tree.flatten(test_export.PLAIN), "text/vocab_size": 49408})
-  return lambda loss: test_export.make_run(
+  model = tree.unflatten({**tree.flatten(small_models.PLAIN), "text/vocab_size": 49408})
+  return lambda loss: small_models.make_run(
     tmp_path,
     model,
     {loss: dict(weight=1.0)},
@@ -187,9 +155,9 @@ def test_transformers_loads_a_plain_vit_beside_clip_text(plain, libraries, tmp_p
 @pytest.mark.parametrize("name", ["BERT", "ROBERTA", "MPNET"])
 def test_transformers_loads_a_vit_beside_a_text_tower_of_berts_kind(name, libraries, tmp_path):
   """With DINOv2 or ViT; positions, distances, padding and pooling are those of its classes."""
-  model = getattr(test_export, name)
-  run = test_export.make_run(
-    tmp_path, model, test_export.CLIP_LOSS, test_export.pieces_for(model, tmp_path)
+  model = getattr(small_models, name)
+  run = small_models.make_run(
+    tmp_path, model, small_models.CLIP_LOSS, small_models.pieces_for(model, tmp_path)
   )
   out, found = main.export(run, "hf", tmp_path / "hf")
   assert found is not None and found <= TOLERANCE
@@ -206,7 +174,7 @@ def test_transformers_loads_a_vit_beside_a_text_tower_of_berts_kind(name, librar
 )
 def test_sentence_transformers_loads_the_text_side(name, kind, libraries, tmp_path):
   """Its own pooling, dense layers and norms, by the folder's own tokenizer."""
-  run = test_export_sentence.sentence_run(name, getattr(test_export, kind), tmp_path)
+  run = test_export_sentence.sentence_run(name, getattr(small_models, kind), tmp_path)
   out, found = main.export(run, "sentence-transformers", tmp_path / "out")
   assert found is not None and found <= TOLERANCE
   tensors = open_tensors(out / "model.safetensors")
@@ -254,13 +222,13 @@ ODD = {
 def test_the_torch_module_holds_what_others_cannot(name, libraries, tmp_path):
   image, text, *projectors = ODD[name]
   model = dict(
-    image=dict(name="vit", patch=8, **{**test_export.SIZE, **image}),
-    text=dict(name="text", vocab_size=259, length=16, **{**test_export.SIZE, **text}),
+    image=dict(name="vit", patch=8, **{**small_models.SIZE, **image}),
+    text=dict(name="text", vocab_size=259, length=16, **{**small_models.SIZE, **text}),
     embed_dim=16,
     **{f"{side}_projector": dict(name=x) for side, x in zip(("image", "text"), projectors)},
   )
-  run = test_export.make_run(
-    tmp_path, model, test_export.SIGLIP_LOSS, dict(name="byte", length=16), resize="shortest"
+  run = small_models.make_run(
+    tmp_path, model, small_models.SIGLIP_LOSS, dict(name="byte", length=16), resize="shortest"
   )
   out, found = main.export(run, "torch", tmp_path / "out")
   assert found is not None and found <= TOLERANCE
@@ -272,11 +240,14 @@ def test_the_torch_module_holds_what_others_cannot(name, libraries, tmp_path):
     check.difference(out)
 
 
-_VIT, _MOBILE = dict(name="vit", patch=8, pool="cls", **test_export.SIZE), dict(name="mobilenet_v2")
+_VIT, _MOBILE = (
+  dict(name="vit", patch=8, pool="cls", **small_models.SIZE),
+  dict(name="mobilenet_v2"),
+)
 PAIRS = {
-  "patches": (_VIT, test_export.BERT["text"], "patches_and_class", "tokens"),
-  "photos": (_MOBILE, test_export.MPNET["text"] | dict(pool="mean"), "residual", "residual"),
-  "roberta": (_MOBILE, test_export.ROBERTA["text"] | dict(unit=True), "gated", "tokens"),
+  "patches": (_VIT, small_models.BERT["text"], "patches_and_class", "tokens"),
+  "photos": (_MOBILE, small_models.MPNET["text"] | dict(pool="mean"), "residual", "residual"),
+  "roberta": (_MOBILE, small_models.ROBERTA["text"] | dict(unit=True), "gated", "tokens"),
   "vectors": (_VIT, dict(name="features", width=12), "linear", "gated"),
   "token_vectors": (_VIT, dict(name="features", width=12, tokens=5), "linear", "tokens"),
 }
@@ -291,11 +262,11 @@ def test_the_torch_module_holds_frozen_pairs(name, libraries, tmp_path):
     embed_dim=16,
     **{f"{side}_projector": dict(name=x) for side, x in zip(("image", "text"), projectors)},
   )
-  run = test_export.make_run(
+  run = small_models.make_run(
     tmp_path,
     model,
-    test_export.SIGLIP_LOSS,
-    test_export.pieces_for(model, tmp_path),
+    small_models.SIGLIP_LOSS,
+    small_models.pieces_for(model, tmp_path),
     scale=0.3 if image is _VIT else 0.1,  # 52 layers of larger ones only magnify rounding
   )
   out, found = main.export(run, "torch", tmp_path / "out")
@@ -320,9 +291,9 @@ def test_open_clip_loads_a_run(name, runs, plain, libraries, data_root, tmp_path
 
 
 CODE = {
-  "hf": (test_export.CLIP, test_export.CLIP_LOSS),
-  "open_clip": (test_export.PLAIN, test_export.SIGLIP_LOSS),
-  "torch": (test_export.PLAIN, test_export.CLIP_LOSS),
+  "hf": (small_models.CLIP, small_models.CLIP_LOSS),
+  "open_clip": (small_models.PLAIN, small_models.SIGLIP_LOSS),
+  "torch": (small_models.PLAIN, small_models.CLIP_LOSS),
   "sentence-transformers": (None, None),
 }
 
@@ -334,10 +305,10 @@ def test_the_code_of_the_model_card_runs(kind, libraries, tmp_path, monkeypatch)
 
   model, loss = CODE[kind]
   if model is None:
-    run = test_export_sentence.sentence_run("mean", test_export.BERT, tmp_path)
+    run = test_export_sentence.sentence_run("mean", small_models.BERT, tmp_path)
   else:
-    run = test_export.make_run(
-      tmp_path, model, loss, test_export.word_pieces(tmp_path), resize="shortest"
+    run = small_models.make_run(
+      tmp_path, model, loss, small_models.word_pieces(tmp_path), resize="shortest"
     )
   out, _ = main.export(run, kind, tmp_path / "out")
   image = main.sample_images()[1]

@@ -6,8 +6,8 @@ import json
 import re
 
 import pytest
+from helpers.small_models import CLIP, CLIP_LOSS, SIGLIP, SIGLIP_LOSS, make_run, word_pieces
 from huggingface_hub import ModelCard
-from test_export import CLIP, CLIP_LOSS, SIGLIP, SIGLIP_LOSS, make_run, word_pieces
 
 from bigalign.export import main, model_card, published
 from bigalign.export.base import Contents

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 from helpers import hub_server
+from helpers.small_models import CLIP, CLIP_LOSS, make_run, word_pieces
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
-from test_export import CLIP, CLIP_LOSS, make_run, word_pieces
 
 from bigalign.export import check, main, push
 
