@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding, tree
 
@@ -31,8 +32,13 @@ def value_and_grad(
   key: jax.Array,
   *,
   microbatches: int = 1,
+  communicated: Callable[[Tree], Tree] = lambda params: params,
 ) -> tuple[tuple[jax.Array, Any], Tree]:
   """Returns value and gradient of objective(params, embed(params, batch, key)).
+
+  Each copy of the model adds up the gradients of its part of all microbatches, and the copies
+  exchange this sum once. If `embed` draws random numbers (dropout), which are those of the whole
+  microbatch, the compiler exchanges the gradient of every microbatch.
 
   Args:
     embed: (params, rows of the batch, key) -> features {name: [b, …]}; rows are independent.
@@ -41,6 +47,7 @@ def value_and_grad(
     batch: {name: [B, …]}.
     key: microbatch i uses fold_in(key, i), so dropout depends on the number of microbatches.
     microbatches: their number; with 1, all activations are kept and each row is embedded once.
+    communicated: params -> params in the dtypes in which devices add up their gradients.
 
   Returns:
     ((scalar, aux), gradient with respect to params).
@@ -64,18 +71,47 @@ def value_and_grad(
     params, {name: features[name] for name in floats}
   )
 
-  def add_gradient(grads: Tree, xs: Any) -> tuple[Tree, None]:
-    part, key, cotangents = xs
+  def propagated(params: Tree, grads: Tree, parts: Any, keys: jax.Array, cotangents: Any) -> Tree:
+    """The gradients, plus those of all microbatches."""
 
-    def learned(params: Tree) -> dict[str, jax.Array]:
-      return {name: x for name, x in embed(params, part, key).items() if name in floats}
+    def add_gradient(grads: Tree, xs: Any) -> tuple[Tree, None]:
+      part, key, cotangents = xs
 
-    (more,) = jax.vjp(learned, params)[1](cotangents)
-    return jax.tree.map(jnp.add, grads, more), None
+      def learned(params: Tree) -> dict[str, jax.Array]:
+        return {name: x for name, x in embed(params, part, key).items() if name in floats}
+
+      (more,) = jax.vjp(learned, params)[1](cotangents)
+      return jax.tree.map(jnp.add, grads, more), None
+
+    return jax.lax.scan(add_gradient, grads, (parts, keys, cotangents))[0]
 
   cotangents = {name: split(x, microbatches) for name, x in feature_grads.items()}
-  grads, _ = jax.lax.scan(add_gradient, grads, (parts, keys, cotangents))
-  return value, grads
+  if sharding.copies() == 1 or _draws(embed, params, parts, keys):
+    return value, propagated(params, grads, parts, keys, cotangents)
+
+  def of_one_copy(params: Tree, parts: Any, keys: jax.Array, cotangents: Any) -> Tree:
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads = propagated(params, zeros, parts, keys, cotangents)
+    return jax.tree.map(lambda x: x[None], grads)
+
+  def total(grad: jax.Array, of_copies: jax.Array, wire: jax.ShapeDtypeStruct) -> jax.Array:
+    # jnp.sum would add up, and communicate, in float32. Not jax.lax.psum, with which XLA ends the
+    # process for bfloat16 on CPUs.
+    zero = jnp.zeros((), wire.dtype)
+    summed = jax.lax.reduce(of_copies.astype(wire.dtype), zero, jax.lax.add, (0,))
+    return grad + summed.astype(grad.dtype)
+
+  copies, rows = P(sharding.COPIES), P(None, sharding.COPIES)
+  of_copies = sharding.on_each_copy(of_one_copy, (P(), rows, P(), rows), copies)(
+    params, parts, keys, cotangents
+  )
+  return value, jax.tree.map(total, grads, of_copies, jax.eval_shape(communicated, params))
+
+
+def _draws(embed: Embed, params: Tree, parts: Mapping[str, jax.Array], keys: jax.Array) -> bool:
+  """Whether `embed` draws random numbers for its rows."""
+  part, key = jax.tree.map(lambda x: x[0], (parts, keys))
+  return "random_bits" in str(jax.make_jaxpr(embed)(params, part, key))
 
 
 def embed_batch(
@@ -122,7 +158,7 @@ def split(x: jax.Array, n: int) -> jax.Array:
   parts = rearrange(x, "(w n b) ... -> n (w b) ...", w=sharding.batch_parts(), n=n)
   if jax.sharding.get_abstract_mesh().empty:
     return parts
-  spec = jax.sharding.PartitionSpec(None, sharding.BATCH, *[None] * (parts.ndim - 2))
+  spec = P(None, sharding.BATCH, *[None] * (parts.ndim - 2))
   constrained: jax.Array = jax.lax.with_sharding_constraint(parts, spec)
   return constrained
 

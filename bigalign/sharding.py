@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that split the batch
+COPIES = "data"  # the axis over which the model is copied
 
 # (regular expression, mesh axes of one layer's array). The fsdp axis is added to each parameter on
 # its largest free axis; "replicate" instead of axes prevents that.
@@ -172,10 +173,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def devices() -> tuple[tuple[str, ...], int]:
-  """Returns the axes of the current mesh and its number of devices; ((), 1) outside a mesh."""
+  """Returns the axes of the current mesh and its number of devices; ((), 1) outside a mesh.
+
+  Inside `on_each_copy`, the mesh is that of one copy of the model.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  axes = () if mesh.empty else tuple(mesh.axis_names)
+  axes = () if mesh.empty else tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
   return axes, math.prod(mesh.shape[axis] for axis in axes)
+
+
+def batch_axes() -> tuple[str, ...]:
+  """Returns the axes of the current mesh that split the batch; inside `on_each_copy`, its rows."""
+  return tuple(axis for axis in BATCH if axis in devices()[0])
 
 
 def on_each_device(function: Callable[..., Any], specs: Any, out: Any) -> Callable[..., Any]:
@@ -188,9 +197,32 @@ def on_each_device(function: Callable[..., Any], specs: Any, out: Any) -> Callab
     specs: PartitionSpecs of the arguments, as in jax.shard_map.
     out: PartitionSpecs of the results.
   """
-  if not devices()[0]:
+  axes = devices()[0]
+  if not axes:
     return function
-  return jax.shard_map(function, in_specs=specs, out_specs=out, check_vma=False)
+  return jax.shard_map(function, in_specs=specs, out_specs=out, axis_names={*axes}, check_vma=False)
+
+
+def copies() -> int:
+  """Returns how many copies of the model the current mesh holds; 1 outside a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[COPIES]
+
+
+def on_each_copy(function: Callable[..., Any], specs: Any, out: Any) -> Callable[..., Any]:
+  """Returns a function that applies `function` once for each copy of the model.
+
+  The compiler distributes `function` over the devices of a copy, as it does outside. Sums over rows
+  are those of the copy's own rows, until `function` adds them up over COPIES.
+
+  Args:
+    function: of the arrays of one copy.
+    specs: PartitionSpecs of the arguments, which name no axis but COPIES.
+    out: PartitionSpecs of the results, likewise.
+  """
+  return jax.shard_map(
+    function, in_specs=specs, out_specs=out, axis_names={COPIES}, check_vma=False
+  )
 
 
 def batch_parts() -> int:
@@ -207,7 +239,8 @@ def constrain_batch(x: jax.Array) -> jax.Array:
   """
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  constrained: jax.Array = jax.lax.with_sharding_constraint(x, P(BATCH, *[None] * (x.ndim - 1)))
+  spec = P(batch_axes(), *[None] * (x.ndim - 1))
+  constrained: jax.Array = jax.lax.with_sharding_constraint(x, spec)
   return constrained
 
 

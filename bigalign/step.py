@@ -74,6 +74,7 @@ def train_step(
     _inputs(program, batch),
     dropout_key,
     microbatches=program.microbatches,
+    communicated=functools.partial(_cast_for_reduction, program),
   )
 
   # --- update

@@ -95,9 +95,11 @@ def _lookup_backward(dtype: Any, saved: Any, g: jax.Array) -> Any:
 
   def local_sum(ids: jax.Array, g: jax.Array) -> jax.Array:
     local = jnp.zeros(table.shape, wide).at[ids].add(g.astype(wide)).astype(table.dtype)
-    return jax.lax.psum(local, sharding.BATCH) if sharding.devices()[0] else local
+    summed = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+    return jax.lax.psum(local, summed) if summed else local
 
-  rows = P(sharding.BATCH)
+  axes = sharding.batch_axes()
+  rows = P(axes)
   return sharding.on_each_device(local_sum, (rows, rows), P())(ids, g), None
 
 

@@ -91,9 +91,11 @@ def example(dtype, repeated=False):
 
 def embed(params, batch, key, dropout=0.0):
   """All features that a model can provide, computed for each row alone."""
-  keep = jax.random.bernoulli(key, 1 - dropout, batch["img"].shape)
+  images = batch["img"]
+  if dropout:  # without it nothing is drawn, so that each copy of a model works for itself
+    images = jnp.where(jax.random.bernoulli(key, 1 - dropout, images.shape), images, 0)
   raw = {
-    "img": jnp.where(keep, batch["img"], 0) @ params["img"],
+    "img": images @ params["img"],
     "txt": batch["txt"] @ params["txt"],
   }
   second = batch["second"] @ params["txt"]
