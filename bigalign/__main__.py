@@ -31,6 +31,10 @@ PROGRAMS = {
     "plan.main",
     "predict memory, speed and cost of a config on a TPU slice you don't have yet",
   ),
+  "benchmark": (
+    "benchmark.main",
+    "measure this machine: step, loader, embedding and evaluation, next to the plan",
+  ),
   "costs": (
     "plan.loss_costs",
     "compute the cost of losses per device: memory, FLOPs, communication",

@@ -57,6 +57,10 @@ EXAMPLES = {
     "bigalign plan --config=siglip_b16",
     "bigalign plan --config=siglip_b16 --topology=v5e:16x16 --batch=131072 --sweep=remat",
   ),
+  "benchmark": (
+    "bigalign benchmark --json=mine.json",
+    "bigalign benchmark --config=siglip_b16 --batch=512 --config.model.image.remat=full",
+  ),
   "costs": (
     "bigalign costs --losses=siglip,clip",
     "bigalign costs --losses=siglip --topology=v5e:16x16 --batch=131072",

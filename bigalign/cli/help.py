@@ -27,6 +27,9 @@ ABOUT = {
   " training, comparison and curation. The same command resumes.",
   "plan": "Predicts memory, speed and cost of a config on a TPU slice, without one. Exit status 1:"
   " it does not fit.",
+  "benchmark": "Measures a config on this machine, without data: step, loader, embedding and"
+  " evaluation, next to what `bigalign plan` predicts. Without --config: quickstart on CPUs,"
+  " siglip_b16 on accelerators.",
 }
 _VALUE = re.compile(r"<(?P<enum>[^>]+)>: |(?P<value>[A-Z|:,]+): ")
 _PLAIN = re.compile(r"\b(int|float|str|bool|None|Any|Sequence|Mapping|tuple)\b|[\[\]|, ]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -41,6 +42,37 @@ CHIPS = {
 }
 
 
+# {part of jax.Device.device_kind: kind of chip}; the first that fits.
+_KINDS = {
+  "TPU v4": "v4",
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v6": "v6e",
+  "TPU7x": "tpu7x",
+}
+
+
+class Parts(NamedTuple):
+  """Seconds of the parts of a step at the full speed of the data sheet."""
+
+  products: float
+  memory: float
+  communication: float
+
+
+def of_device(device_kind: str) -> str:
+  """Returns the kind of chip of a JAX device, "TPU v5 lite" -> "v5e"; "" if it is none of CHIPS."""
+  return next((chip for part, chip in _KINDS.items() if part in device_kind), "")
+
+
+def devices(topology: str) -> int:
+  """Returns the number of devices of a topology: "v5e:16x16*2" -> 512."""
+  sizes, _, slices = topology.partition(":")[2].partition("*")
+  chips = math.prod(int(n) for n in sizes.split("x")) * int(slices or 1)
+  return chips * CHIPS[kind(topology)].devices
+
+
 def kind(topology: str) -> str:
   """Returns the kind of chip of a topology: "v5e:16x16*2" -> "v5e"."""
   return topology.split(":")[0]
@@ -55,24 +87,40 @@ def step_seconds(plan: Mapping[str, Any]) -> tuple[float, float]:
   Args:
     plan: a plan that fits, from compile_step.measure.
   """
-  chip = CHIPS[kind(plan["topology"])]
-  products = plan["flops_per_chip"] / plan["peak_flops_per_second"]
-  memory = plan["memory_traffic_bytes_per_chip"] / chip.bandwidth
-  communication = sum(x["bytes"] for x in plan["collectives"].values()) / chip.links
+  products, memory, communication = parts(plan)
   return max(products / 0.92, memory / 0.95), max(products / 0.55, memory / 0.70) + communication
 
 
-def estimate(plan: Mapping[str, Any], prices: Mapping[str, float]) -> dict[str, Any]:
+def parts(plan: Mapping[str, Any]) -> Parts:
+  """Returns the parts of a step.
+
+  Args:
+    plan: a plan that fits, from compile_step.measure.
+  """
+  chip = CHIPS[kind(plan["topology"])]
+  return Parts(
+    plan["flops_per_chip"] / plan["peak_flops_per_second"],
+    plan["memory_traffic_bytes_per_chip"] / chip.bandwidth,
+    sum(x["bytes"] for x in plan["collectives"].values()) / chip.links,
+  )
+
+
+def estimate(
+  plan: Mapping[str, Any],
+  prices: Mapping[str, float],
+  seconds: tuple[float, float] | None = None,
+) -> dict[str, Any]:
   """Returns the estimated speed and cost of a run, each as [worst, best]; {} if it does not fit.
 
   Args:
     plan: from compile_step.measure.
     prices: {kind of chip: price of one chip for an hour}, such as {"v5e": 1.2}; the cost is None
       for other kinds.
+    seconds: of a step, the shortest and the longest; None: those of step_seconds.
   """
   if not plan["fits"]:
     return {}
-  shortest, longest = step_seconds(plan)
+  shortest, longest = seconds or step_seconds(plan)
   rates = [plan["batch_size"] / seconds for seconds in (longest, shortest)]
   samples = plan["batch_size"] * plan["total_steps"]
   chip_kind = kind(plan["topology"])

@@ -43,6 +43,11 @@ def trace(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> S
   checks.choose(chips.CHIPS, chips.kind(topology), "--topology")
   runtime.set_libtpu_flags(chips.kind(topology))
   mesh = config.mesh.make(devices=topologies.devices(topology))
+  return trace_on(mesh, config, samples=samples, stage=stage)
+
+
+def trace_on(mesh: jax.sharding.Mesh, config: Config, *, samples: int = 0, stage: int = -1) -> Step:
+  """Traces the step of a config for a mesh; arguments and errors as of `measure`."""
   run_stages = stages.split(config, dataset_size=samples)
   inputs.check_stored(run_stages)
   chosen = run_stages[stage]
@@ -83,29 +88,12 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
       an unknown topology; the message names what would work.
   """
   step = trace(values, topology, samples=samples, stage=stage)
-  program, mesh, config = step.program, step.mesh, step.stage.config
-  towers = {side: getattr(program.model, f"{side}_tower") for side in ("image", "text")}
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(step.mesh):
     lowered = step.traced.lower()
     figures: dict[str, Any] = {
       "topology": topology,
-      "device_kind": mesh.devices.flat[0].device_kind,
-      "peak_flops_per_second": flops.peak(mesh.devices.flat[0]),
-      "devices": mesh.size,
-      "mesh": dict(mesh.shape),
-      "stage": step.stage.number,
-      "image_size": config.data.image_size,
-      "text_length": config.data.text_length,
-      "batch_size": config.batch_size,
-      "batch_per_chip": config.batch_size / mesh.size,
-      "microbatches": program.microbatches,
-      "remat": {side: getattr(tower.options, "remat", "none") for side, tower in towers.items()},
-      "first_step": step.stage.begin,
-      "total_steps": step.stage.end - step.stage.begin,
-      "parameters": sum(x.size for x in {**step.state.trainable, **step.state.frozen}.values()),
-      "trainable": sum(x.size for x in step.state.trainable.values()),
-      "not_checked": _not_checked(program, config),
-      "flops_per_chip": flops.of_jaxpr(step.traced.jaxpr) / mesh.size,
+      **sizes(step),
+      "not_checked": _not_checked(step.program, step.stage.config),
       "program_lines": lowered.as_text().count("\n"),
     }
     begin = time.perf_counter()
@@ -114,14 +102,38 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
     except jax.errors.JaxRuntimeError as error:
       if not is_out_of_memory(error):
         raise
-      return {**figures, "fits": False, **_required(error), **_held(step)}
+      return {**figures, "fits": False, **_required(error), **held(step)}
     figures["compile_seconds"] = time.perf_counter() - begin
   return {
     **figures,
     "fits": True,
-    **_held(step, compiled.memory_analysis()),
-    **_moved(compiled.as_text()),
-    **_loss(config, step),
+    **held(step, compiled.memory_analysis()),
+    **moved(compiled.as_text()),
+    **_loss(step.stage.config, step),
+  }
+
+
+def sizes(step: Step) -> dict[str, Any]:
+  """What a step computes, before it is compiled: its devices, batch, parameters, products."""
+  program, mesh, config = step.program, step.mesh, step.stage.config
+  towers = {side: getattr(program.model, f"{side}_tower") for side in ("image", "text")}
+  return {
+    "device_kind": mesh.devices.flat[0].device_kind,
+    "peak_flops_per_second": flops.peak(mesh.devices.flat[0]),
+    "devices": mesh.size,
+    "mesh": dict(mesh.shape),
+    "stage": step.stage.number,
+    "image_size": config.data.image_size,
+    "text_length": config.data.text_length,
+    "batch_size": config.batch_size,
+    "batch_per_chip": config.batch_size / mesh.size,
+    "microbatches": program.microbatches,
+    "remat": {side: getattr(tower.options, "remat", "none") for side, tower in towers.items()},
+    "first_step": step.stage.begin,
+    "total_steps": step.stage.end - step.stage.begin,
+    "parameters": sum(x.size for x in {**step.state.trainable, **step.state.frozen}.values()),
+    "trainable": sum(x.size for x in step.state.trainable.values()),
+    "flops_per_chip": flops.of_jaxpr(step.traced.jaxpr) / mesh.size,
   }
 
 
@@ -173,7 +185,7 @@ def _required(error: Exception) -> dict[str, Any]:
   }
 
 
-def _held(step: Step, memory: Any = None) -> dict[str, Any]:
+def held(step: Step, memory: Any = None) -> dict[str, Any]:
   """Bytes of one device by kind; with `memory`, also those of the compiled program."""
 
   def size(arrays: Any) -> int:
@@ -199,7 +211,7 @@ def _held(step: Step, memory: Any = None) -> dict[str, Any]:
   return {"peak_bytes_per_chip": sum(kinds.values()), "memory_bytes_per_chip": kinds}
 
 
-def _moved(text: str) -> dict[str, Any]:
+def moved(text: str) -> dict[str, Any]:
   """Memory traffic and communication of a compiled program, from its HLO."""
   return {
     "memory_traffic_bytes_per_chip": hlo_memory.traffic(text),

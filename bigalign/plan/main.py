@@ -22,7 +22,7 @@ from absl import app, flags
 
 from bigalign import options
 from bigalign.data.files import storage
-from bigalign.plan import chips, largest_batch, table
+from bigalign.plan import calibrate, chips, largest_batch, table
 from bigalign.plan.variants import (
   combinations,
   count_stages,
@@ -101,6 +101,7 @@ def combine_stages(stages: Sequence[Plan]) -> Plan:
   costs = [x["cost"] for x in stages]
   return run | {
     "measured": False,
+    **{name: stages[0][name] for name in ("calibrated_by",) if name in stages[0]},
     "total_samples": samples,
     "samples_per_day": [samples / x for x in days],
     "chip_hours": [sum(x["chip_hours"][i] for x in stages) for i in (0, 1)],
@@ -159,6 +160,7 @@ def predict(
   search: bool = False,
   samples: int = 0,
   prices: str | None = None,
+  measured: str | None = None,
   cache: str | pathlib.Path = CACHE,
   name: str = "config",
   show: Callable[[str], None] = lambda text: None,
@@ -173,23 +175,33 @@ def predict(
     search: whether the largest batch that fits is found by compiling.
     samples: of the dataset, for epochs and losses with per-sample state.
     prices: JSON file with the price of a chip for an hour, by kind.
+    measured: JSON of `bigalign benchmark`, or folder of a run, that narrows the times.
     cache: folder of earlier plans.
     name: of the config, for `show`.
     show: gets each result as a text, as soon as it is known.
 
   Raises:
-    ValueError: if neither names a topology.
+    ValueError: if neither names a topology, or `measured` is of another kind of chip.
   """
   topology = topology or topology_of(config)
   if not topology:
     raise errors.UsageError("--topology is missing, and the config names none; v5e:16x16 is one")
   price_of = read_prices(prices, chips.kind(topology)) if prices else {}
   plan_stage = functools.partial(plan, topology=topology, samples=samples, cache=cache)
+  known = None
+  if measured:
+    known = calibrate.read(measured, chips.kind(topology), functools.partial(plan, cache=cache))
+
+  def estimate(stage: Plan) -> Plan:
+    if known is None or not stage["fits"]:
+      return chips.estimate(stage, price_of)
+    seconds = calibrate.step_seconds(stage, known)
+    return {**chips.estimate(stage, price_of, seconds), "calibrated_by": known.name}
 
   def plan_run(**changes: Any) -> Plan:
     changed = with_changes(config, **changes)
     stages = [plan_stage(changed, stage=i) for i in range(count_stages(changed))]
-    stages = [{**stage, **chips.estimate(stage, price_of)} for stage in stages]
+    stages = [{**stage, **estimate(stage)} for stage in stages]
     return combine_stages(stages) if len(stages) > 1 else stages[0]
 
   asked = {"batch": batch} if batch else {}
@@ -224,6 +236,7 @@ def main(argv: Sequence[str]) -> None:
       search=values.largest_batch,
       samples=values.samples,
       prices=values.prices,
+      measured=values.calibrate,
       cache=values.cache,
       name=config_name(),
       show=print,

@@ -149,7 +149,8 @@ def _rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _estimates(plan: Plan) -> list[tuple[str, str, str]]:
-  rows = []
+  known = plan.get("calibrated_by")
+  source, rows = f"from {known}" if known else "not measured", []
   for label, key, form in (
     ("time of a step", "seconds_per_step", lambda x: tables.scaled(x, tables.SECONDS)),
     ("images per second, all chips", "images_per_second", tables.number),
@@ -159,7 +160,7 @@ def _estimates(plan: Plan) -> list[tuple[str, str, str]]:
   ):
     if plan.get(key) is not None:
       ends = dict.fromkeys(form(x) for x in sorted(plan[key]))
-      rows.append((label, " to ".join(ends), "not measured"))
+      rows.append((label, " to ".join(ends), source))
   return rows
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bigalign import checks
+from bigalign.plan import chips
 
 REMATS = ("none", "dots", "full")
 
@@ -26,6 +27,21 @@ def count_stages(config: Mapping[str, Any]) -> int:
 def topology_of(config: Mapping[str, Any]) -> str:
   """config.topology; "" if it is not set."""
   return str(config.get("topology") or "")
+
+
+def for_devices(config: Mapping[str, Any], batch: int | None, devices: int) -> dict[str, Any]:
+  """A copy of a config with a batch for so many devices.
+
+  Args:
+    config: in plain values.
+    batch: pairs; None: as many per device as the config has on its topology.
+    devices: of a machine.
+  """
+  if batch is None:
+    topology = topology_of(config)
+    theirs = chips.devices(topology) if topology else devices
+    batch = max(config["batch_size"] // theirs, 1) * devices
+  return with_changes(config, batch=batch)
 
 
 def named_files(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:

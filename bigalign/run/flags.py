@@ -1,4 +1,4 @@
-"""Command-line flags of the programs that take a config: train, embed and plan.
+"""Command-line flags of the programs that take a config: train, embed, plan and benchmark.
 
   bigalign train --config=siglip_b16 --config.optimizer.lr=3e-4 --workdir=runs/mine
 
@@ -93,12 +93,34 @@ def _plan() -> None:
     os.environ.get("BIGALIGN_PRICES"),
     'FILE: JSON with the price of a chip for an hour, by kind: {"v5e": 1.2}.',
   )
+  flags.DEFINE_string(
+    "calibrate",
+    None,
+    "FILE: Narrow the times by a measured step on such a chip: the JSON of `bigalign benchmark`, or"
+    " a run's folder.",
+  )
   flags.DEFINE_string("json", None, "FILE: Also write the figures to this file.")
   flags.DEFINE_string("cache", "~/.cache/bigalign/plans", "DIR: Folder of cached plans.")
 
 
+def _benchmark() -> None:
+  flags.DEFINE_integer(
+    "batch",
+    None,
+    "N: Pairs of a step; default: per device as many as on config.topology.",
+  )
+  flags.DEFINE_string("source", None, "SHARDS: What the loader reads; default: made-up photos.")
+  flags.DEFINE_float("seconds", 10.0, "S: Length of each measurement.")
+  flags.DEFINE_string("json", None, "FILE: Also write the figures to this file.")
+
+
 # {program: what defines its own flags}
-PROGRAMS: dict[str, Callable[[], None]] = {"train": _train, "embed": _embed, "plan": _plan}
+PROGRAMS: dict[str, Callable[[], None]] = {
+  "train": _train,
+  "embed": _embed,
+  "plan": _plan,
+  "benchmark": _benchmark,
+}
 
 
 def config_name() -> str:

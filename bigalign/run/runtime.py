@@ -266,6 +266,11 @@ def _tpu_kind() -> str:
   return kind
 
 
+def has_accelerator() -> bool:
+  """Whether JAX will find a TPU or a GPU, without asking it, which would initialise the device."""
+  return _tpu() or (_gpu() and bool(glob.glob("/dev/nvidia[0-9]*")))
+
+
 def _gpu() -> bool:
   has = any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
   return has and (not _platforms() or "cuda" in _platforms() or "gpu" in _platforms())

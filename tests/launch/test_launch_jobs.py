@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tarfile
@@ -304,17 +305,35 @@ def test_wrong_use_says_what_is_wrong(words, message, folder, launch):
     ["gce.sh", "train", *GCE],
     ["tpu_vm.sh", "train", *NONE, "--type=v4-8"],
     ["setup_host.sh"],
+    ["smoke.sh"],
   ],
   ids=lambda words: " ".join(words[:2]),
 )
 def test_dry_run_and_help_run_nothing(words, folder, launch):
-  arguments = ["--", "$HOME"] if set(words) & {"run", "xpk", "train", "slurm.sh"} else []
+  takes = {"run", "xpk", "train", "slurm.sh", "smoke.sh"}
+  arguments = ["--", "$HOME"] if set(words) & takes else []
   result = launch(*words, "--dry-run", *arguments)
   assert result.returncode == 0 and not result.stderr, result.stderr
   assert result.stdout and (not arguments or "$HOME" in result.stdout)
   assert launch(words[0], "-h").stdout.startswith(f"usage: launch/{words[0]}")
   assert not fake_programs.calls(folder)
   assert sorted(path.name for path in folder.iterdir()) == ["bin", "port"]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_smoke_test_sets_up_the_host_for_its_devices_and_measures_it(gpu, folder, launch):
+  tools = fake_programs.few_tools(folder)
+  if gpu:
+    fake_programs.write_program(tools / "nvidia-smi", "exit 9")  # it is not run
+  result = launch("smoke.sh", "--dry-run", "--", "--batch=8", PATH=str(tools))
+  setup, measure = result.stdout.splitlines()
+  tpus = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
+  extras = "tpu" if tpus else "cuda" if gpu else "''"
+  assert setup == f"{ROOT}/launch/setup_host.sh --extras {extras}"
+  assert measure == f"{ROOT}/.venv/bin/bigalign benchmark --json=smoke.json --batch=8"
+  result = launch("smoke.sh", "--dry-run", "--extras=tpu gcs", "--json=a b", PATH=str(tools))
+  setup, measure = result.stdout.splitlines()
+  assert setup.endswith(" --extras 'tpu gcs'") and measure.endswith(" benchmark '--json=a b'")
 
 
 def test_setup_installs_what_the_system_lacks(folder, launch):

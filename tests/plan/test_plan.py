@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
 import json
 import pathlib
@@ -16,6 +17,7 @@ from helpers.tpu_compiler import compiled_for_tpus, needs_libtpu
 
 from bigalign.config import resolve_config
 from bigalign.plan import (
+  calibrate,
   chips,
   compile_step,
   hlo_memory,
@@ -445,3 +447,169 @@ def test_prices_are_checked_before_anything_is_compiled(tmp_path, capsys):
   assert not capsys.readouterr().err
   main.read_prices(str(path), "v6e")
   assert "no price for v6e" in capsys.readouterr().err
+
+
+def step_work(products, memory, communication, topology="v5e:2x2"):
+  """A plan whose parts take these seconds at the full speed of the data sheet of v5e."""
+  return made_up(
+    512,
+    topology=topology,
+    flops_per_chip=197e12 * products,
+    memory_traffic_bytes_per_chip=819e9 * memory,
+    collectives={"all-reduce": dict(runs=1, bytes=200e9 * communication, asynchronous_bytes=0.0)},
+  )
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.6, 0.75, 3.0])
+@pytest.mark.parametrize("parts", [(0.4, 0.2, 0.2), (0.1, 0.3, 0.0), (0.2, 0.2, 0.9)])
+def test_the_measured_step_itself_is_predicted_to_take_what_it_took(parts, seconds):
+  work = step_work(*parts)
+  least, _ = chips.step_seconds(work)
+  found = calibrate.step_seconds(work, calibrate.Measured(seconds, work, "run"))
+  assert found == pytest.approx((max(seconds, least), max(seconds, least)))
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("limit", [0, 1])
+@pytest.mark.parametrize("other", [(0.5, 0.1, 0.2), (0.2, 0.3, 0.4), (0.8, 0.8, 0.1)])
+def test_the_range_holds_every_step_that_the_measured_one_allows(other, limit, hidden):
+  """A chip at 70 % of its products or traffic, which hides none, half or all of communication."""
+
+  def took(parts):
+    rest = parts[limit] / 0.7
+    return max(rest + (1 - hidden) * parts[2], parts[2])
+
+  parts = (0.4, 0.35, 0.1)
+  measured = calibrate.Measured(took(parts), step_work(*parts), "run")
+  plan = step_work(*other)
+  shortest, longest = calibrate.step_seconds(plan, measured)
+  floor, _ = chips.step_seconds(plan)
+  assert shortest - 1e-9 <= max(took(other), floor) <= longest + 1e-9
+
+
+def test_one_measured_run_narrows_the_range():
+  plan = step_work(0.3, 0.2, 0.1)
+  measured = calibrate.Measured(0.62, step_work(0.4, 0.25, 0.1), "run")
+  shortest, longest = calibrate.step_seconds(plan, measured)
+  before, after = chips.step_seconds(plan), (shortest, longest)
+  assert before[0] <= shortest < longest <= before[1]
+  assert (longest - shortest) < 0.4 * (before[1] - before[0]), (before, after)
+
+
+@pytest.fixture
+def benchmarked(tmp_path):
+  """The JSON of a benchmark of a step of 0.62 s."""
+
+  def write(**changes):
+    figures = dict(
+      config="clip_b16",
+      device=dict(device_kind="TPU v5 lite"),
+      step=dict(seconds_per_step=0.62),
+      plan=step_work(0.4, 0.25, 0.1),
+    )
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({**figures, **changes}))
+    return path
+
+  return write
+
+
+def test_plan_takes_the_measured_step_and_says_so(benchmarked, monkeypatch):
+  monkeypatch.setattr(main, "plan", lambda *_, **__: step_work(0.3, 0.2, 0.1) | SHOWN)
+  shown = []
+  asked = dict(topology="v5e:2x2", show=shown.append)
+  found = main.predict(small(), measured=str(benchmarked()), **asked)
+  known = calibrate.Measured(0.62, step_work(0.4, 0.25, 0.1), "")
+  expected = calibrate.step_seconds(step_work(0.3, 0.2, 0.1), known)
+  assert found["seconds_per_step"] == [expected[1], expected[0]]
+  assert found["images_per_second"][0] == pytest.approx(512 / expected[1])
+  assert found["calibrated_by"] == "clip_b16 on v5e:2x2" and "from clip_b16 on v5e" in shown[0]
+  assert "not measured" not in shown[0]
+  assert "calibrated_by" not in main.predict(small(), **asked) and "not measured" in shown[2]
+
+
+SHOWN = dict(
+  device_kind="TPU v5 lite",
+  parameters=1,
+  trainable=1,
+  not_checked="",
+  loss_alone_bytes_per_chip=1,
+  remat={},
+)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(plan=step_work(1, 1, 1, "v4:2x2x1")), "was measured on v4, and this plan is for v5e"),
+    (
+      dict(plan={}, device=dict(device_kind="cpu")),
+      "measured on cpu, and plans are for TPUs",
+    ),
+    (dict(step={}), "is neither the JSON of `bigalign benchmark --json` nor a run's folder"),
+  ],
+)
+def test_a_file_that_cannot_calibrate_says_why(changes, message, benchmarked):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    calibrate.read(benchmarked(**changes), "v5e", lambda *_: {})
+
+
+@pytest.fixture
+def trained(tmp_path):
+  """The folder of a run of 16 chips of v5e, whose second stage begins after step 4."""
+  (tmp_path / "config.json").write_text(
+    json.dumps(
+      dict(config=dict(topology="v5e:4x4"), hardware=dict(device_kind="TPU v5 lite", devices=16))
+    )
+  )
+  rows = [
+    {"step": step, "train/batch_time": seconds + 0.25, "train/data_time": 0.25}
+    for step, seconds in ((2, 9.0), (6, 0.5), (8, 0.7), (10, 0.6))
+  ]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return tmp_path
+
+
+def test_a_run_calibrates_by_the_median_of_its_last_stage(trained):
+  asked = []
+
+  def plan(config, topology):
+    asked.append((config, topology))
+    return {**step_work(0.4, 0.2, 0.1), "first_step": 4}
+
+  known = calibrate.read(trained, "v5e", plan)
+  assert known.seconds == pytest.approx(0.6) and known.name == f"{trained.name} on v5e:4x4"
+  assert asked == [(dict(topology="v5e:4x4"), "v5e:4x4")]
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x4", ""])
+def test_a_run_on_a_slice_of_unknown_shape_does_not_calibrate(topology, trained):
+  record = json.loads((trained / "config.json").read_text())
+  record["config"]["topology"] = topology
+  (trained / "config.json").write_text(json.dumps(record))
+  with pytest.raises(ValueError, match=r"16 x TPU v5 lite, .* the JSON of `bigalign benchmark`"):
+    calibrate.read(trained, "v5e", lambda *_: {})
+
+
+def test_devices_of_a_topology_and_kinds_of_devices():
+  assert [chips.devices(x) for x in ("v5e:16x16*2", "v4:2x2x4", "tpu7x:2x2x1")] == [512, 16, 8]
+  kinds = ("TPU v5 lite", "TPU v5p", "TPU v6 lite", "TPU7x", "NVIDIA H100", "cpu")
+  assert [chips.of_device(kind) for kind in kinds] == ["v5e", "v5p", "v6e", "tpu7x", "", ""]
+
+
+def test_the_example_of_the_docs_gives_its_figures(tmp_path):
+  assert doctest.testmod(calibrate).failed == 0
+  text = (ROOT / "docs/plan.md").read_text().partition("## Narrow the times")[2]
+  file = tmp_path / "v5e.json"
+  file.write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+  planned = dict(
+    topology="v5e:16x16",
+    flops_per_chip=59.1e12,
+    peak_flops_per_second=197e12,
+    memory_traffic_bytes_per_chip=164e9,
+    collectives={"all-reduce": dict(bytes=25e9)},
+  )
+  measured = calibrate.read(file, "v5e", lambda *_: {})
+  times = (*calibrate.step_seconds(planned, measured), *chips.step_seconds(planned))
+  said = re.search(r"takes ([\d.]+) to\s+([\d.]+) s; .* ([\d.]+) to ([\d.]+) s", text)
+  assert times == pytest.approx([float(x) for x in said.groups()], abs=0.0005)

@@ -27,7 +27,7 @@ LAYERS = [
   {"step", "evaluate"},
   {"report"},
   {"frozen", "shards", "export", "plan", "cli"},
-  {"train"},
+  {"train", "benchmark"},
   {"api"},
   {"search"},
   {"__main__"},

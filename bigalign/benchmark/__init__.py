@@ -1,0 +1,1 @@
+"""What this machine does: a training step, the loader, embedding and an evaluation, measured."""
