@@ -176,6 +176,67 @@ def test_workers_survive_a_sigterm_to_all_processes_while_they_start():
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def test_memory_that_something_removed_is_named_and_does_not_break_the_end():
+  sender, receiver = shared_memory.Sender(Counted()), shared_memory.Receiver()
+  packed = sender[0]
+  receiver.unpack(packed)
+  sender._memory.unlink()
+  receiver.close()
+  with pytest.raises(RuntimeError, match=f"{packed.memory} of a data worker is gone: .* /dev/shm"):
+    receiver.unpack(packed)
+
+
+def serve(connection, folder):
+  """A run: sends a batch and the names of its memory for each message, until None."""
+  workers.own_shared_memory(folder)
+  with contextlib.closing(workers.iterate(Counted(), workers=1)) as batches:
+    while connection.recv():
+      batch = next(batches)
+      connection.send((batch, [*batches._receiver._memories]))
+
+
+class Served:
+  """A run in a process of its own; `batch` returns its next batch and the files of its memory."""
+
+  def __init__(self, folder):
+    folder.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    self._connection, theirs = context.Pipe()
+    self.process = context.Process(target=serve, args=(theirs, str(folder)))
+    self.process.start()
+    theirs.close()
+
+  def batch(self):
+    self._connection.send(True)
+    batch, names = self._connection.recv()
+    return batch, [SHARED / name for name in names]
+
+  def close(self):
+    self._connection.send(None)
+    self.process.join(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="Linux only")
+def test_the_death_of_a_run_takes_no_memory_of_another_of_the_same_parent(tmp_path):
+  """They share the parent's resource tracker, which unlinks what processes of it left behind."""
+  runs = [Served(tmp_path / name) for name in ("killed", "other")]
+  (_, left), (first, mine) = [run.batch() for run in runs]
+  assert_same(first, Counted()[0])
+  assert left and mine and all(path.exists() for path in [*left, *mine])
+  runs[0].process.kill()
+  runs[0].process.join()
+  again = Served(tmp_path / "killed")  # the same command once more
+  again.batch()
+  assert not [path for path in left if path.exists()], "a run frees what it left when it was killed"
+  assert [path for path in mine if path.exists()] == mine
+  for k in range(1, 12):  # each slot several times
+    assert_same(runs[1].batch()[0], Counted()[k])
+  for run in (again, runs[1]):
+    run.close()
+  assert not [path for path in mine if path.exists()] and runs[1].process.exitcode == 0
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_twenty_workers_killed_at_random_times_are_named():

@@ -178,7 +178,14 @@ class Receiver:
     if not isinstance(batch, SlotBatch):
       return {name: np.array(value) for name, value in batch.items()}
     if batch.memory not in self._memories:
-      self._memories[batch.memory] = SharedMemory(batch.memory)
+      try:
+        self._memories[batch.memory] = SharedMemory(batch.memory)
+      except FileNotFoundError as error:
+        raise RuntimeError(
+          f"the shared memory {batch.memory} of a data worker is gone: something removed it from"
+          f" {_MOUNT}, such as a script that cleans up there. Run the same command again: a run"
+          " resumes from its last checkpoint"
+        ) from error
     memory = self._memories[batch.memory]
     arrays = {
       name: _view(memory, shape, dtype, first).copy()
@@ -192,4 +199,5 @@ class Receiver:
     while self._memories:
       _, memory = self._memories.popitem()
       memory.close()
-      memory.unlink()
+      with contextlib.suppress(FileNotFoundError):  # something else removed it
+        memory.unlink()
