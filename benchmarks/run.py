@@ -37,6 +37,7 @@ SUMMARIES = {
   "index": ("of webdataset", ["read_over_webdataset"], "{:.2f}x"),
   "remote": ("of single samples", ["ratio"], "{:.2f}x"),
   "frozen": ("of training with the towers", ["ratio", "stores / encoding"], "{:.2f}x"),
+  "texts": ("of padded texts", ["ratio", "16 tokens"], "{:.2f}x"),
   "search": ("s per query", ["seconds", "bigalign, in memory", "median"], "{:.4f}"),
 }
 
