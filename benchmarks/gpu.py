@@ -151,17 +151,16 @@ def in_a_process(turn: Turn, args: argparse.Namespace, limit: float) -> dict[str
     "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip(),
     "TORCHINDUCTOR_CACHE_DIR": str(pathlib.Path("~/.cache/bigalign/inductor").expanduser()),
   }
-  process = subprocess.Popen(
+  with subprocess.Popen(
     command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-  )
-  try:
-    out, _ = process.communicate(timeout=limit)
-  except subprocess.TimeoutExpired:
-    return dict(error=f"longer than {limit:.0f} s")
-  finally:
-    if process.poll() is None:
-      os.killpg(process.pid, signal.SIGKILL)  # with the compiler's own processes
-      process.wait()
+  ) as process:
+    try:
+      out, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+      return dict(error=f"longer than {limit:.0f} s")
+    finally:
+      if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # with the compiler's own processes
   if process.returncode:
     return dict(error=f"exit status {process.returncode}")
   result: dict[str, Any] = json.loads(out.splitlines()[-1])
