@@ -29,8 +29,9 @@ gradient needs no reduction first and is computed together with the value.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -41,6 +42,54 @@ from bigalign.losses.engine import exchange, tiles
 from bigalign.losses.engine.tiles import Arrays, Tile
 
 WAYS = ("auto", "dense", "gather", "segment", "ring")
+
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _bfloat16(x: jax.Array, y: jax.Array) -> jax.Array:
+  narrow = (z.astype(jnp.bfloat16) for z in (x, y))
+  return jnp.matmul(*narrow, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _float32(x: jax.Array, y: jax.Array, *, precision: jax.lax.Precision) -> jax.Array:
+  """x @ y. Less than the highest precision would be TF32 on a GPU, so it is only for TPUs."""
+
+  def product(precision: jax.lax.Precision, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=precision)
+
+  exact = functools.partial(product, jax.lax.Precision.HIGHEST)
+  if precision == jax.lax.Precision.HIGHEST:
+    return exact(x, y)
+  chosen: jax.Array = jax.lax.platform_dependent(
+    x, y, tpu=functools.partial(product, precision), default=exact
+  )
+  return chosen
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _products(matmuls: tuple[Matmul, Matmul], x: jax.Array, y: jax.Array) -> jax.Array:
+  """[n, E], [m, E] -> [n, m], by two kinds of products: of the result and of its gradients."""
+  return matmuls[0](x, y.T)
+
+
+def _products_forward(matmuls: tuple[Matmul, Matmul], x: Any, y: Any) -> Any:
+  # Each is kept for the gradient of the other, if that is needed.
+  saved = (x.value if y.perturbed else None, y.value if x.perturbed else None)
+  return matmuls[0](x.value, y.value.T), saved
+
+
+def _products_backward(matmuls: tuple[Matmul, Matmul], saved: Any, g: jax.Array) -> Any:
+  x, y = saved
+  return None if y is None else matmuls[1](g, y), None if x is None else matmuls[1](g.T, x)
+
+
+_products.defvjp(_products_forward, _products_backward, symbolic_zeros=True)
+
+_HIGH, _HIGHEST, _ONE_PASS = (
+  functools.partial(_float32, precision=precision)
+  for precision in (jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT)
+)
+PRECISIONS = {"high": (_HIGH, _ONE_PASS), "highest": (_HIGHEST, _HIGHEST)}
 
 
 @jax.tree_util.register_static
@@ -53,7 +102,11 @@ class Engine:
     dtype: "float32" or "bfloat16", the dtype of communicated features and of the factors of all
       products; sums, reductions and gradients are accumulated in float32. With bfloat16, rounding
       changes a logit by up to 0.4 at a scale of 100, communication is halved, and a TPU multiplies
-      in one pass instead of six.
+      in one pass.
+    precision: of products in float32 on TPUs, which multiply bfloat16 numbers in several passes:
+      "high" takes three passes for logits, whose error is below 1e-3 at a scale of 100, and one for
+      their gradients, whose error is that of a rounding to bfloat16; "highest" takes six for both.
+      CPUs and GPUs compute all products in float32.
     budget_mb: MB of gathered columns and their gradients per device; sets the number of segments.
     tile_mb: MB (1e6 bytes) of one float32 tile; a few exist at a time. The default is just above
       16 MiB.
@@ -61,23 +114,23 @@ class Engine:
 
   way: str = "auto"
   dtype: str = "float32"
+  precision: str = "high"
   budget_mb: float = 256.0
   tile_mb: float = 17.0
 
   def __post_init__(self) -> None:
     checks.known("config.logits.way", self.way, WAYS)
     checks.known("config.logits.dtype", self.dtype, ("float32", "bfloat16"))
+    checks.known("config.logits.precision", self.precision, PRECISIONS)
     for name in ("budget_mb", "tile_mb"):
       if not getattr(self, name) > 0:
         raise ValueError(f"config.logits.{name}={getattr(self, name)!r} must be above 0")
 
   def products(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """[n, E], [m, E] -> [n, m] inner products, in the engine's dtype, summed in float32."""
-    dtype = jnp.dtype(self.dtype)
-    if dtype == jnp.float32:
-      # The accelerators' default precision would move a logit by about 0.4 at a scale of 100.
-      return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
-    return _products(dtype, x, y)
+    if self.dtype == "float32":
+      return _products(PRECISIONS[self.precision], x, y)
+    return _products((_bfloat16, _bfloat16), x, y)
 
   def paired(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """[N, E], [N, E] -> [N]: the diagonal of `products(x, y)`."""
@@ -220,24 +273,6 @@ DEFAULT = Engine()
 def same(row: Arrays, col: Arrays) -> jax.Array:
   """[n, m] bool: the row and the column of a tile have the same position in the batch."""
   return row["batch_index"][:, None] == col["batch_index"][None, :]
-
-
-def _matmul(dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-  product = jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
-  return product.astype(x.dtype)
-
-
-def _products_forward(dtype: Any, x: jax.Array, y: jax.Array) -> Any:
-  return _matmul(dtype, x, y.T), (x, y)
-
-
-def _products_backward(dtype: Any, saved: Any, g: jax.Array) -> Any:
-  x, y = saved
-  return _matmul(dtype, g, y), _matmul(dtype, g.T, x)
-
-
-_products = jax.custom_vjp(lambda dtype, x, y: _matmul(dtype, x, y.T), nondiff_argnums=(0,))
-_products.defvjp(_products_forward, _products_backward)
 
 
 def _power_of_two(x: float) -> int:
