@@ -11,6 +11,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bigalign import checks, sharding
 from bigalign.towers import attention
@@ -42,6 +43,9 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 REMAT: dict[str, Any] = {  # name: checkpoint policy of each block
   "none": None,  # keep every activation
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the matmuls of weights
+  "attention": jax.checkpoint_policies.save_only_these_names(
+    "attention"
+  ),  # keep those of Attention
   "full": jax.checkpoint_policies.nothing_saveable,  # keep the input of each layer
 }
 
@@ -52,7 +56,8 @@ class TowerOptions:
 
   Args:
     remat: activations kept for the backward pass: "none" keeps all, "dots" keeps the matmuls of
-      weights, "full" keeps the input of each block. The others are computed again.
+      weights, "attention" keeps those of attention but not the larger ones of the MLP, "full" keeps
+      the input of each block. The others are computed again.
     dtype: dtype of the computation; parameters are float32.
 
   Raises:
@@ -220,19 +225,20 @@ class Attention(nn.Module):
     width = x.shape[-1]
 
     def project(name: str, inputs: jax.Array) -> jax.Array:
-      return DenseGeneral(
+      projected = DenseGeneral(
         (self.heads, width // self.heads),
         use_bias=name[0] in self.biases,
         dtype=self.dtype,
         kernel_init=nn.initializers.xavier_uniform(),
         name=name,
       )(inputs)
+      return checkpoint_name(projected, "attention")  # for REMAT
 
     query, key, value = project("query", x), project("key", memory), project("value", memory)
     if rotation is not None:
       query, key = rotate(query, rotation), rotate(key, rotation)
     y = attention.attend(query, key, value, mask, causal=causal, bias=bias)
-    return DenseGeneral(
+    y = DenseGeneral(
       width,
       axis=(-2, -1),
       use_bias="o" in self.biases,
@@ -240,6 +246,7 @@ class Attention(nn.Module):
       kernel_init=nn.initializers.xavier_uniform(),
       name="out",
     )(y)
+    return checkpoint_name(y, "attention")
 
 
 class Mlp(nn.Module):

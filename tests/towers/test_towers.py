@@ -44,7 +44,7 @@ def stack_layers(params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_scan_and_remat_do_not_change_values(remat):
   """Outputs and gradients of separate layers, against scanned and rematerialised ones."""
   plain = TOWERS["vit"](patch=8, scan=False, **SMALL).build()
@@ -207,7 +207,7 @@ def test_variants_have_the_published_sizes():
     (lambda: TOWERS["vit"](width=30, heads=4), "does not divide into 4 heads"),
     (lambda: TOWERS["vit"](patch=12, stem="conv"), "power of 2"),
     (lambda: TOWERS["vit"](patch=7, **SMALL).build().init(KEY, IMAGE), "does not divide the image"),
-    (lambda: TOWERS["text"](vocab_size=9, length=4, remat="some"), "known: .'dots', 'full'"),
+    (lambda: TOWERS["text"](vocab_size=9, length=4, remat="some"), "known: .'attention', 'dots'"),
     (
       lambda: PROJECTORS["identity"](8).init(KEY, base.TowerOutput(jnp.ones((1, 4)), IMAGE)),
       "embed_dim is 8",
