@@ -49,18 +49,20 @@ def benchmark(
     seconds: of each measurement, without compilation.
   """
   options = resolve_config(for_devices(config, batch, jax.device_count()), files_needed=False)
-  ready = measure.prepare(options)
+  logging.info("Measuring a step of %d pairs", options.batch_size)
+  with measure.fitting(options):
+    ready = measure.prepare(options)
+    step, state = measure.training(ready, seconds=seconds)
   result: dict[str, Any] = {
     "config": name,
     "revision": revision(),
     "versions": runtime.versions() | {"python": platform.python_version()},
     "device": runtime.describe(),
     "host": {"cores": measure.cores(), "system": f"{platform.system()} {platform.machine()}"},
+    "step": step,
     "plan": measure.planned(ready),
+    "embed": measure.embedding(ready, state, seconds=seconds / 2),
   }
-  logging.info("Measuring a step of %d pairs", options.batch_size)
-  result["step"], state = measure.training(ready, seconds=seconds)
-  result["embed"] = measure.embedding(ready, state, seconds=seconds / 2)
   result["source"] = "given" if source else "made-up photos"
   with contextlib.nullcontext(source) if source else measure.photos() as pattern:
     result["loader"] = measure.loading(options, pattern, seconds=seconds / 2)

@@ -49,33 +49,31 @@ class Ready(NamedTuple):
 
 
 def prepare(config: Config) -> Ready:
-  """Compiles the step of a config for this machine and makes its state.
-
-  Raises:
-    ValueError: if it does not fit; says what to change.
-  """
+  """Compiles the step of a config for this machine and makes its state."""
   step = compile_step.trace_on(config.mesh.make(), config, samples=SAMPLES)
-  try:
-    with jax.set_mesh(step.mesh):
-      begin = time.perf_counter()
-      compiled = step.traced.lower().compile()
-      seconds = time.perf_counter() - begin
-      _, shardings = layout(step.program, step.mesh, config.rules)
-      state = init_on_mesh(step.program, shardings)
-      batch = _batch(step)
-      work = useful_flops(step.program, step.traced.jaxpr, state, batch, data_position(0, SAMPLES))
-  except jax.errors.JaxRuntimeError as error:
-    raise _too_large(error, config) from error
+  with jax.set_mesh(step.mesh):
+    begin = time.perf_counter()
+    compiled = step.traced.lower().compile()
+    seconds = time.perf_counter() - begin
+    _, shardings = layout(step.program, step.mesh, config.rules)
+    state = init_on_mesh(step.program, shardings)
+    batch = _batch(step)
+    work = useful_flops(step.program, step.traced.jaxpr, state, batch, data_position(0, SAMPLES))
   return Ready(step, compiled, state, batch, seconds, work)
 
 
-def _too_large(error: Exception, config: Config) -> Exception:
-  if not is_out_of_memory(error):
-    return error
-  return ValueError(
-    f"the step of {config.batch_size:,} pairs does not fit into this machine's memory; give fewer"
-    " with --batch=N"
-  )
+@contextlib.contextmanager
+def fitting(config: Config) -> Iterator[None]:
+  """A context that compiles and runs a step; if memory does not suffice, the error says so."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if not is_out_of_memory(error):
+      raise
+    raise ValueError(
+      f"the step of {config.batch_size:,} pairs does not fit into the memory of this machine; give"
+      " fewer with --batch=N"
+    ) from error
 
 
 def _batch(step: compile_step.Step) -> dict[str, jax.Array]:
@@ -136,7 +134,8 @@ def _seconds(call: Callable[[], Any], seconds: float) -> list[float]:
   queued = 1 if jax.default_backend() == "cpu" else 10
   for _ in range(2):  # the first one may compile
     jax.block_until_ready(call())
-  times, end = [], time.perf_counter() + seconds
+  times: list[float] = []
+  end = time.perf_counter() + seconds
   while len(times) < 3 or time.perf_counter() < end:
     begin = time.perf_counter()
     for _ in range(queued):
@@ -188,7 +187,8 @@ def embedding(ready: Ready, state: State, *, seconds: float) -> dict[str, float]
 
 def _stored(step: compile_step.Step) -> bool:
   """Whether a batch holds vectors of a store, which no tower reads."""
-  return step.batch["image"].ndim != 4 or step.batch["text"].dtype != jnp.int32
+  images, texts = step.batch["image"], step.batch["text"]
+  return len(images.shape) != 4 or bool(texts.dtype != jnp.int32)
 
 
 @contextlib.contextmanager
@@ -244,7 +244,7 @@ def evaluation(ready: Ready, state: State, source: str) -> dict[str, float]:
   data = resolve_data(dict(tokenizer=tokenizer, image_size=config.data.image_size))
   data = dataclasses.replace(data, workers=min(config.data.workers, cores()))
   evals: Mapping[str, Any] = dict(val=dict(type="retrieval", source=source))
-  embed = make_embed(step.program.model)
+  embed: dict[str, Any] = make_embed(step.program.model)
   (evaluate,) = make_evaluators(evals, mesh=step.mesh, data=data, **embed).values()
   params, pairs = {**state.trainable, **state.frozen}, len(open_source(source))
   with jax.set_mesh(step.mesh):

@@ -136,9 +136,8 @@ def test_a_small_config_is_measured_on_this_machine_and_the_json_names_no_place(
 
 def test_a_step_that_does_not_fit_says_what_to_give():
   config = types.SimpleNamespace(batch_size=65_536)
-  error = measure._too_large(RuntimeError("RESOURCE_EXHAUSTED: out of memory"), config)
-  assert (
-    isinstance(error, ValueError) and "65,536 pairs" in str(error) and "--batch=N" in str(error)
-  )
-  other = RuntimeError("INTERNAL")
-  assert measure._too_large(other, config) is other
+  said = r"65,536 pairs does not fit .* --batch=N"
+  with pytest.raises(ValueError, match=said), measure.fitting(config):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), measure.fitting(config):
+    raise jax.errors.JaxRuntimeError("INTERNAL: another error")
