@@ -85,3 +85,13 @@ def test_plan_returns_the_figures(monkeypatch):
   monkeypatch.setattr(planning.largest_batch, "predict", lambda plans: None)
   assert bigalign.plan("tiny", samples=5, total_steps=7) == figures
   assert asked == [(7, "v5e:1x1", 5)]
+
+
+@pytest.mark.parametrize("function", ["train", "embed"])
+def test_a_script_that_a_data_worker_imports_needs_a_guard(function):
+  """As multiprocessing imports it; the same script as a program goes on to its next error."""
+  script = compile(f"import bigalign; bigalign.{function}('nope', 'x')", "script.py", "exec")
+  with pytest.raises(RuntimeError, match=rf"bigalign\.{function} .*if __name__ == \"__main__\""):
+    exec(script, {"__name__": "__mp_main__"})
+  with pytest.raises((TypeError, FileNotFoundError)):
+    exec(script, {"__name__": "__main__"})
