@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bigalign import checks, sharding
 from bigalign.towers import attention
+from bigalign.towers.attention import Device
 from bigalign.towers.linear import Dense, DenseGeneral
 
 # name: (width, depth, heads, hidden units per width). ViT and scaling-ViT sizes,
@@ -141,7 +142,7 @@ class TransformerOptions(TowerOptions):
     hidden = round(width * (self.mlp_ratio or ratio))
     return Sizes(width, self.depth or depth, self.heads or heads, hidden)
 
-  def is_fused(self, device: attention.Device, mask: str = "none", bias: bool = False) -> bool:
+  def is_fused(self, device: Device, mask: str = "none", bias: bool = False) -> bool:
     """Whether these options choose cuDNN's attention on a device: see attention.is_fused."""
     width, _, heads, _ = self.sizes
     return attention.is_fused(
