@@ -107,10 +107,12 @@ def table(result: Mapping[str, Any]) -> rich.table.Table:
   for what, figures, key in (
     ("embedding, images per second", result["embed"], "images_per_second"),
     ("embedding, texts per second", result["embed"], "texts_per_second"),
-    ("retrieval, pairs per second", result["evaluation"], "pairs_per_second"),
   ):
     if figures:
       rows.add_row(what, number(figures[key]), "")
+  if evaluation := result["evaluation"]:
+    what = f"retrieval of {evaluation['pairs']:,} pairs, with the start of workers"
+    rows.add_row(what, time(evaluation["seconds"]), "")
   return rows
 
 

@@ -235,7 +235,11 @@ def loading(config: Config, source: str, *, seconds: float) -> dict[str, float]:
 
 
 def evaluation(ready: Ready, state: State, source: str) -> dict[str, float]:
-  """Pairs per second of retrieval on a source, once compiled; {} if the towers cannot read it."""
+  """Retrieval on a source, once compiled; {} if the towers cannot read it.
+
+  Returns:
+    The pairs, the seconds, with the start of the data workers, and pairs per second.
+  """
   step, config = ready.step, ready.step.stage.config
   ids = getattr(getattr(step.program.model.text_tower, "options", None), "vocab_size", 0)
   if _stored(step) or ids < BYTE_IDS:

@@ -7,6 +7,7 @@ or adds to them. One measured time does not say which, so the range holds all fo
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -73,7 +74,7 @@ def step_seconds(plan: Mapping[str, Any], measured: Measured) -> tuple[float, fl
 
 
 def read(
-  path: str | pathlib.Path, kind: str, plan: Callable[[Mapping[str, Any], str], Any]
+  path: str | os.PathLike[str], kind: str, plan: Callable[[Mapping[str, Any], str], Any]
 ) -> Measured:
   """Returns the measured step of a file or a run.
 

@@ -160,7 +160,7 @@ def predict(
   search: bool = False,
   samples: int = 0,
   prices: str | None = None,
-  measured: str | None = None,
+  measured: str | os.PathLike[str] | None = None,
   cache: str | pathlib.Path = CACHE,
   name: str = "config",
   show: Callable[[str], None] = lambda text: None,

@@ -52,7 +52,7 @@ def test_the_table_shows_what_was_measured_next_to_the_plan():
   assert found["memory of a device"] == ["9.50 GB", "9.10 GB"]
   assert found["share of the peak (MFU)"] == ["41.0%"]
   assert found["loader / step, 1 or more is enough"] == ["2.00"]
-  assert found["retrieval, pairs per second"] == ["512"]
+  assert found["retrieval of 256 pairs, with the start of workers"] == ["500 ms"]
 
 
 def test_what_a_machine_does_not_report_is_left_out_of_the_table():
@@ -61,8 +61,8 @@ def test_what_a_machine_does_not_report_is_left_out_of_the_table():
   found = rows(RESULT | dict(plan=plan, step=step, embed={}, evaluation={}))
   assert found["time of a step"] == ["620 ms"]
   assert found["useful work per second"] == ["100 TFLOP"]
-  absent = ("share of the peak (MFU)", "memory of a device", "embedding, images per second")
-  assert not {*absent, "retrieval, pairs per second"} & {*found}
+  absent = ("share of the peak", "memory of a device", "embedding", "retrieval")
+  assert not [row for row in found if row.startswith(absent)]
 
 
 @pytest.mark.parametrize(
