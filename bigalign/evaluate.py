@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ class Run(NamedTuple):
   mesh: jax.sharding.Mesh
   params: dict[str, jax.Array]
   ema: dict[str, jax.Array]
-  embed: dict[str, Callable[..., Any]]
+  embed: dict[str, Any]
   address: str = ""
 
   @property

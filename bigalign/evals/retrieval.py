@@ -18,7 +18,7 @@ from bigalign import sharding
 from bigalign.evals.embed import Context, Embedded, embedder, open_data, prefix
 
 RECALL_AT = (1, 5, 10)
-CHUNK = 2**26  # similarities in memory at a time, over all devices: 256 MB
+CHUNK = 2**26  # similarities at a time in one memory: 256 MB
 
 
 def ranks(
@@ -63,9 +63,23 @@ def ranks(
     before = gallery_valid & ((sims > best) | ((sims == best) & (position < first)))
     return jnp.where(positive.any(), 1 + before.sum(dtype=jnp.int32), 0)
 
-  chunk = min(len(query), max(1, CHUNK // entries))
+  chunk = at_once(len(query), entries, mesh)
   by_query: jax.Array = jax.lax.map(rank, (query, owner), batch_size=chunk)
   return by_query
+
+
+def at_once(queries: int, entries: int, mesh: Mesh | None = None) -> int:
+  """Returns how many queries are compared with a gallery at a time.
+
+  Args:
+    queries: in all.
+    entries: of the gallery.
+    mesh: over whose batch axes the gallery is split. Each accelerator has a memory for its part, so
+      that many of them are not slowed down by the communication of many small chunks.
+  """
+  on_accelerators = mesh is not None and mesh.devices.flat[0].platform != "cpu"
+  memories = mesh.shape["data"] * mesh.shape["fsdp"] if mesh and on_accelerators else 1
+  return min(queries, max(1, CHUNK * memories // entries))
 
 
 def both_directions(embedded: Embedded, mesh: Mesh) -> tuple[jax.Array, jax.Array]:

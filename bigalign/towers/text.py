@@ -61,9 +61,9 @@ class TextOptions(base.TransformerOptions):
       return all_positions(ids, mask)
     lengths = real_lengths(mask)
     if self.pool == "argmax":  # it may find padding, which then has to stay
-      return np.maximum(lengths, 1 + np.argmax(ids, 1))
-    if self.pool == "eos" and self.eos is not None:
-      return np.maximum(lengths, 1 + np.argmax(ids == self.eos, 1))
+      lengths = np.maximum(lengths, 1 + np.argmax(ids, 1))
+    elif self.pool == "eos" and self.eos is not None:
+      lengths = np.maximum(lengths, 1 + np.argmax(ids == self.eos, 1))
     return lengths
 
 

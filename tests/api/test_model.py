@@ -154,6 +154,43 @@ def test_an_error_of_one_process_ends_all(monkeypatch):
     _on_all(lambda: {"image": 1})
 
 
+def test_texts_share_batches_with_texts_of_their_length(model, monkeypatch):
+  texts = [f"{'x' * (13 * i % 31)} ä" for i in range(20)]
+  alone = np.concatenate([model.embed_texts(text) for text in texts])
+  shapes, embed = [], model._embed_text
+
+  def record(params, ids, mask):
+    shapes.append(ids.shape)
+    return embed(params, ids, mask)
+
+  monkeypatch.setattr(model, "_embed_text", record)
+  z = model.embed_texts(texts, batch_size=8)
+  np.testing.assert_allclose(z, alone, rtol=0, atol=1e-6)
+  assert shapes == [(8, 16), (8, 32), (8, 48)]  # of 48 positions
+  iterated = model.embed_texts(iter(texts), batch_size=8)  # in their own order
+  np.testing.assert_allclose(iterated, alone, rtol=0, atol=1e-6)
+  assert shapes[3:] == [(8, 48), (8, 32), (8, 48)]
+  with pytest.raises(TypeError, match=r"texts\[1\] is of type int"):
+    model.embed_texts(["a long text", 5, "b"], batch_size=8)
+
+
+def test_each_process_cuts_texts_to_the_longest_of_all(model, monkeypatch):
+  made = []
+
+  def stop(mesh, batch, rows, size):
+    made.append(batch["ids"])
+    raise InterruptedError
+
+  monkeypatch.setattr("bigalign.sharding.global_batch", stop)
+  for rows in (range(4), range(4, 8)):
+    own = np.asarray(rows)
+    monkeypatch.setattr("bigalign.sharding.host_rows", lambda mesh, size, own=own: own)
+    with pytest.raises(InterruptedError):
+      model.embed_texts(["x"] * 7 + ["a text of 23 characters"])
+  assert [x.shape for x in made] == [(4, 24), (4, 24)]
+  assert (made[0] > 0).sum() == 4 * 2 and (made[1] > 0).sum() == 3 * 2 + 24
+
+
 def test_probabilities_follow_the_loss(model, pictures):
   scale, bias = np.exp(np.asarray(model.params["t"])), np.asarray(model.params["b"])
   cosines = model.similarity(pictures, ["a cat", "a dog", "x"])
