@@ -5,6 +5,7 @@ In a run of several processes, call jax.distributed.initialize() first, as JAX d
 
 from __future__ import annotations
 
+import inspect
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ def train(
   Raises:
     TypeError, ValueError, FileNotFoundError …: as of bigalign.train.train.
   """
+  _check_script("train")
   values = _values(config, overrides, options)
   if workdir is None:
     if not isinstance(config, str | os.PathLike):
@@ -123,6 +125,7 @@ def embed(
   Returns:
     {folder of a store: {"rows": N, "width": D, "left_out": {reason: samples}}}.
   """
+  _check_script("embed")
   values = plain(_values(config, overrides, options))
   setup_runtime(values)
   with progress.shown(jax.process_index() == 0):
@@ -228,6 +231,21 @@ def plan(
     measured=calibrate,
     cache=pathlib.Path(cache),
   )
+
+
+def _check_script(function: str) -> None:
+  """Raises RuntimeError while a data worker imports the script that started it.
+
+  Python's multiprocessing runs the script again in each worker, under the name "__mp_main__".
+  """
+  frame = inspect.currentframe()
+  while frame is not None:
+    if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__mp_main__":
+      raise RuntimeError(
+        f"bigalign.{function} was called again by a data worker, which imports the script that"
+        ' started it. Call it below `if __name__ == "__main__":`, or set data.workers=0'
+      )
+    frame = frame.f_back
 
 
 def _values(
