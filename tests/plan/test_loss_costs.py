@@ -90,7 +90,7 @@ def test_rows_of_a_loss_replace_older_ones_in_the_document(tmp_path):
 def test_an_unknown_loss_names_the_nearest():
   with pytest.raises(ValueError, match="'siglip'"):
     loss_costs.main(["--losses=sigclip"])
-  with pytest.raises(ValueError, match="--ways.*'gather'"):
+  with pytest.raises(ValueError, match=r"--ways.*'gather'"):
     loss_costs.main(["--ways=gathre"])
 
 
