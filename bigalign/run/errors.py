@@ -5,7 +5,8 @@ What any other line raises is a bug, and keeps its traceback. `--traceback`, whi
 takes, or BIGALIGN_TRACEBACK=1 shows the traceback of mistakes too.
 
 The exit status is 1 after a mistake or a bug, 2 after a wrong command line, 130 after Ctrl-C. What
-leaves a program by SystemExit keeps its status, such as 143 of a run that was asked to stop.
+leaves a program by SystemExit keeps its status, such as 143 of a run that was asked to stop. If
+nobody reads the output any more, as in `bigalign options | head`, a program ends with 141.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import linecache
 import os
 import pathlib
 import re
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -26,6 +28,7 @@ from bigalign.private_apis import text_of_remote_traceback
 FLAG = "--traceback"
 VARIABLE = "BIGALIGN_TRACEBACK"
 INTERRUPTED = 130  # 128 + SIGINT, as of a shell
+READER_GONE = 141  # 128 + SIGPIPE, as of a shell
 SHOW_CURSOR = b"\x1b[?25h"  # of a terminal
 _ROOT = str(pathlib.Path(__file__).parents[1]) + os.sep
 # What our code raises on purpose has one of these types; others, and subclasses such as
@@ -55,6 +58,11 @@ def reported(program: str) -> Iterator[None]:
   _PROGRAMS.append(program)
   try:
     yield
+    sys.stdout.flush()
+  except BrokenPipeError:
+    if not _reader_is_gone():
+      raise
+    sys.exit(READER_GONE)
   except KeyboardInterrupt:
     if shows_tracebacks():
       raise
@@ -68,6 +76,20 @@ def reported(program: str) -> Iterator[None]:
     sys.exit(status(error))
   finally:
     _PROGRAMS.pop()
+
+
+def _reader_is_gone() -> bool:
+  """Whether standard output is a pipe that was closed; what is left of the output is discarded."""
+  try:
+    descriptor = sys.stdout.fileno()
+  except (OSError, ValueError):  # not a file
+    return False
+  poll = select.poll()
+  poll.register(descriptor, 0)
+  if not any(event & select.POLLERR for _, event in poll.poll(0)):
+    return False
+  os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+  return True
 
 
 def in_program() -> bool:

@@ -171,3 +171,18 @@ def test_several_processes_log_the_message_of_a_mistake_only(monkeypatch, caplog
     with pytest.raises(SystemExit) as ended:
       preemption.exit_on_error(raised(function))
     assert ended.value.code == 1 and ("Traceback" in caplog.text) == shown
+
+
+def test_a_reader_that_is_gone_ends_a_program_silently(monkeypatch, capsys):
+  """As in `bigalign options | head`; a broken pipe to anything else is not taken for it."""
+  reading, writing = os.pipe()
+  os.close(reading)
+  with os.fdopen(writing, "w") as closed:
+    monkeypatch.setattr(sys, "stdout", closed)
+    with pytest.raises(SystemExit) as end, errors.reported("bigalign options"):
+      print("a" * 100_000)
+    assert end.value.code == errors.READER_GONE
+    print("what is left is discarded", flush=True)
+    with pytest.raises(BrokenPipeError), errors.reported("bigalign options"):
+      raise BrokenPipeError
+  assert not capsys.readouterr().err
