@@ -11,6 +11,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from bigalign import checks, sharding
@@ -32,8 +33,33 @@ VARIANTS: dict[str, tuple[int, int, int, float]] = {
   "G": (1664, 48, 16, 8192 / 1664),
 }
 
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU, https://arxiv.org/abs/1606.08415, for any [...].
+
+  jax.nn.gelu computes it from erfc, which costs CPUs 5 % of a training step. From erf it has the
+  same absolute error, in float32 or wider, whatever the dtype of x.
+  """
+  return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """GELU and its derivative, in the dtype of x."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  probability = 0.5 + 0.5 * jax.lax.erf(wide * np.sqrt(0.5).astype(wide.dtype))
+  density = jnp.exp(-0.5 * wide * wide) * (1 / np.sqrt(2 * np.pi)).astype(wide.dtype)
+  return (wide * probability).astype(x.dtype), (probability + wide * density).astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+  y, slope = _gelu_and_slope(*primals)
+  return y, slope * tangents[0]
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu": gelu,
   "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
   "silu": nn.silu,
@@ -233,7 +259,8 @@ class Attention(nn.Module):
         kernel_init=nn.initializers.xavier_uniform(),
         name=name,
       )(inputs)
-      return checkpoint_name(projected, "attention")  # for REMAT
+      named: jax.Array = checkpoint_name(projected, "attention")  # for REMAT
+      return named
 
     query, key, value = project("query", x), project("key", memory), project("value", memory)
     if rotation is not None:
@@ -247,7 +274,8 @@ class Attention(nn.Module):
       kernel_init=nn.initializers.xavier_uniform(),
       name="out",
     )(y)
-    return checkpoint_name(y, "attention")
+    named: jax.Array = checkpoint_name(y, "attention")
+    return named
 
 
 class Mlp(nn.Module):
