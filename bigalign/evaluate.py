@@ -21,6 +21,7 @@ from bigalign.config import (
 )
 from bigalign.evals import Evaluator, make_evaluators
 from bigalign.evals.chance import chance
+from bigalign.evals.embed import SharedImages
 from bigalign.options import plain
 from bigalign.program import layout, make_embed, make_program
 from bigalign.run import errors, parsers, preemption, progress, runtime
@@ -156,10 +157,13 @@ def _evaluators_with_data(run: Run) -> tuple[dict[str, Evaluator], dict[str, str
   """The evaluators of a run's config, and {name: reason} of those whose data is not here."""
   evaluators: dict[str, Evaluator] = {}
   missing: dict[str, str] = {}
+  shared = SharedImages()
   for name, component in run.config.evals.items():
     one = {name: component}
     try:
-      evaluators |= make_evaluators(one, mesh=run.mesh, data=run.config.data, **run.embed)
+      evaluators |= make_evaluators(
+        one, mesh=run.mesh, data=run.config.data, shared=shared, **run.embed
+      )
     except (FileNotFoundError, KeyError) as error:
       if not errors.is_mistake(error):
         raise

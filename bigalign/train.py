@@ -494,8 +494,9 @@ def _scores(evaluators: Mapping[str, Evaluator], state: State, step: int) -> dic
 
   def of(learned: Arrays) -> dict[str, float]:
     scores: dict[str, float] = {}
+    params = {**learned, **state.frozen}  # one object, so that evaluators can share embeddings
     for evaluator in evaluators.values():
-      scores |= evaluator({**learned, **state.frozen})
+      scores |= evaluator(params)
     return scores
 
   scores = of(state.trainable)

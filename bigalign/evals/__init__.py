@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from bigalign.data.loader.options import DataOptions
 from bigalign.evals import geometry, glyphs, retrieval, zeroshot
-from bigalign.evals.embed import Context
+from bigalign.evals.embed import Context, SharedImages
 from bigalign.options import Choose, Component, resolve_value
 from bigalign.towers.padding import UsedLengths, all_positions
 
@@ -52,6 +52,7 @@ def make_evaluators(
   mesh: Mesh,
   data: DataOptions,
   text_lengths: UsedLengths = all_positions,
+  shared: SharedImages | None = None,
 ) -> dict[str, Evaluator]:
   """Returns the evaluators {name: run} of config.evals.
 
@@ -64,12 +65,15 @@ def make_evaluators(
     mesh: to evaluate on.
     data: config.data.
     text_lengths: see Context.
+    shared: of evaluators made by other calls, to share images with them too. Images are shared
+      while evaluators are called with the same object as parameters.
 
   Raises:
     ValueError, TypeError: for an unknown type or option; lists the known ones.
   """
   evaluators = {}
+  shared = SharedImages() if shared is None else shared
   for name, component in resolve_value(EvalOptions, evals, "config.evals").items():
-    context = Context(name, embed_image, embed_text, mesh, data, text_lengths)
+    context = Context(name, embed_image, embed_text, mesh, data, text_lengths, shared)
     evaluators[name] = component.make(context=context)
   return evaluators

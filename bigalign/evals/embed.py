@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,45 @@ from bigalign.run.progress import track
 from bigalign.towers.padding import UsedLengths, all_positions, cut
 
 
+class SharedImages:
+  """Embeddings of the images of sources that several evaluators read, for one call of each.
+
+  The first evaluator of a source reads and embeds its images; the others take the embeddings, and
+  the last one releases them. They are not shared if a sample is rejected: whether its image or its
+  caption is the reason can differ between evaluators.
+  """
+
+  def __init__(self) -> None:
+    self._readers: collections.Counter[Any] = collections.Counter()
+    self._params: Any = None
+    self._to_come: dict[Any, int] = {}
+    self._embedded: dict[Any, list[jax.Array]] = {}
+
+  def add_reader(self, key: Any) -> None:
+    """Notes that another evaluator reads the images `key`."""
+    self._readers[key] += 1
+
+  def take(self, params: Any, key: Any) -> list[jax.Array] | None:
+    """The embeddings of each batch of images if they are known for these parameters."""
+    if self._params is not params:
+      self._params, self._to_come, self._embedded = params, dict(self._readers), {}
+    self._to_come[key] -= 1
+    batches = self._embedded.get(key)
+    if self._to_come[key] <= 0:
+      self._embedded.pop(key, None)
+    if not any(count > 0 for count in self._to_come.values()):
+      self._params = None  # whose arrays would stay on the devices
+    return batches
+
+  def is_wanted(self, key: Any) -> bool:
+    """Whether an evaluator is to come that reads the images `key`."""
+    return self._params is not None and self._to_come[key] > 0
+
+  def keep(self, key: Any, batches: list[jax.Array]) -> None:
+    """Keeps the embeddings of each batch of the images `key`."""
+    self._embedded[key] = batches
+
+
 class Context(NamedTuple):
   """The model and the data options that every evaluator gets in addition to its own options.
 
@@ -35,6 +75,7 @@ class Context(NamedTuple):
     data: config.data; images and texts are preprocessed in the same way.
     text_lengths: how many positions of each text embed_text reads; the others are cut off. By
       default it reads all.
+    shared: embeddings of images that evaluators share; None: each embeds its own.
   """
 
   name: str
@@ -43,6 +84,7 @@ class Context(NamedTuple):
   mesh: Mesh
   data: DataOptions
   text_lengths: UsedLengths = all_positions
+  shared: SharedImages | None = None
 
 
 class EvalData(NamedTuple):
@@ -52,12 +94,14 @@ class EvalData(NamedTuple):
     source: the samples.
     batch_size: global.
     batches: starts an iteration from the first sample. With classes=K, batches also have
-      label_set and has_label_set, see evaluation.eval_batches.
+      label_set and has_label_set, with images=False no pixels, see evaluation.eval_batches.
+    pattern: of the source, as in config.data.source.
   """
 
   source: Any
   batch_size: int
   batches: Callable[..., Iterable[Mapping[str, np.ndarray]]]
+  pattern: str = ""
 
 
 class Embedded(NamedTuple):
@@ -125,12 +169,14 @@ def open_data(
   size = round_batch(context.mesh, batch_size)
   rows = sharding.host_rows(context.mesh, size)
 
-  def batches(classes: int = 0) -> Iterable[Mapping[str, np.ndarray]]:
+  def batches(**more: Any) -> Iterable[Mapping[str, np.ndarray]]:
     return evaluation.eval_batches(
-      opened, context.data, batch_size=size, rows=rows, captions=captions, classes=classes
+      opened, context.data, batch_size=size, rows=rows, captions=captions, **more
     )
 
-  return EvalData(opened, size, batches)
+  if context.shared:
+    context.shared.add_reader((source, size))
+  return EvalData(opened, size, batches, source)
 
 
 def most_captions(source: Any) -> int:
@@ -144,21 +190,39 @@ def most_captions(source: Any) -> int:
   return most
 
 
-def over_mesh(context: Context, data: EvalData, **more: Any) -> Iterator[dict[str, jax.Array]]:
-  """Yields each batch as global arrays, split over the batch axes.
+def embedded_images(
+  context: Context, data: EvalData, params: Any, **more: Any
+) -> Iterator[tuple[jax.Array, dict[str, jax.Array]]]:
+  """Yields the embeddings of images, [B, E], and the other arrays of each batch, over the mesh.
 
   Every process must iterate to the end.
 
   Args:
     context: of the evaluator.
     data: the source and its batches.
+    params: of the model.
     **more: arguments of data.batches.
   """
   rows = sharding.host_rows(context.mesh, data.batch_size)
   total = -(-len(data.source) // data.batch_size)
-  for batch in track(data.batches(**more), context.name, total, unit="batches"):
-    cut_batch = _without_padding(context, batch)
-    yield sharding.global_batch(context.mesh, cut_batch, rows, data.batch_size)
+  key, shared = (data.pattern, data.batch_size), context.shared
+  known = shared.take(params, key) if shared else None
+  kept, rejected = [], 0
+  batches = data.batches(**more) if known is None else data.batches(images=False, **more)
+  for k, batch in enumerate(track(batches, context.name, total, unit="batches")):
+    arrays = {name: x for name, x in _without_padding(context, batch).items() if name != "image"}
+    rejected += int(batch["rejects"].sum())
+    if known is not None:
+      yield known[k], sharding.global_batch(context.mesh, arrays, rows, data.batch_size)
+      continue
+    arrays["image"] = batch["image"]
+    on_mesh = sharding.global_batch(context.mesh, arrays, rows, data.batch_size)
+    zimg = context.embed_image(params, on_mesh.pop("image"))
+    if shared and shared.is_wanted(key):
+      kept.append(zimg)
+    yield zimg, on_mesh
+  if shared and kept and not np.any(multihost_utils.process_allgather(np.int32(rejected))):
+    shared.keep(key, kept)
 
 
 def _without_padding(context: Context, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
@@ -198,7 +262,7 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
       stack_jit(
         [
           Embedded(
-            zimg=context.embed_image(params, batch["image"]),
+            zimg=zimg,
             ztxt=sharding.block_on_cpu(embed_texts(params, batch["texts"], batch["texts_mask"])),
             label=batch["label"],
             ordinal=batch["index"],
@@ -206,7 +270,7 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
             texts_valid=batch["texts_valid"],
             rejects=batch["rejects"],
           )
-          for batch in over_mesh(context, data)
+          for zimg, batch in embedded_images(context, data, params)
         ]
       )
     )

@@ -23,10 +23,10 @@ from bigalign.data.sources.webdataset import read_classnames
 from bigalign.evals.embed import (
   Context,
   EvalData,
+  embedded_images,
   log_rejects,
   mean_embedder,
   open_data,
-  over_mesh,
 )
 
 PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))}
@@ -353,8 +353,7 @@ def _one_label(context: Context, data: EvalData, names: Sequence[str]) -> _Measu
 
   def measured(params: Any, weights: jax.Array) -> tuple[dict[str, float], np.ndarray, int]:
     total: Any = None
-    for batch in over_mesh(context, data):
-      zimg = context.embed_image(params, batch["image"])
+    for zimg, batch in embedded_images(context, data, params):
       kept = {name: batch[name] for name in ("label", "valid", "rejects")}
       counted = sharding.block_on_cpu(count(zimg, weights, kept))
       total = counted if total is None else sharding.block_on_cpu(add(total, counted))
@@ -381,8 +380,7 @@ def _multilabel(context: Context, data: EvalData, names: Sequence[str]) -> _Meas
 
   def measured(params: Any, weights: jax.Array) -> tuple[dict[str, float], np.ndarray, int]:
     parts = []
-    for batch in over_mesh(context, data, classes=len(names)):
-      zimg = context.embed_image(params, batch["image"])
+    for zimg, batch in embedded_images(context, data, params, classes=len(names)):
       kept = {name: batch[name] for name in ("label_set", "has_label_set", "valid", "rejects")}
       scored = sharding.block_on_cpu(score(zimg, weights, kept))
       parts.append([np.asarray(x) for x in scored])

@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ from PIL import Image
 
 from bigalign import sharding
 from bigalign.data.loader.options import resolve_data
-from bigalign.evals import EVALS, embed, make_evaluators, retrieval
+from bigalign.evals import EVALS, embed, make_evaluators, retrieval, zeroshot
 from bigalign.evals.embed import Context, Embedded
 from bigalign.evals.retrieval import ranks
 from bigalign.evals.zeroshot import PROMPTS, fill, read_templates
+from bigalign.towers.padding import all_positions
 
 SIZE, LENGTH, E = 4, 12, 8
 DATA = resolve_data(dict(image_size=SIZE, tokenizer=dict(name="byte", length=LENGTH)))
@@ -171,6 +173,18 @@ def test_retrieval_in_small_chunks_is_the_same(tiny, monkeypatch):
   assert make("val", options)(make_params()) == whole
 
 
+def test_each_accelerator_has_room_for_a_chunk():
+  def mesh(platform):
+    devices = np.array([types.SimpleNamespace(platform=platform)] * 16)
+    return types.SimpleNamespace(devices=devices, shape=dict(data=4, fsdp=2, tensor=2))
+
+  million = 10**6
+  assert retrieval.at_once(256, million) == retrieval.at_once(256, million, mesh("cpu")) == 67
+  assert retrieval.at_once(5 * 256, million, mesh("tpu")) == 8 * 2**26 // million == 536
+  assert retrieval.at_once(256, million, mesh("gpu")) == 256  # all of them
+  assert retrieval.at_once(256, 10**9) == 1
+
+
 def test_retrieval_moves_queries_but_not_the_gallery(tiny):
   mesh = sharding.make_mesh(data=4, fsdp=2)
   split, replicated = (
@@ -203,6 +217,99 @@ def test_retrieval_moves_queries_but_not_the_gallery(tiny):
   ]
   # A batch of queries, the ranks that come out; never gallery x E nor queries x gallery.
   assert sizes and max(sizes) <= batches * size * captions
+
+
+def real_tokens(ids, mask):
+  return mask.sum(1)
+
+
+def context_of(*, embed_image=embed_image, embed_text=embed_text, **options):
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  return Context("val", embed_image, embed_text, mesh, DATA, **options)
+
+
+def test_texts_are_cut_where_the_tower_ignores_padding(tiny):
+  params, seen = make_params(1), []
+
+  def record(params, ids, mask):
+    seen.append(ids.shape)
+    return embed_text(params, ids, mask)
+
+  found, shapes = [], []
+  for lengths in (all_positions, real_tokens):
+    context = context_of(embed_text=record, text_lengths=lengths)
+    data = embed.open_data(context, "tiny", batch_size=16, captions=3)
+    weigh = zeroshot.class_weights(
+      context,
+      classnames=tiny.classnames,
+      templates=["{}", "a {}", "big {}", "the {} x"],  # of 4 to 10 tokens
+      batch_size=8,
+    )
+    embedded = embed.embedder(context, data)(params)
+    found.append((weigh(params), jnp.where(embedded.texts_valid[..., None], embedded.ztxt, 0)))
+    shapes.append({*seen})
+    seen.clear()
+  for cut, whole in zip(found[1], found[0]):
+    np.testing.assert_allclose(cut, whole, rtol=0, atol=1e-6)
+  assert shapes[0] == {(48, LENGTH), (8, LENGTH)}
+  assert shapes[1] == {(48, 8), (8, 8), (8, LENGTH)}  # all prompts but the longest
+
+
+def test_several_processes_keep_the_padding_of_captions(monkeypatch):
+  context = context_of(text_lengths=real_tokens)
+  batch = dict(
+    texts=np.ones((2, 1, LENGTH), np.int32),
+    texts_mask=np.arange(LENGTH) < np.ones((2, 1, 1)),
+    texts_valid=np.ones((2, 1), bool),
+  )
+  assert embed._without_padding(context, batch)["texts"].shape == (2, 1, 8)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert embed._without_padding(context, batch) is batch
+
+
+def test_evaluators_of_one_source_embed_its_images_once(tiny):
+  calls = []
+
+  def count(params, image):
+    calls.append(image.shape)
+    return embed_image(params, image)
+
+  def run(shared, *sizes):
+    """All that an evaluator without captions and one with them read."""
+    context = context_of(embed_image=count, shared=shared)
+    read = [
+      embed.open_data(context, "tiny", batch_size=size, captions=3 * (i % 2))
+      for i, size in enumerate(sizes)
+    ]
+    calls.clear()
+    params = make_params()
+    return [[*embed.embedded_images(context, data, params)] for data in read]
+
+  run(embed.SharedImages(), 16, 16)
+  assert len(calls) == 2 * 3  # batches of 37 images; one is broken, so nothing is shared
+  tiny.broken = ()
+  apart = run(None, 16, 16)
+  together = run(embed.SharedImages(), 16, 16)
+  assert len(calls) == 3
+  jax.tree.map(np.testing.assert_array_equal, together, apart)  # to the bit
+  run(embed.SharedImages(), 16, 32)
+  assert len(calls) == 3 + 2
+
+
+def test_embeddings_of_images_are_kept_for_the_evaluators_to_come():
+  shared, params = embed.SharedImages(), {}
+  for _ in range(3):
+    shared.add_reader("a")
+  shared.add_reader("b")
+  assert shared.take(params, "a") is None and shared.is_wanted("a") and shared.is_wanted("b")
+  shared.keep("a", ["z"])
+  assert shared.take(params, "a") == ["z"]
+  assert shared.take(params, "b") is None and not shared.is_wanted("b")
+  assert shared.take(params, "a") == ["z"] and not shared.is_wanted("a")
+  assert shared._params is None and not shared._embedded  # released, with the parameters
+  assert shared.take(params, "a") is None
+  shared.keep("a", ["z"])
+  assert shared.take({}, "a") is None  # other parameters
 
 
 def test_a_collapsed_model_scores_chance_and_nan_comes_last():

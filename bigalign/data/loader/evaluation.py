@@ -38,7 +38,7 @@ def eval_batches(
     rows: the rows of the global batch that this host owns.
     captions: C, the room for captions of one image. A record with more of them is an error, so that
       none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
-    images: whether images are decoded; if not, they are black, and none is rejected.
+    images: whether images are decoded; if not, they are [b, 0, 0, 3], and none is rejected.
     start: the first sample.
     classes: K, the classes of a multilabel dataset; then batches also have label_set [b, K] bool
       and has_label_set [b] bool. A sample with another number of classes is an error.
@@ -94,7 +94,8 @@ class _EvalBatches(SampleReader):
     block = getattr(self._source, "block", 1)
     held = (len(np.unique(soon // block)) + 2) * block if block > 1 else 0
     prefetch(self._source, soon.tolist(), hold=held)
-    b, c, size = len(indices), self._captions, self._data.image_size
+    b, c = len(indices), self._captions
+    size = self._data.image_size if self._images else 0
     images = np.zeros((b, size, size, 3), np.uint8)
     labels = np.full(b, -1, np.int32)
     valid = np.zeros(b, bool)
