@@ -99,7 +99,8 @@ def value_and_grad(
     # process for bfloat16 on CPUs.
     zero = jnp.zeros((), wire.dtype)
     summed = jax.lax.reduce(of_copies.astype(wire.dtype), zero, jax.lax.add, (0,))
-    return grad + summed.astype(grad.dtype)
+    added: jax.Array = grad + summed.astype(grad.dtype)
+    return added
 
   copies, rows = P(sharding.COPIES), P(None, sharding.COPIES)
   of_copies = sharding.on_each_copy(of_one_copy, (P(), rows, P(), rows), copies)(

@@ -25,8 +25,15 @@ LIBTPU_INIT_ARGS = (
   "--xla_tpu_overlap_compute_collective_tc=true",
   "--xla_enable_async_all_gather=true",
 )
-# The compiler refuses this flag for every other kind of chip.
-_V5E = ("--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",)
+# The compiler refuses the first flag for every other kind of chip. With the others, all-reduces of
+# gradients run during the backward pass, layer by layer: those above 4 MB are not combined with
+# others, for which they would wait.
+_V5E = (
+  "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+  "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
+  "--xla_enable_async_all_reduce=true",
+  "--xla_jf_crs_combiner_threshold_in_bytes=4194304",
+)
 # Additional flags by kind of chip: the first word of its accelerator type or topology.
 LIBTPU_INIT_ARGS_OF_KIND = {
   "v5litepod": _V5E,
