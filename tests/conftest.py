@@ -9,7 +9,7 @@ import signal
 import tempfile
 
 # What nohup or a shell in the background has switched off, programs could not hear in the tests.
-for _heard in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+for _heard in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
   if signal.getsignal(_heard) == signal.SIG_IGN:
     signal.signal(_heard, signal.SIG_DFL)
 

@@ -306,9 +306,9 @@ def test_captions_are_the_class_names_that_the_evaluator_has(monkeypatch, tmp_pa
 
 
 def test_zeroshot_folders_of_clip_benchmark(tmp_path):
-  with pytest.raises(ValueError, match=r"--zeroshot=gs://bucket/pets: a folder on a disk"):
+  with pytest.raises(ValueError, match=r"zeroshot \(--zeroshot\)=gs://bucket/pets: a folder"):
     evaluate.zeroshot_folder("gs://bucket/pets")
-  with pytest.raises(FileNotFoundError, match=r"\.tar"):
+  with pytest.raises(FileNotFoundError, match=r"nothing: there is no such folder"):
     evaluate.zeroshot_folder(tmp_path / "nothing")
   (tmp_path / "pets/test").mkdir(parents=True)
   (tmp_path / "pets/test/0.tar").touch()

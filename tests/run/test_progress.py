@@ -8,10 +8,11 @@ import re
 import sys
 import time
 
+import numpy as np
 import pytest
 import rich.table
 
-from bigalign.evals.embed import EvalData, over_mesh
+from bigalign.evals.embed import Context, EvalData, embedded_images
 from bigalign.run import metrics, progress, tables
 from bigalign.run.metrics import TrainingProgress
 from bigalign.run.progress import Clock, Progress, shown, track
@@ -185,10 +186,12 @@ def test_evaluators_say_how_far_they_are(terminal, monkeypatch):
   monkeypatch.setattr(sys, "stderr", terminal)
   monkeypatch.setattr("bigalign.sharding.host_rows", lambda *_: None)
   monkeypatch.setattr("bigalign.sharding.global_batch", lambda mesh, batch, *_: batch)
-  context = type("Context", (), {"name": "val", "mesh": None})
-  data = EvalData([0] * 10, 4, lambda: [1, 2, 3])
+  context = Context("val", lambda params, image: image, None, None, None)
+  none = {"texts": np.zeros((1, 0, 8)), "texts_mask": np.zeros((1, 0, 8), bool)}
+  none |= {"texts_valid": np.zeros((1, 0), bool), "rejects": np.zeros((1, 3), int)}
+  data = EvalData([0] * 10, 4, lambda: [{"image": number, **none} for number in (1, 2, 3)])
   with shown():
-    assert [*over_mesh(context, data)] == [1, 2, 3]
+    assert [image for image, _ in embedded_images(context, data, None)] == [1, 2, 3]
   assert re.search(r"^val .* 3/3 batches", terminal.lines()[-1])
 
 
