@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pathlib
@@ -54,6 +55,27 @@ def log_levels():
   yield
   for logger, level in zip(loggers, levels):
     logger.setLevel(level)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+  """What is imported and collected stays until the end: no garbage collection looks through it.
+
+  A fifth of the CPU time of tests that train was spent there, as JAX holds millions of objects.
+  """
+  del session
+  _keep_objects()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def keep_objects():
+  """Nor through what the tests of a module leave, such as JAX's caches."""
+  yield
+  _keep_objects()
+
+
+def _keep_objects() -> None:
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

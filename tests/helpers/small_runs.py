@@ -6,6 +6,7 @@ Run as a program, this file is `bigalign train` with steps of at least STEP_SECO
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -35,6 +36,14 @@ SMALL = {
   "evals": {},
   "writer": {"tensorboard": False},
 }
+
+# Runs a program whose modules no garbage collection looks through, as `bigalign train` does.
+START = """
+import gc, runpy, sys
+gc.disable()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def config(mesh, **changes):
@@ -86,7 +95,7 @@ class Run:
       with log.open("wb") as file:
         self.processes.append(
           subprocess.Popen(
-            [sys.executable, str(program), *map(str, words)],
+            [sys.executable, "-c", START, str(program), *map(str, words)],
             env=env,
             stdout=file,
             stderr=file,
@@ -159,6 +168,8 @@ def main(argv):
       write(*args)
 
   compiler._cache_write = write_everywhere
+  gc.freeze()
+  gc.enable()
   pause, position = float(os.environ["STEP_SECONDS"]), train.data_position
   train.data_position = lambda *args: (time.sleep(pause), position(*args))[1]
   train.main(argv)

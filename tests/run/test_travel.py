@@ -115,7 +115,7 @@ def test_evaluators_whose_data_is_elsewhere_are_left_out_by_name(moved, caplog):
   (text,) = [x.getMessage() for x in caplog.records if x.levelno >= logging.WARNING]
   assert text.startswith("config.evals.other is left out: ") and "1.tar" in text
   (shards / "0.tar").rename(shards / "gone too")
-  with pytest.raises(FileNotFoundError, match=r"no evaluator of .*--retrieval .*0\.tar.*1\.tar"):
+  with pytest.raises(FileNotFoundError, match=r"no evaluator of .*--retrieval.*0\.tar.*1\.tar"):
     evaluate.evaluate(run)
   with pytest.raises(FileNotFoundError, match=r"0\.tar"):  # by name, nothing is left out
     evaluate.evaluate(run, run.config.evals)
