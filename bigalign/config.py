@@ -34,6 +34,7 @@ from bigalign.options import (
   without_defaults,
 )
 from bigalign.run import copies, runtime
+from bigalign.run.flags import no_words
 from bigalign.run.metrics import MetricWriter
 from bigalign.run.provenance import digest
 from bigalign.weights import init
@@ -188,6 +189,26 @@ def setup_runtime(values: Any) -> None:
   values = plain(values)
   given = values.get("runtime") if isinstance(values, Mapping) else None
   resolve(runtime.setup, given or {}, "config.runtime").make()
+
+
+def start(argv: Sequence[str], given: Any) -> dict[str, Any]:
+  """Sets up the runtime and connects the processes, as the command line of a program asks.
+
+  Args:
+    argv: the words that are not flags, the program first.
+    given: the values of the flags.
+
+  Returns:
+    The config in plain values.
+
+  Raises:
+    UsageError: if there are words that are not flags.
+  """
+  no_words(argv)
+  config: dict[str, Any] = plain(given.config)
+  setup_runtime(config)
+  runtime.connect(given.coordinator, given.num_processes, given.process_id)
+  return config
 
 
 def tokenizer_digest(config: Config) -> str:

@@ -24,7 +24,7 @@ from bigalign.config import (
   originals,
   recorded_config,
   resolve_and_compare,
-  setup_runtime,
+  start,
   tokenizer_digest,
   tokenizer_files,
   with_tokenizer_digest,
@@ -48,7 +48,7 @@ from bigalign.program import (
   make_program,
   stage_program,
 )
-from bigalign.run import copies, disk, errors, preemption, runtime
+from bigalign.run import copies, disk, preemption, runtime
 from bigalign.run.flags import config_name, define_flags, parse_flags, profile_span
 from bigalign.run.metrics import DIAGNOSE, EVALUATE, MetricWriter, TrainingProgress
 from bigalign.run.provenance import (
@@ -536,13 +536,9 @@ def _check_profile(profile: Sequence[int], total_steps: int) -> None:
 
 def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
-  if len(argv) > 1:
-    raise errors.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
   values = flags.FLAGS
-  config = plain(values.config)
+  config = start(argv, values)
   config |= {"profile": profile_span(values.profile)} if values.profile else {}
-  setup_runtime(config)
-  runtime.connect(values.coordinator, values.num_processes, values.process_id)
   workdir = values.workdir or f"runs/{config_name()}"
   logging.info("%s in %s on %s", config_name(), workdir, runtime.describe())
   try:

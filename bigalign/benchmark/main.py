@@ -21,10 +21,9 @@ from absl import app, flags, logging
 
 from bigalign.benchmark import measure
 from bigalign.checkpoint import revision
-from bigalign.config import Config, resolve_config, setup_runtime
-from bigalign.options import plain
+from bigalign.config import Config, resolve_config, start
 from bigalign.plan.variants import for_devices
-from bigalign.run import errors, preemption, runtime, tables
+from bigalign.run import preemption, runtime, tables
 from bigalign.run.flags import config_name, define_flags, parse_flags
 
 # Configs without --config.
@@ -119,11 +118,7 @@ def table(result: Mapping[str, Any]) -> rich.table.Table:
 def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
   values = flags.FLAGS
-  if len(argv) > 1:
-    raise errors.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
-  config = plain(values.config)
-  setup_runtime(config)
-  runtime.connect(values.coordinator, values.num_processes, values.process_id)
+  config = start(argv, values)
   try:
     result = benchmark(
       config,

@@ -210,16 +210,13 @@ def embedded_images(
   kept, rejected = [], 0
   batches = data.batches(**more) if known is None else data.batches(images=False, **more)
   for k, batch in enumerate(track(batches, context.name, total, unit="batches")):
-    arrays = {name: x for name, x in _without_padding(context, batch).items() if name != "image"}
-    rejected += int(batch["rejects"].sum())
-    if known is not None:
-      yield known[k], sharding.global_batch(context.mesh, arrays, rows, data.batch_size)
-      continue
-    arrays["image"] = batch["image"]
-    on_mesh = sharding.global_batch(context.mesh, arrays, rows, data.batch_size)
-    zimg = context.embed_image(params, on_mesh.pop("image"))
-    if shared and shared.is_wanted(key):
+    cut_batch = _without_padding(context, batch)
+    on_mesh = sharding.global_batch(context.mesh, cut_batch, rows, data.batch_size)
+    image = on_mesh.pop("image")  # without pixels if its embedding is known
+    zimg = context.embed_image(params, image) if known is None else known[k]
+    if known is None and shared and shared.is_wanted(key):
       kept.append(zimg)
+      rejected += int(batch["rejects"].sum())
     yield zimg, on_mesh
   if shared and kept and not np.any(multihost_utils.process_allgather(np.int32(rejected))):
     shared.keep(key, kept)

@@ -27,7 +27,7 @@ from absl import app, flags
 from jax.experimental import multihost_utils
 
 from bigalign import checks, sharding
-from bigalign.config import Config, resolve_config, setup_runtime, without_stores
+from bigalign.config import Config, resolve_config, start, without_stores
 from bigalign.data.files import storage
 from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
@@ -38,7 +38,7 @@ from bigalign.evals.embed import round_batch
 from bigalign.frozen.towers import Towers, like_stored, load_towers
 from bigalign.inputs import open_data
 from bigalign.options import plain, without_defaults
-from bigalign.run import errors, preemption, progress, runtime, tables
+from bigalign.run import preemption, progress, tables
 from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.provenance import check_hosts_agree
 from bigalign.towers.padding import UsedLengths, cut, used_lengths
@@ -361,11 +361,7 @@ def verify(folder: str | pathlib.Path) -> bool:
 def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
   values = flags.FLAGS
-  if len(argv) > 1:
-    raise errors.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
-  config = plain(values.config)
-  setup_runtime(config)
-  runtime.connect(values.coordinator, values.num_processes, values.process_id)
+  config = start(argv, values)
   if values.verify:
     sound = [verify(pathlib.Path(values.out).expanduser() / side) for side in values.towers]
     sys.exit(0 if all(sound) else 1)

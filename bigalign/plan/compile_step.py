@@ -19,7 +19,7 @@ from bigalign.model import provided
 from bigalign.options import plain
 from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, topologies
 from bigalign.private_apis import is_out_of_memory, memory_of_error
-from bigalign.program import Program, init_params, layout, make_program, stage_program
+from bigalign.program import Program, layout, make_program, stage_program
 from bigalign.projectors import READ_TOKENS
 from bigalign.run import flops, runtime
 from bigalign.state import State
@@ -148,8 +148,7 @@ def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
   if not stored:
     return spec
   inside = {"image": ("image",), "text": ("text", "text_mask")}
-  params = jax.eval_shape(lambda: init_params(program, jax.random.key(0)))
-  variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+  variables = {"params": tree.unflatten(tree.subtree(program.params, "model/"))}
   for side in stored:
     tokens = isinstance(getattr(program.model, f"{side}_projector"), READ_TOKENS)
     method = f"{'with_tokens' if tokens else 'pooled'}_{side}"

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   for name in names:
     checks.choose(LOSSES, name, "--losses")
   for way in ways:
-    checks.choose(dict.fromkeys(pairwise.WAYS), way, "--ways")
+    checks.known("--ways", way, pairwise.WAYS)
   held = topologies.devices(args.topology) if args.topology else jax.devices()
   mesh = sharding.make_mesh(fsdp=args.fsdp, devices=held)
   sharding.host_rows(mesh, args.batch)

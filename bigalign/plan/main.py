@@ -31,7 +31,7 @@ from bigalign.plan.variants import (
   with_changes,
 )
 from bigalign.run import errors, progress, tables
-from bigalign.run.flags import config_name, define_flags, parse_flags
+from bigalign.run.flags import config_name, define_flags, no_words, parse_flags
 
 Plan = dict[str, Any]
 CACHE = "~/.cache/bigalign/plans"
@@ -225,8 +225,7 @@ def predict(
 def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
   values = flags.FLAGS
-  if len(argv) > 1:
-    raise errors.UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
+  no_words(argv)
   with progress.shown():
     result = predict(
       options.plain(values.config),

@@ -9,7 +9,7 @@ run/overrides.py). absl parses all other flags.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
@@ -175,6 +175,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     config = load_config(config, overrides.read_words(words, flag.options(), config))
   flag.value = config
   return remaining
+
+
+def no_words(argv: Sequence[str]) -> None:
+  """Raises UsageError for words of a command line that are not flags, see parse_flags."""
+  if len(argv) > 1:
+    raise UsageError(f"unknown words {argv[1:]}; options are written --config.key=value")
 
 
 def _config_flag() -> Any:
