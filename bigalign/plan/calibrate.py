@@ -84,8 +84,8 @@ def read(
     plan: compiles a config for a topology, for a run: its folder does not say what its step does.
 
   Raises:
-    FileNotFoundError, ValueError: if there is no measured step, or it was measured on another kind
-      of chip; says what to give instead.
+    FileNotFoundError, ValueError: without a measured step, or for one from another kind of chip;
+      the message says what to give instead.
   """
   where = pathlib.Path(path).expanduser()
   measured = _of_run(where, plan) if where.is_dir() else _of_file(where)

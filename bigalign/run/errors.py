@@ -6,7 +6,7 @@ takes, or BIGALIGN_TRACEBACK=1 shows the traceback of mistakes too.
 
 The exit status is 1 after a mistake or a bug, 2 after a wrong command line, 130 after Ctrl-C. What
 leaves a program by SystemExit keeps its status, such as 143 of a run that was asked to stop. If
-nobody reads the output any more, as in `bigalign options | head`, a program ends with 141.
+the reader of the output ends first, as in `bigalign options | head`, a program ends with 141.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ class Served:
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="Linux only")
 def test_the_death_of_a_run_takes_no_memory_of_another_of_the_same_parent(tmp_path):
-  """They share the parent's resource tracker, which unlinks what processes of it left behind."""
+  """The runs share the parent's resource tracker, which unlinks the memory of ended processes."""
   runs = [Served(tmp_path / name) for name in ("killed", "other")]
   (_, left), (first, mine) = [run.batch() for run in runs]
   assert_same(first, Counted()[0])
