@@ -98,8 +98,25 @@ PROVIDES = dict(
   teacher=("teacher_img", "teacher_txt"),
   ema_teacher=("teacher_img", "teacher_txt"),
   noise=("noise_prob",),
+  texts=("ztxts", "texts_kind"),
+  raw_image=("raw_img",),
+  raw_text=("raw_txt",),
+  tokens_image=("tokens_img",),
+  teacher_image=("teacher_img",),
   teacher_text=("teacher_txt",),
+  teacher_texts=("teacher_txts",),
   teacher_second_text=("teacher_txt_second",),
+)
+
+# What a loss may need -> the option of the config that provides it.
+SET_BY = dict(
+  second_text="config.data.second_captions",
+  texts="config.data.texts",
+  teacher="config.data.teachers",
+  teacher_image="config.data.teachers",
+  teacher_text="config.data.teachers",
+  teacher_texts="config.data.teachers and config.data.texts",
+  teacher_second_text="config.data.teachers",
 )
 
 
@@ -115,20 +132,23 @@ LossTerms = Annotated[Mapping[str, Component], Choose(LOSSES, key="", shared=wei
 
 
 def make_loss(terms: Mapping[str, Any]) -> Loss:
-  """The weighted sum of several losses.
+  """The weighted sum of several losses; one of weight 0 is not a part of it.
 
   Args:
     terms: {name: options}, such as dict(clip=dict(weight=1.0, label_smoothing=0.1)), in plain
       values or resolved.
 
   Raises:
-    ValueError: for an unknown loss, or for none.
+    ValueError: for an unknown loss, or if none has a weight.
     TypeError: for an unknown option; both name what is known.
   """
   if not terms:
     raise ValueError(f"config.loss is empty; known losses: {sorted(LOSSES)}")
   resolved = resolve_value(LossTerms, terms, "config.loss")
-  return weighted_sum({name: _term(component) for name, component in resolved.items()})
+  chosen = {name: _term(x) for name, x in resolved.items() if x.option("weight")}
+  if not chosen:
+    raise ValueError(f"config.loss: each of {[*resolved]} has weight 0, so nothing is learned")
+  return weighted_sum(chosen)
 
 
 def _term(component: Component) -> tuple[float, Loss]:
@@ -161,12 +181,12 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
           raise ValueError(
             f"config.loss.{name} needs {need!r}, but neither the data nor the model has a field"
             f" {field!r}; the fields are {sorted(fields)}"
-            + (". Set config.data.second_captions" if need == "second_text" else "")
+            + (f". Set {SET_BY[need]}" if need in SET_BY else "")
           )
 
 
 def summary(
-  loss: Loss, sizes: Mapping[str, int], feats: Mapping[str, Any], batch: Mapping[str, Any]
+  loss: Loss, sizes: Mapping[str, Any], feats: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> str:
   """What a loss reads, keeps and communicates, in a few sentences for the log.
 
@@ -184,7 +204,7 @@ def summary(
   engine = RecordingEngine()
 
   def value(params: Any, state: Any, feats: Any, batch: Any) -> Any:
-    return loss.apply(params, state, feats, batch, first_context(engine))
+    return loss.apply(params, state, feats, batch, first_context(engine, sizes=sizes))
 
   jax.eval_shape(value, params, state, feats, batch)
   terms = " + ".join(f"{name} (weight {weight:g})" for name, (weight, _) in loss.terms.items())

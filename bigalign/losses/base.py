@@ -25,12 +25,16 @@ class Context(NamedTuple):
   epochs: jax.Array  # [] float32, passes over the data done; whole numbers are exact
   key: jax.Array  # a JAX key of this step
   engine: Engine  # forms the B x B logits
+  sizes: Mapping[str, Any] = {}  # those that Loss.init gets
 
 
-def first_context(engine: Engine = DEFAULT, seed: int = 0) -> Context:
+def first_context(
+  engine: Engine = DEFAULT, seed: int = 0, sizes: Mapping[str, Any] | None = None
+) -> Context:
   """The context of a run's first step, to apply a loss outside of a run."""
   zero = jnp.zeros(())
-  return Context(jnp.zeros((), jnp.int32), zero, zero, zero, jax.random.key(seed), engine)
+  step, key = jnp.zeros((), jnp.int32), jax.random.key(seed)
+  return Context(step, zero, zero, zero, key, engine, sizes or {})
 
 
 class Loss(NamedTuple):
@@ -38,16 +42,19 @@ class Loss(NamedTuple):
 
   Args:
     needs: what it reads in addition to zimg and ztxt, names of `PROVIDES` in losses/__init__.py.
-    init: (sizes) -> (params, state). sizes: the number of ids, {"image": n, "text": m}, and the
-      width E of the embeddings, "embed".
+    init: (sizes) -> (params, state). sizes: the number of ids, {"image": n, "text": m}, the width E
+      of the embeddings, "embed", and, of data with teachers, their widths, "teachers".
     apply: (params, state, feats, batch, context) -> (objective, (state, metrics)).
       feats: zimg, ztxt [B, E], unit norm; for "raw" also raw_img, raw_txt [B, E] before
       normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L];
-      for "second_text" ztxt_second [B, E], of another caption of the same image; for "ema_teacher"
-      teacher_img, teacher_txt [B, E], zimg and ztxt of the averaged parameters. All are float32.
+      for "second_text" ztxt_second [B, E], of another caption of the same image; for "texts" ztxts
+      [B, M, E], of M texts of the image, of which ztxt is the first; for "ema_teacher" teacher_img,
+      teacher_txt [B, E], zimg and ztxt of the averaged parameters. All are float32.
       batch: the data's fields, [B, ...]; for "ids" image_id, text_id [B, 2] uint32, the two words
       of a 64-bit number; for "labels" label [B] int32; for "teacher" teacher_img, teacher_txt
-      [B, D]; for "noise" noise_prob [B], the probability that a pair does not belong together.
+      [B, D], the teachers side by side; for "teacher_texts" teacher_txts [B, M, D]; for "texts"
+      texts_kind [B, M], 0 for an absent text, 1 for a positive, 2 for a hard negative; for "noise"
+      noise_prob [B], the probability that a pair does not belong together.
       objective: [] float32, which is differentiated; it may be a surrogate of the loss.
       metrics: "loss", [] float32, the value to log, and others.
     constrain: (params, params before the update) -> params, after each update; clamps temperatures.
@@ -57,7 +64,7 @@ class Loss(NamedTuple):
   """
 
   needs: frozenset[str]
-  init: Callable[[Mapping[str, int]], tuple[Params, State]]
+  init: Callable[[Mapping[str, Any]], tuple[Params, State]]
   apply: Callable[
     [Params, State, Features, Mapping[str, jax.Array], Context], tuple[jax.Array, Any]
   ]
@@ -70,7 +77,7 @@ def apply_once(
   loss: Loss,
   feats: Features,
   batch: Mapping[str, jax.Array] | None = None,
-  sizes: Mapping[str, int] | None = None,
+  sizes: Mapping[str, Any] | None = None,
   engine: Engine = DEFAULT,
 ) -> dict[str, jax.Array]:
   """The metrics of a loss at its first step, to try it outside of a run.
@@ -84,7 +91,7 @@ def apply_once(
   """
   params, state = loss.init(sizes or {})
   feats, batch = tiles.widened(feats), tiles.widened(batch or {})
-  _, results = loss.apply(params, state, feats, batch, first_context(engine))
+  _, results = loss.apply(params, state, feats, batch, first_context(engine, sizes=sizes))
   metrics: dict[str, jax.Array] = results[1]
   return metrics
 
@@ -121,7 +128,7 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     terms: {name: (weight, loss)}.
   """
 
-  def init(sizes: Mapping[str, int]) -> tuple[Params, State]:
+  def init(sizes: Mapping[str, Any]) -> tuple[Params, State]:
     both = {name: loss.init(sizes) for name, (_, loss) in terms.items()}
     return {k: p for k, (p, _) in both.items()}, {k: s for k, (_, s) in both.items()}
 

@@ -128,4 +128,6 @@ def _prefix(feats: Mapping[str, jax.Array], m: int) -> dict[str, jax.Array]:
   cut = {**raw, "zimg": unit(raw["raw_img"]), "ztxt": unit(raw["raw_txt"])}
   if "ztxt_second" in feats:
     cut["ztxt_second"] = unit(feats["ztxt_second"][:, :m])
+  if "ztxts" in feats:
+    cut["ztxts"] = unit(feats["ztxts"][..., :m])
   return {**feats, **cut}

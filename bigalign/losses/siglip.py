@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import repeat
 
 from bigalign import checks
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
+from bigalign.losses.texts import ABSENT, POSITIVE, Texts, of_batch, owned
+
+DIVISORS = ("one", "texts", "images", "pairs")  # of the sum over several texts per image
 
 
 def binary(
@@ -18,6 +22,7 @@ def binary(
   scale: jax.Array,
   bias: jax.Array,
   owners: tuple[jax.Array, jax.Array] | None = None,
+  kind: jax.Array | None = None,
   *,
   engine: Engine,
 ) -> jax.Array:
@@ -30,22 +35,60 @@ def binary(
     bias: [], of the logits.
     owners: the ids of the images, [N, 2], and of the texts' images, [M, 2]; a pair with equal ids
       is a positive. None: a pair with equal positions in the batch is.
+    kind: [M] int32, of losses/texts: only a text of kind POSITIVE belongs to its image, and ABSENT
+      ones take no part. M is then a multiple of N, with the texts of one image next to each other.
+      None: all are positives.
     engine: forms the logits.
   """
   rows, columns = {"z": zimg}, {"z": ztxt}
   if owners:
     rows["id"], columns["id"] = owners
+  if kind is not None:
+    columns["kind"] = kind
+  count = 1 if kind is None else len(ztxt) // len(zimg)
 
   def tile(row, col, shared):
     logits = shared["scale"] * engine.products(row["z"], col["z"]) + shared["bias"]
-    if owners is None:
-      positive = pairwise.same(row, col)
-    else:
+    if owners is not None:
       positive = (row["id"][:, None, :] == col["id"][None, :, :]).all(-1)
+    else:
+      positive = pairwise.same(row, col) if count == 1 else owned(row, col, count)
+    if kind is not None:
+      positive &= (col["kind"] == POSITIVE)[None, :]
     # The sign goes inside: 1 - sigmoid would round the loss of a confident positive to 0.
-    return {"loss": jax.nn.softplus(jnp.where(positive, -logits, logits))}
+    loss = jax.nn.softplus(jnp.where(positive, -logits, logits))
+    return {"loss": loss if kind is None else jnp.where(col["kind"][None, :] == ABSENT, 0, loss)}
 
   return engine.total(tile, rows, columns, {"scale": scale, "bias": bias})
+
+
+def binary_texts(
+  zimg: jax.Array,
+  texts: Texts,
+  scale: jax.Array,
+  bias: jax.Array,
+  divisor: str,
+  ids: jax.Array | None = None,
+  *,
+  engine: Engine,
+) -> jax.Array:
+  """[]: the sigmoid loss of images and several texts of each, see `siglip`.
+
+  Args:
+    zimg: [B, E], unit norm.
+    texts: of the images.
+    scale: [], of the logits.
+    bias: [], of the logits.
+    divisor: "texts", "images" or "pairs".
+    ids: of the images, [B, 2]; a pair with equal ids is a positive. None: a pair with equal
+      positions in the batch is.
+    engine: forms the logits.
+  """
+  owners = None if ids is None else (ids, repeat(ids, "b w -> (b m) w", m=texts.count))
+  kind = None if texts.kind is None else texts.columns()["kind"]
+  total = binary(zimg, texts.z, scale, bias, owners, kind, engine=engine)
+  number = texts.number(texts.present)
+  return total / {"images": len(zimg), "texts": number, "pairs": len(zimg) * number}[divisor]
 
 
 def siglip(
@@ -55,10 +98,14 @@ def siglip(
   t_max: float | None = None,
   positives: str = "pair",
   reduction: str = "row_sum",
+  texts: str = "one",
 ) -> Loss:
   """Classifies each pair as matching or not: SigLIP, https://arxiv.org/abs/2303.15343.
 
-  The loss is summed over texts and averaged over images, as in the paper.
+  The loss is summed over texts and averaged over images, as in the paper. With several texts per
+  image (ztxts [B, M, E] and texts_kind [B, M]; `texts`), every present text forms a pair with every
+  image. Absent texts take no part; hard negatives belong to no image. With M = 1 the divisors
+  "texts" and "images" are "one".
 
   Args:
     t_init: first value of the logit scale; the learned parameter "t" is its log.
@@ -69,7 +116,12 @@ def siglip(
       image, so that several captions of an image, and images that occur twice in a batch, are not
       negatives. The batch then holds the images' ids, image_id [B, 2] uint32, and, if the texts are
       not in the order of the images, the ids of the texts' images, owner_id [M, 2].
-    reduction: "row_sum" divides by the number of images, "mean_all" by the number of pairs.
+    reduction: "row_sum" divides by the number of images, "mean_all" by the number of pairs; only
+      for one text per image.
+    texts: "one": an image has one text, ztxt. With several, the divisor of the sum over all pairs:
+      "texts": the number of present texts, as in FLAME (https://arxiv.org/abs/2411.11927);
+      "images": that of the images, so that the loss and its gradient grow with M; "pairs": that of
+      all pairs.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -77,23 +129,39 @@ def siglip(
     >>> metrics = apply_once(siglip(t_init=10.0, b_init=-5.0), {"zimg": z, "ztxt": z})
     >>> round(float(metrics["loss"]), 3)
     0.027
+    >>> feats = {"zimg": z, "ztxts": jnp.stack([z, z[::-1]], 1)}  # a text that fits, and another
+    >>> batch = {"texts_kind": jnp.asarray([[1, 2]] * 4)}
+    >>> loss = siglip(t_init=10.0, b_init=-5.0, texts="images")
+    >>> round(float(apply_once(loss, feats, batch)["loss"]), 3)
+    5.054
   """
   temperature.check("siglip", t_init, t_max)
   checks.known("config.loss.siglip.positives", positives, ("pair", "ids"))
   checks.known("config.loss.siglip.reduction", reduction, ("row_sum", "mean_all"))
+  checks.known("config.loss.siglip.texts", texts, DIVISORS)
+  if texts != "one" and reduction != "row_sum":
+    raise ValueError(
+      f"config.loss.siglip.reduction={reduction!r} is for one text per image; of several,"
+      f" texts={texts!r} names the divisor: {DIVISORS[1:]}"
+    )
 
   def init(sizes):
     return temperature.init(t_init, b_init=b_init), {}
 
   def apply(params, state, feats, batch, context):
-    zimg, ztxt = feats["zimg"], feats["ztxt"]
-    scale, owners = jnp.exp(params["t"]), None
-    if positives == "ids":
-      owners = batch["image_id"], batch.get("owner_id", batch["image_id"])
-    loss = binary(zimg, ztxt, scale, params["b"], owners, engine=context.engine)
-    loss /= len(zimg) if reduction == "row_sum" else len(zimg) * len(ztxt)
+    zimg, scale, owners = feats["zimg"], jnp.exp(params["t"]), None
+    if texts != "one":
+      images = batch["image_id"] if positives == "ids" else None
+      columns = of_batch(feats, batch)
+      loss = binary_texts(zimg, columns, scale, params["b"], texts, images, engine=context.engine)
+    else:
+      ztxt = feats["ztxt"]
+      if positives == "ids":
+        owners = batch["image_id"], batch.get("owner_id", batch["image_id"])
+      loss = binary(zimg, ztxt, scale, params["b"], owners, engine=context.engine)
+      loss /= len(zimg) if reduction == "row_sum" else len(zimg) * len(ztxt)
     logs = {"contrastive_loss": loss, "logit_scale": scale, "logit_bias": params["b"]}
     return loss, (state, {"loss": loss, **logs})
 
-  needs = frozenset({"ids"} if positives == "ids" else ())
-  return Loss(needs, init, apply, temperature.clamped(t_max))
+  needs = {*(("ids",) if positives == "ids" else ()), *(("texts",) if texts != "one" else ())}
+  return Loss(frozenset(needs), init, apply, temperature.clamped(t_max))

@@ -27,25 +27,32 @@ from bigalign.run import flops, parsers, progress, runtime
 from bigalign.run.tables import show, write_json
 
 TOKENS = (16, 16)  # per image and per text, for the losses that read tokens
+TEXTS = 4  # per image, for the losses that read several
 LEARNED = ("z", "raw_", "tokens_")  # prefixes of the features that get a gradient
 WAYS = [way for way in pairwise.WAYS if way != "auto"]
 HEADINGS = ("loss", "way", "needs", "state", "temporaries", "products", "communicated")
 
 
-def fields(batch: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """{name: shape and dtype} of all features and batch fields that a loss may read."""
-  features = (
-    "zimg",
-    "ztxt",
-    "ztxt_second",
-    "raw_img",
-    "raw_txt",
-    "teacher_img",
-    "teacher_txt",
-    "teacher_txt_second",
-  )
+def fields(
+  batch: int, width: int, teachers: Sequence[int] = (), teacher_dtype: str = "float32"
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """{name: shape and dtype} of all features and batch fields that a loss may read.
+
+  Args:
+    batch: number B of images.
+    width: E of the embeddings.
+    teachers: widths of the teachers' embeddings; (): one teacher as wide as the embeddings.
+    teacher_dtype: of the teachers' embeddings.
+  """
+  features = ("zimg", "ztxt", "ztxt_second", "raw_img", "raw_txt")
+  stored = ("teacher_img", "teacher_txt", "teacher_txt_second")
+  teacher = sum(teachers) or width
   shapes: dict[str, tuple[tuple[int, ...], Any]] = {
     **dict.fromkeys(features, ((batch, width), jnp.float32)),
+    **dict.fromkeys(stored, ((batch, teacher), teacher_dtype)),
+    "ztxts": ((batch, TEXTS, width), jnp.float32),
+    "texts_kind": ((batch, TEXTS), jnp.int32),
+    "teacher_txts": ((batch, TEXTS, teacher), teacher_dtype),
     "tokens_img": ((batch, TOKENS[0], width), jnp.float32),
     "tokens_txt": ((batch, TOKENS[1], width), jnp.float32),
     "mask_txt": ((batch, TOKENS[1]), jnp.bool_),
@@ -67,6 +74,7 @@ def measure(
   samples: int = 0,
   dtype: str = "float32",
   options: Mapping[str, Any] | None = None,
+  teachers: Sequence[int] = (),
 ) -> dict[str, Any]:
   """The costs of one loss and way to form the logits, for value and gradients together.
 
@@ -79,6 +87,8 @@ def measure(
     samples: number of images, and of texts, for losses with per-sample state; 0: the batch.
     dtype: of communicated features and of the products.
     options: of the loss; None: its defaults, or options that fit the batch.
+    teachers: widths of the teachers' embeddings, which are then bfloat16; (): one teacher, as wide
+      as the embeddings, float32.
 
   Returns:
     "needs", "state_bytes" (over all devices); per device "temporary_bytes", "wire_bytes"
@@ -87,14 +97,16 @@ def measure(
   if options is None:
     options = BATCH_OPTIONS.get(name, lambda batch: {})(batch)
   loss = make_loss({name: dict(options)})
-  sizes = {"image": samples or batch, "text": samples or batch, "embed": width}
+  sizes: dict[str, Any] = {"image": samples or batch, "text": samples or batch, "embed": width}
+  sizes |= {"teachers": tuple(teachers)} if teachers else {}
   params, state = jax.eval_shape(lambda: loss.init(sizes))
   names = {"zimg", "ztxt", *(name for need in loss.needs for name in PROVIDES[need])}
   names |= {"mask_txt"} if "tokens" in loss.needs else set()
-  abstract = {name: x for name, x in fields(batch, width).items() if name in names}
+  shapes = fields(batch, width, teachers, "bfloat16" if teachers else "float32")
+  abstract = {name: x for name, x in shapes.items() if name in names}
 
   def value(params: Any, feats: Any, state: Any, rest: Any) -> Any:
-    context = first_context(pairwise.Engine(way, dtype))
+    context = first_context(pairwise.Engine(way, dtype), sizes=sizes)
     objective, (after, _) = loss.apply(params, state, {**rest, **feats}, rest, context)
     return objective, after
 

@@ -133,7 +133,7 @@ class Engine:
     return _products((_bfloat16, _bfloat16), x, y)
 
   def paired(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """[N, E], [N, E] -> [N]: the diagonal of `products(x, y)`."""
+    """[N, E], [N, E] -> [N]: the diagonal of `products(x, y)`; of more axes likewise the last."""
     x, y = self._as_communicated({"x": x, "y": y}, ()).values()
     return jnp.sum(x * y, -1)
 

@@ -1,0 +1,194 @@
+"""Losses with several texts of each image: the second oracles, limits, masks and owners."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.loss_oracles import (
+  AT,
+  NOT_BUILT,
+  ROOT2,
+  WHY2,
+  both_precisions,
+  cases2,
+  check2,
+  make,
+  oracles2,
+  run2,
+  unit,
+)
+
+from bigalign import losses
+
+
+def by_image(texts, owner, images):
+  """Flat texts [T, D] with their owners as ([B, M, D], kinds [B, M]): M is the most of an image."""
+  owner = np.asarray(owner)
+  texts_of = [np.flatnonzero(owner == image) for image in range(images)]
+  most = max(len(x) for x in texts_of)
+  place = np.stack([np.pad(x, (0, most - len(x)), constant_values=-1) for x in texts_of])
+  return texts[np.maximum(place, 0)], (place >= 0).astype(np.int32)
+
+
+def texts_and_kinds(inputs, owner, images):
+  if owner is not None:
+    return by_image(inputs["texts"], owner, images)
+  return inputs["texts"], (inputs["texts_mask"] != 0).astype(jnp.int32)
+
+
+def applied(name, options):
+  """(inputs, scalars) -> (objective, metrics) of a loss on several texts, see `run2`."""
+
+  def function(case):
+    owner = oracles2().inputs(case).get("owner")
+
+    def value(inputs, scalars):
+      texts, kind = texts_and_kinds(inputs, owner, len(inputs["img"]))
+      params = {"t": scalars["log_scale"]} | ({"b": scalars["bias"]} if "bias" in scalars else {})
+      feats, batch = {"zimg": inputs["img"], "ztxts": texts}, {"texts_kind": kind}
+      objective, (_, metrics) = make(name, options).apply(params, {}, feats, batch, AT)
+      return objective, metrics
+
+    return value
+
+  return function
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases2("clip_texts"))
+def test_clip_with_several_texts(case, precision):
+  function = applied("clip", dict(texts=case["params"]["form"]))(case)
+  check2(case, run2(case, precision, function), precision, require=("i2t", "t2i"))
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases2("siglip_texts"))
+def test_siglip_with_several_texts(case, precision):
+  function = applied("siglip", dict(texts=case["params"]["reduction"]))(case)
+  check2(case, run2(case, precision, function), precision)
+
+
+def random_texts(images=12, count=3, width=8, seed=0, dtype=jnp.float32):
+  """Features and fields of images with up to `count` texts, each with at least one positive."""
+  rng = np.random.default_rng(seed)
+  img = rng.normal(size=(images, width))
+  texts = img[:, None] + rng.normal(size=(images, count, width))
+  kinds = rng.integers(0, 3, (images, count))
+  kinds[:, 0] = 1
+  feats = {"zimg": unit(img), "ztxts": unit(texts)}
+  return {k: jnp.asarray(x, dtype) for k, x in feats.items()}, {"texts_kind": jnp.asarray(kinds)}
+
+
+def graded(loss, feats, batch, sizes=None):
+  """(objective, metrics), and the gradients by features and scalars."""
+  params, state = loss.init(sizes or {})
+
+  def value(params, feats):
+    return loss.apply(params, state, feats, batch, AT)
+
+  (objective, (_, metrics)), grads = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(
+    params, feats
+  )
+  return objective, metrics, grads
+
+
+@pytest.mark.parametrize(
+  "name,values",
+  [("clip", ("uniform", "sum_inside", "per_ordinal")), ("siglip", ("texts", "images"))],
+)
+def test_one_text_in_any_form_is_the_plain_loss_to_the_bit(name, values):
+  feats, batch = random_texts(count=1)
+  plain = {"zimg": feats["zimg"], "ztxt": feats["ztxts"][:, 0]}
+  value, metrics, (d_params, d_feats) = graded(make(name, {}), plain, {})
+  for texts in values:
+    found, logs, (d_params2, d_feats2) = graded(make(name, dict(texts=texts)), feats, batch)
+    np.testing.assert_array_equal(found, value)
+    jax.tree.map(np.testing.assert_array_equal, logs, metrics)
+    jax.tree.map(np.testing.assert_array_equal, d_params2, d_params)
+    np.testing.assert_array_equal(d_feats2["zimg"], d_feats["zimg"])
+    np.testing.assert_array_equal(d_feats2["ztxts"][:, 0], d_feats["ztxt"])
+
+
+LOSSES = [
+  ("clip", dict(texts="uniform")),
+  ("clip", dict(texts="sum_inside")),
+  ("clip", dict(texts="per_ordinal")),
+  ("siglip", dict(texts="pairs")),
+]
+
+
+@pytest.mark.parametrize("name,options", LOSSES, ids=str)
+def test_an_absent_text_has_no_effect_and_no_gradient(name, options):
+  """Whatever the vector is, also one that is not finite."""
+  feats, batch = random_texts()
+  absent = np.asarray(batch["texts_kind"] == 0)
+  assert absent.any()
+  other = {**feats, "ztxts": jnp.where(absent[..., None], jnp.nan, feats["ztxts"])}
+  one, two = (graded(make(name, options), x, batch) for x in (feats, other))
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+  assert not np.asarray(one[2][1]["ztxts"])[absent].any()
+
+
+@pytest.mark.parametrize("name,options", LOSSES, ids=str)
+def test_the_order_of_images_and_of_texts_does_not_matter(name, options):
+  feats, batch = random_texts()
+  rng = np.random.default_rng(1)
+  # The texts of all images in one other order: a form by ordinals compares the same ones.
+  images, texts = rng.permutation(12), rng.permutation(3)
+  feats2 = {"zimg": feats["zimg"][images], "ztxts": feats["ztxts"][images][:, texts]}
+  batch2 = {"texts_kind": batch["texts_kind"][images][:, texts]}
+  value, _, _ = graded(make(name, options), feats, batch)
+  np.testing.assert_allclose(graded(make(name, options), feats2, batch2)[0], value, rtol=1e-6)
+
+
+def test_of_hard_negatives_only_images_see_more_candidates():
+  """As a formula of numpy: each positive text among all positives and hard negatives."""
+  feats, batch = random_texts()
+  _, metrics, _ = graded(make("clip", dict(texts="uniform", t_init=10.0)), feats, batch)
+  x, y, kind = (np.asarray(v, np.float64) for v in (*feats.values(), batch["texts_kind"]))
+  z = 10 * np.einsum("ie,jme->ijm", x, y)
+  i2t, t2i = [], []
+  for i in range(12):
+    candidates = np.concatenate([z[i][kind == 1], z[i][kind == 2]])
+    own = z[i, i][kind[i] == 1]
+    i2t.append(np.log(np.exp(candidates).sum()) - own.mean())
+    t2i += [np.log(np.exp(z[:, i, m]).sum()) - z[i, i, m] for m in range(3) if kind[i, m] == 1]
+  np.testing.assert_allclose(metrics["i2t"], np.mean(i2t), rtol=1e-5)
+  np.testing.assert_allclose(metrics["t2i"], np.mean(t2i), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "name,options,message",
+  [
+    ("clip", dict(texts="all"), r"clip\.texts: unknown 'all'"),
+    ("clip", dict(texts="uniform", label_smoothing=0.1), r"clip\.label_smoothing=0.1 .*one text"),
+    (
+      "siglip",
+      dict(texts="pairs", reduction="mean_all"),
+      r"siglip\.reduction='mean_all' .*divisor",
+    ),
+  ],
+)
+def test_options_that_do_not_go_together_are_named(name, options, message):
+  with pytest.raises(ValueError, match=r"config\.loss\." + message):
+    make(name, options)
+
+
+def test_a_loss_of_several_texts_names_the_option_of_the_data():
+  loss = losses.make_loss({"clip": {"texts": "uniform"}})
+  with pytest.raises(ValueError, match=r"needs 'texts'.*'ztxts'.*Set config\.data\.texts"):
+    losses.check_needs(loss, {"zimg", "ztxt"})
+
+
+@pytest.mark.skipif(not ROOT2, reason=WHY2)
+def test_the_losses_of_losses2_without_a_test_are_those_of_the_list():
+  tests = "".join(path.read_text() for path in pathlib.Path(__file__).parents[1].rglob("test_*.py"))
+  calls = re.findall(r"cases2\(([^)]*)\)", tests)
+  tested = {name for call in calls for name in re.findall(r'"(\w+)"', call)}
+  names = {case["loss"] for case in oracles2().cases()}
+  assert names - tested - {*NOT_BUILT} == set() == tested & {*NOT_BUILT}
