@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigalign import stages, tree
+from bigalign.data.fields.base import Field
 from bigalign.data.files import fingerprints
+from bigalign.data.loader.extra_fields import open_fields
 from bigalign.data.loader.options import DataOptions, MixturePart
 from bigalign.data.loader.pairs import Pairs, pair_batches
 from bigalign.data.loader.training import train_batches
@@ -31,11 +33,13 @@ class Inputs(NamedTuple):
   field names "text" and "second".
   source: the samples, or the stores of both sides.
   stored: the stores of one side, if there are any.
+  fields: what batches have besides image and text.
   """
 
   options: DataOptions
   source: Source | Pairs
   stored: OneSide | None
+  fields: tuple[Field, ...] = ()
 
   @property
   def stores(self) -> Pairs | OneSide | None:
@@ -45,16 +49,23 @@ class Inputs(NamedTuple):
   @property
   def fingerprint(self) -> str:
     """Hex digits that change with the samples, and with the stores that are joined to them."""
-    if self.stored is None:
+    joined = (self.stored, *self.fields)
+    names = [x for part in joined if (x := getattr(part, "fingerprint", ""))]
+    if not names:
       return self.source.fingerprint
-    return fingerprints.of_names(self.source.fingerprint, self.stored.fingerprint)
+    return fingerprints.of_names(self.source.fingerprint, *names)
 
   def batches(self, *, rejected_log: str, **where: Any) -> Batches:
     """Train batches; `where`: the other arguments of training.train_batches."""
     if isinstance(self.source, Pairs):
       return pair_batches(self.source, self.options, **where)
     return train_batches(
-      self.source, self.options, rejected_log=rejected_log, stored=self.stored, **where
+      self.source,
+      self.options,
+      rejected_log=rejected_log,
+      stored=self.stored,
+      fields=self.fields,
+      **where,
     )
 
 
@@ -75,6 +86,7 @@ def open_data(options: DataOptions) -> Inputs:
   sides = options.stores.sides
   _check_ignored(options)
   if len(sides) == 2:
+    _check_no_fields(options)
     stores = options.stores
     pairs = Pairs(
       stores.image, stores.text, second=stores.second, least=stores.least, keep=stores.keep
@@ -91,11 +103,26 @@ def open_data(options: DataOptions) -> Inputs:
       parts = tuple(dataclasses.replace(part, captions=None) for part in options.mixture)
       source = _open_source(dataclasses.replace(options, mixture=parts), ())
       options = dataclasses.replace(options, captions=("text",), second_captions=second)
-      return Inputs(options, source, stored)
+      return _with_fields(Inputs(options, source, stored))
   wanted = None
   if options.captions is not None:
     wanted = fields(options.first_columns, options.second_columns)
-  return Inputs(options, _open_source(options, wanted), stored)
+  return _with_fields(Inputs(options, _open_source(options, wanted), stored))
+
+
+def _with_fields(inputs: Inputs) -> Inputs:
+  """The inputs with the fields that their options ask for."""
+  return inputs._replace(fields=open_fields(inputs.options, inputs.source))
+
+
+def _check_no_fields(options: DataOptions) -> None:
+  """Raises ValueError for an option that reads samples, where both sides come from stores."""
+  for name in ("texts", "teachers", "columns", "views"):
+    if getattr(options, name):
+      raise ValueError(
+        f"config.data.{name} reads each sample, but config.data.stores has both image and text, so"
+        " no sample is read; leave it out, or leave one of the two stores out"
+      )
 
 
 def _check_ignored(options: DataOptions) -> None:
@@ -295,7 +322,10 @@ def _staged(
     if stage.end <= step:
       continue
     stop = start + (stage.end - step) * stage.batch_size
-    staged = inputs._replace(options=_of_stage(inputs.options, stage.config.data))
+    options = _of_stage(inputs.options, stage.config.data)
+    staged = inputs._replace(options=options)
+    if options != inputs.options and inputs.fields:
+      staged = _with_fields(staged)
     batches = staged.batches(
       batch_size=stage.batch_size, rows=own_rows, start=start, stop=stop, **where
     )

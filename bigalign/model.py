@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from bigalign import checks, sharding, sphere
 from bigalign.options import DEFAULTS, Also, Choose, Component, resolve
@@ -34,7 +35,8 @@ FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
 def provided(batch: Iterable[str]) -> set[str]:
   """The fields of a batch and the features that a model computes from them, for check_needs."""
   fields = {*batch, *FEATURES}
-  return fields | {"ztxt_second"} if "text_second" in fields else fields
+  made = {"text_second": "ztxt_second", "texts_kind": "ztxts"}
+  return fields | {feature for field, feature in made.items() if field in fields}
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -70,6 +72,7 @@ class DualEncoder(nn.Module):
     mask: jax.Array | None = None,
     train: bool = False,
     second: tuple[jax.Array, jax.Array] | None = None,
+    others: tuple[jax.Array, jax.Array] | None = None,
   ) -> dict[str, jax.Array]:
     """The features that losses read.
 
@@ -79,14 +82,29 @@ class DualEncoder(nn.Module):
       mask: [B, L] bool, True for a token that is not padding.
       train: whether dropout is applied.
       second: other texts [B, L] and their mask.
+      others: all texts but the first of each image [B, M - 1, L] and their mask, of
+        config.data.texts; () if `text` is the only one.
 
     Returns:
       zimg, ztxt [B, E], unit norm; raw_img, raw_txt [B, E], before the norm; these are float32,
       whatever the projectors compute in. tokens_img and tokens_txt, in the dtype of the towers;
-      mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`.
+      mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`; ztxts [B, M, E],
+      all texts of each image, with `others`.
     """
     raw_img, img = self._image(image, train)
-    raw_txt, txt = self._text(text, mask, train)
+    if others:
+      assert mask is not None, "the data gives both"
+      text, mask = (
+        rearrange(jnp.concatenate([x[:, None], y], 1), "b m ... -> (b m) ...")
+        for x, y in zip((text, mask), others)
+      )
+    raw_txts, txts = self._text(text, mask, train)
+    count = len(text) // len(image)
+
+    def first(x: jax.Array) -> jax.Array:
+      return x if count == 1 else rearrange(x, "(b m) ... -> b m ...", m=count)[:, 0]
+
+    raw_txt, txt = first(raw_txts), jax.tree.map(first, txts)
     feats = {
       "zimg": unit(raw_img),
       "ztxt": unit(raw_txt),
@@ -95,6 +113,8 @@ class DualEncoder(nn.Module):
       "tokens_img": img.tokens,
       "tokens_txt": txt.tokens,
     }
+    if others is not None:
+      feats["ztxts"] = rearrange(unit(raw_txts), "(b m) e -> b m e", m=count)
     if second is not None:
       feats["ztxt_second"] = self.embed_text(*second, train=train)
     return feats if txt.mask is None else {**feats, "mask_txt": txt.mask}
@@ -182,7 +202,7 @@ def without_remat(model: DualEncoder) -> DualEncoder:
     options = tower.options
     if getattr(options, "remat", "none") != "none":
       options = dataclasses.replace(options, remat="none")
-    if isinstance(options, TransformerOptions) and options.is_fused(attention.device()):
+    if isinstance(options, TransformerOptions) and options.attention_on(attention.device()) != "xla":
       options = dataclasses.replace(options, attention="xla")
     changed[name] = tower.clone(options=options)
   return model.clone(**changed)
@@ -193,13 +213,19 @@ class TowerWeights:
   """Options of a tower in a config file that name pretrained weights: see weights/init.py.
 
   Args:
-    init: folder or file of a pretrained checkpoint, which gives the options of the tower and its
-      weights; options next to it replace those of the checkpoint.
+    init: folder or file of a pretrained checkpoint, or folder of a run, which gives the options of
+      the tower and its weights; options next to it replace those of the checkpoint.
+    step: of a run, which checkpoint: a number, "latest" or "best".
+    ema: whether the running averages of a run are taken.
+    parts: regular expression of the parameters that are taken; "": all.
     fresh: regular expression of the parameters that keep their random initial values.
     drop: regular expression of the tensors of the checkpoint that may be left out.
   """
 
   init: str = ""
+  step: int | str = "latest"
+  ema: bool = False
+  parts: str = ""
   fresh: str = ""
   drop: str = ""
 

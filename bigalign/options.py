@@ -16,6 +16,8 @@ A field that holds another group says so in its type:
   keep: Annotated[Component, Call(Checkpoints, fixed=("workdir",))]          one function
   tokenizer: Annotated[Component, Choose(TOKENIZERS)]            one of a registry, dict(name=…, …)
   evals: Mapping[str, Annotated[Component, Choose(EVALS, key="type")]]       several, by name
+  columns: Mapping[str, ColumnOptions]     several, by name; a dataclass with SHORTHAND="field" lets
+                                           a text stand for dict(field=text)
 
 `inside` says what such a type holds; the command line and the reference of the options read it.
 
@@ -78,10 +80,21 @@ class Call(NamedTuple):
   Args:
     function: what takes the options.
     fixed: parameters that the program passes, which are not options.
+    shared: a function whose parameters are options next to those of `function`; the program takes
+      them out before it calls `function`.
   """
 
   function: Callable[..., Any]
   fixed: tuple[str, ...] = ()
+  shared: Callable[..., Any] | None = None
+
+  @property
+  def known(self) -> dict[str, Option]:
+    """All options by name."""
+    return {
+      **(definition(self.shared) if self.shared else {}),
+      **definition(self.function, self.fixed),
+    }
 
 
 class Choose(NamedTuple):
@@ -243,7 +256,7 @@ def inside(kind: Any) -> Inside:
   if own := own_options(kind):
     return Inside(own, {}, {}, "", "", None)
   if isinstance(marker, Call):
-    options |= definition(marker.function, marker.fixed)
+    options |= marker.known
   elif isinstance(marker, Choose):
     hidden = (*marker.fixed, marker.key)
     shared = definition(marker.shared, hidden) if marker.shared else {}
@@ -346,6 +359,8 @@ def resolve_value(kind: Any, value: Any, where: str) -> Any:
     return None
   if isinstance(marker, Call):
     value = {} if value is None else value  # a group without an option has its defaults
+    if marker.shared:
+      return Component("", marker.function, _values(marker.known, value, where), where)
     return resolve(marker.function, value, where, marker.fixed)
   if isinstance(marker, Choose):
     if value is None and (marker.default or not marker.key):
@@ -360,6 +375,8 @@ def resolve_value(kind: Any, value: Any, where: str) -> Any:
     }
   inner = _without_none(kind)
   if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+    if isinstance(value, str) and (short := getattr(inner, "SHORTHAND", "")):
+      value = {short: value}  # a text alone is the value of this option
     return value if isinstance(value, inner) else resolve(inner, value or {}, where)
   nested = _nested(inner)
   if nested and value is None:

@@ -26,6 +26,7 @@ from bigalign.stages import Stage
 from bigalign.state import Arrays, State
 
 SECOND = ("text_second", "text_second_mask")  # fields for losses that read two texts
+OTHERS = ("text_others", "text_others_mask")  # fields for losses that read several
 
 
 class StepChecks(NamedTuple):
@@ -173,7 +174,8 @@ def _loss_params(trainable: Arrays, state: State) -> Any:
 
 def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   second = SECOND if "second_text" in program.loss.needs else ()
-  return {name: batch[name] for name in ("image", "text", "text_mask", *second)}
+  others = [name for name in OTHERS if name in batch and "texts" in program.loss.needs]
+  return {name: batch[name] for name in ("image", "text", "text_mask", *second, *others)}
 
 
 def features(
@@ -198,11 +200,12 @@ def features(
     )
     return feats
 
-  second = tuple(part[name] for name in SECOND if name in part)
+  second, others = (tuple(part[x] for x in names if x in part) for names in (SECOND, OTHERS))
   feats = apply(
     trainable,
     train=True,
     second=second or None,
+    others=others if "texts" in program.loss.needs else None,
     rngs={"dropout": dropout, "patch_dropout": patch_dropout},
   )
   wanted = {"zimg", "ztxt", *(name for need in program.loss.needs for name in PROVIDES[need])}

@@ -39,6 +39,7 @@ DATA = [
   {"tar", "image", "text"},
   {"sources", "stores"},
   {"order"},
+  {"fields"},
   {"loader"},
 ]
 # Libraries that take seconds to import, or may be replaced, are imported in few places.

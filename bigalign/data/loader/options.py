@@ -8,6 +8,10 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from bigalign.data.fields.columns import ColumnOptions
+from bigalign.data.fields.teachers import TeacherOptions
+from bigalign.data.fields.texts import TextsOptions
+from bigalign.data.fields.views import Views
 from bigalign.data.image.reading import ImageReading
 from bigalign.data.image.transforms import train_image
 from bigalign.data.order.permutation import philox
@@ -110,6 +114,13 @@ class DataOptions(ImageReading):
       has another, for losses that read two; written like `captions`, which must be given too.
     source_options: other options of the source, such as image= for the column of the images, or
       data_dir= of TFDS.
+    texts: several texts of each image, and hard negatives, for losses that read them.
+    teachers: {name: stores} of vectors of other models, for losses that learn from them; a batch
+      holds those of all teachers side by side, in this order.
+    columns: {name: field} of numbers or small arrays of each sample, which become fields of the
+      batch with these names, such as noise_prob="json.noise".
+    views: {name: options} of more crops of the same image, count of each and size next to the
+      options of `augment`, such as local=dict(count=8, size=96, scale=(0.05, 0.4)).
     captions_per_image: room for captions in the ids of texts and in the per-sample state of a
       loss.
     shuffle: a new order in each epoch; without it, the order of the source.
@@ -132,6 +143,10 @@ class DataOptions(ImageReading):
   captions: Sequence[Any] | None = None
   second_captions: Sequence[Any] = ()
   source_options: Mapping[str, Any] | None = None
+  texts: TextsOptions | None = None
+  teachers: Mapping[str, TeacherOptions] = DEFAULTS
+  columns: Mapping[str, ColumnOptions] = DEFAULTS
+  views: Views = DEFAULTS
   captions_per_image: int = CAPTIONS_PER_IMAGE
   shuffle: bool = True
   order: str = "auto"
@@ -184,6 +199,11 @@ class DataOptions(ImageReading):
   def has_second_text(self) -> bool:
     """Whether a batch has a second text of each image."""
     return bool(self.stores.second if "text" in self.stores.sides else self.second_captions)
+
+  @property
+  def text_count(self) -> int:
+    """M, the number of texts of an image; 0 if config.data.texts is not set."""
+    return self.texts.total if self.texts else 0
 
   @property
   def sources(self) -> list[str]:

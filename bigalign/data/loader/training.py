@@ -14,9 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from einops import rearrange
 
+from bigalign.data.fields import texts as several_texts
+from bigalign.data.fields import views
+from bigalign.data.fields.base import Draws, Field, Sample
+from bigalign.data.fields.texts import Texts
 from bigalign.data.image import transforms
-from bigalign.data.loader import shared_memory
+from bigalign.data.loader import extra_fields, shared_memory
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.order import blocks
@@ -59,6 +64,7 @@ def batch_spec(data: DataOptions, *, batch_size: int) -> dict[str, tuple[tuple[i
     source=((b,), np.int32),
     rejects=((b, len(REASONS)), np.int32),
     repaired=((b,), np.int32),
+    **{name: ((b, *shape), dtype) for name, (shape, dtype) in extra_fields.spec(data).items()},
   )
 
 
@@ -74,6 +80,7 @@ def train_batches(
   lane_rows: int = 0,
   rejected_log: str = "",
   stored: OneSide | None = None,
+  fields: tuple[Field, ...] | None = None,
 ) -> Batches:
   """This host's rows of the global batches from a position on.
 
@@ -94,6 +101,7 @@ def train_batches(
     rejected_log: a file to which each rejected sample is appended, one line of JSON each; "" for
       none.
     stored: embeddings that replace `image` or `text`, which then has the shape [b, D].
+    fields: of extra_fields.open_fields; None to open them here.
 
   Returns:
     An iterator of {name: array}; the fields are those of `batch_spec`.
@@ -112,6 +120,7 @@ def train_batches(
     order=order,
     rejected_log=rejected_log,
     stored=stored,
+    fields=extra_fields.open_fields(data, source) if fields is None else fields,
   )
   return iterate(batches, workers=data.workers)
 
@@ -204,10 +213,10 @@ class _View(NamedTuple):
 
   sample: int  # its index
   image: Any  # uint8 [S, S, 3], or the row of a store
-  text: Any  # a caption, or the row of a store
+  texts: Texts  # captions, or the rows of a store; the first is that of batch["text"]
   second: Any
-  ordinal: int  # of the caption among those of the sample
   label: int
+  extra: tuple[Any, ...]  # the value of each extra field
 
 
 class _TrainBatches(SampleReader):
@@ -226,8 +235,10 @@ class _TrainBatches(SampleReader):
     order: Order,
     rejected_log: str,
     stored: OneSide | None,
+    fields: tuple[Field, ...],
   ):
     super().__init__(source, data, rejected_log=rejected_log, stored=stored)
+    self._fields = fields
     self._image_store = stored.image if stored else None
     self._text_store = stored.text if stored else None
     self._second_store = stored.second if stored else None
@@ -236,9 +247,7 @@ class _TrainBatches(SampleReader):
     self._rows = rows
     self._seed = seed
     self._start = start
-    self._shrink = functools.partial(
-      transforms.shrink, size=data.image_size, **data.augment.options
-    )
+    self._shrink = functools.partial(_shrink, data)
     data.check_augment()  # here, where an error is easier to read than from a worker
     self._order = order
     self._tolerated = float(data.rejects.option("stop"))
@@ -278,15 +287,19 @@ class _TrainBatches(SampleReader):
     rejects = np.zeros((b, len(REASONS)), np.int32)
     texts: list[Any] = []  # captions, or row numbers of stored captions
     seconds: list[Any] = []
+    chosen: list[Texts] = []
+    extra: list[tuple[Any, ...]] = []
     for r in range(b):
       view = self._usable(int(positions[r]), int(indices[r]), rejects=rejects[r], alone=alone)
       images[r] = view.image
-      texts.append(view.text)
+      texts.append(view.texts.texts[0])
+      chosen.append(view.texts)
+      extra.append(view.extra)
       if self._second_captions:
         seconds.append(view.second)
       labels[r] = view.label
       image_ids[r] = view.sample
-      text_ids[r] = view.sample * self._captions_per_image + view.ordinal
+      text_ids[r] = view.sample * self._captions_per_image + view.texts.places[0]
     text, mask, was_repaired = self._encode(texts, self._text_store)
     batch = dict(
       image=self._image_store.read(images) if self._image_store else images,
@@ -304,7 +317,19 @@ class _TrainBatches(SampleReader):
         seconds, self._second_store
       )
       batch["repaired"] += was_repaired
-    return batch
+    if self._data.texts:
+      batch |= self._several(chosen)
+    return batch | extra_fields.stacked(self._fields, extra)
+
+  def _several(self, chosen: Sequence[Texts]) -> dict[str, np.ndarray]:
+    """The fields of several texts."""
+    kinds = dict(texts_kind=np.array([one.kinds for one in chosen], np.int32))
+    others = [text for one in chosen for text in one.texts[1:]]
+    if not others:
+      return kinds
+    ids, mask, _ = self._encode(others, self._text_store)
+    ids, mask = (rearrange(x, "(b m) ... -> b m ...", b=len(chosen)) for x in (ids, mask))
+    return dict(text_others=ids, text_others_mask=mask, **kinds)
 
   def _encode(
     self, texts: Sequence[Any], store: Store | None
@@ -363,23 +388,37 @@ class _TrainBatches(SampleReader):
     if sample is None:
       return None
     record, captions = sample
-    rng = philox(self._seed, position)
+    rng, draws = philox(self._seed, position), Draws(self._seed, position)
     every = [text for column in captions.values() for text in column]
-    ordinal = choose(captions, self._captions, rng)
+    first, second = choose(captions, self._captions, rng), -1
     try:
       image = (
         record["image"] if self._image_store else self._data.training_view(record["image"], rng)
       )
-      second = None
       if self._second_captions:
-        second = every[choose(captions, self._second_captions, rng, but=ordinal)]
-      for text, store in ((every[ordinal], self._text_store), (second, self._second_store)):
+        second = choose(captions, self._second_captions, rng, but=first)
+      texts = several_texts.read(
+        self._data.texts,
+        captions,
+        self._captions,
+        draws,
+        first=first,
+        source=self._source,
+        index=index,
+      )
+      second_text = every[second] if second >= 0 else None
+      for text, store in (
+        *((text, self._text_store) for text in texts.texts),
+        (second_text, self._second_store),
+      ):
         if alone and store is None and text is not None:
           self._tokenizer.encode_batch([text])
+      known = Sample(index, record, captions, texts.places, second)
+      extra = tuple(field.read(known, draws) for field in self._fields)
     except Exception as error:
       self._reject(index, record["key"], rejection(error), rejects=rejects)
       return None
-    return _View(index, image, every[ordinal], second, ordinal, record["label"])
+    return _View(index, image, texts, second_text, record["label"], extra)
 
   def _with_captions(
     self,
@@ -448,6 +487,12 @@ class _TrainBatches(SampleReader):
       f"{text}. Repair it, leave it out, allow more with config.data.rejects=dict(stop=…), or set"
       " config.data.stop_at_bad_shard=False"
     )
+
+
+def _shrink(data: DataOptions, height: int, width: int) -> int:
+  """By how much a JPEG may be reduced when it is decoded for all views of it."""
+  own = transforms.shrink(height, width, size=data.image_size, **data.augment.options)
+  return min(own, views.shrink(data.views, data.image_size, height, width))
 
 
 def evidence(size: int, *, shards: int, tolerated: float) -> int:

@@ -11,6 +11,7 @@ There is no state: any epoch is computed in constant memory. Words used in this 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from typing import overload
 
@@ -138,12 +139,23 @@ def substitute(position: int, attempt: int, size: int, seed: int) -> int:
   return int(permute(first, size=size, key=key)[0])
 
 
-def philox(seed: int, position: int) -> np.random.Generator:
-  """Returns the generator of a position's random draws (caption, crop, flip)."""
-  key = np.array([_draws_key(seed), position], np.uint64)
+def philox(seed: int, position: int, name: str = "") -> np.random.Generator:
+  """Returns the generator of a position's random draws.
+
+  Args:
+    seed: of the run.
+    position: of the sample.
+    name: of the field that draws, such as "view/local", so that a field does not change what
+      another one draws; "" for the first caption, the view of the image and the second caption.
+  """
+  key = np.array([_draws_key(seed, name), position], np.uint64)
   return np.random.Generator(np.random.Philox(key=key))
 
 
 @functools.cache
-def _draws_key(seed: int) -> int:
-  return int(hash_words(_DRAWS, seed)[0])
+def _draws_key(seed: int, name: str) -> int:
+  key = int(hash_words(_DRAWS, seed)[0])
+  if not name:
+    return key
+  digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+  return int(hash_words(key, int.from_bytes(digest, "little"))[0])

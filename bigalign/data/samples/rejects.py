@@ -28,6 +28,7 @@ REASONS = (
   "bad_metadata",  # a .json or .cls member that cannot be read
   "no_vector",  # the embedding store that is read with the source has no row for it
   "failed",  # reading, decoding, tokenising or augmenting it raised another error
+  "no_column",  # the sample has no value of a column of config.data.columns
 )
 # Errors of an object store, which tensorstore raises as ValueError.
 _STATUSES = {

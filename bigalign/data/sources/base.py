@@ -21,6 +21,7 @@ from bigalign import tree
 from bigalign.data.files import fingerprints
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.samples.labels import Labels
+from bigalign.data.samples.members import entry
 from bigalign.data.samples.rejects import Rejected, rejection
 from bigalign.data.sources.arrayrecord import ArrayRecord
 from bigalign.data.sources.parquet import Parquet
@@ -40,6 +41,7 @@ class Source(Protocol):
     block: how many consecutive samples it reads at once, if more than one.
     where(i): (file of sample i, its place there, samples in that file).
     fields(i): all that is stored of sample i, {name: value}.
+    value(i, path): what `value` below returns, if that is cheaper than all fields.
     key(i): the key of sample i, if that is cheaper than its record.
     prefetch(ids, hold=n): begins to fetch remote samples, and from then on has room for n samples
       that are fetched and not read yet.
@@ -189,6 +191,11 @@ class Concatenation:
     which = bisect.bisect_right(self._firsts, i) - 1
     return fields(self.sources[which], i - self._firsts[which])
 
+  def value(self, i: int, path: str) -> Any:
+    """Returns one stored value of sample i."""
+    which = bisect.bisect_right(self._firsts, i) - 1
+    return value(self.sources[which], i - self._firsts[which], path)
+
   def key(self, i: int) -> str:
     """Returns the key of sample i."""
     which = bisect.bisect_right(self._firsts, i) - 1
@@ -278,6 +285,25 @@ def fields(source: Source, i: int) -> dict[str, Any]:
     return dict(source.fields(i)) if hasattr(source, "fields") else {}
   except Exception as error:
     raise rejection(error) from error
+
+
+def value(source: Source, i: int, path: str) -> Any:
+  """Returns one stored value of sample i; None if the sample does not have it.
+
+  Args:
+    source: any.
+    i: the sample.
+    path: its name in `fields`, or "a.b" for the entry b of a.
+
+  Raises:
+    Rejected: if it cannot be read.
+    ValueError: if the source stores nothing by name.
+  """
+  if hasattr(source, "value"):
+    return source.value(i, path)
+  if not hasattr(source, "fields"):
+    raise ValueError(f"{source!r} stores no values by name, so it has no {path!r}")
+  return entry(fields(source, i), path)
 
 
 def key(source: Source, i: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bigalign import tree
 from bigalign.data.files import fingerprints
-from bigalign.data.sources.base import Concatenation, Source, prefetch, where
+from bigalign.data.sources.base import Concatenation, Source, prefetch, value, where
 
 Weights = Mapping[str, float]
 
@@ -87,6 +87,10 @@ class Prefixed:
     if "texts" in record:
       prefixed["texts"] = {name: self._with_prefix(x) for name, x in record["texts"].items()}
     return prefixed
+
+  def value(self, i: int, path: str) -> Any:
+    """Returns one stored value of sample i."""
+    return value(self._source, i, path)
 
   def where(self, i: int) -> tuple[str, int, int]:
     """Returns the file of sample i, its place there, and the samples in that file."""

@@ -20,6 +20,7 @@ from bigalign.data.files.patterns import expand_shards, expand_variables
 from bigalign.data.samples import columns
 from bigalign.data.samples.image_values import image_bytes
 from bigalign.data.samples.labels import Labels
+from bigalign.data.samples.members import entry
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.webdataset import classnames_near
 from bigalign.tree import cut
@@ -148,6 +149,12 @@ class Parquet:
     with contextlib.suppress(Rejected):
       image = self._image_bytes(i, row[self._image], key=self.key(i))
     return {**row, self._image: image}
+
+  def value(self, i: int, path: str) -> Any:
+    """Returns the value of a column of row i; reads the image only if that is the column."""
+    name = path.partition(".")[0]
+    groups = self._groups if {path, name} & self._wanted else self._other_columns
+    return entry(self._row(i, groups), path)
 
   def _row(self, i: int, groups: LRUCache[int, Any]) -> dict[str, Any]:
     """{column: value} of row i; raises Rejected if its row group cannot be read."""

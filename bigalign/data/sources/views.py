@@ -28,7 +28,7 @@ import numpy as np
 from bigalign import tree
 from bigalign.data.files import fingerprints, storage
 from bigalign.data.files.patterns import expand_variables
-from bigalign.data.sources.base import Source, prefetch, where
+from bigalign.data.sources.base import Source, prefetch, value, where
 from bigalign.data.tar import stats
 
 Columns = Mapping[str, np.ndarray]
@@ -94,6 +94,10 @@ class View:
     if not 0 <= i < len(self):
       raise IndexError(f"{self!r} has {len(self)} samples; asked for {i}")
     return self._source[self._index(i)]
+
+  def value(self, i: int, path: str) -> Any:
+    """Returns one stored value of sample i."""
+    return value(self._source, self._index(i), path)
 
   def where(self, i: int) -> tuple[str, int, int]:
     """Returns the file of sample i, its place there, and the samples in that file."""

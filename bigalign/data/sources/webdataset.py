@@ -87,7 +87,7 @@ class WebDataset:
       )
     self.block = BLOCK if self.shards.remote else 1
     self._remote = RemoteBlocks(self.shards, block=BLOCK) if self.shards.remote else None
-    # (i, members of sample i) that `fields` read last.
+    # (i, members of sample i) that were read last: for the record, or for fields and values.
     self._last: tuple[int, tuple[int, str, dict[str, bytes]]] | None = None
     self.classnames = classnames_near(self.shards.paths[0])
     self.labels = Labels(self.classnames, what=".cls")
@@ -148,9 +148,26 @@ class WebDataset:
 
   def fields(self, i: int) -> dict[str, bytes]:
     """Returns {extension: bytes} of sample i; its record then needs no further read."""
-    sample = self._members(i)
-    self._last = i, sample
-    return sample[2]
+    return self._members(i)[2]
+
+  def value(self, i: int, path: str) -> Any:
+    """Returns one stored value of sample i; its record then needs no further read.
+
+    Args:
+      i: the sample.
+      path: as a caption field: "npy" for KEY.npy, "json.a.b", "scores.parquet:noise".
+    """
+    if sidecars.is_field(path):
+      if path not in self._sidecars:
+        self._sidecars[path] = Sidecars(self.shards, path, pattern=self.pattern)
+      return self._sidecars[path].value(i, self.shards.shard(i))
+    stored = self.fields(i)
+    if path in stored:
+      return stored[path]
+    extension, _, rest = path.partition(".")
+    if extension != "json" or "json" not in stored:
+      return None
+    return members.entry(members.read_json(stored["json"], key=f"sample {i}"), rest)
 
   def key(self, i: int) -> str:
     """Returns the key of sample i; reads only the header of its first member if it is local."""
@@ -211,7 +228,8 @@ class WebDataset:
         if self._remote
         else storage.read(path, start, end, expect=self.shards.stat(shard))
       )
-      return shard, *parse.sample(buffer)
+      self._last = i, (shard, *parse.sample(buffer))
+      return self._last[1]
     except (storage.FileChanged, parse.BrokenTar) as error:
       raise self._read_error(error, i, shard) from error
 

@@ -1,4 +1,4 @@
-"""Captions from a second file next to each shard, such as recaptions.
+"""Captions and other values from a second file next to each shard, such as recaptions and scores.
 
 A field "recap.parquet:caption" is the column `caption` of 00000.recap.parquet next to 00000.tar; a
 .jsonl has one object per line. The column `key` names the sample of a row: its name in the tar
@@ -11,7 +11,8 @@ writes a file next to the index, in the order of the samples, that training read
   bigalign.sidecars/00000.tar.STAMP.recap.parquet:caption   STAMP as in stats.py
     16 bytes     size (int64) and stamp (uint64) of the sidecar that was read
     8 (N + 1)    uint64: where the captions of sample i begin in this file, and where the last end
-    text         a JSON list of the captions of each sample; nothing for a sample without
+    text         a JSON list of the captions of each sample, or of its other values, such as numbers
+                 and lists of numbers; nothing for a sample without
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def write(path: str, index_folder: str, field: str) -> None:
     raise ValueError(f"{path} is not in the index in {index_folder}")
   part = located[0].part(located[1])
   stat = storage.stat(source)
-  texts: dict[str, list[str]] = {}
+  texts: dict[str, list[Any]] = {}
   for key, captions in _rows(source, field.partition(":")[2]):
     texts.setdefault(key, []).extend(captions)
   with index.open_buffer(path) as buffer:
@@ -107,8 +108,8 @@ def write(path: str, index_folder: str, field: str) -> None:
     file.write(_STAT.pack(*stat) + ends.astype("<u8").tobytes() + b"".join(parts))
 
 
-def _rows(path: str, column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-  """Yields (key, captions) of each row of a sidecar."""
+def _rows(path: str, column: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+  """Yields (key, captions) of each row of a sidecar; without captions the value, if it is one."""
   with io.BufferedReader(storage.Stream(path)) as file:
     rows: Iterable[dict[str, Any]] = (
       _parquet_rows(file.read(), path, column)
@@ -121,7 +122,20 @@ def _rows(path: str, column: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         raise ValueError(
           f"{path}: no column {missing[0]!r}; the columns are: {tree.shown(sorted(row))}"
         )
-      yield str(row[KEY]), columns.texts(row, (column,))["captions"]
+      captions = columns.texts(row, (column,))["captions"]
+      yield str(row[KEY]), captions or _other_value(row[column])
+
+
+def _other_value(value: Any) -> tuple[Any, ...]:
+  """A number, or a nest of lists of numbers, as a tuple of one; () for anything else."""
+  left = [value]
+  while left:
+    part = left.pop()
+    if isinstance(part, list):
+      left += part
+    elif not isinstance(part, int | float):
+      return ()
+  return (value,)
 
 
 def _parquet_rows(data: bytes, path: str, column: str) -> list[dict[str, Any]]:
@@ -193,10 +207,18 @@ class Sidecars:
 
   def texts(self, i: int, shard: int) -> tuple[str, ...]:
     """Returns the captions of sample i, which is in that shard."""
+    return tuple(text for text in self._values(i, shard) if isinstance(text, str))
+
+  def value(self, i: int, shard: int) -> Any:
+    """Returns the value of the first row of sample i, which is in that shard; None without one."""
+    return next(iter(self._values(i, shard)), None)
+
+  def _values(self, i: int, shard: int) -> list[Any]:
     path = self._path(shard)
     offset = _STAT.size + 8 * (i - self._shards.firsts[shard])
     start, end = _SPAN.unpack(storage.read(path, offset, offset + 16))
-    return tuple(json.loads(storage.read(path, start, end))) if end > start else ()
+    values: list[Any] = json.loads(storage.read(path, start, end)) if end > start else []
+    return values
 
   def _path(self, shard: int) -> str:
     return path_of(

@@ -121,3 +121,43 @@ def repaired(texts: Sequence[str]) -> np.ndarray:
   Sources replace invalid UTF-8 by U+FFFD. Such a text is still used, and its sample not rejected.
   """
   return np.array(["\ufffd" in text for text in texts], np.int32)
+
+
+def choose_others(
+  texts: Mapping[str, Sequence[str]],
+  some: Columns,
+  rng: np.random.Generator,
+  *,
+  first: int,
+  count: int,
+) -> list[int]:
+  """Draws further captions without replacement, each as `choose` draws the first one.
+
+  Columns without a weight follow in their order once the columns with a weight have none left.
+
+  Args:
+    texts: {field: captions}.
+    some: the columns to choose from.
+    rng: draws the columns and the captions.
+    first: the place of the caption that was drawn before.
+    count: of captions; fewer are returned if there are no more.
+
+  Returns:
+    Their places among all captions of `texts`.
+  """
+  left: dict[str, list[int]] = {}
+  place = 0
+  for name, captions in texts.items():
+    left[name] = [i for i in range(place, place + len(captions)) if i != first]
+    place += len(captions)
+  chosen: list[int] = []
+  while len(chosen) < count:
+    present = [(name, weight) for name, weight in some if left.get(name)]
+    if not present:
+      break
+    drawn = [column for column in present if column[1] > 0] or present[:1]
+    shares = np.cumsum([weight or 1.0 for _, weight in drawn])
+    which = int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
+    places = left[drawn[which][0]]
+    chosen.append(places.pop(int(rng.integers(len(places)))))
+  return chosen

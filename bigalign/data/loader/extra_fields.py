@@ -1,0 +1,54 @@
+"""The fields that config.data adds to a batch. A new kind is a line in each function."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from bigalign.data.fields import columns, teachers, texts, views
+from bigalign.data.fields.base import Field, Spec
+from bigalign.data.fields.columns import Columns
+from bigalign.data.fields.teachers import Teachers
+from bigalign.data.fields.views import ImageViews
+from bigalign.data.loader.options import DataOptions
+from bigalign.data.sources.base import Source
+from bigalign.data.text.captions import fields
+
+
+def spec(data: DataOptions) -> Spec:
+  """{name: (shape without the batch axis, dtype)}; reads at most the manifests of stores."""
+  return {
+    **texts.spec(data.texts, data.text_length),
+    **teachers.spec(data.teachers, texts=data.text_count),
+    **columns.spec(data.columns),
+    **views.spec(data.views, data.image_size),
+  }
+
+
+def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
+  """The fields that are read beside image and texts.
+
+  Raises:
+    FileNotFoundError, ValueError: for stores and columns that do not fit; names the option.
+  """
+  texts.check(data.texts, source, stored="text" in data.stores.sides)
+  spec(data)  # names what the options say wrongly
+  opened: list[Field] = []
+  if data.teachers:
+    by_side = dict(text=fields(data.first_columns), second=fields(data.second_columns))
+    opened.append(Teachers(data.teachers, texts=data.text_count, fields=by_side))
+  if data.columns:
+    opened.append(Columns(data.columns, source))
+  if data.views:
+    if "image" in data.stores.sides:
+      raise ValueError(
+        "config.data.views are crops of images, but config.data.stores.image gives their vectors"
+      )
+    opened.append(ImageViews(data.views, data.image_size))
+  return tuple(opened)
+
+
+def stacked(fields: tuple[Field, ...], values: list[tuple[Any, ...]]) -> dict[str, Any]:
+  """{name: array} of the values that each row of a batch has of each field."""
+  parts = (field.stack(column) for field, column in zip(fields, zip(*values)))
+  return dict(itertools.chain.from_iterable(part.items() for part in parts))
