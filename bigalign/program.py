@@ -13,6 +13,7 @@ import optax
 
 from bigalign import gradcache, sharding, stages, tree
 from bigalign.config import Config
+from bigalign.data.fields import teachers
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import batch_spec
 from bigalign.losses import Loss, make_loss
@@ -37,7 +38,8 @@ class Program:
     spec: {name: (shape, dtype)} of a global batch; stored vectors and their mask may be wider or
       narrower in the data.
     sources: how many sources the data mixes.
-    sizes: the number of ids, {"image": n, "text": m}, and "embed", the width E.
+    sizes: the number of ids, {"image": n, "text": m}, "embed", the width E, and "teachers", the
+      widths of the teachers whose vectors a batch holds.
     params: {path: shape} of all parameters.
     frozen: regular expression of the parameters that are not trained.
     ema: decay of the running average of the parameters; 0: none.
@@ -54,7 +56,7 @@ class Program:
   rate: Schedule
   spec: Mapping[str, tuple[tuple[int, ...], Any]]
   sources: int
-  sizes: Mapping[str, int]
+  sizes: Mapping[str, Any]
   params: Mapping[str, Any]
   frozen: str
   ema: float
@@ -98,6 +100,7 @@ def make_program(config: Config, *, dataset_size: int = 0) -> Program:
       "image": dataset_size,
       "text": dataset_size * config.data.captions_per_image,
       "embed": config.model.embed_dim,
+      "teachers": teachers.widths(config.data.teachers),
     },
     params={},
     frozen=config.frozen,

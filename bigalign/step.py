@@ -19,7 +19,7 @@ from bigalign import gradcache, sharding, tree
 from bigalign.data.samples.rejects import REASONS
 from bigalign.losses import PROVIDES, Context, Loss, diagnostics, table_mask
 from bigalign.losses import summary as loss_summary
-from bigalign.model import without_remat
+from bigalign.model import unit, without_remat
 from bigalign.program import Program, compute_dtype
 from bigalign.run import flops
 from bigalign.stages import Stage
@@ -65,8 +65,10 @@ def train_step(
   # --- loss and gradient of the whole batch, even if it is embedded in microbatches
   context, dropout_key = _context(program, state, position)
 
+  known = _for_loss(program, batch)
+
   def objective(trainable: Arrays, feats: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
-    return program.loss.apply(_loss_params(trainable, state), state.loss, feats, batch, context)
+    return program.loss.apply(_loss_params(trainable, state), state.loss, feats, known, context)
 
   (value, (loss_state, metrics)), grads = gradcache.value_and_grad(
     functools.partial(features, program, state),
@@ -155,7 +157,8 @@ def diagnose(
     microbatches=program.microbatches,
   )
   scalars = _loss_params(state.trainable, state)
-  return diagnostics.diagnose(program.loss, scalars, state.loss, feats, batch, context)
+  known = _for_loss(program, batch)
+  return diagnostics.diagnose(program.loss, scalars, state.loss, feats, known, context)
 
 
 def _context(program: Program, state: State, position: jax.Array) -> tuple[Context, jax.Array]:
@@ -170,6 +173,16 @@ def _context(program: Program, state: State, position: jax.Array) -> tuple[Conte
 def _loss_params(trainable: Arrays, state: State) -> Any:
   """The learned scalars of the loss, trained or frozen."""
   return tree.unflatten(tree.subtree({**trainable, **state.frozen}, "loss/"))
+
+
+def _for_loss(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """The batch as losses read it: the vectors of each teacher have unit norm, in float32."""
+  ends = np.cumsum(program.sizes["teachers"])[:-1]
+
+  def of_teachers(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([unit(part) for part in jnp.split(x, ends, axis=-1)], -1)
+
+  return {name: of_teachers(x) if name.startswith("teacher_") else x for name, x in batch.items()}
 
 
 def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
