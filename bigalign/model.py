@@ -35,7 +35,7 @@ FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
 def provided(batch: Iterable[str]) -> set[str]:
   """The fields of a batch and the features that a model computes from them, for check_needs."""
   fields = {*batch, *FEATURES}
-  made = {"text_second": "ztxt_second", "texts_kind": "ztxts"}
+  made = {"text_second": "ztxt_second", "texts_kind": "ztxts", "teacher_txts": "teacher_txt"}
   return fields | {feature for field, feature in made.items() if field in fields}
 
 

@@ -182,7 +182,11 @@ def _for_loss(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax
   def of_teachers(x: jax.Array) -> jax.Array:
     return jnp.concatenate([unit(part) for part in jnp.split(x, ends, axis=-1)], -1)
 
-  return {name: of_teachers(x) if name.startswith("teacher_") else x for name, x in batch.items()}
+  known = {
+    name: of_teachers(x) if name.startswith("teacher_") else x for name, x in batch.items()
+  }
+  first = {"teacher_txt": known["teacher_txts"][:, 0]} if "teacher_txts" in known else {}
+  return {**known, **first}
 
 
 def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
