@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pathlib
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -336,6 +338,21 @@ free = SharedMemoryArray.close_shm_async
 SharedMemoryArray.close_shm_async = lambda *args: (time.sleep(0.1), free(*args))
 
 """
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_closed_batches_leave_nothing_to_a_garbage_collection(shards, workers, monkeypatch):
+  """One that looks through all objects of JAX would be a large part of a short evaluation."""
+  monkeypatch.setattr(gc, "collect", lambda: pytest.fail("collected"))
+  gc.disable()
+  try:
+    batches = train_batches(open_source(shards), rows=np.arange(B), workers=workers, **OPTIONS)
+    next(batches)
+    iterator = weakref.ref(batches._iterators[0])
+    batches.close()
+    assert iterator() is None
+  finally:
+    gc.enable()
 
 
 @pytest.mark.slow

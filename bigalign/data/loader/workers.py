@@ -155,7 +155,8 @@ class _Puller:
     self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
     self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
     # A daemon: at the end of the program it may wait for a worker that has died.
-    threading.Thread(target=self._run, args=(iterator,), daemon=True).start()
+    self._thread = threading.Thread(target=self._run, args=(iterator,), daemon=True)
+    self._thread.start()
 
   def ask(self) -> None:
     """Begins to take one element."""
@@ -169,8 +170,9 @@ class _Puller:
       return None
 
   def close(self) -> None:
-    """Ends the thread."""
+    """Ends the thread, without waiting for a worker that has died."""
     self._requests.put(False)
+    self._thread.join(0.1)
 
   def _run(self, iterator: grain.DatasetIterator) -> None:
     while self._requests.get():
@@ -263,6 +265,7 @@ def _close(
   puller: _Puller | None,
   spool: _Spool | None,
 ) -> None:
+  closed = [weakref.ref(iterator) for iterator in iterators]
   while iterators:
     iterators.pop().close()
   if puller:
@@ -270,7 +273,11 @@ def _close(
   if spool:
     spool.close()
   receiver.close()
-  gc.collect()  # grain's iterators are reference cycles, which would print errors at exit
+  # One that is in a reference cycle, as after an error, would print errors at exit. Otherwise
+  # nothing is left to collect. A collection looks through all that JAX holds, and every evaluation
+  # closes batches.
+  if any(iterator() is not None for iterator in closed):
+    gc.collect()
   free_grain_shared_memory()
 
 
