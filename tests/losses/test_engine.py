@@ -16,7 +16,7 @@ from helpers.marks import slow_unless
 from bigalign import gradcache, losses, sharding
 from bigalign.losses.engine import exchange, pairwise
 
-B, E = 160, 16
+B, E, M = 160, 16, 3
 SIZES = {"image": 300, "text": 400, "embed": E}
 # What a default is too large or does not fit for.
 OPTIONS = {"albef_itc": {"queue_size": 2 * B}}
@@ -26,6 +26,8 @@ VARIANTS = [
   ("albef_itc", {"positives": "ids"}),
   ("alignclip", {"separate_text": False}),
   ("clip", {"label_smoothing": 0.1, "b_init": -1.0}),
+  ("clip", {"texts": "uniform"}),
+  ("clip", {"texts": "per_ordinal"}),
   ("fastclip_v0", {"tau_gradient": "consistent"}),
   ("fastclip_v2", {"weighting": "rgcl"}),
   ("fastclip_v3", {"tau_gradient": "consistent", "gamma_schedule": "constant"}),
@@ -37,8 +39,11 @@ VARIANTS = [
   ("matryoshka", {"shared": False, "dims": (4, 16), "reduction": "mean"}),
   ("matryoshka", {"base": "sogclr", "dims": (4, 16)}),
   ("mobileclip_dr", {"second_text": True, "teacher_dims": (3, 5), "teacher_scales": (50.0, 80.0)}),
+  ("mobileclip_dr", {"texts": "per_ordinal", "teacher_dims": (3, 5)}),
   ("siglip", {"positives": "ids", "reduction": "mean_all"}),
+  ("siglip", {"texts": "images", "positives": "ids"}),
   ("siglip_distill", {"form": "signed"}),
+  ("siglip_distill", {"texts": "pairs"}),
   ("softclip_m3co", {"detach_targets": True}),
   ("sogclr", {"variant": "released"}),
 ]
@@ -83,8 +88,13 @@ def example(dtype, repeated=False):
   towers = {
     "img": normal(12, E),
     "txt": normal(12, E),
-    "patches": normal(5, 7),
-    "words": normal(5, 7),
+    "patches": normal(5, E),
+    "words": normal(5, E),
+  }
+  batch |= {
+    "texts": normal(B, M, 12),
+    "texts_kind": jnp.asarray(rng.integers(0, 3, (B, M)), jnp.int32).at[:, 0].set(1),
+    "teacher_txts": unit(normal(B, M, 8)),
   }
   return towers, batch
 
@@ -98,13 +108,14 @@ def embed(params, batch, key, dropout=0.0):
     "img": images @ params["img"],
     "txt": batch["txt"] @ params["txt"],
   }
-  second = batch["second"] @ params["txt"]
+  second, texts = (batch[k] @ params["txt"] for k in ("second", "texts"))
   slow = {f"teacher_{k}": jax.lax.stop_gradient(unit(x[:, ::-1])) for k, x in raw.items()}
   return {
     **slow,
     **{f"raw_{k}": x for k, x in raw.items()},
     **{f"z{k}": unit(x) for k, x in raw.items()},
     "ztxt_second": unit(second),
+    "ztxts": unit(texts),
     "tokens_img": batch["patches"] @ params["patches"],
     "tokens_txt": batch["words"] @ params["words"],
     "mask_txt": batch["mask"],
@@ -178,21 +189,24 @@ def same(found, expected, rtol=1e-5):
   jax.tree_util.tree_map_with_path(one, tuple(found), tuple(expected))
 
 
-# On one device a gather or a ring is a segment of all columns; it is tested, like one device with
-# microbatches and eight without, only before a release.
-SLOW = {
-  *((way, 8, 4) for way in ("dense", "gather", "segment", "ring")),
-  *((way, 1, 1) for way in ("dense", "segment")),
-}
+# Every loss in every way; with each way, one device without microbatches or eight with four, which
+# take turns over the losses where both differ. The rest runs before a release: on one device a
+# gather or a ring is a segment of all columns.
+MESH = (8, 4)
+ALONE = (1, 1)
+TURNS = (
+  {"dense": ALONE, "gather": MESH, "segment": MESH, "ring": MESH},
+  {"dense": MESH, "gather": MESH, "segment": ALONE, "ring": MESH},
+)
 MATRIX = [
   pytest.param(
     name,
     way,
     devices,
     microbatches,
-    marks=pytest.mark.slow if (way, devices, microbatches) in SLOW else pytest.mark.long,
+    marks=pytest.mark.slow if turn[way] == (devices, microbatches) else pytest.mark.long,
   )
-  for name in sorted(losses.LOSSES)
+  for name, turn in zip(sorted(losses.LOSSES), itertools.cycle(TURNS))
   for way in ("dense", "gather", "segment", "ring")
   for devices in (1, 8)
   for microbatches in (1, 4)
@@ -205,15 +219,22 @@ def test_equal_in_every_way(name, way, devices, microbatches):
   same(step(name, {}, jnp.float32, way, mesh, microbatches), truth(name))
 
 
-# A gather is one segment; a dense matrix has no tiles that options could change.
+# Segments and rings take turns over the variants; the rest runs before a release: a gather is one
+# segment, and a dense matrix has no tiles that options could change.
 @pytest.mark.parametrize(
-  "way",
+  "name,options,way",
   [
-    *(pytest.param(way, marks=pytest.mark.slow) for way in ("segment", "ring")),
-    *(pytest.param(way, marks=pytest.mark.long) for way in ("dense", "gather")),
+    pytest.param(
+      name,
+      options,
+      way,
+      marks=pytest.mark.slow if way == turn else pytest.mark.long,
+      id=f"{name}-{options}-{way}",
+    )
+    for (name, options), turn in zip(VARIANTS, itertools.cycle(("segment", "ring")))
+    for way in ("dense", "gather", "segment", "ring")
   ],
 )
-@pytest.mark.parametrize("name,options", VARIANTS, ids=str)
 def test_options_are_equal_in_every_way(name, options, way):
   same(step(name, options, jnp.float32, way, grid(), 4), truth(name, **options))
 
@@ -354,10 +375,18 @@ def test_saturated_logits_keep_their_digits(name, way):
       assert np.abs(a - b).max() < 1e-6
 
 
+OF_16_BITS = {
+  ("bfloat16", "ring"): (),
+  ("float16", "segment"): pytest.mark.slow,
+  ("bfloat16", "dense"): pytest.mark.slow,
+}
+
+
+# A float16 ring or matrix and bfloat16 segments run before a release.
 @pytest.mark.parametrize(
   "dtype,way",
   [
-    pytest.param(dtype, way, marks=() if (dtype, way) == ("bfloat16", "ring") else pytest.mark.slow)
+    pytest.param(dtype, way, marks=OF_16_BITS.get((dtype, way), pytest.mark.long))
     for dtype in ("bfloat16", "float16")
     for way in ("ring", "segment", "dense")
   ],
