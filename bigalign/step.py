@@ -263,7 +263,8 @@ def summary(program: Program, shapes: State) -> str:
     _inputs(program, batch),
     jax.random.key(0),
   )
-  return loss_summary(program.loss, program.sizes, feats, batch)
+  known = jax.eval_shape(functools.partial(_for_loss, program), batch)
+  return loss_summary(program.loss, program.sizes, feats, known)
 
 
 def constrain(loss: Loss, trainable: Arrays, before: State) -> Arrays:

@@ -167,8 +167,13 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
     ema: whether parameters are averaged (config.ema), which provides "ema_teacher".
 
   Raises:
-    ValueError: naming the field that is missing.
+    ValueError: naming the field that is missing; for several texts that no loss reads.
   """
+  if "texts_kind" in fields and "texts" not in loss.needs:
+    raise ValueError(
+      "config.data.texts gives each image several texts, but no loss reads them: the first would be"
+      " used alone. Set the option texts of a loss, such as config.loss.clip.texts='uniform'"
+    )
   if "ema_teacher" in loss.needs and not ema:
     raise ValueError(
       "config.loss needs the features of averaged parameters, but config.ema is 0; set it, for"

@@ -9,6 +9,17 @@ import re
 import numpy as np
 import pytest
 from helpers.batches import data_options
+from helpers.small_fields import (
+  OPTIONS,
+  SAMPLES,
+  boxes_of,
+  captions_of,
+  every_field,
+  key_of,
+  noise_of,
+  vectors_of,
+  write_dataset,
+)
 from helpers.small_shards import picture, write_tar
 from helpers.small_stores import write_store
 
@@ -22,65 +33,13 @@ from bigalign.data.sources.base import open_source
 from bigalign.inputs import open_data
 from bigalign.options import plain
 
-B, STEPS, SAMPLES = 8, 5, 24
-OPTIONS = dict(image_size=16, tokenizer=dict(name="byte", length=24), augment=dict(flip=0.5))
-
-
-def captions_of(i: int) -> list[str]:
-  """One to four captions of sample i."""
-  return [f"picture {i} seen {k} times" for k in range(1 + i % 4)]
-
-
-def key_of(i: int) -> str:
-  return f"0.tar/{i:03d}"
-
-
-def noise_of(i: int) -> float:
-  return i / 64
-
-
-def boxes_of(i: int) -> np.ndarray:
-  """[i % 3, 4]"""
-  return np.arange(4 * (i % 3), dtype=np.float32).reshape(-1, 4) / 16
-
-
-def vectors_of(i: int, *, width: int, scale: float) -> np.ndarray:
-  """Of a teacher for each caption of sample i."""
-  rows = np.arange(len(captions_of(i)), dtype=np.float32)
-  return scale * (i + rows[:, None] / 8 + np.arange(width) / 64)
+B, STEPS = 8, 5
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """Shards with captions, columns and sidecars of numbers, and the stores of two teachers."""
-  root = tmp_path_factory.mktemp("fields")
-  members = []
-  for i in range(SAMPLES):
-    stored = dict(noise=noise_of(i), captions=captions_of(i), boxes=boxes_of(i).tolist())
-    members += [(f"{i:03d}.jpg", picture(i)), (f"{i:03d}.json", json.dumps(stored).encode())]
-  write_tar(root / "0.tar", members)
-  for name, width, scale in (("a", 3, 1.0), ("b", 5, -2.0)):
-    every = {key_of(i): vectors_of(i, width=width, scale=scale) for i in range(SAMPLES)}
-    write_store(root / name / "text", every)
-    write_store(root / name / "image", {key: x[0] + 0.5 for key, x in every.items()})
-  return root
-
-
-def every_field(folder) -> dict:
-  """config.data with all fields at once."""
-  return dict(
-    **OPTIONS,
-    source=f"{folder}/0.tar",
-    captions=("json.captions",),
-    texts=dict(count=3, negatives=dict(count=2, rule="swap")),
-    teachers={
-      name: dict(image=f"{folder}/{name}/image", text=f"{folder}/{name}/text") for name in "ab"
-    },
-    columns=dict(
-      noise_prob="json.noise", boxes=dict(field="json.boxes", shape=(4, 4), ragged=True)
-    ),
-    views=dict(wide=dict(scale=(0.4, 1.0)), local=dict(count=3, size=8, scale=(0.05, 0.4))),
-  )
+  return write_dataset(tmp_path_factory.mktemp("fields"))
 
 
 def take(data: dict, count=STEPS, *, rows=range(B), start=0) -> list[dict[str, np.ndarray]]:

@@ -1,0 +1,106 @@
+"""Runs whose losses read teachers, several texts and columns."""
+
+from __future__ import annotations
+
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.shipped import load
+from helpers.small_fields import every_field, write_dataset
+from helpers.small_runs import config
+
+from bigalign import step
+from bigalign.losses import check_needs, make_loss
+from bigalign.model import make_model, provided
+from bigalign.run.metrics import read_metrics
+from bigalign.train import train
+
+# Every loss that the data of a pair alone cannot train, and those that take several texts.
+LOSSES = dict(
+  clip=dict(weight=1.0, texts="uniform"),
+  siglip=dict(weight=1.0, texts="texts"),
+  mobileclip_dr=dict(weight=1.0, teacher_scales=(30.0, 20.0), soft_share=0.5),
+  siglip_distill=dict(weight=0.2, teacher_scales=(10.0, 10.0), teacher_biases=(-5.0, -5.0)),
+  clip_distill=dict(weight=0.2, teacher_scale=10.0),
+  alignclip=dict(weight=0.1),
+  nitc=dict(weight=0.1),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return write_dataset(tmp_path_factory.mktemp("fields"))
+
+
+def metrics_of(folder, workdir, *, mesh: dict, **changes) -> list[dict]:
+  """What a run of a few steps with all fields and LOSSES logs."""
+  c = config(mesh, batch_size=16, **changes)
+  with c.unlocked():
+    c.data = {**c.data.to_dict(), **every_field(folder), "augment": {"scale": (0.9, 1.0)}}
+    c.loss = LOSSES
+  train(c, workdir)
+  return read_metrics(workdir)
+
+
+@pytest.mark.slow
+def test_losses_of_all_fields_train_on_any_mesh_in_any_microbatches(folder, tmp_path):
+  rows = metrics_of(folder, tmp_path / "a", mesh=dict(data=-1), total_steps=6)
+  losses = [row["train/loss"] for row in rows]
+  assert losses[-1] < 0.9 * losses[0]
+  for name in LOSSES:
+    assert all(np.isfinite(row[f"train/{name}/loss"]) for row in rows)
+  (first, *_) = metrics_of(
+    folder, tmp_path / "b", mesh=dict(data=2, fsdp=2, tensor=-1), total_steps=1, microbatches=2
+  )
+  for name in ("loss", *(f"{name}/loss" for name in LOSSES)):
+    np.testing.assert_allclose(first[f"train/{name}"], rows[0][f"train/{name}"], rtol=2e-5)
+
+
+def test_several_texts_are_embedded_as_single_ones_are():
+  model = load("tiny").model.to_dict()
+  for side in ("image", "text"):
+    model[side] |= dict(depth=1, width=32)
+  model = make_model(**model)
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
+  ids = rng.integers(3, 200, (3, 4, 16), np.int32)
+  mask = np.arange(16) < rng.integers(2, 16, (3, 4, 1))
+  params = model.init(jax.random.key(0), image, ids[:, 0], mask[:, 0])
+  apply = jax.jit(functools.partial(model.apply, params))
+  feats = apply(image, ids[:, 0], mask[:, 0], others=(ids[:, 1:], mask[:, 1:]))
+  assert feats["ztxts"].shape == (3, 4, feats["ztxt"].shape[-1])
+  for m in range(4):
+    alone = apply(image, ids[:, m], mask[:, m])
+    np.testing.assert_allclose(feats["ztxts"][:, m], alone["ztxt"], atol=2e-6)
+    if not m:
+      for name in alone:
+        np.testing.assert_allclose(feats[name], alone[name], atol=5e-6, err_msg=name)
+  one = apply(image, ids[:, 0], mask[:, 0], others=())
+  np.testing.assert_array_equal(one["ztxts"][:, 0], one["ztxt"])
+  np.testing.assert_array_equal(one["ztxt"], apply(image, ids[:, 0], mask[:, 0])["ztxt"])
+
+
+def test_vectors_of_each_teacher_have_unit_norm():
+  class Program:
+    sizes: ClassVar = dict(teachers=(3, 5))
+
+  rng = np.random.default_rng(0)
+  given = jnp.asarray(rng.normal(size=(4, 2, 8)), jnp.bfloat16)
+  found = step._for_loss(Program, dict(teacher_txts=given, label=jnp.zeros(4)))
+  wide = np.asarray(given, np.float32)
+  for part in (slice(0, 3), slice(3, 8)):
+    expected = wide[..., part] / np.linalg.norm(wide[..., part], axis=-1, keepdims=True)
+    np.testing.assert_allclose(found["teacher_txts"][..., part], expected, rtol=1e-6)
+  np.testing.assert_array_equal(found["teacher_txt"], found["teacher_txts"][:, 0])
+  assert found["teacher_txt"].dtype == jnp.float32 and not found["label"].any()
+
+
+def test_texts_that_no_loss_reads_are_an_error():
+  fields = provided(["image", "text", "texts_kind"])
+  check_needs(make_loss(dict(clip=dict(texts="uniform"))), fields)
+  with pytest.raises(ValueError, match=r"config\.data\.texts .* no loss reads them"):
+    check_needs(make_loss(dict(clip=dict(weight=1.0))), fields)
