@@ -155,9 +155,16 @@ def _spec(model: DualEncoder, batch_size: int, data: DataOptions) -> dict[str, A
   spec: dict[str, Any] = dict(batch_spec(data, batch_size=batch_size))
   for side, tower in (("image", model.image_tower), ("text", model.text_tower)):
     if isinstance(tower, Features):
-      names = {side, "text_second"} & spec.keys() if side == "text" else {side}
-      spec |= dict.fromkeys(names, ((batch_size, *tower.options.row_shape), jnp.float32))
+      for name in stored_fields(side) & spec.keys():
+        # A text has an axis of ids, an image three of pixels.
+        leading = spec[name][0][:-1] if side == "text" else (batch_size,)
+        spec[name] = ((*leading, *tower.options.row_shape), jnp.float32)
   return spec
+
+
+def stored_fields(side: str) -> set[str]:
+  """The fields of a batch that hold vectors if those of a side come from a store."""
+  return {"image"} if side == "image" else {"text", "text_second", "text_others"}
 
 
 def init_params(program: Program, key: jax.Array) -> Arrays:

@@ -91,6 +91,34 @@ class Mlp(Projector):
     return Dense(self.dim, use_bias=out_bias, dtype=self.dtype, name="fc2")(x)
 
 
+class MlpNorm(Projector):
+  """FLAME's image side, https://arxiv.org/abs/2411.11927: Linear, GELU, Linear, LayerNorm.
+
+  >>> import jax
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> embeddings, parameters = MlpNorm(dim=4).init_with_output(jax.random.key(0), out)
+  >>> embeddings.shape, sorted(parameters["params"])
+  ((2, 4), ['fc1', 'fc2', 'ln'])
+
+  Args:
+    dim: E, the width of the embeddings.
+    hidden: number of hidden units; None: E.
+    dtype: dtype of the computation.
+  """
+
+  dim: int
+  hidden: int | None = None
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
+    """-> [B, E]."""
+    x = Dense(self.hidden or self.dim, dtype=self.dtype, name="fc1")(_pooled(out))
+    x = Dense(self.dim, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=False))
+    embeddings: jax.Array = nn.LayerNorm(epsilon=1e-5, name="ln")(x)
+    return embeddings
+
+
 class Identity(Projector):
   """The pooled vector itself.
 
@@ -296,6 +324,7 @@ READ_TOKENS = (PatchesAndClass, Tokens)
 PROJECTORS = dict(
   linear=Linear,
   mlp=Mlp,
+  mlp_norm=MlpNorm,
   identity=Identity,
   gated=Gated,
   residual=Residual,

@@ -6,6 +6,7 @@ Everything is computed from shapes: only the config is read, and no array is all
 from __future__ import annotations
 
 import math
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from bigalign.model import provided
 from bigalign.options import plain
 from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, topologies
 from bigalign.private_apis import is_out_of_memory, memory_of_error
-from bigalign.program import Program, layout, make_program, stage_program
+from bigalign.program import Program, layout, make_program, stage_program, stored_fields
 from bigalign.projectors import READ_TOKENS
 from bigalign.run import flops, runtime
 from bigalign.state import State
@@ -157,11 +158,13 @@ def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
       variables,
       *(spec[name] for name in inside[side]),
     )
-    of = {side} | ({"text_second"} & spec.keys() if side == "text" else set())
-    spec |= dict.fromkeys(of, jax.ShapeDtypeStruct(row.shape, jnp.float16))
+    for name in stored_fields(side) & spec.keys():
+      given = program.spec[name][0]
+      leading = given[:-1] if name == "text_others" else given[:1]
+      spec[name] = jax.ShapeDtypeStruct((*leading, *row.shape[1:]), jnp.float16)
   if "text" in stored:
-    mask = jax.ShapeDtypeStruct((config.batch_size, 1), jnp.bool_)
-    spec |= {name: mask for name in spec if name.endswith("_mask")}
+    masks = {name: spec[name] for name in spec if re.fullmatch(r"text(_\w+)?_mask", name)}
+    spec |= {k: jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.bool_) for k, x in masks.items()}
   return spec
 
 

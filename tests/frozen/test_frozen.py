@@ -435,7 +435,7 @@ def test_flame_learns_images_from_stored_facets(config, tmp_path):
   shipped["model"] |= dict(
     image=shipped["model"]["image"] | dict(patch=8, width=16, depth=1, heads=2),
     text=dict(name="features", width=5),
-    embed_dim=4,
+    embed_dim=5,
   )
   shipped["optimizer"]["warmup"] = 0
   shipped |= {k: config[k] for k in ("total_steps", "batch_size", "log_every", "writer")}

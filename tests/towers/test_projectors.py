@@ -65,6 +65,11 @@ CASES = dict(
     lambda p, out: dense(p, "fc2", gelu(dense(p, "fc1", out.pooled))),
     49 + 24,
   ),
+  mlp_norm=(
+    dict(hidden=7),
+    lambda p, out: norm(p, "ln", dense(p, "fc2", gelu(dense(p, "fc1", out.pooled)))),
+    49 + 24 + 6,
+  ),
   identity=({}, lambda p, out: out.pooled, 0),
   gated=({}, gated, 8 * D * (2 * D + E + 2) + 2 * D + E),
   residual=(dict(hidden=7), lambda p, out: residual(p, out.pooled), 21 + 49 + 24 + 12),
