@@ -440,12 +440,13 @@ def test_pairs_belong_together_in_any_order_on_any_hosts_from_any_place(tmp_path
   drawn = np.concatenate([b["text_id"] for b in whole])[:, 1] % 8
   counts = (image - 1) % 3 + 1
   assert (drawn < counts).all() and set(drawn[counts == 3]) == {0, 1, 2}
+  halves = [batches(pairs, rows) for rows in (range(4), range(4, 8))]
+  later = batches(pairs, range(4), batch_size=4, start=24)
   for name in whole[0]:
-    halves = [[b[name] for b in batches(pairs, rows)] for rows in (range(4), range(4, 8))]
-    np.testing.assert_array_equal(np.concatenate(halves, 1), [b[name] for b in whole])
-    later = [b[name] for b in batches(pairs, range(4), batch_size=4, start=24)]
+    joined = np.concatenate([[b[name] for b in half] for half in halves], 1)
+    np.testing.assert_array_equal(joined, [b[name] for b in whole])
     np.testing.assert_array_equal(
-      np.concatenate(later), np.concatenate([b[name] for b in whole])[24:]
+      np.concatenate([b[name] for b in later]), np.concatenate([b[name] for b in whole])[24:]
     )
 
 
