@@ -60,7 +60,8 @@ def value_and_grad(
     return jax.value_and_grad(of_params, has_aux=True)(params)
 
   parts, keys = _parts(batch, key, microbatches)
-  features = embed_batch(embed, params, batch, key, microbatches=microbatches)
+  with jax.named_scope("first_pass"):  # a part of `bigalign plan`
+    features = embed_batch(embed, params, batch, key, microbatches=microbatches)
   floats = {name for name, x in features.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
   rest = {name: x for name, x in features.items() if name not in floats}
 

@@ -68,7 +68,8 @@ def train_step(
   known = _for_loss(program, batch)
 
   def objective(trainable: Arrays, feats: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
-    return program.loss.apply(_loss_params(trainable, state), state.loss, feats, known, context)
+    with jax.named_scope("loss"):  # a part of `bigalign plan`
+      return program.loss.apply(_loss_params(trainable, state), state.loss, feats, known, context)
 
   (value, (loss_state, metrics)), grads = gradcache.value_and_grad(
     functools.partial(features, program, state),

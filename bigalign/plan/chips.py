@@ -105,6 +105,32 @@ def parts(plan: Mapping[str, Any]) -> Parts:
   )
 
 
+def shares(plan: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+  """Returns the seconds of each part of a step at the full speed of the data sheet, and its share.
+
+  A part takes as long as its products or its memory traffic, whichever is longer, and its
+  communication without what the compiler schedules during other work.
+
+  Args:
+    plan: a plan that fits, from compile_step.measure.
+
+  Returns:
+    {part: {"products", "memory", "communication", "overlapped": seconds, "share": of 1}}.
+  """
+  found = {}
+  for name, work in plan.get("parts", {}).items():
+    one = parts({**plan, **work})
+    hidden = sum(x["asynchronous_bytes"] for x in work["collectives"].values())
+    overlapped = hidden / CHIPS[kind(plan["topology"])].links
+    found[name] = {**one._asdict(), "overlapped": overlapped}
+  seconds = {
+    name: max(x["products"], x["memory"]) + x["communication"] - x["overlapped"]
+    for name, x in found.items()
+  }
+  whole = sum(seconds.values())
+  return {name: {**x, "share": seconds[name] / whole} for name, x in found.items()}
+
+
 def estimate(
   plan: Mapping[str, Any],
   prices: Mapping[str, float],
@@ -129,6 +155,7 @@ def estimate(
   return {
     "measured": False,
     "seconds_per_step": [longest, shortest],
+    "shares": shares(plan),
     "images_per_second": rates,
     "samples_per_day": [86_400 * rate for rate in rates],
     "total_samples": samples,

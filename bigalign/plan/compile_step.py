@@ -18,7 +18,7 @@ from bigalign.config import Config, resolve_config
 from bigalign.losses import check_needs, has_tables
 from bigalign.model import provided
 from bigalign.options import plain
-from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, topologies
+from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, parts, topologies
 from bigalign.private_apis import is_out_of_memory, memory_of_error
 from bigalign.program import Program, layout, make_program, stage_program, stored_fields
 from bigalign.projectors import READ_TOKENS
@@ -82,7 +82,8 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
   Returns:
     {name: number}, and "fits". If it does not fit, "required_bytes_per_chip" and
     "available_bytes_per_chip", if the compiler reports them. If it fits, "peak_bytes_per_chip",
-    "memory_bytes_per_chip" by kind, memory traffic and collectives.
+    "memory_bytes_per_chip" by kind, memory traffic and collectives, and these and the products by
+    part of the step, "parts".
 
   Raises:
     ValueError: for a mesh that does not fit the topology, a batch that does not divide over it, or
@@ -105,11 +106,13 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
         raise
       return {**figures, "fits": False, **_required(error), **held(step)}
     figures["compile_seconds"] = time.perf_counter() - begin
+  text = compiled.as_text()
   return {
     **figures,
     "fits": True,
     **held(step, compiled.memory_analysis()),
-    **moved(compiled.as_text()),
+    **moved(text),
+    "parts": parts.split(step.traced.jaxpr, text, step.mesh.size),
     **_loss(step.stage.config, step),
   }
 
@@ -217,10 +220,7 @@ def moved(text: str) -> dict[str, Any]:
   """Memory traffic and communication of a compiled program, from its HLO."""
   return {
     "memory_traffic_bytes_per_chip": hlo_memory.traffic(text),
-    "collectives": {
-      kind: {"runs": x.runs, "bytes": x.bytes, "asynchronous_bytes": x.hidden}
-      for kind, x in hlo_collectives.collectives(text).items()
-    },
+    "collectives": parts.shown(hlo_collectives.collectives(text)),
   }
 
 

@@ -26,6 +26,7 @@ _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 DTYPE = r"pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?|c64|c128"  # such as f32, s4 and f8e4m3fn
 _SHAPE = re.compile(rf"\b({DTYPE})\[([\d,]*)\]")
+NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
 class Collective(NamedTuple):
@@ -51,7 +52,26 @@ def collectives(text: str) -> dict[str, Collective]:
   Args:
     text: `compiled.as_text()`.
   """
-  own: dict[str, list[tuple[str, float, bool]]] = {}
+  total: dict[str, Collective] = {}
+  for (kind, _), x in by_name(text).items():
+    total[kind] = added(total.get(kind), x)
+  return total
+
+
+def added(one: Collective | None, other: Collective) -> Collective:
+  """The sum of two counts; None counts nothing."""
+  return Collective(*map(sum, zip(one, other))) if one else other
+
+
+def by_name(text: str) -> dict[tuple[str, str], Collective]:
+  """Returns the same as `collectives` by kind and by the name of the operation in the program.
+
+  The name, such as "jit(f)/transpose(jvp(loss))/psum", is "" if the compiler does not state it.
+
+  Args:
+    text: `compiled.as_text()`.
+  """
+  own: dict[str, list[tuple[str, str, float, bool]]] = {}
   counted_elsewhere: set[str] = set()
   asynchronous: set[str] = set()
   parts = re.search(r"num_partitions=(\d+)", text)
@@ -72,19 +92,17 @@ def collectives(text: str) -> dict[str, Collective]:
         # TPUs run a reduce-scatter as a fusion of this name that contains an all-reduce.
         if name.startswith("all-reduce-scatter"):
           collective = ("reduce-scatter", collective[1] / 2, collective[2])
-        own[name].append(collective)
+        kind, size, hidden = collective
+        named = NAME.search(line)
+        own[name].append((kind, named.group(1) if named else "", size, hidden))
   times = runs(text)
-  total: dict[str, Collective] = {}
+  total: dict[tuple[str, str], Collective] = {}
   for computation in times.keys() - counted_elsewhere:
     n = times[computation]
-    for kind, size, hidden in own[computation]:
-      before = total.get(kind, Collective(0, 0.0))
-      moved = n * size
-      total[kind] = Collective(
-        before.runs + n,
-        before.bytes + moved,
-        before.hidden + (moved if hidden or computation in asynchronous else 0.0),
-      )
+    for kind, operation, size, hidden in own[computation]:
+      moved, is_hidden = n * size, hidden or computation in asynchronous
+      one = Collective(n, moved, moved if is_hidden else 0.0)
+      total[kind, operation] = added(total.get((kind, operation)), one)
   return total
 
 

@@ -1,12 +1,16 @@
 """Memory traffic of a compiled program: bytes read from and written to HBM, read from its HLO.
 
-Each instruction of the entry computation and of loop bodies reads its operands and writes its
-result. Arrays in on-chip memory, S(1), do not count, and neither do instructions inside a fusion. A
-slice counts as a slice, also inside a fusion. A loop counts as often as it runs.
+Each instruction of the entry computation and of loop bodies, a kernel of Pallas too, reads its
+operands and writes its result. Arrays in on-chip memory, S(1), do not count, and neither do
+instructions inside a fusion. A slice counts as a slice, also inside a fusion. A loop counts as
+often as it runs. An array counts with the padding of its tiles, which is moved too: bf16[8,64] in
+tiles of (8, 128) is twice as large as its numbers.
 """
 
 from __future__ import annotations
 
+import collections
+import math
 import re
 from typing import NamedTuple
 
@@ -16,6 +20,8 @@ _LINE = re.compile(r"^  (ROOT )?%([\w.\-]+) = (.*?[\])}]) ([a-z][a-z\-]*)\((.*?)
 _ARRAY = re.compile(rf"\b({hlo_collectives.DTYPE})\[([\d,]*)\](\{{[^}}]*\}})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_ORDER = re.compile(r"^\{([\d,]*)")
+_TILE = re.compile(r"T\(([\d,]*)\)")
 _MOVES_NOTHING = {
   "parameter",
   "constant",
@@ -42,6 +48,7 @@ class Instruction(NamedTuple):
     operands: names of the instructions that it reads.
     calls: the computation of a fusion, else "".
     result: shapes of the result as text; of a parameter, its number.
+    name: of the operation in the program. A copy that the compiler adds has that of its first user.
   """
 
   op: str
@@ -50,6 +57,7 @@ class Instruction(NamedTuple):
   operands: tuple[str, ...]
   calls: str
   result: str
+  name: str
 
 
 def traffic(text: str) -> float:
@@ -58,13 +66,27 @@ def traffic(text: str) -> float:
   Args:
     text: `compiled.as_text()`.
   """
+  return sum(by_name(text).values())
+
+
+def by_name(text: str) -> collections.Counter[str]:
+  """Returns the same as `traffic` by the name of the operation in the program.
+
+  Args:
+    text: `compiled.as_text()`.
+  """
   programs, roots = _read(text)
   inside = {x.calls for program in programs.values() for x in program.values() if x.op == "fusion"}
-  return sum(
-    n * sum(_moved(programs, roots, name, x) for x in programs[name].values())
-    for name, n in hlo_collectives.runs(text).items()
-    if name not in inside
-  )
+  total: collections.Counter[str] = collections.Counter()
+  for computation, n in hlo_collectives.runs(text).items():
+    if computation in inside:
+      continue
+    program, users = programs[computation], dict[str, str]()
+    for own, x in reversed(program.items()):
+      name = x.name or users.get(own, "")
+      users |= dict.fromkeys(x.operands, name)
+      total[name] += n * _moved(programs, roots, computation, x)
+  return total
 
 
 def _read(text: str) -> tuple[dict[str, dict[str, Instruction]], dict[str, str]]:
@@ -72,13 +94,14 @@ def _read(text: str) -> tuple[dict[str, dict[str, Instruction]], dict[str, str]]
   programs: dict[str, dict[str, Instruction]] = {}
   roots: dict[str, str] = {}
   name = ""
-  for line in text.splitlines():
+  # Attributes of a kernel are on several lines.
+  for line in re.sub(r"\n(?=\"|}})", "", text).splitlines():
     if head := hlo_collectives.COMPUTATION.match(line):
       name = head.group(1)
       programs[name] = {}
     elif name and (parsed := _LINE.match(line)):
       root, own, result, op, inside, rest = parsed.groups()
-      calls = _CALLS.search(rest)
+      calls, named = _CALLS.search(rest), hlo_collectives.NAME.search(rest)
       programs[name][own] = Instruction(
         op,
         _size(result, "S(1)"),
@@ -86,6 +109,7 @@ def _read(text: str) -> tuple[dict[str, dict[str, Instruction]], dict[str, str]]
         tuple(_OPERAND.findall(inside)),
         calls.group(1) if calls else "",
         inside if op == "parameter" else result,
+        named.group(1) if named else "",
       )
       if root:
         roots[name] = own
@@ -95,10 +119,23 @@ def _read(text: str) -> tuple[dict[str, dict[str, Instruction]], dict[str, str]]
 def _size(arrays: str, without: str = "nothing") -> float:
   """Bytes of the arrays in a text, except those whose layout contains `without`."""
   return sum(
-    hlo_collectives.size(dtype, dims)
+    _tiled(dtype, dims, layout)
     for dtype, dims, layout in _ARRAY.findall(arrays)
     if without not in layout
   )
+
+
+def _tiled(dtype: str, dims: str, layout: str) -> float:
+  """Bytes of an array with the padding of its tiles, such as T(8,128) of the last two axes."""
+  sizes, tile = [int(n) for n in dims.split(",") if n], _TILE.search(layout)
+  if not (sizes and tile):
+    return hlo_collectives.size(dtype, dims)
+  order = _ORDER.match(layout)
+  axes = [int(n) for n in order.group(1).split(",")] if order else [*reversed(range(len(sizes)))]
+  units = [int(n) for n in tile.group(1).split(",")]
+  for axis, unit in zip(axes, reversed(units)):  # the axis whose numbers are adjacent comes first
+    sizes[axis] = math.ceil(sizes[axis] / unit) * unit
+  return hlo_collectives.size(dtype, ",".join(map(str, sizes)))
 
 
 def _moved(
@@ -110,8 +147,8 @@ def _moved(
   around = programs[name]
   if x.op in ("copy-start", "slice-start"):  # its result includes the operand
     both = _ARRAY.findall(x.result)[:2]
-    dtype, dims, _ = both[0 if x.op == "copy-start" else 1]
-    return hlo_collectives.size(dtype, dims) * sum("S(1)" not in layout for _, _, layout in both)
+    part = both[0 if x.op == "copy-start" else 1]
+    return _tiled(*part) * sum("S(1)" not in layout for _, _, layout in both)
   if x.op == "fusion" and x.calls in programs:
     return _fused(programs, roots, around, x)
   read = sum(around[y].size for y in x.operands if y in around)

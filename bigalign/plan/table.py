@@ -46,7 +46,31 @@ def format_plan(name: str, plan: Plan) -> str:
     table.add_row(*row)
   if plan["not_checked"]:
     lines.insert(3, f"Not checked: {plan['not_checked']}")
-  return "\n".join(lines) + tables.text(table)
+  shares = _shares(plan["shares"]) if plan.get("shares") else ""
+  return "\n".join(lines) + tables.text(table) + shares
+
+
+def _shares(shares: Mapping[str, Mapping[str, float]]) -> str:
+  """The parts of a step as a table, the longest first."""
+  table = rich.table.Table(
+    "part of the step",
+    "share",
+    "matrix products",
+    "memory traffic",
+    "communication",
+    "of it overlapped",
+    box=rich.box.SIMPLE,
+  )
+  for column in table.columns[1:]:
+    column.justify = "right"
+  for part, x in sorted(shares.items(), key=lambda item: -item[1]["share"]):
+    seconds = [
+      tables.scaled(x[name], tables.SECONDS) if x[name] else ""
+      for name in ("products", "memory", "communication")
+    ]
+    overlapped = f"{x['overlapped'] / x['communication']:.0%}" if x["communication"] else ""
+    table.add_row(part, f"{x['share']:.0%}", *seconds, overlapped)
+  return tables.text(table) + "Times at the full speed of the data sheet, not measured"
 
 
 def format_sweep(plans: Sequence[Plan]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from bigalign import checks
 from bigalign.plan import chips
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots", "attention", "full")
 
 
 def count_stages(config: Mapping[str, Any]) -> int:

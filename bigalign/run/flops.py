@@ -6,6 +6,7 @@ counts as often as it runs.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -52,10 +53,52 @@ def count(function: Any, *args: Any, **kwargs: Any) -> int:
 
 def of_jaxpr(jaxpr: Any) -> int:
   """Returns the same as `count` for a jaxpr, closed or open."""
-  return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+  return sum(by_name(jaxpr).values())
 
 
-def _equation(eqn: Any) -> int:
+def by_name(jaxpr: Any, prefix: str = "") -> collections.Counter[str]:
+  """Returns the same as `of_jaxpr`, by the names of the scopes in which the products are.
+
+  Args:
+    jaxpr: closed or open.
+    prefix: of all names.
+
+  Returns:
+    {such as "/transpose(jvp(DualEncoder))/image_tower": FLOPs}.
+  """
+  total: collections.Counter[str] = collections.Counter()
+  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    scope = str(eqn.source_info.name_stack)
+    total.update(_equation(eqn, f"{prefix}/{scope}" if scope else prefix))
+  return total
+
+
+def _equation(eqn: Any, scope: str) -> Mapping[str, int]:
+  """FLOPs of an equation by scope; `scope` is its own."""
+  name, params = eqn.primitive.name, eqn.params
+  own = _products(eqn)
+  if own is not None:
+    return {scope: own}
+  if name == "cond":
+    branches = [by_name(branch, scope) for branch in params["branches"]]
+    return max(branches, key=lambda counts: sum(counts.values()))
+  inner: collections.Counter[str] = collections.Counter()
+  for key, value in params.items():
+    if (hasattr(value, "eqns") or hasattr(value, "jaxpr")) and key != "cond_jaxpr":
+      inner.update(by_name(value, scope))
+  times = 1
+  if name == "shard_map":  # its body is the work of one device
+    mesh: Mapping[str, int] = params["mesh"].shape
+    times = math.prod(mesh[axis] for axis in params["newly_manual_axes"])
+  elif name == "pallas_call":  # its body is the work of one cell of the grid
+    times = int(math.prod(params["grid_mapping"].grid))
+  elif name == "scan":  # a `while` counts once: only a scan knows its number of iterations
+    times = int(params["length"])
+  return {key: count * times for key, count in inner.items()}
+
+
+def _products(eqn: Any) -> int | None:
+  """FLOPs of an equation that is itself a product; None for all others."""
   name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":
     (contract, _), _ = params["dimension_numbers"]
@@ -67,22 +110,8 @@ def _equation(eqn: Any) -> int:
     # A transposed stride puts zeros between the pixels; good kernels do not multiply them.
     stride = math.prod(params["lhs_dilation"])
     return int(2 * eqn.outvars[0].aval.size * (kernel.size // out_features) // stride)
-  if name == "cond":
-    return max(of_jaxpr(branch) for branch in params["branches"])
-  if name == "while":
-    return of_jaxpr(
-      params["body_jaxpr"]
-    )  # counted once: only a scan knows its number of iterations
   if name in FUSED_ATTENTION_PRODUCTS:
     return fused_attention_flops(name, params, eqn.invars[0].aval, eqn.invars[1].aval)
-  inner = sum(
-    of_jaxpr(value)
-    for value in params.values()
-    if hasattr(value, "eqns") or hasattr(value, "jaxpr")
-  )
-  if name == "shard_map":  # its body is the work of one device
-    mesh: Mapping[str, int] = params["mesh"].shape
-    return inner * math.prod(mesh[axis] for axis in params["newly_manual_axes"])
-  if name == "pallas_call":  # its body is the work of one cell of the grid
-    return inner * int(math.prod(params["grid_mapping"].grid))
-  return inner * int(params["length"]) if name == "scan" else inner
+  if name == "pallas_call" and params.get("cost_estimate"):
+    return int(params["cost_estimate"].flops)  # the products that the kernel stands for
+  return None

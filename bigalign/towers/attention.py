@@ -1,16 +1,17 @@
-"""Implementations of attention: XLA's products, or cuDNN's fused kernel on NVIDIA GPUs."""
+"""Implementations of attention: XLA's products, or a fused kernel on NVIDIA GPUs or on TPUs."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bigalign import sharding
+from bigalign.towers import tpu_attention
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
 _WIDEST_HEAD = 128  # of cuDNN's gradients on every GPU since Ampere
 
 
@@ -38,6 +39,19 @@ class Lengths(NamedTuple):
   mask: jax.Array | None = None
 
 
+class Seen(NamedTuple):
+  """The tokens that the kernel for TPUs attends to.
+
+  Args:
+    mask: [B, N] bool, True = attended to; None: all of them.
+  """
+
+  mask: jax.Array | None = None
+
+
+Mask: TypeAlias = jax.Array | Lengths | Seen | None  # of Attention and attend, from prepare
+
+
 def device() -> Device:
   """Returns the kind of device that the traced program is for: that of the mesh, if there is one.
 
@@ -54,33 +68,54 @@ def device() -> Device:
   return Device("gpu", (int(major), int(minor)) if known else None)
 
 
-def is_fused(
-  asked: str | None, device: Device, *, dtype: np.dtype, head: int, mask: str, bias: bool
-) -> bool:
-  """Returns whether a tower uses cuDNN's attention.
+def choose(
+  asked: str | None,
+  device: Device,
+  *,
+  dtype: np.dtype,
+  tokens: int,
+  heads: int,
+  head: int,
+  mask: str,
+  bias: bool,
+) -> str:
+  """Returns the implementation of a tower's attention: "xla", "cudnn" or "tpu".
 
-  "auto" does for heads of 16 bits on Ampere and later. It does not with a bias: cuDNN's gradient of
-  a bias has exceptions of its own, https://github.com/jax-ml/jax/issues/30593.
+  "auto" is cuDNN for heads of 16 bits on Ampere and later. It is not with a bias: cuDNN's gradient
+  of a bias has exceptions of its own, https://github.com/jax-ml/jax/issues/30593. On TPUs, "auto"
+  is the kernel of tpu_attention for bfloat16 heads that fit into it.
 
   Args:
     asked: the option `attention`.
     device: that the program is for.
     dtype: of queries, keys and values.
+    tokens: of a row.
+    heads: their number.
     head: width of a head.
     mask: "none", "end" (padding follows all tokens that are not padding) or "any".
     bias: whether a bias is added to the logits.
 
   Raises:
-    ValueError: for "cudnn" with a mask that its kernel cannot read.
+    ValueError: for "cudnn" with a mask that its kernel cannot read, or "tpu" with sizes or a bias
+      that its kernel cannot compute.
   """
   if asked == "cudnn" and mask == "any":
     raise ValueError(
       "attention='cudnn' needs padding at the end of each row, which a mask of this tower does not"
       " promise; leave attention out, or set it to 'xla'"
     )
+  by_tpu = not bias and tpu_attention.fits(tokens, heads * head, head, dtype.itemsize)
+  if asked == "tpu" and not by_tpu:
+    has = f"{heads} heads of {head} and {tokens} tokens{' with a bias' if bias else ''}"
+    raise ValueError(
+      f"attention='tpu' computes {tpu_attention.LIMITS}, and this tower has {has}; leave attention"
+      " out, or set it to 'xla'"
+    )
   if asked != "auto":
-    return asked == "cudnn"
-  return (
+    return asked or "xla"
+  if device.platform == "tpu" and by_tpu and dtype.name == "bfloat16":
+    return "tpu"
+  by_cudnn = (
     device.platform == "gpu"
     and (device.capability or (0, 0)) >= (8, 0)
     and dtype.itemsize == 2
@@ -89,12 +124,13 @@ def is_fused(
     and mask != "any"
     and not bias
   )
+  return "cudnn" if by_cudnn else "xla"
 
 
 def prepare(
-  x: jax.Array, mask: jax.Array | None, relation: jax.Array | None
-) -> tuple[jax.Array, Lengths, jax.Array | None]:
-  """Returns the arguments of a stack of blocks as cuDNN's attention needs them.
+  implementation: str, x: jax.Array, mask: jax.Array | None, relation: jax.Array | None
+) -> tuple[jax.Array, Mask, jax.Array | None]:
+  """Returns the arguments of a stack of blocks as an implementation of attention needs them.
 
   cuDNN has no gradient for an odd number of tokens. The token of zeros that makes it even goes
   through the whole stack, which costs 0.5 % more products at 197 tokens; to append it to queries,
@@ -105,10 +141,13 @@ def prepare(
   does not divide it, https://github.com/NVIDIA/cudnn-frontend/issues/160.
 
   Args:
+    implementation: from `choose`.
     x: [B, N, D], tokens.
-    mask: [B, N] bool, True = no padding, which is at the end; None: no padding.
+    mask: [B, N] bool, True = no padding, which is at the end for cuDNN; None: no padding.
     relation: [2, N, K], a rotation, or [1, H, N, N], a bias.
   """
+  if implementation != "cudnn":
+    return x, Seen(mask) if implementation == "tpu" else mask, relation
   rows, count = x.shape[:2]
   if mask is None:
     counts = jnp.full(rows, count, jnp.int32)
@@ -128,11 +167,12 @@ def _one_more(x: jax.Array, *axes: int) -> jax.Array:
   return jnp.pad(x, [(0, int(axis in axes)) for axis in range(x.ndim)])
 
 
+@jax.named_scope("dot_product_attention")  # a part of `bigalign plan`
 def attend(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
-  mask: jax.Array | Lengths | None = None,
+  mask: Mask = None,
   *,
   causal: bool = False,
   bias: jax.Array | None = None,
@@ -143,13 +183,17 @@ def attend(
     query: [B, N, H, K].
     key: [B, M, H, K].
     value: [B, M, H, K].
-    mask: [B, M] bool, True = attended to; Lengths: the same, computed by cuDNN; None: all of them.
+    mask: [B, M] bool, True = attended to; None: all of them. Lengths and Seen: the same, computed
+      by cuDNN and by the kernel for TPUs.
     causal: whether token n attends only to the tokens up to n.
     bias: [1, H, N, M], added to the logits.
 
   Returns:
     [B, N, H, K].
   """
+  if isinstance(mask, Seen):
+    interpret = device().platform != "tpu"
+    return tpu_attention.attend(query, key, value, mask.mask, causal, interpret)
   if not isinstance(mask, Lengths):
     hidden = None if mask is None else mask[:, None, None, :]
     return jax.nn.dot_product_attention(

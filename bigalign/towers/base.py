@@ -133,8 +133,8 @@ class TransformerOptions(TowerOptions):
     scan: compile one program for all blocks and stack their parameters; False gives each block
       its own parameters.
     attention: "xla" (separate products), "cudnn" (a fused kernel on NVIDIA GPUs since Ampere, for
-      bfloat16 and float16), or "auto": cuDNN's where it can compute this tower, otherwise XLA's.
-      None is "xla".
+      bfloat16 and float16), "tpu" (a fused kernel for up to about 600 tokens on TPUs), or "auto":
+      the fused kernel where it can compute this tower, otherwise XLA's. None is "xla".
 
   Raises:
     ValueError: for an unknown name, with the known ones, or for heads that do not divide the width.
@@ -168,11 +168,20 @@ class TransformerOptions(TowerOptions):
     hidden = round(width * (self.mlp_ratio or ratio))
     return Sizes(width, self.depth or depth, self.heads or heads, hidden)
 
-  def is_fused(self, device: Device, mask: str = "none", bias: bool = False) -> bool:
-    """Whether these options choose cuDNN's attention on a device: see attention.is_fused."""
+  def attention_on(
+    self, device: Device, tokens: int = 1, mask: str = "none", bias: bool = False
+  ) -> str:
+    """The implementation of attention on a device: see attention.choose."""
     width, _, heads, _ = self.sizes
-    return attention.is_fused(
-      self.attention, device, dtype=self.compute_dtype, head=width // heads, mask=mask, bias=bias
+    return attention.choose(
+      self.attention,
+      device,
+      dtype=self.compute_dtype,
+      tokens=tokens,
+      heads=heads,
+      head=width // heads,
+      mask=mask,
+      bias=bias,
     )
 
   @property
@@ -234,7 +243,7 @@ class Attention(nn.Module):
     self,
     x: jax.Array,
     memory: jax.Array,
-    mask: jax.Array | attention.Lengths | None = None,
+    mask: attention.Mask = None,
     causal: bool = False,
     rotation: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -244,7 +253,7 @@ class Attention(nn.Module):
     Args:
       x: [B, N, D], the source of the queries.
       memory: [B, M, D], the source of keys and values.
-      mask: [B, M] bool, True = attended to, or Lengths for cuDNN; None: all of memory.
+      mask: [B, M] bool, True = attended to, or as of attention.prepare; None: all of memory.
       causal: whether token n attends only to the tokens up to n.
       rotation: [2, N, K], rotary embedding of queries and keys: cos, sin.
       bias: [1, H, N, M], added to the logits.
@@ -323,7 +332,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | attention.Lengths | None = None,
+    mask: attention.Mask = None,
     deterministic: bool = True,
     rotation: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:
@@ -390,9 +399,9 @@ class Encoder(nn.Module):
     """
     options, block = self.options, self.kind
     count, hidden = x.shape[1], "none" if mask is None else "end" if padding_at_end else "any"
-    seen: jax.Array | attention.Lengths | None = mask
-    if options.is_fused(attention.device(), hidden, relation is not None and relation.ndim == 4):
-      x, seen, relation = attention.prepare(x, mask, relation)
+    biased = relation is not None and relation.ndim == 4
+    chosen = options.attention_on(attention.device(), count, hidden, biased)
+    x, seen, relation = attention.prepare(chosen, x, mask, relation)
     policy = checks.choose(REMAT, options.remat, "remat")
     if policy is not None:
       # Inside a scan the compiler cannot undo the remat, and the guards against it cost fusions.

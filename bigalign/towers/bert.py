@@ -57,7 +57,7 @@ class Block(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | attention.Lengths | None = None,
+    mask: attention.Mask = None,
     deterministic: bool = True,
     bias: jax.Array | None = None,
   ) -> tuple[jax.Array, None]:

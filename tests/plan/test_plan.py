@@ -28,6 +28,7 @@ from bigalign.plan import (
 )
 from bigalign.program import make_program
 from bigalign.run import provenance
+from bigalign.towers import base
 from bigalign.weights.init import completed
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -96,6 +97,41 @@ def test_time_and_price_follow_the_data_sheet():
   assert pair["chip_hours"][1] == pytest.approx(2 * 1000 * least / 3600)
 
 
+def test_shares_of_a_step_follow_the_data_sheet():
+  """0.4 s of products that hide 0.3 s of traffic; 0.2 s of traffic and 0.1 of 0.4 s to send."""
+
+  def part(products, memory, communication=0.0, hidden=0.0):
+    moved = dict(runs=1, bytes=200e9 * communication, asynchronous_bytes=200e9 * hidden)
+    return dict(
+      flops_per_chip=197e12 * products,
+      memory_traffic_bytes_per_chip=819e9 * memory,
+      collectives={"all-reduce": moved} if communication else {},
+    )
+
+  work = dict(
+    encoders=part(0.4, 0.3),
+    loss=part(0.1, 0.2, 0.4, 0.3),
+    attention=part(0.05, 0.1),
+    update=part(0, 0.2),
+  )
+  plan = made_up(512, parts=work)
+  shares = chips.estimate(plan, {})["shares"]
+  assert {k: x["share"] for k, x in shares.items()} == pytest.approx(
+    dict(encoders=0.4, loss=0.3, attention=0.1, update=0.2)
+  )
+  assert shares["loss"] == pytest.approx(
+    dict(products=0.1, memory=0.2, communication=0.4, overlapped=0.3, share=0.3)
+  )
+  shown = table.format_plan(
+    "name", {**plan, **SHOWN, "trainable": 1, "shares": shares, "total_samples": 1}
+  )
+  rows = [line.split() for line in shown.splitlines()]
+  assert ["encoders", "40%", "400", "ms", "300", "ms"] in rows
+  assert ["loss", "30%", "100", "ms", "200", "ms", "400", "ms", "75%"] in rows
+  assert ["update", "20%", "200", "ms"] in rows
+  assert chips.estimate(made_up(512), {})["shares"] == {}
+
+
 @pytest.mark.parametrize("start", [dict(batch=512), dict(batch=65_536, fits=False)])
 def test_the_largest_batch_is_one_that_was_compiled(start):
   """From a batch that fits and one that does not; multiples of 8 rows on each of 4 chips."""
@@ -147,7 +183,7 @@ def test_an_answer_is_kept_until_something_changes(tmp_path, monkeypatch):
 def test_a_sweep_is_all_combinations():
   c = load("clip_b16").to_dict()
   combinations = list(variants.combinations(c, ["remat", "mesh"], 8))
-  assert len(combinations) == 3 * 2 and dict(remat="full", mesh=4) in combinations
+  assert len(combinations) == len(base.REMAT) * 2 and dict(remat="full", mesh=4) in combinations
   other = variants.with_changes(c, **combinations[-1], batch=64)
   assert other["model"]["text"]["remat"] == combinations[-1]["remat"] and other["batch_size"] == 64
   assert other["mesh"] == dict(data=-1, fsdp=combinations[-1]["mesh"], tensor=1)

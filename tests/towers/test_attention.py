@@ -1,4 +1,4 @@
-"""Attention by XLA and by cuDNN: which is chosen, what cuDNN gets, that both mean the same.
+"""Attention by XLA, by cuDNN and on TPUs: which is chosen, what it gets, that all mean the same.
 
 No GPU runs here. jax's checks of what cuDNN can compute are run on traced programs, and the
 arithmetic of padding is checked with XLA in place of cuDNN's kernel.
@@ -24,10 +24,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from bigalign import sharding
 from bigalign.config import resolve_config
-from bigalign.towers import TOWERS, attention
+from bigalign.towers import TOWERS, attention, tpu_attention
 from bigalign.towers.attention import Device
 
 AMPERE, TURING, AMD = Device("gpu", (8, 0)), Device("gpu", (7, 5)), Device("gpu")
+TPU = Device("tpu")
 BATCH = 3
 TINY = dict(width=16, heads=2, depth=1, scan=False, dtype="float32")
 IMAGE = jax.random.normal(jax.random.key(0), (BATCH, 12, 12, 3))  # 9 patches of 4 pixels
@@ -48,33 +49,47 @@ FAST = {"patches", "causal"}
 @pytest.mark.parametrize(
   "device,options,expected",
   [
-    (AMPERE, {}, True),
-    (Device("gpu", (10, 0)), {}, True),
-    (AMPERE, dict(mask="end"), True),
-    (AMPERE, dict(mask="any"), False),
-    (AMPERE, dict(bias=True), False),
-    (AMPERE, dict(dtype=np.dtype("float16")), True),
-    (AMPERE, dict(dtype=np.dtype("float32")), False),
-    (AMPERE, dict(head=72), True),
-    (AMPERE, dict(head=128), True),
-    (AMPERE, dict(head=136), False),
-    (AMPERE, dict(head=20), False),
-    (TURING, {}, False),
-    (AMD, {}, False),
-    (Device("cpu"), {}, False),
-    (Device("tpu"), {}, False),
+    (AMPERE, {}, "cudnn"),
+    (Device("gpu", (10, 0)), {}, "cudnn"),
+    (AMPERE, dict(mask="end"), "cudnn"),
+    (AMPERE, dict(mask="any"), "xla"),
+    (AMPERE, dict(bias=True), "xla"),
+    (AMPERE, dict(dtype=np.dtype("float16")), "cudnn"),
+    (AMPERE, dict(dtype=np.dtype("float32")), "xla"),
+    (AMPERE, dict(head=72), "cudnn"),
+    (AMPERE, dict(head=128), "cudnn"),
+    (AMPERE, dict(head=136), "xla"),
+    (AMPERE, dict(head=20), "xla"),
+    (TURING, {}, "xla"),
+    (AMD, {}, "xla"),
+    (Device("cpu"), {}, "xla"),
+    (TPU, {}, "tpu"),
+    (TPU, dict(mask="any"), "tpu"),
+    (TPU, dict(bias=True), "xla"),
+    (TPU, dict(dtype=np.dtype("float32")), "xla"),
+    (TPU, dict(head=72), "xla"),
+    (TPU, dict(heads=3), "xla"),
+    (TPU, dict(tokens=577), "tpu"),
+    (TPU, dict(tokens=1025), "xla"),
   ],
 )
-def test_auto_is_cudnn_where_it_can_compute_a_tower(device, options, expected):
-  call = dict(dtype=jnp.dtype("bfloat16"), head=64, mask="none", bias=False) | options
-  assert attention.is_fused("auto", device, **call) == expected
+def test_auto_is_the_kernel_that_can_compute_a_tower(device, options, expected):
+  call = dict(dtype=jnp.dtype("bfloat16"), tokens=197, heads=12, head=64, mask="none", bias=False)
+  call |= options
+  assert attention.choose("auto", device, **call) == expected
   for fixed in ("xla", None):
-    assert not attention.is_fused(fixed, device, **call)
+    assert attention.choose(fixed, device, **call) == "xla"
   if call["mask"] == "any":
     with pytest.raises(ValueError, match="needs padding at the end"):
-      attention.is_fused("cudnn", device, **call)
+      attention.choose("cudnn", device, **call)
   else:
-    assert attention.is_fused("cudnn", device, **call)
+    assert attention.choose("cudnn", device, **call) == "cudnn"
+
+
+def test_a_tower_that_the_kernel_cannot_compute_is_refused():
+  tower = _with(ODD["distances"][0], attention="tpu")
+  with pytest.raises(ValueError, match=r"'tpu' computes .* 2 heads of 8 and 7 tokens with a bias"):
+    jax.eval_shape(tower.init, jax.random.key(0), IDS, MASK)
 
 
 def test_the_devices_of_the_mesh_decide():
@@ -179,6 +194,43 @@ def test_what_cudnn_gets_means_the_same(name, monkeypatch):
   found, expected = (jax.flatten_util.ravel_pytree(x)[0] for x in (found, expected))
   # Sums have another order, and some gradients, such as those of key biases, are sums to zero.
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def _of_heads(attend, query, gradient, mask, causal):
+  """Result of attention and its gradients; keys and values are queries rolled by a row."""
+  args = (query, jnp.roll(query, 1, 0), jnp.roll(query, 2, 1))
+  y, vjp = jax.vjp(lambda *args: attend(*args, mask, causal), *args)
+  return y, *vjp(gradient)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "head,dtype,causal,masked",
+  [
+    (64, "float32", True, True),
+    (32, "float32", False, True),
+    (128, "float32", True, False),
+    (64, "bfloat16", False, False),
+  ],
+)
+def test_the_kernel_for_tpus_computes_attention(head, dtype, causal, masked):
+  """Interpreted on the CPU: 13 tokens, on a mesh whose axis `tensor` splits the heads."""
+  shape, tolerance = (4, 13, 256 // head, head), dict(float32=1e-5, bfloat16=0.05)[dtype]
+  query, gradient = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in (0, 1))
+  mask = jnp.arange(13)[None] < jnp.asarray([[1], [4], [7], [13]]) if masked else None
+
+  def plain(query, key, value, mask, causal):
+    return attention.attend(query, key, value, mask, causal=causal)
+
+  kernel = functools.partial(tpu_attention.attend, interpret=True)
+  expected = jax.jit(functools.partial(_of_heads, plain, causal=causal))(query, gradient, mask)
+  with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+    found = jax.jit(functools.partial(_of_heads, kernel, causal=causal))(query, gradient, mask)
+  for x, y in zip(found, expected):
+    assert x.dtype == y.dtype == dtype
+    np.testing.assert_allclose(
+      x.astype("float32"), y.astype("float32"), rtol=0, atol=tolerance * float(jnp.abs(y).max())
+    )
 
 
 def _configs(monkeypatch):
