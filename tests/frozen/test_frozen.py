@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ import pytest
 from helpers.shipped import ROOT, load
 from helpers.small_checkpoints import CLIP, clip_keys, folder
 from helpers.small_shards import samples, write_tar
+from helpers.small_stores import write_store
 
 from bigalign import evaluate, train
 from bigalign.data.files.storage import locked
 from bigalign.data.image.decode import decode
 from bigalign.data.loader.options import resolve_data
+from bigalign.data.loader.pairs import Pairs, pair_batches
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
@@ -30,6 +33,7 @@ from bigalign.data.stores.reader import Store
 from bigalign.frozen import compare
 from bigalign.frozen import embed as program
 from bigalign.frozen.embed import embed, source_fingerprint
+from bigalign.frozen.towers import check_stores
 from bigalign.inputs import open_data
 from bigalign.run.metrics import read_metrics
 
@@ -37,13 +41,19 @@ FLOAT32 = dict(dtype="float32")
 COUNT = 70
 
 
-@pytest.fixture
-def config(tmp_path):
-  """Two towers of a small CLIP on two shards of samples."""
-  clip = str(folder(tmp_path / "clip", CLIP, clip_keys()))
-  write_tar(tmp_path / "0.tar", samples(0, 40))
-  write_tar(tmp_path / "1.tar", samples(40, COUNT - 40))
-  (tmp_path / "words.txt").write_text(" ".join(f"word{i}" for i in range(8)))
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  """A folder with a small CLIP, two shards of samples and a vocabulary; no test changes them."""
+  made = tmp_path_factory.mktemp("root")
+  folder(made / "clip", CLIP, clip_keys())
+  write_tar(made / "0.tar", samples(0, 40))
+  write_tar(made / "1.tar", samples(40, COUNT - 40))
+  (made / "words.txt").write_text(" ".join(f"word{i}" for i in range(8)))
+  return made
+
+
+def two_towers(root):
+  """The config of the small CLIP's towers on the two shards."""
   c = load("tiny").to_dict() | dict(
     total_steps=6,
     batch_size=16,
@@ -54,11 +64,36 @@ def config(tmp_path):
     writer=dict(tensorboard=False),
     loss=dict(clip=dict(weight=1.0)),
     evals={},
-    model=dict(image=dict(init=clip, **FLOAT32), text=dict(init=clip, **FLOAT32), embed_dim=4),
+    model=towers(root / "clip"),
   )
-  tokenizer = dict(name="words", vocabulary=str(tmp_path / "words.txt"), length=6)
-  c["data"] = dict(source=f"{tmp_path}/{{0..1}}.tar", image_size=16, tokenizer=tokenizer, workers=0)
+  tokenizer = dict(name="words", vocabulary=str(root / "words.txt"), length=6)
+  c["data"] = dict(source=f"{root}/{{0..1}}.tar", image_size=16, tokenizer=tokenizer, workers=0)
   return c
+
+
+def towers(checkpoint):
+  """config.model of the two towers of a checkpoint."""
+  tower = dict(init=str(checkpoint), **FLOAT32)
+  return dict(image=dict(tower), text=dict(tower), embed_dim=4)
+
+
+@pytest.fixture
+def config(root):
+  return two_towers(root)
+
+
+@pytest.fixture(scope="module")
+def embedded(root):
+  """What one call of `embed` made of the whole config, as {side: folder}; no test changes it."""
+  return embed(two_towers(root), root / "stores", batch_size=8)
+
+
+@pytest.fixture
+def stores(embedded, tmp_path):
+  """A copy of it, to change."""
+  return {
+    side: shutil.copytree(path, tmp_path / "stores" / side) for side, path in embedded.items()
+  }
 
 
 def with_stores(config, folders, **changes):
@@ -96,9 +131,8 @@ def test_a_run_from_stores_is_the_run_of_the_towers(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
+def test_embedding_goes_on_and_appends(config, embedded, tmp_path, monkeypatch):
   out = tmp_path / "stores"
-  whole = embed(config, tmp_path / "whole", batch_size=8)
   begun = []
   write = writer.write
 
@@ -118,7 +152,7 @@ def test_embedding_goes_on_and_appends(config, tmp_path, monkeypatch):
   folders = embed(config, out, batch_size=8)
   before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
   for side in folders:
-    a, b = Store(whole[side]), Store(folders[side])
+    a, b = Store(embedded[side]), Store(folders[side])
     every = np.arange(len(a))
     np.testing.assert_array_equal(a.read(every), b.read(every))
     np.testing.assert_array_equal(a.samples(every), b.samples(every))
@@ -160,8 +194,7 @@ def test_one_side_after_the_other(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_captions_are_no_more_of_the_same(config, tmp_path):
-  embed(config, tmp_path / "stores", batch_size=8)
+def test_other_captions_are_no_more_of_the_same(config, stores, tmp_path):
   config["data"] |= dict(captions=("txt",))
   with pytest.raises(ValueError, match=r"70 rows have the id of another sample.*delete the folder"):
     embed(config, tmp_path / "stores", batch_size=8)
@@ -192,7 +225,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(config, tmp_path):
 def test_vectors_beyond_the_dtype_are_left_out(config, tmp_path):
   arrays = clip_keys()
   arrays["text_model.final_layer_norm.bias"] += 1e5
-  folder(tmp_path / "clip", CLIP, arrays)
+  config["model"] = towers(folder(tmp_path / "clip", CLIP, arrays))
   with pytest.raises(ValueError, match=r"no sample has a vector; left out: .*'not_finite': 70"):
     embed(config, tmp_path / "half", sides=["text"], batch_size=8)
   found = embed(config, tmp_path / "whole", sides=["text"], batch_size=8, dtype="bfloat16")
@@ -211,25 +244,23 @@ def test_vectors_beyond_the_dtype_are_left_out(config, tmp_path):
     (dict(loss=dict(sparc={}), text=dict(name="features", width=12)), "config.loss reads tokens"),
   ],
 )
-def test_stores_of_other_towers_are_refused(config, tmp_path, change, message):
-  folders = embed(config, tmp_path / "stores", batch_size=8)
+def test_stores_of_other_towers_are_refused(config, stores, tmp_path, change, message):
   change = dict(change)
   config["data"] |= change.pop("data", {})
   config["data"]["tokenizer"] |= change.pop("tokenizer", {})
   config["model"] |= {k: change.pop(k) for k in ["text"] if k in change}
   if change.pop("weights", False):
-    folder(tmp_path / "clip", CLIP, clip_keys(seed=1))
+    config["model"] = towers(folder(tmp_path / "clip", CLIP, clip_keys(seed=1)))
   with pytest.raises(ValueError, match=message):
-    train.train(with_stores(config | change, folders), tmp_path / "run")
+    train.train(with_stores(config | change, stores), tmp_path / "run")
   if "there" in message:
     with pytest.raises(ValueError, match=message):
       embed(config, tmp_path / "stores", batch_size=8)
 
 
 @pytest.mark.slow
-def test_two_programs_do_not_embed_into_one_folder(config, tmp_path):
-  folders = embed(config, tmp_path / "stores", batch_size=8)
-  with locked(folders["text"], "x"), pytest.raises(BlockingIOError, match="another bigalign embed"):
+def test_two_programs_do_not_embed_into_one_folder(config, stores, tmp_path):
+  with locked(stores["text"], "x"), pytest.raises(BlockingIOError, match="another bigalign embed"):
     embed(config, tmp_path / "stores", batch_size=8)
   embed(config, tmp_path / "stores", batch_size=8)
 
@@ -243,21 +274,19 @@ def test_towers_that_nobody_trained_are_not_embedded(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_vectors_that_nobody_here_can_make(config, tmp_path):
+def test_vectors_that_nobody_here_can_make(config, embedded, tmp_path):
   """The text side is a store alone: its tower is a place to put vectors."""
-  folders = embed(config, tmp_path / "stores", batch_size=8)
   config["model"]["text"] = dict(name="features", width=8)
-  train.train(with_stores(config, folders), tmp_path / "run")
+  train.train(with_stores(config, embedded), tmp_path / "run")
   assert len(read_metrics(tmp_path / "run")) == 6
   config["model"]["text"]["width"] = 9
   with pytest.raises(ValueError, match="width: 8 there, 9 here"):
-    train.train(with_stores(config, folders), tmp_path / "other")
+    train.train(with_stores(config, embedded), tmp_path / "other")
 
 
 @pytest.mark.slow
-def test_stages_of_a_run_from_stores_have_batches_of_their_own(config, tmp_path):
-  folders = embed(config, tmp_path / "stores", batch_size=8)
-  c = with_stores(config, folders) | dict(total_steps=4)
+def test_stages_of_a_run_from_stores_have_batches_of_their_own(config, embedded, tmp_path):
+  c = with_stores(config, embedded) | dict(total_steps=4)
   train.train(c | dict(stages=[dict(until=2, batch_size=32)]), tmp_path / "run")
   rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
   assert [row["train/samples_seen"] for row in rows] == [32, 64, 80, 96]
@@ -287,14 +316,13 @@ def test_sail_from_two_stores_of_texts(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_embed_what_one_embeds(config, tmp_path):
+def test_two_processes_embed_what_one_embeds(config, embedded, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config))
   (tmp_path / "config.py").write_text(
     "import json, pathlib\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
     "  here = pathlib.Path(__file__).with_name('config.json')\n"
     "  return ConfigDict(json.loads(here.read_text()), convert_dict=True)\n"
   )
-  whole = embed(config, tmp_path / "whole", batch_size=8)
   program = [sys.executable, "-m", "bigalign", "embed"]
   subprocess.run(
     [
@@ -314,7 +342,7 @@ def test_two_processes_embed_what_one_embeds(config, tmp_path):
     env={**os.environ, "PYTHONPATH": str(ROOT)},
     capture_output=True,
   )
-  for side, path in whole.items():
+  for side, path in embedded.items():
     one, two = Store(path), Store(tmp_path / "stores" / side)
     assert one.ids == two.ids and not list(two.verify())
     ids = one.samples(np.arange(len(one)))[:, 0]
@@ -326,7 +354,7 @@ def test_two_processes_embed_what_one_embeds(config, tmp_path):
 @pytest.mark.parametrize(
   "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)]
 )
-def test_embed_survives_kills(config, tmp_path, monkeypatch, kills):
+def test_embed_survives_kills(config, embedded, tmp_path, monkeypatch, kills):
   """The program itself, killed once a piece more is there, or at any moment; then whole."""
   (tmp_path / "config.json").write_text(json.dumps(config))
   script = (
@@ -357,7 +385,7 @@ def test_embed_survives_kills(config, tmp_path, monkeypatch, kills):
   assert len(Store(out / "image")) == len(Store(out / "text")) == COUNT
   assert not list(Store(out / "image").verify()) and not list(Store(out / "text").verify())
   rows = np.arange(COUNT)
-  for side, path in embed(config, tmp_path / "undisturbed", batch_size=8).items():
+  for side, path in embedded.items():
     one, two = Store(path), Store(out / side)
     np.testing.assert_array_equal(one.samples(rows), two.samples(rows))
     np.testing.assert_allclose(
@@ -439,13 +467,47 @@ def test_flame_learns_images_from_stored_facets(config, tmp_path):
   )
   shipped["optimizer"]["warmup"] = 0
   shipped |= {k: config[k] for k in ("total_steps", "batch_size", "log_every", "writer")}
-  state = train.train(shipped, tmp_path / "run")
+  val = dict(type="retrieval", source=config["data"]["source"], text_store=str(tmp_path / "facets"))
+  state = train.train(shipped | dict(evals=dict(val=val)), tmp_path / "run")
   assert len(losses(tmp_path / "run")) == 6 and not state.frozen
+  measured = read_metrics(tmp_path / "run")[-1]
+  assert measured["val/num_captions"] == 3 * COUNT
+  assert evaluate.evaluate(evaluate.open_run(tmp_path / "run")) == {
+    name: x for name, x in measured.items() if name.startswith("val/")
+  }
+
+
+def test_labels_of_stored_images_reach_the_losses_that_read_them(tmp_path):
+  images = {f"{i}": np.full(3, float(i)) for i in range(8)}
+  texts = {key: x[None] for key, x in images.items()}
+  kinds = {key: int(key) % 3 - 1 for key in images}
+  image = write_store(tmp_path / "image", images, labels=kinds)
+  bare = write_store(tmp_path / "bare", images)
+  text = write_store(tmp_path / "text", texts)
+  tower = types.SimpleNamespace(options=types.SimpleNamespace(token_width=3))
+  program = types.SimpleNamespace(
+    loss=types.SimpleNamespace(needs={"labels"}),
+    model=types.SimpleNamespace(image_tower=tower, text_tower=tower),
+  )
+  state = types.SimpleNamespace(trainable={}, frozen={})
+  for folder in (image, bare):
+    source = Pairs(folder, text)
+    data = resolve_data(dict(image_size=1, tokenizer=dict(name="byte", length=2)))
+    with contextlib.closing(
+      pair_batches(source, data, batch_size=8, rows=range(8), seed=0, stop=8)
+    ) as batches:
+      (batch,) = batches
+    expected = batch["image"][:, 0] % 3 - 1 if folder == image else np.full(8, -1)
+    np.testing.assert_array_equal(batch["label"], expected)
+    refused = contextlib.nullcontext() if folder == image else pytest.raises(ValueError)
+    with refused as found:
+      check_stores(source.sides, None, program, state)
+  assert str(found.value) == "config.loss reads labels, which config.data.stores does not hold"
 
 
 @pytest.mark.slow
-def test_samples_that_a_store_lacks_are_rejected(config, tmp_path):
-  half = config["data"] | dict(source=str(tmp_path / "0.tar"))
+def test_samples_that_a_store_lacks_are_rejected(config, root, tmp_path):
+  half = config["data"] | dict(source=str(root / "0.tar"))
   folders = embed(config | dict(data=half), tmp_path / "stores", sides=["text"], batch_size=8)
   config["frozen"] = "text_tower/"
   with pytest.raises(ValueError, match=r"1\.tar: sample .* cannot be used \({'no_vector': 29}\)"):
