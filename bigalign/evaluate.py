@@ -221,7 +221,12 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
 
 
 def data_evals(
-  retrieval: str | None, fields: Sequence[str] | None, zeroshot: str | pathlib.Path | None
+  retrieval: str | None,
+  fields: Sequence[str] | None,
+  zeroshot: str | pathlib.Path | None,
+  image_store: str = "",
+  text_store: str = "",
+  class_store: str = "",
 ) -> dict[str, dict[str, Any]]:
   """Evaluators of data that are given by hand, as in config.evals.
 
@@ -229,13 +234,19 @@ def data_evals(
     retrieval: a source, for retrieval.
     fields: of its captions; None: config.data.captions.
     zeroshot: folder of a CLIP_benchmark dataset.
+    image_store, text_store: folders of vectors that take the place of the images or the captions
+      of `retrieval`; both, without `retrieval`: of both sides.
+    class_store: folder of the vectors of the prompts of the classes of `zeroshot`.
   """
   evals: dict[str, dict[str, Any]] = {}
-  if retrieval:
-    evals["val"] = dict(type="retrieval", source=retrieval, fields=fields)
+  stores = dict(image_store=image_store, text_store=text_store)
+  if retrieval or any(stores.values()):
+    evals["val"] = dict(type="retrieval", source=retrieval or "", fields=fields, **stores)
   if zeroshot:
     name, options = zeroshot_folder(zeroshot)
-    evals[name] = options
+    evals[name] = options | dict(class_store=class_store)
+  elif class_store:
+    raise ValueError(f"--class_store={class_store}: --zeroshot names the images of these classes")
   return evals
 
 
@@ -260,7 +271,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
   runtime.setup()
   runtime.connect()
   opened = open_run(args.run, args.step)
-  evals = data_evals(args.retrieval, args.fields and args.fields.split(","), args.zeroshot)
+  stores = {name: getattr(args, name) for name in ("image_store", "text_store", "class_store")}
+  fields = args.fields and args.fields.split(",")
+  evals = data_evals(args.retrieval, fields, args.zeroshot, **stores)
   if not evals and not opened.config.evals:
     parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
   logging.info("Step %d of %s on %s", opened.step, opened.address, runtime.describe())

@@ -16,11 +16,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bigalign import sharding
+from bigalign import sharding, tree
 from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS, Rejected
 from bigalign.data.sources.base import open_source, read
+from bigalign.data.stores.one_side import OneSide
+from bigalign.data.stores.reader import Store
 from bigalign.run.progress import track
 from bigalign.towers.padding import UsedLengths, all_positions, cut
 
@@ -91,17 +93,17 @@ class EvalData(NamedTuple):
   """An opened source and its batches.
 
   Attributes:
-    source: the samples.
+    source: the samples; the store of images, if they come from stores alone.
     batch_size: global.
     batches: starts an iteration from the first sample. With classes=K, batches also have
       label_set and has_label_set, with images=False no pixels, see evaluation.eval_batches.
-    pattern: of the source, as in config.data.source.
+    pattern: of the source, as in config.data.source, and the store of its images.
   """
 
   source: Any
   batch_size: int
   batches: Callable[..., Iterable[Mapping[str, np.ndarray]]]
-  pattern: str = ""
+  pattern: tuple[str, str] = ("", "")
 
 
 class Embedded(NamedTuple):
@@ -144,39 +146,115 @@ def open_data(
   batch_size: int,
   captions: int | None,
   fields: Sequence[str] | None = None,
+  image_store: str = "",
+  text_store: str = "",
 ) -> EvalData:
   """Opens a source as evaluation batches, preprocessed as in config.data without augmentation.
 
   Args:
     context: of the evaluator.
-    source: as in config.data.source.
+    source: as in config.data.source; "" if stores give both sides.
     batch_size: global; rounded up to fit the mesh.
     captions: C, captions per image in a batch; 0 reads none, None counts them first.
     fields: caption fields; None: config.data.captions.
+    image_store: folder of the vectors of the images, in place of their pixels; "" for none.
+    text_store: folder of the vectors of the captions, in place of their words; "" for none.
 
   Raises:
-    ValueError: if the source has no samples.
+    ValueError: if the source has no samples, or too little is given.
   """
-  if captions == 0:
+  where = f"config.evals.{context.name}"
+  stores = _open_stores(context, dict(image=image_store, text=text_store), where)
+  size = round_batch(context.mesh, batch_size)
+  rows = sharding.host_rows(context.mesh, size)
+  pattern = (source, image_store)
+  if context.shared:
+    context.shared.add_reader((pattern, size))
+  if not source:
+    return EvalData(*_from_stores(stores, where, captions, size, rows), pattern)
+  if len(stores) == 2:
+    raise ValueError(
+      f"{where}: image_store and text_store give both sides, so source={source!r} has no effect;"
+      " leave it out"
+    )
+  if captions == 0 or text_store:
     fields = ()
   elif fields is None:
     fields = context.data.caption_fields
   opened = open_source(source, captions=fields)
   if not len(opened):
     raise ValueError(f"config.evals.{context.name}.source={source!r} has no samples")
+  stored = OneSide(image_store, text_store) if stores else None
   if captions is None:
-    captions = most_captions(opened)
-  size = round_batch(context.mesh, batch_size)
-  rows = sharding.host_rows(context.mesh, size)
+    captions = evaluation.most_rows(stores["text"]) if text_store else most_captions(opened)
 
   def batches(**more: Any) -> Iterable[Mapping[str, np.ndarray]]:
     return evaluation.eval_batches(
-      opened, context.data, batch_size=size, rows=rows, captions=captions, **more
+      opened, context.data, batch_size=size, rows=rows, captions=captions, stored=stored, **more
     )
 
-  if context.shared:
-    context.shared.add_reader((source, size))
-  return EvalData(opened, size, batches, source)
+  return EvalData(opened, size, batches, pattern)
+
+
+def _from_stores(
+  stores: Mapping[str, Store], where: str, captions: int | None, size: int, rows: np.ndarray
+) -> tuple[Store, int, Callable[..., Iterable[Mapping[str, np.ndarray]]]]:
+  """The store of images as a source, and its batches with the vectors of captions."""
+  missing = {"image", *(() if captions == 0 else ("text",))} - stores.keys()
+  if missing:
+    named = " and ".join(f"{side}_store" for side in sorted(missing))
+    raise ValueError(f"{where}: give a source, or else {named}")
+  if captions is None:
+    captions = evaluation.most_rows(stores["text"])
+
+  def batches(**more: Any) -> Iterable[Mapping[str, np.ndarray]]:
+    return evaluation.stored_batches(
+      stores["image"], stores.get("text"), batch_size=size, rows=rows, captions=captions, **more
+    )
+
+  return stores["image"], size, batches
+
+
+def _open_stores(context: Context, folders: Mapping[str, str], where: str) -> dict[str, Store]:
+  """{side: store}; warns of vectors that were made another way than those of config.data.stores."""
+  stores = {side: Store(folder) for side, folder in folders.items() if folder}
+  for side, store in stores.items():
+    own = getattr(context.data.stores, side)
+    try:
+      header = Store(own).header if own else store.header
+    except OSError:  # evaluation needs the vectors of training no more
+      continue
+    names = sorted({*header, *store.header} - {"dtype"})
+    differing = [name for name in names if header.get(name) != store.header.get(name)]
+    if differing:
+      logging.warning(
+        "%s.%s_store=%s holds vectors that were made another way than those of"
+        " config.data.stores.%s=%s: %s differ",
+        *(where, side, store.folder, side, own, tree.shown(differing)),
+      )
+  return stores
+
+
+def embed_vectors(
+  embed: Callable[..., jax.Array], params: Any, *vectors: jax.Array, where: str
+) -> jax.Array:
+  """embed(params, *vectors) of stored vectors; ValueError if the model takes others.
+
+  Args:
+    embed: of the context.
+    params: of the model.
+    *vectors: and what else it takes.
+    where: the evaluator, for the error.
+  """
+  try:
+    return embed(params, *vectors)
+  except Exception as error:
+    if not type(error).__module__.startswith("flax"):
+      raise
+    raise ValueError(
+      f"{where}: its stores hold vectors of the shape {vectors[0].shape[1:]}, which the projector"
+      f" of this model does not take: {str(error).splitlines()[0]}"
+    ) from error
 
 
 def most_captions(source: Any) -> int:
@@ -213,7 +291,11 @@ def embedded_images(
     cut_batch = _without_padding(context, batch)
     on_mesh = sharding.global_batch(context.mesh, cut_batch, rows, data.batch_size)
     image = on_mesh.pop("image")  # without pixels if its embedding is known
-    zimg = context.embed_image(params, image) if known is None else known[k]
+    zimg = (
+      embed_vectors(context.embed_image, params, image, where=f"config.evals.{context.name}")
+      if known is None
+      else known[k]
+    )
     if known is None and shared and shared.is_wanted(key):
       kept.append(zimg)
       rejected += int(batch["rejects"].sum())
@@ -227,7 +309,7 @@ def _without_padding(context: Context, batch: Mapping[str, np.ndarray]) -> Mappi
 
   Several processes keep them: the arrays must have one shape on all, and each knows its rows only.
   """
-  if jax.process_count() > 1:
+  if jax.process_count() > 1 or batch["texts"].dtype != np.int32:  # stored vectors have none
     return batch
   ids, mask, there = (batch[name] for name in ("texts", "texts_mask", "texts_valid"))
   length = cut(context.text_lengths(ids[there], mask[there]), ids.shape[-1])
@@ -239,9 +321,13 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
 
   @jax.jit
   def embed_texts(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, C, L] -> [B, C, E]."""
-    flat = context.embed_text(
-      params, rearrange(ids, "b c l -> (b c) l"), rearrange(mask, "b c l -> (b c) l")
+    """[B, C, L], or vectors [B, C, D] or [B, C, 1 + T, D] -> [B, C, E]."""
+    flat = embed_vectors(
+      context.embed_text,
+      params,
+      rearrange(ids, "b c ... -> (b c) ..."),
+      rearrange(mask, "b c l -> (b c) l"),
+      where=f"config.evals.{context.name}",
     )
     return rearrange(flat, "(b c) e -> b c e", c=ids.shape[1])
 

@@ -131,9 +131,11 @@ def recalls(direction: str, ranks: np.ndarray) -> dict[str, float]:
 def retrieval(
   context: Context,
   *,
-  source: str,
+  source: str = "",
   captions: int | None = None,
   fields: Sequence[str] | None = None,
+  image_store: str = "",
+  text_store: str = "",
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
   """Retrieval among all pairs of a source.
@@ -155,16 +157,27 @@ def retrieval(
 
   Args:
     context: model, mesh and data options.
-    source: as in config.data.source.
+    source: as in config.data.source; "" if both sides come from stores.
     captions: largest number of captions of an image; None: count them in the source first.
     fields: caption fields; None: config.data.captions.
+    image_store: folder of the vectors of images, for a model whose image tower is `features`, or to
+      save the time of the tower.
+    text_store: folder of the vectors of captions, likewise. The source gives the other side.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
     run(params) -> {metric: value}. If samples were left out, because they were rejected or have no
     caption, "rejected" is their number, and the log gives the reasons.
   """
-  data = open_data(context, source, batch_size=batch_size, captions=captions, fields=fields)
+  data = open_data(
+    context,
+    source,
+    batch_size=batch_size,
+    captions=captions,
+    fields=fields,
+    image_store=image_store,
+    text_store=text_store,
+  )
   embed = embedder(context, data)
   find = jax.jit(
     functools.partial(both_directions, mesh=context.mesh),
@@ -178,7 +191,7 @@ def retrieval(
     used = int((texts > 0).sum())
     if not used:
       raise ValueError(
-        f"config.evals.{context.name}.source={source!r}: none of the {samples} samples can be used;"
+        f"config.evals.{context.name}: {source or image_store}: none of the {samples} samples can be used;"
         " the log gives the reasons"
       )
     metrics = {

@@ -18,11 +18,14 @@ from clu import metrics as clu_metrics
 from bigalign import sharding, tree
 from bigalign.data.files.lines import read_names, read_text
 from bigalign.data.files.patterns import expand_variables
+from bigalign.data.samples.ids import class_key, sample_id
 from bigalign.data.sources.base import name_classes
 from bigalign.data.sources.webdataset import read_classnames
+from bigalign.data.stores.reader import Store
 from bigalign.evals.embed import (
   Context,
   EvalData,
+  embed_vectors,
   embedded_images,
   log_rejects,
   mean_embedder,
@@ -243,12 +246,47 @@ def class_weights(
   )
 
 
+def stored_class_weights(
+  context: Context, *, classnames: Sequence[str], folder: str, batch_size: int
+) -> Callable[[Any], jax.Array]:
+  """As class_weights, from a store that holds the vectors of the prompts of each class.
+
+  Raises:
+    ValueError: for a store that lacks a class, or has different numbers of prompts.
+  """
+  store, where = Store(folder), f"config.evals.{context.name}"
+  keys = [class_key(i, name) for i, name in enumerate(classnames)]
+  first, count = store.find(np.array([sample_id(key) for key in keys], np.uint64))
+  missing = [name for name, there in zip(classnames, count > 0) if not there]
+  if missing:
+    raise ValueError(
+      f"{where}.class_store={folder!r} has no prompt of {len(missing)} of {len(keys)} classes"
+      f" ({tree.shown(missing)}); embed the same class names in the same order"
+    )
+  if len({*count.tolist()}) > 1:
+    raise ValueError(
+      f"{where}.class_store={folder!r}: classes have {count.min()} to {count.max()}"
+      " prompts, expected as many of each"
+    )
+  vectors = store.read((first[:, None] + np.arange(count[0])[None]).ravel())
+
+  def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    mask = jnp.ones((len(batch["text"]), 1), bool)
+    return embed_vectors(context.embed_text, params, batch["text"], mask, where=where)
+
+  return mean_embedder(
+    context, embed, dict(text=vectors), group=int(count[0]), batch_size=batch_size
+  )
+
+
 def zeroshot(
   context: Context,
   *,
-  source: str,
+  source: str = "",
   templates: str | Sequence[str] = "photos",
   classnames: str | None = None,
+  image_store: str = "",
+  class_store: str = "",
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
   """Zero-shot classification of a labelled source.
@@ -271,10 +309,14 @@ def zeroshot(
 
   Args:
     context: model, mesh and data options.
-    source: as in config.data.source, with labels.
+    source: as in config.data.source, with labels; "" if `image_store` has them.
     templates: "photos", "name" or "simple", a file of templates (.txt with one per line, or a .json
       list), or the templates; {c} or {} is replaced by the class name.
     classnames: file of class names in the order of the labels; None: the names of the source.
+    image_store: folder of the vectors of the images.
+    class_store: folder of the vectors of prompts, as `bigalign embed --with=... --classnames=...`
+      writes it with the templates that it takes, for a model whose text tower is `features`;
+      `templates` has no effect then.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
@@ -285,7 +327,7 @@ def zeroshot(
     ValueError: for a source without class names; when run, for labels without a name.
   """
   where = f"config.evals.{context.name}"
-  data = open_data(context, source, batch_size=batch_size, captions=0)
+  data = open_data(context, source, batch_size=batch_size, captions=0, image_store=image_store)
   names = (
     list(getattr(data.source, "classnames", ()))
     if classnames is None
@@ -295,14 +337,18 @@ def zeroshot(
     name_classes(data.source, names)
   if not names:
     raise ValueError(
-      f"{where}: the source {source!r} has no class names (no classnames.txt next to its shards);"
+      f"{where}: {source or image_store} has no class names (no classnames.txt next to its shards);"
       " set classnames to a file with one name per line, in the order of the labels"
     )
-  weigh = class_weights(
-    context,
-    classnames=names,
-    templates=read_templates(templates, f"{where}.templates"),
-    batch_size=batch_size,
+  weigh = (
+    stored_class_weights(context, classnames=names, folder=class_store, batch_size=batch_size)
+    if class_store
+    else class_weights(
+      context,
+      classnames=names,
+      templates=read_templates(templates, f"{where}.templates"),
+      batch_size=batch_size,
+    )
   )
 
   multilabel = getattr(data.source, "dataset_type", "") == "multilabel"

@@ -175,7 +175,9 @@ def check_stores(
     )
   every = [one for some in sides.values() for one in some]
   held = {"tokens"} if all(one.header.get("tokens") for one in every) else set()
-  held |= {"labels"} if set(sides) == {"text"} else set()
+  # With stores of one side the source has the labels.
+  labelled = len(sides) == 1 or all(one.has_labels for one in sides["image"])
+  held |= {"labels"} if labelled else set()
   missing = sorted(program.loss.needs & {"tokens", "labels"} - held)
   if missing:
     raise ValueError(f"config.loss reads {missing[0]}, which config.data.stores does not hold")

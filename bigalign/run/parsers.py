@@ -35,6 +35,12 @@ def evaluate() -> argparse.ArgumentParser:
     help="folder of a CLIP_benchmark dataset: shards, classnames.txt"
     " and zeroshot_classification_templates.txt",
   )
+  for name, text in (
+    ("image", "vectors of the images of --retrieval"),
+    ("text", "vectors of its captions"),
+    ("class", "vectors of the prompts of the classes of --zeroshot"),
+  ):
+    parser.add_argument(f"--{name}_store", metavar="STORE", default="", help=text)
   parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
   return parser
 

@@ -56,5 +56,6 @@ class Features(nn.Module):
     """Raises ValueError: this tower cannot embed images or texts."""
     raise ValueError(
       f"a tower 'features' takes stored vectors, [B, {self.options.width}], and got"
-      f" {x.dtype} {x.shape}: it cannot embed anything new"
+      f" {x.dtype} {x.shape}: it cannot embed anything new. Evaluators read stores: image_store,"
+      " text_store or class_store of config.evals"
     )

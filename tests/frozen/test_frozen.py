@@ -490,16 +490,16 @@ def test_labels_of_stored_images_reach_the_losses_that_read_them(tmp_path):
     model=types.SimpleNamespace(image_tower=tower, text_tower=tower),
   )
   state = types.SimpleNamespace(trainable={}, frozen={})
-  for folder in (image, bare):
-    source = Pairs(folder, text)
+  for store in (image, bare):
+    source = Pairs(store, text)
     data = resolve_data(dict(image_size=1, tokenizer=dict(name="byte", length=2)))
     with contextlib.closing(
       pair_batches(source, data, batch_size=8, rows=range(8), seed=0, stop=8)
     ) as batches:
       (batch,) = batches
-    expected = batch["image"][:, 0] % 3 - 1 if folder == image else np.full(8, -1)
+    expected = batch["image"][:, 0] % 3 - 1 if store == image else np.full(8, -1)
     np.testing.assert_array_equal(batch["label"], expected)
-    refused = contextlib.nullcontext() if folder == image else pytest.raises(ValueError)
+    refused = contextlib.nullcontext() if store == image else pytest.raises(ValueError)
     with refused as found:
       check_stores(source.sides, None, program, state)
   assert str(found.value) == "config.loss reads labels, which config.data.stores does not hold"

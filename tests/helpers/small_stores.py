@@ -13,7 +13,11 @@ from bigalign.data.stores.reader import Store
 
 
 def write_store(
-  folder: pathlib.Path, rows: Mapping[str, np.ndarray], *, dtype: str = "float32"
+  folder: pathlib.Path,
+  rows: Mapping[str, np.ndarray],
+  *,
+  dtype: str = "float32",
+  labels: Mapping[str, int] | None = None,
 ) -> str:
   """A store; rows: {key of a sample: [N, D], the vectors of its captions, or [D] of its image}."""
   captions = any(np.ndim(x) == 2 for x in rows.values())
@@ -25,7 +29,8 @@ def write_store(
   owner = np.repeat(np.arange(len(rows)), [len(x) for x in every.values()])
   samples = np.stack([ids[owner], owner.astype(np.uint64) + np.uint64(held.place)], 1)
   vectors = np.concatenate([*every.values()]).astype(reader.DTYPES[dtype])
-  writer.write(folder, held.first, vectors, samples, part=0, parts=1)
+  given = None if labels is None else np.array([labels[key] for key in rows], np.int32)
+  writer.write(folder, held.first, vectors, samples, labels=given, part=0, parts=1)
   writer.finish(folder, captions=captions)
   assert len(Store(folder)) == len(owner)
   return str(folder)

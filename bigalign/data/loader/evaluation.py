@@ -13,6 +13,8 @@ from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import REASONS, rejection
 from bigalign.data.sources.base import Source, prefetch
+from bigalign.data.stores.one_side import OneSide
+from bigalign.data.stores.reader import Store
 
 
 def eval_batches(
@@ -25,6 +27,7 @@ def eval_batches(
   images: bool = True,
   start: int = 0,
   classes: int = 0,
+  stored: OneSide | None = None,
 ) -> Batches:
   """Every sample from `start` on once, in order, in the same number of batches on every host.
 
@@ -42,6 +45,9 @@ def eval_batches(
     start: the first sample.
     classes: K, the classes of a multilabel dataset; then batches also have label_set [b, K] bool
       and has_label_set [b] bool. A sample with another number of classes is an error.
+    stored: vectors that replace images, then `image` is [b, D], or captions, then `texts` is
+      [b, C, D] and their mask [b, C, 1]; with tokens [b, 1 + T, D] and [b, C, 1 + T, D]. A sample
+      without a vector is rejected.
   """
   batches = _EvalBatches(
     source,
@@ -52,8 +58,102 @@ def eval_batches(
     images=images,
     start=start,
     classes=classes,
+    stored=stored,
   )
   return iterate(batches, workers=data.workers)
+
+
+def stored_batches(
+  image: Store,
+  text: Store | None,
+  *,
+  batch_size: int,
+  rows: np.ndarray | Sequence[int],
+  captions: int = 1,
+  images: bool = True,
+  classes: int = 0,
+) -> Batches:
+  """The rows of a store of images once, in order, with their texts from another store.
+
+  The fields are those of eval_batches with `stored`; labels come from the store of images.
+
+  Args:
+    image: the vectors of images.
+    text: those of their captions; None for none.
+    batch_size, rows, captions, images: as of eval_batches.
+    classes: stores hold no sets of classes, so it adds nothing.
+  """
+  own = checked_rows(rows, batch_size=batch_size)
+  batches = _StoredBatches(image, text, batch_size, own, captions, images)
+  return iterate(batches, workers=0)  # a thread is enough: rows are only copied
+
+
+def most_rows(store: Store) -> int:
+  """The largest number of rows of a sample."""
+  return max(int(store.find(ids)[1].max()) for ids, _ in store.sorted_ids())
+
+
+class _StoredBatches:
+  """Element k is this host's part of the k-th batch in the order of the store of images."""
+
+  def __init__(
+    self,
+    image: Store,
+    text: Store | None,
+    batch_size: int,
+    rows: np.ndarray,
+    captions: int,
+    images: bool,
+  ):
+    self._image, self._text, self._captions, self._images = image, text, captions, images
+    self._batch_size, self._rows = batch_size, rows
+
+  def __len__(self) -> int:
+    return -(-len(self._image) // self._batch_size)
+
+  def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+    indices = k * self._batch_size + self._rows
+    b, valid = len(indices), indices < len(self._image)
+    rows = np.where(valid, indices, 0)
+    image = self._image.read(rows) if self._images else np.zeros((b, 0, 0, 3), np.uint8)
+    image[~valid] = 0
+    labels = self._image.labels(rows) if self._image.has_labels else np.full(b, -1, np.int32)
+    ids = self._image.samples(rows)[:, 0]
+    places = np.full((b, self._captions), -1)
+    if self._text is not None:
+      first, count = self._text.find(ids)
+      if (most := int(count[valid].max(initial=0))) > self._captions:
+        raise ValueError(
+          f"{self._text.folder}: an image has {most} captions, but captions={self._captions}"
+        )
+      ordinal = np.arange(self._captions)[None]
+      there = (ordinal < count[:, None]) & valid[:, None]
+      places = np.where(there, first[:, None] + ordinal, -1)
+    return dict(
+      image=image,
+      **_stored_texts(self._text, places),
+      label=np.where(valid, labels, -1).astype(np.int32),
+      image_id=words(indices),
+      sample_id=words(np.where(valid, ids, 0)),
+      index=indices.astype(np.int32),
+      valid=valid,
+      rejects=np.zeros((b, len(REASONS)), np.int32),
+    )
+
+
+def _stored_texts(store: Store | None, places: np.ndarray) -> dict[str, np.ndarray]:
+  """The fields of texts of which a store holds the vectors.
+
+  Args:
+    store: None for no texts.
+    places: [b, C], the row of each; -1 for none.
+  """
+  there = places >= 0
+  shape, dtype = ((1,), np.dtype(np.float32)) if store is None else (store.shape, store.dtype)
+  vectors = np.zeros((*places.shape, *shape), dtype)
+  if store is not None:
+    vectors[there] = store.read(places[there])
+  return dict(texts=vectors, texts_mask=there[:, :, None], texts_valid=there)
 
 
 class _EvalBatches(SampleReader):
@@ -70,8 +170,11 @@ class _EvalBatches(SampleReader):
     images: bool,
     start: int,
     classes: int,
+    stored: OneSide | None,
   ):
-    super().__init__(source, data)
+    super().__init__(source, data, stored=stored)
+    self._image_store = stored.image if stored else None
+    self._text_store = stored.text if stored else None
     self._batch_size = batch_size
     self._rows = rows
     self._captions = captions
@@ -97,11 +200,11 @@ class _EvalBatches(SampleReader):
     b, c = len(indices), self._captions
     size = self._data.image_size if self._images else 0
     images = np.zeros((b, size, size, 3), np.uint8)
+    image_rows = np.zeros(b, np.int64)  # of the store, for stored images
     labels = np.full(b, -1, np.int32)
     valid = np.zeros(b, bool)
-    texts_valid = np.zeros((b, c), bool)
     rejects = np.zeros((b, len(REASONS)), np.int32)
-    texts: dict[int, tuple[str, ...]] = {}  # of each valid row
+    texts: dict[int, tuple[Any, ...]] = {}  # of each valid row; numbers of stored captions
     ids = np.zeros(b, np.uint64)
     label_sets = np.zeros((b, self._classes), bool)
     has_label_set = np.zeros(b, bool)
@@ -117,7 +220,9 @@ class _EvalBatches(SampleReader):
           " number of captions of an image (0: none)"
         )
       try:
-        if self._images:
+        if self._image_store:
+          image_rows[r] = record["image"]
+        elif self._images:
           images[r] = self._data.evaluation_view(record["image"])
       except Exception as error:
         self._reject(int(indices[r]), record["key"], rejection(error), rejects=rejects[r])
@@ -128,20 +233,21 @@ class _EvalBatches(SampleReader):
         label_sets[r] = self._label_set(record)
       ids[r] = sample_id(record["key"])
       texts[r] = captions
-    text, mask = self._encode(texts, indices, rejects=rejects)
+    if self._text_store:
+      places = np.full((b, c), -1)
+      for r, own in texts.items():
+        places[r, : len(own)] = own
+      fields = _stored_texts(self._text_store, places)
+    else:
+      fields = self._token_fields(texts, indices, rejects=rejects)
     valid[[*texts]] = True
-    for r, captions in texts.items():
-      texts_valid[r, : len(captions)] = True
-    tokens = np.zeros((b, c, text.shape[1]), np.int32)
-    tokens_mask = np.zeros((b, c, text.shape[1]), bool)
-    tokens[texts_valid], tokens_mask[texts_valid] = text, mask
+    if self._image_store and self._images:
+      images = self._image_store.read(image_rows)
     images[~valid], labels[~valid], ids[~valid] = 0, -1, 0
     several = dict(label_set=label_sets, has_label_set=has_label_set) if self._classes else {}
     return dict(
       image=images,
-      texts=tokens,
-      texts_mask=tokens_mask,
-      texts_valid=texts_valid,
+      **fields,
       label=labels,
       image_id=words(indices),
       sample_id=words(ids),
@@ -150,6 +256,19 @@ class _EvalBatches(SampleReader):
       rejects=rejects,
       **several,
     )
+
+  def _token_fields(
+    self, texts: dict[int, tuple[str, ...]], indices: np.ndarray, *, rejects: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """The fields of texts; rows that fail are taken out of `texts`."""
+    text, mask = self._encode(texts, indices, rejects=rejects)
+    valid = np.zeros((len(indices), self._captions), bool)
+    for r, captions in texts.items():
+      valid[r, : len(captions)] = True
+    tokens = np.zeros((*valid.shape, text.shape[1]), np.int32)
+    tokens_mask = np.zeros(tokens.shape, bool)
+    tokens[valid], tokens_mask[valid] = text, mask
+    return dict(texts=tokens, texts_mask=tokens_mask, texts_valid=valid)
 
   def _label_set(self, record: dict[str, Any]) -> np.ndarray:
     """[K] bool, the classes of a sample."""

@@ -226,7 +226,7 @@ class _PairBatches:
       text_mask=seen,
       image_id=words(indices),
       text_id=words(indices * self._captions_per_image + ordinal),
-      label=np.full(b, -1, np.int32),
+      label=source.image.labels(rows) if source.image.has_labels else np.full(b, -1, np.int32),
       source=np.zeros(b, np.int32),
       rejects=np.zeros((b, len(REASONS)), np.int32),
       repaired=np.zeros(b, np.int32),

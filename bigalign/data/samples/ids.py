@@ -12,3 +12,8 @@ def sample_id(key: str) -> int:
   except UnicodeEncodeError:  # half a surrogate pair, from JSON
     data = key.encode("utf-8", "surrogatepass")
   return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def class_key(number: int, name: str) -> str:
+  """Returns the key of a class in a store of prompts; classes may share a name."""
+  return f"class {number}: {name}"

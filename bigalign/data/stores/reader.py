@@ -172,6 +172,11 @@ class Store:
     """Returns [N, 2] uint64: the id of each row's sample, and its place in all sources."""
     return self._gather("samples", rows, np.empty((len(rows), 2), np.uint64))
 
+  @property
+  def has_labels(self) -> bool:
+    """Whether rows have labels: those of images, unless another program wrote the store."""
+    return all("labels" in file["sums"] for file in self._files)
+
   def labels(self, rows: np.ndarray) -> np.ndarray:
     """Returns the labels of rows of images, [N] int32; -1 without a label.
 
@@ -179,7 +184,7 @@ class Store:
       ValueError: for a store without labels, such as a store of texts; for a file of labels that
         changed after it was written.
     """
-    if any("labels" not in file["sums"] for file in self._files):
+    if not self.has_labels:
       raise ValueError(f"{self.folder} holds no labels; `bigalign embed` writes them for images")
     return self._gather("labels", rows, np.empty(len(rows), np.int32))
 
