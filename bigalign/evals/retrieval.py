@@ -191,8 +191,8 @@ def retrieval(
     used = int((texts > 0).sum())
     if not used:
       raise ValueError(
-        f"config.evals.{context.name}: {source or image_store}: none of the {samples} samples can be used;"
-        " the log gives the reasons"
+        f"config.evals.{context.name}: none of the {samples} samples of {source or image_store} can"
+        " be used; the log gives the reasons"
       )
     metrics = {
       **recalls("image_to_text", texts[texts > 0]),
