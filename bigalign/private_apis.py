@@ -15,6 +15,7 @@ import multiprocessing
 import re
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _HBM_EXCEEDED = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 
+_SHAPE_CHECKS = threading.local()  # off: see without_shape_checks
+
 # Warnings of orbax that our use of it causes: checkpoints opened read-only on purpose, a metadata
 # file that the parts of our checkpoints do not have, and a type handler that we replace.
 _EXPECTED_ORBAX_WARNINGS = (
@@ -81,6 +84,37 @@ def skip_tpu() -> None:
   if not xla_bridge.backends_are_initialized():
     xla_bridge.register_backend_factory("tpu", absent, priority=300, fail_quietly=True)  # type: ignore[arg-type]
     quiet.addFilter(lambda record: not record.getMessage().startswith(name))
+
+
+@contextlib.contextmanager
+def without_shape_checks() -> Iterator[None]:
+  """A context in which flax does not compare parameters with the shapes of their initialisers.
+
+  flax 0.12.8: `flax.core.scope.Scope.param`. To compare, flax traces the initialiser of each
+  parameter whenever a module is applied, which takes half of the time of tracing a tower. Nothing
+  public turns it off. Only for parameters whose shapes are known to fit.
+  """
+  from flax.core import meta, scope
+
+  if not hasattr(scope.Scope.param, "with_checks"):
+    with_checks = scope.Scope.param
+
+    @functools.wraps(with_checks)
+    def param(self: Any, name: str, *args: Any, unbox: bool = True, **kwargs: Any) -> Any:
+      if not getattr(_SHAPE_CHECKS, "off", False) or not self.has_variable("params", name):
+        return with_checks(self, name, *args, unbox=unbox, **kwargs)
+      self.reserve(name, "params")
+      value = self.get_variable("params", name)
+      return meta.unbox(value) if unbox else value
+
+    param.with_checks = with_checks  # type: ignore[attr-defined]
+    scope.Scope.param = param  # type: ignore[method-assign]
+  before = getattr(_SHAPE_CHECKS, "off", False)
+  _SHAPE_CHECKS.off = True
+  try:
+    yield
+  finally:
+    _SHAPE_CHECKS.off = before
 
 
 def coordination_client() -> Any:

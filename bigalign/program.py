@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 from bigalign.model import DualEncoder
 from bigalign.optim import Schedule, make_optimizer
+from bigalign.private_apis import without_shape_checks
 from bigalign.state import Arrays, State
 from bigalign.towers.features import Features
 from bigalign.towers.padding import used_lengths
@@ -260,7 +262,10 @@ def make_embed(model: DualEncoder) -> dict[str, Any]:
 
   def apply(method: str, params: Arrays, *args: jax.Array) -> Any:
     variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
-    return model.apply(variables, *args, method=method)
+    is_stored = any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(args))
+    # Stored vectors may have a width that the projector does not take.
+    with contextlib.nullcontext() if is_stored else without_shape_checks():
+      return model.apply(variables, *args, method=method)
 
   def compiled(method: str) -> Callable[..., jax.Array]:
     jitted = jax.jit(functools.partial(apply, method))

@@ -20,6 +20,7 @@ from bigalign.data.samples.rejects import REASONS
 from bigalign.losses import PROVIDES, Context, Loss, diagnostics, table_mask
 from bigalign.losses import summary as loss_summary
 from bigalign.model import unit, without_remat
+from bigalign.private_apis import without_shape_checks
 from bigalign.program import Program, compute_dtype
 from bigalign.run import flops
 from bigalign.stages import Stage
@@ -213,9 +214,10 @@ def features(
 
   def apply(params: Arrays, **options: Any) -> dict[str, jax.Array]:
     variables = {**_cast_for_reduction(program, params), **state.frozen}
-    feats: dict[str, jax.Array] = program.model.apply(  # type: ignore[assignment]
-      {"params": tree.unflatten(tree.subtree(variables, "model/"))}, *inputs, **options
-    )
+    with without_shape_checks():
+      feats: dict[str, jax.Array] = program.model.apply(  # type: ignore[assignment]
+        {"params": tree.unflatten(tree.subtree(variables, "model/"))}, *inputs, **options
+      )
     return feats
 
   second, others = (tuple(part[x] for x in names if x in part) for names in (SECOND, OTHERS))
@@ -257,13 +259,17 @@ def _cast_for_reduction(program: Program, params: Arrays) -> Arrays:
 def summary(program: Program, shapes: State) -> str:
   """A description of the loss for the log (losses.summary), from the shapes of a state."""
   batch: Any = {name: jax.ShapeDtypeStruct(*shape) for name, shape in program.spec.items()}
-  feats = jax.eval_shape(
-    functools.partial(features, program),
-    shapes,
-    shapes.trainable,
-    _inputs(program, batch),
-    jax.random.key(0),
-  )
+  if program.loss.needs:
+    feats = jax.eval_shape(
+      functools.partial(features, program),
+      shapes,
+      shapes.trainable,
+      _inputs(program, batch),
+      jax.random.key(0),
+    )
+  else:  # known without tracing the towers, which takes up to a second
+    z = jax.ShapeDtypeStruct((len(batch["text"]), program.sizes["embed"]), jnp.float32)
+    feats = {"zimg": z, "ztxt": z}
   known = jax.eval_shape(functools.partial(_for_loss, program), batch)
   return loss_summary(program.loss, program.sizes, feats, known)
 

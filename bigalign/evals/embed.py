@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -331,32 +332,38 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
     )
     return rearrange(flat, "(b c) e -> b c e", c=ids.shape[1])
 
-  def stack(batches: list[Embedded]) -> Embedded:
-    # Stacking on a new first axis needs no communication, unlike a concatenation.
-    z: Embedded = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-    return z._replace(rejects=reduce(z.rejects, "n b r -> r", "sum"))
-
+  total = -(-len(data.source) // data.batch_size)
   split = NamedSharding(context.mesh, P(None, sharding.BATCH))
   layout: Any = (*[split] * 6, sharding.replicated_sharding(context.mesh))
-  stack_jit = jax.jit(stack, out_shardings=Embedded(*layout))
+
+  # Batches are written into their places, one by one. A function that stacks all of them would have
+  # thousands of arguments, of which each takes milliseconds to trace and compile.
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=Embedded(*layout))
+  def put(placed: Embedded | None, k: jax.Array, batch: Embedded) -> Embedded:
+    """Batch k of all of them; None: of none."""
+    rejects = reduce(batch.rejects, "b r -> r", "sum")
+    if placed is None:
+      empty = jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), batch)
+      placed = empty._replace(rejects=jnp.zeros_like(rejects))
+    arrays = jax.tree.map(
+      lambda every, x: jax.lax.dynamic_update_index_in_dim(every, x, k, 0), placed[:6], batch[:6]
+    )
+    return Embedded(*arrays, rejects=placed.rejects + rejects)
 
   def embed(params: Any) -> Embedded:
-    embedded: Embedded = sharding.block_on_cpu(
-      stack_jit(
-        [
-          Embedded(
-            zimg=zimg,
-            ztxt=sharding.block_on_cpu(embed_texts(params, batch["texts"], batch["texts_mask"])),
-            label=batch["label"],
-            ordinal=batch["index"],
-            valid=batch["valid"],
-            texts_valid=batch["texts_valid"],
-            rejects=batch["rejects"],
-          )
-          for zimg, batch in embedded_images(context, data, params)
-        ]
+    embedded: Any = None
+    pairs = zip(range(total), embedded_images(context, data, params), strict=True)
+    for k, (zimg, batch) in pairs:
+      one = Embedded(
+        zimg=zimg,
+        ztxt=sharding.block_on_cpu(embed_texts(params, batch["texts"], batch["texts_mask"])),
+        label=batch["label"],
+        ordinal=batch["index"],
+        valid=batch["valid"],
+        texts_valid=batch["texts_valid"],
+        rejects=batch["rejects"],
       )
-    )
+      embedded = sharding.block_on_cpu(put(embedded, np.int32(k), one))
     log_rejects(context.name, embedded.rejects)
     return embedded
 

@@ -23,6 +23,9 @@ from bigalign.run.progress import Progress, clock_time
 FILE = "metrics.jsonl"
 # What follows an update; a run that is asked to stop leaves it to its next start.
 DIAGNOSE, EVALUATE = "diagnose", "evaluate"
+# tensorboardX imports torch for a type annotation, and clients of object stores for event files in a
+# bucket; ours are in a local folder. These imports take 2 and 0.5 CPU seconds.
+_SLOW_IMPORTS = ("torch", "google.cloud.storage", "boto3")
 _NON_FINITE: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 # Metrics measured in wall time: this prefix and these names. They differ between a run and its
 # repetition; all other metrics are equal to the bit after a resume.
@@ -181,7 +184,7 @@ class MetricWriter:
     _rewind(folder / FILE, resume_step, repeats)
     self._file = (folder / FILE).open("a", encoding="utf-8")
     if tensorboard:
-      with _without_torch():
+      with _without(*_SLOW_IMPORTS):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -239,20 +242,18 @@ class MetricWriter:
 
 
 @contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-  """A context in which torch seems to be missing, unless it is loaded.
+def _without(*modules: str) -> Iterator[None]:
+  """A context in which modules seem to be missing, unless they are loaded; see _SLOW_IMPORTS.
 
-  tensorboardX imports it for the sake of a type annotation, and torch takes two seconds. Whoever
-  gives it tensors of torch afterwards is not affected: it then imports torch again.
+  Later imports of them are not affected.
   """
-  if "torch" in sys.modules:
-    yield
-    return
-  sys.modules["torch"] = None  # type: ignore[assignment]
+  hidden = [name for name in modules if name not in sys.modules]
+  sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
   try:
     yield
   finally:
-    del sys.modules["torch"]
+    for name in hidden:
+      del sys.modules[name]
 
 
 def _start_wandb(folder: pathlib.Path, options: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 
+import flax
 import freetype
 import grain
 import jax
@@ -26,6 +27,7 @@ import pytest
 import tensorstore
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
+from flax import linen as nn
 from grain.multiprocessing import SharedMemoryArray
 from helpers.object_store_server import store
 from helpers.shipped import ROOT
@@ -356,6 +358,26 @@ def test_the_hub_sends_requests_with_a_library_whose_errors_have_one_base():
   library = sys.modules[found.__module__.split(".")[0]]
   assert issubclass(library.ConnectError, found) and issubclass(library.ReadTimeout, found)
   assert not issubclass(found, OSError) and not issubclass(FileNotFoundError, found)
+
+
+def test_flax_calls_no_initialiser_where_shapes_are_known():
+  drawn = []
+
+  def ones(key, shape, dtype):
+    drawn.append(shape)
+    return jnp.ones(shape, dtype)
+
+  layer = nn.Dense(2, use_bias=False, kernel_init=ones)
+  x, kernel = jnp.ones((1, 3)), jnp.arange(6.0).reshape(3, 2)
+  with private_apis.without_shape_checks():
+    layer.init(jax.random.key(0), x)  # parameters that do not exist yet are drawn
+    assert drawn == [(3, 2)]
+    np.testing.assert_array_equal(layer.apply({"params": {"kernel": kernel}}, x), x @ kernel)
+    with pytest.raises(flax.errors.ScopeParamNotFoundError):
+      layer.apply({"params": {"weight": kernel}}, x)
+  assert drawn == [(3, 2)]
+  with pytest.raises(flax.errors.ScopeParamShapeError):
+    layer.apply({"params": {"kernel": kernel.T}}, x)
 
 
 def test_freetype_gives_the_coverage_of_a_glyph():
