@@ -163,6 +163,8 @@ def _open_source(options: DataOptions, captions: Sequence[str] | None) -> Source
       "config.data.schedule changes mixture weights, but config.data.mixture is not set"
     )
   source = open_source(options.source, captions=captions, **options.source_options or {})
+  if options.pure_batches:
+    raise ValueError("config.data.pure_batches=True, but config.data.mixture is not set")
   if options.view:
     source = View(source, options.view)
   if not len(source):
@@ -184,7 +186,8 @@ def _open_mixture(options: DataOptions, captions: Sequence[str] | None) -> Mixtu
   phases = [(start, dict(some)) for start, some in options.schedule]
   # A schedule may give the weights of the start itself.
   at_start = [start for start, _ in phases if str(start).split()[0] == "0"]
-  mixture = Mixture(sources, [*([] if at_start else [(0, weights)]), *phases])
+  phases = [*([] if at_start else [(0, weights)]), *phases]
+  mixture = Mixture(sources, phases, pure=options.pure_batches)
   if not at_start:
     _check_weights(options.mixture)
   return mixture

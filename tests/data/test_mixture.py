@@ -79,6 +79,31 @@ def test_the_positions_of_a_source_are_consecutive():
   assert abs(split.before(far)[0] / far - 5 / 7) < 1e-8
 
 
+def test_pure_batches_have_one_source_each():
+  """Shares count batches; each source is read without replacement, whatever the size of batches."""
+  sources = {name: Numbers(name, 1000) for name in THREE}
+  pure = Mixture(sources, ((0, THREE),), pure=True)
+  split = MixtureSchedule(pure, batch_size=16)
+  source, own = split(np.arange(16 * 700))
+  of_batch = source.reshape(700, 16)
+  assert (of_batch == of_batch[:, :1]).all()
+  for s, weight in enumerate(THREE.values()):
+    so_far = np.cumsum(of_batch[:, 0] == s)
+    assert np.abs(so_far - np.arange(1, 701) * weight / 7).max() < 3
+    np.testing.assert_array_equal(own[source == s], np.arange((source == s).sum()))
+  for position in (0, 15, 16, 1000, 16 * 300 + 5):
+    expected = np.bincount(source[:position], minlength=3)
+    np.testing.assert_array_equal(split.before(position), expected)
+  check_sizes(pure, batch_size=8, lane_rows=16)
+  with pytest.raises(ValueError, match="must divide 16"):
+    check_sizes(pure, batch_size=32, lane_rows=16)
+  with pytest.raises(ValueError, match="'a' has 1000 samples, fewer than the 1024"):
+    check_sizes(pure, batch_size=1024)
+  later = Mixture(sources, ((0, THREE), ("40 samples", dict(a=1.0))), pure=True)
+  with pytest.raises(ValueError, match="multiples of 16"):
+    MixtureSchedule(later, batch_size=16)
+
+
 @pytest.mark.parametrize("block", [1, 4])
 def test_each_source_is_read_without_replacement(block):
   sizes = dict(a=50, b=7, c=333)

@@ -104,6 +104,8 @@ class DataOptions(ImageReading):
     mixture: several sources with shares, instead of `source`.
     schedule: ((start, {name: weight}), …): other weights for a mixture from there on; start is
       "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
+    pure_batches: whether all samples of a batch come from one source of the mixture, whose weights
+      are then shares of the batches; for losses and prefixes that could tell sources apart.
     stores: vectors of frozen towers. With both sides, neither the source nor its captions are read;
       with one side, the source is read for the other side, which is trained.
     view: of the source, made by `bigalign view`: only the samples that it keeps.
@@ -137,6 +139,7 @@ class DataOptions(ImageReading):
   source: str = ""
   mixture: Sequence[MixturePart] = ()
   schedule: Sequence[Any] = ()
+  pure_batches: bool = False
   stores: Stores = DEFAULTS
   view: str = ""
   augment: Annotated[Component, Call(train_image, fixed=("image", "rng", "size"))] = DEFAULTS

@@ -2,7 +2,8 @@
 
 Position p of a mixture belongs to one source, and is the c-th position of that source. c is the
 source's own position, so each source is read without replacement and has its own epochs. Among the
-first n positions of a phase, a source with share w has n * w positions, within a few.
+first n positions of a phase, a source with share w has n * w positions, within a few. In a mixture
+of pure batches the same holds for batches instead of positions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class MixtureSchedule:
 
   Args:
     mixture: the sources, and the phases with their weights.
-    batch_size: rows of a global batch, for phases that start at a step.
+    batch_size: rows of a global batch, for phases that start at a step, and for pure batches.
 
   Raises:
     ValueError: for phases that do not start at 0, or not in ascending order.
@@ -39,6 +40,13 @@ class MixtureSchedule:
         f"config.data.schedule: the phases start at samples {self.starts.tolist()};"
         " the first must start at 0, and each other one after the one before"
       )
+    self.unit = batch_size if mixture.pure else 1  # positions that have one source
+    if (self.starts % self.unit).any():
+      raise ValueError(
+        f"config.data.schedule: the phases start at samples {self.starts.tolist()}, but with"
+        f" pure_batches they must start with a batch, at multiples of {self.unit}"
+      )
+    self.starts //= self.unit
     self.shares = np.stack(
       [_shares([weights.get(name, 0) for name in mixture.names]) for _, weights in mixture.phases]
     )  # [phases, sources]
@@ -50,11 +58,16 @@ class MixtureSchedule:
 
   def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the source of each position [N], and the position within that source [N]."""
-    phases = np.searchsorted(self.starts, positions, side="right") - 1
-    left = positions - self.starts[phases]
-    source = np.full(positions.shape, -1)
-    own = np.zeros_like(positions)
-    rest = np.full(positions.shape, SHARES)
+    source, own = self._of_units(positions // self.unit)
+    return source, own * self.unit + positions % self.unit
+
+  def _of_units(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The source of each unit, and the number of the unit within that source."""
+    phases = np.searchsorted(self.starts, units, side="right") - 1
+    left = units - self.starts[phases]
+    source = np.full(units.shape, -1)
+    own = np.zeros_like(units)
+    rest = np.full(units.shape, SHARES)
     # One source after the other takes its share of the positions that are left.
     for s in range(self.shares.shape[1]):
       share = self.shares[phases, s]
@@ -68,9 +81,12 @@ class MixtureSchedule:
 
   def before(self, position: int) -> np.ndarray:
     """Returns how many positions below this one belong to each source, [sources] int64."""
-    phase = int(np.searchsorted(self.starts, position, side="right")) - 1
-    in_phase = _counts(self.shares[phase], position - int(self.starts[phase]))
-    counts: np.ndarray = self.counts[phase] + in_phase
+    units, rest = divmod(position, self.unit)
+    phase = int(np.searchsorted(self.starts, units, side="right")) - 1
+    in_phase = _counts(self.shares[phase], units - int(self.starts[phase]))
+    counts: np.ndarray = (self.counts[phase] + in_phase) * self.unit
+    if rest:
+      counts[self._of_units(np.array([units]))[0][0]] += rest
     return counts
 
 
@@ -106,7 +122,12 @@ def check_sizes(
     first, last = np.searchsorted(schedule.starts, span, side="left")
     begins = first < len(schedule.starts) and schedule.starts[first] == span[0]
     shares = shares[first if begins else first - 1 : last]
-  most = shares.max(0) * batch_size / SHARES
+  most = (shares.max(0) > 0 if source.pure else shares.max(0) / SHARES) * batch_size
+  if schedule.unit > 1 and schedule.unit % batch_size:
+    raise ValueError(
+      f"config.batch_size={batch_size}: with config.data.pure_batches it must divide"
+      f" {schedule.unit}, the batch size of the first stage, or batches would mix sources"
+    )
   for name, part, rows in zip(source.names, source.sources, most.tolist()):
     if len(part) < rows:
       raise ValueError(

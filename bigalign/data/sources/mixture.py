@@ -26,6 +26,8 @@ class Mixture(Concatenation):
     sources: {name: source}.
     phases: ((start, {name: weight}), ...). The first start is 0; a start is a number of samples, or
       a text such as "2 epochs". A source that a phase does not name is not read in it.
+    pure: whether all samples of a batch come from one source; the weights are then shares of the
+      batches.
 
   Raises:
     ValueError: for an unknown name, or a weight that is not above 0.
@@ -38,8 +40,15 @@ class Mixture(Concatenation):
     (150, 'b/synthetic/0')
   """
 
-  def __init__(self, sources: Mapping[str, Source], phases: Sequence[tuple[int | str, Weights]]):
+  def __init__(
+    self,
+    sources: Mapping[str, Source],
+    phases: Sequence[tuple[int | str, Weights]],
+    *,
+    pure: bool = False,
+  ):
     super().__init__(list(sources.values()))
+    self.pure = pure
     self.names = tuple(sources)
     self.phases = tuple(phases)
     for _, weights in self.phases:
