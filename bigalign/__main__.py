@@ -22,6 +22,7 @@ PROGRAMS = {
     "export.main",
     "write a run as a folder that transformers, open_clip or big_vision load",
   ),
+  "merge": ("merge.main", "average the weights of models: interpolation and soups"),
   "inspect": ("shards.inspect", "summarise a dataset: contact sheet, bad samples, reading speed"),
   "index": ("shards.index", "index the samples of shards for random access in training"),
   "convert": ("shards.convert", "copy a source to ArrayRecord files, optionally shrinking images"),

@@ -90,6 +90,14 @@ class _Restore(ocp.args.StandardRestore):
   """Arrays to restore."""
 
 
+class Stored(NamedTuple):
+  """An array in a checkpoint: the folder of its part, its shape and its dtype."""
+
+  folder: epath.Path
+  shape: tuple[int, ...]
+  dtype: Any
+
+
 class Keep(NamedTuple):
   """Which checkpoints are kept; also orbax's policy. Orbax's own one sorts by NaN.
 
@@ -384,6 +392,29 @@ class Checkpoints:
       args = _Restore(tree.unflatten(arrays))
       return tree.flatten(checkpointer.restore(self._frozen, args=args))
 
+  def parameters(self, step: int, *, ema: bool = False) -> dict[str, Stored]:
+    """Where each parameter of a checkpoint is; no array is read.
+
+    Args:
+      step: of the checkpoint.
+      ema: the running averages, and the parameters that have none.
+
+    Raises:
+      ValueError: if the run keeps no averages.
+      RuntimeError: if the checkpoint is damaged.
+    """
+    checkpoint = self.folder / str(step)
+    learned = checkpoint / ("ema" if ema else "trainable")
+    if not learned.exists():
+      raise ValueError(f"{checkpoint} has no {learned.name!r}: its run keeps no averages")
+    stored: dict[str, Stored] = {}
+    with self._name_damaged(step):
+      for folder in (self._frozen, checkpoint / "frozen", learned):
+        if folder.exists():
+          shapes = _shapes(folder).items()
+          stored |= {k: Stored(folder, tuple(x.shape), np.dtype(x.dtype)) for k, x in shapes}
+    return stored
+
   def _check_metrics(self) -> None:
     """Raises RuntimeError for damaged metrics; those of older versions have no checksum."""
     steps = self.folder.iterdir() if self.folder.exists() else ()
@@ -417,6 +448,24 @@ class Checkpoints:
     """Waits for pending writes and closes."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def check_folders(stored: Mapping[str, Stored]) -> None:
+  """Raises checksums.Damaged if a file of the arrays was damaged; every process calls it."""
+  for folder in dict.fromkeys(x.folder for x in stored.values()):
+    _check_sums(folder)
+
+
+def read_arrays(stored: Mapping[str, Stored]) -> dict[str, np.ndarray]:
+  """Some arrays of one folder of a checkpoint, on the host."""
+  (folder,) = {x.folder for x in stored.values()}
+  shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in stored.items()}
+  kinds = dict.fromkeys(stored, ocp.RestoreArgs(restore_type=np.ndarray))
+  args = ocp.args.PyTreeRestore(
+    item=tree.unflatten(shapes), restore_args=tree.unflatten(kinds), partial_restore=True
+  )
+  restored = tree.flatten(ocp.PyTreeCheckpointHandler().restore(folder, args=args))
+  return {path: np.asarray(restored[path]) for path in stored}
 
 
 @contextlib.contextmanager

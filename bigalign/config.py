@@ -39,7 +39,8 @@ from bigalign.run.metrics import MetricWriter
 from bigalign.run.provenance import digest
 from bigalign.weights import init
 
-OPTIMIZER_FIXED = ("params", "total_steps", "to_steps")  # passed by the program; not options
+# Passed by the program; not options.
+OPTIMIZER_FIXED = ("params", "total_steps", "to_steps", "rate", "since", "every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ import rich.box
 import rich.table
 from absl import logging
 
-from bigalign import sharding
+from bigalign import sharding, stages
 from bigalign.config import (
   Config,
   recorded_config,
@@ -23,7 +25,7 @@ from bigalign.evals import Evaluator, make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.evals.embed import SharedImages
 from bigalign.options import plain
-from bigalign.program import layout, make_embed, make_program
+from bigalign.program import layout, make_embed, make_programs
 from bigalign.run import errors, parsers, preemption, progress, runtime
 from bigalign.run.provenance import changed_ids, check_hosts_agree, read_config
 from bigalign.run.tables import show, write_json
@@ -91,12 +93,18 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   for line in meta.get("differences", ()):  # from the checkpoint with which the run began
     logging.warning("%s", line)
   meta["config"] = plain(recorded)
-  program = make_program(config, dataset_size=meta["dataset_size"])
+  size = meta["dataset_size"]
+  stage = stages.at(stages.split(config, dataset_size=size), number)
+  programs = make_programs(config, dataset_size=size)
+  program, own = programs[-1], programs[stage.number]
+  # The losses of the checkpoint; one of weight 0 is not a part of them.
+  losses = {name: x for name, x in stage.config.loss.items() if x.option("weight")}
+  config = dataclasses.replace(config, loss=losses)
   # The machine may differ from the one that trained: the model is replicated on all its devices.
   mesh = sharding.make_mesh()
-  shapes, shardings = layout(program, mesh, config.rules)
-  params = restore_params(checkpoints, number, shapes, shardings)
-  ema = restore_params(checkpoints, number, shapes, shardings, ema=True) if program.ema else {}
+  shapes, shardings = layout(own, mesh, config.rules)
+  read = functools.partial(restore_params, checkpoints, number, shapes, shardings, own.fixed)
+  params, ema = read(), read(ema=True) if own.ema else {}
   checkpoints.close()
   embed = make_embed(program.model)
   return Run(folder.local, number, config, meta, mesh, params, ema, embed, str(folder.root))
@@ -138,13 +146,14 @@ def evaluate(run: Run, evals: Mapping[str, Any] | None = None) -> dict[str, floa
     FileNotFoundError: for missing data of `evals`; if it is None, without the data of any.
   """
   if evals is None:
-    evaluators, _ = _evaluators_with_data(run)
+    evaluators, _ = evaluators_with_data(run)
   else:
     evaluators = make_evaluators(evals, mesh=run.mesh, data=run.config.data, **run.embed)
-  return _measure(run, evaluators)
+  return measure(run, evaluators)
 
 
-def _measure(run: Run, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
+def measure(run: Run, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
+  """{metric: value} of a run; those of the averaged parameters as "ema/…"."""
   metrics: dict[str, float] = {}
   with jax.set_mesh(run.mesh):
     for prefix, params in (("", run.params), ("ema/", run.ema)):
@@ -153,7 +162,7 @@ def _measure(run: Run, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
   return metrics
 
 
-def _evaluators_with_data(run: Run) -> tuple[dict[str, Evaluator], dict[str, str]]:
+def evaluators_with_data(run: Run) -> tuple[dict[str, Evaluator], dict[str, str]]:
   """The evaluators of a run's config, and {name: reason} of those whose data is not here."""
   evaluators: dict[str, Evaluator] = {}
   missing: dict[str, str] = {}
@@ -282,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if evals:
       metrics = evaluate(opened, evals)
     else:
-      evaluators, left_out = _evaluators_with_data(opened)
-      metrics = _measure(opened, evaluators)
+      evaluators, left_out = evaluators_with_data(opened)
+      metrics = measure(opened, evaluators)
       evals = {name: opened.meta["config"]["evals"][name] for name in evaluators}
   if jax.process_index() == 0:
     show(table(metrics))

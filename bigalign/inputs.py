@@ -284,6 +284,22 @@ def check_stored(run_stages: Sequence[stages.Stage]) -> None:
         )
 
 
+def with_stage_weights(inputs: Inputs, run_stages: Sequence[stages.Stage]) -> Inputs:
+  """The inputs with the weights of a mixture that the stages of the run give."""
+  phases = stages.mixture_phases(run_stages)
+  if not phases:
+    return inputs
+  mixture = inputs.source
+  assert isinstance(mixture, Mixture)
+  (_, weights), *_ = mixture.phases
+  changes: list[tuple[int | str, Mapping[str, float]]] = [
+    (f"{first} samples" if first else 0, weights if own is None else own) for first, own in phases
+  ]
+  start: list[tuple[int | str, Mapping[str, float]]] = [] if phases[0][0] == 0 else [(0, weights)]
+  sources = dict(zip(mixture.names, mixture.sources))
+  return inputs._replace(source=Mixture(sources, [*start, *changes]))
+
+
 def staged_batches(
   run_stages: Sequence[stages.Stage],
   inputs: Inputs,

@@ -197,6 +197,39 @@ def muon(
   return optax.partition({"muon": orthogonal, "adam": optax.scale_by_adam(b1, b2, eps)}, is_matrix)
 
 
+def by_age(
+  core: optax.GradientTransformation, since: Mapping[str, int]
+) -> optax.GradientTransformation:
+  """An optimizer with one state for the parameters that are trained since the same stage.
+
+  Adam corrects the bias of young moments by a count of updates. With one count for all, the first
+  updates of a parameter that became trainable late would be up to 1 / sqrt(1 - b2) times too large.
+
+  Args:
+    core: the optimizer.
+    since: {path: number of the stage since which the parameter is trained}.
+  """
+  groups = {
+    str(age): [path for path, x in since.items() if x == age] for age in sorted({*since.values()})
+  }
+
+  def part(flat: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    return {path: flat[path] for path in paths}
+
+  def init(params: Any) -> Any:
+    return {age: core.init(part(params, paths)) for age, paths in groups.items()}
+
+  def update(updates: Any, state: Any, params: Any = None) -> Any:
+    scaled, after = {}, {}
+    for age, paths in groups.items():
+      own = None if params is None else part(params, paths)
+      one, after[age] = core.update(part(updates, paths), state[age], own)
+      scaled |= dict(one)
+    return {path: scaled[path] for path in updates}, after
+
+  return optax.GradientTransformation(init, update)
+
+
 OPTIMIZERS = dict(adamw=adamw, lion=lion, adafactor=adafactor, sgd=sgd, muon=muon)
 
 
@@ -216,6 +249,9 @@ def make_optimizer(
   clip_norm: float | None = 1.0,
   multipliers: Sequence[tuple[str, float]] = (),
   rates: Sequence[tuple[str, float | Mapping[str, Any]]] = (),
+  rate: Schedule | None = None,
+  since: Mapping[str, int] | None = None,
+  every: Mapping[str, Any] | None = None,
   **options: Any,
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The chain clip -> name -> weight decay -> multipliers -> -learning rate, and the schedule.
@@ -239,6 +275,10 @@ def make_optimizer(
     rates: (regular expression, learning rate) pairs of parameters with a learning rate of their
       own, without warmup or schedule: a number, or dict(start=2e-4, end=5e-5, over="1e9 samples"),
       a line.
+    rate: the learning rate; None: as `lr`, `schedule`, `warmup`, `cooldown` and `end` say.
+    since: as of `by_age`; None: all parameters share one state.
+    every: the parameters that some stage of the run trains, which patterns may match; None: those
+      of `params`.
     options: those of the optimizer `name`.
 
   Raises:
@@ -246,32 +286,36 @@ def make_optimizer(
   """
   where = "config.optimizer"
   core = checks.choose(OPTIMIZERS, name, f"{where}.name")
-  rate = learning_rate(
-    name=schedule,
-    lr=lr,
-    total_steps=total_steps,
-    end=end,
-    warmup=to_steps(warmup, f"{where}.warmup"),
-    cooldown=to_steps(cooldown, f"{where}.cooldown", back=True),
-  )
+  if rate is None:
+    rate = make_rate(
+      total_steps=total_steps,
+      to_steps=to_steps,
+      lr=lr,
+      schedule=schedule,
+      warmup=warmup,
+      cooldown=cooldown,
+      end=end,
+    )
+  every = params if every is None else every
   chain = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-  chain.append(resolve(core, options, where).make())
+  made = resolve(core, options, where).make()
+  chain.append(by_age(made, since) if since else made)
   if weight_decay:
     decayed, _ = tree.partition(
-      params, decay, f"{where}.decay (for weight_decay), among what config.frozen leaves to learn"
+      every, decay, f"{where}.decay (for weight_decay), among what config.frozen leaves to learn"
     )
     chain.append(optax.add_decayed_weights(weight_decay, {p: p in decayed for p in params}))
   if multipliers:
-    factors = dict.fromkeys(params, 1.0)
+    factors = dict.fromkeys(every, 1.0)
     for pattern, factor in reversed(multipliers):
-      hit, _ = tree.partition(params, pattern, f"{where}.multipliers")
+      hit, _ = tree.partition(every, pattern, f"{where}.multipliers")
       factors |= dict.fromkeys(hit, factor)
     chain.append(
       optax.stateless(lambda updates, _: {p: u * factors[p] for p, u in updates.items()})
     )
   own: dict[str, float | optax.Schedule] = {}
   for pattern, given in reversed(rates):
-    hit, _ = tree.partition(params, pattern, f"{where}.rates")
+    hit, _ = tree.partition(every, pattern, f"{where}.rates")
     own |= dict.fromkeys(hit, _own_rate(given, f"{where}.rates {pattern!r}", to_steps))
   descents = {
     path: optax.scale_by_learning_rate(x) for path, x in {"schedule": rate, **own}.items()
@@ -279,6 +323,47 @@ def make_optimizer(
   labels = {path: path if path in own else "schedule" for path in params}
   chain.append(optax.partition(descents, labels) if own else descents["schedule"])
   return optax.chain(*chain), rate
+
+
+def make_rate(
+  *,
+  total_steps: int,
+  to_steps: Callable[..., int],
+  lr: float,
+  schedule: str,
+  warmup: int | str,
+  cooldown: int | str,
+  end: float,
+) -> Schedule:
+  """`learning_rate` of durations; the arguments are those of `make_optimizer`."""
+  return learning_rate(
+    name=schedule,
+    lr=lr,
+    total_steps=total_steps,
+    end=end,
+    warmup=to_steps(warmup, "config.optimizer.warmup"),
+    cooldown=to_steps(cooldown, "config.optimizer.cooldown", back=True),
+  )
+
+
+def joined_rate(rest: Schedule, own: Sequence[tuple[int, int, Schedule]]) -> Schedule:
+  """The learning rate of a run whose stages have schedules of their own.
+
+  Args:
+    rest: the schedule of all other updates, which counts these alone.
+    own: (begin, end, schedule) of stages, in their order; a schedule counts from its begin.
+  """
+
+  def rate(step: Any) -> jax.Array:
+    step = jnp.asarray(step)
+    left = step - sum(jnp.clip(step - begin, 0, end - begin) for begin, end, _ in own)
+    value = rest(left)
+    for begin, end, schedule in own:
+      inside = (step >= begin) & (step < end)
+      value = jnp.where(inside, schedule(jnp.clip(step - begin, 0, end - begin)), value)
+    return value
+
+  return rate if own else rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

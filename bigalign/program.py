@@ -21,7 +21,7 @@ from bigalign.losses import Loss, make_loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 from bigalign.model import DualEncoder
-from bigalign.optim import Schedule, make_optimizer
+from bigalign.optim import Schedule, joined_rate, make_optimizer, make_rate
 from bigalign.private_apis import without_shape_checks
 from bigalign.state import Arrays, State
 from bigalign.towers.features import Features
@@ -44,6 +44,7 @@ class Program:
       widths of the teachers whose vectors a batch holds.
     params: {path: shape} of all parameters.
     frozen: regular expression of the parameters that are not trained.
+    fixed: the paths that no stage of the run trains.
     ema: decay of the running average of the parameters; 0: none.
     seed: of dropout and of the draws of the loss.
     total_steps: updates in all.
@@ -61,6 +62,7 @@ class Program:
   sizes: Mapping[str, Any]
   params: Mapping[str, Any]
   frozen: str
+  fixed: frozenset[str]
   ema: float
   seed: int
   total_steps: int
@@ -70,14 +72,25 @@ class Program:
 
 
 def make_program(config: Config, *, dataset_size: int = 0) -> Program:
-  """A config's objects; reads no data and allocates no parameters.
+  """A config's objects; of a config with stages, those of the last one, which is the config itself.
 
-  Of a config with stages, those of the last stage, which is the config itself; `stage_program`
-  derives the others.
+  Reads no data and allocates no parameters.
 
   Args:
     config: of the run.
     dataset_size: samples of an epoch, for durations in epochs and per-sample state.
+  """
+  return make_programs(config, dataset_size=dataset_size)[-1]
+
+
+def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
+  """The objects of each stage of a config; arguments as of `make_program`.
+
+  Stages that differ in their data or their schedule alone have equal programs. Learned positions
+  keep the grid of the config's images, and are resampled to the grid of a stage.
+
+  Raises:
+    ValueError, TypeError: naming the stage, for options that exclude each other.
   """
   run_stages = stages.split(config, dataset_size=dataset_size)
   total_steps = run_stages[-1].end
@@ -106,6 +119,7 @@ def make_program(config: Config, *, dataset_size: int = 0) -> Program:
     },
     params={},
     frozen=config.frozen,
+    fixed=frozenset(),
     ema=config.ema,
     seed=config.seed,
     total_steps=total_steps,
@@ -114,42 +128,114 @@ def make_program(config: Config, *, dataset_size: int = 0) -> Program:
     logits=config.logits,
   )
   params = jax.eval_shape(functools.partial(init_params, program), jax.random.key(config.seed))
-  _, trainable = tree.partition(params, config.frozen, "config.frozen")
-  if not trainable:
-    raise ValueError(f"config.frozen={config.frozen!r} leaves no parameter to train")
-  optimizer, rate = make_optimizer(
-    params=trainable,
-    total_steps=total_steps,
-    to_steps=functools.partial(stages.steps, stages=run_stages, dataset_size=dataset_size),
-    name=config.optimizer.name,
-    **config.optimizer.options,
-  )
-  return dataclasses.replace(program, params=params, optimizer=optimizer, rate=rate)
+  program = dataclasses.replace(program, params=params)
+  programs = [_of_stage(program, config, stage) for stage in run_stages]
+  return _with_optimizers(programs, run_stages, dataset_size)
 
 
-def stage_program(program: Program, stage: stages.Stage, mesh: jax.sharding.Mesh) -> Program:
-  """A stage's program: its model and batches, with parameters, optimizer and loss of `program`.
-
-  Learned positions keep the grid of the program's images, and are resampled to other grids.
-
-  Raises:
-    ValueError, TypeError: naming the stage, if a batch does not divide over the mesh or into its
-      microbatches, or for options of the model that exclude each other.
-  """
+def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
+  """The program of a stage from that of its run, without the optimizer."""
+  if stage.where == "config":
+    return program
+  own = stage.config
   with stages.named(stage):
-    sharding.host_rows(mesh, stage.batch_size)
-    gradcache.check_microbatches(mesh, stage.batch_size, stage.config.microbatches)
-    if stage.where == "config":
-      return program
-    model = stage.config.model.build()
-    spec = _spec(model, stage.batch_size, stage.config.data)
-  tower = model.image_tower
-  if getattr(tower, "grid", ()) is None:
-    rows, cols = (size // tower.options.patch for size in program.spec["image"][0][1:3])
-    model = model.clone(image_tower=tower.clone(grid=(rows, cols)))
+    model, spec = program.model, program.spec
+    if own.model != config.model or own.data.image_size != config.data.image_size:
+      model = own.model.build()
+      tower = model.image_tower
+      if getattr(tower, "grid", ()) is None:
+        rows, cols = (size // tower.options.patch for size in spec["image"][0][1:3])
+        model = model.clone(image_tower=tower.clone(grid=(rows, cols)))
+    spec = _spec(model, stage.batch_size, own.data)
+    loss = program.loss if own.loss == config.loss else make_loss(own.loss)
+    scalars, _ = jax.eval_shape(functools.partial(loss.init, program.sizes))
+  params = {path: x for path, x in program.params.items() if not path.startswith("loss/")}
   return dataclasses.replace(
-    program, model=model, spec=spec, microbatches=stage.config.microbatches
+    program,
+    model=model,
+    loss=loss,
+    spec=spec,
+    params={**params, **tree.flatten(scalars, "loss/")},
+    frozen=own.frozen,
+    microbatches=own.microbatches,
   )
+
+
+def _with_optimizers(
+  programs: Sequence[Program], run_stages: Sequence[stages.Stage], dataset_size: int
+) -> list[Program]:
+  """The programs with the learning rate of the run, and with the optimizer of each stage."""
+  trained, frozen = [], []
+  for program, stage in zip(programs, run_stages):
+    with stages.named(stage):
+      held, trainable = tree.partition(program.params, program.frozen, "config.frozen")
+    if not trainable:
+      raise ValueError(f"{stage.where}.frozen={program.frozen!r} leaves no parameter to train")
+    trained.append(trainable)
+    frozen.append(held)
+  since: list[dict[str, int]] = []  # of each stage: since which stage a parameter is trained
+  for number, trainable in enumerate(trained):
+    before = since[-1] if since else {}
+    since.append({path: before.get(path, number) for path in trainable})
+  has_young = any(age for ages in since for age in ages.values())
+  rate = _rate(run_stages, dataset_size)
+  every = {path: x for trainable in trained for path, x in trainable.items()}
+  fixed = frozenset(frozen[0]).intersection(*frozen)
+  made: list[tuple[tuple[Any, ...], Program]] = []
+  for number, (program, stage) in enumerate(zip(programs, run_stages)):
+    options = stage.config.optimizer.options
+    numbers = {k: x for k, x in options.items() if k not in stages.SCHEDULE}
+    ages = since[number] if has_young else None
+    key = (numbers, ages, [*trained[number]])
+    known = (one.optimizer for theirs, one in made if theirs == key)  # so that programs are equal
+    optimizer = next(known, None)
+    if optimizer is None:
+      with stages.named(stage):
+        optimizer, _ = make_optimizer(
+          params=trained[number],
+          total_steps=program.total_steps,
+          to_steps=functools.partial(stages.steps, stages=run_stages, dataset_size=dataset_size),
+          rate=rate,
+          since=ages,
+          every=every,
+          name=stage.config.optimizer.name,
+          **options,
+        )
+    program = dataclasses.replace(program, optimizer=optimizer, rate=rate, fixed=fixed)
+    made.append((key, program))
+  return [program for _, program in made]
+
+
+def _rate(run_stages: Sequence[stages.Stage], dataset_size: int) -> Schedule:
+  """The learning rate of a run: the schedule of the config, and those of stages."""
+
+  def of(stage: stages.Stage, total_steps: int, to_steps: Callable[..., int]) -> Schedule:
+    given = stage.config.optimizer.options
+    with stages.named(stage):
+      return make_rate(
+        total_steps=total_steps,
+        to_steps=to_steps,
+        **{name: given[name] for name in stages.SCHEDULE},
+      )
+
+  own = []
+  for stage in run_stages:
+    if stage.own_schedule:
+      alone = stage._replace(begin=0, end=stage.end - stage.begin)
+      to_steps = functools.partial(stages.steps, stages=[alone], dataset_size=dataset_size)
+      own.append((stage.begin, stage.end, of(stage, alone.end, to_steps)))
+  rest = stages.with_run_schedule(run_stages)
+  to_steps = functools.partial(stages.steps, stages=rest, dataset_size=dataset_size)
+  return joined_rate(of(run_stages[-1], rest[-1].end, to_steps), own)
+
+
+def check_stages(run_stages: Sequence[stages.Stage], mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError, naming the stage, if a batch does not divide over the mesh or into its
+  microbatches."""
+  for stage in run_stages:
+    with stages.named(stage):
+      sharding.host_rows(mesh, stage.batch_size)
+      gradcache.check_microbatches(mesh, stage.batch_size, stage.config.microbatches)
 
 
 def _spec(model: DualEncoder, batch_size: int, data: DataOptions) -> dict[str, Any]:
@@ -192,14 +278,17 @@ def init_state(program: Program, key: jax.Array, loaded: Arrays | None = None) -
     key: of the random parameters.
     loaded: {path: array}: parameters that are used instead of random ones.
   """
-  return _first_state(program, {**init_params(program, key), **(loaded or {})})
+  return first_state(program, {**init_params(program, key), **(loaded or {})})
 
 
-def _first_state(program: Program, params: Arrays) -> State:
-  """The state before the first update, with all parameters by path."""
+def first_state(program: Program, params: Arrays) -> State:
+  """The state before the first update of a stage, with all parameters by path."""
   frozen, trainable = tree.partition(params, program.frozen, "config.frozen")
-  # Frozen parameters are stored in their compute dtype.
-  frozen = {path: x.astype(compute_dtype(program.model, path)) for path, x in frozen.items()}
+  # Parameters that no stage trains are stored in their compute dtype.
+  frozen = {
+    path: x.astype(compute_dtype(program.model, path)) if path in program.fixed else x
+    for path, x in frozen.items()
+  }
   _, loss_state = program.loss.init(program.sizes)
   return State(
     step=jnp.zeros((), jnp.int32),
@@ -209,6 +298,14 @@ def _first_state(program: Program, params: Arrays) -> State:
     opt=program.optimizer.init(trainable),
     loss=loss_state,
   )
+
+
+def at_start(programs: Sequence[Program]) -> Program:
+  """The program whose state a run begins with: the first one, with the images of the last one.
+
+  Parameters are drawn as without stages.
+  """
+  return dataclasses.replace(programs[0], model=programs[-1].model, spec=programs[-1].spec)
 
 
 def init_on_mesh(program: Program, shardings: State, loaded: Arrays | None = None) -> State:
@@ -234,7 +331,7 @@ def layout(
   program: Program, mesh: jax.sharding.Mesh, rules: Sequence[Any] | None = None
 ) -> tuple[State, State]:
   """The shapes of a state and the shardings of its arrays; allocates no parameters."""
-  shapes = jax.eval_shape(functools.partial(_first_state, program), program.params)
+  shapes = jax.eval_shape(functools.partial(first_state, program), program.params)
   return shapes, state_shardings(shapes, mesh, rules)
 
 

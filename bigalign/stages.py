@@ -5,14 +5,16 @@
     dict(until="97%", model=dict(image=dict(patch_dropout=0.5))),
   )
 
-After the last `until`, the config's own options apply; evaluation and export use these too. One
-learning rate schedule covers all stages. Two uses: CLIPA, https://arxiv.org/abs/2305.07017, and
-FLIP's final tuning without masking, https://arxiv.org/abs/2212.00794.
+After the last `until`, the config's own options apply; evaluation and export use these too. Uses:
+CLIPA, https://arxiv.org/abs/2305.07017, FLIP's final tuning without masking,
+https://arxiv.org/abs/2212.00794, and an image tower that is locked at first (LiT,
+https://arxiv.org/abs/2111.07991). border.py has what happens to the state between two stages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,13 +22,28 @@ from bigalign import durations, tree
 from bigalign.config import Config
 from bigalign.options import fits, plain, resolve, spelled
 
-# What a stage may override, and its type: what changes no parameter's shape.
+# Options of config.optimizer with which a stage has a schedule of its own.
+SCHEDULE: dict[str, Any] = {
+  "lr": float,
+  "schedule": str,
+  "warmup": int | str,
+  "cooldown": int | str,
+  "end": float,
+}
+# What a stage may override, and its type: what changes no parameter's shape. Under "loss" stands
+# any option of any term.
 OVERRIDES: dict[str, Any] = {
   "batch_size": int,
   "microbatches": int,
+  "frozen": str,
+  "loss": Mapping[str, Any],
+  **{f"optimizer/{name}": kind for name, kind in SCHEDULE.items()},
+  "optimizer/weight_decay": float,
+  "optimizer/multipliers": Sequence[Any],
   "data/image_size": int,
   "data/tokenizer/length": int,
   "data/augment": Mapping[str, Any] | None,
+  "data/mixture": Mapping[str, float],
   "model/image/patch_dropout": float,
   "model/image/remat": str,
   "model/text/remat": str,
@@ -37,6 +54,8 @@ class Stage(NamedTuple):
   """The updates `begin` < n <= `end`, run with `config`, which has no stages of its own.
 
   number: from 0; the last stage is the config itself. where: its place in the config, for errors.
+  own_schedule: whether it has a schedule of the learning rate for its updates alone; the schedule
+  of the config counts the updates of the other stages.
   """
 
   number: int
@@ -44,6 +63,7 @@ class Stage(NamedTuple):
   begin: int
   end: int
   config: Config
+  own_schedule: bool = False
 
   @property
   def batch_size(self) -> int:
@@ -103,12 +123,28 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
         f"{place_of_until}={until!r} is update {end:,} of the run, but {before}. Stages must end in"
         f" ascending order, the last one before config.total_steps={config.total_steps!r}"
       )
-    stage = Stage(number, where, begin, end, config)
+    own_schedule = any(path.removeprefix("optimizer/") in SCHEDULE for path in overrides)
+    stage = Stage(number, where, begin, end, config, own_schedule)
     with named(stage):
       stages.append(stage._replace(config=resolve(Config, _changed(base, overrides), "config")))
     samples += (end - begin) * batch_size
     begin = end
   return stages
+
+
+def at(run_stages: Sequence[Stage], step: int) -> Stage:
+  """The stage to which the state after `step` updates belongs: a stage begins with its first."""
+  return next((stage for stage in run_stages if step <= stage.end), run_stages[-1])
+
+
+def with_run_schedule(run_stages: Sequence[Stage]) -> list[Stage]:
+  """The stages without a schedule of their own, as if the others did not exist."""
+  end, left = 0, []
+  for stage in run_stages:
+    if not stage.own_schedule:
+      begin, end = end, end + stage.end - stage.begin
+      left.append(stage._replace(begin=begin, end=end))
+  return left
 
 
 def steps(
@@ -172,6 +208,8 @@ def _overrides(given: Any, where: str) -> dict[str, Any]:
   overrides = dict(_leaves({k: v for k, v in given.items() if k != "until"}))
   for path, value in overrides.items():
     dotted = path.replace("/", ".")
+    if path.startswith("loss/"):
+      continue  # `resolve` checks the options of losses
     if path not in OVERRIDES:
       known = [name.replace("/", ".") for name in OVERRIDES]
       raise ValueError(
@@ -189,7 +227,8 @@ def _overrides(given: Any, where: str) -> dict[str, Any]:
 def _leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
   for name, value in options.items():
     path = prefix + name
-    if isinstance(value, Mapping) and path not in OVERRIDES:
+    nested = path == "loss" or path not in OVERRIDES
+    if isinstance(value, Mapping) and nested and (value or not path.startswith("loss/")):
       yield from _leaves(value, f"{path}/")
     else:
       yield path, value
@@ -199,8 +238,58 @@ def _changed(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
   """A copy of plain options with other values at some paths."""
   changed: dict[str, Any] = plain(base)
   for path, value in overrides.items():
-    tree.put(changed, path, value)
+    if path == "data/mixture":
+      changed["data"]["mixture"] = _weighted(changed["data"]["mixture"], value)
+    elif path.startswith("loss/") and value == {}:  # a term with its defaults
+      changed["loss"].setdefault(path.removeprefix("loss/"), {})
+    else:
+      tree.put(changed, path, value)
   return changed
+
+
+def _weighted(
+  parts: Sequence[Mapping[str, Any]], weights: Mapping[str, float]
+) -> list[dict[str, Any]]:
+  """config.data.mixture with other weights; 0 for the sources that `weights` does not name."""
+  names = [part["name"] for part in parts]
+  for name, weight in weights.items():
+    if name not in names:
+      raise ValueError(
+        f"data.mixture: no source {name!r}.{tree.nearest(name, names)} Known: {tree.shown(names)}"
+      )
+    if not 0 < weight < math.inf:
+      raise ValueError(
+        f"data.mixture.{name}={weight}: a weight is above 0; leave out a source that is not read"
+      )
+  return [
+    {**part, "weight": float(weights.get(part["name"], 0)), "upsampling": None} for part in parts
+  ]
+
+
+def mixture_phases(run_stages: Sequence[Stage]) -> list[tuple[int, dict[str, float] | None]]:
+  """(first sample, {name: weight}) where a stage changes the weights of the mixture.
+
+  Weights are None where those of the config apply. [] if no stage changes them.
+
+  Raises:
+    ValueError: if config.data.schedule changes them too.
+  """
+  last = run_stages[-1].config.data
+  phases: list[tuple[int, dict[str, float] | None]] = []
+  samples, before = 0, last.mixture
+  for stage in run_stages:
+    parts = stage.config.data.mixture
+    if parts != before:
+      if last.schedule:
+        raise ValueError(
+          f"{stage.where}.data.mixture and config.data.schedule both change the weights of the"
+          " mixture: use either"
+        )
+      own = {part.name: part.weight for part in parts if part.weight}
+      phases.append((samples, None if parts == last.mixture else own))
+    before = parts
+    samples += (stage.end - stage.begin) * stage.batch_size
+  return phases
 
 
 def _position(

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Container
 from typing import Any
 
 import clu.parameter_overview
@@ -43,19 +44,30 @@ class State:
   loss: Any
 
 
-def parts(state: State) -> dict[str, Arrays]:
-  """A state as {part: {path: array}}, as checkpoints hold it; frozen parameters are saved apart."""
+def parts(state: State, fixed: Container[str]) -> dict[str, Arrays]:
+  """A state as {part: {path: array}}, as checkpoints hold it.
+
+  Args:
+    state: of the run.
+    fixed: the paths that no stage trains (Program.fixed), which are saved apart, once per run.
+  """
   return {
     "trainable": state.trainable,
+    "frozen": {path: x for path, x in state.frozen.items() if path not in fixed},
     "ema": state.ema,
-    "opt": _by_path(state.opt),
-    "loss": _by_path(state.loss),
+    "opt": by_path(state.opt),
+    "loss": by_path(state.loss),
     "clock": {"step": state.step},  # the name is part of the checkpoint format
   }
 
 
 def restore_params(
-  checkpoints: Checkpoints, step: int, shapes: State, shardings: State, ema: bool = False
+  checkpoints: Checkpoints,
+  step: int,
+  shapes: State,
+  shardings: State,
+  fixed: Container[str],
+  ema: bool = False,
 ) -> Arrays:
   """All parameters of a checkpoint by path, and nothing else of it.
 
@@ -64,29 +76,39 @@ def restore_params(
     step: which checkpoint.
     shapes: the shapes of the state.
     shardings: the shardings of its arrays, on the mesh that is used now.
+    fixed: as of `parts`.
     ema: the running averages instead of the trained parameters.
   """
   wanted = _with_shardings(shapes, shardings)
-  learned = {"ema": wanted.ema} if ema else {"trainable": wanted.trainable}
-  (params,) = checkpoints.restore(step, learned).values()
-  return {**params, **checkpoints.restore_frozen(wanted.frozen)}
+  in_checkpoint = parts(wanted, fixed)
+  names = ("ema" if ema else "trainable", "frozen")
+  learned, held = checkpoints.restore(step, {x: in_checkpoint[x] for x in names}).values()
+  return {**learned, **_frozen(checkpoints, wanted, held)}
 
 
-def restore(checkpoints: Checkpoints, step: int, shapes: State, shardings: State) -> State:
+def restore(
+  checkpoints: Checkpoints, step: int, shapes: State, shardings: State, fixed: Container[str]
+) -> State:
   """The state of a checkpoint on this mesh, whatever mesh wrote it.
 
   The arguments are those of restore_params.
   """
   wanted = _with_shardings(shapes, shardings)
-  arrays = checkpoints.restore(step, parts(wanted))
+  arrays = checkpoints.restore(step, parts(wanted, fixed))
   return State(
     step=arrays["clock"]["step"],
     trainable=_like(wanted.trainable, arrays["trainable"]),
-    frozen=checkpoints.restore_frozen(wanted.frozen),
+    frozen=_like(wanted.frozen, _frozen(checkpoints, wanted, arrays["frozen"])),
     ema=_like(wanted.ema, arrays["ema"]),
     opt=_like(wanted.opt, arrays["opt"]),
     loss=_like(wanted.loss, arrays["loss"]),
   )
+
+
+def _frozen(checkpoints: Checkpoints, wanted: State, held: Arrays) -> Arrays:
+  """The frozen parameters: those of the checkpoint, and those that are saved once per run."""
+  fixed = {path: x for path, x in wanted.frozen.items() if path not in held}
+  return {**held, **checkpoints.restore_frozen(fixed)}
 
 
 def describe(state: State, workdir: pathlib.Path) -> None:
@@ -110,7 +132,8 @@ def describe(state: State, workdir: pathlib.Path) -> None:
     logging.info("Frozen: %d of the %d arrays of %s", count, total[part], part)
 
 
-def _by_path(structure: Any) -> Arrays:
+def by_path(structure: Any) -> Arrays:
+  """The leaves of a tree by their keys, joined by slashes."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(structure)
   return {jax.tree_util.keystr(keys, simple=True, separator="/"): x for keys, x in leaves}
 
@@ -118,7 +141,7 @@ def _by_path(structure: Any) -> Arrays:
 def _like(structure: Any, arrays: Arrays) -> Any:
   """Arrays by path in the structure that they were taken from."""
   treedef = jax.tree.structure(structure)
-  return jax.tree.unflatten(treedef, [arrays[path] for path in _by_path(structure)])
+  return jax.tree.unflatten(treedef, [arrays[path] for path in by_path(structure)])
 
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -368,7 +368,8 @@ def build(step_fn: Any, program: Program, *args: Any) -> CompiledStep:
 def build_stages(
   stages: Sequence[Stage],
   programs: Sequence[Program],
-  shardings: State,
+  state_shapes: Sequence[State],
+  shardings: Sequence[State],
   mesh: jax.sharding.Mesh,
   state: State,
   batch: Mapping[str, jax.Array],
@@ -376,28 +377,43 @@ def build_stages(
 ) -> dict[int, CompiledStep]:
   """The compiled step of each stage, by the stage's number.
 
-  Later stages are compiled from the shapes of their batches, so no batch is allocated for them.
+  Later stages are compiled from the shapes of their batches and states, so nothing is allocated for
+  them. Stages with equal programs share a step.
 
   Args:
     stages: the stages that are left; `batch` belongs to the first of them.
     programs: of all stages of the run, by number.
-    shardings: of the state.
+    state_shapes: of the state, likewise.
+    shardings: of the state, likewise.
     mesh: the mesh.
     state: of the run.
     batch: a global batch.
     position: of `data_position`.
   """
-  steps, spec = {}, programs[stages[0].number].spec
+  steps: dict[int, CompiledStep] = {}
+  spec = programs[stages[0].number].spec
   for stage in stages:
     program, shapes = programs[stage.number], {}
+    equal = next((n for n in steps if programs[n] == program), None)
+    if equal is not None:
+      steps[stage.number] = steps[equal]
+      continue
+    own = shardings[stage.number]
     for name, x in batch.items():
       # Stored vectors are as wide as in the store, whatever the spec says.
       is_as_in_spec = x.shape == spec[name][0]
       shape = program.spec[name][0] if is_as_in_spec else (stage.batch_size, *x.shape[1:])
       shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-    step_fn = jitted(program, shardings, mesh)
+    step_fn = jitted(program, own, mesh)
+    given = state
+    if stage != stages[0]:
+      given = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state_shapes[stage.number],
+        own,
+      )
     try:
-      steps[stage.number] = build(step_fn, program, state, shapes, position)
+      steps[stage.number] = build(step_fn, program, given, shapes, position)
     except jax.errors.JaxRuntimeError as error:
       error.add_note(
         f"This is the step of {stage.where}; `bigalign plan` computes the memory that it needs."

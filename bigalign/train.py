@@ -18,6 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from bigalign import durations, sharding
+from bigalign.border import crossed, differ
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.config import (
   Config,
@@ -36,18 +37,25 @@ from bigalign.data.samples.rejects import Watch
 from bigalign.data.sources.mixture import names
 from bigalign.evals import Evaluator, make_evaluators
 from bigalign.frozen.towers import check_stores
-from bigalign.inputs import Inputs, check_stages, open_data, staged_batches
+from bigalign.inputs import (
+  Inputs,
+  check_stages,
+  open_data,
+  staged_batches,
+  with_stage_weights,
+)
 from bigalign.losses import check_ids, check_needs, has_tables
 from bigalign.model import provided
 from bigalign.options import plain
 from bigalign.program import (
   Program,
+  at_start,
   init_on_mesh,
   layout,
   make_embed,
-  make_program,
-  stage_program,
+  make_programs,
 )
+from bigalign.program import check_stages as check_batches
 from bigalign.run import copies, disk, preemption, runtime
 from bigalign.run.flags import config_name, define_flags, parse_flags, profile_span
 from bigalign.run.metrics import DIAGNOSE, EVALUATE, MetricWriter, TrainingProgress
@@ -60,7 +68,7 @@ from bigalign.run.provenance import (
 )
 from bigalign.run.timing import Profile, StartupTimer, StepTimer
 from bigalign.run.workdir import Workdir
-from bigalign.stages import Stage, named, split
+from bigalign.stages import Stage, at, named, split
 from bigalign.state import Arrays, State, describe, parts, restore
 from bigalign.step import (
   CompiledStep,
@@ -116,8 +124,9 @@ class Run(NamedTuple):
   place.
 
   config: the resolved options. workdir: the run's folder. meta: the run record, config.json.
-  inputs: the opened source. stages, programs, rows: per stage, its config, its program, and the
-  rows of the global batch that this host owns. shardings: of the state. evaluators: by name.
+  inputs: the opened source. stages, programs, rows, shapes, shardings: per stage, its config, its
+  program, the rows of the global batch that this host owns, and those of its state. evaluators: by
+  name.
   resumed_from: the restored step, None for a new run. lane_rows: of the data order, fixed at the
   first start. rejected: {metric: count} so far. save_every, eval_every, diagnose_every: in steps.
   due: which of DIAGNOSE and EVALUATE the restored step still lacks, because its run was asked to
@@ -132,7 +141,8 @@ class Run(NamedTuple):
   stages: list[Stage]
   programs: list[Program]
   rows: list[np.ndarray]
-  shardings: State
+  shapes: Sequence[State]
+  shardings: Sequence[State]
   checkpoints: Checkpoints
   evaluators: dict[str, Evaluator]
   reject_watch: Watch
@@ -166,8 +176,12 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   inputs = open_data(options.data)
   dataset_size = len(inputs.source)
   stages = split(options, dataset_size=dataset_size)
-  program = make_program(options, dataset_size=dataset_size)
-  check_needs(program.loss, provided(program.spec), ema=options.ema > 0)
+  programs = make_programs(options, dataset_size=dataset_size)
+  program = programs[-1]
+  for stage, one in zip(stages, programs):
+    with named(stage):
+      check_needs(one.loss, provided(one.spec), ema=options.ema > 0)
+  inputs = with_stage_weights(inputs, stages)
   check_stages(stages, inputs, program.model.text_tower)
   _check_profile(options.profile, program.total_steps)
   to_steps = functools.partial(
@@ -182,12 +196,12 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
 
   # ------------------------------------------------------------------ mesh and shapes
   mesh = options.mesh.make()
-  programs = [stage_program(program, stage, mesh) for stage in stages]
+  check_batches(stages, mesh)
   rows = [sharding.host_rows(mesh, stage.batch_size) for stage in stages]
-  shapes, shardings = layout(program, mesh, options.rules)
+  shapes, shardings = zip(*(layout(one, mesh, options.rules) for one in programs))
   for stage in stages:
     with named(stage):
-      text = summary(programs[stage.number], shapes)
+      text = summary(programs[stage.number], shapes[stage.number])
     logging.info("%s%s", "" if len(stages) == 1 else f"{stage.where}: ", text)
   listener = preemption.PreemptionListener()
   embed = make_embed(program.model)
@@ -227,18 +241,19 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   if resumed_from is None:
     loaded = load(
       values,
-      {**shapes.trainable, **shapes.frozen},
-      {**shardings.trainable, **shardings.frozen},
+      {**shapes[0].trainable, **shapes[0].frozen},
+      {**shardings[0].trainable, **shardings[0].frozen},
     )
-    state = init_on_mesh(program, shardings, loaded)
-    warn_of_bounds(program.loss, state, loaded)
-    checkpoints.save_frozen(state.frozen)
+    state = init_on_mesh(at_start(programs), shardings[0], loaded)
+    warn_of_bounds(programs[0].loss, state, loaded)
+    checkpoints.save_frozen({k: x for k, x in state.frozen.items() if k in program.fixed})
     samples_seen, lane_rows = 0, stages[0].batch_size
     describe(state, folder.local)
   else:
     saved = with_tokenizer_digest(checkpoints.meta(resumed_from))
     check_data(saved, meta, folder.local, allow_config_change)
-    state = restore(checkpoints, resumed_from, shapes, shardings)
+    number = at(stages, resumed_from).number
+    state = restore(checkpoints, resumed_from, shapes[number], shardings[number], program.fixed)
     samples_seen, lane_rows = saved["samples_seen"], saved["lane_rows"]
     rejected.update(saved["rejected"])
     due = saved.get("due", ())  # older checkpoints hold no such list
@@ -260,6 +275,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
     stages=stages,
     programs=programs,
     rows=rows,
+    shapes=shapes,
     shardings=shardings,
     checkpoints=checkpoints,
     evaluators=evaluators,
@@ -295,7 +311,8 @@ def loop(run: Run) -> State:
   """Updates the state up to the last step; returns and raises as `train`."""
   config, state, step, samples_seen = run.config, run.state, run.step, run.samples_seen
   program, dataset_size, total_steps = run.programs[-1], len(run.inputs.source), run.total_steps
-  has_sample_state = has_tables(program.loss)
+  has_sample_state = [has_tables(one.loss) for one in run.programs]
+  current = at(run.stages, step).number  # the stage to which `state` belongs
   diagnose_fns = [jax.jit(functools.partial(diagnose, program=p)) for p in run.programs]
   compiled: dict[int, CompiledStep] = {}  # of each stage that is left
   checks: list[StepChecks] = []  # of the steps since the last fetch
@@ -328,7 +345,7 @@ def loop(run: Run) -> State:
 
     def next_batch() -> tuple[Stage, dict[str, jax.Array]]:
       stage, host_batch = next(batches)
-      if has_sample_state:
+      if has_sample_state[stage.number]:
         check_ids(host_batch, program.sizes)
       rows = run.rows[stage.number]
       return stage, sharding.global_batch(run.mesh, host_batch, rows, stage.batch_size)
@@ -353,7 +370,8 @@ def loop(run: Run) -> State:
       with timer.paused(state.step):
         run.workdir.check()
         run.workdir.upload(jax.process_index())  # metrics before the checkpoint that follows them
-        run.checkpoints.save(step, parts(state), {**run.meta, **progress_so_far}, scores)
+        saved = parts(state, program.fixed)
+        run.checkpoints.save(step, saved, {**run.meta, **progress_so_far}, scores)
 
     # ---------------------------------------------------------------- before the first update
     preempted = run.listener.should_stop(step)
@@ -380,11 +398,19 @@ def loop(run: Run) -> State:
       position = data_position(samples_seen, dataset_size)
 
       # -------------------------------------------------------------- step
+      if current != stage.number:
+        current = stage.number
+        if differ(run.shapes[current - 1], run.shapes[current]):
+          logging.info("Stage %d begins at step %d", current, step)
+          with timer.paused(state.step):
+            where = (run.programs[current], run.shapes[current], run.shardings[current])
+            state = sharding.block_on_cpu(crossed(state, *where))
       if not compiled:
         with timer.paused(state.step):
           compiled = build_stages(
             run.stages[stage.number :],
             run.programs,
+            run.shapes,
             run.shardings,
             run.mesh,
             state,

@@ -19,7 +19,7 @@ from bigalign.options import plain
 from bigalign.run import runtime
 from bigalign.towers.base import DTYPES
 from bigalign.towers.features import FeaturesOptions
-from bigalign.weights.files import read_json
+from bigalign.weights.runs import is_run
 
 
 def load(
@@ -57,7 +57,7 @@ def load(
   checks.known("dtype", dtype, DTYPES)
   runtime.setup()
   address = os.fspath(path)
-  if _is_run(address):
+  if is_run(address):
     if tokenizer is not None:
       raise ValueError(
         f"tokenizer: {address} is a run, which has its own; the argument is for files without one"
@@ -69,17 +69,6 @@ def load(
   if step is not None or ema:
     raise ValueError(f"{address} is not a run, so it has no steps and no averages")
   return load_checkpoint(folder, dtype=dtype, tokenizer=tokenizer)
-
-
-def _is_run(address: str) -> bool:
-  """Whether an address is that of a run: in a bucket, or a folder with checkpoints or a record."""
-  if "://" in address:
-    return True
-  folder = pathlib.Path(address).expanduser()
-  record = folder / "config.json"
-  if (folder / "checkpoints").is_dir():
-    return True
-  return record.is_file() and isinstance(read_json(record).get("config"), dict)
 
 
 def open_step(path: str | os.PathLike[str], step: int | str | None) -> Run:

@@ -32,6 +32,11 @@ EXAMPLES = {
     "bigalign export runs/siglip --format=hf --out=exports/siglip",
     "bigalign export --check exports/siglip",
   ),
+  "merge": (
+    "bigalign merge runs/base runs/tuned --alpha=0.5 --out=runs/merged",
+    "bigalign merge runs/base runs/tuned --alphas=0,0.1,...,1 --json alphas.json",
+    "bigalign merge --soup runs/a runs/b runs/c --greedy --metric=val/i2t_R@1 --out=runs/soup",
+  ),
   "inspect": (
     "bigalign inspect '/data/{00000..41455}.tar'",
     "bigalign inspect /data/pairs.parquet --out pairs.html --batch_size=16384",

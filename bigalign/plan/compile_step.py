@@ -20,7 +20,7 @@ from bigalign.model import provided
 from bigalign.options import plain
 from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, parts, topologies
 from bigalign.private_apis import is_out_of_memory, memory_of_error
-from bigalign.program import Program, layout, make_program, stage_program, stored_fields
+from bigalign.program import Program, check_stages, layout, make_programs, stored_fields
 from bigalign.projectors import READ_TOKENS
 from bigalign.run import flops, runtime
 from bigalign.state import State
@@ -52,15 +52,15 @@ def trace_on(mesh: jax.sharding.Mesh, config: Config, *, samples: int = 0, stage
   run_stages = stages.split(config, dataset_size=samples)
   inputs.check_stored(run_stages)
   chosen = run_stages[stage]
-  program = make_program(config, dataset_size=samples)
-  if not samples and has_tables(program.loss):
+  own = make_programs(config, dataset_size=samples)[stage]
+  if not samples and has_tables(own.loss):
     raise ValueError(
-      f"config.loss={[*config.loss]} has state for every sample; give the number of samples:"
+      f"config.loss={[*own.loss.terms]} has state for every sample; give the number of samples:"
       " --samples=400000000"
     )
-  check_needs(program.loss, provided(program.spec), ema=program.ema > 0)
-  own = stage_program(program, chosen, mesh)
-  shapes, shardings = layout(program, mesh, config.rules)
+  check_needs(own.loss, provided(own.spec), ema=own.ema > 0)
+  check_stages([chosen], mesh)
+  shapes, shardings = layout(own, mesh, config.rules)
   state = jax.tree.map(_sharded, shapes, shardings)
   rows, replicated = sharding.batch_sharding(mesh), sharding.replicated_sharding(mesh)
   batch = {name: _sharded(x, rows) for name, x in shapes_of_batch(chosen.config, own).items()}

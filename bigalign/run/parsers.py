@@ -22,19 +22,7 @@ def evaluate() -> argparse.ArgumentParser:
     " --retrieval and --zeroshot.",
   )
   _add_run(parser)
-  parser.add_argument("--retrieval", metavar="SHARDS", help="webdataset shards, or another source")
-  parser.add_argument(
-    "--fields",
-    metavar="A,B",
-    help="caption fields for --retrieval, such as json.captions,txt;"
-    " config.data.captions if not given",
-  )
-  parser.add_argument(
-    "--zeroshot",
-    metavar="DIR",
-    help="folder of a CLIP_benchmark dataset: shards, classnames.txt"
-    " and zeroshot_classification_templates.txt",
-  )
+  _add_data(parser)
   for name, text in (
     ("image", "vectors of the images of --retrieval"),
     ("text", "vectors of its captions"),
@@ -57,6 +45,22 @@ def report() -> argparse.ArgumentParser:
 def _add_run(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("run", help="the --workdir of a training run")
   parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--retrieval", metavar="SHARDS", help="webdataset shards, or another source")
+  parser.add_argument(
+    "--fields",
+    metavar="A,B",
+    help="caption fields for --retrieval, such as json.captions,txt;"
+    " config.data.captions if not given",
+  )
+  parser.add_argument(
+    "--zeroshot",
+    metavar="DIR",
+    help="folder of a CLIP_benchmark dataset: shards, classnames.txt"
+    " and zeroshot_classification_templates.txt",
+  )
 
 
 def export() -> argparse.ArgumentParser:
@@ -89,6 +93,43 @@ def export() -> argparse.ArgumentParser:
   parser.add_argument(
     "--private", action="store_true", help="with --push: a new repository is private"
   )
+  parser.add_argument("--json", metavar="FILE", help="also write the outcome to this file")
+  return parser
+
+
+def merge() -> argparse.ArgumentParser:
+  """The command line of `bigalign merge`."""
+  parser = argparse.ArgumentParser(
+    prog="bigalign merge",
+    description="Averages the weights of models: (1 - alpha) * A + alpha * B, or the mean of"
+    " several (--soup). The result is the folder of a run, which evaluate, export and"
+    " config.model.init read.",
+  )
+  parser.add_argument(
+    "models", nargs="+", metavar="MODEL", help="a run, or a folder of Hugging Face, open_clip …"
+  )
+  parser.add_argument("--alpha", type=float, default=0.5, help="share of the second (%(default)s)")
+  parser.add_argument("--out", default="", metavar="DIR", help="the folder; must be new or empty")
+  parser.add_argument(
+    "--alphas", metavar="0,0.1,...,1", help="evaluate these shares in one table; writes no model"
+  )
+  parser.add_argument("--soup", action="store_true", help="the mean of all models")
+  parser.add_argument(
+    "--greedy",
+    action="store_true",
+    help="with --soup: only of models that do not make a metric of the mean worse, the best first",
+  )
+  parser.add_argument(
+    "--metric", default="", help="of --greedy; config.keep.best of the first model if not given"
+  )
+  parser.add_argument(
+    "--mode", choices=("max", "min"), default="max", help="which value is better (%(default)s)"
+  )
+  parser.add_argument(
+    "--step", default="latest", help="of runs: number, latest or best (%(default)s)"
+  )
+  parser.add_argument("--ema", action="store_true", help="of runs: merge the averaged parameters")
+  _add_data(parser)
   parser.add_argument("--json", metavar="FILE", help="also write the outcome to this file")
   return parser
 
@@ -184,6 +225,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
   "evaluate": evaluate,
   "report": report,
   "export": export,
+  "merge": merge,
   "search": search,
   "costs": costs,
 }

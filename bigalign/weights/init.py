@@ -2,10 +2,12 @@
 
   dict(init="$CLIP")                                    both towers, their projectors, the scale
   dict(image=dict(init="$DINOV2"), text=dict(init="$MINILM"), embed_dim=384)    projectors are new
+  dict(init="runs/x", step=5000, ema=True)              a run of ours, also one that is training
   dict(open_clip="ViT-B-16")                            the sizes alone
 
-Options next to `init` replace those of the checkpoint. Two more are regular expressions: `fresh`
-selects paths that keep their random initial values, `drop` keys of the file to leave out.
+Options next to `init` replace those of the checkpoint. Three more are regular expressions: `parts`
+selects the paths that are taken, `fresh` paths that keep their random initial values, `drop` keys
+of the file to leave out.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from bigalign import tree
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.image.reading import ImageReading
 from bigalign.options import plain
-from bigalign.weights import Checkpoint, describe, open_clip, tokenizer, transfer, views
+from bigalign.run.provenance import check_hosts_agree
+from bigalign.weights import Checkpoint, describe, open_clip, runs, tokenizer, transfer, views
 
 SIDES = ("image", "text")
 _VIEW: dict[str, Any] = {
   "image_size": None,
   **{x: getattr(ImageReading, x) for x in ("resize", "resize_edge", "interpolation")},
 }
-_WORDS = ("init", "fresh", "drop")
+_WORDS = ("init", "step", "ema", "parts", "fresh", "drop")
 _OWN = {"image": ("image", "pixels"), "text": ("text",)}  # options that come with a single tower
 _SIZE = ("width", "depth", "heads", "mlp_ratio")  # the options that a variant sets
 _SCALAR = re.compile(r"loss/(\w+)/([tb])")  # log of the logit scale, and bias
@@ -44,6 +47,7 @@ class Pretrained(NamedTuple):
     side: "image" or "text"; "" for the whole model.
     init: its path as the config names it, with its variables.
     checkpoint: the checkpoint.
+    parts: regular expression of the paths that are taken; "": all.
     fresh: regular expression of paths that keep their random initial values.
     drop: regular expression of keys that may be left out.
   """
@@ -52,8 +56,14 @@ class Pretrained(NamedTuple):
   side: str
   init: str
   checkpoint: Checkpoint
+  parts: str
   fresh: str
   drop: str
+
+  @property
+  def is_run(self) -> bool:
+    """Whether it is a run of ours."""
+    return self.checkpoint.kind == runs.KIND
 
 
 class Completed(NamedTuple):
@@ -118,10 +128,22 @@ def completed(
     if part.side in ("", "text"):
       given = data.get("tokenizer")
       if given is None or isinstance(given, Mapping):
-        chosen, lines = tokenizer.completed_and_compared(part.checkpoint, given, part.init)
+        chosen, lines = _tokenizer(part, given)
         full_data |= {} if chosen is None else {"tokenizer": chosen}
         found += lines
   return Completed(full, full_data, tuple(found))
+
+
+def _tokenizer(
+  part: Pretrained, given: Mapping[str, Any] | None
+) -> tuple[dict[str, Any] | None, list[str]]:
+  """The options of the tokenizer with those of the checkpoint, and how they differ, logged."""
+  if not part.is_run:
+    return tokenizer.completed_and_compared(part.checkpoint, given, part.init)
+  chosen, lines = runs.tokenizer(part.checkpoint, given)
+  for line in lines:
+    logging.warning("%s", line)
+  return chosen, lines
 
 
 def options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,12 +287,16 @@ def load(
       of another shape.
   """
   plans = [(part, _plan(part, shapes)) for part in _pretrained_parts(values["model"])]
+  steps = {part.where: part.checkpoint.layout.data["step"] for part, _ in plans if part.is_run}
+  check_hosts_agree({"newest checkpoint of the runs in config.model": steps})
   loaded: dict[str, jax.Array] = {}
   for part, plan in plans:
     of_plan = {path: shardings[f"model/{path}"] for path in plan.shapes}
     loaded |= {f"model/{path}": x for path, x in plan.arrays(of_plan)}
     _log(part, plan)
-    if not part.side:
+    if not part.side and part.is_run:
+      loaded |= _run_scalars(part.checkpoint, values["loss"], shapes, shardings)
+    elif not part.side:
       loaded |= _scalars(part.checkpoint, values["loss"], shapes, shardings)
   if plans:
     random = _not_loaded(shapes, loaded)
@@ -327,20 +353,28 @@ def _pretrained(given: Mapping[str, Any], side: str, towers: Mapping[str, Any]) 
     ValueError: if it lacks a tower.
   """
   where = "config.model" + f".{side}" * bool(side)
-  path = pathlib.Path(_expanded(given["init"], f"{where}.init")).expanduser()
-  if not path.exists():
+  address = _expanded(given["init"], f"{where}.init")
+  path = pathlib.Path(address).expanduser()
+  if "://" not in address and not path.exists():
     raise FileNotFoundError(f"{where}.init={given['init']!r}: no such file or folder: {path}")
   sides = (side,) if side else SIDES
-  checkpoint = describe(path, **{x: _own_options(towers[x]) for x in sides if x in towers})
+  parts = given.get("parts", "")
+  if runs.is_run(address):
+    which = {x: given[x] for x in ("step", "ema") if x in given}
+    checkpoint = runs.describe(address, parts=parts, **which)
+  else:
+    for word in ("step", "ema"):
+      if given.get(word):
+        raise ValueError(f"{where}.{word}={given[word]!r}: {path} is not a run of bigalign")
+    checkpoint = describe(path, **{x: _own_options(towers[x]) for x in sides if x in towers})
   lacking = [x for x in sides if x not in checkpoint.model]
   if lacking:
     raise ValueError(
       f"{where}.init: {path} holds no {lacking[0]} tower"
       + ("" if side else "; set it as init of the tower it holds, and give the other tower too")
     )
-  return Pretrained(
-    where, side, given["init"], checkpoint, given.get("fresh", ""), given.get("drop", "")
-  )
+  words = (given.get(x, "") for x in ("parts", "fresh", "drop"))
+  return Pretrained(where, side, given["init"], checkpoint, *words)
 
 
 def _expanded(text: Any, what: str) -> str:
@@ -355,6 +389,8 @@ def _plan(part: Pretrained, shapes: Mapping[str, Any]) -> transfer.Plan:
   prefix = f"model/{part.side}_tower/" if part.side else "model/"
   ours = {path: x for path, x in shapes.items() if path.startswith(prefix)}
   fresh, _ = tree.partition(ours, part.fresh, f"{part.where}.fresh")
+  if part.parts:
+    fresh |= tree.partition(ours, part.parts, f"{part.where}.parts")[1]
   exactly = "|".join(f"^{re.escape(path)}$" for path in tree.subtree(fresh, "model/"))
   return transfer.plan(
     part.checkpoint.tensors,
@@ -382,22 +418,48 @@ def _scalars(
   return scalars
 
 
+def _run_scalars(
+  checkpoint: Checkpoint,
+  loss: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  shardings: Mapping[str, NamedSharding],
+) -> dict[str, jax.Array]:
+  """The scalars of losses that the run has too; see runs.scalars."""
+  ours = [path for path in shapes if path.startswith("loss/")]
+  taken = runs.scalars(checkpoint, loss, ours)
+  return {
+    path: jax.device_put(checkpoint.tensors.read(theirs), shardings[path])
+    for path, theirs in taken.items()
+    if checkpoint.tensors[theirs].shape == shapes[path].shape
+  }
+
+
 def _log(part: Pretrained, plan: transfer.Plan) -> None:
   """Logs which tensors were loaded, ignored and resized."""
   loaded = plan.keys
   ignored = sorted(plan.tensors.keys() - {*loaded})
+  if part.is_run:  # those of losses are read apart
+    ignored = [key for key in ignored if key.startswith("model/")]
   logging.info(
     "%s.init: loaded %d of %d tensors from %s (%s) into %d arrays%s",
     part.where,
     len(loaded),
     len(plan.tensors),
     plan.tensors.path,
-    part.checkpoint.kind,
+    _kind(part.checkpoint),
     len(plan.shapes),
     f"; ignored: {tree.shown(ignored, sep=', ', width=200)}" if ignored else "",
   )
   for path, (theirs, ours, method) in plan.resized.items():
     logging.info("model/%s: resized from %d to %d positions (%s)", path, theirs, ours, method)
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+  """The kind of a checkpoint; of a run, which one of its checkpoints."""
+  if checkpoint.kind != runs.KIND:
+    return str(checkpoint.kind)
+  about = checkpoint.layout.data
+  return f"run at step {about['step']}" + ", averages" * about["ema"]
 
 
 def _not_loaded(shapes: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[str]:

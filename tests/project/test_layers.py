@@ -24,12 +24,12 @@ LAYERS = [
   {"config"},
   {"stages"},
   {"inputs", "program"},
-  {"step", "evaluate"},
+  {"step", "evaluate", "border"},
   {"report"},
   {"frozen", "shards", "export", "plan", "cli"},
   {"train", "benchmark"},
   {"api"},
-  {"search"},
+  {"search", "merge"},
   {"__main__"},
 ]
 # The packages of data/, likewise.

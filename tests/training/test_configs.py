@@ -15,13 +15,13 @@ from helpers.marks import slow_unless
 from helpers.shipped import ROOT, load
 from helpers.small_shards import samples, write_tar
 
-from bigalign import sharding, stages, tree
+from bigalign import sharding, tree
 from bigalign.config import resolve_config
 from bigalign.inputs import open_data
 from bigalign.losses import check_needs
 from bigalign.model import provided
 from bigalign.options import plain
-from bigalign.program import init_on_mesh, layout, make_program, stage_program
+from bigalign.program import init_on_mesh, layout, make_program, make_programs
 from bigalign.step import data_position, summary, train_step
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -59,8 +59,8 @@ def test_full_size_state(name):
     mesh = sharding.make_mesh(**sizes)
     shapes, shardings = layout(program, mesh)
     assert jax.tree.structure(shapes) == jax.tree.structure(shardings)
-  for stage in stages.split(config)[:-1]:
-    summary(stage_program(program, stage, mesh), shapes)  # its batches fit the same parameters
+  for one in make_programs(config)[:-1]:
+    summary(one, layout(one, mesh)[0])  # its batches fit its parameters
   if name.endswith("_b16"):
     count = sum(x.size for x in {**shapes.trainable, **shapes.frozen}.values())
     assert 140e6 < count < 210e6, f"{count / 1e6:.0f} million parameters"

@@ -26,7 +26,7 @@ from bigalign.data.loader.options import resolve_data
 from bigalign.inputs import open_data, staged_batches
 from bigalign.options import plain
 from bigalign.plan import chips, main, table
-from bigalign.program import init_on_mesh, init_params, layout, make_program
+from bigalign.program import init_on_mesh, init_params, layout, make_program, make_programs
 from bigalign.run import provenance
 from bigalign.run.metrics import is_wall_clock, read_metrics
 from bigalign.step import data_position, jitted
@@ -126,7 +126,14 @@ def test_two_stages_are_two_programs_to_the_last_digit(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 2, 3], ids=["inside the first", "at the border", "behind it"])
+@pytest.mark.parametrize(
+  "step",
+  [
+    pytest.param(1, id="inside the first"),
+    pytest.param(2, id="at the border"),
+    pytest.param(3, id="behind it", marks=pytest.mark.long),
+  ],
+)
 def test_resume_is_bitwise_and_compiles_no_stage_that_is_over(whole, step, tmp_path, monkeypatch):
   workdir, state = whole
   cut = tmp_path / "run"
@@ -322,7 +329,30 @@ def test_warmup_and_cooldown_are_the_samples_of_their_own_batches():
       r"config.stages\[0\]: 'data.image_sise' is the same in all stages. Did you mean"
       r" 'data.image_size'\? A stage may change batch_size, .*model.text.remat",
     ),
-    ([dict(until=5, optimizer=dict(lr=1.0))], ValueError, r"'optimizer.lr' is the same in all"),
+    ([dict(until=5, optimizer=dict(b2=0.5))], ValueError, r"'optimizer.b2' is the same in all"),
+    (
+      [dict(until=5, optimizer=dict(lr=1.0, warmup=6))],
+      ValueError,
+      r"config.stages\[0\], with its overrides: .*warmup \(6\) and cooldown \(0\) exceed",
+    ),
+    (
+      [dict(until=5, frozen="image_towr")],
+      ValueError,
+      r"stages\[0\].*'image_towr' matches no path",
+    ),
+    ([dict(until=5, frozen=".")], ValueError, r"config.stages\[0\].frozen='.' leaves no parameter"),
+    ([dict(until=5, loss=dict(clipp={}))], ValueError, r"stages\[0\].*Did you mean 'clip'"),
+    ([dict(until=5, loss=dict(clip=dict(lab=1)))], TypeError, r"stages\[0\].*unknown option 'lab'"),
+    (
+      [dict(until=5, loss=dict(sogclr=dict(weight=0.0)))],
+      ValueError,
+      r"stages\[0\].*each of \['sogclr'\] has weight 0",
+    ),
+    (
+      [dict(until=5, data=dict(mixture=dict(a=1.0)))],
+      ValueError,
+      r"stages\[0\].*no source 'a'. Known: \[\]",
+    ),
     (
       [dict(until=5, model=dict(image=dict(width=8)))],
       ValueError,
@@ -332,7 +362,7 @@ def test_warmup_and_cooldown_are_the_samples_of_their_own_batches():
 )
 def test_stages_that_cannot_be_say_what_can(said, error, told):
   with pytest.raises(error, match=told):
-    stages.split(resolved(stages=said))
+    make_programs(resolved(stages=said))
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_frozen_parameters(tiny, tmp_path):
   assert first.frozen and all("image_tower" in path for path in first.frozen)
   assert not any("image_tower" in path for path in (*first.trainable, *first.ema))
   assert_same_bits(born.frozen, first.frozen)
-  moments = parts(first)["opt"]
+  moments = parts(first, ())["opt"]
   assert not any("image_tower" in path for path in moments)
   assert sum("text_tower" in path for path in moments) == 2 * sum(
     "text_tower" in path for path in first.trainable

@@ -481,7 +481,8 @@ def test_names_of_open_clip_are_sizes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name,text_depth", [("lit", 6), ("lit_b16", 1), ("freeze_align_dinov2l_arl", 6)]
+  "name,text_depth",
+  [("lit", 6), ("lit_b16", 1), ("lit_unlocked_b16", 1), ("freeze_align_dinov2l_arl", 6)],
 )
 def test_the_shipped_configs(clip, tmp_path, monkeypatch, name, text_depth):
   """With small towers and data; and what they say where they have none."""
@@ -502,14 +503,19 @@ def test_the_shipped_configs(clip, tmp_path, monkeypatch, name, text_depth):
   c["data"] |= dict(source=shards, image_size=24, workers=0)
   c["data"]["tokenizer"]["length"] = 6
   c["optimizer"]["warmup"] = 0
-  if name == "lit_b16":  # whose text tower has no checkpoint
+  if name.endswith("_b16"):  # whose text tower has no checkpoint
     (tmp_path / "words.txt").write_text("\n".join([*pieces, "[CLS]", "[SEP]", "[MASK]"]) + "\n")
     c["data"]["tokenizer"]["path"] = str(tmp_path / "words.txt")
     c["model"]["text"] |= dict(width=24, depth=1, length=6)
     c["model"]["embed_dim"] = 12
-  state = train(
-    c | dict(total_steps=1, batch_size=8, writer=dict(tensorboard=False)), tmp_path / "run"
-  )
+  steps = 1
+  for number, stage in enumerate(c.get("stages", ()), 1):
+    stage |= dict(until=number)
+    stage["optimizer"]["warmup"] = 0
+    steps = number + 1
+  c |= dict(total_steps=steps, batch_size=8, writer=dict(tensorboard=False))
+  state = train(c, tmp_path / "run")
   assert all(c["frozen"] in path for path in state.frozen)
-  assert state.frozen["model/image_tower/positions"].shape == (1, 36, 12)
+  arrays = state.frozen if c["frozen"] else state.trainable
+  assert arrays["model/image_tower/positions"].shape == (1, 36, 12)
   assert open_run(tmp_path / "run").config.model.text.depth == text_depth

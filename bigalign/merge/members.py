@@ -1,0 +1,151 @@
+"""The models that are merged, as runs at one step; and the folder of a merged model."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from bigalign import sharding
+from bigalign.api.checkpoints import load_checkpoint
+from bigalign.api.model import Model
+from bigalign.checkpoint import revision
+from bigalign.config import (
+  Config,
+  originals,
+  resolve_config,
+  tokenizer_digest,
+  tokenizer_files,
+)
+from bigalign.evaluate import Run, open_run
+from bigalign.merge.average import Arrays
+from bigalign.options import plain
+from bigalign.program import layout, make_embed, make_program
+from bigalign.run import copies, runtime
+from bigalign.run.provenance import write_config
+from bigalign.weights.runs import is_run
+
+_LOSSES = {True: "siglip", False: "clip"}  # by whether a sigmoid follows the logits
+
+
+def opened(address: str, step: int | str = "latest", ema: bool = False) -> Run:
+  """A model as a run without averages, whose parameters are those that are merged.
+
+  Args:
+    address: a run, or a folder or file of another library, as of bigalign.load.
+    step: of a run: a number, "latest" or "best".
+    ema: of a run: its running averages.
+
+  Raises:
+    FileNotFoundError: for a path that does not exist, or a step without a checkpoint.
+    ValueError: for averages of a run that keeps none, and for files of one tower.
+  """
+  if is_run(address):
+    run = open_run(address, step)
+    if ema and not run.ema:
+      raise ValueError(f"ema (--ema): {address} keeps no averages (config.ema)")
+    return run._replace(params=run.ema if ema else run.params, ema={})
+  path = pathlib.Path(address).expanduser()
+  if not path.exists():
+    raise FileNotFoundError(f"{address}: no such file or folder")
+  return _of_files(address, load_checkpoint(path, dtype="float32", tokenizer=None))
+
+
+def on_host(run: Run) -> Arrays:
+  """The parameters of a run by path; frozen ones, which may be bfloat16, as float32."""
+  arrays = {path: np.asarray(x) for path, x in run.params.items()}
+  return {k: x.astype(np.float32) if x.dtype.name == "bfloat16" else x for k, x in arrays.items()}
+
+
+def _of_files(address: str, model: Model) -> Run:
+  """The model in a folder of another library, with the least config that describes it."""
+  if model.view is None or model.tokenizer is None:
+    side = "image tower" if model.view is None else "text tower with a tokenizer"
+    raise ValueError(f"{address} has no {side}; only models with two towers are merged")
+  loss = _LOSSES[model.head.sigmoid]
+  # Nothing is trained with it: evaluation, export and `init` read the model and the data.
+  values = dict(
+    seed=0,
+    total_steps=1,
+    batch_size=2,
+    log_every=1,
+    checkpoint_every=0,
+    data=model.config["data"],
+    model=model.config["model"],
+    loss={loss: {}},
+    optimizer=dict(lr=0.0),
+  )
+  config = resolve_config(values)
+  params: dict[str, Any] = {f"model/{k}": x for k, x in model.params.items() if "/" in k}
+  head = {"t": np.log(model.head.scale), **({"b": model.head.bias} if model.head.sigmoid else {})}
+  for name, value in head.items():
+    params[f"loss/{loss}/{name}"] = model.params.get(name, np.float32(value))
+  embed = make_embed(make_program(config, dataset_size=1).model)
+  meta = {"dataset_size": 1, "samples_seen": 0, "data": "", "config": plain(config)}
+  folder = pathlib.Path(address).expanduser().absolute()
+  return Run(folder, 0, config, meta, model.mesh, params, {}, embed, str(folder))
+
+
+def write(out: str | pathlib.Path, run: Run, arrays: Arrays, about: Mapping[str, Any]) -> None:
+  """Writes a merged model as the folder of a run with one checkpoint, which holds no optimizer.
+
+  Args:
+    out: the folder; new or empty.
+    run: whose config, tokenizer and evaluators the folder gets.
+    arrays: {path: array}, the parameters.
+    about: how they were made, for the record.
+
+  Raises:
+    FileExistsError: if the folder is not empty.
+    ValueError: for parameters that are not those of the config.
+  """
+  folder = pathlib.Path(out).expanduser().absolute()
+  check_new(folder)
+  config = _whole(run.config)
+  mesh = sharding.make_mesh()
+  program = make_program(config, dataset_size=run.meta["dataset_size"])
+  shapes, shardings = layout(program, mesh)
+  lacking = sorted(shapes.trainable.keys() ^ arrays.keys())
+  if lacking:
+    raise ValueError(f"{run.address}: config and parameters differ: {lacking[:8]}")
+  params = {
+    path: jax.device_put(np.asarray(arrays[path], x.dtype), shardings.trainable[path])
+    for path, x in shapes.trainable.items()
+  }
+  copied = copies.read(originals(config))
+  meta = {
+    **run.meta,
+    "config": plain(config),
+    "model": plain(config.model),
+    "revision": revision(),
+    "versions": runtime.versions(),
+    "hardware": runtime.describe(),
+    "tokenizer": tokenizer_digest(config),
+    "tokenizer_files": tokenizer_files(config),
+    "copies": copied.record,
+    "step": run.step,
+    "merged": dict(about),
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  copies.write(copied, folder)
+  clock = {"step": jax.device_put(np.int32(run.step), shardings.step)}
+  with config.keep.make(workdir=folder) as checkpoints:
+    checkpoints.save(run.step, {"trainable": params, "clock": clock}, meta, {})
+  write_config(folder, meta)
+  logging.info("%s: written, at step %d", folder, run.step)
+
+
+def check_new(folder: pathlib.Path) -> None:
+  """Raises FileExistsError if the folder is not new or empty."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise FileExistsError(f"{folder} (--out) exists and is not an empty folder; choose another")
+
+
+def _whole(config: Config) -> Config:
+  """A config whose checkpoint holds all parameters together: no stages, averages, frozen parts."""
+  return dataclasses.replace(config, stages=(), ema=0.0, frozen="")
