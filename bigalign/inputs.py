@@ -297,7 +297,7 @@ def with_stage_weights(inputs: Inputs, run_stages: Sequence[stages.Stage]) -> In
   ]
   start: list[tuple[int | str, Mapping[str, float]]] = [] if phases[0][0] == 0 else [(0, weights)]
   sources = dict(zip(mixture.names, mixture.sources))
-  return inputs._replace(source=Mixture(sources, [*start, *changes]))
+  return inputs._replace(source=Mixture(sources, [*start, *changes], pure=mixture.pure))
 
 
 def staged_batches(
