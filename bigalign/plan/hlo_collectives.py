@@ -26,6 +26,9 @@ _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 DTYPE = r"pred|bf16|[suf]\d+(?:e\d+m\d+\w*)?|c64|c128"  # such as f32, s4 and f8e4m3fn
 _SHAPE = re.compile(rf"\b({DTYPE})\[([\d,]*)\]")
+_NAMED = re.compile(r'  (?:ROOT )?%([\w.\-]+) = .*op_name="((?:[^"\\]|\\.)*)"')
+_FUSED = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
+_SENT = re.compile(r" [a-z\-]+\((?:[^%()]* )?%([\w.\-]+)")
 NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -66,12 +69,15 @@ def added(one: Collective | None, other: Collective) -> Collective:
 def by_name(text: str) -> dict[tuple[str, str], Collective]:
   """Returns the same as `collectives` by kind and by the name of the operation in the program.
 
-  The name, such as "jit(f)/transpose(jvp(loss))/psum", is "" if the compiler does not state it.
+  If the compiler states no name, such as "jit(f)/transpose(jvp(loss))/psum", it is that of what the
+  collective sends, or "".
 
   Args:
     text: `compiled.as_text()`.
   """
   own: dict[str, list[tuple[str, str, float, bool]]] = {}
+  names: dict[str, str] = {}  # of instructions
+  callers: dict[str, str] = {}  # of fused computations
   counted_elsewhere: set[str] = set()
   asynchronous: set[str] = set()
   parts = re.search(r"num_partitions=(\d+)", text)
@@ -82,6 +88,10 @@ def by_name(text: str) -> dict[tuple[str, str], Collective]:
       name = head.group(1)
       own[name] = []
     elif name:
+      if named := _NAMED.match(line):
+        names[named.group(1)] = named.group(2)
+      if fused := _FUSED.search(line):
+        callers[fused.group(1)] = line
       # A collective that TPUs run during other work appears where it starts, in each computation
       # that it overlaps, and where it ends. Only the start is counted.
       if name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in line:
@@ -93,13 +103,15 @@ def by_name(text: str) -> dict[tuple[str, str], Collective]:
         if name.startswith("all-reduce-scatter"):
           collective = ("reduce-scatter", collective[1] / 2, collective[2])
         kind, size, hidden = collective
-        named = NAME.search(line)
-        own[name].append((kind, named.group(1) if named else "", size, hidden))
+        own[name].append((kind, line, size, hidden))
   times = runs(text)
   total: dict[tuple[str, str], Collective] = {}
   for computation in times.keys() - counted_elsewhere:
     n = times[computation]
-    for kind, operation, size, hidden in own[computation]:
+    for kind, line, size, hidden in own[computation]:
+      sent = _SENT.search(callers.get(computation, line))
+      stated = NAME.search(line)
+      operation = stated.group(1) if stated else names.get(sent.group(1), "") if sent else ""
       moved, is_hidden = n * size, hidden or computation in asynchronous
       one = Collective(n, moved, moved if is_hidden else 0.0)
       total[kind, operation] = added(total.get((kind, operation)), one)

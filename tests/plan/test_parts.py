@@ -19,6 +19,11 @@ from bigalign.step import train_step
 
 TEXT = """HloModule f, num_partitions=4
 
+%all-reduce-scatter (i: f32[16]) -> f32[4] {
+  %i = f32[16]{0} parameter(0)
+  ROOT %s = f32[16]{0} all-reduce(%i), replica_groups={}
+}
+
 ENTRY %main (p: bf16[128,64]) -> bf16[128,64] {
   %p = bf16[128,64]{1,0:T(8,128)(2,1)} parameter(0)
   %c = (bf16[128,64]{1,0:T(8,128)(2,1)S(1)}, bf16[128,64]{1,0:T(8,128)(2,1)}, u32[]) copy-start(%p)
@@ -27,25 +32,31 @@ ENTRY %main (p: bf16[128,64]) -> bf16[128,64] {
 "xprof_metadata":"{}"
 }}, metadata={op_name="jit(f)/jvp(DualEncoder)/dot_product_attention/pallas_call"}
   %a = bf16[128,64]{0,1:T(8,128)(2,1)} all-reduce(%k), metadata={op_name="transpose(jvp(loss))/x"}
+  %g = f32[16]{0} custom-call(), custom_call_target="x", metadata={op_name="jvp(DualEncoder)/y"}
+  %f = f32[4]{0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
   ROOT %r = f32[130]{0:T(1024)} custom-call(%a), custom_call_target="other"
 }
 """
 
 
 def test_traffic_and_communication_belong_to_the_part_of_their_name():
-  """A copy that the compiler adds belongs to its user; 64 columns are padded to 128."""
+  """A copy that the compiler adds belongs to its user, a collective to what it sends."""
   found = parts.split(jax.make_jaxpr(jnp.sin)(1.0), TEXT, 4)
-  numbers, padded = 128 * 64 * 2, 128 * 128 * 2
+  numbers, padded = 128 * 64 * 2, 128 * 128 * 2  # 64 columns are padded to 128
   assert {k: x["memory_traffic_bytes_per_chip"] for k, x in found.items()} == dict(
     attention=padded + numbers,
     loss=2 * numbers,
-    update=numbers + 1024 * 4,
+    update=numbers + 4 * (1024 + 16 + 4),
     encoders=0,
     recomputation=0,
   )
-  sent = dict(runs=1, bytes=2 * numbers, asynchronous_bytes=0.0)
-  assert [x["collectives"] for x in found.values() if x["collectives"]] == [{"all-reduce": sent}]
-  assert found["loss"]["collectives"] and hlo_memory.traffic(TEXT) == padded + 4 * numbers + 4096
+
+  def sent(kind, size):
+    return {kind: dict(runs=1, bytes=size, asynchronous_bytes=0.0)}
+
+  assert {k: x["collectives"] for k, x in found.items() if x["collectives"]} == dict(
+    loss=sent("all-reduce", 2 * numbers), encoders=sent("reduce-scatter", 64)
+  )
 
 
 @pytest.mark.slow
@@ -66,9 +77,8 @@ def test_the_products_of_a_step_have_names_of_their_parts():
   products = sum(2 * 2 * 8 * n**2 * 64 for n in tokens.values())  # q k and p v
   assert work["attention"] == pytest.approx(3 * products / 4, rel=0.01)  # and of pooling
   forward = (work["attention"] + work["encoders"]) / 3
-  assert (
-    1.6 * forward < work["recomputation"] < 2 * forward
-  )  # the results of some are not needed again
+  # Some results are not needed again.
+  assert 1.6 * forward < work["recomputation"] < 2 * forward
 
 
 @compiled_for_tpus

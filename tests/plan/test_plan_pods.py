@@ -261,6 +261,18 @@ def test_memory_of_b16(name, remat, rows, most, ask):
 @needs_libtpu
 @pytest.mark.long
 @pytest.mark.timeout(3600)
+def test_memory_traffic_of_a_pair_of_b16(ask):
+  """With attention by XLA it is 0.97 GB. The parts of the step add up to the whole."""
+  plan = ask(b16(remat="dots", batch=256 * 128), "v5e:16x16")
+  assert plan["memory_traffic_bytes_per_chip"] / 128 <= 0.55e9
+  for figure in ("memory_traffic_bytes_per_chip", "flops_per_chip"):
+    assert sum(x[figure] for x in plan["parts"].values()) == pytest.approx(plan[figure])
+  assert plan["parts"]["loss"]["collectives"]["all-gather"]["bytes"] == 256 * 128 * 512 * 4
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_gradients_of_b16_are_communicated_once_in_bfloat16(ask):
   """All-reduces are counted as twice their operand; the loss's statistics are among them."""
   c = b16(remat="full") | dict(gradient_dtype="bfloat16")

@@ -20,10 +20,12 @@ import pytest
 from helpers.cudnn import on_a_gpu  # noqa: F401
 from helpers.marks import slow_unless
 from helpers.shipped import ROOT, load
+from helpers.tpu_compiler import needs_libtpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from bigalign import sharding
 from bigalign.config import resolve_config
+from bigalign.plan import topologies
 from bigalign.towers import TOWERS, attention, tpu_attention
 from bigalign.towers.attention import Device
 
@@ -231,6 +233,34 @@ def test_the_kernel_for_tpus_computes_attention(head, dtype, causal, masked):
     np.testing.assert_allclose(
       x.astype("float32"), y.astype("float32"), rtol=0, atol=tolerance * float(jnp.abs(y).max())
     )
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  "topology",
+  [
+    pytest.param("v5e:1x1", marks=pytest.mark.optimized),
+    *(
+      pytest.param(x, marks=pytest.mark.long)
+      for x in ("v4:2x2x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:2x2x1")
+    ),
+  ],
+)
+def test_the_kernel_for_tpus_compiles(topology):
+  """Attention of B/16 at 224 and 384 pixels and of CLIP's texts, and the gradients."""
+  mesh = sharding.make_mesh(devices=topologies.devices(topology))
+  rows = sharding.batch_sharding(mesh)
+  with jax.set_mesh(mesh):
+    for shape, causal in (
+      ((8, 197, 12, 64), False),
+      ((8, 577, 12, 64), False),
+      ((8, 77, 8, 64), True),
+    ):
+      x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows)
+      mask = jax.ShapeDtypeStruct(shape[:2], jnp.bool_, sharding=rows)
+      both = jax.jit(functools.partial(_of_heads, tpu_attention.attend, causal=causal))
+      compiled = topologies.compile_without_cache(both.lower(x, x, mask))
+      assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 def _configs(monkeypatch):
