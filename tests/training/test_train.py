@@ -30,8 +30,7 @@ from bigalign.state import parts
 from bigalign.step import data_position, train_step, useful_flops
 
 
-@pytest.fixture
-def tiny():
+def small_config():
   """configs/tiny.py made smaller still: seconds for 8 steps."""
   c = load("tiny")
   c.total_steps, c.batch_size, c.log_every, c.checkpoint_every = 8, 16, 1, 4
@@ -40,6 +39,18 @@ def tiny():
   c.model.text.update(width=32, depth=1)
   c.writer = dict(tensorboard=False)
   return c
+
+
+@pytest.fixture
+def tiny():
+  return small_config()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """The folder of a run of `tiny` that nothing disturbed, and its last state."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  return workdir, run(workdir, small_config())
 
 
 def run(workdir, c, **changes):
@@ -80,29 +91,27 @@ def killed_run(workdir, config, trap):
 
 
 @pytest.mark.slow
-def test_resume_after_kill_is_bitwise(tiny, tmp_path):
-  """40 steps == 20 steps, kill -9, 20 steps: parameters, averages, optimizer and metrics."""
-  tiny.total_steps, tiny.checkpoint_every = 40, 20
-  whole = run(tmp_path / "whole", tiny)
-  # Killed at step 23, three steps after the last checkpoint, whose writing is waited for.
+def test_resume_after_kill_is_bitwise(tiny, whole, tmp_path):
+  """8 steps == 4 steps, kill -9, 4 steps: parameters, averages, optimizer and metrics."""
+  # Killed at step 7, three steps after the last checkpoint, whose writing is waited for.
   trap = """
 step, data_position = 0, train.data_position
 def counting(*args):
   global step
   step += 1
-  if step == 24:
+  if step == 8:
     import time, pathlib
-    while not (pathlib.Path({workdir!r}) / "checkpoints/20/commit_success.txt").exists():
+    while not (pathlib.Path({workdir!r}) / "checkpoints/4/commit_success.txt").exists():
       time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
   return data_position(*args)
 train.data_position = counting
 """.replace("{workdir!r}", repr(str(tmp_path / "cut")))
   killed_run(tmp_path / "cut", tiny.to_dict(), trap)
-  assert read_metrics(tmp_path / "cut")[-1]["step"] >= 20
-  resumed = run(tmp_path / "cut", tiny)
-  assert_same_bits(whole, resumed)
-  assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
+  assert read_metrics(tmp_path / "cut")[-1]["step"] >= 4
+  undisturbed, state = whole
+  assert_same_bits(state, run(tmp_path / "cut", tiny))
+  assert exact(undisturbed) == exact(tmp_path / "cut")
 
 
 @pytest.mark.slow
@@ -123,7 +132,7 @@ def test_resume_of_what_pods_run_is_bitwise(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_while_a_checkpoint_is_written(tiny, tmp_path):
+def test_kill_while_a_checkpoint_is_written(tiny, whole, tmp_path):
   """The half-written checkpoint is never taken; the one before it is."""
   trap = """
 save = checkpoint.Checkpoints.save
@@ -139,10 +148,9 @@ checkpoint.Checkpoints.save = dying
   left = sorted(p.name for p in (tmp_path / "cut" / "checkpoints").iterdir())
   assert "8" not in left, left
   assert any(name.startswith("8.") for name in left), f"nothing was being written: {left}"
-  whole = run(tmp_path / "whole", tiny)
-  resumed = run(tmp_path / "cut", tiny)
-  assert_same_bits(whole, resumed)
-  assert exact(tmp_path / "whole") == exact(tmp_path / "cut")
+  undisturbed, state = whole
+  assert_same_bits(state, run(tmp_path / "cut", tiny))
+  assert exact(undisturbed) == exact(tmp_path / "cut")
 
 
 @pytest.mark.slow
@@ -241,20 +249,20 @@ def test_a_step_that_is_not_finite_is_not_applied(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_workdir_of_another_config_shows_the_difference(tiny, tmp_path):
-  run(tmp_path, tiny, total_steps=1)
+def test_workdir_of_another_config_shows_the_difference(tiny, whole, tmp_path):
+  cut = shutil.copytree(whole[0], tmp_path / "run")
   with pytest.raises(ValueError, match=r"config.optimizer/lr: was 0.001, now 0.5"):
-    run(tmp_path, tiny, total_steps=1, optimizer={**tiny.optimizer.to_dict(), "lr": 0.5})
-  run(tmp_path, tiny, total_steps=1, log_every=7)  # harmless
+    run(cut, tiny, optimizer={**tiny.optimizer.to_dict(), "lr": 0.5})
+  run(cut, tiny, log_every=7)  # harmless
 
 
 @pytest.mark.slow
-def test_checkpoint_of_another_model_names_the_first_path(tiny, tmp_path):
-  run(tmp_path, tiny, total_steps=1)
+def test_checkpoint_of_another_model_names_the_first_path(tiny, whole, tmp_path):
+  cut = shutil.copytree(whole[0], tmp_path / "run")
   wider = {**tiny.model.to_dict(), "embed_dim": 16}
   with pytest.raises(ValueError, match=r"model/image_projector/out/kernel: stored .*64.* has .*16"):
-    run(tmp_path, tiny, total_steps=1, model=wider, allow_config_change=True)
-  run(tmp_path, tiny, total_steps=1)  # and the run is what it was
+    run(cut, tiny, model=wider, allow_config_change=True)
+  assert_same_bits(whole[1], run(cut, tiny))  # and the run is what it was
 
 
 def test_keep_last_every_and_best(tmp_path):
@@ -433,17 +441,15 @@ def test_every_rejected_sample_is_counted(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_microbatches_and_ways_change_nothing(tiny, tmp_path):
+def test_microbatches_and_ways_change_nothing(tiny, whole, tmp_path):
   """The same losses, in parts and in a ring, to the rounding of float32."""
-  tiny.total_steps = 6
-  run(tmp_path / "whole", tiny)
   tiny.microbatches, tiny.logits = 2, dict(way="ring")
-  run(tmp_path / "parts", tiny)
-  whole, parts = (
-    [row["train/loss"] for row in read_metrics(tmp_path / name) if "train/loss" in row]
-    for name in ("whole", "parts")
+  run(tmp_path, tiny)
+  one, parts = (
+    [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
+    for workdir in (whole[0], tmp_path)
   )
-  np.testing.assert_allclose(whole, parts, rtol=1e-5)
+  np.testing.assert_allclose(one, parts, rtol=1e-5)
 
 
 def test_microbatches_that_do_not_divide_are_refused(tiny, tmp_path):
