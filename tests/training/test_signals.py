@@ -1,13 +1,15 @@
 """SIGTERM at each part of a run, of one and of several processes: what was learned is written.
 
-Run as a program, this file is `bigalign train` whose first process gets SIGTERM at MOMENT.
+Run as a program, this file is `bigalign train` of which one process gets SIGTERM at MOMENT.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from unittest import mock
 
 import jax
 import pytest
@@ -28,16 +30,19 @@ CONFIG = {
   "diagnose_every": 2,
   "keep": {"last": 9, "best": BEST, "mode": "min"},
   "ema": 0.0,
+  "loss": {"siglip": {"weight": 1.0}, "isogclr": {"tau_init": 0.07}},  # with tables of samples
 }
-# Where the signal comes; the step of the checkpoint that the run then leaves, and how many of this
-# step's rows are left to the next start.
+# Where the signal comes; the step of the checkpoint that the run then leaves, how many of this
+# step's rows are left to the next start, and which of two processes gets the signal.
 MOMENTS = {
-  "updated 1": (1, 0),
-  "updated 2": (2, 2),
-  "evaluated 2": (2, 1),
-  "evaluated 4": (4, 1),
-  "updated 6": (6, 2),
+  "updated 1": (1, 0, 1),
+  "updated 2": (2, 2, 0),
+  "evaluated 2": (2, 1, 1),
+  "evaluated 4": (4, 1, 0),
+  "updated 6": (6, 2, 1),
 }
+# Two processes start for each: the others before a release.
+SOME_MOMENTS = ("updated 1", "evaluated 2", "updated 6")
 
 
 def _rows(workdir, step):
@@ -50,17 +55,32 @@ def _rows(workdir, step):
   return kinds
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_at_any_moment_loses_nothing(processes, tmp_path):
+@pytest.mark.parametrize(
+  "processes,moments",
+  [
+    pytest.param(1, MOMENTS, id="1", marks=pytest.mark.slow),
+    pytest.param(2, SOME_MOMENTS, id="2", marks=pytest.mark.slow),
+    pytest.param(2, MOMENTS, id="2 at every one", marks=pytest.mark.long),
+  ],
+)
+def test_a_signal_at_any_moment_loses_nothing(processes, moments, tmp_path, caplog):
   """The last checkpoint is written, and the resumed runs write the rows of an undisturbed one."""
   mesh = {"data": 4, "fsdp": 2, "tensor": 1}
-  config = small_runs.write(
-    tmp_path / "config.py", small_runs.config(mesh, **CONFIG, evals=small_runs.evals(tmp_path))
-  )
+  c = small_runs.config(mesh, **CONFIG, evals=small_runs.evals(tmp_path))
+  config = small_runs.write(tmp_path / "config.py", c)
 
   def codes(workdir, moment):
+    """What each process ends with, and the log of the first; a single run is in this process."""
+    if processes == 1:
+      caplog.clear()
+      code = 0
+      try:
+        with signal_at(moment):
+          train.train(c, workdir)
+      except preemption.Preempted as ended:
+        code = ended.code
+      return [code], caplog.text
     os.environ["MOMENT"] = moment
     words = [f"--config={config}", "--workdir", workdir]
     folder = tmp_path / f"{workdir.name} {moment}"
@@ -71,7 +91,8 @@ def test_a_signal_at_any_moment_loses_nothing(processes, tmp_path):
   ended, text = codes(whole, "write")
   assert ended == [0] * processes, text[-3000:]
   assert (whole / "checkpoints/6/commit_success.txt").exists()
-  for moment, (step, left_out) in MOMENTS.items():
+  for moment in moments:
+    step, left_out, _ = MOMENTS[moment]
     ended, text = codes(cut, moment)
     assert ended == [143] * processes, (moment, text[-3000:])
     assert f"checkpoint saved at step {step}." in text
@@ -112,12 +133,14 @@ def test_evaluation_stops_once_a_signal_came():
   assert embed(1, 2) == 3
 
 
-def main(argv):
-  """The program's main; every process waits at the moment, so that all hear of the signal."""
+@contextlib.contextmanager
+def signal_at(wanted):
+  """One process gets SIGTERM at this moment; every one waits there, so that all hear of it."""
+  _, _, receiver = MOMENTS.get(wanted, (0, 0, 0))
 
   def pause(*moment):
-    if " ".join(map(str, moment)) == os.environ["MOMENT"]:
-      if jax.process_index() == 0:
+    if " ".join(map(str, moment)) == wanted:
+      if jax.process_index() == receiver % jax.process_count():
         os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(0.1 if jax.process_count() == 1 else 3)
       if moment == ("write",):  # schedulers send it again
@@ -137,9 +160,18 @@ def main(argv):
     pause("write")
     close(self)
 
-  preemption.Watchdog.completed = completed_and_pause
-  train._evaluate, Checkpoints.close = pause_and_evaluate, pause_and_close
-  small_runs.main(argv)
+  with (
+    mock.patch.object(preemption.Watchdog, "completed", completed_and_pause),
+    mock.patch.object(train, "_evaluate", pause_and_evaluate),
+    mock.patch.object(Checkpoints, "close", pause_and_close),
+  ):
+    yield
+
+
+def main(argv):
+  """The program's main, with the signal."""
+  with signal_at(os.environ["MOMENT"]):
+    small_runs.main(argv)
 
 
 if __name__ == "__main__":
