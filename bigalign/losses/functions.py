@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from bigalign.losses.engine.pairwise import DEFAULT, Engine
+from bigalign.losses.feature_distill import distance
+from bigalign.losses.texts import masked_mean
 
 
 def cloc_region(
@@ -133,3 +135,27 @@ def coca_caption(
   each = jax.nn.logsumexp(logits - own[:, :, None], -1)  # [B, L]
   real = labels != pad_id
   return weight * jnp.where(real, each, 0).sum() / jnp.maximum(real.sum(), 1)
+
+
+def token_distill(
+  tokens: jax.Array, teacher: jax.Array, mask: jax.Array | None = None, *, kind: str = "cosine"
+) -> jax.Array:
+  """[]: regression of tokens to a teacher's tokens at the same places.
+
+  As EVA (https://arxiv.org/abs/2211.07636) on masked patches and MaskEmbed
+  (https://arxiv.org/abs/2410.11087) on all. The mean over all tokens of the global batch that
+  count, not a mean of means.
+
+  Args:
+    tokens: [B, N, D].
+    teacher: [B, N, D]; it gets no gradient.
+    mask: [B, N], nonzero for tokens that count; None: all.
+    kind: "cosine", "mse" or "cosine+mse", see feature_distill.distance.
+
+  Example:
+    >>> x = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
+    >>> float(token_distill(x, 2 * x)), float(token_distill(x, 2 * x, kind="mse"))
+    (0.0, 0.25)
+  """
+  each = distance(tokens, teacher, kind)  # [B, N]
+  return each.mean() if mask is None else masked_mean(each, mask != 0)

@@ -46,6 +46,7 @@ def fields(
   """
   features = ("zimg", "ztxt", "ztxt_second", "raw_img", "raw_txt")
   stored = ("teacher_img", "teacher_txt", "teacher_txt_second")
+  stored += ("teacher_img_stored", "teacher_txt_stored")
   teacher = sum(teachers) or width
   shapes: dict[str, tuple[tuple[int, ...], Any]] = {
     **dict.fromkeys(features, ((batch, width), jnp.float32)),

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loss_oracles import at, both_precisions, cases, check, make, oracles, run, unit
+from helpers.loss_oracles import (
+  FIELDS,
+  at,
+  both_precisions,
+  cases,
+  cases2,
+  check,
+  check2,
+  make,
+  oracles,
+  run,
+  run2,
+  unit,
+)
 
-from bigalign import sharding
+from bigalign import losses, sharding
 from bigalign.losses.engine import pairwise
 
 
@@ -30,6 +45,29 @@ def test_mobileclip_dr(case, precision):
   options = dict(case["params"])
   options |= dict(soft_share=options.pop("lambda"), second_text="txt_syn" in case["inputs"])
   check(case, parted(run(make("mobileclip_dr", options), case, precision)), precision)
+
+
+@both_precisions
+@pytest.mark.parametrize("case", cases2("mobileclip_dr"))
+def test_mobileclip_dr_with_own_scales_and_two_texts(case, precision):
+  two = "txt_syn" in case["inputs"]
+  options = dict(soft_share=case["params"]["lambda"], second_text=two)
+  options |= dict(teacher_scales=case["params"]["teacher_scales"])
+  where = at()._replace(sizes=dict(teachers=case["params"]["teacher_dims"]))
+
+  def value(inputs, scalars, share=options["soft_share"]):
+    feats = {"zimg": inputs["img"], "ztxt": inputs["txt"], "ztxt_second": inputs.get("txt_syn")}
+    batch = {ours: inputs[k] for k, ours in FIELDS.items() if k in inputs}
+    loss = make("mobileclip_dr", options | dict(soft_share=share))
+    objective, (_, metrics) = loss.apply({"t": scalars["log_scale"]}, {}, feats, batch, where)
+    return objective, metrics
+
+  got = run2(case, precision, value)
+  parts = {
+    k: run2(case, precision, functools.partial(value, share=x), key=(k,))["loss"]
+    for k, x in (("hard", 0.0), ("soft", 1.0))
+  }
+  check2(case, got | parts, precision, require=("hard", "soft"))
 
 
 @both_precisions
@@ -216,7 +254,11 @@ def test_saturated_losses_keep_their_digits(name):
 @pytest.mark.parametrize(
   "name,options,message",
   [
-    ("mobileclip_dr", dict(teacher_dims=(8, 16)), r"mobileclip_dr\.teacher_scales.*length 2"),
+    (
+      "mobileclip_dr",
+      dict(teacher_dims=(8, 16), teacher_scales=(100.0,)),
+      r"mobileclip_dr\.teacher_scales.*length 2",
+    ),
     ("mobileclip_dr", dict(soft_share=1.5), r"mobileclip_dr\.soft_share=1.5"),
     ("siglip_distill", dict(teacher_biases=()), r"siglip_distill\.teacher_biases.*length 1"),
     ("siglip_distill", dict(form="kl"), r"siglip_distill\.form.*'kl'.*'bce'"),
@@ -232,3 +274,94 @@ def test_teachers_of_another_width_are_named():
   loss = make("mobileclip_dr", dict(teacher_dims=(8, 8), teacher_scales=(70.0, 60.0)))
   with pytest.raises(ValueError, match=r"teacher_dims=\[8, 8\] add up to 16.*24 wide"):
     value_and_gradients(loss, *random_batch(), "float32")
+
+
+SEVERAL = [
+  ("clip_distill", dict(texts="per_ordinal")),
+  ("mobileclip_dr", dict(texts="per_ordinal")),
+  ("siglip_distill", dict(texts="images")),
+]
+
+
+def several_texts(count, kinds=None, seed=1):
+  """`random_batch` with `count` texts of each image, and their teachers' embeddings."""
+  feats, fields = random_batch()
+  rng = np.random.default_rng(seed)
+  texts = {
+    k: x[:, None] + rng.normal(size=(32, count, x.shape[1]))
+    for k, x in (("z", feats["ztxt"]), ("teacher", fields["teacher_txt"]))
+  }
+  fields = {"teacher_img": fields["teacher_img"], "teacher_txts": unit(texts["teacher"])}
+  kinds = np.ones((32, count), np.int32) if kinds is None else kinds
+  return {"zimg": feats["zimg"], "ztxts": unit(texts["z"])}, fields, kinds
+
+
+def with_texts(loss, feats, fields, kinds):
+  """(objective, gradients of the features) in float32."""
+  params, state = loss.init({})
+  feats, fields = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (feats, fields))
+
+  def value(feats):
+    batch = fields if kinds is None else fields | {"texts_kind": jnp.asarray(kinds)}
+    return loss.apply(params, state, feats, batch, at())[0]
+
+  return jax.jit(jax.value_and_grad(value))(feats)
+
+
+@pytest.mark.parametrize("name,options", SEVERAL)
+def test_distillation_with_one_of_several_texts_is_plain_to_the_bit(name, options):
+  feats, fields, kinds = several_texts(1)
+  value, grads = with_texts(make(name, options), feats, fields, kinds)
+  plain = {"zimg": feats["zimg"], "ztxt": feats["ztxts"][:, 0]}
+  teacher = {"teacher_img": fields["teacher_img"], "teacher_txt": fields["teacher_txts"][:, 0]}
+  expected, wanted = with_texts(make(name, {}), plain, teacher, None)
+  np.testing.assert_array_equal(value, expected)
+  np.testing.assert_array_equal(grads["zimg"], wanted["zimg"])
+  np.testing.assert_array_equal(grads["ztxts"][:, 0], wanted["ztxt"])
+
+
+@pytest.mark.parametrize("name,options", SEVERAL[1:])
+def test_distillation_is_the_mean_over_the_texts_and_ignores_absent_ones(name, options):
+  """Texts that only some images have form the loss of those images' texts; by parts of a batch."""
+  kinds = np.ones((32, 2), np.int32)
+  feats, fields, _ = several_texts(2)
+  whole, _ = with_texts(make(name, options), feats, fields, kinds)
+  each = [
+    with_texts(
+      make(name, {}),
+      {"zimg": feats["zimg"], "ztxt": feats["ztxts"][:, m]},
+      {"teacher_img": fields["teacher_img"], "teacher_txt": fields["teacher_txts"][:, m]},
+      None,
+    )[0]
+    for m in range(2)
+  ]
+  scale = 1 if name == "siglip_distill" else 2  # by images, or a mean over texts
+  np.testing.assert_allclose(whole, sum(each) / scale, rtol=1e-6)
+  kinds[5:, 1] = 0
+  absent = [
+    np.where((kinds == 0)[..., None], np.nan, x) for x in (feats["ztxts"], fields["teacher_txts"])
+  ]
+  one, two = (
+    with_texts(make(name, options), feats | dict(ztxts=z), fields | dict(teacher_txts=t), kinds)
+    for z, t in ((feats["ztxts"], fields["teacher_txts"]), absent)
+  )
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+  assert not np.asarray(one[1]["ztxts"])[5:, 1].any() and abs(one[0] - whole) > 1e-4
+
+
+def test_the_widths_of_teachers_come_from_the_data():
+  """And an option that says otherwise is an error; two teachers have the scales of DFNDR."""
+  sizes = {"teachers": (8, 16)}
+  with pytest.raises(ValueError, match=r"teacher_dims=\(16, 8\), but .*teachers .*\(8, 16\)"):
+    make("mobileclip_dr", dict(teacher_dims=(16, 8))).init(sizes)
+  with pytest.raises(ValueError, match=r"siglip_distill\.teacher_scales=.* length 2"):
+    make("siglip_distill", {}).init(sizes)
+  feats, fields = random_batch()
+  known = make("mobileclip_dr", dict(teacher_dims=(8, 16), teacher_scales=(70.0, 60.0)))
+  expected = value_and_gradients(known, feats, fields, "float32")["loss"]
+  found = losses.apply_once(
+    make("mobileclip_dr", {}),
+    *jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (feats, fields)),
+    sizes,
+  )
+  np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
