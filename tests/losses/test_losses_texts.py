@@ -17,6 +17,7 @@ from helpers.loss_oracles import (
   both_precisions,
   cases2,
   check2,
+  ids,
   make,
   oracles2,
   run2,
@@ -160,6 +161,114 @@ def test_of_hard_negatives_only_images_see_more_candidates():
     t2i += [np.log(np.exp(z[:, i, m]).sum()) - z[i, i, m] for m in range(3) if kind[i, m] == 1]
   np.testing.assert_allclose(metrics["i2t"], np.mean(i2t), rtol=1e-5)
   np.testing.assert_allclose(metrics["t2i"], np.mean(t2i), rtol=1e-5)
+
+
+def with_ids(batch, images=12):
+  """Labels, and the ids of images; the texts' own ids are those of the images."""
+  rows = ids(np.arange(images) + 3)
+  label = jnp.asarray(np.arange(images) % 4 - 1)
+  return {**batch, "image_id": rows, "text_id": rows, "label": label}
+
+
+TABLES = {"image": 20, "text": 20}
+
+
+@pytest.mark.parametrize(
+  "name,texts,options",
+  [
+    ("unicl", "uniform", {}),
+    ("sogclr", "set", {}),
+    pytest.param("isogclr", "set", {}, marks=pytest.mark.slow),
+    pytest.param("fastclip_v2", "set", {}, marks=pytest.mark.slow),
+    ("fastclip_v3", "set", {}),
+  ],
+)
+def test_one_of_several_texts_is_the_plain_loss_to_the_bit(name, texts, options):
+  feats, batch = random_texts(count=1)
+  batch = with_ids(batch)
+  plain = {"zimg": feats["zimg"], "ztxt": feats["ztxts"][:, 0]}
+  value, metrics, (_, grads) = graded(make(name, options), plain, batch, TABLES)
+  several = make(name, options | dict(texts=texts))
+  found, logs, (_, grads2) = graded(several, feats, batch, TABLES)
+  np.testing.assert_array_equal(found, value)
+  jax.tree.map(np.testing.assert_array_equal, logs, metrics)
+  np.testing.assert_array_equal(grads2["zimg"], grads["zimg"])
+  np.testing.assert_array_equal(grads2["ztxts"][:, 0], grads["ztxt"])
+
+
+def log_means(zimg, ztxts, kinds, tau):
+  """[B] and [B]: log g of images and of sets of texts, as they are defined."""
+  z = jnp.einsum("ie,jme->ijm", zimg, ztxts)
+  own = jnp.einsum("iim->im", z)
+  positive, other = kinds == 1, ~np.eye(len(zimg), dtype=bool)
+  candidates = (other[..., None] & positive[None]) | (kinds == 2)[None]  # of image i: [k, m]
+  of_images = (z[:, :, :, None] - own[:, None, None, :]) / tau  # [i, k, m, p]
+  chosen = candidates[..., None] & positive[:, None, None, :]
+  of_texts = (z - own[None]) / tau  # [k, i, p]
+  both = [(of_images, chosen, (1, 2, 3)), (of_texts, other[..., None] & positive[None], (0, 2))]
+  return [jax.nn.logsumexp(a, axes, where=x) - np.log(x.sum(axes)) for a, x, axes in both]
+
+
+def test_global_contrast_of_sets_is_the_gradient_of_its_definition():
+  """With gamma 1: tau times the mean log g of both sides; of v3 the temperature's, too."""
+  with jax.enable_x64(True):
+    feats, batch = random_texts(images=6, dtype=jnp.float64)
+    kinds, batch = np.asarray(batch["texts_kind"]), with_ids(batch, 6)
+
+    def objective(feats, t):
+      tau = jnp.exp(-t)
+      both = log_means(feats["zimg"], feats["ztxts"], kinds, tau)
+      return sum(x.mean() for x in both), tau
+
+    tau = 0.2
+    t = jnp.asarray(-np.log(tau))
+    _, logs, (_, grads) = graded(
+      make("sogclr", dict(tau=tau, gamma=1.0, texts="set")), feats, batch, TABLES
+    )
+    expected = jax.grad(lambda x: tau * objective(x, t)[0])(feats)
+    np.testing.assert_allclose(logs["objective"], tau * objective(feats, t)[0], rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
+
+    options = dict(tau_init=tau, tau_gradient="consistent", rho=3.0, eps=0.0, texts="set")
+    _, logs, (slope, _) = graded(make("fastclip_v3", options), feats, batch, TABLES)
+
+    def robust(t):
+      entropy, tau = objective(feats, t)
+      return tau / 2 * (entropy + 2 * 3.0)
+
+    np.testing.assert_allclose(logs["objective"], robust(t), rtol=1e-6)  # "t" is float32
+    np.testing.assert_allclose(slope["t"], jax.grad(robust)(t), rtol=1e-5)
+
+
+def test_unicl_of_several_texts_spreads_the_target_over_texts_with_the_label():
+  feats, batch = random_texts()
+  batch = with_ids(batch)
+  _, logs, _ = graded(make("unicl", dict(texts="uniform", t_init=10.0)), feats, batch)
+  x, y, kind, label = (
+    np.asarray(v) for v in (*feats.values(), batch["texts_kind"], batch["label"])
+  )
+  z = 10 * np.einsum("ie,jme->ijm", np.asarray(x, np.float64), y)
+  same = (label[:, None] == label[None]) & (label >= 0)[:, None] | np.eye(12, dtype=bool)
+  i2t, t2i = [], []
+  for i in range(12):
+    candidates = np.concatenate([z[i][kind == 1], z[i][kind == 2]])
+    chosen = z[i][(kind == 1) & same[i][:, None]]
+    i2t.append(np.log(np.exp(candidates).sum()) - chosen.mean())
+    for m in range(3):
+      if kind[i, m] == 1:
+        t2i.append(np.log(np.exp(z[:, i, m]).sum()) - z[same[i], i, m].mean())
+  np.testing.assert_allclose(logs["i2t"], np.mean(i2t), rtol=1e-5)
+  np.testing.assert_allclose(logs["t2i"], np.mean(t2i), rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean_all", "row_sum"])
+def test_sail_of_two_texts_in_a_list_is_sail(reduction):
+  feats, _ = random_texts(count=2)
+  two = {"zimg": feats["zimg"], "ztxt": feats["ztxts"][:, 0], "ztxt_second": feats["ztxts"][:, 1]}
+  kinds = {"texts_kind": jnp.ones((12, 2), jnp.int32)}
+  loss, other = (make("sail", dict(reduction=reduction, texts=x)) for x in ("two", "all"))
+  expected = losses.apply_once(loss, two)["loss"]
+  np.testing.assert_allclose(losses.apply_once(other, feats, kinds)["loss"], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def fastclip_v0(
   gamma_schedule: str = "cosine",
   gamma_over: int | str = "50%",
   eps: float = 1e-14,
+  texts: str = "one",
 ) -> Loss:
   """Global contrast with one learned temperature: FastCLIP v0, https://arxiv.org/abs/2407.01445.
 
@@ -48,6 +49,9 @@ def fastclip_v0(
     gamma_over: duration of the cosine; about half of the epochs in the paper.
     eps: added to u; 1e-6 at LAION's scale. It does not guard against rounding: anchors with a u far
       below it get no weight.
+    texts: "one": an image has one text, ztxt. "set": it has several, ztxts [B, M, E] with
+      texts_kind [B, M], which are one anchor and share a u, found by image_id; see
+      per_sample/global_contrastive.py.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -63,8 +67,8 @@ def fastclip_v0(
     return sums["h"] if tau_gradient == "released" else sums["h"] / 2
 
   checks.between("config.loss.fastclip_v0", *TAU_BOUNDS, tau_init=tau_init)
-  averaged = _schedule("fastclip_v0", gamma_schedule, gamma, gamma_over, eps)
-  return _one_temperature(tau_init, gradient, averaged, eps)
+  averaged = _schedule("fastclip_v0", gamma_schedule, gamma, gamma_over, eps, texts)
+  return _one_temperature(tau_init, gradient, averaged, eps, texts)
 
 
 def fastclip_v1(
@@ -74,6 +78,7 @@ def fastclip_v1(
   gamma_schedule: str = "cosine",
   gamma_over: int | str = "50%",
   eps: float = 1e-14,
+  texts: str = "one",
 ) -> Loss:
   """Global contrast with a constant temperature: FastCLIP v1, https://arxiv.org/abs/2407.01445.
 
@@ -86,6 +91,7 @@ def fastclip_v1(
     gamma_schedule: as in `fastclip_v0`.
     gamma_over: as in `fastclip_v0`.
     eps: as in `fastclip_v0`.
+    texts: as in `fastclip_v0`.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -96,8 +102,8 @@ def fastclip_v1(
     -2.0
   """
   checks.above_zero("config.loss.fastclip_v1", tau=tau)
-  averaged = _schedule("fastclip_v1", gamma_schedule, gamma, gamma_over, eps)
-  return _one_temperature(tau, None, averaged, eps)
+  averaged = _schedule("fastclip_v1", gamma_schedule, gamma, gamma_over, eps, texts)
+  return _one_temperature(tau, None, averaged, eps, texts)
 
 
 def fastclip_v3(
@@ -110,6 +116,7 @@ def fastclip_v3(
   gamma_schedule: str = "cosine",
   gamma_over: int | str = "50%",
   eps: float = 1e-14,
+  texts: str = "one",
 ) -> Loss:
   """Robust global contrast, one learned temperature: FastCLIP v3, https://arxiv.org/abs/2407.01445.
 
@@ -130,6 +137,7 @@ def fastclip_v3(
     gamma_schedule: as in `fastclip_v0`.
     gamma_over: as in `fastclip_v0`.
     eps: as in `fastclip_v0`.
+    texts: as in `fastclip_v0`.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -149,9 +157,9 @@ def fastclip_v3(
 
   checks.between("config.loss.fastclip_v3", *TAU_BOUNDS, tau_init=tau_init)
   checks.between("config.loss.fastclip_v3", 0, slow_below=slow_below)
-  averaged = _schedule("fastclip_v3", gamma_schedule, gamma, gamma_over, eps)
+  averaged = _schedule("fastclip_v3", gamma_schedule, gamma, gamma_over, eps, texts)
   robust = schedules.ramp(rho, "config.loss.fastclip_v3.rho")
-  return _one_temperature(tau_init, gradient, averaged, eps, robust, slow_below)
+  return _one_temperature(tau_init, gradient, averaged, eps, texts, robust, slow_below)
 
 
 def fastclip_v2(
@@ -170,6 +178,7 @@ def fastclip_v2(
   gamma_schedule: str = "cosine",
   gamma_over: int | str = "50%",
   eps: float = 1e-14,
+  texts: str = "one",
 ) -> Loss:
   """Global contrast with a temperature per sample: FastCLIP v2, https://arxiv.org/abs/2407.01445.
 
@@ -195,6 +204,7 @@ def fastclip_v2(
     gamma_schedule: as in `fastclip_v0`.
     gamma_over: as in `fastclip_v0`.
     eps: as in `fastclip_v0`, in units of exp(b), where b is the largest exponent so far.
+    texts: as in `fastclip_v0`.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -210,13 +220,13 @@ def fastclip_v2(
   checks.above_zero(where, eps_tau=eps_tau, grad_clip=grad_clip)
   checks.below_one(where, b1=b1, b2=b2)
   global_contrastive.check_bounds(where, tau_init, tau_min, tau_max)
-  averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over, eps)
+  averaged = _schedule("fastclip_v2", gamma_schedule, gamma, gamma_over, eps, texts)
   robust = schedules.ramp(rho, "config.loss.fastclip_v2.rho")
   rate = schedules.ramp(lr_tau, "config.loss.fastclip_v2.lr_tau")
 
   def init(sizes):
     fills = dict(log_u=-math.inf, b=0.0, tau=tau_init, m=0.0, v=0.0)
-    return {}, global_contrastive.make_tables(sizes, **fills)
+    return {}, global_contrastive.make_tables(global_contrastive.sizes_of(sizes, texts), **fills)
 
   def moved(context, old, log_den, pull):
     """The next moments and temperature of each anchor [B]."""
@@ -234,7 +244,8 @@ def fastclip_v2(
     return {"log_u": global_contrastive.average(old["log_u"], log_g, weight, fresh), "b": b}
 
   def apply(params, state, feats, batch, context):
-    zimg, ztxt = feats["zimg"], feats["ztxt"]
+    zimg = feats["zimg"]
+    ztxt, batch = global_contrastive.anchors(feats, batch, texts)
     weight = averaged(context)
     old = global_contrastive.read_tables(state, batch)
     taus = global_contrastive.each(lambda x: x["tau"], old)
@@ -266,7 +277,7 @@ def fastclip_v2(
     logs["finite_state"] = global_contrastive.is_finite(now, steps)
     return global_contrastive.with_slope(loss, surrogate), (state, logs)
 
-  return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
+  return Loss(global_contrastive.needs(texts), init, apply, per_sample_state=True)
 
 
 def _one_temperature(
@@ -274,6 +285,7 @@ def _one_temperature(
   gradient: Any,
   averaged: Any,
   eps: float,
+  texts: str,
   robust: Any = None,
   slow_below: float = 0.0,
 ) -> Loss:
@@ -285,16 +297,19 @@ def _one_temperature(
       "log_den" and, for v3, "rho": means over images plus means over texts.
     averaged: (context) -> the weight of the new value in the moving average.
     eps: added to u.
+    texts: as in `fastclip_v0`.
     robust: (context) -> rho, for v3.
     slow_below: at and below this temperature, its updates are divided by 3.
   """
 
   def init(sizes):
     params = {} if gradient is None else {"t": jnp.asarray(-math.log(tau_init), jnp.float32)}
+    sizes = global_contrastive.sizes_of(sizes, texts)
     return params, global_contrastive.make_tables(sizes, log_u=-math.inf)
 
   def apply(params, state, feats, batch, context):
-    zimg, ztxt = feats["zimg"], feats["ztxt"]
+    zimg = feats["zimg"]
+    ztxt, batch = global_contrastive.anchors(feats, batch, texts)
     tau = jnp.exp(-jax.lax.stop_gradient(params["t"])) if params else jnp.asarray(tau_init, float)
     weight = averaged(context)
     old = global_contrastive.each(
@@ -335,12 +350,13 @@ def _one_temperature(
     step = jnp.where(before["t"] >= -math.log(slow_below), step / 3, step) if slow_below else step
     return {"t": jnp.clip(before["t"] + step, 0.0, math.log(100))}
 
-  return Loss(frozenset({"ids"}), init, apply, constrain, per_sample_state=True)
+  return Loss(global_contrastive.needs(texts), init, apply, constrain, per_sample_state=True)
 
 
-def _schedule(name: str, schedule: str, end: float, over: int | str, eps: float) -> Any:
-  """(context) -> the weight of the new value in the moving average; checks eps, too."""
+def _schedule(name: str, schedule: str, end: float, over: int | str, eps: float, texts: str) -> Any:
+  """(context) -> the weight of the new value in the moving average; checks eps and texts, too."""
   where = f"config.loss.{name}"
+  global_contrastive.check_texts(name, texts)
   checks.between(where, 0, eps=eps)
   checks.above_zero(where, most=1.0, gamma=end)
   checks.known(f"{where}.gamma_schedule", schedule, ("cosine", "constant"))

@@ -7,6 +7,12 @@ g_i / (u_i + eps), in which candidate k has the weight w_ik = exp(A_ik / tau_i) 
 of this is computed in logarithms: float32 cannot represent exp(1 / tau).
 
 Images and texts are both anchors; their values are {"img": [B], "txt": [B]}.
+
+With several texts per image, the set of an image's positive texts p is one anchor, whose row in the
+tables is that of the image: captions may be drawn anew each time. Then g_i of an image is the mean
+over p and over its candidates k of exp((S_ik - S_ip) / tau_i), and g_i of its texts the mean over p
+and the other images k of exp((S_kp - S_ip) / tau_i). Candidates of an image are the positive texts
+of other images and the hard negatives of all. Each image must have a positive text.
 """
 
 from __future__ import annotations
@@ -19,14 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bigalign import checks
 from bigalign.losses.base import others
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.per_sample import tables
+from bigalign.losses.texts import POSITIVE, Texts, negatives, of_batch, row_lse
 
 Anchors = dict[str, jax.Array]  # "img", "txt": [B]
+Reference = tuple[jax.Array, jax.Array] | None  # [B, D], [B, D]: other embeddings of the pairs
 IDS = {"img": "image", "txt": "text"}
-FIXED = frozenset({"scale", "log_den"})  # row and column arrays without a gradient
+FIXED = frozenset({"scale", "log_den", "reference"})  # row and column arrays without a gradient
 
 
 def check_bounds(where: str, tau_init: float, tau_min: float, tau_max: float) -> None:
@@ -35,6 +44,31 @@ def check_bounds(where: str, tau_init: float, tau_min: float, tau_max: float) ->
     raise ValueError(
       f"{where}.tau_init={tau_init!r} must be between tau_min={tau_min!r} and tau_max={tau_max!r}"
     )
+
+
+def check_texts(name: str, texts: str) -> None:
+  """Raises ValueError for a wrong option `texts` of a loss."""
+  checks.known(f"config.loss.{name}.texts", texts, ("one", "set"))
+
+
+def needs(texts: str) -> frozenset[str]:
+  """What a loss reads, with one text per image or several."""
+  return frozenset({"ids", *(("texts",) if texts == "set" else ())})
+
+
+def sizes_of(sizes: Mapping[str, Any], texts: str) -> Mapping[str, Any]:
+  """The sizes of the tables: a set of texts has the row of its image."""
+  return sizes if texts == "one" else {**sizes, "text": sizes["image"]}
+
+
+def anchors(
+  feats: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], texts: str
+) -> tuple[jax.Array | Texts, Mapping[str, jax.Array]]:
+  """The text anchors, and the batch in which "text_id" is their row in the tables."""
+  if texts == "one":
+    return feats["ztxt"], batch
+  several = of_batch(feats, batch)
+  return several.z if several.count == 1 else several, {**batch, "text_id": batch["image_id"]}
 
 
 def each(function: Callable[..., Any], *anchors: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,31 +110,49 @@ def is_finite(*values: Mapping[str, Any]) -> jax.Array:
 
 
 def means(
-  zimg: jax.Array, ztxt: jax.Array, tau: Anchors, *, engine: Engine
+  zimg: jax.Array,
+  ztxt: jax.Array | Texts,
+  tau: Anchors,
+  reference: Reference = None,
+  *,
+  engine: Engine,
 ) -> tuple[Anchors, Anchors]:
   """log g and the largest exponent of each anchor, without a gradient.
 
   Args:
     zimg: [B, E], unit norm.
-    ztxt: [B, E], unit norm.
+    ztxt: [B, E], unit norm, or several texts of each image.
     tau: temperatures of the anchors.
+    reference: embeddings whose products are subtracted from the cosines, of `drrho`.
     engine: forms the logits.
   """
-  zimg, ztxt = jax.lax.stop_gradient((zimg, ztxt))
+  zimg = jax.lax.stop_gradient(zimg)
+  if isinstance(ztxt, Texts):
+    ztxt = ztxt._replace(z=jax.lax.stop_gradient(ztxt.z))
+  else:
+    ztxt = jax.lax.stop_gradient(ztxt)
+  count = ztxt.count if isinstance(ztxt, Texts) else 1
 
   def tile(row, col, shared):
-    other = ~pairwise.same(row, col)
+    other_texts, other_images = _others(row, col, count)
     (img, txt), (scale_img, scale_txt) = _differences(row, col, engine), _scales(row, col)
-    img, txt = (jnp.where(other, x, -jnp.inf) for x in (scale_img * img, scale_txt * txt))
+    img = jnp.where(other_texts, scale_img * img, -jnp.inf)
+    txt = jnp.where(other_images, scale_txt * txt, -jnp.inf)
     return {"img": img, "txt": txt, "img_top": img, "txt_top": txt}
 
   reduced = engine.reduce(
     tile,
-    *_rows_and_columns(zimg, ztxt, tau, engine=engine),
+    *_rows_and_columns(zimg, ztxt, tau, reference=reference, engine=engine),
     outputs=dict(img="row_lse", txt="col_lse", img_top="row_max", txt_top="col_max"),
   )
   log_others = math.log(others(len(zimg)))
-  return {k: reduced[k] - log_others for k in IDS}, {k: reduced[f"{k}_top"] for k in IDS}
+  if not isinstance(ztxt, Texts):
+    return {k: reduced[k] - log_others for k in IDS}, {k: reduced[f"{k}_top"] for k in IDS}
+  positive = ztxt.positive
+  txt = row_lse(ztxt.of_image(reduced["txt"]), positive) - log_others - jnp.log(positive.sum(1))
+  top = jnp.where(positive, ztxt.of_image(reduced["txt_top"]), -jnp.inf).max(1)
+  log_g = {"img": reduced["img"] - jnp.log(_candidates(ztxt)), "txt": txt}
+  return log_g, {"img": reduced["img_top"], "txt": top}
 
 
 def average(log_u: jax.Array, log_g: jax.Array, gamma: Any, fresh: jax.Array | None) -> jax.Array:
@@ -126,7 +178,7 @@ def mass(log_g: Anchors, log_den: Anchors) -> Anchors:
 
 def weighted(
   zimg: jax.Array,
-  ztxt: jax.Array,
+  ztxt: jax.Array | Texts,
   tau: Anchors,
   log_den: Anchors,
   log_g: Anchors,
@@ -139,36 +191,53 @@ def weighted(
 
   Args:
     zimg: [B, E], unit norm.
-    ztxt: [B, E], unit norm.
+    ztxt: [B, E], unit norm, or several texts of each image.
     tau: temperatures of the anchors.
     log_den: log of the denominators u + eps.
     log_g: from `means`.
     engine: forms the logits.
   """
   sums = engine.reduce(
-    functools.partial(_pull, engine),
+    functools.partial(_pull, engine, ztxt.count if isinstance(ztxt, Texts) else 1),
     *_rows_and_columns(zimg, ztxt, tau, log_den, engine=engine),
     outputs=dict(img="row_sum", txt="col_sum"),
     fixed=FIXED,
   )
   count = others(len(zimg))
-  return each(lambda x, base: x / count + base, sums, _bases(tau, log_den, log_g))
+  if not isinstance(ztxt, Texts):
+    return each(lambda x, base: x / count + base, sums, _bases(tau, log_den, log_g))
+  positive = ztxt.positive
+  of_texts = jnp.where(positive, ztxt.of_image(sums["txt"]), 0).sum(1) / count
+  dens = {**log_den, "txt": log_den["txt"] + jnp.log(positive.sum(1))}
+  mean = mass(log_g, log_den)
+  # Of an image, `_pull` has the softest minimum of its positives' cosines in place of their mean
+  # by their weights: its gradient is the same, its value is not.
+  own = jax.lax.stop_gradient(ztxt.cosines(zimg, engine))
+  low = _softest(own, positive, tau["img"])
+  share = jnp.where(positive, jnp.exp(-(own - low[:, None]) / tau["img"][:, None]), 0)
+  high = (share * own).sum(1) / positive.sum(1)
+  bases = {side: tau[side] * dens[side] * mean[side] for side in IDS}
+  of_images = sums["img"] / _candidates(ztxt) + mean["img"] * (low - high)
+  return each(jnp.add, {"img": of_images, "txt": of_texts}, bases)
 
 
 def weighted_both(
   zimg: jax.Array,
-  ztxt: jax.Array,
+  ztxt: jax.Array | Texts,
   tau: Anchors,
   log_den: Anchors,
   log_g: Anchors,
+  reference: Reference = None,
   *,
   engine: Engine,
 ) -> jax.Array:
   """[]: `both(weighted(...))`, with one pass over the products less."""
+  if isinstance(ztxt, Texts):
+    return both(weighted(zimg, ztxt, tau, log_den, log_g, engine=engine))
   b = len(zimg)
   sums = engine.total(
-    functools.partial(_pull, engine),
-    *_rows_and_columns(zimg, ztxt, tau, log_den, engine=engine),
+    functools.partial(_pull, engine, 1),
+    *_rows_and_columns(zimg, ztxt, tau, log_den, reference, engine=engine),
     fixed=FIXED,
   )
   return sums / (b * (b - 1)) + both(_bases(tau, log_den, log_g))
@@ -183,10 +252,30 @@ def _bases(tau: Anchors, log_den: Anchors, log_g: Anchors) -> Anchors:
   return each(lambda t, den, m: t * den * m, tau, log_den, mass(log_g, log_den))
 
 
-def _pull(engine: Engine, row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
-  other = ~pairwise.same(row, col)
+def _others(row: Any, col: Any, count: int) -> tuple[jax.Array, jax.Array]:
+  """[n, m] bool each: texts that are candidates of the images, and images of the texts."""
+  if count == 1:
+    other = ~pairwise.same(row, col)
+    return other, other
+  known = negatives(row, col, count)
+  return known, known & (col["kind"] == POSITIVE)[None, :]
 
-  def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array) -> jax.Array:
+
+def _candidates(texts: Texts) -> jax.Array:
+  """[B]: the number of each image's candidates."""
+  return texts.present.sum() - texts.positive.sum(1)
+
+
+def _softest(own: jax.Array, positive: jax.Array, tau: jax.Array) -> jax.Array:
+  """[B]: -tau log of the mean over the positives of exp(-own / tau)."""
+  lse = row_lse(-own / tau[:, None], positive)
+  return -tau * (lse - jnp.log(positive.sum(1)))
+
+
+def _pull(engine: Engine, count: int, row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
+  other_texts, other_images = _others(row, col, count)
+
+  def pulled(a: jax.Array, scale: jax.Array, log_den: jax.Array, other: jax.Array) -> jax.Array:
     exponent = scale * a - log_den
     # As SogCLR was released, rows with one id have the u of the last one, so that weights of the
     # others can be large.
@@ -195,8 +284,8 @@ def _pull(engine: Engine, row: Any, col: Any, shared: Any) -> dict[str, jax.Arra
 
   (img, txt), (scale_img, scale_txt) = _differences(row, col, engine), _scales(row, col)
   return {
-    "img": pulled(img, scale_img, row["log_den"][:, None]),
-    "txt": pulled(txt, scale_txt, col["log_den"][None, :]),
+    "img": pulled(img, scale_img, row["log_den"][:, None], other_texts),
+    "txt": pulled(txt, scale_txt, col["log_den"][None, :], other_images),
   }
 
 
@@ -208,6 +297,8 @@ def _largest(dtype: Any) -> float:
 def _differences(row: Any, col: Any, engine: Engine) -> tuple[jax.Array, jax.Array]:
   """A [n, m] of a tile's images and of its texts."""
   z = engine.products(row["z"], col["z"])
+  if "reference" in row:
+    z -= jax.lax.stop_gradient(engine.products(row["reference"], col["reference"]))
   return z - row["positive"][:, None], z - col["positive"][None, :]
 
 
@@ -217,17 +308,42 @@ def _scales(row: Any, col: Any) -> tuple[jax.Array, jax.Array]:
 
 def _rows_and_columns(
   zimg: jax.Array,
-  ztxt: jax.Array,
+  ztxt: jax.Array | Texts,
   tau: Anchors,
   log_den: Anchors | None = None,
+  reference: Reference = None,
   *,
   engine: Engine,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  if isinstance(ztxt, Texts):
+    return _sets(zimg, ztxt, tau, log_den, engine)
   positive = engine.paired(zimg, ztxt)
+  if reference is not None:
+    positive -= jax.lax.stop_gradient(engine.paired(*reference))
 
   def side(z: jax.Array, name: str) -> dict[str, jax.Array]:
     more = {} if log_den is None else {"log_den": log_den[name]}
+    more |= {} if reference is None else {"reference": reference[[*IDS].index(name)]}
     known = jax.lax.stop_gradient({"scale": 1 / tau[name], **more})
     return {"z": z, "positive": positive, **known}
 
   return side(zimg, "img"), side(ztxt, "txt")
+
+
+def _sets(
+  zimg: jax.Array, texts: Texts, tau: Anchors, log_den: Anchors | None, engine: Engine
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+  """The rows and columns of images and sets of texts."""
+  positive, own = texts.positive, texts.cosines(zimg, engine)
+  tau = jax.lax.stop_gradient(tau)
+
+  def spread(x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jax.lax.stop_gradient(x)[:, None], own.shape)
+
+  rows = {"z": zimg, "positive": _softest(own, positive, tau["img"]), "scale": 1 / tau["img"]}
+  columns = texts.columns(positive=own, scale=spread(1 / tau["txt"]))
+  if log_den is not None:
+    rows["log_den"] = jax.lax.stop_gradient(log_den["img"])
+    number = jnp.log(positive.sum(1))  # a text's part of the mean over its set
+    columns |= {"log_den": spread(log_den["txt"] + number).reshape(-1)}
+  return rows, columns

@@ -27,6 +27,7 @@ def sogclr(
   gamma: float = 0.8,
   variant: str = "paper",
   eps: float | None = None,
+  texts: str = "one",
 ) -> Loss:
   """Global contrastive loss for small batches: SogCLR, https://arxiv.org/abs/2202.12387.
 
@@ -46,6 +47,9 @@ def sogclr(
       that of the objective.
     eps: added to u, in units of exp(b), where b is the largest exponent so far, one more float per
       sample. None: 0 for "paper", 1e-10 for "released".
+    texts: "one": an image has one text, ztxt. "set": it has several, ztxts [B, M, E] with
+      texts_kind [B, M], which are one anchor and share a u, found by image_id; see
+      per_sample/global_contrastive.py. Only with the variant "paper".
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -55,14 +59,17 @@ def sogclr(
     >>> round(float(metrics["objective"]), 3)  # 2 tau log(exp(-1 / tau))
     -2.0
   """
-  eps = _checked("sogclr", variant, gamma, eps)
+  eps = _checked("sogclr", variant, gamma, eps, texts)
   checks.above_zero("config.loss.sogclr", tau=tau)
 
   def init(sizes):
-    return {}, global_contrastive.make_tables(sizes, log_u=-math.inf, **({"b": 0.0} if eps else {}))
+    fills = {"b": 0.0} if eps else {}
+    sizes = global_contrastive.sizes_of(sizes, texts)
+    return {}, global_contrastive.make_tables(sizes, log_u=-math.inf, **fills)
 
   def apply(params, state, feats, batch, context):
-    zimg, ztxt = feats["zimg"], feats["ztxt"]
+    zimg = feats["zimg"]
+    ztxt, batch = global_contrastive.anchors(feats, batch, texts)
     old = global_contrastive.read_tables(state, batch)
     taus = global_contrastive.each(lambda x: jnp.full_like(x["log_u"], tau), old)
     log_g, top = global_contrastive.means(zimg, ztxt, taus, engine=context.engine)
@@ -75,7 +82,7 @@ def sogclr(
     logs = {"loss": loss, "objective": objective, "finite_state": global_contrastive.is_finite(now)}
     return loss, (state, logs)
 
-  return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
+  return Loss(global_contrastive.needs(texts), init, apply, per_sample_state=True)
 
 
 def isogclr(
@@ -94,6 +101,7 @@ def isogclr(
   grad_clip: float = 5.0,
   variant: str = "paper",
   eps: float | None = None,
+  texts: str = "one",
 ) -> Loss:
   """SogCLR with a learned temperature per sample: iSogCLR, https://arxiv.org/abs/2305.11965.
 
@@ -119,6 +127,7 @@ def isogclr(
     grad_clip: bound of a temperature's gradient.
     variant: as in `sogclr`.
     eps: as in `sogclr`.
+    texts: as in `sogclr`.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -128,7 +137,7 @@ def isogclr(
     >>> round(float(metrics["objective"]), 3)  # 2 tau (log(exp(-1 / tau)) + rho)
     4.0
   """
-  eps = _checked("isogclr", variant, gamma, eps)
+  eps = _checked("isogclr", variant, gamma, eps, texts)
   where = "config.loss.isogclr"
   checks.above_zero(where, tau_init=tau_init, tau_min=tau_min, tau_max=tau_max)
   checks.above_zero(where, grad_clip=grad_clip)
@@ -143,6 +152,7 @@ def isogclr(
 
   def init(sizes):
     fills = {"b": 0.0} if eps else {}
+    sizes = global_contrastive.sizes_of(sizes, texts)
     return {}, global_contrastive.make_tables(sizes, log_u=-math.inf, tau=tau_init, m=0.0, **fills)
 
   def moved(rate, rho, old, log_u, pull):
@@ -152,7 +162,8 @@ def isogclr(
     return {"m": m, "tau": jnp.clip(old["tau"] - rate * m, tau_min, tau_max)}
 
   def apply(params, state, feats, batch, context):
-    zimg, ztxt = feats["zimg"], feats["ztxt"]
+    zimg = feats["zimg"]
+    ztxt, batch = global_contrastive.anchors(feats, batch, texts)
     rate = schedules.eta(eta_schedule, eta, eta_min, over, eta_decay, context)
     old = global_contrastive.read_tables(state, batch)
     taus = global_contrastive.each(lambda x: x["tau"], old)
@@ -174,7 +185,7 @@ def isogclr(
     logs["finite_state"] = global_contrastive.is_finite(now, new)
     return loss, (state, {"loss": loss, "objective": objective, "eta": rate, **logs})
 
-  return Loss(frozenset({"ids"}), init, apply, per_sample_state=True)
+  return Loss(global_contrastive.needs(texts), init, apply, per_sample_state=True)
 
 
 def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
@@ -263,8 +274,14 @@ def _view_means(x: jax.Array, y: jax.Array, tau: float, engine: Engine) -> dict[
   }
 
 
-def _checked(name: str, variant: str, gamma: float, eps: float | None) -> float:
+def _checked(name: str, variant: str, gamma: float, eps: float | None, texts: str) -> float:
   """Checks options that two losses share; returns eps, by default that of the variant."""
+  global_contrastive.check_texts(name, texts)
+  if texts != "one" and variant != "paper":
+    raise ValueError(
+      f"config.loss.{name}.variant={variant!r} is defined for one text per image; set"
+      f" variant='paper' for texts={texts!r}"
+    )
   checks.known(f"config.loss.{name}.variant", variant, VARIANTS)
   checks.above_zero(f"config.loss.{name}", most=1.0, gamma=gamma)
   if eps is None:
