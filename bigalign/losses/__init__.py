@@ -22,15 +22,19 @@ from bigalign.losses.clip import clip
 from bigalign.losses.clip_gap import clip_gap
 from bigalign.losses.distill import clip_distill, mobileclip_dr, siglip_distill
 from bigalign.losses.engine.pairwise import RecordingEngine
+from bigalign.losses.feature_distill import feature_distill, vl2v
 from bigalign.losses.focal import focal_itc
+from bigalign.losses.hard_negatives import dac_mil, hardneg_own, negclip
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
 from bigalign.losses.matryoshka import matryoshka
 from bigalign.losses.mixup import m2mix, m3mix
 from bigalign.losses.nitc import nitc
 from bigalign.losses.per_sample import tables
+from bigalign.losses.per_sample.drrho import drrho
 from bigalign.losses.per_sample.fastclip import fastclip_v0, fastclip_v1, fastclip_v2, fastclip_v3
 from bigalign.losses.per_sample.sogclr import isogclr, sogclr, sogclr_unimodal
+from bigalign.losses.radzero import radzero
 from bigalign.losses.sail import sail
 from bigalign.losses.siglip import siglip
 from bigalign.losses.sparc import sparc
@@ -62,18 +66,24 @@ LOSSES = dict(
   clip_gap=clip_gap,
   clip_intra_neg=clip_intra_neg,
   cyclip=cyclip,
+  dac_mil=dac_mil,
+  drrho=drrho,
   fastclip_v0=fastclip_v0,
   fastclip_v1=fastclip_v1,
   fastclip_v2=fastclip_v2,
   fastclip_v3=fastclip_v3,
+  feature_distill=feature_distill,
   focal_itc=focal_itc,
+  hardneg_own=hardneg_own,
   isogclr=isogclr,
   m2mix=m2mix,
   m3co=m3co,
   m3mix=m3mix,
   matryoshka=matryoshka,
   mobileclip_dr=mobileclip_dr,
+  negclip=negclip,
   nitc=nitc,
+  radzero=radzero,
   sail=sail,
   siglip=siglip,
   siglip_distill=siglip_distill,
@@ -82,6 +92,7 @@ LOSSES = dict(
   sogclr_unimodal=sogclr_unimodal,
   sparc=sparc,
   unicl=unicl,
+  vl2v=vl2v,
 )
 
 # Options of losses whose default does not fit every batch size, for tools that apply them at any:
@@ -103,7 +114,9 @@ PROVIDES = dict(
   raw_text=("raw_txt",),
   tokens_image=("tokens_img",),
   teacher_image=("teacher_img",),
+  teacher_image_stored=("teacher_img_stored",),
   teacher_text=("teacher_txt",),
+  teacher_text_stored=("teacher_txt_stored",),
   teacher_texts=("teacher_txts",),
   teacher_second_text=("teacher_txt_second",),
 )
@@ -114,7 +127,9 @@ SET_BY = dict(
   texts="config.data.texts",
   teacher="config.data.teachers",
   teacher_image="config.data.teachers",
+  teacher_image_stored="config.data.teachers",
   teacher_text="config.data.teachers",
+  teacher_text_stored="config.data.teachers",
   teacher_texts="config.data.teachers and config.data.texts",
   teacher_second_text="config.data.teachers",
 )

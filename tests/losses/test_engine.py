@@ -30,6 +30,8 @@ VARIANTS = [
   ("clip", {"texts": "per_ordinal"}),
   ("fastclip_v0", {"tau_gradient": "consistent"}),
   ("fastclip_v2", {"weighting": "rgcl"}),
+  ("drrho", {"gamma": 0.5, "tau_learned": True, "w_distill": 0.5, "teacher_dims": (3, 5)}),
+  ("fastclip_v2", {"texts": "set"}),
   ("fastclip_v3", {"tau_gradient": "consistent", "gamma_schedule": "constant"}),
   ("focal_itc", {"detach_weight": True}),
   ("isogclr", {"variant": "released", "eta_schedule": "cosine"}),
@@ -46,6 +48,7 @@ VARIANTS = [
   ("siglip_distill", {"texts": "pairs"}),
   ("softclip_m3co", {"detach_targets": True}),
   ("sogclr", {"variant": "released"}),
+  ("unicl", {"texts": "uniform"}),
 ]
 
 
@@ -95,6 +98,8 @@ def example(dtype, repeated=False):
     "texts": normal(B, M, 12),
     "texts_kind": jnp.asarray(rng.integers(0, 3, (B, M)), jnp.int32).at[:, 0].set(1),
     "teacher_txts": unit(normal(B, M, 8)),
+    "teacher_img_stored": normal(B, E),
+    "teacher_txt_stored": normal(B, E),
   }
   return towers, batch
 
