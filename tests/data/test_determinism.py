@@ -17,7 +17,11 @@ from bigalign.data.sources.mixture import Mixture
 from bigalign.inputs import open_data
 
 B, STEPS = 24, 9
-HOSTS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 3)
+HOSTS = (1, 2, 4, 8)
+# Workers are processes that take seconds to start: each number of them with one number of hosts,
+# and with every one before a release.
+SOME_WORKERS = {1: (3,), 2: (1,), 4: (2,), 8: (3,)}
+ALL_WORKERS = dict.fromkeys(HOSTS, (1, 2, 3))
 READING = dict(
   image_size=8,
   tokenizer=dict(name="byte", length=24),
@@ -84,15 +88,23 @@ def digests(options, *, hosts=1, **where):
   ]
 
 
-@pytest.mark.slow
-def test_every_number_of_hosts_and_workers_and_every_restart(settings, name="mixed_blocks"):
-  """Workers are processes that take seconds to start: each number of them on one of the hosts."""
+@pytest.mark.parametrize(
+  "workers_of",
+  [
+    pytest.param(SOME_WORKERS, id="some", marks=pytest.mark.slow),
+    pytest.param(ALL_WORKERS, id="all", marks=pytest.mark.long),
+  ],
+)
+def test_every_number_of_hosts_and_workers_and_every_restart(
+  settings, workers_of, name="mixed_blocks"
+):
+  """Without workers on every host, and with each number of them on one of the hosts."""
   wanted = host_batches(settings[name], host=0, hosts=1)
   every = [digest(batch) for batch in wanted]
   assert len({*every}) == STEPS
   for hosts in HOSTS:
     assert digests(settings[name], hosts=hosts) == every, hosts
-    for workers in WORKERS[1:]:
+    for workers in workers_of[hosts]:
       host = (0, hosts // 2, hosts - 1)[workers - 1]
       rows = slice(host * B // hosts, (host + 1) * B // hosts)
       own = [digest({k: x[rows] for k, x in batch.items()}) for batch in wanted]

@@ -38,8 +38,8 @@ def test_a_worker_does_not_grow(tmp_path):
   with contextlib.closing(
     train_batches(
       open_source("::".join(parts)),
-      batch_size=4,
-      rows=np.arange(4),
+      batch_size=2,
+      rows=np.arange(2),
       seed=0,
       image_size=16,
       tokenizer=dict(name="byte", length=16),
