@@ -146,10 +146,13 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
       if getattr(tower, "grid", ()) is None:
         rows, cols = (size // tower.options.patch for size in spec["image"][0][1:3])
         model = model.clone(image_tower=tower.clone(grid=(rows, cols)))
-    spec = _spec(model, stage.batch_size, own.data)
+    spec = _spec(model, *_longest(own))
     loss = program.loss if own.loss == config.loss else make_loss(own.loss)
-    scalars, _ = jax.eval_shape(functools.partial(loss.init, program.sizes))
-  params = {path: x for path, x in program.params.items() if not path.startswith("loss/")}
+    params = program.params
+    if loss is not program.loss:
+      scalars, _ = jax.eval_shape(functools.partial(loss.init, program.sizes))
+      of_model = {path: x for path, x in params.items() if not path.startswith("loss/")}
+      params = {**of_model, **tree.flatten(scalars, "loss/")}
   return dataclasses.replace(
     program,
     model=model,
