@@ -146,7 +146,7 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
       if getattr(tower, "grid", ()) is None:
         rows, cols = (size // tower.options.patch for size in spec["image"][0][1:3])
         model = model.clone(image_tower=tower.clone(grid=(rows, cols)))
-    spec = _spec(model, *_longest(own))
+    spec = _spec(model, stage.batch_size, own.data)
     loss = program.loss if own.loss == config.loss else make_loss(own.loss)
     params = program.params
     if loss is not program.loss:
