@@ -1,8 +1,6 @@
 """FLIP ViT-B/16: half of the patches for 12.8 billion pairs, then a short tuning with all of them.
 
-  bigalign train --config=flip_b16 \
-    --config.data.source='/data/{00000..41455}.tar' \
-    --config.data.tokenizer.path=/data/bert_base_uncased_vocab.txt
+  bigalign train --config=flip_b16 --config.data.source='/data/{00000..41455}.tar'
 
 https://arxiv.org/abs/2212.00794. Batch size, learning rates, warmups and lengths of both stages
 follow the released code, whose epochs have 1,281,167 pairs: 10,000 epochs masked and 100 unmasked.
@@ -10,7 +8,7 @@ The moments of the optimizer go on, and the text tower pools its last token. For
 v5e (16x16).
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 
 def get_config():
@@ -36,7 +34,7 @@ def get_config():
   c.data = dict(
     source="/data/{00000..41455}.tar",
     image_size=224,
-    tokenizer=dict(name="wordpiece", path=config_dict.placeholder(str), length=32),
+    tokenizer=dict(name="wordpiece", path="/data/bert_base_uncased_vocab.txt", length=32),
     augment=dict(crop="random_resized", scale=(0.5, 1.0), flip=0.5),
     resize="shortest",
     workers=16,

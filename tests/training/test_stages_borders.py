@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marks import slow_unless
 from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 
@@ -20,7 +21,7 @@ from bigalign.config import resolve_config
 from bigalign.data.order.schedule import MixtureSchedule
 from bigalign.inputs import open_data, with_stage_weights
 from bigalign.losses import make_loss
-from bigalign.optim import by_age, learning_rate
+from bigalign.optim import OPTIMIZERS, by_age, learning_rate
 from bigalign.program import layout, make_programs
 from bigalign.run.metrics import is_wall_clock, read_metrics
 from bigalign.state import parts, restore
@@ -227,7 +228,7 @@ def test_young_moments_are_corrected_by_their_own_count():
       np.testing.assert_allclose(np.abs(updates["young"]), 1, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon"])
+@pytest.mark.parametrize("name", slow_unless(OPTIMIZERS, ["muon"].__contains__))
 def test_each_optimizer_takes_parameters_that_are_trained_later(name):
   c = config(optimizer=dict(name=name, lr=1e-3, weight_decay=0.1))
   c["optimizer"]["multipliers"] = [("image_tower/", 0.1)]  # frozen in the first stage
