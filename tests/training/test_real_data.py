@@ -20,7 +20,7 @@ from bigalign.data.sources.base import open_source
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
-pytestmark = pytest.mark.optimized
+pytestmark = pytest.mark.slow
 
 
 def small(name):
@@ -47,7 +47,7 @@ def only(rows, name):
 
 def bigalign_train(*words):
   """`bigalign train …` as installed; one device, and compiled as for a user, not as for tests."""
-  ours = ("JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+  ours = ("JAX_NUM_CPU_DEVICES", "JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
   env = {name: x for name, x in os.environ.items() if name not in ours}
   installed = pathlib.Path(sys.executable).parent / "bigalign"
   done = subprocess.run(
