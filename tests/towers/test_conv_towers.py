@@ -40,16 +40,22 @@ def make(checkpoint):
   return tower, checkpoint.load(tree.flatten(shapes, "image_tower/"))
 
 
-def pooled(checkpoint, images, batch):
-  """[n, D] float32: what the tower makes of n uint8 images, `batch` at a time."""
+def pooling(checkpoint, batch):
+  """A function of n uint8 images: [n, D] float32, what the tower makes of `batch` at a time."""
   tower, flat = make(checkpoint)
   params = tree.unflatten(tree.subtree(flat, "image_tower/"))
   mean, std = (
     np.asarray(x, np.float32)[None, None, None] * 255 for x in PIXELS[checkpoint.model["pixels"]]
   )
-  apply = jax.jit(lambda x: tower.apply({"params": params}, (x - mean) / std).pooled)
-  parts = np.split(images, range(batch, len(images), batch))
-  return np.concatenate([apply(x.astype(np.float32)) for x in parts])
+  apply = jax.jit(lambda params, x: tower.apply({"params": params}, (x - mean) / std).pooled)
+
+  def pooled(images):
+    # The last part is as large as the others, because each size would be compiled.
+    filled = np.pad(images, [(0, -len(images) % batch), (0, 0), (0, 0), (0, 0)])
+    parts = np.split(filled, len(filled) // batch)
+    return np.concatenate([apply(params, x.astype(np.float32)) for x in parts])[: len(images)]
+
+  return pooled
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -74,7 +80,7 @@ def test_resnets_name_cifar(data_root, depth, top1):
   source = open_source(str(data_root / "cifar10/test/*.tar"))
   samples = [source[i] for i in range(len(source))]
   checkpoint = weights.describe(data_root / f"weights/resnet{depth}_cifar10.npz")
-  z = pooled(checkpoint, np.stack([decode(x["image"]) for x in samples]), 1000)
+  z = pooling(checkpoint, 1000)(np.stack([decode(x["image"]) for x in samples]))
   kernel, bias = (checkpoint.tensors.read(f"linear.{x}") for x in ("weight", "bias"))
   found = (z @ kernel.T + bias).argmax(1) == np.array([x["label"] for x in samples])
   assert len(found) == 1000 and found.mean() == pytest.approx(top1, abs=1e-9)
@@ -98,14 +104,14 @@ def tfidf(texts, idf):
   return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
-def captioned(data_root, split, checkpoint):
+def captioned(data_root, split, pooled):
   """(features [n, 1280], captions, the image of each) of a split."""
   source = open_source(str(data_root / split / "*.tar"), captions=("json.captions", "txt"))
   samples = [source[i] for i in range(len(source))]
   images = np.stack([eval_image(decode(x["image"]), size=224) for x in samples])
   captions = [text for x in samples for text in x["captions"]]
   owner = np.repeat(np.arange(len(samples)), [len(x["captions"]) for x in samples])
-  return pooled(checkpoint, images, 64).astype(np.float64), captions, owner
+  return pooled(images).astype(np.float64), captions, owner
 
 
 def recalls(scores, owner):
@@ -125,7 +131,8 @@ def test_mobilenet_features_name_what_captions_do(data_root):
   that the same numbers come out: ours are within 0.05, 1.5 standard errors of 250 images.
   """
   checkpoint = weights.describe(data_root / "weights/mobilenetv2_1.0_224_imagenet.npz")
-  parts = [captioned(data_root, f"{name}/train", checkpoint) for name in RIDGE]
+  pooled = pooling(checkpoint, 64)
+  parts = [captioned(data_root, f"{name}/train", pooled) for name in RIDGE]
   x = np.concatenate([z for z, _, _ in parts])
   captions = [text for _, texts, _ in parts for text in texts]
   owner = np.concatenate([parts[0][2], parts[1][2] + len(parts[0][0])])
@@ -139,7 +146,7 @@ def test_mobilenet_features_name_what_captions_do(data_root):
   x = (x - mean) / std
   ridge = np.linalg.solve(x.T @ x + 1e4 * np.eye(x.shape[1]), x.T @ (y - y.mean(0)[None]))
   for name, reference in RIDGE.items():
-    z, texts, owner = captioned(data_root, f"{name}/val", checkpoint)
+    z, texts, owner = captioned(data_root, f"{name}/val", pooled)
     guess = (z - mean) / std @ ridge
     guess /= np.linalg.norm(guess, axis=1, keepdims=True)
     found = recalls(guess @ (tfidf(texts, idf) - rows.mean(0)[None]).T, owner)
