@@ -90,10 +90,11 @@ def contrast_texts(
   """
   positive = texts.positive
   if form == "per_ordinal":
-    z, sums = texts.of_image(texts.z), []
-    for m in range(texts.count):  # one matrix at a time
-      above = above_positives_lse(zimg, z[:, m], scale, positive[:, m], engine=engine)
-      sums.append([jnp.where(positive[:, m], jax.nn.softplus(x), 0).sum() for x in above])
+    z = texts.of_image(texts.z)
+    sums = []
+    for m in range(texts.per_image):  # one matrix at a time
+      both = above_positives_lse(zimg, z[:, m], scale, positive[:, m], engine=engine)
+      sums.append([jnp.where(positive[:, m], jax.nn.softplus(x), 0).sum() for x in both])
     i2t, t2i = (sum(x) / texts.number(positive) for x in zip(*sums))
     return i2t, t2i
   own = texts.cosines(zimg, engine)  # [B, M]
@@ -103,7 +104,7 @@ def contrast_texts(
     z, scale = engine.products(row["z"], col["z"]), shared["scale"]
     i2t, t2i = z - row["mean"][:, None], z - col["positive"][None, :]
     return {
-      "i2t": jnp.where(negatives(row, col, texts.count), scale * i2t, -jnp.inf),
+      "i2t": jnp.where(negatives(row, col, texts.per_image), scale * i2t, -jnp.inf),
       "t2i": jnp.where(~texts.owned(row, col), scale * t2i, -jnp.inf),
     }
 
@@ -181,7 +182,7 @@ def clip(
   def apply(params, state, feats, batch, context):
     zimg, engine, scale = feats["zimg"], context.engine, jnp.exp(params["t"])
     several = None if texts == "one" else of_batch(feats, batch)
-    if several is not None and several.count > 1:
+    if several is not None and several.per_image > 1:
       i2t, t2i = contrast_texts(zimg, several, scale, texts, engine=engine)
       loss = (i2t + t2i) / 2
       logs = {"contrastive_loss": loss, "i2t": i2t, "t2i": t2i, "logit_scale": scale}

@@ -235,7 +235,7 @@ def siglip_distill(
     both = (teacher_scales, teacher_biases)
     teachers = of_batch_teachers("siglip_distill", batch, dims, *both, texts=_fields(texts))
     several = None if texts == "one" else of_batch(feats, batch)
-    count = 1 if several is None else several.count
+    count = 1 if several is None else several.per_image
 
     def tile(row, col, shared):
       logits = shared["scale"] * engine.products(row["z"], col["z"]) + shared["bias"]
@@ -298,7 +298,7 @@ def _of_texts(
     pair = (zimg, feats["ztxt"], scale, teacher_img, batch["teacher_txt"])
     return _hard_and_soft(*pair, teachers, engine=engine)
   texts, theirs = of_batch(feats, batch), batch["teacher_txts"]
-  if texts.count == 1:
+  if texts.per_image == 1:
     pair = (zimg, texts.z, scale, teacher_img, theirs[:, 0])
     return _hard_and_soft(*pair, teachers, engine=engine)
   z, positive = texts.of_image(texts.z), texts.positive
@@ -310,7 +310,7 @@ def _of_texts(
       only=(positive[:, m], number),
       engine=engine,
     )
-    for m in range(texts.count)  # one matrix at a time
+    for m in range(texts.per_image)  # one matrix at a time
   ]
   hard, soft = (functools.reduce(jnp.add, x) for x in zip(*parts))
   return hard, soft

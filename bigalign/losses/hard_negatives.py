@@ -84,7 +84,7 @@ def hardneg_own(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Los
     # [B, M positives, M negatives]: a negative's cosine above a positive's.
     above = scale * (own[:, None, :] - own[:, :, None])
     candidates = negative[:, None, :] & positive[:, :, None]
-    rows, count = above.reshape(-1, texts.count), candidates.any(-1)
+    rows, count = above.reshape(-1, texts.per_image), candidates.any(-1)
     lse = row_lse(rows, candidates.reshape(rows.shape)).reshape(count.shape)
     each = jax.nn.softplus(jnp.where(count, lse, 0))
     loss = masked_mean(row_mean(each, count), count.any(1))

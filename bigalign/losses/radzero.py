@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -84,12 +83,12 @@ def radzero(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, eps: float
     numbers = 2 * tokens.shape[1] + tokens.shape[2]
     engine = dataclasses.replace(context.engine, tile_mb=context.engine.tile_mb / numbers)
 
-    def tile(row: Mapping[str, jax.Array], col: Mapping[str, jax.Array], shared):
+    def tile(row, col, shared):
       logits = shared["scale"] * attended(row["z"], col["z"], shared["scale"], engine=engine)
       mine = texts.owned(row, col)
       return {
         "images": jnp.where(mine, -jnp.inf, logits),
-        "phrases": jnp.where(negatives(row, col, texts.count), logits, -jnp.inf),
+        "phrases": jnp.where(negatives(row, col, texts.per_image), logits, -jnp.inf),
         "own": jnp.where(mine, logits, 0),
       }
 

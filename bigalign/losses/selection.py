@@ -95,7 +95,7 @@ def jest(
 
   keys = None if key is None else jax.random.split(key, chunks)
   first = (_nothing(own, kind), jnp.ones(size, bool))
-  _, chosen = jax.lax.scan(choose, first, keys, length=chunks)
+  chosen: jax.Array = jax.lax.scan(choose, first, keys, length=chunks)[1]
   return chosen.reshape(-1)
 
 
@@ -133,7 +133,8 @@ def score(z: jax.Array, r: jax.Array, own: Any, kind: str) -> jax.Array:
   if kind == "softmax":
     return r - z
   sign = jnp.where(own, -1, 1)
-  return jax.nn.softplus(sign * z) - jax.nn.softplus(sign * r)
+  harder: jax.Array = jax.nn.softplus(sign * z) - jax.nn.softplus(sign * r)
+  return harder
 
 
 def _own(learner: Model, reference: Model, kind: str, engine: Engine) -> jax.Array:
@@ -172,7 +173,8 @@ def _added(
 
   def tile(row: Any, col: Any, shared: Any) -> dict[str, jax.Array]:
     def products(x: str, y: str, prefix: str) -> jax.Array:
-      return shared[f"{prefix}s"] * engine.products(row[x], col[y]) + shared[f"{prefix}b"]
+      scale, bias = (jnp.asarray(shared[f"{prefix}{name}"]) for name in "sb")
+      return scale * engine.products(row[x], col[y]) + bias
 
     # Of image i with the chosen texts, and of text i with the chosen images.
     z_row, z_col = products("x", "y", ""), products("y", "x", "")
@@ -198,9 +200,9 @@ def rows_of(x: jax.Array, index: jax.Array) -> jax.Array:
   axes, devices = sharding.devices()
   size = -(-len(x) // devices) * devices
   padded = jnp.pad(x, [(0, size - len(x)), (0, 0)]) if size > len(x) else x
-  return sharding.on_each_device(functools.partial(_local_rows, axes), (P(axes), P()), P())(
-    padded, index
-  )
+  local = functools.partial(_local_rows, axes)
+  rows: jax.Array = sharding.on_each_device(local, (P(axes), P()), P())(padded, index)
+  return rows
 
 
 def _local_rows(axes: tuple[str, ...], x: jax.Array, index: jax.Array) -> jax.Array:

@@ -84,11 +84,13 @@ def binary_texts(
       positions in the batch is.
     engine: forms the logits.
   """
-  owners = None if ids is None else (ids, repeat(ids, "b w -> (b m) w", m=texts.count))
+  owners = None if ids is None else (ids, repeat(ids, "b w -> (b m) w", m=texts.per_image))
   kind = None if texts.kind is None else texts.columns()["kind"]
   total = binary(zimg, texts.z, scale, bias, owners, kind, engine=engine)
   number = texts.number(texts.present)
-  return total / {"images": len(zimg), "texts": number, "pairs": len(zimg) * number}[divisor]
+  divisors = {"images": len(zimg), "texts": number, "pairs": len(zimg) * number}
+  loss: jax.Array = total / divisors[divisor]
+  return loss
 
 
 def siglip(

@@ -26,12 +26,12 @@ class Texts(NamedTuple):
   Args:
     z: [B M, E], zeros where a text is absent.
     kind: [B, M] int32, or None for M = 1: every image then has its text.
-    count: M.
+    per_image: M.
   """
 
   z: jax.Array
   kind: jax.Array | None
-  count: int
+  per_image: int
 
   @property
   def positive(self) -> jax.Array:
@@ -60,11 +60,11 @@ class Texts(NamedTuple):
 
   def of_image(self, x: jax.Array) -> jax.Array:
     """[B M, ...] -> [B, M, ...]."""
-    return rearrange(x, "(b m) ... -> b m ...", m=self.count)
+    return rearrange(x, "(b m) ... -> b m ...", m=self.per_image)
 
   def owned(self, row: Mapping[str, jax.Array], col: Mapping[str, jax.Array]) -> jax.Array:
     """[n, m] bool of a tile: the column is a text of the row's image."""
-    return owned(row, col, self.count)
+    return owned(row, col, self.per_image)
 
 
 def flat(x: jax.Array) -> jax.Array:

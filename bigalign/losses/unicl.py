@@ -55,7 +55,7 @@ def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, texts: str =
   def apply(params, state, feats, batch, context):
     zimg, scale, engine = feats["zimg"], jnp.exp(params["t"]), context.engine
     several = None if texts == "one" else of_batch(feats, batch)
-    if several is not None and several.count > 1:
+    if several is not None and several.per_image > 1:
       i2t, t2i = _of_texts(zimg, several, batch["label"], scale, engine)
       loss = (i2t + t2i) / 2
       return loss, (state, {"loss": loss, "i2t": i2t, "t2i": t2i, "logit_scale": scale})
@@ -108,7 +108,7 @@ def _of_texts(
     matched = (row["label"][:, None] == col["label"][None, :]) & (row["label"] >= 0)[:, None]
     matched &= ~mine & (col["kind"] == POSITIVE)[None, :]
     return {
-      "i2t": jnp.where(negatives(row, col, texts.count), i2t, -jnp.inf),
+      "i2t": jnp.where(negatives(row, col, texts.per_image), i2t, -jnp.inf),
       "t2i": jnp.where(mine, -jnp.inf, t2i),
       "i2t_matched": jnp.where(matched, i2t, 0),
       "t2i_matched": jnp.where(matched, t2i, 0),

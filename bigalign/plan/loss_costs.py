@@ -45,8 +45,8 @@ def fields(
     teacher_dtype: of the teachers' embeddings.
   """
   features = ("zimg", "ztxt", "ztxt_second", "raw_img", "raw_txt")
-  stored = ("teacher_img", "teacher_txt", "teacher_txt_second")
-  stored += ("teacher_img_stored", "teacher_txt_stored")
+  names = ("teacher_img", "teacher_txt", "teacher_txt_second")
+  stored = (*names, "teacher_img_stored", "teacher_txt_stored")
   teacher = sum(teachers) or width
   shapes: dict[str, tuple[tuple[int, ...], Any]] = {
     **dict.fromkeys(features, ((batch, width), jnp.float32)),

@@ -30,7 +30,7 @@ VARIANTS = [
   ("clip", {"texts": "per_ordinal"}),
   ("fastclip_v0", {"tau_gradient": "consistent"}),
   ("fastclip_v2", {"weighting": "rgcl"}),
-  ("drrho", {"gamma": 0.5, "tau_learned": True, "w_distill": 0.5, "teacher_dims": (3, 5)}),
+  ("drrho", {"gamma": 0.5, "tau_learned": True, "w_distill": 0.5, "teacher_dims": (7, 9)}),
   ("fastclip_v2", {"texts": "set"}),
   ("fastclip_v3", {"tau_gradient": "consistent", "gamma_schedule": "constant"}),
   ("focal_itc", {"detach_weight": True}),
@@ -40,8 +40,8 @@ VARIANTS = [
   ("m3mix", {"m2_average": True, "t_learned": True}),
   ("matryoshka", {"shared": False, "dims": (4, 16), "reduction": "mean"}),
   ("matryoshka", {"base": "sogclr", "dims": (4, 16)}),
-  ("mobileclip_dr", {"second_text": True, "teacher_dims": (3, 5), "teacher_scales": (50.0, 80.0)}),
-  ("mobileclip_dr", {"texts": "per_ordinal", "teacher_dims": (3, 5)}),
+  ("mobileclip_dr", {"second_text": True, "teacher_dims": (7, 9), "teacher_scales": (50.0, 80.0)}),
+  ("mobileclip_dr", {"texts": "per_ordinal", "teacher_dims": (7, 9)}),
   ("siglip", {"positives": "ids", "reduction": "mean_all"}),
   ("siglip", {"texts": "images", "positives": "ids"}),
   ("siglip_distill", {"form": "signed"}),
@@ -71,7 +71,7 @@ def example(dtype, repeated=False):
     return jnp.asarray(rng.normal(size=shape), dtype)
 
   def teacher():
-    return unit(normal(B, 8))
+    return unit(normal(B, E))
 
   batch = {
     "img": normal(B, 12),
@@ -97,7 +97,7 @@ def example(dtype, repeated=False):
   batch |= {
     "texts": normal(B, M, 12),
     "texts_kind": jnp.asarray(rng.integers(0, 3, (B, M)), jnp.int32).at[:, 0].set(1),
-    "teacher_txts": unit(normal(B, M, 8)),
+    "teacher_txts": unit(normal(B, M, E)),
     "teacher_img_stored": normal(B, E),
     "teacher_txt_stored": normal(B, E),
   }

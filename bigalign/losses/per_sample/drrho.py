@@ -80,17 +80,17 @@ def drrho(
     zimg, ztxt, engine = feats["zimg"], feats["ztxt"], context.engine
     dims = data_dims("drrho", teacher_dims, context.sizes)
     teachers = of_batch_teachers("drrho", batch, dims, (teacher_scale,) * len(dims or (0,)))
-    known = [constant(batch[f"teacher_{side}"], zimg) for side in ("img", "txt")]
-    # The mean of the teachers' cosines.
-    reference = tuple(x / math.sqrt(len(teachers)) for x in known)
+    img, txt = (constant(batch[f"teacher_{side}"], zimg) for side in ("img", "txt"))
+    share = math.sqrt(len(teachers))
+    reference = (img / share, txt / share)  # whose products are the mean of the teachers' cosines
     fixed = jax.lax.stop_gradient(params["t"]) if params else None
     now = jnp.asarray(tau, zimg.dtype) if fixed is None else jnp.exp(-fixed)
     taus = {side: jnp.full(len(zimg), now) for side in ("img", "txt")}
     means, _ = global_contrastive.means(zimg, ztxt, taus, reference, engine=engine)
     # The mean of the release divides by B, of which it counts B - 1.
     size = len(zimg)
-    share = math.log(others(size) / size)
-    log_g = global_contrastive.each(lambda g: global_contrastive.with_eps(g + share, eps), means)
+    part = math.log(others(size) / size)
+    log_g = global_contrastive.each(lambda g: global_contrastive.with_eps(g + part, eps), means)
     log_u, weight = log_g, jnp.ones((), zimg.dtype)
     if average:
       weight = schedules.gamma(gamma_schedule, gamma, length, context)
@@ -115,7 +115,7 @@ def drrho(
     total = global_contrastive.with_slope(loss, surrogate)
     if w_distill:
       scale = jnp.exp(params["t"]) if params else 1 / now
-      soft = soft_targets(zimg, ztxt, scale, *known, teachers, engine=engine)
+      soft = soft_targets(zimg, ztxt, scale, img, txt, teachers, engine=engine)
       logs["distill_loss"] = w_distill * now * soft
       total += logs["distill_loss"]
     logs["finite_state"] = global_contrastive.is_finite(log_u)

@@ -68,7 +68,7 @@ def anchors(
   if texts == "one":
     return feats["ztxt"], batch
   several = of_batch(feats, batch)
-  return several.z if several.count == 1 else several, {**batch, "text_id": batch["image_id"]}
+  return several.z if several.per_image == 1 else several, {**batch, "text_id": batch["image_id"]}
 
 
 def each(function: Callable[..., Any], *anchors: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def means(
     ztxt = ztxt._replace(z=jax.lax.stop_gradient(ztxt.z))
   else:
     ztxt = jax.lax.stop_gradient(ztxt)
-  count = ztxt.count if isinstance(ztxt, Texts) else 1
+  count = ztxt.per_image if isinstance(ztxt, Texts) else 1
 
   def tile(row, col, shared):
     other_texts, other_images = _others(row, col, count)
@@ -198,7 +198,7 @@ def weighted(
     engine: forms the logits.
   """
   sums = engine.reduce(
-    functools.partial(_pull, engine, ztxt.count if isinstance(ztxt, Texts) else 1),
+    functools.partial(_pull, engine, ztxt.per_image if isinstance(ztxt, Texts) else 1),
     *_rows_and_columns(zimg, ztxt, tau, log_den, engine=engine),
     outputs=dict(img="row_sum", txt="col_sum"),
     fixed=FIXED,
@@ -214,10 +214,11 @@ def weighted(
   # by their weights: its gradient is the same, its value is not.
   own = jax.lax.stop_gradient(ztxt.cosines(zimg, engine))
   low = _softest(own, positive, tau["img"])
-  share = jnp.where(positive, jnp.exp(-(own - low[:, None]) / tau["img"][:, None]), 0)
-  high = (share * own).sum(1) / positive.sum(1)
+  above = own - low[:, None]  # small numbers, unlike the cosines
+  share = jnp.where(positive, jnp.exp(-above / tau["img"][:, None]), 0)
+  gap = (share * above).sum(1) / positive.sum(1)
   bases = {side: tau[side] * dens[side] * mean[side] for side in IDS}
-  of_images = sums["img"] / _candidates(ztxt) + mean["img"] * (low - high)
+  of_images = sums["img"] / _candidates(ztxt) - mean["img"] * gap
   return each(jnp.add, {"img": of_images, "txt": of_texts}, bases)
 
 
