@@ -41,6 +41,7 @@ class Sample:
     places: of its texts among all captions, the first text first; -1 for a text that is not a
       caption (absent, or made from another one).
     second: the place of the second caption; -1 without one.
+    replay: the number of the view that was drawn of those that teachers saw; -1 without such views.
   """
 
   index: int
@@ -48,6 +49,7 @@ class Sample:
   captions: Mapping[str, Sequence[Any]]
   places: tuple[int, ...]
   second: int = -1
+  replay: int = -1
 
   @property
   def key(self) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from bigalign.data.fields import replay as replays
 from bigalign.data.fields.base import Draws, Sample, Spec
+from bigalign.data.fields.replay import Replay
 from bigalign.data.files import fingerprints
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import Rejected
@@ -109,10 +111,16 @@ class Teachers:
     teachers: {name: options}.
     texts: as of `spec`.
     fields: the fields of first captions, and of second ones.
+    augment: config.data.augment in plain values.
+    apply_exif: config.data.apply_exif.
+
+  Attributes:
+    replay: the views that all teachers saw, of `bigalign reinforce`; None for plain images.
 
   Raises:
     FileNotFoundError, ValueError: for a store that does not exist, is damaged, holds tokens, or has
-      another width than the option; for a store of texts that could belong to several fields.
+      another width than the option; for a store of texts that could belong to several fields; for
+      views that differ between the teachers, or from those of the run.
   """
 
   def __init__(
@@ -121,12 +129,14 @@ class Teachers:
     *,
     texts: int,
     fields: Mapping[str, Sequence[str]],
+    augment: Mapping[str, Any],
+    apply_exif: bool,
   ):
     self.spec = spec(teachers, texts=texts)
     self._texts = texts
-    self._stores: dict[
-      str, list[dict[str, Store]]
-    ] = {}  # of each side, each teacher: {field: store}
+    seen: dict[str, Replay | None] = {}
+    # {side: [{field: store} of each teacher]}
+    self._stores: dict[str, list[dict[str, Store]]] = {}
     for (name, teacher), width in zip(teachers.items(), widths(teachers)):
       for side, folders in teacher.folders.items():
         where = f"config.data.teachers.{name}.{side}"
@@ -139,6 +149,17 @@ class Teachers:
               f"{where}: {store.folder} has rows of shape {store.shape}, expected ({width},)"
             )
         self._stores.setdefault(side, []).append(opened)
+        if side == "image":
+          seen[where] = replays.of_header(opened[""].header, where)
+    self.replay = next(iter(seen.values()), None)
+    for where, one in seen.items():
+      if one != self.replay:
+        raise ValueError(
+          f"{where}: its teacher saw other views than that of {next(iter(seen))}; make both stores"
+          " by `bigalign reinforce` with the same seed, number of views and config.data.augment"
+        )
+    if self.replay:
+      replays.check(self.replay, augment, apply_exif, next(iter(seen)))
     every = [store for sides in self._stores.values() for one in sides for store in one.values()]
     self.fingerprint = fingerprints.of_names(*(store.fingerprint for store in every))
 
@@ -148,7 +169,10 @@ class Teachers:
     found: dict[str, list[Any]] = {}
     for side, teachers in self._stores.items():
       if side == "image":
-        found[side] = [("", _image_row(opened[""], id)) for opened in teachers]
+        pixels = np.shape(sample.record["image"])[:2]
+        found[side] = [
+          ("", self._image_row(opened[""], id, sample.replay, pixels)) for opened in teachers
+        ]
         continue
       places = (sample.second,) if side == "second" else sample.places
       # A text that is no caption has no vector; that of the first text stands in its place, and
@@ -159,6 +183,22 @@ class Teachers:
         for opened in teachers
       ]
     return found
+
+  def _image_row(self, store: Store, id: np.ndarray, number: int, pixels: Sequence[int]) -> int:
+    """The row of an image, or of one of its views; pixels: its height and width here."""
+    first, count = _rows(store, id)
+    if count != (self.replay.views if self.replay else 1):
+      raise ValueError(f"{store.folder} has {count} rows of an image; is it a store of images?")
+    if not self.replay:
+      return first
+    height, width = store.sizes(np.array([first]))[0].tolist()
+    if (height, width) != tuple(pixels):
+      raise Rejected(
+        "no_vector",
+        f"the teacher saw an image of {width} x {height} pixels, here it has {pixels[1]} x"
+        f" {pixels[0]}, so views would differ",
+      )
+    return first + number
 
   def stack(self, values: Sequence[dict[str, list[Any]]]) -> dict[str, np.ndarray]:
     """{name: [b, D] or [b, M, D]}."""
@@ -197,13 +237,6 @@ def _by_field(
 
 def _of_field(opened: Mapping[str, Store], field: str) -> Store:
   return opened[""] if "" in opened else opened[field]
-
-
-def _image_row(store: Store, id: np.ndarray) -> int:
-  first, count = _rows(store, id)
-  if count > 1:
-    raise ValueError(f"{store.folder} has {count} rows of an image, expected one")
-  return first
 
 
 def _text_row(store: Store, id: np.ndarray, place: int, captions: int) -> int:

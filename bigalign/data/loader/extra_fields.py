@@ -13,6 +13,7 @@ from bigalign.data.fields.views import ImageViews
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.sources.base import Source
 from bigalign.data.text.captions import fields
+from bigalign.options import plain
 
 
 def spec(data: DataOptions) -> Spec:
@@ -36,7 +37,14 @@ def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
   opened: list[Field] = []
   if data.teachers:
     by_side = dict(text=fields(data.first_columns), second=fields(data.second_columns))
-    opened.append(Teachers(data.teachers, texts=data.text_count, fields=by_side))
+    read = Teachers(
+      data.teachers,
+      texts=data.text_count,
+      fields=by_side,
+      augment=plain(data.augment),
+      apply_exif=data.apply_exif,
+    )
+    opened.append(read)
   if data.columns:
     opened.append(Columns(data.columns, source))
   if data.views:

@@ -7,6 +7,7 @@ A store is a folder. While it is written, it holds for each piece of the source 
   00012.3-of-8.crc.npy       [N] uint32: the CRC-32 of each row's vectors, checked when it is read
   00012.3-of-8.samples.npy   [N, 2] uint64: the id of each row's sample, and its place in the source
   00012.3-of-8.labels.npy    [N] int32, for images: the label of each, -1 for none
+  00012.3-of-8.sizes.npy     [N, 2] int32, of augmented views: height and width of each image
   00012.3-of-8.json          rows, checksums of the files, and what was left out; written last
 
 Once all pieces exist, it also holds:
@@ -188,6 +189,10 @@ class Store:
       raise ValueError(f"{self.folder} holds no labels; `bigalign embed` writes them for images")
     return self._gather("labels", rows, np.empty(len(rows), np.int32))
 
+  def sizes(self, rows: np.ndarray) -> np.ndarray:
+    """Returns [N, 2] int32: height and width of the images that rows of views were cut from."""
+    return self._gather("sizes", rows, np.empty((len(rows), 2), np.int32))
+
   def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds the rows of samples.
 
@@ -265,7 +270,7 @@ class Store:
     stem, name = key
     file, path = self._file_of[stem], self.folder / f"{stem}.{name}.npy"
     # Labels are small, unlike vectors, so the whole file is checked.
-    if name == "labels" and checksum(path) != file["sums"][name]:
+    if name in ("labels", "sizes") and checksum(path) != file["sums"][name]:
       raise checksums.Damaged(f"{path} changed after it was written: its checksum differs")
     array = load(path, file["rows"])
     return array.view(self.dtype) if name == "vectors" else array, 1

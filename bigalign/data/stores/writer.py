@@ -137,6 +137,7 @@ def write(
   samples: np.ndarray,
   *,
   labels: np.ndarray | None = None,
+  sizes: np.ndarray | None = None,
   part: int = 0,
   parts: int = 1,
   left_out: Mapping[str, int] | None = None,
@@ -149,6 +150,7 @@ def write(
     vectors: [N, D] or [N, 1 + T, D], of a dtype of reader.DTYPES.
     samples: [N, 2] uint64: the id of each row's sample, and its place.
     labels: [N] int32, for images.
+    sizes: [N, 2] int32, height and width of the images that views were cut from.
     part: the number of this process.
     parts: the number of processes.
     left_out: {reason: number of samples without a row}.
@@ -173,6 +175,8 @@ def write(
   }
   if labels is not None:
     arrays["labels"] = np.asarray(labels, np.int32)
+  if sizes is not None:
+    arrays["sizes"] = np.asarray(sizes, np.int32)
   for name, array in arrays.items():
     with atomic_write(folder / f"{stem}.{name}.npy") as file:
       np.save(file, array, allow_pickle=False)
