@@ -63,7 +63,9 @@ def collectives(text: str) -> dict[str, Collective]:
 
 def added(one: Collective | None, other: Collective) -> Collective:
   """The sum of two counts; None counts nothing."""
-  return Collective(*map(sum, zip(one, other))) if one else other
+  if one is None:
+    return other
+  return Collective(one.runs + other.runs, one.bytes + other.bytes, one.hidden + other.hidden)
 
 
 def by_name(text: str) -> dict[tuple[str, str], Collective]:

@@ -69,7 +69,7 @@ def traffic(text: str) -> float:
   return sum(by_name(text).values())
 
 
-def by_name(text: str) -> collections.Counter[str]:
+def by_name(text: str) -> dict[str, float]:
   """Returns the same as `traffic` by the name of the operation in the program.
 
   Args:
@@ -77,7 +77,7 @@ def by_name(text: str) -> collections.Counter[str]:
   """
   programs, roots = _read(text)
   inside = {x.calls for program in programs.values() for x in program.values() if x.op == "fusion"}
-  total: collections.Counter[str] = collections.Counter()
+  total: dict[str, float] = collections.defaultdict(float)
   for computation, n in hlo_collectives.runs(text).items():
     if computation in inside:
       continue

@@ -152,12 +152,15 @@ def _call(
   heads = "tensor" if "tensor" in axes and _divides(args[0].shape[-1]) else None
   rows, spec = P(sharding.batch_axes()), P(sharding.batch_axes(), None, heads)
   specs = (rows, *[spec] * len(args))
-  return sharding.on_each_device(local, specs, (spec,) * outputs)(seen, *args)
+  on_each = sharding.on_each_device(local, specs, (spec,) * outputs)
+  results: tuple[jax.Array, ...] = on_each(seen, *args)
+  return results
 
 
 def _divides(width: int) -> bool:
   """Whether the axis `tensor` of the mesh divides a width into multiples of 128 lanes."""
-  return width % (LANES * jax.sharding.get_abstract_mesh().shape["tensor"]) == 0
+  parts: int = jax.sharding.get_abstract_mesh().shape["tensor"]
+  return width % (LANES * parts) == 0
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
