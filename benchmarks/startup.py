@@ -67,7 +67,9 @@ def start(checkout: pathlib.Path, cache: pathlib.Path, config: str) -> dict[str,
     words = [f"--config={config}", f"--config.runtime.cache={cache}", f"--workdir={workdir}/run"]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     environment.setdefault("JAX_PLATFORMS", "cpu")
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    # With it, each start would compile the modules of the package that a first start had not kept.
+    for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"):
+      environment.pop(name, None)
     done = subprocess.run(
       [sys.executable, "-c", START, "train", *words],
       cwd=checkout,

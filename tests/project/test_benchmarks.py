@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+import time
 
 import pytest
 from helpers.shipped import ROOT
@@ -69,6 +70,24 @@ def test_every_benchmark_runs_and_the_table_says_how_it_ended(folder, monkeypatc
     assert re.search(end.replace(" .* ", " +"), rows[name]), rows[name]
   assert "helper" not in rows
   assert {x.name for x in (path / "results").glob("*.json")} == {"step.json", "slow.json"}
+
+
+def test_a_benchmark_that_hangs_is_ended_with_its_processes_and_the_next_one_runs(
+  folder, monkeypatch, capsys
+):
+  run, path = folder
+  (path / "broken.py").write_text(
+    "# --json\nimport os, time\nif not os.fork(): time.sleep(60)\n"
+    "print('step 1', flush=True); time.sleep(60)"
+  )
+  monkeypatch.setattr(run, "names", lambda: ["broken", "step"])
+  monkeypatch.setattr(sys, "argv", ["run.py", f"--out={path}/results", "--limit=1"])
+  begin = time.monotonic()
+  assert run.main() == 1
+  assert time.monotonic() - begin < 30
+  out = capsys.readouterr().out
+  assert re.search("broken +failed +ended after 1 s: step 1", out)
+  assert re.search("step +met", out) and re.search("in all 0 minutes, 0 CPU minutes", out)
 
 
 def test_a_benchmark_without_its_data_is_left_out_with_the_reason(folder, monkeypatch, capsys):
