@@ -17,6 +17,7 @@ PROGRAMS = {
   "embed": ("frozen.embed", "run a dataset through frozen towers and store the embeddings"),
   "compare": ("frozen.compare", "measure which frozen towers agree, without training"),
   "curate": ("frozen.curate", "pick a class-balanced subset from embedding stores"),
+  "dedup": ("frozen.dedup", "find near-duplicates in an embedding store"),
   "report": ("report.main", "write an HTML report of a run"),
   "export": (
     "export.main",
@@ -27,6 +28,9 @@ PROGRAMS = {
   "index": ("shards.index", "index the samples of shards for random access in training"),
   "convert": ("shards.convert", "copy a source to ArrayRecord files, optionally shrinking images"),
   "view": ("shards.view", "select the samples of a source by rules, deduplication or lists"),
+  "score": ("shards.score", "score how well images and captions fit, by a trained model"),
+  "noise": ("shards.noise", "find how likely each caption is wrong, from the losses of all"),
+  "balance": ("shards.balance", "balance the concepts of captions: a probability for each sample"),
   "search": ("search.main", "find images by text or image: terminal, JSON or local web page"),
   "plan": (
     "plan.main",

@@ -24,6 +24,10 @@ EXAMPLES = {
     "bigalign curate --classes classes/image --captions captions/text --out chosen",
     "bigalign curate --classes classes/image --captions captions/text --shots 16 --out chosen",
   ),
+  "dedup": (
+    "bigalign dedup stores/photos/image --out unique",
+    "bigalign dedup stores/photos/image --eps 0.02 --clusters 1000 --out unique",
+  ),
   "report": (
     "bigalign report runs/quickstart",
     "bigalign report runs/siglip --step best",
@@ -52,6 +56,18 @@ EXAMPLES = {
   "view": (
     "bigalign view '/data/*.tar' --where 'width >= 200' --out good",
     "bigalign view '/data/*.tar' --ids chosen.0.places.npy --out chosen",
+  ),
+  "score": (
+    "bigalign score runs/clip '/data/*.tar' --out cosine",
+    "bigalign view '/data/*.tar' --columns score=cosine --where 'score > 0.2' --out good",
+  ),
+  "noise": (
+    "bigalign score runs/clip '/data/*.tar' --what loss --out losses",
+    "bigalign noise losses --out noise",
+  ),
+  "balance": (
+    "bigalign balance '/data/*.tar' --entries concepts.txt --out keep",
+    "bigalign view '/data/*.tar' --columns keep=keep --draw keep --out balanced",
   ),
   "search": (
     "bigalign search runs/photos 'val/*.tar' --query 'a red bus'",

@@ -317,8 +317,8 @@ def _without_padding(context: Context, batch: Mapping[str, np.ndarray]) -> Mappi
   return {**batch, "texts": ids[..., :length], "texts_mask": mask[..., :length]}
 
 
-def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
-  """Returns embed(params) -> Embedded for all images and captions; compiled once for all calls."""
+def text_embedder(context: Context) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+  """Returns embed(params, texts, mask) of the captions of a batch, jitted."""
 
   @jax.jit
   def embed_texts(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -331,6 +331,13 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
       where=f"config.evals.{context.name}",
     )
     return rearrange(flat, "(b c) e -> b c e", c=ids.shape[1])
+
+  return embed_texts
+
+
+def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
+  """Returns embed(params) -> Embedded for all images and captions; compiled once for all calls."""
+  embed_texts = text_embedder(context)
 
   total = -(-len(data.source) // data.batch_size)
   split = NamedSharding(context.mesh, P(None, sharding.BATCH))

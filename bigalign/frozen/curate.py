@@ -98,7 +98,7 @@ def prototypes(store: Store, *, shots: int = 128) -> np.ndarray:
     mine = labels[by_label]
     rank = np.arange(len(mine)) - np.searchsorted(mine, mine)
     taken = by_label[rank + counts[mine] < shots]
-    np.add.at(sums, labels[taken], _unit(store.read(rows[taken])))
+    np.add.at(sums, labels[taken], unit(store.read(rows[taken])))
     counts += np.bincount(mine, minlength=len(counts))
   empty = np.flatnonzero(counts == 0)
   if not len(counts) or len(empty):
@@ -108,7 +108,7 @@ def prototypes(store: Store, *, shots: int = 128) -> np.ndarray:
       if len(counts)
       else f"{store.folder}: none of its {len(store)} images has a label"
     )
-  return _unit(sums.astype(np.float32))
+  return unit(sums.astype(np.float32))
 
 
 def choose(
@@ -189,7 +189,7 @@ def curate(
   centres = prototypes(images, shots=shots)
   best = Best(len(centres), keep)
   for rows in _chunks(texts, CHUNK // len(centres)):
-    best.add(int(rows[0]), _unit(texts.read(rows)) @ centres.T)
+    best.add(int(rows[0]), unit(texts.read(rows)) @ centres.T)
   table = best.table()
   samples = texts.samples(table[1])
   rows_chosen, counts = choose(table, samples[:, 0], classes=len(centres), per_class=per_class)
@@ -203,14 +203,22 @@ def curate(
     chosen=len(rows_chosen),
     chosen_per_class=counts.tolist(),
   )
-  _write(out, samples[rows_chosen], texts, manifest)
+  write_samples(out, samples[rows_chosen], texts, manifest)
   return manifest
 
 
-def _write(out: str, samples: np.ndarray, store: Store, manifest: dict[str, Any]) -> None:
-  """Writes the ids, the positions in each source, and the manifest."""
+def write_samples(out: str, samples: np.ndarray, store: Store, manifest: dict[str, Any]) -> None:
+  """Writes the ids of chosen samples, their positions in each source, and the manifest.
+
+  Args:
+    out: NAME, the start of the paths.
+    samples: [n, 2] uint64 of Store.samples; a sample may have several rows.
+    store: that has them.
+    manifest: the content of NAME.json.
+  """
+  samples = np.unique(samples, axis=0)
   pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
-  lists = {f"{out}.ids.npy": np.sort(samples[:, 0])}
+  lists = {f"{out}.ids.npy": samples[:, 0]}
   for i, source in enumerate(store.sources):
     inside = samples[:, 1] - np.uint64(source["place"])  # of an earlier source, this wraps around
     lists[f"{out}.{i}.places.npy"] = np.sort(inside[inside < source["samples"]]).astype(np.int64)
@@ -226,10 +234,11 @@ def _chunks(store: Store, rows: int) -> Iterator[np.ndarray]:
     yield np.arange(start, min(start + max(rows, 1), len(store)))
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray) -> np.ndarray:
+  """Rows of unit norm, float32."""
   x = x.astype(np.float32)
-  unit: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-  return unit
+  rows: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+  return rows
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:

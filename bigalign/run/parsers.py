@@ -134,6 +134,36 @@ def merge() -> argparse.ArgumentParser:
   return parser
 
 
+def score() -> argparse.ArgumentParser:
+  """The command line of `bigalign score`."""
+  parser = argparse.ArgumentParser(
+    prog="bigalign score",
+    description="Writes a column: one number for each sample of a source, how well its image and"
+    " caption fit each other for a trained model. `bigalign view --columns` and"
+    " config.data.columns read it. The same command resumes.",
+  )
+  _add_run(parser)
+  parser.add_argument("source", metavar="SHARDS", help="a source, as config.data.source")
+  parser.add_argument("--out", required=True, metavar="NAME", help="writes NAME.npy, NAME.json")
+  parser.add_argument(
+    "--what",
+    choices=("cosine", "loss", "margin"),
+    default="cosine",
+    help="cosine of image and caption; softmax loss of the pair in its batch; cosine minus the"
+    " largest one with another sample of the batch (%(default)s)",
+  )
+  parser.add_argument("--ema", action="store_true", help="use the averaged parameters")
+  parser.add_argument(
+    "--captions", metavar="A,B", default="", help="fields; default: config.data.captions"
+  )
+  parser.add_argument(
+    "--source_options", nargs="*", default=[], metavar="NAME=VALUE", help="as in config.data"
+  )
+  parser.add_argument("--batch_size", type=int, default=256, help="samples at a time (%(default)s)")
+  parser.add_argument("--json", metavar="FILE", help="also write the summary to this file")
+  return parser
+
+
 def search() -> argparse.ArgumentParser:
   """The command line of `bigalign search`."""
   parser = argparse.ArgumentParser(
@@ -226,6 +256,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
   "report": report,
   "export": export,
   "merge": merge,
+  "score": score,
   "search": search,
   "costs": costs,
 }

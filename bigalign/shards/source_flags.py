@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from bigalign.data.sources.base import Spec
 
@@ -31,10 +32,18 @@ def spec_from_flags(given: argparse.Namespace) -> Spec:
   Raises:
     ValueError: if a word of --source_options is not NAME=VALUE.
   """
-  pairs = [word.partition("=")[::2] for word in given.source_options]
-  if not all(name and value for name, value in pairs):
-    raise ValueError(
-      f"--source_options {' '.join(given.source_options)}: write NAME=VALUE, such as image=photo"
-    )
+  options = pairs(given.source_options, "--source_options")
   captions = tuple(given.captions.split(",")) if given.captions else None
-  return Spec(given.source, captions, tuple(pairs))
+  return Spec(given.source, captions, tuple(options.items()))
+
+
+def pairs(words: Sequence[str], flag: str) -> dict[str, str]:
+  """Returns {NAME: VALUE} of words NAME=VALUE.
+
+  Raises:
+    ValueError: for another word; names the flag.
+  """
+  found = [word.partition("=")[::2] for word in words]
+  if not all(name and value for name, value in found):
+    raise ValueError(f"{flag} {' '.join(words)}: write NAME=VALUE, such as image=photo")
+  return dict(found)

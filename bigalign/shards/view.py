@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bigalign.data.fields.column_files import ColumnFile
 from bigalign.data.sources import keys, views
 from bigalign.data.sources.base import open_spec
 from bigalign.run import tables
@@ -38,6 +39,20 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     default="",
     help="column; keeps one sample for each of its values, and all samples without a value",
   )
+  parser.add_argument(
+    "--columns",
+    nargs="*",
+    default=[],
+    metavar="NAME=FILE",
+    help="columns that score, noise or balance wrote, without .npy, for --where and --draw",
+  )
+  parser.add_argument(
+    "--draw",
+    default="",
+    metavar="NAME",
+    help="one of --columns: keeps each sample with this probability",
+  )
+  parser.add_argument("--seed", type=int, default=0, help="of --draw (%(default)s)")
   lists = parser.add_mutually_exclusive_group()
   lists.add_argument(
     "--ids", default="", help="file of positions to choose from: .npy, or text with one per line"
@@ -58,8 +73,20 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   if given.keys:
     ids, *numbers = keys.find(spec, given.keys, workers=given.workers)
     counts = dict(zip(("keys_listed", "keys_unknown", "samples_that_share_a_key"), numbers))
+  source = open_spec(spec)
   manifest = views.make_view(
-    open_spec(spec), given.out, spec=given.source, rule=given.where, unique=given.unique, ids=ids
+    source,
+    given.out,
+    spec=given.source,
+    rule=given.where,
+    unique=given.unique,
+    ids=ids,
+    columns={
+      name: ColumnFile(path, source, f"--columns {name}").numbers
+      for name, path in source_flags.pairs(given.columns, "--columns").items()
+    },
+    draw=given.draw,
+    seed=given.seed,
   )
   shown = {name: manifest[name] for name in ("samples", "kept", "left_out")} | counts
   rows = tables.pairs()

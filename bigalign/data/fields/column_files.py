@@ -7,9 +7,10 @@ says which source, and what the numbers are. 10^10 samples take 40 GB, mapped in
 from __future__ import annotations
 
 import json
+import os
 import pathlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib import format as npy
@@ -17,10 +18,19 @@ from numpy.lib import format as npy
 from bigalign.data.files import storage
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.sources.base import Source
+from bigalign.data.sources.views import View
+
+
+class Samples(Protocol):
+  """What a column has a number for each of: a source, or another column."""
+
+  @property
+  def fingerprint(self) -> str: ...
+  def __len__(self) -> int: ...
 
 
 def write(
-  out: str, source: Source, parts: Iterable[np.ndarray], *, made_by: dict[str, Any]
+  out: str, source: Samples, parts: Iterable[np.ndarray], *, made_by: dict[str, Any]
 ) -> dict[str, Any]:
   """Writes a column in parts; returns its manifest.
 
@@ -50,12 +60,67 @@ def write(
   return manifest
 
 
+class Unfinished:
+  """A column of which a part is written: OUT.part holds the numbers, OUT.part.json says of what.
+
+  Args:
+    out: path of the column, without an ending.
+    source: of the samples.
+    made_by: what the numbers are; with other ones, or another source, the column begins again.
+    write: whether this process writes; True in exactly one.
+  """
+
+  def __init__(self, out: str, source: Samples, *, made_by: dict[str, Any], write: bool = True):
+    self._out, self._source, self._made_by, self._write = out, source, made_by, write
+    self._part, manifest = pathlib.Path(f"{out}.part"), pathlib.Path(f"{out}.part.json")
+    self.count = 0  # numbers that are there
+    if not write:
+      return
+    text = json.dumps(dict(**made_by, fingerprint=source.fingerprint, samples=len(source)))
+    if manifest.is_file() and manifest.read_text() == text and self._part.is_file():
+      self.count = min(self._part.stat().st_size // 4, len(source))
+      return
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    self._part.unlink(missing_ok=True)
+    with storage.atomic_write(manifest) as file:
+      file.write(text.encode())
+
+  def put(self, first: int, numbers: np.ndarray) -> None:
+    """Stores [n] float32, of the samples from `first` on; all before them are there."""
+    if not self._write:
+      return
+    with open(self._part, "r+b" if self._part.exists() else "w+b") as file:
+      file.seek(4 * first)
+      file.write(numbers.astype("<f4").tobytes())
+      file.truncate()
+      file.flush()
+      os.fsync(file.fileno())  # after a loss of power too, the size says what is there
+    self.count = first + len(numbers)
+
+  def finish(self, **more: Any) -> None:
+    """Makes the column, with `more` in its manifest, and removes the parts."""
+    if not self._write:
+      return
+    write(self._out, self._source, self._chunks(), made_by={**self._made_by, **more})
+    self._part.unlink()
+    pathlib.Path(f"{self._out}.part.json").unlink()
+
+  def _chunks(self) -> Iterator[np.ndarray]:
+    with self._part.open("rb") as file:
+      while content := file.read(1 << 22):
+        yield np.frombuffer(content, "<f4")
+
+
 class ColumnFile:
   """The numbers of the samples of a source. Picklable: holds paths.
 
+  Attributes:
+    numbers: [N] float32, mapped.
+    manifest: what they are.
+
   Args:
     path: of the column, without an ending; may hold $NAME.
-    source: that it was made of.
+    source: that it was made of, or a view of it; None if it does not matter.
     where: the option that names it, for errors.
 
   Raises:
@@ -63,16 +128,21 @@ class ColumnFile:
     ValueError: if it was made of another source, or the source changed since.
   """
 
-  def __init__(self, path: str, source: Source, where: str):
+  def __init__(self, path: str, source: Source | None, where: str):
     self._name = expand_variables(path, what=where)
     manifest_path = pathlib.Path(f"{self._name}.json")
     if not manifest_path.is_file():
       raise FileNotFoundError(f"{where}={path!r}: no {manifest_path}; `bigalign score` writes one")
-    manifest = json.loads(manifest_path.read_text())
-    if manifest["fingerprint"] != source.fingerprint:
+    self.manifest: dict[str, Any] = json.loads(manifest_path.read_text())
+    self.fingerprint: str = self.manifest["fingerprint"]
+    self._view = source if isinstance(source, View) else None
+    if self._view and self.fingerprint == self._view.fingerprint:
+      self._view = None  # made of the view itself
+    of = self._view.source if self._view else source
+    if of is not None and self.fingerprint != of.fingerprint:
       raise ValueError(
-        f"{where}={path!r} was made of samples with the fingerprint {manifest['fingerprint']}, but"
-        f" {source!r} has {source.fingerprint}: it is another source, or changed since; write the"
+        f"{where}={path!r} was made of samples with the fingerprint {self.fingerprint}, but"
+        f" {of!r} has {of.fingerprint}: it is another source, or changed since; write the"
         " column again"
       )
     self._map()
@@ -80,11 +150,14 @@ class ColumnFile:
   def _map(self) -> None:
     self.numbers: np.ndarray = np.load(f"{self._name}.npy", mmap_mode="r", allow_pickle=False)
 
+  def __len__(self) -> int:
+    return len(self.numbers)
+
   def __getitem__(self, i: int) -> float:
-    return float(self.numbers[i])
+    return float(self.numbers[self._view.index(i) if self._view else i])
 
   def __getstate__(self) -> dict[str, Any]:
-    return {"_name": self._name}
+    return {name: x for name, x in self.__dict__.items() if name != "numbers"}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)

@@ -9,6 +9,9 @@ good.json holds the source, the rule, and how many samples each part of the rule
 config.data.view="good" reads them. The samples of a view are numbered again without gaps, so the
 tables of a loss have a row for each kept sample. A run does not resume with another view, because
 its fingerprint differs.
+
+--columns score=NAME adds a column that `bigalign score`, `noise` or `balance` wrote, and --draw
+keeps each sample with the probability in such a column.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from bigalign.data.sources.base import Source, prefetch, value, where
 from bigalign.data.tar import stats
 
 Columns = Mapping[str, np.ndarray]
+_BLOCK = 1 << 16  # samples that share a generator; the numbers of `draw` depend on it
 
 _OPERATIONS: dict[type, Callable[..., Any]] = {
   ast.Lt: operator.lt,
@@ -54,6 +58,9 @@ _OPERATIONS: dict[type, Callable[..., Any]] = {
 class View:
   """The samples of a source that a view keeps.
 
+  Attributes:
+    source: that the view was made of.
+
   Args:
     source: that the view was made of.
     path: of the view, without .npy or .json; may hold $NAME.
@@ -72,7 +79,7 @@ class View:
         f" {manifest['fingerprint']}, but the source is {source!r}, {source.fingerprint}. It is"
         " another one, or changed since; make the view again with bigalign view"
       )
-    self._source, self._path = source, path
+    self.source, self._path = source, path
     # The lower 32 bits of each kept index, and how many are below 2**32, below 2 * 2**32, ...
     self._low = np.load(f"{name}.npy", mmap_mode="r")
     self._ends = np.cumsum(manifest["kept_per_2**32"])
@@ -82,10 +89,10 @@ class View:
     self.block = getattr(source, "block", 1)
 
   def __reduce__(self) -> tuple[Any, ...]:
-    return View, (self._source, self._path)  # without the memory map
+    return View, (self.source, self._path)  # without the memory map
 
   def __repr__(self) -> str:
-    return f"View({self._source!r}, {self._path!r})"
+    return f"View({self.source!r}, {self._path!r})"
 
   def __len__(self) -> int:
     return len(self._low)
@@ -93,23 +100,23 @@ class View:
   def __getitem__(self, i: int) -> dict[str, Any]:
     if not 0 <= i < len(self):
       raise IndexError(f"{self!r} has {len(self)} samples; asked for {i}")
-    return self._source[self._index(i)]
+    return self.source[self.index(i)]
 
   def value(self, i: int, path: str) -> Any:
     """Returns one stored value of sample i."""
-    return value(self._source, self._index(i), path)
+    return value(self.source, self.index(i), path)
 
   def where(self, i: int) -> tuple[str, int, int]:
     """Returns the file of sample i, its place there, and the samples in that file."""
-    return where(self._source, self._index(i))
+    return where(self.source, self.index(i))
 
   def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
     """Lets the source begin to fetch samples."""
     # Each sample may bring left-out neighbours with it, at most a block.
-    fetched = min(-(-len(self._source) // len(self)), self.block)
-    prefetch(self._source, map(self._index, ids), hold=hold * fetched)
+    fetched = min(-(-len(self.source) // len(self)), self.block)
+    prefetch(self.source, map(self.index, ids), hold=hold * fetched)
 
-  def _index(self, i: int) -> int:
+  def index(self, i: int) -> int:
     """The index of sample i in the source."""
     high = int(np.searchsorted(self._ends, i, side="right"))
     return (high << 32) + int(self._low[i])
@@ -123,6 +130,9 @@ def make_view(
   rule: str = "",
   unique: str = "",
   ids: np.ndarray | None = None,
+  columns: Columns | None = None,
+  draw: str = "",
+  seed: int = 0,
 ) -> dict[str, Any]:
   """Writes the view out.npy and out.json.
 
@@ -136,6 +146,10 @@ def make_view(
       value. Hashes, and integers from 2**53 on, are compared by 64 bits; all are held in memory, 8
       bytes each.
     ids: indices of the samples to choose from; all if None.
+    columns: {name: [N]}, more columns for `rule`, `unique` and `draw`, which need no stats then.
+    draw: the name of one of `columns`; each sample that is left is kept with this probability, by a
+      random number that its index and `seed` decide.
+    seed: of `draw`.
 
   Returns:
     The manifest, which is the content of out.json.
@@ -144,7 +158,10 @@ def make_view(
     ValueError: for a wrong rule, an unknown column, an id that is too large, or if no sample is
       left.
   """
-  kept, removed = _filtered(source, rule) if rule else (np.arange(len(source)), {})
+  more = dict(columns or {})
+  if draw and draw not in more:
+    raise ValueError(f"draw={draw!r} is not one of the given columns {tree.shown([*more])}")
+  kept, removed = _filtered(source, rule, more) if rule else (np.arange(len(source)), {})
   if ids is not None:
     ids = np.unique(np.asarray(ids, np.int64))
     if ids.size and (ids[0] < 0 or ids[-1] >= len(source)):
@@ -156,25 +173,43 @@ def make_view(
     removed["not in the list"] = len(kept) - len(chosen)
     kept = chosen
   if unique:
-    every = [_words(part, unique, source) for part in _columns(source)]
+    every = [_words(part, unique, source) for part in _columns(source, more, {unique})]
     values = np.concatenate([words for words, _ in every])[kept]
     known = np.concatenate([have for _, have in every])[kept]
     _, first = np.unique(values[known], return_index=True)
     chosen = np.union1d(np.flatnonzero(known)[first], np.flatnonzero(~known))
     removed[f"{unique} of a sample before"] = len(kept) - len(chosen)
     kept = kept[chosen]
+  if draw:
+    chosen = _drawn(kept, more[draw], seed)
+    removed[f"not drawn with the probability {draw}"] = len(kept) - len(chosen)
+    kept = chosen
   if not len(kept):
     raise ValueError(f"{source!r}: no sample is left of {len(source)}: {removed}")
-  return _write(kept, removed, source, out, dict(source=spec, where=rule, unique=unique))
+  made_by: dict[str, Any] = dict(source=spec, where=rule, unique=unique)
+  if draw:
+    made_by |= dict(draw=draw, seed=seed)
+  return _write(kept, removed, source, out, made_by)
 
 
-def _filtered(source: Source, rule: str) -> tuple[np.ndarray, dict[str, int]]:
+def _drawn(kept: np.ndarray, keep: np.ndarray, seed: int) -> np.ndarray:
+  """Those of `kept`, ascending, whose own random number is below their probability."""
+  parts, ends = [], np.searchsorted(kept, np.arange(0, len(keep) + _BLOCK, _BLOCK))
+  for block, (begin, end) in enumerate(itertools.pairwise(ends)):
+    own = kept[begin:end]
+    # A generator for each block, so that a number is a function of the seed and the index.
+    numbers = np.random.Generator(np.random.Philox(key=[seed, block])).random(_BLOCK)
+    parts.append(own[numbers[own % _BLOCK] < keep[own]])
+  return np.concatenate(parts)
+
+
+def _filtered(source: Source, rule: str, more: Columns) -> tuple[np.ndarray, dict[str, int]]:
   """The indices of the samples for which `rule` holds; how many each part of it removed in turn."""
   tree = _parse(rule)
   top = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
   passed, first = [], 0
   removed = {f"not {ast.unparse(part)}": 0 for part in top}
-  for columns in _columns(source):
+  for columns in _columns(source, more, _named(tree)):
     size = len(next(iter(columns.values())))
     left = np.ones(size, bool)
     for part in top:
@@ -187,12 +222,33 @@ def _filtered(source: Source, rule: str) -> tuple[np.ndarray, dict[str, int]]:
   return np.concatenate(passed), removed
 
 
-def _columns(source: Source) -> list[Columns]:
-  """The columns of each part of a source; columns that a part does not have are NaN there."""
+def _named(rule: ast.AST) -> set[str]:
+  """The columns that a rule names."""
+  if isinstance(rule, ast.Name | ast.Attribute):
+    return {ast.unparse(rule)}
+  return set().union(*map(_named, ast.iter_child_nodes(rule)))
+
+
+def _columns(source: Source, more: Columns, names: set[str]) -> Iterable[Columns]:
+  """The columns of each part of a source; columns that a part does not have are NaN there.
+
+  Args:
+    source: with stats, unless `more` has all `names`.
+    more: {name: [N]} of the whole source.
+    names: the columns that are read.
+  """
+  own = [{}] if names and names <= more.keys() else _stats(source)
+  sizes = [len(next(iter(part.values()), range(len(source)))) for part in own]
+  for part, size, end in zip(own, sizes, itertools.accumulate(sizes)):
+    yield {**part, **{name: column[end - size : end] for name, column in more.items()}}
+
+
+def _stats(source: Source) -> list[Columns]:
+  """The columns of `bigalign index --stats`, by part of the source."""
   if not hasattr(source, "columns"):
     raise ValueError(
       f"{source!r} has no columns to filter by; bigalign index --stats writes them for webdataset"
-      " shards"
+      " shards, `bigalign score` one for any source, which --columns names"
     )
   parts: list[np.ndarray] = list(source.columns())
   if sum(map(len, parts)) != len(source):
@@ -304,7 +360,7 @@ def _check_exact(comparison: ast.Compare) -> None:
 
 
 def _write(
-  kept: np.ndarray, removed: Mapping[str, int], source: Source, out: str, made_by: Mapping[str, str]
+  kept: np.ndarray, removed: Mapping[str, int], source: Source, out: str, made_by: Mapping[str, Any]
 ) -> dict[str, Any]:
   low = (kept & 0xFFFFFFFF).astype("<u4")
   manifest = dict(
