@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,7 @@ from bigalign.frozen.towers import Towers, like_stored, load_towers
 from bigalign.inputs import open_data
 from bigalign.options import plain, without_defaults
 from bigalign.run import preemption, progress, tables
+from bigalign.run.errors import UsageError
 from bigalign.run.flags import define_flags, parse_flags
 from bigalign.run.provenance import check_hosts_agree
 from bigalign.towers.padding import UsedLengths, cut, used_lengths
@@ -91,6 +92,32 @@ def embed(
   config = resolve_config(values)
   inputs = open_data(config.data)
   source, data = inputs.source, inputs.options
+  check_source(source, data, sides)
+  towers = load_towers(
+    values, config, sides, len(source), dtype=dtype, projected=projected, tokens=tokens
+  )
+  batch_size = round_batch(towers.mesh, batch_size)
+  per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
+  folders = {side: pathlib.Path(out).expanduser() / side for side in sides}
+  with claimed(
+    folders, towers.headers, source, data, batch_size=batch_size, per_piece=per_piece
+  ) as ranges:
+    if any(not found.done for found in ranges.values()):
+      _fill(
+        source,
+        towers,
+        folders,
+        ranges,
+        batch_size=batch_size,
+        per_piece=per_piece,
+        data=data,
+        lengths=used_lengths(config.model.text),
+      )
+  return folders
+
+
+def check_source(source: Source, data: DataOptions, sides: Sequence[str]) -> None:
+  """Raises ValueError for samples or captions that a store cannot hold."""
   if repeated := repeated_key(source):
     raise ValueError(
       f"Two samples of {source!r} have the key {repeated!r}, in files of one name in several"
@@ -104,20 +131,35 @@ def embed(
       " first field that a sample has. Embed each field into a store of its own, captions=(FIELD,),"
       " and train with data.stores.text and data.stores.second"
     )
-  towers = load_towers(
-    values, config, sides, len(source), dtype=dtype, projected=projected, tokens=tokens
-  )
-  batch_size = round_batch(towers.mesh, batch_size)
-  per_piece = max(BATCHES, -(-len(source) // (batch_size * PIECES)))
-  folders = {side: pathlib.Path(out).expanduser() / side for side in sides}
+
+
+@contextlib.contextmanager
+def claimed(
+  folders: Mapping[str, pathlib.Path],
+  headers: Mapping[str, Mapping[str, Any]],
+  source: Source,
+  data: DataOptions,
+  *,
+  batch_size: int,
+  per_piece: int,
+) -> Iterator[dict[str, writer.Range]]:
+  """The pieces of a source in each store; at the end of the context, the stores are complete.
+
+  Args:
+    folders: {side: folder of its store}.
+    headers: {side: header of its store}.
+    source: the samples.
+    data: how they are read.
+    batch_size, per_piece: rows of a batch, and batches of a piece.
+  """
   ranges = {}
   fingerprint = source_fingerprint(source, data)
   older = source_fingerprint(source, data, places=True)
-  check_hosts_agree({"data": fingerprint, "headers": towers.headers})
+  check_hosts_agree({"data": fingerprint, "headers": headers})
   with contextlib.ExitStack() as held:
     for side, folder in folders.items():
       if jax.process_index() == 0:
-        writer.begin(folder, like_stored(folder, towers.headers[side]))
+        writer.begin(folder, like_stored(folder, headers[side]))
         held.enter_context(storage.locked(folder, "bigalign embed"))
       ranges[side] = writer.claim(
         folder,
@@ -130,23 +172,12 @@ def embed(
       )
     check_hosts_agree({"existing rows": ranges})
     multihost_utils.sync_global_devices("claimed")
-    if any(not found.done for found in ranges.values()):
-      _fill(
-        source,
-        towers,
-        folders,
-        ranges,
-        batch_size=batch_size,
-        per_piece=per_piece,
-        data=data,
-        lengths=used_lengths(config.model.text),
-      )
+    yield ranges
     multihost_utils.sync_global_devices("embedded")
     for side, folder in folders.items():
       if jax.process_index() == 0:
-        writer.finish(folder, captions=side == "text")
+        writer.finish(folder, captions=side != "image")
     multihost_utils.sync_global_devices("stores are complete")
-  return folders
 
 
 def source_fingerprint(source: Source, data: DataOptions, *, places: bool = False) -> str:
@@ -361,21 +392,33 @@ def verify(folder: str | pathlib.Path) -> bool:
 def main(argv: Sequence[str]) -> None:
   """The program, once absl has read the flags."""
   values = flags.FLAGS
+  function = getattr(values, "with", "")  # a word of Python
+  if function:  # leaves the accelerator to the function
+    jax.config.update("jax_platforms", "cpu")
+  elif getattr(values, "classnames", ""):
+    raise UsageError("--classnames needs --with=MODULE:FUNCTION")
   config = start(argv, values)
   if values.verify:
     sound = [verify(pathlib.Path(values.out).expanduser() / side) for side in values.towers]
     sys.exit(0 if all(sound) else 1)
   try:
+    shared = dict(sides=values.towers, batch_size=values.batch_size, dtype=values.dtype)
     with progress.shown():
-      folders = embed(
-        config,
-        values.out,
-        sides=values.towers,
-        batch_size=values.batch_size,
-        dtype=values.dtype,
-        projected=values.projected,
-        tokens=values.tokens,
-      )
+      if function:
+        from bigalign.frozen.external import embed_with  # which imports this module
+
+        folders = embed_with(
+          function,
+          config,
+          values.out,
+          classnames=values.classnames,
+          templates=values.templates,
+          **shared,
+        )
+      else:
+        folders = embed(
+          config, values.out, projected=values.projected, tokens=values.tokens, **shared
+        )
   except Exception as error:
     preemption.exit_on_error(error)
   if jax.process_index() == 0:

@@ -73,6 +73,18 @@ def _embed() -> None:
   flags.DEFINE_enum("dtype", "float16", list(DTYPES), "dtype of the vectors.")
   flags.DEFINE_bool("projected", False, "After the projectors, in the shared space.")
   flags.DEFINE_bool("tokens", False, "Also store every token, for projectors that read tokens.")
+  flags.DEFINE_string(
+    "with",
+    "",
+    "MODULE:FUNCTION: Embed by this function instead of the towers; it takes a list of texts or of"
+    " PIL images and returns an array [n, D].",
+  )
+  flags.DEFINE_string(
+    "classnames",
+    "",
+    "FILE: With --with: embed the prompts of these classes, one name per line, into OUT/classes.",
+  )
+  flags.DEFINE_string("templates", "photos", "NAME|FILE: Of these prompts, as for zeroshot.")
   flags.DEFINE_string("json", None, "FILE: Also write the summary of the stores to this file.")
 
 
