@@ -22,7 +22,8 @@ from bigalign.state import Arrays, State, by_path
 
 def differ(shapes: State, after: State) -> bool:
   """Whether two stages have different states; arguments are their shapes."""
-  return bool(jax.tree.structure(shapes) != jax.tree.structure(after)) or shapes != after
+  one, other = (dict(by_path(x)) for x in (shapes, after))
+  return one != other
 
 
 def crossed(state: State, program: Program, shapes: State, shardings: State) -> State:

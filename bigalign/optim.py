@@ -220,7 +220,8 @@ def by_age(
     return {age: core.init(part(params, paths)) for age, paths in groups.items()}
 
   def update(updates: Any, state: Any, params: Any = None) -> Any:
-    scaled, after = {}, {}
+    scaled: dict[str, Any] = {}
+    after: dict[str, Any] = {}
     for age, paths in groups.items():
       own = None if params is None else part(params, paths)
       one, after[age] = core.update(part(updates, paths), state[age], own)

@@ -457,9 +457,9 @@ def _log(part: Pretrained, plan: transfer.Plan) -> None:
 def _kind(checkpoint: Checkpoint) -> str:
   """The kind of a checkpoint; of a run, which one of its checkpoints."""
   if checkpoint.kind != runs.KIND:
-    return str(checkpoint.kind)
+    return checkpoint.kind
   about = checkpoint.layout.data
-  return f"run at step {about['step']}" + ", averages" * about["ema"]
+  return f"run at step {about['step']}{', averages' if about['ema'] else ''}"
 
 
 def _not_loaded(shapes: Mapping[str, Any], loaded: Mapping[str, Any]) -> list[str]:
