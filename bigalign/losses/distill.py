@@ -302,11 +302,14 @@ def _of_texts(
     pair = (zimg, texts.z, scale, teacher_img, theirs[:, 0])
     return _hard_and_soft(*pair, teachers, engine=engine)
   z, positive = texts.of_image(texts.z), texts.positive
-  theirs = jnp.where(positive[..., None], theirs, 0)  # an absent one may be not finite
   number = texts.number(positive)
+
+  def teacher_of(m: int) -> jax.Array:
+    return jnp.where(positive[:, m, None], theirs[:, m], 0)  # an absent one may be not finite
+
   parts = [
     _hard_and_soft(
-      *(zimg, z[:, m], scale, teacher_img, theirs[:, m], teachers),
+      *(zimg, z[:, m], scale, teacher_img, teacher_of(m), teachers),
       only=(positive[:, m], number),
       engine=engine,
     )

@@ -58,9 +58,9 @@ def drrho(
     >>> from bigalign.losses import apply_once
     >>> z = jnp.eye(4)  # the reference is as good: all exponents are 0
     >>> batch = {"teacher_img": z, "teacher_txt": z}
-    >>> metrics = apply_once(drrho(tau=0.5, rho=0.0, eps=0.25), {"zimg": z, "ztxt": z}, batch)
-    >>> round(float(metrics["loss"]), 3)  # tau / 2 * 2 * log(3 / 4 + 1 / 4)
-    0.0
+    >>> metrics = apply_once(drrho(tau=0.5, rho=0.0, eps=0.5), {"zimg": z, "ztxt": z}, batch)
+    >>> round(float(metrics["loss"]), 3)  # tau / 2 * 2 * log(3 / 4 + 1 / 2)
+    0.112
   """
   where = "config.loss.drrho"
   checks.between(where, *TAU_BOUNDS, tau=tau)
