@@ -15,6 +15,7 @@ PROGRAMS = {
   "train": ("train", "train a model from a config file"),
   "evaluate": ("evaluate", "run evaluators on a checkpoint of a run"),
   "embed": ("frozen.embed", "run a dataset through frozen towers and store the embeddings"),
+  "reinforce": ("frozen.reinforce", "store a teacher's vectors of augmented views and captions"),
   "compare": ("frozen.compare", "measure which frozen towers agree, without training"),
   "curate": ("frozen.curate", "pick a class-balanced subset from embedding stores"),
   "dedup": ("frozen.dedup", "find near-duplicates in an embedding store"),

@@ -16,6 +16,11 @@ EXAMPLES = {
     "bigalign embed --config=photos_frozen --out=stores/photos",
     "bigalign embed --config=mine.py --out=stores/mine --towers=image --batch_size=512",
   ),
+  "reinforce": (
+    "bigalign reinforce --config=teacher.py --views=10 --out=stores/a",
+    "bigalign train --config=student.py --config.data.teachers.a.image=stores/a/image"
+    " --config.data.teachers.a.text=stores/a/text",
+  ),
   "compare": (
     "bigalign compare --image stores/dino/image --text stores/minilm/text",
     "bigalign compare --image A/image B/image --text C/text D/text --heatmap towers.png",

@@ -25,6 +25,8 @@ ABOUT = {
   "train": "Trains a model from a config. The same command resumes an interrupted run.",
   "embed": "Runs a dataset through the frozen towers of a config and stores the embeddings, for"
   " training, comparison and curation. The same command resumes.",
+  "reinforce": "Runs a teacher over augmented views of each image and over its captions, for"
+  " students with config.data.teachers. The same command resumes.",
   "plan": "Predicts memory, speed and cost of a config on a TPU slice, without one. Exit status 1:"
   " it does not fit.",
   "benchmark": "Measures a config on this machine, without data: step, loader, embedding and"

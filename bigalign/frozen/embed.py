@@ -176,7 +176,8 @@ def claimed(
     multihost_utils.sync_global_devices("embedded")
     for side, folder in folders.items():
       if jax.process_index() == 0:
-        writer.finish(folder, captions=side != "image")
+        several = side != "image" or "reinforced" in headers[side]  # rows of one sample
+        writer.finish(folder, captions=several)
     multihost_utils.sync_global_devices("stores are complete")
 
 
@@ -297,7 +298,7 @@ def _piece(
 
   for _ in range(number):
     batch = next(batches)
-    own = np.stack([_joined(batch[name]) for name in ("sample_id", "image_id")], 1)
+    own = np.stack([joined(batch[name]) for name in ("sample_id", "image_id")], 1)
     rejected += batch["rejects"].sum(0)
     if "image" in sides:
       on_mesh = sharding.global_batch(towers.mesh, {"image": batch["image"]}, rows, batch_size)
@@ -320,8 +321,8 @@ def _piece(
   return found, {reason: int(n) for reason, n in zip(REASONS, rejected) if n}
 
 
-def _joined(words: np.ndarray) -> np.ndarray:
-  """[B, 2] uint32, (high, low) -> [B] uint64."""
+def joined(words: np.ndarray) -> np.ndarray:
+  """64-bit ids: [B, 2] uint32, (high, low) -> [B] uint64."""
   wide = words.astype(np.uint64)
   joined: np.ndarray = wide[:, 0] << np.uint64(32) | wide[:, 1]
   return joined

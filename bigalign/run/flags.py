@@ -88,6 +88,18 @@ def _embed() -> None:
   flags.DEFINE_string("json", None, "FILE: Also write the summary of the stores to this file.")
 
 
+def _reinforce() -> None:
+  flags.DEFINE_string(
+    "out", None, "DIR: Folder of the stores, OUT/image and OUT/text.", required=True
+  )
+  flags.DEFINE_list("towers", ["image", "text"], "A,B: Which towers: image, text.")
+  flags.DEFINE_integer("views", 10, "N: Augmented views of each image.")
+  flags.DEFINE_integer("seed", 0, "N: Seed of the views.")
+  flags.DEFINE_integer("batch_size", 256, "N: Images or texts per batch, over all devices.")
+  flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "dtype of the vectors.")
+  flags.DEFINE_string("json", None, "FILE: Also write the summary of the stores to this file.")
+
+
 def _plan() -> None:
   flags.DEFINE_string(
     "topology",
@@ -130,6 +142,7 @@ def _benchmark() -> None:
 PROGRAMS: dict[str, Callable[[], None]] = {
   "train": _train,
   "embed": _embed,
+  "reinforce": _reinforce,
   "plan": _plan,
   "benchmark": _benchmark,
 }

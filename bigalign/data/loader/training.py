@@ -239,6 +239,7 @@ class _TrainBatches(SampleReader):
   ):
     super().__init__(source, data, rejected_log=rejected_log, stored=stored)
     self._fields = fields
+    self._replay = next((x for field in fields if (x := getattr(field, "replay", None))), None)
     self._image_store = stored.image if stored else None
     self._text_store = stored.text if stored else None
     self._second_store = stored.second if stored else None
@@ -247,7 +248,8 @@ class _TrainBatches(SampleReader):
     self._rows = rows
     self._seed = seed
     self._start = start
-    self._shrink = functools.partial(_shrink, data)
+    # The crops that a teacher saw are those of the whole image.
+    self._shrink = None if self._replay else functools.partial(_shrink, data)
     data.check_augment()  # here, where an error is easier to read than from a worker
     self._order = order
     self._tolerated = float(data.rejects.option("stop"))
@@ -390,11 +392,15 @@ class _TrainBatches(SampleReader):
     record, captions = sample
     rng, draws = philox(self._seed, position), Draws(self._seed, position)
     every = [text for column in captions.values() for text in column]
-    first, second = choose(captions, self._captions, rng), -1
+    first, second, replay = choose(captions, self._captions, rng), -1, -1
     try:
-      image = (
-        record["image"] if self._image_store else self._data.training_view(record["image"], rng)
-      )
+      image = record["image"]
+      if self._replay:
+        replay = int(draws.of("replay").integers(self._replay.views))
+        seen = self._replay.rng(record["key"], replay)
+        image = self._data.training_view(image, seen)
+      elif not self._image_store:
+        image = self._data.training_view(image, rng)
       if self._second_captions:
         second = choose(captions, self._second_captions, rng, but=first)
       texts = several_texts.read(
@@ -413,7 +419,7 @@ class _TrainBatches(SampleReader):
       ):
         if alone and store is None and text is not None:
           self._tokenizer.encode_batch([text])
-      known = Sample(index, record, captions, texts.places, second)
+      known = Sample(index, record, captions, texts.places, second, replay)
       extra = tuple(field.read(known, draws) for field in self._fields)
     except Exception as error:
       self._reject(index, record["key"], rejection(error), rejects=rejects)
