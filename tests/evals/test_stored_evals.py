@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ from helpers.small_shards import picture, write_tar
 from helpers.small_stores import write_store
 
 from bigalign import sharding
+from bigalign.data.files import checksums
 from bigalign.data.image.decode import decode
-from bigalign.data.loader.options import resolve_data
+from bigalign.data.loader.options import Stores, resolve_data
 from bigalign.data.samples.ids import class_key
 from bigalign.evals import make_evaluators
 from bigalign.evals.zeroshot import fill
@@ -83,13 +86,13 @@ def val(tmp_path_factory):
   )
 
 
-def measured(**options):
+def measured(data=DATA, **options):
   evaluators = make_evaluators(
     dict(val=dict(batch_size=8, **options)),
     embed_image=embed_image,
     embed_text=embed_text,
     mesh=sharding.make_mesh(),
-    data=DATA,
+    data=data,
   )
   return evaluators["val"](PARAMS)
 
@@ -147,3 +150,17 @@ def test_stores_that_cannot_be_evaluated_are_named(val, tmp_path):
     **options,
     class_store=prompts(tmp_path / "two", NAMES[:2]),
   )
+
+
+def test_vectors_made_another_way_than_those_of_training_are_named(val, tmp_path, caplog):
+  for name, more in (("same", {}), ("other", dict(weights="b"))):
+    folder = tmp_path / name
+    shutil.copytree(val["text"], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["header"] |= more
+    (folder / "manifest.json").write_text(json.dumps(checksums.seal(manifest)))
+    trained = dataclasses.replace(DATA, stores=Stores(text=str(folder)))
+    caplog.clear()
+    measured(trained, type="retrieval", image_store=val["image"], text_store=val["text"])
+    text = "text_store=" + val["text"] + " holds vectors that were made another way"
+    assert (text in caplog.text) == (name == "other") == ("['weights'] differ" in caplog.text)
