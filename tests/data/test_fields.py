@@ -30,6 +30,7 @@ from bigalign.data.loader import extra_fields
 from bigalign.data.loader.training import batch_spec
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import open_source
+from bigalign.data.text.code_switch import read_dictionary
 from bigalign.inputs import open_data
 from bigalign.options import plain
 
@@ -214,6 +215,36 @@ class TestTexts:
     stored = data | dict(stores=dict(text=f"{folder}/a/text"), captions=None, teachers={})
     with pytest.raises(ValueError, match="negatives needs texts"):
       open_data(data_options(**stored))
+
+
+class TestCodeSwitch:
+  def test_words_are_replaced_and_all_else_stays(self, folder, tmp_path):
+    (tmp_path / "de.tsv").write_text("picture\tBild\nseen\tgesehen\nseen\terblickt\n")
+    data = {k: x for k, x in every_field(folder).items() if k not in ("texts", "teachers")}
+    data["tokenizer"] = dict(name="byte", length=40)
+    plain_batches = take(data)
+    switched = take(data | dict(code_switch=dict(dictionary=str(tmp_path / "de.tsv"))))
+    words = set()
+    for a, b in zip(plain_batches, switched, strict=True):
+      for name in a.keys() - {"text", "text_mask"}:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+      for r in range(B):
+        was, now = (text_of(x["text"][r], x["text_mask"][r]).split() for x in (a, b))
+        assert len(was) == len(now)
+        words |= {(x, y) for x, y in zip(was, now)}
+    changed = {pair for pair in words if pair[0] != pair[1]}
+    assert changed == {("picture", "Bild"), ("seen", "gesehen"), ("seen", "erblickt")}
+    assert {("picture", "picture"), ("seen", "seen")} < words, "half of them stay"
+
+  def test_dictionaries(self, tmp_path):
+    (tmp_path / "a.json").write_text('{"Dog": ["Hund"], "cat": ["Katze", "Katze"]}')
+    assert read_dictionary(f"{tmp_path}/a.json") == dict(dog=("Hund",), cat=("Katze",))
+    (tmp_path / "b.tsv").write_text("dog Hund\n")
+    with pytest.raises(ValueError, match="line 1 is not 'word<TAB>translation': 'dog Hund'"):
+      read_dictionary(f"{tmp_path}/b.tsv")
+    (tmp_path / "c.json").write_text('["dog"]')
+    with pytest.raises(ValueError, match="expected an object"):
+      read_dictionary(f"{tmp_path}/c.json")
 
 
 class TestTeachers:

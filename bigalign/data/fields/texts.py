@@ -24,6 +24,7 @@ from bigalign.data.fields.base import Draws, Spec
 from bigalign.data.samples.members import strings
 from bigalign.data.sources.base import Source, value
 from bigalign.data.text.captions import Columns, choose_others
+from bigalign.data.text.code_switch import CodeSwitch
 from bigalign.data.text.negatives import RULES
 from bigalign.options import DEFAULTS
 
@@ -133,6 +134,7 @@ def read(
   first: int,
   source: Source,
   index: int,
+  switch: CodeSwitch | None = None,
 ) -> Texts:
   """The texts of one image.
 
@@ -143,8 +145,12 @@ def read(
     draws: of its position.
     first: the place of the first caption among all.
     source, index: of the sample, to read negatives from a field.
+    switch: replaces words of captions.
   """
   every = [text for column in captions.values() for text in column]
+  if switch:
+    rng = draws.of("code_switch")
+    every = [switch(text, rng) if isinstance(text, str) else text for text in every]
   if options is None:
     return Texts((every[first],), (first,), (POSITIVE,))
   others = choose_others(captions, columns, draws.of("texts"), first=first, count=options.count - 1)

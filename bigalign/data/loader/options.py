@@ -17,6 +17,7 @@ from bigalign.data.image.transforms import train_image
 from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Watch
 from bigalign.data.text.captions import Columns, columns, fields
+from bigalign.data.text.code_switch import CodeSwitchOptions
 from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer
 from bigalign.options import DEFAULTS, Call, Choose, Component, plain, resolve
 
@@ -117,6 +118,7 @@ class DataOptions(ImageReading):
     source_options: other options of the source, such as image= for the column of the images, or
       data_dir= of TFDS.
     texts: several texts of each image, and hard negatives, for losses that read them.
+    code_switch: words of captions that are replaced by translations in training; None for none.
     teachers: {name: stores} of vectors of other models, for losses that learn from them; a batch
       holds those of all teachers side by side, in this order.
     columns: {name: field} of numbers or small arrays of each sample, which become fields of the
@@ -147,6 +149,7 @@ class DataOptions(ImageReading):
   second_captions: Sequence[Any] = ()
   source_options: Mapping[str, Any] | None = None
   texts: TextsOptions | None = None
+  code_switch: CodeSwitchOptions | None = None
   teachers: Mapping[str, TeacherOptions] = DEFAULTS
   columns: Mapping[str, ColumnOptions] = DEFAULTS
   views: Views = DEFAULTS

@@ -38,6 +38,7 @@ from bigalign.data.sources.base import Source, read, where
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
 from bigalign.data.text.captions import by_field, choose, lacks, repaired
+from bigalign.data.text.code_switch import CodeSwitch
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.tree import cut
 
@@ -256,6 +257,7 @@ class _TrainBatches(SampleReader):
     self._attempts = attempts(self._tolerated)
     self._bad: collections.Counter[int] = collections.Counter()  # samples in bad shards, by part
     self._captions, self._second_captions = data.first_columns, data.second_columns
+    self._switch = CodeSwitch(data.code_switch) if data.code_switch else None
     self._captions_per_image = data.captions_per_image
     self._stride = max(data.workers, 1)  # a worker makes every workers-th batch
     # Positions are int64; grain needs a length even for an endless dataset.
@@ -411,6 +413,7 @@ class _TrainBatches(SampleReader):
         first=first,
         source=self._source,
         index=index,
+        switch=self._switch,
       )
       second_text = every[second] if second >= 0 else None
       for text, store in (
