@@ -34,7 +34,7 @@ def duration(value: int | str, where: str) -> Duration:
 
 
 def steps(
-  value: int | str, where: str, *, batch_size: int, dataset_size: int, total_steps: int = 0
+  value: int | str, where: str, *, batch_size: float, dataset_size: int, total_steps: int = 0
 ) -> int:
   """A duration in updates: 500, "500 steps", "1e9 samples", "3 epochs" or "2%" of total_steps.
 

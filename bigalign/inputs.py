@@ -258,7 +258,7 @@ def check_stages(run_stages: Sequence[stages.Stage], inputs: Inputs, text_tower:
   check_stored(run_stages)
   stop = 0
   for stage in run_stages:
-    start, stop = stop, stop + (stage.end - stage.begin) * stage.batch_size
+    start, stop = stop, stop + stage.samples(stage.begin, stage.end)
     with stages.named(stage):
       check_sizes(
         inputs.source,
@@ -304,12 +304,12 @@ def staged_batches(
   run_stages: Sequence[stages.Stage],
   inputs: Inputs,
   *,
-  rows: Sequence[np.ndarray],
+  rows: Sequence[Mapping[int, np.ndarray]],
   step: int,
   start: int,
   **where: Any,
-) -> Generator[tuple[stages.Stage, dict[str, np.ndarray]], None, None]:
-  """(stage, train batch) of every update after the first `step` ones, up to the end of the run.
+) -> Generator[tuple[stages.Stage, int, dict[str, np.ndarray]], None, None]:
+  """(stage, batch size, train batch) of every update after the first `step` ones, up to the end.
 
   The first stage's batches are read ahead at once, those of later stages when the stage begins.
   Close the iterator to end the workers.
@@ -317,7 +317,7 @@ def staged_batches(
   Args:
     run_stages: the stages of the run.
     inputs: what the run reads.
-    rows: per stage, the rows of the global batch that this host owns.
+    rows: per stage, {batch size: the rows of the global batch that this host owns}.
     step: updates that are done.
     start: position in the data of the first sample; a stage continues where the one before it
       stopped.
@@ -331,7 +331,7 @@ def staged_batches(
 def _staged(
   run_stages: Sequence[stages.Stage],
   inputs: Inputs,
-  rows: Sequence[np.ndarray],
+  rows: Sequence[Mapping[int, np.ndarray]],
   step: int,
   start: int,
   where: Mapping[str, Any],
@@ -340,20 +340,26 @@ def _staged(
   for stage, own_rows in zip(run_stages, rows):
     if stage.end <= step:
       continue
-    stop = start + (stage.end - step) * stage.batch_size
+    stop = start + stage.samples(step, stage.end)
     options = _of_stage(inputs.options, stage.config.data)
     staged = inputs._replace(options=options)
     if options != inputs.options and inputs.fields:
       staged = _with_fields(staged)
+    more = dict(step=step) if stage.schedule else {}
     batches = staged.batches(
-      batch_size=stage.batch_size, rows=own_rows, start=start, stop=stop, **where
+      batch_size=stage.batch_size,
+      rows=own_rows if stage.schedule else own_rows[stage.batch_size],
+      start=start,
+      stop=stop,
+      **more,
+      **where,
     )
     with contextlib.closing(batches):
       if first:  # staged_batches runs the generator up to here, so that reading ahead begins
         yield
       first = False
-      for batch in batches:
-        yield stage, batch
+      for number, batch in enumerate(batches, step):
+        yield stage, stage.batch_size_at(number), batch
     step, start = stage.end, stop
 
 

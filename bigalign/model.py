@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,14 @@ import numpy as np
 from einops import rearrange
 
 from bigalign import checks, sharding, sphere
+from bigalign.data.image.naflex import Patches
 from bigalign.options import DEFAULTS, Also, Choose, Component, resolve
 from bigalign.projectors import PROJECTORS
 from bigalign.towers import TOWERS, TowerOutput, attention
 from bigalign.towers.base import TransformerOptions
+from bigalign.towers.naflex import NaFlex
+
+Images: TypeAlias = jax.Array | Patches
 
 # Pixel statistics in [0, 1] by name.
 PIXELS = {
@@ -51,6 +55,8 @@ class DualEncoder(nn.Module):
   from an embedding store, pooled [B, D] or with tokens [B, 1 + T, D], as `with_tokens_image` and
   `with_tokens_text` compute it. Then only the projector is applied.
 
+  Images may be Patches where the image tower takes images of any aspect ratio.
+
   Args:
     image_tower: [B, H, W, 3] -> TowerOutput.
     text_tower: [B, L] ids -> TowerOutput.
@@ -67,7 +73,7 @@ class DualEncoder(nn.Module):
 
   def __call__(
     self,
-    image: jax.Array,
+    image: Images,
     text: jax.Array,
     mask: jax.Array | None = None,
     train: bool = False,
@@ -77,7 +83,7 @@ class DualEncoder(nn.Module):
     """The features that losses read.
 
     Args:
-      image: [B, H, W, 3] uint8.
+      image: [B, H, W, 3] uint8, or Patches.
       text: [B, L] int32.
       mask: [B, L] bool, True for a token that is not padding.
       train: whether dropout is applied.
@@ -99,7 +105,7 @@ class DualEncoder(nn.Module):
         for x, y in zip((text, mask), others)
       )
     raw_txts, txts = self._text(text, mask, train)
-    count = len(text) // len(image)
+    count = 1 + others[0].shape[1] if others else 1
 
     def first(x: jax.Array) -> jax.Array:
       return x if count == 1 else rearrange(x, "(b m) ... -> b m ...", m=count)[:, 0]
@@ -119,7 +125,7 @@ class DualEncoder(nn.Module):
       feats["ztxt_second"] = self.embed_text(*second, train=train)
     return feats if txt.mask is None else {**feats, "mask_txt": txt.mask}
 
-  def embed_image(self, image: jax.Array, train: bool = False) -> jax.Array:
+  def embed_image(self, image: Images, train: bool = False) -> jax.Array:
     """[B, H, W, 3] uint8 -> [B, E], unit norm, float32."""
     return unit(self._image(image, train)[0])
 
@@ -129,7 +135,7 @@ class DualEncoder(nn.Module):
     """[B, L] int32, mask [B, L] bool (True = no padding) -> [B, E], unit norm, float32."""
     return unit(self._text(text, mask, train)[0])
 
-  def pooled_image(self, image: jax.Array) -> jax.Array:
+  def pooled_image(self, image: Images) -> jax.Array:
     """[B, H, W, 3] uint8 -> [B, D], the input of the projector, float32."""
     return self._image_tower(image, False).pooled.astype(jnp.float32)
 
@@ -137,7 +143,7 @@ class DualEncoder(nn.Module):
     """[B, L] int32, mask [B, L] bool -> [B, D], the input of the projector, float32."""
     return self._text_tower(text, mask, False).pooled.astype(jnp.float32)
 
-  def with_tokens_image(self, image: jax.Array) -> jax.Array:
+  def with_tokens_image(self, image: Images) -> jax.Array:
     """[B, H, W, 3] uint8 -> [B, 1 + T, D]: the pooled vector, then the tokens; float32."""
     return _rows(self._image_tower(image, False))
 
@@ -145,14 +151,25 @@ class DualEncoder(nn.Module):
     """[B, L] int32, mask [B, L] bool -> [B, 1 + L, D]; padding is zero, float32."""
     return _rows(self._text_tower(text, mask, False))
 
-  def _image_tower(self, image: jax.Array, train: bool) -> TowerOutput:
+  def _image_tower(self, image: Images, train: bool) -> TowerOutput:
+    out: TowerOutput
+    if isinstance(image, Patches):
+      if not isinstance(self.image_tower, NaFlex):
+        raise ValueError("config.data.naflex needs config.model.image.name='naflex'")
+      pixels, mask, shapes = image
+      colours = rearrange(sharding.constrain_batch(pixels), "b n (p c) -> b n p c", c=3)
+      x = rearrange(self._normalized(colours), "b n p c -> b n (p c)")
+      out = self.image_tower(x, mask, shapes, train=train)
+      return out
     if jnp.issubdtype(image.dtype, jnp.floating):
       return _stored(image)
-    mean, std = (np.asarray(x, np.float32) * 255 for x in PIXELS[self.pixels])
-    x = sharding.constrain_batch(image).astype(jnp.float32)
-    x = (x - mean[None, None, None]) / std[None, None, None]
-    out: TowerOutput = self.image_tower(x, train=train)
+    out = self.image_tower(self._normalized(sharding.constrain_batch(image)), train=train)
     return out
+
+  def _normalized(self, pixels: jax.Array) -> jax.Array:
+    """[B, …, 3] uint8 -> the same in float32, as the image tower takes them."""
+    mean, std = (np.asarray(x, np.float32) * 255 for x in PIXELS[self.pixels])
+    return (pixels.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
 
   def _text_tower(self, text: jax.Array, mask: jax.Array | None, train: bool) -> TowerOutput:
     if jnp.issubdtype(text.dtype, jnp.floating):
@@ -160,7 +177,7 @@ class DualEncoder(nn.Module):
     out: TowerOutput = self.text_tower(sharding.constrain_batch(text), mask, train=train)
     return out
 
-  def _image(self, image: jax.Array, train: bool) -> tuple[jax.Array, TowerOutput]:
+  def _image(self, image: Images, train: bool) -> tuple[jax.Array, TowerOutput]:
     out = self._image_tower(image, train)
     return sharding.constrain_batch(self.image_projector(out, train)), out
 

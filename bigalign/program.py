@@ -15,6 +15,7 @@ import optax
 from bigalign import gradcache, sharding, stages, tree
 from bigalign.config import Config
 from bigalign.data.fields import teachers
+from bigalign.data.image import naflex
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import batch_spec
 from bigalign.losses import Loss, make_loss
@@ -25,6 +26,7 @@ from bigalign.optim import Schedule, joined_rate, make_optimizer, make_rate
 from bigalign.private_apis import without_shape_checks
 from bigalign.state import Arrays, State
 from bigalign.towers.features import Features
+from bigalign.towers.naflex import NaflexOptions
 from bigalign.towers.padding import used_lengths
 
 
@@ -70,6 +72,11 @@ class Program:
   gradient_dtype: str
   logits: pairwise.Engine
 
+  @property
+  def batch_size(self) -> int:
+    """Of the global batches of `spec`."""
+    return int(self.spec["label"][0][0])
+
 
 def make_program(config: Config, *, dataset_size: int = 0) -> Program:
   """A config's objects; of a config with stages, those of the last one, which is the config itself.
@@ -109,7 +116,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     loss=make_loss(config.loss),
     optimizer=optax.identity(),  # replaced below, like `rate`: the optimizer needs `params`
     rate=lambda step: step,
-    spec=_spec(model, config.batch_size, config.data),
+    spec=_spec(model, *_longest(config)),
     sources=max(1, len(config.data.mixture)),
     sizes={
       "image": dataset_size,
@@ -146,7 +153,7 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
       if getattr(tower, "grid", ()) is None:
         rows, cols = (size // tower.options.patch for size in spec["image"][0][1:3])
         model = model.clone(image_tower=tower.clone(grid=(rows, cols)))
-    spec = _spec(model, stage.batch_size, own.data)
+    spec = _spec(model, *_longest(own))
     loss = program.loss if own.loss == config.loss else make_loss(own.loss)
     params = program.params
     if loss is not program.loss:
@@ -237,8 +244,50 @@ def check_stages(run_stages: Sequence[stages.Stage], mesh: jax.sharding.Mesh) ->
   microbatches."""
   for stage in run_stages:
     with stages.named(stage):
-      sharding.host_rows(mesh, stage.batch_size)
-      gradcache.check_microbatches(mesh, stage.batch_size, stage.config.microbatches)
+      for size in stage.batch_sizes:
+        try:
+          sharding.host_rows(mesh, size)
+          gradcache.check_microbatches(mesh, size, stage.config.microbatches)
+        except ValueError as error:
+          if len(stage.batch_sizes) > 1:
+            error.add_note(
+              "This batch is one of config.data.naflex; set its `multiple` to a multiple of"
+              " mesh.data x mesh.fsdp x microbatches."
+            )
+          raise
+
+
+def of_lengths(program: Program, stage: stages.Stage) -> list[Program]:
+  """The programs of a stage, one for each length of its images; of squares, the program itself."""
+  schedule = stage.schedule
+  if not schedule:
+    return [program]
+  data = stage.config.data
+  return [
+    dataclasses.replace(program, spec=_spec(program.model, size, data.of_length(length)))
+    for length, size in zip(schedule.lengths, schedule.sizes)
+  ]
+
+
+def _longest(config: Config) -> tuple[int, DataOptions]:
+  """The batch size and config.data of the batches with the most patches per image.
+
+  Raises:
+    ValueError: if model or loss cannot take the patches of config.data.naflex.
+  """
+  if not config.data.naflex:
+    return config.batch_size, config.data
+  patch = getattr(config.model.image, "patch", None)
+  if not isinstance(config.model.image, NaflexOptions) or patch != config.data.naflex.patch:
+    raise ValueError(
+      f"config.data.naflex makes patches of {config.data.naflex.patch} pixels; it needs"
+      f" config.model.image=dict(name='naflex', patch={config.data.naflex.patch}, ...)"
+    )
+  schedule = config.data.length_schedule(config.batch_size, config.seed)
+  if not schedule:  # images are read from a store
+    return config.batch_size, config.data
+  length, size = max(zip(schedule.lengths, schedule.sizes))
+  return size, config.data.of_length(length)
 
 
 def _spec(model: DualEncoder, batch_size: int, data: DataOptions) -> dict[str, Any]:
@@ -261,7 +310,7 @@ def stored_fields(side: str) -> set[str]:
 def init_params(program: Program, key: jax.Array) -> Arrays:
   """All parameters by path, float32: "model/…" and "loss/…"."""
   one = {name: jnp.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in program.spec.items()}
-  variables = program.model.init(key, one["image"], one["text"], one["text_mask"])
+  variables = program.model.init(key, naflex.of_fields(one), one["text"], one["text_mask"])
   scalars, _ = program.loss.init(program.sizes)
   return {**tree.flatten(variables["params"], "model/"), **tree.flatten(scalars, "loss/")}
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from bigalign import durations, tree
 from bigalign.config import Config
+from bigalign.data.order.lengths import LengthSchedule
 from bigalign.options import fits, plain, resolve, spelled
 
 # Options of config.optimizer with which a stage has a schedule of its own.
@@ -67,8 +68,34 @@ class Stage(NamedTuple):
 
   @property
   def batch_size(self) -> int:
-    """Of the global batch."""
+    """Of the global batch; of config.data.naflex, of the largest."""
     return self.config.batch_size
+
+  @property
+  def schedule(self) -> LengthSchedule | None:
+    """The lengths and batch sizes of config.data.naflex; None for squares."""
+    return self.config.data.length_schedule(self.batch_size, self.config.seed)
+
+  @property
+  def batch_sizes(self) -> list[int]:
+    """The different sizes of its batches, ascending."""
+    return sorted({*(self.schedule.sizes if self.schedule else (self.batch_size,))})
+
+  @property
+  def mean_batch_size(self) -> float:
+    """Of the global batches."""
+    return mean_batch_size(self.config)
+
+  def batch_size_at(self, step: int) -> int:
+    """Of the global batch of a step, counted from 0."""
+    return self.schedule.at(step)[1] if self.schedule else self.batch_size
+
+  def samples(self, begin: int, end: int) -> int:
+    """The samples of the steps `begin` <= step < `end`."""
+    if len(self.batch_sizes) == 1:
+      return (end - begin) * self.batch_sizes[0]
+    assert self.schedule is not None
+    return self.schedule.samples(begin, end)
 
 
 def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
@@ -93,10 +120,15 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
     total_steps = durations.steps(
       config.total_steps,
       "config.total_steps",
-      batch_size=config.batch_size,
+      batch_size=mean_batch_size(config),
       dataset_size=dataset_size,
     )
     return [Stage(0, "config", 0, total_steps, config)]
+  if config.data.naflex and config.data.naflex.tokens_per_batch:
+    raise ValueError(
+      "config.stages count samples in batches of one size; leave out"
+      " config.data.naflex.tokens_per_batch, or the stages"
+    )
   total = durations.duration(config.total_steps, "config.total_steps")
   stages: list[Stage] = []
   begin = samples = 0
@@ -130,6 +162,12 @@ def split(config: Config, *, dataset_size: int = 0) -> list[Stage]:
     samples += (end - begin) * batch_size
     begin = end
   return stages
+
+
+def mean_batch_size(config: Config) -> float:
+  """The mean number of pairs of a global batch, with which durations in samples are counted."""
+  schedule = config.data.length_schedule(config.batch_size, config.seed)
+  return schedule.mean_size if schedule else config.batch_size
 
 
 def at(run_stages: Sequence[Stage], step: int) -> Stage:
@@ -167,7 +205,7 @@ def steps(
   sizes = dict(dataset_size=dataset_size, total_steps=stages[-1].end)
   one_size = len({stage.batch_size for stage in stages}) == 1
   if one_size or isinstance(value, int) or durations.duration(value, where).unit in ("step", "%"):
-    return durations.steps(value, where, batch_size=stages[-1].batch_size, **sizes)
+    return durations.steps(value, where, batch_size=stages[-1].mean_batch_size, **sizes)
   samples_left = durations.steps(value, where, batch_size=1, **sizes)
   if not samples_left:
     return 0

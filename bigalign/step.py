@@ -16,12 +16,13 @@ import optax
 from absl import logging
 
 from bigalign import gradcache, sharding, tree
+from bigalign.data.image import naflex
 from bigalign.data.samples.rejects import REASONS
 from bigalign.losses import PROVIDES, Context, Loss, diagnostics, table_mask
 from bigalign.losses import summary as loss_summary
 from bigalign.model import unit, without_remat
 from bigalign.private_apis import without_shape_checks
-from bigalign.program import Program, compute_dtype
+from bigalign.program import Program, compute_dtype, of_lengths
 from bigalign.run import flops
 from bigalign.stages import Stage
 from bigalign.state import Arrays, State
@@ -194,7 +195,8 @@ def _for_loss(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax
 def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   second = SECOND if "second_text" in program.loss.needs else ()
   others = [name for name in OTHERS if name in batch and "texts" in program.loss.needs]
-  return {name: batch[name] for name in ("image", "text", "text_mask", *second, *others)}
+  texts = {name: batch[name] for name in ("text", "text_mask", *second, *others)}
+  return {**naflex.only_images(batch), **texts}
 
 
 def features(
@@ -210,7 +212,7 @@ def features(
     key: of dropout.
   """
   dropout, patch_dropout = jax.random.split(key)
-  inputs = (part["image"], part["text"], part["text_mask"])
+  inputs = (naflex.of_fields(part), part["text"], part["text_mask"])
 
   def apply(params: Arrays, **options: Any) -> dict[str, jax.Array]:
     variables = {**_cast_for_reduction(program, params), **state.frozen}
@@ -374,8 +376,8 @@ def build_stages(
   state: State,
   batch: Mapping[str, jax.Array],
   position: np.ndarray,
-) -> dict[int, CompiledStep]:
-  """The compiled step of each stage, by the stage's number.
+) -> dict[int, dict[tuple[int, ...], CompiledStep]]:
+  """The compiled steps of each stage, by its number and by the shape of the images of a batch.
 
   Later stages are compiled from the shapes of their batches and states, so nothing is allocated for
   them. Stages with equal programs share a step.
@@ -390,21 +392,18 @@ def build_stages(
     batch: a global batch.
     position: of `data_position`.
   """
-  steps: dict[int, CompiledStep] = {}
-  spec = programs[stages[0].number].spec
+  steps: dict[int, dict[tuple[int, ...], CompiledStep]] = {}
+  own_programs = of_lengths(programs[stages[0].number], stages[0])
+  spec = next(
+    (p.spec for p in own_programs if p.spec["image"][0] == batch["image"].shape),
+    own_programs[0].spec,
+  )
   for stage in stages:
-    program, shapes = programs[stage.number], {}
-    equal = next((n for n in steps if programs[n] == program), None)
+    equal = next((n for n in steps if programs[n] == programs[stage.number]), None)
     if equal is not None:
       steps[stage.number] = steps[equal]
       continue
     own = shardings[stage.number]
-    for name, x in batch.items():
-      # Stored vectors are as wide as in the store, whatever the spec says.
-      is_as_in_spec = x.shape == spec[name][0]
-      shape = program.spec[name][0] if is_as_in_spec else (stage.batch_size, *x.shape[1:])
-      shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-    step_fn = jitted(program, own, mesh)
     given = state
     if stage != stages[0]:
       given = jax.tree.map(
@@ -412,11 +411,20 @@ def build_stages(
         state_shapes[stage.number],
         own,
       )
-    try:
-      steps[stage.number] = build(step_fn, program, given, shapes, position)
-    except jax.errors.JaxRuntimeError as error:
-      error.add_note(
-        f"This is the step of {stage.where}; `bigalign plan` computes the memory that it needs."
-      )
-      raise
+    steps[stage.number] = {}
+    for program in of_lengths(programs[stage.number], stage):
+      shapes = {}
+      for name, x in batch.items():
+        # Stored vectors are as wide as in the store, whatever the spec says.
+        is_as_in_spec = x.shape == spec[name][0]
+        shape = program.spec[name][0] if is_as_in_spec else (program.batch_size, *x.shape[1:])
+        shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+      try:
+        one = build(jitted(program, own, mesh), program, given, shapes, position)
+      except jax.errors.JaxRuntimeError as error:
+        error.add_note(
+          f"This is the step of {stage.where}; `bigalign plan` computes the memory that it needs."
+        )
+        raise
+      steps[stage.number][shapes["image"].shape] = one
   return steps

@@ -68,7 +68,7 @@ from bigalign.run.provenance import (
 )
 from bigalign.run.timing import Profile, StartupTimer, StepTimer
 from bigalign.run.workdir import Workdir
-from bigalign.stages import Stage, at, named, split
+from bigalign.stages import Stage, at, mean_batch_size, named, split
 from bigalign.state import Arrays, State, describe, parts, restore
 from bigalign.step import (
   CompiledStep,
@@ -125,8 +125,8 @@ class Run(NamedTuple):
 
   config: the resolved options. workdir: the run's folder. meta: the run record, config.json.
   inputs: the opened source. stages, programs, rows, shapes, shardings: per stage, its config, its
-  program, the rows of the global batch that this host owns, and those of its state. evaluators: by
-  name.
+  program, {batch size: the rows of the global batch that this host owns}, and those of its state.
+  evaluators: by name.
   resumed_from: the restored step, None for a new run. lane_rows: of the data order, fixed at the
   first start. rejected: {metric: count} so far. save_every, eval_every, diagnose_every: in steps.
   due: which of DIAGNOSE and EVALUATE the restored step still lacks, because its run was asked to
@@ -140,7 +140,7 @@ class Run(NamedTuple):
   inputs: Inputs
   stages: list[Stage]
   programs: list[Program]
-  rows: list[np.ndarray]
+  rows: list[dict[int, np.ndarray]]
   shapes: Sequence[State]
   shardings: Sequence[State]
   checkpoints: Checkpoints
@@ -186,7 +186,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   _check_profile(options.profile, program.total_steps)
   to_steps = functools.partial(
     durations.steps,
-    batch_size=options.batch_size,
+    batch_size=mean_batch_size(options),
     dataset_size=dataset_size,
     total_steps=program.total_steps,
   )
@@ -197,7 +197,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   # ------------------------------------------------------------------ mesh and shapes
   mesh = options.mesh.make()
   check_batches(stages, mesh)
-  rows = [sharding.host_rows(mesh, stage.batch_size) for stage in stages]
+  rows = [{n: sharding.host_rows(mesh, n) for n in stage.batch_sizes} for stage in stages]
   shapes, shardings = zip(*(layout(one, mesh, options.rules) for one in programs))
   for stage in stages:
     with named(stage):
@@ -314,7 +314,10 @@ def loop(run: Run) -> State:
   has_sample_state = [has_tables(one.loss) for one in run.programs]
   current = at(run.stages, step).number  # the stage to which `state` belongs
   diagnose_fns = [jax.jit(functools.partial(diagnose, program=p)) for p in run.programs]
-  compiled: dict[int, CompiledStep] = {}  # of each stage that is left
+  # Of each stage that is left, by the shape of the images of a batch.
+  compiled: dict[int, dict[tuple[int, ...], CompiledStep]] = {}
+  samples_of_row = flops_of_row = 0  # since the last log
+  steps_of_row = 0
   checks: list[StepChecks] = []  # of the steps since the last fetch
   due = run.due
   repeated = _last_batch_size(run) if DIAGNOSE in due else 0  # the last batch is read once more
@@ -343,12 +346,12 @@ def loop(run: Run) -> State:
     Profile(config.profile, run.workdir.local / "profile", step) as profile,
   ):
 
-    def next_batch() -> tuple[Stage, dict[str, jax.Array]]:
-      stage, host_batch = next(batches)
+    def next_batch() -> tuple[Stage, int, dict[str, jax.Array]]:
+      stage, size, host_batch = next(batches)
       if has_sample_state[stage.number]:
         check_ids(host_batch, program.sizes)
-      rows = run.rows[stage.number]
-      return stage, sharding.global_batch(run.mesh, host_batch, rows, stage.batch_size)
+      rows = run.rows[stage.number][size]
+      return stage, size, sharding.global_batch(run.mesh, host_batch, rows, size)
 
     def diagnose_and_write(stage: Stage, batch: Mapping[str, jax.Array]) -> None:
       position = data_position(samples_seen, dataset_size)
@@ -378,7 +381,8 @@ def loop(run: Run) -> State:
     if not preempted:
       try:
         if repeated:
-          diagnose_and_write(*next_batch())
+          stage, _, batch = next_batch()
+          diagnose_and_write(stage, batch)
         if run.resumed_from is None:
           run.checkpoints.check_best(evaluate())
         elif EVALUATE in due:
@@ -394,7 +398,7 @@ def loop(run: Run) -> State:
         with timer.paused(state.step):
           profile.start()
       with timer.waiting_for_data():
-        stage, batch = next_batch()
+        stage, size, batch = next_batch()
       position = data_position(samples_seen, dataset_size)
 
       # -------------------------------------------------------------- step
@@ -417,9 +421,12 @@ def loop(run: Run) -> State:
             batch,
             position,
           )
-      state, metrics, step_checks = compiled[stage.number].call(state, batch, position)
+      one = compiled[stage.number][batch["image"].shape]
+      state, metrics, step_checks = one.call(state, batch, position)
       step += 1
-      samples_seen += stage.batch_size
+      samples_seen += size
+      samples_of_row, flops_of_row = samples_of_row + size, flops_of_row + one.flops
+      steps_of_row += 1
       checks.append(step_checks)
       watchdog.completed(step)
       run.startup_timer.first_step(metrics)
@@ -441,7 +448,10 @@ def loop(run: Run) -> State:
       if logs:
         row = {f"train/{name}": x for name, x in [*scalars.items(), *run.rejected.items()]}
         row |= _data_metrics(run, stage, samples_seen)
-        row |= timer.read(step, stage.batch_size, compiled[stage.number].flops)
+        if stage.schedule:  # the loss depends on the size of the batch
+          row |= {"train/batch_size": size, "train/patches": batch["image"].shape[1]}
+        row |= timer.read(step, samples_of_row / steps_of_row, flops_of_row / steps_of_row)
+        samples_of_row = flops_of_row = steps_of_row = 0
         row |= run.startup_timer.take_metrics()
         run.workdir.check(fresh=False)
         writer.write(step, row)
@@ -495,7 +505,8 @@ def _due(run: Run, step: int) -> tuple[str, ...]:
 
 def _last_batch_size(run: Run) -> int:
   """Samples of the batch of the last update before the start; 0 if there is none."""
-  sizes = [stage.batch_size for stage in run.stages if stage.begin < run.step <= stage.end]
+  last = run.step - 1
+  sizes = [x.batch_size_at(last) for x in run.stages if x.begin < run.step <= x.end]
   return sizes[0] if sizes and sizes[0] <= run.samples_seen else 0
 
 

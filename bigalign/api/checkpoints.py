@@ -28,7 +28,7 @@ from bigalign.model import PROJECTOR, DualEncoder, ModelOptions
 from bigalign.options import Choose, Component, plain, plain_value, resolve, resolve_value
 from bigalign.towers import TOWERS
 from bigalign.towers.text import TextOptions
-from bigalign.weights import Checkpoint
+from bigalign.weights import Checkpoint, views
 from bigalign.weights import tokenizer as stated_tokenizer
 from bigalign.weights.files import read_json
 from bigalign.weights.init import with_view
@@ -64,12 +64,6 @@ def load_checkpoint(
     return _torch_module(path, about, dtype)
   file = path / "model.npz" if about.get("format") == "npz" else path
   checkpoint = _masked(weights.describe(file), about)
-  if checkpoint.kind.startswith("siglip2"):
-    logging.warning(
-      "%s: NaFlex sees patches of the image's own shape; here, images are squashed to a square, so"
-      " their embeddings differ from those of transformers",
-      path,
-    )
   data = _data(checkpoint, about, tokenizer)
   encoder, written = _encoder(checkpoint.model, dtype)
   mesh = sharding.make_mesh()
@@ -187,6 +181,8 @@ def _data(
     data = {name: trained[name] for name in fields if trained.get(name) is not None}
     if not data:
       data = with_view({}, checkpoint.view)
+      if checkpoint.kind.startswith("siglip2"):
+        data |= {"naflex": _patches(checkpoint), "image_size": checkpoint.layout.data["image_size"]}
   if "text" in checkpoint.model:
     options = stated_tokenizer.completed(checkpoint, tokenizer)
     if options is None and trained.get("tokenizer"):
@@ -194,6 +190,13 @@ def _data(
     if options:
       data["tokenizer"] = dict(options)
   return data
+
+
+def _patches(checkpoint: Checkpoint) -> dict[str, Any]:
+  """config.data.naflex of a checkpoint of SigLIP 2, whose processor has 256 patches by default."""
+  stated = views.preprocessing(checkpoint.tensors.path.parent, checkpoint.kind)
+  length = int((stated.config if stated else {}).get("max_num_patches") or 256)
+  return dict(lengths=(length,), patch=checkpoint.model["image"]["patch"])
 
 
 def _cleaning(checkpoint: Checkpoint) -> Callable[[str], str] | None:
@@ -212,7 +215,7 @@ def _view(data: Mapping[str, Any], about: Mapping[str, Any], kind: str) -> View:
   fields = {x: v for x, v in data.items() if x != "tokenizer"}
   if not fields.get("image_size"):
     raise ValueError(f"no file of this {kind} checkpoint states the size of its images")
-  reading = ImageReading(**fields)
+  reading: ImageReading = resolve(ImageReading, fields, "config.data")
   if about:
     return View(reading, **about.get("view", {}))
   # transformers rounds the margin of a crop down; open_clip leaves out transparency.

@@ -26,7 +26,7 @@ _LOCKS = [threading.Lock() for _ in range(64)]
 
 
 class View(NamedTuple):
-  """How an image becomes the square that an image tower sees.
+  """How an image becomes the square, or the patches, that an image tower sees.
 
   Args:
     reading: size, resize and filter.
@@ -38,8 +38,8 @@ class View(NamedTuple):
   margin: str = "round"
   pillow_rgb: bool = False
 
-  def __call__(self, image: OneImage) -> np.ndarray:
-    """Returns uint8 [S, S, 3].
+  def __call__(self, image: OneImage) -> Any:
+    """Returns uint8 [S, S, 3], or the Patches of the image.
 
     Raises:
       Rejected: for anything that is not a whole image.
@@ -65,7 +65,7 @@ class View(NamedTuple):
       " file, a uint8 array [H, W, 3]"
     )
 
-  def numbered(self, number: int, image: OneImage) -> np.ndarray:
+  def numbered(self, number: int, image: OneImage) -> Any:
     """`__call__` for an image of several, whose errors name it by its number and path."""
     path = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
     try:

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from bigalign import sharding, tree
 from bigalign.api.image_inputs import Images, View, is_array, listed
+from bigalign.data.image import naflex
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.evals.embed import round_batch, to_host
 from bigalign.evals.zeroshot import fill, read_templates
@@ -102,7 +103,9 @@ class Model:
   def __repr__(self) -> str:
     parts = [self.source]
     if self.view is not None:
-      parts.append(f"images of {self.view.reading.image_size} pixels")
+      reading = self.view.reading
+      kind = f"{reading.image_size} pixels"
+      parts.append(f"images of {f'{reading.naflex.length} patches' if reading.naflex else kind}")
     if self.tokenizer is not None:
       parts.append(f"texts of {self.tokenizer.length} tokens")
     return f"<bigalign.Model {', '.join(parts)}, embeddings of {self.embed_dim}>"
@@ -132,13 +135,17 @@ class Model:
     with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
 
       def prepare(start: int, part: Sequence[Any], own: Sequence[int]) -> Prepared:
-        squares = [pool.submit(view.numbered, start + i, part[i]) for i in own]
-        return lambda: {"image": np.stack([x.result() for x in squares])}
+        views = [pool.submit(view.numbered, start + i, part[i]) for i in own]
+        return lambda: naflex.to_fields(view.reading.stacked([x.result() for x in views]))
 
       try:
-        return self._embedded(self._embed_image, items, total, prepare, batch_size, progress)
+        return self._embedded(self._embed_views, items, total, prepare, batch_size, progress)
       finally:
         pool.shutdown(cancel_futures=True)
+
+  def _embed_views(self, params: Mapping[str, Any], *fields: jax.Array) -> jax.Array:
+    """[B, E] of the fields of images."""
+    return self._embed_image(params, naflex.of_fields(dict(zip(naflex.FIELDS, fields))))
 
   def embed_texts(
     self, texts: Texts, *, batch_size: int = 256, progress: bool = True
@@ -241,15 +248,14 @@ class Model:
 
   # ------------------------------------------------------------------ own loops, files
 
-  def preprocess(self, images: Images) -> np.ndarray:
+  def preprocess(self, images: Images) -> Any:
     """Returns images as the model sees them, uint8 [N, S, S, 3]; errors as of `embed_images`.
 
-    Normalisation is a part of `apply`.
+    Of a NaFlex model they are Patches: pixels [N, P, p * p * 3], their mask [N, P], and rows and
+    columns [N, 2]. Normalisation is a part of `apply`.
     """
     view = self._view()
-    squares = [view.numbered(i, x) for i, x in enumerate(listed(images)[0])]
-    size = view.reading.image_size
-    return np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
+    return view.reading.stacked([view.numbered(i, x) for i, x in enumerate(listed(images)[0])])
 
   def tokenize(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
     """Returns the token ids of M texts, [M, L] int32, and their mask [M, L], False for padding."""
@@ -267,7 +273,7 @@ class Model:
 
     Args:
       params: as the attribute `params`.
-      images: [N, S, S, 3] uint8, as of `preprocess`.
+      images: [N, S, S, 3] uint8, or Patches, as of `preprocess`.
       ids: [M, L] int32, as of `tokenize`.
       mask: [M, L] bool, as of `tokenize`; None: every token counts.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import pathlib
 import statistics
@@ -21,6 +22,7 @@ from PIL import Image
 
 from bigalign import sharding
 from bigalign.config import Config
+from bigalign.data.image import naflex
 from bigalign.data.loader.options import resolve_data
 from bigalign.data.sources.base import open_source
 from bigalign.evals import make_evaluators
@@ -78,7 +80,7 @@ def fitting(config: Config) -> Iterator[None]:
 
 def _batch(step: compile_step.Step) -> dict[str, jax.Array]:
   """A global batch of random pixels, ids and vectors, in which every position of a text is used."""
-  random, size = np.random.default_rng(0), step.stage.config.batch_size
+  random, size = np.random.default_rng(0), step.program.batch_size
   rows = sharding.host_rows(step.mesh, size)
   ids = getattr(getattr(step.program.model.text_tower, "options", None), "vocab_size", None)
 
@@ -90,6 +92,8 @@ def _batch(step: compile_step.Step) -> dict[str, jax.Array]:
       return random.standard_normal(shape, np.float32).astype(x.dtype)
     if name in ("text", "text_second"):
       return random.integers(1, ids or 2, shape, np.int32)
+    if name == "image_shapes":  # of squares as large as the patches allow
+      return np.full(shape, math.isqrt(step.batch["image"].shape[1]), np.int32)
     return np.full(shape, name.endswith("mask"), x.dtype)  # else the one sample 0
 
   host = {name: values(name, x) for name, x in step.batch.items()}
@@ -112,7 +116,7 @@ def training(ready: Ready, *, seconds: float) -> tuple[dict[str, Any], State]:
 
   with jax.set_mesh(ready.step.mesh):
     times = _seconds(update, seconds)
-  median, batch = statistics.median(times), ready.step.stage.config.batch_size
+  median, batch = statistics.median(times), ready.step.program.batch_size
   peak = compile_step.sizes(ready.step)["peak_flops_per_second"]
   memory = [device.memory_stats() or {} for device in jax.local_devices()]
   held = [stats["peak_bytes_in_use"] for stats in memory if "peak_bytes_in_use" in stats]
@@ -177,10 +181,10 @@ def embedding(ready: Ready, state: State, *, seconds: float) -> dict[str, float]
   params, batch = {**state.trainable, **state.frozen}, ready.batch
   embed = make_embed(ready.step.program.model)
   calls = {
-    "images_per_second": lambda: embed["embed_image"](params, batch["image"]),
+    "images_per_second": lambda: embed["embed_image"](params, naflex.of_fields(batch)),
     "texts_per_second": lambda: embed["embed_text"](params, batch["text"], batch["text_mask"]),
   }
-  size = ready.step.stage.config.batch_size
+  size = ready.step.program.batch_size
   with jax.set_mesh(ready.step.mesh):
     return {name: size / statistics.median(_seconds(x, seconds)) for name, x in calls.items()}
 
@@ -188,7 +192,7 @@ def embedding(ready: Ready, state: State, *, seconds: float) -> dict[str, float]
 def _stored(step: compile_step.Step) -> bool:
   """Whether a batch holds vectors of a store, which no tower reads."""
   images, texts = step.batch["image"], step.batch["text"]
-  return len(images.shape) != 4 or bool(texts.dtype != jnp.int32)
+  return bool(images.dtype != jnp.uint8 or texts.dtype != jnp.int32)
 
 
 @contextlib.contextmanager
@@ -246,7 +250,8 @@ def evaluation(ready: Ready, state: State, source: str) -> dict[str, float]:
     return {}
   tokenizer = dict(name="byte", length=config.data.text_length)
   data = resolve_data(dict(tokenizer=tokenizer, image_size=config.data.image_size))
-  data = dataclasses.replace(data, workers=min(config.data.workers, cores()))
+  workers = min(config.data.workers, cores())
+  data = dataclasses.replace(data, workers=workers, naflex=config.data.naflex)
   evals: Mapping[str, Any] = dict(val=dict(type="retrieval", source=source))
   embed: dict[str, Any] = make_embed(step.program.model)
   (evaluate,) = make_evaluators(evals, mesh=step.mesh, data=data, **embed).values()

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding, tree
+from bigalign.data.image import naflex
 from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS, Rejected
@@ -72,7 +73,8 @@ class Context(NamedTuple):
 
   Attributes:
     name: of the evaluator in config.evals.
-    embed_image: (params, image [B, S, S, 3] uint8) -> [B, E], unit norm, float32; jitted.
+    embed_image: (params, image [B, S, S, 3] uint8, or Patches) -> [B, E], unit norm, float32;
+      jitted.
     embed_text: (params, ids [B, L] int32, mask [B, L] bool) -> [B, E], unit norm, float32; jitted.
     mesh: to evaluate on.
     data: config.data; images and texts are preprocessed in the same way.
@@ -291,7 +293,8 @@ def embedded_images(
   for k, batch in enumerate(track(batches, context.name, total, unit="batches")):
     cut_batch = _without_padding(context, batch)
     on_mesh = sharding.global_batch(context.mesh, cut_batch, rows, data.batch_size)
-    image = on_mesh.pop("image")  # without pixels if its embedding is known
+    image = naflex.of_fields(on_mesh)  # without pixels if its embedding is known
+    on_mesh = {name: x for name, x in on_mesh.items() if name not in naflex.FIELDS}
     zimg = (
       embed_vectors(context.embed_image, params, image, where=f"config.evals.{context.name}")
       if known is None

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bigalign.data.image import naflex
 from bigalign.data.sources.glyphs import CUTS, PROBES, Glyphs, parts
 from bigalign.evals.embed import Context, mean_embedder
 from bigalign.evals.zeroshot import class_weights
@@ -66,12 +67,14 @@ def score(
 def embedder(context: Context, source: Glyphs, *, batch_size: int) -> Callable[[Any], jax.Array]:
   """Returns embed(params) -> [N, E] on every device: unit means over the PROBES of a character."""
   # A few hundred small images, rendered once and kept on the host.
-  images = np.stack([context.data.evaluation_view(source[i]["image"]) for i in range(len(source))])
+  data = context.data
+  images = data.stacked([data.evaluation_view(source[i]["image"]) for i in range(len(source))])
 
   def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return context.embed_image(params, batch["image"])
+    return context.embed_image(params, naflex.of_fields(batch))
 
-  return mean_embedder(context, embed, dict(image=images), group=len(PROBES), batch_size=batch_size)
+  arrays = naflex.to_fields(images)
+  return mean_embedder(context, embed, arrays, group=len(PROBES), batch_size=batch_size)
 
 
 def glyphs(

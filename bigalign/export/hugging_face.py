@@ -82,6 +82,25 @@ def _siglip(trained: TrainedModel) -> dict[str, Any]:
   )
 
 
+def _siglip2(trained: TrainedModel) -> dict[str, Any]:
+  """The config of Siglip2Model.
+
+  Raises:
+    ValueError: if the run's images are squares, which its processor does not make.
+  """
+  if not trained.data.naflex:
+    raise ValueError("config.data.naflex must be set: transformers keeps the aspect of images")
+  vision = _vision("siglip2_vision_model", trained) | dict(num_patches=trained.image.grid**2)
+  del vision["image_size"]
+  return _siglip(trained) | dict(
+    model_type="siglip2",
+    architectures=["Siglip2Model"],
+    vision_config=vision,
+    text_config=_text("siglip2_text_model", trained)
+    | dict(projection_size=trained.model.text_projector.dim),
+  )
+
+
 def bert(trained: TrainedModel) -> dict[str, Any]:
   """The config of BERT, RoBERTa (positions from `pad` on) or MPNet (buckets of distances).
 
@@ -149,11 +168,12 @@ FAMILIES = (
     functools.partial(_dual, bert),
     _poolers,
   ),
+  Family("Siglip2Model", "siglip2", ("naflex", "text"), _siglip2, masks=True),
 )
 
 
 def _files(fitted: Fitted, trained: TrainedModel) -> dict[str, Any]:
-  """Config, image processor and tokenizer.
+  """Config, image processor and tokenizer; the image processor has the run's evaluation length.
 
   Raises:
     ValueError: if transformers cannot make the same images or token ids.
@@ -171,10 +191,18 @@ def _files(fitted: Fitted, trained: TrainedModel) -> dict[str, Any]:
   if resize not in processors:
     raise ValueError(requirement("config.data.resize", resize, *processors))
   mean, std = PIXELS[trained.model.pixels]
+  interpolation = trained.data.interpolation
+  if trained.data.naflex:
+    interpolation = "bilinear"
+    processors[resize] = dict(
+      image_processor_type="Siglip2ImageProcessor",
+      max_num_patches=trained.data.naflex.length,
+      patch_size=trained.data.naflex.patch,
+    )
   processor = dict(
     do_convert_rgb=True,
     do_resize=True,
-    resample=int(Image.Resampling[trained.data.interpolation.upper()]),
+    resample=int(Image.Resampling[interpolation.upper()]),
     do_rescale=True,
     rescale_factor=1 / 255,
     do_normalize=True,
@@ -205,16 +233,18 @@ def _compute(
       f"{folder}: missing {tree.shown(missing)}, unexpected {tree.shown(unexpected)}"
     )
   # torchvision resizes differently from Pillow, which the run's evaluation uses.
-  processor = transformers.AutoProcessor.from_pretrained(
-    folder, local_files_only=True, backend="pil"
-  )
-  inputs = processor(
-    text=list(texts),
-    images=list(images),
-    padding="max_length",
-    truncation=True,
-    return_tensors="pt",
-  )
+  loaded = dict(local_files_only=True, backend="pil")
+  texts_as = dict(padding="max_length", truncation=True, return_tensors="pt")
+  if isinstance(model, transformers.Siglip2Model):
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, **loaded)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    inputs = {
+      **processor(images=list(images), return_tensors="pt"),
+      **tokenizer(list(texts), **texts_as),
+    }
+  else:
+    processor = transformers.AutoProcessor.from_pretrained(folder, **loaded)
+    inputs = processor(text=list(texts), images=list(images), **texts_as)
   with torch.inference_mode():
     return np.asarray(model.eval()(**inputs).logits_per_image)
 
@@ -236,6 +266,26 @@ the pixels differ slightly from those of the run's evaluation.
 `padding="max_length"`: {padding}
 """
 
+# AutoProcessor would take Gemma's tokenizer, 256 patches of 16 pixels and 64 tokens for any folder.
+_USAGE_SIGLIP2 = """```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, PreTrainedTokenizerFast
+
+model = AutoModel.from_pretrained("DIR")
+processor = AutoImageProcessor.from_pretrained("DIR", backend="pil")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("DIR")
+images = processor(images=Image.open("x.jpg"), return_tensors="pt")
+texts = tokenizer(["a cat", "a dog"], padding="max_length", truncation=True, return_tensors="pt")
+logits = model(**images, **texts).logits_per_image
+```
+
+`AutoProcessor` has a tokenizer and sizes of its own for SigLIP 2. `backend="pil"`: if
+torchvision is there, transformers resizes images with it by default, and the pixels differ
+slightly from those of the run's evaluation.
+
+`padding="max_length"`: {padding}
+"""
+
 FORMAT = Format(
   name="hf",
   prepare=functools.partial(first_fit, FAMILIES, "model.safetensors", _files),
@@ -243,5 +293,5 @@ FORMAT = Format(
   packages=("torch", "transformers"),
   library="transformers",
   tags=("safetensors",),
-  usage=lambda trained: _USAGE,
+  usage=lambda trained: _USAGE_SIGLIP2 if trained.data.naflex else _USAGE,
 )

@@ -108,7 +108,7 @@ def logits(
   Returns:
     [N, M] float32.
   """
-  image = np.stack([trained.data.evaluation_view(x) for x in images])
+  image = trained.data.stacked([trained.data.evaluation_view(x) for x in images])
   inputs = (texts,) if isinstance(texts, np.ndarray) else trained.tokenizer.encode_batch(texts)
   with jax.default_matmul_precision("highest"):
     feats = jax.jit(trained.model.apply)(_variables(trained), image, *inputs)

@@ -311,6 +311,13 @@ def _metrics(measured: Mapping[str, float]) -> str:
   return "\n".join(rows)
 
 
+def _images(data: DataOptions) -> str:
+  """How images were given to the model."""
+  if data.naflex:
+    return f"{data.naflex.length} patches of {data.naflex.patch} pixels, in their own aspect"
+  return f"{data.image_size} pixels, {data.resize}"
+
+
 def _training(
   about: Mapping[str, Any],
   kind: Format,
@@ -330,7 +337,7 @@ def _training(
     ("loss", ", ".join(config.loss)),
     ("steps", f"{about['step']:,} of batch {', then '.join(f'{size:,}' for size in sizes)}"),
     ("samples seen", f"{about['samples_seen']:,}"),
-    ("images", f"{data.image_size} pixels, {data.resize}"),
+    ("images", _images(data)),
     (
       "texts",
       f"vectors from another program, {trained.vector_shape[-1]} wide"

@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 from bigalign import checks, sharding
 from bigalign.config import Config, resolve_config, start, without_stores
 from bigalign.data.files import storage
+from bigalign.data.image import naflex
 from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS
@@ -301,8 +302,9 @@ def _piece(
     own = np.stack([joined(batch[name]) for name in ("sample_id", "image_id")], 1)
     rejected += batch["rejects"].sum(0)
     if "image" in sides:
-      on_mesh = sharding.global_batch(towers.mesh, {"image": batch["image"]}, rows, batch_size)
-      z = sharding.block_on_cpu(towers.run["image"](on_mesh["image"]))
+      pixels = naflex.only_images(batch)
+      on_mesh = sharding.global_batch(towers.mesh, pixels, rows, batch_size)
+      z = sharding.block_on_cpu(towers.run["image"](naflex.of_fields(on_mesh)))
       running.append((z, dict(valid=batch["valid"], own=own, label=batch["label"])))
       if len(running) > 1:  # the device works on one while the host reads the other
         fetch()

@@ -13,6 +13,7 @@ import jax
 from bigalign import sharding, tree
 from bigalign.config import Config, tokenizer_digest, tokenizer_files
 from bigalign.data.files import checksums
+from bigalign.data.image import naflex
 from bigalign.data.stores import reader
 from bigalign.evals.embed import to_host
 from bigalign.options import Choose, plain, plain_value, resolve_value
@@ -89,9 +90,11 @@ def load_towers(
   return Towers(mesh, run, headers)
 
 
-def _inputs(spec: Mapping[str, Any], side: str) -> list[jax.ShapeDtypeStruct]:
-  names = ("image",) if side == "image" else ("text", "text_mask")
-  return [jax.ShapeDtypeStruct(*spec[name]) for name in names]
+def _inputs(spec: Mapping[str, Any], side: str) -> list[Any]:
+  shapes = {name: jax.ShapeDtypeStruct(*x) for name, x in spec.items()}
+  if side == "image":
+    return [naflex.of_fields(shapes)]
+  return [shapes[name] for name in ("text", "text_mask")]
 
 
 def _runner(

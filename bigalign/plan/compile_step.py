@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from bigalign import checks, inputs, sharding, stages, tree
 from bigalign.config import Config, resolve_config
+from bigalign.data.image import naflex
 from bigalign.losses import check_needs, has_tables
 from bigalign.model import provided
 from bigalign.options import plain
@@ -129,8 +131,8 @@ def sizes(step: Step) -> dict[str, Any]:
     "stage": step.stage.number,
     "image_size": config.data.image_size,
     "text_length": config.data.text_length,
-    "batch_size": config.batch_size,
-    "batch_per_chip": config.batch_size / mesh.size,
+    "batch_size": program.batch_size,
+    "batch_per_chip": program.batch_size / mesh.size,
     "microbatches": program.microbatches,
     "remat": {side: getattr(tower.options, "remat", "none") for side, tower in towers.items()},
     "first_step": step.stage.begin,
@@ -145,13 +147,19 @@ def _sharded(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+def _tower_inputs(side: str, spec: Mapping[str, Any]) -> list[Any]:
+  """What the tower of a side reads of a batch."""
+  if side == "image":
+    return [naflex.of_fields(spec)]
+  return [spec["text"], spec["text_mask"]]
+
+
 def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
   """Shapes of a global batch; stored vectors are as wide as the towers' outputs."""
   spec = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
   stored = config.data.stores.sides
   if not stored:
     return spec
-  inside = {"image": ("image",), "text": ("text", "text_mask")}
   variables = {"params": tree.unflatten(tree.subtree(program.params, "model/"))}
   for side in stored:
     tokens = isinstance(getattr(program.model, f"{side}_projector"), READ_TOKENS)
@@ -159,7 +167,7 @@ def shapes_of_batch(config: Config, program: Program) -> dict[str, Any]:
     row = jax.eval_shape(
       lambda v, *x, method=method: program.model.apply(v, *x, method=method),
       variables,
-      *(spec[name] for name in inside[side]),
+      *_tower_inputs(side, spec),
     )
     for name in stored_fields(side) & spec.keys():
       given = program.spec[name][0]
@@ -232,7 +240,7 @@ def _loss(config: Config, step: Step) -> dict[str, Any]:
       name,
       engine.way,
       step.mesh,
-      batch=config.batch_size,
+      batch=step.program.batch_size,
       width=sizes["embed"],
       samples=sizes["image"],
       dtype=engine.dtype,

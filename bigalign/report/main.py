@@ -115,7 +115,7 @@ def embed_pairs(run: Run) -> Pairs:
     raise ValueError(
       f"{spec!r}: only {len(kept)} of {len(picked)} samples can be used; the log gives the reasons"
     )
-  images = np.concatenate([batch["image"] for batch in batches])[kept]
+  images = [data.shown(batches[i // size], i % size) for i in kept.tolist()]
   zimg = to_host(embedded.zimg).reshape(len(valid), -1)[kept]
   ztxt = to_host(embedded.ztxt).reshape(len(valid), -1)[kept]
   captions = [picked[int(i)]["captions"][0] for i in kept]

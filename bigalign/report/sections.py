@@ -25,14 +25,14 @@ class Pairs(NamedTuple):
 
   Attributes:
     where: how many they are and what they are, for the page.
-    images: [N, S, S, 3] uint8.
+    images: N of [H, W, 3] uint8, as the model sees them.
     captions: N texts.
     zimg: [N, E], embeddings of the images, unit norm.
     ztxt: [N, E], embeddings of the captions, unit norm.
   """
 
   where: str
-  images: np.ndarray
+  images: Sequence[np.ndarray]
   captions: list[str]
   zimg: np.ndarray
   ztxt: np.ndarray
@@ -201,7 +201,7 @@ def geometry(pairs: Pairs) -> str:
 
 
 def _image(pairs: Pairs, i: int) -> str:
-  small = ' class="small"' if pairs.images.shape[1] <= 64 else ""
+  small = ' class="small"' if max(pairs.images[0].shape) <= 64 else ""
   caption = escape(pairs.captions[i], quote=True)
   return f'<img{small} src="{figures.thumbnail(pairs.images[i])}" alt="{caption}">'
 

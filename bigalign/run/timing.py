@@ -65,13 +65,13 @@ class StepTimer:
     with self._timed("paused"):
       yield
 
-  def read(self, step: int, batch_size: int, work: int) -> dict[str, float]:
+  def read(self, step: int, batch_size: float, work: float) -> dict[str, float]:
     """Returns the metrics since the last call; all hosts must call it.
 
     Args:
       step: the number of steps done now.
-      batch_size: global batch size of these steps.
-      work: useful FLOPs of one step, over all devices.
+      batch_size: global batch size of these steps, their mean.
+      work: useful FLOPs of one step, over all devices, their mean.
     """
     now = time.perf_counter()
     steps = step - self._step

@@ -21,6 +21,7 @@ import numpy as np
 from bigalign import sharding
 from bigalign.api.model import Model
 from bigalign.data.files import storage
+from bigalign.data.image import naflex
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import Rejected, rejection
 from bigalign.data.sources.base import Source, prefetch, read, repeated_key
@@ -38,7 +39,7 @@ _PIECE = 4096  # images of a piece at least; a kill loses at most one piece
 class _Batch(NamedTuple):
   """What the image tower reads for some samples, [n, ...], their samples [n, 2] uint64, rejects."""
 
-  inputs: np.ndarray
+  inputs: Any
   samples: np.ndarray
   left_out: dict[str, int]
 
@@ -115,10 +116,10 @@ def embed_source(
       made = list(pool.map(functools.partial(_square, model, source), indices))
       left_out = collections.Counter(x for x in made if isinstance(x, str))
       kept = [(i, *x) for i, x in zip(indices, made) if not isinstance(x, str)]
-      size = model.view.reading.image_size if model.view else 0
-      squares = np.stack([x[1] for x in kept]) if kept else np.empty((0, size, size, 3), np.uint8)
+      assert model.view is not None
+      views = model.view.reading.stacked([x[1] for x in kept])
       samples = np.array([(x[2], x[0]) for x in kept], np.uint64)
-      return _Batch(squares, samples.reshape(-1, 2), left_out)
+      return _Batch(views, samples.reshape(-1, 2), left_out)
 
     return _write(
       model,
@@ -160,7 +161,7 @@ def project(
   )
 
 
-def _square(model: Model, source: Source, i: int) -> tuple[np.ndarray, int] | str:
+def _square(model: Model, source: Source, i: int) -> tuple[Any, int] | str:
   """An image as the model sees it and its id; the reason if it cannot be used."""
   assert model.view is not None
   try:
@@ -221,7 +222,7 @@ def _write(
 
 
 def _embed_piece(
-  embed: Callable[[np.ndarray], np.ndarray],
+  embed: Callable[[Any], np.ndarray],
   load: Callable[[Sequence[int]], _Batch],
   places: range,
   batch_size: int,
@@ -260,19 +261,21 @@ def _write_piece(
   writer.write(folder, piece, vectors, samples[sound], left_out=left_out)
 
 
-def _embedder(model: Model, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+def _embedder(model: Model, batch_size: int) -> Callable[[Any], np.ndarray]:
   """A function from [n, ...] inputs, n <= batch_size, to [n, E] float32 of unit norm."""
   apply = jax.jit(lambda params, x: model.apply(params, x)["zimg"])
   rows = sharding.host_rows(model.mesh, batch_size)
 
-  def embed(inputs: np.ndarray) -> np.ndarray:
-    if not len(inputs):
+  def embed(inputs: Any) -> np.ndarray:
+    fields = naflex.to_fields(inputs)
+    count = len(fields["image"])
+    if not count:
       return np.empty((0, model.embed_dim), np.float32)
-    padded = np.resize(inputs, (batch_size, *inputs.shape[1:]))
+    padded = {name: np.resize(x, (batch_size, *x.shape[1:])) for name, x in fields.items()}
     with jax.set_mesh(model.mesh):
-      on_mesh = sharding.global_batch(model.mesh, {"image": padded}, rows, batch_size)
-      z = sharding.block_on_cpu(apply(model.params, on_mesh["image"]))
-    return to_host(z)[: len(inputs)].astype(np.float32)
+      on_mesh = sharding.global_batch(model.mesh, padded, rows, batch_size)
+      z = sharding.block_on_cpu(apply(model.params, naflex.of_fields(on_mesh)))
+    return to_host(z)[:count].astype(np.float32)
 
   return embed
 

@@ -99,6 +99,31 @@ def write_siglip_without_mask(folder):
   return folder
 
 
+PATCHES = 21
+
+
+def write_siglip2(folder):
+  """SigLIP 2 with NaFlex: patches of pictures in their own aspect."""
+  import transformers
+
+  letters = [*"abcdefghijklmnopqrstuvwxyz,!_é", "\u2581", *map("<0x{:02X}>".format, range(256))]
+  pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, "th", "ca", "the", "cat"]
+  merges = [("t", "h"), ("c", "a"), ("th", "e"), ("ca", "t")]
+  vocabulary = {piece: i for i, piece in enumerate(pieces)}
+  tokenizer = transformers.Siglip2Tokenizer(
+    vocabulary, merges, model_max_length=LENGTH, padding_side="right"
+  )
+  ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=2)
+  config = transformers.Siglip2Config(
+    text_config=dict(TEXT, vocab_size=len(pieces), projection_size=16, **ids),
+    vision_config=dict(TOWER, patch_size=8, num_patches=16),
+  )
+  images = transformers.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=PATCHES)
+  random_model(transformers.Siglip2Model(config), bias=-3.0).save_pretrained(folder)
+  transformers.Siglip2Processor(images, tokenizer).save_pretrained(folder)
+  return folder
+
+
 def write_vision_text(folder):
   import transformers
 
@@ -159,6 +184,40 @@ def test_a_folder_of_transformers(kind, pictures, tmp_path, monkeypatch):
   logits = theirs.logits_per_image
   expected = logits.sigmoid() if sigmoid else logits.softmax(1)
   np.testing.assert_allclose(model.classify(images, TEXTS), expected, atol=TOLERANCE)
+
+
+def test_siglip_2_sees_pictures_in_their_own_aspect(pictures, tmp_path, monkeypatch):
+  import torch
+  import transformers
+
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  torch.set_num_threads(1)
+  texts = TEXTS[:-1]  # this tokenizer adds no end, so an empty text would have no token
+  folder = write_siglip2(tmp_path / "folder")
+  processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+  # The processor has 256 patches of 16 pixels, whatever its image processor says.
+  inputs = processor(
+    images=pictures,
+    text=texts,
+    padding="max_length",
+    truncation=True,
+    max_length=LENGTH,
+    return_tensors="pt",
+    max_num_patches=PATCHES,
+    patch_size=8,
+  )
+  with torch.inference_mode():
+    theirs = transformers.AutoModel.from_pretrained(folder)(**inputs)
+  model = bigalign.load(folder)
+  patches = model.preprocess(pictures)
+  shapes = patches.shapes.tolist()
+  assert shapes == inputs["spatial_shapes"].tolist() and len({(a, b) for a, b in shapes}) > 2
+  ours = (patches.pixels / 127.5 - 1) * patches.mask[..., None]
+  np.testing.assert_allclose(ours, inputs["pixel_values"], atol=TOLERANCE)
+  zimg, ztxt = model.embed_images(pictures), model.embed_texts(texts)
+  np.testing.assert_allclose(zimg, theirs.image_embeds, atol=TOLERANCE)
+  np.testing.assert_allclose(ztxt, theirs.text_embeds, atol=TOLERANCE)
+  assert np.ptp(zimg, 0).max() > 0.1, "pictures are told apart"
 
 
 def test_clip_inside_sentence_transformers(pictures, tmp_path):

@@ -20,12 +20,14 @@ from helpers.small_models import (
   ROBERTA,
   SIGLIP,
   SIGLIP_LOSS,
+  SIZE,
   make_run,
   pieces_for,
   word_pieces,
 )
 from PIL import Image
 
+import bigalign
 from bigalign import tree, weights
 from bigalign.data.image.decode import decode
 from bigalign.export import check, hugging_face, main, model_card, open_clip
@@ -95,6 +97,30 @@ def test_a_folder_holds_the_run(kind, model, loss, family, tmp_path, no_torch):
   for words in ("license: cc0-1.0", "samples seen | 12 ", "| val/x | 0.625 |", '"glyphs"'):
     assert words in card
   assert not list(out.parent.glob(".*")), "the temporary folder is gone"
+
+
+@pytest.mark.slow
+def test_a_naflex_run_becomes_siglip_2(tmp_path):
+  """Compared with transformers where it is installed, from pictures of several aspects."""
+  image = dict(name="naflex", patch=8, grid=3, **SIZE)
+  model = dict(SIGLIP, image=image)
+  tokenizer = dict(name="byte", length=16)
+  with pytest.raises(ValueError, match="naflex must be set"):
+    main.export(make_run(tmp_path, model, SIGLIP_LOSS, tokenizer), "hf", tmp_path / "squares")
+  naflex = dict(lengths=(6, 12), patch=8)
+  run = make_run(tmp_path, model, SIGLIP_LOSS, tokenizer, naflex=naflex)
+  out, difference = main.export(run, "hf", tmp_path / "folder")
+  assert difference is None or difference < check.TOLERANCE
+  assert json.loads((out / "bigalign.json").read_text())["family"] == "Siglip2Model"
+  assert "PreTrainedTokenizerFast.from_pretrained" in (out / "README.md").read_text()
+  loaded, trained = bigalign.load(out), main.trained_model(run)
+  images = main.sample_images()
+  np.testing.assert_allclose(
+    loaded.logits(images, ["a cat"]), main.logits(trained, images, ["a cat"]), atol=1e-3
+  )
+  for kind in ("open_clip", "npz", "torch"):
+    with pytest.raises(ValueError, match=r"image\.name must be"):
+      main.export(run, kind, tmp_path / kind)
 
 
 @pytest.mark.parametrize(

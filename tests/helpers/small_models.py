@@ -74,7 +74,9 @@ def pieces_for(model, tmp_path):
   return word_pieces(tmp_path, "[UNK] [PAD]" if model["text"].get("pad") else "[PAD] [UNK]")
 
 
-def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale=0.3, bias=-7):
+def make_run(
+  tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale=0.3, bias=-7, **more
+):
   """A run at step 3, with parameters of random numbers.
 
   Args:
@@ -83,8 +85,9 @@ def make_run(tmp_path, model, loss, tokenizer, *, resize="squash", seed=0, scale
     seed: of the parameters.
     scale: of the parameters.
     bias: of the logits of SigLIP.
+    more: other options of config.data.
   """
-  data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize=resize)
+  data = dict(source="glyphs", image_size=16, tokenizer=tokenizer, resize=resize, **more)
   numbers = dict(seed=0, batch_size=4, total_steps=3, log_every=1, checkpoint_every=0)
   config = resolve_config(
     dict(data=data, model=model, loss=loss, optimizer=dict(lr=1e-3), **numbers)

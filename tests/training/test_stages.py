@@ -225,7 +225,7 @@ def test_each_sample_is_seen_once_over_the_border(options, step, tmp_path):
   config = resolved(total_steps="1 epochs", batch_size=4, data=data, stages=(first,))
   run_stages = stages.split(config, dataset_size=24)
   assert [(x.begin, x.end) for x in run_stages] == [(0, 2), (2, 5)]
-  rows = [np.arange(x.batch_size) for x in run_stages]
+  rows = [{x.batch_size: np.arange(x.batch_size)} for x in run_stages]
 
   def run(step, start):
     batches = staged_batches(
@@ -238,7 +238,8 @@ def test_each_sample_is_seen_once_over_the_border(options, step, tmp_path):
       lane_rows=6,
       rejected_log="",
     )
-    return [(stage.number, x["image"].shape, *x["image_id"][:, 1].tolist()) for stage, x in batches]
+    shown = [(stage, x["image"].shape, x["image_id"][:, 1].tolist()) for stage, _, x in batches]
+    return [(stage.number, shape, *ids) for stage, shape, ids in shown]
 
   every = run(0, 0)
   assert [x[:2] for x in every] == [(0, (6, 8, 8, 3))] * 2 + [(1, (4, 16, 16, 3))] * 3

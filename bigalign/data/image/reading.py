@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from bigalign.data.image import transforms
+from bigalign.data.image import naflex, transforms
 from bigalign.data.image.decode import decode
+from bigalign.data.image.naflex import NaflexOptions, Patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageReading:
-  """How the bytes of an image become the square that a model sees.
+  """How the bytes of an image become the square that a model sees, or its patches.
 
   Args:
     image_size: pixels per side of the square. image_size, resize, resize_edge and interpolation
-      come from the pretrained checkpoint of the image tower, if the config leaves them out.
+      come from the pretrained checkpoint of the image tower, if the config leaves them out. With
+      `naflex`, only config.data.views use it.
     resize: how evaluation, which does not augment, resizes: "squash" to the square, as SigLIP;
       "shortest" edge to the size, then the centre, as CLIP; "longest" edge to the size, then black
       bars.
@@ -28,6 +30,7 @@ class ImageReading:
     apply_exif: rotate images as their EXIF orientation says, in training and evaluation. Off by
       default, as in img2dataset, open_clip and big_vision: images that img2dataset wrote have lost
       the tag or are compared with theirs; turn it on for photos as cameras write them.
+    naflex: patches that keep the aspect ratio, for the tower "naflex"; None: squares.
   """
 
   image_size: int
@@ -35,8 +38,16 @@ class ImageReading:
   resize_edge: int | None = None
   apply_exif: bool = False
   interpolation: str = "bicubic"
+  naflex: NaflexOptions | None = None
 
   def __post_init__(self) -> None:
+    if self.naflex:
+      for name, default in (("resize", "squash"), ("interpolation", "bicubic")):
+        if getattr(self, name) != default:
+          raise ValueError(
+            f"config.data.{name}={getattr(self, name)!r} has no effect with config.data.naflex,"
+            " which resizes to patches with a bilinear filter; leave it out"
+          )
     if self.image_size < 1:
       raise ValueError(f"config.data.image_size={self.image_size}: at least 1")
     if self.resize_edge is not None and self.resize != "shortest":
@@ -70,13 +81,15 @@ class ImageReading:
     """One image as uint8 [H, W, 3]; raises Rejected for anything that is not a whole image."""
     return decode(data, shrink=shrink, apply_exif=self.apply_exif, pillow_rgb=pillow_rgb)
 
-  def evaluation_view(self, image: np.ndarray, *, margin: str = "round") -> np.ndarray:
-    """uint8 [H, W, 3] -> [image_size, image_size, 3], without randomness.
+  def evaluation_view(self, image: np.ndarray, *, margin: str = "round") -> Any:
+    """uint8 [H, W, 3] -> [image_size, image_size, 3], or Patches, without randomness.
 
     Args:
       image: the pixels.
       margin: how the centre of a crop is rounded: see transforms.eval_image.
     """
+    if self.naflex:
+      return naflex.patches(image, patch=self.naflex.patch, most=self.naflex.length)
     return transforms.eval_image(
       image,
       size=self.image_size,
@@ -86,9 +99,46 @@ class ImageReading:
       margin=margin,
     )
 
+  @property
+  def spec(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """{field of a batch: (shape without the batch axis, dtype)} of the views of images."""
+    if not self.naflex:
+      return {"image": ((self.image_size, self.image_size, 3), np.uint8)}
+    n, pixels = self.naflex.length, 3 * self.naflex.patch**2
+    parts = (((n, pixels), np.uint8), ((n,), np.bool_), ((2,), np.int32))
+    return dict(zip(naflex.FIELDS, parts))
+
+  def blank(self, count: int) -> dict[str, np.ndarray]:
+    """The fields of black images, which the tower can embed too."""
+    fields = {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in self.spec.items()}
+    if self.naflex:
+      fields["image_mask"][:, 0] = True
+      fields["image_shapes"][:] = 1
+    return fields
+
+  def stacked(self, views: Sequence[Any]) -> Any:
+    """Views of single images as one batch: an array, or Patches."""
+    if not views:
+      return naflex.of_fields(self.blank(0))
+    if not self.naflex:
+      return np.stack(views)
+    return Patches(*(np.stack(part) for part in zip(*views)))
+
+  def shown(self, batch: dict[str, np.ndarray], row: int) -> np.ndarray:
+    """uint8 [H, W, 3]: the view of one image of a batch, for people."""
+    if not self.naflex:
+      return batch["image"][row]
+    one = Patches(*(batch[name][row] for name in naflex.FIELDS))
+    return naflex.joined(one, patch=self.naflex.patch)
+
   def preprocessing(self) -> dict[str, Any]:
     """What the vectors of an image tower depend on, besides the model: {option: value}."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageReading)}
+    del values["naflex"]  # stores from before this option remain valid
+    if self.naflex:
+      return dict(
+        apply_exif=self.apply_exif, patches=self.naflex.length, patch_size=self.naflex.patch
+      )
     if self.interpolation == "bicubic":  # stores from before this option remain valid
       del values["interpolation"]
     if self.resize == "longest":  # halves were rounded otherwise before

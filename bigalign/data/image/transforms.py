@@ -6,6 +6,7 @@ Pixels stay uint8; the model normalises them on the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def train_image(
   image: np.ndarray,
   rng: np.random.Generator,
   *,
-  size: int,
+  size: int | Callable[[int, int], tuple[int, int]],
   crop: str = "random_resized",
   scale: tuple[float, float] = (0.9, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -52,12 +53,14 @@ def train_image(
   Args:
     image: uint8 [H, W, 3].
     rng: the random numbers of this sample.
-    size: pixels per side of the view.
+    size: pixels per side of the view; or a function from (height, width) of the box to those of the
+      view, which keeps the aspect of the box.
     crop: "random_resized": a box of `scale` times the area and an aspect within `ratio`, as
       torchvision draws it; "center": the middle square; "squash": the whole image;
       "evaluation": the view of evaluation, as config.data.resize and resize_edge say.
     scale: smallest and largest share of the area of a random box.
-    ratio: smallest and largest aspect (width / height) of a random box.
+    ratio: smallest and largest aspect (width / height) of a random box; with config.data.naflex,
+      relative to the aspect of the image.
     flip: probability of a mirror image; off by default, because it mirrors text too.
     rotate: the angle is uniform in [-rotate, rotate] degrees.
     shift: the translation is uniform in [-shift, shift] of the side, in both directions.
@@ -73,6 +76,8 @@ def train_image(
   """
   height, width = image.shape[:2]
   if crop == "random_resized":
+    if callable(size):
+      ratio = (ratio[0] * width / height, ratio[1] * width / height)
     box = _random_box(rng, height=height, width=width, scale=scale, ratio=ratio)
   elif crop == "center":
     side = min(height, width)
@@ -83,7 +88,7 @@ def train_image(
     raise ValueError(
       f"Unknown crop {crop!r}; known: 'random_resized', 'center', 'squash', 'evaluation'"
     )
-  image = _resize(image, box, size)
+  image = _natural(image, box, size) if callable(size) else _resize(image, box, size)
   if rotate or shift:
     image = _move(image, rng, rotate=rotate, shift=shift)
   if flip and rng.random() < flip:
@@ -105,6 +110,7 @@ def shrink(
   crop: str = "random_resized",
   scale: tuple[float, float] = (0.9, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  natural: bool = False,
   **_: Any,
 ) -> int:
   """8, 4, 2 or 1: by how much a JPEG may be reduced when it is decoded for `train_image`.
@@ -116,6 +122,7 @@ def shrink(
     height: pixels of the image.
     width: pixels of the image.
     size, crop, scale, ratio: as of `train_image`.
+    natural: whether the view keeps the aspect of its box; `size` is then that of a square view.
   """
   if crop == "evaluation":  # equal to evaluation to the bit, whose JPEGs are decoded whole
     return 1
@@ -123,6 +130,9 @@ def shrink(
   if crop == "random_resized":
     side = math.sqrt(height * width * scale[0])
     smallest = min(smallest, side * math.sqrt(ratio[0]), side / math.sqrt(ratio[1]))
+    smallest = side if natural else smallest  # both sides are reduced by the same factor
+  elif natural and crop == "squash":
+    smallest = math.sqrt(height * width)
   return next((factor for factor in (8, 4, 2) if smallest >= 2 * size * factor), 1)
 
 
@@ -226,24 +236,39 @@ def _resize(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.
   return np.asarray(Image.fromarray(image).resize((size, size), _BICUBIC))
 
 
+def _natural(
+  image: np.ndarray,
+  box: tuple[int, int, int, int],
+  fit: Callable[[int, int], tuple[int, int]],
+) -> np.ndarray:
+  """A part of an image in its own aspect; the filter is that of evaluation, bilinear."""
+  top, left, height, width = box
+  pixels = Image.fromarray(image[top : top + height, left : left + width])
+  return np.asarray(pixels.resize(fit(height, width)[::-1], Image.Resampling.BILINEAR))
+
+
 def _move(
   image: np.ndarray, rng: np.random.Generator, *, rotate: float, shift: float
 ) -> np.ndarray:
   angle = math.radians(rotate * (2 * rng.random() - 1))
-  size = image.shape[0]
-  dx, dy = (size * shift * (2 * rng.random() - 1) for _ in range(2))
-  cos, sin, middle = math.cos(angle), math.sin(angle), size / 2
+  height, width = image.shape[:2]
+  dx, dy = (size * shift * (2 * rng.random() - 1) for size in (width, height))
+  cos, sin, x, y = math.cos(angle), math.sin(angle), width / 2, height / 2
   # Pillow wants the map from output to input pixels: back by the shift, then turned about the
   # middle.
   matrix = (
     cos,
     sin,
-    middle - cos * (middle + dx) - sin * (middle + dy),
+    x - cos * (x + dx) - sin * (y + dy),
     -sin,
     cos,
-    middle + sin * (middle + dx) - cos * (middle + dy),
+    y + sin * (x + dx) - cos * (y + dy),
   )
   moved = Image.fromarray(image).transform(
-    (size, size), Image.Transform.AFFINE, matrix, _BICUBIC, fillcolor=tuple(image[0, 0].tolist())
+    (width, height),
+    Image.Transform.AFFINE,
+    matrix,
+    _BICUBIC,
+    fillcolor=tuple(image[0, 0].tolist()),
   )
   return np.asarray(moved)

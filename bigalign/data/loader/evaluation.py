@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bigalign.data.image import naflex
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import SampleReader, checked_rows, words
 from bigalign.data.loader.workers import Batches, iterate
@@ -41,7 +42,7 @@ def eval_batches(
     rows: the rows of the global batch that this host owns.
     captions: C, the room for captions of one image. A record with more of them is an error, so that
       none is dropped unseen; 0 reads no captions at all (zero-shot on labels).
-    images: whether images are decoded; if not, they are [b, 0, 0, 3], and none is rejected.
+    images: whether images are decoded; if not, `image` is [b, 0, 0, 3], and none is rejected.
     start: the first sample.
     classes: K, the classes of a multilabel dataset; then batches also have label_set [b, K] bool
       and has_label_set [b] bool. A sample with another number of classes is an error.
@@ -198,8 +199,8 @@ class _EvalBatches(SampleReader):
     held = (len(np.unique(soon // block)) + 2) * block if block > 1 else 0
     prefetch(self._source, soon.tolist(), hold=held)
     b, c = len(indices), self._captions
-    size = self._data.image_size if self._images else 0
-    images = np.zeros((b, size, size, 3), np.uint8)
+    blank = self._data.blank(1) if self._images else {"image": np.zeros((1, 0, 0, 3), np.uint8)}
+    images = {name: np.repeat(x, b, axis=0) for name, x in blank.items()}
     image_rows = np.zeros(b, np.int64)  # of the store, for stored images
     labels = np.full(b, -1, np.int32)
     valid = np.zeros(b, bool)
@@ -223,7 +224,9 @@ class _EvalBatches(SampleReader):
         if self._image_store:
           image_rows[r] = record["image"]
         elif self._images:
-          images[r] = self._data.evaluation_view(record["image"])
+          view = self._data.evaluation_view(record["image"])
+          for name, x in naflex.to_fields(view).items():
+            images[name][r] = x
       except Exception as error:
         self._reject(int(indices[r]), record["key"], rejection(error), rejects=rejects[r])
         continue
@@ -242,11 +245,14 @@ class _EvalBatches(SampleReader):
       fields = self._token_fields(texts, indices, rejects=rejects)
     valid[[*texts]] = True
     if self._image_store and self._images:
-      images = self._image_store.read(image_rows)
-    images[~valid], labels[~valid], ids[~valid] = 0, -1, 0
+      images = {"image": self._image_store.read(image_rows)}
+      blank = {"image": np.zeros((1, *images["image"].shape[1:]), images["image"].dtype)}
+    for name, x in images.items():
+      x[~valid] = blank[name]
+    labels[~valid], ids[~valid] = -1, 0
     several = dict(label_set=label_sets, has_label_set=has_label_set) if self._classes else {}
     return dict(
-      image=images,
+      **images,
       **fields,
       label=labels,
       image_id=words(indices),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -12,8 +13,10 @@ from bigalign.data.fields.columns import ColumnOptions
 from bigalign.data.fields.teachers import TeacherOptions
 from bigalign.data.fields.texts import TextsOptions
 from bigalign.data.fields.views import Views
+from bigalign.data.image import naflex
 from bigalign.data.image.reading import ImageReading
-from bigalign.data.image.transforms import train_image
+from bigalign.data.image.transforms import shrink, train_image
+from bigalign.data.order.lengths import LengthSchedule
 from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Watch
 from bigalign.data.text.captions import Columns, columns, fields
@@ -170,12 +173,55 @@ class DataOptions(ImageReading):
     tokenizer: Tokenizer = self.tokenizer.make()
     return tokenizer
 
-  def training_view(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [H, W, 3] -> [image_size, image_size, 3], augmented with the draws of `rng`."""
+  def training_view(self, image: np.ndarray, rng: np.random.Generator) -> Any:
+    """uint8 [H, W, 3] -> [image_size, image_size, 3], or Patches, augmented by draws of `rng`."""
+    if self.naflex:
+      pixels = self.augment.make(image, rng, size=self.naflex.fit)
+      return naflex.cut(pixels, patch=self.naflex.patch, most=self.naflex.length)
     if self.augment.option("crop") == "evaluation":
       image = self.evaluation_view(image)
-    view: np.ndarray = self.augment.make(image, rng, size=self.image_size)
-    return view
+    return self.augment.make(image, rng, size=self.image_size)
+
+  def shrink(self, height: int, width: int) -> int:
+    """By how much a JPEG may be reduced when it is decoded for `training_view`: 8, 4, 2 or 1."""
+    size = self.naflex.side if self.naflex else self.image_size
+    return shrink(height, width, size=size, natural=bool(self.naflex), **self.augment.options)
+
+  def of_length(self, length: int) -> DataOptions:
+    """The same with `length` patches of an image."""
+    if not self.naflex or length == self.naflex.eval_length:
+      return self
+    return dataclasses.replace(self, naflex=dataclasses.replace(self.naflex, eval_length=length))
+
+  def length_schedule(self, batch_size: int, seed: int) -> LengthSchedule | None:
+    """The patches of an image and the pairs of a batch of each step; None without patches.
+
+    Args:
+      batch_size: config.batch_size.
+      seed: config.seed.
+    """
+    options = self.naflex
+    if not options or "image" in self.stores.sides:
+      return None
+    lengths = tuple(options.lengths)
+    sizes = (batch_size,) * len(lengths)
+    if options.tokens_per_batch is not None:
+      if self.pure_batches:
+        raise ValueError(
+          "config.data.pure_batches needs batches of one size; leave out"
+          " config.data.naflex.tokens_per_batch"
+        )
+      if batch_size % options.multiple:
+        raise ValueError(
+          f"config.batch_size={batch_size}, the most pairs of a batch, is not a multiple of"
+          f" config.data.naflex.multiple={options.multiple}"
+        )
+      count = functools.partial(naflex.batch_size, options.tokens_per_batch)
+      sizes = tuple(
+        min(batch_size, count(n, self.text_length, multiple=options.multiple)) for n in lengths
+      )
+    weights = options.weights or (1.0,) * len(lengths)
+    return LengthSchedule(seed, lengths, tuple(map(float, weights)), sizes)
 
   def check_augment(self) -> None:
     """Raises ValueError, naming the option, for a bad value in `augment`."""
@@ -183,7 +229,7 @@ class DataOptions(ImageReading):
     for nested in self.augment.options.values():
       if isinstance(nested, Component):
         nested.make(image, rng)
-    small = dataclasses.replace(self, image_size=2, resize_edge=None)
+    small = dataclasses.replace(self, image_size=2, resize_edge=None).of_length(1)
     small.training_view(image, rng)
 
   @property

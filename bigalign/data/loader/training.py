@@ -10,7 +10,7 @@ import collections
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,12 @@ from bigalign.data.fields import texts as several_texts
 from bigalign.data.fields import views
 from bigalign.data.fields.base import Draws, Field, Sample
 from bigalign.data.fields.texts import Texts
-from bigalign.data.image import transforms
+from bigalign.data.image import naflex
 from bigalign.data.loader import extra_fields, shared_memory
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.order import blocks
+from bigalign.data.order.lengths import LengthSchedule
 from bigalign.data.order.order import Order
 from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import (
@@ -47,16 +48,23 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 8  # substitutes that are tried at least; see attempts()
 PROBES = 8  # shards up to this size are not judged
 
+Rows = np.ndarray | Sequence[int] | Mapping[int, np.ndarray]
+
 
 def batch_spec(data: DataOptions, *, batch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
-  """{name: (shape, dtype)} of the fields of a global train batch; reads no data."""
-  b, size = batch_size, data.image_size
+  """{name: (shape, dtype)} of the fields of a global train batch; reads no data.
+
+  Args:
+    data: how samples are read; of images as patches, those of its evaluation length.
+    batch_size: of the global batch.
+  """
+  b = batch_size
   text: dict[str, Any] = dict(
     text=((b, data.text_length), np.int32), text_mask=((b, data.text_length), np.bool_)
   )
   second = {name.replace("text", "text_second"): spec for name, spec in text.items()}
   return dict(
-    image=((b, size, size, 3), np.uint8),
+    **{name: ((b, *shape), dtype) for name, (shape, dtype) in data.spec.items()},
     **text,
     **(second if data.has_second_text else {}),
     image_id=((b, 2), np.uint32),
@@ -74,10 +82,11 @@ def train_batches(
   data: DataOptions,
   *,
   batch_size: int,
-  rows: np.ndarray | Sequence[int],
+  rows: Rows,
   seed: int,
   start: int = 0,
   stop: int | None = None,
+  step: int = 0,
   lane_rows: int = 0,
   rejected_log: str = "",
   stored: OneSide | None = None,
@@ -93,11 +102,14 @@ def train_batches(
     source: the samples.
     data: how they are read. `workers` does not change the batches; with 0, a thread of this
       process reads.
-    batch_size: of the global batch.
-    rows: the rows of the global batch that this host owns.
-    seed: of the order of samples, of the choice of captions, and of augmentation.
+    batch_size: of the global batch; with data.naflex, of the largest.
+    rows: the rows of the global batch that this host owns; or {batch size: rows}, of batches of
+      several sizes.
+    seed: of the order of samples, of the choice of captions, of augmentation, and of the lengths of
+      data.naflex.
     start: samples seen: the position of row 0 of the first batch.
     stop: the end position, exclusive; an incomplete last batch is dropped. None: endless.
+    step: the number of the first batch in the run, from which data.naflex draws its length.
     lane_rows: of Order; the batch size if 0.
     rejected_log: a file to which each rejected sample is appended, one line of JSON each; "" for
       none.
@@ -113,17 +125,75 @@ def train_batches(
   batches = _TrainBatches(
     source,
     data,
-    batch_size=batch_size,
-    rows=checked_rows(rows, batch_size=batch_size),
+    rows=rows,
     seed=seed,
-    start=start,
-    stop=stop,
+    plan=Plan(data.length_schedule(batch_size, seed), batch_size, step, start, stop),
     order=order,
     rejected_log=rejected_log,
     stored=stored,
     fields=extra_fields.open_fields(data, source) if fields is None else fields,
   )
   return iterate(batches, workers=data.workers)
+
+
+class Plan:
+  """The position, the size and the length of each batch of a stretch of a run.
+
+  Args:
+    schedule: of batches of several lengths; None for squares.
+    batch_size: of the batches, without a schedule.
+    step: the number of batch 0 in the run.
+    start: its first position.
+    stop: the end position, exclusive; None: endless.
+  """
+
+  def __init__(
+    self,
+    schedule: LengthSchedule | None,
+    batch_size: int,
+    step: int,
+    start: int,
+    stop: int | None,
+  ):
+    self.schedule, self._batch_size, self._step = schedule, batch_size, step
+    # Positions are int64; grain needs a length even for an endless dataset.
+    self._start, self._end = start, 1 << 62 if stop is None else stop
+    sizes = {batch_size} if schedule is None else {*schedule.sizes}
+    self._fixed = sizes.pop() if len(sizes) == 1 else 0
+    self._starts = np.array([start])  # of the batches that were asked for so far
+
+  def __len__(self) -> int:
+    if self._fixed:
+      return max(0, (self._end - self._start) // self._fixed)
+    if self._end == 1 << 62:
+      return self._end
+    while self._starts[-1] < self._end:
+      self._reach(2 * len(self._starts))
+    return int(np.searchsorted(self._starts, self._end, side="right")) - 1
+
+  def start(self, k: int) -> int:
+    """The position of row 0 of batch k."""
+    if self._fixed:
+      return self._start + k * self._fixed
+    self._reach(k)
+    return int(self._starts[k])
+
+  def _reach(self, k: int) -> None:
+    """Computes the starts of the batches up to k, and of some more."""
+    known = len(self._starts)
+    if k < known or self.schedule is None:
+      return
+    steps = self._step + np.arange(known - 1, max(k, known + 1024))
+    sizes = np.array(self.schedule.sizes)[self.schedule.draw(steps)]
+    self._starts = np.append(self._starts, self._starts[-1] + np.cumsum(sizes))
+
+  def size(self, k: int) -> int:
+    """The size of batch k."""
+    return self._fixed or self.at(k)[1]
+
+  def at(self, k: int) -> tuple[int, int]:
+    """(length, size) of batch k; length 0 without a schedule."""
+    return self.schedule.at(self._step + k) if self.schedule else (0, self._batch_size)
 
 
 def checked_rows(rows: np.ndarray | Sequence[int], *, batch_size: int) -> np.ndarray:
@@ -228,11 +298,9 @@ class _TrainBatches(SampleReader):
     source: Source,
     data: DataOptions,
     *,
-    batch_size: int,
-    rows: np.ndarray,
+    rows: Rows,
     seed: int,
-    start: int,
-    stop: int | None,
+    plan: Plan,
     order: Order,
     rejected_log: str,
     stored: OneSide | None,
@@ -245,12 +313,15 @@ class _TrainBatches(SampleReader):
     self._text_store = stored.text if stored else None
     self._second_store = stored.second if stored else None
     self._probed: set[str] = set()
-    self._batch_size = batch_size
-    self._rows = rows
+    self._plan = plan
+    lengths, sizes = (0,), {plan.size(0)}
+    if plan.schedule:
+      lengths, sizes = plan.schedule.lengths, {*plan.schedule.sizes}
+    by_size = rows if isinstance(rows, Mapping) else dict.fromkeys(sizes, rows)
+    self._rows = {size: checked_rows(by_size[size], batch_size=size) for size in sizes}
     self._seed = seed
-    self._start = start
-    # The crops that a teacher saw are those of the whole image.
-    self._shrink = None if self._replay else functools.partial(_shrink, data)
+    self._of_length = {n: data.of_length(n) for n in lengths}
+    self._read_at(lengths[0])
     data.check_augment()  # here, where an error is easier to read than from a worker
     self._order = order
     self._tolerated = float(data.rejects.option("stop"))
@@ -260,11 +331,16 @@ class _TrainBatches(SampleReader):
     self._switch = CodeSwitch(data.code_switch) if data.code_switch else None
     self._captions_per_image = data.captions_per_image
     self._stride = max(data.workers, 1)  # a worker makes every workers-th batch
-    # Positions are int64; grain needs a length even for an endless dataset.
-    self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
+    self._length = len(plan)
 
   def __len__(self) -> int:
-    return max(self._length, 0)
+    return self._length
+
+  def _read_at(self, length: int) -> None:
+    """Reads images with so many patches from now on; one thread makes the batches."""
+    self._reading = self._of_length[length]
+    # The crops that a teacher saw are those of the whole image.
+    self._shrink = None if self._replay else functools.partial(_shrink, self._reading)
 
   def __repr__(self) -> str:
     return f"train batches of {self._source!r}"
@@ -280,12 +356,12 @@ class _TrainBatches(SampleReader):
     positions = self._positions(k)
     indices = self._order(positions)
     self._prefetch(k, indices)
-    b, size = len(positions), self._data.image_size
-    images = (
-      np.empty(b, np.int64)
-      if self._image_store
-      else shared_memory.empty((b, size, size, 3), np.uint8)
-    )
+    self._read_at(self._plan.at(k)[0])
+    b, spec = len(positions), self._reading.spec
+    stored = np.empty(b, np.int64)
+    images = {}
+    if not self._image_store:
+      images = {x: shared_memory.empty((b, *shape), dtype) for x, (shape, dtype) in spec.items()}
     labels = np.empty(b, np.int32)
     image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
     rejects = np.zeros((b, len(REASONS)), np.int32)
@@ -295,7 +371,11 @@ class _TrainBatches(SampleReader):
     extra: list[tuple[Any, ...]] = []
     for r in range(b):
       view = self._usable(int(positions[r]), int(indices[r]), rejects=rejects[r], alone=alone)
-      images[r] = view.image
+      if self._image_store:
+        stored[r] = view.image
+      else:
+        for name, x in naflex.to_fields(view.image).items():
+          images[name][r] = x
       texts.append(view.texts.texts[0])
       chosen.append(view.texts)
       extra.append(view.extra)
@@ -306,7 +386,7 @@ class _TrainBatches(SampleReader):
       text_ids[r] = view.sample * self._captions_per_image + view.texts.places[0]
     text, mask, was_repaired = self._encode(texts, self._text_store)
     batch = dict(
-      image=self._image_store.read(images) if self._image_store else images,
+      **(dict(image=self._image_store.read(stored)) if self._image_store else images),
       text=text,
       text_mask=mask,
       image_id=words(image_ids),
@@ -353,7 +433,7 @@ class _TrainBatches(SampleReader):
     )
 
   def _positions(self, k: int) -> np.ndarray:
-    return self._start + k * self._batch_size + self._rows
+    return self._plan.start(k) + self._rows[self._plan.size(k)]
 
   def _prefetch(self, k: int, indices: np.ndarray) -> None:
     """Starts fetching this batch and this worker's next one, so that I/O overlaps decoding."""
@@ -361,7 +441,8 @@ class _TrainBatches(SampleReader):
       indices = np.append(indices, self._order(self._positions(k + self._stride)))
     # If the number of workers divides blocks.STEP_LANES, each has lanes of its own.
     workers = math.gcd(self._stride, blocks.STEP_LANES)
-    self._order.prefetch(indices, share=len(self._rows) / self._batch_size / workers)
+    size = self._plan.size(k)
+    self._order.prefetch(indices, share=len(self._rows[size]) / size / workers)
 
   def _usable(self, position: int, index: int, *, rejects: np.ndarray, alone: bool) -> _View:
     """The view of the sample, or of its first usable substitute."""
@@ -400,9 +481,9 @@ class _TrainBatches(SampleReader):
       if self._replay:
         replay = int(draws.of("replay").integers(self._replay.views))
         seen = self._replay.rng(record["key"], replay)
-        image = self._data.training_view(image, seen)
+        image = self._reading.training_view(image, seen)
       elif not self._image_store:
-        image = self._data.training_view(image, rng)
+        image = self._reading.training_view(image, rng)
       if self._second_captions:
         second = choose(captions, self._second_captions, rng, but=first)
       texts = several_texts.read(
@@ -500,7 +581,7 @@ class _TrainBatches(SampleReader):
 
 def _shrink(data: DataOptions, height: int, width: int) -> int:
   """By how much a JPEG may be reduced when it is decoded for all views of it."""
-  own = transforms.shrink(height, width, size=data.image_size, **data.augment.options)
+  own = data.shrink(height, width)
   return min(own, views.shrink(data.views, data.image_size, height, width))
 
 
