@@ -2,7 +2,7 @@
 
 Trains a small model on the icons in BIGALIGN_DATA, tunes it on the emoji from `init=` of that run,
 and evaluates (1 - alpha) * base + alpha * tuned on held-out icons and emoji. Writes OUT/alphas.json
-and prints a table. Some minutes on two cores. Exits with 1 unless some alpha between 0 and 1 is
+and prints a table. docs/merge.md has the figures of a shorter run. Exits with 1 unless some alpha between 0 and 1 is
 better than both ends in the mean of both sets.
 """
 
@@ -24,7 +24,7 @@ from bigalign.run import tables
 from bigalign.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-METRICS = ("icons/text_to_image_R@5", "emoji/text_to_image_R@5")
+METRICS = ("val/icons/text_to_image_R@5", "val/emoji/text_to_image_R@5")
 SETS = ("icons", "emoji")
 
 

@@ -20,8 +20,8 @@ from absl import logging
 from bigalign import tree
 from bigalign.evals import Evaluator, make_evaluators
 from bigalign.evaluate import Run, data_evals, evaluators_with_data, measure
-from bigalign.merge.average import Mean, interpolated
-from bigalign.merge.members import check_new, on_host, opened, write
+from bigalign.merge.average import Arrays, Mean, interpolated
+from bigalign.merge.members import as_in, check_new, on_host, opened, write
 from bigalign.run import errors, parsers, preemption, progress, runtime, tables
 
 Open = Callable[[str], Run]
@@ -78,7 +78,7 @@ def sweep(
   evaluators = _evaluators(other, evals)
   scores = {}
   for alpha in progress.track(alphas, "alphas", len(alphas), unit="models"):
-    mixed: dict[str, Any] = {**interpolated(*arrays, alpha, (first, second))}
+    mixed = as_in(other.params, interpolated(*arrays, alpha, (first, second)))
     scores[alpha] = measure(other._replace(params=mixed), evaluators)
   return scores
 
@@ -138,8 +138,8 @@ def greedy_soup(
   evaluators = _evaluators(home, evals)
   sign = 1 if mode == "max" else -1
 
-  def score(params: Mapping[str, Any]) -> float:
-    scores = measure(home._replace(params=dict(params)), evaluators)
+  def score(arrays: Arrays) -> float:
+    scores = measure(home._replace(params=as_in(home.params, arrays)), evaluators)
     if metric not in scores:
       raise ValueError(
         f"--metric={metric!r}: no such metric.{tree.nearest(metric, scores)} Known:"
@@ -149,7 +149,7 @@ def greedy_soup(
 
   alone = {}
   for name in progress.track(names, "models", len(names), unit="models"):
-    alone[name] = score(home.params if name == names[0] else opened(name, step, ema).params)
+    alone[name] = score(on_host(home if name == names[0] else opened(name, step, ema)))
   rows: list[dict[str, Any]] = []
   best: float | None = None
   chosen: list[str] = []

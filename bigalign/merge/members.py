@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from bigalign import sharding
+from bigalign import sharding, tree
 from bigalign.api.checkpoints import load_checkpoint
 from bigalign.api.model import Model
 from bigalign.checkpoint import revision
@@ -57,9 +57,27 @@ def opened(address: str, step: int | str = "latest", ema: bool = False) -> Run:
 
 
 def on_host(run: Run) -> Arrays:
-  """The parameters of a run by path; frozen ones, which may be bfloat16, as float32."""
-  arrays = {path: np.asarray(x) for path, x in run.params.items()}
-  return {k: x.astype(np.float32) if x.dtype.name == "bfloat16" else x for k, x in arrays.items()}
+  """The parameters of a run by path, each layer by itself, as float32 if they are bfloat16."""
+  arrays: Arrays = {}
+  for path, x in run.params.items():
+    array = np.asarray(x)
+    if array.dtype.name == "bfloat16":  # of frozen parameters
+      array = array.astype(np.float32)
+    if tree.is_stacked(path):
+      arrays |= {tree.layer_path(path, i): layer for i, layer in enumerate(array)}
+    else:
+      arrays[path] = array
+  return arrays
+
+
+def as_in(shapes: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
+  """Arrays of `on_host`, with layers stacked where `shapes` (by path) have them stacked."""
+  return {
+    path: np.stack([arrays[tree.layer_path(path, i)] for i in range(x.shape[0])])
+    if tree.is_stacked(path)
+    else arrays[path]
+    for path, x in shapes.items()
+  }
 
 
 def _of_files(address: str, model: Model) -> Run:
@@ -97,12 +115,11 @@ def write(out: str | pathlib.Path, run: Run, arrays: Arrays, about: Mapping[str,
   Args:
     out: the folder; new or empty.
     run: whose config, tokenizer and evaluators the folder gets.
-    arrays: {path: array}, the parameters.
+    arrays: the parameters, as of `on_host`.
     about: how they were made, for the record.
 
   Raises:
     FileExistsError: if the folder is not empty.
-    ValueError: for parameters that are not those of the config.
   """
   folder = pathlib.Path(out).expanduser().absolute()
   check_new(folder)
@@ -110,12 +127,9 @@ def write(out: str | pathlib.Path, run: Run, arrays: Arrays, about: Mapping[str,
   mesh = sharding.make_mesh()
   program = make_program(config, dataset_size=run.meta["dataset_size"])
   shapes, shardings = layout(program, mesh)
-  lacking = sorted(shapes.trainable.keys() ^ arrays.keys())
-  if lacking:
-    raise ValueError(f"{run.address}: config and parameters differ: {lacking[:8]}")
   params = {
-    path: jax.device_put(np.asarray(arrays[path], x.dtype), shardings.trainable[path])
-    for path, x in shapes.trainable.items()
+    path: jax.device_put(np.asarray(x, np.float32), shardings.trainable[path])
+    for path, x in as_in(shapes.trainable, arrays).items()
   }
   copied = copies.read(originals(config))
   meta = {
@@ -136,6 +150,7 @@ def write(out: str | pathlib.Path, run: Run, arrays: Arrays, about: Mapping[str,
   clock = {"step": jax.device_put(np.int32(run.step), shardings.step)}
   with config.keep.make(workdir=folder) as checkpoints:
     checkpoints.save(run.step, {"trainable": params, "clock": clock}, meta, {})
+  (folder / "metrics.jsonl").touch()  # those of its members are not its own
   write_config(folder, meta)
   logging.info("%s: written, at step %d", folder, run.step)
 

@@ -63,7 +63,8 @@ def test_full_size_state(name):
     summary(one, layout(one, mesh)[0])  # its batches fit its parameters
   if name.endswith("_b16"):
     count = sum(x.size for x in {**shapes.trainable, **shapes.frozen}.values())
-    assert 140e6 < count < 210e6, f"{count / 1e6:.0f} million parameters"
+    # FLIP's text tower has BERT's vocabulary: 139.8 million.
+    assert 139e6 < count < 210e6, f"{count / 1e6:.0f} million parameters"
 
 
 def vocabulary(tokenizer, folder):
