@@ -2,8 +2,8 @@
 
 Trains a small model on the icons in BIGALIGN_DATA, tunes it on the emoji from `init=` of that run,
 and evaluates (1 - alpha) * base + alpha * tuned on held-out icons and emoji. Writes OUT/alphas.json
-and prints a table. docs/merge.md has the figures of a shorter run. Exits with 1 unless some alpha between 0 and 1 is
-better than both ends in the mean of both sets.
+and prints a table; docs/merge.md has the figures of a shorter run. Exits with 1 unless some alpha
+between 0 and 1 is better than both ends in the mean of both sets.
 """
 
 from __future__ import annotations
