@@ -72,7 +72,10 @@ def learn_centres(
     assign = _nearest(centres)
     for tile in _tiles(len(rows), clusters):
       own = unit(rows[tile])
-      np.add.at(sums, assign(own)[0], own)
+      cluster, _ = assign(own)
+      order = np.argsort(cluster, kind="stable")
+      numbers, first = np.unique(cluster[order], return_index=True)
+      sums[numbers] += np.add.reduceat(own[order], first)
     filled = np.linalg.norm(sums, axis=1) > 0
     moved = np.where(filled[:, None], unit(sums), centres)
     if np.array_equal(moved, centres):

@@ -119,9 +119,12 @@ def score(
       column.put(first, np.asarray(last)[first - start : size - start])
   column.finish()
   multihost_utils.sync_global_devices("the column is written")
-  values = np.load(f"{out}.npy", mmap_mode="r", allow_pickle=False)
-  chunks = (values[i : i + CHUNK] for i in range(0, size, CHUNK))
-  return dict(**made_by, samples=size, scored=sum(int(np.isfinite(x).sum()) for x in chunks))
+  scored = np.int64(0)
+  if jax.process_index() == 0:
+    values = np.load(f"{out}.npy", mmap_mode="r", allow_pickle=False)
+    scored += sum(int(np.isfinite(values[i : i + CHUNK]).sum()) for i in range(0, size, CHUNK))
+  scored = multihost_utils.broadcast_one_to_all(scored)
+  return dict(**made_by, samples=size, scored=int(scored))
 
 
 def _scale(params: Mapping[str, jax.Array]) -> float:
