@@ -165,7 +165,7 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     model=model,
     loss=loss,
     spec=spec,
-    params={**params, **tree.flatten(scalars, "loss/")},
+    params=params,
     frozen=own.frozen,
     microbatches=own.microbatches,
   )
