@@ -134,6 +134,11 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     gradient_dtype=config.gradient_dtype,
     logits=config.logits,
   )
+  if config.data.naflex and "tokens" in program.loss.needs:
+    raise ValueError(
+      f"config.loss={[*config.loss]} reads the tokens of images without a mask, and with"
+      " config.data.naflex some are padding; leave one of the two out"
+    )
   params = jax.eval_shape(functools.partial(init_params, program), jax.random.key(config.seed))
   program = dataclasses.replace(program, params=params)
   programs = [_of_stage(program, config, stage) for stage in run_stages]

@@ -114,12 +114,13 @@ def test_a_run_trains_stops_goes_on_and_is_opened(source, tmp_path):
     (dict(model=dict(image=dict(name="vit", patch=8, width=16, depth=1, heads=2))), "it needs"),
     (dict(data=dict(naflex=dict(NAFLEX, patch=16))), "makes patches of 16 pixels"),
     (dict(stages=(dict(until="50%", batch_size=16),)), "config.stages count samples"),
+    (dict(loss=dict(sparc=dict(weight=1.0))), "reads the tokens of images without a mask"),
   ],
 )
 def test_what_does_not_fit_is_named(source, changes, message):
   c = config(source)
   for name, value in changes.items():
-    c[name] = {**c[name], **value} if isinstance(value, dict) else value
+    c[name] = {**c[name], **value} if name in ("model", "data") else value
   with pytest.raises(ValueError, match=message):
     make_programs(resolve_config(c), dataset_size=48)
 
