@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -156,6 +157,53 @@ def local_cka(m: Moments, x: np.ndarray, y: np.ndarray) -> np.ndarray:
   cross = (xy**2).sum() + 2 * a * (x @ xy @ y.T) + a**2 * np.outer(square_x, square_y)
   cka: np.ndarray = cross / np.sqrt(np.outer(own(x, xx, square_x), own(y, yy, square_y)))
   return cka
+
+
+def kernel(x: np.ndarray) -> np.ndarray:
+  """The centred kernel exp(-d² / (2 median d²)) of rows, [N, D] -> [N, N], of Frobenius norm 1.
+
+  The sum of the products of two of them is the CKA of the two sides.
+  """
+  x = x.astype(np.float64)
+  square = (x**2).sum(1)
+  distance = np.maximum(square[:, None] + square[None] - 2 * x @ x.T, 0)
+  np.fill_diagonal(distance, 0)
+  c = np.exp(-distance / (2 * np.median(distance[distance > 0])))
+  centred = c - c.mean(0) - c.mean(1)[:, None] + c.mean()
+  k: np.ndarray = centred / np.linalg.norm(centred)
+  return k
+
+
+def match(
+  a: np.ndarray, b: np.ndarray, *, known: int = 0, starts: int = 500, seed: int = 0
+) -> tuple[np.ndarray, float]:
+  """Matches the items of two sides by their similarities within each side.
+
+  The quadratic assignment problem, https://arxiv.org/abs/2401.05224: the permutation p that
+  maximises the sum of a[i, j] * b[p[i], p[j]], by FAQ from random starts. One start takes N³.
+
+  Args:
+    a, b: [N, N], such as `kernel` of each side.
+    known: the first items whose match is known: item i of the other side.
+    starts: number of starts; the best result counts.
+    seed: of the starts.
+
+  Returns:
+    p [N], and the sum.
+  """
+  from scipy import optimize  # takes a moment, which most programs do not need
+
+  rng, best = np.random.default_rng(seed), None
+  options: dict[str, Any] = dict(maximize=True, tol=1e-5, maxiter=100, rng=rng)
+  options["partial_match"] = np.repeat(np.arange(known)[:, None], 2, 1)
+  for start in range(starts):
+    # Doubly stochastic, from the middle first.
+    options["P0"] = "randomized" if start else "barycenter"
+    found = optimize.quadratic_assignment(a, b, method="faq", options=options)
+    if best is None or found.fun > best.fun:
+      best = found
+  assert best is not None, "at least one start"
+  return best.col_ind, float(best.fun)
 
 
 def ridge(fit: Moments, choose: Moments) -> tuple[Map, Map]:

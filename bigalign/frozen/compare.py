@@ -1,9 +1,9 @@
 """Compares frozen towers before training: bigalign compare --image A B --text C D.
 
-A, B, C and D are embedding stores of the same samples. For each pair of an image and a text tower
-it prints linear CKA, mutual nearest neighbours, and the recall of held-out captions and images by
-local CKA and by maps in closed form (ridge regression, canonical correlations, orthogonal
-Procrustes) that are fitted to the other samples.
+A, B, C and D are embedding stores of the same samples. For each pair of an image and a text tower,
+or without --text for each pair of image towers, it prints linear CKA, mutual nearest neighbours,
+and the recall of held-out captions and images by local CKA and by maps in closed form (ridge
+regression, canonical correlations, orthogonal Procrustes) that are fitted to the other samples.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import rich.table
 from bigalign.data.stores.reader import Store
 from bigalign.frozen import alignment
 from bigalign.run import progress
+from bigalign.run.configs import load_config
 from bigalign.run.tables import show, write_json
 
 if TYPE_CHECKING:
   from bigalign.data.loader.pairs import Pairs
 
+BASE = 320  # pairs that are known when others are matched
+STARTS = 30  # of the matching
 CHUNK = 8192  # images whose embeddings are in memory at a time
 MAPS = ("local_cka", "ridge", "cca", "procrustes")
 SHOWN = "text_to_image_R@5"
@@ -54,7 +57,9 @@ def compare(
   heldout: float = 0.2,
   most: int = 2000,
   least: float = 0.99,
+  queries: int = 0,
   stage: Callable[[str], None] = lambda name: None,
+  fitted: dict[str, tuple[alignment.Map, alignment.Map]] | None = None,
 ) -> dict[str, Any]:
   """Returns the measures of one pair of stores.
 
@@ -64,7 +69,10 @@ def compare(
     heldout: share of the samples for retrieval; a tenth of the others chooses penalties.
     most: largest number of images for retrieval and nearest neighbours, which form N x N cosines.
     least: share of the images that must have captions.
+    queries: held-out images to match with their captions by their similarities to each other and to
+      BASE known pairs, see alignment.match; 0: none. It takes seconds to minutes.
     stage: called with each of STAGES when it begins.
+    fitted: gets {name: maps of both sides} of the maps in closed form.
 
   Raises:
     ValueError: if there are too few samples to hold any out; for stores of tokens.
@@ -116,6 +124,16 @@ def compare(
   measures["mutual_knn"] = alignment.mutual_knn(
     heldout_samples.image[with_caption], heldout_samples.text[first], k=min(10, len(first) - 1)
   )
+  if queries:
+    size = min(BASE + queries, len(first))
+    known = size * BASE // (BASE + queries)
+    kernels = (
+      alignment.kernel(x[:size])
+      for x in (heldout_samples.image[with_caption], heldout_samples.text[first])
+    )
+    matched, _ = alignment.match(*kernels, known=known, starts=STARTS)
+    measures["matched"] = float((matched[known:] == np.arange(known, size)).mean())
+    measures["queries"] = size - known
   maps = {}
   stage("ridge")
   maps["ridge"] = alignment.ridge(fit, choose)
@@ -123,6 +141,8 @@ def compare(
   maps["cca"] = alignment.cca(fit, choose)
   stage("procrustes")
   maps["procrustes"] = alignment.procrustes(everything)
+  if fitted is not None:
+    fitted |= maps
   stage("local_cka")
   scores = alignment.local_cka(everything, heldout_samples.image, heldout_samples.text)
   stage("recall")
@@ -179,6 +199,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[rich.table.Table]:
     ridge="ridge",
     cca="CCA",
     procrustes="Procrustes",
+    **(dict(matched="matched") if "matched" in rows[0] else {}),
   )
   for heading in ("image", "text"):
     pairs.add_column(heading, overflow="fold")
@@ -204,7 +225,13 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     "bigalign compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--image", nargs="+", required=True, metavar="STORE", help="of images")
-  parser.add_argument("--text", nargs="+", required=True, metavar="STORE", help="of texts")
+  parser.add_argument(
+    "--text",
+    nargs="+",
+    default=[],
+    metavar="STORE",
+    help="of texts; without it, all pairs of --image are compared",
+  )
   parser.add_argument(
     "--heldout",
     type=float,
@@ -214,13 +241,45 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
   parser.add_argument(
     "--most", type=int, default=2000, help="largest number of images for retrieval (%(default)s)"
   )
+  parser.add_argument(
+    "--match",
+    type=int,
+    default=0,
+    metavar="N",
+    help=f"also match N held-out images with texts, given {BASE} known pairs, without a map",
+  )
   parser.add_argument("--json", metavar="FILE", help="also write the measures to this file")
   parser.add_argument("--heatmap", metavar="FILE.png", help=f"draw {SHOWN} by ridge regression")
+  parser.add_argument(
+    "--save",
+    choices=MAPS[1:],
+    help="write this map as the linear projectors of a run: --config names the towers of the two"
+    " stores, --workdir the folder of the run",
+  )
+  parser.add_argument("--config", metavar="NAME|FILE", help="of --save")
+  parser.add_argument("--workdir", metavar="DIR", help="of --save; new or empty")
   args = parser.parse_args(words)
+  if args.save and (len(args.image), len(args.text)) != (1, 1):
+    parser.error("--save writes the map of one pair: give one --image and one --text")
+  if args.save and not (args.config and args.workdir):
+    parser.error("--save needs --config and --workdir")
+  config = load_config(args.config) if args.save else None
+  workdir = pathlib.Path(args.workdir or ".").expanduser().absolute()
+  if args.save and workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    raise FileExistsError(f"--workdir={args.workdir} exists and is not an empty folder")
   for folder in (*args.image, *args.text):
     Store(folder)  # reports a folder that is not a store before anything is computed
-  pairs = [*itertools.product(args.image, args.text)]
+  if not args.text and len(args.image) < 2:
+    parser.error("give --text STORE, or several stores of images to compare with each other")
+  pairs = [
+    *(
+      itertools.product(args.image, args.text)
+      if args.text
+      else itertools.combinations(args.image, 2)
+    )
+  ]
   rows: list[dict[str, Any]] = []
+  fitted: dict[str, tuple[alignment.Map, alignment.Map]] = {}
   with progress.Progress("compare", len(pairs) * len(STAGES), unit="stages") as shown:
     for image, text in pairs:
 
@@ -228,14 +287,37 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         shown.note = f"pair {len(rows) + 1} of {len(pairs)}, {name}"
         shown.reach(len(rows) * len(STAGES) + STAGES.index(name))
 
-      rows.append(compare(image, text, heldout=args.heldout, most=args.most, stage=stage))
+      rows.append(
+        compare(
+          image,
+          text,
+          heldout=args.heldout,
+          most=args.most,
+          queries=args.match,
+          stage=stage,
+          fitted=fitted,
+        )
+      )
       shown.reach(len(rows) * len(STAGES))
+  if args.save:
+    from bigalign.frozen.closed_form import write_run  # imports JAX, which --help does not need
+
+    (row,), sides = rows, dict(image=args.image[0], text=args.text[0])
+    about = dict(map=args.save, heldout=row[args.save], stores=sides)
+    write_run(config, sides, fitted[args.save], workdir, about)
+    print(f"{args.workdir}: the folder of a run with the map {args.save}")
   if args.heatmap:
     from bigalign.report import figures
 
-    values = np.array([row["ridge"][SHOWN] for row in rows]).reshape(len(args.image), -1)
+    columns = args.text or args.image
+    values = np.ones((len(args.image), len(columns)))  # a store with itself
+    for row in rows:
+      i, j = args.image.index(row["image"]), columns.index(row["text"])
+      values[i, j] = row["ridge"][SHOWN]
+      if not args.text:
+        values[j, i] = values[i, j]
     rows_and_columns = (
-      ["/".join(pathlib.Path(x).parts[-2:]) for x in side] for side in (args.image, args.text)
+      ["/".join(pathlib.Path(x).parts[-2:]) for x in side] for side in (args.image, columns)
     )
     names = dict(zip(("rows", "columns"), rows_and_columns))
     pathlib.Path(args.heatmap).write_bytes(figures.grid(values, **names, title=f"ridge, {SHOWN}"))

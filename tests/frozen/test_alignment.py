@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers.loss_oracles import cases2, oracles2
 from PIL import Image
 
 from bigalign.data.stores import writer
@@ -107,6 +109,30 @@ def test_canonical_correlations_are_those_of_whitened_sides():
   assert correlations == sorted(correlations, reverse=True)
 
 
+@pytest.mark.parametrize("case", cases2("qap"))
+def test_the_best_of_all_permutations_is_found(case):
+  inputs = oracles2().inputs(case)
+  found, objective = alignment.match(inputs["A"], inputs["B"], starts=20)
+  got = dict(match=found, true_match=found, objective=objective)
+  oracles2().check(case, got, rtol=1e-9, require=tuple(got))
+
+
+def test_items_are_matched_by_what_is_near_them():
+  draws = np.random.default_rng(0)
+  x = draws.normal(size=(40, 6))
+  true = np.append(np.arange(8), 8 + draws.permutation(32))
+  y = np.empty_like(x)
+  y[true] = x @ np.linalg.qr(draws.normal(size=(6, 6)))[0]
+  kernels = alignment.kernel(x), alignment.kernel(y)
+  found, objective = alignment.match(*kernels, known=8, starts=3)
+  np.testing.assert_array_equal(found, true)
+  assert objective == pytest.approx(1)  # the CKA of equal kernels
+  other = alignment.kernel(draws.normal(size=(40, 6)))
+  found, objective = alignment.match(kernels[0], other, known=8, starts=3)
+  assert (found[:8] == np.arange(8)).all() and (found[8:] == np.arange(8, 40)).mean() < 0.2
+  assert objective < 0.9
+
+
 def test_recalls_count_what_stands_before():
   scores = np.array([[9, 1, 5, 4], [3, 2, 1, 8], [1, 7, 6, 2.0]])
   recalls = alignment.recalls(scores, np.array([0, 0, 1, 2]))
@@ -174,6 +200,23 @@ def test_the_program_ranks_towers_and_draws(stores, tmp_path, capsys):
     assert picture.size[0] > 100
   printed = capsys.readouterr().out
   assert "local CKA" in printed and "effective rank" in printed
+
+
+def test_stores_of_one_side_are_compared_with_each_other(stores, tmp_path, monkeypatch):
+  """And held-out pairs are matched without a map."""
+  images, _ = stores
+  again = tmp_path / "again"
+  shutil.copytree(images[0], again)
+  monkeypatch.setattr(compare, "BASE", 30)
+  monkeypatch.setattr(compare, "STARTS", 1)
+  rows = compare.main(["--image", *images, str(again), "--match", "20"])
+  by_pair = {(row["image"], row["text"]): row for row in rows}
+  assert by_pair.keys() == {(*pair,) for pair in itertools.combinations([*images, str(again)], 2)}
+  same = by_pair[images[0], str(again)]
+  assert same["linear_cka"] == pytest.approx(1) and same["matched"] == 1.0
+  assert same["queries"] == 20 and by_pair[tuple(images)]["matched"] < 0.5
+  with pytest.raises(SystemExit):
+    compare.main(["--image", images[0]])
 
 
 def test_what_cannot_be_compared_is_named(stores, tmp_path):
