@@ -6,8 +6,9 @@
 
 https://arxiv.org/abs/2412.04616, as released. $STORES/raw and $STORES/long are embedding
 stores, 4,096 wide: the output of NV-Embed-v2, without an instruction, for the alt text and for the
-long or short recaption of each image. docs/frozen.md documents how another program writes them. The
-dataset is the 23 million pairs of CC3M, CC12M and YFCC15M with the captions of DreamLIP.
+long or short recaption of each image. docs/frozen.md documents how `bigalign embed --with`
+writes them, and how evaluators read stores. The dataset is the 23 million pairs of CC3M, CC12M and
+YFCC15M with the captions of DreamLIP.
 """
 
 from ml_collections import ConfigDict
