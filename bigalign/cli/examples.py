@@ -60,19 +60,17 @@ EXAMPLES = {
   ),
   "view": (
     "bigalign view '/data/*.tar' --where 'width >= 200' --out good",
+    "bigalign view '/data/*.tar' --columns score=cosine --where 'score > 0.2' --out good",
     "bigalign view '/data/*.tar' --ids chosen.0.places.npy --out chosen",
   ),
   "score": (
     "bigalign score runs/clip '/data/*.tar' --out cosine",
-    "bigalign view '/data/*.tar' --columns score=cosine --where 'score > 0.2' --out good",
+    "bigalign score runs/clip '/data/*.tar' --what loss --step 10000 --out losses",
   ),
-  "noise": (
-    "bigalign score runs/clip '/data/*.tar' --what loss --out losses",
-    "bigalign noise losses --out noise",
-  ),
+  "noise": ("bigalign noise losses --out noise",),
   "balance": (
     "bigalign balance '/data/*.tar' --entries concepts.txt --out keep",
-    "bigalign view '/data/*.tar' --columns keep=keep --draw keep --out balanced",
+    "bigalign balance '/data/*.tar' --entries concepts.txt --tail 0.06 --out keep",
   ),
   "search": (
     "bigalign search runs/photos 'val/*.tar' --query 'a red bus'",

@@ -167,15 +167,15 @@ def open_data(
     ValueError: if the source has no samples, or too little is given.
   """
   where = f"config.evals.{context.name}"
-  stores = _open_stores(context, dict(image=image_store, text=text_store), where)
+  opened_stores = _open_stores(context, dict(image=image_store, text=text_store), where)
   size = round_batch(context.mesh, batch_size)
   rows = sharding.host_rows(context.mesh, size)
   pattern = (source, image_store)
   if context.shared:
     context.shared.add_reader((pattern, size))
   if not source:
-    return EvalData(*_from_stores(stores, where, captions, size, rows), pattern)
-  if len(stores) == 2:
+    return EvalData(*_from_stores(opened_stores, where, captions, size, rows), pattern)
+  if len(opened_stores) == 2:
     raise ValueError(
       f"{where}: image_store and text_store give both sides, so source={source!r} has no effect;"
       " leave it out"
@@ -187,9 +187,10 @@ def open_data(
   opened = open_source(source, captions=fields)
   if not len(opened):
     raise ValueError(f"config.evals.{context.name}.source={source!r} has no samples")
-  stored = OneSide(image_store, text_store) if stores else None
+  stored = OneSide(image_store, text_store) if opened_stores else None
   if captions is None:
-    captions = evaluation.most_rows(stores["text"]) if text_store else most_captions(opened)
+    texts = stored.text if stored else None
+    captions = evaluation.most_rows(texts) if texts else most_captions(opened)
 
   def batches(**more: Any) -> Iterable[Mapping[str, np.ndarray]]:
     return evaluation.eval_batches(
@@ -200,22 +201,23 @@ def open_data(
 
 
 def _from_stores(
-  stores: Mapping[str, Store], where: str, captions: int | None, size: int, rows: np.ndarray
+  opened: Mapping[str, Store], where: str, captions: int | None, size: int, rows: np.ndarray
 ) -> tuple[Store, int, Callable[..., Iterable[Mapping[str, np.ndarray]]]]:
   """The store of images as a source, and its batches with the vectors of captions."""
-  missing = {"image", *(() if captions == 0 else ("text",))} - stores.keys()
+  missing = {"image", *(() if captions == 0 else ("text",))} - opened.keys()
   if missing:
     named = " and ".join(f"{side}_store" for side in sorted(missing))
     raise ValueError(f"{where}: give a source, or else {named}")
   if captions is None:
-    captions = evaluation.most_rows(stores["text"])
+    captions = evaluation.most_rows(opened["text"])
+  images, texts = opened["image"], opened.get("text")
 
   def batches(**more: Any) -> Iterable[Mapping[str, np.ndarray]]:
     return evaluation.stored_batches(
-      stores["image"], stores.get("text"), batch_size=size, rows=rows, captions=captions, **more
+      images, texts, batch_size=size, rows=rows, captions=captions, **more
     )
 
-  return stores["image"], size, batches
+  return images, size, batches
 
 
 def _open_stores(context: Context, folders: Mapping[str, str], where: str) -> dict[str, Store]:
