@@ -6,6 +6,7 @@ The unit vectors of several teachers stand side by side, [B, D]. Their widths ar
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -303,6 +304,8 @@ def _of_texts(
     return _hard_and_soft(*pair, teachers, engine=engine)
   z, positive = texts.of_image(texts.z), texts.positive
   number = texts.number(positive)
+  # The compiler may gather the columns of several ordinals at once.
+  engine = dataclasses.replace(engine, budget_mb=engine.budget_mb / texts.per_image)
 
   def teacher_of(m: int) -> jax.Array:
     return jnp.where(positive[:, m, None], theirs[:, m], 0)  # an absent one may be not finite
