@@ -40,6 +40,7 @@ def provided(batch: Iterable[str]) -> set[str]:
   """The fields of a batch and the features that a model computes from them, for check_needs."""
   fields = {*batch, *FEATURES}
   made = {"text_second": "ztxt_second", "texts_kind": "ztxts", "teacher_txts": "teacher_txt"}
+  made |= {name: f"{name}_stored" for name in ("teacher_img", "teacher_txt")}
   return fields | {feature for field, feature in made.items() if field in fields}
 
 

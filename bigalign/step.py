@@ -169,7 +169,8 @@ def _context(program: Program, state: State, position: jax.Array) -> tuple[Conte
   key = jax.random.fold_in(jax.random.key(program.seed), state.step)
   dropout_key, draws = jax.random.split(key)
   progress = state.step / program.total_steps
-  context = Context(state.step, progress, position[0], position[1], draws, program.logits)
+  seen = (position[0], position[1])
+  context = Context(state.step, progress, *seen, draws, program.logits, program.sizes)
   return context, dropout_key
 
 
@@ -189,7 +190,9 @@ def _for_loss(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax
     name: of_teachers(x) if name.startswith("teacher_") else x for name, x in batch.items()
   }
   first = {"teacher_txt": known["teacher_txts"][:, 0]} if "teacher_txts" in known else {}
-  return {**known, **first}
+  # As they are stored, for a regression to vectors that are not normalised.
+  stored = {f"{name}_stored": x for name, x in batch.items() if name.startswith("teacher_")}
+  return {**known, **first, **stored}
 
 
 def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
