@@ -360,10 +360,10 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
     arrays = jax.tree.map(
       lambda every, x: jax.lax.dynamic_update_index_in_dim(every, x, k, 0), placed[:6], batch[:6]
     )
-    return Embedded(*arrays, rejects=placed.rejects + rejects)
+    return Embedded(*[*arrays, placed.rejects + rejects])
 
   def embed(params: Any) -> Embedded:
-    embedded: Any = None
+    embedded: Embedded | None = None
     pairs = zip(range(total), embedded_images(context, data, params), strict=True)
     for k, (zimg, batch) in pairs:
       one = Embedded(
@@ -376,6 +376,7 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
         rejects=batch["rejects"],
       )
       embedded = sharding.block_on_cpu(put(embedded, np.int32(k), one))
+    assert embedded is not None, "a source has samples"
     log_rejects(context.name, embedded.rejects)
     return embedded
 
