@@ -44,7 +44,7 @@ DATA = [
 ]
 # Libraries that take seconds to import, or may be replaced, are imported in few places.
 PLACES = {
-  "flax": {"towers", "projectors", "model"},
+  "flax": {"towers", "projectors", "model", "private_apis"},
   "optax": {"optim", "program", "step"},
   "orbax": {"checkpoint", "private_apis"},
   "grain": {"data", "private_apis"},
