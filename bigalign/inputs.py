@@ -345,7 +345,7 @@ def _staged(
     staged = inputs._replace(options=options)
     if options != inputs.options and inputs.fields:
       staged = _with_fields(staged)
-    more = dict(step=step) if stage.schedule else {}
+    more: dict[str, Any] = dict(step=step) if stage.schedule else {}
     batches = staged.batches(
       batch_size=stage.batch_size,
       rows=own_rows if stage.schedule else own_rows[stage.batch_size],

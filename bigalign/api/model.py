@@ -145,7 +145,8 @@ class Model:
 
   def _embed_views(self, params: Mapping[str, Any], *fields: jax.Array) -> jax.Array:
     """[B, E] of the fields of images."""
-    return self._embed_image(params, naflex.of_fields(dict(zip(naflex.FIELDS, fields))))
+    z: jax.Array = self._embed_image(params, naflex.of_fields(dict(zip(naflex.FIELDS, fields))))
+    return z
 
   def embed_texts(
     self, texts: Texts, *, batch_size: int = 256, progress: bool = True

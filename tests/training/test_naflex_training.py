@@ -15,16 +15,21 @@ import bigalign
 from bigalign import sharding
 from bigalign.config import resolve_config
 from bigalign.data.image.naflex import Patches
+from bigalign.data.sources.base import open_source
+from bigalign.data.stores.reader import Store
 from bigalign.evaluate import open_run
+from bigalign.frozen.embed import embed
 from bigalign.inputs import open_data, staged_batches
+from bigalign.plan import compile_step
 from bigalign.program import check_stages, make_programs
 from bigalign.report.main import report
 from bigalign.run.metrics import read_metrics
+from bigalign.search.embedding import embed_source
 from bigalign.stages import split
 from bigalign.train import train
 
 SIZES = ((20, 40), (40, 20), (24, 24))
-TOWER = dict(name="naflex", patch=8, grid=3, width=16, depth=1, heads=2)
+TOWER = dict(name="naflex", patch=8, grid=3, width=16, depth=1, heads=2, dtype="float32")
 NAFLEX = dict(lengths=(4, 9), tokens_per_batch=900, patch=8)
 STEPS = 4
 
@@ -106,6 +111,20 @@ def test_a_run_trains_stops_goes_on_and_is_opened(source, tmp_path):
   assert model.preprocess(images).pixels.shape == (3, 9, 192)
   assert model.embed_images(images).shape == (3, model.embed_dim)
   assert "<img" in report(tmp_path / "whole").read_text()
+
+  photos = open_source(source)
+  expected = model.embed_images([photos[i]["image"] for i in range(len(photos))])
+  found = embed_source(model, photos, tmp_path / "search", dtype="float32", batch_size=16)
+  np.testing.assert_allclose(found.read(np.arange(len(photos))), expected, atol=2e-6)
+  tuned = {**whole, "model": dict(init=str(tmp_path / "whole"))}
+  options = dict(sides=("image",), dtype="float32", projected=True, batch_size=16)
+  stored = Store(embed(tuned, tmp_path / "stores", **options)["image"])
+  np.testing.assert_allclose(stored.read(np.arange(len(photos))), expected, atol=2e-6)
+  assert (stored.header["patches"], stored.header["patch_size"]) == (9, 8)
+
+  step = compile_step.trace_on(sharding.make_mesh(), resolve_config(whole), samples=48)
+  figures = compile_step.sizes(step)
+  assert figures["batch_size"] == 8 and step.batch["image"].shape == (8, 9, 192)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,10 +124,11 @@ class ImageReading:
       return np.stack(views)
     return Patches(*(np.stack(part) for part in zip(*views)))
 
-  def shown(self, batch: dict[str, np.ndarray], row: int) -> np.ndarray:
+  def shown(self, batch: Mapping[str, np.ndarray], row: int) -> np.ndarray:
     """uint8 [H, W, 3]: the view of one image of a batch, for people."""
     if not self.naflex:
-      return batch["image"][row]
+      square: np.ndarray = batch["image"][row]
+      return square
     one = Patches(*(batch[name][row] for name in naflex.FIELDS))
     return naflex.joined(one, patch=self.naflex.patch)
 

@@ -314,9 +314,9 @@ class _TrainBatches(SampleReader):
     self._second_store = stored.second if stored else None
     self._probed: set[str] = set()
     self._plan = plan
-    lengths, sizes = (0,), {plan.size(0)}
-    if plan.schedule:
-      lengths, sizes = plan.schedule.lengths, {*plan.schedule.sizes}
+    schedule = plan.schedule
+    lengths = schedule.lengths if schedule else (0,)
+    sizes = {*schedule.sizes} if schedule else {plan.size(0)}
     by_size = rows if isinstance(rows, Mapping) else dict.fromkeys(sizes, rows)
     self._rows = {size: checked_rows(by_size[size], batch_size=size) for size in sizes}
     self._seed = seed
