@@ -72,6 +72,9 @@ def evaluate(
   retrieval: str | None = None,
   fields: Sequence[str] | None = None,
   zeroshot: str | os.PathLike[str] | None = None,
+  image_store: str = "",
+  text_store: str = "",
+  class_store: str = "",
   evals: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
   """Returns the metrics of a run, {name: value}: by default those of the evaluators of its config.
@@ -82,6 +85,9 @@ def evaluate(
     retrieval: shards, or another source, for retrieval.
     fields: of its captions; None: config.data.captions.
     zeroshot: folder of a CLIP_benchmark dataset, for zero-shot classification.
+    image_store, text_store: folders of vectors that take the place of the images or the captions of
+      `retrieval`; both, without it: of both sides.
+    class_store: folder of the vectors of the prompts of the classes of `zeroshot`.
     evals: other evaluators, written as config.evals.
 
   Raises:
@@ -89,7 +95,8 @@ def evaluate(
   """
   runtime.setup()
   opened = open_step(run, step)
-  chosen = data_evals(retrieval, fields, None if zeroshot is None else os.fspath(zeroshot))
+  folder = None if zeroshot is None else os.fspath(zeroshot)
+  chosen = data_evals(retrieval, fields, folder, image_store, text_store, class_store)
   chosen |= dict(evals or {})
   if not chosen and not opened.config.evals:
     raise ValueError(f"{run} has no config.evals; give retrieval, zeroshot or evals")

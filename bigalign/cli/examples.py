@@ -18,8 +18,7 @@ EXAMPLES = {
   ),
   "reinforce": (
     "bigalign reinforce --config=teacher.py --views=10 --out=stores/a",
-    "bigalign train --config=student.py --config.data.teachers.a.image=stores/a/image"
-    " --config.data.teachers.a.text=stores/a/text",
+    "bigalign reinforce --config=teacher.py --views=4 --towers=image --out=stores/b",
   ),
   "compare": (
     "bigalign compare --image stores/dino/image --text stores/minilm/text",
@@ -67,7 +66,10 @@ EXAMPLES = {
     "bigalign score runs/clip '/data/*.tar' --out cosine",
     "bigalign score runs/clip '/data/*.tar' --what loss --step 10000 --out losses",
   ),
-  "noise": ("bigalign noise losses --out noise",),
+  "noise": (
+    "bigalign noise losses --out noise",
+    "bigalign noise runs/clip/losses --out runs/clip/noise",
+  ),
   "balance": (
     "bigalign balance '/data/*.tar' --entries concepts.txt --out keep",
     "bigalign balance '/data/*.tar' --entries concepts.txt --tail 0.06 --out keep",
