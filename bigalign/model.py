@@ -220,7 +220,9 @@ def without_remat(model: DualEncoder) -> DualEncoder:
     options = tower.options
     if getattr(options, "remat", "none") != "none":
       options = dataclasses.replace(options, remat="none")
-    if isinstance(options, TransformerOptions) and options.attention_on(attention.device()) != "xla":
+    if (
+      isinstance(options, TransformerOptions) and options.attention_on(attention.device()) != "xla"
+    ):
       options = dataclasses.replace(options, attention="xla")
     changed[name] = tower.clone(options=options)
   return model.clone(**changed)

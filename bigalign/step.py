@@ -186,9 +186,7 @@ def _for_loss(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax
   def of_teachers(x: jax.Array) -> jax.Array:
     return jnp.concatenate([unit(part) for part in jnp.split(x, ends, axis=-1)], -1)
 
-  known = {
-    name: of_teachers(x) if name.startswith("teacher_") else x for name, x in batch.items()
-  }
+  known = {name: of_teachers(x) if name.startswith("teacher_") else x for name, x in batch.items()}
   first = {"teacher_txt": known["teacher_txts"][:, 0]} if "teacher_txts" in known else {}
   # As they are stored, for a regression to vectors that are not normalised.
   stored = {f"{name}_stored": x for name, x in batch.items() if name.startswith("teacher_")}

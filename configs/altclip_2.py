@@ -1,4 +1,4 @@
-"""AltCLIP, second stage: a multilingual text tower learns from images, with CLIP's image tower locked.
+"""AltCLIP, second stage: a multilingual text tower learns from images; the image tower is locked.
 
   export ALTCLIP_1=runs/altclip_1 XLM_R=/models/xlm-roberta-large
   bigalign train --config=altclip_2 --config.data.source='/data/{00000..00199}.tar'

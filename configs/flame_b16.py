@@ -5,8 +5,8 @@
 
 https://arxiv.org/abs/2411.11927, as released. The language model is frozen. It reads each long
 caption after several prompts, each of which asks for one facet: entities, interactions, the scene.
-$STORES/facets holds the embeddings, 5,120 wide (Mistral-Nemo), with those of an image as rows of one
-sample: seven facets of a long caption, three of a short one, and those of single templates;
+$STORES/facets holds the embeddings, 5,120 wide (Mistral-Nemo), with those of an image as rows of
+one sample: seven facets of a long caption, three of a short one, and those of single templates;
 docs/frozen.md documents how another program writes such a store, and how evaluators read one. Each
 step draws six of each image without replacement, all of them are positives of the sigmoid loss, and
 the sum over pairs is divided by the number of texts. Texts have no projector: images are mapped to

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import checks
+from bigalign.data.text.kinds import ABSENT, POSITIVE
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.siglip import DIVISORS
-from bigalign.losses.texts import ABSENT, POSITIVE, flat, of_batch, owned
+from bigalign.losses.texts import flat, of_batch, owned
 
 TEXTS = ("teacher_txt", "teacher_txt_second")  # fields of the batch
 DFNDR = (70.0, 60.0)  # logit scales of its two teachers

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import checks
+from bigalign.data.text.kinds import NEGATIVE
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import contrast_texts
-from bigalign.losses.texts import NEGATIVE, Texts, masked_mean, of_batch, row_lse, row_mean
+from bigalign.losses.texts import Texts, masked_mean, of_batch, row_lse, row_mean
 
 NEEDS = frozenset({"texts"})
 

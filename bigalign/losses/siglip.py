@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from einops import repeat
 
 from bigalign import checks
+from bigalign.data.text.kinds import ABSENT, POSITIVE
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
-from bigalign.losses.texts import ABSENT, POSITIVE, Texts, of_batch, owned
+from bigalign.losses.texts import Texts, of_batch, owned
 
 DIVISORS = ("one", "texts", "images", "pairs")  # of the sum over several texts per image
 

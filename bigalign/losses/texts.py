@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from bigalign.data.text.kinds import ABSENT, NEGATIVE, POSITIVE
 from bigalign.losses.engine import reductions
 from bigalign.losses.engine.pairwise import Engine
-
-ABSENT, POSITIVE, NEGATIVE = 0, 1, 2  # the kinds of a text in texts_kind
 
 
 class Texts(NamedTuple):

@@ -6,20 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import checks
+from bigalign.data.text.kinds import POSITIVE
 from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.clip import above_positives
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
-from bigalign.losses.texts import (
-  POSITIVE,
-  Texts,
-  masked_mean,
-  negatives,
-  of_batch,
-  row_lse,
-  row_mean,
-)
+from bigalign.losses.texts import Texts, masked_mean, negatives, of_batch, row_lse, row_mean
 
 
 def unicl(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, texts: str = "one") -> Loss:

@@ -27,6 +27,7 @@ from bigalign.report import sections
 from bigalign.report.sections import Pairs, Rows
 from bigalign.run import errors, parsers, runtime
 from bigalign.run.metrics import read_metrics
+from bigalign.towers.features import FeaturesOptions
 
 FILE = "report.html"
 SAMPLES = 512  # held-out pairs that are embedded for the figures
@@ -60,6 +61,8 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
   """(source, caption fields, a description) of the samples that the config evaluates on."""
   default = config.data.caption_fields
   for name, evaluator in config.evals.items():
+    if evaluator.name != "glyphs" and not evaluator.option("source"):  # it reads stores
+      continue
     if evaluator.name == "glyphs":
       return (
         f"glyphs:{evaluator.option('split')}",
@@ -89,8 +92,13 @@ def embed_pairs(run: Run) -> Pairs:
   """Up to SAMPLES pairs, drawn from what the run's config evaluates on.
 
   Raises:
-    FileNotFoundError: if the data is not on this machine.
+    FileNotFoundError: if the data is not on this machine, or the model takes stored vectors.
   """
+  for side in ("image", "text"):
+    if isinstance(getattr(run.config.model, side), FeaturesOptions):
+      raise FileNotFoundError(
+        f"config.model.{side} is 'features', which takes stored vectors and embeds nothing new"
+      )
   spec, fields, where = held_out(run.config)
   try:
     expand_variables(spec, what="source")

@@ -23,8 +23,8 @@ from bigalign.run.progress import Progress, clock_time
 FILE = "metrics.jsonl"
 # What follows an update; a run that is asked to stop leaves it to its next start.
 DIAGNOSE, EVALUATE = "diagnose", "evaluate"
-# tensorboardX imports torch for a type annotation, and clients of object stores for event files in a
-# bucket; ours are in a local folder. These imports take 2 and 0.5 CPU seconds.
+# tensorboardX imports torch for a type annotation, and clients of object stores for event files in
+# a bucket; ours are in a local folder. These imports take 2 and 0.5 CPU seconds.
 _SLOW_IMPORTS = ("torch", "google.cloud.storage", "boto3")
 _NON_FINITE: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 # Metrics measured in wall time: this prefix and these names. They differ between a run and its

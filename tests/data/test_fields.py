@@ -25,12 +25,12 @@ from helpers.small_stores import write_store
 
 from bigalign.data.fields import column_files
 from bigalign.data.fields.base import Draws
-from bigalign.data.fields.texts import ABSENT, NEGATIVE, POSITIVE
 from bigalign.data.loader import extra_fields
 from bigalign.data.loader.training import batch_spec
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import open_source
 from bigalign.data.text.code_switch import read_dictionary
+from bigalign.data.text.kinds import ABSENT, NEGATIVE, POSITIVE
 from bigalign.inputs import open_data
 from bigalign.options import plain
 

@@ -25,10 +25,9 @@ from bigalign.data.samples.members import strings
 from bigalign.data.sources.base import Source, value
 from bigalign.data.text.captions import Columns, choose_others
 from bigalign.data.text.code_switch import CodeSwitch
+from bigalign.data.text.kinds import ABSENT, NEGATIVE, POSITIVE
 from bigalign.data.text.negatives import RULES
 from bigalign.options import DEFAULTS
-
-ABSENT, POSITIVE, NEGATIVE = range(3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import checks
+from bigalign.data.text.kinds import POSITIVE
 from bigalign.losses.base import others
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.per_sample import tables
-from bigalign.losses.texts import POSITIVE, Texts, negatives, of_batch, row_lse
+from bigalign.losses.texts import Texts, negatives, of_batch, row_lse
 
 Anchors = dict[str, jax.Array]  # "img", "txt": [B]
 Reference = tuple[jax.Array, jax.Array] | None  # [B, D], [B, D]: other embeddings of the pairs
