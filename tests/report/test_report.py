@@ -247,6 +247,7 @@ def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
     ({"a": dict(type="glyphs", split="heldout_dev")}, "glyphs:heldout_dev"),
     ({"a": dict(type="zeroshot", source="x")}, "x"),
     ({"a": dict(type="geometry", source="x")}, "x"),
+    (dict(a=dict(type="retrieval", text_store="t"), b=dict(type="geometry", source="x")), "x"),
     ({}, "train"),
     (None, "train"),
   ],
@@ -255,6 +256,13 @@ def test_held_out_samples_are_those_of_the_evaluators(evals, source):
   changes = {} if evals is None else {"evals": evals}
   config = make_config(data=dict(source="train"), **changes)
   assert main.held_out(config)[0] == source
+
+
+def test_a_model_that_takes_stored_vectors_has_no_pairs_to_show(tmp_path):
+  towers = dict(image=dict(name="features", width=4), text=dict(name="features", width=4))
+  run = make_run(tmp_path, model=towers | dict(embed_dim=2))
+  with pytest.raises(FileNotFoundError, match=r"config\.model\.image is 'features'"):
+    main.embed_pairs(run)
 
 
 def test_data_that_is_not_here_differs_from_a_bug(monkeypatch, tmp_path):
