@@ -87,17 +87,9 @@ def _of_files(address: str, model: Model) -> Run:
     raise ValueError(f"{address} has no {side}; only models with two towers are merged")
   loss = _LOSSES[model.head.sigmoid]
   # Nothing is trained with it: evaluation, export and `init` read the model and the data.
-  values = dict(
-    seed=0,
-    total_steps=1,
-    batch_size=2,
-    log_every=1,
-    checkpoint_every=0,
-    data=model.config["data"],
-    model=model.config["model"],
-    loss={loss: {}},
-    optimizer=dict(lr=0.0),
-  )
+  values: dict[str, Any] = {name: model.config[name] for name in ("data", "model")}
+  values |= dict(seed=0, total_steps=1, batch_size=2, log_every=1, checkpoint_every=0)
+  values |= dict(loss={loss: {}}, optimizer=dict(lr=0.0))
   config = resolve_config(values)
   params: dict[str, Any] = {f"model/{k}": x for k, x in model.params.items() if "/" in k}
   head = {"t": np.log(model.head.scale), **({"b": model.head.bias} if model.head.sigmoid else {})}
