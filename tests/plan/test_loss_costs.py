@@ -101,4 +101,6 @@ def test_an_unknown_loss_names_the_nearest():
 def test_every_loss_has_costs_at_any_batch(name):
   """No loss's defaults stop the table, at a batch that divides nothing."""
   row = loss_costs.measure(name, "gather", sharding.make_mesh(data=8), batch=24, width=8)
-  assert row["flops"] > 0 and row["wire_bytes"]
+  # These compare an image with its own vectors only: no product of matrices, and sums are sent.
+  of_own_rows = name in ("feature_distill", "hardneg_own", "vl2v")
+  assert row["wire_bytes"] and (row["flops"] == 0) == of_own_rows
