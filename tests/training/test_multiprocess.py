@@ -29,7 +29,7 @@ from bigalign.run.metrics import read_metrics
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(s) == 8]
 ONE = {"data": 8, "fsdp": 1, "tensor": 1}
 MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
-OFTEN = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]  # every shape before a release
+OFTEN = [(1, 8, 1), (2, 2, 2)]  # every shape before a release
 
 
 def _mesh(shape):
@@ -56,7 +56,7 @@ def _equal_losses(tmp_path, shapes, steps):
 
 @pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh(tmp_path):
-  """Meshes of one axis, and one with all three."""
+  """A mesh of one axis, and one with all three."""
   _equal_losses(tmp_path, OFTEN, steps=20)
 
 
