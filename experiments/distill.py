@@ -26,7 +26,7 @@ from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-SETS = ("val", "unseen")
+SETS = dict(seen="val", unseen="unseen")  # concepts of the training icons, and others
 METRICS = tuple(f"val/{name}/text_to_image_R@5" for name in SETS)
 
 
@@ -50,9 +50,9 @@ def base() -> dict[str, Any]:
   c["optimizer"] = dict(name="adamw", lr=1e-3, warmup="5%", weight_decay=0.1)
   c["evals"] = {
     name: dict(
-      type="retrieval", source=f"$BIGALIGN_DATA/icons/{name}/00000.tar", fields=("txt",), captions=1
+      type="retrieval", source=f"$BIGALIGN_DATA/icons/{part}/00000.tar", fields=("txt",), captions=1
     )
-    for name in SETS
+    for name, part in SETS.items()
   }
   return c
 
@@ -60,7 +60,7 @@ def base() -> dict[str, Any]:
 def configs(steps: int, teacher_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
   """The configs of the teacher and of a student without one."""
   teacher = base() | dict(total_steps=teacher_steps, seed=0)
-  teacher["model"]["image"] |= dict(patch=4, depth=4, stem="patch")
+  teacher["model"]["image"] |= dict(patch=8, depth=4, stem="patch")
   student = base() | dict(total_steps=steps)
   student["model"]["image"] |= dict(patch=8, depth=2, width=64, stem="patch", dropout=0.0)
   student["model"]["text"] |= dict(width=64, dropout=0.0)
@@ -80,8 +80,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("out", type=pathlib.Path)
   parser.add_argument("--seeds", default="0,1,2")
-  parser.add_argument("--steps", type=int, default=600)
-  parser.add_argument("--teacher_steps", type=int, default=1200)
+  parser.add_argument("--steps", type=int, default=400)
+  parser.add_argument("--teacher_steps", type=int, default=900)
   parser.add_argument("--views", type=int, default=4)
   args = parser.parse_args()
   teacher, student = configs(args.steps, args.teacher_steps)

@@ -309,6 +309,18 @@ class TestTeachers:
     assert batch_spec(data, batch_size=4)["teacher_img"][0] == (4, 7)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_vectors_in_bfloat16_come_out_of_workers(folder, tmp_path, workers):
+  whole = {key_of(i): vectors_of(i, width=3, scale=1.0)[0] for i in range(SAMPLES)}
+  store = write_store(tmp_path / "a", whole, dtype="bfloat16")
+  data = every_field(folder) | dict(texts=None, teachers=dict(a=dict(image=store)), workers=workers)
+  batches = take(data, 6)  # more than the slots of shared memory
+  found = joined(batches)["teacher_img"]
+  assert found.dtype.name == "bfloat16"
+  wanted = np.stack([whole[key_of(i)] for i in samples_of(batches)]).astype(found.dtype)
+  np.testing.assert_array_equal(found, wanted)
+
+
 class TestColumns:
   def test_values(self, folder):
     batches = take(every_field(folder))

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 SLOTS = 4  # one batch is finished, two wait, and one is being copied
@@ -68,6 +69,11 @@ def _lengths(arrays: Iterable[tuple[tuple[int, ...], str]]) -> list[int]:
   return [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
 
 
+def _written(dtype: np.dtype) -> str:
+  """A dtype as text: "<i4", but "bfloat16", whose `str` is that of two bytes without a type."""
+  return dtype.name if dtype == ml_dtypes.bfloat16 else dtype.str
+
+
 def _view(memory: SharedMemory, shape: tuple[int, ...], dtype: str, first: int) -> np.ndarray:
   return np.ndarray(shape, dtype, memory.buf, first)
 
@@ -117,7 +123,7 @@ class Sender:
       reserved, self._reserved = self._reserved, None
     # The reserved array is at the start of the slot, so it must come first.
     batch = dict(sorted(arrays.items(), key=lambda item: item[1] is not reserved))
-    layout = {name: (x.shape, x.dtype.str) for name, x in batch.items()}
+    layout = {name: (x.shape, _written(x.dtype)) for name, x in batch.items()}
     size = sum(_lengths(layout.values()))
     if not self._size:  # once: if there is no room now, there will be none later
       self._memory, self._size = _allocate(size), size
@@ -137,7 +143,7 @@ class Sender:
     if memory is None or self._reserved is not None or not self._fits(memory, size):
       return np.empty(shape, dtype)
     first = _HEADER + self._sent % SLOTS * self._size
-    self._reserved = _view(memory, shape, dtype.str, first)
+    self._reserved = _view(memory, shape, _written(dtype), first)
     return self._reserved
 
   def _fits(self, memory: SharedMemory, size: int) -> bool:
