@@ -9,23 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from bigalign import sharding, tree
-from bigalign.checkpoint import revision
+from bigalign import sharding, tree, untrained
 from bigalign.config import (
-  originals,
   resolve_config,
-  tokenizer_digest,
-  tokenizer_files,
   without_stores,
   written_model,
 )
 from bigalign.data.stores import reader
 from bigalign.frozen.alignment import Map
 from bigalign.frozen.towers import header, like_stored
-from bigalign.options import plain
-from bigalign.program import compute_dtype, init_params, layout, make_program
-from bigalign.run import copies, runtime
-from bigalign.run.provenance import write_config
+from bigalign.program import compute_dtype, layout, make_program
 from bigalign.weights.init import load
 
 SIDES = ("image", "text")
@@ -78,10 +71,9 @@ def write_run(
   for side, (kernel, bias) in maps_by_side.items():
     prefix = f"model/{side}_projector/out"
     params |= {f"{prefix}/kernel": kernel, f"{prefix}/bias": bias}
-  drawn = jax.eval_shape(lambda key: init_params(program, key), jax.random.key(0))
   scalars, _ = program.loss.init(program.sizes)
   params = {**tree.flatten(scalars, "loss/"), **params}
-  missing = sorted(drawn.keys() - params.keys())
+  missing = sorted(program.params.keys() - params.keys())
   if missing:
     raise ValueError(
       f"config.model: {len(missing)} arrays come from no checkpoint"
@@ -95,30 +87,7 @@ def write_run(
     }
     if own:
       reader.check_header(store.folder, like_stored(store.folder, header(side, config, own)))
-  placed = {
-    path: jax.device_put(np.asarray(params[path], x.dtype), shardings.trainable[path])
-    for path, x in shapes.trainable.items()
-  }
-  copied = copies.read(originals(config))
-  meta = dict(
-    config=plain(config),
-    model=written_model(values),
-    revision=revision(),
-    versions=runtime.versions(),
-    hardware=runtime.describe(),
-    dataset_size=1,
-    samples_seen=0,
-    data="",
-    tokenizer=tokenizer_digest(config),
-    tokenizer_files=tokenizer_files(config),
-    copies=copied.record,
-    step=0,
-    closed_form=dict(about),
+  record = dict(
+    model=written_model(values), dataset_size=1, samples_seen=0, data="", closed_form=dict(about)
   )
-  folder.mkdir(parents=True, exist_ok=True)
-  copies.write(copied, folder)
-  clock = {"step": jax.device_put(np.int32(0), shardings.step)}
-  with config.keep.make(workdir=folder) as checkpoints:
-    checkpoints.save(0, {"trainable": placed, "clock": clock}, meta, {})
-  (folder / "metrics.jsonl").touch()  # which export and report read
-  write_config(folder, meta)
+  untrained.write_run(folder, config, params, record)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
-from bigalign import sharding, tree
+from bigalign import tree
 from bigalign.api.checkpoints import load_checkpoint
 from bigalign.api.model import Model
-from bigalign.checkpoint import revision
 from bigalign.config import (
-  Config,
-  originals,
   resolve_config,
-  tokenizer_digest,
-  tokenizer_files,
 )
 from bigalign.evaluate import Run, open_run
 from bigalign.merge.average import Arrays
 from bigalign.options import plain
-from bigalign.program import layout, make_embed, make_program
-from bigalign.run import copies, runtime
-from bigalign.run.provenance import write_config
+from bigalign.program import make_embed, make_program
+from bigalign.untrained import alone, write_run
 from bigalign.weights.runs import is_run
 
 _LOSSES = {True: "siglip", False: "clip"}  # by whether a sigmoid follows the logits
@@ -115,35 +107,10 @@ def write(out: str | pathlib.Path, run: Run, arrays: Arrays, about: Mapping[str,
   """
   folder = pathlib.Path(out).expanduser().absolute()
   check_new(folder)
-  config = _whole(run.config)
-  mesh = sharding.make_mesh()
+  config = alone(run.config)
   program = make_program(config, dataset_size=run.meta["dataset_size"])
-  shapes, shardings = layout(program, mesh)
-  params = {
-    path: jax.device_put(np.asarray(x, np.float32), shardings.trainable[path])
-    for path, x in as_in(shapes.trainable, arrays).items()
-  }
-  copied = copies.read(originals(config))
-  meta = {
-    **run.meta,
-    "config": plain(config),
-    "model": plain(config.model),
-    "revision": revision(),
-    "versions": runtime.versions(),
-    "hardware": runtime.describe(),
-    "tokenizer": tokenizer_digest(config),
-    "tokenizer_files": tokenizer_files(config),
-    "copies": copied.record,
-    "step": run.step,
-    "merged": dict(about),
-  }
-  folder.mkdir(parents=True, exist_ok=True)
-  copies.write(copied, folder)
-  clock = {"step": jax.device_put(np.int32(run.step), shardings.step)}
-  with config.keep.make(workdir=folder) as checkpoints:
-    checkpoints.save(run.step, {"trainable": params, "clock": clock}, meta, {})
-  (folder / "metrics.jsonl").touch()  # those of its members are not its own
-  write_config(folder, meta)
+  record = {**run.meta, "model": plain(config.model), "merged": dict(about)}
+  write_run(folder, config, as_in(program.params, arrays), record, step=run.step)
   logging.info("%s: written, at step %d", folder, run.step)
 
 
@@ -151,8 +118,3 @@ def check_new(folder: pathlib.Path) -> None:
   """Raises FileExistsError if the folder is not new or empty."""
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise FileExistsError(f"{folder} (--out) exists and is not an empty folder; choose another")
-
-
-def _whole(config: Config) -> Config:
-  """A config whose checkpoint holds all parameters together: no stages, averages, frozen parts."""
-  return dataclasses.replace(config, stages=(), ema=0.0, frozen="")

@@ -24,7 +24,7 @@ LAYERS = [
   {"config"},
   {"stages"},
   {"inputs", "program"},
-  {"step", "evaluate", "border"},
+  {"step", "evaluate", "border", "untrained"},
   {"report"},
   {"frozen", "shards", "export", "plan", "cli"},
   {"train", "benchmark"},
