@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import pathlib
 import sys
@@ -21,20 +20,16 @@ import rich.table
 
 from bigalign.merge.main import parse_alphas, sweep
 from bigalign.run import tables
+from bigalign.run.configs import load_config
 from bigalign.train import train
 
-ROOT = pathlib.Path(__file__).parents[1]
 METRICS = ("val/icons/text_to_image_R@5", "val/emoji/text_to_image_R@5")
 SETS = ("icons", "emoji")
 
 
 def configs(out: pathlib.Path, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
   """The configs of the base and of the tuning: configs/photos.py on drawings of 32 pixels."""
-  spec = importlib.util.spec_from_file_location("photos", ROOT / "configs/photos.py")
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  base: dict[str, Any] = module.get_config().to_dict()
+  base: dict[str, Any] = load_config("photos").to_dict()
   base |= dict(seed=seed, total_steps=800, log_every=50, checkpoint_every=0, eval_every=0)
   base["data"] |= dict(
     source="$BIGALIGN_DATA/icons/train/{00000..00010}.tar",

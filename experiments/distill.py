@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import pathlib
 import sys
@@ -22,21 +21,17 @@ import rich.table
 
 from bigalign.frozen.reinforce import reinforce
 from bigalign.run import tables
+from bigalign.run.configs import load_config
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
-ROOT = pathlib.Path(__file__).parents[1]
 SETS = dict(seen="val", unseen="unseen")  # concepts of the training icons, and others
 METRICS = tuple(f"val/{name}/text_to_image_R@5" for name in SETS)
 
 
 def base() -> dict[str, Any]:
   """What teacher and students share: configs/photos.py on icons of 32 pixels, with `clip`."""
-  spec = importlib.util.spec_from_file_location("photos", ROOT / "configs/photos.py")
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  c: dict[str, Any] = module.get_config().to_dict()
+  c: dict[str, Any] = load_config("photos").to_dict()
   c |= dict(log_every=50, checkpoint_every=0, eval_every=0, batch_size=256)
   c["data"] |= dict(
     source="$BIGALIGN_DATA/icons/train/{00000..00010}.tar",

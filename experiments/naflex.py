@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import pathlib
 from typing import Any
@@ -20,10 +19,10 @@ import rich.box
 import rich.table
 
 from bigalign.run import tables
+from bigalign.run.configs import load_config
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
-ROOT = pathlib.Path(__file__).parents[1]
 SETS = ("coco2k", "flickr8k")
 METRICS = tuple(f"val/{name}/text_to_image_R@10" for name in SETS)
 PATCH, TOKENS = 16, 16
@@ -31,11 +30,7 @@ PATCH, TOKENS = 16, 16
 
 def configs(seed: int, samples: int) -> dict[str, dict[str, Any]]:
   """The config of each arm: configs/photos.py without emoji."""
-  spec = importlib.util.spec_from_file_location("photos", ROOT / "configs/photos.py")
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  squares: dict[str, Any] = module.get_config().to_dict()
+  squares: dict[str, Any] = load_config("photos").to_dict()
   squares |= dict(seed=seed, total_steps=f"{samples} samples", log_every=20)
   squares |= dict(checkpoint_every=0, eval_every=0)
   source = "$BIGALIGN_DATA/coco2k/train/{00000..00005}.tar"

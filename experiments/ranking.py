@@ -11,8 +11,6 @@ pair first, or if its rank correlation is below LEAST.
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -25,11 +23,11 @@ from matplotlib.figure import Figure
 
 from bigalign.frozen.compare import MAPS, SHOWN, compare
 from bigalign.frozen.embed import embed
+from bigalign.run.configs import load_config
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
 LEAST = 0.8
-ROOT = pathlib.Path(__file__).parents[1]
 WEIGHTS = "$BIGALIGN_DATA/weights"
 # {name: (options of the tower, pixels per side)}
 IMAGE = dict(
@@ -44,11 +42,7 @@ MEASURES = ("linear_cka", "mutual_knn", "local_cka", "ridge", "cca", "procrustes
 
 def config(image: str, text: str) -> dict[str, Any]:
   """Returns configs/photos_frozen.py with two other towers."""
-  spec = importlib.util.spec_from_file_location("shipped", ROOT / "configs/photos_frozen.py")
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  c: dict[str, Any] = copy.deepcopy(module.get_config().to_dict())
+  c: dict[str, Any] = load_config("photos_frozen").to_dict()
   tower, size = IMAGE[image]
   c["model"] |= dict(image=dict(tower, dtype="float32"), text=dict(TEXT[text], dtype="float32"))
   c["data"]["image_size"] = size

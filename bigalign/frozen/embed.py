@@ -384,6 +384,15 @@ def table(stores: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
   return rows
 
 
+def show(folders: Iterable[pathlib.Path], json_file: str | None) -> None:
+  """Prints the table of some stores, in one process, and writes the summary to a file if asked."""
+  if jax.process_index() == 0:
+    made = summary(folders)
+    tables.show(table(made))
+    if json_file:
+      tables.write_json(json_file, made)
+
+
 def verify(folder: str | pathlib.Path) -> bool:
   """Prints the errors of a store; returns whether there are none."""
   found = reader.Store(folder)
@@ -424,11 +433,7 @@ def main(argv: Sequence[str]) -> None:
         )
   except Exception as error:
     preemption.exit_on_error(error)
-  if jax.process_index() == 0:
-    made = summary(folders.values())
-    tables.show(table(made))
-    if values.json:
-      tables.write_json(values.json, made)
+  show(folders.values(), values.json)
 
 
 def run() -> None:

@@ -30,11 +30,11 @@ from bigalign.data.samples.rejects import REASONS
 from bigalign.data.sources.base import Source
 from bigalign.data.stores import reader, writer
 from bigalign.evals.embed import round_batch
-from bigalign.frozen.embed import PIECES, check_source, claimed, embed, joined, summary, table
+from bigalign.frozen.embed import PIECES, check_source, claimed, embed, joined, show
 from bigalign.frozen.towers import Towers, load_towers
 from bigalign.inputs import open_data
 from bigalign.options import plain
-from bigalign.run import preemption, progress, tables
+from bigalign.run import preemption, progress
 from bigalign.run.flags import define_flags, parse_flags
 
 
@@ -189,11 +189,7 @@ def main(argv: Sequence[str]) -> None:
       )
   except Exception as error:
     preemption.exit_on_error(error)
-  if jax.process_index() == 0:
-    made = summary(folders.values())
-    tables.show(table(made))
-    if values.json:
-      tables.write_json(values.json, made)
+  show(folders.values(), values.json)
 
 
 def run() -> None:

@@ -157,6 +157,22 @@ def _stored_texts(store: Store | None, places: np.ndarray) -> dict[str, np.ndarr
   return dict(texts=vectors, texts_mask=there[:, :, None], texts_valid=there)
 
 
+def prefetch_two(source: Source, indices: np.ndarray, distance: int) -> None:
+  """Lets a source begin to fetch a batch in its order, and the worker's next one.
+
+  Args:
+    source: the samples.
+    indices: [b], of the batch; some may be past the end.
+    distance: how much further on the next batch is.
+  """
+  soon = np.concatenate([indices, indices + distance])
+  soon = soon[soon < len(source)]
+  # Room for all blocks of both batches; what does not fit would be fetched one request at a time.
+  block = getattr(source, "block", 1)
+  held = (len(np.unique(soon // block)) + 2) * block if block > 1 else 0
+  prefetch(source, soon.tolist(), hold=held)
+
+
 class _EvalBatches(SampleReader):
   """Element k is this host's part of the k-th batch in source order."""
 
@@ -192,12 +208,7 @@ class _EvalBatches(SampleReader):
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     indices = self._start + k * self._batch_size + self._rows
-    soon = np.concatenate([indices, indices + self._ahead * self._batch_size])
-    soon = soon[soon < len(self._source)]
-    # Room for all blocks of both batches; what does not fit would be fetched one request at a time.
-    block = getattr(self._source, "block", 1)
-    held = (len(np.unique(soon // block)) + 2) * block if block > 1 else 0
-    prefetch(self._source, soon.tolist(), hold=held)
+    prefetch_two(self._source, indices, self._ahead * self._batch_size)
     b, c = len(indices), self._captions
     blank = self._data.blank(1) if self._images else {"image": np.zeros((1, 0, 0, 3), np.uint8)}
     images = {name: np.repeat(x, b, axis=0) for name, x in blank.items()}

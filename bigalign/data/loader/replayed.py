@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from bigalign.data.fields.replay import Replay
+from bigalign.data.loader.evaluation import prefetch_two
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import SampleReader, checked_rows, words
 from bigalign.data.loader.workers import Batches, iterate
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import REASONS, rejection
-from bigalign.data.sources.base import Source, prefetch
+from bigalign.data.sources.base import Source
 
 
 def view_batches(
@@ -67,9 +68,7 @@ class _ViewBatches(SampleReader):
 
   def __getitem__(self, k: int) -> dict[str, np.ndarray]:
     indices = self._start + k * self._batch_size + self._rows
-    soon = np.concatenate([indices, indices + self._ahead * self._batch_size])
-    soon = soon[soon < len(self._source)]
-    prefetch(self._source, soon.tolist(), hold=len(soon))
+    prefetch_two(self._source, indices, self._ahead * self._batch_size)
     b, size = len(indices), self._data.image_size
     seen = np.zeros((self._replay.views, b, size, size, 3), np.uint8)
     pixels = np.zeros((b, 2), np.int32)
