@@ -424,6 +424,7 @@ class TestColumns:
       (dict(noise=dict(field="json.noise", dtype="int32")), "cannot be int32"),
       (dict(noise=dict(field="json.noise", shape=(2,))), r"the shape is \(\), expected \(2,\)"),
       (dict(text="json.noise"), "'text' cannot be the name of a column"),
+      (dict(image_mask="json.noise"), "'image_mask' cannot be the name of a column"),
       (dict(noise=dict(field="json.noise", dtype="float64")), "dtype='float64'; known"),
       (dict(noise={}), "either a field or a file"),
     ):

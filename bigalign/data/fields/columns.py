@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,12 +18,6 @@ from bigalign.data.sources.base import Source, value
 
 DTYPES = ("float32", "int32", "uint8", "bool")
 _PROBES = 64  # samples that are read when a column is opened
-# Arrays that every batch has, which a column may not replace; see also those of other fields.
-RESERVED = {
-  *("image", "text", "text_mask", "text_second", "text_second_mask", "image_id", "text_id"),
-  *("label", "source", "rejects", "repaired", "text_others", "text_others_mask", "texts_kind"),
-  *("teacher_img", "teacher_txt", "teacher_txts", "teacher_txt_second"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,18 +78,21 @@ class Columns:
   Args:
     columns: {name: options}.
     source: of the samples.
+    taken: names that other fields of a batch have, or would have with other options.
 
   Raises:
-    ValueError: for a name that a batch has already; if none of the samples drawn from the source
+    ValueError: for a name that is taken; if none of the samples drawn from the source
       has a value that can be used, or most values do not have the shape and the type of the
       options; for a file of another source.
   """
 
-  def __init__(self, columns: Mapping[str, ColumnOptions], source: Source):
+  def __init__(
+    self, columns: Mapping[str, ColumnOptions], source: Source, *, taken: Collection[str]
+  ):
     self._columns, self._source = dict(columns), source
     self.spec = spec(columns)
     for name in self.spec:
-      if name in RESERVED or not name.isidentifier():
+      if name in taken or not name.isidentifier():
         raise ValueError(
           f"config.data.columns: {name!r} cannot be the name of a column; choose a name of letters"
           " that no other field of the batch has"

@@ -24,7 +24,8 @@ from bigalign.data.samples.ids import sample_id
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.stores.reader import Store
 
-IMAGE, TEXT, TEXTS, SECOND = "teacher_img", "teacher_txt", "teacher_txts", "teacher_txt_second"
+NAMES = ("teacher_img", "teacher_txt", "teacher_txts", "teacher_txt_second")
+IMAGE, TEXT, TEXTS, SECOND = NAMES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,7 @@ class Teachers:
         ]
         continue
       places = (sample.second,) if side == "second" else sample.places
-      # A text that is no caption has no vector; that of the first text stands in its place, and
+      # A text that is not a caption has no vector. It gets that of the first text, and
       # losses mask it by the kind of the text.
       drawn = [sample.caption(place if place >= 0 else places[0]) for place in places]
       found[side] = [

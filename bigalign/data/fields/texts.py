@@ -29,6 +29,8 @@ from bigalign.data.text.kinds import ABSENT, NEGATIVE, POSITIVE
 from bigalign.data.text.negatives import RULES
 from bigalign.options import DEFAULTS
 
+NAMES = ("text_others", "text_others_mask", "texts_kind")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NegativesOptions:

@@ -10,10 +10,18 @@ from bigalign.data.fields.base import Field, Spec
 from bigalign.data.fields.columns import Columns
 from bigalign.data.fields.teachers import Teachers
 from bigalign.data.fields.views import ImageViews
+from bigalign.data.image import naflex
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.sources.base import Source
 from bigalign.data.text.captions import fields
 from bigalign.options import plain
+
+# The fields of a pair, whatever the options, and those of the other kinds.
+_TAKEN = {
+  *("text", "text_mask", "text_second", "text_second_mask", "image_id", "text_id"),
+  *("label", "source", "rejects", "repaired"),
+  *(*naflex.FIELDS, *texts.NAMES, *teachers.NAMES),
+}
 
 
 def spec(data: DataOptions) -> Spec:
@@ -46,7 +54,7 @@ def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
     )
     opened.append(read)
   if data.columns:
-    opened.append(Columns(data.columns, source))
+    opened.append(Columns(data.columns, source, taken=_TAKEN))
   if data.views:
     if "image" in data.stores.sides:
       raise ValueError(
