@@ -46,7 +46,7 @@ def compiled(name, way, batch, mesh):
   return work, program.memory_analysis(), hlo_collectives.collectives(program.as_text())
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.long), "data x fsdp"])
 @pytest.mark.parametrize("name,products", [("clip", 8.05), ("siglip", 6.05)])
 def test_a_million_pairs(name, products, mesh):
   """Temporaries, communication and products of the default way at 2^20 pairs of width 1152."""

@@ -121,7 +121,7 @@ def recalls(scores, owner):
   return *((rank < k).mean() for k in (1, 5, 10)), *(hits[:, :k].any(1).mean() for k in (1, 5))
 
 
-@pytest.mark.optimized
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_mobilenet_features_name_what_captions_do(data_root):
   """A ridge regression to tf-idf, in closed form, has the recall that is known of these features.

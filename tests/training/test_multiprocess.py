@@ -57,7 +57,7 @@ def _equal_losses(tmp_path, shapes, steps):
 @pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh(tmp_path):
   """A mesh of one axis, and one with all three."""
-  _equal_losses(tmp_path, OFTEN, steps=20)
+  _equal_losses(tmp_path, OFTEN, steps=10)
 
 
 @pytest.mark.long
