@@ -199,7 +199,10 @@ def _with_optimizers(
   made: list[tuple[tuple[Any, ...], Program]] = []
   for number, (program, stage) in enumerate(zip(programs, run_stages)):
     options = stage.config.optimizer.options
-    numbers = {k: x for k, x in options.items() if k not in stages.SCHEDULE}
+    # A decay that is independent of the learning rate is divided by it.
+    independent = stage.config.optimizer.option("independent_weight_decay")
+    own_lr = {"lr"} if independent else set()
+    numbers = {k: x for k, x in options.items() if k not in stages.SCHEDULE.keys() - own_lr}
     ages = since[number] if has_young else None
     key = (numbers, ages, [*trained[number]])
     known = (one.optimizer for theirs, one in made if theirs == key)  # so that programs are equal

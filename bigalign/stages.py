@@ -40,6 +40,7 @@ OVERRIDES: dict[str, Any] = {
   "loss": Mapping[str, Any],
   **{f"optimizer/{name}": kind for name, kind in SCHEDULE.items()},
   "optimizer/weight_decay": float,
+  "optimizer/independent_weight_decay": float,
   "optimizer/multipliers": Sequence[Any],
   "data/image_size": int,
   "data/tokenizer/length": int,

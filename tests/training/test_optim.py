@@ -1,4 +1,8 @@
-"""Schedules, weight decay, multipliers, optimizers; FLOPs."""
+"""Schedules, weight decay, multipliers, optimizers; FLOPs.
+
+The cases of the second set of expected values with "oracle" and "losses2" in their names hold five
+updates of two tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import loss_oracles
 
-from bigalign.optim import OPTIMIZERS, learning_rate, make_optimizer
+from bigalign import sharding, tree
+from bigalign.optim import OPTIMIZERS, layer_factors, learning_rate, make_optimizer
 from bigalign.run import flops
+from bigalign.towers import TOWERS
 
 PARAMS = {
   "model/encoder/block_0/mlp/fc1/kernel": jnp.ones((4, 8)),
@@ -177,6 +184,206 @@ def test_muon_orthogonalises_each_layer_of_a_stack():
   ):
     values = np.linalg.svd(np.asarray(matrix), compute_uv=False)
     assert values.max() / values.min() < 3, values
+
+
+@pytest.mark.parametrize("case", loss_oracles.cases2("stable_adamw", "lamb", "adamw_big_vision"))
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_five_updates_are_those_of_the_reference(case, precision):
+  with jax.enable_x64(precision == "float64"):
+    inputs = loss_oracles.floats(loss_oracles.oracles2().inputs(case), precision)
+    options = {k: case["params"][k] for k in ("b1", "b2", "eps", "lr")}
+    decay, schedule = case["params"]["weight_decay"], jnp.asarray(case["params"]["schedule"])
+    if case["loss"] == "adamw_big_vision":
+      options |= dict(name="adamw", independent_weight_decay=decay)
+    else:
+      options |= dict(name=case["loss"], weight_decay=decay)
+    if case["loss"] == "lamb":
+      options["always_adapt"] = case["params"]["always_adapt"]
+    params = {"w/kernel": inputs["w0"], "b/bias": inputs["b0"]}
+    optimizer, _ = make_optimizer(
+      params=params,
+      total_steps=5,
+      to_steps=lambda value, where, **_: int(value),
+      rate=lambda step: (options["lr"] * schedule)[step],
+      clip_norm=None,
+      moments=precision,
+      **options,
+    )
+    state, seen = optimizer.init(params), []
+    for step in range(5):
+      grads = {
+        path: inputs[f"g{path[0]}"][step]
+        if f"g{path[0]}" in inputs
+        else inputs[f"h{path[0]}"] * (x - inputs[f"c{path[0]}"])
+        for path, x in params.items()
+      }
+      updates, state = optimizer.update(grads, state, params)
+      params = {path: x + updates[path] for path, x in params.items()}
+      seen.append(params)
+    got = {path[0]: np.stack([step[path] for step in seen]) for path in params}
+    rtol = 1e-9 if precision == "float64" else 1e-4
+    loss_oracles.oracles2().check(case, got, rtol=rtol, require=("w", "b"))
+
+
+def draws(seed, scale=1.0):
+  """Random arrays like PARAMS; scale: of a whole tree, or {path: array or number}."""
+  rng = np.random.default_rng(seed)
+  scale = scale if isinstance(scale, dict) else dict.fromkeys(PARAMS, scale)
+  return {
+    path: jnp.asarray(rng.normal(size=x.shape) * scale[path], jnp.float32)
+    for path, x in PARAMS.items()
+  }
+
+
+STACK = "model/image_tower/encoder/blocks/mlp/fc1/kernel"
+
+
+@pytest.mark.parametrize("name", ["stable_adamw", "lamb"])
+def test_a_layer_of_a_stack_and_a_shard_of_a_tensor_are_updated_as_if_alone(name):
+  """Factors are those of one layer of scanned blocks, and of whole tensors on any mesh."""
+  scales = {**dict.fromkeys(PARAMS, 1.0), STACK: np.asarray([0.1, 1.0, 9.0])[:, None, None]}
+  params, first, second = draws(0, scales), draws(1), draws(2, {**scales, STACK: 50.0})
+
+  def after_two(params, first, second):
+    optimizer, _ = make_optimizer(
+      params=params,
+      total_steps=2,
+      to_steps=lambda value, where, **_: int(value),
+      **dict(lr=0.1, schedule="constant", clip_norm=None, name=name, weight_decay=0.3),
+    )
+    state = optimizer.init(params)
+    for grads in (first, second):
+      updates, state = optimizer.update(grads, state, params)
+    return updates
+
+  whole = after_two(params, first, second)
+  for layer in range(3):
+    alone = [{"layer/kernel": arrays[STACK][layer]} for arrays in (params, first, second)]
+    np.testing.assert_allclose(
+      whole[STACK][layer], after_two(*alone)["layer/kernel"], rtol=1e-5, err_msg=f"layer {layer}"
+    )
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+  rules = sharding.shardings(params, mesh)
+  spread = [{path: jax.device_put(x, rules[path]) for path, x in params.items()}]
+  spread += [
+    {path: jax.device_put(x, rules[path]) for path, x in grads.items()} for grads in (first, second)
+  ]
+  assert len(spread[0][STACK].sharding.device_set) == 4
+  for path, x in jax.jit(after_two)(*spread).items():
+    np.testing.assert_allclose(x, whole[path], rtol=1e-5, err_msg=path)
+
+
+def test_one_large_gradient_moves_stable_adamw_less():
+  """With gradients that do not grow it is AdamW, to the bit of its formula."""
+
+  def last(name, scale):
+    optimizer, _ = make(name=name, b2=0.99, eps=1e-6, weight_decay=0.1)
+    state = optimizer.init(PARAMS)
+    for size in (*[1.0] * 5, scale):
+      grads = {path: jnp.full_like(x, size) for path, x in PARAMS.items()}
+      updates, state = optimizer.update(grads, state, PARAMS)
+    return np.asarray(updates["model/encoder/block_0/mlp/fc1/bias"])
+
+  assert np.abs(last("stable_adamw", 1000.0)).max() < 0.5 * np.abs(last("adamw", 1000.0)).min()
+  np.testing.assert_array_equal(last("stable_adamw", 0.5), last("adamw", 0.5))
+
+
+@pytest.mark.parametrize("rest", ["stable_adamw", "lamb"])
+def test_muon_leaves_the_rest_to_another_optimizer(rest):
+  params, grads = draws(0), draws(1)
+
+  def first(**options):
+    optimizer, _ = make(weight_decay=0.1, b1=0.9, b2=0.99, eps=1e-6, **options)
+    return optimizer.update(grads, optimizer.init(params), params)[0]
+
+  both, muon, alone = first(name="muon", rest=rest), first(name="muon"), first(name=rest)
+  for path, x in both.items():
+    is_matrix = path.endswith("kernel")
+    np.testing.assert_allclose(x, (muon if is_matrix else alone)[path], rtol=1e-6, err_msg=path)
+
+
+def test_independent_weight_decay_follows_the_schedule_and_not_the_learning_rate():
+  """Nor factors of the learning rate; of a rate of its own, it follows the course."""
+  kernel = "model/encoder/block_0/mlp/fc1/kernel"
+  for options in (dict(lr=1e-30), dict(multipliers=[(".", 0.0)], layer_decay=0.5)):
+    moved = update(1.0, independent_weight_decay=0.1, **options)
+    np.testing.assert_allclose(moved[kernel], -0.1, rtol=1e-6)
+  np.testing.assert_allclose(
+    update(independent_weight_decay=0.1, warmup=10, schedule="cosine")[kernel], -0.01, rtol=1e-6
+  )
+  own = [("fc1", dict(start=0.25, end=0.75, over=4))]
+  np.testing.assert_allclose(
+    update(independent_weight_decay=0.1, rates=own)[kernel], -0.1 / 3, rtol=1e-6
+  )
+  with pytest.raises(ValueError, match="set one of the two"):
+    make(independent_weight_decay=0.1, weight_decay=0.1)
+  with pytest.raises(ValueError, match=r"is 0 for \['model/encoder/block_0/mlp/fc1/kernel'"):
+    make(independent_weight_decay=0.1, lr=0.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_layer_decay_is_a_share(value):
+  with pytest.raises(ValueError, match=f"layer_decay={value} must be above 0 and at most 1"):
+    make(layer_decay=value)
+
+
+def test_layer_decay_slows_what_is_deeper_scanned_or_not():
+  """BEiT's: embeddings lowest, the last block one step below the head, projectors 1."""
+  image = dict(patch=8, width=8, depth=2, heads=2, pool="map", pre_norm=True, registers=1)
+
+  def factors(**options):
+    tower = TOWERS["vit"](**image, **options).build()
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), jnp.ones((1, 16, 16, 3)))["params"]
+    every = {**tree.flatten(shapes, "model/image_tower/"), "model/image_projector/kernel": 0}
+    return layer_factors(every, 0.5)
+
+  plain, scanned = factors(scan=False), factors()
+  layers = dict(embedding=3, positions=3, extra_tokens=3, ln_pre=3, block_0=2, block_1=1)
+  for path, x in plain.items():
+    part = path.removeprefix("model/image_tower/").removeprefix("encoder/").split("/")[0]
+    assert x == 0.5 ** layers.get(part, 0), path
+  for path, x in scanned.items():
+    each = x.ravel() if tree.is_stacked(path) else [x]
+    assert [plain[tree.layer_path(path, i)] for i in range(len(each))] == [*each], path
+
+
+def test_layer_decay_of_towers_with_other_paths():
+  """BERT and both convolutional towers, whose blocks are counted in their order."""
+  steps = {
+    "text_tower": dict(
+      embedding=2,
+      types=2,
+      relative=2,
+      **{"ln_embedding/scale": 2, "pooler/kernel": 0},
+      **{"encoder/block_0/ln1/scale": 1},
+    ),
+    "image_tower": {
+      "conv1/kernel": 4,
+      "bn1/scale": 4,
+      "stage_1_block_0/conv1/kernel": 3,
+      "stage_1_block_1/conv1/kernel": 2,
+      "stage_2_block_0/bn1/scale": 1,
+    },
+  }
+  for tower in (
+    steps,
+    {
+      "image_tower": {
+        "stem/kernel": 12,
+        "head/kernel": 0,
+        **{f"bottleneck_{i}/project/kernel": 12 - i for i in range(1, 12)},
+      }
+    },
+  ):
+    expected = {f"model/{t}/{p}": 0.5**n for t, paths in tower.items() for p, n in paths.items()}
+    assert layer_factors(expected, 0.5) == expected
+
+
+def test_layer_decay_is_a_factor_of_the_learning_rate_beside_multipliers():
+  plain = update(1.0, name="sgd", layer_decay=0.5, multipliers=[("fc1/kernel", 0.1)])
+  np.testing.assert_allclose(
+    plain[STACK][:, 0, 0], -0.1 * np.asarray([0.125, 0.25, 0.5]), rtol=1e-6
+  )
 
 
 def test_moments_in_bfloat16():
