@@ -48,6 +48,7 @@ class Program:
     frozen: regular expression of the parameters that are not trained.
     fixed: the paths that no stage of the run trains.
     ema: decay of the running average of the parameters; 0: none.
+    ema_warmup: whether the decay rises to it from 0.1.
     seed: of dropout and of the draws of the loss.
     total_steps: updates in all.
     microbatches: parts in which a batch is embedded.
@@ -66,6 +67,7 @@ class Program:
   frozen: str
   fixed: frozenset[str]
   ema: float
+  ema_warmup: bool
   seed: int
   total_steps: int
   microbatches: int
@@ -128,6 +130,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     frozen=config.frozen,
     fixed=frozenset(),
     ema=config.ema,
+    ema_warmup=config.ema_warmup,
     seed=config.seed,
     total_steps=total_steps,
     microbatches=config.microbatches,

@@ -88,8 +88,9 @@ def train_step(
   updates, opt = program.optimizer.update(grads, state.opt, state.trainable)
   trainable = constrain(program.loss, optax.apply_updates(state.trainable, updates), state)
   # optax.incremental_update adds in the opposite order, which changes the last bits of a run.
+  mean_decay = ema_decay(program, state.step)
   ema = {
-    path: program.ema * old + (1 - program.ema) * trainable[path] for path, old in state.ema.items()
+    path: mean_decay * old + (1 - mean_decay) * trainable[path] for path, old in state.ema.items()
   }
 
   # --- skip it if anything is not finite
@@ -135,6 +136,14 @@ def train_step(
     "lr": program.rate(state.step),
   }
   return next_state, scalars, checks
+
+
+def ema_decay(program: Program, step: jax.Array) -> Any:
+  """The decay of the running averages in the update after `step` updates."""
+  if not program.ema_warmup:
+    return program.ema
+  # As in TensorFlow's and diffusers' averages: the random first parameters are forgotten.
+  return jnp.minimum(program.ema, (1.0 + step) / (10.0 + step))
 
 
 def jitted(program: Program, shardings: State, mesh: jax.sharding.Mesh) -> Any:

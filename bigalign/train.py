@@ -203,6 +203,9 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
     with named(stage):
       text = summary(programs[stage.number], shapes[stage.number])
     logging.info("%s%s", "" if len(stages) == 1 else f"{stage.where}: ", text)
+  if options.ema:
+    how = f"min({options.ema}, (1 + n) / (10 + n)) after n updates" if options.ema_warmup else ""
+    logging.info("Running averages: decay %s", how or f"{options.ema} from the first update on")
   listener = preemption.PreemptionListener()
   embed = make_embed(program.model)
   embed |= {name: listener.interruptible(embed[name]) for name in ("embed_image", "embed_text")}
