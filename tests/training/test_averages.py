@@ -32,8 +32,8 @@ def test_a_short_run_does_not_average_its_random_first_parameters():
 @pytest.mark.slow
 def test_an_update_averages_with_the_decay_of_its_step():
   c = load("tiny").to_dict() | dict(batch_size=8, ema=0.9, evals={})
-  for side in ("image", "text"):
-    c["model"][side] |= dict(depth=1, width=16, heads=2)
+  stored = dict(name="features", width=8)
+  c["model"] = dict(image=stored, text=stored, embed_dim=4)
   program = make_program(resolve_config(c), dataset_size=100)
   state = init_state(program, jax.random.key(0))
   rng = np.random.default_rng(0)
