@@ -85,6 +85,7 @@ def open_data(options: DataOptions) -> Inputs:
     )
   sides = options.stores.sides
   _check_ignored(options)
+  _check_images(options)
   if len(sides) == 2:
     _check_no_fields(options)
     stores = options.stores
@@ -125,6 +126,20 @@ def _check_no_fields(options: DataOptions) -> None:
       )
 
 
+def _check_images(options: DataOptions) -> None:
+  """Raises ValueError for an option about images, where samples have none."""
+  given = dict(
+    augment=not options.augment.is_default,
+    views=bool(options.views),
+    **{f"teachers.{name}.image": bool(x.image) for name, x in options.teachers.items()},
+    **{"stores.image": bool(options.stores.image)},
+  )
+  for name in [name for name, is_set in given.items() if is_set and not options.images]:
+    raise ValueError(
+      f"config.data.{name} is about images, but config.data.images=False; leave one of them out"
+    )
+
+
 def _check_ignored(options: DataOptions) -> None:
   """Raises ValueError for an option that has no effect, because its side comes from a store."""
   sides = options.stores.sides
@@ -162,7 +177,9 @@ def _open_source(options: DataOptions, captions: Sequence[str] | None) -> Source
     raise ValueError(
       "config.data.schedule changes mixture weights, but config.data.mixture is not set"
     )
-  source = open_source(options.source, captions=captions, **options.source_options or {})
+  source = open_source(
+    options.source, captions=captions, images=options.images, **options.source_options or {}
+  )
   if options.pure_batches:
     raise ValueError("config.data.pure_batches=True, but config.data.mixture is not set")
   if options.view:
@@ -181,7 +198,7 @@ def _open_mixture(options: DataOptions, captions: Sequence[str] | None) -> Mixtu
       raise ValueError(
         f"config.data.mixture[{i}].name={part.name!r} is the name of another source too"
       )
-    source, weight = _open_part(part, captions)
+    source, weight = _open_part(part, captions, options.images)
     sources[part.name], weights[part.name] = source, weight
   phases = [(start, dict(some)) for start, some in options.schedule]
   # A schedule may give the weights of the start itself.
@@ -205,7 +222,9 @@ def _check_weights(parts: Sequence[MixturePart]) -> None:
     )
 
 
-def _open_part(part: MixturePart, captions: Sequence[str] | None) -> tuple[Source, float]:
+def _open_part(
+  part: MixturePart, captions: Sequence[str] | None, images: bool
+) -> tuple[Source, float]:
   """One source of a mixture and its weight; captions: the fields of config.data.captions."""
   if part.captions is not None and captions is not None:
     raise ValueError(
@@ -215,6 +234,7 @@ def _open_part(part: MixturePart, captions: Sequence[str] | None) -> tuple[Sourc
   source: Source = open_source(
     part.source,
     captions=captions if part.captions is None else part.captions,
+    images=images,
     **part.source_options or {},
   )
   if not len(source):

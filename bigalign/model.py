@@ -38,7 +38,8 @@ FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
 
 def provided(batch: Iterable[str]) -> set[str]:
   """The fields of a batch and the features that a model computes from them, for check_needs."""
-  fields = {*batch, *FEATURES}
+  fields = {*batch}
+  fields |= {name for name in FEATURES if "image" in fields or not name.endswith("img")}
   made = {"text_second": "ztxt_second", "texts_kind": "ztxts", "teacher_txts": "teacher_txt"}
   made |= {name: f"{name}_stored" for name in ("teacher_img", "teacher_txt")}
   return fields | {feature for field, feature in made.items() if field in fields}
@@ -74,7 +75,7 @@ class DualEncoder(nn.Module):
 
   def __call__(
     self,
-    image: Images,
+    image: Images | None,
     text: jax.Array,
     mask: jax.Array | None = None,
     train: bool = False,
@@ -84,7 +85,8 @@ class DualEncoder(nn.Module):
     """The features that losses read.
 
     Args:
-      image: [B, H, W, 3] uint8, or Patches.
+      image: [B, H, W, 3] uint8, or Patches; None for texts alone: the image tower does not run, and
+        there are no features of images.
       text: [B, L] int32.
       mask: [B, L] bool, True for a token that is not padding.
       train: whether dropout is applied.
@@ -98,7 +100,14 @@ class DualEncoder(nn.Module):
       mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`; ztxts [B, M, E],
       all texts of each image, with `others`.
     """
-    raw_img, img = self._image(image, train)
+    feats: dict[str, jax.Array] = {}
+    if image is not None:
+      raw_img, img = self._image(image, train)
+      feats |= {
+        "zimg": unit(raw_img),
+        "raw_img": raw_img.astype(jnp.float32),
+        "tokens_img": img.tokens,
+      }
     if others:
       assert mask is not None, "the data gives both"
       text, mask = (
@@ -112,12 +121,9 @@ class DualEncoder(nn.Module):
       return x if count == 1 else rearrange(x, "(b m) ... -> b m ...", m=count)[:, 0]
 
     raw_txt, txt = first(raw_txts), jax.tree.map(first, txts)
-    feats = {
-      "zimg": unit(raw_img),
+    feats |= {
       "ztxt": unit(raw_txt),
-      "raw_img": raw_img.astype(jnp.float32),
       "raw_txt": raw_txt.astype(jnp.float32),
-      "tokens_img": img.tokens,
       "tokens_txt": txt.tokens,
     }
     if others is not None:

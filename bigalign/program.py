@@ -41,6 +41,7 @@ class Program:
     rate: step -> learning rate.
     spec: {name: (shape, dtype)} of a global batch; stored vectors and their mask may be wider or
       narrower in the data.
+    images: the same of the images that the model takes, where batches have texts alone; else {}.
     sources: how many sources the data mixes.
     sizes: the number of ids, {"image": n, "text": m}, "embed", the width E, and "teachers", the
       widths of the teachers whose vectors a batch holds.
@@ -61,6 +62,7 @@ class Program:
   optimizer: optax.GradientTransformation
   rate: Schedule
   spec: Mapping[str, tuple[tuple[int, ...], Any]]
+  images: Mapping[str, tuple[tuple[int, ...], Any]]
   sources: int
   sizes: Mapping[str, Any]
   params: Mapping[str, Any]
@@ -119,6 +121,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     optimizer=optax.identity(),  # replaced below, like `rate`: the optimizer needs `params`
     rate=lambda step: step,
     spec=_spec(model, *_longest(config)),
+    images=_images(model, config),
     sources=max(1, len(config.data.mixture)),
     sizes={
       "image": dataset_size,
@@ -127,7 +130,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
       "teachers": teachers.widths(config.data.teachers),
     },
     params={},
-    frozen=config.frozen,
+    frozen=_frozen(config),
     fixed=frozenset(),
     ema=config.ema,
     ema_warmup=config.ema_warmup,
@@ -159,7 +162,8 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
       model = own.model.build()
       tower = model.image_tower
       if getattr(tower, "grid", ()) is None:
-        rows, cols = (size // tower.options.patch for size in spec["image"][0][1:3])
+        size = {**program.images, **spec}["image"][0][1:3]
+        rows, cols = (side // tower.options.patch for side in size)
         model = model.clone(image_tower=tower.clone(grid=(rows, cols)))
     spec = _spec(model, *_longest(own))
     loss = program.loss if own.loss == config.loss else make_loss(own.loss)
@@ -173,8 +177,9 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     model=model,
     loss=loss,
     spec=spec,
+    images=_images(model, own),
     params=params,
-    frozen=own.frozen,
+    frozen=_frozen(own),
     microbatches=own.microbatches,
   )
 
@@ -313,6 +318,20 @@ def _spec(model: DualEncoder, batch_size: int, data: DataOptions) -> dict[str, A
   return spec
 
 
+def _images(model: DualEncoder, config: Config) -> dict[str, Any]:
+  """Program.images of a config."""
+  if config.data.images:
+    return {}
+  with_images = dataclasses.replace(config.data, images=True)
+  return naflex.only_images(_spec(model, config.batch_size, with_images))
+
+
+def _frozen(config: Config) -> str:
+  """config.frozen; without images the image tower and its projector too, for lack of a gradient."""
+  own = "" if config.data.images else "^model/image_"
+  return "|".join(filter(None, (config.frozen, own)))
+
+
 def stored_fields(side: str) -> set[str]:
   """The fields of a batch that hold vectors if those of a side come from a store."""
   return {"image"} if side == "image" else {"text", "text_second", "text_others"}
@@ -320,7 +339,8 @@ def stored_fields(side: str) -> set[str]:
 
 def init_params(program: Program, key: jax.Array) -> Arrays:
   """All parameters by path, float32: "model/…" and "loss/…"."""
-  one = {name: jnp.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in program.spec.items()}
+  spec = {**program.images, **program.spec}
+  one = {name: jnp.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
   variables = program.model.init(key, naflex.of_fields(one), one["text"], one["text_mask"])
   scalars, _ = program.loss.init(program.sizes)
   return {**tree.flatten(variables["params"], "model/"), **tree.flatten(scalars, "loss/")}
@@ -368,7 +388,8 @@ def at_start(programs: Sequence[Program]) -> Program:
 
   Parameters are drawn as without stages.
   """
-  return dataclasses.replace(programs[0], model=programs[-1].model, spec=programs[-1].spec)
+  last = programs[-1]
+  return dataclasses.replace(programs[0], model=last.model, spec=last.spec, images=last.images)
 
 
 def init_on_mesh(program: Program, shardings: State, loaded: Arrays | None = None) -> State:

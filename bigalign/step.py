@@ -387,7 +387,7 @@ def build_stages(
   batch: Mapping[str, jax.Array],
   position: np.ndarray,
 ) -> dict[int, dict[tuple[int, ...], CompiledStep]]:
-  """The compiled steps of each stage, by its number and by the shape of the images of a batch.
+  """The compiled steps of each stage, by its number and by `shape_of` a batch.
 
   Later stages are compiled from the shapes of their batches and states, so nothing is allocated for
   them. Stages with equal programs share a step.
@@ -405,7 +405,7 @@ def build_stages(
   steps: dict[int, dict[tuple[int, ...], CompiledStep]] = {}
   own_programs = of_lengths(programs[stages[0].number], stages[0])
   spec = next(
-    (p.spec for p in own_programs if p.spec["image"][0] == batch["image"].shape),
+    (p.spec for p in own_programs if "image" in batch and p.spec["image"][0] == shape_of(batch)),
     own_programs[0].spec,
   )
   for stage in stages:
@@ -436,5 +436,11 @@ def build_stages(
           f"This is the step of {stage.where}; `bigalign plan` computes the memory that it needs."
         )
         raise
-      steps[stage.number][shapes["image"].shape] = one
+      steps[stage.number][shape_of(shapes)] = one
   return steps
+
+
+def shape_of(batch: Mapping[str, Any]) -> tuple[int, ...]:
+  """The shape in which the batches of a stage differ: of the images, or of texts alone."""
+  shape: tuple[int, ...] = batch["image" if "image" in batch else "text"].shape
+  return shape

@@ -76,6 +76,7 @@ from bigalign.step import (
   build_stages,
   data_position,
   diagnose,
+  shape_of,
   stop_if_not_finite,
   summary,
   warn_of_bounds,
@@ -317,7 +318,7 @@ def loop(run: Run) -> State:
   has_sample_state = [has_tables(one.loss) for one in run.programs]
   current = at(run.stages, step).number  # the stage to which `state` belongs
   diagnose_fns = [jax.jit(functools.partial(diagnose, program=p)) for p in run.programs]
-  # Of each stage that is left, by the shape of the images of a batch.
+  # Of each stage that is left, by `shape_of` a batch.
   compiled: dict[int, dict[tuple[int, ...], CompiledStep]] = {}
   samples_of_row = flops_of_row = 0  # since the last log
   steps_of_row = 0
@@ -424,7 +425,7 @@ def loop(run: Run) -> State:
             batch,
             position,
           )
-      one = compiled[stage.number][batch["image"].shape]
+      one = compiled[stage.number][shape_of(batch)]
       state, metrics, step_checks = one.call(state, batch, position)
       step += 1
       samples_seen += size

@@ -191,8 +191,8 @@ def embedding(ready: Ready, state: State, *, seconds: float) -> dict[str, float]
 
 def _stored(step: compile_step.Step) -> bool:
   """Whether a batch holds vectors of a store, which no tower reads."""
-  images, texts = step.batch["image"], step.batch["text"]
-  return bool(images.dtype != jnp.uint8 or texts.dtype != jnp.int32)
+  images, texts = step.batch.get("image"), step.batch["text"]
+  return bool(images is None or images.dtype != jnp.uint8 or texts.dtype != jnp.int32)
 
 
 @contextlib.contextmanager

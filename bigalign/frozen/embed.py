@@ -119,6 +119,10 @@ def embed(
 
 def check_source(source: Source, data: DataOptions, sides: Sequence[str]) -> None:
   """Raises ValueError for samples or captions that a store cannot hold."""
+  if "image" in sides and not data.images:
+    raise ValueError(
+      "config.data.images=False, so there are no images to embed; name the texts: --towers=text"
+    )
   if repeated := repeated_key(source):
     raise ValueError(
       f"Two samples of {source!r} have the key {repeated!r}, in files of one name in several"

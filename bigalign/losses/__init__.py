@@ -123,6 +123,7 @@ PROVIDES = dict(
 
 # What a loss may need -> the option of the config that provides it.
 SET_BY = dict(
+  **dict.fromkeys(("raw", "tokens", "raw_image", "tokens_image"), "config.data.images=True"),
   second_text="config.data.second_captions",
   texts="config.data.texts",
   teacher="config.data.teachers",
@@ -195,6 +196,12 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
       " example to 0.995"
     )
   for name, (_, term) in loss.terms.items():
+    if term.pair and "zimg" not in fields:
+      raise ValueError(
+        f"config.loss.{name} compares images and texts, but config.data.images=False: the data has"
+        " texts alone. Set config.loss.feature_distill=dict(w_img=0.0) or another loss of texts, or"
+        " data with images"
+      )
     for need in sorted(term.needs - {"ema_teacher"}):
       for field in PROVIDES[need]:
         if field not in fields:

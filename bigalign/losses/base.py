@@ -61,6 +61,7 @@ class Loss(NamedTuple):
     terms: of a weighted sum, {name: (weight, loss)}.
     per_sample_state: whether the arrays of its state are per-sample tables (per_sample/tables.py):
       all of them are, or none.
+    pair: whether it reads zimg and ztxt; without a loss that does, a batch may have texts alone.
   """
 
   needs: frozenset[str]
@@ -71,6 +72,7 @@ class Loss(NamedTuple):
   constrain: Callable[[Params, Params], Params] = lambda params, before: params
   terms: Mapping[str, tuple[float, Loss]] = {}
   per_sample_state: bool = False
+  pair: bool = True
 
 
 def apply_once(
@@ -155,4 +157,5 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     }
 
   needs = frozenset().union(*(loss.needs for _, loss in terms.values()))
-  return Loss(needs, init, apply, constrain, terms)
+  pair = any(loss.pair for _, loss in terms.values())
+  return Loss(needs, init, apply, constrain, terms, pair=pair)

@@ -47,7 +47,9 @@ def diagnose(
       batch in each bin. If several terms, or widths of one, have such temperatures:
       "temperature/<term>/image/p5".
   """
-  metrics = {**_negatives(loss, params, feats, context.engine), **_temperatures(state, batch)}
+  metrics = _temperatures(state, batch)
+  if "zimg" in feats:  # not of texts alone
+    metrics = {**_negatives(loss, params, feats, context.engine), **metrics}
   if len(loss.terms) > 1:
     norms = {
       name: abs(weight)

@@ -79,7 +79,7 @@ def feature_distill(
     return loss, (state, {"loss": loss, **logs})
 
   needs = {x for side in weights for x in (f"raw_{SIDES[side]}", f"teacher_{SIDES[side]}{field}")}
-  return Loss(frozenset(needs), lambda sizes: ({}, {}), apply)
+  return Loss(frozenset(needs), lambda sizes: ({}, {}), apply, pair=False)
 
 
 def vl2v(*, share: float = 0.1) -> Loss:
@@ -112,7 +112,7 @@ def vl2v(*, share: float = 0.1) -> Loss:
     loss = -share * cosines["cos_img"] - (1 - share) * cosines["cos_txt"]
     return loss, (state, {"loss": loss, **cosines})
 
-  return Loss(frozenset({"raw_image", "teacher"}), lambda sizes: ({}, {}), apply)
+  return Loss(frozenset({"raw_image", "teacher"}), lambda sizes: ({}, {}), apply, pair=False)
 
 
 def _check_width(

@@ -164,9 +164,9 @@ def to_fields(image: Any) -> dict[str, Any]:
 
 
 def of_fields(batch: Mapping[str, Any]) -> Any:
-  """The images of a batch as the model takes them: an array, or Patches."""
+  """The images of a batch as the model takes them: an array, or Patches; None for texts alone."""
   if FIELDS[1] not in batch:
-    return batch[FIELDS[0]]
+    return batch.get(FIELDS[0])
   return Patches(*(batch[name] for name in FIELDS))
 
 

@@ -112,6 +112,8 @@ class DataOptions(ImageReading):
       are then shares of the batches; for losses and prefixes that could tell sources apart.
     stores: vectors of frozen towers. With both sides, neither the source nor its captions are read;
       with one side, the source is read for the other side, which is trained.
+    images: whether samples have images. False: texts alone, for losses that read no image; a batch
+      has none, the image tower is neither run nor trained, and the source needs no images.
     view: of the source, made by `bigalign view`: only the samples that it keeps.
     augment: random views of images in training; None: the defaults.
     captions: fields to take captions from, the first that a record has; the source's own if None.
@@ -146,6 +148,7 @@ class DataOptions(ImageReading):
   schedule: Sequence[Any] = ()
   pure_batches: bool = False
   stores: Stores = DEFAULTS
+  images: bool = True
   view: str = ""
   augment: Annotated[Component, Call(train_image, fixed=("image", "rng", "size"))] = DEFAULTS
   captions: Sequence[Any] | None = None
@@ -201,7 +204,7 @@ class DataOptions(ImageReading):
       seed: config.seed.
     """
     options = self.naflex
-    if not options or "image" in self.stores.sides:
+    if not options or not self.images or "image" in self.stores.sides:
       return None
     lengths = tuple(options.lengths)
     sizes = (batch_size,) * len(lengths)

@@ -63,8 +63,9 @@ def batch_spec(data: DataOptions, *, batch_size: int) -> dict[str, tuple[tuple[i
     text=((b, data.text_length), np.int32), text_mask=((b, data.text_length), np.bool_)
   )
   second = {name.replace("text", "text_second"): spec for name, spec in text.items()}
+  images = data.spec if data.images else {}
   return dict(
-    **{name: ((b, *shape), dtype) for name, (shape, dtype) in data.spec.items()},
+    **{name: ((b, *shape), dtype) for name, (shape, dtype) in images.items()},
     **text,
     **(second if data.has_second_text else {}),
     image_id=((b, 2), np.uint32),
@@ -283,7 +284,7 @@ class _View(NamedTuple):
   """What a train batch holds of one sample: second is None without second captions."""
 
   sample: int  # its index
-  image: Any  # uint8 [S, S, 3], or the row of a store
+  image: Any  # uint8 [S, S, 3], or the row of a store; not read without images
   texts: Texts  # captions, or the rows of a store; the first is that of batch["text"]
   second: Any
   label: int
@@ -312,6 +313,7 @@ class _TrainBatches(SampleReader):
     self._image_store = stored.image if stored else None
     self._text_store = stored.text if stored else None
     self._second_store = stored.second if stored else None
+    self._views_images = data.images and not self._image_store
     self._probed: set[str] = set()
     self._plan = plan
     schedule = plan.schedule
@@ -360,7 +362,7 @@ class _TrainBatches(SampleReader):
     b, spec = len(positions), self._reading.spec
     stored = np.empty(b, np.int64)
     images = {}
-    if not self._image_store:
+    if self._views_images:
       images = {x: shared_memory.empty((b, *shape), dtype) for x, (shape, dtype) in spec.items()}
     labels = np.empty(b, np.int32)
     image_ids, text_ids = np.empty(b, np.int64), np.empty(b, np.int64)
@@ -373,7 +375,7 @@ class _TrainBatches(SampleReader):
       view = self._usable(int(positions[r]), int(indices[r]), rejects=rejects[r], alone=alone)
       if self._image_store:
         stored[r] = view.image
-      else:
+      elif self._views_images:
         for name, x in naflex.to_fields(view.image).items():
           images[name][r] = x
       texts.append(view.texts.texts[0])
@@ -482,7 +484,7 @@ class _TrainBatches(SampleReader):
         replay = int(draws.of("replay").integers(self._replay.views))
         seen = self._replay.rng(record["key"], replay)
         image = self._reading.training_view(image, seen)
-      elif not self._image_store:
+      elif self._views_images:
         image = self._reading.training_view(image, rng)
       if self._second_captions:
         second = choose(captions, self._second_captions, rng, but=first)
@@ -517,7 +519,7 @@ class _TrainBatches(SampleReader):
     rejects: np.ndarray,
   ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]] | None:
     """The record, decoded, and its captions by field; None if rejected."""
-    record = self._sample(index, rejects=rejects)
+    record = self._sample(index, rejects=rejects, decoded=self._data.images)
     if record is None:
       return None
     captions = by_field(record, self._captions, self._second_captions)

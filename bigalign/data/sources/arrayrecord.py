@@ -44,6 +44,7 @@ class ArrayRecord:
     image: the feature of the encoded image; by default image, or jpg, png, ...
     captions: features of one or more UTF-8 strings, in order of preference.
     label: the feature of the class, if it exists: an integer or a name (samples/labels.py).
+    images: whether images are read; if not, samples need none, and a record has image=b"".
 
   Raises:
     ValueError: if there are no records; if none of a file's records has an image feature of bytes,
@@ -71,8 +72,10 @@ class ArrayRecord:
     image: str | None = None,
     captions: Sequence[str] = _CAPTIONS,
     label: str = "label",
+    images: bool = True,
   ):
     self.pattern = pattern
+    self._images = images
     self.captions = tuple(captions)
     self._label = label
     self._paths = expand_local(pattern, kind="ArrayRecord")
@@ -100,7 +103,7 @@ class ArrayRecord:
     label = features.get(self._label)
     if label and isinstance(label[0], bytes) and label[0].startswith(_OLD_REJECTED):
       raise Rejected("bad_metadata", label[0].decode("utf-8", "replace"))
-    image = features.get(self._image)
+    image = features.get(self._image) if self._images else [b""]
     if not image:
       raise Rejected("no_image", f"{key} has {tree.shown(sorted(features))}")
     if not isinstance(image[0], bytes):
@@ -141,8 +144,9 @@ class ArrayRecord:
     return key, features
 
   def _check(self, image: str | None) -> str:
-    """The feature of the images; raises ValueError for a file that lacks features."""
-    name, problem = image, ""
+    """The feature of the images, "" if none are read; raises ValueError for a file that lacks
+    features."""
+    name, problem = image if self._images else "", ""
     for first, end, path in zip(self._firsts, self._firsts[1:], self._paths):
       size = int(end - first)
       have: set[str] = set()
@@ -155,17 +159,17 @@ class ArrayRecord:
         have |= features.keys()
         if REJECTED in features:  # of a copy: names all features, but may have no image
           continue
-        name = name or columns.first_image(have)
+        name = columns.first_image(have) if name is None else name
         if name in features and features[name] and not isinstance(features[name][0], bytes):
           kind = type(features[name][0]).__name__
           raise ValueError(
             f"{path}: the image feature {name!r} holds {kind}, expected bytes."
             + columns.IMAGE_ADVICE
           )
-        if name in have and have & {*self.captions, self._label}:
+        if name in {"", *have} and have & {*self.captions, self._label}:
           break
       if have:
-        name = columns.image_column(have, name, what=path)
+        name = columns.image_column(have, name, what=path) if self._images else ""
         columns.check_captions(have, self.captions, label=self._label, what=path)
       elif size:
         logger.warning("%s: none of the records drawn from it can be read: %s", path, problem)

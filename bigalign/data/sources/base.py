@@ -82,7 +82,9 @@ _ENDINGS = {
 }
 
 
-def open_source(spec: str, *, captions: Sequence[str] | None = None, **options: Any) -> Source:
+def open_source(
+  spec: str, *, captions: Sequence[str] | None = None, images: bool = True, **options: Any
+) -> Source:
   """Opens the source that a spec names.
 
   Args:
@@ -96,6 +98,7 @@ def open_source(spec: str, *, captions: Sequence[str] | None = None, **options: 
       KIND:PATTERN: a pattern of files with another ending; KIND is one of SOURCES.
       $NAME in a spec is an environment variable.
     captions: the fields to take captions from; not for glyphs and synthetic, which have their own.
+    images: whether images are read; if not, samples need none.
     **options: of the class of the source, for every part.
 
   Raises:
@@ -107,6 +110,7 @@ def open_source(spec: str, *, captions: Sequence[str] | None = None, **options: 
     (1000, ('synthetic picture number 7',), (32, 32, 3))
   """
   parts = [part.strip() for part in expand_variables(spec, what="source").split("::")]
+  options |= {} if images else {"images": False}
   sources = [_open_part(part, spec=spec, captions=captions, options=options) for part in parts]
   return sources[0] if len(sources) == 1 else Concatenation(sources)
 
@@ -152,6 +156,8 @@ def _open_part(
       f" 'DIR/*.tar', KIND:PATTERN with a KIND of {sorted(SOURCES)}, and lists joined by '::'"
     )
   chosen = {} if captions is None or kind in _OWN_CAPTIONS else {"captions": tuple(captions)}
+  if kind in _OWN_CAPTIONS:
+    options = {name: x for name, x in options.items() if name != "images"}
   return SOURCES[kind](rest, **chosen, **options)
 
 

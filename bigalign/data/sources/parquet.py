@@ -50,6 +50,7 @@ class Parquet:
       names of the classes come from Hugging Face's ClassLabel, or else from a classnames.txt, as
       for webdataset shards.
     root: a folder that image files may be in besides that of the Parquet file, as for tables.
+    images: whether images are read; if not, samples need none, and a record has image=b"".
 
   Raises:
     ValueError: if there are no rows; for a file without the image column, or without caption
@@ -74,6 +75,7 @@ class Parquet:
     captions: Sequence[str] = _CAPTIONS,
     label: str = "label",
     root: str | None = None,
+    images: bool = True,
   ):
     self.pattern = pattern
     self._root = root and os.path.expanduser(expand_variables(root, what="source_options.root"))
@@ -88,13 +90,16 @@ class Parquet:
     # A file without rows may have a schema without types.
     filled = [n for n, file in enumerate(metadata) if file.num_rows] or [0]
     first = schemas[filled[0]]
-    self._image = columns.image_column(first.names, image, what=self._paths[filled[0]])
+    self._image = (
+      columns.image_column(first.names, image, what=self._paths[filled[0]]) if images else None
+    )
     for n in filled:
       _check(schemas[n], self._paths[n], image=self._image, captions=self.captions, label=label)
     columns.warn_of_differences(
       {self._paths[n]: {*schemas[n].names} for n in filled}, [*self.captions, label]
     )
-    self._wanted = {self._image, label, *captions, *(path.partition(".")[0] for path in captions)}
+    self._wanted = {label, *captions, *(path.partition(".")[0] for path in captions)}
+    self._wanted |= {self._image} if self._image else set()
     rows = [[file.row_group(g).num_rows for g in range(file.num_row_groups)] for file in metadata]
     # For each row group of all files: its file, its place there, and its first sample.
     self._files = np.repeat(np.arange(len(rows)), [len(groups) for groups in rows])
@@ -121,7 +126,7 @@ class Parquet:
     key = self.key(i)
     row = self._row(i, self._groups)
     return dict(
-      image=self._image_bytes(i, row[self._image], key=key),
+      image=self._image_bytes(i, row[self._image], key=key) if self._image else b"",
       key=key,
       **columns.texts(row, self.captions),
       label=self.labels(row.get(self._label), key=key),
@@ -145,6 +150,8 @@ class Parquet:
   def fields(self, i: int) -> dict[str, Any]:
     """Returns {column: value} of row i; of the image its bytes, None without."""
     row = self._row(i, self._groups) | self._row(i, self._other_columns)
+    if not self._image:
+      return row
     image = None
     with contextlib.suppress(Rejected):
       image = self._image_bytes(i, row[self._image], key=self.key(i))
@@ -248,14 +255,17 @@ def _schema(metadata: Any, path: str) -> Any:
   return schema
 
 
-def _check(schema: Any, path: str, *, image: str, captions: Sequence[str], label: str) -> None:
+def _check(
+  schema: Any, path: str, *, image: str | None, captions: Sequence[str], label: str
+) -> None:
   """Raises ValueError if a file lacks columns, or they have types that are not accepted."""
   twice = [name for name, n in collections.Counter(schema.names).items() if n > 1]
   if twice:
     raise ValueError(f"{path}: several columns have the name {tree.shown(twice)}")
-  columns.image_column(schema.names, image, what=path)
-  kind = schema.field(image).type
-  if not _is_image(kind):
+  if image is not None:
+    columns.image_column(schema.names, image, what=path)
+  kind = None if image is None else schema.field(image).type
+  if kind is not None and not _is_image(kind):
     raise ValueError(
       f"{path}: the image column {image!r} has the type {kind}. Accepted are binary, a string (a"
       " path or base64), a list of integers (the bytes), and a struct of bytes and path."

@@ -63,6 +63,7 @@ class TableFiles:
     root: a folder that images may be in besides the folder of the table. Without it, paths that
       lead out of that folder, also through links, are rejected: a table from elsewhere could name
       any file of the machine. "/" allows all.
+    images: whether images are read; if not, samples need none, and a record has image=b"".
 
   Raises:
     ValueError: if there are no rows, no image column, or neither a caption column nor a label; if a
@@ -88,10 +89,11 @@ class TableFiles:
     captions: Sequence[str] = ("title",),
     label: str = "label",
     root: str | None = None,
+    images: bool = True,
   ):
     self.pattern = pattern
     self.captions = tuple(captions)
-    self._image, self._label = image, label
+    self._image, self._label, self._images = image, label, images
     self._root = root and os.path.expanduser(expand_variables(root, what="source_options.root"))
     self._paths = expand_local(pattern, kind="a table of image files")
     self._headers = [_header(path) for path in self._paths]
@@ -121,7 +123,9 @@ class TableFiles:
     key = self._key(i, row)
     folder = os.path.dirname(path)
     return dict(
-      image=image_files.read(row[self._image], folder=folder, root=self._root, key=key),
+      image=image_files.read(row[self._image], folder=folder, root=self._root, key=key)
+      if self._images
+      else b"",
       key=key,
       **columns.texts(row, self.captions),
       label=self.labels(row.get(self._label), key=key),
@@ -135,6 +139,8 @@ class TableFiles:
     path, place, _ = self.where(i)
     name = row.get(self._image)
     if not isinstance(name, str) or not name:
+      if not self._images:
+        return f"{os.path.basename(path)}/{place}"
       raise Rejected("no_image", f"{os.path.basename(path)}: row {i} has no {self._image!r}")
     # With the row, because several rows of a table may name one image, each with a caption.
     return f"{os.path.basename(path)}/{place}/{name}"
@@ -191,10 +197,11 @@ class TableFiles:
           outside.append((folder, name))
         else:
           inside += 1
-    if outside and not inside:
-      folder, name = outside[0]
-      raise ValueError(f"{self.pattern!r}: {image_files.outside(name, folder)}")
-    columns.image_column(have, self._image, what=repr(self.pattern))
+    if self._images:
+      if outside and not inside:
+        folder, name = outside[0]
+        raise ValueError(f"{self.pattern!r}: {image_files.outside(name, folder)}")
+      columns.image_column(have, self._image, what=repr(self.pattern))
     columns.check_captions(have, self.captions, label=self._label, what=repr(self.pattern))
 
 

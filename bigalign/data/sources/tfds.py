@@ -29,6 +29,7 @@ class Tfds:
       captions or text; if none of them exists, the name of the label.
     label: the feature that holds the class, if it exists.
     data_dir: where the dataset was prepared; None for TFDS's own default.
+    images: whether images are read; if not, samples need none, and a record has image=b"".
 
   Raises:
     ValueError: if the name has no split, TFDS does not know the dataset, it is prepared in another
@@ -48,13 +49,14 @@ class Tfds:
     captions: Sequence[str] | None = None,
     label: str = "label",
     data_dir: str | None = None,
+    images: bool = True,
   ):
     match = re.fullmatch(r"([^:]+(?::[\d*]+\.[\d*]+\.[\d*]+)?):(.+)", name)
     if not match:
       raise ValueError(f"'tfds:{name}' names no split; write it like tfds:cifar10:train")
     self.name, self.split = match[1], match[2]
     self.data_dir = data_dir
-    self._image, self._label = image, label
+    self._image, self._label = image if images else "", label
     self._data: Any = None
     builder = self._builder()
     features = builder.info.features
@@ -95,7 +97,8 @@ class Tfds:
     texts = columns.texts(example, self._captions)
     if not self._captions and self.classnames and label >= 0:
       texts["captions"] = (self.classnames[label].replace("_", " "),)
-    return dict(image=example[self._image], label=label, **texts, key=self.key(i))
+    image = example[self._image] if self._image else b""
+    return dict(image=image, label=label, **texts, key=self.key(i))
 
   def key(self, i: int) -> str:
     """Returns the key of sample i."""
@@ -132,13 +135,13 @@ class Tfds:
   def _open(self) -> Any:
     import tensorflow_datasets as tfds
 
-    return self._builder().as_data_source(
-      self.split, decoders={self._image: tfds.decode.SkipDecoding()}, file_format=_FORMAT
-    )
+    decoders = {self._image: tfds.decode.SkipDecoding()} if self._image else None
+    return self._builder().as_data_source(self.split, decoders=decoders, file_format=_FORMAT)
 
   def _check(self, features: Any, captions: Sequence[str] | None) -> None:
     """Raises ValueError if a feature is missing."""
-    absent = [path for path in (self._image, *(captions or ())) if not _has(features, path)]
+    needed = [*([self._image] if self._image else []), *(captions or ())]
+    absent = [path for path in needed if not _has(features, path)]
     if absent:
       raise ValueError(
         f"tfds:{self.name} has no feature {tree.shown(absent)}; it has"

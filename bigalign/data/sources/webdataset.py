@@ -54,6 +54,7 @@ class WebDataset:
       (sidecars.py).
     image: the member that holds the image: "jpg" or "photo.jpg", or "photo" for any format. By
       default the first with an extension of an image (samples/members.py), or KEY.image.jpg.
+    images: whether images are read; if not, samples need none, and a record has image=b"".
 
   Raises:
     ValueError: if there are no samples, no images, or none of the caption fields.
@@ -72,9 +73,16 @@ class WebDataset:
     >>> folder.cleanup()
   """
 
-  def __init__(self, pattern: str, *, captions: Sequence[str] = ("txt",), image: str | None = None):
+  def __init__(
+    self,
+    pattern: str,
+    *,
+    captions: Sequence[str] = ("txt",),
+    image: str | None = None,
+    images: bool = True,
+  ):
     self.pattern = pattern
-    self._image = image
+    self._image, self._images = image, images
     self.captions = tuple(captions)
     paths = clip_benchmark.stated_shards(expand_shards(pattern), pattern=pattern)
     self.shards = Shards(paths, pattern=pattern)
@@ -98,7 +106,8 @@ class WebDataset:
       for name in self.captions
       if sidecars.is_field(name)
     }
-    self._check_image()
+    if images:
+      self._check_image()
     self._check_fields()
 
   def __repr__(self) -> str:
@@ -110,7 +119,7 @@ class WebDataset:
   def __getitem__(self, i: int) -> dict[str, Any]:
     shard, name, fields = self._members(i)
     key = self._key(shard, name)
-    image = members.image(fields, self._image)
+    image = members.image(fields, self._image) if self._images else b""
     if image is None:
       raise Rejected("no_image", f"{key} has {tree.shown(sorted(fields))}")
     texts = {
