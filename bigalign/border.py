@@ -3,7 +3,7 @@
 Nothing, if the stages train the same parameters with the same losses. Otherwise parameters keep
 their bytes, whether they become frozen or trainable; moments, averages and tables of losses are
 kept as far as both stages have them. What is new begins as in a new run: moments at zero, averages
-at the parameters, scalars of a loss at their initial values.
+at the parameters, scalars and layers of a loss at their initial values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 from absl import logging
 
 from bigalign import tree
-from bigalign.program import Program, first_state
+from bigalign.program import Program, first_state, init_params
 from bigalign.state import Arrays, State, by_path
 
 
@@ -39,6 +39,7 @@ def crossed(state: State, program: Program, shapes: State, shardings: State) -> 
   kept = {
     "params": {path: x for path, x in every.items() if path in program.params},
     "ema": {path: x for path, x in state.ema.items() if path in shapes.ema},
+    "twin": {path: x for path, x in state.twin.items() if path in shapes.twin},
     "opt": _in_both(_with_arrays(state.opt), _with_arrays(shapes.opt)),
     "loss": _in_both(by_path(state.loss), by_path(shapes.loss)),
   }
@@ -52,14 +53,17 @@ def crossed(state: State, program: Program, shapes: State, shardings: State) -> 
 
 
 def _begin(program: Program, new: list[str], kept: Mapping[str, Arrays], step: Any) -> State:
-  scalars = tree.flatten(program.loss.init(program.sizes)[0], "loss/")
-  params = {path: kept["params"].get(path, scalars.get(path)) for path in program.params}
+  drawn = {}
+  if new:  # the compiler leaves out what is not new
+    drawn = init_params(program, jax.random.key(program.seed))
+  params = {path: kept["params"].get(path, drawn.get(path)) for path in program.params}
   fresh = first_state(program, params)
   return State(
     step=step,
     trainable=fresh.trainable,
     frozen=fresh.frozen,
     ema={**fresh.ema, **kept["ema"]},
+    twin={**fresh.twin, **kept["twin"]},
     opt=_replaced(fresh.opt, [*_with_arrays(fresh.opt)], kept["opt"]),
     loss=_replaced(fresh.loss, [*by_path(fresh.loss)], kept["loss"]),
   )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -82,6 +83,7 @@ class Config:
     ema_warmup: whether the decay of the average is min(ema, (1 + n) / (10 + n)) after n updates.
       Without it, a short run averages its random first parameters: at 0.999, they are 86 % of the
       average after 150 updates.
+    twin: averages of some parameters that losses with layers read as a teacher.
     microbatches: parts in which a batch is embedded; loss and gradient stay those of the batch.
     gradient_dtype: dtype in which devices communicate the gradients of kernels and token tables,
       "float32" or "bfloat16".
@@ -117,6 +119,7 @@ class Config:
   frozen: str = ""
   ema: float = 0.0
   ema_warmup: bool = True
+  twin: Twin = DEFAULTS
   microbatches: int = 1
   gradient_dtype: str = "float32"
   logits: Engine = DEFAULTS
@@ -135,6 +138,31 @@ class Config:
     checks.known("config.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
     if self.log_every < 1:
       raise ValueError(f"config.log_every={self.log_every}: at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Twin:
+  """A running average of some parameters, which losses with layers read as a teacher.
+
+  It is updated after each update of the parameters, and no gradient goes through it.
+
+  Args:
+    paths: regular expression of the parameters; "": all that are trained.
+    decay: of the average; 0: no twin. Losses then read the averages of config.ema, if it is set.
+  """
+
+  paths: str = ""
+  decay: float = 0.0
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.decay < 1:
+      raise ValueError(f"config.twin.decay={self.decay}: from 0 to less than 1")
+    if self.paths and not self.decay:
+      raise ValueError("config.twin.paths needs config.twin.decay, such as 0.994")
+
+  def holds(self, path: str) -> bool:
+    """Whether a parameter has an average."""
+    return bool(self.decay and re.search(self.paths, path))
 
 
 def resolve_config(

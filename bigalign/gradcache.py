@@ -9,7 +9,7 @@ GradCache: https://arxiv.org/abs/2101.06983, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ def value_and_grad(
   *,
   microbatches: int = 1,
   communicated: Callable[[Tree], Tree] = lambda params: params,
+  sums: Container[str] = (),
 ) -> tuple[tuple[jax.Array, Any], Tree]:
   """Returns value and gradient of objective(params, embed(params, batch, key)).
 
@@ -48,6 +49,8 @@ def value_and_grad(
     key: microbatch i uses fold_in(key, i), so dropout depends on the number of microbatches.
     microbatches: their number; with 1, all activations are kept and each row is embedded once.
     communicated: params -> params in the dtypes in which devices add up their gradients.
+    sums: names of features without the batch axis, which are added up over the batch; no gradient
+      goes through them.
 
   Returns:
     ((scalar, aux), gradient with respect to params).
@@ -61,8 +64,12 @@ def value_and_grad(
 
   parts, keys = _parts(batch, key, microbatches)
   with jax.named_scope("first_pass"):  # a part of `bigalign plan`
-    features = embed_batch(embed, params, batch, key, microbatches=microbatches)
-  floats = {name for name, x in features.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    features = embed_batch(embed, params, batch, key, microbatches=microbatches, sums=sums)
+  floats = {
+    name
+    for name, x in features.items()
+    if jnp.issubdtype(x.dtype, jnp.inexact) and name not in sums
+  }
   rest = {name: x for name, x in features.items() if name not in floats}
 
   def of_features(params: Tree, learned: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
@@ -117,7 +124,13 @@ def _draws(embed: Embed, params: Tree, parts: Mapping[str, jax.Array], keys: jax
 
 
 def embed_batch(
-  embed: Embed, params: Tree, batch: Mapping[str, jax.Array], key: jax.Array, *, microbatches: int
+  embed: Embed,
+  params: Tree,
+  batch: Mapping[str, jax.Array],
+  key: jax.Array,
+  *,
+  microbatches: int,
+  sums: Container[str] = (),
 ) -> dict[str, jax.Array]:
   """Returns the features of the whole batch, {name: [B, …]}, as `objective` gets them.
 
@@ -126,7 +139,7 @@ def embed_batch(
   _, features = jax.lax.scan(
     lambda _, xs: (None, embed(params, *xs)), None, _parts(batch, key, microbatches)
   )
-  return {name: merge(x) for name, x in features.items()}
+  return {name: x.sum(0) if name in sums else merge(x) for name, x in features.items()}
 
 
 def _parts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeAlias
 
 import flax.linen as nn
@@ -19,6 +19,7 @@ from bigalign.projectors import PROJECTORS
 from bigalign.towers import TOWERS, TowerOutput, attention
 from bigalign.towers.base import TransformerOptions
 from bigalign.towers.naflex import NaFlex
+from bigalign.towers.vit import ViT
 
 Images: TypeAlias = jax.Array | Patches
 
@@ -158,7 +159,38 @@ class DualEncoder(nn.Module):
     """[B, L] int32, mask [B, L] bool -> [B, 1 + L, D]; padding is zero, float32."""
     return _rows(self._text_tower(text, mask, False))
 
-  def _image_tower(self, image: Images, train: bool) -> TowerOutput:
+  def image_output(
+    self, image: Images, hidden: tuple[jax.Array, jax.Array] | None = None
+  ) -> TowerOutput:
+    """[B, H, W, 3] uint8 -> the output of the image tower; `hidden` as of ViT.
+
+    Raises:
+      ValueError: if `hidden` is given and the tower is not a ViT.
+    """
+    if hidden is not None and not isinstance(self.image_tower, ViT):
+      raise ValueError(
+        "config.loss has a term that hides patches from the image tower, which needs"
+        " config.model.image.name='vit'"
+      )
+    return self._image_tower(image, False, {} if hidden is None else {"hidden": hidden})
+
+  def text_output(self, text: jax.Array, mask: jax.Array | None = None) -> TowerOutput:
+    """[B, L] int32, mask [B, L] bool -> the output of the text tower."""
+    return self._text_tower(text, mask, False)
+
+  def project_image(self, output: TowerOutput) -> jax.Array:
+    """The output of the image tower -> [B, E], before the norm."""
+    projected: jax.Array = self.image_projector(output, False)
+    return projected
+
+  def project_text(self, output: TowerOutput) -> jax.Array:
+    """The output of the text tower -> [B, E], before the norm."""
+    projected: jax.Array = self.text_projector(output, False)
+    return projected
+
+  def _image_tower(
+    self, image: Images, train: bool, options: Mapping[str, Any] = {}
+  ) -> TowerOutput:
     out: TowerOutput
     if isinstance(image, Patches):
       if not isinstance(self.image_tower, NaFlex):
@@ -170,7 +202,8 @@ class DualEncoder(nn.Module):
       return out
     if jnp.issubdtype(image.dtype, jnp.floating):
       return _stored(image)
-    out = self.image_tower(self._normalized(sharding.constrain_batch(image)), train=train)
+    pixels_in = self._normalized(sharding.constrain_batch(image))
+    out = self.image_tower(pixels_in, train=train, **options)
     return out
 
   def _normalized(self, pixels: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bigalign import gradcache, sharding, stages, tree
-from bigalign.config import Config
+from bigalign import gradcache, reading, sharding, stages, tree
+from bigalign.config import Config, Twin
 from bigalign.data.fields import teachers
 from bigalign.data.image import naflex
 from bigalign.data.loader.options import DataOptions
@@ -43,13 +43,15 @@ class Program:
       narrower in the data.
     images: the same of the images that the model takes, where batches have texts alone; else {}.
     sources: how many sources the data mixes.
-    sizes: the number of ids, {"image": n, "text": m}, "embed", the width E, and "teachers", the
-      widths of the teachers whose vectors a batch holds.
+    sizes: the number of ids, {"image": n, "text": m}, "embed", the width E, "teachers", the
+      widths of the teachers whose vectors a batch holds, and of the towers, 0 if they have none,
+      "vocabulary" and "patch".
     params: {path: shape} of all parameters.
     frozen: regular expression of the parameters that are not trained.
     fixed: the paths that no stage of the run trains.
     ema: decay of the running average of the parameters; 0: none.
     ema_warmup: whether the decay rises to it from 0.1.
+    twin: which parameters are averaged for heads, and how.
     seed: of dropout and of the draws of the loss.
     total_steps: updates in all.
     microbatches: parts in which a batch is embedded.
@@ -70,6 +72,7 @@ class Program:
   fixed: frozenset[str]
   ema: float
   ema_warmup: bool
+  twin: Twin
   seed: int
   total_steps: int
   microbatches: int
@@ -128,12 +131,15 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
       "text": dataset_size * config.data.captions_per_image,
       "embed": config.model.embed_dim,
       "teachers": teachers.widths(config.data.teachers),
+      "vocabulary": getattr(config.model.text, "vocab_size", 0),
+      "patch": getattr(config.model.image, "patch", 0),
     },
     params={},
     frozen=_frozen(config),
     fixed=frozenset(),
     ema=config.ema,
     ema_warmup=config.ema_warmup,
+    twin=config.twin,
     seed=config.seed,
     total_steps=total_steps,
     microbatches=config.microbatches,
@@ -169,9 +175,10 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     loss = program.loss if own.loss == config.loss else make_loss(own.loss)
     params = program.params
     if loss is not program.loss:
-      scalars, _ = jax.eval_shape(functools.partial(loss.init, program.sizes))
-      of_model = {path: x for path, x in params.items() if not path.startswith("loss/")}
-      params = {**of_model, **tree.flatten(scalars, "loss/")}
+      whole = dataclasses.replace(program, model=model, loss=loss, spec=spec)
+      own_params = jax.eval_shape(functools.partial(init_params, whole), jax.random.key(own.seed))
+      of_model = {path: x for path, x in params.items() if path.startswith("model/")}
+      params = of_model | {k: x for k, x in own_params.items() if not k.startswith("model/")}
   return dataclasses.replace(
     program,
     model=model,
@@ -338,12 +345,15 @@ def stored_fields(side: str) -> set[str]:
 
 
 def init_params(program: Program, key: jax.Array) -> Arrays:
-  """All parameters by path, float32: "model/…" and "loss/…"."""
+  """All parameters by path, float32: "model/…", "loss/…", and "heads/…" of losses with layers."""
   spec = {**program.images, **program.spec}
   one = {name: jnp.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
-  variables = program.model.init(key, naflex.of_fields(one), one["text"], one["text_mask"])
+  inputs = (naflex.of_fields(one), one["text"], one["text_mask"])
+  feats, variables = program.model.init_with_output(key, *inputs)
   scalars, _ = program.loss.init(program.sizes)
-  return {**tree.flatten(variables["params"], "model/"), **tree.flatten(scalars, "loss/")}
+  params = {**tree.flatten(variables["params"], "model/"), **tree.flatten(scalars, "loss/")}
+  own = reading.init(program.loss, key, program.model, params, feats, one, program.sizes)
+  return params | own
 
 
 def compute_dtype(model: DualEncoder, path: str) -> Any:
@@ -380,6 +390,7 @@ def first_state(program: Program, params: Arrays) -> State:
     ema={path: x.copy() for path, x in trainable.items()} if program.ema else {},
     opt=program.optimizer.init(trainable),
     loss=loss_state,
+    twin={path: x.copy() for path, x in trainable.items() if program.twin.holds(path)},
   )
 
 
@@ -432,6 +443,7 @@ def state_shardings(
     ema={path: shardings[path] for path in state.ema},
     opt=sharding.shardings_like(state.opt, shardings, shapes),
     loss=jax.tree.map(lambda x: tables.state_sharding(x, mesh), state.loss),
+    twin={path: shardings[path] for path in state.twin},
   )
 
 

@@ -20,7 +20,7 @@ Arrays = dict[str, Any]
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=("step", "trainable", "frozen", "ema", "opt", "loss"),
+  data_fields=("step", "trainable", "frozen", "ema", "opt", "loss", "twin"),
   meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class State:
     ema: {path: array} running averages of `trainable`; empty without averages.
     opt: optax's state of `trainable`.
     loss: the state of the loss, such as per-sample tables.
+    twin: {path: array} averages of some of `trainable` that heads read (config.twin).
   """
 
   step: Any
@@ -42,6 +43,7 @@ class State:
   ema: Arrays
   opt: Any
   loss: Any
+  twin: Arrays = dataclasses.field(default_factory=dict)
 
 
 def parts(state: State, fixed: Container[str]) -> dict[str, Arrays]:
@@ -58,6 +60,7 @@ def parts(state: State, fixed: Container[str]) -> dict[str, Arrays]:
     "opt": by_path(state.opt),
     "loss": by_path(state.loss),
     "clock": {"step": state.step},  # the name is part of the checkpoint format
+    **({"twin": state.twin} if state.twin else {}),  # older checkpoints have no such part
   }
 
 
@@ -102,6 +105,7 @@ def restore(
     ema=_like(wanted.ema, arrays["ema"]),
     opt=_like(wanted.opt, arrays["opt"]),
     loss=_like(wanted.loss, arrays["loss"]),
+    twin=_like(wanted.twin, arrays.get("twin", {})),
   )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from absl import logging
 
-from bigalign import gradcache, sharding, tree
+from bigalign import gradcache, reading, sharding, tree
 from bigalign.data.image import naflex
 from bigalign.data.samples.rejects import REASONS
 from bigalign.losses import PROVIDES, Context, Loss, diagnostics, table_mask
@@ -77,10 +77,11 @@ def train_step(
     functools.partial(features, program, state),
     objective,
     state.trainable,
-    _inputs(program, batch),
+    _inputs(program, batch, context.key),
     dropout_key,
     microbatches=program.microbatches,
     communicated=functools.partial(_cast_for_reduction, program),
+    sums=reading.sums(program.loss),
   )
 
   # --- update
@@ -92,6 +93,8 @@ def train_step(
   ema = {
     path: mean_decay * old + (1 - mean_decay) * trainable[path] for path, old in state.ema.items()
   }
+  decay = program.twin.decay
+  twin = {path: decay * old + (1 - decay) * trainable[path] for path, old in state.twin.items()}
 
   # --- skip it if anything is not finite
   finite = {
@@ -118,6 +121,7 @@ def train_step(
     ema=keep(ema, state.ema),
     opt=keep(opt, state.opt),
     loss=jax.tree.map(keep_small, table_mask(program.loss, state.loss), loss_state, state.loss),
+    twin=keep(twin, state.twin),
   )
 
   # --- what is reported
@@ -164,9 +168,10 @@ def diagnose(
   feats = gradcache.embed_batch(
     functools.partial(features, program, state),
     state.trainable,
-    _inputs(program, batch),
+    _inputs(program, batch, context.key),
     dropout_key,
     microbatches=program.microbatches,
+    sums=reading.sums(program.loss),
   )
   scalars = _loss_params(state.trainable, state)
   known = _for_loss(program, batch)
@@ -202,11 +207,16 @@ def _for_loss(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax
   return {**known, **first, **stored}
 
 
-def _inputs(program: Program, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _inputs(
+  program: Program, batch: Mapping[str, jax.Array], key: jax.Array
+) -> dict[str, jax.Array]:
+  """What `features` reads of a batch, and the random numbers of heads."""
   second = SECOND if "second_text" in program.loss.needs else ()
   others = [name for name in OTHERS if name in batch and "texts" in program.loss.needs]
   texts = {name: batch[name] for name in ("text", "text_mask", *second, *others)}
-  return {**naflex.only_images(batch), **texts}
+  own = {name: batch[name] for name in reading.fields(program.loss)}
+  draws = reading.draws(program.loss, key, batch, program.sizes)
+  return {**naflex.only_images(batch), **texts, **own, **draws}
 
 
 def features(
@@ -243,7 +253,14 @@ def features(
   wanted = {"zimg", "ztxt", *(name for need in program.loss.needs for name in PROVIDES[need])}
   if "tokens" in program.loss.needs:
     wanted |= {"mask_txt"}
-  feats = {name: x for name, x in feats.items() if name in wanted}
+  own: dict[str, jax.Array] = {}
+  if reading.heads(program.loss):
+    params = {**_cast_for_reduction(program, trainable), **state.frozen}
+    averaged = {**params, **(state.twin or state.ema)}
+    with jax.named_scope("heads"):  # a part of `bigalign plan`
+      given = (program.loss, program.model, params, averaged, feats, part, program.sizes)
+      own = reading.apply(*given, state.loss)
+  feats = {**{name: x for name, x in feats.items() if name in wanted}, **own}
   if "ema_teacher" in program.loss.needs:
     teacher = apply(state.ema)
     feats |= {
@@ -271,12 +288,12 @@ def _cast_for_reduction(program: Program, params: Arrays) -> Arrays:
 def summary(program: Program, shapes: State) -> str:
   """A description of the loss for the log (losses.summary), from the shapes of a state."""
   batch: Any = {name: jax.ShapeDtypeStruct(*shape) for name, shape in program.spec.items()}
-  if program.loss.needs:
+  if program.loss.needs or reading.heads(program.loss):
     feats = jax.eval_shape(
       functools.partial(features, program),
       shapes,
       shapes.trainable,
-      _inputs(program, batch),
+      _inputs(program, batch, jax.random.key(0)),
       jax.random.key(0),
     )
   else:  # known without tracing the towers, which takes up to a second

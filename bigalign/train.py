@@ -179,9 +179,10 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   stages = split(options, dataset_size=dataset_size)
   programs = make_programs(options, dataset_size=dataset_size)
   program = programs[-1]
+  ema, averages = options.ema > 0, options.ema > 0 or options.twin.decay > 0
   for stage, one in zip(stages, programs):
     with named(stage):
-      check_needs(one.loss, provided(one.spec), ema=options.ema > 0)
+      check_needs(one.loss, provided(one.spec), ema=ema, averages=averages)
   inputs = with_stage_weights(inputs, stages)
   check_stages(stages, inputs, program.model.text_tower)
   _check_profile(options.profile, program.total_steps)

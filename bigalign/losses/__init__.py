@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -25,6 +25,7 @@ from bigalign.losses.engine.pairwise import RecordingEngine
 from bigalign.losses.feature_distill import feature_distill, vl2v
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.hard_negatives import dac_mil, hardneg_own, negclip
+from bigalign.losses.heads.mask_regularization import mask_regularization
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
 from bigalign.losses.matryoshka import matryoshka
@@ -43,8 +44,10 @@ from bigalign.options import Choose, Component, resolve_value
 
 __all__ = [
   "BATCH_OPTIONS",
+  "HEADS",
   "LOSSES",
   "PROVIDES",
+  "TERMS",
   "Context",
   "Loss",
   "apply_once",
@@ -95,6 +98,12 @@ LOSSES = dict(
   vl2v=vl2v,
 )
 
+# Losses with layers of their own, which config.loss names as the others.
+HEADS: dict[str, Callable[..., Loss]] = dict(
+  mask_regularization=mask_regularization,
+)
+TERMS = {**LOSSES, **HEADS}
+
 # Options of losses whose default does not fit every batch size, for tools that apply them at any:
 # (batch size) -> options.
 BATCH_OPTIONS = dict(albef_itc=whole_batches)
@@ -144,7 +153,7 @@ def weighted(*, weight: float = 1.0) -> None:
   """
 
 
-LossTerms = Annotated[Mapping[str, Component], Choose(LOSSES, key="", shared=weighted)]
+LossTerms = Annotated[Mapping[str, Component], Choose(TERMS, key="", shared=weighted)]
 
 
 def make_loss(terms: Mapping[str, Any]) -> Loss:
@@ -159,7 +168,7 @@ def make_loss(terms: Mapping[str, Any]) -> Loss:
     TypeError: for an unknown option; both name what is known.
   """
   if not terms:
-    raise ValueError(f"config.loss is empty; known losses: {sorted(LOSSES)}")
+    raise ValueError(f"config.loss is empty; known losses: {sorted(TERMS)}")
   resolved = resolve_value(LossTerms, terms, "config.loss")
   chosen = {name: _term(x) for name, x in resolved.items() if x.option("weight")}
   if not chosen:
@@ -174,13 +183,14 @@ def _term(component: Component) -> tuple[float, Loss]:
   return weight, component.function(**options)
 
 
-def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
+def check_needs(loss: Loss, fields: Any, ema: bool = False, averages: bool = False) -> None:
   """Checks that the batch and the model provide all that the loss reads.
 
   Args:
     loss: a weighted sum.
     fields: names of the batch's fields and of the model's features.
     ema: whether parameters are averaged (config.ema), which provides "ema_teacher".
+    averages: whether parameters are averaged at all, by config.ema or config.twin.
 
   Raises:
     ValueError: naming the field that is missing; for several texts that no loss reads.
@@ -201,6 +211,19 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False) -> None:
         f"config.loss.{name} compares images and texts, but config.data.images=False: the data has"
         " texts alone. Set config.loss.feature_distill=dict(w_img=0.0) or another loss of texts, or"
         " data with images"
+      )
+    head = term.head
+    if head is not None and head.averages and not averages:
+      raise ValueError(
+        f"config.loss.{name} reads averaged parameters; set config.twin, for example to"
+        " dict(decay=0.994)"
+      )
+    missing = sorted(head.fields - {*fields}) if head is not None else []
+    if missing:
+      raise ValueError(
+        f"config.loss.{name} reads the field {missing[0]!r}, which the data does not have; the"
+        f" fields are {sorted(fields)}. config.data.views adds 'view/NAME', config.data.columns"
+        " 'NAME'"
       )
     for need in sorted(term.needs - {"ema_teacher"}):
       for field in PROVIDES[need]:

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bigalign import tree
 from bigalign.losses.engine import tiles
 from bigalign.losses.engine.pairwise import DEFAULT, Engine
+from bigalign.losses.heads.base import Head
 
 Params = dict[str, Any]  # learned scalars, float32
 State = dict[str, Any]  # arrays that a loss keeps between steps; never differentiated
@@ -62,6 +64,7 @@ class Loss(NamedTuple):
     per_sample_state: whether the arrays of its state are per-sample tables (per_sample/tables.py):
       all of them are, or none.
     pair: whether it reads zimg and ztxt; without a loss that does, a batch may have texts alone.
+    head: layers of its own, whose features `apply` reads; None: no layers.
   """
 
   needs: frozenset[str]
@@ -73,6 +76,7 @@ class Loss(NamedTuple):
   terms: Mapping[str, tuple[float, Loss]] = {}
   per_sample_state: bool = False
   pair: bool = True
+  head: Head | None = None
 
 
 def apply_once(
@@ -141,8 +145,9 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     states: State = {}
     metrics: dict[str, jax.Array] = {}
     for name, (weight, loss) in terms.items():
+      own = {**feats, **tree.subtree(feats, f"{name}/")}  # with the features of its head
       term, (states[name], logs) = loss.apply(
-        params.get(name, {}), state.get(name, {}), feats, batch, context
+        params.get(name, {}), state.get(name, {}), own, batch, context
       )
       objective += weight * term
       value += weight * logs["loss"]

@@ -37,11 +37,11 @@ def diagnose(
     "saturation/image", "/text": share of images (texts) whose softmax, at the logit scale, gives
       their own text (image) more than 0.99, so that their gradient is small; only for a loss with a
       logit scale. With the scales of several terms: "saturation/<term>/image".
-    "gradient_share/<term>": for several terms, the norm of a term's weighted gradient, divided by
-      the sum of these norms. The gradient is that with respect to the embeddings before
-      normalisation, scaled to norm 1, so that their lengths do not matter and the radial part of a
-      gradient, which normalisation removes, does not count; and to tokens, for a term that reads
-      them.
+    "gradient_share/<term>": for several terms without layers of their own, the norm of a term's
+      weighted gradient, divided by the sum of these norms. The gradient is that with respect to the
+      embeddings before normalisation, scaled to norm 1, so that their lengths do not matter and the
+      radial part of a gradient, which normalisation removes, does not count; and to tokens, for a
+      term that reads them.
     "temperature/image/p5", "/p50", "/p95", "temperature/text/…": quantiles over the batch of
       per-sample temperatures. "temperature/image/0.01-0.02", …: their histogram, the share of the
       batch in each bin. If several terms, or widths of one, have such temperatures:
@@ -50,11 +50,12 @@ def diagnose(
   metrics = _temperatures(state, batch)
   if "zimg" in feats:  # not of texts alone
     metrics = {**_negatives(loss, params, feats, context.engine), **metrics}
-  if len(loss.terms) > 1:
+  terms = {name: x for name, x in loss.terms.items() if x[1].head is None}
+  if len(terms) > 1:
     norms = {
       name: abs(weight)
       * _gradient_norm(term, params.get(name, {}), state.get(name, {}), feats, batch, context)
-      for name, (weight, term) in loss.terms.items()
+      for name, (weight, term) in terms.items()
     }
     total = jnp.maximum(sum(norms.values()), jnp.finfo(jnp.float32).tiny)
     metrics |= {f"gradient_share/{name}": x / total for name, x in norms.items()}

@@ -60,7 +60,8 @@ def trace_on(mesh: jax.sharding.Mesh, config: Config, *, samples: int = 0, stage
       f"config.loss={[*own.loss.terms]} has state for every sample; give the number of samples:"
       " --samples=400000000"
     )
-  check_needs(own.loss, provided(own.spec), ema=own.ema > 0)
+  averages = own.ema > 0 or own.twin.decay > 0
+  check_needs(own.loss, provided(own.spec), ema=own.ema > 0, averages=averages)
   check_stages([chosen], mesh)
   shapes, shardings = layout(own, mesh, config.rules)
   state = jax.tree.map(_sharded, shapes, shardings)
@@ -210,7 +211,7 @@ def held(step: Step, memory: Any = None) -> dict[str, Any]:
   kinds = {
     "parameters": size((state.trainable, state.frozen)),
     "optimizer": size(state.opt),
-    "averages": size(state.ema),
+    "averages": size((state.ema, state.twin)),
     "loss_state": size(state.loss),
     "batch": size(step.batch),
   }

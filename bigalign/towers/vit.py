@@ -238,7 +238,12 @@ class ViT(nn.Module):
   drawn: tuple[int, int] | None = None
 
   @nn.compact
-  def __call__(self, image: jax.Array, train: bool = False) -> base.TowerOutput:
+  def __call__(
+    self,
+    image: jax.Array,
+    train: bool = False,
+    hidden: tuple[jax.Array, jax.Array] | None = None,
+  ) -> base.TowerOutput:
     """Embeds images.
 
     Random keys in training: "dropout" for dropout, "patch_dropout" for patch dropout.
@@ -246,6 +251,8 @@ class ViT(nn.Module):
     Args:
       image: [B, H, W, 3], normalised.
       train: whether dropout and patch dropout are on.
+      hidden: (places [B, N] bool, vector [D]): the vector replaces the embedding of these patches,
+        before positions are added.
 
     Returns:
       pooled [B, D or 2 D], tokens [B, N, D] of the patches.
@@ -264,6 +271,9 @@ class ViT(nn.Module):
     x = STEMS[options.stem](patch, sizes.width, dtype, name="embedding", **bias)(image)
     rows, cols = x.shape[1:3]
     x = einops.rearrange(x, "b h w d -> b (h w) d")
+    if hidden is not None:
+      places, vector = hidden
+      x = jnp.where(places[..., None], vector.astype(dtype)[None, None], x)
     rotation = None
     if options.positions == "rope":
       rotation = jnp.asarray(

@@ -19,7 +19,7 @@ from bigalign import __main__ as command
 from bigalign.cli import configs, examples, help, reference
 from bigalign.config import Config
 from bigalign.export.formats import FORMATS
-from bigalign.losses import LOSSES
+from bigalign.losses import TERMS
 from bigalign.options import MISSING, definition
 from bigalign.run.configs import load_config, shipped
 from bigalign.run.flags import PROGRAMS, define_flags
@@ -71,12 +71,12 @@ def test_an_unknown_part_names_the_nearest():
 
 def test_the_reference_as_json(capsys):
   found = json.loads(run(capsys, reference, "loss", "--json"))
-  assert {*found["entries"]} == {*LOSSES}
+  assert {*found["entries"]} == {*TERMS}
   assert found["entries"]["siglip"]["options"]["t_init"] == {
     "type": "float",
     "required": False,
     "default": 10.0,
-    "about": definition(LOSSES["siglip"])["t_init"].doc,
+    "about": definition(TERMS["siglip"])["t_init"].doc,
   }
 
 

@@ -17,10 +17,11 @@ LAYERS = [
   {"tree", "private_apis", "sphere", "durations"},
   {"checks", "options", "sharding"},
   {"data"},
-  {"run", "losses", "towers", "gradcache", "checkpoint", "optim"},
+  {"towers"},
+  {"run", "losses", "gradcache", "checkpoint", "optim"},
   {"projectors", "state", "evals"},
   {"model"},
-  {"weights"},
+  {"weights", "reading"},
   {"config"},
   {"stages"},
   {"inputs", "program"},
@@ -44,7 +45,7 @@ DATA = [
 ]
 # Libraries that take seconds to import, or may be replaced, are imported in few places.
 PLACES = {
-  "flax": {"towers", "projectors", "model", "private_apis"},
+  "flax": {"towers", "losses", "projectors", "model", "private_apis"},
   "optax": {"optim", "program", "step"},
   "orbax": {"checkpoint", "private_apis"},
   "grain": {"data", "private_apis"},

@@ -26,12 +26,14 @@ from bigalign.program import layout, make_programs
 from bigalign.run.metrics import is_wall_clock, read_metrics
 from bigalign.state import parts, restore
 
-# The image tower is locked, then the text tower with another loss, then both learn. The logit scale
-# of `clip` vanishes and appears again.
+# The image tower is locked, then the text tower with another loss, then both learn, with a head. The
+# logit scale of `clip` vanishes and appears again.
+HEADLESS = dict(mask_regularization=dict(weight=0.0))
 STAGES = (
-  dict(until=2, frozen="image_tower", optimizer=dict(lr=1e-3, warmup=0)),
-  dict(until=4, frozen="text_tower", loss=dict(clip=dict(weight=0.0), siglip={})),
+  dict(until=2, frozen="image_tower", optimizer=dict(lr=1e-3, warmup=0), loss=HEADLESS),
+  dict(until=4, frozen="text_tower", loss=dict(clip=dict(weight=0.0), siglip={}) | HEADLESS),
 )
+LOSS = dict(clip={}, mask_regularization=dict(every=2))
 NEVER = "model/text_projector/out/kernel"  # frozen in each stage
 
 
@@ -39,8 +41,8 @@ def config(**changes):
   """configs/tiny.py made smaller still, with averages."""
   c = load("tiny").to_dict()
   c |= dict(total_steps=6, batch_size=16, log_every=1, checkpoint_every=1, keep=dict(last=9))
-  c |= dict(evals={}, writer=dict(tensorboard=False), loss=dict(clip={}), ema=0.5, stages=STAGES)
-  c |= dict(frozen="text_projector")
+  c |= dict(evals={}, writer=dict(tensorboard=False), loss=LOSS, ema=0.5, stages=STAGES)
+  c |= dict(frozen="text_projector", twin=dict(paths="image_tower/|heads/", decay=0.5))
   for side in ("image", "text"):
     c["model"][side] |= dict(width=16, depth=1, heads=2)
   locked = [dict(x, frozen=f"{x['frozen']}|text_projector") for x in STAGES]
@@ -94,7 +96,8 @@ def test_frozen_parameters_keep_their_bytes_and_others_learn(whole):
   both = {"image_tower", "image_projector"}
   assert towers[2] == {"text_tower", "image_projector", "clip"}
   assert towers[3] == both and towers[4] == both | {"siglip"}  # a new scalar has no value before
-  assert towers[5] == both | {"text_tower"} and towers[6] == both | {"text_tower", "clip"}
+  assert towers[5] == both | {"text_tower"}
+  assert towers[6] == both | {"text_tower", "clip", "mask_regularization"}
   scalars = {n: {k for k in runs[n].params if k.startswith("loss/")} for n in (2, 4, 6)}
   assert scalars[2] == scalars[6] == {"loss/clip/t"}
   assert scalars[4] == {"loss/siglip/t", "loss/siglip/b"}
@@ -102,6 +105,7 @@ def test_frozen_parameters_keep_their_bytes_and_others_learn(whole):
     "siglip"
   ]
   same_bits(runs[6].params, {**last.trainable, **last.frozen})
+  assert "heads/mask_regularization/vector" in runs[5].params.keys() - runs[4].params.keys()
   # Averages are those of what is trained; a frozen parameter is its own average.
   for path, x in runs[4].ema.items():
     is_average = not np.array_equal(x, runs[4].params[path])

@@ -1,0 +1,1 @@
+"""Losses with layers of their own, one file each: captions, self-distillation, tokens."""

@@ -1,0 +1,103 @@
+"""Heads: layers that belong to a loss, and what they may read of the towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.towers.base import TowerOutput
+
+Params = dict[str, Any]  # a tree of arrays, as flax makes it
+# Patches that the image tower does not see: places [B, N] bool, the vector [D] that is there.
+Hidden = tuple[jax.Array, jax.Array]
+
+
+class ImageTower(Protocol):
+  """See Read.image."""
+
+  def __call__(
+    self, images: jax.Array, *, averaged: bool = False, hidden: Hidden | None = None
+  ) -> TowerOutput: ...
+
+
+class TextTower(Protocol):
+  """See Read.text."""
+
+  def __call__(self, ids: jax.Array, mask: jax.Array, *, averaged: bool = False) -> TowerOutput: ...
+
+
+class Projector(Protocol):
+  """See Read.project."""
+
+  def __call__(self, side: str, output: TowerOutput, *, averaged: bool = False) -> jax.Array: ...
+
+
+class Read(NamedTuple):
+  """What a head may read of some rows of the batch.
+
+  Args:
+    batch: text [b, L] int32, text_mask [b, L] bool; the fields that the head names, and its draws.
+    features: of the towers: zimg, ztxt [b, E], unit norm; raw_img, raw_txt [b, E]; tokens_img
+      [b, N, D] and tokens_txt [b, L, D] in the dtype of the towers; mask_txt [b, L] if the text
+      tower masks padding; ztxts [b, M, E] of several texts.
+    image: the image tower, of other images [b, S, S, 3] uint8, whose side its patch divides. With
+      `averaged`, its averaged parameters are used, and no gradient is taken. With `hidden`, it sees
+      a vector in place of some patches.
+    text: the text tower, of other texts.
+    project: (side, output of the tower) -> [b, E] float32, before the norm; side "image" or "text".
+    sizes: as for Loss.init.
+    state: of the loss before this step, such as the centre of a teacher's logits; no gradient.
+  """
+
+  batch: Mapping[str, jax.Array]
+  features: Mapping[str, jax.Array]
+  image: ImageTower
+  text: TextTower
+  project: Projector
+  sizes: Mapping[str, Any]
+  state: Mapping[str, jax.Array] = {}
+
+
+def no_draws(
+  key: jax.Array, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+  """A head that draws nothing."""
+  return {}
+
+
+class Head(NamedTuple):
+  """Layers of a loss. Their parameters have the paths heads/<loss>/…; exports leave them out.
+
+  Rows are independent, since a batch may be computed in microbatches. What depends on the whole
+  batch follows in `apply` of the loss: a mean over tokens is the sum of the rows' sums over the sum
+  of their counts.
+
+  Args:
+    init: (key, read) -> parameters, a tree of float32 arrays; of one row.
+    apply: (parameters, averaged parameters, read) -> {name: [b, …]}, features that `apply` of the
+      loss finds under these names. No gradient is taken of averaged parameters.
+    fields: names of the fields of the batch that it reads, besides text and text_mask.
+    draw: (key of the step, {field: shape} of the batch, sizes) -> {name: [B, …]}, the random
+      numbers of a step, which the head finds in read.batch. They depend on the seed, the step and
+      the place in the batch alone.
+    sums: names of features without the batch axis, which are added up over the batch; no gradient
+      goes through them.
+    averages: whether it reads averaged parameters, of itself or of the towers.
+  """
+
+  init: Callable[[jax.Array, Read], Params]
+  apply: Callable[[Params, Params, Read], dict[str, jax.Array]]
+  fields: frozenset[str] = frozenset()
+  draw: Callable[
+    [jax.Array, Mapping[str, tuple[int, ...]], Mapping[str, Any]], dict[str, jax.Array]
+  ] = no_draws
+  sums: frozenset[str] = frozenset()
+  averages: bool = False
+
+
+def mean_over_batch(feats: Mapping[str, jax.Array]) -> jax.Array:
+  """[]: the mean of what a head counts, over the whole batch: of "sum" and "count", both [B]."""
+  return feats["sum"].sum() / jnp.maximum(feats["count"].sum(), 1)

@@ -1,0 +1,133 @@
+"""Losses with layers of their own: equal on every mesh, in microbatches and with recomputation."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers.shipped import load
+
+from bigalign import losses, sharding
+from bigalign.config import resolve_config
+from bigalign.losses import check_needs
+from bigalign.model import provided
+from bigalign.program import init_on_mesh, layout, make_program
+from bigalign.step import data_position, jitted
+
+BATCH = 16
+# The options of each head, and what else its config needs.
+SMALL = dict(prototypes=64, hidden=48, bottleneck=16, teacher_temp_updates=0)
+VIEWS = dict(views=dict(**{"global": dict(count=2)}, local=dict(count=3, size=16)))
+CASES = dict(
+  mask_regularization=(dict(every=2), {}),
+)
+
+
+@functools.cache
+def step(
+  name, microbatches=1, remat="none", mesh=(1, 1, 1), weight=1.0, frozen="", dtype="float32"
+):
+  """({path: change of a parameter}, {path: change of an average}, scalars) of one update."""
+  own, changes = CASES[name]
+  c = load("tiny").to_dict() | dict(
+    batch_size=BATCH,
+    microbatches=microbatches,
+    optimizer=dict(name="sgd", lr=1.0, momentum=0.0, clip_norm=None),
+    loss=dict(siglip={}) | ({name: own | dict(weight=weight)} if weight is not None else {}),
+    mesh=dict(zip(sharding.AXES, mesh)),
+    frozen=frozen,
+    ema=0.0,
+    **{k: x for k, x in changes.items() if k != "data"},
+  )
+  c["data"] |= changes.get("data", {})
+  for side in ("image", "text"):
+    c["model"][side] |= dict(depth=1, width=32, heads=4, remat=remat, dtype=dtype)
+  config = resolve_config(c)
+  program = make_program(config)
+  fields = provided(program.spec)
+  check_needs(program.loss, fields, averages=config.twin.decay > 0)
+  devices = config.mesh.make(devices=jax.devices()[: np.prod(mesh)])
+  rng = np.random.default_rng(0)
+  batch = {
+    field: jax.device_put(_random(rng, field, shape, dtype), sharding.batch_sharding(devices))
+    for field, (shape, dtype) in program.spec.items()
+  }
+  position = jax.device_put(data_position(0, 1), sharding.replicated_sharding(devices))
+  with jax.set_mesh(devices):
+    _, shardings = layout(program, devices)
+    state = init_on_mesh(program, shardings)
+    before = jax.tree.map(np.asarray, (state.trainable, state.twin))
+    compiled = jitted(program, shardings, devices).lower(state, batch, position).compile()
+    after, scalars, checks = compiled(state, batch, position)
+  changed = tuple(
+    {path: old[path] - np.asarray(x) for path, x in new.items()}
+    for old, new in zip(before, (after.trainable, after.twin))
+  )
+  assert all(jax.tree.leaves(checks.finite))
+  return *changed, jax.tree.map(np.asarray, scalars), compiled.as_text()
+
+
+def _random(rng, field, shape, dtype):
+  if field == "text_mask":
+    return np.arange(shape[1])[None] < rng.integers(3, shape[1], (shape[0], 1))
+  if np.issubdtype(dtype, np.floating):
+    return rng.uniform(size=shape).astype(dtype)
+  kinds = {"image": 255, "text": 200, "source": 1, "repaired": 1, "rejects": 1}
+  high = next((x for k, x in kinds.items() if field.startswith(k)), 255 if "view" in field else 2)
+  return rng.integers(0, high, shape).astype(dtype)
+
+
+def same(found, wanted):
+  """Gradients within 1e-5 of their largest element, or 1e-6 of the largest of all."""
+  scale = max(np.abs(x).max() for x in wanted.values())
+  assert found.keys() == wanted.keys()
+  for path, x in wanted.items():
+    atol = max(1e-5 * np.abs(x).max(), 1e-6 * scale)
+    np.testing.assert_allclose(found[path], x, rtol=0, atol=atol, err_msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(losses.HEADS))
+def test_equal_over_the_mesh_in_microbatches_with_recomputation(name):
+  gradients, averages, scalars, _ = step(name)
+  assert any(np.abs(x).max() > 0 for path, x in gradients.items() if path.startswith("heads/"))
+  assert np.isfinite(scalars[f"{name}/loss"])
+  again = step(name, microbatches=2, remat="full", mesh=(2, 2, 2))
+  same(again[0], gradients)
+  if averages:
+    same(again[1], averages)
+  for key in (f"{name}/loss", "loss", "siglip/loss"):
+    np.testing.assert_allclose(again[2][key], scalars[key], rtol=2e-5, err_msg=key)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(losses.HEADS))
+@pytest.mark.parametrize("mesh,microbatches", [((8, 1, 1), 2), ((1, 8, 1), 1), ((1, 4, 2), 4)])
+def test_equal_on_other_meshes(name, mesh, microbatches):
+  gradients, _, scalars, _ = step(name)
+  again = step(name, microbatches=microbatches, mesh=mesh)
+  same(again[0], gradients)
+  np.testing.assert_allclose(again[2]["loss"], scalars["loss"], rtol=2e-5)
+
+
+def test_a_weight_of_zero_costs_nothing():
+  """Neither parameters nor operations."""
+  config = load("tiny")
+  plain = make_program(resolve_config(config))
+  for name, (own, _) in CASES.items():
+    config.loss = dict(siglip={}, **{name: own | dict(weight=0.0)})
+    without = make_program(resolve_config(config))
+    assert without.params == plain.params and [*without.loss.terms] == ["siglip"]
+
+
+def test_every_head_has_a_case_here():
+  assert {*CASES} == {*losses.HEADS}
+
+
+@pytest.mark.parametrize("name", sorted(losses.HEADS))
+def test_docstrings_name_their_source(name):
+  text = losses.HEADS[name].__doc__
+  assert "https://" in text or "not published" in text
+  assert "Args:" in text
