@@ -23,7 +23,7 @@ from bigalign.data.text.tokenizers import Tokenizer, make_tokenizer
 from bigalign.export import main, model_card, torch_module
 from bigalign.export.base import TrainedModel
 from bigalign.inputs import check_ids
-from bigalign.losses.head import Head
+from bigalign.losses.logit_head import LogitHead
 from bigalign.model import PROJECTOR, DualEncoder, ModelOptions
 from bigalign.options import Choose, Component, plain, plain_value, resolve, resolve_value
 from bigalign.towers import TOWERS
@@ -282,13 +282,13 @@ def _shapes(
   return tree.flatten(jax.eval_shape(init, jax.random.key(0), *inputs)["params"])
 
 
-def _head(params: Mapping[str, Any], about: Mapping[str, Any], kind: str) -> Head:
+def _head(params: Mapping[str, Any], about: Mapping[str, Any], kind: str) -> LogitHead:
   """Scale and bias of the files; what they lack is that of the export, or of their kind."""
   exported = about.get("head", {})
   sigmoid = exported.get("sigmoid", "b" in params or kind.startswith("siglip"))
   scale = np.exp(np.asarray(params["t"])) if "t" in params else exported.get("scale", 1.0)
   bias = np.asarray(params["b"]) if "b" in params else exported.get("bias", 0.0)
-  return Head(float(scale), float(bias), bool(sigmoid))
+  return LogitHead(float(scale), float(bias), bool(sigmoid))
 
 
 def _export(
@@ -318,7 +318,7 @@ def _export(
     resolve_data({**config["data"], "tokenizer": tokenizer.spec}),
     tokenizer,
   )
-  head: Head = parts["head"]
+  head: LogitHead = parts["head"]
   view: View = parts["view"]
 
   def facts(family: str) -> dict[str, Any]:

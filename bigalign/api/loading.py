@@ -14,7 +14,7 @@ from bigalign.api.image_inputs import View
 from bigalign.api.model import Model
 from bigalign.evaluate import Run, open_run
 from bigalign.export import main
-from bigalign.losses.head import of_losses
+from bigalign.losses.logit_head import of_losses
 from bigalign.options import plain
 from bigalign.run import runtime
 from bigalign.towers.base import DTYPES

@@ -22,7 +22,7 @@ from bigalign.data.image import naflex
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.evals.embed import round_batch, to_host
 from bigalign.evals.zeroshot import fill, read_templates
-from bigalign.losses.head import Head
+from bigalign.losses.logit_head import LogitHead
 from bigalign.model import DualEncoder
 from bigalign.run.progress import Progress
 from bigalign.towers.padding import cut, used_lengths
@@ -74,7 +74,7 @@ class Model:
     encoder: DualEncoder,
     params: Mapping[str, Any],
     config: Mapping[str, Any],
-    head: Head,
+    head: LogitHead,
     view: View | None,
     tokenizer: Tokenizer | None,
     embed_dim: int,

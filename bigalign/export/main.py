@@ -28,7 +28,7 @@ from bigalign.export import push as hub
 from bigalign.export.base import Contents, TrainedModel
 from bigalign.export.formats import FORMATS, prepare
 from bigalign.export.tokenizer_files import SAMPLES
-from bigalign.losses import head
+from bigalign.losses import logit_head
 from bigalign.run import parsers, runtime, tables
 from bigalign.towers.text import TextOptions
 
@@ -62,7 +62,7 @@ def trained_model(run: Run, ema: bool = False) -> TrainedModel:
     arrays[path] = arrays[path][:, : tokenizer.length]
   return TrainedModel(
     dataclasses.replace(model, **in_float32).build(),
-    arrays | head.scalars(params, run.config.loss),
+    arrays | logit_head.scalars(params, run.config.loss),
     run.config.data,
     tokenizer,
   )

@@ -18,7 +18,7 @@ from bigalign.evals.retrieval import RECALL_AT
 from bigalign.evaluate import Run
 from bigalign.export import published
 from bigalign.export.base import Contents, Format, TrainedModel, tower_name
-from bigalign.losses.head import of_losses
+from bigalign.losses.logit_head import of_losses
 from bigalign.run.metrics import read_metrics
 from bigalign.stages import split
 from bigalign.towers.base import TransformerOptions

@@ -18,6 +18,7 @@ PARTS = {
   "recomputation": r"rematted_computation|\bfirst_pass\b",  # remat; microbatches: gradcache.py
   "attention": r"\bdot_product_attention\b",  # without its projections
   "encoders": r"\bDualEncoder\b",
+  "heads": r"\bheads\b",  # without what they read of the towers
   "loss": r"\bloss\b",
   "update": "",  # everything else: the optimizer, averages
 }

@@ -276,7 +276,7 @@ def load(
   Args:
     values: the config as written; its `model` names the checkpoints. A t_init or b_init in its
       `loss` takes precedence over the checkpoint's scale or bias.
-    shapes: {path: shape and dtype} of all parameters, "model/…" and "loss/…".
+    shapes: {path: shape and dtype} of all parameters, "model/…", "loss/…" and "heads/…".
     shardings: {path: sharding} of all parameters.
 
   Returns:
@@ -424,9 +424,10 @@ def _run_scalars(
   shapes: Mapping[str, Any],
   shardings: Mapping[str, NamedSharding],
 ) -> dict[str, jax.Array]:
-  """The scalars of losses that the run has too; see runs.scalars."""
+  """The scalars of losses that the run has too, see runs.scalars, and the layers of its heads."""
   ours = [path for path in shapes if path.startswith("loss/")]
   taken = runs.scalars(checkpoint, loss, ours)
+  taken |= {x: x for x in shapes if x.startswith("heads/") and x in checkpoint.tensors}
   return {
     path: jax.device_put(checkpoint.tensors.read(theirs), shardings[path])
     for path, theirs in taken.items()

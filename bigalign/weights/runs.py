@@ -81,12 +81,13 @@ def describe(
     address: the --workdir of the run, local or gs://…
     step: a number, "latest" or "best".
     ema: its running averages instead of its parameters.
-    parts: regular expression of the paths that are read, "model/…" and "loss/…"; "": all.
+    parts: regular expression of the paths that are read, "model/…", "loss/…" and "heads/…"; "":
+      all.
 
   Returns:
     The checkpoint. The rows of its layout are those of the model, "image_tower/…"; its tensors also
-    hold the scalars of its losses, "loss/…". layout.data holds config.data and config.loss of the
-    run, the number of the step, and whether these are averages.
+    hold the scalars of its losses, "loss/…", and the layers of heads, "heads/…". layout.data holds config.data
+    and config.loss of the run, the number of the step, and whether these are averages.
 
   Raises:
     FileNotFoundError: for a folder that is not a run, or a step without a checkpoint.
@@ -112,7 +113,7 @@ def describe(
     Layout(
       model=config["model"],
       rows=_rows(stored),
-      unused="^loss/",
+      unused="^(loss|heads)/",
       data={"data": data, "loss": config["loss"], "step": number, "ema": ema},
     ),
     View(where, options, data["image_size"], where),

@@ -14,7 +14,7 @@ import bigalign
 from bigalign.api import checkpoints, loading
 from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.export import check, main, model_card
-from bigalign.losses.head import of_losses
+from bigalign.losses.logit_head import of_losses
 
 CLIP = small_models.clip(length=12)  # longer than its tokenizer
 SIGLIP = small_models.siglip(mask_padding=True)

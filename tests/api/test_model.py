@@ -17,7 +17,7 @@ from bigalign.api.model import _on_all
 from bigalign.data.image.reading import ImageReading
 from bigalign.evaluate import open_run
 from bigalign.losses import LossTerms
-from bigalign.losses.head import Head, of_losses, scalars
+from bigalign.losses.logit_head import LogitHead, of_losses, scalars
 from bigalign.options import resolve_value
 
 
@@ -217,26 +217,30 @@ def test_probabilities_follow_the_loss(model, pictures):
 
 def test_softmax_and_sigmoid():
   cosines = np.float32([[1.0, 0.5], [-1.0, -1.0]])
-  found = Head(1000.0, 0.0, False).probabilities(cosines)
+  found = LogitHead(1000.0, 0.0, False).probabilities(cosines)
   np.testing.assert_allclose(found, [[1, 0], [0.5, 0.5]], atol=1e-6)
-  found = Head(1000.0, 0.0, True).probabilities(cosines)
+  found = LogitHead(1000.0, 0.0, True).probabilities(cosines)
   np.testing.assert_allclose(found, [[1, 1], [0, 0]], atol=1e-6)
-  assert Head(1.0, 0.0, False).probabilities(np.zeros((2, 0))).shape == (2, 0)
+  assert LogitHead(1.0, 0.0, False).probabilities(np.zeros((2, 0))).shape == (2, 0)
 
 
 @pytest.mark.parametrize(
   "loss, params, head",
   [
-    (dict(siglip={}), {"loss/siglip/t": 0.0, "loss/siglip/b": -3.0}, Head(1.0, -3.0, True)),
-    (dict(clip=dict(b_init=-10.0)), {"loss/clip/t": 0.0, "loss/clip/b": 0.5}, Head(1, 0.5, False)),
-    (dict(sogclr=dict(tau=0.05)), {}, Head(20.0, 0.0, False)),
-    (dict(sogclr={}, sail={}), {"loss/sail/t": 0.0, "loss/sail/b": 1.0}, Head(1.0, 1.0, True)),
-    (dict(albef_itc={}), {"loss/albef_itc/temperature": 0.5}, Head(2.0, 0.0, False)),
-    (dict(clip_gap=dict(t_init=100.0, t_learned=False)), {}, Head(100.0, 0.0, False)),
+    (dict(siglip={}), {"loss/siglip/t": 0.0, "loss/siglip/b": -3.0}, LogitHead(1.0, -3.0, True)),
+    (
+      dict(clip=dict(b_init=-10.0)),
+      {"loss/clip/t": 0.0, "loss/clip/b": 0.5},
+      LogitHead(1, 0.5, False),
+    ),
+    (dict(sogclr=dict(tau=0.05)), {}, LogitHead(20.0, 0.0, False)),
+    (dict(sogclr={}, sail={}), {"loss/sail/t": 0.0, "loss/sail/b": 1.0}, LogitHead(1.0, 1.0, True)),
+    (dict(albef_itc={}), {"loss/albef_itc/temperature": 0.5}, LogitHead(2.0, 0.0, False)),
+    (dict(clip_gap=dict(t_init=100.0, t_learned=False)), {}, LogitHead(100.0, 0.0, False)),
     (
       dict(matryoshka=dict(base="siglip")),
       {"loss/matryoshka/t": 0.0, "loss/matryoshka/b": -1.0},
-      Head(1.0, -1.0, True),
+      LogitHead(1.0, -1.0, True),
     ),
     (
       dict(matryoshka=dict(base="siglip", dims=(8, 64), shared=False)),
@@ -246,14 +250,14 @@ def test_softmax_and_sigmoid():
         "loss/matryoshka/d8/t": 1.0,
         "loss/matryoshka/d8/b": -1.0,
       },
-      Head(1.0, -2.0, True),
+      LogitHead(1.0, -2.0, True),
     ),
     (
       dict(matryoshka=dict(base="sogclr", base_options=dict(tau=0.05), dims=(8, 64))),
       {},
-      Head(20.0, 0.0, False),
+      LogitHead(20.0, 0.0, False),
     ),
-    (dict(matryoshka=dict(base="clip_gap")), {}, Head(100.0, 0.0, False)),
+    (dict(matryoshka=dict(base="clip_gap")), {}, LogitHead(100.0, 0.0, False)),
   ],
 )
 def test_scale_bias_and_kind_of_each_loss(loss, params, head):

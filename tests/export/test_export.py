@@ -33,7 +33,7 @@ from bigalign.data.image.decode import decode
 from bigalign.export import check, hugging_face, main, model_card, open_clip
 from bigalign.export.fit import fit
 from bigalign.export.formats import prepare
-from bigalign.losses import LossTerms, head
+from bigalign.losses import LossTerms, logit_head
 from bigalign.model import make_model
 from bigalign.options import resolve_value
 
@@ -394,7 +394,7 @@ def test_averages_are_another_model(tmp_path, pieces, no_torch):
 def test_the_scale_is_that_of_the_first_term_that_learns_one():
   def scalars(params, **losses):
     terms = resolve_value(LossTerms, losses, "config.loss")
-    return head.scalars({k: np.float32(x) for k, x in params.items()}, terms)
+    return logit_head.scalars({k: np.float32(x) for k, x in params.items()}, terms)
 
   params = {"loss/siglip/t": 1, "loss/siglip/b": -3, "loss/clip/t": 2}
   assert scalars(params, sogclr={}, siglip={}, clip={}) == {"t": 1, "b": -3}

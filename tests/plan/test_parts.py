@@ -48,6 +48,7 @@ def test_traffic_and_communication_belong_to_the_part_of_their_name():
     loss=2 * numbers,
     update=numbers + 4 * (1024 + 16 + 4),
     encoders=0,
+    heads=0,
     recomputation=0,
   )
 

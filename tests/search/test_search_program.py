@@ -26,7 +26,7 @@ from bigalign.data.sources.base import open_source
 from bigalign.data.stores import writer
 from bigalign.data.stores.reader import Store
 from bigalign.frozen.embed import source_fingerprint
-from bigalign.losses.head import Head
+from bigalign.losses.logit_head import LogitHead
 from bigalign.options import plain
 from bigalign.program import init_params, make_program
 from bigalign.search import embedding, main
@@ -53,7 +53,7 @@ def model():
     encoder=program.model,
     params={k.removeprefix("model/"): v for k, v in params.items() if k.startswith("model/")},
     config=plain(config),
-    head=Head(1.0, 0.0, True),
+    head=LogitHead(1.0, 0.0, True),
     view=View(config.data),
     tokenizer=config.data.make_tokenizer(),
     embed_dim=config.model.embed_dim,

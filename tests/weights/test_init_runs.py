@@ -128,6 +128,22 @@ def test_scalars_that_both_losses_have_are_taken(first, caplog):
   assert "loss/clip/t" not in loaded(phase(dict(init=address), loss=other))
 
 
+def test_the_layers_of_a_head_that_both_have_are_taken(tmp_path, caplog):
+  """Another run may leave them out, or begin with new ones, which the log names."""
+  caplog.set_level("INFO", logger="absl")
+  loss = dict(clip={}, mask_regularization={})
+  values = small(loss=loss)
+  arrays = random_params(values)
+  address = write(tmp_path / "x", values, arrays)
+  assert "heads/mask_regularization/vector" in arrays
+  same(loaded(phase(dict(init=address), loss=loss)), arrays)
+  rest = {k: x for k, x in arrays.items() if not k.startswith("heads/")}
+  same(loaded(phase(dict(init=address))), rest)
+  caplog.clear()
+  same(loaded(phase(dict(init=write(tmp_path / "y", small(), rest)), loss=loss)), rest)
+  assert "at random with config.seed: heads/mask_regularization" in caplog.text
+
+
 def test_what_no_stage_trained_is_read_too(tmp_path):
   """Frozen parameters are stored once per run, in the dtype of their tower."""
   arrays, folder = random_params(small()), tmp_path / "x"

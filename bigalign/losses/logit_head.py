@@ -18,7 +18,7 @@ SIGMOID = ("siglip", "sail", "siglip_distill")
 _TEMPERATURES = ("tau", "tau_init")
 
 
-class Head(NamedTuple):
+class LogitHead(NamedTuple):
   """What follows the cosines of a model.
 
   Args:
@@ -38,9 +38,9 @@ class Head(NamedTuple):
   def probabilities(self, cosines: np.ndarray) -> np.ndarray:
     """Returns the probability of each text, for each image.
 
-    >>> Head(10.0, -5.0, True).probabilities(np.float32([[0.5, 0.5]])).tolist()
+    >>> LogitHead(10.0, -5.0, True).probabilities(np.float32([[0.5, 0.5]])).tolist()
     [[0.5, 0.5]]
-    >>> Head(10.0, 0.0, False).probabilities(np.float32([[0.5, 0.5, 0.5, 0.5]])).tolist()
+    >>> LogitHead(10.0, 0.0, False).probabilities(np.float32([[0.5, 0.5, 0.5, 0.5]])).tolist()
     [[0.25, 0.25, 0.25, 0.25]]
 
     Args:
@@ -80,8 +80,8 @@ class _Chosen(NamedTuple):
     return _fixed(self.resolved)
 
 
-def of_losses(params: Mapping[str, Any], losses: Mapping[str, Component]) -> Head:
-  """The head of a run: that of the first loss that learns a scale, else of the first loss.
+def of_losses(params: Mapping[str, Any], losses: Mapping[str, Component]) -> LogitHead:
+  """The logit head of a run: that of the first loss that learns a scale, else of the first loss.
 
   Args:
     params: {path: array} of the run.
@@ -89,11 +89,11 @@ def of_losses(params: Mapping[str, Any], losses: Mapping[str, Component]) -> Hea
   """
   chosen = _chosen(params, losses)
   bias = float(np.asarray(chosen.learned["b"])) if "b" in chosen.learned else 0.0
-  return Head(chosen.scale, bias, chosen.name in SIGMOID)
+  return LogitHead(chosen.scale, bias, chosen.name in SIGMOID)
 
 
 def scalars(params: Mapping[str, Any], losses: Mapping[str, Component]) -> dict[str, np.ndarray]:
-  """The head of a run as parameters, float32: the arguments are those of `of_losses`.
+  """The logit head of a run as parameters, float32: the arguments are those of `of_losses`.
 
   Returns:
     {"t": the log of the scale, which may be learned or fixed; "b": the bias, if the loss has one}.
