@@ -311,14 +311,12 @@ def _of_texts(
   def teacher_of(m: int) -> jax.Array:
     return jnp.where(positive[:, m, None], theirs[:, m], 0)  # an absent one may be not finite
 
-  parts = [
-    _hard_and_soft(
-      *(zimg, z[:, m], scale, teacher_img, teacher_of(m), teachers),
-      only=(positive[:, m], number),
-      engine=engine,
-    )
-    for m in range(texts.per_image)  # one matrix at a time
-  ]
+  parts = []
+  for m in range(texts.per_image):  # one matrix at a time
+    pair = (zimg, z[:, m], scale, teacher_img, teacher_of(m))
+    parts.append(_hard_and_soft(*pair, teachers, only=(positive[:, m], number), engine=engine))
+    # The matrices' gradients of the images are then added one by one, not all kept for one sum.
+    zimg = jax.lax.optimization_barrier(zimg)
   hard, soft = (functools.reduce(jnp.add, x) for x in zip(*parts))
   return hard, soft
 
