@@ -153,7 +153,7 @@ def _read(
 
 
 def _of_any_size(model: DualEncoder, part: Mapping[str, jax.Array]) -> DualEncoder:
-  """The model, whose learned positions fit the images of the batch, for views of other sizes too."""
+  """The model with learned positions on the grid of the batch's images; views may have another."""
   tower = model.image_tower
   if getattr(tower, "grid", ()) is not None or "image" not in part:
     return model

@@ -25,7 +25,9 @@ from bigalign.losses.engine.pairwise import RecordingEngine
 from bigalign.losses.feature_distill import feature_distill, vl2v
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.hard_negatives import dac_mil, hardneg_own, negclip
+from bigalign.losses.heads.ibot import ibot
 from bigalign.losses.heads.mask_regularization import mask_regularization
+from bigalign.losses.heads.silc import silc
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
 from bigalign.losses.matryoshka import matryoshka
@@ -100,7 +102,9 @@ LOSSES = dict(
 
 # Losses with layers of their own, which config.loss names as the others.
 HEADS: dict[str, Callable[..., Loss]] = dict(
+  ibot=ibot,
   mask_regularization=mask_regularization,
+  silc=silc,
 )
 TERMS = {**LOSSES, **HEADS}
 
