@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import checks
-from bigalign.towers.base import DTYPES, TowerOutput, masked_mean
+from bigalign.towers.base import DTYPES, Attention, TowerOutput, masked_mean
+from bigalign.towers.base import Mlp as TowerMlp
 from bigalign.towers.linear import Dense
 
 
@@ -21,10 +22,10 @@ class Projector(nn.Module):
 
   def __post_init__(self) -> None:
     where = f"config.model: projector {type(self).__name__}"
-    for name in ("hidden", "ratio"):
+    for name in ("hidden", "ratio", "depth"):
       if getattr(self, name, None) is not None:
         checks.between(where, 1, **{name: getattr(self, name)})
-    for name in ("dropout", "hidden_dropout"):
+    for name in ("dropout", "hidden_dropout", "drop_path"):
       checks.below_one(where, **{name: getattr(self, name, 0.0)})
     dtype = getattr(self, "dtype", "float32")
     if isinstance(dtype, str):
@@ -301,6 +302,101 @@ class Tokens(Projector):
     return embeddings
 
 
+class Layer(nn.Module):
+  """A block of Blocks: attention and a SwiGLU MLP, both with LayerScale and drop path.
+
+  Args:
+    heads: of attention.
+    hidden: units of the MLP.
+    drop_path: probability that a row leaves out a branch, in training.
+    dtype: dtype of the computation.
+  """
+
+  heads: int
+  hidden: int
+  drop_path: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array | None, train: bool) -> jax.Array:
+    """[B, N, D], mask [B, N] bool (True = attended to) -> [B, N, D]."""
+
+    def norm(name: str) -> jax.Array:
+      normed: jax.Array = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(x)
+      return normed
+
+    def branch(name: str, y: jax.Array) -> jax.Array:
+      scale = self.param(f"scale_{name}", nn.initializers.constant(1e-5), (y.shape[-1],))
+      drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), name=f"drop_{name}")
+      kept: jax.Array = drop(y * scale.astype(y.dtype)[None, None], not train)
+      return kept
+
+    y = norm("ln1")
+    x = x + branch("attn", Attention(self.heads, self.dtype, name="attn")(y, y, mask))
+    mlp = TowerMlp(self.hidden, "silu", dtype=self.dtype, gated=True, name="mlp")
+    return x + branch("mlp", mlp(norm("ln2")))
+
+
+class Blocks(Projector):
+  """dino.txt's image side, https://arxiv.org/abs/2412.16334: blocks on a frozen tower's tokens.
+
+  The class token, which the tower pools (pool="cls" or "cls+mean"), and the patches go through
+  pre-norm blocks with SwiGLU, LayerScale from 1e-5 and drop path, and a layer norm. The embedding
+  is the class token and the mean of the patches, concatenated. As published, it is 2 D wide; of
+  another width, each token first goes through a linear map without bias. Registers of the tower
+  take no part here, and do in the release.
+
+  >>> import jax
+  >>> out = TowerOutput(pooled=jnp.ones((2, 8)), tokens=jnp.ones((2, 3, 8)))
+  >>> embeddings, parameters = Blocks(dim=16, heads=2).init_with_output(jax.random.key(0), out)
+  >>> embeddings.shape, sorted(parameters["params"])
+  ((2, 16), ['block_0', 'block_1', 'ln'])
+
+  Args:
+    dim: E, the width of the embeddings, an even number.
+    depth: number of blocks.
+    heads: attention heads; None: D / 64, at least 1.
+    drop_path: probability that a row leaves out a branch of a block, in training.
+    dtype: dtype of the computation.
+  """
+
+  dim: int
+  depth: int = 2
+  heads: int | None = None
+  drop_path: float = 0.3
+  dtype: str = "float32"
+
+  def __call__(self, out: TowerOutput, train: bool = False) -> jax.Array:
+    """-> [B, E]."""
+    x = self.rows(out, train)
+    return jnp.concatenate([x[:, 0], masked_mean(x[:, 1:], out.mask)], -1)
+
+  @nn.compact
+  def rows(self, out: TowerOutput, train: bool = False) -> jax.Array:
+    """-> [B, 1 + N, E / 2] float32: the class token and the patches.
+
+    Raises:
+      ValueError: for an odd E.
+    """
+    if self.dim % 2:
+      raise ValueError(f"projector 'blocks': config.model.embed_dim={self.dim} must be even")
+    patches = _tokens(out)
+    width = patches.shape[-1]
+    x = jnp.concatenate([_pooled(out)[:, None, :width], patches], 1).astype(self.dtype)
+    mask = None
+    if out.mask is not None:
+      mask = jnp.concatenate([jnp.ones_like(out.mask[:, :1]), out.mask], 1)
+    heads = self.heads or max(1, width // 64)
+    hidden = -(-8 * width // (3 * 64)) * 64  # two thirds of 4 D, in multiples of 64
+    for i in range(self.depth):
+      x = Layer(heads, hidden, self.drop_path, x.dtype, name=f"block_{i}")(x, mask, train)
+    x = nn.LayerNorm(epsilon=1e-5, name="ln")(x)
+    if self.dim != 2 * width:
+      x = Dense(self.dim // 2, use_bias=False, dtype=self.dtype, name="out")(x)
+    tokens: jax.Array = x.astype(jnp.float32)
+    return tokens
+
+
 def _pooled(out: TowerOutput) -> jax.Array:
   """[B, D] float32."""
   return out.pooled.astype(jnp.float32)
@@ -320,7 +416,7 @@ def _tokens(out: TowerOutput) -> jax.Array:
   return out.tokens.astype(jnp.float32)
 
 
-READ_TOKENS = (PatchesAndClass, Tokens)
+READ_TOKENS = (Blocks, PatchesAndClass, Tokens)
 PROJECTORS = dict(
   linear=Linear,
   mlp=Mlp,
@@ -330,4 +426,5 @@ PROJECTORS = dict(
   residual=Residual,
   patches_and_class=PatchesAndClass,
   tokens=Tokens,
+  blocks=Blocks,
 )

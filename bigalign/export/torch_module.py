@@ -29,6 +29,7 @@ from bigalign.export.base import (
   tower_name,
 )
 from bigalign.model import PIXELS
+from bigalign.projectors import PROJECTORS
 from bigalign.towers import mobilenet
 from bigalign.towers.base import TransformerOptions
 from bigalign.towers.bert import BertOptions, buckets
@@ -76,6 +77,11 @@ def _reasons(trained: TrainedModel) -> list[str]:
     )
     if tower_name(options) not in names
   ]
+  for side in ("image", "text"):
+    name = projector_name(getattr(trained.model, f"{side}_projector"))
+    if name == "blocks":
+      known = sorted({*PROJECTORS} - {name})
+      wrong.append(requirement(f"config.model.{side}_projector.name", name, *known))
   if isinstance(image, VitOptions):
     if image.stem != "patch":
       wrong.append(requirement("config.model.image.stem", image.stem, "patch"))

@@ -57,6 +57,29 @@ def tokens(p, out):
   return norm(p, "ln", first + dense(p, "fc2", gelu(first)))
 
 
+def silu_gated(p, at, x):
+  gate = dense(p, f"{at}/gate", x)
+  return dense(p, f"{at}/fc2", gate / (1 + np.exp(-gate)) * dense(p, f"{at}/fc1", x))
+
+
+def blocks(p, out):
+  x = np.concatenate([out.pooled[:, None], out.tokens], 1)
+  seen = np.concatenate([np.ones_like(out.mask[:, :1]), out.mask], 1)[:, None]
+  y = norm(p, "block_0/ln1", x)
+  one_head = {
+    name: y @ p[f"block_0/attn/{name}/kernel"][:, 0] + p[f"block_0/attn/{name}/bias"][0]
+    for name in ("query", "key", "value")
+  }
+  logits = one_head["query"] @ one_head["key"].transpose(0, 2, 1) / np.sqrt(D)
+  weights = np.where(seen, np.exp(logits), 0)
+  y = weights / weights.sum(-1, keepdims=True) @ one_head["value"]
+  y = y @ p["block_0/attn/out/kernel"][0] + p["block_0/attn/out/bias"]
+  x = x + y * p["block_0/scale_attn"]
+  y = silu_gated(p, "block_0/mlp", norm(p, "block_0/ln2", x))
+  x = dense(p, "out", norm(p, "ln", x + y * p["block_0/scale_mlp"]))
+  return np.concatenate([x[:, 0], mean(x[:, 1:], out.mask)], -1)
+
+
 # name: (options, the same in numpy, number of parameters at D = 6, E = 3)
 CASES = dict(
   linear=(dict(bias=True), lambda p, out: dense(p, "out", out.pooled), 21),
@@ -81,7 +104,14 @@ CASES = dict(
     2 * (21 + 21 + 12 + 12),
   ),
   tokens=({}, tokens, 21 + 21 + 12 + 12 + 12 + 12 + 6),
+  blocks=(
+    dict(depth=1, heads=1),
+    blocks,
+    4 * 42 + 6 * 6 + 2 * (6 * 64 + 64) + 64 * 6 + 6 + 12 + 6 * 2,  # 64 hidden units
+  ),
 )
+# E of projectors that take some widths only.
+WIDTHS = dict(identity=D, blocks=4)
 
 
 def test_every_projector_has_a_case():
@@ -91,7 +121,7 @@ def test_every_projector_has_a_case():
 @pytest.mark.parametrize("name", slow_unless(CASES, {"linear", "mlp", "residual"}.__contains__))
 def test_values_and_a_step_are_those_of_numpy(name):
   (options, ours, count), draws = CASES[name], np.random.default_rng(1)
-  dim = D if name == "identity" else E
+  dim = WIDTHS.get(name, E)
   with jax.enable_x64(True):
     projector = (
       PROJECTORS[name](dim=dim, dtype=jnp.float64, **options)
@@ -139,7 +169,7 @@ def test_values_and_a_step_are_those_of_numpy(name):
       atol=1e-6,
       err_msg=path,
     )
-    decay = 0.1 * x * (x.ndim > 1)
+    decay = 0.1 * x * (x.ndim > 1 and not path.endswith("/bias"))  # biases of heads: [H, K]
     np.testing.assert_allclose(
       updates[path], -1e-2 * (np.sign(grads[path]) + decay), rtol=1e-5, atol=1e-9, err_msg=path
     )
@@ -159,9 +189,9 @@ def test_dropout_is_of_training_and_keeps_the_mean():
 
 def test_projectors_of_tokens_refuse_stored_vectors():
   stored = TowerOutput(OUT.pooled, OUT.tokens[:, :0])
-  for name in ("tokens", "patches_and_class"):
+  for name in ("tokens", "patches_and_class", "blocks"):
     with pytest.raises(ValueError, match=r"reads tokens, and config\.data\.stores holds pooled"):
-      PROJECTORS[name](dim=E).init(jax.random.key(0), stored)
+      PROJECTORS[name](dim=4).init(jax.random.key(0), stored)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -185,6 +215,7 @@ def test_losses_get_float32_embeddings_whatever_a_projector_computes_in(name, dt
     ("residual", dict(hidden_dropout=1.0), "Residual.hidden_dropout=1.0 must be at least 0"),
     ("tokens", dict(dropout=-0.1), "Tokens.dropout=-0.1 must be at least 0"),
     ("linear", dict(dtype="bf16"), "Linear.dtype: unknown 'bf16'"),
+    ("blocks", dict(drop_path=1.0), "Blocks.drop_path=1.0 must be at least 0 and below 1"),
   ],
 )
 def test_options_outside_their_bounds_are_refused(name, options, message):
