@@ -25,6 +25,7 @@ from bigalign.losses.engine.pairwise import RecordingEngine
 from bigalign.losses.feature_distill import feature_distill, vl2v
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.hard_negatives import dac_mil, hardneg_own, negclip
+from bigalign.losses.heads.caption import caption
 from bigalign.losses.heads.ibot import ibot
 from bigalign.losses.heads.mask_regularization import mask_regularization
 from bigalign.losses.heads.silc import silc
@@ -102,6 +103,7 @@ LOSSES = dict(
 
 # Losses with layers of their own, which config.loss names as the others.
 HEADS: dict[str, Callable[..., Loss]] = dict(
+  caption=caption,
   ibot=ibot,
   mask_regularization=mask_regularization,
   silc=silc,

@@ -24,7 +24,7 @@ ROOT = pathlib.Path(os.environ.get("BIGALIGN_LOSS_ORACLES") or SMALL)
 ROOT2 = os.environ.get("BIGALIGN_LOSS_ORACLES2")
 WHY2 = "BIGALIGN_LOSS_ORACLES2 is not set: the second set of expected values of the losses"
 NOT_BUILT = (
-  *("cappa_inputs", "coca", "descriptions"),
+  *("coca", "descriptions"),
   *("ece", "expert_router", "fdt", "frame_pool", "gram_mse"),
   *("longclip", "lora", "matformer", "merge", "moe", "overuse"),
   *("region_phrase", "sinkhorn", "spacetime", "valor_group", "vlap"),

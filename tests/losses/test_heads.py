@@ -21,6 +21,7 @@ BATCH = 16
 SMALL = dict(prototypes=64, hidden=48, bottleneck=16, teacher_temp_updates=0)
 VIEWS = dict(views=dict(**{"global": dict(count=2)}, local=dict(count=3, size=16)))
 CASES = dict(
+  caption=(dict(depth=1, heads=4), {}),
   ibot=(SMALL | dict(form="all"), dict(data=VIEWS, twin=dict(decay=0.9, paths="heads/ibot"))),
   mask_regularization=(dict(every=2), {}),
   silc=(

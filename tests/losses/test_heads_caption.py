@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loss_oracles import both_precisions, cases2, check2, run2
+from helpers.loss_oracles import both_precisions, cases2, check2, oracles2, run2
 from helpers.tpu_compiler import compiled_for_tpus
 
 from bigalign import sharding
+from bigalign.losses.heads.caption import inputs
 from bigalign.losses.heads.vocabulary import token_losses
 from bigalign.plan import topologies
 
@@ -115,3 +116,23 @@ def test_a_vocabulary_of_a_quarter_of_a_million_needs_300_mb():
     program = topologies.compile_without_cache(jax.jit(value).lower(*shapes))
   memory = program.memory_analysis()
   assert memory.temp_size_in_bytes <= 300e6
+
+
+# ------------------------------------------------------------------ decoders
+
+
+@pytest.mark.parametrize("case", cases2("cappa_inputs"))
+def test_what_a_decoder_reads(case):
+  labels = oracles2().inputs(case)["labels"]
+  found = {}
+  for name, parallel in dict(autoregressive=False, parallel=True).items():
+    rows = np.full(len(labels), parallel)
+    params = case["params"]
+    read = inputs(jnp.asarray(labels), rows, mask_id=params["mask_id"], start=params["bos"])
+    visible = np.asarray(read.visible[0, 0])
+    found |= {name: read.ids, "full" if parallel else "causal": visible}
+  found["weights"] = labels != 0
+  expected = oracles2().expected(case)
+  assert found.keys() == expected.keys()
+  for name, (wanted, _) in expected.items():
+    np.testing.assert_array_equal(found[name], np.broadcast_to(wanted, np.shape(found[name])))

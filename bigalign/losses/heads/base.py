@@ -86,6 +86,8 @@ class Head(NamedTuple):
     sums: names of features without the batch axis, which are added up over the batch; no gradient
       goes through them.
     averages: whether it reads averaged parameters, of itself or of the towers.
+    write: of a head that predicts texts: (parameters, read) -> (states [b, L, D], kernel [D, V]);
+      state i predicts token i, from the tokens before it and the image. None: it does not.
   """
 
   init: Callable[[jax.Array, Read], Params]
@@ -96,6 +98,7 @@ class Head(NamedTuple):
   ] = no_draws
   sums: frozenset[str] = frozenset()
   averages: bool = False
+  write: Callable[[Params, Read], tuple[jax.Array, jax.Array]] | None = None
 
 
 def mean_over_batch(feats: Mapping[str, jax.Array]) -> jax.Array:
