@@ -118,7 +118,7 @@ def _with_fields(inputs: Inputs) -> Inputs:
 
 def _check_no_fields(options: DataOptions) -> None:
   """Raises ValueError for an option that reads samples, where both sides come from stores."""
-  for name in ("texts", "teachers", "columns", "views"):
+  for name in ("texts", "teachers", "columns", "views", "text_pairs"):
     if getattr(options, name):
       raise ValueError(
         f"config.data.{name} reads each sample, but config.data.stores has both image and text, so"

@@ -42,6 +42,7 @@ def provided(batch: Iterable[str]) -> set[str]:
   fields = {*batch}
   fields |= {name for name in FEATURES if "image" in fields or not name.endswith("img")}
   made = {"text_second": "ztxt_second", "texts_kind": "ztxts", "teacher_txts": "teacher_txt"}
+  made |= {name: f"z{name}" for name in ("query", "document")}
   made |= {name: f"{name}_stored" for name in ("teacher_img", "teacher_txt")}
   return fields | {feature for field, feature in made.items() if field in fields}
 
@@ -82,6 +83,7 @@ class DualEncoder(nn.Module):
     train: bool = False,
     second: tuple[jax.Array, jax.Array] | None = None,
     others: tuple[jax.Array, jax.Array] | None = None,
+    pairs: tuple[jax.Array, ...] | None = None,
   ) -> dict[str, jax.Array]:
     """The features that losses read.
 
@@ -94,12 +96,13 @@ class DualEncoder(nn.Module):
       second: other texts [B, L] and their mask.
       others: all texts but the first of each image [B, M - 1, L] and their mask, of
         config.data.texts; () if `text` is the only one.
+      pairs: queries [B, L], their mask, documents and their mask, of config.data.text_pairs.
 
     Returns:
       zimg, ztxt [B, E], unit norm; raw_img, raw_txt [B, E], before the norm; these are float32,
       whatever the projectors compute in. tokens_img and tokens_txt, in the dtype of the towers;
       mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`; ztxts [B, M, E],
-      all texts of each image, with `others`.
+      all texts of each image, with `others`; zquery and zdocument [B, E] with `pairs`.
     """
     feats: dict[str, jax.Array] = {}
     if image is not None:
@@ -131,6 +134,9 @@ class DualEncoder(nn.Module):
       feats["ztxts"] = rearrange(unit(raw_txts), "(b m) e -> b m e", m=count)
     if second is not None:
       feats["ztxt_second"] = self.embed_text(*second, train=train)
+    if pairs is not None:
+      for name, own in (("zquery", pairs[:2]), ("zdocument", pairs[2:])):
+        feats[name] = self.embed_text(*own, train=train)
     return feats if txt.mask is None else {**feats, "mask_txt": txt.mask}
 
   def embed_image(self, image: Images, train: bool = False) -> jax.Array:

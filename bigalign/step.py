@@ -16,6 +16,7 @@ import optax
 from absl import logging
 
 from bigalign import gradcache, reading, sharding, tree
+from bigalign.data.fields import text_pairs
 from bigalign.data.image import naflex
 from bigalign.data.samples.rejects import REASONS
 from bigalign.losses import PROVIDES, Context, Loss, diagnostics, table_mask
@@ -29,6 +30,7 @@ from bigalign.state import Arrays, State
 
 SECOND = ("text_second", "text_second_mask")  # fields for losses that read two texts
 OTHERS = ("text_others", "text_others_mask")  # fields for losses that read several
+PAIRS = text_pairs.NAMES  # fields for the loss of pairs of texts
 
 
 class StepChecks(NamedTuple):
@@ -213,7 +215,8 @@ def _inputs(
   """What `features` reads of a batch, and the random numbers of heads."""
   second = SECOND if "second_text" in program.loss.needs else ()
   others = [name for name in OTHERS if name in batch and "texts" in program.loss.needs]
-  texts = {name: batch[name] for name in ("text", "text_mask", *second, *others)}
+  pairs = PAIRS if "text_pairs" in program.loss.needs else ()
+  texts = {name: batch[name] for name in ("text", "text_mask", *second, *others, *pairs)}
   own = {name: batch[name] for name in reading.fields(program.loss)}
   draws = reading.draws(program.loss, key, batch, program.sizes)
   return {**naflex.only_images(batch), **texts, **own, **draws}
@@ -242,12 +245,15 @@ def features(
       )
     return feats
 
-  second, others = (tuple(part[x] for x in names if x in part) for names in (SECOND, OTHERS))
+  second, others, pairs = (
+    tuple(part[x] for x in names if x in part) for names in (SECOND, OTHERS, PAIRS)
+  )
   feats = apply(
     trainable,
     train=True,
     second=second or None,
     others=others if "texts" in program.loss.needs else None,
+    pairs=pairs or None,
     rngs={"dropout": dropout, "patch_dropout": patch_dropout},
   )
   wanted = {"zimg", "ztxt", *(name for need in program.loss.needs for name in PROVIDES[need])}

@@ -42,6 +42,7 @@ from bigalign.losses.radzero import radzero
 from bigalign.losses.sail import sail
 from bigalign.losses.siglip import siglip
 from bigalign.losses.sparc import sparc
+from bigalign.losses.text_pairs import text_pairs
 from bigalign.losses.unicl import unicl
 from bigalign.options import Choose, Component, resolve_value
 
@@ -97,6 +98,7 @@ LOSSES = dict(
   sogclr=sogclr,
   sogclr_unimodal=sogclr_unimodal,
   sparc=sparc,
+  text_pairs=text_pairs,
   unicl=unicl,
   vl2v=vl2v,
 )
@@ -134,6 +136,7 @@ PROVIDES = dict(
   teacher_text_stored=("teacher_txt_stored",),
   teacher_texts=("teacher_txts",),
   teacher_second_text=("teacher_txt_second",),
+  text_pairs=("zquery", "zdocument"),
 )
 
 # What a loss may need -> the option of the config that provides it.
@@ -148,6 +151,7 @@ SET_BY = dict(
   teacher_text_stored="config.data.teachers",
   teacher_texts="config.data.teachers and config.data.texts",
   teacher_second_text="config.data.teachers",
+  text_pairs="config.data.text_pairs",
 )
 
 
@@ -212,7 +216,7 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False, averages: bool = Fal
       " example to 0.995"
     )
   for name, (_, term) in loss.terms.items():
-    if term.pair and "zimg" not in fields:
+    if term.pair and not {"image", "zimg"} & {*fields}:
       raise ValueError(
         f"config.loss.{name} compares images and texts, but config.data.images=False: the data has"
         " texts alone. Set config.loss.feature_distill=dict(w_img=0.0) or another loss of texts, or"

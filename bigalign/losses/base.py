@@ -50,7 +50,8 @@ class Loss(NamedTuple):
       feats: zimg, ztxt [B, E], unit norm; for "raw" also raw_img, raw_txt [B, E] before
       normalisation; for "tokens" tokens_img [B, N, D], tokens_txt [B, L, D] and mask_txt [B, L];
       for "second_text" ztxt_second [B, E], of another caption of the same image; for "texts" ztxts
-      [B, M, E], of M texts of the image, of which ztxt is the first; for "ema_teacher" teacher_img,
+      [B, M, E], of M texts of the image, of which ztxt is the first; for "text_pairs" zquery and
+      zdocument [B, E], of pairs of texts without images; for "ema_teacher" teacher_img,
       teacher_txt [B, E], zimg and ztxt of the averaged parameters. All are float32.
       batch: the data's fields, [B, ...]; for "ids" image_id, text_id [B, 2] uint32, the two words
       of a 64-bit number; for "labels" label [B] int32; for "teacher" teacher_img, teacher_txt

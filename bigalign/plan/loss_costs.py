@@ -44,7 +44,7 @@ def fields(
     teachers: widths of the teachers' embeddings; (): one teacher as wide as the embeddings.
     teacher_dtype: of the teachers' embeddings.
   """
-  features = ("zimg", "ztxt", "ztxt_second", "raw_img", "raw_txt")
+  features = ("zimg", "ztxt", "ztxt_second", "raw_img", "raw_txt", "zquery", "zdocument")
   names = ("teacher_img", "teacher_txt", "teacher_txt_second")
   stored = (*names, "teacher_img_stored", "teacher_txt_stored")
   teacher = sum(teachers) or width

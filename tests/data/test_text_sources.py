@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 
@@ -11,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers.batches import data_options
+from helpers.hosts import B, assert_equal_on_hosts, take
 from helpers.small_fields import SAMPLES, captions_of, every_field, key_of, vectors_of
 from helpers.small_fields import write_dataset as write_images
 from helpers.small_shards import write_tar
@@ -21,8 +21,6 @@ from bigalign.data.sources.arrayrecord import KEY, make_example
 from bigalign.data.sources.base import open_source
 from bigalign.frozen.embed import check_source
 from bigalign.inputs import open_data
-
-B, STEPS = 8, 4
 
 
 def write_texts(root):
@@ -53,29 +51,6 @@ def options(folder) -> dict:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   return write_texts(tmp_path_factory.mktemp("texts"))
-
-
-def take(data: dict, count=STEPS, *, rows=range(B), start=0) -> list[dict[str, np.ndarray]]:
-  inputs = open_data(data_options(**data))
-  with contextlib.closing(
-    inputs.batches(rejected_log="", batch_size=B, rows=rows, seed=3, start=start)
-  ) as batches:
-    return [next(batches) for _ in range(count)]
-
-
-def assert_equal_on_hosts(data: dict, hosts: int, workers: int) -> None:
-  """Batches of several hosts and workers, from the third step on, are those of one host."""
-  whole, start = take(data), 2
-  parts = [
-    take(data | dict(workers=workers), STEPS - start, rows=np.arange(h, B, hosts), start=start * B)
-    for h in range(hosts)
-  ]
-  order = np.argsort(np.concatenate([np.arange(h, B, hosts) for h in range(hosts)]))
-  for step, expected in zip(zip(*parts), whole[start:], strict=True):
-    assert step[0].keys() == expected.keys()
-    for name, x in expected.items():
-      together = np.concatenate([part[name] for part in step])[order]
-      np.testing.assert_array_equal(together, x, err_msg=name)
 
 
 def test_a_batch_of_texts_has_no_image_and_is_as_the_spec_says(folder):

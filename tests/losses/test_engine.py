@@ -114,6 +114,7 @@ def embed(params, batch, key, dropout=0.0):
     "txt": batch["txt"] @ params["txt"],
   }
   second, texts = (batch[k] @ params["txt"] for k in ("second", "texts"))
+  query, document = (texts[:, k] for k in (1, 2))
   slow = {f"teacher_{k}": jax.lax.stop_gradient(unit(x[:, ::-1])) for k, x in raw.items()}
   return {
     **slow,
@@ -121,6 +122,8 @@ def embed(params, batch, key, dropout=0.0):
     **{f"z{k}": unit(x) for k, x in raw.items()},
     "ztxt_second": unit(second),
     "ztxts": unit(texts),
+    "zquery": unit(query),
+    "zdocument": unit(document),
     "tokens_img": batch["patches"] @ params["patches"],
     "tokens_txt": batch["words"] @ params["words"],
     "mask_txt": batch["mask"],

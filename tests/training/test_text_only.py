@@ -1,4 +1,4 @@
-"""Runs on texts alone: no image is read, and the image tower neither runs nor learns."""
+"""Runs on texts alone, for which the image tower neither runs nor learns, and on pairs of texts."""
 
 from __future__ import annotations
 
@@ -84,3 +84,21 @@ def test_a_student_learns_from_texts_alone_and_is_evaluated_with_images(tmp_path
   assert frozen and {*frozen} == {*state.frozen}
   for path in frozen:  # drawn by another program, so the last bits differ
     np.testing.assert_allclose(state.frozen[path], begin[path], atol=1e-6, err_msg=path)
+
+
+@pytest.mark.slow
+def test_pairs_of_texts_train_beside_pairs_of_images_and_texts(tmp_path):
+  rows = [dict(q=f"the number after {i}", d=f"it is {i + 1}") for i in range(16)]
+  (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  c = config(dict(data=-1), batch_size=16, total_steps=8, diagnose_every=8, microbatches=2)
+  with c.unlocked():
+    pairs = dict(source=f"{tmp_path}/qa.jsonl", query="q", document="d")
+    c.data = {**c.data.to_dict(), "text_pairs": pairs}
+    c.loss = dict(clip=dict(weight=1.0), text_pairs=dict(weight=1.0))
+  state = train(c, tmp_path / "run")
+  rows = read_metrics(tmp_path / "run")
+  for name in ("clip", "text_pairs"):
+    losses = [row[f"train/{name}/loss"] for row in rows if f"train/{name}/loss" in row]
+    assert losses[-1] < losses[0]
+    assert rows[-1][f"train/gradient_share/{name}"] > 0
+  assert {"loss/clip/t", "loss/text_pairs/t"} <= state.trainable.keys()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bigalign.data.order.permutation import philox
+from bigalign.data.samples.rejects import REASONS, Rejected
 
 # {name: (shape without the batch axis, dtype)}
 Spec = Mapping[str, tuple[tuple[int, ...], Any]]
@@ -42,6 +43,7 @@ class Sample:
       caption (absent, or made from another one).
     second: the place of the second caption; -1 without one.
     replay: the number of the view that was drawn of those that teachers saw; -1 without such views.
+    rejects: [R] int32, how many samples were rejected for its row, by reason; see `count`.
   """
 
   index: int
@@ -50,11 +52,16 @@ class Sample:
   places: tuple[int, ...]
   second: int = -1
   replay: int = -1
+  rejects: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(len(REASONS), np.int32))
 
   @property
   def key(self) -> str:
     """The key of the sample."""
     return str(self.record["key"])
+
+  def count(self, rejected: Rejected) -> None:
+    """Counts another sample that was rejected for the row of this one."""
+    self.rejects[REASONS.index(rejected.reason)] += 1
 
   def caption(self, place: int) -> tuple[str, int, int]:
     """The field of a caption, its place there, and how many captions that field has."""

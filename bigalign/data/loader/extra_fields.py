@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from bigalign.data.fields import columns, teachers, texts, views
+from bigalign.data.fields import columns, teachers, text_pairs, texts, views
 from bigalign.data.fields.base import Field, Spec
 from bigalign.data.fields.columns import Columns
 from bigalign.data.fields.teachers import Teachers
+from bigalign.data.fields.text_pairs import TextPairs
 from bigalign.data.fields.views import ImageViews
 from bigalign.data.image import naflex
 from bigalign.data.loader.options import DataOptions
@@ -20,7 +21,7 @@ from bigalign.options import plain
 _TAKEN = {
   *("text", "text_mask", "text_second", "text_second_mask", "image_id", "text_id"),
   *("label", "source", "rejects", "repaired"),
-  *(*naflex.FIELDS, *texts.NAMES, *teachers.NAMES),
+  *(*naflex.FIELDS, *texts.NAMES, *teachers.NAMES, *text_pairs.NAMES),
 }
 
 
@@ -31,6 +32,7 @@ def spec(data: DataOptions) -> Spec:
     **teachers.spec(data.teachers, texts=data.text_count),
     **columns.spec(data.columns),
     **views.spec(data.views, data.image_size),
+    **text_pairs.spec(data.text_pairs, data.text_length),
   }
 
 
@@ -61,6 +63,14 @@ def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
         "config.data.views are crops of images, but config.data.stores.image gives their vectors"
       )
     opened.append(ImageViews(data.views, data.image_size))
+  if data.text_pairs:
+    if "text" in data.stores.sides:
+      raise ValueError(
+        "config.data.text_pairs are embedded by the text tower, but config.data.stores.text gives"
+        " vectors in its place; leave one of the two out"
+      )
+    tokenizer = data.make_tokenizer()
+    opened.append(TextPairs(data.text_pairs, tokenizer, shuffle=data.shuffle, order=data.order))
   return tuple(opened)
 
 

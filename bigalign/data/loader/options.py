@@ -11,6 +11,7 @@ import numpy as np
 
 from bigalign.data.fields.columns import ColumnOptions
 from bigalign.data.fields.teachers import TeacherOptions
+from bigalign.data.fields.text_pairs import TextPairsOptions
 from bigalign.data.fields.texts import TextsOptions
 from bigalign.data.fields.views import Views
 from bigalign.data.image import naflex
@@ -130,6 +131,8 @@ class DataOptions(ImageReading):
       batch with these names, such as noise_prob="json.noise".
     views: {name: options} of more crops of the same image, count of each and size next to the
       options of `augment`, such as local=dict(count=8, size=96, scale=(0.05, 0.4)).
+    text_pairs: pairs of texts of another source, which batches hold beside the images and their
+      texts, for the loss text_pairs.
     captions_per_image: room for captions in the ids of texts and in the per-sample state of a
       loss.
     shuffle: a new order in each epoch; without it, the order of the source.
@@ -159,6 +162,7 @@ class DataOptions(ImageReading):
   teachers: Mapping[str, TeacherOptions] = DEFAULTS
   columns: Mapping[str, ColumnOptions] = DEFAULTS
   views: Views = DEFAULTS
+  text_pairs: TextPairsOptions | None = None
   captions_per_image: int = CAPTIONS_PER_IMAGE
   shuffle: bool = True
   order: str = "auto"

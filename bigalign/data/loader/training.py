@@ -505,7 +505,7 @@ class _TrainBatches(SampleReader):
       ):
         if alone and store is None and text is not None:
           self._tokenizer.encode_batch([text])
-      known = Sample(index, record, captions, texts.places, second, replay)
+      known = Sample(index, record, captions, texts.places, second, replay, rejects)
       extra = tuple(field.read(known, draws) for field in self._fields)
     except Exception as error:
       self._reject(index, record["key"], rejection(error), rejects=rejects)

@@ -21,6 +21,7 @@ _ROUNDS = 8
 # Hashes for different purposes differ even if seed and position agree. The numbers decide the
 # order of the samples: append only.
 _ORDER, _SUBSTITUTE, _DRAWS, BLOCK, WINDOW, SOURCE, CAPTION, LENGTH, REPLAY = range(1, 10)
+TEXT_PAIRS = 10
 _MASK = (1 << 64) - 1
 
 
