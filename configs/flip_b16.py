@@ -4,8 +4,12 @@
 
 https://arxiv.org/abs/2212.00794. Batch size, learning rates, warmups and lengths of both stages
 follow the released code, whose epochs have 1,281,167 pairs: 10,000 epochs masked and 100 unmasked.
-The moments of the optimizer go on, and the text tower pools its last token. For 256 chips of TPU
-v5e (16x16).
+Its B/16 has a zero-shot top-1 on ImageNet of 68.0 after this on LAION-400M. Differences: the
+moments of the optimizer go on, the text tower pools its last token instead of its first, and the
+mean of the patches leaves out the class token. For 256 chips of TPU v5e (16x16).
+
+Changed since it was first shipped: the image tower has a class token, texts attend to padding, the
+token table has weight decay, and no gradient is clipped, as in the released code.
 """
 
 from ml_collections import ConfigDict
@@ -45,6 +49,7 @@ def get_config():
       variant="B",
       patch=16,
       pool="mean",
+      class_token=True,
       positions="sincos2d",
       activation="gelu",
       remat="dots",
@@ -57,6 +62,7 @@ def get_config():
       width=512,
       heads=8,
       pool="last",
+      mask_padding=False,
       activation="gelu",
       remat="dots",
     ),
@@ -77,7 +83,8 @@ def get_config():
     schedule="cosine",
     warmup=391,
     weight_decay=0.2,
-    clip_norm=1.0,
+    decay=r"/(kernel|embedding)$",
+    clip_norm=None,
   )
   c.evals = dict()
   c.keep = dict(last=2, every=50_000)

@@ -7,9 +7,13 @@
 https://arxiv.org/abs/2409.19425. The towers run in every step, because every token is projected and
 the images are augmented; stores of `bigalign embed --tokens` can replace either tower. Differences
 from the release: negatives come from the whole batch instead of the 1,800 pairs of one GPU; the
-text tower has no dropout; RandAugment is torchvision's; the temperature is learned as a logarithm,
-is at least 0.01, and has no weight decay; the learning rate changes every step and not in stairs.
-`bigalign curate` makes the dataset.
+text tower has no dropout; RandAugment's strengths are torchvision's (translations of up to a third
+of the side instead of 7 pixels, black outside instead of grey, brightness and sharpness fall too);
+the temperature is learned as a logarithm, and has no weight decay; the learning rate changes every
+step and not in stairs. `bigalign curate` makes the dataset.
+
+Changed since it was first shipped: RandAugment draws from the release's ten operations instead of
+torchvision's fourteen, and the temperature may fall to 0.001, as there, instead of 0.01.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +39,22 @@ def get_config():
       crop="random_resized",
       scale=(0.2, 1.0),
       flip=0.5,
-      rand_augment=dict(num_ops=2, magnitude=21.0),  # 7 on a scale of 10
+      rand_augment=dict(
+        num_ops=2,
+        magnitude=21.0,  # 7 on a scale of 10
+        operations=(
+          "identity",
+          "autocontrast",
+          "equalize",
+          "brightness",
+          "sharpness",
+          "shear_x",
+          "shear_y",
+          "translate_x",
+          "translate_y",
+          "rotate",
+        ),
+      ),
     ),
     resize="squash",
     workers=16,
@@ -47,7 +66,7 @@ def get_config():
     image_projector=dict(name="patches_and_class"),
     text_projector=dict(name="tokens"),
   )
-  c.loss = dict(clip=dict(weight=1.0))
+  c.loss = dict(clip=dict(weight=1.0, t_max=1000.0))
   c.logits = dict(way="auto", dtype="float32")
   c.microbatches = 1
   c.optimizer = dict(

@@ -5,6 +5,10 @@
 
 https://arxiv.org/abs/2111.07991: the setting Lu, a locked image tower without a projector, and an
 unlocked text tower. configs/lit.py also starts from a pretrained text tower.
+
+Changed since it was first shipped: the weight decay of 1e-4 was times the learning rate, a thousand
+times less than in big_vision, where it is not. Updates are not clipped and the text tower begins
+with big_vision's random values, as there.
 """
 
 from ml_collections import ConfigDict
@@ -39,6 +43,7 @@ def get_config():
       length=16,
       pool="last",
       mask_padding=False,
+      weight_init="big_vision",
       remat="dots",
     ),
     embed_dim=768,
@@ -54,7 +59,7 @@ def get_config():
     b2=0.99,
     schedule="cosine",
     warmup=10_000,
-    weight_decay=1e-4,
+    independent_weight_decay=1e-4,
     clip_norm=1.0,
   )
   c.evals = dict()

@@ -6,6 +6,9 @@
 The first stage is configs/lit_b16.py: https://arxiv.org/abs/2111.07991. Then the image tower learns
 too, with new moments and a warmup. To unlock only its last blocks, give config.frozen a regular
 expression of those that stay locked: docs/stages.md.
+
+Changed since it was first shipped, as configs/lit_b16.py: the weight decay is not times the
+learning rate, updates are not clipped, and the text tower begins with big_vision's random values.
 """
 
 from ml_collections import ConfigDict
@@ -47,6 +50,7 @@ def get_config():
       length=16,
       pool="last",
       mask_padding=False,
+      weight_init="big_vision",
       remat="dots",
     ),
     embed_dim=768,
@@ -62,7 +66,7 @@ def get_config():
     b2=0.99,
     schedule="cosine",
     warmup=500,
-    weight_decay=1e-4,
+    independent_weight_decay=1e-4,
     clip_norm=1.0,
   )
   c.evals = dict()

@@ -5,6 +5,10 @@
 
 For 64 chips of TPU v5e (8x8) or 8 H100s. The tokenizer is a SentencePiece model of 32,000 pieces;
 the published model uses C4's English T5 vocabulary.
+
+Changed since it was first shipped: updates are not clipped by Adafactor (gradients are), as in
+big_vision. The weight decay has big_vision's form and number; at this learning rate it is the same
+as 0.1 times the learning rate.
 """
 
 from ml_collections import ConfigDict
@@ -39,6 +43,7 @@ def get_config():
       length=64,
       pool="last",
       mask_padding=False,
+      weight_init="big_vision",
       remat="dots",
     ),
     embed_dim=768,
@@ -56,7 +61,7 @@ def get_config():
     b2=0.95,
     schedule="cosine",
     warmup="5%",
-    weight_decay=0.1,
+    independent_weight_decay=1e-4,
     clip_norm=1.0,
   )
   c.evals = dict()

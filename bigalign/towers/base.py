@@ -190,6 +190,29 @@ class TransformerOptions(TowerOptions):
     return self.sizes.width
 
 
+class Spreads(NamedTuple):
+  """Standard deviations of the first kernels of a block: normal numbers, as in CLIP's text tower.
+
+  qkv: of the queries, keys and values. branch: of the last map of both branches, smaller in deep
+  towers. hidden: of the first layer of the MLP.
+  """
+
+  qkv: float
+  branch: float
+  hidden: float
+
+  @classmethod
+  def clip(cls, sizes: Sizes) -> Spreads:
+    """https://arxiv.org/abs/2103.00020, for all widths and depths."""
+    width, depth = sizes.width, sizes.depth
+    return cls(width**-0.5, (2 * depth * width) ** -0.5, (2 * width) ** -0.5)
+
+
+def _kernel(spread: float | None) -> nn.initializers.Initializer:
+  """The first value of a kernel: normal numbers, or as in ViT, https://arxiv.org/abs/2010.11929."""
+  return nn.initializers.xavier_uniform() if spread is None else nn.initializers.normal(spread)
+
+
 def block_arguments(options: TransformerOptions, **others: Any) -> flax.core.FrozenDict[str, Any]:
   """Arguments of a block: those that follow from the shared options, and `others`."""
   return flax.core.FrozenDict(
@@ -232,11 +255,13 @@ class Attention(nn.Module):
     heads: number of heads, which must divide the width.
     dtype: dtype of the computation.
     biases: which of the q(uery), k(ey), v(alue) and o(ut) maps have a bias.
+    spreads: of the first kernels; None: Xavier's.
   """
 
   heads: int
   dtype: Any = jnp.float32
   biases: str = "qkvo"
+  spreads: Spreads | None = None
 
   @nn.compact
   def __call__(
@@ -265,7 +290,7 @@ class Attention(nn.Module):
         (self.heads, width // self.heads),
         use_bias=name[0] in self.biases,
         dtype=self.dtype,
-        kernel_init=nn.initializers.xavier_uniform(),
+        kernel_init=_kernel(self.spreads and self.spreads.qkv),
         name=name,
       )(inputs)
       named: jax.Array = checkpoint_name(projected, "attention")  # for REMAT
@@ -280,7 +305,7 @@ class Attention(nn.Module):
       axis=(-2, -1),
       use_bias="o" in self.biases,
       dtype=self.dtype,
-      kernel_init=nn.initializers.xavier_uniform(),
+      kernel_init=_kernel(self.spreads and self.spreads.branch),
       name="out",
     )(y)
     named: jax.Array = checkpoint_name(y, "attention")
@@ -296,6 +321,7 @@ class Mlp(nn.Module):
   dtype: Any = jnp.float32
   gated: bool = False
   bias: bool = True
+  spreads: Spreads | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -303,14 +329,15 @@ class Mlp(nn.Module):
     kwargs: dict[str, Any] = dict(
       use_bias=self.bias,
       dtype=self.dtype,
-      kernel_init=nn.initializers.xavier_uniform(),
       bias_init=nn.initializers.normal(1e-6),
     )
-    y = Dense(self.hidden, name="fc1", **kwargs)(x)
+    first = dict(kernel_init=_kernel(self.spreads and self.spreads.hidden), **kwargs)
+    y = Dense(self.hidden, name="fc1", **first)(x)
     act = ACTIVATIONS[self.activation]
-    y = act(Dense(self.hidden, name="gate", **kwargs)(x)) * y if self.gated else act(y)
+    y = act(Dense(self.hidden, name="gate", **first)(x)) * y if self.gated else act(y)
     y = nn.Dropout(self.dropout, name="dropout")(y, deterministic)
-    return Dense(x.shape[-1], name="fc2", **kwargs)(y)
+    last = _kernel(self.spreads and self.spreads.branch)
+    return Dense(x.shape[-1], name="fc2", kernel_init=last, **kwargs)(y)
 
 
 class Block(nn.Module):
@@ -327,6 +354,7 @@ class Block(nn.Module):
   gated: bool = False
   mlp_bias: bool = True
   layer_scale: float | None = None
+  spreads: Spreads | None = None
 
   @nn.compact
   def __call__(
@@ -339,13 +367,20 @@ class Block(nn.Module):
     """[B, N, D] -> ([B, N, D], None); nn.scan expects a pair. See Attention for the arguments."""
     norm = {"epsilon": self.epsilon, "dtype": self.dtype}
     y = nn.LayerNorm(name="ln1", **norm)(x)
-    y = Attention(self.heads, self.dtype, self.biases, name="attn")(
+    y = Attention(self.heads, self.dtype, self.biases, self.spreads, name="attn")(
       y, y, mask, self.causal, rotation
     )
     x = x + nn.Dropout(self.dropout, name="attn_dropout")(self._scaled("scale1", y), deterministic)
     y = nn.LayerNorm(name="ln2", **norm)(x)
     y = Mlp(
-      self.hidden, self.activation, self.dropout, self.dtype, self.gated, self.mlp_bias, name="mlp"
+      self.hidden,
+      self.activation,
+      self.dropout,
+      self.dtype,
+      self.gated,
+      self.mlp_bias,
+      self.spreads,
+      name="mlp",
     )(y, deterministic)
     x = x + nn.Dropout(self.dropout, name="mlp_dropout")(self._scaled("scale2", y), deterministic)
     return sharding.constrain_batch(x), None

@@ -15,6 +15,7 @@ from bigalign.towers import base
 from bigalign.towers.linear import lookup
 from bigalign.towers.padding import all_positions, real_lengths
 
+WEIGHT_INITS = ("clip", "big_vision")
 POOLS = ("last", "eos", "argmax", "map", "mean")
 
 
@@ -31,6 +32,11 @@ class TextOptions(base.TransformerOptions):
     eos: id of the token that pool="eos" reads.
     causal: whether a token attends only to the tokens before it and to itself (CLIP).
     mask_padding: whether padding is hidden from attention and pooling. SigLIP attends to it.
+    weight_init: random first values of a tower of width D with n blocks. "clip": normal, with
+      standard deviations 0.02 for the token table, 0.01 for the positions, D^-0.5 for queries, keys
+      and values, (2 D)^-0.5 for the first layer of an MLP, (2 n D)^-0.5 for the last map of
+      attention and MLP. "big_vision", for SigLIP and LiT: D^-0.5 for table and positions, Xavier's
+      uniform numbers for kernels.
 
   Raises:
     ValueError: for an unknown name, with the known ones.
@@ -44,10 +50,12 @@ class TextOptions(base.TransformerOptions):
   eos: int | None = None
   causal: bool = False
   mask_padding: bool = True
+  weight_init: str = "clip"
 
   def __post_init__(self) -> None:
     """Checks the values."""
     checks.known(f"{self.place}.pool", self.pool, POOLS)
+    checks.known(f"{self.place}.weight_init", self.weight_init, WEIGHT_INITS)
     super().__post_init__()
 
   def build(self) -> Text:
@@ -105,16 +113,17 @@ class Text(nn.Module):
     width, length = options.sizes.width, ids.shape[1]
     if length > options.length:
       raise ValueError(f"texts of {length} tokens; {options.place}.length is {options.length}")
-    table = self.param(
-      "embedding", nn.initializers.normal(1 / width**0.5), (options.vocab_size, width)
-    )
-    positions = self.param(
-      "positions", nn.initializers.normal(1 / width**0.5), (1, options.length, width)
-    )
+    own = (1 / width**0.5, 1 / width**0.5, None)
+    if options.weight_init == "clip":
+      own = (0.02, 0.01, base.Spreads.clip(options.sizes))
+    of_tokens, of_positions, spreads = own
+    normal = nn.initializers.normal
+    table = self.param("embedding", normal(of_tokens), (options.vocab_size, width))
+    positions = self.param("positions", normal(of_positions), (1, options.length, width))
     x = lookup(table, ids, dtype) + positions.astype(dtype)[:, :length]
     x = nn.Dropout(options.dropout, name="dropout")(x, not train)
     seen = mask if options.mask_padding else None
-    block = base.block_arguments(options, causal=options.causal)
+    block = base.block_arguments(options, causal=options.causal, spreads=spreads)
     x = base.Encoder(options, block, name="encoder")(
       sharding.constrain_batch(x), seen, train=train, padding_at_end=True
     )

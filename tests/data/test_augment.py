@@ -36,6 +36,17 @@ def gathered(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
   return np.where(inside[..., None], image[row.clip(0, 31), column.clip(0, 31)], 0)
 
 
+def test_rand_augment_draws_from_the_named_operations():
+  image = pixels(0)
+  views = {
+    augment.rand_augment(
+      image, philox(0, position), num_ops=1, magnitude=30, operations=("identity", "equalize")
+    ).tobytes()
+    for position in range(20)
+  }
+  assert views == {image.tobytes(), operate("equalize", image, 1).astype(np.uint8).tobytes()}
+
+
 @pytest.mark.parametrize("name", augment.OPERATIONS)
 def test_strength_zero_changes_nothing(name):
   image = pixels(0)
@@ -193,6 +204,7 @@ def test_batches_are_functions_of_the_position(tmp_path):
     (dict(color_jitter=0.4), r"augment\.color_jitter=0\.4 is of type float"),
     (dict(rand_augment=dict(magnitude=31)), r"rand_augment\.magnitude=31: .* 0 to 30"),
     (dict(rand_augment=dict(num_ops=0)), r"rand_augment\.num_ops=0: .*at least 1"),
+    (dict(rand_augment=dict(operations=["shear"])), r"operations: unknown 'shear'\. Did you mean"),
     (dict(rand_augment=dict(num_ops=2.5)), r"rand_augment\.num_ops=2\.5 is of type float"),
     (dict(grayscale=1.5), r"augment\.grayscale=1\.5: .* 0 to 1"),
   ],

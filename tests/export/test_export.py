@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from helpers.shipped import load
 from helpers.small_models import (
   BERT,
   CLIP,
@@ -250,6 +251,16 @@ def test_texts_of_bert_that_the_pair_cannot_hold(changes, reason, tmp_path, piec
   model = {**BERT, "text": {**BERT["text"], **changes}}
   with pytest.raises(ValueError, match=re.escape(reason)):
     prepare("hf", main.trained_model(make_run(tmp_path, model, CLIP_LOSS, pieces)))
+
+
+def test_the_config_of_clip_becomes_a_model_of_clip(tmp_path, pieces):
+  shipped = load("clip_b16").to_dict()["model"]
+  for side in ("image", "text"):
+    shipped[side] |= dict(width=16, depth=1, heads=2)
+  shipped["image"] |= dict(patch=8)
+  shipped["text"] |= dict(vocab_size=9, length=8)
+  files = prepare("hf", main.trained_model(make_run(tmp_path, shipped, CLIP_LOSS, pieces))).files
+  assert files["config.json"]["architectures"] == ["CLIPModel"]
 
 
 REFUSED = [

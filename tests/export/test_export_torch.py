@@ -89,7 +89,7 @@ def libraries(monkeypatch):
 
 @pytest.fixture
 def plain(data_root, tmp_path):
-  """A run as configs/clip_b16.py, by name of its loss; not trained."""
+  """A run of a plain ViT with CLIP's text, by name of its loss; not trained."""
   path = data_root / "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz"
   model = tree.unflatten({**tree.flatten(small_models.PLAIN), "text/vocab_size": 49408})
   return lambda loss: small_models.make_run(

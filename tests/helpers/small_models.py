@@ -42,7 +42,7 @@ def siglip(size=SIZE, *, vocab_size=259, length=16, mask_padding=False):
 
 
 CLIP, SIGLIP = clip(), siglip()
-# A plain ViT with CLIP's text, as configs/clip_b16.py, and with text towers of BERT's kind.
+# A ViT without CLIP's norm before the blocks, with CLIP's text and with text towers of BERT's kind.
 PLAIN = dict(
   image=dict(name="vit", patch=8, pool="cls", activation="gelu", **SIZE),
   text=dict(CLIP["text"], activation="gelu", scan=False),

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+
+from bigalign import tree
 
 _LARGEST_MAGNITUDE = 30
 
 
 def rand_augment(
-  image: np.ndarray, rng: np.random.Generator, *, num_ops: int = 2, magnitude: float = 9.0
+  image: np.ndarray,
+  rng: np.random.Generator,
+  *,
+  num_ops: int = 2,
+  magnitude: float = 9.0,
+  operations: Sequence[str] = (),
 ) -> np.ndarray:
   """Applies random operations to an image: RandAugment, https://arxiv.org/abs/1909.13719.
 
   Args:
     image: [H, W, 3] uint8.
     rng: draws the operations and their signs.
-    num_ops: how many operations are drawn from OPERATIONS.
+    num_ops: how many operations are drawn.
     magnitude: 0 to 30 on torchvision's scale. 30 shears by 0.3 and rotates by 30 degrees, as 10
       does on the scale of timm and the paper. Pixels from outside of the image are black.
+    operations: names of OPERATIONS that are drawn from; (): all of them.
 
   Returns:
     [H, W, 3] uint8.
@@ -35,7 +43,13 @@ def rand_augment(
     )
   if not 0 <= magnitude <= _LARGEST_MAGNITUDE:
     raise ValueError(f"{where}.magnitude={magnitude}: it must be in 0 to {_LARGEST_MAGNITUDE}")
-  pixels, names = Image.fromarray(image), list(OPERATIONS)
+  pixels, names = Image.fromarray(image), list(operations or OPERATIONS)
+  for name in names:
+    if name not in OPERATIONS:
+      raise ValueError(
+        f"{where}.operations: unknown {name!r}.{tree.nearest(name, OPERATIONS)} Known:"
+        f" {[*OPERATIONS]}"
+      )
   for _ in range(num_ops):
     name = names[rng.integers(len(names))]
     strength = magnitude / _LARGEST_MAGNITUDE
