@@ -109,8 +109,8 @@ def _gradient_norm(
 ) -> jax.Array:
   """[]: see "gradient_share" of `diagnose`; without the weight."""
   feats, batch = tiles.widened(feats), tiles.widened(batch)
-  names = ("zimg", "ztxt", "ztxts", "ztxt_second", "zquery", "zdocument")
-  names += ("tokens_img", "tokens_txt")
+  embedded = ("zimg", "ztxt", "ztxts", "ztxt_second", "zquery", "zdocument")
+  names = (*embedded, "tokens_img", "tokens_txt")
   lengths = {
     f"raw_{side}": jnp.linalg.norm(feats[f"raw_{side}"], axis=-1, keepdims=True)
     for side in ("img", "txt")
