@@ -131,6 +131,7 @@ def _check_images(options: DataOptions) -> None:
   given = dict(
     augment=not options.augment.is_default,
     views=bool(options.views),
+    frames=bool(options.frames),
     **{f"teachers.{name}.image": bool(x.image) for name, x in options.teachers.items()},
     **{"stores.image": bool(options.stores.image)},
   )
@@ -145,7 +146,7 @@ def _check_ignored(options: DataOptions) -> None:
   sides = options.stores.sides
   default = DataOptions.__dataclass_fields__
   ignored: dict[str, tuple[str, ...]] = {
-    "image": ("augment",),
+    "image": ("augment", "frames"),
     "text": () if "image" in sides else ("captions",),
     "both": ("view", "schedule"),
   }
@@ -178,7 +179,11 @@ def _open_source(options: DataOptions, captions: Sequence[str] | None) -> Source
       "config.data.schedule changes mixture weights, but config.data.mixture is not set"
     )
   source = open_source(
-    options.source, captions=captions, images=options.images, **options.source_options or {}
+    options.source,
+    captions=captions,
+    images=options.images,
+    frames=options.frames is not None,
+    **options.source_options or {},
   )
   if options.pure_batches:
     raise ValueError("config.data.pure_batches=True, but config.data.mixture is not set")
@@ -198,7 +203,7 @@ def _open_mixture(options: DataOptions, captions: Sequence[str] | None) -> Mixtu
       raise ValueError(
         f"config.data.mixture[{i}].name={part.name!r} is the name of another source too"
       )
-    source, weight = _open_part(part, captions, options.images)
+    source, weight = _open_part(part, captions, options)
     sources[part.name], weights[part.name] = source, weight
   phases = [(start, dict(some)) for start, some in options.schedule]
   # A schedule may give the weights of the start itself.
@@ -223,7 +228,7 @@ def _check_weights(parts: Sequence[MixturePart]) -> None:
 
 
 def _open_part(
-  part: MixturePart, captions: Sequence[str] | None, images: bool
+  part: MixturePart, captions: Sequence[str] | None, options: DataOptions
 ) -> tuple[Source, float]:
   """One source of a mixture and its weight; captions: the fields of config.data.captions."""
   if part.captions is not None and captions is not None:
@@ -234,7 +239,8 @@ def _open_part(
   source: Source = open_source(
     part.source,
     captions=captions if part.captions is None else part.captions,
-    images=images,
+    images=options.images,
+    frames=options.frames is not None,
     **part.source_options or {},
   )
   if not len(source):

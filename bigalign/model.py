@@ -59,7 +59,9 @@ class DualEncoder(nn.Module):
   from an embedding store, pooled [B, D] or with tokens [B, 1 + T, D], as `with_tokens_image` and
   `with_tokens_text` compute it. Then only the projector is applied.
 
-  Images may be Patches where the image tower takes images of any aspect ratio.
+  Images may be Patches where the image tower takes images of any aspect ratio, or [B, F, H, W, 3],
+  F frames of each sample: the embedding is then the mean of their projected vectors, scaled to unit
+  norm, and the output of the tower is the mean of the pooled vectors, and the tokens of all frames.
 
   Args:
     image_tower: [B, H, W, 3] -> TowerOutput.
@@ -88,8 +90,8 @@ class DualEncoder(nn.Module):
     """The features that losses read.
 
     Args:
-      image: [B, H, W, 3] uint8, or Patches; None for texts alone: the image tower does not run, and
-        there are no features of images.
+      image: [B, H, W, 3] or [B, F, H, W, 3] uint8, or Patches; None for texts alone: the image
+        tower does not run, and there are no features of images.
       text: [B, L] int32.
       mask: [B, L] bool, True for a token that is not padding.
       train: whether dropout is applied.
@@ -198,6 +200,8 @@ class DualEncoder(nn.Module):
     self, image: Images, train: bool, options: Mapping[str, Any] = {}
   ) -> TowerOutput:
     out: TowerOutput
+    if frames := _frames(image):
+      return _over_frames(self._image_tower(_flat(image), train, options), frames)
     if isinstance(image, Patches):
       if not isinstance(self.image_tower, NaFlex):
         raise ValueError("config.data.naflex needs config.model.image.name='naflex'")
@@ -224,6 +228,9 @@ class DualEncoder(nn.Module):
     return out
 
   def _image(self, image: Images, train: bool) -> tuple[jax.Array, TowerOutput]:
+    if frames := _frames(image):
+      projected, out = self._image(_flat(image), train)
+      return mean_over_frames(projected, frames), _over_frames(out, frames)
     out = self._image_tower(image, train)
     return sharding.constrain_batch(self.image_projector(out, train)), out
 
@@ -232,6 +239,29 @@ class DualEncoder(nn.Module):
   ) -> tuple[jax.Array, TowerOutput]:
     out = self._text_tower(text, mask, train)
     return sharding.constrain_batch(self.text_projector(out, train)), out
+
+
+def _frames(image: Images) -> int:
+  """F of [B, F, H, W, 3]; 0 of single images."""
+  return 0 if isinstance(image, Patches) or image.ndim < 5 else image.shape[1]
+
+
+def _flat(image: Images) -> jax.Array:
+  """[B, F, H, W, 3] -> [B F, H, W, 3]."""
+  return rearrange(image, "b f h w c -> (b f) h w c")
+
+
+def mean_over_frames(x: jax.Array, frames: int) -> jax.Array:
+  """[B F, D] -> [B, D], the mean over frames, in float32 at least."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return rearrange(wide, "(b f) d -> b f d", f=frames).mean(1)
+
+
+def _over_frames(out: TowerOutput, frames: int) -> TowerOutput:
+  """The output of a tower of [B F, ...] as one of [B, ...]."""
+  tokens = rearrange(out.tokens, "(b f) n d -> b (f n) d", f=frames)
+  mask = None if out.mask is None else rearrange(out.mask, "(b f) n -> b (f n)", f=frames)
+  return TowerOutput(mean_over_frames(out.pooled, frames).astype(out.pooled.dtype), tokens, mask)
 
 
 def _rows(out: TowerOutput) -> jax.Array:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import threading
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from bigalign.data.image import frames
 from bigalign.data.image.decode import from_pillow
 from bigalign.data.image.reading import ImageReading
 from bigalign.data.samples.rejects import Rejected
 
 # A PIL image, the path or the bytes of a file, or uint8 [H, W, 3], [H, W, 1] or [H, W].
 OneImage: TypeAlias = Image.Image | str | os.PathLike[str] | bytes | np.ndarray
+# Of a model of frames also the frames of one sample: a list of images, or uint8 [T, H, W, 3].
+OneSample: TypeAlias = OneImage | Sequence[OneImage]
 # One image, several of any kind, or uint8 [N, H, W, 3].
-Images: TypeAlias = OneImage | Iterable[OneImage]
+Images: TypeAlias = OneImage | Iterable[OneSample]
 
 # Pillow reads the pixels of an open file when they are first needed, which two threads must not do
 # at once. Images cannot be keys of a dict, so that each has one of these locks.
@@ -38,18 +42,31 @@ class View(NamedTuple):
   margin: str = "round"
   pillow_rgb: bool = False
 
-  def __call__(self, image: OneImage) -> Any:
-    """Returns uint8 [S, S, 3], or the Patches of the image.
+  def __call__(self, image: OneSample) -> Any:
+    """Returns uint8 [S, S, 3], or the Patches of the image; of a model of frames [F, S, S, 3].
 
     Raises:
       Rejected: for anything that is not a whole image.
       OSError: for a file that cannot be read.
       TypeError: for another kind of object.
     """
-    return self.reading.evaluation_view(self._pixels(image), margin=self.margin)
+    options = self.reading.frames
+    if options is None:
+      pixels = self._pixels(image)  # type: ignore[arg-type]
+    elif isinstance(image, list | tuple):
+      if not image:
+        raise Rejected("no_image", "the sample has no frame")
+      single = self._replace(reading=dataclasses.replace(self.reading, frames=None))
+      chosen = frames.numbers(len(image), options.count)
+      known = {i: single._pixels(image[i]) for i in {*chosen}}
+      pixels = [known[i] for i in chosen]
+    else:
+      found = self._pixels(image)  # type: ignore[arg-type]
+      pixels = found if isinstance(found, list) else [found] * options.count
+    return self.reading.evaluation_view(pixels, margin=self.margin)
 
-  def _pixels(self, image: OneImage) -> np.ndarray:
-    """uint8 [H, W, 3]."""
+  def _pixels(self, image: OneImage) -> Any:
+    """uint8 [H, W, 3]; a list of frames if the reading has some."""
     kinds = dict(apply_exif=self.reading.apply_exif, pillow_rgb=self.pillow_rgb)
     if isinstance(image, Image.Image):
       with _LOCKS[(id(image) >> 6) % len(_LOCKS)]:
@@ -65,7 +82,7 @@ class View(NamedTuple):
       " file, a uint8 array [H, W, 3]"
     )
 
-  def numbered(self, number: int, image: OneImage) -> Any:
+  def numbered(self, number: int, image: OneSample) -> Any:
     """`__call__` for an image of several, whose errors name it by its number and path."""
     path = f" ({os.fspath(image)})" if isinstance(image, str | os.PathLike) else ""
     try:
@@ -85,7 +102,7 @@ def is_array(value: Any) -> bool:
   return hasattr(value, "__array__") and hasattr(value, "dtype")
 
 
-def listed(images: Images) -> tuple[Iterable[OneImage], int | None]:
+def listed(images: Images) -> tuple[Iterable[OneSample], int | None]:
   """Returns the single images, and their number if it is known.
 
   >>> listed("cat.jpg")

@@ -119,7 +119,9 @@ class Model:
 
     Args:
       images: one image, a list, an iterator or an array of them. An image is a PIL image, the path
-        or the bytes of a file, or uint8 [H, W, 3]; kinds can be mixed.
+        or the bytes of a file, or uint8 [H, W, 3]; kinds can be mixed. Of a model of frames
+        (config.data.frames) each may also be a list of images, the frames of one sample, or the
+        path of an animation.
       batch_size: images at a time, over all devices.
       progress: whether work of more than two seconds shows a progress bar.
 

@@ -184,7 +184,7 @@ def open_data(
     fields = ()
   elif fields is None:
     fields = context.data.caption_fields
-  opened = open_source(source, captions=fields)
+  opened = open_source(source, captions=fields, frames=context.data.frames is not None)
   if not len(opened):
     raise ValueError(f"config.evals.{context.name}.source={source!r} has no samples")
   stored = OneSide(image_store, text_store) if opened_stores else None

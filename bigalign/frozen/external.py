@@ -127,6 +127,11 @@ def embed_with(
     names = read_lines(classnames, "--classnames", labels=True)
     source, sides = Prompts(names, read_templates(templates, "--templates")), ("classes",)
   else:
+    if data.frames:
+      raise ValueError(
+        "--with embeds single images, but config.data.frames reads several of a sample; leave it"
+        " out"
+      )
     inputs = open_data(data)
     source, data = inputs.source, inputs.options
     check_source(source, data, sides)

@@ -86,6 +86,11 @@ def _images(
     **{k: x for k, x in plain(values)["data"].items() if k == "augment"},
   }
   config = resolve_config(own)
+  if config.data.frames:
+    raise ValueError(
+      "config.data.frames reads several images of a sample, but `bigalign reinforce` makes views of"
+      " one; use `bigalign embed`"
+    )
   inputs = open_data(config.data)
   source, data = inputs.source, inputs.options
   check_source(source, data, ("image",))

@@ -104,7 +104,7 @@ def embed_pairs(run: Run) -> Pairs:
     expand_variables(spec, what="source")
   except KeyError as error:  # a variable that is not set
     raise FileNotFoundError(errors.message(error)) from error
-  source = open_source(spec, captions=fields)
+  source = open_source(spec, captions=fields, frames=run.config.data.frames is not None)
   names = _classnames(run.config)
   if names:
     name_classes(source, names)

@@ -75,7 +75,9 @@ def search(
     ImportError: if the index needs faiss and it is missing; before any image is embedded.
   """
   opened: Source | None
-  options = source_options or {}
+  options = dict(source_options or {})
+  if model.view is not None and model.view.reading.frames:
+    options["frames"] = True
   if is_store(where):
     given = Store(store_folder(where))
     _check_faiss(index, len(given))

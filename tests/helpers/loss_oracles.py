@@ -25,7 +25,7 @@ ROOT2 = os.environ.get("BIGALIGN_LOSS_ORACLES2")
 WHY2 = "BIGALIGN_LOSS_ORACLES2 is not set: the second set of expected values of the losses"
 NOT_BUILT = (
   *("coca", "descriptions"),
-  *("ece", "expert_router", "fdt", "frame_pool", "gram_mse"),
+  *("ece", "expert_router", "fdt", "gram_mse"),
   *("longclip", "lora", "matformer", "merge", "moe", "overuse"),
   *("region_phrase", "sinkhorn", "spacetime", "valor_group", "vlap"),
   *("winoground",),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -16,6 +17,7 @@ from bigalign.data.samples.rejects import Rejected
 _JPEG = b"\xff\xd8\xff"
 _MOST_SIDE = 1 << 20  # pixels; JPEG has at most 65,535
 _MOST_SCANS = 16  # of a progressive JPEG of max_pixels; smaller images may have more
+_MOST_FRAMES = 16  # of an animation of max_pixels that are decoded; smaller ones may have more
 _TILE = (322, 323)  # TIFF: width and height of a tile
 _MOST_TILE = 1 << 24  # pixels of a tile that is larger than its image
 # {EXIF orientation: function from pixels as stored to upright ones}; 1 is upright.
@@ -84,7 +86,34 @@ def decode(
       raise
     except Exception:
       pass  # Pillow reads a few files that libjpeg-turbo warns about, and has better errors.
-  return _decode_pillow(data, max_pixels=max_pixels, apply_exif=apply_exif, pillow_rgb=pillow_rgb)
+  options = dict(apply_exif=apply_exif, pillow_rgb=pillow_rgb)
+  return _decode_pillow(data, max_pixels=max_pixels, **options)[0]
+
+
+def decode_frames(
+  data: bytes | np.ndarray, choose: Callable[[int], Sequence[int]], **options: Any
+) -> list[np.ndarray]:
+  """Decodes some frames of an animation (GIF, WebP, PNG, AVIF), or some pages of a TIFF.
+
+  Any other image has one frame. A frame is the whole picture that is shown at its time.
+
+  Args:
+    data: as of `decode`.
+    choose: from the number of frames to those that are returned; some may be there several times.
+    **options: of `decode`.
+
+  Returns:
+    uint8 [H, W, 3] each, RGB.
+
+  Raises:
+    Rejected: as of `decode`.
+  """
+  if isinstance(data, np.ndarray) or not data or data.startswith(_JPEG):
+    only = decode(data, **options)
+    return [only for _ in choose(1)]
+  known = dict(max_pixels=64_000_000, apply_exif=False, pillow_rgb=False)
+  known |= {name: x for name, x in options.items() if name in known}
+  return _decode_pillow(data, choose=choose, **known)  # type: ignore[arg-type]
 
 
 def from_pillow(
@@ -159,17 +188,34 @@ def _from_array(image: np.ndarray) -> np.ndarray:
 
 
 def _decode_pillow(
-  data: bytes, *, max_pixels: int, apply_exif: bool, pillow_rgb: bool
-) -> np.ndarray:
+  data: bytes,
+  *,
+  max_pixels: int,
+  apply_exif: bool,
+  pillow_rgb: bool,
+  choose: Callable[[int], Sequence[int]] = lambda frames: [0],
+) -> list[np.ndarray]:
+  """The frames that are chosen."""
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       _check_pixels(*image.size, max_pixels=max_pixels)
       _check_tiles(image)
       if image.format in ("JPEG", "MPO"):
         _check_scans(data, image.width * image.height, max_pixels=max_pixels)
-      image.load()  # rotates a TIFF itself, and then reports orientation 1
-      orientation = _orientation(image) if apply_exif else 1
-      return _upright(_to_rgb(image, pillow_rgb), orientation)
+      chosen = choose(getattr(image, "n_frames", 1))
+      # The pictures between two frames are decoded too, one on top of the other.
+      if max(chosen) and max(chosen) * image.width * image.height > _MOST_FRAMES * max_pixels:
+        raise Rejected("too_large", f"{max(chosen) + 1} frames of {image.width} x {image.height}")
+      frames = {}
+      for number in sorted({*chosen}):
+        if number:
+          image.seek(number)
+          _check_pixels(*image.size, max_pixels=max_pixels)
+          _check_tiles(image)
+        image.load()  # rotates a TIFF itself, and then reports orientation 1
+        orientation = _orientation(image) if apply_exif else 1
+        frames[number] = _upright(_to_rgb(image, pillow_rgb), orientation)
+      return [frames[number] for number in chosen]
   # Pillow's own limit is above our default, but a caller may raise ours above it.
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise Rejected("too_large", str(error)) from error

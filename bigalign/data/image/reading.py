@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bigalign.data.image import naflex, transforms
+from bigalign.data.image import frames, naflex, transforms
 from bigalign.data.image.decode import decode
+from bigalign.data.image.frames import FrameOptions
 from bigalign.data.image.naflex import NaflexOptions, Patches
 
 
@@ -31,6 +32,7 @@ class ImageReading:
       default, as in img2dataset, open_clip and big_vision: images that img2dataset wrote have lost
       the tag or are compared with theirs; turn it on for photos as cameras write them.
     naflex: patches that keep the aspect ratio, for the tower "naflex"; None: squares.
+    frames: several images of a sample, whose embeddings are averaged; None: one image.
   """
 
   image_size: int
@@ -39,8 +41,14 @@ class ImageReading:
   apply_exif: bool = False
   interpolation: str = "bicubic"
   naflex: NaflexOptions | None = None
+  frames: FrameOptions | None = None
 
   def __post_init__(self) -> None:
+    if self.naflex and self.frames:
+      raise ValueError(
+        "config.data.naflex makes patches of one image, but config.data.frames reads several; leave"
+        " one of them out"
+      )
     if self.naflex:
       for name, default in (("resize", "squash"), ("interpolation", "bicubic")):
         if getattr(self, name) != default:
@@ -73,21 +81,30 @@ class ImageReading:
 
   def decode(
     self,
-    data: bytes | np.ndarray,
+    data: Any,
     *,
     shrink: Callable[[int, int], int] | None = None,
     pillow_rgb: bool = False,
-  ) -> np.ndarray:
-    """One image as uint8 [H, W, 3]; raises Rejected for anything that is not a whole image."""
-    return decode(data, shrink=shrink, apply_exif=self.apply_exif, pillow_rgb=pillow_rgb)
+    rng: np.random.Generator | None = None,
+  ) -> Any:
+    """One image as uint8 [H, W, 3]; raises Rejected for anything that is not a whole image.
 
-  def evaluation_view(self, image: np.ndarray, *, margin: str = "round") -> Any:
+    With `frames`, a list of those that are seen, drawn by `rng`; `data` is then as of frames.read.
+    """
+    options = dict(shrink=shrink, apply_exif=self.apply_exif, pillow_rgb=pillow_rgb)
+    if self.frames:
+      return frames.read(data, self.frames.count, rng, **options)
+    return decode(data, **options)  # type: ignore[arg-type]
+
+  def evaluation_view(self, image: np.ndarray | list[np.ndarray], *, margin: str = "round") -> Any:
     """uint8 [H, W, 3] -> [image_size, image_size, 3], or Patches, without randomness.
 
     Args:
-      image: the pixels.
+      image: the pixels; a list of F frames becomes [F, image_size, image_size, 3].
       margin: how the centre of a crop is rounded: see transforms.eval_image.
     """
+    if isinstance(image, list):
+      return np.stack([self.evaluation_view(one, margin=margin) for one in image])
     if self.naflex:
       return naflex.patches(image, patch=self.naflex.patch, most=self.naflex.length)
     return transforms.eval_image(
@@ -103,7 +120,8 @@ class ImageReading:
   def spec(self) -> dict[str, tuple[tuple[int, ...], Any]]:
     """{field of a batch: (shape without the batch axis, dtype)} of the views of images."""
     if not self.naflex:
-      return {"image": ((self.image_size, self.image_size, 3), np.uint8)}
+      count = (self.frames.count,) if self.frames else ()
+      return {"image": ((*count, self.image_size, self.image_size, 3), np.uint8)}
     n, pixels = self.naflex.length, 3 * self.naflex.patch**2
     parts = (((n, pixels), np.uint8), ((n,), np.bool_), ((2,), np.int32))
     return dict(zip(naflex.FIELDS, parts))
@@ -125,7 +143,9 @@ class ImageReading:
     return Patches(*(np.stack(part) for part in zip(*views)))
 
   def shown(self, batch: Mapping[str, np.ndarray], row: int) -> np.ndarray:
-    """uint8 [H, W, 3]: the view of one image of a batch, for people."""
+    """uint8 [H, W, 3]: the view of one image of a batch, for people; frames side by side."""
+    if self.frames and batch["image"].ndim == 5:
+      return np.concatenate(batch["image"][row], axis=1)
     if not self.naflex:
       square: np.ndarray = batch["image"][row]
       return square
@@ -135,7 +155,9 @@ class ImageReading:
   def preprocessing(self) -> dict[str, Any]:
     """What the vectors of an image tower depend on, besides the model: {option: value}."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(ImageReading)}
-    del values["naflex"]  # stores from before this option remain valid
+    del values["naflex"], values["frames"]  # stores from before these options remain valid
+    if self.frames:
+      values["frames"] = self.frames.count
     if self.naflex:
       return dict(
         apply_exif=self.apply_exif, patches=self.naflex.length, patch_size=self.naflex.patch

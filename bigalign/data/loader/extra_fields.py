@@ -54,6 +54,11 @@ def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
       augment=plain(data.augment),
       apply_exif=data.apply_exif,
     )
+    if data.frames and read.replay:
+      raise ValueError(
+        "config.data.teachers has stores of views of one image (`bigalign reinforce`), but"
+        " config.data.frames reads several; use stores that `bigalign embed` wrote"
+      )
     opened.append(read)
   if data.columns:
     opened.append(Columns(data.columns, source, taken=_TAKEN))
@@ -61,6 +66,11 @@ def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
     if "image" in data.stores.sides:
       raise ValueError(
         "config.data.views are crops of images, but config.data.stores.image gives their vectors"
+      )
+    if data.frames:
+      raise ValueError(
+        "config.data.views are crops of one image, but config.data.frames reads several; leave one"
+        " of them out"
       )
     opened.append(ImageViews(data.views, data.image_size))
   if data.text_pairs:

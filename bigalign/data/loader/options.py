@@ -14,7 +14,7 @@ from bigalign.data.fields.teachers import TeacherOptions
 from bigalign.data.fields.text_pairs import TextPairsOptions
 from bigalign.data.fields.texts import TextsOptions
 from bigalign.data.fields.views import Views
-from bigalign.data.image import naflex
+from bigalign.data.image import frames, naflex
 from bigalign.data.image.reading import ImageReading
 from bigalign.data.image.transforms import shrink, train_image
 from bigalign.data.order.lengths import LengthSchedule
@@ -180,8 +180,13 @@ class DataOptions(ImageReading):
     tokenizer: Tokenizer = self.tokenizer.make()
     return tokenizer
 
-  def training_view(self, image: np.ndarray, rng: np.random.Generator) -> Any:
-    """uint8 [H, W, 3] -> [image_size, image_size, 3], or Patches, augmented by draws of `rng`."""
+  def training_view(self, image: np.ndarray | list[np.ndarray], rng: np.random.Generator) -> Any:
+    """uint8 [H, W, 3] -> [image_size, image_size, 3], or Patches, augmented by draws of `rng`.
+
+    All frames of a list have the same draws, and become [F, image_size, image_size, 3].
+    """
+    if isinstance(image, list):
+      return frames.same_view(self.training_view, image, rng)
     if self.naflex:
       pixels = self.augment.make(image, rng, size=self.naflex.fit)
       return naflex.cut(pixels, patch=self.naflex.patch, most=self.naflex.length)

@@ -236,9 +236,17 @@ class SampleReader:
     self._probing = False
 
   def _sample(
-    self, index: int, *, rejects: np.ndarray, decoded: bool = True
+    self,
+    index: int,
+    *,
+    rejects: np.ndarray,
+    decoded: bool = True,
+    rng: np.random.Generator | None = None,
   ) -> dict[str, Any] | None:
-    """The record with its image decoded; None if rejected, which is counted in `rejects` [R]."""
+    """The record with its image decoded; None if rejected, which is counted in `rejects` [R].
+
+    With config.data.frames the image is a list of frames, which `rng` draws.
+    """
     key = f"sample {index}"
     try:
       record = read(self._source, index)
@@ -247,7 +255,8 @@ class SampleReader:
         record = self._stored.replace(record)
       if not decoded or (self._stored and self._stored.image):
         return record
-      return {**record, "image": self._data.decode(record["image"], shrink=self._shrink)}
+      image = self._data.decode(record["image"], shrink=self._shrink, rng=rng)
+      return {**record, "image": image}
     except Rejected as rejected:
       self._reject(index, key, rejected, rejects=rejects)
       return None
@@ -284,7 +293,7 @@ class _View(NamedTuple):
   """What a train batch holds of one sample: second is None without second captions."""
 
   sample: int  # its index
-  image: Any  # uint8 [S, S, 3], or the row of a store; not read without images
+  image: Any  # uint8 [S, S, 3], [F, S, S, 3], or the row of a store; not read without images
   texts: Texts  # captions, or the rows of a store; the first is that of batch["text"]
   second: Any
   label: int
@@ -471,11 +480,12 @@ class _TrainBatches(SampleReader):
     self, index: int, position: int, *, rejects: np.ndarray, alone: bool = False
   ) -> _View | None:
     """What a batch holds of a sample at a position; None if it is rejected."""
-    sample = self._with_captions(index, rejects=rejects)
+    draws = Draws(self._seed, position)
+    sample = self._with_captions(index, rejects=rejects, draws=draws)
     if sample is None:
       return None
     record, captions = sample
-    rng, draws = philox(self._seed, position), Draws(self._seed, position)
+    rng = philox(self._seed, position)
     every = [text for column in captions.values() for text in column]
     first, second, replay = choose(captions, self._captions, rng), -1, -1
     try:
@@ -517,9 +527,11 @@ class _TrainBatches(SampleReader):
     index: int,
     *,
     rejects: np.ndarray,
+    draws: Draws | None = None,
   ) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]] | None:
     """The record, decoded, and its captions by field; None if rejected."""
-    record = self._sample(index, rejects=rejects, decoded=self._data.images)
+    rng = draws.of("frames") if draws and self._data.frames else None
+    record = self._sample(index, rejects=rejects, decoded=self._data.images, rng=rng)
     if record is None:
       return None
     captions = by_field(record, self._captions, self._second_captions)

@@ -45,6 +45,32 @@ def image(members: Mapping[str, bytes], wanted: str | None = None) -> bytes | No
   return None
 
 
+def frames(members: Mapping[str, bytes], wanted: str | None = None) -> list[bytes]:
+  """Returns the images of a sample in the order of their numbers: KEY.0.jpg, KEY.1.jpg, ...
+
+  Args:
+    members: of the sample.
+    wanted: the part before the number, "camera" for KEY.camera.0.jpg; None: no such part. Without
+      numbered members, as of `image`.
+
+  Returns:
+    The images; [] if there is none.
+  """
+  numbered = {frame_number(name, wanted): data for name, data in members.items()}
+  if found := sorted(number for number in numbered if number >= 0):
+    return [numbered[number] for number in found]
+  one = image(members, wanted)
+  return [] if one is None else [one]
+
+
+def frame_number(extension: str, wanted: str | None = None) -> int:
+  """Returns the number of a frame: 7 of "7.jpg", or of "camera.007.jpg"; -1 of another member."""
+  stem, _, format = extension.rpartition(".")
+  before, _, number = stem.rpartition(".")
+  known = format in IMAGES and before == (wanted or "") and number.isdecimal()
+  return int(number) if known else -1
+
+
 def image_stems(extensions: Iterable[str]) -> set[str]:
   """Returns what stands before the format in extensions of images: {"", "image", "seg"}."""
   parts = [extension.rpartition(".") for extension in extensions]

@@ -1,7 +1,8 @@
 """Sources: objects with __len__ and __getitem__(i) → record. Opening them, and joining several.
 
 A record is dict(image=bytes | uint8 [H, W, 3], captions=tuple[str, ...], key=str, label=int), with
-label -1 if there is none. Sources that were asked for several caption fields add
+label -1 if there is none. Opened with frames, `image` may be a list of images.
+Sources that were asked for several caption fields add
 texts={field: captions}; `captions` are those of the first field that is not blank. Samples of a
 multilabel dataset add label_set=bool [K], the classes that they have. A source has no order:
 data/order chooses which sample is read next.
@@ -72,6 +73,7 @@ SOURCES: dict[str, Callable[..., Source]] = dict(
   synthetic=Synthetic,
 )
 _OWN_CAPTIONS = ("glyphs", "synthetic")
+_SEVERAL_IMAGES = ("tar", "parquet")
 _ENDINGS = {
   ".tar": "tar",
   ".parquet": "parquet",
@@ -83,7 +85,12 @@ _ENDINGS = {
 
 
 def open_source(
-  spec: str, *, captions: Sequence[str] | None = None, images: bool = True, **options: Any
+  spec: str,
+  *,
+  captions: Sequence[str] | None = None,
+  images: bool = True,
+  frames: bool = False,
+  **options: Any,
 ) -> Source:
   """Opens the source that a spec names.
 
@@ -99,6 +106,7 @@ def open_source(
       $NAME in a spec is an environment variable.
     captions: the fields to take captions from; not for glyphs and synthetic, which have their own.
     images: whether images are read; if not, samples need none.
+    frames: whether a sample may have several images, of tars and Parquet; see their classes.
     **options: of the class of the source, for every part.
 
   Raises:
@@ -111,6 +119,7 @@ def open_source(
   """
   parts = [part.strip() for part in expand_variables(spec, what="source").split("::")]
   options |= {} if images else {"images": False}
+  options |= {"frames": True} if frames else {}
   sources = [_open_part(part, spec=spec, captions=captions, options=options) for part in parts]
   return sources[0] if len(sources) == 1 else Concatenation(sources)
 
@@ -158,6 +167,8 @@ def _open_part(
   chosen = {} if captions is None or kind in _OWN_CAPTIONS else {"captions": tuple(captions)}
   if kind in _OWN_CAPTIONS:
     options = {name: x for name, x in options.items() if name != "images"}
+  if kind not in _SEVERAL_IMAGES:  # a sample of another kind may be an animation
+    options = {name: x for name, x in options.items() if name != "frames"}
   return SOURCES[kind](rest, **chosen, **options)
 
 

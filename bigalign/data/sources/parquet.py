@@ -51,6 +51,8 @@ class Parquet:
       for webdataset shards.
     root: a folder that image files may be in besides that of the Parquet file, as for tables.
     images: whether images are read; if not, samples need none, and a record has image=b"".
+    frames: whether a sample may have several images, as a list in the column; a record's image is
+      then a list of them.
 
   Raises:
     ValueError: if there are no rows; for a file without the image column, or without caption
@@ -76,8 +78,10 @@ class Parquet:
     label: str = "label",
     root: str | None = None,
     images: bool = True,
+    frames: bool = False,
   ):
     self.pattern = pattern
+    self._frames = frames
     self._root = root and os.path.expanduser(expand_variables(root, what="source_options.root"))
     self._paths = expand_shards(pattern)
     self._label = label
@@ -94,7 +98,8 @@ class Parquet:
       columns.image_column(first.names, image, what=self._paths[filled[0]]) if images else None
     )
     for n in filled:
-      _check(schemas[n], self._paths[n], image=self._image, captions=self.captions, label=label)
+      names = dict(image=self._image, captions=self.captions, label=label)
+      _check(schemas[n], self._paths[n], **names, frames=frames)
     columns.warn_of_differences(
       {self._paths[n]: {*schemas[n].names} for n in filled}, [*self.captions, label]
     )
@@ -171,12 +176,15 @@ class Parquet:
       raise Rejected("undecodable", table)
     return {name: _value(table.column(name)[place]) for name in table.column_names}
 
-  def _image_bytes(self, i: int, value: Any, *, key: str) -> bytes:
+  def _image_bytes(self, i: int, value: Any, *, key: str) -> bytes | list[bytes]:
     path = self._paths[self._files[self._place(i)[0]]]
-    image = image_bytes(value, folder=os.path.dirname(path), root=self._root, key=key)
-    if image is None:
+    # A list of integers, the bytes of one image, is an array.
+    cells = value if self._frames and isinstance(value, list) else [value]
+    found = [image_bytes(x, folder=os.path.dirname(path), root=self._root, key=key) for x in cells]
+    images = [image for image in found if image is not None]
+    if not images or len(images) < len(found):
       raise Rejected("no_image", f"{key}: no bytes in the column {self._image!r}")
-    return image
+    return images if self._frames else images[0]
 
   def _place(self, i: int) -> tuple[int, int]:
     """The row group of row i, and its place there."""
@@ -256,7 +264,13 @@ def _schema(metadata: Any, path: str) -> Any:
 
 
 def _check(
-  schema: Any, path: str, *, image: str | None, captions: Sequence[str], label: str
+  schema: Any,
+  path: str,
+  *,
+  image: str | None,
+  captions: Sequence[str],
+  label: str,
+  frames: bool,
 ) -> None:
   """Raises ValueError if a file lacks columns, or they have types that are not accepted."""
   twice = [name for name, n in collections.Counter(schema.names).items() if n > 1]
@@ -265,7 +279,8 @@ def _check(
   if image is not None:
     columns.image_column(schema.names, image, what=path)
   kind = None if image is None else schema.field(image).type
-  if kind is not None and not _is_image(kind):
+  several = frames and hasattr(kind, "value_type") and _is_image(kind.value_type)
+  if kind is not None and not _is_image(kind) and not several:
     raise ValueError(
       f"{path}: the image column {image!r} has the type {kind}. Accepted are binary, a string (a"
       " path or base64), a list of integers (the bytes), and a struct of bytes and path."

@@ -55,6 +55,9 @@ class WebDataset:
     image: the member that holds the image: "jpg" or "photo.jpg", or "photo" for any format. By
       default the first with an extension of an image (samples/members.py), or KEY.image.jpg.
     images: whether images are read; if not, samples need none, and a record has image=b"".
+    frames: whether a sample has several images, KEY.0.jpg, KEY.1.jpg, ..., or one, which may be an
+      animation; a record's image is then a list of them, in the order of their numbers. `image`
+      "camera" reads KEY.camera.0.jpg.
 
   Raises:
     ValueError: if there are no samples, no images, or none of the caption fields.
@@ -80,9 +83,10 @@ class WebDataset:
     captions: Sequence[str] = ("txt",),
     image: str | None = None,
     images: bool = True,
+    frames: bool = False,
   ):
     self.pattern = pattern
-    self._image, self._images = image, images
+    self._image, self._images, self._frames = image, images, frames
     self.captions = tuple(captions)
     paths = clip_benchmark.stated_shards(expand_shards(pattern), pattern=pattern)
     self.shards = Shards(paths, pattern=pattern)
@@ -119,8 +123,9 @@ class WebDataset:
   def __getitem__(self, i: int) -> dict[str, Any]:
     shard, name, fields = self._members(i)
     key = self._key(shard, name)
-    image = members.image(fields, self._image) if self._images else b""
-    if image is None:
+    find = members.frames if self._frames else members.image
+    image = find(fields, self._image) if self._images else b""
+    if image is None or image == []:
       raise Rejected("no_image", f"{key} has {tree.shown(sorted(fields))}")
     texts = {
       field: self._sidecars[field].texts(i, shard)
@@ -251,6 +256,8 @@ class WebDataset:
   def _check_image(self) -> None:
     """Raises ValueError if the members of images have other names than those that are read."""
     have = sorted(self.shards.fields)
+    if self._frames and any(members.frame_number(x, self._image) >= 0 for x in have):
+      return
     stems, wanted = members.image_stems(have), self._image
     known = {"", "image"} & stems if wanted is None else {wanted} & {*have, *stems}
     if known or (wanted is None and not stems):
