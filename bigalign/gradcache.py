@@ -34,6 +34,7 @@ def value_and_grad(
   microbatches: int = 1,
   communicated: Callable[[Tree], Tree] = lambda params: params,
   sums: Container[str] = (),
+  late: Container[str] = (),
 ) -> tuple[tuple[jax.Array, Any], Tree]:
   """Returns value and gradient of objective(params, embed(params, batch, key)).
 
@@ -51,6 +52,9 @@ def value_and_grad(
     communicated: params -> params in the dtypes in which devices add up their gradients.
     sums: names of features without the batch axis, which are added up over the batch; no gradient
       goes through them.
+    late: names of features on whose values no gradient depends: `sums`, and those in which the
+      objective is affine, such as sums over a row that are divided by a count. What they alone need
+      is computed in the second pass only; the objective is then evaluated once more, with them.
 
   Returns:
     ((scalar, aux), gradient with respect to params).
@@ -63,8 +67,15 @@ def value_and_grad(
     return jax.value_and_grad(of_params, has_aux=True)(params)
 
   parts, keys = _parts(batch, key, microbatches)
+  shapes = jax.eval_shape(
+    lambda: embed_batch(embed, params, batch, key, microbatches=microbatches, sums=sums)
+  )
+  zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items() if name in late}
   with jax.named_scope("first_pass"):  # a part of `bigalign plan`
-    features = embed_batch(embed, params, batch, key, microbatches=microbatches, sums=sums)
+    features = {
+      **embed_batch(embed, params, batch, key, microbatches=microbatches, sums=sums, but=late),
+      **zeros,
+    }
   floats = {
     name
     for name, x in features.items()
@@ -79,28 +90,38 @@ def value_and_grad(
     params, {name: features[name] for name in floats}
   )
 
-  def propagated(params: Tree, grads: Tree, parts: Any, keys: jax.Array, cotangents: Any) -> Tree:
-    """The gradients, plus those of all microbatches."""
+  def propagated(
+    params: Tree, grads: Tree, parts: Any, keys: jax.Array, cotangents: Any
+  ) -> tuple[Tree, dict[str, jax.Array]]:
+    """The gradients, plus those of all microbatches; the late features of each."""
 
-    def add_gradient(grads: Tree, xs: Any) -> tuple[Tree, None]:
+    def add_gradient(grads: Tree, xs: Any) -> tuple[Tree, Any]:
       part, key, cotangents = xs
 
-      def learned(params: Tree) -> dict[str, jax.Array]:
-        return {name: x for name, x in embed(params, part, key).items() if name in floats}
+      def learned(params: Tree) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        found = embed(params, part, key)
+        return {name: found[name] for name in cotangents}, {name: found[name] for name in zeros}
 
-      (more,) = jax.vjp(learned, params)[1](cotangents)
-      return jax.tree.map(jnp.add, grads, more), None
+      _, pull_back, found = jax.vjp(learned, params, has_aux=True)
+      (more,) = pull_back(cotangents)
+      return jax.tree.map(jnp.add, grads, more), found
 
-    return jax.lax.scan(add_gradient, grads, (parts, keys, cotangents))[0]
+    return jax.lax.scan(add_gradient, grads, (parts, keys, cotangents))
 
   cotangents = {name: split(x, microbatches) for name, x in feature_grads.items()}
   if sharding.copies() == 1 or _draws(embed, params, parts, keys):
-    return value, propagated(params, grads, parts, keys, cotangents)
+    grads, found = propagated(params, grads, parts, keys, cotangents)
+    found = {name: x.sum(0) if name in sums else merge(x) for name, x in found.items()}
+    return objective(params, {**features, **found}) if found else value, grads
 
-  def of_one_copy(params: Tree, parts: Any, keys: jax.Array, cotangents: Any) -> Tree:
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grads = propagated(params, zeros, parts, keys, cotangents)
-    return jax.tree.map(lambda x: x[None], grads)
+  def of_one_copy(
+    params: Tree, parts: Any, keys: jax.Array, cotangents: Any
+  ) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+    first = jax.tree.map(jnp.zeros_like, params)
+    grads, found = propagated(params, first, parts, keys, cotangents)
+    added = {name: x.sum(0)[None] for name, x in found.items() if name in sums}
+    late_rows = {name: x for name, x in found.items() if name not in sums}
+    return jax.tree.map(lambda x: x[None], grads), added, late_rows
 
   def total(grad: jax.Array, of_copies: jax.Array, wire: jax.ShapeDtypeStruct) -> jax.Array:
     # jnp.sum would add up, and communicate, in float32. Not jax.lax.psum, with which XLA ends the
@@ -111,9 +132,12 @@ def value_and_grad(
     return added
 
   copies, rows = P(sharding.COPIES), P(None, sharding.COPIES)
-  of_copies = sharding.on_each_copy(of_one_copy, (P(), rows, P(), rows), copies)(
-    params, parts, keys, cotangents
-  )
+  of_copies, added, late_rows = sharding.on_each_copy(
+    of_one_copy, (P(), rows, P(), rows), (copies, copies, rows)
+  )(params, parts, keys, cotangents)
+  found = {name: merge(x) for name, x in late_rows.items()}
+  found |= {name: x.sum(0) for name, x in added.items()}
+  value = objective(params, {**features, **found}) if found else value
   return value, jax.tree.map(total, grads, of_copies, jax.eval_shape(communicated, params))
 
 
@@ -131,14 +155,17 @@ def embed_batch(
   *,
   microbatches: int,
   sums: Container[str] = (),
+  but: Container[str] = (),
 ) -> dict[str, jax.Array]:
   """Returns the features of the whole batch, {name: [B, …]}, as `objective` gets them.
 
-  The arguments are those of `value_and_grad`.
+  The arguments are those of `value_and_grad`; `but` names features that are left out.
   """
-  _, features = jax.lax.scan(
-    lambda _, xs: (None, embed(params, *xs)), None, _parts(batch, key, microbatches)
-  )
+
+  def of_part(_: None, xs: Any) -> tuple[None, dict[str, jax.Array]]:
+    return None, {name: x for name, x in embed(params, *xs).items() if name not in but}
+
+  _, features = jax.lax.scan(of_part, None, _parts(batch, key, microbatches))
   return {name: x.sum(0) if name in sums else merge(x) for name, x in features.items()}
 
 

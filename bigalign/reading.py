@@ -112,6 +112,11 @@ def sums(loss: Loss) -> frozenset[str]:
   return frozenset(f"{name}/{key}" for name, head in heads(loss).items() for key in head.sums)
 
 
+def late(loss: Loss) -> frozenset[str]:
+  """The names in the result of `apply` on whose values no gradient depends: see Head.late."""
+  return sums(loss) | {f"{name}/{key}" for name, head in heads(loss).items() for key in head.late}
+
+
 def _key(key: jax.Array, name: str) -> jax.Array:
   return jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
 

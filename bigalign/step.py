@@ -84,6 +84,7 @@ def train_step(
     microbatches=program.microbatches,
     communicated=functools.partial(_cast_for_reduction, program),
     sums=reading.sums(program.loss),
+    late=reading.late(program.loss),
   )
 
   # --- update

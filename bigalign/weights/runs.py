@@ -86,8 +86,8 @@ def describe(
 
   Returns:
     The checkpoint. The rows of its layout are those of the model, "image_tower/…"; its tensors also
-    hold the scalars of its losses, "loss/…", and the layers of heads, "heads/…". layout.data holds config.data
-    and config.loss of the run, the number of the step, and whether these are averages.
+    hold the scalars of its losses, "loss/…", and the layers of heads, "heads/…". layout.data holds
+    config.data and config.loss of the run, the number of the step, and whether these are averages.
 
   Raises:
     FileNotFoundError: for a folder that is not a run, or a step without a checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -104,8 +105,19 @@ def test_equal_over_the_mesh_in_microbatches_with_recomputation(name):
   same(again[0], gradients)
   if averages:
     same(again[1], averages)
-  for key in (f"{name}/loss", "loss", "siglip/loss"):
-    np.testing.assert_allclose(again[2][key], scalars[key], rtol=2e-5, err_msg=key)
+  for key, x in scalars.items():
+    np.testing.assert_allclose(again[2][key], x, rtol=5e-5, err_msg=key)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("name", ["ibot", "caption"])
+def test_layers_are_computed_in_one_of_the_two_passes(name):
+  """The compiler leaves out of the first pass what is only needed in the second."""
+  operations = re.findall(r'op_name="([^"]*)"', step(name, microbatches=2)[3])
+  of_heads = [x for x in operations if re.search(r"/(jvp\()?heads\b", x)]
+  first = [x for x in of_heads if "first_pass" in x]
+  assert len(first) < 0.02 * len(of_heads), first
+  assert sum("first_pass" in x for x in operations) > 0.05 * len(operations)
 
 
 @pytest.mark.long

@@ -88,6 +88,9 @@ class Head(NamedTuple):
     averages: whether it reads averaged parameters, of itself or of the towers.
     write: of a head that predicts texts: (parameters, read) -> (states [b, L, D], kernel [D, V]);
       state i predicts token i, from the tokens before it and the image. None: it does not.
+    late: names of features in which the loss is affine, as in a sum that is divided by a count, or
+      which are only logged. With microbatches, what they and `sums` alone need is computed once,
+      not in both passes.
   """
 
   init: Callable[[jax.Array, Read], Params]
@@ -99,6 +102,7 @@ class Head(NamedTuple):
   sums: frozenset[str] = frozenset()
   averages: bool = False
   write: Callable[[Params, Read], tuple[jax.Array, jax.Array]] | None = None
+  late: frozenset[str] = frozenset({"sum"})
 
 
 def mean_over_batch(feats: Mapping[str, jax.Array]) -> jax.Array:

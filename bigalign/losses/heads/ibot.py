@@ -167,6 +167,7 @@ def ibot(
     init_head,
     apply_head,
     fields=frozenset({field}),
+    late=frozenset({"masked", "visible", "entropy"}),
     draw=draw,
     sums=classes.SUMS if center == "momentum" else frozenset(),
     averages=True,

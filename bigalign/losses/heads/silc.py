@@ -163,6 +163,7 @@ def silc(
     init_head,
     apply_head,
     fields=frozenset({large, small}),
+    late=frozenset({"sum", "entropy"}),
     sums=classes.SUMS if center == "momentum" else frozenset(),
     averages=True,
   )
