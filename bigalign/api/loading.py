@@ -12,9 +12,12 @@ from bigalign import checks
 from bigalign.api.checkpoints import in_dtype, load_checkpoint
 from bigalign.api.image_inputs import View
 from bigalign.api.model import Model
+from bigalign.captions import Captioner, of_config
+from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.evaluate import Run, open_run
 from bigalign.export import main
 from bigalign.losses.logit_head import of_losses
+from bigalign.model import DualEncoder
 from bigalign.options import plain
 from bigalign.run import runtime
 from bigalign.towers.base import DTYPES
@@ -94,7 +97,17 @@ def _run(path: str, step: int | str | None, ema: bool, dtype: str) -> Model:
     embed_dim=run.config.model.embed_dim,
     export=functools.partial(_export, run.address or path, run.step, ema),
     mesh=run.mesh,
+    captions=functools.partial(_captions, run, ema, trained.tokenizer),
   )
+
+
+def _captions(
+  run: Run, ema: bool, tokenizer: Tokenizer, encoder: DualEncoder
+) -> tuple[Captioner, dict[str, Any]]:
+  """What writes captions with the head of a run, and the parameters of the head."""
+  captioner = of_config(run.config, encoder, tokenizer)
+  params = run.ema if ema else run.params
+  return captioner, {path: x for path, x in params.items() if path.startswith("heads/")}
 
 
 def _export(path: str, step: int, ema: bool, *args: Any, **options: Any) -> Any:

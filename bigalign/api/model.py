@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from bigalign import sharding, tree
 from bigalign.api.image_inputs import Images, View, is_array, listed
+from bigalign.captions import Captioner
 from bigalign.data.image import naflex
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.evals.embed import round_batch, to_host
@@ -81,6 +82,7 @@ class Model:
     clean: Callable[[str], str] | None = None,
     export: Callable[..., Any],
     mesh: jax.sharding.Mesh | None = None,
+    captions: Callable[[DualEncoder], tuple[Captioner, dict[str, Any]]] | None = None,
   ) -> None:
     self.source = source
     self.encoder = encoder
@@ -96,6 +98,8 @@ class Model:
     }
     self._export = export
     self._clean = clean
+    self._captions = captions  # makes what writes captions, and the parameters of its head
+    self._captioner: tuple[Captioner, dict[str, Any]] | None = None
     self._embed_image, self._embed_text = (
       jax.jit(functools.partial(self._encode, method)) for method in ("embed_image", "embed_text")
     )
@@ -132,6 +136,12 @@ class Model:
       ValueError, OSError, TypeError: for an image that cannot be read, with its number and path;
         for a model without an image tower.
     """
+    return self._of_images(self._embed_views, images, batch_size, progress)
+
+  def _of_images(
+    self, call: Callable[..., jax.Array], images: Images, batch_size: int, progress: bool
+  ) -> np.ndarray:
+    """[N, …]: the results of call(params, *fields of a batch) for all images."""
     view = self._view()
     items, total = listed(images)
     with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
@@ -141,7 +151,7 @@ class Model:
         return lambda: naflex.to_fields(view.reading.stacked([x.result() for x in views]))
 
       try:
-        return self._embedded(self._embed_views, items, total, prepare, batch_size, progress)
+        return self._embedded(call, items, total, prepare, batch_size, progress)
       finally:
         pool.shutdown(cancel_futures=True)
 
@@ -149,6 +159,52 @@ class Model:
     """[B, E] of the fields of images."""
     z: jax.Array = self._embed_image(params, naflex.of_fields(dict(zip(naflex.FIELDS, fields))))
     return z
+
+  def caption(
+    self,
+    images: Images,
+    *,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    batch_size: int = 64,
+    progress: bool = True,
+  ) -> list[str]:
+    """Returns the captions that the model writes for images.
+
+    It needs a run with a loss that writes captions, such as config.loss.caption.
+
+    Args:
+      images: as of `embed_images`.
+      beams: 1 writes the most probable token at each place; more search for a text that is more
+        probable as a whole.
+      length_penalty: with several beams, the power of the number of tokens by which the log
+        probability of a text is divided; 0 prefers short texts.
+      batch_size: images at a time, over all devices.
+      progress: whether work of more than two seconds shows a progress bar.
+
+    Raises:
+      ValueError: for a model that writes no captions, and as `embed_images`.
+    """
+    if beams < 1:
+      raise ValueError(f"beams={beams}: at least 1")
+    if self._captions is None:
+      raise ValueError(
+        f"{self.source} writes no captions: only a run has a decoder, and exported folders do not"
+      )
+    if self._captioner is None:
+      self._captioner = self._captions(self.encoder)
+    captioner, heads = self._captioner
+    own = {f"model/{path}": x for path, x in self.params.items() if "/" in path} | heads
+
+    @jax.jit
+    def write(params: Mapping[str, Any], pixels: jax.Array) -> jax.Array:
+      with self._precision():
+        return captioner.ids(params, pixels, beams=beams, length_penalty=length_penalty)
+
+    def call(params: Mapping[str, Any], *fields: jax.Array) -> jax.Array:
+      return write(own, naflex.of_fields(dict(zip(naflex.FIELDS, fields))))
+
+    return captioner.texts(self._of_images(call, images, batch_size, progress))
 
   def embed_texts(
     self, texts: Texts, *, batch_size: int = 256, progress: bool = True

@@ -59,6 +59,31 @@ def test_words_of_a_file(tmp_path):
   np.testing.assert_array_equal(mask, ids != 0)
 
 
+@pytest.mark.parametrize(
+  "name,options,wanted",
+  [
+    ("byte", {}, "A photo of a Café, letter b's unbelievable troll."),
+    ("words", dict(vocabulary="photo letter b s"), "? photo ? ? ? letter b s ? ?"),
+    (
+      "sentencepiece",
+      dict(path=PIECES, pad=0),
+      "A photo of a Café, letter b's unbelievable troll.",
+    ),
+    ("wordpiece", dict(path=BERT), "a photo of a cafe, letter b ' s unbelievable troll."),
+    ("clip", dict(path=CLIP), "a photo of a café , letter b 's unbelievable troll ."),
+  ],
+)
+def test_ids_become_a_text_again(name, options, wanted, tmp_path, request):
+  if "path" in options:
+    request.getfixturevalue("data_root")
+  if "vocabulary" in options:
+    (tmp_path / "words.txt").write_text(options["vocabulary"])
+    options = dict(vocabulary=str(tmp_path / "words.txt"))
+  tokenizer = make_tokenizer(name, length=60, **options)
+  ids, _ = tokenizer.encode_batch(["A photo of a Café, letter b's unbelievable troll."])
+  assert tokenizer.decode(ids[0].tolist()) == wanted
+
+
 def test_a_prompt_around_a_known_name_is_that_name(tmp_path):
   (tmp_path / "names.txt").write_text("cat\nfire\ntruck\n")
   tokenizer = make_tokenizer(

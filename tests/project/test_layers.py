@@ -25,7 +25,7 @@ LAYERS = [
   {"config"},
   {"stages"},
   {"inputs", "program"},
-  {"step", "evaluate", "border", "untrained"},
+  {"step", "evaluate", "border", "untrained", "captions"},
   {"report"},
   {"frozen", "shards", "export", "plan", "cli"},
   {"train", "benchmark"},

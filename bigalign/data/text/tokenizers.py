@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from bigalign import tree
 from bigalign.data.files import lines
@@ -102,6 +102,10 @@ class Tokenizer:
     """The ids of each text, without padding."""
     raise NotImplementedError
 
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids that a model wrote, without special tokens; not always the text encoded."""
+    raise NotImplementedError
+
   def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids [N, L] int32 of N texts, and their mask [N, L] bool.
 
@@ -138,6 +142,9 @@ class Byte(Tokenizer):
   def __init__(self, *, length: int, lower: bool = False):
     super().__init__(name="byte", length=length, lower=lower)
     self._lower = lower
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return bytes(i - 3 for i in ids if i >= 3).decode("utf-8", "replace")
 
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     lowered = (text.lower() if self._lower else text for text in texts)
@@ -184,6 +191,10 @@ class Words(Tokenizer):
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     encoded = ([self.ids.get(word, 1) for word in self._split(text)] for text in texts)
     return [[i for i in ids if i != 1 or not self._drop_unknown] + [2] for ids in encoded]
+
+  def decode(self, ids: Sequence[int]) -> str:
+    words = dict(enumerate(self.ids, 3)) | {1: "?"}
+    return " ".join(words[i] for i in ids if i in words)
 
   def _split(self, text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower() if self._lower else text)
@@ -247,6 +258,10 @@ class SentencePiece(Tokenizer):
     i = int(self.model.piece_to_id(token))
     return i if self.model.id_to_piece(i) == token else None
 
+  def decode(self, ids: Sequence[int]) -> str:
+    special = {self.pad, self.eos}
+    return str(self.model.decode([int(i) for i in ids if i not in special]))
+
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     if self._canonicalize:
       texts = [clip_text.canonicalize(text) for text in texts]
@@ -256,7 +271,13 @@ class SentencePiece(Tokenizer):
 
 
 class Rust(Tokenizer):
-  """A tokenizer of the library `tokenizers`, which adds special tokens and cuts the text itself."""
+  """A tokenizer of the library `tokenizers`, which adds special tokens and cuts the text itself.
+
+  Attributes:
+    decoder: makes a text of pieces; None: that of the file.
+  """
+
+  decoder: decoders.Decoder | None = None
 
   def _set(self, model: tokenizers.Tokenizer, *, pad: int, side: str = "right") -> None:
     self.model = model
@@ -291,6 +312,14 @@ class Rust(Tokenizer):
     found: int | None = self.model.token_to_id(token)
     return found
 
+  def decode(self, ids: Sequence[int]) -> str:
+    special = {self.pad, *self.model.encode("").ids}
+    kept = [int(i) for i in ids if i not in special]
+    if self.decoder is None:
+      return str(self.model.decode(kept)).strip()
+    pieces = (self.model.id_to_token(i) for i in kept)
+    return str(self.decoder.decode([piece for piece in pieces if piece is not None])).strip()
+
   def _encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     try:
       return [encoding.ids for encoding in self.model.encode_batch_fast(list(texts))]
@@ -311,6 +340,8 @@ class WordPiece(Rust):
   Raises:
     ValueError: if the vocabulary has no special tokens, or cannot be read.
   """
+
+  decoder = decoders.WordPiece()
 
   def __init__(self, *, length: int, path: str, lower: bool = True):
     super().__init__(name="wordpiece", length=length, path=path, lower=lower)
@@ -408,6 +439,9 @@ class Clip(Rust):
     FileNotFoundError: if there is no vocabulary.
     ValueError: if the file is another one.
   """
+
+  # Bytes, then the ends of words.
+  decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
 
   def __init__(
     self,

@@ -1,0 +1,140 @@
+"""Captions of images by a head of a run: `bigalign.load(RUN).caption(images)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigalign import tree
+from bigalign.config import Config
+from bigalign.data.text.tokenizers import Tokenizer
+from bigalign.losses import make_loss
+from bigalign.losses.heads.base import Head, Read
+from bigalign.losses.heads.caption_search import search
+from bigalign.model import DualEncoder
+from bigalign.towers.base import TowerOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioner:
+  """Writes captions.
+
+  Args:
+    name: of the loss whose head writes them.
+    head: the head.
+    model: the dual encoder.
+    sizes: as for Loss.init.
+    tokenizer: of the texts.
+  """
+
+  name: str
+  head: Head
+  model: DualEncoder
+  sizes: Mapping[str, Any]
+  tokenizer: Tokenizer
+
+  def ids(
+    self,
+    params: Mapping[str, jax.Array],
+    images: jax.Array,
+    *,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+  ) -> jax.Array:
+    """The captions of images as token ids; to be compiled.
+
+    The decoder reads each beginning of a text as a whole, so that a caption of L tokens costs L
+    passes of the decoder over L tokens, and one of the image tower.
+
+    Args:
+      params: {path: array} of the run, "model/…" and "heads/…".
+      images: [B, S, S, 3] uint8.
+      beams: 1 is greedy search.
+      length_penalty: as of caption_search.search.
+
+    Returns:
+      [B, L] int32.
+    """
+    variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+    own = tree.unflatten(tree.subtree(params, f"heads/{self.name}/"))
+    length = self.tokenizer.length
+
+    def call(method: str, *args: Any) -> Any:
+      return self.model.apply(variables, *args, method=method)
+
+    def text(ids: jax.Array, mask: jax.Array, *, averaged: bool = False) -> TowerOutput:
+      output: TowerOutput = call("text_output", ids, mask)
+      return output
+
+    tokens = jnp.repeat(call("image_output", images).tokens, beams, axis=0)
+    mask = jnp.ones((len(tokens), length), bool)
+    shapes = jax.eval_shape(text, jax.ShapeDtypeStruct(mask.shape, jnp.int32), mask)
+    # Heads that write do not read the values of these: a text is not known yet.
+    features = {"tokens_img": tokens, "tokens_txt": jnp.zeros(shapes.tokens.shape, tokens.dtype)}
+
+    def next_logits(ids: jax.Array, position: jax.Array) -> jax.Array:
+      batch = {"text": ids, "text_mask": mask}
+      assert self.head.write is not None, "of_config has checked it"
+      states, kernel = self.head.write(
+        own, Read(batch, features, _unused, text, _unused, self.sizes)
+      )
+      state = jax.lax.dynamic_index_in_dim(states, position, 1, keepdims=False)
+      return state.astype(jnp.float32) @ kernel.astype(jnp.float32)
+
+    tokenizer = self.tokenizer
+    return search(
+      next_logits,
+      batch=len(images),
+      length=length,
+      beams=beams,
+      start=tokenizer.first_id if tokenizer.adds_start else None,
+      end=tokenizer.last_id if tokenizer.adds_end else None,
+      length_penalty=length_penalty,
+    )
+
+  def texts(self, ids: np.ndarray) -> list[str]:
+    """[N, L] ids -> N texts, without what follows the end token."""
+    end = self.tokenizer.last_id if self.tokenizer.adds_end else None
+    return [self.tokenizer.decode(_until(row, end)) for row in ids.tolist()]
+
+
+def _until(ids: Sequence[int], end: int | None) -> Sequence[int]:
+  """The ids before the first `end`."""
+  return ids[: ids.index(end)] if end in ids else ids
+
+
+def _unused(*_: Any, **__: Any) -> Any:
+  """A part of Read that no head needs to write texts."""
+  raise NotImplementedError("heads that write captions read the tokens of the image and texts")
+
+
+def of_config(config: Config, model: DualEncoder, tokenizer: Tokenizer | None) -> Captioner:
+  """What writes the captions of a run.
+
+  Args:
+    config: of the run.
+    model: its dual encoder, possibly with towers that compute in another dtype.
+    tokenizer: of its texts.
+
+  Raises:
+    ValueError: if no loss of the config has a head that writes texts.
+  """
+  terms = make_loss(config.loss).terms
+  for name, (_, loss) in terms.items():
+    if loss.head is not None and loss.head.write is not None and tokenizer is not None:
+      text, image = config.model.text, config.model.image
+      sizes = {
+        "vocabulary": getattr(text, "vocab_size", 0),
+        "patch": getattr(image, "patch", 0),
+        "embed": config.model.embed_dim,
+      }
+      return Captioner(name, loss.head, model, sizes, tokenizer)
+  raise ValueError(
+    f"config.loss={[*terms]} has no term that writes captions; these do: caption, coca."
+    " Exported folders hold no decoder, so load the run itself"
+  )
