@@ -21,6 +21,7 @@ from bigalign.data.text import stated
 from bigalign.evals import EvalOptions, named_files
 from bigalign.losses import LossTerms
 from bigalign.losses.engine.pairwise import Engine
+from bigalign.losses.selection import Selection
 from bigalign.model import ModelOptions, ModelWeights
 from bigalign.optim import OPTIMIZERS, make_optimizer
 from bigalign.options import (
@@ -84,6 +85,7 @@ class Config:
       Without it, a short run averages its random first parameters: at 0.999, they are 86 % of the
       average after 150 updates.
     twin: averages of some parameters that losses with layers read as a teacher.
+    selection: which part of each batch is trained on.
     microbatches: parts in which a batch is embedded; loss and gradient stay those of the batch.
     gradient_dtype: dtype in which devices communicate the gradients of kernels and token tables,
       "float32" or "bfloat16".
@@ -120,6 +122,7 @@ class Config:
   ema: float = 0.0
   ema_warmup: bool = True
   twin: Twin = DEFAULTS
+  selection: Selection = DEFAULTS
   microbatches: int = 1
   gradient_dtype: str = "float32"
   logits: Engine = DEFAULTS

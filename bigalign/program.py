@@ -21,6 +21,7 @@ from bigalign.data.loader.training import batch_spec
 from bigalign.losses import Loss, make_loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
+from bigalign.losses.selection import Selection
 from bigalign.model import DualEncoder
 from bigalign.optim import Schedule, joined_rate, make_optimizer, make_rate
 from bigalign.private_apis import without_shape_checks
@@ -52,6 +53,7 @@ class Program:
     ema: decay of the running average of the parameters; 0: none.
     ema_warmup: whether the decay rises to it from 0.1.
     twin: which parameters are averaged for heads, and how.
+    selection: which part of a batch is trained on.
     seed: of dropout and of the draws of the loss.
     total_steps: updates in all.
     microbatches: parts in which a batch is embedded.
@@ -73,6 +75,7 @@ class Program:
   ema: float
   ema_warmup: bool
   twin: Twin
+  selection: Selection
   seed: int
   total_steps: int
   microbatches: int
@@ -140,12 +143,20 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     ema=config.ema,
     ema_warmup=config.ema_warmup,
     twin=config.twin,
+    selection=config.selection,
     seed=config.seed,
     total_steps=total_steps,
     microbatches=config.microbatches,
     gradient_dtype=config.gradient_dtype,
     logits=config.logits,
   )
+  if config.selection.share:
+    sides = [{*teacher.folders} for teacher in config.data.teachers.values()]
+    if len(sides) != 1 or not {"image", "text"} <= sides[0]:
+      raise ValueError(
+        "config.selection compares the model with one teacher of images and texts; set"
+        " config.data.teachers=dict(reference=dict(image=STORE, text=STORE))"
+      )
   if config.data.naflex and "tokens" in program.loss.needs:
     raise ValueError(
       f"config.loss={[*config.loss]} reads the tokens of images without a mask, and with"
@@ -271,6 +282,10 @@ def check_stages(run_stages: Sequence[stages.Stage], mesh: jax.sharding.Mesh) ->
         try:
           sharding.host_rows(mesh, size)
           gradcache.check_microbatches(mesh, size, stage.config.microbatches)
+          if stage.config.selection.share:
+            part = stage.config.selection.size(size)
+            sharding.host_rows(mesh, part)
+            gradcache.check_microbatches(mesh, part, stage.config.microbatches)
         except ValueError as error:
           if len(stage.batch_sizes) > 1:
             error.add_note(

@@ -19,7 +19,7 @@ from bigalign import gradcache, reading, sharding, tree
 from bigalign.data.fields import text_pairs
 from bigalign.data.image import naflex
 from bigalign.data.samples.rejects import REASONS
-from bigalign.losses import PROVIDES, Context, Loss, diagnostics, table_mask
+from bigalign.losses import PROVIDES, Context, Loss, diagnostics, selection, table_mask
 from bigalign.losses import summary as loss_summary
 from bigalign.model import unit, without_remat
 from bigalign.private_apis import without_shape_checks
@@ -66,9 +66,13 @@ def train_step(
     The next state; scalars for the log: those of the loss, "grad_norm", "param_norm", "lr"; and the
     checks of the step.
   """
-  # --- loss and gradient of the whole batch, even if it is embedded in microbatches
+  # --- of the batch, the part that is trained on
   context, dropout_key = _context(program, state, position)
+  whole = batch
+  if program.selection.share:
+    batch = _selected(program, state, batch, context, dropout_key)
 
+  # --- loss and gradient of this batch, even if it is embedded in microbatches
   known = _for_loss(program, batch)
 
   def objective(trainable: Arrays, feats: Mapping[str, jax.Array]) -> tuple[jax.Array, Any]:
@@ -128,13 +132,13 @@ def train_step(
   )
 
   # --- what is reported
-  rejects = batch["rejects"].sum(0)
-  rows_and_rejects = jnp.stack([jnp.ones_like(batch["source"]), batch["rejects"].sum(1)], 1)
+  rejects = whole["rejects"].sum(0)
+  rows_and_rejects = jnp.stack([jnp.ones_like(whole["source"]), whole["rejects"].sum(1)], 1)
   checks = StepChecks(
     finite=finite,
     rejected={reason: rejects[i] for i, reason in enumerate(REASONS)},
-    repaired_captions=batch["repaired"].sum(),
-    tally=jnp.zeros((program.sources, 2), jnp.int32).at[batch["source"]].add(rows_and_rejects),
+    repaired_captions=whole["repaired"].sum(),
+    tally=jnp.zeros((program.sources, 2), jnp.int32).at[whole["source"]].add(rows_and_rejects),
   )
   scalars = {
     **metrics,
@@ -151,6 +155,45 @@ def ema_decay(program: Program, step: jax.Array) -> Any:
     return program.ema
   # As in TensorFlow's and diffusers' averages: the random first parameters are forgotten.
   return jnp.minimum(program.ema, (1.0 + step) / (10.0 + step))
+
+
+def _selected(
+  program: Program,
+  state: State,
+  batch: Mapping[str, jax.Array],
+  context: Context,
+  dropout_key: jax.Array,
+) -> dict[str, jax.Array]:
+  """The pairs of a batch that JEST chooses: config.selection."""
+  chosen = program.selection
+  feats = gradcache.embed_batch(
+    functools.partial(features, program, state),
+    state.trainable,
+    _inputs(program, batch, context.key),
+    dropout_key,
+    microbatches=program.microbatches,
+    sums=reading.sums(program.loss),
+  )
+  known, scalars = _for_loss(program, batch), _loss_params(state.trainable, state)
+  own = next((x for x in scalars.values() if "t" in x), {})
+  learner = selection.Model(
+    feats["zimg"], feats["ztxt"], jnp.exp(own.get("t", jnp.zeros(()))), own.get("b", 0.0)
+  )
+  reference = selection.Model(
+    *(known["teacher_img"], known["teacher_txt"]), chosen.reference_scale, chosen.reference_bias
+  )
+  index = selection.jest(
+    learner,
+    reference,
+    count=chosen.size(len(batch["label"])),
+    chunks=chosen.chunks,
+    kind=chosen.scores,
+    key=jax.random.fold_in(context.key, 0),
+    engine=context.engine,
+  )
+  # In the order of the batch, so that a share of 1 changes nothing.
+  index = jnp.sort(index)
+  return {name: selection.part(x, index) for name, x in batch.items()}
 
 
 def jitted(program: Program, shardings: State, mesh: jax.sharding.Mesh) -> Any:

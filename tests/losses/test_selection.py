@@ -12,7 +12,7 @@ from helpers.loss_oracles import both_precisions, cases2, floats, oracles2, unit
 
 from bigalign import sharding
 from bigalign.losses.engine import pairwise
-from bigalign.losses.selection import Model, jest, logits, rows_of, score
+from bigalign.losses.selection import Model, jest, logits, part, rows_of, score
 
 
 @both_precisions
@@ -90,6 +90,27 @@ def test_rows_of_a_sharded_array_are_exact():
   with jax.set_mesh(mesh):
     found = jax.jit(rows_of)(jax.device_put(x, sharding.batch_sharding(mesh)), index)
   np.testing.assert_array_equal(found, x[index])
+
+
+def test_a_part_of_a_batch_is_exact_and_split_over_the_devices():
+  rng = np.random.default_rng(0)
+  index = jnp.asarray([23, 0, 7, 8, 9, 10, 11, 22])
+  batch = dict(
+    image=rng.integers(0, 256, (24, 2, 2, 3), np.uint8),
+    mask=rng.integers(0, 2, (24, 5)).astype(bool),
+    label=rng.integers(-3, 9, 24, np.int32),
+    vector=np.asarray(jnp.asarray(rng.normal(size=(24, 3)), jnp.bfloat16)),
+  )
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(mesh):
+    split = sharding.batch_sharding(mesh)
+    found = jax.jit(lambda batch, i: {k: part(x, i) for k, x in batch.items()})(
+      {k: jax.device_put(x, split) for k, x in batch.items()}, index
+    )
+  for name, x in batch.items():
+    np.testing.assert_array_equal(found[name], x[index], err_msg=name)
+    assert found[name].dtype == x.dtype and found[name].sharding.is_equivalent_to(split, x.ndim)
+    np.testing.assert_array_equal(part(jnp.asarray(x), index), x[index])
 
 
 @pytest.mark.parametrize("count,chunks", [(0, 1), (65, 1), (8, 3)])

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.shipped import load
-from helpers.small_fields import every_field, write_dataset
+from helpers.small_fields import OPTIONS, every_field, write_dataset
 from helpers.small_runs import config
 
 from bigalign import step
+from bigalign.config import resolve_config
 from bigalign.losses import check_needs, make_loss
 from bigalign.model import make_model, provided
+from bigalign.program import make_programs
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
@@ -68,6 +70,36 @@ def test_losses_of_all_fields_are_equal_on_another_mesh_in_microbatches(folder, 
   )
   for name in ("loss", *(f"{name}/loss" for name in LOSSES)):
     np.testing.assert_allclose(first[f"train/{name}"], trained[0][f"train/{name}"], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_part_of_a_batch_that_a_teacher_recommends_trains_equally_on_any_mesh(folder, tmp_path):
+  """A share of 1 chooses all pairs, which is no choice; a rejected half is still seen."""
+
+  def rows(name, mesh, **selection):
+    c = config(mesh, batch_size=16, total_steps=2)
+    teacher = dict(image=f"{folder}/a/image", text=f"{folder}/a/text")
+    data = dict(source=f"{folder}/0.tar", captions=("json.captions",), teachers=dict(a=teacher))
+    with c.unlocked():
+      c.data = {**c.data.to_dict(), **OPTIONS, **data}
+      c.loss, c.selection = dict(clip={}), selection
+    train(c, tmp_path / name)
+    return read_metrics(tmp_path / name)
+
+  plain = rows("plain", dict(data=8))
+  every = rows("all", dict(data=8), share=1.0, chunks=4)
+  half = rows("half", dict(data=8), share=0.5, chunks=4)
+  again = rows("again", dict(data=2, fsdp=2, tensor=-1), share=0.5, chunks=4)
+  for x, y in zip(plain, every):
+    np.testing.assert_allclose(y["train/loss"], x["train/loss"], rtol=1e-5)
+  for x, y, z in zip(half, again, plain):
+    np.testing.assert_allclose(y["train/loss"], x["train/loss"], rtol=2e-5)
+    assert x["train/samples_seen"] == z["train/samples_seen"]
+  assert half[0]["train/loss"] < plain[0]["train/loss"]  # a softmax over half as many texts
+  with pytest.raises(ValueError, match=r"config.selection chooses share=0.3 of 16 pairs, 4.8"):
+    rows("odd", dict(data=8), share=0.3)
+  with pytest.raises(ValueError, match=r"config.selection compares the model with one teacher"):
+    make_programs(resolve_config(load("tiny").to_dict() | dict(selection=dict(share=0.5))))
 
 
 def test_several_texts_are_embedded_as_single_ones_are():
