@@ -249,7 +249,9 @@ def start(argv: Sequence[str], given: Any) -> dict[str, Any]:
 
 def tokenizer_digest(config: Config) -> str:
   """Hex digits that identify the tokenizer of a run: its options and its files."""
-  return digest(without_defaults(config.data.tokenizer))
+  prefix = config.data.prefix_tokens
+  options = without_defaults(config.data.tokenizer)
+  return digest({**options, "prefix_tokens": plain(prefix)} if prefix else options)
 
 
 def tokenizer_files(config: Config) -> dict[str, Any]:

@@ -86,6 +86,12 @@ def open_data(options: DataOptions) -> Inputs:
   sides = options.stores.sides
   _check_ignored(options)
   _check_images(options)
+  if options.prefix_tokens and (not options.mixture or "text" in sides):
+    raise ValueError(
+      "config.data.prefix_tokens names a token for each source of config.data.mixture, whose texts"
+      " the text tower reads; "
+      + ("config.data.stores.text gives vectors" if options.mixture else "there is no mixture")
+    )
   if len(sides) == 2:
     _check_no_fields(options)
     stores = options.stores
@@ -255,7 +261,15 @@ def _open_part(
 
 def check_tokenizer(text_tower: Any, data: DataOptions) -> None:
   """Raises ValueError if config.data.tokenizer does not fit the text tower; see `check_ids`."""
-  check_ids(text_tower, data.make_tokenizer(), "config.model.text", "config.data.tokenizer")
+  name = "config.data.tokenizer"
+  if data.prefix_tokens:
+    if getattr(getattr(text_tower, "options", None), "pool", "") == "argmax":
+      raise ValueError(
+        "config.model.text.pool='argmax' reads the token with the highest id, which is that of"
+        " config.data.prefix_tokens; set pool='eos' and eos"
+      )
+    name = f"config.data.prefix_tokens ({len(data.prefix_tokens.names)} more ids) and {name}"
+  check_ids(text_tower, data.make_tokenizer(), "config.model.text", name)
 
 
 def check_ids(text_tower: Any, tokenizer: Tokenizer, tower: str, name: str) -> None:

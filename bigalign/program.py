@@ -463,9 +463,10 @@ def state_shardings(
 
 
 def make_embed(model: DualEncoder) -> dict[str, Any]:
-  """embed_image(params, image), embed_text(params, ids, mask), jitted, for parameters by path.
+  """embed_image(params, image), embed_text(params, ids, mask) and embed_patches(params, image).
 
-  And text_lengths(ids, mask): how many positions of each text embed_text reads, see UsedLengths.
+  They are jitted, for parameters by path. And text_lengths(ids, mask): how many positions of each
+  text embed_text reads, see UsedLengths.
   """
 
   def apply(method: str, params: Arrays, *args: jax.Array) -> Any:
@@ -479,5 +480,5 @@ def make_embed(model: DualEncoder) -> dict[str, Any]:
     jitted = jax.jit(functools.partial(apply, method))
     return lambda *args: sharding.block_on_cpu(jitted(*args))
 
-  embed = {method: compiled(method) for method in ("embed_image", "embed_text")}
+  embed = {method: compiled(method) for method in ("embed_image", "embed_text", "embed_patches")}
   return {**embed, "text_lengths": used_lengths(getattr(model.text_tower, "options", None))}

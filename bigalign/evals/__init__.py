@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from jax.sharding import Mesh
 
 from bigalign.data.loader.options import DataOptions
-from bigalign.evals import geometry, glyphs, retrieval, zeroshot
+from bigalign.evals import geometry, glyphs, retrieval, segmentation, zeroshot
 from bigalign.evals.embed import Context, SharedImages
 from bigalign.options import Choose, Component, resolve_value
 from bigalign.towers.padding import UsedLengths, all_positions
@@ -23,6 +23,7 @@ EVALS: dict[str, Callable[..., Evaluator]] = dict(
   zeroshot=zeroshot.zeroshot,
   glyphs=glyphs.glyphs,
   geometry=geometry.geometry,
+  segmentation=segmentation.segmentation,
 )
 
 EvalOptions = Mapping[str, Annotated[Component, Choose(EVALS, key="type", fixed=("context",))]]
@@ -37,7 +38,7 @@ def named_files(evals: Mapping[str, Component]) -> dict[tuple[str, str], pathlib
   return {
     (name, option): zeroshot.text_file(path, f"config.evals.{name}.{option}")
     for name, component in evals.items()
-    if component.name == "zeroshot"
+    if component.name in ("zeroshot", "segmentation")
     for option, path in zeroshot.named_files(
       classnames=component.option("classnames"), templates=component.option("templates")
     ).items()
@@ -53,6 +54,7 @@ def make_evaluators(
   data: DataOptions,
   text_lengths: UsedLengths = all_positions,
   shared: SharedImages | None = None,
+  embed_patches: Callable[..., Any] | None = None,
 ) -> dict[str, Evaluator]:
   """Returns the evaluators {name: run} of config.evals.
 
@@ -65,6 +67,7 @@ def make_evaluators(
     mesh: to evaluate on.
     data: config.data.
     text_lengths: see Context.
+    embed_patches: embeds the patches of images, see Context.
     shared: of evaluators made by other calls, to share images with them too. Images are shared
       while evaluators are called with the same object as parameters.
 
@@ -74,6 +77,8 @@ def make_evaluators(
   evaluators = {}
   shared = SharedImages() if shared is None else shared
   for name, component in resolve_value(EvalOptions, evals, "config.evals").items():
-    context = Context(name, embed_image, embed_text, mesh, data, text_lengths, shared)
+    context = Context(
+      name, embed_image, embed_text, mesh, data, text_lengths, shared, embed_patches
+    )
     evaluators[name] = component.make(context=context)
   return evaluators

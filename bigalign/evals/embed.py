@@ -81,6 +81,8 @@ class Context(NamedTuple):
     text_lengths: how many positions of each text embed_text reads; the others are cut off. By
       default it reads all.
     shared: embeddings of images that evaluators share; None: each embeds its own.
+    embed_patches: (params, image) -> [B, N, K], the patches in the space of the embeddings, or of
+      their last K components; unit norm, float32, jitted.
   """
 
   name: str
@@ -90,6 +92,7 @@ class Context(NamedTuple):
   data: DataOptions
   text_lengths: UsedLengths = all_positions
   shared: SharedImages | None = None
+  embed_patches: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
 class EvalData(NamedTuple):

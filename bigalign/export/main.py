@@ -173,6 +173,11 @@ def write(
     facts: returns the content of bigalign.json for the family of the model in the folder.
     card: returns the model card, as model_card.text.
   """
+  if trained.data.prefix_tokens:
+    raise ValueError(
+      "config.data.prefix_tokens puts a learnt token into each text, which the tokenizers of other"
+      " libraries do not; use the run itself with bigalign.load"
+    )
   out = pathlib.Path(out).expanduser().absolute()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out} (--out) exists and is not an empty folder; choose another")

@@ -107,7 +107,7 @@ def embed_text_coarsely(params, ids, mask):
 @pytest.fixture
 def tiny(monkeypatch):
   source = Tiny()
-  monkeypatch.setattr(embed, "open_source", lambda spec, captions=None: source)
+  monkeypatch.setattr(embed, "open_source", lambda spec, captions=None, frames=False: source)
   return source
 
 
@@ -452,7 +452,7 @@ sys.path.insert(0, sys.argv[1])
 from bigalign.run import runtime
 runtime.connect()
 import test_evals as t
-t.embed.open_source = lambda spec, captions=None: t.Tiny()
+t.embed.open_source = lambda spec, captions=None, frames=False: t.Tiny()
 found = t.both_evaluators()
 path = pathlib.Path(sys.argv[2]) / f"{t.jax.process_index()}.json"
 path.write_text(json.dumps([t.jax.process_count(), t.jax.device_count(), found]))

@@ -66,7 +66,7 @@ def numpy_geometry(x, y, t=2.0):
 def test_the_evaluator_equals_numpy(monkeypatch, axes):
   # 37 samples, one of them broken and one without a caption, over 8 devices.
   tiny = Tiny(captions=1)
-  monkeypatch.setattr(embed, "open_source", lambda spec, captions=None: tiny)
+  monkeypatch.setattr(embed, "open_source", lambda spec, captions=None, frames=False: tiny)
   found = make("sphere", dict(type="geometry", source="tiny", batch_size=10), **axes)(make_params())
   zimg, ztxt, _ = on_host(tiny, make_params())
   expected = numpy_geometry(zimg.astype(np.float64), ztxt.astype(np.float64))
@@ -78,7 +78,7 @@ def test_the_evaluator_equals_numpy(monkeypatch, axes):
 
 def test_too_few_pairs_are_an_error(monkeypatch):
   tiny = Tiny(n=9, captions=1, broken=range(5), silent=())
-  monkeypatch.setattr(embed, "open_source", lambda spec, captions=None: tiny)
+  monkeypatch.setattr(embed, "open_source", lambda spec, captions=None, frames=False: tiny)
   with pytest.raises(ValueError, match=r"config\.evals\.x\.source='tiny': 4 of 9.*at least 5"):
     make("x", dict(type="geometry", source="tiny"))(make_params())
 

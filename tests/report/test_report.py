@@ -213,7 +213,9 @@ def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
 
   asked = []
   monkeypatch.setattr(
-    main, "open_source", lambda spec, captions=None: asked.append((spec, captions)) or Source()
+    main,
+    "open_source",
+    lambda spec, captions=None, frames=False: asked.append((spec, captions)) or Source(),
   )
   mesh = sharding.make_mesh()
   embed = dict(
@@ -272,7 +274,7 @@ def test_data_that_is_not_here_differs_from_a_bug(monkeypatch, tmp_path):
   with pytest.raises(FileNotFoundError, match="variable PETS_OF_THIS_TEST is not set"):
     main.embed_pairs(make_run(tmp_path, evals={"val": away}))
 
-  def open_source(spec, captions=None):
+  def open_source(spec, captions=None, frames=False):
     return {}["a bug"]
 
   monkeypatch.setattr(main, "open_source", open_source)
@@ -305,7 +307,7 @@ def test_captions_are_the_class_names_that_the_evaluator_has(monkeypatch, tmp_pa
     seen.extend(picked[i]["captions"][0] for i in range(len(picked)))
     raise Stop
 
-  monkeypatch.setattr(main, "open_source", lambda spec, captions=None: Source())
+  monkeypatch.setattr(main, "open_source", lambda spec, captions=None, frames=False: Source())
   monkeypatch.setattr(main.evaluation, "eval_batches", batches)
   one = dict(type="zeroshot", source="here", classnames=str(tmp_path / "names.txt"))
   with pytest.raises(Stop):

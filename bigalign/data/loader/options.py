@@ -22,6 +22,7 @@ from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Watch
 from bigalign.data.text.captions import Columns, columns, fields
 from bigalign.data.text.code_switch import CodeSwitchOptions
+from bigalign.data.text.prefix_tokens import PrefixTokens, WithPrefix
 from bigalign.data.text.tokenizers import TOKENIZERS, Tokenizer
 from bigalign.options import DEFAULTS, Call, Choose, Component, plain, resolve
 
@@ -111,6 +112,8 @@ class DataOptions(ImageReading):
       "1e6 samples", "1000 steps" or "2 epochs". Sources that are not named are not read then.
     pure_batches: whether all samples of a batch come from one source of the mixture, whose weights
       are then shares of the batches; for losses and prefixes that could tell sources apart.
+    prefix_tokens: a learnt token in each text for the kind of its source, such as captions or names
+      of classes; None for none.
     stores: vectors of frozen towers. With both sides, neither the source nor its captions are read;
       with one side, the source is read for the other side, which is trained.
     images: whether samples have images. False: texts alone, for losses that read no image; a batch
@@ -150,6 +153,7 @@ class DataOptions(ImageReading):
   mixture: Sequence[MixturePart] = ()
   schedule: Sequence[Any] = ()
   pure_batches: bool = False
+  prefix_tokens: PrefixTokens | None = None
   stores: Stores = DEFAULTS
   images: bool = True
   view: str = ""
@@ -178,7 +182,7 @@ class DataOptions(ImageReading):
   def make_tokenizer(self) -> Tokenizer:
     """The tokenizer, which reads its files."""
     tokenizer: Tokenizer = self.tokenizer.make()
-    return tokenizer
+    return WithPrefix(tokenizer, self.prefix_tokens) if self.prefix_tokens else tokenizer
 
   def training_view(self, image: np.ndarray | list[np.ndarray], rng: np.random.Generator) -> Any:
     """uint8 [H, W, 3] -> [image_size, image_size, 3], or Patches, augmented by draws of `rng`.

@@ -36,6 +36,7 @@ from bigalign.data.samples.rejects import (
   rejection,
 )
 from bigalign.data.sources.base import Source, read, where
+from bigalign.data.sources.mixture import names
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
 from bigalign.data.text.captions import by_field, choose, lacks, repaired
@@ -338,6 +339,7 @@ class _TrainBatches(SampleReader):
     self._tolerated = float(data.rejects.option("stop"))
     self._attempts = attempts(self._tolerated)
     self._bad: collections.Counter[int] = collections.Counter()  # samples in bad shards, by part
+    self._prefixes = data.prefix_tokens and data.prefix_tokens.numbers(names(source))
     self._captions, self._second_captions = data.first_columns, data.second_columns
     self._switch = CodeSwitch(data.code_switch) if data.code_switch else None
     self._captions_per_image = data.captions_per_image
@@ -395,7 +397,8 @@ class _TrainBatches(SampleReader):
       labels[r] = view.label
       image_ids[r] = view.sample
       text_ids[r] = view.sample * self._captions_per_image + view.texts.places[0]
-    text, mask, was_repaired = self._encode(texts, self._text_store)
+    origin = self._order.source_of(indices)
+    text, mask, was_repaired = self._encode(texts, self._text_store, origin)
     batch = dict(
       **(dict(image=self._image_store.read(stored)) if self._image_store else images),
       text=text,
@@ -405,34 +408,42 @@ class _TrainBatches(SampleReader):
       label=labels,
       rejects=rejects,
       repaired=was_repaired,
-      source=self._order.source_of(indices).astype(np.int32),
+      source=origin.astype(np.int32),
     )
     if self._second_captions:
       batch["text_second"], batch["text_second_mask"], was_repaired = self._encode(
-        seconds, self._second_store
+        seconds, self._second_store, origin
       )
       batch["repaired"] += was_repaired
     if self._data.texts:
-      batch |= self._several(chosen)
+      batch |= self._several(chosen, origin)
     return batch | extra_fields.stacked(self._fields, extra)
 
-  def _several(self, chosen: Sequence[Texts]) -> dict[str, np.ndarray]:
+  def _several(self, chosen: Sequence[Texts], origin: np.ndarray) -> dict[str, np.ndarray]:
     """The fields of several texts."""
     kinds = dict(texts_kind=np.array([one.kinds for one in chosen], np.int32))
     others = [text for one in chosen for text in one.texts[1:]]
     if not others:
       return kinds
-    ids, mask, _ = self._encode(others, self._text_store)
+    origin = np.repeat(origin, len(others) // len(chosen))
+    ids, mask, _ = self._encode(others, self._text_store, origin)
     ids, mask = (rearrange(x, "(b m) ... -> b m ...", b=len(chosen)) for x in (ids, mask))
     return dict(text_others=ids, text_others_mask=mask, **kinds)
 
   def _encode(
-    self, texts: Sequence[Any], store: Store | None
+    self, texts: Sequence[Any], store: Store | None, origin: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids [b, L], or stored vectors [b, D]; their mask; 1 for a repaired caption, [b]."""
+    """Token ids [b, L], or stored vectors [b, D]; their mask; 1 for a repaired caption, [b].
+
+    Args:
+      texts: b captions, or row numbers of stored captions.
+      store: of captions.
+      origin: [b], the sources of the texts.
+    """
     if store is None:
+      which = {} if self._prefixes is None else {"which": self._prefixes[origin]}
       try:
-        return *self._tokenizer.encode_batch(texts), repaired(texts)
+        return *self._tokenizer.encode_batch(texts, **which), repaired(texts)
       except Exception as error:
         raise _NotTokenised(
           f"the tokenizer fails on a batch, but not on each of its texts alone: {error}"

@@ -1,0 +1,137 @@
+"""Zero-shot segmentation: labels that are read, interpolation, and measures by hand."""
+
+from __future__ import annotations
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import reduce
+from helpers.small_shards import write_tar
+from PIL import Image
+
+from bigalign import sharding
+from bigalign.data.loader.options import resolve_data
+from bigalign.evals.embed import Context
+from bigalign.evals.segmentation import confusion, measures, read_labels, segmentation
+from bigalign.model import make_model
+from bigalign.sphere import unit
+
+COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+NAMES = ("r", "g", "b")
+
+
+def png(array, palette=False) -> bytes:
+  file = io.BytesIO()
+  image = Image.fromarray(array)
+  if palette:
+    image = image.convert("P") if array.ndim == 3 else image
+    image.putpalette([5, 5, 5] * 256)
+  image.save(file, "png")
+  return file.getvalue()
+
+
+def context(batch_size=16):
+  """A model whose embedding of a patch is its colour, and of a class name its colour."""
+  data = resolve_data(dict(image_size=32, tokenizer=dict(name="byte", length=8)))
+  words = data.make_tokenizer().encode_batch([*NAMES])[0]
+
+  def embed_text(params, ids, mask):
+    same = (ids[:, None, :] == jnp.asarray(words)[None]).all(-1)
+    return same.astype(jnp.float32)
+
+  def embed_patches(params, image):
+    colours = reduce(image.astype(jnp.float32), "b (h p) (w q) c -> b (h w) c", "mean", p=8, q=8)
+    return unit(colours)
+
+  def embed_image(params, image):
+    return jnp.ones((len(image), 3))
+
+  return Context(
+    "val", embed_image, embed_text, sharding.make_mesh(), data, embed_patches=embed_patches
+  )
+
+
+def shard(folder, member, **changes):
+  """Two images in halves of colours, wider than high, and their labels; a file of class names."""
+  halves = np.zeros((16, 48), np.int32), np.ones((16, 48), np.int32)
+  halves[0][:, 24:] = 2
+  halves[1][8:] = 0
+  members = []
+  for i, classes in enumerate(halves):
+    members.append((f"{i}.jpg", png(COLOURS[classes])))
+    members.append((f"{i}.{member}", png((classes + 1).astype(np.uint8), palette=True)))
+  (folder / "classes.txt").write_text("\n".join(NAMES))
+  given = dict(source=write_tar(folder / "val.tar", members), classnames=f"{folder}/classes.txt")
+  return given | dict(templates=["{c}"], first=1, batch_size=8) | changes
+
+
+def test_a_model_of_colours_finds_them_all(tmp_path):
+  """Images that are wider than high, whose borders are those of patches."""
+  found = segmentation(context(), **shard(tmp_path, "seg.png"))(None)
+  assert found["val/val-segmentation-mean_iou"] == 1
+  assert found["val/val-segmentation-pixel_accuracy"] == 1
+  assert found["val/val-segmentation-num_samples"] == 2
+  assert found["val/val-segmentation-num_classes"] == 3
+
+
+def test_labels_of_another_class_lower_the_measures(tmp_path):
+  given = shard(tmp_path, "seg.png", first=0)  # 1, 2, 3: the last has no class
+  with pytest.raises(ValueError, match=r"val\.source: sample .*: the value 3 has no class"):
+    segmentation(context(), **given)(None)
+  given["ignore"] = 3
+  found = segmentation(context(), **given)(None)
+  assert found["val/val-segmentation-mean_iou"] == 0
+
+
+def test_a_sample_without_labels_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r"sample val.tar/0: it has no 'seg.png'"):
+    segmentation(context(), **shard(tmp_path, "mask.png"))(None)
+  assert segmentation(context(), **shard(tmp_path, "mask.png", labels="mask.png"))(None)
+
+
+def test_measures_by_hand():
+  counts = np.array([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
+  found = measures(counts)
+  np.testing.assert_allclose(found["mean_iou"], (3 / 6 + 4 / 7) / 2)
+  np.testing.assert_allclose(found["pixel_accuracy"], 7 / 10)
+  np.testing.assert_allclose(found["mean_class_accuracy"], (3 / 4 + 4 / 6) / 2)
+
+
+def test_confusion_counts_what_is_known():
+  rng = np.random.default_rng(0)
+  scores, labels = rng.normal(size=(3, 4, 4, 5)), rng.integers(-1, 5, (3, 4, 4))
+  found = jax.jit(confusion)(jnp.asarray(scores), jnp.asarray(labels))
+  wanted = np.zeros((5, 5), int)
+  for row, column in zip(labels.ravel(), scores.argmax(-1).ravel()):
+    if row >= 0:
+      wanted[row, column] += 1
+  np.testing.assert_array_equal(found, wanted)
+
+
+def test_labels_of_other_images():
+  labels = np.array([[0, 1], [255, 2]], np.uint8)
+  found = read_labels(png(labels), 4, 1, 255, 2)
+  np.testing.assert_array_equal(found[::2, ::2], [[-1, 0], [-1, 1]])
+  wide = read_labels(png(labels.astype(np.uint16) + 300), 2, 300, 0, 256)
+  np.testing.assert_array_equal(wide, labels)
+  for stored, said in ((b"no", "not an image"), (png(COLOURS[labels % 3]), "mode RGB")):
+    with pytest.raises(ValueError, match=said):
+      read_labels(stored, 4, 0, 255, 3)
+
+
+def test_patches_of_a_model_are_projected_as_its_images_are():
+  """With mean pooling and a linear projector, the mean of the patches is the image."""
+  tower = dict(name="vit", width=16, depth=1, heads=2, patch=8, pool="mean", dtype="float32")
+  text = dict(name="text", width=16, depth=1, heads=2, vocab_size=9, length=4, dtype="float32")
+  model = make_model(image=tower, text=text, embed_dim=8)
+  image = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  params = model.init(jax.random.key(0), image, np.zeros((2, 4), np.int32))
+  output = model.apply(params, image, method="image_output")
+  patches = model.apply(params, output, method="projected_patches")
+  whole = model.apply(params, image, method="embed_image")
+  np.testing.assert_allclose(unit(patches.mean(1)), whole, atol=1e-5)
+  embedded = model.apply(params, image, method="embed_patches")
+  np.testing.assert_allclose(embedded, unit(patches), atol=1e-6)
