@@ -15,7 +15,7 @@ from einops import rearrange
 from bigalign import checks, sharding, sphere
 from bigalign.data.image.naflex import Patches
 from bigalign.options import DEFAULTS, Also, Choose, Component, resolve
-from bigalign.projectors import PROJECTORS
+from bigalign.projectors import PROJECTORS, READ_TOKENS, Blocks
 from bigalign.towers import TOWERS, TowerOutput, attention
 from bigalign.towers.base import TransformerOptions
 from bigalign.towers.naflex import NaFlex
@@ -190,6 +190,28 @@ class DualEncoder(nn.Module):
     """The output of the image tower -> [B, E], before the norm."""
     projected: jax.Array = self.image_projector(output, False)
     return projected
+
+  def projected_patches(self, output: TowerOutput) -> jax.Array:
+    """The output of the image tower -> [B, N, K], its patches in the space of the embeddings.
+
+    K is E, and E / 2 with the projector `blocks`, for the second half of an embedding.
+
+    Raises:
+      ValueError: if the projector takes more than one token.
+    """
+    tokens, projector = output.tokens, self.image_projector
+    if isinstance(projector, Blocks):
+      patches: jax.Array = projector.rows(output)[:, 1:]
+      return patches
+    if isinstance(projector, READ_TOKENS) or output.pooled.shape[-1] != tokens.shape[-1]:
+      raise ValueError(
+        "config.loss has a term that compares single patches with texts; it needs a projector of"
+        " one vector, or 'blocks', and a pooled vector as wide as a patch (not pool='cls+mean')"
+      )
+    flat = rearrange(tokens, "b n d -> (b n) d")
+    embedded = projector(TowerOutput(flat, flat[:, None][:, :0]), False)
+    patches = rearrange(embedded, "(b n) e -> b n e", b=len(tokens))
+    return patches
 
   def project_text(self, output: TowerOutput) -> jax.Array:
     """The output of the text tower -> [B, E], before the norm."""

@@ -153,8 +153,23 @@ def _read(
     projected: jax.Array = call(averaged, f"project_{side}", output).astype(jnp.float32)
     return jax.lax.stop_gradient(projected) if averaged else projected
 
+  def projected(output: TowerOutput) -> jax.Array:
+    patches: jax.Array = call(False, "projected_patches", output).astype(jnp.float32)
+    return patches
+
+  def words() -> jax.Array:
+    path = "model/text_tower/embedding"
+    if path not in params:
+      raise ValueError(
+        f"config.loss.{name} reads the token table of the text tower, and"
+        f" {type(model.text_tower).__name__} has none; choose config.model.text.name='text' or"
+        " 'bert'"
+      )
+    return jax.lax.stop_gradient(params[path].astype(jnp.float32))
+
   own = {**part, **tree.subtree(part, f"{name}/")}
-  return Read(own, feats, image, text, project, sizes, jax.lax.stop_gradient(state))
+  kept = jax.lax.stop_gradient(state)
+  return Read(own, feats, image, text, project, sizes, kept, projected, words)
 
 
 def _of_any_size(model: DualEncoder, part: Mapping[str, jax.Array]) -> DualEncoder:

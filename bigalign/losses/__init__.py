@@ -26,9 +26,17 @@ from bigalign.losses.feature_distill import feature_distill, vl2v
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.hard_negatives import dac_mil, hardneg_own, negclip
 from bigalign.losses.heads.caption import caption
+from bigalign.losses.heads.caption_fused import caption_fused
+from bigalign.losses.heads.coca import coca
+from bigalign.losses.heads.fdt import fdt
+from bigalign.losses.heads.gram import gram
 from bigalign.losses.heads.ibot import ibot
+from bigalign.losses.heads.lexical import lexical
 from bigalign.losses.heads.mask_regularization import mask_regularization
+from bigalign.losses.heads.region_phrase import region_phrase
 from bigalign.losses.heads.silc import silc
+from bigalign.losses.heads.sparc_adapted import sparc_adapted
+from bigalign.losses.heads.vlap import vlap
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
 from bigalign.losses.matryoshka import matryoshka
@@ -106,9 +114,17 @@ LOSSES = dict(
 # Losses with layers of their own, which config.loss names as the others.
 HEADS: dict[str, Callable[..., Loss]] = dict(
   caption=caption,
+  caption_fused=caption_fused,
+  coca=coca,
+  fdt=fdt,
+  gram=gram,
   ibot=ibot,
+  lexical=lexical,
   mask_regularization=mask_regularization,
+  region_phrase=region_phrase,
   silc=silc,
+  sparc_adapted=sparc_adapted,
+  vlap=vlap,
 )
 TERMS = {**LOSSES, **HEADS}
 

@@ -35,6 +35,11 @@ class Projector(Protocol):
   def __call__(self, side: str, output: TowerOutput, *, averaged: bool = False) -> jax.Array: ...
 
 
+def not_read(*args: Any) -> jax.Array:
+  """Stands for a function that the caller of a head leaves out, since the head does not call it."""
+  raise NotImplementedError("this head is called without a model")
+
+
 class Read(NamedTuple):
   """What a head may read of some rows of the batch.
 
@@ -50,6 +55,10 @@ class Read(NamedTuple):
     project: (side, output of the tower) -> [b, E] float32, before the norm; side "image" or "text".
     sizes: as for Loss.init.
     state: of the loss before this step, such as the centre of a teacher's logits; no gradient.
+    projected: (output of the image tower) -> [b, N, K] float32, its patches in the space of the
+      embeddings: the projector of each patch, K = E; of `blocks`, what it makes of the patches, the
+      second half of an embedding, K = E / 2.
+    words: () -> [V, D] float32, the token table of the text tower; no gradient.
   """
 
   batch: Mapping[str, jax.Array]
@@ -59,6 +68,8 @@ class Read(NamedTuple):
   project: Projector
   sizes: Mapping[str, Any]
   state: Mapping[str, jax.Array] = {}
+  projected: Callable[[TowerOutput], jax.Array] = not_read
+  words: Callable[[], jax.Array] = not_read
 
 
 def no_draws(

@@ -1,0 +1,127 @@
+"""Contrast of image regions, given by boxes, and the phrases that describe them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from bigalign import checks
+from bigalign.losses import temperature as scales
+from bigalign.losses.base import Context, Features, Loss, State
+from bigalign.losses.base import Params as Scalars
+from bigalign.losses.functions import cloc_region
+from bigalign.losses.heads.base import Head, Read
+from bigalign.sphere import unit
+
+
+def pooling(boxes: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """[..., N]: the share of a box that each patch covers, which add up to 1 over the N patches.
+
+  Args:
+    boxes: [..., 4], left, top, right, bottom as shares of the image's sides.
+    grid: (rows, columns) of patches, N in all, row by row.
+  """
+
+  def overlap(low: jax.Array, high: jax.Array, count: int) -> jax.Array:
+    """[..., count]: the length of a box in each row or column."""
+    edges = jnp.arange(count + 1, dtype=boxes.dtype) / count
+    first, last = (jnp.expand_dims(x, tuple(range(low.ndim))) for x in (edges[:-1], edges[1:]))
+    length = jnp.minimum(high[..., None], last) - jnp.maximum(low[..., None], first)
+    return jnp.maximum(length, 0)
+
+  left, top, right, bottom = jnp.moveaxis(boxes, -1, 0)
+  y, x = overlap(top, bottom, grid[0]), overlap(left, right, grid[1])
+  areas = rearrange(y[..., :, None] * x[..., None, :], "... y x -> ... (y x)")
+  return areas / jnp.maximum(areas.sum(-1, keepdims=True), 1e-12)
+
+
+def region_phrase(
+  *,
+  boxes: str = "boxes",
+  phrases: str = "phrases",
+  pad: int = 0,
+  t_init: float = 1 / 0.07,
+  t_max: float | None = 100.0,
+) -> Loss:
+  """Region-phrase contrast by pooled boxes: after CLOC, https://arxiv.org/abs/2410.02746.
+
+  A region is the mean of the projected patches that its box covers, weighted by the area. A phrase
+  is embedded by the text tower. InfoNCE in both directions compares all real regions of the batch
+  with all phrases; phrases equal to the anchor's are not its negatives. CLOC's Prompter, a block
+  that reads a box as a prompt, finds regions better than pooling; it is not a part of this head.
+  Its weight is 1 times the share of pictures with regions.
+
+  The data holds two columns (config.data.columns): boxes [M, 4], ragged, so that NAME_mask says
+  which regions there are, and phrases [M, L] int32, token ids. Boxes are shares of the image's
+  sides and do not follow crops: use config.data.augment=dict(crop="squash"), without flips.
+
+  Args:
+    boxes: column of the boxes [M, 4]: left, top, right, bottom.
+    phrases: column of the phrases' token ids [M, L], of the tokenizer of the run.
+    pad: id of padding in `phrases`.
+    t_init: first value of the logit scale, as in `clip`.
+    t_max: upper bound of that scale, as in `clip`.
+  """
+  scales.check("region_phrase", t_init, t_max)
+  checks.between("config.loss.region_phrase", 0, pad=pad)
+
+  def apply_head(params: Any, averaged: Any, read: Read) -> dict[str, jax.Array]:
+    ids = read.batch[phrases]
+    count = ids.shape[1]
+    flat = rearrange(ids, "b m l -> (b m) l")
+    texts = read.project("text", read.text(flat, flat != pad))
+    patches = read.projected(read.image(read.batch["image"]))
+    side = math.isqrt(patches.shape[1])
+    if side**2 != patches.shape[1]:
+      raise ValueError(
+        f"config.loss.region_phrase: the image tower has {patches.shape[1]} patches, which are not"
+        " a square grid"
+      )
+    weights = pooling(read.batch[boxes].astype(jnp.float32), (side, side))
+    regions = jnp.einsum("bmn,bnd->bmd", weights, patches)
+    texts = rearrange(texts, "(b m) d -> b m d", m=count)[..., -patches.shape[-1] :]
+    return {"regions": unit(regions), "phrases": unit(texts), "ids": _hashed(ids)}
+
+  def apply(
+    params: Scalars, state: State, feats: Features, batch: Any, context: Context
+  ) -> tuple[jax.Array, Any]:
+    scale = jnp.exp(params["t"])
+    r2q, q2r = cloc_region(
+      feats["regions"],
+      feats["phrases"],
+      batch[f"{boxes}_mask"],
+      feats["ids"],
+      scale,
+      engine=context.engine,
+    )
+    value = (r2q + q2r) / 2
+    logs = {"region_to_phrase": r2q, "phrase_to_region": q2r, "logit_scale": scale}
+    return value, (state, {"loss": value, **logs})
+
+  head = Head(
+    lambda key, read: {},
+    apply_head,
+    fields=frozenset({"image", boxes, phrases, f"{boxes}_mask"}),
+  )
+  return Loss(
+    frozenset(),
+    lambda sizes: (scales.init(t_init), {}),
+    apply,
+    scales.clamped(t_max),
+    pair=False,
+    head=head,
+  )
+
+
+def _hashed(ids: jax.Array) -> jax.Array:
+  """[B, M, L] -> [B, M] int32: equal for equal phrases, and rarely for others."""
+
+  def add(total: jax.Array, column: jax.Array) -> tuple[jax.Array, None]:
+    return total * jnp.uint32(2_654_435_761) + column.astype(jnp.uint32) + 1, None
+
+  found, _ = jax.lax.scan(add, jnp.zeros(ids.shape[:-1], jnp.uint32), jnp.moveaxis(ids, -1, 0))
+  return jax.lax.bitcast_convert_type(found, jnp.int32)
