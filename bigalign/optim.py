@@ -370,7 +370,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation | WithDecay]] =
 
 # What is below the first block of a tower: tables, positions, stems, and their norms.
 _EMBEDDINGS = re.compile(
-  r"(embedding|positions|extra_tokens|class_position|types|relative|ln_pre|ln_embedding|stem"
+  r"(embedding|positions|extra_tokens|class_token|class_position|types|relative|ln_pre|ln_embedding|stem"
   r"|conv1|bn1)(/|$)"
 )
 _BLOCK = re.compile(r"(?:encoder/)?(blocks|(?:stage_\d+_)?block_\d+|bottleneck_\d+)/")

@@ -45,6 +45,7 @@ from bigalign.inputs import (
   with_stage_weights,
 )
 from bigalign.losses import check_ids, check_needs, has_tables
+from bigalign.losses.advice import BoundWatch, defaults_of_large_data
 from bigalign.model import provided
 from bigalign.options import plain
 from bigalign.program import (
@@ -208,6 +209,8 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   if options.ema:
     how = f"min({options.ema}, (1 + n) / (10 + n)) after n updates" if options.ema_warmup else ""
     logging.info("Running averages: decay %s", how or f"{options.ema} from the first update on")
+  for text in defaults_of_large_data(options.loss, dataset_size):
+    logging.warning("%s", text)
   listener = preemption.PreemptionListener()
   embed = make_embed(program.model)
   embed |= {name: listener.interruptible(embed[name]) for name in ("embed_image", "embed_text")}
@@ -324,6 +327,7 @@ def loop(run: Run) -> State:
   samples_of_row = flops_of_row = 0  # since the last log
   steps_of_row = 0
   checks: list[StepChecks] = []  # of the steps since the last fetch
+  bounds = BoundWatch(config.loss, total_steps)
   due = run.due
   repeated = _last_batch_size(run) if DIAGNOSE in due else 0  # the last batch is read once more
   batches = staged_batches(
@@ -461,6 +465,8 @@ def loop(run: Run) -> State:
         run.workdir.check(fresh=False)
         writer.write(step, row)
         progress.log(step, row)
+        for text in bounds.see(step, run.programs[current].loss, _loss_scalars(state), scalars):
+          logging.warning("%s", text)
       if logs or saves or due:
         stop_if_not_finite(fetched, step)
         run.reject_watch.check()
@@ -488,6 +494,14 @@ def loop(run: Run) -> State:
   if step < total_steps or due:
     raise preemption.Preempted(step, interrupted=run.listener.interrupted)
   return state
+
+
+def _loss_scalars(state: State) -> Arrays:
+  """{path: number} of the scalars of the loss, learned or frozen."""
+  arrays = {**state.trainable, **state.frozen}
+  found = {path: x for path, x in arrays.items() if path.startswith("loss/") and not x.ndim}
+  fetched: Arrays = jax.device_get(found)
+  return fetched
 
 
 @contextlib.contextmanager

@@ -128,6 +128,7 @@ def contrast_texts(
 def clip(
   *,
   t_init: float = 1 / 0.07,
+  t_learned: bool = True,
   t_max: float | None = 100.0,
   label_smoothing: float = 0.0,
   b_init: float | None = None,
@@ -143,6 +144,7 @@ def clip(
 
   Args:
     t_init: first value of the logit scale (1 / temperature); the learned parameter "t" is its log.
+    t_learned: whether the scale is learned; else it is t_init in the whole run, without bounds.
     t_max: upper bound of the scale after each update, with the lower bound 1; None: no bounds. The
       paper and open_clip use 100.
     label_smoothing: share of the target that is spread evenly over all B candidates, including the
@@ -167,7 +169,7 @@ def clip(
     >>> round(float(metrics["i2t"]), 3), round(float(metrics["t2i"]), 3)
     (1.437, 0.744)
   """
-  temperature.check("clip", t_init, t_max)
+  temperature.check("clip", t_init, t_max, learned=t_learned)
   checks.between("config.loss.clip", 0, 1, label_smoothing=label_smoothing)
   checks.known("config.loss.clip.texts", texts, FORMS)
   if texts != "one" and label_smoothing:
@@ -177,10 +179,11 @@ def clip(
     )
 
   def init(sizes):
-    return temperature.init(t_init, b_init=b_init), {}
+    return temperature.init(t_init, b_init=b_init, learned=t_learned), {}
 
   def apply(params, state, feats, batch, context):
-    zimg, engine, scale = feats["zimg"], context.engine, jnp.exp(params["t"])
+    zimg, engine = feats["zimg"], context.engine
+    scale = temperature.scale(params, t_init, zimg)
     several = None if texts == "one" else of_batch(feats, batch)
     if several is not None and several.per_image > 1:
       i2t, t2i = contrast_texts(zimg, several, scale, texts, engine=engine)

@@ -1,8 +1,4 @@
-"""Losses as plain functions, for inputs that the batches of a dual encoder do not hold.
-
-No config can name them yet: they are here for models with captioning or region heads, and only
-tests call them.
-"""
+"""Losses as plain functions, for models with captioning or region heads."""
 
 from __future__ import annotations
 
@@ -69,48 +65,6 @@ def cloc_region(
   count = jnp.maximum(real.sum(), 1)
   r2t, t2r = (jnp.where(real, jax.nn.softplus(lse[k]), 0).sum() / count for k in ("r2t", "t2r"))
   return r2t, t2r
-
-
-def m3l_ratio(
-  zimg: jax.Array,
-  ztxt: jax.Array,
-  neg_img: jax.Array,
-  neg_txt: jax.Array,
-  *,
-  alpha1: float = 0.5,
-  alpha2: float = 0.5,
-  rho: float = 4.0,
-) -> jax.Array:
-  """[]: ratio of the distances to the positive and to negatives, https://arxiv.org/abs/2012.05107.
-
-  The mean over texts a, with image p, negative image n and negative text m, of
-  alpha1 (|a - p| / |a - n|)^rho + alpha2 (|a - p| / |a - m|)^rho. The formula is from memory, not
-  checked against the paper. The caller chooses the negatives.
-
-  Args:
-    zimg: [B, E].
-    ztxt: [B, E].
-    neg_img: [B] integers, the position of each text's negative image in the batch.
-    neg_txt: [B] integers, the position of its negative text.
-    alpha1: weight of the negative image.
-    alpha2: weight of the negative text.
-    rho: exponent of the ratios.
-
-  Example:
-    >>> z, other = jnp.eye(4), jnp.asarray([1, 2, 3, 0])
-    >>> float(m3l_ratio(z, z, other, other)), float(m3l_ratio(-z, z, other, other))
-    (0.0, 4.0)
-  """
-
-  def square(other: jax.Array) -> jax.Array:
-    return jnp.sum((ztxt - other) ** 2, -1)
-
-  own = square(zimg)
-
-  def ratio(negative: jax.Array) -> jax.Array:
-    return (own / jnp.maximum(square(negative), 1e-12)) ** (rho / 2)
-
-  return (alpha1 * ratio(zimg[neg_img]) + alpha2 * ratio(ztxt[neg_txt])).mean()
 
 
 def coca_caption(

@@ -243,19 +243,6 @@ def alignclip(x, s, p):
   return dict(loss=p["alpha"] * cross + p["beta"] * sum(apart.values()), cross=cross, **apart)
 
 
-def m3l_ratio(x, s, p):
-  """Ratios of distances to the positive and to two negatives, anchored at the text."""
-  text, image = x["txt"], x["img"]
-
-  def distance(a, b):
-    return np.sqrt(np.sum((a - b) * (a - b), -1))
-
-  own = distance(text, image)
-  by_image = (own / distance(text, image[x["neg_img"]])) ** p["rho"]
-  by_text = (own / distance(text, text[x["neg_txt"]])) ** p["rho"]
-  return dict(loss=np.mean(p["alpha1"] * by_image + p["alpha2"] * by_text))
-
-
 # --- teachers -----------------------------------------------------------------------------------
 
 
@@ -482,7 +469,6 @@ STATELESS = {
     clip_gap,
     cyclip,
     alignclip,
-    m3l_ratio,
     clip_distill,
     mobileclip_dr,
     siglip_distill,

@@ -1,4 +1,4 @@
-"""Losses as plain functions: regions, ratios of distances, captions."""
+"""Losses as plain functions: regions, captions."""
 
 from __future__ import annotations
 
@@ -49,24 +49,6 @@ def test_cloc_region(case, precision):
   )
   got = {"loss": loss, **parts, **{f"d_{k}": x for k, x in d_z.items()}, "d_log_scale": d_scale}
   compare(case, got, precision)
-
-
-@both_precisions
-@pytest.mark.parametrize("case", cases("m3l_ratio"))
-def test_m3l_ratio(case, precision):
-  inputs, learned, norm = inputs_of(case, precision, ("img", "txt"))
-
-  def value(learned):
-    return functions.m3l_ratio(
-      norm(learned["img"]),
-      norm(learned["txt"]),
-      inputs["neg_img"],
-      inputs["neg_txt"],
-      **case["params"],
-    )
-
-  loss, grads = jax.value_and_grad(value)(learned)
-  compare(case, {"loss": loss, **{f"d_{k}": x for k, x in grads.items()}}, precision)
 
 
 @both_precisions
