@@ -113,10 +113,10 @@ class Text(nn.Module):
     width, length = options.sizes.width, ids.shape[1]
     if length > options.length:
       raise ValueError(f"texts of {length} tokens; {options.place}.length is {options.length}")
-    own = (1 / width**0.5, 1 / width**0.5, None)
+    of_tokens = of_positions = 1 / width**0.5
+    spreads = None
     if options.weight_init == "clip":
-      own = (0.02, 0.01, base.Spreads.clip(options.sizes))
-    of_tokens, of_positions, spreads = own
+      of_tokens, of_positions, spreads = 0.02, 0.01, base.Spreads.clip(options.sizes)
     normal = nn.initializers.normal
     table = self.param("embedding", normal(of_tokens), (options.vocab_size, width))
     positions = self.param("positions", normal(of_positions), (1, options.length, width))
