@@ -339,7 +339,8 @@ class _TrainBatches(SampleReader):
     self._tolerated = float(data.rejects.option("stop"))
     self._attempts = attempts(self._tolerated)
     self._bad: collections.Counter[int] = collections.Counter()  # samples in bad shards, by part
-    self._prefixes = data.prefix_tokens and data.prefix_tokens.numbers(names(source))
+    tokens = data.prefix_tokens
+    self._prefixes = tokens.numbers(names(source)) if tokens else None
     self._captions, self._second_captions = data.first_columns, data.second_columns
     self._switch = CodeSwitch(data.code_switch) if data.code_switch else None
     self._captions_per_image = data.captions_per_image
