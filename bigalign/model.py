@@ -268,9 +268,10 @@ def _frames(image: Images) -> int:
   return 0 if isinstance(image, Patches) or image.ndim < 5 else image.shape[1]
 
 
-def _flat(image: Images) -> jax.Array:
+def _flat(image: Any) -> jax.Array:
   """[B, F, H, W, 3] -> [B F, H, W, 3]."""
-  return rearrange(image, "b f h w c -> (b f) h w c")
+  flat: jax.Array = rearrange(image, "b f h w c -> (b f) h w c")
+  return flat
 
 
 def mean_over_frames(x: jax.Array, frames: int) -> jax.Array:

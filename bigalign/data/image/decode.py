@@ -86,8 +86,10 @@ def decode(
       raise
     except Exception:
       pass  # Pillow reads a few files that libjpeg-turbo warns about, and has better errors.
-  options = dict(apply_exif=apply_exif, pillow_rgb=pillow_rgb)
-  return _decode_pillow(data, max_pixels=max_pixels, **options)[0]
+  (only,) = _decode_pillow(
+    data, max_pixels=max_pixels, apply_exif=apply_exif, pillow_rgb=pillow_rgb
+  )
+  return only
 
 
 def decode_frames(

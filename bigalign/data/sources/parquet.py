@@ -98,8 +98,14 @@ class Parquet:
       columns.image_column(first.names, image, what=self._paths[filled[0]]) if images else None
     )
     for n in filled:
-      names = dict(image=self._image, captions=self.captions, label=label)
-      _check(schemas[n], self._paths[n], **names, frames=frames)
+      _check(
+        schemas[n],
+        self._paths[n],
+        image=self._image,
+        captions=self.captions,
+        label=label,
+        frames=frames,
+      )
     columns.warn_of_differences(
       {self._paths[n]: {*schemas[n].names} for n in filled}, [*self.captions, label]
     )
@@ -279,7 +285,8 @@ def _check(
   if image is not None:
     columns.image_column(schema.names, image, what=path)
   kind = None if image is None else schema.field(image).type
-  several = frames and hasattr(kind, "value_type") and _is_image(kind.value_type)
+  inner = getattr(kind, "value_type", None) if frames else None
+  several = inner is not None and _is_image(inner)
   if kind is not None and not _is_image(kind) and not several:
     raise ValueError(
       f"{path}: the image column {image!r} has the type {kind}. Accepted are binary, a string (a"
