@@ -124,17 +124,38 @@ def of_config(config: Config, model: DualEncoder, tokenizer: Tokenizer | None) -
   Raises:
     ValueError: if no loss of the config has a head that writes texts.
   """
-  terms = make_loss(config.loss).terms
-  for name, (_, loss) in terms.items():
-    if loss.head is not None and loss.head.write is not None and tokenizer is not None:
-      text, image = config.model.text, config.model.image
-      sizes = {
-        "vocabulary": getattr(text, "vocab_size", 0),
-        "patch": getattr(image, "patch", 0),
-        "embed": config.model.embed_dim,
-      }
-      return Captioner(name, loss.head, model, sizes, tokenizer)
-  raise ValueError(
-    f"config.loss={[*terms]} has no term that writes captions; these do: caption, coca."
-    " Exported folders hold no decoder, so load the run itself"
-  )
+  term = term_that_writes(config)
+  if term is None or tokenizer is None:
+    raise ValueError(
+      f"config.loss={[*config.loss]} has no term that writes captions; these do: caption,"
+      " caption_fused, coca. Exported folders hold no decoder, so load the run itself"
+    )
+  text, image = config.model.text, config.model.image
+  sizes = {
+    "vocabulary": getattr(text, "vocab_size", 0),
+    "patch": getattr(image, "patch", 0),
+    "embed": config.model.embed_dim,
+  }
+  return Captioner(*term, model, sizes, tokenizer)
+
+
+def term_that_writes(config: Config) -> tuple[str, Head] | None:
+  """(name of the loss, its head) of the first loss whose head writes texts; None without one."""
+  for name, (_, loss) in make_loss(config.loss).terms.items():
+    if loss.head is not None and loss.head.write is not None:
+      return name, loss.head
+  return None
+
+
+def of_run(config: Config, params: Mapping[str, Any], images: np.ndarray) -> list[str]:
+  """The greedy captions of a few images [N, S, S, 3] uint8; none of a run that writes none.
+
+  Args:
+    config: of the run.
+    params: {path: array} of the run.
+    images: as the model sees them.
+  """
+  if term_that_writes(config) is None:
+    return []
+  captioner = of_config(config, config.model.build(), config.data.make_tokenizer())
+  return captioner.texts(np.asarray(jax.jit(captioner.ids)(params, images)))

@@ -29,6 +29,7 @@ class Pairs(NamedTuple):
     captions: N texts.
     zimg: [N, E], embeddings of the images, unit norm.
     ztxt: [N, E], embeddings of the captions, unit norm.
+    written: captions that the model writes for the first images; none without a decoder.
   """
 
   where: str
@@ -36,6 +37,7 @@ class Pairs(NamedTuple):
   captions: list[str]
   zimg: np.ndarray
   ztxt: np.ndarray
+  written: Sequence[str] = ()
 
 
 def series(rows: Rows, name: str) -> figures.Series:
@@ -282,6 +284,21 @@ def retrieval(pairs: Pairs) -> str:
       ]
       parts.append(f'<h3>{direction}, {title}</h3><div class="pairs">{"".join(cards)}</div>')
   return "".join(parts)
+
+
+def captions(pairs: Pairs) -> str:
+  """Returns the captions that the model writes for some images, beside the true ones."""
+  if not pairs.written:
+    return ""
+  cards = [
+    f'<div class="card pair">{_image(pairs, i)}<ol><li class="hit">{escape(pairs.captions[i])}</li>'
+    f"<li>{escape(text) or '(no word)'}</li></ol></div>"
+    for i, text in enumerate(pairs.written)
+  ]
+  return (
+    "<h2>Captions</h2><p>The caption of the data is green; below it is the one that the decoder of"
+    f' the run writes, word by word.</p><div class="pairs">{"".join(cards)}</div>'
+  )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> str:

@@ -16,7 +16,7 @@ from bigalign.towers.linear import lookup
 from bigalign.towers.padding import all_positions, real_lengths
 
 WEIGHT_INITS = ("clip", "big_vision")
-POOLS = ("last", "eos", "argmax", "map", "mean")
+POOLS = ("last", "eos", "argmax", "map", "mean", "class")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,13 @@ class TextOptions(base.TransformerOptions):
     length: longest text in tokens.
     pool: "last" (the last position, whatever its token: SigLIP), "eos" (the first token `eos`, or
       without one the last token that is not padding: CLIP), "argmax" (the highest id: open_clip),
-      "map" (attention pooling) or "mean".
+      "map" (attention pooling), "mean", or "class" (CoCa: a learned token after all others; the
+      last layer norm is applied to it alone, and the other tokens are returned without).
     eos: id of the token that pool="eos" reads.
     causal: whether a token attends only to the tokens before it and to itself (CLIP).
     mask_padding: whether padding is hidden from attention and pooling. SigLIP attends to it.
+    shifted_mask: with pool="class", whether the mask of padding is one place too far right, as in
+      all of open_clip's released weights: the first token of padding is attended to.
     weight_init: random first values of a tower of width D with n blocks. "clip": normal, with
       standard deviations 0.02 for the token table, 0.01 for the positions, D^-0.5 for queries, keys
       and values, (2 D)^-0.5 for the first layer of an MLP, (2 n D)^-0.5 for the last map of
@@ -50,6 +53,7 @@ class TextOptions(base.TransformerOptions):
   eos: int | None = None
   causal: bool = False
   mask_padding: bool = True
+  shifted_mask: bool = False
   weight_init: str = "clip"
 
   def __post_init__(self) -> None:
@@ -68,6 +72,8 @@ class TextOptions(base.TransformerOptions):
     if reads_all or not (self.mask_padding or self.causal):
       return all_positions(ids, mask)
     lengths = real_lengths(mask)
+    if self.pool == "class" and self.shifted_mask:
+      lengths = np.minimum(lengths + 1, mask.shape[1])
     if self.pool == "argmax":  # it may find padding, which then has to stay
       lengths = np.maximum(lengths, 1 + np.argmax(ids, 1))
     elif self.pool == "eos" and self.eos is not None:
@@ -119,14 +125,28 @@ class Text(nn.Module):
       of_tokens, of_positions, spreads = 0.02, 0.01, base.Spreads.clip(options.sizes)
     normal = nn.initializers.normal
     table = self.param("embedding", normal(of_tokens), (options.vocab_size, width))
-    positions = self.param("positions", normal(of_positions), (1, options.length, width))
-    x = lookup(table, ids, dtype) + positions.astype(dtype)[:, :length]
-    x = nn.Dropout(options.dropout, name="dropout")(x, not train)
+    by_class = options.pool == "class"
+    rows = options.length + by_class
+    positions = self.param("positions", normal(of_positions), (1, rows, width)).astype(dtype)
+    x = lookup(table, ids, dtype) + positions[:, :length]
     seen = mask if options.mask_padding else None
+    if by_class:
+      token = self.param("class_token", normal(of_positions), (1, 1, width)).astype(dtype)
+      token = token + positions[:, -1:]  # its position does not depend on the length of the text
+      x = jnp.concatenate([x, jnp.broadcast_to(token, (len(x), 1, width))], 1)
+      if seen is not None:
+        seen = jnp.pad(
+          seen, ((0, 0), (1, 0) if options.shifted_mask else (0, 1)), constant_values=True
+        )
+    x = nn.Dropout(options.dropout, name="dropout")(x, not train)
     block = base.block_arguments(options, causal=options.causal, spreads=spreads)
-    x = base.Encoder(options, block, name="encoder")(
-      sharding.constrain_batch(x), seen, train=train, padding_at_end=True
+    at_end = not by_class or options.shifted_mask
+    x = base.Encoder(options, block, norm=not by_class, name="encoder")(
+      sharding.constrain_batch(x), seen, train=train, padding_at_end=at_end
     )
+    if by_class:
+      last = nn.LayerNorm(epsilon=options.epsilon, dtype=dtype, name="ln")
+      return base.TowerOutput(last(x[:, -1]), x[:, :-1], mask)
     if options.pool == "map":
       pooled = base.MapHead(options, name="map_head")(x, seen)
     elif options.pool == "mean":

@@ -15,7 +15,7 @@ from bigalign import checks, sharding
 from bigalign.towers import base
 from bigalign.towers.linear import Dense, product
 
-POOLS = ("map", "cls", "pooler", "mean", "cls+mean")
+POOLS = ("map", "cls", "pooler", "mean", "cls+mean", "queries")
 POSITIONS = ("learned", "sincos2d", "rope")
 
 
@@ -134,6 +134,28 @@ class ConvStem(nn.Module):
 STEMS = {"patch": PatchEmbed, "conv": ConvStem}
 
 
+class Queries(nn.Module):
+  """CoCa's attentional pooler: learned queries attend to all tokens; a layer norm follows."""
+
+  options: VitOptions
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, N, D] -> [B, queries, query_width]."""
+    options, dtype = self.options, self.options.compute_dtype
+    width = options.token_width
+
+    def norm(name: str, x: jax.Array) -> jax.Array:
+      normed: jax.Array = nn.LayerNorm(epsilon=options.epsilon, dtype=dtype, name=name)(x)
+      return normed
+
+    queries = self.param("queries", nn.initializers.normal(1.0), (1, options.queries, width))
+    read = norm("ln_queries", queries.astype(dtype))
+    read = jnp.broadcast_to(read, (len(x), *read.shape[1:]))
+    y = base.Attention(options.query_heads, dtype, name="attn")(read, norm("ln_tokens", x))
+    return norm("ln", y)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitOptions(base.TransformerOptions):
   """The options of a vision transformer.
@@ -144,8 +166,12 @@ class VitOptions(base.TransformerOptions):
       patch must be a power of 2).
     patch_bias: whether the patch stem has a bias; CLIP's has none.
     pool: "map" (attention pooling, SigLIP), "cls" (the class token), "pooler" (tanh of a linear
-      map of the class token), "mean" (of the patches), or "cls+mean" (SAIL: both concatenated,
-      2 D wide).
+      map of the class token), "mean" (of the patches), "cls+mean" (SAIL: both concatenated,
+      2 D wide) or "queries" (CoCa: learned queries attend to all tokens; the first one is pooled,
+      and the others are the tokens of the image).
+    queries: their number with pool="queries".
+    query_width: their width with pool="queries"; None: that of the tokens.
+    query_heads: heads of their attention.
     positions: "learned" (for one image size; stages of a run resample them), "sincos2d" (fixed) or
       "rope" (DINOv3).
     rope_theta: inverse of rope's lowest frequency; the highest is 1.
@@ -170,6 +196,9 @@ class VitOptions(base.TransformerOptions):
   stem: str = "patch"
   patch_bias: bool = True
   pool: str = "map"
+  queries: int = 256
+  query_width: int | None = None
+  query_heads: int = 8
   positions: str = "learned"
   rope_theta: float = 100.0
   class_token: bool | None = None
@@ -205,6 +234,12 @@ class VitOptions(base.TransformerOptions):
   def has_class_token(self) -> bool:
     """`class_token`, resolved."""
     return self._pool_reads_class_token if self.class_token is None else self.class_token
+
+  @property
+  def token_width(self) -> int:
+    """The width of the tower's tokens."""
+    width = self.sizes.width
+    return self.query_width or width if self.pool == "queries" else width
 
   @property
   def extra_tokens(self) -> int:
@@ -255,7 +290,7 @@ class ViT(nn.Module):
         before positions are added.
 
     Returns:
-      pooled [B, D or 2 D], tokens [B, N, D] of the patches.
+      pooled [B, D or 2 D], tokens [B, N, D] of the patches; of pool="queries" those of the queries.
 
     Raises:
       ValueError: if the patch does not divide the image.
@@ -295,9 +330,13 @@ class ViT(nn.Module):
       mlp_bias=options.mlp_bias,
       layer_scale=options.layer_scale,
     )
-    x = base.Encoder(options, block, name="encoder")(
+    by_queries = options.pool == "queries"
+    x = base.Encoder(options, block, norm=not by_queries, name="encoder")(
       sharding.constrain_batch(x), train=train, relation=rotation
     )
+    if by_queries:
+      x = Queries(options, name="pooler")(x)
+      return base.TowerOutput(x[:, 0], x[:, 1:])
     patches = x[:, extra:]
     if options.pool == "cls":
       pooled = x[:, 0]

@@ -298,6 +298,7 @@ def load(
       loaded |= _run_scalars(part.checkpoint, values["loss"], shapes, shardings)
     elif not part.side:
       loaded |= _scalars(part.checkpoint, values["loss"], shapes, shardings)
+      loaded |= _layers(part.checkpoint, shapes, shardings)
   if plans:
     random = _not_loaded(shapes, loaded)
     if random:
@@ -399,6 +400,19 @@ def _plan(part: Pretrained, shapes: Mapping[str, Any]) -> transfer.Plan:
     fresh=exactly,
     drop=part.drop,
   )
+
+
+def _layers(
+  checkpoint: Checkpoint,
+  shapes: Mapping[str, Any],
+  shardings: Mapping[str, NamedSharding],
+) -> dict[str, jax.Array]:
+  """The layers of the heads that the checkpoint of another project and the run have both."""
+  rows = checkpoint.layout.rows
+  paths = [path for row in rows for path in ([row.ours] if isinstance(row.ours, str) else row.ours)]
+  heads = {"/".join(path.split("/")[:2]) for path in paths if path.startswith("heads/")}
+  own = {k: x for k, x in shapes.items() if "/".join(k.split("/")[:2]) in heads}
+  return checkpoint.load(own, shardings={k: shardings[k] for k in own}) if own else {}
 
 
 def _scalars(

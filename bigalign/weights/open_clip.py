@@ -1,4 +1,4 @@
-"""Layouts of open_clip's CLIP and CustomTextCLIP, from open_clip_config.json or a model JSON."""
+"""Layouts of open_clip's CLIP, CustomTextCLIP and CoCa, from their configs, JSON files."""
 
 from __future__ import annotations
 
@@ -40,16 +40,13 @@ def open_clip(
     vision_cfg: config of the image tower.
     text_cfg: config of the text tower.
     quick_gelu: whether the towers use quick_gelu.
-    multimodal_cfg: config of CoCa's decoder, which is refused.
+    multimodal_cfg: config of CoCa's decoder, whose layers are those of config.loss.coca.
 
   Raises:
     ValueError: for a model without a tower here.
   """
-  if multimodal_cfg is not None:
-    raise ValueError("multimodal_cfg: CoCa is not supported, only dual encoders")
   act = "quick_gelu" if quick_gelu else "gelu"
   timm_tower = isinstance(vision_cfg, Mapping) and "timm_model_name" in vision_cfg
-  vision = timm.trunk if timm_tower else _vision
   # CustomTextCLIP has the text tower in a submodule.
   inside = find_prefix(shapes, "text.")
   hf = isinstance(text_cfg, Mapping) and "hf_model_name" in text_cfg
@@ -57,8 +54,13 @@ def open_clip(
   scalars = [Row("t", "logit_scale")]
   if "logit_bias" in shapes:
     scalars.append(Row("b", "logit_bias"))
+  of_images = (vision_cfg, f"{where}: vision_cfg", shapes, act)
+  decoder = []
+  if multimodal_cfg is not None:
+    decoder = [call(_decoder, multimodal_cfg, f"{where}: multimodal_cfg", act)]
   return join(
-    call(vision, vision_cfg, f"{where}: vision_cfg", shapes, act),
+    call(timm.trunk, *of_images) if timm_tower else call(_vision, *of_images, embed_dim),
+    *decoder,
     call(text, text_cfg, f"{where}: text_cfg", shapes, inside, act),
     Layout({}, tuple(scalars)),
     embed_dim=embed_dim,
@@ -68,16 +70,74 @@ def open_clip(
 def _blocks(ours: str, theirs: str, layers: int) -> list[Row]:
   """Rows of residual blocks with torch's MultiheadAttention."""
   block, other = f"{ours}encoder/block_{{}}/", f"{theirs}resblocks.{{}}."
-  qkv = tuple(f"{block}attn/{name}" for name in ("query", "key", "value"))
   return [
     *table.norm(f"{block}ln1", f"{other}ln_1", layers),
-    *table.fused(qkv, f"{other}attn.in_proj_weight", f"{other}attn.in_proj_bias", layers),
-    Row(f"{block}attn/out/kernel", f"{other}attn.out_proj.weight", "d (h k) -> h k d", layers),
-    Row(f"{block}attn/out/bias", f"{other}attn.out_proj.bias", "", layers),
+    *_attention(f"{block}attn", f"{other}attn", layers),
     *table.norm(f"{block}ln2", f"{other}ln_2", layers),
     *table.dense(f"{block}mlp/fc1", f"{other}mlp.c_fc", layers),
     *table.dense(f"{block}mlp/fc2", f"{other}mlp.c_proj", layers),
   ]
+
+
+def _attention(ours: str, theirs: str, layers: int = 0, *, fused: bool = True) -> list[Row]:
+  """Rows of torch's MultiheadAttention; not fused if keys and values have another width."""
+  names = ("query", "key", "value")
+  qkv = tuple(f"{ours}/{name}" for name in names)
+  rows = table.fused(qkv, f"{theirs}.in_proj_weight", f"{theirs}.in_proj_bias", layers)
+  if not fused:
+    kernels = [
+      Row(f"{ours}/{x}/kernel", f"{theirs}.{x[0]}_proj_weight", "(h k) d -> d h k", layers)
+      for x in names
+    ]
+    rows = [*kernels, rows[1]]
+  return [
+    *rows,
+    Row(f"{ours}/out/kernel", f"{theirs}.out_proj.weight", "d (h k) -> h k d", layers),
+    Row(f"{ours}/out/bias", f"{theirs}.out_proj.bias", "", layers),
+  ]
+
+
+def _decoder(
+  act: str,
+  *,
+  layers: int = 12,
+  context_length: Any = None,
+  vocab_size: Any = None,
+  width: Any = None,
+  heads: Any = None,
+  mlp_ratio: Any = None,
+  dim_head: Any = None,
+  latent_dim: Any = None,
+  **_: Any,
+) -> Layout:
+  """The layout of CoCa's decoder, which does not use the other sizes of its config."""
+  block, own = "heads/coca/decoder/block_{}/", "text_decoder.resblocks.{}."
+  cross = "text_decoder.cross_attn.{}."
+  norms = {"ln1": "ln_1", "ln_attn_mlp": "ln_2"}
+  cross_norms = {"ln_cross": "ln_1", "ln_memory": "ln_1_kv", "ln2": "ln_2"}
+  mlps = {"attn_mlp": own, "mlp": cross}
+  return Layout(
+    {},
+    (
+      *(row for x, y in norms.items() for row in table.norm(f"{block}{x}", f"{own}{y}", layers)),
+      *(
+        row
+        for x, y in cross_norms.items()
+        for row in table.norm(f"{block}{x}", f"{cross}{y}", layers)
+      ),
+      *_attention(f"{block}attn", f"{own}attn", layers),
+      *_attention(f"{block}cross_attn", f"{cross}attn", layers),
+      *(
+        row
+        for x, theirs in mlps.items()
+        for layer, name in (("fc1", "c_fc"), ("fc2", "c_proj"))
+        for row in table.dense(f"{block}{x}/{layer}", f"{theirs}mlp.{name}", layers)
+      ),
+      *table.norm("heads/coca/decoder/ln", "text_decoder.ln_final"),
+      Row("heads/coca/logits/kernel", "text_decoder.text_projection"),
+    ),
+    UNUSED,
+  )
 
 
 def _scales(ours: str, theirs: str, layers: int, value: float | None) -> list[Row]:
@@ -115,6 +175,7 @@ def _refuse(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 def _vision(
   shapes: Shapes,
   act: str,
+  embed_dim: int,
   *,
   layers: Any = 12,
   width: int = 768,
@@ -130,6 +191,8 @@ def _vision(
   pos_embed_type: str = "learnable",
   final_ln_after_pool: bool = False,
   attentional_pool: Any = False,
+  attn_pooler_queries: int = 256,
+  attn_pooler_heads: int = 8,
   **_: Any,
 ) -> Layout:
   """The layout of open_clip's own ViT."""
@@ -143,7 +206,10 @@ def _vision(
       final_ln_after_pool=final_ln_after_pool,
     ),
     dict(
-      pool_type="tok", pos_embed_type="learnable", attentional_pool=False, final_ln_after_pool=False
+      pool_type="tok",
+      pos_embed_type="learnable",
+      attentional_pool=attentional_pool is True,
+      final_ln_after_pool=False,
     ),
   )
   ours, theirs = "image_tower/", "visual."
@@ -159,6 +225,23 @@ def _vision(
     layer_scale=ls_init_value,
     **sizes(width, layers, width // max(head_width, 1), int(width * mlp_ratio)),
   )
+  last = table.norm(f"{ours}encoder/ln", f"{theirs}ln_post")
+  if attentional_pool:
+    own, pool = f"{ours}pooler/", f"{theirs}attn_pool."
+    options |= dict(
+      pool="queries",
+      class_token=True,
+      queries=attn_pooler_queries,
+      query_heads=attn_pooler_heads,
+      query_width=embed_dim,
+    )
+    last = [
+      Row(f"{own}queries", f"{pool}query", "n d -> 1 n d"),
+      *table.norm(f"{own}ln_queries", f"{pool}ln_q"),
+      *table.norm(f"{own}ln_tokens", f"{pool}ln_k"),
+      *_attention(f"{own}attn", f"{pool}attn", fused=width == embed_dim),
+      *table.norm(f"{own}ln", f"{theirs}ln_post"),
+    ]
   rows = (
     Row(f"{ours}extra_tokens", f"{theirs}class_embedding", "d -> 1 1 d"),
     *table.conv(f"{ours}embedding", f"{theirs}conv1", bias=False),
@@ -171,7 +254,7 @@ def _vision(
     *([] if no_ln_pre else table.norm(f"{ours}ln_pre", f"{theirs}ln_pre")),
     *_blocks(ours, f"{theirs}transformer.", layers),
     *_scales(ours, f"{theirs}transformer.", layers, ls_init_value),
-    *table.norm(f"{ours}encoder/ln", f"{theirs}ln_post"),
+    *last,
     Row("image_projector/out/kernel", f"{theirs}proj"),
   )
   return Layout(
@@ -202,13 +285,14 @@ def _text(
   norm_kwargs: Any = None,
   act_kwargs: Any = None,
   embed_cls: bool = False,
+  correct_cls_mask: bool = False,
   final_ln_after_pool: bool = False,
   **_: Any,
 ) -> Layout:
   """The layout of open_clip's own text transformer."""
   _refuse(
-    dict(embed_cls=embed_cls, final_ln_after_pool=final_ln_after_pool, ls_init_value=ls_init_value),
-    dict(embed_cls=False, final_ln_after_pool=False, ls_init_value=None),
+    dict(final_ln_after_pool=final_ln_after_pool, ls_init_value=ls_init_value),
+    dict(final_ln_after_pool=False, ls_init_value=None),
   )
   pools: dict[str, dict[str, Any]] = {
     "argmax": dict(pool="argmax"),
@@ -229,6 +313,14 @@ def _text(
     **pools[pool_type],
     **sizes(width, layers, heads, int(width * mlp_ratio)),
   )
+  last = table.norm(f"{ours}encoder/ln", f"{inside}ln_final")
+  if embed_cls:
+    options |= dict(pool="class", mask_padding=True, shifted_mask=not correct_cls_mask)
+    options.pop("eos", None)
+    last = [
+      Row(f"{ours}class_token", f"{inside}cls_emb", "d -> 1 1 d"),
+      *table.norm(f"{ours}ln", f"{inside}ln_final"),
+    ]
   projector, projection = timm.projector(
     "text",
     {
@@ -245,7 +337,7 @@ def _text(
     Row(f"{ours}embedding", f"{inside}token_embedding.weight"),
     Row(f"{ours}positions", f"{inside}positional_embedding", "n d -> 1 n d"),
     *_blocks(ours, f"{inside}transformer.", layers),
-    *table.norm(f"{ours}encoder/ln", f"{inside}ln_final"),
+    *last,
     *projection,
   )
   return Layout(

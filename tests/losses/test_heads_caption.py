@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import os
+import pathlib
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loss_oracles import both_precisions, cases2, check2, oracles2, run2
+from einops import rearrange
+from helpers.loss_oracles import both_precisions, cases2, check2, floats, oracles2, run2, unit
 from helpers.shipped import load
 from helpers.tpu_compiler import compiled_for_tpus
 
-from bigalign import sharding, tree
+from bigalign import sharding, tree, weights
 from bigalign.captions import Captioner, of_config
 from bigalign.config import resolve_config
 from bigalign.data.text.tokenizers import make_tokenizer
-from bigalign.losses import make_loss
+from bigalign.losses import first_context, make_loss
 from bigalign.losses.heads.base import Read
 from bigalign.losses.heads.caption import inputs, vocabulary
 from bigalign.losses.heads.caption_search import search
 from bigalign.losses.heads.vocabulary import token_losses
+from bigalign.model import make_model
 from bigalign.plan import topologies
 from bigalign.towers.base import TowerOutput
+from bigalign.weights import init, open_clip, table, transfer
 
 # ------------------------------------------------------------------ the loss over the vocabulary
 
@@ -146,6 +152,175 @@ def test_what_a_decoder_reads(case):
   assert found.keys() == expected.keys()
   for name, (wanted, _) in expected.items():
     np.testing.assert_array_equal(found[name], np.broadcast_to(wanted, np.shape(found[name])))
+
+
+# ------------------------------------------------------------------ CoCa
+
+
+def _coca_config(inputs, params):
+  """The config of open_clip for the parameters of a case."""
+  shapes = {name[3:]: x.shape for name, x in inputs.items() if name.startswith("sd/")}
+  vocab, width = shapes["text.token_embedding.weight"]
+  image_width = shapes["visual.class_embedding"][0]
+  heads, layers = params["heads"], params["layers"]
+  vision = dict(
+    **dict(layers=layers, width=image_width, head_width=image_width // heads),
+    **dict(patch_size=params["patch"], image_size=inputs["image"].shape[-1]),
+    **dict(attentional_pool=True, attn_pooler_heads=params["pool_heads"]),
+    attn_pooler_queries=shapes["visual.attn_pool.query"][0],
+  )
+  text = dict(
+    **dict(context_length=inputs["text"].shape[1], vocab_size=vocab, width=width),
+    **dict(heads=heads, layers=layers, embed_cls=True),
+    correct_cls_mask=params["correct_cls_mask"],
+  )
+  sizes = dict(embed_dim=shapes["visual.proj"][1], vision_cfg=vision, text_cfg=text)
+  return sizes | dict(multimodal_cfg=dict(layers=layers, heads=heads))
+
+
+class CoCa:
+  """Our towers and decoder for a config of open_clip's CoCa."""
+
+  def __init__(self, config, shapes, dtype):
+    self.layout = open_clip.open_clip(shapes, "", "", **config)
+    given = dict(self.layout.model)
+    for side in ("image", "text"):
+      given[side] = given[side] | dict(dtype=dtype, scan=False)
+    self.model = make_model(**given)
+    of_decoder = config["multimodal_cfg"]
+    term = dict(scan=False, depth=of_decoder["layers"], heads=of_decoder["heads"])
+    self.loss = make_loss(dict(clip={}, coca=dict(weight=2.0, **term)))
+    self.head = self.loss.terms["coca"][1].head
+    self.sizes = dict(vocabulary=given["text"]["vocab_size"])
+
+  def features(self, params, pixels, text):
+    """What the towers make of normalised pixels [B, H, W, 3] and of ids."""
+    variables = {"params": params["model"]}
+    call = functools.partial(self.model.apply, variables)
+    mask = text != 0
+    image = call(pixels, method=lambda m, x: m.image_tower(x))
+    out = call(text, mask, method="text_output")
+    kernels = (params["model"][f"{side}_projector"]["out"]["kernel"] for side in ("image", "text"))
+    raw = [tower.pooled @ kernel for tower, kernel in zip((image, out), kernels)]
+    rows = dict(zimg=unit(raw[0]), ztxt=unit(raw[1]), raw_img=raw[0], raw_txt=raw[1])
+    return rows | dict(tokens_img=image.tokens, tokens_txt=out.tokens)
+
+  def read(self, feats, text):
+    batch = dict(text=text, text_mask=text != 0)
+    return Read(batch, feats, None, None, None, self.sizes)
+
+  def init(self, pixels, text):
+    """{path: shape} of all parameters, those of the model without "model/"."""
+
+    def make():
+      own = dict(method=lambda m, x: m.image_projector(m.image_tower(x), False))
+      image = self.model.init(jax.random.key(0), pixels, **own)["params"]
+      own = dict(method=lambda m, x: m.text_projector(m.text_tower(x, x != 0), False))
+      words = self.model.init(jax.random.key(0), text, **own)["params"]
+      model = image | words
+      feats = self.features({"model": model}, pixels, text)
+      return model | {"heads": {"coca": self.head.init(KEY, self.read(feats, text))}}
+
+    return tree.flatten(jax.eval_shape(make))
+
+
+KEY = jax.random.key(0)
+
+
+def _attention(query, key, value, *, bias=None, mask=None, is_causal=False, implementation=None):
+  """jax.nn.dot_product_attention, whose softmax is float32, in the precision of its arguments."""
+  logits = jnp.einsum("bnhk,bmhk->bhnm", query, key) / query.shape[-1] ** 0.5
+  n, m = logits.shape[2:]
+  seen = jnp.ones((1, 1, n, m), bool) if mask is None else mask
+  seen = seen & (jnp.tril(jnp.ones((n, m), bool)) | (not is_causal))[None, None]
+  weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+  return jnp.einsum("bhnm,bmhk->bnhk", weights, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases2("coca"))
+@both_precisions
+def test_coca_of_open_clip(case, precision, monkeypatch):
+  """Embeddings, logits, losses and gradients, which go back through the table of its keys."""
+  if precision == "float64":
+    monkeypatch.setattr(jax.nn, "dot_product_attention", _attention)
+  inputs = floats(oracles2().inputs(case), precision)
+  shapes = {name[3:]: x for name, x in inputs.items() if name.startswith("sd/")}
+  pixels = rearrange(inputs["image"], "b c h w -> b h w c")
+  coca = CoCa(_coca_config(inputs, case["params"]), shapes, precision)
+  paths = coca.init(pixels, inputs["text"])
+  params = {}
+  for row in coca.layout.rows:
+    for conversion in table.conversions(row, paths):
+      arrays = table.to_ours(conversion, [np.asarray(shapes[key]) for key in conversion.theirs])
+      params |= dict(zip(conversion.ours, arrays))
+  assert params.keys() == paths.keys()
+  assert {k for row in coca.layout.rows for k in table.keys(row)} - {"logit_scale"} == {*shapes}
+
+  def value(params, log_scale):
+    ours = tree.unflatten(params)
+    heads = ours.pop("heads")["coca"]
+    feats = coca.features({"model": ours}, pixels, inputs["text"])
+    read = coca.read(feats, inputs["text"])
+    rows = {f"coca/{k}": x for k, x in coca.head.apply(heads, {}, read).items()}
+    scalars = {"clip": {"t": log_scale}}
+    total, (_, metrics) = coca.loss.apply(scalars, {}, feats | rows, read.batch, first_context())
+    # One token more, so that the state of the last one is not cut off.
+    longer = jnp.pad(feats["tokens_txt"], ((0, 0), (0, 1), (0, 0)))
+    own = read._replace(text=lambda ids, mask: types.SimpleNamespace(tokens=longer))
+    states, kernel = coca.head.write(heads, own)
+    return total, dict(
+      **dict(loss=total, caption=metrics["coca/loss"], contrastive=metrics["clip/loss"]),
+      **dict(zimg=feats["zimg"], ztxt=feats["ztxt"], memory=feats["tokens_img"]),
+      logits=states[:, 1:] @ kernel,
+    )
+
+  log_scale = jnp.asarray(case["scalars"]["log_scale"], precision)
+  (_, found), grads = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(params, log_scale)
+  theirs = dict(transfer.write(coca.layout, grads[0] | {"t": np.zeros(())}))
+  found |= {f"d_sd/{name}": x for name, x in theirs.items()} | {"d_log_scale": grads[1]}
+  check2(case, found, precision, require=["logits", "memory", "zimg", "caption"])
+
+
+ORACLES = os.environ.get("BIGALIGN_TOWER_ORACLES2")
+WHY = "BIGALIGN_TOWER_ORACLES2 is not set: the second set of expected outputs of towers"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ORACLES, reason=WHY)
+def test_a_checkpoint_of_coca():
+  """Its embeddings, logits and losses to 2e-5, with the parameters that a run would load."""
+  folder = pathlib.Path(ORACLES) / "oc_coca_like"
+  checkpoint = weights.describe(folder)
+  config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+  io = dict(np.load(folder / "io.npz"))
+  pixels, text = rearrange(io["pixel_values"], "b c h w -> b h w c"), io["input_ids"]
+  coca = CoCa(config, checkpoint.tensors, "float32")
+  shapes = coca.init(pixels, jnp.asarray(text))
+  as_in_run = {k if k.startswith("heads/") else f"model/{k}": x for k, x in shapes.items()}
+  everywhere = sharding.replicated_sharding(sharding.make_mesh(data=1, devices=jax.devices()[:1]))
+  loss = dict(clip={}, coca={})
+  model = dict(init=str(folder), image=dict(scan=False), text=dict(scan=False))
+  as_in_run["loss/clip/t"] = jax.ShapeDtypeStruct((), jnp.float32)
+  loaded = init.load(dict(model=model, loss=loss), as_in_run, dict.fromkeys(as_in_run, everywhere))
+  assert loaded.keys() == as_in_run.keys()
+  feats = coca.features({"model": tree.unflatten(tree.subtree(loaded, "model/"))}, pixels, text)
+  heads = tree.unflatten(tree.subtree(loaded, "heads/coca/"))
+  read = coca.read(feats, jnp.asarray(text, jnp.int32))
+  rows = {f"coca/{k}": x for k, x in coca.head.apply(heads, {}, read).items()}
+  scalars = {"clip": {"t": loaded["loss/clip/t"]}}
+  total, (_, metrics) = coca.loss.apply(scalars, {}, feats | rows, read.batch, first_context())
+  own = read._replace(text=lambda ids, mask: types.SimpleNamespace(tokens=feats["tokens_txt"]))
+  states, kernel = coca.head.write(heads, own)
+  found = dict(
+    **dict(image_latent=feats["zimg"], text_latent=feats["ztxt"], logits=states[:, 1:] @ kernel),
+    **dict(image_tokens=feats["tokens_img"], text_tokens=feats["tokens_txt"]),
+    **dict(contrastive_loss=metrics["clip/loss"], caption_loss=2 * metrics["coca/loss"]),
+    total_loss=total,
+  )
+  for name, x in found.items():
+    wanted = io[f"out_{name}"]
+    np.testing.assert_allclose(np.reshape(x, wanted.shape), wanted, atol=2e-5, err_msg=name)
 
 
 # ------------------------------------------------------------------ captions that a model writes

@@ -133,6 +133,15 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path):
   assert not re.search(r"https?:|url\((?!#)|@import", text)
 
 
+def test_captions_of_the_model_are_shown_and_escaped():
+  pairs = make_pairs()
+  assert sections.captions(pairs) == ""
+  page = parse(sections.captions(pairs._replace(written=["a <b>dog</b>", ""])))
+  words = " ".join(page.words)
+  assert "Captions" in page.heads and page.tags.count("img") == 2 and "b" not in page.tags
+  assert "a <b>dog</b>" in words and "(no word)" in words and pairs.captions[1] in words
+
+
 def test_equal_runs_give_equal_pages(tmp_path):
   pages = {main.page(make_run(tmp_path), make_rows(), make_pairs()) for _ in range(2)}
   assert len(pages) == 1

@@ -60,11 +60,11 @@ def test_towers_of_timm_by_name(tmp_path):
   [
     (dict(layers=[3, 4, 6, 3], patch_size=None), TEXT, "layers: .3, 4, 6, 3.; a ResNet"),
     (dict(timm_model_name="convnext_base"), TEXT, "timm_model_name: 'convnext_base'; known"),
-    (dict(attentional_pool=True), TEXT, "attentional_pool: True is not supported"),
+    (dict(attentional_pool="cascade"), TEXT, "attentional_pool: 'cascade' is not supported"),
     (dict(width="768"), TEXT, "vision_cfg.width='768' is of type str"),
     ({}, dict(hf_model_name="google/mt5-base"), "hf_model_name, hf_pooler_type: 'google/mt5-base'"),
     ({}, dict(hf_model_name="some-bert"), "hf_model_name, without weights: unknown 'some-bert'"),
-    ({}, dict(TEXT, embed_cls=True), "embed_cls: True is not supported"),
+    ({}, dict(TEXT, final_ln_after_pool=True), "final_ln_after_pool: True is not supported"),
   ],
 )
 def test_what_has_no_tower_here_is_named(tmp_path, vision, text, message):

@@ -105,7 +105,7 @@ def caption(
     """[b, L, D]: state i predicts token i."""
     module, words = decoder(read), vocabulary(read, where)
     ids, visible = inputs(read.batch["text"], parallel, mask_id=words)
-    bias = jnp.where(visible, 0.0, _HIDDEN)
+    bias = jnp.where(visible, 0.0, HIDDEN)
     memory = read.features["tokens_img"]
     out: Any = module.apply({"params": params["decoder"]}, ids, memory, bias)
     return jnp.asarray(out)
@@ -136,7 +136,7 @@ def caption(
 
 
 SUMS = frozenset({"correct"})  # of `counted`
-_HIDDEN = -1e9  # added to the logit of a token that is not seen
+HIDDEN = -1e9  # added to the logit of a token that is not seen
 
 
 def vocabulary(read: Read, where: str) -> int:

@@ -1,0 +1,86 @@
+"""CoCa's decoder: captions from the states of a causal text tower and pooled image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bigalign.losses.base import Loss
+from bigalign.losses.heads.base import Head, Read
+from bigalign.losses.heads.caption import SUMS, counted, mean_loss, vocabulary
+from bigalign.losses.heads.caption_decoder import Decoder, options_of
+
+
+def coca(
+  *,
+  depth: int = 12,
+  heads: int = 8,
+  mlp_ratio: float = 4.0,
+  activation: str = "gelu",
+  epsilon: float = 1e-5,
+  label_smoothing: float = 0.0,
+  scan: bool = True,
+  remat: str = "none",
+) -> Loss:
+  """Cross-entropy of the next token, which a decoder predicts from the text so far and the image.
+
+  The text tower is the first half of the decoder: it is causal, and its tokens before the last
+  layer norm are the states that this half begins with (config.model.text.pool="class"). Each layer
+  is self-attention, cross-attention to the image (config.model.image.pool="queries") and two MLPs.
+  Padding does not count. CoCa's loss is clip + 2 coca. Exports leave the decoder out.
+
+  CoCa, https://arxiv.org/abs/2205.01917, as open_clip implements it.
+
+  >>> from bigalign import losses
+  >>> [*losses.make_loss(dict(clip={}, coca=dict(weight=2.0, depth=2))).terms]
+  ['clip', 'coca']
+
+  Args:
+    depth: layers.
+    heads: of attention, in each layer.
+    mlp_ratio: hidden units of the MLPs per unit of width.
+    activation: of the MLPs.
+    epsilon: of the layer norms.
+    label_smoothing: share of the label that is spread over all tokens of the vocabulary.
+    scan: whether the layers are one program with stacked parameters.
+    remat: activations that are kept, as of the towers.
+  """
+  where = "config.loss.coca"
+  given = dict(depth=depth, heads=heads, mlp_ratio=mlp_ratio, activation=activation)
+  given |= dict(epsilon=epsilon, scan=scan, remat=remat, two_mlps=True, width=None)
+
+  def decoder(read: Read, tokens: jax.Array) -> Decoder:
+    image = read.features["tokens_img"]
+    return Decoder(options_of(image.dtype, tokens.shape[-1], **given))
+
+  def states(params: Mapping[str, Any], read: Read, tokens: jax.Array) -> jax.Array:
+    """[b, L, D]: state i predicts token i + 1."""
+    memory = read.features["tokens_img"]
+    out: Any = decoder(read, tokens).apply({"params": params["decoder"]}, tokens, memory)
+    return jnp.asarray(out)
+
+  def init(key: jax.Array, read: Read) -> dict[str, Any]:
+    tokens, words = read.features["tokens_txt"], vocabulary(read, where)
+    of_decoder, of_logits = jax.random.split(key)
+    variables = decoder(read, tokens).init(of_decoder, tokens, read.features["tokens_img"])
+    width = tokens.shape[-1]
+    kernel = width**-0.5 * jax.random.normal(of_logits, (width, words), jnp.float32)
+    return {"decoder": variables["params"], "logits": {"kernel": kernel}}
+
+  def apply_head(params: dict[str, Any], averaged: Any, read: Read) -> dict[str, jax.Array]:
+    hidden = states(params, read, read.features["tokens_txt"][:, :-1])
+    labels, mask = (read.batch[name][:, 1:] for name in ("text", "text_mask"))
+    return counted(hidden, params["logits"]["kernel"], labels, mask, label_smoothing)
+
+  def write(params: dict[str, Any], read: Read) -> tuple[jax.Array, jax.Array]:
+    tokens = read.text(read.batch["text"], read.batch["text_mask"]).tokens
+    hidden = states(params, read, tokens)
+    # The first token is not predicted: tokenizers that CoCa needs begin each text with the same.
+    shifted = jnp.concatenate([jnp.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+    return shifted, params["logits"]["kernel"]
+
+  head = Head(init, apply_head, sums=SUMS, write=write)
+  return Loss(frozenset(), lambda sizes: ({}, {}), mean_loss, pair=False, head=head)
