@@ -84,7 +84,8 @@ class Captioner:
         own, Read(batch, features, _unused, text, _unused, self.sizes)
       )
       state = jax.lax.dynamic_index_in_dim(states, position, 1, keepdims=False)
-      return state.astype(jnp.float32) @ kernel.astype(jnp.float32)
+      logits: jax.Array = state.astype(jnp.float32) @ kernel.astype(jnp.float32)
+      return logits
 
     tokenizer = self.tokenizer
     return search(

@@ -202,7 +202,8 @@ class Model:
         return captioner.ids(params, pixels, beams=beams, length_penalty=length_penalty)
 
     def call(params: Mapping[str, Any], *fields: jax.Array) -> jax.Array:
-      return write(own, naflex.of_fields(dict(zip(naflex.FIELDS, fields))))
+      ids: jax.Array = write(own, naflex.of_fields(dict(zip(naflex.FIELDS, fields))))
+      return ids
 
     return captioner.texts(self._of_images(call, images, batch_size, progress))
 

@@ -145,8 +145,8 @@ class Text(nn.Module):
       sharding.constrain_batch(x), seen, train=train, padding_at_end=at_end
     )
     if by_class:
-      last = nn.LayerNorm(epsilon=options.epsilon, dtype=dtype, name="ln")
-      return base.TowerOutput(last(x[:, -1]), x[:, :-1], mask)
+      norm = nn.LayerNorm(epsilon=options.epsilon, dtype=dtype, name="ln")
+      return base.TowerOutput(norm(x[:, -1]), x[:, :-1], mask)
     if options.pool == "map":
       pooled = base.MapHead(options, name="map_head")(x, seen)
     elif options.pool == "mean":

@@ -91,7 +91,7 @@ def caption(
   for name, share in dict(parallel=parallel, label_smoothing=label_smoothing).items():
     if not 0 <= share <= 1:
       raise ValueError(f"{where}.{name}={share}: at least 0 and at most 1")
-  given = dict(
+  given: dict[str, Any] = dict(
     depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio, bias=bias, scan=scan, remat=remat
   )
 

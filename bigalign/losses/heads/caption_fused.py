@@ -105,7 +105,9 @@ def caption_fused(
   checks.known(f"{where}.inputs", inputs, INPUTS)
   if not 0 < keep <= 1:
     raise ValueError(f"{where}.keep={keep}: more than 0 and at most 1")
-  given = dict(depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio, scan=scan, remat=remat)
+  given: dict[str, Any] = dict(
+    depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio, scan=scan, remat=remat
+  )
   labels_of, mask_of = ("text_second", "text_second_mask") if second else ("text", "text_mask")
 
   def prefixes(read: Read) -> dict[str, jax.Array]:

@@ -49,7 +49,7 @@ def coca(
     remat: activations that are kept, as of the towers.
   """
   where = "config.loss.coca"
-  given = dict(depth=depth, heads=heads, mlp_ratio=mlp_ratio, activation=activation)
+  given: dict[str, Any] = dict(depth=depth, heads=heads, mlp_ratio=mlp_ratio, activation=activation)
   given |= dict(epsilon=epsilon, scan=scan, remat=remat, two_mlps=True, width=None)
 
   def decoder(read: Read, tokens: jax.Array) -> Decoder:

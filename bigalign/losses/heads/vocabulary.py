@@ -71,7 +71,8 @@ def token_losses(
 def _losses(
   plan: _Plan, hidden: jax.Array, kernel: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  return _forward(plan, hidden, kernel, labels)[0]
+  losses: tuple[jax.Array, jax.Array] = _forward(plan, hidden, kernel, labels)[0]
+  return losses
 
 
 def _forward(plan: _Plan, hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Any:
@@ -178,14 +179,16 @@ def _over_blocks(
 
 def _logits(x: jax.Array, block: jax.Array, wide: Any) -> jax.Array:
   """[N, D], [D, C] -> [N, C]."""
-  return jax.lax.dot_general(
+  logits: jax.Array = jax.lax.dot_general(
     x, block.astype(x.dtype), (((1,), (0,)), ((), ())), preferred_element_type=wide
   )
+  return logits
 
 
 def _is_label(labels: jax.Array, start: Any, block: jax.Array) -> jax.Array:
   """[N] ids, first word of a block of C -> [N, C] bool."""
-  return labels[:, None] == start + jnp.arange(block.shape[1])[None]
+  here: jax.Array = labels[:, None] == start + jnp.arange(block.shape[1])[None]
+  return here
 
 
 def _flat(x: jax.Array) -> jax.Array:
