@@ -102,9 +102,10 @@ class DualEncoder(nn.Module):
 
     Returns:
       zimg, ztxt [B, E], unit norm; raw_img, raw_txt [B, E], before the norm; these are float32,
-      whatever the projectors compute in. tokens_img and tokens_txt, in the dtype of the towers;
-      mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`; ztxts [B, M, E],
-      all texts of each image, with `others`; zquery and zdocument [B, E] with `pairs`.
+      whatever the projectors compute in. pooled_img [B, D], tokens_img and tokens_txt, in the dtype
+      of the towers; mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`;
+      ztxts [B, M, E], all texts of each image, with `others`; zquery and zdocument [B, E] with
+      `pairs`.
     """
     feats: dict[str, jax.Array] = {}
     if image is not None:
@@ -112,6 +113,7 @@ class DualEncoder(nn.Module):
       feats |= {
         "zimg": unit(raw_img),
         "raw_img": raw_img.astype(jnp.float32),
+        "pooled_img": img.pooled,
         "tokens_img": img.tokens,
       }
     if others:
@@ -205,13 +207,17 @@ class DualEncoder(nn.Module):
       return patches
     if isinstance(projector, READ_TOKENS) or output.pooled.shape[-1] != tokens.shape[-1]:
       raise ValueError(
-        "config.loss has a term that compares single patches with texts; it needs a projector of"
-        " one vector, or 'blocks', and a pooled vector as wide as a patch (not pool='cls+mean')"
+        "Single patches are compared with texts, which needs an image projector of one vector, or"
+        " 'blocks', and a pooled vector as wide as a patch (not pool='cls+mean')"
       )
     flat = rearrange(tokens, "b n d -> (b n) d")
     embedded = projector(TowerOutput(flat, flat[:, None][:, :0]), False)
     patches = rearrange(embedded, "(b n) e -> b n e", b=len(tokens))
     return patches
+
+  def embed_patches(self, image: jax.Array) -> jax.Array:
+    """[B, H, W, 3] uint8 -> [B, N, K], unit norm, float32; see projected_patches."""
+    return unit(self.projected_patches(self.image_output(image)))
 
   def project_text(self, output: TowerOutput) -> jax.Array:
     """The output of the text tower -> [B, E], before the norm."""

@@ -64,7 +64,7 @@ def init(
   """
   part = {**part, **draws(loss, key, part, sizes)}
   _, states = loss.init(sizes)
-  found = {}
+  found: dict[str, Any] = {}
   for name, head in heads(loss).items():
     read = _read(name, model, params, params, feats, part, sizes, states[name])
     found |= tree.flatten(head.init(_key(key, name), read), f"heads/{name}/")
@@ -94,7 +94,7 @@ def apply(
     states: of the loss before this step.
   """
   averaged = jax.lax.stop_gradient(averaged)
-  found = {}
+  found: dict[str, Any] = {}
   for name, head in heads(loss).items():
     read = _read(name, model, params, averaged, feats, part, sizes, states[name])
     own, slow = (tree.unflatten(tree.subtree(x, f"heads/{name}/")) for x in (params, averaged))
@@ -153,7 +153,8 @@ def _read(
     projected: jax.Array = call(averaged, f"project_{side}", output).astype(jnp.float32)
     return jax.lax.stop_gradient(projected) if averaged else projected
 
-  def projected(output: TowerOutput) -> jax.Array:
+  def projected() -> jax.Array:
+    output = TowerOutput(feats["pooled_img"], feats["tokens_img"])
     patches: jax.Array = call(False, "projected_patches", output).astype(jnp.float32)
     return patches
 
@@ -165,7 +166,8 @@ def _read(
         f" {type(model.text_tower).__name__} has none; choose config.model.text.name='text' or"
         " 'bert'"
       )
-    return jax.lax.stop_gradient(params[path].astype(jnp.float32))
+    table: jax.Array = jax.lax.stop_gradient(params[path].astype(jnp.float32))
+    return table
 
   own = {**part, **tree.subtree(part, f"{name}/")}
   kept = jax.lax.stop_gradient(state)

@@ -45,9 +45,9 @@ class Read(NamedTuple):
 
   Args:
     batch: text [b, L] int32, text_mask [b, L] bool; the fields that the head names, and its draws.
-    features: of the towers: zimg, ztxt [b, E], unit norm; raw_img, raw_txt [b, E]; tokens_img
-      [b, N, D] and tokens_txt [b, L, D] in the dtype of the towers; mask_txt [b, L] if the text
-      tower masks padding; ztxts [b, M, E] of several texts.
+    features: of the towers: zimg, ztxt [b, E], unit norm; raw_img, raw_txt [b, E]; pooled_img
+      [b, D], tokens_img [b, N, D] and tokens_txt [b, L, D] in the dtype of the towers; mask_txt
+      [b, L] if the text tower masks padding; ztxts [b, M, E] of several texts.
     image: the image tower, of other images [b, S, S, 3] uint8, whose side its patch divides. With
       `averaged`, its averaged parameters are used, and no gradient is taken. With `hidden`, it sees
       a vector in place of some patches.
@@ -55,9 +55,9 @@ class Read(NamedTuple):
     project: (side, output of the tower) -> [b, E] float32, before the norm; side "image" or "text".
     sizes: as for Loss.init.
     state: of the loss before this step, such as the centre of a teacher's logits; no gradient.
-    projected: (output of the image tower) -> [b, N, K] float32, its patches in the space of the
-      embeddings: the projector of each patch, K = E; of `blocks`, what it makes of the patches, the
-      second half of an embedding, K = E / 2.
+    projected: () -> [b, N, K] float32, tokens_img in the space of the embeddings: the projector of
+      each patch, K = E; of `blocks`, what it makes of the patches, the second half of an embedding,
+      K = E / 2.
     words: () -> [V, D] float32, the token table of the text tower; no gradient.
   """
 
@@ -68,7 +68,7 @@ class Read(NamedTuple):
   project: Projector
   sizes: Mapping[str, Any]
   state: Mapping[str, jax.Array] = {}
-  projected: Callable[[TowerOutput], jax.Array] = not_read
+  projected: Callable[[], jax.Array] = not_read
   words: Callable[[], jax.Array] = not_read
 
 

@@ -58,7 +58,7 @@ def gram(*, of: str = "tower", normalise: bool = True, keep_negative: bool = Tru
     if of == "tower":
       teacher = read.image(read.batch["image"], averaged=True).tokens
     else:
-      teacher, own = own, read.projected(read.image(read.batch["image"]))
+      teacher, own = own, read.projected()
     wide = jnp.promote_types(own.dtype, jnp.float32)
     total = gram_mse(own.astype(wide), teacher.astype(wide), normalise, keep_negative)
     return {"sum": total, "count": jnp.full(len(own), own.shape[1] ** 2, jnp.int32)}

@@ -14,6 +14,7 @@ from bigalign.losses import temperature as scales
 from bigalign.losses.base import Context, Features, Loss, State
 from bigalign.losses.base import Params as Scalars
 from bigalign.losses.functions import cloc_region
+from bigalign.losses.heads import masks
 from bigalign.losses.heads.base import Head, Read
 from bigalign.sphere import unit
 
@@ -74,12 +75,13 @@ def region_phrase(
     count = ids.shape[1]
     flat = rearrange(ids, "b m l -> (b m) l")
     texts = read.project("text", read.text(flat, flat != pad))
-    patches = read.projected(read.image(read.batch["image"]))
-    side = math.isqrt(patches.shape[1])
-    if side**2 != patches.shape[1]:
+    patches = read.projected()
+    whole = masks.patches(read.batch["image"].shape, read.sizes)
+    side = math.isqrt(whole)
+    if patches.shape[1] != whole:
       raise ValueError(
-        f"config.loss.region_phrase: the image tower has {patches.shape[1]} patches, which are not"
-        " a square grid"
+        f"config.loss.region_phrase: the image tower gives {patches.shape[1]} of {whole} patches;"
+        " set config.model.image.patch_dropout=0"
       )
     weights = pooling(read.batch[boxes].astype(jnp.float32), (side, side))
     regions = jnp.einsum("bmn,bnd->bmd", weights, patches)
