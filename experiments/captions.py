@@ -1,12 +1,18 @@
-"""Several captions of an image, and swapped words: python experiments/captions.py OUT
+"""Captions, hard negatives and a teacher of texts: python experiments/captions.py OUT --seeds 0,1,2
 
 Trains a text tower from scratch beside a frozen MobileNetV2, whose vectors of the photos of COCO
-and Flickr8k in BIGALIGN_DATA are stored first, in three ways with equal steps: with one caption
-drawn of each image (`clip`), with up to five at once (`clip`, texts="uniform"), and with one
-caption and one hard negative, which is the caption with two words swapped (`negclip`). Evaluates
-retrieval on held-out photos, and a test of word order: how often the caption of a held-out photo of
-COCO is closer to it than the caption with two words swapped. Writes OUT/captions.json and prints a
-table; docs/samples.md has the figures. Needs MINILM as configs/photos_frozen.py says.
+and Flickr8k in BIGALIGN_DATA are stored first, in four ways with equal steps:
+
+  one: a caption is drawn of each image, with `clip`
+  several: up to five captions of each image at once, with `clip` and texts="uniform"
+  swapped: one caption and a hard negative, the caption with two words swapped, with `negclip`
+  taught: one caption, with `mobileclip_dr` from stored vectors of a stronger teacher:
+    configs/photos_frozen.py, with a pretrained MiniLM as its text tower
+
+Evaluates retrieval on held-out photos, and a test of word order: how often the caption of a
+held-out photo of COCO is closer to it than the same caption with two words swapped. Writes
+OUT/captions.json and prints a table; docs/samples.md has the figures. Needs MINILM as
+configs/photos_frozen.py says.
 """
 
 from __future__ import annotations
@@ -42,6 +48,9 @@ def base(steps: int, stores: dict[str, pathlib.Path]) -> dict[str, Any]:
   photos: dict[str, Any] = load_config("photos").to_dict()
   c |= dict(total_steps=steps, frozen="image_tower/")
   c["data"]["stores"] = dict(image=str(stores["train"]))
+  c["data"]["captions"] = None  # a set has one field of captions, so the teacher has one store
+  for part, field in zip(c["data"]["mixture"], ("txt", "json.captions")):
+    part["captions"] = (field,)
   c["data"]["tokenizer"] = photos["data"]["tokenizer"]
   c["model"]["text"] = photos["model"]["text"]
   c["model"]["text_projector"] = dict(name="linear")
@@ -51,20 +60,35 @@ def base(steps: int, stores: dict[str, pathlib.Path]) -> dict[str, Any]:
   return c
 
 
-def arms(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-  """The three ways to use captions."""
-  one, several, swapped = (copy.deepcopy(config) for _ in range(3))
+def teach(out: pathlib.Path) -> tuple[dict[str, str], float]:
+  """Trains the teacher; returns the stores of its vectors, and its logit scale."""
+  teacher: dict[str, Any] = load_config("photos_frozen").to_dict()
+  towers = embed(teacher, out / "towers")
+  teacher["data"]["stores"] = {side: str(folder) for side, folder in towers.items()}
+  train(teacher, out / "teacher")
+  name = "train/logit_scale"
+  scale = [row[name] for row in read_metrics(out / "teacher") if name in row][-1]
+  trained = teacher | dict(model=dict(init=str(out / "teacher")))
+  stores = embed(trained, out / "stores", projected=True)
+  return {side: str(folder) for side, folder in stores.items()}, scale
+
+
+def arms(config: dict[str, Any], teacher: dict[str, str], scale: float) -> dict[str, Any]:
+  """The four ways to use captions."""
+  one, several, swapped, taught = (copy.deepcopy(config) for _ in range(4))
   several["data"]["texts"] = dict(count=5)
   several["loss"] = dict(clip=dict(weight=1.0, texts="uniform"))
   swapped["data"]["texts"] = dict(count=1, negatives=dict(count=1, rule="swap"))
   swapped["loss"] = dict(negclip=dict(weight=1.0))
-  return dict(one=one, several=several, swapped=swapped)
+  taught["data"]["teachers"] = dict(a=teacher)
+  taught["loss"] = dict(mobileclip_dr=dict(weight=1.0, teacher_scales=(scale,)))
+  return dict(one=one, taught=taught, swapped=swapped, several=several)
 
 
 def stored(out: pathlib.Path) -> dict[str, pathlib.Path]:
   """The vectors of the images: of the photos to train with, and of each set of held-out ones."""
   config: dict[str, Any] = load_config("photos_frozen").to_dict()
-  folders = {"train": embed(config, out / "towers", sides=("image",))["image"]}
+  folders = {"train": out / "towers/image"}
   for name in SETS:
     held_out = copy.deepcopy(config)
     del held_out["data"]["mixture"]
@@ -92,13 +116,14 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("out", type=pathlib.Path)
   parser.add_argument("--seeds", default="0,1,2")
-  parser.add_argument("--steps", type=int, default=400)
+  parser.add_argument("--steps", type=int, default=300)
   args = parser.parse_args()
+  teacher, scale = teach(args.out)
   stores = stored(args.out)
   results = []
   table = rich.table.Table("arm", "seed", *METRICS, "word order", box=rich.box.SIMPLE_HEAD)
   for seed in map(int, args.seeds.split(",")):
-    for arm, config in arms(base(args.steps, stores)).items():
+    for arm, config in arms(base(args.steps, stores), teacher, scale).items():
       run = args.out / f"{arm}-{seed}"
       train(config | dict(seed=seed), run)
       last = next(row for row in reversed(read_metrics(run)) if METRICS[0] in row)
