@@ -151,15 +151,16 @@ class Twin:
 
   Args:
     paths: regular expression of the parameters; "": all that are trained.
-    decay: of the average; 0: no twin. Losses then read the averages of config.ema, if it is set.
+    decay: of the average; 1: a frozen copy of the parameters that the run begins with. 0: no twin;
+      losses then read the averages of config.ema, if it is set.
   """
 
   paths: str = ""
   decay: float = 0.0
 
   def __post_init__(self) -> None:
-    if not 0 <= self.decay < 1:
-      raise ValueError(f"config.twin.decay={self.decay}: from 0 to less than 1")
+    if not 0 <= self.decay <= 1:
+      raise ValueError(f"config.twin.decay={self.decay}: from 0 to 1")
     if self.paths and not self.decay:
       raise ValueError("config.twin.paths needs config.twin.decay, such as 0.994")
 

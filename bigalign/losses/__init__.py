@@ -36,6 +36,7 @@ from bigalign.losses.heads.mask_regularization import mask_regularization
 from bigalign.losses.heads.region_phrase import region_phrase
 from bigalign.losses.heads.silc import silc
 from bigalign.losses.heads.sparc_adapted import sparc_adapted
+from bigalign.losses.heads.token_distill import token_distill
 from bigalign.losses.heads.vlap import vlap
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
 from bigalign.losses.m3co import m3co, softclip_m3co
@@ -124,6 +125,7 @@ HEADS: dict[str, Callable[..., Loss]] = dict(
   region_phrase=region_phrase,
   silc=silc,
   sparc_adapted=sparc_adapted,
+  token_distill=token_distill,
   vlap=vlap,
 )
 TERMS = {**LOSSES, **HEADS}

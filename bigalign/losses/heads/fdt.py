@@ -120,7 +120,7 @@ def fdt(
 
   def apply_head(params: Params, averaged: Params, read: Read) -> dict[str, jax.Array]:
     codebook = params["codebook"]["embedding"]
-    found = {}
+    found: dict[str, jax.Array] = {}
     for side, mask in (("img", None), ("txt", read.batch["text_mask"])):
       own = queries(params[side], read.features[f"tokens_{side}"])
       weights, mixed = mixture(own, codebook, temperature, mask, padding)

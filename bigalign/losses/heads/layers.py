@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,10 +21,10 @@ def dense_init(key: jax.Array, inputs: int, outputs: int, bias: bool = True) -> 
 def dense(params: Params, x: jax.Array) -> jax.Array:
   """[..., D] -> [..., K], in the dtype of x."""
   outputs = params["kernel"].shape[1]
-  mapped: jax.Array = Dense(outputs, use_bias="bias" in params, dtype=x.dtype).apply(
+  mapped: Any = Dense(outputs, use_bias="bias" in params, dtype=x.dtype).apply(
     {"params": params}, x
   )
-  return mapped
+  return jnp.asarray(mapped)
 
 
 def norm_init(width: int) -> Params:
@@ -32,5 +34,5 @@ def norm_init(width: int) -> Params:
 
 def norm(params: Params, x: jax.Array) -> jax.Array:
   """[..., D] -> [..., D], in the dtype of x."""
-  normed: jax.Array = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype).apply({"params": params}, x)
-  return normed
+  normed: Any = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype).apply({"params": params}, x)
+  return jnp.asarray(normed)

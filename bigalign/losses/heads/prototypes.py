@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -169,7 +169,7 @@ def entropy(p: jax.Array) -> jax.Array:
   return -jax.scipy.special.xlogy(p, p).sum(-1)
 
 
-def watched(feats: Mapping[str, jax.Array], count: int) -> dict[str, jax.Array]:
+def watched(feats: Mapping[str, jax.Array], count: int | jax.Array) -> dict[str, jax.Array]:
   """Metrics by which a collapse is seen, from `of_teacher` of `count` vectors.
 
   "entropy_of_mean", at most ln K: near 0, all images have one class. "entropy": at ln K, the
@@ -182,7 +182,7 @@ def watched(feats: Mapping[str, jax.Array], count: int) -> dict[str, jax.Array]:
 
 
 def next_state(
-  state: Mapping[str, jax.Array], total: jax.Array, count: int, momentum: float
+  state: Mapping[str, jax.Array], total: jax.Array, count: int | jax.Array, momentum: float
 ) -> dict[str, jax.Array]:
   """The state after a step whose `count` teacher logits add up to `total` [K]."""
   center = momentum * state["center"] + (1 - momentum) * total / count
@@ -224,7 +224,7 @@ def initial_state(prototypes: int) -> dict[str, jax.Array]:
 
 
 def teacher_temperature(
-  ends: tuple[float, float], over: int, state: Mapping[str, jax.Array]
+  ends: Sequence[float], over: int, state: Mapping[str, jax.Array]
 ) -> jax.Array:
   """[]: a line from the first temperature to the second in the first `over` updates of the loss."""
   first, last = ends

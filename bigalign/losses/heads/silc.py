@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from bigalign.losses.siglip import siglip
 from bigalign.sphere import unit
 
 PAIRS = ("local_only", "all_but_same")
-CONTRASTS = dict(clip=clip, siglip=siglip)
+CONTRASTS: dict[str, Callable[[], Loss]] = dict(clip=clip, siglip=siglip)
 
 
 def silc(
