@@ -139,8 +139,9 @@ class DualEncoder(nn.Module):
     if second is not None:
       feats["ztxt_second"] = self.embed_text(*second, train=train)
     if pairs is not None:
-      for name, own in (("zquery", pairs[:2]), ("zdocument", pairs[2:])):
-        feats[name] = self.embed_text(*own, train=train)
+      query, query_mask, document, document_mask = pairs
+      feats["zquery"] = self.embed_text(query, query_mask, train)
+      feats["zdocument"] = self.embed_text(document, document_mask, train)
     return feats if txt.mask is None else {**feats, "mask_txt": txt.mask}
 
   def embed_image(self, image: Images, train: bool = False) -> jax.Array:

@@ -175,7 +175,7 @@ def _selected(
     sums=reading.sums(program.loss),
   )
   known, scalars = _for_loss(program, batch), _loss_params(state.trainable, state)
-  own = next((x for x in scalars.values() if "t" in x), {})
+  own: dict[str, Any] = next((x for x in scalars.values() if "t" in x), {})
   learner = selection.Model(
     feats["zimg"], feats["ztxt"], jnp.exp(own.get("t", jnp.zeros(()))), own.get("b", 0.0)
   )

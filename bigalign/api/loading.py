@@ -13,6 +13,7 @@ from bigalign.api.checkpoints import in_dtype, load_checkpoint
 from bigalign.api.image_inputs import View
 from bigalign.api.model import Model
 from bigalign.captions import Captioner, of_config
+from bigalign.config import Config
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.evaluate import Run, open_run
 from bigalign.export import main
@@ -86,28 +87,28 @@ def _run(path: str, step: int | str | None, ema: bool, dtype: str) -> Model:
   data = run.config.data
   has_texts = not isinstance(run.config.model.text, FeaturesOptions)
   has_images = not isinstance(run.config.model.image, FeaturesOptions)
+  learned = run.ema if ema else run.params
+  heads = {path: x for path, x in learned.items() if path.startswith("heads/")}
   return Model(
     source=f"{path} at step {run.step}",
     encoder=in_dtype(trained.model, dtype),
     params=trained.arrays,
     config=plain(run.config),
-    head=of_losses(run.ema if ema else run.params, run.config.loss),
+    head=of_losses(learned, run.config.loss),
     view=View(data) if has_images else None,
     tokenizer=trained.tokenizer if has_texts else None,
     embed_dim=run.config.model.embed_dim,
     export=functools.partial(_export, run.address or path, run.step, ema),
     mesh=run.mesh,
-    captions=functools.partial(_captions, run, ema, trained.tokenizer),
+    captions=functools.partial(_captions, run.config, heads, trained.tokenizer),
   )
 
 
 def _captions(
-  run: Run, ema: bool, tokenizer: Tokenizer, encoder: DualEncoder
+  config: Config, heads: dict[str, Any], tokenizer: Tokenizer, encoder: DualEncoder
 ) -> tuple[Captioner, dict[str, Any]]:
   """What writes captions with the head of a run, and the parameters of the head."""
-  captioner = of_config(run.config, encoder, tokenizer)
-  params = run.ema if ema else run.params
-  return captioner, {path: x for path, x in params.items() if path.startswith("heads/")}
+  return of_config(config, encoder, tokenizer), heads
 
 
 def _export(path: str, step: int, ema: bool, *args: Any, **options: Any) -> Any:

@@ -67,30 +67,6 @@ def cloc_region(
   return r2t, t2r
 
 
-def coca_caption(
-  logits: jax.Array, labels: jax.Array, *, pad_id: int = 0, weight: float = 2.0
-) -> jax.Array:
-  """[]: CoCa's captioning loss on given logits, https://arxiv.org/abs/2205.01917.
-
-  The mean over all real tokens of the global batch; open_clip averages the means of its workers.
-
-  Args:
-    logits: [B, L, V]; the logits at position t predict the label at position t.
-    labels: [B, L] integers.
-    pad_id: the padding token, which is not predicted.
-    weight: of this loss, where the contrastive loss has the weight 1.
-
-  Example:
-    >>> logits, labels = jnp.zeros((1, 3, 5)), jnp.asarray([[3, 1, 0]])
-    >>> round(float(coca_caption(logits, labels, weight=1.0)), 3)  # log 5
-    1.609
-  """
-  own = jnp.take_along_axis(logits, labels[:, :, None], -1)[:, :, 0]
-  each = jax.nn.logsumexp(logits - own[:, :, None], -1)  # [B, L]
-  real = labels != pad_id
-  return weight * jnp.where(real, each, 0).sum() / jnp.maximum(real.sum(), 1)
-
-
 def token_distill(
   tokens: jax.Array, teacher: jax.Array, mask: jax.Array | None = None, *, kind: str = "cosine"
 ) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Losses as plain functions: regions, captions."""
+"""Losses as plain functions: regions; captions as their heads compute them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from helpers.loss_oracles import both_precisions, cases, floats, oracles, unit
 from bigalign import sharding
 from bigalign.losses import functions
 from bigalign.losses.engine import pairwise
+from bigalign.losses.heads.base import mean_over_batch
+from bigalign.losses.heads.caption import counted
 
 
 def compare(case, got, precision):
@@ -54,10 +56,14 @@ def test_cloc_region(case, precision):
 @both_precisions
 @pytest.mark.parametrize("case", cases("coca_caption"))
 def test_coca_caption(case, precision):
-  inputs = floats(oracles().inputs(case), precision)
-  loss, grad = jax.value_and_grad(functions.coca_caption)(
-    inputs["logits"], inputs["labels"], **case["params"]
-  )
+  inputs, p = floats(oracles().inputs(case), precision), case["params"]
+  kernel = jnp.eye(inputs["logits"].shape[-1], dtype=precision)
+
+  def value(logits):
+    mask = inputs["labels"] != p["pad_id"]
+    return p["weight"] * mean_over_batch(counted(logits, kernel, inputs["labels"], mask))
+
+  loss, grad = jax.value_and_grad(value)(inputs["logits"])
   compare(case, {"loss": loss, "d_logits": grad}, precision)
 
 
@@ -89,4 +95,3 @@ def test_regions_are_compared_over_the_mesh(way):
 def test_nothing_to_learn_from_is_zero():
   z, none = jnp.eye(4)[None], jnp.zeros((1, 4), int)
   assert sum(functions.cloc_region(z, z, none, none, jnp.asarray(10.0))) == 0
-  assert functions.coca_caption(jnp.ones((1, 4, 5)), none) == 0

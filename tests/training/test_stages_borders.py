@@ -26,8 +26,8 @@ from bigalign.program import layout, make_programs
 from bigalign.run.metrics import is_wall_clock, read_metrics
 from bigalign.state import parts, restore
 
-# The image tower is locked, then the text tower with another loss, then both learn, with a head. The
-# logit scale of `clip` vanishes and appears again.
+# The image tower is locked, then the text tower with another loss, then both learn, with a head.
+# The logit scale of `clip` vanishes and appears again.
 HEADLESS = dict(mask_regularization=dict(weight=0.0))
 STAGES = (
   dict(until=2, frozen="image_tower", optimizer=dict(lr=1e-3, warmup=0), loss=HEADLESS),

@@ -55,8 +55,8 @@ def vectors(params: Params, x: jax.Array) -> jax.Array:
   """[..., D] -> [..., C], unit norm: the three layers, computed in the dtype of x; float32."""
   for name in ("fc1", "fc2", "fc3"):
     layer = params[name]
-    x = Dense(len(layer["bias"]), dtype=x.dtype).apply({"params": layer}, x)
-    x = gelu(x) if name != "fc3" else x
+    y: Any = Dense(len(layer["bias"]), dtype=x.dtype).apply({"params": layer}, x)
+    x = gelu(y) if name != "fc3" else y
   return unit(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
@@ -215,7 +215,8 @@ def in_groups(
   def add(total: dict[str, jax.Array], part: Any) -> tuple[dict[str, jax.Array], None]:
     return jax.tree.map(jnp.add, total, dict(jax.checkpoint(function)(*part))), None
 
-  return jax.lax.scan(add, zeros, groups)[0]
+  added: dict[str, jax.Array] = jax.lax.scan(add, zeros, groups)[0]
+  return added
 
 
 def initial_state(prototypes: int) -> dict[str, jax.Array]:
@@ -232,17 +233,25 @@ def teacher_temperature(
   return first + (last - first) * share
 
 
-def check(where: str, **options: Any) -> None:
+def check(
+  where: str,
+  *,
+  center: str,
+  student_temp: float,
+  teacher_temp: Sequence[float],
+  center_momentum: float,
+  prototypes: int,
+  hidden: int,
+  bottleneck: int,
+) -> None:
   """Raises ValueError, naming the option, for values that a head cannot have."""
-  checks.known(f"{where}.center", options["center"], CENTERS)
-  for name in ("student_temp", *(["teacher_temp"] if "teacher_temp" in options else [])):
-    values = options[name] if isinstance(options[name], (tuple, list)) else (options[name],)
+  checks.known(f"{where}.center", center, CENTERS)
+  for name, values in dict(student_temp=[student_temp], teacher_temp=teacher_temp).items():
     if not all(x > 0 for x in values):
-      raise ValueError(f"{where}.{name}={options[name]}: more than 0")
-  if not 0 <= options["center_momentum"] < 1:
-    raise ValueError(f"{where}.center_momentum={options['center_momentum']}: from 0 to less than 1")
-  for name in ("prototypes", "hidden", "bottleneck"):
-    checks.between(where, 1, **{name: options[name]})
+      raise ValueError(f"{where}.{name}={values}: more than 0")
+  if not 0 <= center_momentum < 1:
+    raise ValueError(f"{where}.center_momentum={center_momentum}: from 0 to less than 1")
+  checks.between(where, 1, prototypes=prototypes, hidden=hidden, bottleneck=bottleneck)
 
 
 def balanced(logits: jax.Array, temperature: jax.Array) -> jax.Array:

@@ -167,5 +167,5 @@ def silc(
     sums=classes.SUMS if center == "momentum" else frozenset(),
     averages=True,
   )
-  constrain = {"constrain": inner.constrain} if inner else {}
-  return Loss(frozenset(), init, apply, pair=bool(inner), head=head, **constrain)
+  loss = Loss(frozenset(), init, apply, pair=bool(inner), head=head)
+  return loss._replace(constrain=inner.constrain) if inner else loss
