@@ -2,6 +2,7 @@
 
   dict(init="$CLIP")                                    both towers, their projectors, the scale
   dict(image=dict(init="$DINOV2"), text=dict(init="$MINILM"), embed_dim=384)    projectors are new
+  dict(init="$CLIP", text=dict(init="$XLM_R"))          CLIP's image side, another text tower
   dict(init="runs/x", step=5000, ema=True)              a run of ours, also one that is training
   dict(open_clip="ViT-B-16")                            the sizes alone
 
@@ -50,6 +51,7 @@ class Pretrained(NamedTuple):
     parts: regular expression of the paths that are taken; "": all.
     fresh: regular expression of paths that keep their random initial values.
     drop: regular expression of keys that may be left out.
+    but: sides that it does not give, because their towers have an `init` of their own.
   """
 
   where: str
@@ -59,6 +61,11 @@ class Pretrained(NamedTuple):
   parts: str
   fresh: str
   drop: str
+  but: tuple[str, ...] = ()
+
+  def gives(self, side: str) -> bool:
+    """Whether it gives the tower of a side, "image" or "text", its view or tokenizer."""
+    return self.side in ("", side) and side not in self.but
 
   @property
   def is_run(self) -> bool:
@@ -122,10 +129,10 @@ def completed(
     return Completed(_written_sizes(model, error), dict(data))
   full_data, found = dict(data), []
   for part in parts:
-    if part.side in ("", "image"):
+    if part.gives("image"):
       full_data = with_view(full_data, part.checkpoint.view)
       found += _view_differences(full_data, part.checkpoint.view)
-    if part.side in ("", "text"):
+    if part.gives("text"):
       given = data.get("tokenizer")
       if given is None or isinstance(given, Mapping):
         chosen, lines = _tokenizer(part, given)
@@ -167,6 +174,7 @@ def _options(given: Mapping[str, Any], parts: Sequence[Pretrained]) -> dict[str,
     theirs = part.checkpoint.model
     if part.side:
       theirs = {k: v for k, v in theirs.items() if k in _OWN[part.side]}
+    theirs = {k: v for k, v in theirs.items() if not k.startswith(part.but)} if part.but else theirs
     pixels = theirs.get("pixels")
     if pixels and given.get("pixels", pixels) != pixels:
       raise ValueError(
@@ -332,21 +340,26 @@ def _merged(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any
 def _pretrained_parts(given: Mapping[str, Any]) -> list[Pretrained]:
   """The checkpoints that config.model names.
 
+  That of the whole model gives what is left by a tower with a checkpoint of its own.
+
   Raises:
-    ValueError: if it names one for the whole model and another for a tower.
+    ValueError: if it names one for the whole model and others for both towers.
   """
   towers = {side: given[side] for side in SIDES if _is_tower(given, side)}
   alone = [side for side, tower in towers.items() if "init" in tower]
+  own = [_pretrained(towers[side], side, towers) for side in alone]
   if "init" not in given:
-    return [_pretrained(towers[side], side, towers) for side in alone]
-  if alone:
+    return own
+  if len(alone) == len(SIDES):
     raise ValueError(
-      f"config.model.init sets both towers, config.model.{alone[0]}.init one of them: use either"
+      "config.model.init gives nothing, since both towers have an init of their own; leave it out"
     )
-  return [_pretrained(given, "", towers)]
+  return [_pretrained(given, "", towers, but=tuple(alone)), *own]
 
 
-def _pretrained(given: Mapping[str, Any], side: str, towers: Mapping[str, Any]) -> Pretrained:
+def _pretrained(
+  given: Mapping[str, Any], side: str, towers: Mapping[str, Any], but: tuple[str, ...] = ()
+) -> Pretrained:
   """The checkpoint that `init` of the model or of a tower names.
 
   Raises:
@@ -358,7 +371,7 @@ def _pretrained(given: Mapping[str, Any], side: str, towers: Mapping[str, Any]) 
   path = pathlib.Path(address).expanduser()
   if "://" not in address and not path.exists():
     raise FileNotFoundError(f"{where}.init={given['init']!r}: no such file or folder: {path}")
-  sides = (side,) if side else SIDES
+  sides = (side,) if side else tuple(x for x in SIDES if x not in but)
   parts = given.get("parts", "")
   if runs.is_run(address):
     which = {x: given[x] for x in ("step", "ema") if x in given}
@@ -375,7 +388,7 @@ def _pretrained(given: Mapping[str, Any], side: str, towers: Mapping[str, Any]) 
       + ("" if side else "; set it as init of the tower it holds, and give the other tower too")
     )
   words = (given.get(x, "") for x in ("parts", "fresh", "drop"))
-  return Pretrained(where, side, given["init"], checkpoint, *words)
+  return Pretrained(where, side, given["init"], checkpoint, *words, but)
 
 
 def _expanded(text: Any, what: str) -> str:
@@ -388,7 +401,8 @@ def _expanded(text: Any, what: str) -> str:
 def _plan(part: Pretrained, shapes: Mapping[str, Any]) -> transfer.Plan:
   """Which parameters of the model come from which tensors."""
   prefix = f"model/{part.side}_tower/" if part.side else "model/"
-  ours = {path: x for path, x in shapes.items() if path.startswith(prefix)}
+  others = tuple(f"model/{side}_" for side in part.but)
+  ours = {k: x for k, x in shapes.items() if k.startswith(prefix) and not k.startswith(others)}
   fresh, _ = tree.partition(ours, part.fresh, f"{part.where}.fresh")
   if part.parts:
     fresh |= tree.partition(ours, part.parts, f"{part.where}.parts")[1]

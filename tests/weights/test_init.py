@@ -398,9 +398,9 @@ def test_what_is_asked_for_by_name_is_new(clip, tmp_path):
       "config.model.image.init: .*holds no image tower",
     ),
     (
-      dict(init="{clip}", text=dict(init="{bert}")),
+      dict(init="{clip}", image=dict(init="{clip}"), text=dict(init="{bert}")),
       ValueError,
-      "config.model.text.init one of them",
+      "config.model.init gives nothing, since both towers",
     ),
     (dict(init="{clip}", pixels="half"), ValueError, "pixels='half': .*was trained with 'clip'"),
     (dict(init="{clip}", open_clip="ViT-B-16"), ValueError, "both give the sizes"),
@@ -464,6 +464,28 @@ def test_two_towers_bring_their_own_inputs_and_are_described_once(clip, tmp_path
   assert described[2:] == [clip, clip] and data.tokenizer.option("path") == str(
     clip / "tokenizer.json"
   )
+
+
+def test_a_tower_of_another_checkpoint_stands_beside_the_rest_of_a_model(clip, tmp_path):
+  """As AltCLIP's: the image side of CLIP, and another text tower, whose projector is new."""
+  bert_json(clip)
+  other = folder(tmp_path / "bert", BERT, bert_keys(BERT)[1])
+  bert_json(other, lower=False)
+  given = dict(init=str(clip), text=dict(init=str(other)))
+  program, loaded = load_all(given)
+  _, whole = load_all(dict(init=str(clip)))
+  _, alone = load_all(dict(image=dict(init=str(clip)), text=dict(init=str(other)), embed_dim=4))
+  assert type(program.model.text_tower).__name__ == "Bert"
+  sides = {path: x for path, x in whole.items() if path.startswith("model/image_")}
+  texts = {path: x for path, x in alone.items() if path.startswith("model/text_")}
+  assert sides.keys() | texts.keys() | {"loss/clip/t"} == loaded.keys()
+  assert "model/image_projector/out/kernel" in sides and texts
+  for path, x in {**sides, **texts}.items():
+    np.testing.assert_array_equal(np.asarray(loaded[path]), np.asarray(x), err_msg=path)
+  values = load("tiny").to_dict() | dict(loss=dict(clip={}), model=given)
+  values["data"] = dict(source="glyphs")
+  tokenizer = resolve_config(values).data.tokenizer
+  assert tokenizer.option("path") == str(other / "tokenizer.json")
 
 
 def test_names_of_open_clip_are_sizes(tmp_path):
