@@ -405,6 +405,5 @@ def _staged(
 
 def _of_stage(options: DataOptions, stage: DataOptions) -> DataOptions:
   """The options with what a stage may change."""
-  return dataclasses.replace(
-    options, image_size=stage.image_size, tokenizer=stage.tokenizer, augment=stage.augment
-  )
+  names = ("image_size", "tokenizer", "augment", "views")
+  return dataclasses.replace(options, **{name: getattr(stage, name) for name in names})

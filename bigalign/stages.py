@@ -45,6 +45,7 @@ OVERRIDES: dict[str, Any] = {
   "data/image_size": int,
   "data/tokenizer/length": int,
   "data/augment": Mapping[str, Any] | None,
+  "data/views": Mapping[str, Any],
   "data/mixture": Mapping[str, float],
   "model/image/patch_dropout": float,
   "model/image/remat": str,

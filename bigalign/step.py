@@ -491,11 +491,12 @@ def build_stages(
     steps[stage.number] = {}
     for program in of_lengths(programs[stage.number], stage):
       shapes = {}
-      for name, x in batch.items():
-        # Stored vectors are as wide as in the store, whatever the spec says.
-        is_as_in_spec = x.shape == spec[name][0]
-        shape = program.spec[name][0] if is_as_in_spec else (program.batch_size, *x.shape[1:])
-        shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+      for name, (shape, dtype) in program.spec.items():
+        x = batch.get(name)
+        if x is not None and x.shape != spec[name][0]:
+          # Stored vectors are as wide as in the store, whatever the spec says.
+          shape, dtype = (program.batch_size, *x.shape[1:]), x.dtype
+        shapes[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=batch["label"].sharding)
       try:
         one = build(jitted(program, own, mesh), program, given, shapes, position)
       except jax.errors.JaxRuntimeError as error:

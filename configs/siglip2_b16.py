@@ -13,8 +13,8 @@ was also distilled from a larger model (active curation).
 What differs: the decoder predicts captions, without LocCa's two tasks on regions; the averaged
 tower starts with the run and not at 80 %, where it equals the tower but for the last hundred
 updates; its decay, the sizes of both heads and their temperatures are not published and are those
-of TIPS and DINO; the fine-tuning on curated data is left out. The views are read in all stages,
-though only the last one uses them. The tokenizer is a SentencePiece model of 256,000 pieces.
+of TIPS and DINO; the fine-tuning on curated data is left out. The tokenizer is a SentencePiece
+model of 256,000 pieces.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,13 @@ from ml_collections import ConfigDict
 def get_config():
   c = ConfigDict()
   c.seed = 0
-  c.stages = (dict(until="80%", loss=dict(silc=dict(weight=0.0), ibot=dict(weight=0.0))),)
+  c.stages = (
+    dict(
+      until="80%",
+      loss=dict(silc=dict(weight=0.0), ibot=dict(weight=0.0)),
+      data=dict(views={}),
+    ),
+  )
   c.total_steps = 1_220_703  # x 32,768 = 40 billion pairs
   c.batch_size = 32_768
   c.log_every = 50

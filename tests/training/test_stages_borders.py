@@ -30,7 +30,13 @@ from bigalign.state import parts, restore
 # The logit scale of `clip` vanishes and appears again.
 HEADLESS = dict(mask_regularization=dict(weight=0.0))
 STAGES = (
-  dict(until=2, frozen="image_tower", optimizer=dict(lr=1e-3, warmup=0), loss=HEADLESS),
+  dict(
+    until=2,
+    frozen="image_tower",
+    optimizer=dict(lr=1e-3, warmup=0),
+    loss=HEADLESS,
+    data=dict(views={}),
+  ),
   dict(until=4, frozen="text_tower", loss=dict(clip=dict(weight=0.0), siglip={}) | HEADLESS),
 )
 LOSS = dict(clip={}, mask_regularization=dict(every=2))
@@ -42,6 +48,7 @@ def config(**changes):
   c = load("tiny").to_dict()
   c |= dict(total_steps=6, batch_size=16, log_every=1, checkpoint_every=1, keep=dict(last=9))
   c |= dict(evals={}, writer=dict(tensorboard=False), loss=LOSS, ema=0.5, stages=STAGES)
+  c["data"] |= dict(views=dict(local=dict(count=2, size=16)))
   c |= dict(frozen="text_projector", twin=dict(paths="image_tower/|heads/", decay=0.5))
   for side in ("image", "text"):
     c["model"][side] |= dict(width=16, depth=1, heads=2)
