@@ -166,14 +166,7 @@ def _selected(
 ) -> dict[str, jax.Array]:
   """The pairs of a batch that JEST chooses: config.selection."""
   chosen = program.selection
-  feats = gradcache.embed_batch(
-    functools.partial(features, program, state),
-    state.trainable,
-    _inputs(program, batch, context.key),
-    dropout_key,
-    microbatches=program.microbatches,
-    sums=reading.sums(program.loss),
-  )
+  feats = _features_of(program, state, batch, context, dropout_key)
   known, scalars = _for_loss(program, batch), _loss_params(state.trainable, state)
   own: dict[str, Any] = next((x for x in scalars.values() if "t" in x), {})
   learner = selection.Model(
@@ -211,7 +204,21 @@ def diagnose(
 ) -> dict[str, jax.Array]:
   """losses.diagnostics.diagnose of a global batch; arguments as of train_step."""
   context, dropout_key = _context(program, state, position)
-  feats = gradcache.embed_batch(
+  feats = _features_of(program, state, batch, context, dropout_key)
+  scalars = _loss_params(state.trainable, state)
+  known = _for_loss(program, batch)
+  return diagnostics.diagnose(program.loss, scalars, state.loss, feats, known, context)
+
+
+def _features_of(
+  program: Program,
+  state: State,
+  batch: Mapping[str, jax.Array],
+  context: Context,
+  dropout_key: jax.Array,
+) -> dict[str, jax.Array]:
+  """The features of a whole batch, of which no gradient is taken."""
+  return gradcache.embed_batch(
     functools.partial(features, program, state),
     state.trainable,
     _inputs(program, batch, context.key),
@@ -219,9 +226,6 @@ def diagnose(
     microbatches=program.microbatches,
     sums=reading.sums(program.loss),
   )
-  scalars = _loss_params(state.trainable, state)
-  known = _for_loss(program, batch)
-  return diagnostics.diagnose(program.loss, scalars, state.loss, feats, known, context)
 
 
 def _context(program: Program, state: State, position: jax.Array) -> tuple[Context, jax.Array]:
