@@ -387,8 +387,8 @@ def _pretrained(
       f"{where}.init: {path} holds no {lacking[0]} tower"
       + ("" if side else "; set it as init of the tower it holds, and give the other tower too")
     )
-  words = (given.get(x, "") for x in ("parts", "fresh", "drop"))
-  return Pretrained(where, side, given["init"], checkpoint, *words, but)
+  fresh, drop = given.get("fresh", ""), given.get("drop", "")
+  return Pretrained(where, side, given["init"], checkpoint, parts, fresh, drop, but)
 
 
 def _expanded(text: Any, what: str) -> str:
