@@ -251,7 +251,7 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False, averages: bool = Fal
       raise ValueError(
         f"config.loss.{name} reads the field {missing[0]!r}, which the data does not have; the"
         f" fields are {sorted(fields)}. config.data.views adds 'view/NAME', config.data.columns"
-        " 'NAME'"
+        " 'NAME', config.data.regions 'region_boxes'"
       )
     for need in sorted(term.needs - {"ema_teacher"}):
       for field in PROVIDES[need]:

@@ -1,4 +1,4 @@
-"""A small dataset with every field that a batch can have: texts, teachers, columns, views."""
+"""A small dataset with fields that a batch can have: texts, teachers, columns, views, regions."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ def boxes_of(i: int) -> np.ndarray:
   return np.arange(4 * (i % 3), dtype=np.float32).reshape(-1, 4) / 16
 
 
+def regions_of(i: int) -> list[dict]:
+  """Up to three regions of sample i."""
+  return [
+    dict(box=[k / 8, 0.25, 0.5 + k / 8, 1.0], phrase=f"part {k} of {i}") for k in range(i % 4)
+  ]
+
+
 def vectors_of(i: int, *, width: int, scale: float) -> np.ndarray:
   """Of a teacher for each caption of sample i."""
   rows = np.arange(len(captions_of(i)), dtype=np.float32)
@@ -44,6 +51,7 @@ def write_dataset(root: pathlib.Path) -> pathlib.Path:
   members = []
   for i in range(SAMPLES):
     stored = dict(noise=noise_of(i), captions=captions_of(i), boxes=boxes_of(i).tolist())
+    stored |= dict(regions=regions_of(i))
     members += [(f"{i:03d}.jpg", picture(i)), (f"{i:03d}.json", json.dumps(stored).encode())]
   write_tar(root / "0.tar", members)
   for name, width, scale in (("a", 3, 1.0), ("b", 5, -2.0)):
@@ -67,4 +75,5 @@ def every_field(folder) -> dict:
       noise_prob="json.noise", boxes=dict(field="json.boxes", shape=(4, 4), ragged=True)
     ),
     views=dict(wide=dict(scale=(0.4, 1.0)), local=dict(count=3, size=8, scale=(0.05, 0.4))),
+    regions=dict(field="json.regions", count=2),
   )

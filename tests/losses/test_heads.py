@@ -21,12 +21,7 @@ BATCH = 16
 # The options of each head, and what else its config needs.
 SMALL = dict(prototypes=64, hidden=48, bottleneck=16, teacher_temp_updates=0)
 VIEWS = dict(views=dict(**{"global": dict(count=2)}, local=dict(count=3, size=16)))
-REGIONS = dict(
-  columns=dict(
-    boxes=dict(field="json.boxes", shape=(2, 4), ragged=True),
-    phrases=dict(field="json.phrases", shape=(2, 5), dtype="int32"),
-  )
-)
+REGIONS = dict(regions=dict(field="json.regions", count=2))
 CASES = dict(
   caption=(dict(depth=1, heads=4), {}),
   caption_fused=(dict(depth=1, heads=4, keep=0.5, inputs="tokens", reads_text=True), {}),
@@ -109,8 +104,8 @@ def step(
 
 
 def _random(rng, field, shape, dtype):
-  if field == "text_mask":
-    return np.arange(shape[1])[None] < rng.integers(3, shape[1], (shape[0], 1))
+  if field in ("text_mask", "region_phrases_mask"):
+    return np.arange(shape[-1]) < rng.integers(3, shape[-1], (*shape[:-1], 1))
   if np.issubdtype(dtype, np.floating):
     return rng.uniform(size=shape).astype(dtype)
   kinds = {"image": 255, "text": 200, "source": 1, "repaired": 1, "rejects": 1}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from bigalign.data.image.transforms import Part
 from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import REASONS, Rejected
 
@@ -44,6 +45,7 @@ class Sample:
     second: the place of the second caption; -1 without one.
     replay: the number of the view that was drawn of those that teachers saw; -1 without such views.
     rejects: [R] int32, how many samples were rejected for its row, by reason; see `count`.
+    part: of the image that the view of a batch shows; None if no field reads it.
   """
 
   index: int
@@ -53,6 +55,7 @@ class Sample:
   second: int = -1
   replay: int = -1
   rejects: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(len(REASONS), np.int32))
+  part: Part | None = None
 
   @property
   def key(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -75,19 +75,9 @@ def train_image(
     ValueError: for an unknown `crop`.
   """
   height, width = image.shape[:2]
-  if crop == "random_resized":
-    if callable(size):
-      ratio = (ratio[0] * width / height, ratio[1] * width / height)
-    box = _random_box(rng, height=height, width=width, scale=scale, ratio=ratio)
-  elif crop == "center":
-    side = min(height, width)
-    box = ((height - side) // 2, (width - side) // 2, side, side)
-  elif crop in ("squash", "evaluation"):  # the latter is size x size already
-    box = (0, 0, height, width)
-  else:
-    raise ValueError(
-      f"Unknown crop {crop!r}; known: 'random_resized', 'center', 'squash', 'evaluation'"
-    )
+  if callable(size):
+    ratio = (ratio[0] * width / height, ratio[1] * width / height)
+  box = _box(height, width, rng, crop=crop, scale=scale, ratio=ratio)
   image = _natural(image, box, size) if callable(size) else _resize(image, box, size)
   if rotate or shift:
     image = _move(image, rng, rotate=rotate, shift=shift)
@@ -100,6 +90,69 @@ def train_image(
   if grayscale:
     image = augment.to_grayscale(image, rng, probability=grayscale)
   return image
+
+
+class Part(NamedTuple):
+  """The part of an image that a view shows, in pixels of the image.
+
+  Args:
+    top, left, box_height, box_width: of the part.
+    height, width: of the image.
+    mirrored: whether left and right are exchanged.
+  """
+
+  top: int
+  left: int
+  box_height: int
+  box_width: int
+  height: int
+  width: int
+  mirrored: bool
+
+
+def part_of_view(
+  height: int,
+  width: int,
+  rng: np.random.Generator,
+  *,
+  crop: str = "random_resized",
+  scale: tuple[float, float] = (0.9, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  flip: float = 0.0,
+  **_: Any,
+) -> Part:
+  """What `train_image` shows of an image, without rotation and shift.
+
+  Args:
+    height: pixels of the image.
+    width: pixels of the image.
+    rng: in the state in which `train_image` gets it; it draws as that does.
+    crop, scale, ratio, flip: as of `train_image`.
+  """
+  box = _box(height, width, rng, crop=crop, scale=scale, ratio=ratio)
+  return Part(*box, height, width, bool(flip and rng.random() < flip))
+
+
+def _box(
+  height: int,
+  width: int,
+  rng: np.random.Generator,
+  *,
+  crop: str,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+  """(top, left, height, width) of what a crop keeps."""
+  if crop == "random_resized":
+    return _random_box(rng, height=height, width=width, scale=scale, ratio=ratio)
+  if crop == "center":
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+  if crop in ("squash", "evaluation"):  # the latter is size x size already
+    return 0, 0, height, width
+  raise ValueError(
+    f"Unknown crop {crop!r}; known: 'random_resized', 'center', 'squash', 'evaluation'"
+  )
 
 
 def shrink(

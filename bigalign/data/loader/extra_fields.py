@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from bigalign.data.fields import columns, teachers, text_pairs, texts, views
+from bigalign.data.fields import columns, regions, teachers, text_pairs, texts, views
 from bigalign.data.fields.base import Field, Spec
 from bigalign.data.fields.columns import Columns
+from bigalign.data.fields.regions import Regions
 from bigalign.data.fields.teachers import Teachers
 from bigalign.data.fields.text_pairs import TextPairs
 from bigalign.data.fields.views import ImageViews
@@ -21,7 +22,7 @@ from bigalign.options import plain
 _TAKEN = {
   *("text", "text_mask", "text_second", "text_second_mask", "image_id", "text_id"),
   *("label", "source", "rejects", "repaired"),
-  *(*naflex.FIELDS, *texts.NAMES, *teachers.NAMES, *text_pairs.NAMES),
+  *(*naflex.FIELDS, *texts.NAMES, *teachers.NAMES, *text_pairs.NAMES, *regions.NAMES),
 }
 
 
@@ -33,6 +34,7 @@ def spec(data: DataOptions) -> Spec:
     **columns.spec(data.columns),
     **views.spec(data.views, data.image_size),
     **text_pairs.spec(data.text_pairs, data.text_length),
+    **regions.spec(data.regions, data.text_length),
   }
 
 
@@ -81,7 +83,27 @@ def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
       )
     tokenizer = data.make_tokenizer()
     opened.append(TextPairs(data.text_pairs, tokenizer, shuffle=data.shuffle, order=data.order))
+  if data.regions:
+    _check_regions(data)
+    opened.append(Regions(data.regions, source, data.make_tokenizer()))
   return tuple(opened)
+
+
+def _check_regions(data: DataOptions) -> None:
+  """Raises ValueError if boxes cannot follow the views of images."""
+  moves = [name for name in ("rotate", "shift") if data.augment.option(name)]
+  if data.augment.option("crop") == "evaluation" and data.resize != "squash":
+    moves.append("crop")
+  if moves:
+    raise ValueError(
+      f"config.data.regions: boxes do not follow config.data.augment.{moves[0]}="
+      f"{data.augment.option(moves[0])!r}; leave it out"
+    )
+  for name, given in (("naflex", data.naflex), ("frames", data.frames)):
+    if given:
+      raise ValueError(f"config.data.regions is for squares of one image, not config.data.{name}")
+  if "image" in data.stores.sides or not data.images:
+    raise ValueError("config.data.regions needs images, not stores of vectors or texts alone")
 
 
 def stacked(fields: tuple[Field, ...], values: list[tuple[Any, ...]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,14 @@ from typing import Annotated, Any
 import numpy as np
 
 from bigalign.data.fields.columns import ColumnOptions
+from bigalign.data.fields.regions import RegionOptions
 from bigalign.data.fields.teachers import TeacherOptions
 from bigalign.data.fields.text_pairs import TextPairsOptions
 from bigalign.data.fields.texts import TextsOptions
 from bigalign.data.fields.views import Views
 from bigalign.data.image import frames, naflex
 from bigalign.data.image.reading import ImageReading
-from bigalign.data.image.transforms import shrink, train_image
+from bigalign.data.image.transforms import Part, part_of_view, shrink, train_image
 from bigalign.data.order.lengths import LengthSchedule
 from bigalign.data.order.permutation import philox
 from bigalign.data.samples.rejects import Watch
@@ -136,6 +138,7 @@ class DataOptions(ImageReading):
       options of `augment`, such as local=dict(count=8, size=96, scale=(0.05, 0.4)).
     text_pairs: pairs of texts of another source, which batches hold beside the images and their
       texts, for the loss text_pairs.
+    regions: boxes of each image with phrases, for the loss region_phrase.
     captions_per_image: room for captions in the ids of texts and in the per-sample state of a
       loss.
     shuffle: a new order in each epoch; without it, the order of the source.
@@ -167,6 +170,7 @@ class DataOptions(ImageReading):
   columns: Mapping[str, ColumnOptions] = DEFAULTS
   views: Views = DEFAULTS
   text_pairs: TextPairsOptions | None = None
+  regions: RegionOptions | None = None
   captions_per_image: int = CAPTIONS_PER_IMAGE
   shuffle: bool = True
   order: str = "auto"
@@ -197,6 +201,11 @@ class DataOptions(ImageReading):
     if self.augment.option("crop") == "evaluation":
       image = self.evaluation_view(image)
     return self.augment.make(image, rng, size=self.image_size)
+
+  def part_of_view(self, image: np.ndarray, rng: np.random.Generator) -> Part:
+    """What `training_view` shows of an image, with the same draws; the draws are not taken."""
+    height, width = image.shape[:2]
+    return part_of_view(height, width, copy.deepcopy(rng), **self.augment.options)
 
   def shrink(self, height: int, width: int) -> int:
     """By how much a JPEG may be reduced when it is decoded for `training_view`: 8, 4, 2 or 1."""

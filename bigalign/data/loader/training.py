@@ -501,13 +501,14 @@ class _TrainBatches(SampleReader):
     every = [text for column in captions.values() for text in column]
     first, second, replay = choose(captions, self._captions, rng), -1, -1
     try:
-      image = record["image"]
+      image, part, seen = record["image"], None, rng
       if self._replay:
         replay = int(draws.of("replay").integers(self._replay.views))
         seen = self._replay.rng(record["key"], replay)
+      if self._data.regions:
+        part = self._reading.part_of_view(image, seen)
+      if self._replay or self._views_images:
         image = self._reading.training_view(image, seen)
-      elif self._views_images:
-        image = self._reading.training_view(image, rng)
       if self._second_captions:
         second = choose(captions, self._second_captions, rng, but=first)
       texts = several_texts.read(
@@ -527,7 +528,7 @@ class _TrainBatches(SampleReader):
       ):
         if alone and store is None and text is not None:
           self._tokenizer.encode_batch([text])
-      known = Sample(index, record, captions, texts.places, second, replay, rejects)
+      known = Sample(index, record, captions, texts.places, second, replay, rejects, part)
       extra = tuple(field.read(known, draws) for field in self._fields)
     except Exception as error:
       self._reject(index, record["key"], rejection(error), rejects=rejects)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bigalign import checks
+from bigalign.data.fields.regions import BOXES, MASK, NAMES, PHRASES, PHRASES_MASK
 from bigalign.losses import temperature as scales
 from bigalign.losses.base import Context, Features, Loss, State
 from bigalign.losses.base import Params as Scalars
@@ -42,9 +42,6 @@ def pooling(boxes: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 def region_phrase(
   *,
-  boxes: str = "boxes",
-  phrases: str = "phrases",
-  pad: int = 0,
   t_init: float = 1 / 0.07,
   t_max: float | None = 100.0,
 ) -> Loss:
@@ -56,25 +53,19 @@ def region_phrase(
   that reads a box as a prompt, finds regions better than pooling; it is not a part of this head.
   Its weight is 1 times the share of pictures with regions.
 
-  The data holds two columns (config.data.columns): boxes [M, 4], ragged, so that NAME_mask says
-  which regions there are, and phrases [M, L] int32, token ids. Boxes are shares of the image's
-  sides and do not follow crops: use config.data.augment=dict(crop="squash"), without flips.
+  The data holds boxes and phrases: config.data.regions.
 
   Args:
-    boxes: column of the boxes [M, 4]: left, top, right, bottom.
-    phrases: column of the phrases' token ids [M, L], of the tokenizer of the run.
-    pad: id of padding in `phrases`.
     t_init: first value of the logit scale, as in `clip`.
     t_max: upper bound of that scale, as in `clip`.
   """
   scales.check("region_phrase", t_init, t_max)
-  checks.between("config.loss.region_phrase", 0, pad=pad)
 
   def apply_head(params: Any, averaged: Any, read: Read) -> dict[str, jax.Array]:
-    ids = read.batch[phrases]
+    ids = read.batch[PHRASES]
     count = ids.shape[1]
-    flat = rearrange(ids, "b m l -> (b m) l")
-    texts = read.project("text", read.text(flat, flat != pad))
+    flat = [rearrange(read.batch[name], "b m l -> (b m) l") for name in (PHRASES, PHRASES_MASK)]
+    texts = read.project("text", read.text(*flat))
     patches = read.projected()
     whole = masks.patches(read.batch["image"].shape, read.sizes)
     side = math.isqrt(whole)
@@ -83,7 +74,7 @@ def region_phrase(
         f"config.loss.region_phrase: the image tower gives {patches.shape[1]} of {whole} patches;"
         " set config.model.image.patch_dropout=0"
       )
-    weights = pooling(read.batch[boxes].astype(jnp.float32), (side, side))
+    weights = pooling(read.batch[BOXES].astype(jnp.float32), (side, side))
     regions = jnp.einsum("bmn,bnd->bmd", weights, patches)
     texts = rearrange(texts, "(b m) d -> b m d", m=count)[..., -patches.shape[-1] :]
     return {"regions": unit(regions), "phrases": unit(texts), "ids": _hashed(ids)}
@@ -95,7 +86,7 @@ def region_phrase(
     r2q, q2r = cloc_region(
       feats["regions"],
       feats["phrases"],
-      batch[f"{boxes}_mask"],
+      batch[MASK],
       feats["ids"],
       scale,
       engine=context.engine,
@@ -107,7 +98,7 @@ def region_phrase(
   head = Head(
     lambda key, read: {},
     apply_head,
-    fields=frozenset({"image", boxes, phrases, f"{boxes}_mask"}),
+    fields=frozenset({"image", *NAMES}),
   )
   return Loss(
     frozenset(),
