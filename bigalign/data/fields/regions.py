@@ -100,19 +100,9 @@ class Regions:
         as the module says.
     """
     options = self._options
-    where = f"{sample.key}: the regions ({options.field})"
-    stored = value(self._source, sample.index, options.field)
-    if stored is None:
-      raise Rejected(
-        "no_column", f"{where} are missing; an image without regions has an empty list"
-      )
-    if sample.part is None:
-      raise ValueError("config.data.regions needs the part of the image that a view shows")
-    if not isinstance(stored, Sequence) or isinstance(stored, str | bytes):
-      raise Rejected("bad_metadata", f"{where} are a {type(stored).__name__}, expected a list")
+    assert sample.part is not None, "the loader gives it"
     shown = []
-    for region in stored:
-      box, phrase = _checked(region, where)
+    for box, phrase in regions_of(self._source, sample.index, options.field):
       seen, share = of_view(box, sample.part)
       if share >= options.visible:
         shown.append((seen, phrase))
@@ -134,6 +124,22 @@ class Regions:
       arrays[BOXES][row, : len(boxes)] = boxes
       arrays[MASK][row, : len(boxes)] = True
     return arrays
+
+
+def regions_of(source: Source, i: int, field: str) -> list[tuple[np.ndarray, str]]:
+  """The regions of a sample: boxes [4] float64, as shares of the sides of the image, and phrases.
+
+  Raises:
+    Rejected: "no_column" for a sample without the field; "bad_metadata" for regions that are not as
+      the module says.
+  """
+  where = f"the regions of sample {i} ({field})"
+  stored = value(source, i, field)
+  if stored is None:
+    raise Rejected("no_column", f"{where} are missing; an image without regions has an empty list")
+  if not isinstance(stored, Sequence) or isinstance(stored, str | bytes):
+    raise Rejected("bad_metadata", f"{where} are a {type(stored).__name__}, expected a list")
+  return [_checked(region, where) for region in stored]
 
 
 def _checked(region: Any, where: str) -> tuple[np.ndarray, str]:

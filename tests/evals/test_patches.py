@@ -1,8 +1,9 @@
-"""Zero-shot segmentation: labels that are read, interpolation, and measures by hand."""
+"""Segmentation and retrieval of regions by a model that sees colours; measures by hand."""
 
 from __future__ import annotations
 
 import io
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from PIL import Image
 from bigalign import sharding
 from bigalign.data.loader.options import resolve_data
 from bigalign.evals.embed import Context
+from bigalign.evals.regions import region_retrieval
 from bigalign.evals.segmentation import confusion, measures, read_labels, segmentation
 from bigalign.model import make_model
 from bigalign.sphere import unit
@@ -90,6 +92,32 @@ def test_a_sample_without_labels_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"sample val.tar/0: it has no 'seg.png'"):
     segmentation(context(), **shard(tmp_path, "mask.png"))(None)
   assert segmentation(context(), **shard(tmp_path, "mask.png", labels="mask.png"))(None)
+
+
+def test_phrases_find_their_regions(tmp_path):
+  """In each half of an image is a colour; the phrase of a wrong box is not found first."""
+  halves = np.zeros((16, 48), np.int32), np.ones((16, 48), np.int32)
+  halves[0][:, 24:] = 2
+  halves[1][8:] = 0
+  left, right, top = [0, 0, 0.5, 1], [0.5, 0, 1, 1], [0, 0, 1, 0.5]
+  regions = [[(left, "r"), (right, "b")], [(top, "g")]], [[(left, "b"), (right, "r")], [(top, "g")]]
+  for wrong, given in enumerate(regions):
+    members = []
+    for i, (classes, own) in enumerate(zip(halves, given)):
+      boxes = [dict(box=box, phrase=phrase) for box, phrase in own]
+      stored = json.dumps(dict(regions=boxes)).encode()
+      members += [(f"{i}.jpg", png(COLOURS[classes])), (f"{i}.json", stored)]
+    source = write_tar(tmp_path / f"{wrong}.tar", members)
+    found = region_retrieval(context(), source=source, batch_size=8)(None)
+    for name in ("text_to_region", "region_to_text"):
+      expected = 1 / 3 if wrong else 1
+      assert found[f"val/val-regions-{name}_R@1"] == pytest.approx(expected)
+      assert found[f"val/val-regions-{name}_R@5"] == 1
+    assert found["val/val-regions-num_regions"] == found["val/val-regions-num_phrases"] == 3
+  with pytest.raises(
+    ValueError, match=r"sample .*/0: no_column: the regions of sample 0 \(json.no\) are missing"
+  ):
+    region_retrieval(context(), source=source, field="json.no")
 
 
 def test_measures_by_hand():
