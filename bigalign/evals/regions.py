@@ -69,7 +69,8 @@ def region_retrieval(
     return unit(jnp.einsum("bmn,bnk->bmk", pooling(boxes, (side, side)), patches))
 
   def run(params: Any) -> dict[str, float]:
-    found, owners, rejects = [], [], 0
+    found, owners = [], []
+    rejects: Any = 0
     for batch in data.batches():
       boxes = np.zeros((len(batch["valid"]), most, 4), np.float32)
       owner = np.full((len(boxes), most), -1, np.int32)
