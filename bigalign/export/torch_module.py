@@ -35,8 +35,9 @@ from bigalign.towers.base import TransformerOptions
 from bigalign.towers.bert import BertOptions, buckets
 from bigalign.towers.features import FeaturesOptions
 from bigalign.towers.mobilenet import MobilenetOptions
+from bigalign.towers.text import POOLS as TEXT_POOLS
 from bigalign.towers.text import TextOptions
-from bigalign.towers.vit import VitOptions, sincos2d
+from bigalign.towers.vit import POOLS, VitOptions, sincos2d
 from bigalign.weights.files import open_tensors
 
 SOURCE = pathlib.Path(__file__).with_name("torch_model.txt")
@@ -82,9 +83,15 @@ def _reasons(trained: TrainedModel) -> list[str]:
     if name == "blocks":
       known = sorted({*PROJECTORS} - {name})
       wrong.append(requirement(f"config.model.{side}_projector.name", name, *known))
+  if isinstance(trained.text, TextOptions) and trained.text.pool == "class":
+    pools = [pool for pool in TEXT_POOLS if pool != "class"]
+    wrong.append(requirement("config.model.text.pool", "class", *pools))
   if isinstance(image, VitOptions):
     if image.stem != "patch":
       wrong.append(requirement("config.model.image.stem", image.stem, "patch"))
+    if image.pool == "queries":
+      pools = [pool for pool in POOLS if pool != "queries"]
+      wrong.append(requirement("config.model.image.pool", "queries", *pools))
     if image.positions == "rope":
       wrong.append(requirement("config.model.image.positions", "rope", "learned", "sincos2d"))
   if trained.data.resize == "longest":

@@ -15,7 +15,7 @@ from bigalign import checks, sharding
 from bigalign.towers import base
 from bigalign.towers.linear import Dense, product
 
-POOLS = ("map", "cls", "pooler", "mean", "cls+mean", "queries")
+POOLS = ("map", "cls", "pooler", "mean", "max", "cls+mean", "queries")
 POSITIONS = ("learned", "sincos2d", "rope")
 
 
@@ -166,9 +166,10 @@ class VitOptions(base.TransformerOptions):
       patch must be a power of 2).
     patch_bias: whether the patch stem has a bias; CLIP's has none.
     pool: "map" (attention pooling, SigLIP), "cls" (the class token), "pooler" (tanh of a linear
-      map of the class token), "mean" (of the patches), "cls+mean" (SAIL: both concatenated,
-      2 D wide) or "queries" (CoCa: learned queries attend to all tokens; the first one is pooled,
-      and the others are the tokens of the image).
+      map of the class token), "mean" of the patches, "max" (their largest value in each place:
+      CLIPpy, https://arxiv.org/abs/2210.09996), "cls+mean" (SAIL: both concatenated, 2 D wide) or
+      "queries" (CoCa: learned queries attend to all tokens; the first one is pooled, and the others
+      are the tokens of the image).
     queries: their number with pool="queries".
     query_width: their width with pool="queries"; None: that of the tokens.
     query_heads: heads of their attention.
@@ -342,6 +343,8 @@ class ViT(nn.Module):
       pooled = x[:, 0]
     elif options.pool == "pooler":
       pooled = jnp.tanh(Dense(sizes.width, dtype=dtype, name="pooler")(x[:, 0]))
+    elif options.pool == "max":
+      pooled = patches.max(1)
     elif options.pool == "mean":
       pooled = base.masked_mean(patches, None)
     elif options.pool == "cls+mean":

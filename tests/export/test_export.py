@@ -314,6 +314,18 @@ REFUSED = [
     "config.model.image.positions must be 'learned' or 'sincos2d' (yours: 'rope')",
     "",
   ),
+  *(
+    (
+      kind,
+      {"image/pool": "queries", "image/class_token": True, "text/pool": "class"}
+      | {"image/queries": 3, "image/query_heads": 2},
+      CLIP_LOSS,
+      f"config.model.{side}.pool must be",
+      "",
+    )
+    for kind in ("torch", "hf", "open_clip")
+    for side in ("image", "text")
+  ),
 ]
 
 

@@ -215,6 +215,7 @@ ODD = {
     "linear",
   ),
   "aligned": (dict(pool="cls+mean", registers=1), dict(pool="mean"), "residual", "gated"),
+  "largest": (dict(pool="max"), dict(pool="mean"), "linear", "linear"),
 }
 
 

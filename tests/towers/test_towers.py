@@ -145,6 +145,12 @@ def test_class_token_and_patches_in_one_vector():
   np.testing.assert_array_equal(apply(both, params, IMAGE).pooled, np.concatenate(expected, 1))
 
 
+def test_the_largest_value_of_the_patches_in_each_place():
+  tower = TOWERS["vit"](pool="max", patch=8, **{**SMALL, "depth": 1}).build()
+  out = apply(tower, jax.jit(tower.init)(KEY, IMAGE), IMAGE)
+  np.testing.assert_array_equal(out.pooled, out.tokens.max(1))
+
+
 def test_patches_equal_a_strided_convolution():
   """The kernel [p, p, 3, D] means what a convolution of stride p means."""
   from bigalign.towers.vit import PatchEmbed
