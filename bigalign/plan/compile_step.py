@@ -234,7 +234,10 @@ def moved(text: str) -> dict[str, Any]:
 
 
 def _loss(config: Config, step: Step) -> dict[str, Any]:
-  """Temporaries of each loss compiled alone: how much of the step's they can explain."""
+  """Temporaries of each loss compiled alone: how much of the step's they can explain.
+
+  A head has no loss without the towers that it reads.
+  """
   engine, sizes = step.program.logits, step.program.sizes
   alone = [
     loss_costs.measure(
@@ -248,5 +251,6 @@ def _loss(config: Config, step: Step) -> dict[str, Any]:
       options={k: v for k, v in plain(term.options).items() if k != "weight"},
     )
     for name, term in config.loss.items()
+    if name in step.program.loss.terms and step.program.loss.terms[name][1].head is None
   ]
-  return {"loss_alone_bytes_per_chip": max(x["temporary_bytes"] for x in alone)}
+  return {"loss_alone_bytes_per_chip": max((x["temporary_bytes"] for x in alone), default=0)}

@@ -51,6 +51,21 @@ def test_what_a_small_step_moves():
   assert plan["not_checked"], "the vocabulary file is missing"
 
 
+@compiled_for_tpus
+def test_a_step_with_heads_is_planned():
+  """Their layers are a part of the plan, and so are the losses beside them."""
+  c = load("tiny").to_dict() | dict(batch_size=16)
+  for side in ("image", "text"):
+    c["model"][side] |= dict(depth=1, dtype="bfloat16")
+  c["loss"] = dict(siglip={}, caption=dict(depth=1))
+  plan = compile_step.measure(c, "v5e:1x1")
+  work = {name: x["flops_per_chip"] for name, x in plan["parts"].items()}
+  assert work["heads"] > 0.2 * work["encoders"]
+  assert plan["loss_alone_bytes_per_chip"] > 0
+  c["loss"] = dict(caption=dict(depth=1))
+  assert compile_step.measure(c, "v5e:1x1")["loss_alone_bytes_per_chip"] == 0
+
+
 @pytest.mark.long
 def test_gradients_in_bfloat16_are_those_of_float32():
   """One step of SGD from the same loss, to the digits of bfloat16; kernels alone are rounded."""
