@@ -497,9 +497,11 @@ def build_stages(
       shapes = {}
       for name, (shape, dtype) in program.spec.items():
         x = batch.get(name)
-        if x is not None and x.shape != spec[name][0]:
-          # Stored vectors are as wide as in the store, whatever the spec says.
-          shape, dtype = (program.batch_size, *x.shape[1:]), x.dtype
+        if x is not None:
+          # Stored vectors have the width and the dtype of the store, whatever the spec says.
+          is_as_in_spec = x.shape == spec[name][0]
+          shape = shape if is_as_in_spec else (program.batch_size, *x.shape[1:])
+          dtype = x.dtype
         shapes[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=batch["label"].sharding)
       try:
         one = build(jitted(program, own, mesh), program, given, shapes, position)
