@@ -208,7 +208,7 @@ def test_variants_have_the_published_sizes():
 @pytest.mark.parametrize(
   "make,message",
   [
-    (lambda: TOWERS["vit"](pool="max"), "config.model.image.pool: unknown 'max'; known"),
+    (lambda: TOWERS["vit"](pool="min"), "config.model.image.pool: unknown 'min'; known"),
     (lambda: TOWERS["vit"](variant="XL"), "variant: unknown 'XL'"),
     (lambda: TOWERS["vit"](width=30, heads=4), "does not divide into 4 heads"),
     (lambda: TOWERS["vit"](patch=12, stem="conv"), "power of 2"),

@@ -29,7 +29,7 @@ def test_the_loss_is_described_without_tracing_towers_if_possible(more, monkeypa
     functools.partial(features, program),
     shapes,
     shapes.trainable,
-    step._inputs(program, batch),
+    step._inputs(program, batch, jax.random.key(0)),
     jax.random.key(0),
   )
   known = jax.eval_shape(functools.partial(step._for_loss, program), batch)
