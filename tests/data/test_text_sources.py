@@ -64,7 +64,9 @@ def test_a_batch_of_texts_has_no_image_and_is_as_the_spec_says(folder):
 
 def test_texts_are_those_that_are_drawn_with_images(folder, tmp_path):
   write_images(tmp_path)
-  data = {k: x for k, x in every_field(tmp_path).items() if k not in ("views", "teachers", "regions")}
+  data = {
+    k: x for k, x in every_field(tmp_path).items() if k not in ("views", "teachers", "regions")
+  }
   alone = {k: x for k, x in data.items() if k != "augment"} | dict(images=False)
   for a, b in zip(take(alone), take(data), strict=True):
     assert b.keys() - a.keys() == {"image"}
