@@ -96,11 +96,11 @@ def test_a_resumed_run_checks_what_it_keeps(tmp_path):
 
   with pytest.raises(ValueError, match=r"config.keep.best: no metric 'val/R'"):
     run(2, {**keep, "best": "val/R"})
-  run(2, keep)
+  run(3, keep)  # of three checkpoints, the best and the last are two
   kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
   for _ in range(2):
     with pytest.raises(ValueError, match=r"config.keep.best: no metric 'val/R'.* Known: .*R@1"):
       run(4, {**keep, "best": "val/R"}, allow_config_change=True)
   with pytest.raises(ValueError, match=r"config.keep was .* and is now .* would delete"):
-    run(2, {"last": 1, "best": best, "mode": "max"})
+    run(3, {"last": 1, "best": best, "mode": "max"})
   assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == kept
