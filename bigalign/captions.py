@@ -17,6 +17,7 @@ from bigalign.losses import make_loss
 from bigalign.losses.heads.base import Head, Read
 from bigalign.losses.heads.caption_search import search
 from bigalign.model import DualEncoder
+from bigalign.program import sizes_of_towers
 from bigalign.towers.base import TowerOutput
 
 
@@ -131,13 +132,7 @@ def of_config(config: Config, model: DualEncoder, tokenizer: Tokenizer | None) -
       f"config.loss={[*config.loss]} has no term that writes captions; these do: caption,"
       " caption_fused, coca. Exported folders hold no decoder, so load the run itself"
     )
-  text, image = config.model.text, config.model.image
-  sizes = {
-    "vocabulary": getattr(text, "vocab_size", 0),
-    "patch": getattr(image, "patch", 0),
-    "embed": config.model.embed_dim,
-  }
-  return Captioner(*term, model, sizes, tokenizer)
+  return Captioner(*term, model, sizes_of_towers(config), tokenizer)
 
 
 def term_that_writes(config: Config) -> tuple[str, Head] | None:

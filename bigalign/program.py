@@ -18,11 +18,11 @@ from bigalign.data.fields import teachers
 from bigalign.data.image import naflex
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import batch_spec
-from bigalign.losses import Loss, make_loss
+from bigalign.losses import Loss, check_needs, make_loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 from bigalign.losses.selection import Selection
-from bigalign.model import DualEncoder
+from bigalign.model import DualEncoder, provided
 from bigalign.optim import Schedule, joined_rate, make_optimizer, make_rate
 from bigalign.private_apis import without_shape_checks
 from bigalign.state import Arrays, State
@@ -132,10 +132,8 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     sizes={
       "image": dataset_size,
       "text": dataset_size * config.data.captions_per_image,
-      "embed": config.model.embed_dim,
       "teachers": teachers.widths(config.data.teachers),
-      "vocabulary": getattr(config.model.text, "vocab_size", 0),
-      "patch": getattr(config.model.image, "patch", 0),
+      **sizes_of_towers(config),
     },
     params={},
     frozen=_frozen(config),
@@ -271,6 +269,22 @@ def _rate(run_stages: Sequence[stages.Stage], dataset_size: int) -> Schedule:
   rest = stages.with_run_schedule(run_stages)
   to_steps = functools.partial(stages.steps, stages=rest, dataset_size=dataset_size)
   return joined_rate(of(run_stages[-1], rest[-1].end, to_steps), own)
+
+
+def sizes_of_towers(config: Config) -> dict[str, int]:
+  """The sizes of a model that heads read: "embed", and "vocabulary" and "patch", 0 without one."""
+  return {
+    "embed": config.model.embed_dim,
+    "vocabulary": getattr(config.model.text, "vocab_size", 0),
+    "patch": getattr(config.model.image, "patch", 0),
+  }
+
+
+def check_loss(program: Program) -> None:
+  """Raises ValueError if data and model lack what the loss reads; see losses.check_needs."""
+  ema = program.ema > 0
+  averages = ema or program.twin.decay > 0
+  check_needs(program.loss, provided(program.spec), ema=ema, averages=averages)
 
 
 def check_stages(run_stages: Sequence[stages.Stage], mesh: jax.sharding.Mesh) -> None:

@@ -44,13 +44,13 @@ from bigalign.inputs import (
   staged_batches,
   with_stage_weights,
 )
-from bigalign.losses import check_ids, check_needs, has_tables
+from bigalign.losses import check_ids, has_tables
 from bigalign.losses.advice import BoundWatch, defaults_of_large_data
-from bigalign.model import provided
 from bigalign.options import plain
 from bigalign.program import (
   Program,
   at_start,
+  check_loss,
   init_on_mesh,
   layout,
   make_embed,
@@ -180,10 +180,9 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   stages = split(options, dataset_size=dataset_size)
   programs = make_programs(options, dataset_size=dataset_size)
   program = programs[-1]
-  ema, averages = options.ema > 0, options.ema > 0 or options.twin.decay > 0
   for stage, one in zip(stages, programs):
     with named(stage):
-      check_needs(one.loss, provided(one.spec), ema=ema, averages=averages)
+      check_loss(one)
   inputs = with_stage_weights(inputs, stages)
   check_stages(stages, inputs, program.model.text_tower)
   _check_profile(options.profile, program.total_steps)

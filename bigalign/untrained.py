@@ -12,7 +12,7 @@ import numpy as np
 
 from bigalign import sharding
 from bigalign.checkpoint import revision
-from bigalign.config import Config, originals, tokenizer_digest, tokenizer_files
+from bigalign.config import Config, Twin, originals, tokenizer_digest, tokenizer_files
 from bigalign.options import plain
 from bigalign.program import layout, make_program
 from bigalign.run import copies, runtime
@@ -20,8 +20,12 @@ from bigalign.run.provenance import write_config
 
 
 def alone(config: Config) -> Config:
-  """A config whose checkpoint holds all parameters together: no stages, averages, frozen parts."""
-  return dataclasses.replace(config, stages=(), ema=0.0, frozen="")
+  """A config whose checkpoint holds all parameters together: no stages, averages, frozen parts.
+
+  Without images the image side would be frozen, so the data of a run on texts alone has images.
+  """
+  data = dataclasses.replace(config.data, images=True)
+  return dataclasses.replace(config, data=data, stages=(), ema=0.0, twin=Twin(), frozen="")
 
 
 def write_run(

@@ -3,7 +3,7 @@
   bigalign train --config=siglip2_b16 \
     --config.data.source='/data/{00000..41455}.tar' --config.data.tokenizer.path=/data/gemma.model
 
-For 256 chips of TPU v5e (16x16). Nobody has released SigLIP 2's training code; this follows its
+For 256 chips of TPU v5e (16x16). The training code of SigLIP 2 is not released; this follows its
 paper. From the start, the sigmoid loss and a decoder of captions have equal weight. In the last
 20 % of the run, the classes of eight small crops come close to those of a large crop (`silc`), and
 those of hidden patches to those of visible ones (`ibot`), with weights 1 and 0.25, times 0.25 for a

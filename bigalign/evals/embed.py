@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,6 +94,24 @@ class Context(NamedTuple):
   text_lengths: UsedLengths = all_positions
   shared: SharedImages | None = None
   embed_patches: Callable[[Any, jax.Array], jax.Array] | None = None
+
+
+def of_patches(context: Context) -> tuple[Context, Callable[[Any, jax.Array], jax.Array]]:
+  """The context of an evaluator of patches, and `embed_patches`.
+
+  Images are squashed to the square, so that none of their places is lost.
+
+  Raises:
+    ValueError: if there are no patches of squares.
+  """
+  where, data = f"config.evals.{context.name}", context.data
+  if context.embed_patches is None or data.naflex or data.frames:
+    raise ValueError(
+      f"{where}: this evaluator reads the patches of squares, not those of config.data.naflex or"
+      " config.data.frames"
+    )
+  squashed = dataclasses.replace(data, resize="squash", resize_edge=None)
+  return context._replace(data=squashed, shared=None), context.embed_patches
 
 
 class EvalData(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from bigalign import sharding
 from bigalign.data.fields.regions import regions_of
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import key
-from bigalign.evals.embed import Context, log_rejects, open_data
+from bigalign.evals.embed import Context, log_rejects, of_patches, open_data
 from bigalign.evals.retrieval import RECALL_AT, ranks
 from bigalign.evals.zeroshot import class_weights
 from bigalign.losses.heads.region_phrase import pooling
@@ -46,11 +45,7 @@ def region_retrieval(
       for a projector that does not take single patches.
   """
   where = f"config.evals.{context.name}"
-  squashed = dataclasses.replace(context.data, resize="squash")
-  context = context._replace(data=squashed, shared=None)
-  embed = context.embed_patches
-  if embed is None or context.data.naflex or context.data.frames:
-    raise ValueError(f"{where}: regions need the patches of squares, not config.data.naflex/frames")
+  context, embed = of_patches(context)
   data = open_data(context, source, batch_size=batch_size, captions=0)
   every = [_stored(data.source, i, field, where) for i in range(len(data.source))]
   phrases = list(dict.fromkeys(phrase for regions in every for _, phrase in regions))
@@ -63,10 +58,13 @@ def region_retrieval(
   replicated = sharding.replicated_sharding(context.mesh)
 
   @functools.partial(jax.jit, out_shardings=replicated)
-  def pooled(patches: jax.Array, boxes: jax.Array) -> jax.Array:
-    """[B, N, K], [B, M, 4] -> [B, M, K], unit norm."""
+  def gathered(
+    patches: jax.Array, boxes: jax.Array, owner: jax.Array, rejects: jax.Array
+  ) -> tuple[jax.Array, ...]:
+    """[B, N, K], [B, M, 4], … -> the regions [B, M, K], unit norm; owner; the sum of rejects."""
     side = round(patches.shape[1] ** 0.5)
-    return unit(jnp.einsum("bmn,bnk->bmk", pooling(boxes, (side, side)), patches))
+    z = jnp.einsum("bmn,bnk->bmk", pooling(boxes, (side, side)), patches)
+    return unit(z), owner, rejects.sum(0)
 
   def run(params: Any) -> dict[str, float]:
     found, owners = [], []
@@ -79,12 +77,13 @@ def region_retrieval(
           boxes[row, m], owner[row, m] = box, number[phrase]
       given = dict(image=batch["image"], boxes=boxes, owner=owner, rejects=batch["rejects"])
       on_mesh = sharding.global_batch(context.mesh, given, rows, data.batch_size)
-      z = sharding.block_on_cpu(pooled(embed(params, on_mesh["image"]), on_mesh["boxes"]))
-      whole = jax.device_put((on_mesh["owner"], on_mesh["rejects"].sum(0)), replicated)
-      there = np.asarray(whole[0])
-      found.append(np.asarray(z)[there >= 0])
+      rest = (on_mesh[name] for name in ("boxes", "owner", "rejects"))
+      z, there, rejected = map(
+        np.asarray, sharding.block_on_cpu(gathered(embed(params, on_mesh["image"]), *rest))
+      )
+      found.append(z[there >= 0])
       owners.append(there[there >= 0])
-      rejects = rejects + np.asarray(whole[1])
+      rejects = rejects + rejected
     regions, owner = np.concatenate(found), np.concatenate(owners)
     texts = np.asarray(weigh(params))
     texts = np.asarray(unit(jnp.asarray(texts[:, -regions.shape[-1] :])))
@@ -94,8 +93,8 @@ def region_retrieval(
       "num_regions": len(regions),
       "num_phrases": len(phrases),
     }
-    rejected = log_rejects(context.name, rejects)
-    metrics |= {"rejected": rejected} if rejected else {}
+    count = log_rejects(context.name, rejects)
+    metrics |= {"rejected": count} if count else {}
     return {f"val/{context.name}-regions-{name}": x for name, x in metrics.items()}
 
   return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import io
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from PIL import Image
 from bigalign import sharding
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import key, value
-from bigalign.evals.embed import Context, log_rejects, open_data
+from bigalign.evals.embed import Context, log_rejects, of_patches, open_data
 from bigalign.evals.zeroshot import class_weights, read_lines, read_templates
 from bigalign.sphere import unit
 
@@ -132,13 +131,7 @@ def segmentation(
       that does not take single patches.
   """
   where = f"config.evals.{context.name}"
-  squashed = dataclasses.replace(context.data, resize="squash")
-  context = context._replace(data=squashed, shared=None)
-  embed = context.embed_patches
-  if embed is None:
-    raise ValueError(f"{where}: segmentation needs the patches of a model, and here are none")
-  if context.data.naflex or context.data.frames:
-    raise ValueError(f"{where}: segmentation reads squares, not config.data.naflex or frames")
+  context, embed = of_patches(context)
   names = read_lines(classnames, f"{where}.classnames", labels=True)
   data = open_data(context, source, batch_size=batch_size, captions=0)
   weigh = class_weights(

@@ -251,10 +251,15 @@ def rows_of(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _local_rows(axes: tuple[str, ...], x: jax.Array, index: jax.Array) -> jax.Array:
-  place = index - (jax.lax.axis_index(axes) * len(x) if axes else 0)
-  here = (place >= 0) & (place < len(x))
-  rows = jnp.where(here[:, None], x[jnp.where(here, place, 0)], 0)
+  rows = _own_rows(x, index - (jax.lax.axis_index(axes) * len(x) if axes else 0))
   return jax.lax.psum(rows, axes) if axes else rows
+
+
+def _own_rows(x: jax.Array, place: jax.Array) -> jax.Array:
+  """[c, ...]: the rows at some places of a part [b, ...]; zeros where a place is outside of it."""
+  here = (place >= 0) & (place < len(x))
+  rows = x[jnp.where(here, place, 0)]
+  return jnp.where(jnp.expand_dims(here, tuple(range(1, x.ndim))), rows, jnp.zeros((), x.dtype))
 
 
 def part(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -282,10 +287,7 @@ def _local_part(axes: tuple[str, ...], x: jax.Array, index: jax.Array) -> jax.Ar
   place = index - jax.lax.axis_index(axes) * len(x)
 
   def send(_: None, place: jax.Array) -> tuple[None, jax.Array]:
-    here = (place >= 0) & (place < len(x))
-    rows = x[jnp.where(here, place, 0)]
-    mine = jnp.where(here.reshape(-1, *[1] * (x.ndim - 1)), rows, jnp.zeros((), x.dtype))
-    return None, jax.lax.psum_scatter(mine, axes, tiled=True)[0]
+    return None, jax.lax.psum_scatter(_own_rows(x, place), axes, tiled=True)[0]
 
   # The n-th row of every device in one group.
   groups = rearrange(place, "(w n) -> n w", w=devices)

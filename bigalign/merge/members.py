@@ -12,9 +12,7 @@ from absl import logging
 from bigalign import tree
 from bigalign.api.checkpoints import load_checkpoint
 from bigalign.api.model import Model
-from bigalign.config import (
-  resolve_config,
-)
+from bigalign.config import resolve_config
 from bigalign.evaluate import Run, open_run
 from bigalign.merge.average import Arrays
 from bigalign.options import plain

@@ -17,12 +17,11 @@ import jax.numpy as jnp
 from bigalign import checks, inputs, sharding, stages, tree
 from bigalign.config import Config, resolve_config
 from bigalign.data.image import naflex
-from bigalign.losses import check_needs, has_tables
-from bigalign.model import provided
+from bigalign.losses import has_tables
 from bigalign.options import plain
 from bigalign.plan import chips, hlo_collectives, hlo_memory, loss_costs, parts, topologies
 from bigalign.private_apis import is_out_of_memory, memory_of_error
-from bigalign.program import Program, check_stages, layout, make_programs, stored_fields
+from bigalign.program import Program, check_loss, check_stages, layout, make_programs, stored_fields
 from bigalign.projectors import READ_TOKENS
 from bigalign.run import flops, runtime
 from bigalign.state import State
@@ -60,8 +59,7 @@ def trace_on(mesh: jax.sharding.Mesh, config: Config, *, samples: int = 0, stage
       f"config.loss={[*own.loss.terms]} has state for every sample; give the number of samples:"
       " --samples=400000000"
     )
-  averages = own.ema > 0 or own.twin.decay > 0
-  check_needs(own.loss, provided(own.spec), ema=own.ema > 0, averages=averages)
+  check_loss(own)
   check_stages([chosen], mesh)
   shapes, shardings = layout(own, mesh, config.rules)
   state = jax.tree.map(_sharded, shapes, shardings)

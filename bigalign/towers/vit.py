@@ -381,7 +381,11 @@ class ViT(nn.Module):
   def _keep_some(self, x: jax.Array) -> jax.Array:
     """[B, N, D] -> [B, n, D]: a random subset for each image, in the order of the patches."""
     batch, n, _ = x.shape
-    keep = max(1, round(n * (1 - self.options.patch_dropout)))
-    draws = jax.random.uniform(self.make_rng("patch_dropout"), (batch, n))
-    chosen = jnp.sort(jnp.argsort(draws, axis=1)[:, :keep], axis=1)
+    chosen = some_patches(self.make_rng("patch_dropout"), batch, n, 1 - self.options.patch_dropout)
     return jnp.take_along_axis(x, chosen[..., None], axis=1)
+
+
+def some_patches(key: jax.Array, batch: int, count: int, share: float) -> jax.Array:
+  """[batch, n] int32: for each image a random share of `count` patches, at least one, in order."""
+  order = jnp.argsort(jax.random.uniform(key, (batch, count)), axis=1)
+  return jnp.sort(order[:, : max(1, round(count * share))], axis=1)

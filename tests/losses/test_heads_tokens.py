@@ -11,12 +11,11 @@ from helpers.loss_oracles import AT, both_precisions, cases2, check2, oracles2, 
 from bigalign import losses
 from bigalign.losses.clip import contrast
 from bigalign.losses.engine.pairwise import DEFAULT
-from bigalign.losses.functions import cloc_region
 from bigalign.losses.heads import scores
 from bigalign.losses.heads.fdt import mixture, sparsemax
 from bigalign.losses.heads.gram import gram_mse
 from bigalign.losses.heads.lexical import overuse
-from bigalign.losses.heads.region_phrase import _hashed, pooling
+from bigalign.losses.heads.region_phrase import _hashed, cloc_region, pooling
 from bigalign.losses.heads.sinkhorn import sinkhorn
 from bigalign.losses.heads.vlap import swapped
 from bigalign.sphere import unit

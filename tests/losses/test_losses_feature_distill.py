@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,8 @@ import pytest
 from helpers.loss_oracles import AT, FIELDS, both_precisions, cases2, check2, make, run2
 
 from bigalign import losses
-from bigalign.losses.functions import token_distill
+from bigalign.losses.heads.base import mean_over_batch
+from bigalign.losses.heads.token_distill import regression
 
 
 def applied(name, options):
@@ -48,8 +47,8 @@ def test_vl2v(case, precision):
 @pytest.mark.parametrize("case", cases2("token_distill"))
 def test_token_distill(case, precision):
   def value(inputs, scalars):
-    given = (inputs["tokens"], inputs["t_tokens"], inputs["mask"])
-    loss = token_distill(*given, kind=case["params"]["kind"])
+    given = (inputs["tokens"], inputs["t_tokens"], inputs["mask"] != 0)
+    loss = mean_over_batch(regression(*given, case["params"]["kind"]))
     return loss, {"loss": loss}
 
   check2(case, run2(case, precision, value), precision)
@@ -106,8 +105,11 @@ def test_masked_tokens_do_not_count():
   rng = np.random.default_rng(0)
   tokens, teacher = (jnp.asarray(rng.normal(size=(3, 5, 4)), jnp.float32) for _ in range(2))
   mask = jnp.asarray(rng.random((3, 5)) < 0.5).at[0, 0].set(True)
-  of = functools.partial(token_distill, kind="mse")
+
+  def of(*given):
+    return mean_over_batch(regression(*given, "mse"))
+
   chosen = np.asarray(mask)
   expected = ((np.asarray(tokens) - np.asarray(teacher)) ** 2).mean(-1)[chosen].mean()
   np.testing.assert_allclose(of(tokens, teacher, mask), expected, rtol=1e-6)
-  assert float(of(tokens, teacher, jnp.zeros((3, 5)))) == 0
+  assert float(of(tokens, teacher, jnp.zeros((3, 5), bool))) == 0

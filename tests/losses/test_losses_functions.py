@@ -1,4 +1,4 @@
-"""Losses as plain functions: regions; captions as their heads compute them."""
+"""Losses of regions and captions on given vectors and logits, as their heads compute them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from helpers.loss_oracles import both_precisions, cases, floats, oracles, unit
 
 from bigalign import sharding
-from bigalign.losses import functions
 from bigalign.losses.engine import pairwise
 from bigalign.losses.heads.base import mean_over_batch
 from bigalign.losses.heads.caption import counted
+from bigalign.losses.heads.region_phrase import cloc_region
 
 
 def compare(case, got, precision):
@@ -37,7 +37,7 @@ def test_cloc_region(case, precision):
   log_scale = jnp.asarray(case["scalars"]["log_scale"], precision)
 
   def value(learned, log_scale):
-    r2t, t2r = functions.cloc_region(
+    r2t, t2r = cloc_region(
       norm(learned["regions"]),
       norm(learned["phrases"]),
       inputs["mask"],
@@ -77,9 +77,7 @@ def test_regions_are_compared_over_the_mesh(way):
   @functools.partial(jax.jit, static_argnums=2)
   def run(regions, phrases, engine):
     def value(regions, phrases):
-      losses = functions.cloc_region(
-        regions, phrases, mask, phrase_id, jnp.asarray(20.0), engine=engine
-      )
+      losses = cloc_region(regions, phrases, mask, phrase_id, jnp.asarray(20.0), engine=engine)
       return sum(losses)
 
     return jax.value_and_grad(value, (0, 1))(regions, phrases)
@@ -94,4 +92,4 @@ def test_regions_are_compared_over_the_mesh(way):
 
 def test_nothing_to_learn_from_is_zero():
   z, none = jnp.eye(4)[None], jnp.zeros((1, 4), int)
-  assert sum(functions.cloc_region(z, z, none, none, jnp.asarray(10.0))) == 0
+  assert sum(cloc_region(z, z, none, none, jnp.asarray(10.0))) == 0

@@ -219,6 +219,18 @@ def test_exported_folders_are_merged_too(tmp_path, kind):
   same_bits(read(tmp_path / "out"), arrays)
 
 
+def test_models_that_learned_from_texts_alone_keep_their_image_side(tmp_path):
+  """The image tower is frozen in such a run, and belongs to the model all the same."""
+  values = small(loss=dict(feature_distill=dict(w_img=0.0)), twin=dict(decay=0.9))
+  values["data"] = {k: x for k, x in values["data"].items() if k != "augment"} | dict(images=False)
+  arrays = random_params(values)
+  assert any("image_tower" in path for path in arrays)
+  run = write(tmp_path / "run", values, arrays)
+  same_bits(read(tmp_path / "run"), arrays)
+  main.merge(run, run, 0.5, tmp_path / "out")
+  same_bits(read(tmp_path / "out"), arrays)
+
+
 @pytest.mark.parametrize(
   "words,told",
   [

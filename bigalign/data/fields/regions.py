@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 
 from bigalign.data.fields.base import Draws, Sample, Spec
 from bigalign.data.image.transforms import Part
@@ -112,14 +113,15 @@ class Regions:
 
   def stack(self, values: Sequence[tuple[np.ndarray, list[str]]]) -> dict[str, np.ndarray]:
     """{name: [b, …]}."""
-    m, length = self._options.count, self._tokenizer.length
+    m = self._options.count
     arrays = {
       name: np.zeros((len(values), *shape), dtype) for name, (shape, dtype) in self.spec.items()
     }
     texts = [phrases + [""] * (m - len(phrases)) for _, phrases in values]
     ids, mask = self._tokenizer.encode_batch([text for row in texts for text in row])
-    arrays[PHRASES] = ids.reshape(len(values), m, length)
-    arrays[PHRASES_MASK] = mask.reshape(len(values), m, length)
+    arrays[PHRASES], arrays[PHRASES_MASK] = (
+      rearrange(x, "(b m) l -> b m l", m=m) for x in (ids, mask)
+    )
     for row, (boxes, _) in enumerate(values):
       arrays[BOXES][row, : len(boxes)] = boxes
       arrays[MASK][row, : len(boxes)] = True

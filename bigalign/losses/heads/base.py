@@ -116,6 +116,14 @@ class Head(NamedTuple):
   late: frozenset[str] = frozenset({"sum"})
 
 
+def mean_loss(
+  params: Any, state: Any, feats: Mapping[str, jax.Array], batch: Any, context: Any
+) -> tuple[jax.Array, Any]:
+  """Loss.apply of a head whose loss is `mean_over_batch`."""
+  value = mean_over_batch(feats)
+  return value, (state, {"loss": value})
+
+
 def mean_over_batch(feats: Mapping[str, jax.Array]) -> jax.Array:
   """[]: the mean of what a head counts, over the whole batch: of "sum" and "count", both [B]."""
   return feats["sum"].sum() / jnp.maximum(feats["count"].sum(), 1)

@@ -132,7 +132,7 @@ def caption(
     return states(params, read, one_by_one), params["logits"]["kernel"]
 
   head = Head(init, apply_head, draw=draw, sums=SUMS, write=write)
-  return Loss(frozenset(), lambda sizes: ({}, {}), mean_loss, pair=False, head=head)
+  return Loss(frozenset(), lambda sizes: ({}, {}), mean_and_accuracy, pair=False, head=head)
 
 
 SUMS = frozenset({"correct"})  # of `counted`
@@ -174,7 +174,7 @@ def counted(
   }
 
 
-def mean_loss(
+def mean_and_accuracy(
   params: Params, state: State, feats: Features, batch: Any, context: Context
 ) -> tuple[jax.Array, Any]:
   """The mean loss of all tokens of the batch that count, and the share of correct ones."""

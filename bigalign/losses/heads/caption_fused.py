@@ -14,9 +14,11 @@ from bigalign import checks
 from bigalign.losses.base import Loss
 from bigalign.losses.heads import masks
 from bigalign.losses.heads.base import Head, Read
-from bigalign.losses.heads.caption import HIDDEN, SUMS, counted, mean_loss, vocabulary
+from bigalign.losses.heads.caption import HIDDEN, SUMS, counted, mean_and_accuracy, vocabulary
 from bigalign.losses.heads.caption_decoder import Decoder, DecoderOptions, options_of
+from bigalign.losses.heads.layers import dense_init
 from bigalign.towers.linear import Dense, lookup
+from bigalign.towers.vit import some_patches
 
 INPUTS = ("queries", "tokens")
 
@@ -137,17 +139,14 @@ def caption_fused(
     if keep == 1:
       return {}
     shape = shapes["image"]
-    count = masks.patches(shape, sizes)
-    order = jnp.argsort(jax.random.uniform(key, (shape[0], count)), axis=1)
-    return {"kept": jnp.sort(order[:, : max(1, round(keep * count))], axis=1)}
+    return {"kept": some_patches(key, shape[0], masks.patches(shape, sizes), keep)}
 
   def init(key: jax.Array, read: Read) -> dict[str, Any]:
     module, words = decoder(read), vocabulary(read, where)
     of_decoder, of_logits = jax.random.split(key)
     variables = module.init(of_decoder, prefixes(read), _ids(read))
-    width = module.options.sizes.width
-    kernel = width**-0.5 * jax.random.normal(of_logits, (width, words), jnp.float32)
-    return {"decoder": variables["params"], "logits": {"kernel": kernel}}
+    logits = dense_init(of_logits, module.options.sizes.width, words, bias=False)
+    return {"decoder": variables["params"], "logits": logits}
 
   def apply_head(params: dict[str, Any], averaged: Any, read: Read) -> dict[str, jax.Array]:
     labels, mask = _ids(read), read.batch[mask_of]
@@ -166,4 +165,4 @@ def caption_fused(
     sums=SUMS,
     write=None if reads_text or second else write,
   )
-  return Loss(frozenset(), lambda sizes: ({}, {}), mean_loss, pair=False, head=head)
+  return Loss(frozenset(), lambda sizes: ({}, {}), mean_and_accuracy, pair=False, head=head)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from bigalign.losses.base import Loss
 from bigalign.losses.heads.base import Head, Read
-from bigalign.losses.heads.caption import SUMS, counted, mean_loss, vocabulary
+from bigalign.losses.heads.caption import SUMS, counted, mean_and_accuracy, vocabulary
 from bigalign.losses.heads.caption_decoder import Decoder, options_of
+from bigalign.losses.heads.layers import dense_init
 
 
 def coca(
@@ -66,9 +67,8 @@ def coca(
     tokens, words = read.features["tokens_txt"], vocabulary(read, where)
     of_decoder, of_logits = jax.random.split(key)
     variables = decoder(read, tokens).init(of_decoder, tokens, read.features["tokens_img"])
-    width = tokens.shape[-1]
-    kernel = width**-0.5 * jax.random.normal(of_logits, (width, words), jnp.float32)
-    return {"decoder": variables["params"], "logits": {"kernel": kernel}}
+    logits = dense_init(of_logits, tokens.shape[-1], words, bias=False)
+    return {"decoder": variables["params"], "logits": logits}
 
   def apply_head(params: dict[str, Any], averaged: Any, read: Read) -> dict[str, jax.Array]:
     hidden = states(params, read, read.features["tokens_txt"][:, :-1])
@@ -83,4 +83,4 @@ def coca(
     return shifted, params["logits"]["kernel"]
 
   head = Head(init, apply_head, sums=SUMS, write=write)
-  return Loss(frozenset(), lambda sizes: ({}, {}), mean_loss, pair=False, head=head)
+  return Loss(frozenset(), lambda sizes: ({}, {}), mean_and_accuracy, pair=False, head=head)

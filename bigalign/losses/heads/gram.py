@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from bigalign import checks
-from bigalign.losses.base import Context, Features, Loss, Params, State
-from bigalign.losses.heads.base import Head, Read, mean_over_batch
+from bigalign.losses.base import Loss
+from bigalign.losses.heads.base import Head, Read, mean_loss
 from bigalign.sphere import unit
 
 OF = ("tower", "projector")
@@ -63,16 +63,10 @@ def gram(*, of: str = "tower", normalise: bool = True, keep_negative: bool = Tru
     total = gram_mse(own.astype(wide), teacher.astype(wide), normalise, keep_negative)
     return {"sum": total, "count": jnp.full(len(own), own.shape[1] ** 2, jnp.int32)}
 
-  def apply(
-    params: Params, state: State, feats: Features, batch: Any, context: Context
-  ) -> tuple[jax.Array, Any]:
-    value = mean_over_batch(feats)
-    return value, (state, {"loss": value})
-
   head = Head(
     lambda key, read: {},
     apply_head,
     fields=frozenset({"image"}),
     averages=of == "tower",
   )
-  return Loss(frozenset(), lambda sizes: ({}, {}), apply, pair=False, head=head)
+  return Loss(frozenset(), lambda sizes: ({}, {}), mean_loss, pair=False, head=head)

@@ -146,13 +146,8 @@ def ibot(
     logs: dict[str, jax.Array] = {}
     if center == "sinkhorn":
       temperature = classes.teacher_temperature(teacher_temp, teacher_temp_updates, state)
-      logits = feats["teacher"]
-      targets = classes.balanced(logits, temperature)
+      targets, sums, seen = classes.balanced(feats["teacher"], temperature)
       value = classes.cross_entropy(feats["student"], targets, student_temp).mean()
-      sums, seen = (
-        classes.of_teacher(logits, targets),
-        jnp.asarray(logits.shape[0] * logits.shape[1]),
-      )
     else:
       sums, seen = {k: feats[k] for k in ("logits", "assigned", "entropy")}, feats["count"].sum()
       masked, visible = feats["masked"].sum(), feats["visible"].sum()

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from bigalign import checks
-from bigalign.losses.base import Context, Features, Loss, Params, State
+from bigalign.losses.base import Loss
 from bigalign.losses.heads import masks
-from bigalign.losses.heads.base import Head, Read, mean_over_batch
+from bigalign.losses.heads.base import Head, Read, mean_loss
 from bigalign.sphere import unit
 
 PLACES = ("hidden", "all")
@@ -73,16 +73,10 @@ def mask_regularization(*, every: int = 16, ratio: float = 0.4, places: str = "h
     count = hidden if places == "hidden" else jnp.ones_like(hidden)
     return {"sum": jnp.where(count, 1 - cosines, 0).sum(1), "count": count.sum(1)}
 
-  def apply(
-    params: Params, state: State, feats: Features, batch: Any, context: Context
-  ) -> tuple[jax.Array, Any]:
-    value = mean_over_batch(feats)
-    return value, (state, {"loss": value})
-
   return Loss(
     frozenset(),
     lambda sizes: ({}, {}),
-    apply,
+    mean_loss,
     pair=False,
     head=Head(init, apply_head, draw=draw),
   )

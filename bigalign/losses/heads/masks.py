@@ -14,8 +14,8 @@ def patches(shape: tuple[int, ...], sizes: Mapping[str, Any]) -> int:
   patch = sizes["patch"]
   if not patch:
     raise ValueError(
-      "config.loss has a term that hides patches from the image tower, which needs"
-      " config.model.image.name='vit'"
+      "config.loss has a term that counts the patches of images, which needs an image tower with"
+      " patches: config.model.image.name='vit'"
     )
   return int((shape[-3] // patch) * (shape[-2] // patch))
 

@@ -254,12 +254,18 @@ def check(
   checks.between(where, 1, prototypes=prototypes, hidden=hidden, bottleneck=bottleneck)
 
 
-def balanced(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-  """[B, G, K] -> [B, G, K]: assignments by Sinkhorn's algorithm over all rows of the batch.
+def balanced(
+  logits: jax.Array, temperature: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+  """Assignments of a teacher's [B, G, K] by Sinkhorn's algorithm over all rows of the batch.
 
   Three iterations and eps = the teacher's temperature, as in DINOv2 and DINOv3,
   https://arxiv.org/abs/2304.07193, 2508.10104.
+
+  Returns:
+    [B, G, K]; `of_teacher` of them; their number, B G.
   """
   rows = rearrange(logits, "b g k -> (b g) k")
   q = sinkhorn(rows, eps=temperature, iterations=3)
-  return rearrange(q, "(b g) k -> b g k", g=logits.shape[1])
+  targets = rearrange(q, "(b g) k -> b g k", g=logits.shape[1])
+  return targets, of_teacher(logits, targets), jnp.asarray(len(rows))

@@ -13,7 +13,7 @@ from bigalign.data.fields.regions import BOXES, MASK, NAMES, PHRASES, PHRASES_MA
 from bigalign.losses import temperature as scales
 from bigalign.losses.base import Context, Features, Loss, State
 from bigalign.losses.base import Params as Scalars
-from bigalign.losses.functions import cloc_region
+from bigalign.losses.engine.pairwise import DEFAULT, Engine
 from bigalign.losses.heads import masks
 from bigalign.losses.heads.base import Head, Read
 from bigalign.sphere import unit
@@ -38,6 +38,62 @@ def pooling(boxes: jax.Array, grid: tuple[int, int]) -> jax.Array:
   y, x = overlap(top, bottom, grid[0]), overlap(left, right, grid[1])
   areas = rearrange(y[..., :, None] * x[..., None, :], "... y x -> ... (y x)")
   return areas / jnp.maximum(areas.sum(-1, keepdims=True), 1e-12)
+
+
+def cloc_region(
+  regions: jax.Array,
+  phrases: jax.Array,
+  mask: jax.Array,
+  phrase_id: jax.Array,
+  scale: jax.Array,
+  *,
+  engine: Engine = DEFAULT,
+) -> tuple[jax.Array, jax.Array]:
+  """Contrast of image regions and their phrases, after CLOC (https://arxiv.org/abs/2410.02746).
+
+  InfoNCE over all real regions of the global batch. Where the paper does not define it, the
+  definition is our own: phrases equal to the anchor's are not its negatives, and means are over
+  real regions. The weight of the loss and the grounding head are left to the caller.
+
+  Args:
+    regions: [B, M, D], unit norm, at most M regions per image.
+    phrases: [B, M, D], unit norm.
+    mask: [B, M], nonzero for a real region.
+    phrase_id: [B, M] integers, equal for equal phrases.
+    scale: [], of the logits.
+    engine: forms the logits.
+
+  Returns:
+    [], the loss of regions to phrases, and [], of phrases to regions; CLOC uses their mean.
+
+  Example:
+    >>> z, ids = jnp.eye(4)[:, None], jnp.arange(4)[:, None]  # one region per image
+    >>> r2t, t2r = cloc_region(z, z, jnp.ones((4, 1)), ids, jnp.asarray(1.0))
+    >>> round(float(r2t), 3)
+    0.744
+  """
+  zr, zp = (rearrange(x, "b m d -> (b m) d") for x in (regions, phrases))
+  real, ids = (rearrange(x, "b m -> (b m)") for x in (mask != 0, phrase_id))
+  both = {"positive": engine.paired(zr, zp), "real": real, "id": ids}
+
+  def tile(row, col, shared):
+    z = engine.products(row["z"], col["z"])
+    other = row["real"][:, None] & col["real"][None, :] & (row["id"][:, None] != col["id"][None, :])
+    # Relative to the positive: absolute logits would lose the loss to rounding, in 100 - 100.
+    i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
+    scale = shared["scale"]
+    return {k: jnp.where(other, scale * v, -jnp.inf) for k, v in (("r2t", i2t), ("t2r", t2i))}
+
+  lse = engine.reduce(
+    tile,
+    {"z": zr, **both},
+    {"z": zp, **both},
+    {"scale": scale},
+    outputs={"r2t": "row_lse", "t2r": "col_lse"},
+  )
+  count = jnp.maximum(real.sum(), 1)
+  r2t, t2r = (jnp.where(real, jax.nn.softplus(lse[k]), 0).sum() / count for k in ("r2t", "t2r"))
+  return r2t, t2r
 
 
 def region_phrase(

@@ -135,13 +135,9 @@ def silc(
     if center == "sinkhorn":
       temperature = classes.teacher_temperature(teacher_temp, teacher_temp_updates, state)
       logits, students = feats["teacher"], feats["student"]
-      targets = classes.balanced(logits, temperature)
+      targets, sums, seen = classes.balanced(logits, temperature)
       total = classes.compared(lambda x: x, students, targets, pairs, student_temp).sum()
       value = total / (len(logits) * classes.pairs_of(logits.shape[1], students.shape[1], pairs))
-      sums, seen = (
-        classes.of_teacher(logits, targets),
-        jnp.asarray(logits.shape[0] * logits.shape[1]),
-      )
     else:
       value, seen = feats["sum"].sum() / feats["count"].sum(), feats["seen"].sum()
       sums = {name: feats[name] for name in ("logits", "assigned", "entropy")}

@@ -29,7 +29,7 @@ def sparc_adapted(
   w_fine: float = 1.0,
   threshold: float | None = None,
 ) -> Loss:
-  """SPARC as in the paper, https://arxiv.org/abs/2401.09865: `sparc` behind two linear adapters.
+  """SPARC as in the paper, https://arxiv.org/abs/2401.09865: `sparc` after two linear adapters.
 
   Patches and words go through a linear map of their side to the same width. The text's vector is
   the mean of its words, that of an image the mean of its patches after a layer with GELU, both

@@ -10,15 +10,30 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from bigalign import checks
-from bigalign.losses.base import Context, Features, Loss, State
-from bigalign.losses.base import Params as Scalars
+from bigalign.losses.base import Loss
 from bigalign.losses.feature_distill import KINDS, distance
 from bigalign.losses.heads import masks
-from bigalign.losses.heads.base import Head, Params, Read, mean_over_batch
+from bigalign.losses.heads.base import Head, Params, Read, mean_loss
 from bigalign.losses.heads.layers import dense, dense_init
 from bigalign.towers.base import Block
 
 HIDDEN_FROM = ("student", "teacher")
+
+
+def regression(
+  tokens: jax.Array, teacher: jax.Array, counts: jax.Array, kind: str
+) -> dict[str, jax.Array]:
+  """Regression of tokens to a teacher's tokens at the same places: "sum" and "count" [b].
+
+  Args:
+    tokens: [b, N, D].
+    teacher: [b, N, D]; it gets no gradient.
+    counts: [b, N] bool, which tokens count.
+    kind: as of feature_distill.distance.
+  """
+  wide = jnp.promote_types(tokens.dtype, jnp.float32)
+  each = distance(tokens.astype(wide), teacher.astype(wide), kind)
+  return {"sum": jnp.where(counts, each, 0).sum(1), "count": counts.sum(1)}
 
 
 def token_distill(
@@ -98,17 +113,12 @@ def token_distill(
       x, _ = block(x.shape[-1], x.dtype).apply({"params": params[f"block_{i}"]}, x)
     return dense(params["out"], x)
 
-  def rows(own: jax.Array, theirs: jax.Array, counts: jax.Array) -> dict[str, jax.Array]:
-    wide = jnp.promote_types(own.dtype, jnp.float32)
-    each = distance(own.astype(wide), theirs.astype(wide), kind)
-    return {"sum": jnp.where(counts, each, 0).sum(1), "count": counts.sum(1)}
-
   def apply_head(params: Params, averaged: Params, read: Read) -> dict[str, jax.Array]:
     image, places = read.batch["image"], read.batch["hidden"]
     if hidden_from == "student":
       theirs = read.image(image, averaged=True).tokens
       own = read.image(image, hidden=(places, params["vector"])).tokens
-      return rows(dense(params["out"], own), theirs, places)
+      return regression(dense(params["out"], own), theirs, places, kind)
     # With these patches hidden, with the others, and with none: [3 b, N].
     three = jnp.concatenate([places, ~places, jnp.zeros_like(places)])
     tokens = jnp.concatenate([read.features["tokens_img"]] * 3)
@@ -116,14 +126,8 @@ def token_distill(
     zero = jnp.zeros((tokens.shape[-1],), jnp.float32)
     images = jnp.concatenate([image] * 3)
     theirs = read.image(images, averaged=True, hidden=(three, zero)).tokens
-    found = rows(own, theirs, jnp.ones_like(three))
+    found = regression(own, theirs, jnp.ones_like(three), kind)
     return {name: rearrange(x, "(m b) -> b m", m=3).sum(1) for name, x in found.items()}
 
-  def apply(
-    params: Scalars, state: State, feats: Features, batch: Any, context: Context
-  ) -> tuple[jax.Array, Any]:
-    value = mean_over_batch(feats)
-    return value, (state, {"loss": value})
-
   head = Head(init_head, apply_head, fields=frozenset({"image"}), draw=draw, averages=True)
-  return Loss(frozenset(), lambda sizes: ({}, {}), apply, pair=False, head=head)
+  return Loss(frozenset(), lambda sizes: ({}, {}), mean_loss, pair=False, head=head)

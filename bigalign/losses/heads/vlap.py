@@ -14,6 +14,7 @@ from bigalign.losses.base import Context, Features, Loss, State
 from bigalign.losses.base import Params as Scalars
 from bigalign.losses.heads.base import Head, Params, Read
 from bigalign.losses.heads.layers import dense, dense_init
+from bigalign.losses.heads.prototypes import cross_entropy
 from bigalign.losses.heads.sinkhorn import sinkhorn
 from bigalign.sphere import unit
 
@@ -45,10 +46,10 @@ def swapped(
     for name, x in (("img", img), ("txt", txt))
   }
 
-  def entropy(target: jax.Array, cosines: jax.Array) -> jax.Array:
-    return -(target * jax.nn.log_softmax(cosines / tau, -1)).sum(-1).mean()
-
-  values = {"img": entropy(q["txt"], img), "txt": entropy(q["img"], txt)}
+  values = {
+    "img": cross_entropy(img, q["txt"], tau).mean(),
+    "txt": cross_entropy(txt, q["img"], tau).mean(),
+  }
   return values | {f"Q_{name}": x for name, x in q.items()}
 
 
@@ -116,7 +117,10 @@ def vlap(*, eps: float = 0.05, tau: float = 0.1, iterations: int = 3, prior: str
 def _shares(where: str, path: str) -> np.ndarray:
   """[K] float64, which add up to 1, from a file of counts or shares."""
   if not pathlib.Path(path).is_file():
-    raise ValueError(f"{where}={path!r}: there is no such file; give the .npy file of [K] shares")
+    raise ValueError(
+      f"{where}={path!r}: there is no such file; name a .npy file with a share for each row of the"
+      " token table of the text tower"
+    )
   counts = np.load(path, allow_pickle=False).astype(np.float64)
   if counts.ndim != 1 or not (counts >= 0).all() or not counts.sum() > 0:
     raise ValueError(f"{where}={path!r} must hold one number of at least 0 per row of the table")
