@@ -296,6 +296,24 @@ def test_parts_are_written_although_another_process_removes_their_folder(tmp_pat
   assert index.locate("0.tar", folder) and sorted(os.listdir(folder)) == ["0.tar", index.FILE]
 
 
+def test_parts_are_merged_although_their_folder_is_replaced_meanwhile(tmp_path, monkeypatch):
+  """Other processes merge all parts while this one waits, and begin new ones."""
+  folder = str(tmp_path)
+  path = write_tar(tmp_path / "0.tar", samples(0, 3))
+  locked, missed = storage.locked, []
+
+  def and_missed(parts, *args, **options):
+    if len(missed) < 3:
+      missed.append(parts)
+      raise FileNotFoundError(parts)
+    return locked(parts, *args, **options)
+
+  monkeypatch.setattr(storage, "locked", and_missed)
+  index.index_shard(path, folder)
+  index.merge(folder, folder)
+  assert len(missed) == 3 and sorted(os.listdir(folder)) == ["0.tar", index.FILE]
+
+
 _RACE = """
 import glob, sys
 from bigalign.data.tar import index

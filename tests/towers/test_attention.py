@@ -299,4 +299,6 @@ def test_every_config_is_traced_for_a_gpu(on_a_gpu, monkeypatch):  # noqa: F811
   assert counts["clip_b16", "image"] == {198} and counts["clip_b16", "text"] == {78}
   assert counts["siglip_b16", "image"] == {196} and counts["siglip_b16", "text"] == {64}
   assert counts["L/14", "image"] == counts["So400m/14", "image"] == {258}
+  # Its class token follows the padding, so its mask is not a number of tokens.
+  assert counts.pop(("coca_l14", "text")) == set()
   assert all(len(tokens) == 1 for tokens in counts.values()), counts

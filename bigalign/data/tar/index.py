@@ -269,13 +269,18 @@ def merge(folder: str, index_folder: str) -> None:
     index_folder: of the index and its parts.
   """
   parts = os.path.join(index_folder, PARTS)
-  try:
-    with storage.locked(parts, "bigalign index", wait=True):
-      _merge_parts(folder, index_folder, parts)
-  except FileNotFoundError:
-    if os.path.isdir(parts):
-      raise
-    # There are no parts, or another process merged them all.
+  for attempt in range(_TRIES):
+    try:
+      with storage.locked(parts, "bigalign index", wait=True):
+        _merge_parts(folder, index_folder, parts)
+      return
+    except FileNotFoundError:
+      # There are no parts, or another process merged them all. It may have removed the folder while
+      # this process waited for the lock, and a third may have begun a new one since.
+      if not os.path.isdir(parts):
+        return
+      if attempt == _TRIES - 1:
+        raise
 
 
 def _merge_parts(folder: str, index_folder: str, parts: str) -> None:
