@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from PIL import Image
 from bigalign import sharding
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import key, value
-from bigalign.evals.embed import Context, log_rejects, of_patches, open_data
+from bigalign.evals.embed import Context, EvalData, log_rejects, of_patches, open_data, to_host
 from bigalign.evals.zeroshot import class_weights, read_lines, read_templates
 from bigalign.sphere import unit
 
@@ -54,6 +55,18 @@ def read_labels(stored: Any, size: int, first: int, ignore: int, classes: int) -
   return labels
 
 
+def classes_of(scores: jax.Array, size: int) -> jax.Array:
+  """[B, S, S] int32: the class of each place.
+
+  Args:
+    scores: [B, h, w, K], of patches; they are interpolated.
+    size: S, pixels per side.
+  """
+  batch, _, _, classes = scores.shape
+  whole: jax.Array = jax.image.resize(scores, (batch, size, size, classes), "bilinear")
+  return whole.argmax(-1)
+
+
 def confusion(scores: jax.Array, labels: jax.Array) -> jax.Array:
   """[K, K] int32: how many places of each class (rows) were given each class (columns).
 
@@ -61,10 +74,8 @@ def confusion(scores: jax.Array, labels: jax.Array) -> jax.Array:
     scores: [B, h, w, K], of patches; they are interpolated to the places of the labels.
     labels: [B, S, S] int32; -1 does not count.
   """
-  batch, size, _ = labels.shape
   classes = scores.shape[-1]
-  whole = jax.image.resize(scores, (batch, size, size, classes), "bilinear")
-  found = whole.argmax(-1)
+  found = classes_of(scores, labels.shape[-1])
   known = labels >= 0
   pairs = jnp.where(known, labels * classes + found, classes**2)
   counts = jnp.zeros(classes**2 + 1, jnp.int32).at[pairs.ravel()].add(1)
@@ -93,6 +104,109 @@ def measures(counts: np.ndarray) -> dict[str, float]:
   }
 
 
+class Segmented(NamedTuple):
+  """Some images, their labels and the classes that a model gives them.
+
+  Attributes:
+    names: of the K classes.
+    images: [N, S, S, 3] uint8, as the model sees them.
+    labels: [N, S, S] int32; -1 does not count.
+    found: [N, S, S] int32.
+  """
+
+  names: Sequence[str]
+  images: np.ndarray
+  labels: np.ndarray
+  found: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+  """Zero-shot segmentation of one source by one model; see `segmentation`."""
+
+  context: Context
+  embed: Callable[[Any, jax.Array], jax.Array]
+  data: EvalData
+  weigh: Callable[[Any], jax.Array]
+  names: Sequence[str]
+  read: Callable[[bytes], np.ndarray]
+  member: str
+
+  def __call__(self, params: Any) -> dict[str, float]:
+    """{metric: value}."""
+    replicated = sharding.replicated_sharding(self.context.mesh)
+
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def count(scores: jax.Array, labels: jax.Array, rejects: jax.Array) -> Any:
+      return confusion(scores, labels), rejects.sum(0)
+
+    total = np.zeros((len(self.names), len(self.names)), np.int64)
+    rejects: Any = 0
+    samples = 0
+    for _, on_mesh, scores in self._scores(params):
+      counted = count(scores, on_mesh["labels"], on_mesh["rejects"])
+      counts, rejected = sharding.block_on_cpu(counted)
+      total += np.asarray(counts)
+      rejects = rejects + np.asarray(rejected)
+      samples += int(on_mesh["valid"].sum())
+    name = self.context.name
+    rejected = log_rejects(name, rejects)
+    metrics = {**measures(total), "num_samples": samples, "num_classes": len(self.names)}
+    metrics |= {"rejected": rejected} if rejected else {}
+    return {f"val/{name}-segmentation-{key}": x for key, x in metrics.items()}
+
+  def examples(self, params: Any, most: int) -> Segmented:
+    """The first images of the source, at most `most` and one batch, on a single process."""
+    for batch, _, scores in self._scores(params):
+      rows = np.flatnonzero(batch["valid"])[:most]
+      found = to_host(classes_of(scores, self.context.data.image_size))
+      images = np.stack([self.context.data.shown(batch, int(row)) for row in rows])
+      return Segmented(self.names, images, self._labels(batch)[rows], found[rows])
+    raise ValueError(f"config.evals.{self.context.name}.source: there is no sample")
+
+  def _scores(
+    self, params: Any
+  ) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, jax.Array], jax.Array]]:
+    """(batch of this host, global arrays, cosines [B, h, w, K]) of each batch."""
+    mesh, size = self.context.mesh, self.data.batch_size
+    rows = sharding.host_rows(mesh, size)
+    weights = self.weigh(params)
+    for batch in self.data.batches():
+      given = {name: batch[name] for name in ("image", "rejects", "valid")}
+      given["labels"] = self._labels(batch)
+      on_mesh = sharding.global_batch(mesh, given, rows, size)
+      yield batch, on_mesh, _cosines(self.embed(params, on_mesh["image"]), weights)
+
+  def _labels(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[B, S, S] int32, of a batch of this host."""
+    size = self.context.data.image_size
+    labels = np.full((len(batch["valid"]), size, size), _NONE, np.int32)
+    for row, (i, valid) in enumerate(zip(batch["index"].tolist(), batch["valid"])):
+      if valid:
+        labels[row] = self._labels_of(i)
+    return labels
+
+  def _labels_of(self, i: int) -> np.ndarray:
+    source = self.data.source
+    try:
+      stored = value(source, i, self.member)
+      if not isinstance(stored, bytes):
+        raise ValueError(f"it has no {self.member!r}, the image of its labels")
+      return self.read(stored)
+    except (ValueError, Rejected) as error:
+      where = f"config.evals.{self.context.name}.source"
+      raise ValueError(f"{where}: sample {key(source, i)}: {error}") from error
+
+
+@jax.jit
+def _cosines(patches: jax.Array, weights: jax.Array) -> jax.Array:
+  """[B, h, w, K] of patches [B, N, E] and the weights [K, E or more] of the classes."""
+  side = round(patches.shape[1] ** 0.5)
+  weights = unit(weights[:, -patches.shape[-1] :])
+  cosines = jnp.einsum("bne,ke->bnk", patches, weights, precision=jax.lax.Precision.HIGHEST)
+  return rearrange(cosines, "b (h w) k -> b h w k", h=side)
+
+
 def segmentation(
   context: Context,
   *,
@@ -103,7 +217,7 @@ def segmentation(
   first: int = 0,
   ignore: int = 255,
   batch_size: int = 64,
-) -> Callable[[Any], dict[str, float]]:
+) -> Segmentation:
   """Zero-shot segmentation, by the cosines of patches with the prompts of classes.
 
   Each patch goes through the projector of the image, and is compared with the unit mean of the
@@ -133,63 +247,19 @@ def segmentation(
   where = f"config.evals.{context.name}"
   context, embed = of_patches(context)
   names = read_lines(classnames, f"{where}.classnames", labels=True)
-  data = open_data(context, source, batch_size=batch_size, captions=0)
   weigh = class_weights(
     context,
     classnames=names,
     templates=read_templates(templates, f"{where}.templates"),
     batch_size=batch_size,
   )
-  rows = sharding.host_rows(context.mesh, data.batch_size)
-  replicated = sharding.replicated_sharding(context.mesh)
-
-  @functools.partial(jax.jit, out_shardings=replicated)
-  def count(patches: jax.Array, weights: jax.Array, labels: jax.Array, rejects: jax.Array) -> Any:
-    side = round(patches.shape[1] ** 0.5)
-    weights = unit(weights[:, -patches.shape[-1] :])
-    cosines = jnp.einsum("bne,ke->bnk", patches, weights, precision=jax.lax.Precision.HIGHEST)
-    grid = rearrange(cosines, "b (h w) k -> b h w k", h=side)
-    return confusion(grid, labels), rejects.sum(0)
-
-  def labels_of(batch: Any) -> np.ndarray:
-    size = context.data.image_size
-    found = np.full((len(batch["valid"]), size, size), _NONE, np.int32)
-    for row, (i, valid) in enumerate(zip(batch["index"].tolist(), batch["valid"])):
-      if valid:
-        found[row] = _labels(data.source, i, labels, size, first, ignore, len(names), where)
-    return found
-
-  def run(params: Any) -> dict[str, float]:
-    weights = weigh(params)
-    total = np.zeros((len(names), len(names)), np.int64)
-    rejects: Any = 0
-    samples = 0
-    for batch in data.batches():
-      given = {name: batch[name] for name in ("image", "rejects", "valid")}
-      given["labels"] = labels_of(batch)
-      on_mesh = sharding.global_batch(context.mesh, given, rows, data.batch_size)
-      patches = embed(params, on_mesh["image"])
-      counted = count(patches, weights, on_mesh["labels"], on_mesh["rejects"])
-      counts, rejected = sharding.block_on_cpu(counted)
-      total += np.asarray(counts)
-      rejects = rejects + np.asarray(rejected)
-      samples += int(on_mesh["valid"].sum())
-    rejected = log_rejects(context.name, rejects)
-    metrics = {**measures(total), "num_samples": samples, "num_classes": len(names)}
-    metrics |= {"rejected": rejected} if rejected else {}
-    return {f"val/{context.name}-segmentation-{name}": x for name, x in metrics.items()}
-
-  return run
-
-
-def _labels(
-  source: Any, i: int, name: str, size: int, first: int, ignore: int, classes: int, where: str
-) -> np.ndarray:
-  """The labels of one sample; ValueError naming it."""
-  try:
-    stored = value(source, i, name)
-    if not isinstance(stored, bytes):
-      raise ValueError(f"it has no {name!r}, the image of its labels")
-    return read_labels(stored, size, first, ignore, classes)
-  except (ValueError, Rejected) as error:
-    raise ValueError(f"{where}.source: sample {key(source, i)}: {error}") from error
+  size, classes = context.data.image_size, len(names)
+  return Segmentation(
+    context,
+    embed,
+    open_data(context, source, batch_size=batch_size, captions=0),
+    weigh,
+    names,
+    functools.partial(read_labels, size=size, first=first, ignore=ignore, classes=classes),
+    labels,
+  )

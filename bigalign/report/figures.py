@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
   FuncFormatter,
@@ -259,6 +259,28 @@ def sphere(zimg: np.ndarray, ztxt: np.ndarray) -> str:
     return _svg(figure)
 
 
+def class_colours(count: int) -> np.ndarray:
+  """[K, 3] uint8: a colour for each class; hues of neighbours are far apart."""
+  hues = np.arange(count) * 0.618034 % 1  # the golden ratio: any first K are spread evenly
+  values = np.where(np.arange(count) // 8 % 2, 0.6, 0.9)
+  rgb = hsv_to_rgb(np.stack([hues, np.full(count, 0.65), values], -1).reshape(-1, 3))
+  return np.round(255 * rgb).astype(np.uint8)
+
+
+def class_map(classes: np.ndarray, colours: np.ndarray, size: int = 112) -> str:
+  """Returns a data: URL of an image of classes, grey where there is none.
+
+  Args:
+    classes: [S, S] int32; -1: none.
+    colours: [K, 3] uint8.
+    size: largest width and height, pixels.
+  """
+  image = np.concatenate([colours, np.full((1, 3), 128, np.uint8)])[classes]
+  small = Image.fromarray(image)
+  small.thumbnail((size, size), Image.Resampling.NEAREST)
+  return _url(small, "png")
+
+
 def thumbnail(image: np.ndarray, size: int = 112) -> str:
   """Returns a data: URL of an image.
 
@@ -268,7 +290,10 @@ def thumbnail(image: np.ndarray, size: int = 112) -> str:
   """
   small = Image.fromarray(image)
   small.thumbnail((size, size))
+  return _url(small, "png" if max(small.size) <= 64 else "jpeg")
+
+
+def _url(image: Image.Image, kind: str) -> str:
   file = io.BytesIO()
-  kind, options = ("png", {}) if max(small.size) <= 64 else ("jpeg", {"quality": 85})
-  small.save(file, kind, **options)
+  image.save(file, kind, **({"quality": 85} if kind == "jpeg" else {}))
   return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

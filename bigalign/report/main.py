@@ -20,8 +20,10 @@ from bigalign.data.files.draws import draw
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.loader import evaluation
 from bigalign.data.sources.base import name_classes, open_source
+from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.evals.embed import Context, EvalData, embedder, to_host
+from bigalign.evals.segmentation import Segmentation, Segmented
 from bigalign.evals.zeroshot import read_lines
 from bigalign.evaluate import Run, open_run
 from bigalign.report import sections
@@ -136,13 +138,35 @@ def embed_pairs(run: Run) -> Pairs:
   return Pairs(f"{len(kept)} {where}", images, captions, zimg, ztxt, written)
 
 
-def page(run: Run, rows: Rows, pairs: Pairs | str) -> str:
+def segmented(run: Run) -> dict[str, Segmented]:
+  """{name of an evaluator: images and their classes} of the segmentations of the run's config.
+
+  One whose data is not on this machine is left out, with a warning.
+  """
+  shown = {}
+  for name, component in run.config.evals.items():
+    if component.name == "segmentation":
+      one = {name: component}
+      try:
+        evaluator = make_evaluators(one, mesh=run.mesh, data=run.config.data, **run.embed)[name]
+        assert isinstance(evaluator, Segmentation)
+        with jax.set_mesh(run.mesh):
+          shown[name] = evaluator.examples(run.params, sections.SHOWN)
+      except FileNotFoundError as error:
+        logging.warning("The page shows no images of config.evals.%s: %s", name, error)
+  return shown
+
+
+def page(
+  run: Run, rows: Rows, pairs: Pairs | str, segmentations: Mapping[str, Segmented] | None = None
+) -> str:
   """The HTML of the page, which loads nothing from elsewhere.
 
   Args:
     run: the run.
     rows: of its metrics.jsonl.
     pairs: embedded samples, or why there are none.
+    segmentations: of `segmented`.
   """
   values = sections.final(rows)
   guess = chance(values)
@@ -156,6 +180,7 @@ def page(run: Run, rows: Rows, pairs: Pairs | str) -> str:
         if isinstance(pairs, str)
         else (sections.geometry(pairs), sections.retrieval(pairs), sections.captions(pairs))
       ),
+      *(sections.segmentation(name, shown) for name, shown in (segmentations or {}).items()),
       sections.throughput(rows),
       sections.everything(rows, values, guess),
       sections.details(run),
@@ -185,7 +210,7 @@ def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.P
   except FileNotFoundError as error:
     pairs = str(error)
     logging.warning("The page shows no samples: %s", pairs)
-  path.write_text(page(run, rows, pairs), encoding="utf-8")
+  path.write_text(page(run, rows, pairs, segmented(run)), encoding="utf-8")
   if "://" in run.address:
     (epath.Path(run.address) / FILE).write_bytes(path.read_bytes())
   return path

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigalign import tree
+from bigalign.evals.segmentation import Segmented
 from bigalign.evaluate import Run
 from bigalign.report import figures
 from bigalign.run.metrics import is_wall_clock
@@ -298,6 +299,36 @@ def captions(pairs: Pairs) -> str:
   return (
     "<h2>Captions</h2><p>The caption of the data is green; below it is the one that the decoder of"
     f' the run writes, word by word.</p><div class="pairs">{"".join(cards)}</div>'
+  )
+
+
+def segmentation(name: str, shown: Segmented) -> str:
+  """Returns images, the classes of their places in the data, and those that the model finds."""
+  colours = figures.class_colours(len(shown.names))
+  cards = []
+  for image, labels, found in zip(shown.images, shown.labels, shown.found):
+    urls = {"image": figures.thumbnail(image)}
+    urls |= {"labels": figures.class_map(labels, colours)}
+    urls |= {"found": figures.class_map(found, colours)}
+    known = labels >= 0
+    share = percent(float((labels == found)[known].mean())) if known.any() else "0"
+    pictures = "".join(
+      f'<div><img src="{url}" alt="{what}">{what}</div>' for what, url in urls.items()
+    )
+    cards.append(
+      f'<div class="card"><div class="rank">correct places: {share} %</div>'
+      f'<div class="results">{pictures}</div></div>'
+    )
+  present = {*shown.labels.ravel().tolist(), *shown.found.ravel().tolist()} - {-1}
+  names = "".join(
+    f'<span><i style="background:rgb({",".join(map(str, colours[i]))})"></i>'
+    f"{escape(shown.names[i])}</span>"
+    for i in sorted(present)
+  )
+  return (
+    f"<h2>Segmentation: {escape(name)}</h2><p>The first images of config.evals.{escape(name)}."
+    " Each place has the colour of its class; grey places do not count.</p>"
+    f'<div class="classes">{names}</div><div class="pairs">{"".join(cards)}</div>'
   )
 
 

@@ -79,6 +79,15 @@ def test_a_model_of_colours_finds_them_all(tmp_path):
   assert found["val/val-segmentation-num_classes"] == 3
 
 
+def test_the_first_images_are_shown_with_their_labels_and_what_was_found(tmp_path):
+  shown = segmentation(context(), **shard(tmp_path, "seg.png")).examples(None, 1)
+  assert shown.names == [*NAMES] and shown.images.shape == (1, 32, 32, 3)
+  assert (shown.labels[:, :, :16] == 0).all() and (shown.labels[:, :, 16:] == 2).all()
+  np.testing.assert_array_equal(shown.found, shown.labels)
+  assert np.abs(shown.images - COLOURS[shown.labels].astype(int)).max() < 90  # a border is smoothed
+  assert len(segmentation(context(), **shard(tmp_path, "seg.png")).examples(None, 9).images) == 2
+
+
 def test_labels_of_another_class_lower_the_measures(tmp_path):
   given = shard(tmp_path, "seg.png", first=0)  # 1, 2, 3: the last has no class
   with pytest.raises(ValueError, match=r"val\.source: sample .*: the value 3 has no class"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
+import io
 import re
 
 import jax
@@ -10,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.shipped import load
+from PIL import Image
 
 from bigalign import evaluate, sharding
 from bigalign.config import resolve_config
 from bigalign.data.samples.labels import Labels
 from bigalign.evals.chance import chance
+from bigalign.evals.segmentation import Segmented
 from bigalign.options import plain
 from bigalign.report import figures, main, sections
 from bigalign.report.sections import Pairs
@@ -140,6 +144,26 @@ def test_captions_of_the_model_are_shown_and_escaped():
   words = " ".join(page.words)
   assert "Captions" in page.heads and page.tags.count("img") == 2 and "b" not in page.tags
   assert "a <b>dog</b>" in words and "(no word)" in words and pairs.captions[1] in words
+
+
+def test_segmentations_are_shown_with_the_names_of_their_classes():
+  rng = np.random.default_rng(0)
+  labels, found = rng.integers(0, 3, (2, 2, 32, 32), np.int32)
+  labels[0, :4] = -1
+  found[1] = labels[1]
+  images = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+  shown = Segmented(["sky", "<b>", "sea", "not there"], images, labels, found)
+  page = parse(sections.segmentation("ade", shown))
+  words = " ".join(page.words)
+  assert page.tags.count("img") == 6 and "b" not in page.tags and "<b>" in words
+  assert "sky" in words and "not there" not in words
+  right = sections.percent(float((labels == found)[0][4:].mean()))
+  assert f"correct places: {right} %" in words and "correct places: 100.0 %" in words
+  colours = figures.class_colours(4)
+  assert len({*map(tuple, colours.tolist())}) == 4
+  url = figures.class_map(labels[0], colours)
+  drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+  assert (drawn[:4] == 128).all() and (drawn[4:] == colours[labels[0, 4:]]).all()
 
 
 def test_equal_runs_give_equal_pages(tmp_path):
