@@ -29,6 +29,7 @@ from bigalign.losses.heads.caption import caption
 from bigalign.losses.heads.caption_fused import caption_fused
 from bigalign.losses.heads.coca import coca
 from bigalign.losses.heads.fdt import fdt
+from bigalign.losses.heads.grain import grain
 from bigalign.losses.heads.gram import gram
 from bigalign.losses.heads.ibot import ibot
 from bigalign.losses.heads.lexical import lexical
@@ -118,6 +119,7 @@ HEADS: dict[str, Callable[..., Loss]] = dict(
   caption_fused=caption_fused,
   coca=coca,
   fdt=fdt,
+  grain=grain,
   gram=gram,
   ibot=ibot,
   lexical=lexical,
@@ -145,6 +147,7 @@ PROVIDES = dict(
   ema_teacher=("teacher_img", "teacher_txt"),
   noise=("noise_prob",),
   texts=("ztxts", "texts_kind"),
+  class_tokens=("zimgs",),
   raw_image=("raw_img",),
   raw_text=("raw_txt",),
   tokens_image=("tokens_img",),
@@ -162,6 +165,7 @@ SET_BY = dict(
   **dict.fromkeys(("raw", "tokens", "raw_image", "tokens_image"), "config.data.images=True"),
   second_text="config.data.second_captions",
   texts="config.data.texts",
+  class_tokens="config.model.image.class_tokens=2",
   teacher="config.data.teachers",
   teacher_image="config.data.teachers",
   teacher_image_stored="config.data.teachers",

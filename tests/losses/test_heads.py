@@ -18,7 +18,7 @@ from bigalign.program import init_on_mesh, layout, make_program
 from bigalign.step import data_position, jitted
 
 BATCH = 16
-# The options of each head, and what else its config needs.
+# The options of each head, and what else its config needs; after a colon, another form of the head.
 SMALL = dict(prototypes=64, hidden=48, bottleneck=16, teacher_temp_updates=0)
 VIEWS = dict(views=dict(**{"global": dict(count=2)}, local=dict(count=3, size=16)))
 REGIONS = dict(regions=dict(field="json.regions", count=2))
@@ -41,28 +41,33 @@ CASES = dict(
     dict(data=VIEWS, twin=dict(decay=0.9)),
   ),
   fdt=(dict(codes=24, width=16, temperature=1.0), {}),
+  grain=(dict(queries=3, depth=1, width=32, heads=4), dict(data=REGIONS)),
   gram=(  # without drop path, whose draws are those of a microbatch
     dict(of="projector"),
     dict(model=dict(image_projector=dict(name="blocks", depth=1, heads=2, drop_path=0.0))),
   ),
   lexical=(dict(penalty_updates=0), {}),
-  region_phrase=({}, dict(data=REGIONS)),
+  region_phrase=(
+    dict(pooling="prompter", text_filter=0.9, grounding=1.0, by_share=True),
+    dict(data=REGIONS),
+  ),
   sparc_adapted=(dict(width=24), {}),
   token_distill=(
     dict(hidden_from="teacher", kind="mse", decoder=1, heads=2),
     dict(twin=dict(decay=1.0, paths="image_tower")),
   ),
   vlap=({}, {}),
+  **{"region_phrase:boxes": ({}, dict(data=REGIONS))},
 )
 
 # Heads that one config can hold: most of the time is spent on compiling the towers.
 TOGETHER = (
   "coca",
-  "gram token_distill",
+  "gram region_phrase:boxes token_distill",
   "ibot silc",
-  "caption caption_fused fdt lexical mask_regularization region_phrase sparc_adapted vlap",
+  "caption caption_fused fdt grain lexical mask_regularization region_phrase sparc_adapted vlap",
 )
-WITHOUT_LAYERS = ("gram", "region_phrase")  # they read those of the model alone
+WITHOUT_LAYERS = ("gram", "region_phrase:boxes")  # they read those of the model alone
 
 
 @functools.cache
@@ -70,8 +75,8 @@ def step(
   names, microbatches=1, remat="none", mesh=(1, 1, 1), weight=1.0, frozen="", dtype="float32"
 ):
   """({path: change of a parameter}, {path: change of an average}, scalars) of one update."""
-  heads = {name: CASES[name][0] | dict(weight=weight) for name in names.split()}
-  changes = functools.reduce(_merged, (CASES[name][1] for name in heads))
+  heads = {_head(name): CASES[name][0] | dict(weight=weight) for name in names.split()}
+  changes = functools.reduce(_merged, (CASES[name][1] for name in names.split()))
   c = load("tiny").to_dict() | dict(
     batch_size=BATCH,
     microbatches=microbatches,
@@ -111,6 +116,11 @@ def step(
   return *changed, jax.tree.map(np.asarray, scalars), compiled.as_text()
 
 
+def _head(name):
+  """The head of a case."""
+  return name.partition(":")[0]
+
+
 def _merged(one, other):
   """The changes of two heads; where they differ, there is no config for both."""
   both = {k: _merged(one[k], other[k]) for k in one.keys() & other.keys() if one[k] != other[k]}
@@ -141,9 +151,9 @@ def same(found, wanted):
 def test_equal_over_the_mesh_in_microbatches_with_recomputation(names):
   gradients, averages, scalars, _ = step(names)
   for name in names.split():
-    layers = [x for path, x in gradients.items() if path.startswith(f"heads/{name}/")]
+    layers = [x for path, x in gradients.items() if path.startswith(f"heads/{_head(name)}/")]
     assert any(np.abs(x).max() > 0 for x in layers) or name in WITHOUT_LAYERS, name
-    assert np.isfinite(scalars[f"{name}/loss"])
+    assert np.isfinite(scalars[f"{_head(name)}/loss"])
   again = step(names, microbatches=2, remat="full", mesh=(2, 2, 2))
   same(again[0], gradients)
   if averages:
@@ -166,7 +176,7 @@ def test_layers_are_computed_in_one_of_the_two_passes(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", sorted(losses.HEADS))
+@pytest.mark.parametrize("name", sorted(CASES))
 @pytest.mark.parametrize("mesh,microbatches", [((8, 1, 1), 2), ((1, 8, 1), 1), ((1, 4, 2), 4)])
 def test_equal_on_other_meshes(name, mesh, microbatches):
   gradients, _, scalars, _ = step(name)
@@ -180,13 +190,14 @@ def test_a_weight_of_zero_costs_nothing():
   config = load("tiny")
   plain = make_program(resolve_config(config))
   for name, (own, _) in CASES.items():
-    config.loss = dict(siglip={}, **{name: own | dict(weight=0.0)})
+    config.loss = dict(siglip={}, **{_head(name): own | dict(weight=0.0)})
     without = make_program(resolve_config(config))
     assert without.params == plain.params and [*without.loss.terms] == ["siglip"]
 
 
 def test_every_head_has_a_case_here():
-  assert {*CASES} == {*losses.HEADS} == {name for names in TOGETHER for name in names.split()}
+  assert {*CASES} == {name for names in TOGETHER for name in names.split()}
+  assert {_head(name) for name in CASES} == {*losses.HEADS}
 
 
 @pytest.mark.parametrize("name", sorted(losses.HEADS))

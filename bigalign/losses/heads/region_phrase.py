@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from bigalign import checks
 from bigalign.data.fields.regions import BOXES, MASK, NAMES, PHRASES, PHRASES_MASK
 from bigalign.losses import temperature as scales
 from bigalign.losses.base import Context, Features, Loss, State
 from bigalign.losses.base import Params as Scalars
 from bigalign.losses.engine.pairwise import DEFAULT, Engine
-from bigalign.losses.heads import masks
+from bigalign.losses.heads import masks, prompter
 from bigalign.losses.heads.base import Head, Read
+from bigalign.losses.heads.base import Params as Layers
 from bigalign.sphere import unit
+
+POOLINGS = ("boxes", "prompter")
 
 
 def pooling(boxes: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -47,6 +51,7 @@ def cloc_region(
   phrase_id: jax.Array,
   scale: jax.Array,
   *,
+  text_filter: float | None = None,
   engine: Engine = DEFAULT,
 ) -> tuple[jax.Array, jax.Array]:
   """Contrast of image regions and their phrases, after CLOC (https://arxiv.org/abs/2410.02746).
@@ -61,6 +66,8 @@ def cloc_region(
     mask: [B, M], nonzero for a real region.
     phrase_id: [B, M] integers, equal for equal phrases.
     scale: [], of the logits.
+    text_filter: phrases whose cosine with the anchor's phrase is larger are not its negatives, in
+      both directions; None: all are. No gradient goes through it.
     engine: forms the logits.
 
   Returns:
@@ -75,10 +82,13 @@ def cloc_region(
   zr, zp = (rearrange(x, "b m d -> (b m) d") for x in (regions, phrases))
   real, ids = (rearrange(x, "b m -> (b m)") for x in (mask != 0, phrase_id))
   both = {"positive": engine.paired(zr, zp), "real": real, "id": ids}
+  texts = {} if text_filter is None else {"text": zp}
 
   def tile(row, col, shared):
     z = engine.products(row["z"], col["z"])
     other = row["real"][:, None] & col["real"][None, :] & (row["id"][:, None] != col["id"][None, :])
+    if text_filter is not None:
+      other &= engine.products(row["text"], jax.lax.stop_gradient(col["z"])) <= text_filter
     # Relative to the positive: absolute logits would lose the loss to rounding, in 100 - 100.
     i2t, t2i = z - row["positive"][:, None], z - col["positive"][None, :]
     scale = shared["scale"]
@@ -86,10 +96,11 @@ def cloc_region(
 
   lse = engine.reduce(
     tile,
-    {"z": zr, **both},
+    {"z": zr, **both, **texts},
     {"z": zp, **both},
     {"scale": scale},
     outputs={"r2t": "row_lse", "t2r": "col_lse"},
+    fixed=tuple(texts),
   )
   count = jnp.maximum(real.sum(), 1)
   r2t, t2r = (jnp.where(real, jax.nn.softplus(lse[k]), 0).sum() / count for k in ("r2t", "t2r"))
@@ -98,63 +109,112 @@ def cloc_region(
 
 def region_phrase(
   *,
+  pooling: str = "boxes",
+  text_filter: float | None = None,
+  grounding: float = 0.0,
+  by_share: bool = False,
   t_init: float = 1 / 0.07,
   t_max: float | None = 100.0,
 ) -> Loss:
-  """Region-phrase contrast by pooled boxes: after CLOC, https://arxiv.org/abs/2410.02746.
+  """Region-phrase contrast: CLOC, https://arxiv.org/abs/2410.02746.
 
-  A region is the mean of the projected patches that its box covers, weighted by the area. A phrase
-  is embedded by the text tower. InfoNCE in both directions compares all real regions of the batch
-  with all phrases; phrases equal to the anchor's are not its negatives. CLOC's Prompter, a block
-  that reads a box as a prompt, finds regions better than pooling; it is not a part of this head.
-  Its weight is 1 times the share of pictures with regions.
+  InfoNCE in both directions compares all real regions of the batch with all phrases, which the text
+  tower embeds; phrases equal to the anchor's are not its negatives. The defaults are a version
+  without layers of its own. As published, but that equal phrases are no negatives:
+
+    region_phrase = dict(pooling="prompter", text_filter=0.9, grounding=1.0, by_share=True)
+
+  The paper finds regions much better with its Prompter: 65.9 % of them among the first ten, and
+  23.0 % with regions that are cut out of the patches. Its Prompter is a block with one head and the
+  width of the image tower, which reads the encodings of a box's corners and the patches. The paper
+  gives neither the waves of the encoding nor how the output is pooled: here half a period to 64
+  periods across the image, and the mean of the tokens of the prompt.
 
   The data holds boxes and phrases: config.data.regions.
 
+  >>> from bigalign import losses
+  >>> [*losses.make_loss(dict(clip={}, region_phrase=dict(pooling="prompter"))).terms]
+  ['clip', 'region_phrase']
+
   Args:
+    pooling: what a region is. "boxes": the mean of the projected patches that its box covers,
+      weighted by the area. "prompter": the output of the Prompter, projected.
+    text_filter: phrases whose cosine with the anchor's is larger are not its negatives; CLOC 0.9.
+      None: all others are.
+    grounding: weight of a second loss, with pooling="prompter": the Prompter reads a phrase in
+      place of a box, and a layer with GELU predicts the box; the mean squared error of the four
+      sides, over real regions. CLOC 1.
+    by_share: whether both are multiplied by the share of the images of the batch that have regions,
+      as in CLOC.
     t_init: first value of the logit scale, as in `clip`.
     t_max: upper bound of that scale, as in `clip`.
-  """
-  scales.check("region_phrase", t_init, t_max)
 
-  def apply_head(params: Any, averaged: Any, read: Read) -> dict[str, jax.Array]:
-    ids = read.batch[PHRASES]
-    count = ids.shape[1]
-    flat = [rearrange(read.batch[name], "b m l -> (b m) l") for name in (PHRASES, PHRASES_MASK)]
-    texts = read.project("text", read.text(*flat))
-    patches = read.projected()
-    whole = masks.patches(read.batch["image"].shape, read.sizes)
-    side = math.isqrt(whole)
-    if patches.shape[1] != whole:
-      raise ValueError(
-        f"config.loss.region_phrase: the image tower gives {patches.shape[1]} of {whole} patches;"
-        " set config.model.image.patch_dropout=0"
-      )
-    weights = pooling(read.batch[BOXES].astype(jnp.float32), (side, side))
-    regions = jnp.einsum("bmn,bnd->bmd", weights, patches)
-    texts = rearrange(texts, "(b m) d -> b m d", m=count)[..., -patches.shape[-1] :]
-    return {"regions": unit(regions), "phrases": unit(texts), "ids": _hashed(ids)}
+  Raises:
+    ValueError: for an unknown name, a number out of range, or grounding without the Prompter.
+  """
+  where = "config.loss.region_phrase"
+  scales.check("region_phrase", t_init, t_max)
+  checks.known(f"{where}.pooling", pooling, POOLINGS)
+  checks.between(where, 0, grounding=grounding)
+  if text_filter is not None:
+    checks.between(where, -1, 1, text_filter=text_filter)
+  prompted = pooling == "prompter"
+  if grounding and not prompted:
+    raise ValueError(
+      f"{where}.grounding={grounding!r} trains the Prompter; set {where}.pooling='prompter', or"
+      " grounding=0"
+    )
+
+  def init_head(key: jax.Array, read: Read) -> Layers:
+    if not prompted:
+      return {}
+    tokens = read.features["tokens_img"]
+    return prompter.init(key, tokens, read.sizes["embed"], grounds=grounding > 0)
+
+  def apply_head(params: Layers, averaged: Any, read: Read) -> dict[str, jax.Array]:
+    boxes = read.batch[BOXES].astype(jnp.float32)
+    phrases, ids = embedded_phrases(read)
+    found = {"ids": ids}
+    if prompted:
+      tokens = read.features["tokens_img"]
+      regions = prompter.regions(params, tokens, boxes)
+    else:
+      regions = pooled(read, boxes)
+      phrases = phrases[..., -regions.shape[-1] :]
+    phrases = unit(phrases)
+    if grounding:
+      error = ((prompter.grounded(params, tokens, phrases) - boxes) ** 2).mean(-1)
+      found["error"] = jnp.where(read.batch[MASK], error, 0).sum(1)
+    return {"regions": unit(regions), "phrases": phrases, **found}
 
   def apply(
     params: Scalars, state: State, feats: Features, batch: Any, context: Context
   ) -> tuple[jax.Array, Any]:
-    scale = jnp.exp(params["t"])
+    scale, real = jnp.exp(params["t"]), batch[MASK] != 0
     r2q, q2r = cloc_region(
       feats["regions"],
       feats["phrases"],
-      batch[MASK],
+      real,
       feats["ids"],
       scale,
+      text_filter=text_filter,
       engine=context.engine,
     )
     value = (r2q + q2r) / 2
     logs = {"region_to_phrase": r2q, "phrase_to_region": q2r, "logit_scale": scale}
+    if grounding:
+      logs["grounding"] = feats["error"].sum() / jnp.maximum(real.sum(), 1)
+      value += grounding * logs["grounding"]
+    if by_share:
+      logs["images_with_regions"] = real.any(1).mean(dtype=value.dtype)
+      value *= logs["images_with_regions"]
     return value, (state, {"loss": value, **logs})
 
   head = Head(
-    lambda key, read: {},
+    init_head,
     apply_head,
     fields=frozenset({"image", *NAMES}),
+    late=frozenset({"error"}),
   )
   return Loss(
     frozenset(),
@@ -164,6 +224,31 @@ def region_phrase(
     pair=False,
     head=head,
   )
+
+
+def pooled(read: Read, boxes: jax.Array) -> jax.Array:
+  """[b, M, K]: the mean of the projected patches that each box [b, M, 4] covers.
+
+  Raises:
+    ValueError: if the image tower leaves patches out.
+  """
+  patches = read.projected()
+  whole = masks.patches(read.batch["image"].shape, read.sizes)
+  side = math.isqrt(whole)
+  if patches.shape[1] != whole:
+    raise ValueError(
+      f"config.loss.region_phrase: the image tower gives {patches.shape[1]} of {whole} patches;"
+      " set config.model.image.patch_dropout=0"
+    )
+  return jnp.einsum("bmn,bnd->bmd", pooling(boxes, (side, side)), patches)
+
+
+def embedded_phrases(read: Read) -> tuple[jax.Array, jax.Array]:
+  """[b, M, E] float32, the phrases of regions before the norm, and [b, M], equal for equal ones."""
+  ids = read.batch[PHRASES]
+  flat = [rearrange(read.batch[name], "b m l -> (b m) l") for name in (PHRASES, PHRASES_MASK)]
+  texts = read.project("text", read.text(*flat))
+  return rearrange(texts, "(b m) d -> b m d", m=ids.shape[1]), _hashed(ids)
 
 
 def _hashed(ids: jax.Array) -> jax.Array:
