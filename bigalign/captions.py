@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,12 @@ from bigalign import tree
 from bigalign.config import Config
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.losses import make_loss
-from bigalign.losses.heads.base import Head, Read
-from bigalign.losses.heads.caption_search import search
+from bigalign.losses.heads.base import Head, Read, not_read
+from bigalign.losses.heads.caption_decoder import begin, read_on
+from bigalign.losses.heads.caption_search import Found, search
 from bigalign.model import DualEncoder
 from bigalign.program import sizes_of_towers
-from bigalign.towers.base import TowerOutput
+from bigalign.towers.base import Places, TowerOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +49,26 @@ class Captioner:
     beams: int = 1,
     length_penalty: float = 1.0,
   ) -> jax.Array:
-    """The captions of images as token ids; to be compiled.
+    """[B, L] int32, the captions of images as token ids; to be compiled. See `found`."""
+    return self.found(params, images, beams=beams, length_penalty=length_penalty).ids
 
-    The decoder reads each beginning of a text as a whole, so that a caption of L tokens costs L
-    passes of the decoder over L tokens, and one of the image tower.
+  def found(
+    self,
+    params: Mapping[str, jax.Array],
+    images: jax.Array,
+    *,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+  ) -> Found:
+    """The captions of images and their log probabilities; to be compiled.
+
+    The image tower runs once. The decoder reads each token once and keeps its keys and values.
 
     Args:
       params: {path: array} of the run, "model/…" and "heads/…".
       images: [B, S, S, 3] uint8.
       beams: 1 is greedy search.
       length_penalty: as of caption_search.search.
-
-    Returns:
-      [B, L] int32.
     """
     variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
     own = tree.unflatten(tree.subtree(params, f"heads/{self.name}/"))
@@ -68,29 +77,26 @@ class Captioner:
     def call(method: str, *args: Any) -> Any:
       return self.model.apply(variables, *args, method=method)
 
-    def text(ids: jax.Array, mask: jax.Array, *, averaged: bool = False) -> TowerOutput:
-      output: TowerOutput = call("text_output", ids, mask)
-      return output
+    def text_steps(ids: jax.Array, position: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
+      args = self.model, variables["params"]
+      text = ids[:, None], Places(position, length)
+      if cache is None:
+        _, cache = begin(*args, *text, method=_text_tower)
+      output, cache = read_on(*args, ({}, cache), *text, method=_text_tower)
+      return output.tokens[:, 0], cache
 
     tokens = jnp.repeat(call("image_output", images).tokens, beams, axis=0)
     mask = jnp.ones((len(tokens), length), bool)
-    shapes = jax.eval_shape(text, jax.ShapeDtypeStruct(mask.shape, jnp.int32), mask)
-    # Heads that write do not read the values of these: a text is not known yet.
+    ids = jnp.zeros(mask.shape, jnp.int32)
+    shapes: TowerOutput = jax.eval_shape(functools.partial(call, "text_output"), ids, mask)
+    # Heads that write read the shapes of these alone: a text is not known yet.
+    batch = {"text": ids, "text_mask": mask}
     features = {"tokens_img": tokens, "tokens_txt": jnp.zeros(shapes.tokens.shape, tokens.dtype)}
-
-    def next_logits(ids: jax.Array, position: jax.Array) -> jax.Array:
-      batch = {"text": ids, "text_mask": mask}
-      assert self.head.write is not None, "of_config has checked it"
-      states, kernel = self.head.write(
-        own, Read(batch, features, _unused, text, _unused, self.sizes)
-      )
-      state = jax.lax.dynamic_index_in_dim(states, position, 1, keepdims=False)
-      logits: jax.Array = state.astype(jnp.float32) @ kernel.astype(jnp.float32)
-      return logits
-
+    read = Read(batch, features, not_read, not_read, not_read, self.sizes, text_steps=text_steps)
+    assert self.head.write is not None, "of_config has checked it"
     tokenizer = self.tokenizer
     return search(
-      next_logits,
+      self.head.write(own, read),
       batch=len(images),
       length=length,
       beams=beams,
@@ -110,9 +116,10 @@ def _until(ids: Sequence[int], end: int | None) -> Sequence[int]:
   return ids[: ids.index(end)] if end in ids else ids
 
 
-def _unused(*_: Any, **__: Any) -> Any:
-  """A part of Read that no head needs to write texts."""
-  raise NotImplementedError("heads that write captions read the tokens of the image and texts")
+def _text_tower(model: DualEncoder, ids: jax.Array, places: Places) -> TowerOutput:
+  """[B, N] ids at some places -> the output of the text tower."""
+  output: TowerOutput = model.text_tower(ids, places=places)
+  return output
 
 
 def of_config(config: Config, model: DualEncoder, tokenizer: Tokenizer | None) -> Captioner:

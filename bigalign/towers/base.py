@@ -248,6 +248,33 @@ def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:
   return rotated.astype(x.dtype)
 
 
+@flax.struct.dataclass
+class Places:
+  """The places of some tokens of a text that a transformer reads part by part.
+
+  Layers keep the keys and values of all places in the collection "cache".
+
+  Args:
+    first: [] int32, the place of the first of these tokens; the others follow.
+    size: how many places a text has.
+    both: whether these tokens see each other in both directions; else each sees the tokens up to
+      itself.
+  """
+
+  first: jax.Array
+  size: int = flax.struct.field(pytree_node=False)
+  both: bool = flax.struct.field(pytree_node=False, default=False)
+
+  def bias(self, count: int) -> jax.Array:
+    """[1, 1, count, size]: hides from `count` tokens the places that they do not see."""
+    own = jnp.full(count, count - 1) if self.both else jnp.arange(count)
+    seen = jnp.arange(self.size)[None] <= (self.first + own)[:, None]
+    return jnp.where(seen, 0.0, HIDDEN)[None, None]
+
+
+HIDDEN = -1e9  # added to the logit of a token that is not seen
+
+
 class Attention(nn.Module):
   """Multi-head attention.
 
@@ -272,6 +299,8 @@ class Attention(nn.Module):
     causal: bool = False,
     rotation: jax.Array | None = None,
     bias: jax.Array | None = None,
+    places: Places | None = None,
+    keep: bool = False,
   ) -> jax.Array:
     """[B, N, D] -> [B, N, D]: every token of x attends to the tokens of memory.
 
@@ -282,6 +311,10 @@ class Attention(nn.Module):
       causal: whether token n attends only to the tokens up to n.
       rotation: [2, N, K], rotary embedding of queries and keys: cos, sin.
       bias: [1, H, N, M], added to the logits.
+      places: of the tokens of x and memory, which are the same; they also attend to the tokens of
+        earlier calls. Without rotation and bias.
+      keep: whether keys and values of memory are those of the first call, which the collection
+        "memory" holds.
     """
     width = x.shape[-1]
 
@@ -296,7 +329,21 @@ class Attention(nn.Module):
       named: jax.Array = checkpoint_name(projected, "attention")  # for REMAT
       return named
 
-    query, key, value = project("query", x), project("key", memory), project("value", memory)
+    key: jax.Array
+    value: jax.Array
+    query = project("query", x)
+    if keep and self.has_variable("memory", "keys"):
+      key, value = (self.get_variable("memory", name) for name in ("keys", "values"))
+    else:
+      key, value = project("key", memory), project("value", memory)
+      if keep:
+        self.put_variable("memory", "keys", key)
+        self.put_variable("memory", "values", value)
+    if places is not None:
+      key, value = (
+        self._of_all_places(places, name, x) for name, x in (("keys", key), ("values", value))
+      )
+      causal, bias = False, places.bias(x.shape[1])
     if rotation is not None:
       query, key = rotate(query, rotation), rotate(key, rotation)
     y = attention.attend(query, key, value, mask, causal=causal, bias=bias)
@@ -310,6 +357,14 @@ class Attention(nn.Module):
     )(y)
     named: jax.Array = checkpoint_name(y, "attention")
     return named
+
+  def _of_all_places(self, places: Places, name: str, x: jax.Array) -> jax.Array:
+    """[B, size, H, K]: x [B, N, H, K] at its places, and what earlier calls have put elsewhere."""
+    shape = (x.shape[0], places.size, *x.shape[2:])
+    kept = self.variable("cache", name, jnp.zeros, shape, x.dtype)
+    kept.value = jax.lax.dynamic_update_slice_in_dim(kept.value, x, places.first, 1)
+    every: jax.Array = kept.value
+    return every
 
 
 class Mlp(nn.Module):
@@ -363,12 +418,13 @@ class Block(nn.Module):
     mask: attention.Mask = None,
     deterministic: bool = True,
     rotation: jax.Array | None = None,
+    places: Places | None = None,
   ) -> tuple[jax.Array, None]:
     """[B, N, D] -> ([B, N, D], None); nn.scan expects a pair. See Attention for the arguments."""
     norm = {"epsilon": self.epsilon, "dtype": self.dtype}
     y = nn.LayerNorm(name="ln1", **norm)(x)
     y = Attention(self.heads, self.dtype, self.biases, self.spreads, name="attn")(
-      y, y, mask, self.causal, rotation
+      y, y, mask, self.causal, rotation, places=places
     )
     x = x + nn.Dropout(self.dropout, name="attn_dropout")(self._scaled("scale1", y), deterministic)
     y = nn.LayerNorm(name="ln2", **norm)(x)
@@ -420,6 +476,7 @@ class Encoder(nn.Module):
     train: bool = False,
     relation: jax.Array | None = None,
     padding_at_end: bool = False,
+    places: Places | None = None,
   ) -> jax.Array:
     """[B, N, D] -> [B, N, D], normed.
 
@@ -431,12 +488,14 @@ class Encoder(nn.Module):
         of attention.
       padding_at_end: whether the caller knows that in each row of the mask the padding follows all
         other tokens. Only then may attention read their number instead of the mask.
+      places: as of Attention, in causal blocks without mask and relation.
     """
     options, block = self.options, self.kind
     count, hidden = x.shape[1], "none" if mask is None else "end" if padding_at_end else "any"
     biased = relation is not None and relation.ndim == 4
     chosen = options.attention_on(attention.device(), count, hidden, biased)
-    x, seen, relation = attention.prepare(chosen, x, mask, relation)
+    x, seen, relation = attention.prepare(chosen if places is None else "xla", x, mask, relation)
+    last = () if places is None else (places,)  # other kinds of blocks do not take it
     policy = checks.choose(REMAT, options.remat, "remat")
     if policy is not None:
       # Inside a scan the compiler cannot undo the remat, and the guards against it cost fusions.
@@ -444,15 +503,15 @@ class Encoder(nn.Module):
     if options.scan:
       stack = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "cache": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=options.sizes.depth,
       )
-      x, _ = stack(name="blocks", **self.block)(x, seen, not train, relation)
+      x, _ = stack(name="blocks", **self.block)(x, seen, not train, relation, *last)
     else:
       for i in range(options.sizes.depth):
-        x, _ = block(name=f"block_{i}", **self.block)(x, seen, not train, relation)
+        x, _ = block(name=f"block_{i}", **self.block)(x, seen, not train, relation, *last)
     encoded: jax.Array = x[:, :count] if x.shape[1] > count else x
     if self.norm:
       norm = nn.LayerNorm(epsilon=options.epsilon, dtype=options.compute_dtype, name="ln")

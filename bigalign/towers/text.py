@@ -99,7 +99,11 @@ class Text(nn.Module):
 
   @nn.compact
   def __call__(
-    self, ids: jax.Array, mask: jax.Array | None = None, train: bool = False
+    self,
+    ids: jax.Array,
+    mask: jax.Array | None = None,
+    train: bool = False,
+    places: base.Places | None = None,
   ) -> base.TowerOutput:
     """Embeds texts, which may be shorter than `length`. Random key in training: "dropout".
 
@@ -108,12 +112,15 @@ class Text(nn.Module):
       mask: [B, L] bool, True = no padding, which follows all other tokens as tokenizers write it
         (see Encoder); None: no token is padding.
       train: whether dropout is on.
+      places: of the tokens, of which earlier calls have read those before: keys and values are kept
+        in the collection "cache". The pooled vector is then that of the last token.
 
     Returns:
       pooled [B, D], tokens [B, L, D], and the mask.
 
     Raises:
-      ValueError: for texts longer than `length`.
+      ValueError: for texts longer than `length`, and for `places` of a tower that does not read its
+        tokens one after the other.
     """
     options, dtype = self.options, self.options.compute_dtype
     width, length = options.sizes.width, ids.shape[1]
@@ -128,6 +135,17 @@ class Text(nn.Module):
     by_class = options.pool == "class"
     rows = options.length + by_class
     positions = self.param("positions", normal(of_positions), (1, rows, width)).astype(dtype)
+    block = base.block_arguments(options, causal=options.causal, spreads=spreads)
+    encoder = base.Encoder(options, block, norm=not by_class, name="encoder")
+    if places is not None:
+      if not (options.causal and by_class):
+        raise ValueError(
+          f"{options.place}: a text is read token by token with causal=True and pool='class', not"
+          f" {options.causal} and {options.pool!r}"
+        )
+      own = jax.lax.dynamic_slice_in_dim(positions, places.first, length, 1)
+      x = encoder(lookup(table, ids, dtype) + own, places=places)
+      return base.TowerOutput(x[:, -1], x)
     x = lookup(table, ids, dtype) + positions[:, :length]
     seen = mask if options.mask_padding else None
     if by_class:
@@ -139,11 +157,8 @@ class Text(nn.Module):
           seen, ((0, 0), (1, 0) if options.shifted_mask else (0, 1)), constant_values=True
         )
     x = nn.Dropout(options.dropout, name="dropout")(x, not train)
-    block = base.block_arguments(options, causal=options.causal, spreads=spreads)
     at_end = not by_class or options.shifted_mask
-    x = base.Encoder(options, block, norm=not by_class, name="encoder")(
-      sharding.constrain_batch(x), seen, train=train, padding_at_end=at_end
-    )
+    x = encoder(sharding.constrain_batch(x), seen, train=train, padding_at_end=at_end)
     if by_class:
       norm = nn.LayerNorm(epsilon=options.epsilon, dtype=dtype, name="ln")
       return base.TowerOutput(norm(x[:, -1]), x[:, :-1], mask)

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import types
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from bigalign.captions import Captioner, of_config
 from bigalign.config import resolve_config
 from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.losses import first_context, make_loss
-from bigalign.losses.heads.base import Read
+from bigalign.losses.heads.base import Read, Writing
 from bigalign.losses.heads.caption import inputs, vocabulary
 from bigalign.losses.heads.caption_search import search
 from bigalign.losses.heads.vocabulary import token_losses
@@ -209,6 +210,21 @@ class CoCa:
     batch = dict(text=text, text_mask=text != 0)
     return Read(batch, feats, None, None, None, self.sizes)
 
+  def logits(self, heads, read):
+    """[B, L, V], written token by token, from the states that the text tower has for a text."""
+    tokens = read.features["tokens_txt"]
+    read = read._replace(text_steps=lambda ids, place, cache=None: (tokens[:, place], {}))
+    # One token more, so that the one after the last is predicted too.
+    longer = dict(read.batch, text=jnp.zeros((len(tokens), tokens.shape[1] + 1), jnp.int32))
+    writing = self.head.write(heads, read._replace(batch=longer))
+
+    def one(cache, position):
+      logits, cache = writing.step(longer["text"][:, 0], position, cache)
+      return cache, logits
+
+    _, logits = jax.lax.scan(one, writing.cache, jnp.arange(tokens.shape[1] + 1))
+    return rearrange(logits[1:], "l b v -> b l v")
+
   def init(self, pixels, text):
     """{path: shape} of all parameters, those of the model without "model/"."""
 
@@ -231,6 +247,7 @@ def _attention(query, key, value, *, bias=None, mask=None, is_causal=False, impl
   """jax.nn.dot_product_attention, whose softmax is float32, in the precision of its arguments."""
   logits = jnp.einsum("bnhk,bmhk->bhnm", query, key) / query.shape[-1] ** 0.5
   n, m = logits.shape[2:]
+  logits = logits if bias is None else logits + bias
   seen = jnp.ones((1, 1, n, m), bool) if mask is None else mask
   seen = seen & (jnp.tril(jnp.ones((n, m), bool)) | (not is_causal))[None, None]
   weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
@@ -265,14 +282,10 @@ def test_coca_of_open_clip(case, precision, monkeypatch):
     rows = {f"coca/{k}": x for k, x in coca.head.apply(heads, {}, read).items()}
     scalars = {"clip": {"t": log_scale}}
     total, (_, metrics) = coca.loss.apply(scalars, {}, feats | rows, read.batch, first_context())
-    # One token more, so that the state of the last one is not cut off.
-    longer = jnp.pad(feats["tokens_txt"], ((0, 0), (0, 1), (0, 0)))
-    own = read._replace(text=lambda ids, mask: types.SimpleNamespace(tokens=longer))
-    states, kernel = coca.head.write(heads, own)
     return total, dict(
       **dict(loss=total, caption=metrics["coca/loss"], contrastive=metrics["clip/loss"]),
       **dict(zimg=feats["zimg"], ztxt=feats["ztxt"], memory=feats["tokens_img"]),
-      logits=states[:, 1:] @ kernel,
+      logits=coca.logits(heads, read),
     )
 
   log_scale = jnp.asarray(case["scalars"]["log_scale"], precision)
@@ -310,10 +323,10 @@ def test_a_checkpoint_of_coca():
   rows = {f"coca/{k}": x for k, x in coca.head.apply(heads, {}, read).items()}
   scalars = {"clip": {"t": loaded["loss/clip/t"]}}
   total, (_, metrics) = coca.loss.apply(scalars, {}, feats | rows, read.batch, first_context())
-  own = read._replace(text=lambda ids, mask: types.SimpleNamespace(tokens=feats["tokens_txt"]))
-  states, kernel = coca.head.write(heads, own)
   found = dict(
-    **dict(image_latent=feats["zimg"], text_latent=feats["ztxt"], logits=states[:, 1:] @ kernel),
+    **dict(
+      image_latent=feats["zimg"], text_latent=feats["ztxt"], logits=coca.logits(heads, read)[:, :-1]
+    ),
     **dict(image_tokens=feats["tokens_img"], text_tokens=feats["tokens_txt"]),
     **dict(contrastive_loss=metrics["clip/loss"], caption_loss=2 * metrics["coca/loss"]),
     total_loss=total,
@@ -329,11 +342,13 @@ WORDS, LENGTH = 5, 4
 _TABLE = np.random.default_rng(0).normal(size=(2, LENGTH, WORDS, WORDS))
 
 
-def _next(ids, position, beams):
+def _writing(beams):
   """Logits that depend on the image, the position and the token before."""
-  image = jnp.repeat(jnp.arange(2), beams)
-  before = jnp.where(position == 0, 0, ids[:, jnp.maximum(position - 1, 0)])
-  return jnp.asarray(_TABLE)[image, position, before]
+
+  def step(before, position, cache):
+    return jnp.asarray(_TABLE)[cache["image"], position, before], cache
+
+  return Writing(step, {"image": jnp.repeat(jnp.arange(2), beams)})
 
 
 def _probability(image, text, end):
@@ -351,9 +366,9 @@ def _probability(image, text, end):
 @pytest.mark.parametrize("end,penalty", [(None, 0.0), (2, 0.0), (2, 1.0)])
 def test_enough_beams_find_the_most_probable_text(end, penalty):
   beams = WORDS**LENGTH
-  call = functools.partial(_next, beams=beams)
-  found = search(call, batch=2, length=LENGTH, beams=beams, end=end, length_penalty=penalty)
-  for image, ids in enumerate(np.asarray(found)):
+  options = dict(batch=2, length=LENGTH, beams=beams, end=end, length_penalty=penalty)
+  found = search(_writing(beams), **options)
+  for image, ids in enumerate(np.asarray(found.ids)):
     texts = {}
     for text in itertools.product(range(WORDS), repeat=LENGTH):
       text = text[: text.index(end) + 1] if end in text else text
@@ -361,11 +376,12 @@ def test_enough_beams_find_the_most_probable_text(end, penalty):
       texts[text] = score / tokens**penalty
     best = max(texts, key=texts.get)
     assert tuple(ids[: len(best)]) == best and not ids[len(best) :].any()
+    np.testing.assert_allclose(found.scores[image], _probability(image, best, end)[0], rtol=1e-5)
 
 
 def test_one_beam_takes_the_most_probable_token_at_each_place():
-  ids = search(functools.partial(_next, beams=1), batch=2, length=LENGTH, start=3)
-  for image, row in enumerate(np.asarray(ids)):
+  found = search(_writing(1), batch=2, length=LENGTH, start=3)
+  for image, row in enumerate(np.asarray(found.ids)):
     assert row[0] == 3
     for position in range(1, LENGTH):
       assert row[position] == _TABLE[image, position, row[position - 1]].argmax()
@@ -418,3 +434,113 @@ def test_a_head_of_captions_needs_token_ids():
   read = types.SimpleNamespace(sizes=dict(vocabulary=0), batch=dict(text=np.zeros((1, 2), int)))
   with pytest.raises(ValueError, match=r"config.loss.caption predicts the tokens"):
     vocabulary(read, "config.loss.caption")
+
+
+# ------------------------------------------------------------------ against the whole text
+
+_SHORT = dict(vocab_size=12, length=6)
+_TRANSFORMER = dict(width=16, depth=2, heads=2, dtype="float32")
+_HEADS = dict(
+  caption=dict(caption=dict(depth=2, heads=2, parallel=0.0)),
+  caption_unrolled=dict(caption=dict(depth=2, heads=2, parallel=0.0, scan=False)),
+  queries=dict(caption_fused=dict(depth=2, heads=2)),
+  tokens=dict(caption_fused=dict(depth=2, heads=2, inputs="tokens")),
+  coca=dict(coca=dict(depth=2, heads=2)),
+)
+
+
+class Vocabulary(NamedTuple):
+  """Stands for a tokenizer."""
+
+  length: int = _SHORT["length"]
+  adds_start: bool = False
+  adds_end: bool = True
+  first_id: int = 1
+  last_id: int = 2
+
+
+class Whole:
+  """The log probability of texts as training computes it, which reads each text as a whole."""
+
+  def __init__(self, name, coca):
+    term = _HEADS[name]
+    ((self.name, _),) = term.items()
+    image = dict(name="vit", patch=4, positions="learned", scan=False, **_TRANSFORMER)
+    text = dict(name="text", causal=True, **_SHORT, **_TRANSFORMER)
+    if coca:
+      image |= dict(pool="queries", queries=4, query_heads=2, query_width=16, class_token=True)
+      text |= dict(pool="class")
+    self.model = make_model(image=image, text=text, embed_dim=16)
+    self.head = make_loss(term).terms[self.name][1].head
+    self.sizes = dict(vocabulary=_SHORT["vocab_size"])
+    self.images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    ids = jnp.zeros((2, _SHORT["length"]), jnp.int32)
+    self.variables = self.model.init(jax.random.key(0), self.images, ids, ids == 0)
+    own = self.head.init(jax.random.key(1), self.read(self.images, ids, ids == 0))
+    keys = iter(jax.random.split(jax.random.key(2), 200))
+    # Larger than at the start of a run, so that texts differ in their probability.
+    self.own = jax.tree.map(lambda x: x + 0.4 * jax.random.normal(next(keys), x.shape), own)
+
+  def read(self, images, ids, mask):
+    feats = self.model.apply(self.variables, images, ids, mask)
+    batch = dict(text=ids, text_mask=mask, parallel=np.zeros(len(ids), bool))
+    return Read(batch, feats, None, None, None, self.sizes)
+
+  @functools.cached_property
+  def _sums(self):
+    """(image, ids [n, L], counted [n, L]) -> [n]."""
+
+    def sums(image, ids, counted):
+      images = jnp.broadcast_to(image, (len(ids), *image.shape))
+      read = self.read(images, ids, jnp.ones(ids.shape, bool))
+      read = read._replace(batch=read.batch | dict(text_mask=counted))
+      return -self.head.apply(self.own, {}, read)["sum"]
+
+    return jax.jit(sums)
+
+  def next_logs(self, image, before):
+    """[V]: the log probability of each token after some."""
+    words = _SHORT["vocab_size"]
+    ids = np.zeros((words, _SHORT["length"]), np.int32)
+    ids[:, : len(before)] = before
+    ids[:, len(before)] = np.arange(words)
+    counted = np.zeros(ids.shape, bool)
+    counted[:, len(before)] = True
+    return np.asarray(self._sums(self.images[image], ids, counted))
+
+  def search(self, image, beams, tokenizer):
+    """(ids, log probability) of the best text that the beams find; the mean of tokens decides."""
+    kept = [((tokenizer.first_id,), 0.0)] if tokenizer.adds_start else [((), 0.0)]
+    end = tokenizer.last_id
+    while any(len(ids) < tokenizer.length and end not in ids for ids, _ in kept):
+      longer = []
+      for ids, score in kept:
+        if end in ids or len(ids) == tokenizer.length:
+          longer.append((ids, score))
+        else:
+          logs = self.next_logs(image, ids)
+          longer += [((*ids, word), score + logs[word]) for word in range(len(logs))]
+      kept = sorted(longer, key=lambda x: -x[1])[:beams]
+    return max(kept, key=lambda x: x[1] / len(x[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _HEADS)
+def test_kept_keys_and_values_write_the_same_captions(name):
+  """Greedy and with beams; the reference reads each beginning of a text as a whole."""
+  coca = name == "coca"
+  whole = Whole(name, coca)
+  tokenizer = Vocabulary(adds_start=coca)
+  captioner = Captioner(whole.name, whole.head, whole.model, whole.sizes, tokenizer)
+  params = tree.flatten(whole.variables["params"], "model/")
+  params |= tree.flatten(whole.own, f"heads/{whole.name}/")
+  different = set()
+  for beams in (1, 3):
+    found = jax.jit(functools.partial(captioner.found, beams=beams))(params, whole.images)
+    for image in range(2):
+      ids, score = whole.search(image, beams, tokenizer)
+      written = tuple(np.asarray(found.ids[image]).tolist())
+      assert written == (*ids, *(0,) * (tokenizer.length - len(ids))), (beams, image)
+      np.testing.assert_allclose(found.scores[image], score, rtol=1e-5)
+      different.add(written)
+  assert len(different) > 1

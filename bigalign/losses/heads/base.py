@@ -29,13 +29,21 @@ class TextTower(Protocol):
   def __call__(self, ids: jax.Array, mask: jax.Array, *, averaged: bool = False) -> TowerOutput: ...
 
 
+class TextSteps(Protocol):
+  """See Read.text_steps."""
+
+  def __call__(
+    self, ids: jax.Array, position: jax.Array, cache: Any = None
+  ) -> tuple[jax.Array, Any]: ...
+
+
 class Projector(Protocol):
   """See Read.project."""
 
   def __call__(self, side: str, output: TowerOutput, *, averaged: bool = False) -> jax.Array: ...
 
 
-def not_read(*args: Any) -> jax.Array:
+def not_read(*args: Any, **others: Any) -> Any:
   """Stands for a function that the caller of a head leaves out, since the head does not call it."""
   raise NotImplementedError("this head is called without a model")
 
@@ -59,6 +67,8 @@ class Read(NamedTuple):
       each patch, K = E; of `blocks`, what it makes of the patches, the second half of an embedding,
       K = E / 2.
     words: () -> [V, D] float32, the token table of the text tower; no gradient.
+    text_steps: of a causal text tower, for heads that write: (ids [b] of the tokens at a position,
+      position, cache) -> (their states [b, D], the cache with them). None is the empty cache.
   """
 
   batch: Mapping[str, jax.Array]
@@ -70,6 +80,21 @@ class Read(NamedTuple):
   state: Mapping[str, jax.Array] = {}
   projected: Callable[[], jax.Array] = not_read
   words: Callable[[], jax.Array] = not_read
+  text_steps: TextSteps = not_read
+
+
+class Writing(NamedTuple):
+  """How a head writes texts, one token after the other.
+
+  Args:
+    step: (ids [b] of the tokens before a position, 0 before the first; the position; cache) ->
+      (logits [b, V] of the token there, the next cache).
+    cache: before the first token. A tree of arrays of a row for each text, on the second axis of
+      arrays that stack layers (tree.is_stacked), on the first axis of the others.
+  """
+
+  step: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+  cache: Any
 
 
 def no_draws(
@@ -97,8 +122,8 @@ class Head(NamedTuple):
     sums: names of features without the batch axis, which are added up over the batch; no gradient
       goes through them.
     averages: whether it reads averaged parameters, of itself or of the towers.
-    write: of a head that predicts texts: (parameters, read) -> (states [b, L, D], kernel [D, V]);
-      state i predicts token i, from the tokens before it and the image. None: it does not.
+    write: of a head that predicts texts: (parameters, read) -> how it writes them. It reads the
+      image tokens, text_steps, and the shapes of text and tokens_txt. None: it does not.
     late: names of features in which the loss is affine, as in a sum that is divided by a count, or
       which are only logged. With microbatches, what they and `sums` alone need is computed once,
       not in both passes.
@@ -112,7 +137,7 @@ class Head(NamedTuple):
   ] = no_draws
   sums: frozenset[str] = frozenset()
   averages: bool = False
-  write: Callable[[Params, Read], tuple[jax.Array, jax.Array]] | None = None
+  write: Callable[[Params, Read], Writing] | None = None
   late: frozenset[str] = frozenset({"sum"})
 
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from bigalign.losses.base import Context, Features, Loss, Params, State
-from bigalign.losses.heads.base import Head, Read, mean_over_batch
-from bigalign.losses.heads.caption_decoder import TokenDecoder, options_of
+from bigalign.losses.heads.base import Head, Read, Writing, mean_over_batch
+from bigalign.losses.heads.caption_decoder import TokenDecoder, begin, options_of, read_on
 from bigalign.losses.heads.vocabulary import token_losses
+from bigalign.towers.base import HIDDEN, Places
 
 
 class Inputs(NamedTuple):
@@ -127,16 +128,32 @@ def caption(
     kernel = params["logits"]["kernel"]
     return counted(hidden, kernel, read.batch["text"], read.batch["text_mask"], label_smoothing)
 
-  def write(params: dict[str, Any], read: Read) -> tuple[jax.Array, jax.Array]:
-    one_by_one = jnp.zeros(len(read.batch["text"]), bool)
-    return states(params, read, one_by_one), params["logits"]["kernel"]
+  def write(params: dict[str, Any], read: Read) -> Writing:
+    module, own, image = decoder(read), params["decoder"], read.features["tokens_img"]
+    size = read.batch["text"].shape[1]
+    # The first step writes over what this token leaves in the cache.
+    first = jnp.zeros((len(image), 1), jnp.int32)
+    memory, cache = begin(module, own, first, image, None, Places(jnp.asarray(0), size))
+
+    def step(before: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+      args = before[:, None], image, None, Places(position, size)
+      hidden, cache = read_on(module, own, (memory, cache), *args)
+      return logits_of(hidden[:, 0], params), cache
+
+    return Writing(step, cache)
 
   head = Head(init, apply_head, draw=draw, sums=SUMS, write=write)
   return Loss(frozenset(), lambda sizes: ({}, {}), mean_and_accuracy, pair=False, head=head)
 
 
 SUMS = frozenset({"correct"})  # of `counted`
-HIDDEN = -1e9  # added to the logit of a token that is not seen
+
+
+def logits_of(state: jax.Array, params: Mapping[str, Any]) -> jax.Array:
+  """[b, D] -> [b, V] in float32, with the kernel of a head's logits."""
+  wide = jnp.promote_types(state.dtype, jnp.float32)
+  logits: jax.Array = state.astype(wide) @ params["logits"]["kernel"].astype(wide)
+  return logits
 
 
 def vocabulary(read: Read, where: str) -> int:

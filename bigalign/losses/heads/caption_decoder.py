@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from bigalign import checks, sharding
 from bigalign.towers import base
 from bigalign.towers.linear import lookup
+
+Variables = Mapping[str, Any]  # a collection of flax: a tree of arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,11 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, memory: jax.Array | None, visible: jax.Array | None
+    self,
+    x: jax.Array,
+    memory: jax.Array | None,
+    visible: jax.Array | None,
+    places: base.Places | None = None,
   ) -> tuple[jax.Array, None]:
     """[B, L, D] -> ([B, L, D], None); nn.scan expects a pair."""
     options, dtype = self.options, self.options.compute_dtype
@@ -57,12 +64,12 @@ class Layer(nn.Module):
 
     y = norm("ln1", x)
     causal = visible is None
-    x = x + attention("attn")(y, y, causal=causal, bias=visible)
+    x = x + attention("attn")(y, y, causal=causal, bias=visible, places=places)
     if options.two_mlps:
       x = x + mlp("attn_mlp")(norm("ln_attn_mlp", x))
     if memory is not None:
       seen = norm("ln_memory", memory) if options.two_mlps else memory
-      x = x + attention("cross_attn")(norm("ln_cross", x), seen)
+      x = x + attention("cross_attn")(norm("ln_cross", x), seen, keep=places is not None)
     x = x + mlp("mlp")(norm("ln2", x))
     return sharding.constrain_batch(x), None
 
@@ -78,7 +85,11 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, memory: jax.Array | None = None, visible: jax.Array | None = None
+    self,
+    x: jax.Array,
+    memory: jax.Array | None = None,
+    visible: jax.Array | None = None,
+    places: base.Places | None = None,
   ) -> jax.Array:
     """[B, L, D] -> [B, L, D], normed.
 
@@ -86,6 +97,8 @@ class Decoder(nn.Module):
       x: [B, L, D], embedded tokens.
       memory: [B, N, any width], tokens of the image for cross-attention; None: without.
       visible: [B or 1, 1, L, L], added to the logits of self-attention; None: causal.
+      places: of the tokens, if they follow those of earlier calls. Their keys and values are in the
+        collection "cache", and those of `memory` in the collection "memory".
     """
     options, kind, dtype = self.options, Layer, self.options.compute_dtype
     policy = checks.choose(base.REMAT, options.remat, "remat")
@@ -96,15 +109,15 @@ class Decoder(nn.Module):
     if options.scan:
       stack = nn.scan(
         kind,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "cache": 0, "memory": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=options.sizes.depth,
       )
-      x, _ = stack(options, name="blocks")(x, memory, visible)
+      x, _ = stack(options, name="blocks")(x, memory, visible, places)
     else:
       for i in range(options.sizes.depth):
-        x, _ = kind(options, name=f"block_{i}")(x, memory, visible)
+        x, _ = kind(options, name=f"block_{i}")(x, memory, visible, places)
     norm = nn.LayerNorm(options.epsilon, dtype, use_bias=options.bias, name="ln")
     decoded: jax.Array = norm(x)
     return decoded
@@ -124,14 +137,58 @@ class TokenDecoder(nn.Module):
   length: int
 
   @nn.compact
-  def __call__(self, ids: jax.Array, memory: jax.Array, visible: jax.Array | None) -> jax.Array:
+  def __call__(
+    self,
+    ids: jax.Array,
+    memory: jax.Array,
+    visible: jax.Array | None,
+    places: base.Places | None = None,
+  ) -> jax.Array:
     """[B, L] int32 -> [B, L, D]; other arguments as of Decoder."""
     width, dtype = self.options.sizes.width, self.options.compute_dtype
     table = self.param("embedding", nn.initializers.normal(0.02), (self.rows, width))
-    places = self.param("positions", nn.initializers.normal(0.01), (1, self.length, width))
-    x = lookup(table, ids, dtype) + places.astype(dtype)[:, : ids.shape[1]]
-    decoded: jax.Array = Decoder(self.options, name="decoder")(x, memory, visible)
+    positions = self.param("positions", nn.initializers.normal(0.01), (1, self.length, width))
+    positions, count = positions.astype(dtype), ids.shape[1]
+    if places is None:
+      own = positions[:, :count]
+    else:
+      own = jax.lax.dynamic_slice_in_dim(positions, places.first, count, 1)
+    x = lookup(table, ids, dtype) + own
+    decoded: jax.Array = Decoder(self.options, name="decoder")(x, memory, visible, places)
     return decoded
+
+
+def begin(
+  module: nn.Module, params: Any, *args: Any, method: Any = None
+) -> tuple[Variables, Variables]:
+  """What a module keeps of the first tokens of texts: the collections "memory" and "cache".
+
+  Args:
+    module: a Decoder, or another one that takes base.Places.
+    params: of it.
+    *args: of the module, with the places.
+    method: of the module; None: its call.
+  """
+  _, kept = module.apply({"params": params}, *args, method=method, mutable=["memory", "cache"])
+  return kept.get("memory", {}), kept["cache"]
+
+
+def read_on(
+  module: nn.Module, params: Any, kept: tuple[Variables, Variables], *args: Any, method: Any = None
+) -> tuple[Any, Variables]:
+  """(output for more tokens, the collection "cache" after them).
+
+  Args:
+    module: as of `begin`.
+    params: of it.
+    kept: what it keeps of the tokens before.
+    *args: of the module, with the places.
+    method: as of `begin`.
+  """
+  memory, cache = kept
+  variables = {"params": params, "memory": memory, "cache": cache}
+  output, changed = module.apply(variables, *args, method=method, mutable=["cache"])
+  return output, changed["cache"]
 
 
 def options_of(

@@ -13,10 +13,17 @@ import numpy as np
 from bigalign import checks
 from bigalign.losses.base import Loss
 from bigalign.losses.heads import masks
-from bigalign.losses.heads.base import Head, Read
-from bigalign.losses.heads.caption import HIDDEN, SUMS, counted, mean_and_accuracy, vocabulary
-from bigalign.losses.heads.caption_decoder import Decoder, DecoderOptions, options_of
+from bigalign.losses.heads.base import Head, Read, Writing
+from bigalign.losses.heads.caption import SUMS, counted, logits_of, mean_and_accuracy, vocabulary
+from bigalign.losses.heads.caption_decoder import (
+  Decoder,
+  DecoderOptions,
+  begin,
+  options_of,
+  read_on,
+)
 from bigalign.losses.heads.layers import dense_init
+from bigalign.towers.base import HIDDEN, Places
 from bigalign.towers.linear import Dense, lookup
 from bigalign.towers.vit import some_patches
 
@@ -37,24 +44,39 @@ class Fused(nn.Module):
   rows: int
 
   @nn.compact
-  def __call__(self, prefixes: Mapping[str, jax.Array], ids: jax.Array) -> jax.Array:
-    """{name: [B, n, any width]}, [B, L] int32 -> [B, L, D], of the places of the caption."""
+  def __call__(
+    self, prefixes: Mapping[str, jax.Array], ids: jax.Array, places: Places | None = None
+  ) -> jax.Array:
+    """{name: [B, n, any width]}, [B, L] int32 -> [B, L, D], of the places of the caption.
+
+    With `places`, the decoder reads all prefixes, if there are some, or one place of the caption,
+    and `ids` [B, 1] is the token before it.
+    """
     width, dtype = self.options.sizes.width, self.options.compute_dtype
     parts = [Dense(width, dtype=dtype, name=name)(x) for name, x in prefixes.items()]
+    decoder = Decoder(self.options, name="decoder")
+    if places is not None and parts:
+      read: jax.Array = decoder(jnp.concatenate(parts, 1), None, None, places)
+      return read
     normal = nn.initializers.normal(0.02)
-    places = self.param("queries", normal, (1, self.length, width)).astype(dtype)
-    places = jnp.broadcast_to(places, (len(ids), *places.shape[1:]))
+    own = self.param("queries", normal, (1, self.length, width)).astype(dtype)
+    if places is not None:
+      own = jax.lax.dynamic_slice_in_dim(own, places.first - places.size + self.length, 1, 1)
+    own = jnp.broadcast_to(own, (len(ids), *own.shape[1:]))
     if self.rows:
       table = self.param("embedding", normal, (self.rows, width))
-      shifted = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)))
-      places = places + lookup(table, shifted, dtype)
-    x = jnp.concatenate([*parts, places], 1)
+      shifted = jnp.pad(ids[:, :-1], ((0, 0), (1, 0))) if places is None else ids
+      own = own + lookup(table, shifted, dtype)
+    if places is not None:
+      state: jax.Array = decoder(own, None, None, places)
+      return state
+    x = jnp.concatenate([*parts, own], 1)
     before = x.shape[1] - self.length
     column = np.arange(x.shape[1])
     # A place sees all prefixes and the places up to itself; a prefix sees all prefixes.
     seen = column[None] <= np.maximum(column, before - 1)[:, None]
     visible = jnp.where(seen, 0.0, HIDDEN)[None, None]
-    decoded: jax.Array = Decoder(self.options, name="decoder")(x, None, visible)
+    decoded: jax.Array = decoder(x, None, visible)
     return decoded[:, before:]
 
 
@@ -153,8 +175,19 @@ def caption_fused(
     kernel = params["logits"]["kernel"]
     return counted(states(params, read), kernel, labels, mask, label_smoothing)
 
-  def write(params: dict[str, Any], read: Read) -> tuple[jax.Array, jax.Array]:
-    return states(params, read), params["logits"]["kernel"]
+  def write(params: dict[str, Any], read: Read) -> Writing:
+    module, own, parts = decoder(read), params["decoder"], prefixes(read)
+    before = sum(x.shape[1] for x in parts.values())
+    size = before + module.length
+    every = Places(jnp.asarray(0), size, both=True)
+    memory, cache = begin(module, own, parts, _ids(read), every)
+
+    def step(ids: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+      args: Any = {}, ids[:, None], Places(before + position, size)
+      hidden, cache = read_on(module, own, (memory, cache), *args)
+      return logits_of(hidden[:, 0], params), cache
+
+    return Writing(step, cache)
 
   fields = frozenset({labels_of, mask_of} if second else ())
   head = Head(

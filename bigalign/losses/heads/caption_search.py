@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-# (ids [b k, L], position) -> logits [b k, V] of the token at this position.
-NextLogits = Callable[[jax.Array, jax.Array], jax.Array]
+from bigalign import tree
+from bigalign.losses.heads.base import Writing
+
+
+class Found(NamedTuple):
+  """The best text of each image: ids [b, L] int32, 0 after the end; its log probability [b]."""
+
+  ids: jax.Array
+  scores: jax.Array
 
 
 class Beams(NamedTuple):
@@ -21,16 +27,18 @@ class Beams(NamedTuple):
     scores: [b, k] float32, log probabilities.
     lengths: [b, k] int32, tokens; of an unfinished text, all so far.
     done: [b, k] bool, whether the end token is there.
+    cache: of Writing.step, with a row for each text.
   """
 
   ids: jax.Array
   scores: jax.Array
   lengths: jax.Array
   done: jax.Array
+  cache: Any
 
 
 def search(
-  next_logits: NextLogits,
+  writing: Writing,
   *,
   batch: int,
   length: int,
@@ -38,27 +46,25 @@ def search(
   start: int | None = None,
   end: int | None = None,
   length_penalty: float = 1.0,
-) -> jax.Array:
+) -> Found:
   """The most probable text of each image that is found with some beams; with one, the greedy text.
 
   Each step keeps the `beams` most probable beginnings; a finished text stays as it is. The result
   has the highest log probability / tokens ** length_penalty.
 
   Args:
-    next_logits: (ids, position) -> logits; rows of an image are consecutive.
+    writing: how the head writes b k texts, of which those of an image are consecutive.
     batch: images, b.
     length: tokens of a text, L.
     beams: k.
     start: the id with which each text begins; None: it is predicted too.
     end: the id after which a text is finished; None: each text has `length` tokens.
     length_penalty: 0 prefers short texts, 1 compares the mean log probability of tokens.
-
-  Returns:
-    [b, L] int32; what follows the end is 0.
   """
 
   def step(position: jax.Array, found: Beams) -> Beams:
-    logits = next_logits(rearrange(found.ids, "b k l -> (b k) l"), position)
+    before = jnp.where(position > 0, found.ids[:, :, jnp.maximum(position - 1, 0)], 0)
+    logits, cache = writing.step(rearrange(before, "b k -> (b k)"), position, found.cache)
     logs = rearrange(jax.nn.log_softmax(logits.astype(jnp.float32)), "(b k) v -> b k v", k=beams)
     words = logs.shape[-1]
     # A finished text has one continuation, which costs nothing: 0, in place of padding.
@@ -74,7 +80,9 @@ def search(
     done, lengths = (jnp.take_along_axis(x, parent, 1) for x in (found.done, found.lengths))
     ids = jax.lax.dynamic_update_index_in_dim(ids, word, position, 2)
     lengths = lengths + ~done
-    return Beams(ids, scores, lengths, done if end is None else done | (word == end))
+    if beams > 1:
+      cache = _rows(cache, rearrange(parent + beams * jnp.arange(batch)[:, None], "b k -> (b k)"))
+    return Beams(ids, scores, lengths, done if end is None else done | (word == end), cache)
 
   one = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # the beams are equal at first
   first = Beams(
@@ -82,8 +90,18 @@ def search(
     repeat(one, "k -> b k", b=batch),
     jnp.zeros((batch, beams), jnp.int32),
     jnp.zeros((batch, beams), bool),
+    writing.cache,
   )
   last = jax.lax.fori_loop(0, length, step, first)
   ranks = last.scores / jnp.maximum(last.lengths, 1) ** length_penalty
-  best = jnp.argmax(ranks, 1)
-  return jnp.take_along_axis(last.ids, best[:, None, None], 1)[:, 0]
+  best = jnp.argmax(ranks, 1)[:, None]
+  ids = jnp.take_along_axis(last.ids, best[..., None], 1)[:, 0]
+  return Found(ids, jnp.take_along_axis(last.scores, best, 1)[:, 0])
+
+
+def _rows(cache: Any, rows: jax.Array) -> Any:
+  """The cache of other texts: rows [b k] are the numbers of the present ones."""
+  arrays = tree.flatten(cache).items()
+  return tree.unflatten(
+    {path: jnp.take(x, rows, axis=int(tree.is_stacked(path))) for path, x in arrays}
+  )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bigalign.losses.base import Loss
-from bigalign.losses.heads.base import Head, Read
-from bigalign.losses.heads.caption import SUMS, counted, mean_and_accuracy, vocabulary
-from bigalign.losses.heads.caption_decoder import Decoder, options_of
+from bigalign.losses.heads.base import Head, Read, Writing
+from bigalign.losses.heads.caption import SUMS, counted, logits_of, mean_and_accuracy, vocabulary
+from bigalign.losses.heads.caption_decoder import Decoder, begin, options_of, read_on
 from bigalign.losses.heads.layers import dense_init
+from bigalign.towers.base import Places
 
 
 def coca(
@@ -57,12 +57,6 @@ def coca(
     image = read.features["tokens_img"]
     return Decoder(options_of(image.dtype, tokens.shape[-1], **given))
 
-  def states(params: Mapping[str, Any], read: Read, tokens: jax.Array) -> jax.Array:
-    """[b, L, D]: state i predicts token i + 1."""
-    memory = read.features["tokens_img"]
-    out: Any = decoder(read, tokens).apply({"params": params["decoder"]}, tokens, memory)
-    return jnp.asarray(out)
-
   def init(key: jax.Array, read: Read) -> dict[str, Any]:
     tokens, words = read.features["tokens_txt"], vocabulary(read, where)
     of_decoder, of_logits = jax.random.split(key)
@@ -71,16 +65,30 @@ def coca(
     return {"decoder": variables["params"], "logits": logits}
 
   def apply_head(params: dict[str, Any], averaged: Any, read: Read) -> dict[str, jax.Array]:
-    hidden = states(params, read, read.features["tokens_txt"][:, :-1])
+    tokens, memory = read.features["tokens_txt"][:, :-1], read.features["tokens_img"]
+    # State i predicts token i + 1.
+    hidden: Any = decoder(read, tokens).apply({"params": params["decoder"]}, tokens, memory)
     labels, mask = (read.batch[name][:, 1:] for name in ("text", "text_mask"))
     return counted(hidden, params["logits"]["kernel"], labels, mask, label_smoothing)
 
-  def write(params: dict[str, Any], read: Read) -> tuple[jax.Array, jax.Array]:
-    tokens = read.text(read.batch["text"], read.batch["text_mask"]).tokens
-    hidden = states(params, read, tokens)
-    # The first token is not predicted: tokenizers that CoCa needs begin each text with the same.
-    shifted = jnp.concatenate([jnp.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
-    return shifted, params["logits"]["kernel"]
+  def write(params: dict[str, Any], read: Read) -> Writing:
+    image, (rows, size) = read.features["tokens_img"], read.batch["text"].shape
+    start = jnp.asarray(0)
+    # The first step writes over what this token leaves in the caches.
+    state, text = read.text_steps(jnp.zeros(rows, jnp.int32), start)
+    module, own = decoder(read, state[:, None]), params["decoder"]
+    memory, cache = begin(module, own, state[:, None], image, None, Places(start, size))
+
+    def step(before: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+      place = jnp.maximum(position - 1, 0)
+      state, text = read.text_steps(before, place, cache["text"])
+      args = state[:, None], image, None, Places(place, size)
+      hidden, decoded = read_on(module, own, (memory, cache["decoder"]), *args)
+      # The first token is not predicted: tokenizers that CoCa needs begin each text with the same.
+      logits = jnp.where(position > 0, logits_of(hidden[:, 0], params), 0)
+      return logits, dict(text=text, decoder=decoded)
+
+    return Writing(step, dict(text=text, decoder=cache))
 
   head = Head(init, apply_head, sums=SUMS, write=write)
   return Loss(frozenset(), lambda sizes: ({}, {}), mean_and_accuracy, pair=False, head=head)
