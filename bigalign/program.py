@@ -477,7 +477,7 @@ def state_shardings(
 
 
 def make_embed(model: DualEncoder) -> dict[str, Any]:
-  """embed_image(params, image), embed_text(params, ids, mask) and embed_patches(params, image).
+  """embed_image, embed_patches and image_output(params, image), and embed_text(params, ids, mask).
 
   They are jitted, for parameters by path. And text_lengths(ids, mask): how many positions of each
   text embed_text reads, see UsedLengths.
@@ -490,9 +490,10 @@ def make_embed(model: DualEncoder) -> dict[str, Any]:
     with contextlib.nullcontext() if is_stored else without_shape_checks():
       return model.apply(variables, *args, method=method)
 
-  def compiled(method: str) -> Callable[..., jax.Array]:
+  def compiled(method: str) -> Callable[..., Any]:
     jitted = jax.jit(functools.partial(apply, method))
     return lambda *args: sharding.block_on_cpu(jitted(*args))
 
-  embed = {method: compiled(method) for method in ("embed_image", "embed_text", "embed_patches")}
+  methods = ("embed_image", "embed_text", "embed_patches", "image_output")
+  embed = {method: compiled(method) for method in methods}
   return {**embed, "text_lengths": used_lengths(getattr(model.text_tower, "options", None))}

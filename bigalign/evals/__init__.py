@@ -56,6 +56,7 @@ def make_evaluators(
   text_lengths: UsedLengths = all_positions,
   shared: SharedImages | None = None,
   embed_patches: Callable[..., Any] | None = None,
+  image_output: Callable[..., Any] | None = None,
 ) -> dict[str, Evaluator]:
   """Returns the evaluators {name: run} of config.evals.
 
@@ -69,6 +70,7 @@ def make_evaluators(
     data: config.data.
     text_lengths: see Context.
     embed_patches: embeds the patches of images, see Context.
+    image_output: gives the tokens of images, see Context.
     shared: of evaluators made by other calls, to share images with them too. Images are shared
       while evaluators are called with the same object as parameters.
 
@@ -79,7 +81,15 @@ def make_evaluators(
   shared = SharedImages() if shared is None else shared
   for name, component in resolve_value(EvalOptions, evals, "config.evals").items():
     context = Context(
-      name, embed_image, embed_text, mesh, data, text_lengths, shared, embed_patches
+      name,
+      embed_image,
+      embed_text,
+      mesh,
+      data,
+      text_lengths,
+      shared,
+      embed_patches,
+      image_output,
     )
     evaluators[name] = component.make(context=context)
   return evaluators

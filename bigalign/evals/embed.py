@@ -27,6 +27,7 @@ from bigalign.data.sources.base import open_source, read
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
 from bigalign.run.progress import track
+from bigalign.towers.base import TowerOutput
 from bigalign.towers.padding import UsedLengths, all_positions, cut
 
 
@@ -84,6 +85,7 @@ class Context(NamedTuple):
     shared: embeddings of images that evaluators share; None: each embeds its own.
     embed_patches: (params, image) -> [B, N, K], the patches in the space of the embeddings, or of
       their last K components; unit norm, float32, jitted.
+    image_output: (params, image) -> the output of the image tower; jitted.
   """
 
   name: str
@@ -94,6 +96,7 @@ class Context(NamedTuple):
   text_lengths: UsedLengths = all_positions
   shared: SharedImages | None = None
   embed_patches: Callable[[Any, jax.Array], jax.Array] | None = None
+  image_output: Callable[[Any, jax.Array], TowerOutput] | None = None
 
 
 def of_patches(context: Context) -> tuple[Context, Callable[[Any, jax.Array], jax.Array]]:

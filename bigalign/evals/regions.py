@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigalign import sharding
+from bigalign import sharding, tree
 from bigalign.data.fields.regions import regions_of
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import key
 from bigalign.evals.embed import Context, log_rejects, of_patches, open_data
 from bigalign.evals.retrieval import RECALL_AT, ranks
 from bigalign.evals.zeroshot import class_weights
+from bigalign.losses.heads import prompter
 from bigalign.losses.heads.region_phrase import pooling
 from bigalign.sphere import unit
 
@@ -27,7 +28,8 @@ def region_retrieval(
   """Retrieval of regions by phrases, and of phrases by regions, as CLOC reports it.
 
   https://arxiv.org/abs/2410.02746. A region is the mean of the projected patches that its box
-  covers, weighted by the area. A phrase finds a region if any region with this phrase is among the
+  covers, weighted by the area; with loss.region_phrase.pooling="prompter", it is what the trained
+  Prompter gives for the box. A phrase finds a region if any region with this phrase is among the
   first k. Images are squashed to the square, so that the boxes of all of them are seen.
 
   Args:
@@ -59,9 +61,14 @@ def region_retrieval(
 
   @functools.partial(jax.jit, out_shardings=replicated)
   def gathered(
-    patches: jax.Array, boxes: jax.Array, owner: jax.Array, rejects: jax.Array
+    layers: Any, patches: jax.Array, boxes: jax.Array, owner: jax.Array, rejects: jax.Array
   ) -> tuple[jax.Array, ...]:
-    """[B, N, K], [B, M, 4], … -> the regions [B, M, K], unit norm; owner; the sum of rejects."""
+    """[B, N, K], [B, M, 4], … -> the regions [B, M, K], unit norm; owner; the sum of rejects.
+
+    With the layers of a Prompter, patches are those of the tower, and K is E.
+    """
+    if layers:
+      return unit(prompter.regions(layers, patches, boxes)), owner, rejects.sum(0)
     side = round(patches.shape[1] ** 0.5)
     z = jnp.einsum("bmn,bnk->bmk", pooling(boxes, (side, side)), patches)
     return unit(z), owner, rejects.sum(0)
@@ -69,6 +76,8 @@ def region_retrieval(
   def run(params: Any) -> dict[str, float]:
     found, owners = [], []
     rejects: Any = 0
+    output = context.image_output
+    layers = tree.unflatten(tree.subtree(params, "heads/region_phrase/")) if output else {}
     for batch in data.batches():
       boxes = np.zeros((len(batch["valid"]), most, 4), np.float32)
       owner = np.full((len(boxes), most), -1, np.int32)
@@ -78,9 +87,9 @@ def region_retrieval(
       given = dict(image=batch["image"], boxes=boxes, owner=owner, rejects=batch["rejects"])
       on_mesh = sharding.global_batch(context.mesh, given, rows, data.batch_size)
       rest = (on_mesh[name] for name in ("boxes", "owner", "rejects"))
-      z, there, rejected = map(
-        np.asarray, sharding.block_on_cpu(gathered(embed(params, on_mesh["image"]), *rest))
-      )
+      image = on_mesh["image"]
+      patches = output(params, image).tokens if layers and output else embed(params, image)
+      z, there, rejected = map(np.asarray, sharding.block_on_cpu(gathered(layers, patches, *rest)))
       found.append(z[there >= 0])
       owners.append(there[there >= 0])
       rejects = rejects + rejected

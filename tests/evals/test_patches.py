@@ -13,13 +13,15 @@ from einops import reduce
 from helpers.small_shards import write_tar
 from PIL import Image
 
-from bigalign import sharding
+from bigalign import sharding, tree
 from bigalign.data.loader.options import resolve_data
 from bigalign.evals.embed import Context
 from bigalign.evals.regions import region_retrieval
 from bigalign.evals.segmentation import confusion, measures, read_labels, segmentation
+from bigalign.losses.heads import prompter
 from bigalign.model import make_model
 from bigalign.sphere import unit
+from bigalign.towers.base import TowerOutput
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
 NAMES = ("r", "g", "b")
@@ -117,7 +119,7 @@ def test_phrases_find_their_regions(tmp_path):
       stored = json.dumps(dict(regions=boxes)).encode()
       members += [(f"{i}.jpg", png(COLOURS[classes])), (f"{i}.json", stored)]
     source = write_tar(tmp_path / f"{wrong}.tar", members)
-    found = region_retrieval(context(), source=source, batch_size=8)(None)
+    found = region_retrieval(context(), source=source, batch_size=8)({})
     for name in ("text_to_region", "region_to_text"):
       expected = 1 / 3 if wrong else 1
       assert found[f"val/val-regions-{name}_R@1"] == pytest.approx(expected)
@@ -127,6 +129,33 @@ def test_phrases_find_their_regions(tmp_path):
     ValueError, match=r"sample .*/0: no_column: the regions of sample 0 \(json.no\) are missing"
   ):
     region_retrieval(context(), source=source, field="json.no")
+
+
+def test_regions_of_a_trained_prompter(tmp_path):
+  """The embedding of each phrase is what the Prompter gives for its box, which pooling does not."""
+  given = [("r", [0, 0, 0.5, 1]), ("g", [0.5, 0, 1, 1]), ("b", [0.25, 0.25, 0.75, 0.5])]
+  regions = json.dumps(dict(regions=[dict(phrase=name, box=box) for name, box in given])).encode()
+  grey = png(np.full((16, 48, 3), 127, np.uint8))  # without a colour: boxes pool to one vector
+  source = write_tar(tmp_path / "0.tar", [("0.jpg", grey), ("0.json", regions)])
+  tokens = jnp.asarray(np.random.default_rng(0).normal(size=(1, 16, 32)), jnp.float32)
+  layers = prompter.init(jax.random.key(0), tokens, 3, grounds=False)
+  wanted = prompter.regions(layers, tokens, jnp.asarray([[box for _, box in given]], jnp.float32))
+
+  def image_output(params, image):
+    same = jnp.broadcast_to(tokens, (len(image), 16, 32))
+    return TowerOutput(same.mean(1), same)
+
+  def embed_text(params, ids, mask):
+    return context().embed_text(params, ids, mask) @ unit(wanted[0])
+
+  of_model = context()._replace(image_output=image_output, embed_text=embed_text)
+  evaluate = region_retrieval(of_model, source=source, batch_size=8)
+  found = {
+    name: evaluate(tree.flatten(params, "heads/region_phrase/"))
+    for name, params in (("prompter", layers), ("boxes", {}))
+  }
+  recalls = {name: x["val/val-regions-text_to_region_R@1"] for name, x in found.items()}
+  assert recalls["prompter"] == 1 and recalls["boxes"] < 1
 
 
 def test_measures_by_hand():

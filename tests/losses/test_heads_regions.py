@@ -102,10 +102,11 @@ def test_the_prompter_is_a_block_over_each_prompt_and_the_patches():
   module = prompter.PromptBlock(jnp.float32)
   params = module.init(jax.random.key(0), prompts, patches)
   found = module.apply(params, prompts, patches)
-  whole = Block(1, 4 * WIDTH, "gelu")
+  whole, own = Block(1, 4 * WIDTH, "gelu"), dict(params["params"])
+  own["attn"] = own.pop("attention")
   for m in range(3):
     given = jnp.concatenate([prompts[:, m], patches], 1)
-    wanted, _ = whole.apply(params, given)
+    wanted, _ = whole.apply({"params": own}, given)
     np.testing.assert_allclose(found[:, m], wanted[:, :2], atol=1e-5)
 
 

@@ -42,7 +42,8 @@ class PromptBlock(nn.Module):
     own = np.kron(np.eye(count), np.ones((length, length))) > 0
     seen = np.concatenate([own, np.ones((count * length, patches.shape[1]), bool)], 1)
     bias = jnp.where(seen, 0.0, HIDDEN)[None, None]
-    x = x + Attention(1, self.dtype, name="attn")(y[:, : x.shape[1]], y, bias=bias)
+    # Not "attn", whose heads are split over the mesh axis tensor: this is one head.
+    x = x + Attention(1, self.dtype, name="attention")(y[:, : x.shape[1]], y, bias=bias)
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="ln2")(x)
     x = x + Mlp(4 * width, "gelu", dtype=self.dtype, name="mlp")(y)
     return sharding.constrain_batch(rearrange(x, "b (m p) d -> b m p d", m=count))
