@@ -262,6 +262,14 @@ def test_queries_learn_regions_and_boxes():
   assert params["queries"].shape == (4, 32)  # one more for the image
 
 
+def test_terms_of_weight_zero_are_not_computed():
+  given = read()._replace(text=None, project=None)  # phrases are not embedded
+  loss = losses.HEADS["grain"](queries=3, depth=1, width=32, heads=2, w_region=0.0, w_image=0.0)
+  first, last, _ = trained(loss, given, 2)
+  assert sorted(first) == ["giou", "l1", "logit_scale", "loss"] and not loss.pair
+  assert last["loss"] < first["loss"] == pytest.approx(first["l1"] + first["giou"], rel=1e-6)
+
+
 def test_the_order_of_regions_does_not_matter():
   """Nor do regions that are not there, whatever their boxes are."""
   given = read()

@@ -139,27 +139,29 @@ def grain(
       "l1": jnp.abs(own - to_centres(boxes)).sum(-1),
       "giou": 1 - generalized_iou(of_centres(own), boxes),
     }
-    phrases, ids = embedded_phrases(read)
-    regions = dense(params["region"], jnp.take_along_axis(objects, chosen, 1))
-    return {
-      "regions": unit(regions),
-      "phrases": unit(phrases),
-      "ids": ids,
-      "image": unit(dense(params["image"], image)),
-      **{name: jnp.where(real, x, 0).sum(1) for name, x in errors.items()},
-    }
+    feats = {name: jnp.where(real, x, 0).sum(1) for name, x in errors.items()}
+    if w_image:
+      feats["image"] = unit(dense(params["image"], image))
+    if w_region:
+      regions = dense(params["region"], jnp.take_along_axis(objects, chosen, 1))
+      phrases, ids = embedded_phrases(read)
+      feats |= {"regions": unit(regions), "phrases": unit(phrases), "ids": ids}
+    return feats
 
   def apply(
     params: Scalars, state: State, feats: Features, batch: Any, context: Context
   ) -> tuple[jax.Array, Any]:
     scale, real = jnp.exp(params["t"]), batch[MASK] != 0
     terms = {name: feats[name].sum() / jnp.maximum(real.sum(), 1) for name in ("l1", "giou")}
-    terms["region_to_phrase"], _ = cloc_region(
-      feats["regions"], feats["phrases"], real, feats["ids"], scale, engine=context.engine
-    )
-    terms["image"] = contrast(feats["image"], feats["ztxt"], scale, engine=context.engine)
-    weights = {"l1": w_l1, "giou": w_giou, "region_to_phrase": w_region, "image": w_image}
-    value = sum((weight * terms[name] for name, weight in weights.items()), jnp.zeros(()))
+    value = w_l1 * terms["l1"] + w_giou * terms["giou"]
+    if w_region:
+      terms["region_to_phrase"], _ = cloc_region(
+        feats["regions"], feats["phrases"], real, feats["ids"], scale, engine=context.engine
+      )
+      value += w_region * terms["region_to_phrase"]
+    if w_image:
+      terms["image"] = contrast(feats["image"], feats["ztxt"], scale, engine=context.engine)
+      value += w_image * terms["image"]
     return value, (state, {"loss": value, **terms, "logit_scale": scale})
 
   head = Head(
@@ -173,6 +175,7 @@ def grain(
     lambda sizes: (scales.init(t_init), {}),
     apply,
     scales.clamped(t_max),
+    pair=w_image > 0,
     head=head,
   )
 
