@@ -100,15 +100,27 @@ class Captioner:
       batch=len(images),
       length=length,
       beams=beams,
-      start=tokenizer.first_id if tokenizer.adds_start else None,
+      prompt=self._prompt,
       end=tokenizer.last_id if tokenizer.adds_end else None,
       length_penalty=length_penalty,
     )
 
   def texts(self, ids: np.ndarray) -> list[str]:
-    """[N, L] ids -> N texts, without what follows the end token."""
+    """[N, L] ids -> N texts, without the prompt and what follows the end token."""
+    start = len(self._prompt) if self.head.prompt else 0
     end = self.tokenizer.last_id if self.tokenizer.adds_end else None
-    return [self.tokenizer.decode(_until(row, end)) for row in ids.tolist()]
+    texts = [self.tokenizer.decode(_until(row[start:], end)) for row in ids.tolist()]
+    return [text.lstrip() for text in texts] if start else texts
+
+  @property
+  def _prompt(self) -> Sequence[int]:
+    """The ids with which each text begins."""
+    tokenizer = self.tokenizer
+    if not self.head.prompt:
+      return [tokenizer.first_id] if tokenizer.adds_start else []
+    ids, mask = tokenizer.encode_batch([self.head.prompt])
+    written: list[int] = ids[mask].tolist()
+    return written[:-1] if tokenizer.adds_end else written
 
 
 def _until(ids: Sequence[int], end: int | None) -> Sequence[int]:

@@ -255,7 +255,7 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False, averages: bool = Fal
       raise ValueError(
         f"config.loss.{name} reads the field {missing[0]!r}, which the data does not have; the"
         f" fields are {sorted(fields)}. config.data.views adds 'view/NAME', config.data.columns"
-        " 'NAME', config.data.regions 'region_boxes'"
+        " 'NAME', config.data.regions 'region_boxes', config.data.locations 'task_text'"
       )
     for need in sorted(term.needs - {"ema_teacher"}):
       for field in PROVIDES[need]:

@@ -22,6 +22,7 @@ BATCH = 16
 SMALL = dict(prototypes=64, hidden=48, bottleneck=16, teacher_temp_updates=0)
 VIEWS = dict(views=dict(**{"global": dict(count=2)}, local=dict(count=3, size=16)))
 REGIONS = dict(regions=dict(field="json.regions", count=2))
+LOCATIONS = dict(locations=dict(field="json.regions"))
 CASES = dict(
   caption=(dict(depth=1, heads=4), {}),
   caption_fused=(dict(depth=1, heads=4, keep=0.5, inputs="tokens", reads_text=True), {}),
@@ -57,13 +58,16 @@ CASES = dict(
     dict(twin=dict(decay=1.0, paths="image_tower")),
   ),
   vlap=({}, {}),
-  **{"region_phrase:boxes": ({}, dict(data=REGIONS))},
+  **{
+    "caption:tasks": (dict(depth=1, heads=4, tasks=True), dict(data=LOCATIONS)),
+    "region_phrase:boxes": ({}, dict(data=REGIONS)),
+  },
 )
 
 # Heads that one config can hold: most of the time is spent on compiling the towers.
 TOGETHER = (
   "coca",
-  "gram region_phrase:boxes token_distill",
+  "caption:tasks gram region_phrase:boxes token_distill",
   "ibot silc",
   "caption caption_fused fdt grain lexical mask_regularization region_phrase sparc_adapted vlap",
 )
@@ -132,7 +136,7 @@ def _random(rng, field, shape, dtype):
     return np.arange(shape[-1]) < rng.integers(3, shape[-1], (*shape[:-1], 1))
   if np.issubdtype(dtype, np.floating):
     return rng.uniform(size=shape).astype(dtype)
-  kinds = {"image": 255, "text": 200, "source": 1, "repaired": 1, "rejects": 1}
+  kinds = {"image": 255, "text": 200, "task_text": 200, "source": 1, "repaired": 1, "rejects": 1}
   high = next((x for k, x in kinds.items() if field.startswith(k)), 255 if "view" in field else 2)
   return rng.integers(0, high, shape).astype(dtype)
 

@@ -380,7 +380,7 @@ def test_enough_beams_find_the_most_probable_text(end, penalty):
 
 
 def test_one_beam_takes_the_most_probable_token_at_each_place():
-  found = search(_writing(1), batch=2, length=LENGTH, start=3)
+  found = search(_writing(1), batch=2, length=LENGTH, prompt=[3])
   for image, row in enumerate(np.asarray(found.ids)):
     assert row[0] == 3
     for position in range(1, LENGTH):
@@ -422,6 +422,52 @@ def test_the_decoder_predicts_each_token_of_its_own_caption():
   rows = jax.jit(lambda params: head.apply(params, {}, read))(params)
   assert rows["correct"] == mask.sum() == rows["count"].sum() < ids.size
   assert captioner.texts(ids) == [tokenizer.decode(row[seen]) for row, seen in zip(ids, mask)]
+
+
+def test_texts_with_boxes_are_predicted_token_by_token_after_their_beginning():
+  """A caption among them may be predicted in parallel; what is not counted has no effect."""
+  rng = np.random.default_rng(0)
+  image = rng.normal(size=(3, 3, 8)).astype(np.float32)
+  ids = jnp.asarray(rng.integers(0, 20, (3, 6)), jnp.int32)
+  counted = np.arange(6)[None].repeat(3, 0) >= np.array([[1], [2], [3]])
+  batch = dict(text=ids, text_mask=ids == ids, parallel=np.ones(3, bool))
+  batch |= dict(task=np.arange(3), task_text=ids[:, ::-1], task_counted=counted)
+  features = dict(tokens_img=image, tokens_txt=jnp.zeros((3, 6, 8)))
+  read = Read(batch, features, None, None, None, dict(vocabulary=20))
+
+  def head(**options):
+    return make_loss(dict(caption=dict(depth=1, heads=2, **options))).terms["caption"][1].head
+
+  own = head(tasks=True).init(jax.random.key(0), read)
+  own["logits"]["kernel"] = jax.random.normal(jax.random.key(1), own["logits"]["kernel"].shape)
+  found = head(tasks=True).apply(own, {}, read)
+  assert found["count"].tolist() == [5, 4, 3]
+  plain = dict(text=ids[:, ::-1], text_mask=counted, parallel=np.arange(3) == 0)
+  wanted = head().apply(own, {}, read._replace(batch=plain))
+  np.testing.assert_array_equal(found["sum"], wanted["sum"])
+
+
+def test_a_caption_is_what_follows_the_name_of_its_task():
+  tokenizer = make_tokenizer("byte", length=12)
+  loss = make_loss(dict(caption=dict(depth=1, heads=2, tasks=True)))
+  head, sizes = loss.terms["caption"][1].head, dict(vocabulary=tokenizer.vocab_size)
+  image = Towers().apply({}, jnp.zeros((2, 4, 4, 3)), method="image_output").tokens
+  ids = jnp.zeros((2, 12), jnp.int32)
+  batch, features = dict(text=ids, task_text=ids), dict(tokens_img=image, tokens_txt=image)
+  read = Read(batch, features, None, None, None, sizes)
+  params = head.init(jax.random.key(0), read)
+  kernel = params["logits"]["kernel"]
+  params["logits"]["kernel"] = jax.random.normal(jax.random.key(1), kernel.shape)
+  captioner = Captioner("caption", head, Towers(), sizes, tokenizer)
+  own = tree.flatten(params, "heads/caption/")
+  for beams in (1, 3):
+    call = functools.partial(captioner.ids, beams=beams)
+    ids = np.asarray(jax.jit(call)(own, np.zeros((2, 4, 4, 3), np.float32)))
+    assert [tokenizer.decode(row[:4].tolist()) for row in ids] == ["Cap:"] * 2
+    texts = captioner.texts(ids)
+    ends = [(*np.flatnonzero(row == tokenizer.eos), 12)[0] for row in ids]
+    rest = [tokenizer.decode(row[4:end].tolist()) for row, end in zip(ids, ends)]
+    assert texts == [text.lstrip() for text in rest] and any(texts)
 
 
 def test_a_run_without_a_decoder_says_what_is_missing():

@@ -101,15 +101,10 @@ class Regions:
         as the module says.
     """
     options = self._options
-    assert sample.part is not None, "the loader gives it"
-    shown = []
-    for box, phrase in regions_of(self._source, sample.index, options.field):
-      seen, share = of_view(box, sample.part)
-      if share >= options.visible:
-        shown.append((seen, phrase))
-    chosen = draws.of("regions").permutation(len(shown))[: options.count]
-    boxes = np.array([shown[i][0] for i in chosen], np.float32).reshape(-1, 4)
-    return boxes, [shown[i][1] for i in chosen]
+    regions = shown(self._source, sample, options.field, options.visible)
+    chosen = draws.of("regions").permutation(len(regions))[: options.count]
+    boxes = np.array([regions[i][0] for i in chosen], np.float32).reshape(-1, 4)
+    return boxes, [regions[i][1] for i in chosen]
 
   def stack(self, values: Sequence[tuple[np.ndarray, list[str]]]) -> dict[str, np.ndarray]:
     """{name: [b, …]}."""
@@ -126,6 +121,28 @@ class Regions:
       arrays[BOXES][row, : len(boxes)] = boxes
       arrays[MASK][row, : len(boxes)] = True
     return arrays
+
+
+def shown(
+  source: Source, sample: Sample, field: str, visible: float
+) -> list[tuple[np.ndarray, str]]:
+  """The regions of which the view of a sample shows enough: boxes [4] of the view, and phrases.
+
+  Args:
+    source: of the sample.
+    sample: with its part.
+    field: as of RegionOptions, and so is `visible`.
+
+  Raises:
+    Rejected: as regions_of.
+  """
+  assert sample.part is not None, "the loader gives it"
+  found = []
+  for box, phrase in regions_of(source, sample.index, field):
+    seen, share = of_view(box, sample.part)
+    if share >= visible:
+      found.append((seen, phrase))
+  return found
 
 
 def regions_of(source: Source, i: int, field: str) -> list[tuple[np.ndarray, str]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from bigalign.data.fields import columns, regions, teachers, text_pairs, texts, views
+from bigalign.data.fields import columns, locations, regions, teachers, text_pairs, texts, views
 from bigalign.data.fields.base import Field, Spec
 from bigalign.data.fields.columns import Columns
+from bigalign.data.fields.locations import Locations
 from bigalign.data.fields.regions import Regions
 from bigalign.data.fields.teachers import Teachers
 from bigalign.data.fields.text_pairs import TextPairs
@@ -23,6 +24,7 @@ _TAKEN = {
   *("text", "text_mask", "text_second", "text_second_mask", "image_id", "text_id"),
   *("label", "source", "rejects", "repaired"),
   *(*naflex.FIELDS, *texts.NAMES, *teachers.NAMES, *text_pairs.NAMES, *regions.NAMES),
+  *locations.NAMES,
 }
 
 
@@ -35,6 +37,7 @@ def spec(data: DataOptions) -> Spec:
     **views.spec(data.views, data.image_size),
     **text_pairs.spec(data.text_pairs, data.text_length),
     **regions.spec(data.regions, data.text_length),
+    **locations.spec(data.locations, data.text_length),
   }
 
 
@@ -84,26 +87,35 @@ def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
     tokenizer = data.make_tokenizer()
     opened.append(TextPairs(data.text_pairs, tokenizer, shuffle=data.shuffle, order=data.order))
   if data.regions:
-    _check_regions(data)
+    _check_boxes("regions", data)
     opened.append(Regions(data.regions, source, data.make_tokenizer()))
+  if data.locations:
+    _check_boxes("locations", data)
+    for name, given in (("code_switch", data.code_switch), ("stores.text", data.stores.text)):
+      if given:
+        raise ValueError(
+          f"config.data.locations writes captions as the source has them, not those of config.data."
+          f"{name}; leave one of the two out"
+        )
+    opened.append(Locations(data.locations, source, data.make_tokenizer()))
   return tuple(opened)
 
 
-def _check_regions(data: DataOptions) -> None:
+def _check_boxes(option: str, data: DataOptions) -> None:
   """Raises ValueError if boxes cannot follow the views of images."""
   moves = [name for name in ("rotate", "shift") if data.augment.option(name)]
   if data.augment.option("crop") == "evaluation" and data.resize != "squash":
     moves.append("crop")
   if moves:
     raise ValueError(
-      f"config.data.regions: boxes do not follow config.data.augment.{moves[0]}="
+      f"config.data.{option}: boxes do not follow config.data.augment.{moves[0]}="
       f"{data.augment.option(moves[0])!r}; leave it out"
     )
   for name, given in (("naflex", data.naflex), ("frames", data.frames)):
     if given:
-      raise ValueError(f"config.data.regions is for squares of one image, not config.data.{name}")
+      raise ValueError(f"config.data.{option} is for squares of one image, not config.data.{name}")
   if "image" in data.stores.sides or not data.images:
-    raise ValueError("config.data.regions needs images, not stores of vectors or texts alone")
+    raise ValueError(f"config.data.{option} needs images, not stores of vectors or texts alone")
 
 
 def stacked(fields: tuple[Field, ...], values: list[tuple[Any, ...]]) -> dict[str, Any]:

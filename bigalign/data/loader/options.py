@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from bigalign.data.fields.columns import ColumnOptions
+from bigalign.data.fields.locations import LocationOptions
 from bigalign.data.fields.regions import RegionOptions
 from bigalign.data.fields.teachers import TeacherOptions
 from bigalign.data.fields.text_pairs import TextPairsOptions
@@ -139,6 +140,7 @@ class DataOptions(ImageReading):
     text_pairs: pairs of texts of another source, which batches hold beside the images and their
       texts, for the loss text_pairs.
     regions: boxes of each image with phrases, for the loss region_phrase.
+    locations: texts with boxes that a decoder predicts, for the loss caption with tasks=True.
     captions_per_image: room for captions in the ids of texts and in the per-sample state of a
       loss.
     shuffle: a new order in each epoch; without it, the order of the source.
@@ -171,6 +173,7 @@ class DataOptions(ImageReading):
   views: Views = DEFAULTS
   text_pairs: TextPairsOptions | None = None
   regions: RegionOptions | None = None
+  locations: LocationOptions | None = None
   captions_per_image: int = CAPTIONS_PER_IMAGE
   shuffle: bool = True
   order: str = "auto"

@@ -505,7 +505,7 @@ class _TrainBatches(SampleReader):
       if self._replay:
         replay = int(draws.of("replay").integers(self._replay.views))
         seen = self._replay.rng(record["key"], replay)
-      if self._data.regions:
+      if self._data.regions or self._data.locations:
         part = self._reading.part_of_view(image, seen)
       if self._replay or self._views_images:
         image = self._reading.training_view(image, seen)

@@ -124,6 +124,7 @@ class Head(NamedTuple):
     averages: whether it reads averaged parameters, of itself or of the towers.
     write: of a head that predicts texts: (parameters, read) -> how it writes them. It reads the
       image tokens, text_steps, and the shapes of text and tokens_txt. None: it does not.
+    prompt: the beginning of each text that it writes, of which a caption is what follows.
     late: names of features in which the loss is affine, as in a sum that is divided by a count, or
       which are only logged. With microbatches, what they and `sums` alone need is computed once,
       not in both passes.
@@ -138,6 +139,7 @@ class Head(NamedTuple):
   sums: frozenset[str] = frozenset()
   averages: bool = False
   write: Callable[[Params, Read], Writing] | None = None
+  prompt: str = ""
   late: frozenset[str] = frozenset({"sum"})
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bigalign.data.fields import locations
 from bigalign.losses.base import Context, Features, Loss, Params, State
 from bigalign.losses.heads.base import Head, Read, Writing, mean_over_batch
 from bigalign.losses.heads.caption_decoder import TokenDecoder, begin, options_of, read_on
@@ -50,6 +51,7 @@ def inputs(labels: jax.Array, parallel: jax.Array, mask_id: int, start: int = 0)
 def caption(
   *,
   parallel: float = 0.5,
+  tasks: bool = False,
   depth: int = 6,
   width: int | None = None,
   heads: int | None = None,
@@ -76,6 +78,8 @@ def caption(
 
   Args:
     parallel: share of the captions that are predicted in parallel, drawn for each one.
+    tasks: whether the texts are those of config.data.locations, of which some have boxes, as in
+      LocCa. What names the task is given, and texts with boxes are predicted token by token.
     depth: layers of the decoder.
     width: of its tokens; None: that of the text tower's.
     heads: of attention; None: one for 64 units of the width.
@@ -95,17 +99,18 @@ def caption(
   given: dict[str, Any] = dict(
     depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio, bias=bias, scan=scan, remat=remat
   )
+  labels_of, mask_of = (locations.TEXT, locations.COUNTED) if tasks else ("text", "text_mask")
 
   def decoder(read: Read) -> TokenDecoder:
     image, words = read.features["tokens_img"], vocabulary(read, where)
     text_width = read.features["tokens_txt"].shape[-1]
     options = options_of(image.dtype, text_width, **given)
-    return TokenDecoder(options, words + 1, read.batch["text"].shape[1])
+    return TokenDecoder(options, words + 1, read.batch[labels_of].shape[1])
 
   def states(params: Mapping[str, Any], read: Read, parallel: jax.Array) -> jax.Array:
     """[b, L, D]: state i predicts token i."""
     module, words = decoder(read), vocabulary(read, where)
-    ids, visible = inputs(read.batch["text"], parallel, mask_id=words)
+    ids, visible = inputs(read.batch[labels_of], parallel, mask_id=words)
     bias = jnp.where(visible, 0.0, HIDDEN)
     memory = read.features["tokens_img"]
     out: Any = module.apply({"params": params["decoder"]}, ids, memory, bias)
@@ -118,19 +123,23 @@ def caption(
 
   def init(key: jax.Array, read: Read) -> dict[str, Any]:
     module, words = decoder(read), vocabulary(read, where)
-    ids = read.batch["text"]
+    ids = read.batch[labels_of]
     variables = module.init(key, ids, read.features["tokens_img"], None)
     kernel = jnp.zeros((module.options.sizes.width, words), jnp.float32)
     return {"decoder": variables["params"], "logits": {"kernel": kernel}}
 
   def apply_head(params: dict[str, Any], averaged: Any, read: Read) -> dict[str, jax.Array]:
-    hidden = states(params, read, read.batch["parallel"])
-    kernel = params["logits"]["kernel"]
-    return counted(hidden, kernel, read.batch["text"], read.batch["text_mask"], label_smoothing)
+    parallel, labels, mask = (read.batch[name] for name in ("parallel", labels_of, mask_of))
+    if tasks:
+      parallel = parallel & (read.batch[locations.TASK] == 0)
+    hidden = states(params, read, parallel)
+    return counted(hidden, params["logits"]["kernel"], labels, mask, label_smoothing)
 
   def write(params: dict[str, Any], read: Read) -> Writing:
+    labels = {labels_of: read.batch["text"]}
+    read = read._replace(batch={**read.batch, **labels})
     module, own, image = decoder(read), params["decoder"], read.features["tokens_img"]
-    size = read.batch["text"].shape[1]
+    size = module.length
     # The first step writes over what this token leaves in the cache.
     first = jnp.zeros((len(image), 1), jnp.int32)
     memory, cache = begin(module, own, first, image, None, Places(jnp.asarray(0), size))
@@ -142,7 +151,9 @@ def caption(
 
     return Writing(step, cache)
 
-  head = Head(init, apply_head, draw=draw, sums=SUMS, write=write)
+  fields = frozenset(locations.NAMES if tasks else ())
+  prompt = locations.BEGINNINGS[0] if tasks else ""
+  head = Head(init, apply_head, fields=fields, draw=draw, sums=SUMS, write=write, prompt=prompt)
   return Loss(frozenset(), lambda sizes: ({}, {}), mean_and_accuracy, pair=False, head=head)
 
 

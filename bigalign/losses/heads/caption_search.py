@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ def search(
   batch: int,
   length: int,
   beams: int = 1,
-  start: int | None = None,
+  prompt: Sequence[int] = (),
   end: int | None = None,
   length_penalty: float = 1.0,
 ) -> Found:
@@ -57,7 +58,7 @@ def search(
     batch: images, b.
     length: tokens of a text, L.
     beams: k.
-    start: the id with which each text begins; None: it is predicted too.
+    prompt: the ids with which each text begins; the others are predicted.
     end: the id after which a text is finished; None: each text has `length` tokens.
     length_penalty: 0 prefers short texts, 1 compares the mean log probability of tokens.
   """
@@ -70,9 +71,8 @@ def search(
     # A finished text has one continuation, which costs nothing: 0, in place of padding.
     first = jnp.arange(words)[None, None] == 0
     logs = jnp.where(found.done[..., None], jnp.where(first, 0.0, -jnp.inf), logs)
-    if start is not None:
-      forced = jnp.where(jnp.arange(words) == start, 0.0, -jnp.inf)
-      logs = jnp.where(position == 0, jnp.broadcast_to(forced, logs.shape), logs)
+    forced = jnp.where(jnp.arange(words) == given[position], 0.0, -jnp.inf)
+    logs = jnp.where(position < len(prompt), forced, logs)
     totals = rearrange(found.scores[..., None] + logs, "b k v -> b (k v)")
     scores, chosen = jax.lax.top_k(totals, beams)
     parent, word = chosen // words, (chosen % words).astype(jnp.int32)
@@ -84,6 +84,7 @@ def search(
       cache = _rows(cache, rearrange(parent + beams * jnp.arange(batch)[:, None], "b k -> (b k)"))
     return Beams(ids, scores, lengths, done if end is None else done | (word == end), cache)
 
+  given = jnp.zeros(length, jnp.int32).at[: len(prompt)].set(jnp.array(prompt, jnp.int32)[:length])
   one = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)  # the beams are equal at first
   first = Beams(
     jnp.zeros((batch, beams, length), jnp.int32),
