@@ -22,7 +22,7 @@ from bigalign.evals import EvalOptions, named_files
 from bigalign.losses import LossTerms
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.selection import Selection
-from bigalign.model import ModelOptions, ModelWeights
+from bigalign.model import ModelOptions, ModelWeights, TeacherOptions, TowerWeights
 from bigalign.optim import OPTIMIZERS, make_optimizer
 from bigalign.options import (
   DEFAULTS,
@@ -85,6 +85,7 @@ class Config:
       Without it, a short run averages its random first parameters: at 0.999, they are 86 % of the
       average after 150 updates.
     twin: averages of some parameters that losses with layers read as a teacher.
+    teacher: a frozen image tower of another checkpoint that losses with layers read; None: none.
     selection: which part of each batch is trained on.
     microbatches: parts in which a batch is embedded; loss and gradient stay those of the batch.
     gradient_dtype: dtype in which devices communicate the gradients of kernels and token tables,
@@ -122,6 +123,7 @@ class Config:
   ema: float = 0.0
   ema_warmup: bool = True
   twin: Twin = DEFAULTS
+  teacher: Annotated[TeacherOptions | None, Also(TowerWeights)] = None
   selection: Selection = DEFAULTS
   microbatches: int = 1
   gradient_dtype: str = "float32"
@@ -204,6 +206,9 @@ def resolve_and_compare(
       values["model"], data, record, files_needed=files_needed
     )
     values = {**values, "model": model, **({"data": data} if isinstance(given, Mapping) else {})}
+  if isinstance(values, Mapping) and isinstance(values.get("teacher"), Mapping):
+    teacher = init.completed_teacher(values["teacher"], record, files_needed=files_needed)
+    values = {**values, "teacher": teacher}
   config: Config = resolve(Config, values, "config")
   return config, differences
 
@@ -212,6 +217,12 @@ def written_model(values: Mapping[str, Any]) -> dict[str, Any]:
   """config.model as the user wrote it: without what a pretrained checkpoint adds to it."""
   model: dict[str, Any] = plain(values["model"])
   return model
+
+
+def written_teacher(values: Mapping[str, Any]) -> dict[str, Any] | None:
+  """config.teacher as the user wrote it, likewise; None without one."""
+  teacher: dict[str, Any] | None = plain(values.get("teacher"))
+  return teacher
 
 
 def without_stores(values: Any) -> dict[str, Any]:

@@ -37,9 +37,12 @@ PROJECTOR = Choose(PROJECTORS, fixed=("dim", "parent", "name"), default="linear"
 FEATURES = ("zimg", "ztxt", "raw_img", "raw_txt", "tokens_img", "tokens_txt")
 
 
-def provided(batch: Iterable[str]) -> set[str]:
+def provided(batch: Iterable[str], model: DualEncoder | None = None) -> set[str]:
   """The fields of a batch and the features that a model computes from them, for check_needs."""
   fields = {*batch}
+  tower = getattr(getattr(model, "image_tower", None), "options", None)
+  if getattr(tower, "class_tokens", 1) > 1:
+    fields |= {"zimgs"}
   fields |= {name for name in FEATURES if "image" in fields or not name.endswith("img")}
   made = {"text_second": "ztxt_second", "texts_kind": "ztxts", "teacher_txts": "teacher_txt"}
   made |= {name: f"z{name}" for name in ("query", "document")}
@@ -105,7 +108,7 @@ class DualEncoder(nn.Module):
       whatever the projectors compute in. pooled_img [B, D], tokens_img and tokens_txt, in the dtype
       of the towers; mask_txt if the text tower masks padding; ztxt_second [B, E] with `second`;
       ztxts [B, M, E], all texts of each image, with `others`; zquery and zdocument [B, E] with
-      `pairs`.
+      `pairs`; zimgs [B, K, E], of an image tower with K class tokens, of which zimg is the first.
     """
     feats: dict[str, jax.Array] = {}
     if image is not None:
@@ -116,6 +119,8 @@ class DualEncoder(nn.Module):
         "pooled_img": img.pooled,
         "tokens_img": img.tokens,
       }
+      if img.others is not None:
+        feats["zimgs"] = self._class_tokens(feats["zimg"], img)
     if others:
       assert mask is not None, "the data gives both"
       text, mask = (
@@ -171,19 +176,17 @@ class DualEncoder(nn.Module):
     return _rows(self._text_tower(text, mask, False))
 
   def image_output(
-    self, image: Images, hidden: tuple[jax.Array, jax.Array] | None = None
+    self,
+    image: Images,
+    hidden: tuple[jax.Array, jax.Array] | None = None,
+    kept: jax.Array | None = None,
   ) -> TowerOutput:
-    """[B, H, W, 3] uint8 -> the output of the image tower; `hidden` as of ViT.
+    """[B, H, W, 3] uint8 -> the output of the image tower; `hidden` and `kept` as of ViT.
 
     Raises:
-      ValueError: if `hidden` is given and the tower is not a ViT.
+      ValueError: if one of them is given and the tower is not a ViT.
     """
-    if hidden is not None and not isinstance(self.image_tower, ViT):
-      raise ValueError(
-        "config.loss has a term that hides patches from the image tower, which needs"
-        " config.model.image.name='vit'"
-      )
-    return self._image_tower(image, False, {} if hidden is None else {"hidden": hidden})
+    return self._image_tower(image, False, _vit_options(self.image_tower, "model", hidden, kept))
 
   def text_output(self, text: jax.Array, mask: jax.Array | None = None) -> TowerOutput:
     """[B, L] int32, mask [B, L] bool -> the output of the text tower."""
@@ -202,19 +205,7 @@ class DualEncoder(nn.Module):
     Raises:
       ValueError: if the projector takes more than one token.
     """
-    tokens, projector = output.tokens, self.image_projector
-    if isinstance(projector, Blocks):
-      patches: jax.Array = projector.rows(output)[:, 1:]
-      return patches
-    if isinstance(projector, READ_TOKENS) or output.pooled.shape[-1] != tokens.shape[-1]:
-      raise ValueError(
-        "Single patches are compared with texts, which needs an image projector of one vector, or"
-        " 'blocks', and a pooled vector as wide as a patch (not pool='cls+mean')"
-      )
-    flat = rearrange(tokens, "b n d -> (b n) d")
-    embedded = projector(TowerOutput(flat, flat[:, None][:, :0]), False)
-    patches = rearrange(embedded, "(b n) e -> b n e", b=len(tokens))
-    return patches
+    return projected_patches(self.image_projector, output)
 
   def embed_patches(self, image: jax.Array) -> jax.Array:
     """[B, H, W, 3] uint8 -> [B, N, K], unit norm, float32; see projected_patches."""
@@ -245,10 +236,28 @@ class DualEncoder(nn.Module):
     out = self.image_tower(pixels_in, train=train, **options)
     return out
 
+  def _class_tokens(self, first: jax.Array, out: TowerOutput) -> jax.Array:
+    """[B, K, E], unit norm: the embeddings of all class tokens, by one projector.
+
+    Args:
+      first: [B, E], of the first one.
+      out: of the image tower.
+
+    Raises:
+      ValueError: if the projector does not take single vectors.
+    """
+    assert out.others is not None, "the caller has checked it"
+    if isinstance(self.image_projector, READ_TOKENS):
+      raise ValueError(
+        "config.model.image.class_tokens: each class token is projected by itself, which needs an"
+        " image projector of one vector, such as 'linear'"
+      )
+    projected = rows_projected(self.image_projector, out.others)
+    return jnp.concatenate([first[:, None], unit(sharding.constrain_batch(projected))], 1)
+
   def _normalized(self, pixels: jax.Array) -> jax.Array:
     """[B, …, 3] uint8 -> the same in float32, as the image tower takes them."""
-    mean, std = (np.asarray(x, np.float32) * 255 for x in PIXELS[self.pixels])
-    return (pixels.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+    return normalized(pixels, self.pixels)
 
   def _text_tower(self, text: jax.Array, mask: jax.Array | None, train: bool) -> TowerOutput:
     if jnp.issubdtype(text.dtype, jnp.floating):
@@ -270,6 +279,138 @@ class DualEncoder(nn.Module):
     return sharding.constrain_batch(self.text_projector(out, train)), out
 
 
+def normalized(pixels: jax.Array, name: str) -> jax.Array:
+  """[B, …, 3] uint8 -> the same in float32, with the mean and the deviation of PIXELS[name]."""
+  mean, std = (np.asarray(x, np.float32) * 255 for x in PIXELS[name])
+  return (pixels.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+
+
+def rows_projected(projector: nn.Module, rows: jax.Array) -> jax.Array:
+  """[B, N, D] -> [B, N, E]: each vector by itself, by a projector of single vectors."""
+  flat = rearrange(rows, "b n d -> (b n) d")
+  embedded = projector(TowerOutput(flat, flat[:, None][:, :0]), False)
+  projected: jax.Array = rearrange(embedded, "(b n) e -> b n e", b=len(rows))
+  return projected
+
+
+def projected_patches(projector: nn.Module, output: TowerOutput) -> jax.Array:
+  """See DualEncoder.projected_patches."""
+  tokens = output.tokens
+  if isinstance(projector, Blocks):
+    patches: jax.Array = projector.rows(output)[:, 1:]
+    return patches
+  if isinstance(projector, READ_TOKENS) or output.pooled.shape[-1] != tokens.shape[-1]:
+    raise ValueError(
+      "Single patches are compared with texts, which needs an image projector of one vector, or"
+      " 'blocks', and a pooled vector as wide as a patch (not pool='cls+mean')"
+    )
+  return rows_projected(projector, tokens)
+
+
+def _vit_options(tower: nn.Module, where: str, hidden: Any, kept: Any) -> dict[str, Any]:
+  """The arguments `hidden` and `kept` of a ViT that are given.
+
+  Raises:
+    ValueError: if there are any, and the tower, of config.<where>, is not a ViT.
+  """
+  given = {k: x for k, x in (("hidden", hidden), ("kept", kept)) if x is not None}
+  if given and not isinstance(tower, ViT):
+    raise ValueError(
+      "config.loss has a term that hides patches from the image tower, which needs"
+      f" config.{where}.image.name='vit'"
+    )
+  return given
+
+
+class Teacher(nn.Module):
+  """A frozen image tower whose tokens heads read as a target: config.teacher.
+
+  Args:
+    image_tower: [B, S, S, 3] -> TowerOutput.
+    image_projector: TowerOutput -> [B, E]; None: the teacher has no space of embeddings.
+    pixels: a key of PIXELS: the images of a batch are uint8, so that each tower normalises them
+      with its own numbers.
+    image_size: pixels per side of the images that it gets; 0: so many that its patches are those of
+      the model.
+  """
+
+  image_tower: nn.Module
+  image_projector: nn.Module | None
+  pixels: str
+  image_size: int = 0
+
+  def __call__(
+    self,
+    images: jax.Array,
+    patches: int,
+    *,
+    hidden: jax.Array | None = None,
+    projected: bool = False,
+  ) -> jax.Array:
+    """The tokens of images.
+
+    Args:
+      images: [B, S, S, 3] uint8, as the model sees them.
+      patches: of the model, per side of an image.
+      hidden: [B, N] bool, patches whose embedding is 0; None: none.
+      projected: whether each token goes through the projector.
+
+    Returns:
+      [B, N, D], after the last layer norm; [B, N, E] if projected.
+
+    Raises:
+      ValueError: for a projector that is missing or takes more than one vector.
+    """
+    places = None
+    if hidden is not None:
+      places = (hidden, jnp.zeros((self.image_tower.options.token_width,), jnp.float32))
+    options = _vit_options(self.image_tower, "teacher", places, None)
+    output = self._output(images, patches, options)
+    if not projected:
+      return output.tokens
+    if self.image_projector is None:
+      raise ValueError(
+        "config.loss compares embeddings with those of config.teacher, which has no projector; set"
+        " config.teacher.embed_dim and an init that holds one, or space='tokens'"
+      )
+    return projected_patches(self.image_projector, output)
+
+  def initialise(self, images: jax.Array, patches: int) -> None:
+    """Calls every layer once, to be used with `init`."""
+    output = self._output(images, patches, {})
+    if self.image_projector is not None:
+      self.image_projector(output, False)
+
+  def size(self, patches: int) -> int:
+    """Pixels per side of the images that it gets; `patches` as of a call.
+
+    Raises:
+      ValueError: if it has no patches, and its size is not given.
+    """
+    patch = getattr(self.image_tower.options, "patch", 0)
+    if not self.image_size and not (patch and patches):
+      raise ValueError(
+        "config.teacher.image_size=0 needs a teacher and a model with patches; set it to the size"
+        " of the teacher's images"
+      )
+    return self.image_size or patch * patches
+
+  def _output(self, images: jax.Array, patches: int, options: Mapping[str, Any]) -> TowerOutput:
+    if images.ndim != 4 or jnp.issubdtype(images.dtype, jnp.floating):
+      raise ValueError(
+        f"config.teacher reads single images of pixels, not {images.dtype}{[*images.shape]}; leave"
+        " out config.data.frames, naflex or stores.image"
+      )
+    size = self.size(patches)
+    x = sharding.constrain_batch(images)
+    if x.shape[1:3] != (size, size):
+      shape = (len(x), size, size, 3)
+      x = jax.image.resize(x.astype(jnp.float32), shape, "cubic", antialias=True)
+      x = jnp.clip(x, 0, 255)  # cubic weights overshoot at edges
+    output: TowerOutput = self.image_tower(normalized(x, self.pixels), train=False, **options)
+    return output
+
+
 def _frames(image: Images) -> int:
   """F of [B, F, H, W, 3]; 0 of single images."""
   return 0 if isinstance(image, Patches) or image.ndim < 5 else image.shape[1]
@@ -289,6 +430,8 @@ def mean_over_frames(x: jax.Array, frames: int) -> jax.Array:
 
 def _over_frames(out: TowerOutput, frames: int) -> TowerOutput:
   """The output of a tower of [B F, ...] as one of [B, ...]."""
+  if out.others is not None:
+    raise ValueError("config.model.image.class_tokens: not with config.data.frames")
   tokens = rearrange(out.tokens, "(b f) n d -> b (f n) d", f=frames)
   mask = None if out.mask is None else rearrange(out.mask, "(b f) n -> b (f n)", f=frames)
   return TowerOutput(mean_over_frames(out.pooled, frames).astype(out.pooled.dtype), tokens, mask)
@@ -398,6 +541,50 @@ class ModelOptions:
       text_projector=self.text_projector.make(dim=self.embed_dim),
       pixels=self.pixels,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+  """A frozen image tower that losses with layers read as a teacher.
+
+  Its weights come from `init`. It is not trained, not averaged, has no optimizer state, and is in
+  no export; its parameters have the paths teacher/….
+
+  Args:
+    image: name and options of the tower.
+    pixels: normalisation of its images, which may differ from that of the model: "half" (SigLIP),
+      "clip", "imagenet".
+    image_size: pixels per side to which it gets the images of the batch; 0: so many that its
+      patches are those of the model.
+    embed_dim: width of its embeddings; 0: it has no projector, and losses read its tokens alone.
+    image_projector: name and options of its projector; linear if not given.
+  """
+
+  image: Annotated[Any, Choose(TOWERS)]
+  pixels: str = "half"
+  image_size: int = 0
+  embed_dim: int = 0
+  image_projector: Annotated[Component, PROJECTOR] = DEFAULTS
+
+  def __post_init__(self) -> None:
+    checks.choose(PIXELS, self.pixels, "config.teacher.pixels")
+    checks.between("config.teacher", 0, image_size=self.image_size, embed_dim=self.embed_dim)
+
+  def build(self, patches: int) -> Teacher:
+    """The teacher, without parameters; its learned positions are those of these patches.
+
+    Args:
+      patches: of the model, per side of the image.
+    """
+    tower = self.image.build()
+    projector = self.image_projector.make(dim=self.embed_dim) if self.embed_dim else None
+    teacher = Teacher(
+      image_tower=tower, image_projector=projector, pixels=self.pixels, image_size=self.image_size
+    )
+    if getattr(tower, "grid", ()) is None:
+      side = teacher.size(patches) // self.image.patch
+      teacher = teacher.clone(image_tower=tower.clone(grid=(side, side)))
+    return teacher
 
 
 def make_model(**values: Any) -> DualEncoder:

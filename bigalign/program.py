@@ -22,7 +22,7 @@ from bigalign.losses import Loss, check_needs, make_loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.per_sample import tables
 from bigalign.losses.selection import Selection
-from bigalign.model import DualEncoder, provided
+from bigalign.model import DualEncoder, Teacher, provided
 from bigalign.optim import Schedule, joined_rate, make_optimizer, make_rate
 from bigalign.private_apis import without_shape_checks
 from bigalign.state import Arrays, State
@@ -53,6 +53,7 @@ class Program:
     ema: decay of the running average of the parameters; 0: none.
     ema_warmup: whether the decay rises to it from 0.1.
     twin: which parameters are averaged for heads, and how.
+    teacher: the frozen tower that heads read, without parameters; None: there is none.
     selection: which part of a batch is trained on.
     seed: of dropout and of the draws of the loss.
     total_steps: updates in all.
@@ -75,6 +76,7 @@ class Program:
   ema: float
   ema_warmup: bool
   twin: Twin
+  teacher: Teacher | None
   selection: Selection
   seed: int
   total_steps: int
@@ -141,6 +143,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     ema=config.ema,
     ema_warmup=config.ema_warmup,
     twin=config.twin,
+    teacher=_teacher(model, config),
     selection=config.selection,
     seed=config.seed,
     total_steps=total_steps,
@@ -163,6 +166,13 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
   params = jax.eval_shape(functools.partial(init_params, program), jax.random.key(config.seed))
   program = dataclasses.replace(program, params=params)
   programs = [_of_stage(program, config, stage) for stage in run_stages]
+  if config.teacher and not any(
+    head.teacher for one in programs for head in reading.heads(one.loss).values()
+  ):
+    raise ValueError(
+      "config.teacher is read by no loss; set config.loss.token_distill=dict(teacher='frozen'), or"
+      " leave it out"
+    )
   return _with_optimizers(programs, run_stages, dataset_size)
 
 
@@ -186,8 +196,9 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     if loss is not program.loss:
       whole = dataclasses.replace(program, model=model, loss=loss, spec=spec)
       own_params = jax.eval_shape(functools.partial(init_params, whole), jax.random.key(own.seed))
-      of_model = {path: x for path, x in params.items() if path.startswith("model/")}
-      params = of_model | {k: x for k, x in own_params.items() if not k.startswith("model/")}
+      towers = ("model/", "teacher/")
+      of_model = {path: x for path, x in params.items() if path.startswith(towers)}
+      params = of_model | {k: x for k, x in own_params.items() if not k.startswith(towers)}
   return dataclasses.replace(
     program,
     model=model,
@@ -207,6 +218,7 @@ def _with_optimizers(
   trained, frozen = [], []
   for program, stage in zip(programs, run_stages):
     with stages.named(stage):
+      tree.partition(program.params, stage.config.frozen, "config.frozen")  # must match a path
       held, trainable = tree.partition(program.params, program.frozen, "config.frozen")
     if not trainable:
       raise ValueError(f"{stage.where}.frozen={program.frozen!r} leaves no parameter to train")
@@ -284,7 +296,7 @@ def check_loss(program: Program) -> None:
   """Raises ValueError if data and model lack what the loss reads; see losses.check_needs."""
   ema = program.ema > 0
   averages = ema or program.twin.decay > 0
-  check_needs(program.loss, provided(program.spec), ema=ema, averages=averages)
+  check_needs(program.loss, provided(program.spec, program.model), ema=ema, averages=averages)
 
 
 def check_stages(run_stages: Sequence[stages.Stage], mesh: jax.sharding.Mesh) -> None:
@@ -362,10 +374,19 @@ def _images(model: DualEncoder, config: Config) -> dict[str, Any]:
   return naflex.only_images(_spec(model, config.batch_size, with_images))
 
 
+def _teacher(model: DualEncoder, config: Config) -> Teacher | None:
+  """Program.teacher of a config."""
+  if config.teacher is None:
+    return None
+  patch = getattr(model.image_tower.options, "patch", 0)
+  return config.teacher.build(config.data.image_size // patch if patch else 0)
+
+
 def _frozen(config: Config) -> str:
-  """config.frozen; without images the image tower and its projector too, for lack of a gradient."""
-  own = "" if config.data.images else "^model/image_"
-  return "|".join(filter(None, (config.frozen, own)))
+  """config.frozen and config.teacher; without images, for lack of a gradient, what is theirs."""
+  images = "" if config.data.images else "^model/image_"
+  teacher = "^teacher/" if config.teacher else ""
+  return "|".join(filter(None, (config.frozen, images, teacher)))
 
 
 def stored_fields(side: str) -> set[str]:
@@ -374,14 +395,21 @@ def stored_fields(side: str) -> set[str]:
 
 
 def init_params(program: Program, key: jax.Array) -> Arrays:
-  """All parameters by path, float32: "model/…", "loss/…", and "heads/…" of losses with layers."""
+  """All parameters by path, float32: "model/…", "loss/…", "heads/…" of losses with layers, and
+  "teacher/…" of config.teacher."""
   spec = {**program.images, **program.spec}
   one = {name: jnp.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
   inputs = (naflex.of_fields(one), one["text"], one["text_mask"])
   feats, variables = program.model.init_with_output(key, *inputs)
   scalars, _ = program.loss.init(program.sizes)
   params = {**tree.flatten(variables["params"], "model/"), **tree.flatten(scalars, "loss/")}
-  own = reading.init(program.loss, key, program.model, params, feats, one, program.sizes)
+  teacher = program.teacher
+  if teacher is not None:
+    patch = program.sizes["patch"]
+    patches = one["image"].shape[1] // patch if patch and "image" in one else 0
+    drawn = teacher.init(key, one.get("image", one["text"]), patches, method="initialise")
+    params |= tree.flatten(drawn["params"], "teacher/")
+  own = reading.init(program.loss, key, program.model, params, feats, one, program.sizes, teacher)
   return params | own
 
 
@@ -390,6 +418,12 @@ def compute_dtype(model: DualEncoder, path: str) -> Any:
   part = getattr(model, path.split("/")[1], None)
   options = getattr(part, "options", part)
   return jnp.dtype(getattr(options, "dtype", jnp.float32))
+
+
+def _stored_dtype(program: Program, path: str) -> Any:
+  """The dtype in which a parameter that no stage trains is stored: that in which it is used."""
+  model: Any = program.teacher if path.startswith("teacher/") else program.model
+  return compute_dtype(model, path)
 
 
 def init_state(program: Program, key: jax.Array, loaded: Arrays | None = None) -> State:
@@ -408,7 +442,7 @@ def first_state(program: Program, params: Arrays) -> State:
   frozen, trainable = tree.partition(params, program.frozen, "config.frozen")
   # Parameters that no stage trains are stored in their compute dtype.
   frozen = {
-    path: x.astype(compute_dtype(program.model, path)) if path in program.fixed else x
+    path: x.astype(_stored_dtype(program, path)) if path in program.fixed else x
     for path, x in frozen.items()
   }
   _, loss_state = program.loss.init(program.sizes)

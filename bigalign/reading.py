@@ -12,8 +12,8 @@ import numpy as np
 
 from bigalign import tree
 from bigalign.losses import Loss
-from bigalign.losses.heads.base import Head, Hidden, Read
-from bigalign.model import DualEncoder
+from bigalign.losses.heads.base import Head, Hidden, Read, TeacherTower
+from bigalign.model import DualEncoder, Teacher
 from bigalign.private_apis import without_shape_checks
 from bigalign.towers.base import TowerOutput
 
@@ -50,6 +50,7 @@ def init(
   feats: Mapping[str, jax.Array],
   part: Mapping[str, jax.Array],
   sizes: Mapping[str, Any],
+  teacher: Teacher | None = None,
 ) -> dict[str, Any]:
   """The initial parameters of all heads by path, "heads/<loss>/…".
 
@@ -61,12 +62,13 @@ def init(
     feats: what the towers make of `part`.
     part: fields of one row.
     sizes: as for Loss.init.
+    teacher: config.teacher, if there is one.
   """
   part = {**part, **draws(loss, key, part, sizes)}
   _, states = loss.init(sizes)
   found: dict[str, Any] = {}
   for name, head in heads(loss).items():
-    read = _read(name, model, params, params, feats, part, sizes, states[name])
+    read = _read(name, model, params, params, feats, part, sizes, states[name], teacher)
     found |= tree.flatten(head.init(_key(key, name), read), f"heads/{name}/")
   return found
 
@@ -80,6 +82,7 @@ def apply(
   part: Mapping[str, jax.Array],
   sizes: Mapping[str, Any],
   states: Mapping[str, Any],
+  teacher: Teacher | None = None,
 ) -> dict[str, jax.Array]:
   """{"<head>/<name>": [b, …]}, the features of all heads; arguments as of `init`.
 
@@ -92,11 +95,12 @@ def apply(
     part: fields of some rows, and their `draws`.
     sizes: as for Loss.init.
     states: of the loss before this step.
+    teacher: config.teacher, if there is one.
   """
   averaged = jax.lax.stop_gradient(averaged)
   found: dict[str, Any] = {}
   for name, head in heads(loss).items():
-    read = _read(name, model, params, averaged, feats, part, sizes, states[name])
+    read = _read(name, model, params, averaged, feats, part, sizes, states[name], teacher)
     own, slow = (tree.unflatten(tree.subtree(x, f"heads/{name}/")) for x in (params, averaged))
     with jax.named_scope(name):
       rows = head.apply(own, slow, read)
@@ -130,6 +134,7 @@ def _read(
   part: Mapping[str, jax.Array],
   sizes: Mapping[str, Any],
   state: Mapping[str, jax.Array],
+  teacher: Teacher | None,
 ) -> Read:
   """What one head reads."""
   model = _of_any_size(model, part)
@@ -140,9 +145,13 @@ def _read(
       return model.apply({"params": variables}, *args, method=method, **options)
 
   def image(
-    images: jax.Array, *, averaged: bool = False, hidden: Hidden | None = None
+    images: jax.Array,
+    *,
+    averaged: bool = False,
+    hidden: Hidden | None = None,
+    kept: jax.Array | None = None,
   ) -> TowerOutput:
-    output: TowerOutput = call(averaged, "image_output", images, hidden=hidden)
+    output: TowerOutput = call(averaged, "image_output", images, hidden=hidden, kept=kept)
     return jax.lax.stop_gradient(output) if averaged else output
 
   def text(ids: jax.Array, mask: jax.Array, *, averaged: bool = False) -> TowerOutput:
@@ -153,10 +162,11 @@ def _read(
     projected: jax.Array = call(averaged, f"project_{side}", output).astype(jnp.float32)
     return jax.lax.stop_gradient(projected) if averaged else projected
 
-  def projected() -> jax.Array:
-    output = TowerOutput(feats["pooled_img"], feats["tokens_img"])
-    patches: jax.Array = call(False, "projected_patches", output).astype(jnp.float32)
-    return patches
+  def projected(output: TowerOutput | None = None, *, averaged: bool = False) -> jax.Array:
+    if output is None:
+      output = TowerOutput(feats["pooled_img"], feats["tokens_img"])
+    patches: jax.Array = call(averaged, "projected_patches", output).astype(jnp.float32)
+    return jax.lax.stop_gradient(patches) if averaged else patches
 
   def words() -> jax.Array:
     path = "model/text_tower/embedding"
@@ -171,7 +181,31 @@ def _read(
 
   own = {**part, **tree.subtree(part, f"{name}/")}
   kept = jax.lax.stop_gradient(state)
-  return Read(own, feats, image, text, project, sizes, kept, projected, words)
+  taught = _teacher(name, teacher, params, sizes["patch"])
+  return Read(own, feats, image, text, project, sizes, kept, projected, words, taught)
+
+
+def _teacher(name: str, teacher: Teacher | None, params: Arrays, patch: int) -> TeacherTower:
+  """Read.teacher of the head of a loss."""
+
+  def missing(*_: Any, **__: Any) -> jax.Array:
+    raise ValueError(
+      f"config.loss.{name} reads a frozen teacher; set config.teacher=dict(init=FOLDER)"
+    )
+
+  if teacher is None:
+    return missing
+  variables = {"params": tree.unflatten(tree.subtree(params, "teacher/"))}
+
+  def tokens(
+    images: jax.Array, *, hidden: jax.Array | None = None, projected: bool = False
+  ) -> jax.Array:
+    patches = images.shape[1] // patch if patch else 0
+    with jax.named_scope("teacher"), without_shape_checks():
+      found: Any = teacher.apply(variables, images, patches, hidden=hidden, projected=projected)
+    return jax.lax.stop_gradient(jnp.asarray(found))
+
+  return tokens
 
 
 def _of_any_size(model: DualEncoder, part: Mapping[str, jax.Array]) -> DualEncoder:

@@ -313,7 +313,7 @@ def features(
     averaged = {**params, **(state.twin or state.ema)}
     with jax.named_scope("heads"):  # a part of `bigalign plan`
       given = (program.loss, program.model, params, averaged, feats, part, program.sizes)
-      own = reading.apply(*given, state.loss)
+      own = reading.apply(*given, state.loss, program.teacher)
   feats = {**{name: x for name, x in feats.items() if name in wanted}, **own}
   if "ema_teacher" in program.loss.needs:
     teacher = apply(state.ema)

@@ -30,6 +30,7 @@ from bigalign.config import (
   tokenizer_files,
   with_tokenizer_digest,
   written_model,
+  written_teacher,
 )
 from bigalign.data.loader.workers import own_shared_memory
 from bigalign.data.order.schedule import epochs
@@ -219,6 +220,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   meta = {
     "config": plain(options),
     "model": written_model(values),
+    **({"teacher": teacher} if (teacher := written_teacher(values)) else {}),
     "revision": revision(),
     "versions": runtime.versions(),
     "hardware": runtime.describe(),

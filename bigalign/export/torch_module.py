@@ -14,6 +14,7 @@ from typing import Any
 
 import einops
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from bigalign import tree
@@ -129,11 +130,20 @@ def _transformer(options: TransformerOptions, *of_blocks: str) -> dict[str, Any]
 
 def _vit(options: VitOptions, size: int) -> dict[str, Any]:
   """Arguments of VisionTransformer."""
+  position: bool | int = options.class_position
+  if options.class_tokens > 1:
+    position = options.class_tokens if position else False
+    logging.info(
+      "config.model.image.class_tokens=%d: the module returns the embedding of the first class"
+      " token; it holds the others too, whose embeddings are for training alone",
+      options.class_tokens,
+    )
   return dict(
     name="vit",
     image_size=size,
     extra=options.extra_tokens,
-    **_some(options, "patch", "pool", "class_position", "pre_norm", "patch_bias"),
+    class_position=position,
+    **_some(options, "patch", "pool", "pre_norm", "patch_bias"),
     **_transformer(options, "biases", "gated", "mlp_bias", "layer_scale"),
   )
 

@@ -11,9 +11,19 @@ from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
 from bigalign.losses.engine.tiles import Arrays
-from bigalign.losses.texts import Texts, masked_mean, negatives, of_batch, row_lse, row_mean
+from bigalign.losses.texts import (
+  PER_CLASS_TOKEN,
+  Texts,
+  class_tokens,
+  masked_mean,
+  negatives,
+  of_batch,
+  row_lse,
+  row_mean,
+)
 
-FORMS = ("one", "uniform", "sum_inside", "per_ordinal")  # of several texts per image
+# Of several texts per image.
+FORMS = ("one", "uniform", "sum_inside", "per_ordinal", PER_CLASS_TOKEN)
 
 
 def above_positives(z: jax.Array, row: Arrays, col: Arrays, scale: jax.Array) -> Arrays:
@@ -156,6 +166,9 @@ def clip(
       texts are added up before the logarithm (MIL-NCE, https://arxiv.org/abs/1912.06430).
       "per_ordinal": the first texts form a CLIP loss, and so do the second, the third, ...; the
       mean over all texts (DreamLIP, https://arxiv.org/abs/2403.17007), without hard negatives.
+      "per_class_token": the mean of the losses of the first class token and the first captions, and
+      of the second class token and config.data.second_captions (TIPS,
+      https://arxiv.org/abs/2410.16512); the image tower has class_tokens=2.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -184,6 +197,12 @@ def clip(
   def apply(params, state, feats, batch, context):
     zimg, engine = feats["zimg"], context.engine
     scale = temperature.scale(params, t_init, zimg)
+    if texts == PER_CLASS_TOKEN:
+      both = class_tokens("clip", feats)
+      first, second = (contrast(x, y, scale, engine=engine) for x, y in both)
+      loss = (first + second) / 2
+      logs = {"contrastive_loss": loss, "first": first, "second": second, "logit_scale": scale}
+      return loss, (state, {"loss": loss, **logs})
     several = None if texts == "one" else of_batch(feats, batch)
     if several is not None and several.per_image > 1:
       i2t, t2i = contrast_texts(zimg, several, scale, texts, engine=engine)
@@ -196,5 +215,8 @@ def clip(
     loss = contrast(zimg, ztxt, scale, engine=engine) - label_smoothing * scale * even
     return loss, (state, {"loss": loss, "contrastive_loss": loss, "logit_scale": scale})
 
-  needs = frozenset() if texts == "one" else frozenset({"texts"})
-  return Loss(needs, init, apply, temperature.clamped(t_max))
+  if texts == PER_CLASS_TOKEN:
+    needs = {"second_text", "class_tokens"}
+  else:
+    needs = set() if texts == "one" else {"texts"}
+  return Loss(frozenset(needs), init, apply, temperature.clamped(t_max))

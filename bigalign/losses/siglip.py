@@ -12,9 +12,10 @@ from bigalign.losses import temperature
 from bigalign.losses.base import Loss
 from bigalign.losses.engine import pairwise
 from bigalign.losses.engine.pairwise import Engine
-from bigalign.losses.texts import Texts, of_batch, owned
+from bigalign.losses.texts import PER_CLASS_TOKEN, Texts, class_tokens, of_batch, owned
 
 DIVISORS = ("one", "texts", "images", "pairs")  # of the sum over several texts per image
+TEXTS = (*DIVISORS, PER_CLASS_TOKEN)
 
 
 def binary(
@@ -124,7 +125,9 @@ def siglip(
     texts: "one": an image has one text, ztxt. With several, the divisor of the sum over all pairs:
       "texts": the number of present texts, as in FLAME (https://arxiv.org/abs/2411.11927);
       "images": that of the images, so that the loss and its gradient grow with M; "pairs": that of
-      all pairs.
+      all pairs. "per_class_token": the mean of the losses of the first class token and the first
+      captions, and of the second class token and config.data.second_captions, as TIPS
+      (https://arxiv.org/abs/2410.16512) with CLIP's loss; the image tower has class_tokens=2.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -141,8 +144,8 @@ def siglip(
   temperature.check("siglip", t_init, t_max)
   checks.known("config.loss.siglip.positives", positives, ("pair", "ids"))
   checks.known("config.loss.siglip.reduction", reduction, ("row_sum", "mean_all"))
-  checks.known("config.loss.siglip.texts", texts, DIVISORS)
-  if texts != "one" and reduction != "row_sum":
+  checks.known("config.loss.siglip.texts", texts, TEXTS)
+  if texts in DIVISORS[1:] and reduction != "row_sum":
     raise ValueError(
       f"config.loss.siglip.reduction={reduction!r} is for one text per image; of several,"
       f" texts={texts!r} names the divisor: {DIVISORS[1:]}"
@@ -153,18 +156,25 @@ def siglip(
 
   def apply(params, state, feats, batch, context):
     zimg, scale, owners = feats["zimg"], jnp.exp(params["t"]), None
-    if texts != "one":
+    if texts in DIVISORS[1:]:
       images = batch["image_id"] if positives == "ids" else None
       columns = of_batch(feats, batch)
       loss = binary_texts(zimg, columns, scale, params["b"], texts, images, engine=context.engine)
     else:
-      ztxt = feats["ztxt"]
+      pairs = [(zimg, feats["ztxt"])]
+      if texts == PER_CLASS_TOKEN:
+        pairs = class_tokens("siglip", feats)
       if positives == "ids":
         owners = batch["image_id"], batch.get("owner_id", batch["image_id"])
-      loss = binary(zimg, ztxt, scale, params["b"], owners, engine=context.engine)
-      loss /= len(zimg) if reduction == "row_sum" else len(zimg) * len(ztxt)
+      each = [binary(x, y, scale, params["b"], owners, engine=context.engine) for x, y in pairs]
+      loss = each[0] if len(each) == 1 else (each[0] + each[1]) / 2
+      loss /= len(zimg) if reduction == "row_sum" else len(zimg) * len(pairs[0][1])
     logs = {"contrastive_loss": loss, "logit_scale": scale, "logit_bias": params["b"]}
     return loss, (state, {"loss": loss, **logs})
 
-  needs = {*(("ids",) if positives == "ids" else ()), *(("texts",) if texts != "one" else ())}
+  needs = {"ids"} if positives == "ids" else set()
+  if texts == PER_CLASS_TOKEN:
+    needs |= {"second_text", "class_tokens"}
+  elif texts != "one":
+    needs |= {"texts"}
   return Loss(frozenset(needs), init, apply, temperature.clamped(t_max))

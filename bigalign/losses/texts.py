@@ -18,6 +18,8 @@ from bigalign.data.text.kinds import ABSENT, NEGATIVE, POSITIVE
 from bigalign.losses.engine import reductions
 from bigalign.losses.engine.pairwise import Engine
 
+PER_CLASS_TOKEN = "per_class_token"  # a value of the option texts of losses, see `class_tokens`
+
 
 class Texts(NamedTuple):
   """The texts of a batch.
@@ -85,6 +87,28 @@ def of_batch(feats: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> 
   kind = batch["texts_kind"].astype(jnp.int32)
   # An absent text is some vector, even one that is not finite. Its gradient is zero.
   return Texts(flat(jnp.where((kind != ABSENT)[..., None], z, 0)), kind, z.shape[1])
+
+
+def class_tokens(name: str, feats: Mapping[str, jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+  """The embeddings of the first class token and first texts, and of the second ones, [B, E] each.
+
+  TIPS, https://arxiv.org/abs/2410.16512, contrasts one class token with the alt text and the other
+  with a synthetic caption.
+
+  Args:
+    name: of the loss.
+    feats: "zimgs" [B, 2, E], of the class tokens; "ztxt" and "ztxt_second".
+
+  Raises:
+    ValueError: if there are not two class tokens.
+  """
+  zimgs = feats["zimgs"]
+  if zimgs.shape[1] != 2:
+    raise ValueError(
+      f"config.loss.{name}.texts={PER_CLASS_TOKEN!r} compares two class tokens with two texts, but"
+      f" config.model.image.class_tokens={zimgs.shape[1]}; set it to 2"
+    )
+  return [(zimgs[:, 0], feats["ztxt"]), (zimgs[:, 1], feats["ztxt_second"])]
 
 
 def owned(row: Mapping[str, jax.Array], col: Mapping[str, jax.Array], count: int) -> jax.Array:

@@ -132,7 +132,10 @@ def check_config(
   if recorded is None:
     return
   # Compares the model options as the user wrote them, not those filled in from a checkpoint.
-  was, now = ({**x["config"], "model": x["model"]} for x in (recorded, meta))
+  was, now = (
+    {**x["config"], "model": x["model"], **({"teacher": x["teacher"]} if "teacher" in x else {})}
+    for x in (recorded, meta)
+  )
   changed = differences(was, now)
   if changed and not allow_config_change:
     listed = "\n".join(f"  config.{k}: was {a!r}, now {b!r}" for k, (a, b) in changed.items())

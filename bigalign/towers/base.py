@@ -233,11 +233,13 @@ class TowerOutput(NamedTuple):
     pooled: [B, D], or [B, 2 D] with pool="cls+mean".
     tokens: [B, N, D], after the last layer norm.
     mask: [B, N] bool, True = no padding; None where no token is padding.
+    others: [B, K - 1, D], of K class tokens those after the first, which is `pooled`; None: K is 1.
   """
 
   pooled: jax.Array
   tokens: jax.Array
   mask: jax.Array | None = None
+  others: jax.Array | None = None
 
 
 def rotate(x: jax.Array, rotation: jax.Array) -> jax.Array:

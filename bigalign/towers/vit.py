@@ -177,7 +177,10 @@ class VitOptions(base.TransformerOptions):
       "rope" (DINOv3).
     rope_theta: inverse of rope's lowest frequency; the highest is 1.
     class_token: whether the tower has a class token; None: if `pool` reads it.
-    class_position: whether the class token has a learned position.
+    class_tokens: K, the number of class tokens; more than 1 only with pool="cls". The first one
+      gives the embedding of the image. TIPS has 2, https://arxiv.org/abs/2410.16512; losses with
+      texts="per_class_token" compare each with a text of its own.
+    class_position: whether the class tokens have learned positions.
     registers: number of extra tokens without a position, https://arxiv.org/abs/2309.16588.
     patch_dropout: share of the patches left out in training, https://arxiv.org/abs/2212.00794.
     pre_norm: whether a layer norm precedes the first block (CLIP).
@@ -203,6 +206,7 @@ class VitOptions(base.TransformerOptions):
   positions: str = "learned"
   rope_theta: float = 100.0
   class_token: bool | None = None
+  class_tokens: int = 1
   class_position: bool = False
   registers: int = 0
   patch_dropout: float = 0.0
@@ -224,6 +228,11 @@ class VitOptions(base.TransformerOptions):
       raise ValueError(
         f"{self.place}.class_token=False: pool={self.pool!r} or class_position needs it"
       )
+    if self.class_tokens < 1 or (self.class_tokens > 1 and self.pool != "cls"):
+      raise ValueError(
+        f"{self.place}.class_tokens={self.class_tokens}: at least 1, and more only with pool='cls',"
+        f" not pool={self.pool!r}"
+      )
     if self.positions == "rope" and self.patch_dropout:
       raise ValueError(f"{self.place}.patch_dropout: not with positions='rope'")
 
@@ -244,8 +253,8 @@ class VitOptions(base.TransformerOptions):
 
   @property
   def extra_tokens(self) -> int:
-    """The number of tokens before the patches: class token and registers."""
-    return self.has_class_token + self.registers
+    """The number of tokens before the patches: class tokens and registers."""
+    return self.has_class_token * self.class_tokens + self.registers
 
   def build(self) -> ViT:
     """The tower with these options."""
@@ -279,6 +288,7 @@ class ViT(nn.Module):
     image: jax.Array,
     train: bool = False,
     hidden: tuple[jax.Array, jax.Array] | None = None,
+    kept: jax.Array | None = None,
   ) -> base.TowerOutput:
     """Embeds images.
 
@@ -289,12 +299,14 @@ class ViT(nn.Module):
       train: whether dropout and patch dropout are on.
       hidden: (places [B, N] bool, vector [D]): the vector replaces the embedding of these patches,
         before positions are added.
+      kept: [B, n] int32, the patches that the blocks see, with their positions; None: all.
 
     Returns:
-      pooled [B, D or 2 D], tokens [B, N, D] of the patches; of pool="queries" those of the queries.
+      pooled [B, D or 2 D], tokens [B, N or n, D] of the patches; of pool="queries" those of the
+      queries; of several class tokens the others.
 
     Raises:
-      ValueError: if the patch does not divide the image.
+      ValueError: if the patch does not divide the image; for `kept` with positions="rope".
     """
     options, sizes, dtype = self.options, self.options.sizes, self.options.compute_dtype
     patch, extra = options.patch, options.extra_tokens
@@ -317,6 +329,13 @@ class ViT(nn.Module):
       )
     else:
       x = x + self._positions(rows, cols).astype(dtype)
+    if kept is not None:
+      if rotation is not None:
+        raise ValueError(
+          f"{options.place}.positions='rope': a loss leaves patches out, which needs positions that"
+          " are added to them: 'learned' or 'sincos2d'"
+        )
+      x = jnp.take_along_axis(x, kept[..., None], axis=1)
     if train and options.patch_dropout:
       x = self._keep_some(x)
     if extra:
@@ -338,9 +357,10 @@ class ViT(nn.Module):
     if by_queries:
       x = Queries(options, name="pooler")(x)
       return base.TowerOutput(x[:, 0], x[:, 1:])
-    patches = x[:, extra:]
+    patches, others = x[:, extra:], None
     if options.pool == "cls":
       pooled = x[:, 0]
+      others = x[:, 1 : options.class_tokens] if options.class_tokens > 1 else None
     elif options.pool == "pooler":
       pooled = jnp.tanh(Dense(sizes.width, dtype=dtype, name="pooler")(x[:, 0]))
     elif options.pool == "max":
@@ -351,7 +371,7 @@ class ViT(nn.Module):
       pooled = jnp.concatenate([x[:, 0], base.masked_mean(patches, None)], -1)
     else:
       pooled = base.MapHead(options, name="map_head")(x)
-    return base.TowerOutput(pooled, patches)
+    return base.TowerOutput(pooled, patches, others=others)
 
   def _positions(self, rows: int, cols: int) -> jax.Array:
     """[1, rows * cols, D]."""
@@ -368,14 +388,15 @@ class ViT(nn.Module):
     return resampled(self.param("positions", init), grid, (rows, cols))
 
   def _extra_tokens(self, x: jax.Array) -> jax.Array:
-    """[B, extra, D]: the class token, the only one that can have a position, and the registers."""
+    """[B, extra, D]: class tokens, the only ones that can have positions, and the registers."""
     options, width, dtype = self.options, self.options.sizes.width, self.options.compute_dtype
     shape = (1, options.extra_tokens, width)
     tokens = self.param("extra_tokens", nn.initializers.normal(0.02), shape)
     tokens = jnp.asarray(tokens, dtype)
     if options.class_position:
-      position = self.param("class_position", nn.initializers.zeros, (1, 1, width))
-      tokens = tokens.at[:, :1].add(position.astype(dtype))
+      count = options.class_tokens
+      position = self.param("class_position", nn.initializers.zeros, (1, count, width))
+      tokens = tokens.at[:, :count].add(position.astype(dtype))
     return jnp.broadcast_to(tokens, (x.shape[0], *shape[1:]))
 
   def _keep_some(self, x: jax.Array) -> jax.Array:

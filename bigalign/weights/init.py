@@ -6,6 +6,8 @@
   dict(init="runs/x", step=5000, ema=True)              a run of ours, also one that is training
   dict(open_clip="ViT-B-16")                            the sizes alone
 
+config.teacher=dict(init="$CLIP") takes the image side of a checkpoint as a model of its own.
+
 Options next to `init` replace those of the checkpoint. Three more are regular expressions: `parts`
 selects the paths that are taken, `fresh` paths that keep their random initial values, `drop` keys
 of the file to leave out.
@@ -37,6 +39,13 @@ _VIEW: dict[str, Any] = {
 _WORDS = ("init", "step", "ema", "parts", "fresh", "drop")
 _OWN = {"image": ("image", "pixels"), "text": ("text",)}  # options that come with a single tower
 _SIZE = ("width", "depth", "heads", "mlp_ratio")  # the options that a variant sets
+_TEACHER = "config.teacher"
+_OF_TEACHER = ("image", "image_projector", "embed_dim", "pixels", "image_size")
+_NO_SIZES = (
+  "config.{}.init names a checkpoint that is not on this machine, and the config does not give the"
+  " sizes of {}; write them next to `init`, name= among them, or copy the checkpoint's config.json"
+  " here (no weights are read): {}"
+)
 _SCALAR = re.compile(r"loss/(\w+)/([tb])")  # log of the logit scale, and bias
 
 
@@ -141,6 +150,33 @@ def completed(
   return Completed(full, full_data, tuple(found))
 
 
+def completed_teacher(
+  given: Mapping[str, Any],
+  record: Mapping[str, Any] | None = None,
+  *,
+  files_needed: bool = True,
+) -> dict[str, Any]:
+  """config.teacher with what its checkpoint states; arguments and errors as of `completed`."""
+  if record and record.get("teacher") == given:
+    teacher: dict[str, Any] = dict(record["config"]["teacher"])
+    return teacher
+  try:
+    options = _options(given, _teacher_parts(given), _TEACHER)
+  except (FileNotFoundError, KeyError) as error:
+    if files_needed:
+      raise
+    if "name" not in given.get("image", {}):
+      raise ValueError(_NO_SIZES.format("teacher", "the teacher", error)) from error
+    return {k: v for k, v in given.items() if k not in _WORDS}
+  return {k: v for k, v in options.items() if k in _OF_TEACHER}
+
+
+def _teacher_parts(given: Mapping[str, Any]) -> list[Pretrained]:
+  """The checkpoint that config.teacher names, without its texts."""
+  towers = {"image": given["image"]} if _is_tower(given, "image") else {}
+  return [_pretrained(given, "", towers, but=("text",), root=_TEACHER)] if "init" in given else []
+
+
 def _tokenizer(
   part: Pretrained, given: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any] | None, list[str]]:
@@ -162,8 +198,10 @@ def options(given: Mapping[str, Any]) -> dict[str, Any]:
   return _options(given, _pretrained_parts(given))
 
 
-def _options(given: Mapping[str, Any], parts: Sequence[Pretrained]) -> dict[str, Any]:
-  """config.model with the options of the checkpoints that it names."""
+def _options(
+  given: Mapping[str, Any], parts: Sequence[Pretrained], root: str = "config.model"
+) -> dict[str, Any]:
+  """config.model, or what has its form at `root`, with the options of its checkpoints."""
   model = _own_options(given) | {s: _own_options(given[s]) for s in SIDES if _is_tower(given, s)}
   if "open_clip" in model:
     if parts:
@@ -178,7 +216,7 @@ def _options(given: Mapping[str, Any], parts: Sequence[Pretrained]) -> dict[str,
     pixels = theirs.get("pixels")
     if pixels and given.get("pixels", pixels) != pixels:
       raise ValueError(
-        f"config.model.pixels={given['pixels']!r}: {part.checkpoint.path} was trained with"
+        f"{root}.pixels={given['pixels']!r}: {part.checkpoint.path} was trained with"
         f" {pixels!r}; leave pixels out"
       )
     model = _merged(theirs, model)
@@ -266,11 +304,7 @@ def _written_sizes(given: Mapping[str, Any], error: Exception) -> dict[str, Any]
     if k not in _WORDS
   }
   if any("name" not in model.get(side, {}) for side in SIDES):
-    raise ValueError(
-      "config.model.init names a checkpoint that is not on this machine, and the config does not"
-      " give the sizes of the model; write them next to `init`, name= among them, or copy the"
-      f" checkpoint's config.json here (no weights are read): {error}"
-    ) from error
+    raise ValueError(_NO_SIZES.format("model", "the model", error)) from error
   return model
 
 
@@ -282,9 +316,9 @@ def load(
   """Loads the parameters that come from checkpoints, each with its sharding.
 
   Args:
-    values: the config as written; its `model` names the checkpoints. A t_init or b_init in its
-      `loss` takes precedence over the checkpoint's scale or bias.
-    shapes: {path: shape and dtype} of all parameters, "model/…", "loss/…" and "heads/…".
+    values: the config as written; its `model` and `teacher` name the checkpoints. A t_init or
+      b_init in its `loss` takes precedence over the checkpoint's scale or bias.
+    shapes: {path: shape and dtype} of all parameters, "model/…", "loss/…", "heads/…", "teacher/…".
     shardings: {path: sharding} of all parameters.
 
   Returns:
@@ -292,11 +326,13 @@ def load(
 
   Raises:
     ValueError: before any tensor is read, listing all keys and paths that are missing, unknown, or
-      of another shape.
+      of another shape; for a teacher without a checkpoint.
   """
   plans = [(part, _plan(part, shapes)) for part in _pretrained_parts(values["model"])]
-  steps = {part.where: part.checkpoint.layout.data["step"] for part, _ in plans if part.is_run}
-  check_hosts_agree({"newest checkpoint of the runs in config.model": steps})
+  of_teacher = _plans_of_teacher(values, shapes)
+  runs_read = [part for part, _ in [*plans, *of_teacher] if part.is_run]
+  steps = {part.where: part.checkpoint.layout.data["step"] for part in runs_read}
+  check_hosts_agree({"newest checkpoint of the runs in config.model and config.teacher": steps})
   loaded: dict[str, jax.Array] = {}
   for part, plan in plans:
     of_plan = {path: shardings[f"model/{path}"] for path in plan.shapes}
@@ -307,6 +343,10 @@ def load(
     elif not part.side:
       loaded |= _scalars(part.checkpoint, values["loss"], shapes, shardings)
       loaded |= _layers(part.checkpoint, shapes, shardings)
+  for part, plan in of_teacher:
+    own = {path: shardings[f"teacher/{path}"] for path in plan.shapes}
+    loaded |= {f"teacher/{path}": x for path, x in plan.arrays(own)}
+    _log(part, plan)
   if plans:
     random = _not_loaded(shapes, loaded)
     if random:
@@ -314,6 +354,32 @@ def load(
     else:
       logging.info("No parameters were initialised at random")
   return loaded
+
+
+def _plans_of_teacher(
+  values: Mapping[str, Any], shapes: Mapping[str, Any]
+) -> list[tuple[Pretrained, transfer.Plan]]:
+  """What fills the parameters of config.teacher: one checkpoint, or none without a teacher.
+
+  Raises:
+    ValueError: if there is a teacher, and no checkpoint gives all of its parameters.
+  """
+  ours = tree.subtree(shapes, "teacher/")
+  if not ours:
+    return []
+  parts = _teacher_parts(values["teacher"])
+  if not parts:
+    raise ValueError(
+      f"{_TEACHER}.init is missing: a teacher has the weights of a checkpoint; set it to a folder,"
+      " a file, or the folder of a run"
+    )
+  (part,) = parts
+  if part.fresh or part.parts:
+    raise ValueError(
+      f"{_TEACHER}: fresh={part.fresh!r} and parts={part.parts!r} would leave parameters of a"
+      " frozen teacher at random; leave them out"
+    )
+  return [(part, _plan(part, {f"model/{path}": x for path, x in ours.items()}))]
 
 
 def _is_tower(given: Mapping[str, Any], side: str) -> bool:
@@ -358,15 +424,19 @@ def _pretrained_parts(given: Mapping[str, Any]) -> list[Pretrained]:
 
 
 def _pretrained(
-  given: Mapping[str, Any], side: str, towers: Mapping[str, Any], but: tuple[str, ...] = ()
+  given: Mapping[str, Any],
+  side: str,
+  towers: Mapping[str, Any],
+  but: tuple[str, ...] = (),
+  root: str = "config.model",
 ) -> Pretrained:
-  """The checkpoint that `init` of the model or of a tower names.
+  """The checkpoint that `init` of the model or of a tower names; root: of the model's options.
 
   Raises:
     FileNotFoundError: if it does not exist.
     ValueError: if it lacks a tower.
   """
-  where = "config.model" + f".{side}" * bool(side)
+  where = root + f".{side}" * bool(side)
   address = _expanded(given["init"], f"{where}.init")
   path = pathlib.Path(address).expanduser()
   if "://" not in address and not path.exists():

@@ -113,7 +113,7 @@ def describe(
     Layout(
       model=config["model"],
       rows=_rows(stored),
-      unused="^(loss|heads)/",
+      unused="^(loss|heads|teacher)/",
       data={"data": data, "loss": config["loss"], "step": number, "ema": ema},
     ),
     View(where, options, data["image_size"], where),

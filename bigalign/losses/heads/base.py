@@ -19,8 +19,21 @@ class ImageTower(Protocol):
   """See Read.image."""
 
   def __call__(
-    self, images: jax.Array, *, averaged: bool = False, hidden: Hidden | None = None
+    self,
+    images: jax.Array,
+    *,
+    averaged: bool = False,
+    hidden: Hidden | None = None,
+    kept: jax.Array | None = None,
   ) -> TowerOutput: ...
+
+
+class TeacherTower(Protocol):
+  """See Read.teacher."""
+
+  def __call__(
+    self, images: jax.Array, *, hidden: jax.Array | None = None, projected: bool = False
+  ) -> jax.Array: ...
 
 
 class TextTower(Protocol):
@@ -43,6 +56,12 @@ class Projector(Protocol):
   def __call__(self, side: str, output: TowerOutput, *, averaged: bool = False) -> jax.Array: ...
 
 
+class Patches(Protocol):
+  """See Read.projected."""
+
+  def __call__(self, output: TowerOutput | None = None, *, averaged: bool = False) -> jax.Array: ...
+
+
 def not_read(*args: Any, **others: Any) -> Any:
   """Stands for a function that the caller of a head leaves out, since the head does not call it."""
   raise NotImplementedError("this head is called without a model")
@@ -58,15 +77,18 @@ class Read(NamedTuple):
       [b, L] if the text tower masks padding; ztxts [b, M, E] of several texts.
     image: the image tower, of other images [b, S, S, 3] uint8, whose side its patch divides. With
       `averaged`, its averaged parameters are used, and no gradient is taken. With `hidden`, it sees
-      a vector in place of some patches.
+      a vector in place of some patches; with `kept`, [b, n] int32, these patches alone.
     text: the text tower, of other texts.
     project: (side, output of the tower) -> [b, E] float32, before the norm; side "image" or "text".
     sizes: as for Loss.init.
     state: of the loss before this step, such as the centre of a teacher's logits; no gradient.
-    projected: () -> [b, N, K] float32, tokens_img in the space of the embeddings: the projector of
-      each patch, K = E; of `blocks`, what it makes of the patches, the second half of an embedding,
-      K = E / 2.
+    projected: (output of the image tower, or None: that of the batch) -> [b, N, K] float32, its
+      tokens in the space of the embeddings: the projector of each patch, K = E; of `blocks`, what
+      it makes of the patches, the second half of an embedding, K = E / 2.
     words: () -> [V, D] float32, the token table of the text tower; no gradient.
+    teacher: the tokens [b, N, D] that config.teacher makes of images [b, S, S, 3] uint8; no
+      gradient. With `hidden`, [b, N] bool, the embedding of these patches is 0; with `projected`,
+      they are in the space of its embeddings, [b, N, E].
     text_steps: of a causal text tower, for heads that write: (ids [b] of the tokens at a position,
       position, cache) -> (their states [b, D], the cache with them). None is the empty cache.
   """
@@ -78,8 +100,9 @@ class Read(NamedTuple):
   project: Projector
   sizes: Mapping[str, Any]
   state: Mapping[str, jax.Array] = {}
-  projected: Callable[[], jax.Array] = not_read
+  projected: Patches = not_read
   words: Callable[[], jax.Array] = not_read
+  teacher: TeacherTower = not_read
   text_steps: TextSteps = not_read
 
 
@@ -122,6 +145,7 @@ class Head(NamedTuple):
     sums: names of features without the batch axis, which are added up over the batch; no gradient
       goes through them.
     averages: whether it reads averaged parameters, of itself or of the towers.
+    teacher: whether it reads config.teacher.
     write: of a head that predicts texts: (parameters, read) -> how it writes them. It reads the
       image tokens, text_steps, and the shapes of text and tokens_txt. None: it does not.
     prompt: the beginning of each text that it writes, of which a caption is what follows.
@@ -138,6 +162,7 @@ class Head(NamedTuple):
   ] = no_draws
   sums: frozenset[str] = frozenset()
   averages: bool = False
+  teacher: bool = False
   write: Callable[[Params, Read], Writing] | None = None
   prompt: str = ""
   late: frozenset[str] = frozenset({"sum"})
