@@ -168,6 +168,7 @@ def export(
   *,
   step: int | str | None = None,
   ema: bool = False,
+  heads: bool = False,
   **card: Any,
 ) -> Exported:
   """Writes a run as a folder for another library.
@@ -178,6 +179,7 @@ def export(
     format: "hf", "open_clip", "npz" (big_vision), "torch" or "sentence-transformers".
     step: which checkpoint: a number, "latest" or "best"; None: the latest.
     ema: whether to export the averaged parameters.
+    heads: whether to export the layers of losses too.
     **card: of the model card: license="apache-2.0" …, as of bigalign.export.main.export.
 
   Raises:
@@ -186,7 +188,7 @@ def export(
   """
   runtime.setup()
   opened = open_step(run, step)
-  return Exported(*write_folder(opened, format, pathlib.Path(out), ema=ema, **card))
+  return Exported(*write_folder(opened, format, pathlib.Path(out), ema=ema, heads=heads, **card))
 
 
 def plan(

@@ -14,6 +14,7 @@ from bigalign.data.loader.options import DataOptions
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.export import tokenizer_files
 from bigalign.model import DualEncoder
+from bigalign.options import Component
 from bigalign.projectors import PROJECTORS
 from bigalign.towers import TOWERS
 from bigalign.towers.bert import BertOptions
@@ -32,12 +33,16 @@ class TrainedModel(NamedTuple):
       learned or fixed) and "b" (logit bias), if the loss has one.
     data: the data options of the run.
     tokenizer: the tokenizer of the run.
+    heads: {"heads/<loss>/…": array} of the losses with layers of their own, if they are exported.
+    losses: config.loss.
   """
 
   model: DualEncoder
   arrays: Arrays
   data: DataOptions
   tokenizer: Tokenizer
+  heads: Mapping[str, np.ndarray] = {}
+  losses: Mapping[str, Component] = {}
 
   @property
   def image(self) -> Any:
@@ -94,11 +99,13 @@ class Contents(NamedTuple):
     family: the class of models that the folder holds.
     tensors: {file of weights: function that returns its tensors}.
     files: {name: text, or JSON} of the other files.
+    heads: names of the losses whose heads the weights of the family hold.
   """
 
   family: str
   tensors: Mapping[str, Callable[[], Arrays]]
   files: dict[str, Any]
+  heads: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +117,7 @@ class Format:
     prepare: returns the contents of the folder, or why the format cannot hold the model.
     compute: computes the outputs for N images and M texts from a folder, with the other library.
     packages: the packages that `compute` imports.
+    heads: whether heads can be beside the weights, in a file of their own.
     output: what is compared: "logits" [N, M], or "embeddings" [M, E] if the folder holds the text
       side only.
     library: the library_name on the Hugging Face hub.
@@ -123,6 +131,7 @@ class Format:
   prepare: Callable[[TrainedModel], Contents | Reasons]
   compute: Callable[[pathlib.Path, Sequence[Image.Image], Sequence[str]], np.ndarray]
   packages: tuple[str, ...] = ()
+  heads: bool = True
   output: str = "logits"
   library: str
   tags: tuple[str, ...] = ()

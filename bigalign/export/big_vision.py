@@ -138,6 +138,7 @@ FORMAT = Format(
   name="npz",
   prepare=functools.partial(first_fit, FAMILIES, "model.npz", _files),
   compute=_compute,
+  heads=False,  # a folder with two files of weights has none that is meant
   library="big_vision",
   tags=("jax",),
   usage=_usage,

@@ -56,6 +56,7 @@ class Family(NamedTuple):
     config: returns its config for a trained model.
     keys: {key: shape} of the tensors by which the reader identifies a variant.
     masks: whether the files of the tokenizer can ask for a mask that hides padding.
+    heads: names of the losses whose heads it holds.
   """
 
   name: str
@@ -64,6 +65,7 @@ class Family(NamedTuple):
   config: Callable[[TrainedModel], dict[str, Any]]
   keys: Callable[[TrainedModel], Mapping[str, Any]] = lambda trained: {}
   masks: bool = False
+  heads: tuple[str, ...] = ()
 
 
 class Fitted(NamedTuple):
@@ -107,7 +109,8 @@ def first_fit(
       reasons[family.name] = fitted
       continue
     try:
-      return Contents(family.name, {weights_file: fitted.tensors}, files(fitted, trained))
+      tensors = {weights_file: fitted.tensors}
+      return Contents(family.name, tensors, files(fitted, trained), family.heads)
     except ValueError as error:
       reasons[family.name] = [str(error)]
   return reasons
@@ -145,7 +148,10 @@ def fit(family: Family, trained: TrainedModel) -> Fitted | list[str]:
   if wrong:
     return wrong
   arrays = _completed(trained, theirs, layout)
-  return arrays if isinstance(arrays, list) else Fitted(family, config, layout, arrays)
+  if isinstance(arrays, list):
+    return arrays
+  inside = {k: x for k, x in trained.heads.items() if k.split("/")[1] in family.heads}
+  return Fitted(family, config, layout, arrays | inside)
 
 
 def _their_model(layout: Layout, trained: TrainedModel) -> DualEncoder:
@@ -164,6 +170,8 @@ def _effective(module: Any) -> dict[str, Any]:
     effective |= options.sizes._asdict()
   if isinstance(options, VitOptions):
     effective["class_token"] = options.has_class_token
+  if effective.get("pool") == "queries":
+    effective["query_width"] = options.token_width
   if effective.get("positions") != "rope":
     effective.pop("rope_theta", None)
   name = projector_name(module) if options is module else tower_name(options)

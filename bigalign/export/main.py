@@ -32,15 +32,21 @@ from bigalign.losses import logit_head
 from bigalign.run import parsers, runtime, tables
 from bigalign.towers.text import TextOptions
 
+HEADS = "heads.safetensors"
 ABOUT, CARD = "bigalign.json", "README.md"
 _SIDE = 61  # pixels of the shorter side of the sample images
 
 
-def trained_model(run: Run, ema: bool = False) -> TrainedModel:
+def trained_model(run: Run, ema: bool = False, heads: bool = False) -> TrainedModel:
   """The model of a run in float32, with its parameters or their running averages.
 
+  Args:
+    run: the run.
+    ema: whether with the averages.
+    heads: whether with the layers of losses.
+
   Raises:
-    ValueError: if the averages are wanted, and the run has none.
+    ValueError: if the averages or heads are wanted, and the run has none.
   """
   if ema and not run.ema:
     raise ValueError(f"ema (--ema): {run.workdir} keeps no averages (config.ema)")
@@ -53,18 +59,31 @@ def trained_model(run: Run, ema: bool = False) -> TrainedModel:
     if hasattr(tower, "dtype")
   }
   arrays = {k: np.asarray(x).astype(np.float32) for k, x in tree.subtree(params, "model/").items()}
+  of_heads = {
+    k: np.asarray(x).astype(np.float32)
+    for k, x in params.items()
+    if heads and k.startswith("heads/")
+  }
+  if heads and not of_heads:
+    raise ValueError(f"heads (--heads): config.loss={[*run.config.loss]} has none with layers")
   tokenizer = run.config.data.make_tokenizer()
   text = in_float32.get("text", model.text)
   if isinstance(text, TextOptions) and text.length > tokenizer.length:
     # Other libraries pad texts to the length of the tower, which the run never saw.
     in_float32["text"] = dataclasses.replace(text, length=tokenizer.length)
     path = "text_tower/positions"
-    arrays[path] = arrays[path][:, : tokenizer.length]
+    rows = arrays[path]
+    kept = [rows[:, : tokenizer.length]]
+    if text.pool == "class":  # the position of the class token is the last one
+      kept.append(rows[:, -1:])
+    arrays[path] = np.concatenate(kept, 1)
   return TrainedModel(
     dataclasses.replace(model, **in_float32).build(),
     arrays | logit_head.scalars(params, run.config.loss),
     run.config.data,
     tokenizer,
+    of_heads,
+    run.config.loss,
   )
 
 
@@ -123,6 +142,7 @@ def export(
   out: str | pathlib.Path,
   *,
   ema: bool = False,
+  heads: bool = False,
   name: str = "",
   license: str | None = None,
   datasets: Sequence[str] = (),
@@ -134,6 +154,8 @@ def export(
     kind: the name of the format.
     out: the folder, which must be new or empty.
     ema: whether to export the averaged parameters.
+    heads: whether to export the layers of losses too. CoCa's decoder becomes a part of open_clip's
+      model; others are in heads.safetensors, by their paths.
     name: of the model, for the model card; "": that of the run's folder.
     license: of the weights, for the model card; None: not stated.
     datasets: identifiers of the training data on the Hugging Face hub, for the model card.
@@ -148,7 +170,7 @@ def export(
       that can; or if the outputs of the folder are not the run's.
   """
   return write(
-    trained_model(run, ema),
+    trained_model(run, ema, heads),
     kind,
     out,
     lambda family: model_card.facts(
@@ -182,7 +204,13 @@ def write(
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise FileExistsError(f"{out} (--out) exists and is not an empty folder; choose another")
   form = checks.choose(FORMATS, kind, "format (--format)")
+  if trained.heads and not form.heads:
+    able = ", ".join(x.name for x in FORMATS.values() if x.heads)
+    raise ValueError(f"--format={kind} has no place for heads (--heads); these have: {able}")
   contents = prepare(kind, trained)
+  beside = {k: x for k, x in trained.heads.items() if k.split("/")[1] not in contents.heads}
+  if beside:
+    contents = contents._replace(tensors={**contents.tensors, HEADS: lambda: beside})
   about = facts(contents.family)
   out.parent.mkdir(parents=True, exist_ok=True)
   part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -264,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.format,
         args.out,
         ema=args.ema,
+        heads=args.heads,
         name=args.name or (args.push or "").rpartition("/")[2],
         license=args.license,
         datasets=args.dataset or (),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bigalign.export.base import Format, TrainedModel, projector_name
+from bigalign import tree
+from bigalign.export.base import (
+  Contents,
+  Format,
+  Reasons,
+  TrainedModel,
+  projector_name,
+  requirement,
+)
 from bigalign.export.fit import Family, Fitted, first_fit
 from bigalign.model import PIXELS
 from bigalign.weights import timm
@@ -125,6 +132,52 @@ def _custom(trained: TrainedModel) -> dict[str, Any]:
   return {"text.": None} | _bias(trained)
 
 
+def _coca_towers(trained: TrainedModel) -> dict[str, Any]:
+  """The model_cfg with CoCa's towers."""
+  options, config = trained.image, _vit(trained)
+  config["vision_cfg"] |= dict(
+    attentional_pool=True,
+    attn_pooler_queries=options.queries,
+    attn_pooler_heads=options.query_heads,
+  )
+  config["text_cfg"] |= dict(embed_cls=trained.text.pool == "class")
+  return config | dict(custom_text=True)
+
+
+def _coca(trained: TrainedModel) -> dict[str, Any]:
+  """The model_cfg with CoCa's towers and decoder.
+
+  Raises:
+    ValueError: for a decoder that open_clip does not have.
+  """
+  config, decoder = _coca_towers(trained), trained.losses["coca"]
+  width = trained.text.sizes.width
+  quick = "quick_gelu" in (trained.image.activation, trained.text.activation)
+  activation = "quick_gelu" if quick else "gelu"
+  wrong = [
+    requirement(key, ours, theirs)
+    for key, ours, theirs in (
+      ("config.loss.coca.mlp_ratio", decoder.option("mlp_ratio"), 4.0),
+      ("config.loss.coca.activation", decoder.option("activation"), activation),
+      ("config.loss.coca.epsilon", decoder.option("epsilon"), 1e-5),
+      ("config.model.image.query_width", trained.image.token_width, width),
+    )
+    if ours != theirs
+  ]
+  if wrong:
+    raise ValueError("; ".join(wrong))
+  for part in ("vision_cfg", "text_cfg"):
+    config[part]["output_tokens"] = True
+  config["multimodal_cfg"] = dict(
+    context_length=trained.text.length,
+    vocab_size=trained.text.vocab_size,
+    width=width,
+    heads=decoder.option("heads"),
+    layers=decoder.option("depth"),
+  )
+  return config
+
+
 FAMILIES = (
   Family("open_clip's CLIP", "open_clip", ("vit", "text"), _vit, _bias),
   Family(
@@ -135,6 +188,22 @@ FAMILIES = (
     _custom,
   ),
 )
+COCA = Family("open_clip's CoCa", "open_clip", ("vit", "text"), _coca, _custom, heads=("coca",))
+COCA_TOWERS = Family(
+  "open_clip's CustomTextCLIP with CoCa's towers",
+  "open_clip",
+  ("vit", "text"),
+  _coca_towers,
+  _custom,
+)
+
+
+def _prepare(trained: TrainedModel) -> Contents | Reasons:
+  """The contents of the folder, or why no family can hold the model."""
+  families: tuple[Family, ...] = FAMILIES
+  if getattr(trained.image, "pool", "") == "queries":
+    families = (COCA if tree.subtree(trained.heads, "heads/coca/") else COCA_TOWERS,)
+  return first_fit(families, "open_clip_model.safetensors", _files, trained)
 
 
 def _files(fitted: Fitted, trained: TrainedModel) -> dict[str, Any]:
@@ -182,7 +251,11 @@ def _compute(
   tokenizer = open_clip.get_tokenizer(name)
   pixels = torch.stack([preprocess(image) for image in images])
   with torch.inference_mode():
-    logits, _ = model.eval().get_logits(pixels, tokenizer(list(texts)))
+    image, text = model.eval().encode_image(pixels), model.encode_text(tokenizer(list(texts)))
+    cosines = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
+    logits = model.logit_scale.exp() * cosines
+    if model.logit_bias is not None:
+      logits = logits + model.logit_bias
   return np.asarray(logits)
 
 
@@ -195,14 +268,33 @@ tokenizer = open_clip.get_tokenizer("local-dir:DIR")
 logits, _ = model.eval().get_logits(preprocess(Image.open("x.jpg"))[None], tokenizer(["a cat"]))
 ```
 """
+# CoCa has no get_logits.
+_COCA_USAGE = """```python
+import open_clip
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:DIR")
+tokenizer = open_clip.get_tokenizer("local-dir:DIR")
+image, text = preprocess(Image.open("x.jpg"))[None], tokenizer(["a cat"])
+out = model.eval()(image, text)
+logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
+of_words = out["logits"]  # of each next token of the text, by the decoder of captions
+```
+"""
+
+
+def _usage(trained: TrainedModel) -> str:
+  """The part of the model card that shows how to load the folder."""
+  return _COCA_USAGE if tree.subtree(trained.heads, "heads/coca/") else _USAGE
+
 
 FORMAT = Format(
   name="open_clip",
-  prepare=functools.partial(first_fit, FAMILIES, "open_clip_model.safetensors", _files),
+  prepare=_prepare,
   compute=_compute,
   packages=("torch", "torchvision", "open_clip"),
   library="open_clip",
   tags=("safetensors",),
-  usage=lambda trained: _USAGE,
+  usage=_usage,
   on_hub=("local-dir:DIR", "hf-hub:REPO"),
 )

@@ -153,6 +153,7 @@ FORMAT = Format(
   prepare=_prepare,
   compute=_compute,
   packages=("torch", "sentence_transformers"),
+  heads=False,
   output="embeddings",
   library="sentence-transformers",
   tags=("feature-extraction", "safetensors"),

@@ -75,6 +75,11 @@ def export() -> argparse.ArgumentParser:
   parser.add_argument("--out", metavar="DIR", help="the folder; must be new or empty")
   parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
   parser.add_argument("--ema", action="store_true", help="export the averaged parameters")
+  parser.add_argument(
+    "--heads",
+    action="store_true",
+    help="export the layers of losses too, such as a decoder of captions",
+  )
   parser.add_argument("--name", help="of the model, for the model card (name of the run's folder)")
   parser.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
   parser.add_argument(

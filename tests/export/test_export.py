@@ -323,8 +323,16 @@ REFUSED = [
       f"config.model.{side}.pool must be",
       "",
     )
-    for kind in ("torch", "hf", "open_clip")
+    for kind in ("torch", "hf")
     for side in ("image", "text")
+  ),
+  (
+    "open_clip",
+    {"image/pool": "queries", "image/class_token": True, "image/query_heads": 2}
+    | {"image/query_width": 12, "text/pool": "class"},
+    CLIP_LOSS,
+    "config.model.text.shifted_mask must be True (yours: False)",
+    "",
   ),
 ]
 

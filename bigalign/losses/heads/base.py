@@ -128,7 +128,7 @@ def no_draws(
 
 
 class Head(NamedTuple):
-  """Layers of a loss. Their parameters have the paths heads/<loss>/…; exports leave them out.
+  """Layers of a loss. Their parameters have the paths heads/<loss>/…; exports have them on demand.
 
   Rows are independent, since a batch may be computed in microbatches. What depends on the whole
   batch follows in `apply` of the loss: a mean over tokens is the sum of the rows' sums over the sum

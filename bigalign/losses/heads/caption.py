@@ -65,7 +65,7 @@ def caption(
 
   The decoder reads the tokens of the image tower before pooling. It predicts a share of the
   captions in parallel, from positions and image alone, and the others token by token. Padding does
-  not count; the loss is the mean over all other tokens of the batch. Exports leave the decoder out.
+  not count; the loss is the mean over all other tokens of the batch.
 
   CapPa, https://arxiv.org/abs/2306.07915 (parallel=0.75, depth=6, no biases, logits that start at
   0); LocCa, https://arxiv.org/abs/2403.19596; SigLIP 2, https://arxiv.org/abs/2502.14786

@@ -31,7 +31,7 @@ def coca(
   The text tower is the first half of the decoder: it is causal, and its tokens before the last
   layer norm are the states that this half begins with (config.model.text.pool="class"). Each layer
   is self-attention, cross-attention to the image (config.model.image.pool="queries") and two MLPs.
-  Padding does not count. CoCa's loss is clip + 2 coca. Exports leave the decoder out.
+  Padding does not count. CoCa's loss is clip + 2 coca.
 
   CoCa, https://arxiv.org/abs/2205.01917, as open_clip implements it.
 
