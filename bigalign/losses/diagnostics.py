@@ -109,7 +109,7 @@ def _gradient_norm(
 ) -> jax.Array:
   """[]: see "gradient_share" of `diagnose`; without the weight."""
   feats, batch = tiles.widened(feats), tiles.widened(batch)
-  embedded = ("zimg", "ztxt", "ztxts", "ztxt_second", "zquery", "zdocument")
+  embedded = ("zimg", "zimgs", "ztxt", "ztxts", "ztxt_second", "zquery", "zdocument")
   names = (*embedded, "tokens_img", "tokens_txt")
   lengths = {
     f"raw_{side}": jnp.linalg.norm(feats[f"raw_{side}"], axis=-1, keepdims=True)

@@ -51,6 +51,7 @@ def fields(
   shapes: dict[str, tuple[tuple[int, ...], Any]] = {
     **dict.fromkeys(features, ((batch, width), jnp.float32)),
     **dict.fromkeys(stored, ((batch, teacher), teacher_dtype)),
+    "zimgs": ((batch, 2, width), jnp.float32),
     "ztxts": ((batch, TEXTS, width), jnp.float32),
     "texts_kind": ((batch, TEXTS), jnp.int32),
     "teacher_txts": ((batch, TEXTS, teacher), teacher_dtype),

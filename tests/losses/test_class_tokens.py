@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import small_models
+from helpers.loss_oracles import AT
 from helpers.shipped import load
 from helpers.small_runs import config
 from helpers.small_shards import picture, write_tar
 from test_losses_texts import graded, make, random_texts
 
-from bigalign import tree
+from bigalign import sharding, tree
 from bigalign.config import resolve_config
 from bigalign.export import main as exporter
+from bigalign.losses import diagnostics, make_loss
 from bigalign.model import make_model
+from bigalign.plan import loss_costs
 from bigalign.program import check_loss, init_params, make_program
 from bigalign.run.metrics import read_metrics
 from bigalign.towers import TOWERS
@@ -58,6 +61,22 @@ def test_the_loss_is_the_mean_of_the_losses_of_each_class_token_and_its_texts(na
 def test_there_are_as_many_class_tokens_as_texts(name, tokens):
   with pytest.raises(ValueError, match=rf"class_tokens={tokens}; set it to 2"):
     graded(make(name, dict(texts="per_class_token")), random_tokens(tokens), {})
+
+
+def test_diagnoses_and_costs_read_both_class_tokens():
+  terms = dict(clip=dict(texts="per_class_token"), feature_distill=dict(w_txt=0.0))
+  loss, feats = make_loss(terms), random_tokens()
+  feats |= {"raw_img": 2 * feats["zimg"]}
+  batch = {"teacher_img": feats["zimg"]}  # of no distance
+  params, state = loss.init({})
+  found = diagnostics.diagnose(loss, params, state, feats, batch, AT)
+  np.testing.assert_allclose(found["gradient_share/clip"], 1, atol=1e-5)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  both, one = (
+    loss_costs.measure("clip", "gather", mesh, batch=32, width=16, options=dict(texts=texts))
+    for texts in ("per_class_token", "one")
+  )
+  assert both["flops"] > 1.9 * one["flops"]
 
 
 def test_one_class_token_is_the_tower_without_the_option():
