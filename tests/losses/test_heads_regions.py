@@ -89,7 +89,7 @@ def test_the_waves_of_a_corner():
   x_sin, x_cos, y_sin, y_cos = waves[0, 0].reshape(4, 6)
   assert x_sin[0] == pytest.approx(1) and x_cos[0] == pytest.approx(0, abs=1e-6)
   assert not y_sin.any() and (y_cos == 1).all()
-  assert x_cos[-1] == pytest.approx(math.cos(2 * math.pi * 64 * 0.5), abs=1e-4)
+  assert x_cos[-1] == pytest.approx(math.cos(2 * math.pi * 16 * 0.5), abs=1e-4)
   np.testing.assert_array_equal(waves[0, 0], waves[1, 0])
   assert np.abs(waves[0, 1] - waves[1, 1]).max() > 0.1
   with pytest.raises(ValueError, match="the width of the image tower, 6, which 4 does not divide"):

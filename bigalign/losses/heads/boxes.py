@@ -14,7 +14,9 @@ import numpy as np
 from einops import rearrange
 
 MOST_ASSIGNMENTS = 10_000  # that are compared; their costs are [B, assignments]
-PERIODS = (0.5, 64.0)  # of the slowest and the fastest wave of an encoding, across the image
+# Of the slowest and the fastest wave of an encoding, across the image. With 64, a Prompter trained
+# alone for 600 steps had twice the cross-entropy on held-out boxes.
+PERIODS = (0.5, 16.0)
 
 
 def corner_waves(boxes: jax.Array, width: int) -> jax.Array:

@@ -127,7 +127,7 @@ def region_phrase(
   The paper finds regions much better with its Prompter: 65.9 % of them among the first ten, and
   23.0 % with regions that are cut out of the patches. Its Prompter is a block with one head and the
   width of the image tower, which reads the encodings of a box's corners and the patches. The paper
-  gives neither the waves of the encoding nor how the output is pooled: here half a period to 64
+  gives neither the waves of the encoding nor how the output is pooled: here half a period to 16
   periods across the image, and the mean of the tokens of the prompt.
 
   The data holds boxes and phrases: config.data.regions.
