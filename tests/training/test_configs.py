@@ -33,10 +33,11 @@ SCRATCH = [
   if not re.search(r"\binit=|name=\"features\"", (ROOT / f"configs/{x}.py").read_text())
 ]
 
-# Width, depth, batch, vocabulary, data, classes of heads. All else is run as it is shipped.
+# Width, depth, batch, vocabulary, data, classes and depth of heads. All else is run as shipped.
 REDUCED = re.compile(
   r"model/(image|text)/(width|depth)|model/text/vocab_size|model/embed_dim|batch_size"
   r"|data/tokenizer/(path|vocabulary)|data/source|loss/(silc|ibot)/(prototypes|hidden)"
+  r"|loss/(caption|coca|caption_fused)/depth"
 )
 
 
@@ -113,6 +114,8 @@ def reduced(c, folder):
     small["model"]["text"]["vocab_size"] = 300  # the vocabulary above has 40
   for head in small["loss"].keys() & {"silc", "ibot"}:
     small["loss"][head] |= dict(prototypes=64, hidden=64)
+  for head in small["loss"].keys() & {"caption", "coca", "caption_fused"}:
+    small["loss"][head] |= dict(depth=1)
   small["data"]["tokenizer"] = vocabulary(c["data"]["tokenizer"], folder)
   if c["data"]["source"] != "glyphs":
     small["data"]["source"] = write_tar(folder / "00000.tar", samples(0, 12))
