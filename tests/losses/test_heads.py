@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 import re
 
-import jax
 import numpy as np
 import pytest
+from helpers.one_step import update
 from helpers.shipped import load
 
 from bigalign import losses, sharding
 from bigalign.config import resolve_config
-from bigalign.losses import check_needs
-from bigalign.model import provided
-from bigalign.program import init_on_mesh, layout, make_program
-from bigalign.step import data_position, jitted
+from bigalign.program import make_program
 
 BATCH = 16
 # The options of each head, and what else its config needs; after a colon, another form of the head.
@@ -78,7 +75,7 @@ WITHOUT_LAYERS = ("gram", "region_phrase:boxes")  # they read those of the model
 def step(
   names, microbatches=1, remat="none", mesh=(1, 1, 1), weight=1.0, frozen="", dtype="float32"
 ):
-  """({path: change of a parameter}, {path: change of an average}, scalars) of one update."""
+  """One update with these heads."""
   heads = {_head(name): CASES[name][0] | dict(weight=weight) for name in names.split()}
   changes = functools.reduce(_merged, (CASES[name][1] for name in names.split()))
   c = load("tiny").to_dict() | dict(
@@ -95,29 +92,7 @@ def step(
     c[part] |= changes.get(part, {})
   for side in ("image", "text"):
     c["model"][side] |= dict(depth=1, width=32, heads=4, remat=remat, dtype=dtype)
-  config = resolve_config(c)
-  program = make_program(config)
-  fields = provided(program.spec)
-  check_needs(program.loss, fields, averages=config.twin.decay > 0)
-  devices = config.mesh.make(devices=jax.devices()[: np.prod(mesh)])
-  rng = np.random.default_rng(0)
-  batch = {
-    field: jax.device_put(_random(rng, field, shape, dtype), sharding.batch_sharding(devices))
-    for field, (shape, dtype) in program.spec.items()
-  }
-  position = jax.device_put(data_position(0, 1), sharding.replicated_sharding(devices))
-  with jax.set_mesh(devices):
-    _, shardings = layout(program, devices)
-    state = init_on_mesh(program, shardings)
-    before = jax.tree.map(np.asarray, (state.trainable, state.twin))
-    compiled = jitted(program, shardings, devices).lower(state, batch, position).compile()
-    after, scalars, checks = compiled(state, batch, position)
-  changed = tuple(
-    {path: old[path] - np.asarray(x) for path, x in new.items()}
-    for old, new in zip(before, (after.trainable, after.twin))
-  )
-  assert all(jax.tree.leaves(checks.finite))
-  return *changed, jax.tree.map(np.asarray, scalars), compiled.as_text()
+  return update(c, _random)
 
 
 def _head(name):
@@ -172,7 +147,7 @@ def test_equal_over_the_mesh_in_microbatches_with_recomputation(names):
 @pytest.mark.parametrize("name", ["ibot", "caption"])
 def test_layers_are_computed_in_one_of_the_two_passes(name):
   """The compiler leaves out of the first pass what is only needed in the second."""
-  operations = re.findall(r'op_name="([^"]*)"', step(name, microbatches=2)[3])
+  operations = re.findall(r'op_name="([^"]*)"', step(name, microbatches=2).compiled.as_text())
   of_heads = [x for x in operations if re.search(r"/(jvp\()?heads\b", x)]
   first = [x for x in of_heads if "first_pass" in x]
   assert len(first) < 0.02 * len(of_heads), first

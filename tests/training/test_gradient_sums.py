@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.one_step import update
 from helpers.shipped import load
 
 from bigalign import gradcache, sharding
-from bigalign.config import resolve_config
 from bigalign.plan import hlo_collectives
-from bigalign.program import init_on_mesh, layout, make_program
-from bigalign.step import data_position, jitted
 from bigalign.towers import linear
 
 ROWS, WIDTH = 32, 64
@@ -102,28 +100,14 @@ def trained(microbatches, **sizes):
   )
   for side in ("image", "text"):
     c["model"][side] |= dict(depth=2, width=64, heads=4, scan=True, dtype="float32", remat="full")
-  config = resolve_config(c)
-  program = make_program(config, dataset_size=1000)
-  mesh = config.mesh.make(devices=jax.devices()[: np.prod([*sizes.values()], dtype=int)])
-  rng = np.random.default_rng(0)
-  batch = {
-    name: jax.device_put(
-      np.asarray(
-        rng.integers(0, 99, shape) if name in ("image", "text") else np.ones(shape), dtype
-      ),
-      sharding.batch_sharding(mesh),
+
+  def field(rng, name, shape, dtype):
+    return np.asarray(
+      rng.integers(0, 99, shape) if name in ("image", "text") else np.ones(shape), dtype
     )
-    for name, (shape, dtype) in program.spec.items()
-  }
-  position = jax.device_put(data_position(0, 1), sharding.replicated_sharding(mesh))
-  with jax.set_mesh(mesh):
-    _, shardings = layout(program, mesh)
-    state = init_on_mesh(program, shardings)
-    before = {path: np.asarray(x) for path, x in state.trainable.items()}
-    compiled = jitted(program, shardings, mesh).lower(state, batch, position).compile()
-    after, _, _ = compiled(state, batch, position)
-  gradients = {path: before[path] - np.asarray(x) for path, x in after.trainable.items()}
-  return gradients, hlo_collectives.collectives(compiled.as_text())
+
+  found = update(c, field)
+  return found.trainable, hlo_collectives.collectives(found.compiled.as_text())
 
 
 @pytest.mark.slow
