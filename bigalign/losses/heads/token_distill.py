@@ -67,8 +67,8 @@ def token_distill(
   hidden_from="student", hidden_by="drop", as UTA, https://arxiv.org/abs/2405.19009: the tower sees
   some patches alone, as in FLIP, and their tokens come close to those of the teacher at the same
   places. With space="embeddings" both go through their projectors, so that images of the tower can
-  be compared with texts of the teacher's text tower. The share of patches and the shape of UTA's
-  masks are from memory: ratio=0.5, mask="kept_blocks".
+  be compared with texts of the teacher's text tower. Its share of patches and the shape of
+  its masks were not checked against the paper: ratio=0.5, mask="kept_blocks".
 
   hidden_from="teacher", as locality alignment (MaskEmbed), https://arxiv.org/abs/2410.11087: the
   tower sees the whole image. Its tokens, of which some are then set to 0, go through a small
