@@ -31,8 +31,8 @@ def sparc(
   Args:
     t_init: first value of the logit scale of both terms, as in `clip`.
     t_max: upper bound of that scale, as in `clip`.
-    w_global: weight of CLIP's loss; 0.5 in the paper, from memory.
-    w_fine: weight of the fine-grained term; 1 in the paper, from memory.
+    w_global: weight of CLIP's loss; 0.5 in the paper (not checked).
+    w_fine: weight of the fine-grained term; 1 in the paper (not checked).
     threshold: least similarity of a grouped patch, where similarities are scaled to [0, 1] over the
       patches; None: 1/P, as in the paper. Other implementations use 0.3.
 

@@ -39,7 +39,7 @@ def ibot(
   its own, classifies their tokens as the averaged tower and head, which see the whole image,
   classify the tokens at the same places. The loss is the mean cross-entropy over the hidden patches
   and images. SigLIP 2 (https://arxiv.org/abs/2502.14786) hides half of the patches of its large
-  crop; TIPS (https://arxiv.org/abs/2410.16512) hides three quarters, from memory.
+  crop; TIPS (https://arxiv.org/abs/2410.16512) hides three quarters (not checked).
 
   With form="all", TIPSv2's iBOT++, the patches that the tower sees count too. TIPSv2 averages the
   head alone: config.twin.paths="heads/ibot" leaves the tower of the teacher as it is now. How it
