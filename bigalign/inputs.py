@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigalign import stages, tree
+from bigalign.data.fields import texts
 from bigalign.data.fields.base import Field
 from bigalign.data.files import fingerprints
 from bigalign.data.loader.extra_fields import open_fields
@@ -124,12 +125,13 @@ def _with_fields(inputs: Inputs) -> Inputs:
 
 def _check_no_fields(options: DataOptions) -> None:
   """Raises ValueError for an option that reads samples, where both sides come from stores."""
-  for name in ("texts", "teachers", "columns", "views", "text_pairs"):
+  for name in ("teachers", "columns", "views", "text_pairs", "regions", "locations"):
     if getattr(options, name):
       raise ValueError(
         f"config.data.{name} reads each sample, but config.data.stores has both image and text, so"
         " no sample is read; leave it out, or leave one of the two stores out"
       )
+  texts.check(options.texts, None, stored=True)
 
 
 def _check_images(options: DataOptions) -> None:

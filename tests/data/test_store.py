@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import pathlib
@@ -18,12 +19,14 @@ import pytest
 from helpers.batches import data_options
 from helpers.shipped import ROOT
 from helpers.small_shards import picture, write_tar
+from helpers.small_stores import write_store
 
 from bigalign.data.loader.pairs import Pairs, pair_batches
 from bigalign.data.samples.ids import sample_id
 from bigalign.data.stores import reader, writer
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
+from bigalign.data.text.kinds import POSITIVE
 from bigalign.inputs import open_data
 
 HEADER = dict(side="image", width=3, dtype="float16", weights="abc")
@@ -447,6 +450,45 @@ def test_pairs_belong_together_in_any_order_on_any_hosts_from_any_place(tmp_path
     np.testing.assert_array_equal(joined, [b[name] for b in whole])
     np.testing.assert_array_equal(
       np.concatenate([b[name] for b in later]), np.concatenate([b[name] for b in whole])[24:]
+    )
+
+
+def test_several_captions_of_an_image_are_drawn_without_replacement(tmp_path):
+  """Captions are (number of the image, number of the caption); the first is the one of one text."""
+  keys = [str(i) for i in range(12)]
+  image = write_store(tmp_path / "image", {key: np.full(2, float(key)) for key in keys})
+  own = {key: [(float(key), k) for k in range(1 + int(key) % 4)] for key in reversed(keys)}
+  text = write_store(tmp_path / "text", {key: np.array(x) for key, x in own.items()})
+  pairs, orders = Pairs(image, text), collections.Counter()
+  one = batches(pairs, range(6), batch_size=6, stop=240)
+  for count in (1, 3, 9):
+    several = batches(pairs, range(6), batch_size=6, stop=240, texts=dict(count=count))
+    for plain, batch in zip(one, several, strict=True):
+      for name, x in plain.items():
+        np.testing.assert_array_equal(batch[name], x)
+      kinds = batch["texts_kind"]
+      given = [batch["text"][:, None], *([batch["text_others"]] if count > 1 else [])]
+      every = np.concatenate(given, 1)
+      assert kinds.shape == every.shape[:2] == (6, count)
+      assert (every[:, :, 0] == batch["image"][:, :1]).all()
+      for i, texts, kind in zip(batch["image"][:, 0].astype(int), every[:, :, 1], kinds):
+        there = kind == POSITIVE
+        assert there.sum() == min(count, 1 + i % 4) and not kind[~there].any()
+        assert len({*texts[there]}) == there.sum() and (texts[~there] == texts[0]).all()
+        if count == 9 and i % 4 == 3:
+          orders[tuple(texts[there])] += 1
+    later = batches(pairs, [4, 5], batch_size=6, start=18, stop=24, texts=dict(count=count))
+    for name, x in later[0].items():
+      np.testing.assert_array_equal(x, several[3][name][4:])
+  assert len(orders) > 18  # 60 draws have 22 of the 24 orders in the mean
+  with pytest.raises(ValueError, match=r"negatives needs texts, but config\.data\.stores"):
+    open_data(
+      data_options(
+        stores=dict(image=image, text=text),
+        image_size=1,
+        tokenizer=dict(name="byte", length=2),
+        texts=dict(count=2, negatives=dict(count=1, rule="swap")),
+      )
     )
 
 

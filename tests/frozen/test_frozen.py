@@ -286,7 +286,9 @@ def test_vectors_that_nobody_here_can_make(config, embedded, tmp_path):
 
 @pytest.mark.slow
 def test_stages_of_a_run_from_stores_have_batches_of_their_own(config, embedded, tmp_path):
-  c = with_stores(config, embedded) | dict(total_steps=4)
+  """And several texts of each image."""
+  c = with_stores(config, embedded, texts=dict(count=2)) | dict(total_steps=4)
+  c["loss"] = dict(clip=dict(weight=1.0, texts="uniform"))
   train.train(c | dict(stages=[dict(until=2, batch_size=32)]), tmp_path / "run")
   rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
   assert [row["train/samples_seen"] for row in rows] == [32, 64, 80, 96]

@@ -105,12 +105,12 @@ def spec(options: TextsOptions | None, length: int) -> Spec:
   return arrays
 
 
-def check(options: TextsOptions | None, source: Source, *, stored: bool) -> None:
+def check(options: TextsOptions | None, source: Source | None, *, stored: bool) -> None:
   """Raises ValueError if the negatives cannot be read or made.
 
   Args:
     options: config.data.texts.
-    source: of the samples.
+    source: of the samples; None: both sides are stored.
     stored: whether captions are rows of a store.
   """
   if options is None or not options.negatives.count:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 
+from bigalign.data.fields.texts import TextsOptions
 from bigalign.data.files import fingerprints
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.loader.options import DataOptions
@@ -19,6 +21,7 @@ from bigalign.data.order.order import Order
 from bigalign.data.order.permutation import CAPTION, hash_words
 from bigalign.data.samples.rejects import REASONS
 from bigalign.data.stores.reader import Store
+from bigalign.data.text.kinds import ABSENT, POSITIVE
 
 
 class Pairs:
@@ -155,7 +158,9 @@ def pair_batches(
 
   `image` [b, D] and `text` [b, E] have the dtypes of the stores; of several captions one is drawn.
   `text_second` [b, E] comes from the second store, or, if that is the store of the texts, from
-  another caption of the image if there is one.
+  another caption of the image if there is one. With config.data.texts, `text_others` [b, M - 1, E]
+  are further captions of the image, drawn without replacement, and `texts_kind` [b, M] says which
+  there are.
 
   Args:
     source: the stores of both sides.
@@ -173,6 +178,7 @@ def pair_batches(
     stop=stop,
     order=order,
     captions_per_image=data.captions_per_image,
+    texts=data.texts,
   )
   return iterate(batches, workers=0)  # a thread is enough: rows are only copied
 
@@ -191,8 +197,10 @@ class _PairBatches:
     stop: int | None,
     order: Order,
     captions_per_image: int,
+    texts: TextsOptions | None,
   ):
     self._source, self._batch_size, self._rows, self._seed = source, batch_size, rows, seed
+    self._texts = texts
     self._start, self._order, self._captions_per_image = start, order, captions_per_image
     self._length = ((1 << 62 if stop is None else stop) - start) // batch_size
 
@@ -233,7 +241,38 @@ class _PairBatches:
     )
     if source.second:
       batch |= dict(text_second=self._second(ids, draw, ordinal), text_second_mask=seen)
+    if self._texts:
+      batch |= self._several(self._texts.count, first, count, draw, ordinal)
     return batch
+
+  def _several(
+    self, texts: int, first: np.ndarray, count: np.ndarray, draw: np.ndarray, ordinal: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """The fields of several texts; the row of an absent one is that of the first text.
+
+    Args:
+      texts: M, of an image.
+      first: [b], the rows of the images' first captions.
+      count: [b] of captions.
+      draw: [b], the random words of the first texts.
+      ordinal: [b], the first texts among the captions.
+    """
+    slots = np.arange(1, max(int(count.max()), texts))
+    words_of_slots = hash_words(CAPTION, draw[:, None], slots[None].astype(np.uint64))
+    there = slots < count[:, None]
+    order = np.argsort(np.where(there, words_of_slots, ~np.uint64(0)), 1, kind="stable")
+    step = np.take_along_axis(np.where(there, slots, 0), order, 1)[:, : texts - 1]
+    kinds = np.where(step > 0, POSITIVE, ABSENT).astype(np.int32)
+    kinds = np.concatenate([np.full((len(draw), 1), POSITIVE, np.int32), kinds], 1)
+    if texts == 1:
+      return dict(texts_kind=kinds)
+    places = first[:, None] + (ordinal[:, None] + step) % count[:, None]
+    others = self._source.text.read(places.ravel())
+    return dict(
+      text_others=rearrange(others, "(b m) d -> b m d", b=len(draw)),
+      text_others_mask=np.ones((len(draw), texts - 1, 1), bool),
+      texts_kind=kinds,
+    )
 
   def _second(self, ids: np.ndarray, draw: np.ndarray, ordinal: np.ndarray) -> np.ndarray:
     store = self._source.second
