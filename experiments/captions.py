@@ -1,11 +1,12 @@
 """Captions, hard negatives and a teacher of texts: python experiments/captions.py OUT --seeds 0,1,2
 
 Trains a text tower from scratch beside a frozen MobileNetV2, whose vectors of the photos of COCO
-and Flickr8k in BIGALIGN_DATA are stored first, in four ways with equal steps:
+and Flickr8k in BIGALIGN_DATA are stored first, in five ways with equal steps:
 
   one: a caption is drawn of each image, with `clip`
   several: up to five captions of each image at once, with `clip` and texts="uniform"
   swapped: one caption and a hard negative, the caption with two words swapped, with `negclip`
+  against: the same, with `hardneg_own` beside it, as DAC has it
   taught: one caption, with `mobileclip_dr` from stored vectors of a stronger teacher:
     configs/photos_frozen.py, with a pretrained MiniLM as its text tower
 
@@ -74,15 +75,17 @@ def teach(out: pathlib.Path) -> tuple[dict[str, str], float]:
 
 
 def arms(config: dict[str, Any], teacher: dict[str, str], scale: float) -> dict[str, Any]:
-  """The four ways to use captions."""
+  """The ways to use captions."""
   one, several, swapped, taught = (copy.deepcopy(config) for _ in range(4))
   several["data"]["texts"] = dict(count=5)
   several["loss"] = dict(clip=dict(weight=1.0, texts="uniform"))
   swapped["data"]["texts"] = dict(count=1, negatives=dict(count=1, rule="swap"))
   swapped["loss"] = dict(negclip=dict(weight=1.0))
+  against = copy.deepcopy(swapped)
+  against["loss"]["hardneg_own"] = dict(weight=0.3)
   taught["data"]["teachers"] = dict(a=teacher)
   taught["loss"] = dict(mobileclip_dr=dict(weight=1.0, teacher_scales=(scale,)))
-  return dict(one=one, taught=taught, swapped=swapped, several=several)
+  return dict(one=one, taught=taught, swapped=swapped, against=against, several=several)
 
 
 def stored(out: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -117,21 +120,24 @@ def main() -> None:
   parser.add_argument("out", type=pathlib.Path)
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("--steps", type=int, default=300)
+  parser.add_argument("--arms", default="one,taught,swapped,against,several")
   args = parser.parse_args()
   teacher, scale = teach(args.out)
   stores = stored(args.out)
-  results = []
+  file = args.out / "captions.json"
+  results = json.loads(file.read_text()) if file.exists() else []  # of other arms and seeds
   table = rich.table.Table("arm", "seed", *METRICS, "word order", box=rich.box.SIMPLE_HEAD)
   for seed in map(int, args.seeds.split(",")):
-    for arm, config in arms(base(args.steps, stores), teacher, scale).items():
-      run = args.out / f"{arm}-{seed}"
+    every = arms(base(args.steps, stores), teacher, scale)
+    for arm in args.arms.split(","):
+      config, run = every[arm], args.out / f"{arm}-{seed}"
       train(config | dict(seed=seed), run)
       last = next(row for row in reversed(read_metrics(run)) if METRICS[0] in row)
       found = {name: last[name] for name in METRICS}
       found["word order"] = word_order(run, stores["coco2k"])
       results.append(dict(arm=arm, seed=seed, **found))
       table.add_row(arm, str(seed), *(f"{x:.3f}" for x in found.values()))
-      (args.out / "captions.json").write_text(json.dumps(results, indent=1) + "\n")
+      file.write_text(json.dumps(results, indent=1) + "\n")
   tables.show(table)
 
 

@@ -1,0 +1,120 @@
+"""Pooling and zero-shot segmentation: python experiments/segmentation.py OUT
+
+Trains a small model on the icons in BIGALIGN_DATA for each seed and each way to pool the patches,
+and evaluates the segmentation of mosaics: four held-out icons in one image, whose places have the
+class of their icon's name, among the most frequent names of the training icons. White places do not
+count. Writes OUT/segmentation.json, prints a table with retrieval on held-out icons, and writes the
+reports of the runs, with pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import json
+import os
+import pathlib
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import rich.box
+import rich.table
+from masked import RETRIEVAL, config
+from PIL import Image
+
+from bigalign.report.main import report
+from bigalign.run import tables
+from bigalign.run.metrics import read_metrics
+from bigalign.train import train
+
+ICONS = pathlib.Path(os.environ["BIGALIGN_DATA"]) / "icons"
+SEGMENTATION = "val/mosaics-segmentation-"
+SIZE = 80  # pixels of an icon
+
+
+def icons(pattern: str) -> Iterator[tuple[str, bytes]]:
+  """(name, JPEG) of the icons of the shards that a pattern matches."""
+  for path in sorted(ICONS.glob(pattern)):
+    with tarfile.open(path) as file:
+      for member in file:
+        if member.name.endswith(".txt"):
+          text, image = (file.extractfile(member.name[:-3] + x) for x in ("txt", "jpg"))
+          assert text and image
+          yield text.read().decode(), image.read()
+
+
+def mosaics(folder: pathlib.Path, classes: int, count: int) -> int:
+  """Writes mosaics.tar and classes.txt into a folder; returns how many icons were held out."""
+  frequent = collections.Counter(name for name, _ in icons("train/*.tar"))
+  held_out = collections.defaultdict(list)
+  for name, image in icons("val/*.tar"):
+    held_out[name].append(image)
+  names = sorted(sorted(held_out, key=lambda name: (-frequent[name], name))[:classes])
+  (folder / "classes.txt").write_text("\n".join(names) + "\n")
+  rng = np.random.default_rng(0)
+  with tarfile.open(folder / "mosaics.tar", "w") as file:
+    for i in range(count):
+      picture = np.full((2 * SIZE, 2 * SIZE, 3), 255, np.uint8)
+      labels = np.full((2 * SIZE, 2 * SIZE), 255, np.uint8)
+      for place, chosen in enumerate(rng.choice(classes, 4, replace=False).tolist()):
+        images = held_out[names[chosen]]
+        icon = Image.open(io.BytesIO(images[rng.integers(len(images))])).convert("RGB")
+        pixels = np.asarray(icon.resize((SIZE, SIZE)))
+        y, x = (SIZE * k for k in divmod(place, 2))
+        picture[y : y + SIZE, x : x + SIZE] = pixels
+        labels[y : y + SIZE, x : x + SIZE][(pixels < 235).any(-1)] = chosen
+      for end, array in (("png", picture), ("seg.png", labels)):
+        stored = io.BytesIO()
+        Image.fromarray(array).save(stored, "png")
+        info = tarfile.TarInfo(f"{i:05d}.{end}")
+        info.size = stored.tell()
+        stored.seek(0)
+        file.addfile(info, stored)
+  return sum(len(held_out[name]) for name in names)
+
+
+def main() -> None:
+  """Trains all arms with all seeds."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("out", type=pathlib.Path)
+  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  parser.add_argument("--steps", type=int, default=600)
+  parser.add_argument("--classes", type=int, default=64)
+  parser.add_argument("--pools", nargs="+", default=["mean", "max", "map"])
+  given = parser.parse_args()
+  given.out.mkdir(parents=True, exist_ok=True)
+  held_out = mosaics(given.out, given.classes, 200)
+  print(f"200 mosaics of {held_out} held-out icons of {given.classes} names")
+  results: list[dict[str, Any]] = []
+  for seed in given.seeds:
+    for pool in given.pools:
+      c = config(seed, given.steps)
+      c["data"]["image_size"] = 64  # an icon of a mosaic has 4 x 4 patches
+      c["model"]["image"]["pool"] = pool
+      c["evals"]["mosaics"] = dict(
+        type="segmentation",
+        source=str(given.out / "mosaics.tar"),
+        classnames=str(given.out / "classes.txt"),
+        templates=("{c}",),
+      )
+      run = given.out / f"{pool}_{seed}"
+      train(c, run)
+      report(run)
+      row = next(row for row in reversed(read_metrics(run)) if RETRIEVAL in row)
+      measures = ("mean_iou", "pixel_accuracy")
+      found = {name: row[SEGMENTATION + name] for name in measures}
+      results.append(dict(pool=pool, seed=seed, retrieval=row[RETRIEVAL], **found))
+      (given.out / "segmentation.json").write_text(json.dumps(results, indent=1) + "\n")
+  columns = ("retrieval", "mean_iou", "pixel_accuracy")
+  table = rich.table.Table("pool", "seed", *columns, box=rich.box.SIMPLE_HEAD)
+  for row in results:
+    table.add_row(row["pool"], str(row["seed"]), *(f"{row[x]:.3f}" for x in columns))
+  tables.show(table)
+  print(f"chance of pixel_accuracy: {1 / given.classes:.3f}")
+
+
+if __name__ == "__main__":
+  main()
