@@ -66,8 +66,8 @@ class LocationOptions:
 
   Args:
     field: of the list of regions, as in config.data.regions.
-    grid: sides of a box are whole numbers from 0 to grid - 1. LocCa's number is not known: 1000 is
-      a guess, 501 another.
+    grid: sides of a box are whole numbers from 0 to grid - 1. The paper's number was not
+      found; 1000 is ours.
     shares: of the tasks. LocCa gives every image all three in each step; here a draw chooses one.
     visible: a region is left out if the view shows a smaller share of its area.
   """
