@@ -159,7 +159,8 @@ def test_a_report_in_a_bucket_outlives_the_next_reader(bucket, cache, monkeypatc
   assert opened.name == "paged" and opened.workdir.name != "paged"
   monkeypatch.setattr(report, "open_run", lambda workdir, step: opened)
   monkeypatch.setattr(report, "embed_pairs", lambda run: "none")
-  monkeypatch.setattr(report, "page", lambda run, rows, pairs: "<h1>paged</h1>")
+  monkeypatch.setattr(report, "segmented", lambda run: {})
+  monkeypatch.setattr(report, "page", lambda *_: "<h1>paged</h1>")
   path = report.report("gs://bucket/paged")
   Workdir("gs://bucket/paged", reader=True).download()
   assert path.read_text() == "<h1>paged</h1>"
