@@ -58,13 +58,12 @@ def config(vocabulary: pathlib.Path, steps: int) -> dict[str, Any]:
 
 
 def write_vocabulary(path: pathlib.Path) -> None:
-  """The words that two training icons or more have in their names."""
-  counts: dict[str, int] = {}
+  """All words of the names of the training icons: no caption to learn has an unknown word."""
+  words: set[str] = set()
   source = open_source(f"{ICONS}/train/{{00000..00010}}.tar", captions=("txt",))
   for i in range(len(source)):
-    for word in set(source[i]["captions"][0].lower().split()):
-      counts[word] = counts.get(word, 0) + 1
-  path.write_text("\n".join(sorted(word for word, n in counts.items() if n > 1 and word.isalnum())))
+    words |= {*source[i]["captions"][0].lower().split()}
+  path.write_text("\n".join(sorted(words)))
 
 
 def named(run: pathlib.Path, part: str, beams: int) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def named(run: pathlib.Path, part: str, beams: int) -> dict[str, Any]:
   # Both as words of the vocabulary.
   ids, _ = model.tokenize([x["captions"][0] for x in records])
   known = [model.tokenizer.decode(row) for row in ids.tolist()]
-  same = np.asarray([[a == b for b in known] for a in written], float)
+  same = np.asarray([[a == b and "?" not in b for b in known] for a in written], float)
   words = [[{*text.split()} - {"?"} for text in texts] for texts in (written, known)]
   shared = np.asarray([[bool(a & b) for b in words[1]] for a in words[0]], float)
   counts = [x for table in (same, shared) for x in (np.diag(table).mean(), table.mean())]
