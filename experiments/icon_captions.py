@@ -3,7 +3,7 @@
 Trains a small model on the icons in BIGALIGN_DATA with `clip` alone, and with `clip` and `caption`,
 the same otherwise, for each seed. It writes captions of held-out icons with the decoder and counts
 how many are the name of the icon, or share a word with it, against the same captions of other icons
-(chance). Writes OUT/captions.json and prints a table with retrieval; docs/heads.md has the figures.
+(chance). Writes OUT/captions.json and prints a table with retrieval.
 Exits with 1 unless the captions name ten times as many icons as chance for every seed.
 """
 

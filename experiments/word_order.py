@@ -4,7 +4,7 @@ Tunes a trained pair of towers with captions alone, and with captions whose word
 hard negatives, as NegCLIP (https://arxiv.org/abs/2210.01936) tunes CLIP. The pair is the teacher of
 experiments/captions.py, whose OUT is CAPTIONS here: a frozen MobileNetV2, and MiniLM with a
 projector, which are tuned. The test of word order is the one of that script. Writes
-OUT/word_order.json and prints a table; docs/samples.md has the figures.
+OUT/word_order.json and prints a table.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def of_patches(context: Context) -> tuple[Context, Callable[[Any, jax.Array], ja
   Images are squashed to the square, so that none of their places is lost.
 
   Raises:
-    ValueError: if there are no patches of squares.
+    ValueError: if the model gives no patches, or does not read squares.
   """
   where, data = f"config.evals.{context.name}", context.data
   if context.embed_patches is None or data.naflex or data.frames:

@@ -156,18 +156,26 @@ class Segmentation:
     return {f"val/{name}-segmentation-{key}": x for key, x in metrics.items()}
 
   def examples(self, params: Any, most: int) -> Segmented:
-    """The first images of the source, at most `most` and one batch, on a single process."""
+    """The first images of the source, for a single process.
+
+    Args:
+      params: of the model.
+      most: at most so many images, all of the first batch.
+
+    Raises:
+      ValueError: for a source without samples.
+    """
     for batch, _, scores in self._scores(params):
       rows = np.flatnonzero(batch["valid"])[:most]
       found = to_host(classes_of(scores, self.context.data.image_size))
       images = np.stack([self.context.data.shown(batch, int(row)) for row in rows])
-      return Segmented(self.names, images, self._labels(batch)[rows], found[rows])
-    raise ValueError(f"config.evals.{self.context.name}.source: there is no sample")
+      return Segmented(self.names, images, batch["labels"][rows], found[rows])
+    raise ValueError(f"config.evals.{self.context.name}.source has no samples")
 
   def _scores(
     self, params: Any
   ) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, jax.Array], jax.Array]]:
-    """(batch of this host, global arrays, cosines [B, h, w, K]) of each batch."""
+    """(rows of this host with their labels, global arrays, cosines [B, h, w, K]) of each batch."""
     mesh, size = self.context.mesh, self.data.batch_size
     rows = sharding.host_rows(mesh, size)
     weights = self.weigh(params)
@@ -175,7 +183,7 @@ class Segmentation:
       given = {name: batch[name] for name in ("image", "rejects", "valid")}
       given["labels"] = self._labels(batch)
       on_mesh = sharding.global_batch(mesh, given, rows, size)
-      yield batch, on_mesh, _cosines(self.embed(params, on_mesh["image"]), weights)
+      yield given, on_mesh, _cosines(self.embed(params, on_mesh["image"]), weights)
 
   def _labels(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """[B, S, S] int32, of a batch of this host."""

@@ -10,9 +10,7 @@ import numpy as np
 
 from bigalign import sharding
 from bigalign.config import resolve_config
-from bigalign.losses import check_needs
-from bigalign.model import provided
-from bigalign.program import init_on_mesh, layout, make_program
+from bigalign.program import check_loss, init_on_mesh, layout, make_program
 from bigalign.step import data_position, jitted
 
 # To trace and compile the initialisation takes a third of the time of an update. Its
@@ -43,8 +41,7 @@ def update(values, field) -> Updated:
   """
   config = resolve_config(values)
   program = make_program(config, dataset_size=1000)
-  averages = config.twin.decay > 0 or config.ema > 0
-  check_needs(program.loss, provided(program.spec), ema=config.ema > 0, averages=averages)
+  check_loss(program)
   size = np.prod([*values["mesh"].values()], dtype=int)
   mesh = config.mesh.make(devices=jax.devices()[:size])
   rng = np.random.default_rng(0)

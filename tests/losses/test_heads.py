@@ -101,7 +101,7 @@ def _head(name):
 
 
 def _merged(one, other):
-  """The changes of two heads; where they differ, there is no config for both."""
+  """The changes of two heads together; an error where they set an option differently."""
   both = {k: _merged(one[k], other[k]) for k in one.keys() & other.keys() if one[k] != other[k]}
   return one | other | both
 

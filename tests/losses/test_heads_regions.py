@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
@@ -14,9 +13,8 @@ import pytest
 from helpers.loss_oracles import AT
 from scipy.optimize import linear_sum_assignment
 
-from bigalign import losses, sharding
+from bigalign import losses
 from bigalign.data.fields.regions import BOXES, MASK, PHRASES, PHRASES_MASK
-from bigalign.losses.engine import pairwise
 from bigalign.losses.heads import boxes, prompter
 from bigalign.losses.heads.base import Read
 from bigalign.losses.heads.grain import COSTS, boxes_of, matched
@@ -158,28 +156,6 @@ def test_similar_phrases_are_no_negatives():
   along = normal(6, 3, 8, seed=2) * mask[..., None]
   up, down = (float(sum(value(phrases + s * along, 0.9))) for s in (step, -step))
   assert float((grad * along).sum()) == pytest.approx((up - down) / (2 * step), rel=1e-2)
-
-
-@pytest.mark.parametrize("way", ["gather", "segment", "ring"])
-def test_similar_phrases_are_left_out_over_the_mesh(way):
-  rng = np.random.default_rng(0)
-  regions, phrases = unit(normal(2, 8, 3, 6))
-  mask, ids = jnp.asarray(rng.random((8, 3)) < 0.7), jnp.asarray(rng.integers(0, 12, (8, 3)))
-
-  @functools.partial(jax.jit, static_argnums=2)
-  def run(regions, phrases, engine):
-    def value(regions, phrases):
-      scale = jnp.asarray(20.0)
-      return sum(cloc_region(regions, phrases, mask, ids, scale, text_filter=0.3, engine=engine))
-
-    return jax.value_and_grad(value, (0, 1))(regions, phrases)
-
-  expected = jax.tree.map(np.asarray, run(regions, phrases, pairwise.Engine("dense")))
-  with jax.set_mesh(sharding.make_mesh(data=4, fsdp=2)):
-    found = run(regions, phrases, pairwise.Engine(way, tile_mb=1e-3))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, expected
-  )
 
 
 def read(count=2, images=4, seed=0):

@@ -67,8 +67,9 @@ def test_coca_caption(case, precision):
   compare(case, {"loss": loss, "d_logits": grad}, precision)
 
 
+@pytest.mark.parametrize("text_filter", [None, 0.3])
 @pytest.mark.parametrize("way", ["gather", "segment", "ring"])
-def test_regions_are_compared_over_the_mesh(way):
+def test_regions_are_compared_over_the_mesh(way, text_filter):
   rng = np.random.default_rng(0)
   regions, phrases = unit(jnp.asarray(rng.normal(size=(2, 8, 3, 6)), jnp.float32))
   mask = jnp.asarray(rng.random((8, 3)) < 0.7)
@@ -77,8 +78,8 @@ def test_regions_are_compared_over_the_mesh(way):
   @functools.partial(jax.jit, static_argnums=2)
   def run(regions, phrases, engine):
     def value(regions, phrases):
-      losses = cloc_region(regions, phrases, mask, phrase_id, jnp.asarray(20.0), engine=engine)
-      return sum(losses)
+      given = regions, phrases, mask, phrase_id, jnp.asarray(20.0)
+      return sum(cloc_region(*given, text_filter=text_filter, engine=engine))
 
     return jax.value_and_grad(value, (0, 1))(regions, phrases)
 

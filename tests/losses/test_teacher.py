@@ -91,17 +91,23 @@ def test_a_frozen_teacher_is_neither_trained_nor_averaged():
   assert sum(x.size for x in jax.tree.leaves(state.opt)) < 2.1 * size
 
 
-@pytest.mark.parametrize("own", [EVA, UTA], ids=["EVA", "UTA"])
-def test_losses_of_a_teacher_in_numpy(own):
-  """The mean of 1 - cosine over the hidden, and over the kept places."""
-  program = program_of(own)
-  params = init_params(program, jax.random.key(0))
+def arguments(program, params):
+  """Those of reading.apply after the loss, the batch with its draws as the fifth."""
   batch = {"image": images(), "text": jnp.ones((3, 48), jnp.int32)}
   batch["text_mask"] = jnp.ones_like(batch["text"], bool)
   variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
   feats = program.model.apply(variables, *batch.values())
   batch |= reading.draws(program.loss, jax.random.key(1), batch, program.sizes)
-  given = (program.model, params, params, feats, batch, program.sizes, {"token_distill": {}})
+  return program.model, params, params, feats, batch, program.sizes, {"token_distill": {}}
+
+
+@pytest.mark.parametrize("own", [EVA, UTA], ids=["EVA", "UTA"])
+def test_losses_of_a_teacher_in_numpy(own):
+  """The mean of 1 - cosine over the hidden, and over the kept places."""
+  program = program_of(own)
+  params = init_params(program, jax.random.key(0))
+  given = arguments(program, params)
+  batch = given[4]
   read = functools.partial(reading.apply, program.loss, *given)
   found = read(teacher=program.teacher)
   with pytest.raises(ValueError, match=r"set config\.teacher=dict\(init=FOLDER\)"):
@@ -111,6 +117,7 @@ def test_losses_of_a_teacher_in_numpy(own):
     x, y = (np.asarray(z, np.float64) for z in (x, y))
     return (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
 
+  variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
   apply = functools.partial(program.model.apply, variables)
   theirs = {"params": tree.unflatten(tree.subtree(params, "teacher/"))}
   target = np.asarray(program.teacher.apply(theirs, batch["image"], 4, projected=own is UTA))
@@ -144,13 +151,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_where_it_sees_all(hidden_by):
   params = dict(init_params(program, jax.random.key(0)))
   for path in [path for path in params if path.startswith("teacher/")]:
     params[path] = params[path.replace("teacher/", "model/")]
-  batch = {"image": images(), "text": jnp.ones((3, 48), jnp.int32)}
-  batch["text_mask"] = jnp.ones_like(batch["text"], bool)
-  variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
-  feats = program.model.apply(variables, *batch.values())
-  batch |= reading.draws(program.loss, jax.random.key(1), batch, program.sizes)
-  given = (program.model, params, params, feats, batch, program.sizes, {"token_distill": {}})
-  found = reading.apply(program.loss, *given, program.teacher)
+  found = reading.apply(program.loss, *arguments(program, params), program.teacher)
   if hidden_by == "drop":
     np.testing.assert_allclose(found["token_distill/sum"], 0, atol=1e-5)
   else:  # half of the patches are hidden from the student

@@ -18,10 +18,8 @@ from helpers.small_shards import samples, write_tar
 from bigalign import sharding, tree
 from bigalign.config import resolve_config
 from bigalign.inputs import open_data
-from bigalign.losses import check_needs
-from bigalign.model import provided
 from bigalign.options import plain
-from bigalign.program import init_on_mesh, layout, make_program, make_programs
+from bigalign.program import check_loss, init_on_mesh, layout, make_program, make_programs
 from bigalign.step import data_position, summary, train_step
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -138,7 +136,7 @@ def test_one_real_step(name, tmp_path):
   inputs = open_data(config.data)
   dataset_size = len(inputs.source)
   program = make_program(config, dataset_size=dataset_size)
-  check_needs(program.loss, provided(program.spec), averages=config.twin.decay > 0)
+  check_loss(program)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   rows = sharding.host_rows(mesh, 8)
   batches = inputs.batches(batch_size=8, rows=rows, seed=config.seed, rejected_log="")

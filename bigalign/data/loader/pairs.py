@@ -257,21 +257,21 @@ class _PairBatches:
       draw: [b], the random words of the first texts.
       ordinal: [b], the first texts among the captions.
     """
+    first_kind = np.full((len(draw), 1), POSITIVE, np.int32)
+    if texts == 1:
+      return dict(texts_kind=first_kind)
     slots = np.arange(1, max(int(count.max()), texts))
     words_of_slots = hash_words(CAPTION, draw[:, None], slots[None].astype(np.uint64))
     there = slots < count[:, None]
     order = np.argsort(np.where(there, words_of_slots, ~np.uint64(0)), 1, kind="stable")
     step = np.take_along_axis(np.where(there, slots, 0), order, 1)[:, : texts - 1]
     kinds = np.where(step > 0, POSITIVE, ABSENT).astype(np.int32)
-    kinds = np.concatenate([np.full((len(draw), 1), POSITIVE, np.int32), kinds], 1)
-    if texts == 1:
-      return dict(texts_kind=kinds)
     places = first[:, None] + (ordinal[:, None] + step) % count[:, None]
     others = self._source.text.read(places.ravel())
     return dict(
       text_others=rearrange(others, "(b m) d -> b m d", b=len(draw)),
       text_others_mask=np.ones((len(draw), texts - 1, 1), bool),
-      texts_kind=kinds,
+      texts_kind=np.concatenate([first_kind, kinds], 1),
     )
 
   def _second(self, ids: np.ndarray, draw: np.ndarray, ordinal: np.ndarray) -> np.ndarray:

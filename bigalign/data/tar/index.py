@@ -275,8 +275,8 @@ def merge(folder: str, index_folder: str) -> None:
         _merge_parts(folder, index_folder, parts)
       return
     except FileNotFoundError:
-      # There are no parts, or another process merged them all. It may have removed the folder while
-      # this process waited for the lock, and a third may have begun a new one since.
+      # Without the folder, no parts are left to merge. If it is there again, another process merged
+      # the parts and removed it, and a third one has written new parts since.
       if not os.path.isdir(parts):
         return
       if attempt == _TRIES - 1:

@@ -48,9 +48,10 @@ def grain(
   1 - GIoU of the boxes; the cross-entropy of a query's embedding and the phrase of its region among
   all phrases of the batch; and CLIP's loss of one more query, for the image, and the caption.
 
-  The release compares with the phrases of one device and also takes equal phrases for negatives;
-  here all phrases of the global batch count, and equal ones are no negatives. Its decoder has ReLU
-  and adds the queries in every layer; here they are the first tokens, and the MLPs have GELU.
+  In the release, the phrases of one device are compared, and a phrase equal to a region's own is a
+  negative of it. Here the phrases of the global batch are compared, without those equal ones. The
+  release's decoder has ReLU and adds the queries to the tokens in every layer; here the queries are
+  added once, as the first tokens, and the MLPs have GELU.
 
   In the release the query of the image is the model's embedding of an image. Here it is a part of
   the head, which evaluators, `embed` and exports do not read; add `clip` or `siglip` for the

@@ -14,9 +14,7 @@ from bigalign import sharding
 from bigalign.losses.heads.base import Params
 from bigalign.losses.heads.boxes import corner_waves
 from bigalign.losses.heads.layers import dense, dense_init
-from bigalign.towers.base import Attention, Mlp, gelu
-
-HIDDEN = -1e9  # added to the logit of a token that is not seen
+from bigalign.towers.base import HIDDEN, Attention, Mlp, gelu
 
 
 class PromptBlock(nn.Module):

@@ -120,7 +120,7 @@ def region_phrase(
 
   InfoNCE in both directions compares all real regions of the batch with all phrases, which the text
   tower embeds; phrases equal to the anchor's are not its negatives. The defaults are a version
-  without layers of its own. As published, but that equal phrases are no negatives:
+  without layers of its own. The paper's loss, except for equal phrases, is:
 
     region_phrase = dict(pooling="prompter", text_filter=0.9, grounding=1.0, by_share=True)
 
