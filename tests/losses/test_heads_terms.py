@@ -1,4 +1,4 @@
-"""Losses of regions and captions on given vectors and logits, as their heads compute them."""
+"""The terms of heads of regions and captions, on given vectors and logits."""
 
 from __future__ import annotations
 
