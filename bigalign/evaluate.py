@@ -106,7 +106,7 @@ def open_run(workdir: str | pathlib.Path, step: int | str = "latest") -> Run:
   read = functools.partial(restore_params, checkpoints, number, shapes, shardings, own.fixed)
   params, ema = read(), read(ema=True) if own.ema else {}
   checkpoints.close()
-  embed = make_embed(program.model)
+  embed = make_embed(program.model, config.loss)
   return Run(folder.local, number, config, meta, mesh, params, ema, embed, str(folder.root))
 
 

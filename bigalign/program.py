@@ -20,10 +20,12 @@ from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import batch_spec
 from bigalign.losses import Loss, check_needs, make_loss
 from bigalign.losses.engine import pairwise
+from bigalign.losses.logit_head import of_losses
 from bigalign.losses.per_sample import tables
 from bigalign.losses.selection import Selection
 from bigalign.model import DualEncoder, Teacher, provided
 from bigalign.optim import Schedule, joined_rate, make_optimizer, make_rate
+from bigalign.options import Component
 from bigalign.private_apis import without_shape_checks
 from bigalign.state import Arrays, State
 from bigalign.towers.features import Features
@@ -510,11 +512,12 @@ def state_shardings(
   )
 
 
-def make_embed(model: DualEncoder) -> dict[str, Any]:
+def make_embed(model: DualEncoder, losses: Mapping[str, Component] | None = None) -> dict[str, Any]:
   """embed_image, embed_patches and image_output(params, image), and embed_text(params, ids, mask).
 
   They are jitted, for parameters by path. And text_lengths(ids, mask): how many positions of each
-  text embed_text reads, see UsedLengths.
+  text embed_text reads, see UsedLengths. With the `losses` of a config also logit_head(params), see
+  `logit_head.of_losses`.
   """
 
   def apply(method: str, params: Arrays, *args: jax.Array) -> Any:
@@ -530,4 +533,6 @@ def make_embed(model: DualEncoder) -> dict[str, Any]:
 
   methods = ("embed_image", "embed_text", "embed_patches", "image_output")
   embed = {method: compiled(method) for method in methods}
+  if losses:
+    embed["logit_head"] = functools.partial(of_losses, losses=losses)
   return {**embed, "text_lengths": used_lengths(getattr(model.text_tower, "options", None))}

@@ -212,7 +212,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   for text in defaults_of_large_data(options.loss, dataset_size):
     logging.warning("%s", text)
   listener = preemption.PreemptionListener()
-  embed = make_embed(program.model)
+  embed = make_embed(program.model, options.loss)
   embed |= {name: listener.interruptible(embed[name]) for name in ("embed_image", "embed_text")}
   evaluators = make_evaluators(options.evals, mesh=mesh, data=options.data, **embed)
 

@@ -57,6 +57,7 @@ def make_evaluators(
   shared: SharedImages | None = None,
   embed_patches: Callable[..., Any] | None = None,
   image_output: Callable[..., Any] | None = None,
+  logit_head: Callable[..., Any] | None = None,
 ) -> dict[str, Evaluator]:
   """Returns the evaluators {name: run} of config.evals.
 
@@ -71,6 +72,7 @@ def make_evaluators(
     text_lengths: see Context.
     embed_patches: embeds the patches of images, see Context.
     image_output: gives the tokens of images, see Context.
+    logit_head: gives the trained scale, see Context.
     shared: of evaluators made by other calls, to share images with them too. Images are shared
       while evaluators are called with the same object as parameters.
 
@@ -90,6 +92,7 @@ def make_evaluators(
       shared,
       embed_patches,
       image_output,
+      logit_head,
     )
     evaluators[name] = component.make(context=context)
   return evaluators

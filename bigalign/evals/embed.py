@@ -26,6 +26,7 @@ from bigalign.data.samples.rejects import REASONS, Rejected
 from bigalign.data.sources.base import open_source, read
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
+from bigalign.losses.logit_head import LogitHead
 from bigalign.run.progress import track
 from bigalign.towers.base import TowerOutput
 from bigalign.towers.padding import UsedLengths, all_positions, cut
@@ -86,6 +87,7 @@ class Context(NamedTuple):
     embed_patches: (params, image) -> [B, N, K], the patches in the space of the embeddings, or of
       their last K components; unit norm, float32, jitted.
     image_output: (params, image) -> the output of the image tower; jitted.
+    logit_head: (params) -> the scale and the bias that the model was trained with; None: unknown.
   """
 
   name: str
@@ -97,6 +99,7 @@ class Context(NamedTuple):
   shared: SharedImages | None = None
   embed_patches: Callable[[Any, jax.Array], jax.Array] | None = None
   image_output: Callable[[Any, jax.Array], TowerOutput] | None = None
+  logit_head: Callable[[Any], LogitHead] | None = None
 
 
 def of_patches(context: Context) -> tuple[Context, Callable[[Any, jax.Array], jax.Array]]:
@@ -408,39 +411,48 @@ def embedder(context: Context, data: EvalData) -> Callable[[Any], Embedded]:
   return embed
 
 
+def unit_mean(z: jax.Array) -> jax.Array:
+  """[K, G, E] -> [K, E], the means over G, unit norm."""
+  z = z.mean(1)
+  return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+
+
 def mean_embedder(
   context: Context,
   embed: Callable[[Any, Mapping[str, jax.Array]], jax.Array],
   arrays: Mapping[str, np.ndarray],
   *,
-  group: int,
+  group: int | np.ndarray,
   batch_size: int,
   lengths: np.ndarray | None = None,
-) -> Callable[[Any], jax.Array]:
+  combine: Callable[[jax.Array], Any] = unit_mean,
+) -> Callable[[Any], Any]:
   """Returns run(params) -> [N / group, E] on every device: unit means over groups of rows.
 
   Args:
     context: of the evaluator.
     embed: (params, batch) -> [B, E], unit norm; a batch holds rows of `arrays`, over the mesh.
     arrays: {name: [N, …]}, equal on every host.
-    group: number of consecutive rows to average.
+    group: number of consecutive rows to average; or [K, G], the rows of each of K groups.
     batch_size: rows at a time, over all devices; rounded up to fit the mesh.
     lengths: [N], positions on axis 1 of `arrays` that decide the embedding of each row. Rows of
       similar lengths then share a batch, and the other positions are cut off.
+    combine: [K, G, E], the embeddings of the groups -> what is returned for them.
   """
   count = len(next(iter(arrays.values())))
   batch_size = round_batch(context.mesh, min(batch_size, count))
   rows = sharding.host_rows(context.mesh, batch_size)
   order = np.arange(count) if lengths is None else np.argsort(lengths, kind="stable")
-  places = rearrange(np.argsort(order), "(n g) -> n g", g=group)
+  if isinstance(group, int):
+    group = rearrange(np.arange(count), "(k g) -> k g", g=group)
+  places = np.argsort(order)[group]
 
-  def mean(batches: list[jax.Array], places: jax.Array) -> jax.Array:
-    z = jnp.concatenate(batches)[places].mean(1)
-    return z / jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+  def mean(batches: list[jax.Array], places: jax.Array) -> Any:
+    return combine(jnp.concatenate(batches)[places])
 
   mean_jit = jax.jit(mean, out_shardings=sharding.replicated_sharding(context.mesh))
 
-  def run(params: Any) -> jax.Array:
+  def run(params: Any) -> Any:
     embedded = []
     starts = range(0, count, batch_size)
     for start in track(starts, context.name, len(starts), unit="batches of texts"):
@@ -452,8 +464,7 @@ def mean_embedder(
         batch = {name: x[:, : cut(longest, x.shape[1])] for name, x in batch.items()}
       on_mesh = sharding.global_batch(context.mesh, batch, rows, batch_size)
       embedded.append(embed(params, on_mesh))
-    means: jax.Array = sharding.block_on_cpu(mean_jit(embedded, places))
-    return means
+    return sharding.block_on_cpu(mean_jit(embedded, places))
 
   return run
 

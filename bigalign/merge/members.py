@@ -85,7 +85,7 @@ def _of_files(address: str, model: Model) -> Run:
   head = {"t": np.log(model.head.scale), **({"b": model.head.bias} if model.head.sigmoid else {})}
   for name, value in head.items():
     params[f"loss/{loss}/{name}"] = model.params.get(name, np.float32(value))
-  embed = make_embed(make_program(config, dataset_size=1).model)
+  embed = make_embed(make_program(config, dataset_size=1).model, config.loss)
   meta = {"dataset_size": 1, "samples_seen": 0, "data": "", "config": plain(config)}
   folder = pathlib.Path(address).expanduser().absolute()
   return Run(folder, 0, config, meta, model.mesh, params, {}, embed, str(folder))
