@@ -11,6 +11,7 @@ import pytest
 from helpers import loss_oracles
 from helpers.batches import data_options
 from helpers.small_shards import picture, write_tar
+from helpers.small_stores import write_store
 
 from bigalign.data.image import naflex, transforms
 from bigalign.data.image.naflex import NaflexOptions
@@ -141,6 +142,22 @@ class TestBatches:
       assert joined.keys() == expected.keys()
       for name, x in expected.items():
         np.testing.assert_array_equal(joined[name], x, err_msg=name)
+
+  def test_without_images_batches_have_one_size(self, folder, tmp_path):
+    """Of texts alone, and of vectors in the images' place; evaluators still read patches."""
+    rows = {f"0.tar/{i:03}": np.full(3, float(i)) for i in range(COUNT)}
+    stores = dict(image=write_store(tmp_path / "image", rows))
+    for changes in (dict(images=False), dict(stores=stores)):
+      data = data_of(folder, augment={}, **changes)
+      assert data.length_schedule(LARGEST, SEED) is None
+      inputs = open_data(data)
+      with contextlib.closing(
+        inputs.batches(rejected_log="", batch_size=B, rows=range(B), seed=SEED)
+      ) as batches:
+        batch = next(batches)
+      assert "image_mask" not in batch and len(batch["text"]) == B
+      if "stores" in changes:
+        np.testing.assert_array_equal(batch["image"][:, 0], batch["image_id"][:, 1])
 
   def test_patches_are_the_pictures_in_their_aspect(self, folder):
     data = data_of(folder)

@@ -216,8 +216,8 @@ class DataOptions(ImageReading):
     return shrink(height, width, size=size, natural=bool(self.naflex), **self.augment.options)
 
   def of_length(self, length: int) -> DataOptions:
-    """The same with `length` patches of an image."""
-    if not self.naflex or length == self.naflex.eval_length:
+    """The same with `length` patches of an image; 0 for batches without images."""
+    if not self.naflex or length in (0, self.naflex.eval_length):
       return self
     return dataclasses.replace(self, naflex=dataclasses.replace(self.naflex, eval_length=length))
 
