@@ -24,6 +24,7 @@ from bigalign.data.sources.mixture import Mixture, Prefixed
 from bigalign.data.sources.views import View
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.text.captions import fields
+from bigalign.data.text.code_switch import read_dictionary
 from bigalign.data.text.tokenizers import Tokenizer
 
 
@@ -79,6 +80,8 @@ def open_data(options: DataOptions) -> Inputs:
   """
   options.make_tokenizer()  # here, where an error is easier to read than from a worker
   options.check_augment()
+  if options.code_switch:
+    read_dictionary(options.code_switch.dictionary)
   if options.second_columns and options.captions is None:
     raise ValueError(
       f"config.data.second_captions={options.second_captions}: name the fields of the first"

@@ -166,6 +166,7 @@ SET_BY = dict(
   second_text="config.data.second_captions",
   texts="config.data.texts",
   class_tokens="config.model.image.class_tokens=2",
+  noise="config.data.columns=dict(noise_prob=FIELD)",
   teacher="config.data.teachers",
   teacher_image="config.data.teachers",
   teacher_image_stored="config.data.teachers",

@@ -64,8 +64,8 @@ def clip_distill(
   Args:
     t_init: first value of the logit scale, as in `clip`.
     t_max: upper bound of the logit scale, as in `clip`.
-    teacher_scale: the teacher's own logit scale, or that of each of several; 100 for models trained
-      with that upper bound.
+    teacher_scale: the teacher's own logit scale, the same for each of several; 100 for models
+      trained with that upper bound.
     w_hard: weight of CLIP's loss.
     w_soft: weight of the cross-entropy to the teacher.
     texts: "one": an image has one text, ztxt. "per_ordinal": it has several, ztxts [B, M, E], with

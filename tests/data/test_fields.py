@@ -83,22 +83,24 @@ def test_the_batch_is_as_the_spec_says(folder):
   assert batch["teacher_txts"].shape == (B, 5, 8) and batch["boxes_mask"].shape == (B, 4)
 
 
+def on_hosts(data: dict, hosts: int, start: int, stop: int) -> list[dict[str, np.ndarray]]:
+  """The global batches from `start` to `stop`, whose rows several hosts read in turn."""
+  rows = [np.arange(h, B, hosts) for h in range(hosts)]
+  parts = [take(data, stop - start, rows=own, start=start * B) for own in rows]
+  order = np.argsort(np.concatenate(rows))
+  return [
+    {name: np.concatenate([part[name] for part in step])[order] for name in step[0]}
+    for step in zip(*parts)
+  ]
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_all_fields_are_equal_on_any_hosts_and_workers_and_after_a_resume(folder, hosts, workers):
   data = every_field(folder)
   whole = take(data)
-  start = 2
-  parts = [
-    take(data | dict(workers=workers), STEPS - start, rows=np.arange(h, B, hosts), start=start * B)
-    for h in range(hosts)
-  ]
-  order = np.argsort(np.concatenate([np.arange(h, B, hosts) for h in range(hosts)]))
-  together = [
-    {name: np.concatenate([part[name] for part in step])[order] for name in step[0]}
-    for step in zip(*parts)
-  ]
-  assert_equal(together, whole[start:])
+  for start in (2,) if workers else range(STEPS):
+    assert_equal(on_hosts(data | dict(workers=workers), hosts, start, STEPS), whole[start:])
 
 
 def test_a_field_does_not_change_what_another_one_draws(folder):
@@ -212,6 +214,9 @@ class TestTexts:
     ):
       with pytest.raises(ValueError, match=re.escape(error)):
         data_options(**data | dict(texts=texts))
+    wrong = dict(negatives=dict(count=1, field="json.wrong"))
+    with pytest.raises(ValueError, match=r"field='json\.wrong': none of 24 samples .* has a text"):
+      open_data(data_options(**data | dict(texts=wrong)))
     stored = data | dict(stores=dict(text=f"{folder}/a/text"), captions=None, teachers={})
     with pytest.raises(ValueError, match="negatives needs texts"):
       open_data(data_options(**stored))
@@ -223,7 +228,9 @@ class TestCodeSwitch:
     data = {k: x for k, x in every_field(folder).items() if k not in ("texts", "teachers")}
     data["tokenizer"] = dict(name="byte", length=40)
     plain_batches = take(data)
-    switched = take(data | dict(code_switch=dict(dictionary=str(tmp_path / "de.tsv"))))
+    switch = dict(code_switch=dict(dictionary=str(tmp_path / "de.tsv")))
+    switched = take(data | switch)
+    assert_equal(on_hosts(data | switch, 2, 1, STEPS), switched[1:])
     words = set()
     for a, b in zip(plain_batches, switched, strict=True):
       for name in a.keys() - {"text", "text_mask"}:
@@ -245,6 +252,11 @@ class TestCodeSwitch:
     (tmp_path / "c.json").write_text('["dog"]')
     with pytest.raises(ValueError, match="expected an object"):
       read_dictionary(f"{tmp_path}/c.json")
+
+  def test_a_missing_dictionary_is_named_when_the_data_is_opened(self, folder, tmp_path):
+    switch = dict(dictionary=f"{tmp_path}/none.tsv")
+    with pytest.raises(FileNotFoundError, match=r"config\.data\.code_switch\.dictionary='.*none"):
+      open_data(data_options(**every_field(folder) | dict(code_switch=switch)))
 
 
 class TestTeachers:
@@ -282,6 +294,28 @@ class TestTeachers:
     assert not {5, 7} & {*samples_of(batches)}
     rejects = joined(batches)["rejects"].sum(0)
     assert rejects[REASONS.index("no_vector")] == rejects.sum() > 0
+    assert_equal(on_hosts(data, 2, 1, 12), batches[1:])
+
+  def test_the_vector_of_a_second_caption_is_its_own(self, folder):
+    data = {k: x for k, x in every_field(folder).items() if k not in ("texts", "views")}
+    data["teachers"] = {
+      name: x | dict(second=x["text"]) for name, x in every_field(folder)["teachers"].items()
+    }
+    with pytest.raises(ValueError, match=r"no sample has one; set config\.data\.second_captions"):
+      open_data(data_options(**data))
+    data["second_captions"] = ("json.captions",)
+    batches = take(data)
+    whole = joined(batches)
+    other = 0
+    for r, i in enumerate(samples_of(batches)):
+      first, second = (text_of(whole[x][r], whole[f"{x}_mask"][r]) for x in ("text", "text_second"))
+      rows = [vectors_of(i, width=3, scale=1.0), vectors_of(i, width=5, scale=-2.0)]
+      for name, text in (("teacher_txt", first), ("teacher_txt_second", second)):
+        expected = np.concatenate([x[captions_of(i).index(text)] for x in rows])
+        np.testing.assert_array_equal(whole[name][r], expected)
+      other += first != second
+    assert other > STEPS * B / 2
+    assert_equal(on_hosts(data, 2, 1, STEPS), batches[1:])
 
   def test_errors(self, folder, tmp_path):
     data = every_field(folder)

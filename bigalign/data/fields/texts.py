@@ -21,7 +21,9 @@ import numpy as np
 
 from bigalign import checks
 from bigalign.data.fields.base import Draws, Spec
+from bigalign.data.files.draws import draw
 from bigalign.data.samples.members import strings
+from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import Source, value
 from bigalign.data.text.captions import Columns, choose_others
 from bigalign.data.text.code_switch import CodeSwitch
@@ -30,6 +32,7 @@ from bigalign.data.text.negatives import RULES
 from bigalign.options import DEFAULTS
 
 NAMES = ("text_others", "text_others_mask", "texts_kind")
+_PROBES = 64  # samples that are read when a field of hard negatives is opened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ def spec(options: TextsOptions | None, length: int) -> Spec:
 
 
 def check(options: TextsOptions | None, source: Source | None, *, stored: bool) -> None:
-  """Raises ValueError if the negatives cannot be read or made.
+  """Raises ValueError if the negatives cannot be read or made, of all samples that are drawn.
 
   Args:
     options: config.data.texts.
@@ -119,11 +122,26 @@ def check(options: TextsOptions | None, source: Source | None, *, stored: bool) 
     raise ValueError(
       "config.data.texts.negatives needs texts, but config.data.stores.text gives vectors"
     )
-  if options.negatives.field and not hasattr(source, "fields"):
+  field = options.negatives.field
+  if not field:
+    return
+  where = f"config.data.texts.negatives.field={field!r}"
+  if source is None or not hasattr(source, "fields"):
+    raise ValueError(f"{where}: {source!r} stores nothing by name; use a rule")
+  probes = draw(len(source), _PROBES)
+  if not any(_stored(source, i, field) for i in probes):
     raise ValueError(
-      f"config.data.texts.negatives.field={options.negatives.field!r}: {source!r} stores nothing by"
-      " name; use a rule"
+      f"{where}: none of {len(probes)} samples drawn from {source!r} has a text there; name the"
+      " field as in config.data.captions, or use a rule"
     )
+
+
+def _stored(source: Source, index: int, field: str) -> tuple[str, ...]:
+  """The hard negatives of a sample; () of one that cannot be read, which is rejected later."""
+  try:
+    return strings(value(source, index, field))
+  except Rejected:
+    return ()
 
 
 def read(

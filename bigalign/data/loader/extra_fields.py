@@ -51,6 +51,11 @@ def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
   spec(data)  # names what the options say wrongly
   opened: list[Field] = []
   if data.teachers:
+    if any("second" in one.folders for one in data.teachers.values()) and not data.second_columns:
+      raise ValueError(
+        "config.data.teachers has stores of second captions (`second`), but no sample has one; set"
+        " config.data.second_captions, or leave the stores out"
+      )
     by_side = dict(text=fields(data.first_columns), second=fields(data.second_columns))
     read = Teachers(
       data.teachers,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -49,16 +48,23 @@ def read_dictionary(path: str) -> Dictionary:
     ValueError: for a line without a tab, another kind of JSON, or no translation at all.
   """
   name = expand_variables(path, what="config.data.code_switch.dictionary")
+  try:
+    text = lines.read_text(name)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f"config.data.code_switch.dictionary={path!r}: there is no such file"
+    ) from error
   found: dict[str, list[str]] = {}
   if name.endswith(".json"):
-    given = json.loads(pathlib.Path(name).read_text(encoding="utf-8"))
+    given = json.loads(text)
     texts = given.values() if isinstance(given, dict) else [None]
     if not all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in texts):
       raise ValueError(f"{name}: expected an object, {{word: [translation, ...]}}")
     for word, translations in given.items():
       found.setdefault(word.lower(), []).extend(translations)
   else:
-    for number, line in enumerate(lines.read_names(name), 1):
+    for number, line in enumerate(lines.split(text), 1):
+      line = line.removeprefix("\ufeff")  # of concatenated files
       if not line.strip():
         continue
       word, tab, translation = line.partition("\t")
