@@ -1,0 +1,130 @@
+"""Heads without stored values (masked copies, SPARC's adapters, bags of words), in NumPy."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers.loss_oracles import AT
+from helpers.small_runs import config
+from scipy.special import erf
+
+from bigalign import losses, reading, tree
+from bigalign.config import resolve_config
+from bigalign.losses.heads.base import Read
+from bigalign.program import init_params, make_program
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def read_of(**others):
+  """Tokens of four images and texts of different widths, of which the texts have padding."""
+  features = {"tokens_img": normal(4, 9, 6), "tokens_txt": normal(4, 5, 8, seed=1)}
+  mask = np.arange(5) < np.array([[2], [5], [3], [4]])
+  return Read({"text_mask": mask}, features, None, None, None, {}, **others)
+
+
+def test_masked_copies_of_some_images_approach_the_whole_images():
+  """1 - cosine of hidden patches of every second image; the whole images get no gradient."""
+  c = config({}, **{"ema": 0.0, "model.image.depth": 1, "model.text.depth": 1})
+  with c.unlocked():
+    c.loss = dict(siglip={}, mask_regularization=dict(every=2))
+  program = make_program(resolve_config(c))
+  params = init_params(program, jax.random.key(0))
+  rng = np.random.default_rng(0)
+  batch = {"image": jnp.asarray(rng.integers(0, 255, (4, 32, 32, 3)), jnp.uint8)}
+  batch |= {"text": jnp.ones((4, 48), jnp.int32), "text_mask": jnp.ones((4, 48), bool)}
+  drawn = reading.draws(program.loss, jax.random.key(1), batch, program.sizes)
+  places = np.asarray(drawn["mask_regularization/hidden"])
+  assert places.shape == (4, 16) and (places.sum(1) == 6).all()  # 0.4 of 16
+  variables = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+  tokens = functools.partial(program.model.apply, method="image_output")
+
+  def found(params):
+    model = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+    feats = program.model.apply(model, *batch.values())
+    given = program.model, params, params, feats, batch | drawn, program.sizes
+    return tree.subtree(
+      reading.apply(program.loss, *given, {"mask_regularization": {}}), "mask_regularization/"
+    )
+
+  def copies(params, whole):
+    model = {"params": tree.unflatten(tree.subtree(params, "model/"))}
+    hidden = jnp.asarray(places[::2]), params["heads/mask_regularization/vector"]
+    own = tokens(model, batch["image"][::2], hidden).tokens
+    lengths = jnp.linalg.norm(own, axis=-1) * jnp.linalg.norm(whole, axis=-1)
+    return jnp.where(places[::2], 1 - (own * whole).sum(-1) / lengths, 0).sum(1)
+
+  def graded(function, *args):
+    """What a function of the parameters returns, and the gradients of its sum."""
+
+    def value(params):
+      each = function(params, *args)
+      return (each["sum"] if isinstance(each, dict) else each).sum(), each
+
+    return jax.jit(jax.grad(value, has_aux=True))(params)[::-1]
+
+  wanted, of_copies = graded(copies, tokens(variables, batch["image"][::2]).tokens)
+  got, grads = graded(found)
+  np.testing.assert_allclose(got["sum"], wanted, rtol=1e-5)
+  np.testing.assert_array_equal(got["count"], [6, 6])
+  largest = max(np.abs(x).max() for x in of_copies.values())
+  assert largest > 1e-2 and (np.asarray(wanted) > 0.1).all()
+  for path, x in of_copies.items():
+    np.testing.assert_allclose(grads[path], x, atol=1e-5 * largest, err_msg=path)
+
+
+def test_sparc_compares_patches_and_words_behind_their_adapters():
+  loss = losses.HEADS["sparc_adapted"](width=7)
+  given = read_of()
+  params = loss.head.init(jax.random.key(0), given)
+  found = loss.head.apply(params, params, given)
+  layer = {k: (np.asarray(x["kernel"]), np.asarray(x["bias"])) for k, x in params.items()}
+  patches, words = (given.features[f"tokens_{side}"] for side in ("img", "txt"))
+  mask = given.batch["text_mask"]
+  image = patches.mean(1) @ layer["global"][0] + layer["global"][1]
+  image = image * 0.5 * (1 + erf(image / np.sqrt(2)))
+  text = (words * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+  wanted = {"zimg": unit(image @ layer["img"][0] + layer["img"][1])}
+  wanted["ztxt"] = unit(text @ layer["txt"][0] + layer["txt"][1])
+  wanted["tokens_img"] = patches @ layer["img"][0] + layer["img"][1]
+  wanted["tokens_txt"] = words @ layer["txt"][0] + layer["txt"][1]
+  for name, x in wanted.items():
+    np.testing.assert_allclose(found[name], x, atol=1e-5, err_msg=name)
+  np.testing.assert_array_equal(found["mask_txt"], mask)
+  plain = losses.LOSSES["sparc"]()
+  scalars = plain.init({})[0]
+  values = [x.apply(scalars, {}, found, {}, AT)[0] for x in (loss, plain)]
+  assert values[0] == values[1] > 0.1
+
+
+def test_bags_of_words_hold_the_largest_score_of_each_word():
+  loss = losses.HEADS["lexical"](penalty_updates=0, penalty=0.5)
+  table = normal(11, 8, seed=2)
+  given = read_of(words=lambda: jnp.asarray(table))
+  params = loss.head.init(jax.random.key(0), given)
+  params["words"]["embedding"] = jnp.asarray(normal(11, 8, seed=3))  # trained apart from the table
+  found = loss.head.apply(params, params, given)
+  patches, words = (given.features[f"tokens_{side}"] for side in ("img", "txt"))
+  adapted = patches @ np.asarray(params["adapter"]["kernel"])
+  scores = {"img": adapted @ np.asarray(params["words"]["embedding"]).T, "txt": words @ table.T}
+  scores["txt"] = np.where(given.batch["text_mask"][..., None], scores["txt"], -np.inf)
+  bags = {k: np.log1p(np.maximum(x.max(1), 0)) for k, x in scores.items()}
+  for name, x in bags.items():
+    np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-5)
+  scalars, state = loss.init({})
+  total, (_, logs) = loss.apply(scalars, state, found, {}, AT)
+  cosines = np.exp(scalars["t"]) * unit(bags["img"]) @ unit(bags["txt"]).T
+  own = np.diag(cosines)
+  contrast = np.mean([np.log(np.exp(x - own[:, None]).sum(1)) for x in (cosines, cosines.T)])
+  used = sum((x.mean(0) ** 2).sum() for x in bags.values())
+  np.testing.assert_allclose(logs["overuse"], used, rtol=1e-4)
+  np.testing.assert_allclose(total, contrast + 0.5 * used, rtol=1e-4)
