@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
+import jax
 import numpy as np
 import pytest
 from helpers.one_step import update
@@ -12,7 +13,8 @@ from helpers.shipped import load
 
 from bigalign import losses, sharding
 from bigalign.config import resolve_config
-from bigalign.program import make_program
+from bigalign.program import layout, make_program
+from bigalign.step import data_position, jitted
 
 BATCH = 16
 # The options of each head, and what else its config needs; after a colon, another form of the head.
@@ -165,13 +167,26 @@ def test_equal_on_other_meshes(name, mesh, microbatches):
 
 
 def test_a_weight_of_zero_costs_nothing():
-  """Neither parameters nor operations."""
+  """Neither parameters, nor fields of the batch, nor operations of the program."""
   config = load("tiny")
+  for side in ("image", "text"):
+    config.model[side].depth = 1
   plain = make_program(resolve_config(config))
-  for name, (own, _) in CASES.items():
-    config.loss = dict(siglip={}, **{_head(name): own | dict(weight=0.0)})
+  zero = {_head(name): own | dict(weight=0.0) for name, (own, _) in CASES.items()}
+  for heads in (*({name: own} for name, own in zero.items()), zero):
+    config.loss = dict(siglip={}, **heads)
     without = make_program(resolve_config(config))
     assert without.params == plain.params and [*without.loss.terms] == ["siglip"]
+    assert without.spec == plain.spec
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  texts = []
+  for program in (plain, without):
+    state, shardings = layout(program, mesh)
+    batch = {name: jax.ShapeDtypeStruct(*x) for name, x in program.spec.items()}
+    with jax.set_mesh(mesh):
+      lowered = jitted(program, shardings, mesh).lower(state, batch, data_position(0, 1))
+    texts.append(lowered.as_text())
+  assert texts[0] == texts[1]
 
 
 def test_every_head_has_a_case_here():
