@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.batches import data_options
+from helpers.hosts import assert_equal_on_hosts
 from helpers.shipped import load
 from helpers.small_checkpoints import CLIP, clip_keys
 from helpers.small_checkpoints import folder as checkpoint
@@ -22,7 +23,14 @@ from bigalign.frozen.towers import load_towers
 from bigalign.inputs import open_data
 
 COUNT, VIEWS, B = 24, 3, 16
-AUGMENT = dict(scale=(0.1, 0.6), flip=0.5, color_jitter=None)
+CROP = dict(scale=(0.1, 0.6), flip=0.5)
+# Draws of every kind: of the crop, of operations, of colours.
+AUGMENT = dict(
+  CROP,
+  rand_augment={},
+  grayscale=0.2,
+  color_jitter=dict(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+)
 
 
 def shards(path, *, size=(200, 160)) -> str:
@@ -102,9 +110,20 @@ def test_the_teacher_says_of_the_students_pixels_what_the_store_says(root, store
   assert first.sum() >= 1 and len(every) > COUNT, "other views are drawn later"
 
 
-def test_a_larger_student_sees_the_same_crops(root, stores):
-  small = take(student(root, stores), 1)["image"]
-  large = take(student(root, stores, image_size=32), 1)["image"]
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_views_are_equal_on_any_hosts_and_workers_and_after_a_resume(root, stores, hosts, workers):
+  assert_equal_on_hosts(student(root, stores), hosts, workers)
+
+
+def test_a_larger_student_sees_the_same_crops(root, tmp_path):
+  """Without operations such as sharpening, which depend on the size."""
+  values = teacher(root)
+  values["data"]["augment"] = CROP
+  image = reinforce(values, tmp_path / "a", views=VIEWS, batch_size=8, sides=("image",))
+  small, large = (
+    take(student(root, image, augment=CROP, image_size=size), 1)["image"] for size in (16, 32)
+  )
   for a, b in zip(small, large):
     resized = np.asarray(Image.fromarray(b).resize((16, 16), Image.Resampling.BOX))
     assert np.abs(resized.astype(int) - a).mean() < 6
