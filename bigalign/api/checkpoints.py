@@ -79,7 +79,7 @@ def load_checkpoint(
     params=params,
     config={"model": written, "data": data},
     head=_head(params, about, checkpoint.kind),
-    view=_view(data, about, checkpoint.kind) if "image" in checkpoint.model else None,
+    view=_view(data, checkpoint.kind) if "image" in checkpoint.model else None,
     clean=_cleaning(checkpoint) if "text" in checkpoint.model and tokenizer is None else None,
     mesh=mesh,
   )
@@ -107,7 +107,7 @@ def _torch_module(path: pathlib.Path, about: Mapping[str, Any], dtype: str) -> M
   shapes |= {name: jax.ShapeDtypeStruct((), jnp.float32) for name in _HEAD}
   params = torch_module.read(path, shapes, towers["text"])
   kept = {x.name for x in dataclasses.fields(ImageReading)} | {"tokenizer"}
-  data = {name: value for name, value in data.items() if name in kept}
+  data = {name: value for name, value in data.items() if name in kept} | _stated_view(about)
   return _model(
     path,
     about,
@@ -115,7 +115,7 @@ def _torch_module(path: pathlib.Path, about: Mapping[str, Any], dtype: str) -> M
     params=params,
     config={"model": plain(options), "data": data},
     head=_head(params, about, "torch"),
-    view=_view(data, about, "torch"),
+    view=_view(data, "torch"),
   )
 
 
@@ -180,9 +180,10 @@ def _data(
     fields = (field.name for field in dataclasses.fields(ImageReading))
     data = {name: trained[name] for name in fields if trained.get(name) is not None}
     if not data:
-      data = with_view({}, checkpoint.view)
+      data = with_view({}, checkpoint.view) | _colours_and_crop(checkpoint.kind)
       if checkpoint.kind.startswith("siglip2"):
         data |= {"naflex": _patches(checkpoint), "image_size": checkpoint.layout.data["image_size"]}
+    data |= _stated_view(about)
   if "text" in checkpoint.model:
     options = stated_tokenizer.completed(checkpoint, tokenizer)
     if options is None and trained.get("tokenizer"):
@@ -190,6 +191,18 @@ def _data(
     if options:
       data["tokenizer"] = dict(options)
   return data
+
+
+def _colours_and_crop(kind: str) -> dict[str, Any]:
+  """What no file states: transformers rounds crops down, open_clip leaves out transparency."""
+  ours = kind in ("open_clip", "big_vision", "resnet_cifar", "mobilenet_v2")
+  return dict(crop_rounding="round" if ours else "floor", pillow_rgb=kind == "open_clip")
+
+
+def _stated_view(about: Mapping[str, Any]) -> dict[str, Any]:
+  """The same of folders that were exported before these were options of config.data."""
+  names = dict(margin="crop_rounding", pillow_rgb="pillow_rgb")
+  return {names[name]: value for name, value in about.get("view", {}).items()}
 
 
 def _patches(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -206,7 +219,7 @@ def _cleaning(checkpoint: Checkpoint) -> Callable[[str], str] | None:
   return (lambda text: text.replace("_", "")) if siglip else None
 
 
-def _view(data: Mapping[str, Any], about: Mapping[str, Any], kind: str) -> View:
+def _view(data: Mapping[str, Any], kind: str) -> View:
   """How images become squares.
 
   Raises:
@@ -216,11 +229,7 @@ def _view(data: Mapping[str, Any], about: Mapping[str, Any], kind: str) -> View:
   if not fields.get("image_size"):
     raise ValueError(f"no file of this {kind} checkpoint states the size of its images")
   reading: ImageReading = resolve(ImageReading, fields, "config.data")
-  if about:
-    return View(reading, **about.get("view", {}))
-  # transformers rounds the margin of a crop down; open_clip leaves out transparency.
-  ours = kind in ("open_clip", "big_vision", "resnet_cifar", "mobilenet_v2")
-  return View(reading, "round" if ours else "floor", pillow_rgb=kind == "open_clip")
+  return View(reading)
 
 
 def _encoder(model: Mapping[str, Any], dtype: str) -> tuple[DualEncoder, dict[str, Any]]:
@@ -319,7 +328,6 @@ def _export(
     tokenizer,
   )
   head: LogitHead = parts["head"]
-  view: View = parts["view"]
 
   def facts(family: str) -> dict[str, Any]:
     return {
@@ -329,7 +337,6 @@ def _export(
       "license": license,
       "datasets": [*datasets],
       "converted_from": path.name,
-      "view": {"margin": view.margin, "pillow_rgb": view.pillow_rgb},
       "head": head._asdict(),
       "config": {**config, "loss": {"siglip" if head.sigmoid else "clip": {}}},
     }

@@ -33,14 +33,10 @@ class View(NamedTuple):
   """How an image becomes the square, or the patches, that an image tower sees.
 
   Args:
-    reading: size, resize and filter.
-    margin: how the centre of a crop is rounded: "round" as torchvision, "floor" as Hugging Face.
-    pillow_rgb: whether modes are converted as Pillow's convert("RGB") does: see decode.decode.
+    reading: size, resize, filter and colours, the options of config.data.
   """
 
   reading: ImageReading
-  margin: str = "round"
-  pillow_rgb: bool = False
 
   def __call__(self, image: OneSample) -> Any:
     """Returns uint8 [S, S, 3], or the Patches of the image; of a model of frames [F, S, S, 3].
@@ -63,18 +59,17 @@ class View(NamedTuple):
     else:
       found = self._pixels(image)  # type: ignore[arg-type]
       pixels = found if isinstance(found, list) else [found] * options.count
-    return self.reading.evaluation_view(pixels, margin=self.margin)
+    return self.reading.evaluation_view(pixels)
 
   def _pixels(self, image: OneImage) -> Any:
     """uint8 [H, W, 3]; a list of frames if the reading has some."""
-    kinds = dict(apply_exif=self.reading.apply_exif, pillow_rgb=self.pillow_rgb)
     if isinstance(image, Image.Image):
       with _LOCKS[(id(image) >> 6) % len(_LOCKS)]:
-        return from_pillow(image, **kinds)
+        return from_pillow(image, **self.reading.colours)
     if isinstance(image, str | os.PathLike):
       image = pathlib.Path(image).expanduser().read_bytes()
     if isinstance(image, bytes | bytearray | memoryview):
-      return self.reading.decode(bytes(image), pillow_rgb=self.pillow_rgb)
+      return self.reading.decode(bytes(image))
     if is_array(image):
       return self.reading.decode(np.asarray(image))
     raise TypeError(

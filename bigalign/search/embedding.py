@@ -69,7 +69,7 @@ def header_of(model: Model, dtype: str) -> dict[str, Any]:
     projected=True,
     weights=weights_digest(model.params, "image"),
     model=hashlib.sha256(text.encode()).hexdigest()[:32],
-    view=view and dict(view.reading.preprocessing(), margin=view.margin, pillow=view.pillow_rgb),
+    view=view and view.reading.preprocessing(),
     width=model.embed_dim,
     dtype=dtype,
     tokens=0,

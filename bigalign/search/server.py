@@ -290,7 +290,7 @@ def pixels(model: Any, data: bytes) -> np.ndarray:
     Rejected: for anything that is not a whole image of at most MOST_PIXELS.
   """
   view = getattr(model, "view", None)
-  kinds = dict(apply_exif=view.reading.apply_exif, pillow_rgb=view.pillow_rgb) if view else {}
+  kinds = view.reading.colours if view else {}
   return decode(data, max_pixels=MOST_PIXELS, **kinds)
 
 

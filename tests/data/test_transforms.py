@@ -169,8 +169,8 @@ def vectors():
     ("hf_vit", "half", dict(bilinear=True)),
     ("oc_shortest", "clip", dict(resize="shortest")),
     ("oc_longest", "clip", dict(resize="longest")),
-    ("hf_clip", "clip", dict(resize="shortest", margin="floor")),
-    ("hf_dinov2", "imagenet", dict(resize="shortest", margin="floor", edge=True)),
+    ("hf_clip", "clip", dict(resize="shortest", rounding="floor")),
+    ("hf_dinov2", "imagenet", dict(resize="shortest", rounding="floor", edge=True)),
   ],
 )
 def test_eval_image_oracles(vectors, name, statistics, options):
@@ -286,7 +286,7 @@ def test_unknown_options_are_named():
     train_image(pixels(0, 8, 8), philox(0, 0), size=8, crop="centre")
   with pytest.raises(ValueError, match=r"Unknown resize 'tallest'.*'shortest'"):
     eval_image(pixels(0, 8, 8), size=8, resize="tallest")
-  with pytest.raises(ValueError, match=r"Unknown margin 'ceil'"):
-    eval_image(pixels(0, 8, 8), size=8, resize="shortest", margin="ceil")
+  with pytest.raises(ValueError, match=r"Unknown rounding 'ceil'"):
+    eval_image(pixels(0, 8, 8), size=8, resize="shortest", rounding="ceil")
   with pytest.raises(TypeError, match="flop"):
     train_image(pixels(0, 8, 8), philox(0, 0), size=8, flop=0.5)

@@ -113,7 +113,7 @@ def test_uploads_are_decoded_as_the_model_decodes(monkeypatch):
   file = io.BytesIO()
   Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(file, "png")
   assert server.pixels(model, file.getvalue()).max() == 255  # blended with white
-  model.view = model.view._replace(pillow_rgb=True)
+  model.view = View(ImageReading(image_size=8, pillow_rgb=True))
   assert server.pixels(model, file.getvalue()).max() == 9
 
 

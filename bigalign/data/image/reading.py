@@ -28,6 +28,11 @@ class ImageReading:
     resize_edge: pixels of the shorter edge with resize="shortest", before the centre crop to
       image_size; None: image_size. DINOv2 and SAIL resize to 256 and crop to 224.
     interpolation: filter of evaluation's resize, "bicubic", or "bilinear" as Hugging Face's ViT.
+    crop_rounding: how the offset of evaluation's centre crop is rounded: "round" half to even, as
+      torchvision; "floor", as Hugging Face.
+    pillow_rgb: convert all modes as Pillow's convert("RGB") does, which open_clip calls: the
+      colours of transparent pixels stay, and 16 bits are cut off at 255. False: transparent pixels
+      are blended with white, and 16 bits are scaled to 8.
     apply_exif: rotate images as their EXIF orientation says, in training and evaluation. Off by
       default, as in img2dataset, open_clip and big_vision: images that img2dataset wrote have lost
       the tag or are compared with theirs; turn it on for photos as cameras write them.
@@ -40,6 +45,8 @@ class ImageReading:
   resize_edge: int | None = None
   apply_exif: bool = False
   interpolation: str = "bicubic"
+  crop_rounding: str = "round"
+  pillow_rgb: bool = False
   naflex: NaflexOptions | None = None
   frames: FrameOptions | None = None
 
@@ -67,6 +74,8 @@ class ImageReading:
       raise ValueError(
         f"config.data.interpolation={self.interpolation!r}; known: 'bicubic', 'bilinear'"
       )
+    if self.crop_rounding not in ("round", "floor"):
+      raise ValueError(f"config.data.crop_rounding={self.crop_rounding!r}; known: 'round', 'floor'")
     if self.edge < self.image_size:
       raise ValueError(
         f"config.data.resize_edge={self.resize_edge} is smaller than image_size={self.image_size},"
@@ -79,32 +88,35 @@ class ImageReading:
     """Pixels of the shorter edge before the centre crop of resize="shortest"."""
     return self.resize_edge or self.image_size
 
+  @property
+  def colours(self) -> dict[str, bool]:
+    """The options of decode.decode that do not depend on the use of the image."""
+    return dict(apply_exif=self.apply_exif, pillow_rgb=self.pillow_rgb)
+
   def decode(
     self,
     data: Any,
     *,
     shrink: Callable[[int, int], int] | None = None,
-    pillow_rgb: bool = False,
     rng: np.random.Generator | None = None,
   ) -> Any:
     """One image as uint8 [H, W, 3]; raises Rejected for anything that is not a whole image.
 
     With `frames`, a list of those that are seen, drawn by `rng`; `data` is then as of frames.read.
     """
-    options = dict(shrink=shrink, apply_exif=self.apply_exif, pillow_rgb=pillow_rgb)
+    options = dict(shrink=shrink, **self.colours)
     if self.frames:
       return frames.read(data, self.frames.count, rng, **options)
     return decode(data, **options)  # type: ignore[arg-type]
 
-  def evaluation_view(self, image: np.ndarray | list[np.ndarray], *, margin: str = "round") -> Any:
+  def evaluation_view(self, image: np.ndarray | list[np.ndarray]) -> Any:
     """uint8 [H, W, 3] -> [image_size, image_size, 3], or Patches, without randomness.
 
     Args:
       image: the pixels; a list of F frames becomes [F, image_size, image_size, 3].
-      margin: how the centre of a crop is rounded: see transforms.eval_image.
     """
     if isinstance(image, list):
-      return np.stack([self.evaluation_view(one, margin=margin) for one in image])
+      return np.stack([self.evaluation_view(one) for one in image])
     if self.naflex:
       return naflex.patches(image, patch=self.naflex.patch, most=self.naflex.length)
     return transforms.eval_image(
@@ -113,7 +125,7 @@ class ImageReading:
       resize=self.resize,
       edge=self.edge,
       bilinear=self.interpolation == "bilinear",
-      margin=margin,
+      rounding=self.crop_rounding,
     )
 
   @property
@@ -162,8 +174,10 @@ class ImageReading:
       return dict(
         apply_exif=self.apply_exif, patches=self.naflex.length, patch_size=self.naflex.patch
       )
-    if self.interpolation == "bicubic":  # stores from before this option remain valid
-      del values["interpolation"]
+    # Stores from before these options remain valid.
+    for name in ("interpolation", "crop_rounding", "pillow_rgb"):
+      if values[name] == ImageReading.__dataclass_fields__[name].default:
+        del values[name]
     if self.resize == "longest":  # halves were rounded otherwise before
       values["rounding"] = "open_clip"
     return values

@@ -196,7 +196,7 @@ def eval_image(
   resize: str = "squash",
   edge: int | None = None,
   bilinear: bool = False,
-  margin: str = "round",
+  rounding: str = "round",
 ) -> np.ndarray:
   """An image as evaluation sees it; equal to Pillow's antialiased filters to the bit.
 
@@ -208,14 +208,14 @@ def eval_image(
       as open_clip offers.
     edge: pixels of the shorter edge; None: `size`. DINOv2 uses 256 for a size of 224.
     bilinear: a bilinear filter instead of a bicubic one, as Hugging Face's ViT.
-    margin: how the centre is rounded: "round" half to even, as torchvision; "floor", as Hugging
+    rounding: of the offset of the centre: "round" half to even, as torchvision; "floor", as Hugging
       Face.
 
   Returns:
     uint8 [size, size, 3].
 
   Raises:
-    ValueError: for an unknown `resize` or `margin`.
+    ValueError: for an unknown `resize` or `rounding`.
   """
   height, width = image.shape[:2]
   pixels = Image.fromarray(image)
@@ -228,14 +228,14 @@ def eval_image(
     return _padded(pixels.resize(inner, kernel), size)
   if resize != "shortest":
     raise ValueError(f"Unknown resize {resize!r}; known: 'squash', 'shortest', 'longest'")
-  if margin not in ("round", "floor"):
-    raise ValueError(f"Unknown margin {margin!r}; known: 'round', 'floor'")
+  if rounding not in ("round", "floor"):
+    raise ValueError(f"Unknown rounding {rounding!r}; known: 'round', 'floor'")
   edge = edge or size
   if height < width:
     height, width = edge, int(edge * width / height)
   else:
     height, width = int(edge * height / width), edge
-  half = round if margin == "round" else math.floor
+  half = round if rounding == "round" else math.floor
   top, left = half((height - size) / 2), half((width - size) / 2)
   if width * height > _MOST_BETWEEN:  # resize only what the crop keeps
     x, y = pixels.width / width, pixels.height / height
