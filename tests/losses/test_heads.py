@@ -145,6 +145,14 @@ def test_equal_over_the_mesh_in_microbatches_with_recomputation(names):
     np.testing.assert_allclose(again[2][key], x, rtol=5e-5, atol=1e-9, err_msg=key)
 
 
+@pytest.mark.slow
+def test_a_frozen_model_leaves_the_gradients_of_heads_as_they_are():
+  names = TOGETHER[-1]
+  whole, found = step(names)[0], step(names, frozen="^model/")[0]
+  assert not any(path.startswith("model/") for path in found)
+  same(found, {path: x for path, x in whole.items() if not path.startswith("model/")})
+
+
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", ["ibot", "caption"])
 def test_layers_are_computed_in_one_of_the_two_passes(name):
