@@ -21,8 +21,10 @@ from helpers.tower_oracles import ROOT as ORACLES
 from bigalign import sharding, tree
 from bigalign.config import resolve_and_compare, resolve_config
 from bigalign.evaluate import open_run
+from bigalign.frozen.embed import embed
 from bigalign.model import PIXELS, unit
 from bigalign.program import init_on_mesh, layout, make_program
+from bigalign.run.metrics import read_metrics
 from bigalign.state import State
 from bigalign.step import warn_of_bounds
 from bigalign.towers.resnet import ResnetOptions
@@ -547,3 +549,43 @@ def test_the_shipped_configs(clip, tmp_path, monkeypatch, name, text_depth):
   arrays = state.frozen if c["frozen"] else state.trainable
   assert arrays["model/image_tower/positions"].shape == (1, 36, 12)
   assert open_run(tmp_path / "run").config.model.text.depth == text_depth
+
+
+@pytest.mark.slow
+def test_the_shipped_config_of_texts_alone(clip, tmp_path, monkeypatch):
+  """AltCLIP's first stage, with small towers, from a store made as its docstring says."""
+  bert_json(clip)
+  known = dict(BERT, max_position_embeddings=8, type_vocab_size=1)
+  about = dict(known, model_type="xlm-roberta", pad_token_id=1)
+  xlm_r = folder(tmp_path / "xlm_r", about, bert_keys(known)[1])
+  bert_json(xlm_r, lower=False)
+  rows = [dict(en="a dog" if i % 2 else "dog", other="A Dog" if i % 2 else "Dog") for i in range(8)]
+  (tmp_path / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  for name, path in (("CLIP_L14", clip), ("XLM_R", xlm_r), ("STORES", tmp_path)):
+    monkeypatch.setenv(name, str(path))
+
+  c = load("altclip_1").to_dict()
+  c["data"] |= dict(source=f"{tmp_path}/0.jsonl", image_size=16, workers=0)
+  english = {k: x for k, x in c["data"].items() if k != "teachers"} | dict(captions=("en",))
+  english["tokenizer"] = dict(name="hf", path=str(clip / "tokenizer.json"), length=6)
+  teacher = c | dict(data=english, model=dict(init=str(clip)), loss=dict(clip={}))
+  made = embed(teacher, tmp_path / "clip_l14", sides=("text",), projected=True, batch_size=8)
+  assert made["text"] == tmp_path / "clip_l14/text"
+
+  for side in ("image", "text"):  # for `bigalign plan`; the checkpoints have their own
+    c["model"][side] = {k: x for k, x in c["model"][side].items() if k in ("init", "remat")}
+  c["model"] = {k: x for k, x in c["model"].items() if k in ("init", "image", "text")}
+  c["data"]["teachers"]["clip"]["width"] = 4
+  c["data"]["tokenizer"]["length"] = 6
+  c["optimizer"]["warmup"] = 0
+  c |= dict(total_steps=2, batch_size=8, log_every=1, mesh={}, writer=dict(tensorboard=False))
+  state = train(c, tmp_path / "run")
+  assert {path.split("/")[1] for path in state.frozen} == {"image_tower", "image_projector"}
+  assert {path.split("/")[1] for path in state.trainable} == {"text_tower", "text_projector"}
+  first, second = (row["train/loss"] for row in read_metrics(tmp_path / "run"))
+  assert 0 < second < first
+  _, whole = load_all(dict(init=str(clip)))
+  for path, x in state.frozen.items():  # in the dtype of the tower
+    wanted = np.asarray(whole[path]).astype(x.dtype)
+    np.testing.assert_array_equal(np.asarray(x), wanted, err_msg=path)
+  assert type(open_run(tmp_path / "run").config.model.text).__name__ == "BertOptions"
