@@ -26,7 +26,7 @@ WHY2 = "BIGALIGN_LOSS_ORACLES2 is not set: the second set of expected values of 
 NOT_BUILT = (
   *("descriptions",),
   *("ece", "expert_router"),
-  *("longclip", "lora", "matformer", "merge", "moe"),
+  *("longclip", "lora", "matformer", "moe"),
   *("spacetime", "valor_group"),
   *("winoground",),
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers import small_runs
+from helpers.loss_oracles import cases2, oracles2
 from helpers.made_runs import random_params, small, write
 
 import bigalign
@@ -18,9 +17,6 @@ from bigalign import evaluate
 from bigalign.merge import main, members
 from bigalign.merge.average import Mean, interpolated
 from bigalign.weights import init
-
-ROOT = os.environ.get("BIGALIGN_LOSS_ORACLES2")
-NOT_SET = "BIGALIGN_LOSS_ORACLES2 is not set: the second set of expected values of the losses"
 
 
 def random(seed, dtype=np.float32):
@@ -36,25 +32,10 @@ def same_bits(a, b):
     assert np.asarray(x).tobytes() == np.asarray(b[path]).tobytes(), path
 
 
-def cases():
-  """The cases of merging; none without the vectors."""
-  if not ROOT:
-    return [pytest.param(None, id="oracle-losses2-merge")]
-  found = json.loads((pathlib.Path(ROOT) / "oracles2.json").read_text())["cases"]
-  return [
-    pytest.param(case, id=f"oracle-losses2-{case['id']}")
-    for case in found
-    if case["loss"] == "merge"
-  ]
-
-
-@pytest.mark.skipif(not ROOT, reason=NOT_SET)
 @pytest.mark.parametrize("dtype,rtol", [(np.float64, 1e-9), (np.float32, 1e-4)], ids=["64", "32"])
-@pytest.mark.parametrize("case", cases())
-def test_oracle_losses2(case, dtype, rtol):
-  with np.load(pathlib.Path(ROOT) / "oracles2.npz") as stored:
-    thetas = [{"theta": stored[key].astype(dtype)} for key in case["inputs"].values()]
-    wanted = stored[case["arrays"]["theta"]["key"]]
+@pytest.mark.parametrize("case", cases2("merge"))
+def test_the_expected_averages(case, dtype, rtol):
+  thetas = [{"theta": x.astype(dtype)} for x in oracles2().inputs(case).values()]
   alpha = case["params"].get("alpha")
   if alpha is None:
     mean = Mean()
@@ -63,7 +44,7 @@ def test_oracle_losses2(case, dtype, rtol):
     found = mean.arrays()
   else:
     found = interpolated(*thetas, alpha)
-  np.testing.assert_allclose(found["theta"], wanted, rtol=rtol)
+  oracles2().check(case, found, rtol=rtol, require=("theta",))
   assert found["theta"].dtype == dtype
 
 
