@@ -155,6 +155,49 @@ def test_what_a_decoder_reads(case):
     np.testing.assert_array_equal(found[name], np.broadcast_to(wanted, np.shape(found[name])))
 
 
+@pytest.mark.parametrize("name", ["caption", "caption_fused", "coca"])
+def test_layers_of_a_decoder_may_be_one_program(name):
+  """Stacked and recomputed, they have the losses and the gradients of separate layers."""
+  rng = np.random.default_rng(0)
+  ids = jnp.asarray(rng.integers(0, 20, (3, 6)), jnp.int32)
+  batch = dict(text=ids, text_mask=ids > 2, parallel=np.array([True, False, False]))
+  features = dict(
+    tokens_img=rng.normal(size=(3, 4, 8)).astype(np.float32),
+    tokens_txt=rng.normal(size=(3, 6, 8)).astype(np.float32),
+  )
+  read = Read(batch, features, None, None, None, dict(vocabulary=20))
+
+  def graded(params, **options):
+    """The summed loss, and its gradients."""
+
+    def value(params):
+      return made(**options).apply(tree.unflatten(params), {}, read)["sum"].sum()
+
+    return jax.jit(jax.value_and_grad(value))(params)
+
+  def made(**options):
+    return make_loss({name: dict(depth=3, heads=2, **options)}).terms[name][1].head
+
+  shapes = tree.flatten(jax.eval_shape(lambda: made().init(jax.random.key(0), read)))
+  stacked = {k: jnp.asarray(rng.normal(size=x.shape) / 4, x.dtype) for k, x in shapes.items()}
+  one, grads = graded(stacked, scan=True, remat="full")
+  other, wanted = graded(separate(stacked), scan=False)
+  np.testing.assert_allclose(one, other, rtol=1e-5)
+  grads = separate(grads)
+  assert grads.keys() == wanted.keys() and any("block_2/" in path for path in wanted)
+  for path, x in wanted.items():
+    np.testing.assert_allclose(grads[path], x, atol=1e-5 * np.abs(x).max() + 1e-6, err_msg=path)
+
+
+def separate(arrays):
+  """{path: array} with a path for each layer of stacked ones."""
+  layers = {}
+  for path, x in arrays.items():
+    each = enumerate(x) if tree.is_stacked(path) else [(0, x)]
+    layers |= {tree.layer_path(path, i): one for i, one in each}
+  return layers
+
+
 # ------------------------------------------------------------------ CoCa
 
 
