@@ -168,6 +168,11 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
   params = jax.eval_shape(functools.partial(init_params, program), jax.random.key(config.seed))
   program = dataclasses.replace(program, params=params)
   programs = [_of_stage(program, config, stage) for stage in run_stages]
+  if config.selection.share and not all(_learns_a_scale(one) for one in programs):
+    raise ValueError(
+      "config.selection compares the logits of the model with those of the teacher, but no loss of"
+      f" config.loss={[*config.loss]} learns their scale; use one that does, such as clip or siglip"
+    )
   if config.teacher and not any(
     head.teacher for one in programs for head in reading.heads(one.loss).values()
   ):
@@ -176,6 +181,12 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
       " leave it out"
     )
   return _with_optimizers(programs, run_stages, dataset_size)
+
+
+def _learns_a_scale(program: Program) -> bool:
+  """Whether a loss has a logit scale among its parameters, which JEST's scores need."""
+  scalars = tree.unflatten(tree.subtree(program.params, "loss/"))
+  return any("t" in own for own in scalars.values())
 
 
 def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:

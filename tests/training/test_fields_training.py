@@ -102,6 +102,18 @@ def test_the_part_of_a_batch_that_a_teacher_recommends_trains_equally_on_any_mes
     make_programs(resolve_config(load("tiny").to_dict() | dict(selection=dict(share=0.5))))
 
 
+def test_a_selection_needs_a_loss_that_learns_the_scale_of_its_logits(folder):
+  """With a constant one, the scores of the model would not be those of its loss."""
+  values = load("tiny").to_dict() | dict(selection=dict(share=0.5, chunks=4), batch_size=16)
+  values["data"] |= dict(
+    teachers=dict(a=dict(image=f"{folder}/a/image", text=f"{folder}/a/text")), **OPTIONS
+  )
+  make_programs(resolve_config(values))
+  for loss in (dict(sogclr={}), dict(clip=dict(t_learned=False))):
+    with pytest.raises(ValueError, match=r"config\.selection .* no loss .* learns their scale"):
+      make_programs(resolve_config(values | dict(loss=loss)))
+
+
 def test_several_texts_are_embedded_as_single_ones_are():
   model = load("tiny").model.to_dict()
   for side in ("image", "text"):
