@@ -41,7 +41,9 @@ def named_files(evals: Mapping[str, Component]) -> dict[tuple[str, str], pathlib
     for name, component in evals.items()
     if component.name in ("zeroshot", "segmentation")
     for option, path in zeroshot.named_files(
-      classnames=component.option("classnames"), templates=component.option("templates")
+      classnames=component.option("classnames"),
+      templates=component.option("templates"),
+      descriptions=component.option("descriptions") if component.name == "zeroshot" else "",
     ).items()
   }
 

@@ -22,6 +22,7 @@ from bigalign.data.samples.ids import class_key, sample_id
 from bigalign.data.sources.base import name_classes
 from bigalign.data.sources.webdataset import read_classnames
 from bigalign.data.stores.reader import Store
+from bigalign.evals.calibration import Calibration
 from bigalign.evals.embed import (
   Context,
   EvalData,
@@ -31,6 +32,7 @@ from bigalign.evals.embed import (
   mean_embedder,
   open_data,
 )
+from bigalign.sphere import unit
 
 PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))}
 _SLOTS = ("{c}", "{}")  # placeholders of the class name in CLIP_benchmark and open_clip
@@ -60,10 +62,7 @@ def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
   if file.suffix != ".json":
     texts = [*read_classnames(file)] if labels else list(filter(None, read_names(file)))
   else:
-    try:
-      texts = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f"{what}={path!r}: {file} is not JSON: {error}") from error
+    texts = _json(file, f"{what}={path!r}")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
       keys = f" with the keys {tree.shown(sorted(texts))}" if isinstance(texts, dict) else ""
       raise ValueError(
@@ -74,9 +73,65 @@ def read_lines(path: str, what: str, *, labels: bool = False) -> list[str]:
   return texts
 
 
-def named_files(*, classnames: str | None, templates: str | Sequence[str]) -> dict[str, str]:
+def _json(file: pathlib.Path, what: str) -> Any:
+  """The value of a JSON file; ValueError that begins with `what` for another file."""
+  try:
+    return json.loads(read_text(file))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{what}: {file} is not JSON: {error}") from error
+
+
+def read_descriptions(path: str, classnames: Sequence[str], what: str) -> list[list[str]]:
+  """Returns the sentences that describe each class, in the order of the names.
+
+  Args:
+    path: of a .json file {class name: [sentences]}; variables and ~ are expanded.
+    classnames: K names.
+    what: the option that names the file, for errors.
+
+  Raises:
+    FileNotFoundError: if the file is missing.
+    ValueError: for a file of another form, a class without sentences, and a class that is not among
+      the names; the classes are counted and named.
+  """
+  what = f"{what}={path!r}"
+  named = _json(text_file(path, what.partition("=")[0]), what)
+  if not isinstance(named, dict) or not named:
+    raise ValueError(f"{what} must hold an object {{class name: [sentences]}} with some classes")
+  wrong = [
+    k
+    for k, x in named.items()
+    if not isinstance(x, list) or not all(isinstance(one, str) and one.strip() for one in x)
+  ]
+  if wrong:
+    raise ValueError(
+      f"{what}: {_classes(wrong, named)} have something else than a list of sentences"
+    )
+  known = {*classnames}
+  unknown = [k for k in named if k not in known]
+  missing = [k for k in classnames if not named.get(k)]
+  if unknown or missing:
+    parts = [
+      f"{_classes(missing, classnames)} have no sentence" if missing else "",
+      f"{_classes(unknown, named)} are no class of the source" if unknown else "",
+    ]
+    raise ValueError(
+      f"{what}: {'; '.join(filter(None, parts))}. Its keys must be the class names, such as"
+      f" {classnames[0]!r}"
+    )
+  return [named[k] for k in classnames]
+
+
+def _classes(some: Sequence[str], every: Sequence[str] | Mapping[str, Any]) -> str:
+  return f"{len(some)} of {len(every)} classes ({tree.shown(some)})"
+
+
+def named_files(
+  *, classnames: str | None, templates: str | Sequence[str], descriptions: str = ""
+) -> dict[str, str]:
   """{option: path} of the options of `zeroshot` that name a file."""
   named = {} if classnames is None else {"classnames": classnames}
+  named |= {"descriptions": descriptions} if descriptions else {}
   return named | ({"templates": str(templates)} if _is_file(templates) else {})
 
 
@@ -246,6 +301,53 @@ def class_weights(
   )
 
 
+def description_weights(
+  context: Context,
+  *,
+  sentences: Sequence[Sequence[str]],
+  pad: bool,
+  renormalise: bool,
+  batch_size: int,
+) -> Callable[[Any], jax.Array]:
+  """Returns weigh(params) -> [K, E] on every device: means over the sentences of each class.
+
+  As in freeze-align (https://arxiv.org/abs/2409.19425) and VDT (https://arxiv.org/abs/2307.11661),
+  the mean of unit vectors keeps its length. The score of an image is then the mean of its cosines
+  with the sentences, as in Menon and Vondrick (https://arxiv.org/abs/2210.07183).
+
+  Args:
+    context: of the evaluator.
+    sentences: those of K classes.
+    pad: whether shorter lists are padded to the longest by repeating their first sentence, which
+      counts more often then, as in freeze-align.
+    renormalise: whether the means are scaled to unit norm, which can change the top class.
+    batch_size: sentences at a time, over all devices.
+  """
+  ids, mask = context.data.make_tokenizer().encode_batch([x for own in sentences for x in own])
+  counts = np.array([len(own) for own in sentences])
+  ordinal = np.arange(counts.max())[None]
+  first = (np.cumsum(counts) - counts)[:, None]
+  own = ordinal < counts[:, None]
+  shares = np.full(own.shape, 1 / counts.max()) if pad else own / counts[:, None]  # [K, G]
+
+  def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return context.embed_text(params, batch["ids"], batch["mask"])
+
+  def combine(z: jax.Array) -> jax.Array:
+    mean = jnp.sum(shares[:, :, None].astype(z.dtype) * z, axis=1)
+    return unit(mean) if renormalise else mean
+
+  return mean_embedder(
+    context,
+    embed,
+    dict(ids=ids, mask=mask),
+    group=first + np.where(own, ordinal, 0),
+    batch_size=batch_size,
+    lengths=context.text_lengths(ids, mask),
+    combine=combine,
+  )
+
+
 def stored_class_weights(
   context: Context, *, classnames: Sequence[str], folder: str, batch_size: int
 ) -> Callable[[Any], jax.Array]:
@@ -287,6 +389,10 @@ def zeroshot(
   classnames: str | None = None,
   image_store: str = "",
   class_store: str = "",
+  descriptions: str = "",
+  pad_descriptions: bool = True,
+  renormalise: bool = False,
+  calibration: bool = False,
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
   """Zero-shot classification of a labelled source.
@@ -294,6 +400,13 @@ def zeroshot(
   Images of CLIP_benchmark's multilabel datasets have several classes, or none. Their measure is
   the mean over classes of the average precision with which a class ranks the images; a class that
   no image has counts as 0. Each host then holds the similarities of all images and classes.
+
+  With `calibration`, the confidence of an image is the softmax over the classes of scale * cosine,
+  for its top class. The scale is that of the model's loss as trained, learned or fixed; after a
+  sigmoid loss also, whose bias shifts all classes alike and so drops out. `ece` is the expected
+  calibration error in 15 bins of equal width. A fifth of the samples, chosen by the hash of their
+  keys, then fits a temperature; `ece_rest` and `ece_rest_calibrated` are measured on the others,
+  before and after.
 
   >>> import jax.numpy as jnp
   >>> from bigalign import sharding
@@ -317,14 +430,24 @@ def zeroshot(
     class_store: folder of the vectors of prompts, as `bigalign embed --with=... --classnames=...`
       writes it with the templates that it takes, for a model whose text tower is `features`;
       `templates` has no effect then.
+    descriptions: .json file {class name: [sentences]}, in place of `templates`. A class is the mean
+      of the unit embeddings of its sentences. The metrics are named
+      "…-zeroshot-val-descriptions_unnormalised-top1" or "…-descriptions_renormalised-top1".
+    pad_descriptions: whether shorter lists are padded to the longest by repeating their first
+      sentence, as in freeze-align; else a class is the mean of its own sentences.
+    renormalise: whether the means of `descriptions` are scaled to unit norm.
+    calibration: whether to measure the calibration too; for images with one class.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
     run(params) -> {"val/<name>-zeroshot-val-top1": fraction, ...}; top5 from five classes on.
     Of a multilabel dataset {"val/<name>-zeroshot-val-mean_average_precision": fraction, ...}.
+    With calibration also ece, ece_rest, ece_rest_calibrated, logit_scale, calibrated_temperature
+    and calibration_samples, the number of those that fit it.
 
   Raises:
-    ValueError: for a source without class names; when run, for labels without a name.
+    ValueError: for a source without class names, descriptions that do not fit them, options that
+      exclude each other; when run, for labels without a name.
   """
   where = f"config.evals.{context.name}"
   data = open_data(context, source, batch_size=batch_size, captions=0, image_store=image_store)
@@ -340,19 +463,48 @@ def zeroshot(
       f"{where}: {source or image_store} has no class names (no classnames.txt next to its shards);"
       " set classnames to a file with one name per line, in the order of the labels"
     )
-  weigh = (
-    stored_class_weights(context, classnames=names, folder=class_store, batch_size=batch_size)
-    if class_store
-    else class_weights(
+  if renormalise and not descriptions:
+    raise ValueError(f"{where}.renormalise=True has an effect with `descriptions` only")
+  if descriptions and class_store:
+    raise ValueError(
+      f"{where}: class_store={class_store!r} and descriptions={descriptions!r} both give the"
+      " classes; leave out one of them"
+    )
+  shown = "zeroshot-val-"
+  if class_store:
+    weigh = stored_class_weights(
+      context, classnames=names, folder=class_store, batch_size=batch_size
+    )
+  elif descriptions:
+    shown += f"descriptions_{'renormalised' if renormalise else 'unnormalised'}-"
+    weigh = description_weights(
+      context,
+      sentences=read_descriptions(descriptions, names, f"{where}.descriptions"),
+      pad=pad_descriptions,
+      renormalise=renormalise,
+      batch_size=batch_size,
+    )
+  else:
+    weigh = class_weights(
       context,
       classnames=names,
       templates=read_templates(templates, f"{where}.templates"),
       batch_size=batch_size,
     )
-  )
 
   multilabel = getattr(data.source, "dataset_type", "") == "multilabel"
-  measured = (_multilabel if multilabel else _one_label)(context, data, names)
+  if calibration and (multilabel or context.logit_head is None):
+    reason = (
+      "the images of a multilabel dataset have no single class"
+      if multilabel
+      else "this model gives no logit scale"
+    )
+    raise ValueError(f"{where}.calibration=True: {reason}")
+  measured = (
+    _multilabel(context, data, names)
+    if multilabel
+    else _one_label(context, data, names, calibration=calibration)
+  )
 
   def run(params: Any) -> dict[str, float]:
     metrics, rejects, unlabelled = measured(params, weigh(params))
@@ -375,7 +527,7 @@ def zeroshot(
     metrics["num_classes"] = len(names)
     if rejected:
       metrics["rejected"] = rejected
-    return {f"val/{context.name}-zeroshot-val-{name}": value for name, value in metrics.items()}
+    return {f"val/{context.name}-{shown}{name}": value for name, value in metrics.items()}
 
   return run
 
@@ -384,7 +536,9 @@ def zeroshot(
 _Measured = Callable[[Any, jax.Array], tuple[dict[str, float], np.ndarray, int]]
 
 
-def _one_label(context: Context, data: EvalData, names: Sequence[str]) -> _Measured:
+def _one_label(
+  context: Context, data: EvalData, names: Sequence[str], *, calibration: bool
+) -> _Measured:
   """The metrics of images with one class each."""
   replicated = sharding.replicated_sharding(context.mesh)
 
@@ -399,7 +553,14 @@ def _one_label(context: Context, data: EvalData, names: Sequence[str]) -> _Measu
 
   def measured(params: Any, weights: jax.Array) -> tuple[dict[str, float], np.ndarray, int]:
     total: Any = None
+    calibrated = (
+      Calibration(context.mesh, weights, context.logit_head(params).scale)
+      if calibration and context.logit_head
+      else None
+    )
     for zimg, batch in embedded_images(context, data, params):
+      if calibrated:
+        calibrated.add(zimg, batch)
       kept = {name: batch[name] for name in ("label", "valid", "rejects")}
       counted = sharding.block_on_cpu(count(zimg, weights, kept))
       total = counted if total is None else sharding.block_on_cpu(add(total, counted))
@@ -409,7 +570,10 @@ def _one_label(context: Context, data: EvalData, names: Sequence[str]) -> _Measu
     values.pop("unlabelled", None)
     if len(names) < 5:
       values.pop("top5", None)
-    return values | {"num_samples": samples}, rejects, int(hits.unlabelled.total)
+    unlabelled = int(hits.unlabelled.total)
+    if calibrated and samples and not unlabelled:
+      values |= calibrated.metrics(context.name)
+    return values | {"num_samples": samples}, rejects, unlabelled
 
   return measured
 

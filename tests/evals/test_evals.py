@@ -111,13 +111,14 @@ def tiny(monkeypatch):
   return source
 
 
-def make(name, options, *, towers=(embed_image, embed_text), **axes):
+def make(name, options, *, towers=(embed_image, embed_text), logit_head=None, **axes):
   evaluators = make_evaluators(
     {name: options},
     embed_image=towers[0],
     embed_text=towers[1],
     mesh=sharding.make_mesh(**axes),
     data=DATA,
+    logit_head=logit_head,
   )
   return evaluators[name]
 

@@ -24,8 +24,7 @@ ROOT = pathlib.Path(os.environ.get("BIGALIGN_LOSS_ORACLES") or SMALL)
 ROOT2 = os.environ.get("BIGALIGN_LOSS_ORACLES2")
 WHY2 = "BIGALIGN_LOSS_ORACLES2 is not set: the second set of expected values of the losses"
 NOT_BUILT = (
-  *("descriptions",),
-  *("ece", "expert_router"),
+  *("expert_router",),
   *("longclip", "lora", "matformer", "moe"),
   *("spacetime", "valor_group"),
   *("winoground",),
