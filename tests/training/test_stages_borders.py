@@ -15,7 +15,7 @@ from helpers.marks import slow_unless
 from helpers.shipped import load
 from helpers.small_shards import samples, write_tar
 
-from bigalign import border, evaluate, sharding, stages, train
+from bigalign import border, evaluate, sharding, stages, train, tree
 from bigalign.checkpoint import Checkpoints
 from bigalign.config import resolve_config
 from bigalign.data.order.schedule import MixtureSchedule
@@ -28,7 +28,7 @@ from bigalign.state import parts, restore
 
 # The image tower is locked, then the text tower with another loss, then both learn, with a head.
 # The logit scale of `clip` vanishes and appears again.
-HEADLESS = dict(mask_regularization=dict(weight=0.0))
+HEADLESS = dict(mask_regularization=dict(weight=0.0), silc=dict(weight=0.0))
 STAGES = (
   dict(
     until=2,
@@ -39,7 +39,8 @@ STAGES = (
   ),
   dict(until=4, frozen="text_tower", loss=dict(clip=dict(weight=0.0), siglip={}) | HEADLESS),
 )
-LOSS = dict(clip={}, mask_regularization=dict(every=2))
+SILC = dict(teacher="local", prototypes=16, hidden=8, bottleneck=4, teacher_temp_updates=3)
+LOSS = dict(clip={}, mask_regularization=dict(every=2), silc=SILC)
 NEVER = "model/text_projector/out/kernel"  # frozen in each stage
 
 
@@ -83,7 +84,7 @@ def restored(workdir, step, mesh=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
 def test_resume_is_bitwise_at_and_between_borders(whole, step, tmp_path):
   workdir, state = whole
   cut = tmp_path / "run"
@@ -104,7 +105,7 @@ def test_frozen_parameters_keep_their_bytes_and_others_learn(whole):
   assert towers[2] == {"text_tower", "image_projector", "clip"}
   assert towers[3] == both and towers[4] == both | {"siglip"}  # a new scalar has no value before
   assert towers[5] == both | {"text_tower"}
-  assert towers[6] == both | {"text_tower", "clip", "mask_regularization"}
+  assert towers[6] == both | {"text_tower", "clip", "mask_regularization", "silc"}
   scalars = {n: {k for k in runs[n].params if k.startswith("loss/")} for n in (2, 4, 6)}
   assert scalars[2] == scalars[6] == {"loss/clip/t"}
   assert scalars[4] == {"loss/siglip/t", "loss/siglip/b"}
@@ -130,9 +131,10 @@ def _moved(runs, step, path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_border_is_crossed_to_the_same_bits_on_any_mesh(whole, step, caplog):
+def test_a_border_is_crossed_to_the_same_bits_on_any_mesh(whole, step, caplog, monkeypatch):
   """One device, eight, and eight with sharded parameters; moments of what goes on are kept."""
   workdir, _ = whole
+  monkeypatch.setattr(tree, "SHOWN", 99)  # the log names all
   caplog.set_level("INFO", logger="absl")
   found = []
   meshes = (
