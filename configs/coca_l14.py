@@ -76,7 +76,7 @@ def get_config():
     schedule="cosine",
     warmup=10_000,
     weight_decay=0.2,
-    decay=r"/(kernel|embedding|positions|class_position|queries|class_token)$",
+    decay=r"/(kernel|embedding|positions|class_position|queries)$",
     clip_norm=1.0,
   )
   c.evals = dict()

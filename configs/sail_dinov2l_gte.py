@@ -9,6 +9,9 @@ stores, 1,024 wide: the output of GTE-large-en-v1.5 at the first token, of the a
 long or short recaption of each image. docs/frozen.md documents how `bigalign embed --with`
 writes them, and how evaluators read stores. The dataset is the 23 million pairs of CC3M, CC12M and
 YFCC15M with the captions of DreamLIP.
+
+Changed since it was first shipped: images are resized to 256 pixels and 224 are cropped, as
+released, instead of resized to 224.
 """
 
 from ml_collections import ConfigDict
