@@ -288,6 +288,22 @@ def test_one_large_gradient_moves_stable_adamw_less():
   np.testing.assert_array_equal(last("stable_adamw", 0.5), last("adamw", 0.5))
 
 
+def test_adafactor_clips_large_updates_only_if_asked():
+  """Of a gradient that grows a hundredfold, the update is 100 / sqrt(2^-0.8 1e4 + 1 - 2^-0.8)."""
+
+  def second(**options):
+    optimizer, _ = make(name="adafactor", b1=0.0, moments="float32", **options)
+    state = optimizer.init(PARAMS)
+    for size in (1.0, 100.0):
+      grads = {path: jnp.full_like(x, size) for path, x in PARAMS.items()}
+      updates, state = optimizer.update(grads, state, PARAMS)
+    return updates["model/encoder/block_0/mlp/fc1/kernel"]
+
+  share = 2**-0.8
+  np.testing.assert_allclose(second(), -100 / np.sqrt(share * 1e4 + 1 - share), rtol=1e-3)
+  np.testing.assert_allclose(second(clip=1.0), -1, rtol=1e-3)
+
+
 @pytest.mark.parametrize("rest", ["stable_adamw", "lamb"])
 def test_muon_leaves_the_rest_to_another_optimizer(rest):
   params, grads = draws(0), draws(1)
