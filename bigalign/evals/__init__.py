@@ -9,7 +9,15 @@ from typing import Annotated, Any
 from jax.sharding import Mesh
 
 from bigalign.data.loader.options import DataOptions
-from bigalign.evals import geometry, glyphs, regions, retrieval, segmentation, zeroshot
+from bigalign.evals import (
+  compositional,
+  geometry,
+  glyphs,
+  regions,
+  retrieval,
+  segmentation,
+  zeroshot,
+)
 from bigalign.evals.embed import Context, SharedImages
 from bigalign.options import Choose, Component, resolve_value
 from bigalign.towers.padding import UsedLengths, all_positions
@@ -24,6 +32,7 @@ EVALS: dict[str, Callable[..., Evaluator]] = dict(
   glyphs=glyphs.glyphs,
   geometry=geometry.geometry,
   segmentation=segmentation.segmentation,
+  compositional=compositional.compositional,
   region_retrieval=regions.region_retrieval,
 )
 

@@ -9,6 +9,10 @@ from collections.abc import Mapping
 _RETRIEVAL = re.compile(r"(.*)(image_to_text|text_to_image)_R@(\d+)")
 _SIZES = ("num_samples", "num_captions")
 _TOP = re.compile(r"(.*-)top(\d+)")
+_WINOGROUND = re.compile(r".*-compositional-.*(text|image|group)")
+# Two images that each prefer one of two captions; of the 24 orders of four similarities, in 4 both
+# images prefer their caption and both captions their image.
+_OF_WINOGROUND = dict(text=1 / 4, image=1 / 4, group=1 / 6)
 
 
 def chance(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -39,4 +43,8 @@ def chance(metrics: Mapping[str, float]) -> dict[str, float]:
       levels[name] = min(1.0, int(top[2]) / metrics[f"{top[1]}num_classes"])
     elif top and top[2] == "1" and f"{top[1]}chance" in metrics:
       levels[name] = metrics[f"{top[1]}chance"]
+    elif winoground := _WINOGROUND.fullmatch(name):
+      levels[name] = _OF_WINOGROUND[winoground[1]]
+    elif name.endswith("accuracy") and f"{name.removesuffix('accuracy')}chance" in metrics:
+      levels[name] = metrics[f"{name.removesuffix('accuracy')}chance"]
   return levels

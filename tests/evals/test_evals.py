@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -27,6 +28,7 @@ from bigalign.evals import EVALS, embed, make_evaluators, retrieval, zeroshot
 from bigalign.evals.embed import Context, Embedded
 from bigalign.evals.retrieval import ranks
 from bigalign.evals.zeroshot import PROMPTS, fill, read_templates
+from bigalign.losses.logit_head import LogitHead
 from bigalign.towers.padding import all_positions
 
 SIZE, LENGTH, E = 4, 12, 8
@@ -454,20 +456,32 @@ from bigalign.run import runtime
 runtime.connect()
 import test_evals as t
 t.embed.open_source = lambda spec, captions=None, frames=False: t.Tiny()
-found = t.both_evaluators()
+found = t.every_evaluator(sys.argv[2])
 path = pathlib.Path(sys.argv[2]) / f"{t.jax.process_index()}.json"
 path.write_text(json.dumps([t.jax.process_count(), t.jax.device_count(), found]))
 """
 
 
-def both_evaluators():
-  found = make("val", dict(type="retrieval", source="tiny", captions=3, batch_size=10))
-  classes = make("animals", dict(type="zeroshot", source="tiny", batch_size=10))
-  return {**found(make_params()), **classes(make_params())}
+def every_evaluator(folder):
+  evaluators = dict(
+    val=dict(type="retrieval", source="tiny", captions=3),
+    animals=dict(type="zeroshot", source="tiny", calibration=True),
+    described=dict(type="zeroshot", source="tiny", descriptions=f"{folder}/sentences.json"),
+    pairs=dict(type="compositional", folder=f"{folder}/pairs"),
+  )
+  found = {}
+  for name, options in evaluators.items():
+    run = make(name, options | dict(batch_size=10), logit_head=lambda _: LogitHead(9.0, 0.0, False))
+    found |= run(make_params())
+  return found
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tiny, tmp_path):
+  test_compositional = importlib.import_module("test_compositional")  # which imports this module
+  test_compositional.winoground_files(tmp_path / "pairs")
+  sentences = {name: [f"a {name}", name][: 1 + len(name) % 2] for name in tiny.classnames}
+  (tmp_path / "sentences.json").write_text(json.dumps(sentences))
   (tmp_path / "two.py").write_text(TWO)
   here = pathlib.Path(__file__).parent
   root = here.parents[1]
@@ -491,6 +505,10 @@ def test_two_processes_find_what_one_finds(tiny, tmp_path):
     timeout=300,
     env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
   )
-  expected = [2, 8, both_evaluators()]
+  expected = every_evaluator(tmp_path)
+  fitted = ("val/animals-zeroshot-val-calibrated_temperature", "ece_rest_calibrated")  # by sums
   for process in range(2):
-    assert json.loads((tmp_path / f"{process}.json").read_text()) == expected
+    processes, devices, found = json.loads((tmp_path / f"{process}.json").read_text())
+    assert (processes, devices) == (2, 8) and found.keys() == expected.keys()
+    for name, value in found.items():
+      assert value == (pytest.approx(expected[name]) if name.endswith(fitted) else expected[name])

@@ -11,7 +11,12 @@ from helpers.marks import slow_unless
 
 @pytest.mark.parametrize(
   "name",
-  slow_unless(["chance", "geometry", "glyphs", "retrieval", "zeroshot"], "geometry".__ne__),
+  slow_unless(
+    [
+      *("calibration", "chance", "compositional", "geometry", "glyphs", "retrieval", "zeroshot"),
+    ],
+    "geometry".__ne__,
+  ),
 )
 def test_examples_of_evaluators(name):
   results = doctest.testmod(importlib.import_module(f"bigalign.evals.{name}"))

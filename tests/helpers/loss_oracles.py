@@ -27,7 +27,6 @@ NOT_BUILT = (
   *("expert_router",),
   *("longclip", "lora", "matformer", "moe"),
   *("spacetime", "valor_group"),
-  *("winoground",),
 )
 # Inputs of a case with steps whose first axis is the step.
 PER_STEP = ("traj/", "albef/t_")
