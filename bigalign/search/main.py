@@ -21,6 +21,7 @@ import rich.box
 import rich.table
 import rich.text
 
+from bigalign.api import embedding
 from bigalign.api.loading import load
 from bigalign.api.model import Model
 from bigalign.config import recorded_config, without_stores
@@ -31,7 +32,6 @@ from bigalign.data.stores.reader import Store
 from bigalign.frozen.embed import source_fingerprint
 from bigalign.inputs import open_data
 from bigalign.run import parsers, tables
-from bigalign.search import embedding
 from bigalign.search.collection import Collection, is_store, store_folder
 from bigalign.search.index import EXACT_ROWS, Exact, Index, faiss, open_approximate
 from bigalign.search.searcher import Result, Searcher

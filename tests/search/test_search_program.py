@@ -19,6 +19,8 @@ from helpers.small_shards import samples, write_tar
 from PIL import Image
 from search.conftest import square, unit, write_store
 
+from bigalign.api import embedding
+from bigalign.api.embedding import embed_source, project
 from bigalign.api.image_inputs import View
 from bigalign.api.model import Model
 from bigalign.config import resolve_config
@@ -29,9 +31,8 @@ from bigalign.frozen.embed import source_fingerprint
 from bigalign.losses.logit_head import LogitHead
 from bigalign.options import plain
 from bigalign.program import init_params, make_program
-from bigalign.search import embedding, main
+from bigalign.search import main
 from bigalign.search.collection import Collection
-from bigalign.search.embedding import embed_source, project
 from bigalign.search.index import Exact
 
 COUNT = 21

@@ -19,6 +19,7 @@ from PIL import Image
 
 import bigalign
 from bigalign import sharding, sphere, tree
+from bigalign.api.embedding import embed_source
 from bigalign.config import resolve_config
 from bigalign.data.sources.base import open_source
 from bigalign.data.stores.reader import Store
@@ -30,7 +31,6 @@ from bigalign.plan import compile_step
 from bigalign.projectors import PROJECTORS
 from bigalign.report.main import report
 from bigalign.run.metrics import read_metrics
-from bigalign.search.embedding import embed_source
 from bigalign.towers.base import TowerOutput
 from bigalign.train import train
 

@@ -13,6 +13,7 @@ from helpers.small_shards import picture, write_tar
 
 import bigalign
 from bigalign import sharding
+from bigalign.api.embedding import embed_source
 from bigalign.config import resolve_config
 from bigalign.data.image.naflex import Patches
 from bigalign.data.sources.base import open_source
@@ -24,7 +25,6 @@ from bigalign.plan import compile_step
 from bigalign.program import check_stages, make_programs
 from bigalign.report.main import report
 from bigalign.run.metrics import read_metrics
-from bigalign.search.embedding import embed_source
 from bigalign.stages import split
 from bigalign.train import train
 

@@ -1,9 +1,10 @@
-"""Embeds the images of a source with a loaded model, into a store that the next search reuses."""
+"""Embeds the images of a source with loaded models, into stores that the next call reuses."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -34,6 +35,13 @@ logger = logging.getLogger(__name__)
 _THREADS = 16  # that read images, at most
 _PIECES = 4096  # of a source at most
 _PIECE = 4096  # images of a piece at least; a kill loses at most one piece
+
+
+class Target(NamedTuple):
+  """A model, and the folder of the store of its embeddings."""
+
+  model: Model
+  folder: pathlib.Path
 
 
 class _Batch(NamedTuple):
@@ -86,26 +94,45 @@ def embed_source(
 ) -> reader.Store:
   """Writes, or completes, a store of the embeddings of a source's images; returns it.
 
-  Images that cannot be read are left out, and counted by their reasons. All devices share the work.
+  As `embed_with`, with one model.
+  """
+  target = Target(model, folder)
+  return embed_with([target], source, batch_size=batch_size, dtype=dtype)[0]
+
+
+def embed_with(
+  targets: Sequence[Target], source: Source, *, batch_size: int = 64, dtype: str = "float16"
+) -> list[reader.Store]:
+  """Writes, or completes, stores of the embeddings of a source's images by several models.
+
+  An image is read and decoded once for all models. Images that cannot be read are left out, and
+  counted by their reasons. All devices share the work.
 
   Args:
-    model: that embeds.
+    targets: the models, which read images alike, and the folders of their stores.
     source: of the images.
-    folder: of the store.
     batch_size: images at a time over all devices; rounded up to fit them. A store that was begun
       with another one is completed.
     dtype: of the stored vectors.
 
+  Returns:
+    The store of each model.
+
   Raises:
-    ValueError: if the folder holds vectors of another model or source, or no image can be read.
+    ValueError: if a folder holds vectors of another model or source, no image can be read, or the
+      models read images differently.
     BlockingIOError: if another process of this machine writes the same folder.
   """
-  if model.view is None:
-    raise ValueError(f"{model.source} has no image tower, so it embeds no images; search a STORE")
+  model = targets[0].model
+  for other, _ in targets:
+    if other.view is None:
+      raise ValueError(f"{other.source} has no image tower, so it embeds no images; use a STORE")
+    if other.view != model.view:
+      raise ValueError(f"{other.source} and {model.source} read images differently")
   if repeated := repeated_key(source):
     raise ValueError(
       f"Two samples of {source!r} have the key {repeated!r}, in files of one name in several"
-      " folders, so results could not be told apart. Rename the files, or search one folder"
+      " folders, so results could not be told apart. Rename the files, or read one folder"
     )
   batch_size = round_batch(model.mesh, batch_size)
   with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
@@ -122,10 +149,8 @@ def embed_source(
       return _Batch(views, samples.reshape(-1, 2), left_out)
 
     return _write(
-      model,
+      [(*target, header_of(target.model, dtype)) for target in targets],
       load,
-      folder,
-      header_of(model, dtype),
       fingerprint=source.fingerprint,
       name=repr(source),
       count=len(source),
@@ -149,16 +174,15 @@ def project(
     rows = np.asarray(indices)
     return _Batch(store.read(rows).astype(np.float32), store.samples(rows), {})
 
-  return _write(
-    model,
+  (projected,) = _write(
+    [(model, folder, header_of(model, "float16"))],
     load,
-    folder,
-    header_of(model, "float16"),
     fingerprint=store.fingerprint,
     name=repr(store),
     count=len(store),
     batch_size=round_batch(model.mesh, batch_size),
   )
+  return projected
 
 
 def _square(model: Model, source: Source, i: int) -> tuple[Any, int] | str:
@@ -175,61 +199,91 @@ def _square(model: Model, source: Source, i: int) -> tuple[Any, int] | str:
     return error.reason
 
 
+class _Begun(NamedTuple):
+  """A store that may lack pieces: how it is written, its first missing sample, samples a piece."""
+
+  embed: Callable[[Any], np.ndarray]
+  folder: pathlib.Path
+  dtype: str
+  first: int
+  piece: int
+
+
 def _write(
-  model: Model,
+  targets: Sequence[tuple[Model, pathlib.Path, Mapping[str, Any]]],
   load: Callable[[Sequence[int]], _Batch],
-  folder: pathlib.Path,
-  header: Mapping[str, Any],
   *,
   fingerprint: str,
   name: str,
   count: int,
   batch_size: int,
-) -> reader.Store:
-  """Embeds the pieces that a store lacks."""
+) -> list[reader.Store]:
+  """Embeds the pieces that stores lack: (model, folder, header) of each."""
   if jax.process_count() > 1:
-    raise ValueError("bigalign search runs in one process; use `bigalign embed` on several hosts")
+    raise ValueError("one process embeds images here; use `bigalign embed` on several hosts")
   batches = max(-(-_PIECE // batch_size), -(-count // (batch_size * _PIECES)))
-  recorded, piece = batch_size, batches * batch_size
-  writer.begin(folder, header)
-  with storage.locked(folder, "bigalign search"):
-    begun = writer.begun(folder)
-    # Before the claim, which appends a source that is new.
-    if [x["fingerprint"] for x in begun] not in ([], [fingerprint]) and writer.pieces(folder):
-      raise ValueError(f"{folder} holds the embeddings of another source; name another --out")
-    if begun and begun[0]["fingerprint"] == fingerprint:
-      # Pieces keep their size; how many images are embedded at a time does not change a piece.
-      recorded, piece = begun[0]["batch_size"], begun[0]["piece"]
-    claimed = writer.claim(
-      folder,
-      fingerprint,
-      count,
-      name,
-      batch_size=recorded,
-      batches=piece // recorded,
-      write=True,
-    )
-    if not claimed.done:
-      embed = _embedder(model, batch_size)
-      first = min(count, claimed.next * piece)
-      with Progress("embed", count, unit="images", start=first) as progress:
-        for start in range(first, count, piece):
-          places = range(start, min(start + piece, count))
-          rows, left_out = _embed_piece(embed, load, places, batch_size, progress)
-          _write_piece(folder, start // piece, *rows, left_out, dtype=header["dtype"])
-    writer.finish(folder, captions=False)
-  return reader.Store(folder)
+  with contextlib.ExitStack() as stack:
+    lacking = []
+    for model, folder, header in targets:
+      recorded, piece = batch_size, batches * batch_size
+      writer.begin(folder, header)
+      stack.enter_context(storage.locked(folder, "bigalign search or bigalign evaluate"))
+      begun = writer.begun(folder)
+      # Before the claim, which appends a source that is new.
+      if [x["fingerprint"] for x in begun] not in ([], [fingerprint]) and writer.pieces(folder):
+        raise ValueError(f"{folder} holds the embeddings of another source; name another --out")
+      if begun and begun[0]["fingerprint"] == fingerprint:
+        # Pieces keep their size; how many images are embedded at a time does not change a piece.
+        recorded, piece = begun[0]["batch_size"], begun[0]["piece"]
+      claimed = writer.claim(
+        folder,
+        fingerprint,
+        count,
+        name,
+        batch_size=recorded,
+        batches=piece // recorded,
+        write=True,
+      )
+      if not claimed.done:
+        first = min(count, claimed.next * piece)
+        embed = _embedder(model, batch_size)
+        lacking.append(_Begun(embed, folder, str(header["dtype"]), first, piece))
+    for piece in sorted({store.piece for store in lacking}):
+      _complete([x for x in lacking if x.piece == piece], load, count, batch_size)
+    for _, folder, _ in targets:
+      writer.finish(folder, captions=False)
+  return [reader.Store(folder) for _, folder, _ in targets]
+
+
+def _complete(
+  stores: Sequence[_Begun],
+  load: Callable[[Sequence[int]], _Batch],
+  count: int,
+  batch_size: int,
+) -> None:
+  """Writes the missing pieces of stores whose pieces have one size."""
+  first, piece = min(store.first for store in stores), stores[0].piece
+  with Progress("embed", count, unit="images", start=first) as progress:
+    for start in range(first, count, piece):
+      places = range(start, min(start + piece, count))
+      here = [store for store in stores if store.first <= start]
+      embeds = [store.embed for store in here]
+      every, samples, left_out = _embed_piece(embeds, load, places, batch_size, progress)
+      for store, vectors in zip(here, every, strict=True):
+        number = start // piece
+        _write_piece(store.folder, number, vectors, samples, {**left_out}, dtype=store.dtype)
 
 
 def _embed_piece(
-  embed: Callable[[Any], np.ndarray],
+  embeds: Sequence[Callable[[Any], np.ndarray]],
   load: Callable[[Sequence[int]], _Batch],
   places: range,
   batch_size: int,
   progress: Progress,
-) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, int]]:
-  """Vectors [n, E] and samples [n, 2] of the samples at these places, and what was left out."""
-  vectors, samples = [], []
+) -> tuple[list[np.ndarray], np.ndarray, dict[str, int]]:
+  """Vectors [n, E] of each model, samples [n, 2] of these places, and what was left out."""
+  vectors: list[list[np.ndarray]] = [[] for _ in embeds]
+  samples = []
   left_out: collections.Counter[str] = collections.Counter()
   parts = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
   with concurrent.futures.ThreadPoolExecutor(1) as ahead:  # reads while the devices compute
@@ -238,11 +292,12 @@ def _embed_piece(
       batch = loading.result()
       if following is not None:
         loading = ahead.submit(load, following)
-      vectors.append(embed(batch.inputs))
+      for embed, own in zip(embeds, vectors):
+        own.append(embed(batch.inputs))
       samples.append(batch.samples)
       left_out.update(batch.left_out)
       progress.advance(len(part))
-  return (np.concatenate(vectors), np.concatenate(samples)), left_out
+  return [np.concatenate(own) for own in vectors], np.concatenate(samples), left_out
 
 
 def _write_piece(
@@ -280,7 +335,9 @@ def _embedder(model: Model, batch_size: int) -> Callable[[Any], np.ndarray]:
   return embed
 
 
-def cache_folder(model: Model, fingerprint: str) -> pathlib.Path:
+def cache_folder(
+  model: Model, fingerprint: str, root: str = "", dtype: str = "float16"
+) -> pathlib.Path:
   """Returns where the embeddings of a source are kept if no folder is given.
 
   It is $BIGALIGN_SEARCH, or ~/.cache/bigalign/search, followed by digits for the model and source.
@@ -288,7 +345,9 @@ def cache_folder(model: Model, fingerprint: str) -> pathlib.Path:
   Args:
     model: that embeds.
     fingerprint: of the source, or of the store whose vectors the model projects.
+    root: another folder of all stores.
+    dtype: of the stored vectors.
   """
-  root = os.environ.get("BIGALIGN_SEARCH") or "~/.cache/bigalign/search"
-  content = json.dumps([header_of(model, "float16"), fingerprint], sort_keys=True)
+  root = root or os.environ.get("BIGALIGN_SEARCH") or "~/.cache/bigalign/search"
+  content = json.dumps([header_of(model, dtype), fingerprint], sort_keys=True)
   return pathlib.Path(root).expanduser() / hashlib.sha256(content.encode()).hexdigest()[:24]
