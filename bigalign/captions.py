@@ -148,8 +148,8 @@ def of_config(config: Config, model: DualEncoder, tokenizer: Tokenizer | None) -
   term = term_that_writes(config)
   if term is None or tokenizer is None:
     raise ValueError(
-      f"config.loss={[*config.loss]} has no term that writes captions; these do: caption,"
-      " caption_fused, coca. Exported folders hold no decoder, so load the run itself"
+      f"config.loss={[*config.loss]} has no term that writes captions; these do: caption, coca, and"
+      " caption_fused without reads_text and second"
     )
   return Captioner(*term, model, sizes_of_towers(config), tokenizer)
 

@@ -189,7 +189,8 @@ class Model:
       raise ValueError(f"beams={beams}: at least 1")
     if self._captions is None:
       raise ValueError(
-        f"{self.source} writes no captions: only a run has a decoder, and exported folders do not"
+        f"{self.source} writes no captions: load the run itself, since the decoder of an exported"
+        " folder is not read"
       )
     if self._captioner is None:
       self._captioner = self._captions(self.encoder)

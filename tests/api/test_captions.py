@@ -60,5 +60,5 @@ def test_a_model_that_writes_no_captions_says_what_does(folder, model, tmp_path,
     plain.caption([image])
   monkeypatch.setattr(check, "missing", lambda kind: ["torch"])
   bigalign.export(folder, tmp_path / "out", "torch")
-  with pytest.raises(ValueError, match="only a run has a decoder"):
+  with pytest.raises(ValueError, match="writes no captions: load the run itself"):
     bigalign.load(tmp_path / "out").caption([image])
