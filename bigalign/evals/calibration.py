@@ -27,8 +27,8 @@ def expected_calibration_error(
 
   https://arxiv.org/abs/1706.04599. Bin b holds the confidences in (b / bins, (b + 1) / bins].
 
-  >>> expected_calibration_error(np.array([0.9, 0.9, 0.5, 0.5]), np.array([1, 1, 1, 0]))
-  0.05
+  >>> expected_calibration_error(np.array([0.75, 0.75, 0.5, 0.5]), np.array([1, 1, 1, 0]))
+  0.125
 
   Args:
     confidence: [N], of the top class. NaN counts as 1, so that a broken model is not calibrated.

@@ -122,7 +122,7 @@ def read_set(file: pathlib.Path) -> Set:
   """The examples of a .json or .jsonl file in one of the published forms.
 
   A .json holds a list of records, or an object whose values are records; a .jsonl has a record per
-  line. docs/running.md lists the fields.
+  line. docs/evaluation.md lists the fields.
 
   Raises:
     ValueError: for another file; names it, and the fields of its first record.
