@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,9 @@ from bigalign.evals.embed import (
   log_rejects,
   mean_embedder,
   open_data,
+  unit_mean,
 )
+from bigalign.evals.ood import Outside
 from bigalign.sphere import unit
 
 PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))}
@@ -274,9 +277,36 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
   return values
 
 
+def prefix_of(z: jax.Array, width: int) -> jax.Array:
+  """[..., width], unit norm: the first components of embeddings; width 0: the embeddings.
+
+  Raises:
+    ValueError: for a width that is not below theirs.
+  """
+  if not width:
+    return z
+  if not 0 < width < z.shape[-1]:
+    raise ValueError(f"widths: {width} must be between 1 and {z.shape[-1] - 1}, of {z.shape[-1]}")
+  return unit(z[..., :width])
+
+
+def _of_widths(
+  combine: Callable[[jax.Array], jax.Array], widths: Sequence[int] | None
+) -> Callable[[jax.Array], Any]:
+  """`combine` of the embeddings; with widths {width: that of their prefixes}, 0 for the whole."""
+  if widths is None:
+    return combine
+  return lambda z: {width: combine(prefix_of(z, width)) for width in (0, *widths)}
+
+
 def class_weights(
-  context: Context, *, classnames: Sequence[str], templates: Sequence[str], batch_size: int
-) -> Callable[[Any], jax.Array]:
+  context: Context,
+  *,
+  classnames: Sequence[str],
+  templates: Sequence[str],
+  batch_size: int,
+  widths: Sequence[int] | None = None,
+) -> Callable[[Any], Any]:
   """Returns weigh(params) -> [K, E] on every device: unit means over the prompts of each class.
 
   Args:
@@ -284,6 +314,7 @@ def class_weights(
     classnames: K names.
     templates: with a placeholder for the name.
     batch_size: prompts at a time, over all devices.
+    widths: of Matryoshka prefixes; then weigh(params) is {0: [K, E], width: [K, width], …}.
   """
   prompts = [fill(template, name) for name in classnames for template in templates]
   ids, mask = context.data.make_tokenizer().encode_batch(prompts)
@@ -298,6 +329,7 @@ def class_weights(
     group=len(templates),
     batch_size=batch_size,
     lengths=context.text_lengths(ids, mask),
+    combine=_of_widths(unit_mean, widths),
   )
 
 
@@ -308,7 +340,8 @@ def description_weights(
   pad: bool,
   renormalise: bool,
   batch_size: int,
-) -> Callable[[Any], jax.Array]:
+  widths: Sequence[int] | None = None,
+) -> Callable[[Any], Any]:
   """Returns weigh(params) -> [K, E] on every device: means over the sentences of each class.
 
   As in freeze-align (https://arxiv.org/abs/2409.19425) and VDT (https://arxiv.org/abs/2307.11661),
@@ -322,6 +355,7 @@ def description_weights(
       counts more often then, as in freeze-align.
     renormalise: whether the means are scaled to unit norm, which can change the top class.
     batch_size: sentences at a time, over all devices.
+    widths: as of class_weights.
   """
   ids, mask = context.data.make_tokenizer().encode_batch([x for own in sentences for x in own])
   counts = np.array([len(own) for own in sentences])
@@ -344,13 +378,18 @@ def description_weights(
     group=first + np.where(own, ordinal, 0),
     batch_size=batch_size,
     lengths=context.text_lengths(ids, mask),
-    combine=combine,
+    combine=_of_widths(combine, widths),
   )
 
 
 def stored_class_weights(
-  context: Context, *, classnames: Sequence[str], folder: str, batch_size: int
-) -> Callable[[Any], jax.Array]:
+  context: Context,
+  *,
+  classnames: Sequence[str],
+  folder: str,
+  batch_size: int,
+  widths: Sequence[int] | None = None,
+) -> Callable[[Any], Any]:
   """As class_weights, from a store that holds the vectors of the prompts of each class.
 
   Raises:
@@ -377,7 +416,12 @@ def stored_class_weights(
     return embed_vectors(context.embed_text, params, batch["text"], mask, where=where)
 
   return mean_embedder(
-    context, embed, dict(text=vectors), group=int(count[0]), batch_size=batch_size
+    context,
+    embed,
+    dict(text=vectors),
+    group=int(count[0]),
+    batch_size=batch_size,
+    combine=_of_widths(unit_mean, widths),
   )
 
 
@@ -393,6 +437,8 @@ def zeroshot(
   pad_descriptions: bool = True,
   renormalise: bool = False,
   calibration: bool = False,
+  widths: Sequence[int] = (),
+  ood: str = "",
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
   """Zero-shot classification of a labelled source.
@@ -407,6 +453,11 @@ def zeroshot(
   calibration error in 15 bins of equal width. A fifth of the samples, chosen by the hash of their
   keys, then fits a temperature; `ece_rest` and `ece_rest_calibrated` are measured on the others,
   before and after.
+
+  With `ood`, the maximum class probability is compared with that of images which show none of the
+  classes: `ood_auroc` is the probability that an image of the source has the larger one, and
+  `ood_fpr95` the share of the others at or above the threshold that keeps 95 % of those of the
+  source.
 
   >>> import jax.numpy as jnp
   >>> from bigalign import sharding
@@ -437,13 +488,17 @@ def zeroshot(
       sentence, as in freeze-align; else a class is the mean of its own sentences.
     renormalise: whether the means of `descriptions` are scaled to unit norm.
     calibration: whether to measure the calibration too; for images with one class.
+    widths: prefixes of the embeddings to measure too, for models that are trained with
+      loss.matryoshka; the metrics are named "…-zeroshot-val-d64-top1".
+    ood: a second source, as in config.data.source, of images that show none of the classes.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
     run(params) -> {"val/<name>-zeroshot-val-top1": fraction, ...}; top5 from five classes on.
     Of a multilabel dataset {"val/<name>-zeroshot-val-mean_average_precision": fraction, ...}.
     With calibration also ece, ece_rest, ece_rest_calibrated, logit_scale, calibrated_temperature
-    and calibration_samples, the number of those that fit it.
+    and calibration_samples, the number of those that fit it; with ood also ood_auroc, ood_fpr95 and
+    ood_num_samples.
 
   Raises:
     ValueError: for a source without class names, descriptions that do not fit them, options that
@@ -471,10 +526,9 @@ def zeroshot(
       " classes; leave out one of them"
     )
   shown = "zeroshot-val-"
+  common: dict[str, Any] = dict(batch_size=batch_size, widths=widths)
   if class_store:
-    weigh = stored_class_weights(
-      context, classnames=names, folder=class_store, batch_size=batch_size
-    )
+    weigh = stored_class_weights(context, classnames=names, folder=class_store, **common)
   elif descriptions:
     shown += f"descriptions_{'renormalised' if renormalise else 'unnormalised'}-"
     weigh = description_weights(
@@ -482,28 +536,30 @@ def zeroshot(
       sentences=read_descriptions(descriptions, names, f"{where}.descriptions"),
       pad=pad_descriptions,
       renormalise=renormalise,
-      batch_size=batch_size,
+      **common,
     )
   else:
     weigh = class_weights(
       context,
       classnames=names,
       templates=read_templates(templates, f"{where}.templates"),
-      batch_size=batch_size,
+      **common,
     )
 
   multilabel = getattr(data.source, "dataset_type", "") == "multilabel"
-  if calibration and (multilabel or context.logit_head is None):
-    reason = (
-      "the images of a multilabel dataset have no single class"
-      if multilabel
-      else "this model gives no logit scale"
-    )
-    raise ValueError(f"{where}.calibration=True: {reason}")
+  for option, given in (("calibration", calibration), ("ood", ood), ("widths", widths)):
+    if given and multilabel:
+      raise ValueError(f"{where}.{option}: the images of a multilabel dataset have no single class")
+    if given and option != "widths" and context.logit_head is None:
+      raise ValueError(f"{where}.{option} needs the logit scale, which this model does not give")
+  outside = None
+  if ood:
+    other = open_data(context, ood, batch_size=batch_size, captions=0)
+    outside = Outside(context, other)
   measured = (
     _multilabel(context, data, names)
     if multilabel
-    else _one_label(context, data, names, calibration=calibration)
+    else _one_label(context, data, names, calibration=calibration, outside=outside)
   )
 
   def run(params: Any) -> dict[str, float]:
@@ -532,47 +588,65 @@ def zeroshot(
   return run
 
 
-# (parameters, weights [K, E]) -> metrics with num_samples, rejects [R], samples without label
-_Measured = Callable[[Any, jax.Array], tuple[dict[str, float], np.ndarray, int]]
+# (parameters, {0: weights [K, E], width: [K, width]}) -> metrics with num_samples, rejects [R],
+# samples without label
+_Measured = Callable[[Any, Mapping[int, jax.Array]], tuple[dict[str, float], np.ndarray, int]]
 
 
 def _one_label(
-  context: Context, data: EvalData, names: Sequence[str], *, calibration: bool
+  context: Context,
+  data: EvalData,
+  names: Sequence[str],
+  *,
+  calibration: bool,
+  outside: Outside | None,
 ) -> _Measured:
   """The metrics of images with one class each."""
   replicated = sharding.replicated_sharding(context.mesh)
 
   @functools.partial(jax.jit, out_shardings=replicated)
-  def count(zimg: jax.Array, weights: jax.Array, batch: dict[str, jax.Array]) -> Any:
-    hits = measure(zimg, weights, batch["label"], batch["valid"])
+  def count(
+    zimg: jax.Array, weights: Mapping[int, jax.Array], batch: dict[str, jax.Array]
+  ) -> tuple[dict[int, Any], jax.Array]:
+    hits = {
+      width: measure(prefix_of(zimg, width), own, batch["label"], batch["valid"])
+      for width, own in weights.items()
+    }
     return hits, batch["rejects"].sum(0)
 
   @functools.partial(jax.jit, out_shardings=replicated)
   def add(a: Any, b: Any) -> Any:
-    return a[0].merge(b[0]), a[1] + b[1]
+    return {width: hits.merge(b[0][width]) for width, hits in a[0].items()}, a[1] + b[1]
 
-  def measured(params: Any, weights: jax.Array) -> tuple[dict[str, float], np.ndarray, int]:
+  def measured(
+    params: Any, weights: Mapping[int, jax.Array]
+  ) -> tuple[dict[str, float], np.ndarray, int]:
     total: Any = None
-    calibrated = (
-      Calibration(context.mesh, weights, context.logit_head(params).scale)
-      if calibration and context.logit_head
-      else None
-    )
+    needed = calibration or outside
+    scale = context.logit_head(params).scale if needed and context.logit_head else math.nan
+    calibrated = Calibration(context.mesh, weights[0], scale) if calibration else None
+    inside = []
     for zimg, batch in embedded_images(context, data, params):
       if calibrated:
         calibrated.add(zimg, batch)
+      if outside:
+        inside.append(outside.score(zimg, weights[0], scale, batch)[0])
       kept = {name: batch[name] for name in ("label", "valid", "rejects")}
       counted = sharding.block_on_cpu(count(zimg, weights, kept))
       total = counted if total is None else sharding.block_on_cpu(add(total, counted))
     hits, rejects = jax.tree.map(np.asarray, total)
-    samples = int(hits.top1.count)
-    values = {name: float(value) for name, value in hits.compute().items()} if samples else {}
-    values.pop("unlabelled", None)
-    if len(names) < 5:
-      values.pop("top5", None)
-    unlabelled = int(hits.unlabelled.total)
-    if calibrated and samples and not unlabelled:
-      values |= calibrated.metrics(context.name)
+    samples, unlabelled = int(hits[0].top1.count), int(hits[0].unlabelled.total)
+    values: dict[str, float] = {}
+    for width, own in hits.items() if samples else ():
+      start = f"d{width}-" if width else ""
+      values |= {f"{start}{name}": float(value) for name, value in own.compute().items()}
+      values.pop(f"{start}unlabelled", None)
+      if len(names) < 5:
+        values.pop(f"{start}top5", None)
+    if samples and not unlabelled:
+      values |= calibrated.metrics(context.name) if calibrated else {}
+      if outside:
+        values |= outside.metrics(params, weights[0], scale, np.concatenate(inside))
     return values | {"num_samples": samples}, rejects, unlabelled
 
   return measured
@@ -588,11 +662,13 @@ def _multilabel(context: Context, data: EvalData, names: Sequence[str]) -> _Meas
     kept = ("label_set", "has_label_set", "valid")
     return logits, *(batch[name] for name in kept), batch["rejects"].sum(0)
 
-  def measured(params: Any, weights: jax.Array) -> tuple[dict[str, float], np.ndarray, int]:
+  def measured(
+    params: Any, weights: Mapping[int, jax.Array]
+  ) -> tuple[dict[str, float], np.ndarray, int]:
     parts = []
     for zimg, batch in embedded_images(context, data, params, classes=len(names)):
       kept = {name: batch[name] for name in ("label_set", "has_label_set", "valid", "rejects")}
-      scored = sharding.block_on_cpu(score(zimg, weights, kept))
+      scored = sharding.block_on_cpu(score(zimg, weights[0], kept))
       parts.append([np.asarray(x) for x in scored])
     logits, label_sets, labelled, valid = (np.concatenate(x) for x in [*zip(*parts)][:-1])
     rejects = np.sum([part[-1] for part in parts], axis=0)

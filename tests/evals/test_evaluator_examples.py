@@ -13,7 +13,16 @@ from helpers.marks import slow_unless
   "name",
   slow_unless(
     [
-      *("calibration", "chance", "compositional", "geometry", "glyphs", "retrieval", "zeroshot"),
+      *(
+        "calibration",
+        "chance",
+        "compositional",
+        "geometry",
+        "glyphs",
+        "ood",
+        "retrieval",
+        "zeroshot",
+      ),
     ],
     "geometry".__ne__,
   ),
