@@ -26,6 +26,7 @@ from bigalign.losses.texts import flat, of_batch, owned
 
 TEXTS = ("teacher_txt", "teacher_txt_second")  # fields of the batch
 DFNDR = (70.0, 60.0)  # logit scales of its two teachers
+USUAL_SCALE = 100.0  # of a teacher whose scale is not given: the upper bound of CLIP's
 FORMS = ("one", "per_ordinal")  # of several texts per image
 
 
@@ -45,11 +46,99 @@ class Teacher(NamedTuple):
     return jax.lax.stop_gradient(self.scale * engine.products(x, y) + self.bias)
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredTeachers:
+  """The teachers of a loss, as its options teacher_dims, teacher_scales and teacher_biases say.
+
+  Args:
+    name: of the loss.
+    dims: the width of each teacher; None: those of the data, or one teacher, of any width.
+    scales: the logit scale of each. None: `usual` of as many teachers, else 100 of each.
+    biases: the logit bias of each; None: 0.
+    usual: see `scales`.
+
+  Raises:
+    ValueError: unless every teacher has one scale above 0, and one bias.
+  """
+
+  name: str
+  dims: Sequence[int] | None
+  scales: Sequence[float] | None
+  biases: Sequence[float] | None = None
+  usual: Sequence[float] = ()
+
+  def __post_init__(self) -> None:
+    if self.dims is not None or self.scales is not None:
+      self._check(len(self.dims or self.scales or ()))
+
+  def check(self, sizes: Mapping[str, Any]) -> None:
+    """Raises ValueError if the options do not fit the teachers of the data, sizes["teachers"]."""
+    self._check(len(self._widths(sizes) or (0,)))
+
+  def of_batch(
+    self,
+    batch: Mapping[str, jax.Array],
+    sizes: Mapping[str, Any],
+    *,
+    texts: Sequence[str] = TEXTS[:1],
+  ) -> list[Teacher]:
+    """The teachers whose embeddings [B, D] stand side by side in the fields of a batch.
+
+    Args:
+      batch: "teacher_img" and the fields of `texts`.
+      sizes: as for Loss.init.
+      texts: the fields of the teachers' texts that the loss reads.
+
+    Raises:
+      ValueError: if their widths do not add up to D.
+    """
+    dims = [*(self._widths(sizes) or (batch["teacher_img"].shape[1],))]
+    for field in ("teacher_img", *texts):
+      width = batch[field].shape[-1]
+      if sum(dims) != width:
+        raise ValueError(
+          f"config.loss.{self.name}.teacher_dims={dims} add up to {sum(dims)}, but the data's"
+          f" {field} is {width} wide"
+        )
+    stops = [sum(dims[: k + 1]) for k in range(len(dims))]
+    scales, biases = self._scales(len(dims)), self.biases or (0.0,) * len(dims)
+    return [
+      Teacher(stop - dim, stop, *of)
+      for stop, dim, *of in zip(stops, dims, scales, biases, strict=True)
+    ]
+
+  def _widths(self, sizes: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Of the option, or of the data; None: neither knows."""
+    data = tuple(sizes["teachers"]) if sizes.get("teachers") else None
+    if self.dims is not None and data is not None and tuple(self.dims) != data:
+      raise ValueError(
+        f"config.loss.{self.name}.teacher_dims={tuple(self.dims)}, but config.data.teachers holds"
+        f" embeddings of the widths {data}; leave teacher_dims out"
+      )
+    return data if self.dims is None else tuple(self.dims)
+
+  def _scales(self, count: int) -> Sequence[float]:
+    if self.scales is not None:
+      return self.scales
+    return self.usual if len(self.usual) == count else (USUAL_SCALE,) * count
+
+  def _check(self, count: int) -> None:
+    for option, values in (("teacher_scales", self.scales), ("teacher_biases", self.biases)):
+      if values is not None and len(values) != count:
+        raise ValueError(
+          f"config.loss.{self.name}.{option}={tuple(values)} must have length {count}, one"
+          " value per teacher"
+        )
+    for k, scale in enumerate(self.scales or ()):
+      checks.above_zero(f"config.loss.{self.name}", **{f"teacher_scales[{k}]": scale})
+
+
 def clip_distill(
   *,
   t_init: float = 1 / 0.07,
   t_max: float | None = 100.0,
-  teacher_scale: float = 100.0,
+  teacher_dims: Sequence[int] | None = None,
+  teacher_scales: Sequence[float] | None = None,
   w_hard: float = 1.0,
   w_soft: float = 1.0,
   texts: str = "one",
@@ -64,8 +153,9 @@ def clip_distill(
   Args:
     t_init: first value of the logit scale, as in `clip`.
     t_max: upper bound of the logit scale, as in `clip`.
-    teacher_scale: the teacher's own logit scale, the same for each of several; 100 for models
-      trained with that upper bound.
+    teacher_dims: as in `mobileclip_dr`.
+    teacher_scales: the logit scale of each teacher. None: 100, for models trained with that upper
+      bound.
     w_hard: weight of CLIP's loss.
     w_soft: weight of the cross-entropy to the teacher.
     texts: "one": an image has one text, ztxt. "per_ordinal": it has several, ztxts [B, M, E], with
@@ -76,23 +166,22 @@ def clip_distill(
     >>> from bigalign.losses import apply_once
     >>> z = jnp.eye(4)
     >>> teacher = {"teacher_img": z, "teacher_txt": z}
-    >>> loss = clip_distill(t_init=1.0, teacher_scale=1.0)
+    >>> loss = clip_distill(t_init=1.0, teacher_scales=(1.0,))
     >>> metrics = apply_once(loss, {"zimg": z, "ztxt": z}, teacher)
     >>> round(float(metrics["contrastive_loss"]), 3), round(float(metrics["distill_loss"]), 3)
     (0.744, 1.268)
   """
   temperature.check("clip_distill", t_init, t_max)
-  checks.above_zero("config.loss.clip_distill", teacher_scale=teacher_scale)
   checks.known("config.loss.clip_distill.texts", texts, FORMS)
+  stored = StoredTeachers("clip_distill", teacher_dims, teacher_scales)
 
   def init(sizes):
+    stored.check(sizes)
     return temperature.init(t_init), {}
 
   def apply(params, state, feats, batch, context):
     scale = jnp.exp(params["t"])
-    dims = data_dims("clip_distill", None, context.sizes)
-    scales = (teacher_scale,) * len(dims or (0,))
-    teachers = of_batch_teachers("clip_distill", batch, dims, scales, texts=_fields(texts))
+    teachers = stored.of_batch(batch, context.sizes, texts=_fields(texts))
     hard, soft = _of_texts(feats, batch, scale, teachers, texts, engine=context.engine)
     loss = w_hard * hard + w_soft * soft
     logs = {"contrastive_loss": hard, "distill_loss": soft, "logit_scale": scale}
@@ -148,24 +237,16 @@ def mobileclip_dr(
       f" texts={texts!r} reads several; set one of the two"
     )
 
-  def scales_of(dims):
-    if teacher_scales is not None:
-      return teacher_scales
-    return DFNDR if len(dims or (0,)) == len(DFNDR) else (100.0,) * len(dims or (0,))
-
-  if teacher_scales is not None:
-    _check_teachers("mobileclip_dr", teacher_dims or teacher_scales, teacher_scales)
+  stored = StoredTeachers("mobileclip_dr", teacher_dims, teacher_scales, usual=DFNDR)
 
   def init(sizes):
-    dims = data_dims("mobileclip_dr", teacher_dims, sizes)
-    _check_teachers("mobileclip_dr", dims or (0,), scales_of(dims))
+    stored.check(sizes)
     return temperature.init(t_init), {}
 
   def apply(params, state, feats, batch, context):
     engine, scale = context.engine, jnp.exp(params["t"])
-    dims = data_dims("mobileclip_dr", teacher_dims, context.sizes)
     fields = TEXTS if second_text else _fields(texts)
-    teachers = of_batch_teachers("mobileclip_dr", batch, dims, scales_of(dims), texts=fields)
+    teachers = stored.of_batch(batch, context.sizes, texts=fields)
     hard, soft = _of_texts(feats, batch, scale, teachers, texts, engine=engine)
     if second_text:
       second = (feats["zimg"], feats["ztxt_second"], scale, batch["teacher_img"])
@@ -224,18 +305,15 @@ def siglip_distill(
   checks.known("config.loss.siglip_distill.form", form, ("bce", "signed"))
   checks.between("config.loss.siglip_distill", 0, 1, soft_share=soft_share)
   checks.known("config.loss.siglip_distill.texts", texts, DIVISORS)
-  _check_teachers("siglip_distill", teacher_dims or teacher_scales, teacher_scales, teacher_biases)
+  stored = StoredTeachers("siglip_distill", teacher_dims, teacher_scales, teacher_biases)
 
   def init(sizes):
-    dims = data_dims("siglip_distill", teacher_dims, sizes)
-    _check_teachers("siglip_distill", dims or (0,), teacher_scales, teacher_biases)
+    stored.check(sizes)
     return temperature.init(t_init, b_init=b_init), {}
 
   def apply(params, state, feats, batch, context):
     engine, scale = context.engine, jnp.exp(params["t"])
-    dims = data_dims("siglip_distill", teacher_dims, context.sizes)
-    both = (teacher_scales, teacher_biases)
-    teachers = of_batch_teachers("siglip_distill", batch, dims, *both, texts=_fields(texts))
+    teachers = stored.of_batch(batch, context.sizes, texts=_fields(texts))
     several = None if texts == "one" else of_batch(feats, batch)
     count = 1 if several is None else several.per_image
 
@@ -422,83 +500,3 @@ def constant(x: jax.Array, like: jax.Array) -> jax.Array:
 def _mean(tiles: Sequence[jax.Array]) -> jax.Array:
   """[n, m]: the mean of several tiles."""
   return sum(tiles[1:], tiles[0]) / len(tiles)
-
-
-def _check_teachers(
-  name: str,
-  each: Sequence[float],
-  scales: Sequence[float],
-  biases: Sequence[float] | None = None,
-) -> None:
-  """Raises ValueError unless every teacher has one scale above 0, and one bias.
-
-  Args:
-    name: of the loss.
-    each: something of each teacher, such as its width.
-    scales: the logit scales.
-    biases: the logit biases; None: none.
-  """
-  teachers = len(each)
-  for option, values in (("teacher_scales", scales), ("teacher_biases", biases)):
-    if values is not None and len(values) != teachers:
-      raise ValueError(
-        f"config.loss.{name}.{option}={tuple(values)} must have length {teachers}, one"
-        " value per teacher"
-      )
-  for k, scale in enumerate(scales):
-    checks.above_zero(f"config.loss.{name}", **{f"teacher_scales[{k}]": scale})
-
-
-def data_dims(
-  name: str, dims: Sequence[int] | None, sizes: Mapping[str, Any]
-) -> tuple[int, ...] | None:
-  """The widths of the teachers: of the option, or of the data; None: neither knows.
-
-  Raises:
-    ValueError: if they differ.
-  """
-  data = tuple(sizes["teachers"]) if sizes.get("teachers") else None
-  if dims is not None and data is not None and tuple(dims) != data:
-    raise ValueError(
-      f"config.loss.{name}.teacher_dims={tuple(dims)}, but config.data.teachers holds embeddings of"
-      f" the widths {data}; leave teacher_dims out"
-    )
-  return data if dims is None else tuple(dims)
-
-
-def of_batch_teachers(
-  name: str,
-  batch: Mapping[str, jax.Array],
-  dims: Sequence[int] | None,
-  scales: Sequence[float],
-  biases: Sequence[float] | None = None,
-  *,
-  texts: Sequence[str] = TEXTS[:1],
-) -> list[Teacher]:
-  """The teachers whose embeddings [B, D] stand side by side in the fields of a batch.
-
-  Args:
-    name: of the loss.
-    batch: "teacher_img" and the fields of `texts`.
-    dims: the width of each teacher; None: one teacher, of any width.
-    scales: the logit scale of each.
-    biases: the logit bias of each; None: 0.
-    texts: the fields of the teachers' texts that the loss reads.
-
-  Raises:
-    ValueError: if their widths do not add up to D.
-  """
-  dims = [batch["teacher_img"].shape[1]] if dims is None else list(dims)
-  for field in ("teacher_img", *texts):
-    width = batch[field].shape[-1]
-    if sum(dims) != width:
-      raise ValueError(
-        f"config.loss.{name}.teacher_dims={dims} add up to {sum(dims)}, but the data's {field} is"
-        f" {width} wide"
-      )
-  stops = [sum(dims[: k + 1]) for k in range(len(dims))]
-  zeros = (0.0,) * len(dims)
-  return [
-    Teacher(stop - dim, stop, *of)
-    for stop, dim, *of in zip(stops, dims, scales, biases or zeros, strict=True)
-  ]

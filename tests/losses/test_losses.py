@@ -86,7 +86,7 @@ def test_a_logit_scale_starts_within_its_bounds(name):
     ("clip", dict(label_smoothing=1.5), "label_smoothing=1.5 must be between 0 and 1"),
     ("clip_gap", dict(t=0), "t=0 must be above 0"),
     ("albef_itc", dict(alpha=-0.1), "alpha=-0.1 must be between 0 and 1"),
-    ("clip_distill", dict(teacher_scale=0), "teacher_scale=0 must be above 0"),
+    ("clip_distill", dict(teacher_scales=(0,)), r"teacher_scales\[0\]=0 must be above 0"),
     (
       "mobileclip_dr",
       dict(teacher_dims=(4, 4), teacher_scales=(70.0, -60.0)),

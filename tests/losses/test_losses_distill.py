@@ -35,7 +35,8 @@ def parted(got):
 @both_precisions
 @pytest.mark.parametrize("case", cases("clip_distill"))
 def test_clip_distill(case, precision):
-  loss = make("clip_distill", case["params"])
+  options = dict(case["params"])
+  loss = make("clip_distill", options | dict(teacher_scales=(options.pop("teacher_scale"),)))
   check(case, parted(run(loss, case, precision)), precision)
 
 
@@ -153,7 +154,7 @@ def test_a_ring_of_devices_gives_the_same(name, options):
 @pytest.mark.parametrize(
   "name,options",
   [
-    ("clip_distill", dict(w_hard=0.0, t_init=20.0, teacher_scale=20.0)),
+    ("clip_distill", dict(w_hard=0.0, t_init=20.0, teacher_scales=(20.0,))),
     ("mobileclip_dr", dict(t_init=20.0, teacher_scales=(20.0,))),
     (
       "siglip_distill",
@@ -260,6 +261,16 @@ def test_saturated_losses_keep_their_digits(name):
       r"mobileclip_dr\.teacher_scales.*length 2",
     ),
     ("mobileclip_dr", dict(soft_share=1.5), r"mobileclip_dr\.soft_share=1.5"),
+    (
+      "clip_distill",
+      dict(teacher_dims=(8, 16), teacher_scales=(100.0,)),
+      r"clip_distill\.teacher_scales.*length 2",
+    ),
+    (
+      "drrho",
+      dict(teacher_dims=(8, 16), teacher_scales=(70.0, 0.0)),
+      r"drrho\.teacher_scales\[1\]=0.0 must be above 0",
+    ),
     ("siglip_distill", dict(teacher_biases=()), r"siglip_distill\.teacher_biases.*length 1"),
     ("siglip_distill", dict(form="kl"), r"siglip_distill\.form.*'kl'.*'bce'"),
     ("nitc", dict(smoothing=2.0), r"nitc\.smoothing=2.0"),
@@ -347,6 +358,29 @@ def test_distillation_is_the_mean_over_the_texts_and_ignores_absent_ones(name, o
   )
   jax.tree.map(np.testing.assert_array_equal, one, two)
   assert not np.asarray(one[1]["ztxts"])[5:, 1].any() and abs(one[0] - whole) > 1e-4
+
+
+def test_clip_distill_averages_the_probabilities_of_teachers_with_own_scales():
+  """Against numpy; each direction has the softmax of its own."""
+  feats, fields = random_batch()
+  options = dict(t_init=20.0, teacher_dims=(8, 16), teacher_scales=(70.0, 30.0))
+
+  def softmax(z):
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+  expected = 0.0
+  x, y = fields["teacher_img"], fields["teacher_txt"]
+  z = 20.0 * feats["zimg"] @ feats["ztxt"].T
+  first, second = 70.0 * x[:, :8] @ y[:, :8].T, 30.0 * x[:, 8:] @ y[:, 8:].T
+  for logits, teachers in ((z, (first, second)), (z.T, (first.T, second.T))):
+    p = sum(map(softmax, teachers)) / 2
+    expected -= (p * np.log(softmax(logits))).sum(1).mean() / 2
+  with jax.enable_x64(True):
+    found = losses.apply_once(
+      make("clip_distill", options), *jax.tree.map(jnp.asarray, (feats, fields))
+    )
+  np.testing.assert_allclose(found["distill_loss"], expected, rtol=1e-6)
 
 
 def test_the_widths_of_teachers_come_from_the_data():

@@ -20,7 +20,7 @@ def options_of(case):
     gamma_over=f"{p['gamma_decay_epochs']} epochs",
     eps=p["eps"],
     w_distill=p.get("distill_weight", 0.0),
-    teacher_scale=p.get("teacher_scale", 100.0),
+    teacher_scales=(p.get("teacher_scale", 100.0),),
   )
 
 
@@ -98,6 +98,19 @@ def test_what_the_reference_finds_hard_counts_less():
   before, after = (gradients("drrho", dict(tau=0.1), feats, x)["ztxt"] for x in (batch, hard))
   push = [float(jnp.vdot(g[3], feats["zimg"][0])) for g in (before, after)]
   assert push[0] > 5 * push[1] > 0
+
+
+def test_each_teacher_of_the_distillation_has_its_own_scale():
+  """The term is that of clip_distill with the same teachers, times tau and its weight."""
+  feats, batch = example()
+  own = dict(teacher_dims=(3, 5), teacher_scales=(20.0, 80.0))
+  found = losses.apply_once(make("drrho", dict(tau=0.1, w_distill=0.5, **own)), feats, batch)
+  known = losses.apply_once(make("clip_distill", dict(t_init=10.0, **own)), feats, batch)
+  np.testing.assert_allclose(found["distill_loss"], 0.05 * known["distill_loss"], rtol=1e-6)
+  for scales in ((20.0, 20.0), (80.0, 20.0)):
+    other = make("drrho", dict(tau=0.1, w_distill=0.5, **{**own, "teacher_scales": scales}))
+    other = losses.apply_once(other, feats, batch)
+    assert abs(other["distill_loss"] - found["distill_loss"]) > 1e-3
 
 
 def test_without_an_average_there_is_no_state_and_no_id_is_needed():

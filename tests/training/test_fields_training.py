@@ -27,7 +27,7 @@ LOSSES = dict(
   siglip=dict(weight=1.0, texts="texts"),
   mobileclip_dr=dict(weight=1.0, teacher_scales=(30.0, 20.0), soft_share=0.5),
   siglip_distill=dict(weight=0.2, teacher_scales=(10.0, 10.0), teacher_biases=(-5.0, -5.0)),
-  clip_distill=dict(weight=0.2, teacher_scale=10.0),
+  clip_distill=dict(weight=0.2, teacher_scales=(10.0, 20.0)),
   alignclip=dict(weight=0.1),
   nitc=dict(weight=0.1),
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bigalign import checks
 from bigalign.losses import schedules
 from bigalign.losses.base import Loss, others
-from bigalign.losses.distill import constant, data_dims, of_batch_teachers, soft_targets
+from bigalign.losses.distill import StoredTeachers, constant, soft_targets
 from bigalign.losses.per_sample import global_contrastive
 from bigalign.losses.per_sample.fastclip import TAU_BOUNDS
 
@@ -26,8 +26,8 @@ def drrho(
   gamma_over: int | str = "50%",
   eps: float = 1e-4,
   w_distill: float = 0.0,
-  teacher_scale: float = 100.0,
   teacher_dims: Sequence[int] | None = None,
+  teacher_scales: Sequence[float] | None = None,
 ) -> Loss:
   """Contrast of excess similarities over a reference: DRRho-CLIP, https://arxiv.org/abs/2505.06699.
 
@@ -51,8 +51,9 @@ def drrho(
     gamma_over: as in `fastclip_v0`.
     eps: added to the mean that u follows.
     w_distill: weight of the cross-entropy to the softmax of the reference, times tau.
-    teacher_scale: logit scale of the reference in that term.
     teacher_dims: as in `mobileclip_dr`.
+    teacher_scales: the logit scale of each teacher in that term, whose probabilities are averaged.
+      None: 100.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -64,22 +65,22 @@ def drrho(
   """
   where = "config.loss.drrho"
   checks.between(where, *TAU_BOUNDS, tau=tau)
-  checks.above_zero(where, eps=eps, teacher_scale=teacher_scale)
+  checks.above_zero(where, eps=eps)
   checks.between(where, 0, w_distill=w_distill)
   checks.above_zero(where, most=1.0, gamma=gamma)
   checks.known(f"{where}.gamma_schedule", gamma_schedule, ("cosine", "constant"))
   length = schedules.duration(gamma_over, f"{where}.gamma_over")
   average = gamma < 1
+  stored = StoredTeachers("drrho", teacher_dims, teacher_scales)
 
   def init(sizes):
-    data_dims("drrho", teacher_dims, sizes)
+    stored.check(sizes)
     params = {"t": jnp.asarray(-math.log(tau), jnp.float32)} if tau_learned else {}
     return params, global_contrastive.make_tables(sizes, log_u=-math.inf) if average else {}
 
   def apply(params, state, feats, batch, context):
     zimg, ztxt, engine = feats["zimg"], feats["ztxt"], context.engine
-    dims = data_dims("drrho", teacher_dims, context.sizes)
-    teachers = of_batch_teachers("drrho", batch, dims, (teacher_scale,) * len(dims or (0,)))
+    teachers = stored.of_batch(batch, context.sizes)
     img, txt = (constant(batch[f"teacher_{side}"], zimg) for side in ("img", "txt"))
     share = math.sqrt(len(teachers))
     reference = (img / share, txt / share)  # whose products are the mean of the teachers' cosines
