@@ -318,4 +318,4 @@ def originals(config: Config) -> Iterator[copies.Original]:
     near = tuple(x for x in stated.files(file.parent) if x.name != file.name)
     yield copies.Original("tokenizer", ("data", "tokenizer", option), file, near)
   for (name, option), file in named_files(config.evals).items():
-    yield copies.Original(option, ("evals", name, option), file)
+    yield copies.Original(option, ("evals", name, *option.split(".")), file)

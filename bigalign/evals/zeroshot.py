@@ -34,6 +34,7 @@ from bigalign.evals.embed import (
   open_data,
   unit_mean,
 )
+from bigalign.evals.languages import LabelSet, label_set, languages
 from bigalign.evals.ood import Outside
 from bigalign.sphere import unit
 
@@ -129,13 +130,51 @@ def _classes(some: Sequence[str], every: Sequence[str] | Mapping[str, Any]) -> s
   return f"{len(some)} of {len(every)} classes ({tree.shown(some)})"
 
 
+def read_label_sets(
+  classnames: str | Mapping[str, str] | None, what: str
+) -> dict[str, LabelSet] | None:
+  """{language: class names}; None if `classnames` names a file of one list, or nothing.
+
+  Args:
+    classnames: {language: file}, or a .json of an object {language: [[labels], [names]]}.
+    what: the option, for errors.
+  """
+  if isinstance(classnames, Mapping):
+    sets = {}
+    for language, path in classnames.items():
+      where = f"{what}.{language}"
+      file = text_file(path, where)
+      value = _json(file, where) if file.suffix == ".json" else [*read_classnames(file)]
+      sets[language] = label_set(value, f"{where}={path!r}")
+  elif classnames is not None and pathlib.Path(classnames).suffix == ".json":
+    value = _json(text_file(classnames, what), f"{what}={classnames!r}")
+    if not isinstance(value, dict):
+      return None
+    sets = {name: label_set(own, f"{what}={classnames!r}: {name!r}") for name, own in value.items()}
+  else:
+    return None
+  if not sets:
+    raise ValueError(f"{what}={classnames!r} names no language")
+  return sets
+
+
 def named_files(
-  *, classnames: str | None, templates: str | Sequence[str], descriptions: str = ""
+  *,
+  classnames: str | Mapping[str, str] | None,
+  templates: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+  descriptions: str = "",
 ) -> dict[str, str]:
-  """{option: path} of the options of `zeroshot` that name a file."""
-  named = {} if classnames is None else {"classnames": classnames}
-  named |= {"descriptions": descriptions} if descriptions else {}
-  return named | ({"templates": str(templates)} if _is_file(templates) else {})
+  """{option: path} of the options of `zeroshot` that name a file; "classnames.de" of a language."""
+  given: dict[str, Any] = dict(
+    classnames=classnames, templates=templates, descriptions=descriptions or None
+  )
+  named: dict[str, str] = {}
+  for option, value in given.items():
+    several = value if isinstance(value, Mapping) else {"": value}
+    for language, one in several.items():
+      if one is not None and (option != "templates" or _is_file(one)):
+        named[f"{option}.{language}" if language else option] = str(one)
+  return named
 
 
 def _is_file(templates: str | Sequence[str]) -> bool:
@@ -429,8 +468,8 @@ def zeroshot(
   context: Context,
   *,
   source: str = "",
-  templates: str | Sequence[str] = "photos",
-  classnames: str | None = None,
+  templates: str | Sequence[str] | Mapping[str, str | Sequence[str]] = "photos",
+  classnames: str | Mapping[str, str] | None = None,
   image_store: str = "",
   class_store: str = "",
   descriptions: str = "",
@@ -475,8 +514,12 @@ def zeroshot(
     context: model, mesh and data options.
     source: as in config.data.source, with labels; "" if `image_store` has them.
     templates: "photos", "name" or "simple", a file of templates (.txt with one per line, or a .json
-      list), or the templates; {c} or {} is replaced by the class name.
-    classnames: file of class names in the order of the labels; None: the names of the source.
+      list), or the templates; {c} or {} is replaced by the class name. {language: templates} with
+      class names in several languages.
+    classnames: file of class names in the order of the labels; None: the names of the source. Or
+      {language: file}, of which each may also be a .json [[labels], [names]] of some classes, or a
+      .json {language: [[labels], [names]]} as of Babel-ImageNet. Each language is then measured on
+      the images of its classes.
     image_store: folder of the vectors of the images.
     class_store: folder of the vectors of prompts, as `bigalign embed --with=... --classnames=...`
       writes it with the templates that it takes, for a model whose text tower is `features`;
@@ -506,10 +549,20 @@ def zeroshot(
   """
   where = f"config.evals.{context.name}"
   data = open_data(context, source, batch_size=batch_size, captions=0, image_store=image_store)
+  sets = read_label_sets(classnames, f"{where}.classnames")
+  if sets:
+    alone = dict(
+      class_store=class_store, descriptions=descriptions, calibration=calibration, ood=ood
+    )
+    if wrong := [option for option, given in (alone | dict(widths=widths)).items() if given]:
+      raise ValueError(f"{where}.{wrong[0]} goes with class names in one language only")
+    return _languages(context, data, sets, templates, batch_size)
+  if isinstance(templates, Mapping):
+    raise ValueError(f"{where}.templates has languages, but {where}.classnames has none")
   names = (
     list(getattr(data.source, "classnames", ()))
     if classnames is None
-    else read_lines(classnames, f"{where}.classnames", labels=True)
+    else read_lines(str(classnames), f"{where}.classnames", labels=True)
   )
   if classnames is not None:
     name_classes(data.source, names)
@@ -586,6 +639,29 @@ def zeroshot(
     return {f"val/{context.name}-{shown}{name}": value for name, value in metrics.items()}
 
   return run
+
+
+def _languages(
+  context: Context,
+  data: EvalData,
+  sets: Mapping[str, LabelSet],
+  templates: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+  batch_size: int,
+) -> Callable[[Any], dict[str, float]]:
+  """The evaluator of class names in several languages."""
+  where = f"config.evals.{context.name}.templates"
+  if isinstance(templates, Mapping):
+    missing = [language for language in sets if language not in templates]
+    if missing:
+      raise ValueError(f"{where} has none for {len(missing)} languages, {tree.shown(missing)}")
+    read = {name: read_templates(templates[name], f"{where}.{name}") for name in sets}
+  else:
+    read = dict.fromkeys(sets, read_templates(templates, where))
+  weigh = {
+    name: class_weights(context, classnames=own.names, templates=read[name], batch_size=batch_size)
+    for name, own in sets.items()
+  }
+  return languages(context, data, sets, weigh, measure)
 
 
 # (parameters, {0: weights [K, E], width: [K, width]}) -> metrics with num_samples, rejects [R],

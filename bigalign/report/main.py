@@ -24,7 +24,7 @@ from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.evals.embed import Context, EvalData, embedder, to_host
 from bigalign.evals.segmentation import Segmentation, Segmented
-from bigalign.evals.zeroshot import read_lines
+from bigalign.evals.zeroshot import read_label_sets, read_lines
 from bigalign.evaluate import Run, open_run
 from bigalign.report import sections
 from bigalign.report.sections import Pairs, Rows
@@ -83,9 +83,9 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
 def _classnames(config: Config) -> list[str]:
   """The names of the classes of `held_out`, if a zero-shot evaluator gives them in a file."""
   for name, evaluator in config.evals.items():
-    if evaluator.name == "zeroshot" and evaluator.option("classnames") is not None:
+    if evaluator.name == "zeroshot" and (given := evaluator.option("classnames")) is not None:
       where = f"config.evals.{name}.classnames"
-      return read_lines(evaluator.option("classnames"), where, labels=True)
+      return [] if read_label_sets(given, where) else read_lines(given, where, labels=True)
     if evaluator.name in ("glyphs", "retrieval", "geometry", "zeroshot"):
       break
   return []
