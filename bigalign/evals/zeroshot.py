@@ -24,6 +24,7 @@ from bigalign.data.sources.base import name_classes
 from bigalign.data.sources.webdataset import read_classnames
 from bigalign.data.stores.reader import Store
 from bigalign.evals.calibration import Calibration
+from bigalign.evals.confusion import Confusion, confusion
 from bigalign.evals.embed import (
   Context,
   EvalData,
@@ -464,6 +465,25 @@ def stored_class_weights(
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class Zeroshot:
+  """Zero-shot classification of images with one class each; see `zeroshot`.
+
+  Attributes:
+    run: (params) -> {metric: value}.
+    samples: of the source.
+    confusion: (params) -> which classes are taken for which.
+  """
+
+  run: Callable[[Any], dict[str, float]]
+  samples: int
+  confusion: Callable[[Any], Confusion]
+
+  def __call__(self, params: Any) -> dict[str, float]:
+    """{metric: value}."""
+    return self.run(params)
+
+
 def zeroshot(
   context: Context,
   *,
@@ -638,7 +658,11 @@ def zeroshot(
       metrics["rejected"] = rejected
     return {f"val/{context.name}-{shown}{name}": value for name, value in metrics.items()}
 
-  return run
+  if multilabel:
+    return run
+  return Zeroshot(
+    run, len(data.source), lambda params: confusion(context, data, names, params, weigh(params)[0])
+  )
 
 
 def _languages(

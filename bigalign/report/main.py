@@ -22,9 +22,10 @@ from bigalign.data.loader import evaluation
 from bigalign.data.sources.base import name_classes, open_source
 from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
+from bigalign.evals.confusion import Confusion
 from bigalign.evals.embed import Context, EvalData, embedder, to_host
 from bigalign.evals.segmentation import Segmentation, Segmented
-from bigalign.evals.zeroshot import read_label_sets, read_lines
+from bigalign.evals.zeroshot import Zeroshot, read_label_sets, read_lines
 from bigalign.evaluate import Run, open_run
 from bigalign.report import sections
 from bigalign.report.sections import Pairs, Rows
@@ -34,6 +35,7 @@ from bigalign.towers.features import FeaturesOptions
 
 FILE = "report.html"
 SAMPLES = 512  # held-out pairs that are embedded for the figures
+CLASSIFIED = 50_000  # images of a source whose confused classes are shown, at most
 
 
 class _Picked:
@@ -157,8 +159,40 @@ def segmented(run: Run) -> dict[str, Segmented]:
   return shown
 
 
+def confused(run: Run) -> dict[str, Confusion]:
+  """{name of an evaluator: its confused classes} of the zero-shot classifications of the config.
+
+  One whose data is not on this machine, or that has more than CLASSIFIED images, is left out, with
+  a warning.
+  """
+  shown = {}
+  for name, component in run.config.evals.items():
+    if component.name == "zeroshot":
+      one = {name: component}
+      try:
+        evaluator = make_evaluators(one, mesh=run.mesh, data=run.config.data, **run.embed)[name]
+      except (FileNotFoundError, KeyError) as error:
+        if not errors.is_mistake(error):
+          raise
+        logging.warning("The page shows no classes of config.evals.%s: %s", name, error)
+        continue
+      if not isinstance(evaluator, Zeroshot):
+        continue
+      if evaluator.samples > CLASSIFIED:
+        text = "The page shows no classes of config.evals.%s: more than %d images"
+        logging.warning(text, name, CLASSIFIED)
+        continue
+      with jax.set_mesh(run.mesh):
+        shown[name] = evaluator.confusion(run.params)
+  return shown
+
+
 def page(
-  run: Run, rows: Rows, pairs: Pairs | str, segmentations: Mapping[str, Segmented] | None = None
+  run: Run,
+  rows: Rows,
+  pairs: Pairs | str,
+  segmentations: Mapping[str, Segmented] | None = None,
+  confusions: Mapping[str, Confusion] | None = None,
 ) -> str:
   """The HTML of the page, which loads nothing from elsewhere.
 
@@ -167,6 +201,7 @@ def page(
     rows: of its metrics.jsonl.
     pairs: embedded samples, or why there are none.
     segmentations: of `segmented`.
+    confusions: of `confused`.
   """
   values = sections.final(rows)
   guess = chance(values)
@@ -181,6 +216,7 @@ def page(
         else (sections.geometry(pairs), sections.retrieval(pairs), sections.captions(pairs))
       ),
       *(sections.segmentation(name, shown) for name, shown in (segmentations or {}).items()),
+      *(sections.confusion(name, shown) for name, shown in (confusions or {}).items()),
       sections.throughput(rows),
       sections.everything(rows, values, guess),
       sections.details(run),
@@ -210,7 +246,7 @@ def report(workdir: str | pathlib.Path, step: int | str = "latest") -> pathlib.P
   except FileNotFoundError as error:
     pairs = str(error)
     logging.warning("The page shows no samples: %s", pairs)
-  path.write_text(page(run, rows, pairs, segmented(run)), encoding="utf-8")
+  path.write_text(page(run, rows, pairs, segmented(run), confused(run)), encoding="utf-8")
   if "://" in run.address:
     (epath.Path(run.address) / FILE).write_bytes(path.read_bytes())
   return path

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigalign import tree
+from bigalign.evals.confusion import Confusion
 from bigalign.evals.segmentation import Segmented
 from bigalign.evaluate import Run
 from bigalign.report import figures
@@ -17,6 +18,7 @@ from bigalign.run.metrics import is_wall_clock
 
 MATRIX = 48  # pairs in the similarity matrix
 SHOWN = 6  # best and worst retrievals, in each direction
+CONFUSED = 10  # pairs of classes that are confused most often, and classes that are found least
 
 Rows = list[dict[str, int | float]]  # of metrics.jsonl: {name: number}, "step" among the names
 
@@ -329,6 +331,27 @@ def segmentation(name: str, shown: Segmented) -> str:
     f"<h2>Segmentation: {escape(name)}</h2><p>The first images of config.evals.{escape(name)}."
     " Each place has the colour of its class; grey places do not count.</p>"
     f'<div class="classes">{names}</div><div class="pairs">{"".join(cards)}</div>'
+  )
+
+
+def confusion(name: str, shown: Confusion) -> str:
+  """Returns the classes that are confused most often, and those that are found least often."""
+  names, count = shown.names, len(shown.label)
+  rows = [
+    (names[a], names[b], f"{n:,} of {images:,}", f"{percent(n / images)} %")
+    for a, b, n, images in shown.pairs(CONFUSED)
+  ]
+  recalls = shown.recalls()
+  there = np.flatnonzero(~np.isnan(recalls))
+  least = there[np.argsort(recalls[there], kind="stable")][:CONFUSED]
+  found = [(names[k], f"{percent(float(recalls[k]))} %") for k in least]
+  without = len(names) - len(there)
+  more = f" {without:,} of {len(names):,} classes have no image." if without else ""
+  return (
+    f"<h2>Classes: {escape(name)}</h2><p>{count:,} images of config.evals.{escape(name)}, and the"
+    f" class whose texts each resembles most.{more}</p>"
+    f'<div class="card">{table(("class", "taken for", "images", "share"), rows)}</div>'
+    f'<div class="card">{table(("class", "found"), found, True)}</div>'
   )
 
 

@@ -17,6 +17,7 @@ from helpers.marks import slow_unless
         "calibration",
         "chance",
         "compositional",
+        "confusion",
         "geometry",
         "glyphs",
         "ood",

@@ -115,3 +115,35 @@ def test_the_certainty_of_images_without_a_class_equals_numpy(sources, axes):
     make("x", options, logit_head=head)(params)
   with pytest.raises(ValueError, match=r"config\.evals\.x\.ood needs the logit scale"):
     make("x", options)
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_confused_classes_equal_numpy(sources, axes):
+  options = dict(type="zeroshot", source="tiny", templates=["a {}"], batch_size=10)
+  params, tiny = make_params(1), sources["tiny"]
+  shown = make("x", options, **axes).confusion(params)
+  names = [fill("a {}", name) for name in tiny.classnames]
+  weights = np.asarray(embed_text(params, *tokenise(names)))
+  usable = [i for i in range(len(tiny)) if i not in tiny.broken]
+  found = (np.asarray(embed_image(params, tiny.images[usable])) @ weights.T).argmax(1)
+  label = tiny.labels[usable]
+  np.testing.assert_array_equal(shown.label, label)
+  np.testing.assert_array_equal(shown.found, found)
+  matrix = np.array([[((label == a) & (found == b)).sum() for b in range(6)] for a in range(6)])
+  np.testing.assert_array_equal(shown.matrix(), matrix)
+  pairs = [(a, b, matrix[a, b], (label == a).sum()) for a in range(6) for b in range(6) if a != b]
+  pairs = sorted((pair for pair in pairs if pair[2]), key=lambda pair: -pair[2])
+  assert shown.pairs(4) == pairs[:4] and shown.pairs(99) == pairs and len(pairs) > 4
+  expected = [(found[label == a] == a).mean() if (label == a).any() else np.nan for a in range(6)]
+  np.testing.assert_array_equal(shown.recalls(), expected)
+  assert np.isnan(shown.recalls()[5])
+
+
+def test_images_of_nan_are_taken_for_no_class(sources):
+  nan = (lambda p, x: jnp.full((len(x), E), jnp.nan), embed_text)
+  shown = make("x", dict(type="zeroshot", source="tiny"), towers=nan).confusion(make_params())
+  assert (shown.found == -1).all() and len(shown.found) == 36
+  assert shown.pairs(9) == [] and not shown.matrix().any() and not np.nansum(shown.recalls())
+  flat = (lambda p, x: jnp.ones((len(x), E)), lambda p, ids, mask: jnp.ones((len(ids), E)))
+  shown = make("x", dict(type="zeroshot", source="tiny"), towers=flat).confusion(make_params())
+  assert (shown.found == 0).all()  # of equal scores the first class

@@ -18,7 +18,9 @@ from bigalign import evaluate, sharding
 from bigalign.config import resolve_config
 from bigalign.data.samples.labels import Labels
 from bigalign.evals.chance import chance
+from bigalign.evals.confusion import Confusion
 from bigalign.evals.segmentation import Segmented
+from bigalign.evals.zeroshot import Zeroshot
 from bigalign.options import plain
 from bigalign.report import figures, main, sections
 from bigalign.report.sections import Pairs
@@ -164,6 +166,43 @@ def test_segmentations_are_shown_with_the_names_of_their_classes():
   url = figures.class_map(labels[0], colours)
   drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
   assert (drawn[:4] == 128).all() and (drawn[4:] == colours[labels[0, 4:]]).all()
+
+
+def test_confused_classes_are_shown_with_their_names():
+  label = np.array([0] * 8 + [1] * 4 + [2] * 3)
+  found = np.array([0] * 4 + [1] * 3 + [2] + [1] * 4 + [0, 0, -1])
+  shown = Confusion(["ant", "<b>", "cat", "not there"], label, found)
+  page = parse(sections.confusion("pets", shown))
+  words = " ".join(page.words)
+  assert "Classes: pets" in page.heads and "b" not in page.tags
+  for text in ("ant <b> 3 of 8 37.5 %", "cat ant 2 of 3 66.7 %", "ant cat 1 of 8 12.5 %"):
+    assert text in words, words
+  assert "cat 0.0 % ant 50.0 % <b> 100.0 %" in words and "1 of 4 classes have no image" in words
+  assert words.index("ant <b>") < words.index("cat ant") < words.index("ant cat")
+
+
+def test_classes_are_shown_of_evaluators_that_have_them(tmp_path, monkeypatch, caplog):
+  """Not of those whose data is not here, with several languages, or with too many images."""
+  shown = Confusion(["ant"], np.zeros(1, int), np.zeros(1, int))
+  names = ("small", "large", "gone", "languages")
+  evals = {name: dict(type="zeroshot", source=name) for name in names}
+  run = make_run(tmp_path, evals=evals | dict(pairs=dict(type="retrieval", source="pairs")))
+  run = run._replace(mesh=sharding.make_mesh())
+
+  def made(evals, **kwargs):
+    (name,) = evals
+    if name == "gone":
+      open(tmp_path / "gone.tar").close()
+    samples = main.CLASSIFIED + (name == "large")
+    evaluator = Zeroshot(dict, samples, lambda params: shown)
+    return {name: dict if name == "languages" else evaluator}
+
+  monkeypatch.setattr(main, "make_evaluators", made)
+  assert main.confused(run) == {"small": shown}
+  assert "config.evals.large: more than 50000 images" in caplog.text
+  assert "config.evals.gone: " in caplog.text and "gone.tar" in caplog.text
+  page = parse(main.page(run, make_rows(), make_pairs(), None, {"small": shown}))
+  assert "Classes: small" in page.heads
 
 
 def test_equal_runs_give_equal_pages(tmp_path):
