@@ -168,10 +168,12 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
   params = jax.eval_shape(functools.partial(init_params, program), jax.random.key(config.seed))
   program = dataclasses.replace(program, params=params)
   programs = [_of_stage(program, config, stage) for stage in run_stages]
-  if config.selection.share and not all(_learns_a_scale(one) for one in programs):
+  chosen = config.selection
+  if chosen.share and chosen.scale is None and not all(_learns_a_scale(one) for one in programs):
     raise ValueError(
       "config.selection compares the logits of the model with those of the teacher, but no loss of"
-      f" config.loss={[*config.loss]} learns their scale; use one that does, such as clip or siglip"
+      f" config.loss={[*config.loss]} learns their scale; set config.selection.scale, the inverse of"
+      " the temperature of the loss, or use a loss that learns it, such as clip or siglip"
     )
   if config.teacher and not any(
     head.teacher for one in programs for head in reading.heads(one.loss).values()

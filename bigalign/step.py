@@ -169,9 +169,8 @@ def _selected(
   feats = _features_of(program, state, batch, context, dropout_key)
   known, scalars = _for_loss(program, batch), _loss_params(state.trainable, state)
   own: dict[str, Any] = next((x for x in scalars.values() if "t" in x), {})
-  learner = selection.Model(
-    feats["zimg"], feats["ztxt"], jnp.exp(own.get("t", jnp.zeros(()))), own.get("b", 0.0)
-  )
+  scale = jnp.exp(own["t"]) if chosen.scale is None else chosen.scale
+  learner = selection.Model(feats["zimg"], feats["ztxt"], scale, own.get("b", 0.0))
   reference = selection.Model(
     *(known["teacher_img"], known["teacher_txt"]), chosen.reference_scale, chosen.reference_bias
   )

@@ -39,6 +39,8 @@ class Selection:
     scores: "softmax" or "sigmoid", as the loss of the run.
     reference_scale: logit scale of the teacher.
     reference_bias: logit bias of the teacher.
+    scale: logit scale of the model in the scores, for losses whose temperature is constant or one
+      per sample: the inverse of that temperature. None: the scale that a loss learns.
   """
 
   share: float = 0.0
@@ -46,6 +48,7 @@ class Selection:
   scores: str = "softmax"
   reference_scale: float = 100.0
   reference_bias: float = 0.0
+  scale: float | None = None
 
   def __post_init__(self) -> None:
     checks.known("config.selection.scores", self.scores, KINDS)
@@ -53,6 +56,9 @@ class Selection:
       raise ValueError(f"config.selection.share={self.share}: from 0 to 1")
     if self.chunks < 1:
       raise ValueError(f"config.selection.chunks={self.chunks}: at least 1")
+    scales = {"reference_scale": self.reference_scale, "scale": self.scale}
+    given = {name: x for name, x in scales.items() if x is not None}
+    checks.above_zero("config.selection", **given)
 
   def size(self, batch_size: int) -> int:
     """The number of pairs of a batch that are trained on.

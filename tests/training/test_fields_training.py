@@ -76,13 +76,13 @@ def test_losses_of_all_fields_are_equal_on_another_mesh_in_microbatches(folder, 
 def test_the_part_of_a_batch_that_a_teacher_recommends_trains_equally_on_any_mesh(folder, tmp_path):
   """A share of 1 chooses all pairs, which is no choice; a rejected half is still seen."""
 
-  def rows(name, mesh, **selection):
+  def rows(name, mesh, loss=None, **selection):
     c = config(mesh, batch_size=16, total_steps=2)
     teacher = dict(image=f"{folder}/a/image", text=f"{folder}/a/text")
     data = dict(source=f"{folder}/0.tar", captions=("json.captions",), teachers=dict(a=teacher))
     with c.unlocked():
       c.data = {**c.data.to_dict(), **OPTIONS, **data}
-      c.loss, c.selection = dict(clip={}), selection
+      c.loss, c.selection = loss or dict(clip={}), selection
     train(c, tmp_path / name)
     return read_metrics(tmp_path / name)
 
@@ -96,22 +96,31 @@ def test_the_part_of_a_batch_that_a_teacher_recommends_trains_equally_on_any_mes
     np.testing.assert_allclose(y["train/loss"], x["train/loss"], rtol=2e-5)
     assert x["train/samples_seen"] == z["train/samples_seen"]
   assert half[0]["train/loss"] < plain[0]["train/loss"]  # a softmax over half as many texts
+  # A scale that is not learned, beside temperatures per sample: clip's first one chooses as clip.
+  constant = dict(clip=dict(t_learned=False), isogclr=dict(weight=0.1))
+  given = rows("given", dict(data=8), constant, share=0.5, chunks=4, scale=1 / 0.07)
+  np.testing.assert_allclose(given[0]["train/clip/loss"], half[0]["train/loss"], rtol=2e-5)
+  assert all(np.isfinite(x["train/isogclr/loss"]) for x in given)
   with pytest.raises(ValueError, match=r"config.selection chooses share=0.3 of 16 pairs, 4.8"):
     rows("odd", dict(data=8), share=0.3)
   with pytest.raises(ValueError, match=r"config.selection compares the model with one teacher"):
     make_programs(resolve_config(load("tiny").to_dict() | dict(selection=dict(share=0.5))))
 
 
-def test_a_selection_needs_a_loss_that_learns_the_scale_of_its_logits(folder):
-  """With a constant one, the scores of the model would not be those of its loss."""
+def test_a_selection_needs_the_scale_of_the_logits(folder):
+  """Learned or given: with another one, the scores of the model would not be those of its loss."""
   values = load("tiny").to_dict() | dict(selection=dict(share=0.5, chunks=4), batch_size=16)
   values["data"] |= dict(
     teachers=dict(a=dict(image=f"{folder}/a/image", text=f"{folder}/a/text")), **OPTIONS
   )
   make_programs(resolve_config(values))
   for loss in (dict(sogclr={}), dict(clip=dict(t_learned=False))):
-    with pytest.raises(ValueError, match=r"config\.selection .* no loss .* learns their scale"):
+    with pytest.raises(ValueError, match=r"no loss .* learns their scale; set .*selection\.scale"):
       make_programs(resolve_config(values | dict(loss=loss)))
+    given = values["selection"] | dict(scale=100.0)
+    make_programs(resolve_config(values | dict(loss=loss, selection=given)), dataset_size=8)
+  with pytest.raises(ValueError, match=r"config\.selection\.scale=0\.0 must be above 0"):
+    resolve_config(values | dict(selection=dict(scale=0.0)))
 
 
 def test_several_texts_are_embedded_as_single_ones_are():
