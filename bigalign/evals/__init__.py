@@ -13,6 +13,8 @@ from bigalign.evals import (
   compositional,
   geometry,
   glyphs,
+  knn,
+  probe,
   regions,
   retrieval,
   segmentation,
@@ -34,7 +36,12 @@ EVALS: dict[str, Callable[..., Evaluator]] = dict(
   segmentation=segmentation.segmentation,
   compositional=compositional.compositional,
   region_retrieval=regions.region_retrieval,
+  linear_probe=probe.linear_probe,
+  few_shot=probe.few_shot,
+  ridge=probe.ridge,
+  knn=knn.knn,
 )
+_TRAINED = ("linear_probe", "few_shot", "ridge", "knn")  # on images with labels
 
 EvalOptions = Mapping[str, Annotated[Component, Choose(EVALS, key="type", fixed=("context",))]]
 
@@ -54,6 +61,10 @@ def named_files(evals: Mapping[str, Component]) -> dict[tuple[str, str], pathlib
       templates=component.option("templates"),
       descriptions=component.option("descriptions") if component.name == "zeroshot" else "",
     ).items()
+  } | {
+    (name, "classnames"): zeroshot.text_file(path, f"config.evals.{name}.classnames")
+    for name, component in evals.items()
+    if component.name in _TRAINED and (path := component.option("classnames")) is not None
   }
 
 

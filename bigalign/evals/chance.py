@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 _RETRIEVAL = re.compile(r"(.*)(image_to_text|text_to_image)_R@(\d+)")
 _SIZES = ("num_samples", "num_captions")
-_TOP = re.compile(r"(.*-)top(\d+)")
+_TOP = re.compile(r"(.*?-)(?:\d+_shots-)?top(\d+)")
 _WINOGROUND = re.compile(r".*-compositional-.*(text|image|group)")
 # Two images that each prefer one of two captions; of the 24 orders of four similarities, in 4 both
 # images prefer their caption and both captions their image.

@@ -46,7 +46,7 @@ DATA = [
 # Libraries that take seconds to import, or may be replaced, are imported in few places.
 PLACES = {
   "flax": {"towers", "losses", "projectors", "model", "private_apis"},
-  "optax": {"optim", "program", "step"},
+  "optax": {"optim", "program", "step", "evals"},
   "orbax": {"checkpoint", "private_apis"},
   "grain": {"data", "private_apis"},
   "torch": set(),
