@@ -275,8 +275,8 @@ def read_text(text: str, kind: Any, current: Any = None) -> Any:
       if str not in parts or _is_list(text):
         return _sequence(text, part)
     elif _is_group(part):
-      value = _literal(text)
-      if isinstance(value, dict) or value is None:
+      value = _literal_or_text(text) if str in parts else _literal(text)
+      if isinstance(value, dict) or (value is None and str not in parts):
         return value
   if str in parts:
     return text

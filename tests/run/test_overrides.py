@@ -107,6 +107,17 @@ def test_a_negative_number_is_a_value():
       ["--config.evals.x.type=zeroshot", "--config.evals.x.templates=simple"],
       {"evals.x.type": "zeroshot", "evals.x.templates": "simple"},
     ),
+    # A text, or texts by name.
+    (
+      "tiny",
+      ["--config.evals.x.type=zeroshot", "--config.evals.x.classnames={'de': 'a.txt'}"],
+      {"evals.x.type": "zeroshot", "evals.x.classnames": {"de": "a.txt"}},
+    ),
+    (
+      "tiny",
+      ["--config.evals.x.type=zeroshot", "--config.evals.x.classnames=a.txt"],
+      {"evals.x.type": "zeroshot", "evals.x.classnames": "a.txt"},
+    ),
     (
       "tiny",
       ["--config.evals.x.type=zeroshot", "--config.evals.x.templates=['a {}', 'b {}']"],
