@@ -44,10 +44,15 @@ def provided(batch: Iterable[str], model: DualEncoder | None = None) -> set[str]
   if getattr(tower, "class_tokens", 1) > 1:
     fields |= {"zimgs"}
   fields |= {name for name in FEATURES if "image" in fields or not name.endswith("img")}
+  return fields | read_as(fields)
+
+
+def read_as(fields: Iterable[str]) -> set[str]:
+  """The names under which losses read fields of the batch: the fields and what is made of them."""
   made = {"text_second": "ztxt_second", "texts_kind": "ztxts", "teacher_txts": "teacher_txt"}
   made |= {name: f"z{name}" for name in ("query", "document")}
   made |= {name: f"{name}_stored" for name in ("teacher_img", "teacher_txt")}
-  return fields | {feature for field, feature in made.items() if field in fields}
+  return {*fields, *(name for field, name in made.items() if field in fields)}
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -16,14 +16,15 @@ from bigalign import gradcache, reading, sharding, stages, tree
 from bigalign.config import Config, Twin
 from bigalign.data.fields import teachers
 from bigalign.data.image import naflex
+from bigalign.data.loader import extra_fields
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import batch_spec
-from bigalign.losses import Loss, check_needs, make_loss
+from bigalign.losses import Loss, check_needs, make_loss, reads
 from bigalign.losses.engine import pairwise
 from bigalign.losses.logit_head import of_losses
 from bigalign.losses.per_sample import tables
 from bigalign.losses.selection import Selection
-from bigalign.model import DualEncoder, Teacher, provided
+from bigalign.model import DualEncoder, Teacher, provided, read_as
 from bigalign.optim import Schedule, joined_rate, make_optimizer, make_rate
 from bigalign.options import Component
 from bigalign.private_apis import without_shape_checks
@@ -45,6 +46,8 @@ class Program:
     spec: {name: (shape, dtype)} of a global batch; stored vectors and their mask may be wider or
       narrower in the data.
     images: the same of the images that the model takes, where batches have texts alone; else {}.
+    added: {option of config.data: the fields of the batch that it adds for losses to read}.
+    negatives: whether images have hard negatives among their texts.
     sources: how many sources the data mixes.
     sizes: the number of ids, {"image": n, "text": m}, "embed", the width E, "teachers", the
       widths of the teachers whose vectors a batch holds, and of the towers, 0 if they have none,
@@ -70,6 +73,8 @@ class Program:
   rate: Schedule
   spec: Mapping[str, tuple[tuple[int, ...], Any]]
   images: Mapping[str, tuple[tuple[int, ...], Any]]
+  added: Mapping[str, frozenset[str]]
+  negatives: bool
   sources: int
   sizes: Mapping[str, Any]
   params: Mapping[str, Any]
@@ -132,6 +137,8 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     rate=lambda step: step,
     spec=_spec(model, *_longest(config)),
     images=_images(model, config),
+    added=extra_fields.added(config.data),
+    negatives=bool(config.data.texts and config.data.texts.negatives.count),
     sources=max(1, len(config.data.mixture)),
     sizes={
       "image": dataset_size,
@@ -172,8 +179,8 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
   if chosen.share and chosen.scale is None and not all(_learns_a_scale(one) for one in programs):
     raise ValueError(
       "config.selection compares the logits of the model with those of the teacher, but no loss of"
-      f" config.loss={[*config.loss]} learns their scale; set config.selection.scale, the inverse of"
-      " the temperature of the loss, or use a loss that learns it, such as clip or siglip"
+      f" config.loss={[*config.loss]} learns their scale; set config.selection.scale, the inverse"
+      " of the temperature of the loss, or use a loss that learns it, such as clip or siglip"
     )
   if config.teacher and not any(
     head.teacher for one in programs for head in reading.heads(one.loss).values()
@@ -220,6 +227,7 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     loss=loss,
     spec=spec,
     images=_images(model, own),
+    added=extra_fields.added(own.data),
     params=params,
     frozen=_frozen(own),
     microbatches=own.microbatches,
@@ -307,11 +315,29 @@ def sizes_of_towers(config: Config) -> dict[str, int]:
   }
 
 
-def check_loss(program: Program) -> None:
-  """Raises ValueError if data and model lack what the loss reads; see losses.check_needs."""
+def check_loss(program: Program, programs: Sequence[Program] = ()) -> None:
+  """Checks that data and model have what the loss reads, and no more; see losses.check_needs.
+
+  Args:
+    program: of a stage.
+    programs: of all stages of the run, whose losses may read what this one does not.
+
+  Raises:
+    ValueError: naming what is missing, or is read by nothing.
+  """
+  elsewhere = {name for one in programs for name in reads(one.loss)}
+  if program.selection.share:
+    elsewhere |= {"teacher_img", "teacher_txt"}
   ema = program.ema > 0
-  averages = ema or program.twin.decay > 0
-  check_needs(program.loss, provided(program.spec, program.model), ema=ema, averages=averages)
+  check_needs(
+    program.loss,
+    provided(program.spec, program.model),
+    ema=ema,
+    averages=ema or program.twin.decay > 0,
+    negatives=program.negatives,
+    added={option: read_as(fields) for option, fields in program.added.items()},
+    elsewhere=elsewhere,
+  )
 
 
 def check_stages(run_stages: Sequence[stages.Stage], mesh: jax.sharding.Mesh) -> None:

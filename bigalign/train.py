@@ -183,7 +183,7 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   program = programs[-1]
   for stage, one in zip(stages, programs):
     with named(stage):
-      check_loss(one)
+      check_loss(one, programs)
   inputs = with_stage_weights(inputs, stages)
   check_stages(stages, inputs, program.model.text_tower)
   _check_profile(options.profile, program.total_steps)

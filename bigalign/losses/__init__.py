@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -70,6 +70,7 @@ __all__ = [
   "first_context",
   "has_tables",
   "make_loss",
+  "reads",
   "summary",
   "table_mask",
   "weighted_sum",
@@ -147,6 +148,7 @@ PROVIDES = dict(
   ema_teacher=("teacher_img", "teacher_txt"),
   noise=("noise_prob",),
   texts=("ztxts", "texts_kind"),
+  hard_negatives=("texts_kind",),
   class_tokens=("zimgs",),
   raw_image=("raw_img",),
   raw_text=("raw_txt",),
@@ -165,6 +167,7 @@ SET_BY = dict(
   **dict.fromkeys(("raw", "tokens", "raw_image", "tokens_image"), "config.data.images=True"),
   second_text="config.data.second_captions",
   texts="config.data.texts",
+  hard_negatives="config.data.texts",
   class_tokens="config.model.image.class_tokens=2",
   noise="config.data.columns=dict(noise_prob=FIELD)",
   teacher="config.data.teachers",
@@ -175,6 +178,17 @@ SET_BY = dict(
   teacher_texts="config.data.teachers and config.data.texts",
   teacher_second_text="config.data.teachers",
   text_pairs="config.data.text_pairs",
+)
+
+
+# Options of config.data that only losses read -> one that does.
+READ_BY = dict(
+  teachers="a loss that learns from teachers, such as clip_distill",
+  text_pairs="the loss text_pairs",
+  regions="a loss of regions, such as region_phrase",
+  locations="config.loss.caption=dict(tasks=True)",
+  columns="a loss that reads it, such as nitc for noise_prob",
+  views="a loss of views, such as silc, whose options name them",
 )
 
 
@@ -216,18 +230,44 @@ def _term(component: Component) -> tuple[float, Loss]:
   return weight, component.function(**options)
 
 
-def check_needs(loss: Loss, fields: Any, ema: bool = False, averages: bool = False) -> None:
-  """Checks that the batch and the model provide all that the loss reads.
+def reads(loss: Loss) -> frozenset[str]:
+  """The fields of the batch and the features that a weighted sum reads, besides a pair."""
+  needed = (PROVIDES[need] for need in loss.needs - {"ema_teacher"})
+  heads = (term.head.fields for _, term in loss.terms.values() if term.head is not None)
+  return frozenset().union(*needed, *heads)
+
+
+def check_needs(
+  loss: Loss,
+  fields: Any,
+  ema: bool = False,
+  averages: bool = False,
+  *,
+  negatives: bool = True,
+  added: Mapping[str, Collection[str]] = {},
+  elsewhere: Collection[str] = (),
+) -> None:
+  """Checks that batch and model provide all that the loss reads, and nothing that nobody reads.
 
   Args:
     loss: a weighted sum.
     fields: names of the batch's fields and of the model's features.
     ema: whether parameters are averaged (config.ema), which provides "ema_teacher".
     averages: whether parameters are averaged at all, by config.ema or config.twin.
+    negatives: whether some of several texts are hard negatives.
+    added: {option of config.data: names under which a loss reads the fields that it adds}.
+    elsewhere: names that something else in the run reads, such as the loss of another stage.
 
   Raises:
-    ValueError: naming the field that is missing; for several texts that no loss reads.
+    ValueError: naming the field that is missing; for several texts, and for other fields, that no
+      loss reads.
   """
+  for option, names in added.items():
+    if not {*names} & {*reads(loss), *elsewhere}:
+      raise ValueError(
+        f"{option} is read by no loss of config.loss={[*loss.terms]}; use"
+        f" {READ_BY[option.split('.')[2]]}, or leave it out"
+      )
   if "texts_kind" in fields and "texts" not in loss.needs:
     raise ValueError(
       "config.data.texts gives each image several texts, but no loss reads them: the first would be"
@@ -257,6 +297,12 @@ def check_needs(loss: Loss, fields: Any, ema: bool = False, averages: bool = Fal
         f"config.loss.{name} reads the field {missing[0]!r}, which the data does not have; the"
         f" fields are {sorted(fields)}. config.data.views adds 'view/NAME', config.data.columns"
         " 'NAME', config.data.regions 'region_boxes', config.data.locations 'task_text'"
+      )
+    if "hard_negatives" in term.needs and "texts_kind" in fields and not negatives:
+      raise ValueError(
+        f"config.loss.{name} compares a text with hard negatives, but the texts of config.data have"
+        " none, so it would be 0. Set config.data.texts.negatives=dict(count=1, rule='swap'), or"
+        " field=FIELD in place of the rule"
       )
     for need in sorted(term.needs - {"ema_teacher"}):
       for field in PROVIDES[need]:

@@ -91,7 +91,7 @@ def hardneg_own(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0) -> Los
     loss = masked_mean(row_mean(each, count), count.any(1))
     return loss, (state, {"loss": loss, "logit_scale": scale})
 
-  return Loss(NEEDS, init, apply, temperature.clamped(t_max))
+  return Loss(NEEDS | {"hard_negatives"}, init, apply, temperature.clamped(t_max))
 
 
 def dac_mil(*, t_init: float = 1 / 0.07, t_max: float | None = 100.0, w_own: float = 1.0) -> Loss:

@@ -53,13 +53,14 @@ def trace_on(mesh: jax.sharding.Mesh, config: Config, *, samples: int = 0, stage
   run_stages = stages.split(config, dataset_size=samples)
   inputs.check_stored(run_stages)
   chosen = run_stages[stage]
-  own = make_programs(config, dataset_size=samples)[stage]
+  programs = make_programs(config, dataset_size=samples)
+  own = programs[stage]
   if not samples and has_tables(own.loss):
     raise ValueError(
       f"config.loss={[*own.loss.terms]} has state for every sample; give the number of samples:"
       " --samples=400000000"
     )
-  check_loss(own)
+  check_loss(own, programs)
   check_stages([chosen], mesh)
   shapes, shardings = layout(own, mesh, config.rules)
   state = jax.tree.map(_sharded, shapes, shardings)

@@ -34,7 +34,13 @@ CASES = dict(
       )
     ),
   ),
-  ibot=(SMALL | dict(form="all"), dict(data=VIEWS, twin=dict(decay=0.9, paths="heads/ibot"))),
+  ibot=(
+    SMALL | dict(form="all"),
+    dict(
+      data=dict(views={"global": VIEWS["views"]["global"]}),
+      twin=dict(decay=0.9, paths="heads/ibot"),
+    ),
+  ),
   mask_regularization=(dict(every=2), {}),
   silc=(
     SMALL | dict(pairs="all_but_same", contrast="siglip"),

@@ -17,7 +17,7 @@ from bigalign import step
 from bigalign.config import resolve_config
 from bigalign.losses import check_needs, make_loss
 from bigalign.model import make_model, provided
-from bigalign.program import make_programs
+from bigalign.program import check_loss, make_programs
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
@@ -38,11 +38,18 @@ def folder(tmp_path_factory):
   return write_dataset(tmp_path_factory.mktemp("fields"))
 
 
+def read_fields(folder) -> dict:
+  """config.data of the dataset with all fields that LOSSES read."""
+  data = every_field(folder)
+  del data["views"], data["regions"], data["columns"]["boxes"]
+  return data
+
+
 def metrics_of(folder, workdir, *, mesh: dict, **changes) -> list[dict]:
   """What a run of a few steps with all fields and LOSSES logs."""
   c = config(mesh, batch_size=16, **changes)
   with c.unlocked():
-    c.data = {**c.data.to_dict(), **every_field(folder), "augment": {"scale": (0.9, 1.0)}}
+    c.data = {**c.data.to_dict(), **read_fields(folder), "augment": {"scale": (0.9, 1.0)}}
     c.loss = LOSSES
   train(c, workdir)
   return read_metrics(workdir)
@@ -167,3 +174,56 @@ def test_texts_that_no_loss_reads_are_an_error():
   check_needs(make_loss(dict(clip=dict(texts="uniform"))), fields)
   with pytest.raises(ValueError, match=r"config\.data\.texts .* no loss reads them"):
     check_needs(make_loss(dict(clip=dict(weight=1.0))), fields)
+
+
+# Of every_field: the part of config.data, a loss that reads it, and what the error says without it.
+READ = [
+  ("teachers", dict(mobileclip_dr={}), r"config\.data\.teachers .* such as clip_distill"),
+  ("columns", dict(nitc={}), r"config\.data\.columns\.noise_prob .* such as nitc"),
+  ("views", dict(silc=dict(teacher="wide", student="local")), r"config\.data\.views\.wide .* silc"),
+  ("regions", dict(region_phrase={}), r"config\.data\.regions .* such as region_phrase"),
+  ("text_pairs", dict(text_pairs={}), r"config\.data\.text_pairs .* the loss text_pairs"),
+  ("locations", dict(caption=dict(tasks=True)), r"config\.data\.locations .*caption=dict\(tasks"),
+]
+
+
+@pytest.mark.parametrize("name,reader,message", READ, ids=[name for name, _, _ in READ])
+def test_a_field_that_no_loss_reads_is_an_error(folder, name, reader, message):
+  given = every_field(folder) | dict(
+    text_pairs=dict(source="pairs.jsonl", query="q", document="d"),
+    locations=dict(field="json.regions"),
+  )
+  given["columns"] = dict(noise_prob="json.noise")
+  values = load("tiny").to_dict() | dict(twin=dict(decay=0.9))
+  values["data"] |= OPTIONS | {name: given[name], "source": given["source"]}
+
+  def check(loss, *others):
+    def programs_of(loss):
+      return make_programs(resolve_config(values | dict(loss=loss)))
+
+    check_loss(programs_of(loss)[-1], [one for x in others for one in programs_of(x)])
+
+  check(dict(clip={}) | reader)
+  check(dict(clip={}), dict(clip={}) | reader)  # another stage reads it
+  with pytest.raises(ValueError, match=rf"{message}.*, or leave it out"):
+    check(dict(clip={}))
+
+
+def test_a_teacher_may_be_read_by_the_selection_alone(folder):
+  values = load("tiny").to_dict()
+  values["data"] |= OPTIONS | dict(teachers=dict(a=every_field(folder)["teachers"]["a"]))
+  values["selection"] = dict(share=0.5, chunks=4)
+  check_loss(make_programs(resolve_config(values))[-1])
+
+
+def test_own_hard_negatives_need_hard_negatives(folder):
+  """Without them hardneg_own would be 0."""
+  values = load("tiny").to_dict() | dict(loss=dict(hardneg_own={}, clip=dict(texts="uniform")))
+
+  def check(**negatives):
+    values["data"] |= dict(texts=dict(count=2, negatives=negatives))
+    check_loss(make_programs(resolve_config(values))[-1])
+
+  check(count=1, rule="swap")
+  with pytest.raises(ValueError, match=r"hardneg_own .* Set config\.data\.texts\.negatives=dict"):
+    check()

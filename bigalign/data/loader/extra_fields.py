@@ -41,6 +41,19 @@ def spec(data: DataOptions) -> Spec:
   }
 
 
+def added(data: DataOptions) -> dict[str, frozenset[str]]:
+  """{option of config.data: the fields of the batch that it adds for losses to read}."""
+  arrays: dict[str, Spec] = {
+    "teachers": teachers.spec(data.teachers, texts=data.text_count),
+    "text_pairs": text_pairs.spec(data.text_pairs, data.text_length),
+    "regions": regions.spec(data.regions, data.text_length),
+    "locations": locations.spec(data.locations, data.text_length),
+    **{f"columns.{name}": columns.spec({name: x}) for name, x in data.columns.items()},
+    **{f"views.{name}": views.spec({name: x}, data.image_size) for name, x in data.views.items()},
+  }
+  return {f"config.data.{option}": frozenset(x) for option, x in arrays.items() if x}
+
+
 def open_fields(data: DataOptions, source: Source) -> tuple[Field, ...]:
   """The fields that are read beside image and texts.
 
