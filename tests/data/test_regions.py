@@ -81,6 +81,39 @@ def test_regions_of_a_batch(tmp_path):
     assert len({text for text in texts if text}) == there.sum()
 
 
+def test_negatives_of_regions(tmp_path):
+  """Without replacement, at most K, as many as there are; the rest of the batch is as without."""
+  regions = [
+    [
+      dict(box=BOX, phrase=f"{i} {k}", negatives=[f"{i} {k} {n}" for n in range(k * 3)])
+      for k in range(i % 4)
+    ]
+    for i in range(8)
+  ]
+  data = write(tmp_path, regions) | dict(augment=dict(crop="squash"), shuffle=False)
+  (plain,) = take(data, 1)
+  (batch,) = take(data | dict(regions=dict(field="json.regions", count=2, negatives=4)), 1)
+  new = ("region_negatives", "region_negatives_mask", "region_negatives_count")
+  assert batch.keys() - plain.keys() == {*new}
+  for name, x in plain.items():
+    np.testing.assert_array_equal(batch[name], x, err_msg=name)
+  assert batch["region_negatives"].shape == (8, 2, 4, 12)
+
+  def text(ids, mask):
+    return bytes((ids[mask][:-1] - 3).tolist()).decode()
+
+  seen = set()
+  for row, m in np.ndindex(8, 2):
+    phrase = text(*(batch[x][row, m] for x in ("region_phrases", "region_phrases_mask")))
+    found = [text(*(batch[x][row, m, k] for x in new[:2])) for k in range(4)]
+    count = batch[new[2]][row, m]
+    assert count == (min(4, 3 * int(phrase[-1])) if phrase else 0)
+    assert len({*found[:count]}) == count and not any(found[count:])
+    assert all(one.rpartition(" ")[0] == phrase for one in found[:count])
+    seen |= {one[-1] for one in found[:count]}
+  assert not seen <= {*"0123"}  # a draw, not the first four of six
+
+
 def test_a_region_that_the_view_hardly_shows_is_left_out(tmp_path):
   corner = dict(box=[0.0, 0.0, 0.05, 0.05], phrase="corner")
   data = write(tmp_path, [[corner, dict(box=BOX, phrase="middle")]] * 8)
@@ -108,6 +141,15 @@ def test_a_sample_without_sound_regions_is_rejected(regions, reason, tmp_path):
   assert rejects.sum() == rejects[REASONS.index(reason)]
 
 
+@pytest.mark.parametrize("negatives", ["a blue kite", [""], [3], None])
+def test_negatives_that_are_no_texts_are_rejected_where_they_are_read(negatives, tmp_path):
+  data = write(tmp_path, [[dict(box=BOX, phrase="a", negatives=negatives)], *[[]] * 11])
+  assert not sum(batch["rejects"].sum() for batch in take(data, 2))
+  data |= dict(regions=dict(field="json.regions", negatives=2))
+  rejects = sum(batch["rejects"].sum(0) for batch in take(data, 2))
+  assert rejects[REASONS.index("bad_metadata")] == rejects.sum() >= 1
+
+
 @pytest.mark.parametrize(
   "changes,message",
   [
@@ -125,6 +167,6 @@ def test_views_that_boxes_do_not_follow_are_refused(changes, message, tmp_path):
 
 
 def test_options_out_of_range_are_named():
-  for bad in (dict(count=0), dict(visible=0.0)):
+  for bad in (dict(count=0), dict(visible=0.0), dict(negatives=-1)):
     with pytest.raises(ValueError, match=f"config.data.regions.{next(iter(bad))}"):
       data_options(**OPTIONS, source="x", regions=dict(field="json.regions", **bad))

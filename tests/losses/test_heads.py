@@ -65,7 +65,10 @@ CASES = dict(
   vlap=({}, {}),
   **{
     "caption:tasks": (dict(depth=1, heads=4, tasks=True), dict(data=LOCATIONS)),
-    "region_phrase:boxes": ({}, dict(data=REGIONS)),
+    "region_phrase:boxes": (
+      dict(own_negatives=0.5),
+      dict(data=dict(regions=dict(REGIONS["regions"], negatives=2))),
+    ),
   },
 )
 
@@ -115,11 +118,12 @@ def _merged(one, other):
 
 
 def _random(rng, field, shape, dtype):
-  if field in ("text_mask", "region_phrases_mask"):
+  if field in ("text_mask", "region_phrases_mask", "region_negatives_mask"):
     return np.arange(shape[-1]) < rng.integers(3, shape[-1], (*shape[:-1], 1))
   if np.issubdtype(dtype, np.floating):
     return rng.uniform(size=shape).astype(dtype)
   kinds = {"image": 255, "text": 200, "task_text": 200, "source": 1, "repaired": 1, "rejects": 1}
+  kinds |= dict(region_negatives_count=3, region_negatives=200)
   high = next((x for k, x in kinds.items() if field.startswith(k)), 255 if "view" in field else 2)
   return rng.integers(0, high, shape).astype(dtype)
 

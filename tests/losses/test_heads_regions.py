@@ -1,4 +1,4 @@
-"""CLOC's Prompter and its options, GRAIN's queries: boxes, assignments, what is learned."""
+"""CLOC's Prompter, FG-CLIP's negatives, GRAIN's queries: options, boxes, what is learned."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from helpers.loss_oracles import AT
 from scipy.optimize import linear_sum_assignment
 
 from bigalign import losses
-from bigalign.data.fields.regions import BOXES, MASK, PHRASES, PHRASES_MASK
+from bigalign.data.fields.regions import (
+  BOXES,
+  MASK,
+  NEGATIVES,
+  NEGATIVES_COUNT,
+  NEGATIVES_MASK,
+  PHRASES,
+  PHRASES_MASK,
+)
 from bigalign.losses.heads import boxes, prompter
 from bigalign.losses.heads.base import Read
 from bigalign.losses.heads.grain import COSTS, boxes_of, matched
-from bigalign.losses.heads.region_phrase import cloc_region
+from bigalign.losses.heads.region_phrase import cloc_region, own_phrase
 from bigalign.sphere import unit
 from bigalign.towers.base import Block, TowerOutput
 
@@ -215,6 +223,67 @@ def trained(loss, given, steps, rate=3e-3):
   return first, last, params[0]
 
 
+def with_negatives(given, count=3, seed=0):
+  """The same with wrong phrases of each region: other colours; the last region has none."""
+  rng = np.random.default_rng(seed)
+  right = np.asarray(given.batch[PHRASES])[..., 0]
+  images, regions = right.shape
+  wrong = (right[..., None] + rng.integers(1, right.size, (images, regions, count))) % right.size
+  counts = rng.integers(1, count + 1, (images, regions))
+  counts[-1, -1] = 0
+  batch = {NEGATIVES: jnp.asarray(wrong[..., None], jnp.int32), NEGATIVES_COUNT: counts}
+  mask = {NEGATIVES_MASK: jnp.ones((images, regions, count, 1), bool)}
+  return given._replace(batch={**given.batch, **mask, **jax.tree.map(jnp.asarray, batch)})
+
+
+def test_a_region_prefers_its_phrase_to_wrong_ones_of_its_own():
+  """FG-CLIP's hard negatives against the definition; the contrast of regions is as it was."""
+  given = with_negatives(read())
+  make = losses.HEADS["region_phrase"]
+  loss, plain = make(pooling="prompter", own_negatives=0.5), make(pooling="prompter")
+  params = loss.head.init(jax.random.key(0), given)
+  scalars, _ = loss.init({})
+  scalars["negatives"]["t"] = jnp.asarray(math.log(9.0))
+  feats = loss.head.apply(params, params, given)
+  total, (_, logs) = loss.apply(scalars, {}, feats, given.batch, AT)
+  contrast, _ = plain.apply(scalars, {}, feats, given.batch, AT)
+
+  table = np.asarray(unit(normal(8, EMBED, seed=1)))  # of `read`
+  regions = np.array(prompter.regions(params, given.features["tokens_img"], given.batch[BOXES]))
+  regions /= np.linalg.norm(regions, axis=-1, keepdims=True)
+  values = []
+  for i, m in itertools.product(range(4), range(2)):
+    count = int(given.batch[NEGATIVES_COUNT][i, m])
+    wrong = np.asarray(given.batch[NEGATIVES])[i, m, :count, 0]
+    right = int(given.batch[PHRASES][i, m, 0])
+    odds = np.exp(9.0 * table[[right, *wrong]] @ regions[i, m])
+    values += [-np.log(odds[0] / odds.sum())] if count else []
+  assert len(values) == 7 and np.std(values) > 0.1
+  assert float(logs["own_negatives"]) == pytest.approx(np.mean(values), rel=1e-5)
+  assert float(total) == pytest.approx(float(contrast) + 0.5 * np.mean(values), rel=1e-5)
+  assert "own_negatives" not in plain.apply(scalars, {}, feats, given.batch, AT)[1][1]
+  high = {"t": jnp.asarray(9.0), "negatives": {"t": jnp.asarray(9.0)}}
+  for scale in jax.tree.leaves(loss.constrain(high, high)):
+    assert float(scale) == pytest.approx(math.log(100))
+
+
+def test_wrong_phrases_that_are_absent_have_no_gradient():
+  differences, there = normal(2, 3, 4), np.random.default_rng(0).random((2, 3, 4)) < 0.5
+  there[0, 0] = False
+  value, grad = jax.value_and_grad(own_phrase)(differences, jnp.asarray(there), jnp.asarray(3.0))
+  assert np.isfinite(value) and value > 0
+  np.testing.assert_array_equal(np.asarray(grad) > 0, there)
+  none = own_phrase(differences, jnp.zeros((2, 3, 4), bool), jnp.asarray(3.0))
+  assert none == 0
+
+
+def test_wrong_phrases_are_learned_apart():
+  given = with_negatives(read())
+  loss = losses.HEADS["region_phrase"](pooling="prompter", own_negatives=1.0)
+  first, last, _ = trained(loss, given, 100)
+  assert first["own_negatives"] > 0.5 and last["own_negatives"] < 0.1
+
+
 def test_a_prompter_learns_regions_and_boxes():
   given = read()
   loss = losses.HEADS["region_phrase"](pooling="prompter", grounding=1.0, text_filter=0.9)
@@ -317,6 +386,7 @@ def test_the_share_of_images_with_regions_is_a_factor():
     (dict(pooling="prompt"), r"region_phrase.pooling: unknown 'prompt'; known: \['boxes', 'prom"),
     (dict(grounding=1.0), r"grounding=1.0 trains the Prompter; set .*pooling='prompter'"),
     (dict(pooling="prompter", grounding=-1.0), "grounding=-1.0 must be at least 0"),
+    (dict(own_negatives=-1.0), "own_negatives=-1.0 must be at least 0"),
     (dict(text_filter=1.5), "text_filter=1.5 must be between -1 and 1"),
   ],
 )

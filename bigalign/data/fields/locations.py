@@ -130,7 +130,7 @@ class Locations:
     if not task or not regions:
       field, place, _ = sample.caption(sample.places[0])
       return 0, f"{BEGINNINGS[0]} {sample.captions[field][place]}"
-    box, phrase = regions[int(rng.integers(len(regions)))]
+    box, phrase, _ = regions[int(rng.integers(len(regions)))]
     parts = phrase, spelled(box, options.grid)
     return task, f"{BEGINNINGS[task]} {' : '.join(parts if task == 1 else parts[::-1])}"
 

@@ -7,13 +7,18 @@ sides are shares of those of the image as it is stored. A batch then has region_
 float32 of the view that is trained on, region_mask [B, M] bool, which of them there are, and
 region_phrases [B, M, L] int32 with region_phrases_mask [B, M, L] bool. Boxes follow the crop and
 the mirror of the view.
+
+With `negatives=K`, a region may also list phrases that are wrong for it, "negatives": ["a blue
+kite", ...]. A batch then has up to K of them in region_negatives [B, M, K, L] int32 with
+region_negatives_mask [B, M, K, L] bool, and region_negatives_count [B, M] int32, how many there
+are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -26,6 +31,16 @@ from bigalign.data.text.tokenizers import Tokenizer
 
 NAMES = ("region_boxes", "region_mask", "region_phrases", "region_phrases_mask")
 BOXES, MASK, PHRASES, PHRASES_MASK = NAMES
+OF_NEGATIVES = ("region_negatives", "region_negatives_mask", "region_negatives_count")
+NEGATIVES, NEGATIVES_MASK, NEGATIVES_COUNT = OF_NEGATIVES
+
+
+class Region(NamedTuple):
+  """A region of a sample: box [4], shares of the sides of an image; its phrase; wrong phrases."""
+
+  box: np.ndarray
+  phrase: str
+  negatives: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,15 +52,20 @@ class RegionOptions:
     count: M, regions of an image in a batch, drawn without replacement from those that the view
       shows. CLOC draws 4.
     visible: a region is left out if the view shows a smaller share of its area.
+    negatives: K, phrases of the list "negatives" of a region in a batch, drawn without replacement;
+      FG-CLIP has 10. A region may have fewer, or none. 0: the list is not read.
   """
 
   field: str
   count: int = 4
   visible: float = 0.5
+  negatives: int = 0
 
   def __post_init__(self) -> None:
     if self.count < 1:
       raise ValueError(f"config.data.regions.count={self.count}: at least 1")
+    if self.negatives < 0:
+      raise ValueError(f"config.data.regions.negatives={self.negatives}: at least 0")
     if not 0 < self.visible <= 1:
       raise ValueError(f"config.data.regions.visible={self.visible}: above 0 and at most 1")
 
@@ -54,13 +74,18 @@ def spec(options: RegionOptions | None, length: int) -> Spec:
   """The arrays of the regions; length: L."""
   if options is None:
     return {}
-  m = options.count
-  return {
+  m, k = options.count, options.negatives
+  found: dict[str, tuple[tuple[int, ...], Any]] = {
     BOXES: ((m, 4), np.dtype(np.float32)),
     MASK: ((m,), np.dtype(bool)),
     PHRASES: ((m, length), np.dtype(np.int32)),
     PHRASES_MASK: ((m, length), np.dtype(bool)),
   }
+  if k:
+    found[NEGATIVES] = (m, k, length), np.dtype(np.int32)
+    found[NEGATIVES_MASK] = (m, k, length), np.dtype(bool)
+    found[NEGATIVES_COUNT] = (m,), np.dtype(np.int32)
+  return found
 
 
 def of_view(box: np.ndarray, part: Part) -> tuple[np.ndarray, float]:
@@ -93,55 +118,75 @@ class Regions:
     self._options, self._source, self._tokenizer = options, source, tokenizer
     self.spec = spec(options, tokenizer.length)
 
-  def read(self, sample: Sample, draws: Draws) -> tuple[np.ndarray, list[str]]:
-    """([n, 4] boxes of the view, n phrases), n <= M.
+  def read(self, sample: Sample, draws: Draws) -> list[Region]:
+    """Up to M regions, with boxes of the view and up to K negatives each.
 
     Raises:
       Rejected: "no_column" for a sample without the field; "bad_metadata" for regions that are not
         as the module says.
     """
     options = self._options
-    regions = shown(self._source, sample, options.field, options.visible)
+    most = options.negatives
+    regions = shown(self._source, sample, options.field, options.visible, negatives=most > 0)
     chosen = draws.of("regions").permutation(len(regions))[: options.count]
-    boxes = np.array([regions[i][0] for i in chosen], np.float32).reshape(-1, 4)
-    return boxes, [regions[i][1] for i in chosen]
+    rng = draws.of("region_negatives")
+    found = []
+    for region in (regions[i] for i in chosen):
+      own = rng.permutation(len(region.negatives))[:most]
+      found.append(region._replace(negatives=tuple(region.negatives[i] for i in own)))
+    return found
 
-  def stack(self, values: Sequence[tuple[np.ndarray, list[str]]]) -> dict[str, np.ndarray]:
+  def stack(self, values: Sequence[list[Region]]) -> dict[str, np.ndarray]:
     """{name: [b, …]}."""
-    m = self._options.count
+    m, k = self._options.count, self._options.negatives
     arrays = {
       name: np.zeros((len(values), *shape), dtype) for name, (shape, dtype) in self.spec.items()
     }
-    texts = [phrases + [""] * (m - len(phrases)) for _, phrases in values]
-    ids, mask = self._tokenizer.encode_batch([text for row in texts for text in row])
+    padded = [[*row, *[_NOTHING] * (m - len(row))] for row in values]
     arrays[PHRASES], arrays[PHRASES_MASK] = (
-      rearrange(x, "(b m) l -> b m l", m=m) for x in (ids, mask)
+      rearrange(x, "(b m) l -> b m l", m=m)
+      for x in self._tokenizer.encode_batch([region.phrase for row in padded for region in row])
     )
-    for row, (boxes, _) in enumerate(values):
-      arrays[BOXES][row, : len(boxes)] = boxes
-      arrays[MASK][row, : len(boxes)] = True
+    for row, regions in enumerate(values):
+      for i, region in enumerate(regions):
+        arrays[BOXES][row, i] = region.box
+        arrays[MASK][row, i] = True
+    if k:
+      texts = [
+        [*region.negatives, *[""] * (k - len(region.negatives))] for row in padded for region in row
+      ]
+      arrays[NEGATIVES], arrays[NEGATIVES_MASK] = (
+        rearrange(x, "(b m k) l -> b m k l", m=m, k=k)
+        for x in self._tokenizer.encode_batch([text for own in texts for text in own])
+      )
+      counts = [[len(region.negatives) for region in row] for row in padded]
+      arrays[NEGATIVES_COUNT] = np.array(counts, np.int32)
     return arrays
 
 
+_NOTHING = Region(np.zeros(4), "")
+
+
 def shown(
-  source: Source, sample: Sample, field: str, visible: float
-) -> list[tuple[np.ndarray, str]]:
-  """The regions of which the view of a sample shows enough: boxes [4] of the view, and phrases.
+  source: Source, sample: Sample, field: str, visible: float, *, negatives: bool = False
+) -> list[Region]:
+  """The regions of which the view of a sample shows enough, with boxes of the view.
 
   Args:
     source: of the sample.
     sample: with its part.
     field: as of RegionOptions, and so is `visible`.
+    negatives: whether wrong phrases are read.
 
   Raises:
     Rejected: as regions_of.
   """
   assert sample.part is not None, "the loader gives it"
   found = []
-  for box, phrase in regions_of(source, sample.index, field):
-    seen, share = of_view(box, sample.part)
+  for region in _stored(source, sample.index, field, negatives=negatives):
+    seen, share = of_view(region.box, sample.part)
     if share >= visible:
-      found.append((seen, phrase))
+      found.append(region._replace(box=seen))
   return found
 
 
@@ -152,17 +197,34 @@ def regions_of(source: Source, i: int, field: str) -> list[tuple[np.ndarray, str
     Rejected: "no_column" for a sample without the field; "bad_metadata" for regions that are not as
       the module says.
   """
+  return [(region.box, region.phrase) for region in _stored(source, i, field, negatives=False)]
+
+
+def _stored(source: Source, i: int, field: str, *, negatives: bool) -> list[Region]:
+  """The regions of a sample, with boxes of the image; raises Rejected."""
   where = f"the regions of sample {i} ({field})"
   stored = value(source, i, field)
   if stored is None:
     raise Rejected("no_column", f"{where} are missing; an image without regions has an empty list")
   if not isinstance(stored, Sequence) or isinstance(stored, str | bytes):
     raise Rejected("bad_metadata", f"{where} are a {type(stored).__name__}, expected a list")
-  return [_checked(region, where) for region in stored]
+  return [
+    _checked(region, where)._replace(negatives=_negatives(region, where) if negatives else ())
+    for region in stored
+  ]
 
 
-def _checked(region: Any, where: str) -> tuple[np.ndarray, str]:
-  """(box [4] float64, phrase) of a stored region; raises Rejected."""
+def _negatives(region: Mapping[str, Any], where: str) -> tuple[str, ...]:
+  """The wrong phrases of a stored region; raises Rejected."""
+  stored = region.get("negatives", ())
+  listed = isinstance(stored, Sequence) and not isinstance(stored, str | bytes)
+  if not listed or not all(isinstance(text, str) and text.strip() for text in stored):
+    raise Rejected("bad_metadata", f"{where}: the negatives {stored!r} are not a list of texts")
+  return tuple(stored)
+
+
+def _checked(region: Any, where: str) -> Region:
+  """The box [4] float64 and the phrase of a stored region; raises Rejected."""
   if not isinstance(region, Mapping) or not {"box", "phrase"} <= region.keys():
     raise Rejected("bad_metadata", f"{where}: {region!r} is not a dict with box and phrase")
   try:
@@ -179,4 +241,4 @@ def _checked(region: Any, where: str) -> tuple[np.ndarray, str]:
     )
   if not isinstance(phrase, str) or not phrase.strip():
     raise Rejected("bad_metadata", f"{where}: the phrase {phrase!r} is not a text")
-  return np.clip(box, 0.0, 1.0), phrase
+  return Region(np.clip(box, 0.0, 1.0), phrase)

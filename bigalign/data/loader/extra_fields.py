@@ -24,7 +24,7 @@ _TAKEN = {
   *("text", "text_mask", "text_second", "text_second_mask", "image_id", "text_id"),
   *("label", "source", "rejects", "repaired"),
   *(*naflex.FIELDS, *texts.NAMES, *teachers.NAMES, *text_pairs.NAMES, *regions.NAMES),
-  *locations.NAMES,
+  *(*regions.OF_NEGATIVES, *locations.NAMES),
 }
 
 

@@ -1,4 +1,4 @@
-"""Contrast of image regions, given by boxes, and the phrases that describe them."""
+"""Contrast of image regions, given by boxes, and the phrases that describe them: CLOC, FG-CLIP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from bigalign import checks
-from bigalign.data.fields.regions import BOXES, MASK, NAMES, PHRASES, PHRASES_MASK
+from bigalign.data.fields.regions import (
+  BOXES,
+  MASK,
+  NAMES,
+  NEGATIVES,
+  NEGATIVES_COUNT,
+  NEGATIVES_MASK,
+  OF_NEGATIVES,
+  PHRASES,
+  PHRASES_MASK,
+)
 from bigalign.losses import temperature as scales
 from bigalign.losses.base import Context, Features, Loss, State
 from bigalign.losses.base import Params as Scalars
@@ -107,16 +117,42 @@ def cloc_region(
   return r2t, t2r
 
 
+def own_phrase(differences: jax.Array, there: jax.Array, scale: jax.Array) -> jax.Array:
+  """[]: each region's phrase among wrong ones of its own, FG-CLIP's hard fine-grained negatives.
+
+  The cross-entropy of a softmax over a region's phrase and its negatives, as in FG-CLIP,
+  https://arxiv.org/abs/2505.05071; the mean over the regions that have negatives.
+
+  Args:
+    differences: [B, M, K], the cosine of a region and a negative, less that of the region and its
+      phrase.
+    there: [B, M, K] bool, which negatives there are.
+    scale: [], of the logits.
+
+  Example:
+    >>> there = jnp.asarray([[[True, True], [True, False], [False, False]]])
+    >>> found = own_phrase(jnp.zeros((1, 3, 2)), there, jnp.asarray(5.0))
+    >>> round(float(found), 3)  # (ln 3 + ln 2) / 2
+    0.896
+  """
+  some = there.any(-1)
+  # Regions without negatives take part with a logit of 0, so that their gradient is finite.
+  logits = jnp.where(there, scale * differences, jnp.where(some[..., None], -jnp.inf, 0))
+  each = jax.nn.softplus(jax.nn.logsumexp(logits, -1))
+  return jnp.where(some, each, 0).sum() / jnp.maximum(some.sum(), 1)
+
+
 def region_phrase(
   *,
   pooling: str = "boxes",
   text_filter: float | None = None,
   grounding: float = 0.0,
+  own_negatives: float = 0.0,
   by_share: bool = False,
   t_init: float = 1 / 0.07,
   t_max: float | None = 100.0,
 ) -> Loss:
-  """Region-phrase contrast: CLOC, https://arxiv.org/abs/2410.02746.
+  """Region-phrase contrast: CLOC, https://arxiv.org/abs/2410.02746, and FG-CLIP.
 
   InfoNCE in both directions compares all real regions of the batch with all phrases, which the text
   tower embeds; phrases equal to the anchor's are not its negatives. The defaults are a version
@@ -129,6 +165,16 @@ def region_phrase(
   width of the image tower, which reads the encodings of a box's corners and the patches. The paper
   gives neither the waves of the encoding nor how the output is pooled: here half a period to 16
   periods across the image, and the mean of the tokens of the prompt.
+
+  FG-CLIP, https://arxiv.org/abs/2505.05071, in its second stage adds to the losses of whole images
+  0.1 of the contrast of regions and 0.5 of a contrast of each region with ten phrases of which an
+  attribute is wrong. Both are
+
+    region_phrase = dict(weight=0.1, own_negatives=5.0)
+
+  with config.data.regions.negatives=10. In its release, patches are what the last block makes of
+  them without attention, RoIAlign pools them, the regions of one device are compared, and a phrase
+  equal to the anchor's is its negative too.
 
   The data holds boxes and phrases: config.data.regions.
 
@@ -144,7 +190,10 @@ def region_phrase(
     grounding: weight of a second loss, with pooling="prompter": the Prompter reads a phrase in
       place of a box, and a layer with GELU predicts the box; the mean squared error of the four
       sides, over real regions. CLOC 1.
-    by_share: whether both are multiplied by the share of the images of the batch that have regions,
+    own_negatives: weight of a loss in which each region has a softmax of its own, over its phrase
+      and the negatives that the data lists for it (config.data.regions.negatives). Its logit scale
+      is another one. Regions without negatives do not count.
+    by_share: whether all are multiplied by the share of the images of the batch that have regions,
       as in CLOC.
     t_init: first value of the logit scale, as in `clip`.
     t_max: upper bound of that scale, as in `clip`.
@@ -155,7 +204,7 @@ def region_phrase(
   where = "config.loss.region_phrase"
   scales.check("region_phrase", t_init, t_max)
   checks.known(f"{where}.pooling", pooling, POOLINGS)
-  checks.between(where, 0, grounding=grounding)
+  checks.between(where, 0, grounding=grounding, own_negatives=own_negatives)
   if text_filter is not None:
     checks.between(where, -1, 1, text_filter=text_filter)
   prompted = pooling == "prompter"
@@ -173,19 +222,22 @@ def region_phrase(
 
   def apply_head(params: Layers, averaged: Any, read: Read) -> dict[str, jax.Array]:
     boxes = read.batch[BOXES].astype(jnp.float32)
-    phrases, ids = embedded_phrases(read)
+    phrases, negatives, ids = _embedded(read, negatives=own_negatives > 0)
     found = {"ids": ids}
     if prompted:
       tokens = read.features["tokens_img"]
       regions = prompter.regions(params, tokens, boxes)
     else:
       regions = pooled(read, boxes)
-      phrases = phrases[..., -regions.shape[-1] :]
-    phrases = unit(phrases)
+    # With pooling="boxes", regions may have half the width of phrases: see Read.projected.
+    regions = unit(regions)
+    phrases, negatives = (unit(x[..., -regions.shape[-1] :]) for x in (phrases, negatives))
+    if own_negatives:
+      found["differences"] = jnp.einsum("bmd,bmkd->bmk", regions, negatives - phrases[:, :, None])
     if grounding:
       error = ((prompter.grounded(params, tokens, phrases) - boxes) ** 2).mean(-1)
       found["error"] = jnp.where(read.batch[MASK], error, 0).sum(1)
-    return {"regions": unit(regions), "phrases": phrases, **found}
+    return {"regions": regions, "phrases": phrases, **found}
 
   def apply(
     params: Scalars, state: State, feats: Features, batch: Any, context: Context
@@ -205,6 +257,12 @@ def region_phrase(
     if grounding:
       logs["grounding"] = feats["error"].sum() / jnp.maximum(real.sum(), 1)
       value += grounding * logs["grounding"]
+    if own_negatives:
+      own, most = jnp.exp(params["negatives"]["t"]), feats["differences"].shape[-1]
+      there = jnp.arange(most)[None, None] < batch[NEGATIVES_COUNT][..., None]
+      logs["own_negatives"] = own_phrase(feats["differences"], there, own)
+      logs["own_negatives_logit_scale"] = own
+      value += own_negatives * logs["own_negatives"]
     if by_share:
       logs["images_with_regions"] = real.any(1).mean(dtype=value.dtype)
       value *= logs["images_with_regions"]
@@ -213,14 +271,24 @@ def region_phrase(
   head = Head(
     init_head,
     apply_head,
-    fields=frozenset({"image", *NAMES}),
+    fields=frozenset({"image", *NAMES, *(OF_NEGATIVES if own_negatives else ())}),
     late=frozenset({"error"}),
   )
+  bounded = scales.clamped(t_max)
+
+  def init(sizes: Any) -> tuple[Scalars, State]:
+    one = scales.init(t_init)
+    return (one | dict(negatives=scales.init(t_init)) if own_negatives else one), {}
+
+  def constrain(params: Scalars, before: Scalars) -> Scalars:
+    own = {k: bounded(x, before) for k, x in params.items() if k == "negatives"}
+    return {**bounded(params, before), **own}
+
   return Loss(
     frozenset(),
-    lambda sizes: (scales.init(t_init), {}),
+    init,
     apply,
-    scales.clamped(t_max),
+    constrain,
     pair=False,
     head=head,
   )
@@ -245,10 +313,24 @@ def pooled(read: Read, boxes: jax.Array) -> jax.Array:
 
 def embedded_phrases(read: Read) -> tuple[jax.Array, jax.Array]:
   """[b, M, E] float32, the phrases of regions before the norm, and [b, M], equal for equal ones."""
-  ids = read.batch[PHRASES]
-  flat = [rearrange(read.batch[name], "b m l -> (b m) l") for name in (PHRASES, PHRASES_MASK)]
+  phrases, _, ids = _embedded(read, negatives=False)
+  return phrases, ids
+
+
+def _embedded(read: Read, *, negatives: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Phrases [b, M, E] and negatives [b, M, K, E] before the norm, and the ids of phrases [b, M].
+
+  One call of the text tower embeds both. Without negatives, K is 0.
+  """
+  ids, mask = read.batch[PHRASES], read.batch[PHRASES_MASK]
+  every = [x[:, :, None] for x in (ids, mask)]
+  if negatives:
+    wrong = read.batch[NEGATIVES], read.batch[NEGATIVES_MASK]
+    every = [jnp.concatenate(both, 2) for both in zip(every, wrong)]
+  flat = [rearrange(x, "b m k l -> (b m k) l") for x in every]
   texts = read.project("text", read.text(*flat))
-  return rearrange(texts, "(b m) d -> b m d", m=ids.shape[1]), _hashed(ids)
+  texts = rearrange(texts, "(b m k) d -> b m k d", m=ids.shape[1], k=every[0].shape[2])
+  return texts[:, :, 0], texts[:, :, 1:], _hashed(ids)
 
 
 def _hashed(ids: jax.Array) -> jax.Array:
