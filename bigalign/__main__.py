@@ -13,7 +13,7 @@ from bigalign.run import errors
 # {program: (its module below bigalign, summary)}; the module has a function `run`.
 PROGRAMS = {
   "train": ("train", "train a model from a config file"),
-  "evaluate": ("evaluate", "run evaluators on a checkpoint of a run"),
+  "evaluate": ("suites.main", "evaluate a model, or several on a suite of tasks"),
   "embed": ("frozen.embed", "run a dataset through frozen towers and store the embeddings"),
   "reinforce": ("frozen.reinforce", "store a teacher's vectors of augmented views and captions"),
   "compare": ("frozen.compare", "measure which frozen towers agree, without training"),

@@ -1,4 +1,4 @@
-"""Runs evaluators on a run's checkpoint: bigalign evaluate runs/quickstart --json scores.json."""
+"""Opens the checkpoint of a run and runs evaluators on it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from bigalign.evals.chance import chance
 from bigalign.evals.embed import SharedImages
 from bigalign.options import plain
 from bigalign.program import layout, make_embed, make_programs
-from bigalign.run import errors, parsers, preemption, progress, runtime
+from bigalign.run import errors
 from bigalign.run.provenance import changed_ids, check_hosts_agree, read_config
-from bigalign.run.tables import show, write_json
 from bigalign.run.workdir import Workdir
 from bigalign.state import restore_params
 
@@ -188,7 +187,9 @@ def evaluators_with_data(run: Run) -> tuple[dict[str, Evaluator], dict[str, str]
   return evaluators, missing
 
 
-def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
+def zeroshot_folder(
+  folder: str | pathlib.Path, option: str = _ZEROSHOT
+) -> tuple[str, dict[str, Any]]:
   """The name and the evaluator's options of a CLIP_benchmark webdataset folder.
 
   The shards are in the folder or in its subfolder `test`; classnames.txt and
@@ -201,16 +202,11 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
   """
   if "://" in str(folder):
     raise ValueError(
-      f"{_ZEROSHOT}={folder}: a folder on a disk or a mount. Shards in an object store can be named"
+      f"{option}={folder}: a folder on a disk or a mount. Shards in an object store can be named"
       ' in the config: config.evals.NAME = dict(type="zeroshot", source="gs://…/*.tar"), with'
       " classnames.txt next to them."
     )
-  given = pathlib.Path(folder).expanduser().absolute()
-  shards = next((x for x in (given, given / "test") if any(x.glob("*.tar"))), None)
-  if shards is None:
-    here = f"neither {given} nor {given / 'test'} holds shards (.tar)"
-    problem = here if given.is_dir() else "there is no such folder"
-    raise FileNotFoundError(f"{_ZEROSHOT}={folder}: {problem}")
+  shards = _shards_in(folder, option)
 
   def find(name: str) -> list[pathlib.Path]:
     return [path / name for path in (shards, shards.parent) if (path / name).is_file()]
@@ -218,7 +214,7 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
   classnames, templates = find("classnames.txt"), find("zeroshot_classification_templates.txt")
   if not classnames:
     raise FileNotFoundError(
-      f"{_ZEROSHOT}={folder}: neither {shards} nor {shards.parent} holds a classnames.txt: one name"
+      f"{option}={folder}: neither {shards} nor {shards.parent} holds a classnames.txt: one name"
       " per line, in the order of the labels"
     )
   options: dict[str, Any] = dict(
@@ -227,6 +223,30 @@ def zeroshot_folder(folder: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
   if templates:
     options["templates"] = str(templates[0])
   return classnames[0].parent.name, options
+
+
+def retrieval_folder(folder: str | pathlib.Path, option: str) -> dict[str, Any]:
+  """The evaluator's options of a CLIP_benchmark webdataset folder for retrieval.
+
+  The shards are in the folder or in its subfolder `test`. If dataset_type.txt beside them or one
+  level up says "retrieval", each line of a text is a caption.
+
+  Raises:
+    FileNotFoundError: if there is no folder or no shard.
+  """
+  shards = _shards_in(folder, option)
+  return dict(type="retrieval", source=str(shards / "*.tar"), fields=("txt",))
+
+
+def _shards_in(folder: str | pathlib.Path, option: str) -> pathlib.Path:
+  """The folder with the shards of a CLIP_benchmark dataset: this one, or its subfolder `test`."""
+  given = pathlib.Path(folder).expanduser().absolute()
+  shards = next((x for x in (given, given / "test") if any(x.glob("*.tar"))), None)
+  if shards is None:
+    here = f"neither {given} nor {given / 'test'} holds shards (.tar)"
+    problem = here if given.is_dir() else "there is no such folder"
+    raise FileNotFoundError(f"{option}={folder}: {problem}")
+  return shards
 
 
 def data_evals(
@@ -271,53 +291,3 @@ def table(metrics: Mapping[str, float]) -> rich.table.Table:
     by_chance = guess.get(name.removeprefix("ema/"))
     rows.add_row(name, shown, "" if by_chance is None else f"{by_chance:.4f}")
   return rows
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-  """The program; returns the metrics that it prints and writes."""
-  parser = parsers.evaluate()
-  args = parser.parse_args(argv)
-  runtime.setup()
-  runtime.connect()
-  opened = open_run(args.run, args.step)
-  stores = {name: getattr(args, name) for name in ("image_store", "text_store", "class_store")}
-  fields = args.fields and args.fields.split(",")
-  evals = data_evals(args.retrieval, fields, args.zeroshot, **stores)
-  if not evals and not opened.config.evals:
-    parser.error(f"{args.run} has no config.evals; give --retrieval SHARDS or --zeroshot DIR")
-  logging.info("Step %d of %s on %s", opened.step, opened.address, runtime.describe())
-  left_out: dict[str, str] = {}
-  with progress.shown(jax.process_index() == 0):
-    if evals:
-      metrics = evaluate(opened, evals)
-    else:
-      evaluators, left_out = evaluators_with_data(opened)
-      metrics = measure(opened, evaluators)
-      evals = {name: opened.meta["config"]["evals"][name] for name in evaluators}
-  if jax.process_index() == 0:
-    show(table(metrics))
-    if args.json:
-      written = {
-        "run": opened.address,
-        "step": opened.step,
-        "samples_seen": opened.meta["samples_seen"],
-        "revision": opened.meta["revision"],
-        "evals": evals,
-        "left_out": left_out,  # {evaluator of the config: why its data could not be read}
-        "metrics": metrics,
-      }
-      write_json(args.json, written)
-      print(f"written to {args.json}")
-  return metrics
-
-
-def run() -> None:
-  """The program `bigalign evaluate`."""
-  try:
-    main()
-  except Exception as error:
-    preemption.exit_on_error(error)
-
-
-if __name__ == "__main__":
-  run()

@@ -8,18 +8,21 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from bigalign import checks
 from bigalign.api.checkpoints import in_dtype, load_checkpoint
 from bigalign.api.image_inputs import View
 from bigalign.api.model import Model
 from bigalign.captions import Captioner, of_config
-from bigalign.config import Config
+from bigalign.config import Config, resolve_config
 from bigalign.data.text.tokenizers import Tokenizer
 from bigalign.evaluate import Run, open_run
 from bigalign.export import main
 from bigalign.losses.logit_head import of_losses
 from bigalign.model import DualEncoder
 from bigalign.options import plain
+from bigalign.program import make_embed, make_program
 from bigalign.run import runtime
 from bigalign.towers.base import DTYPES
 from bigalign.towers.features import FeaturesOptions
@@ -73,6 +76,53 @@ def load(
   if step is not None or ema:
     raise ValueError(f"{address} is not a run, so it has no steps and no averages")
   return load_checkpoint(folder, dtype=dtype, tokenizer=tokenizer)
+
+
+def as_run(model: Model, address: str) -> Run:
+  """The model in the files of another library as a run, with the least config that describes it.
+
+  Args:
+    model: of load_checkpoint.
+    address: of the files.
+
+  Raises:
+    ValueError: for a model of one tower, or without a tokenizer.
+  """
+  if model.view is None or model.tokenizer is None:
+    side = "image tower" if model.view is None else "text tower with a tokenizer"
+    raise ValueError(f"{address} has no {side}; a model with two towers is needed")
+  loss = "siglip" if model.head.sigmoid else "clip"
+  # Nothing is trained with it: evaluation, export and `init` read the model and the data.
+  values: dict[str, Any] = {name: model.config[name] for name in ("data", "model")}
+  values |= dict(seed=0, total_steps=1, batch_size=2, log_every=1, checkpoint_every=0)
+  values |= dict(loss={loss: {}}, optimizer=dict(lr=0.0))
+  config = resolve_config(values)
+  params: dict[str, Any] = {f"model/{k}": x for k, x in model.params.items() if "/" in k}
+  head = {"t": np.log(model.head.scale), **({"b": model.head.bias} if model.head.sigmoid else {})}
+  for name, value in head.items():
+    params[f"loss/{loss}/{name}"] = model.params.get(name, np.float32(value))
+  embed = make_embed(make_program(config, dataset_size=1).model, config.loss)
+  meta = {
+    "dataset_size": 1,
+    "samples_seen": 0,
+    "data": "",
+    "revision": "",
+    "config": plain(config),
+  }
+  folder = pathlib.Path(address).expanduser().absolute()
+  return Run(folder, 0, config, meta, model.mesh, params, {}, embed, str(folder))
+
+
+def open_any(path: str | os.PathLike[str], step: int | str | None) -> Run:
+  """The run in a folder, at a step (None: the latest), or as_run of other files.
+
+  Raises:
+    ValueError: for a step of files that are not a run.
+  """
+  address = os.fspath(path)
+  if is_run(address):
+    return open_step(address, step)
+  return as_run(load(address, None if step == "latest" else step), address)
 
 
 def open_step(path: str | os.PathLike[str], step: int | str | None) -> Run:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from ml_collections import ConfigDict
 
-from bigalign.api.loading import open_step
+from bigalign.api.loading import open_any, open_step
 from bigalign.config import setup_runtime
 from bigalign.evaluate import data_evals
 from bigalign.evaluate import evaluate as run_evaluators
@@ -80,8 +80,8 @@ def evaluate(
   """Returns the metrics of a run, {name: value}: by default those of the evaluators of its config.
 
   Args:
-    run: the --workdir of a run.
-    step: which checkpoint: a number, "latest" or "best"; None: the latest.
+    run: the --workdir of a run, or a folder or file of another library, as of bigalign.load.
+    step: of a run, which checkpoint: a number, "latest" or "best"; None: the latest.
     retrieval: shards, or another source, for retrieval.
     fields: of its captions; None: config.data.captions.
     zeroshot: folder of a CLIP_benchmark dataset, for zero-shot classification.
@@ -94,7 +94,7 @@ def evaluate(
     ValueError: if the run has no evaluators and none are given.
   """
   runtime.setup()
-  opened = open_step(run, step)
+  opened = open_any(run, step)
   folder = None if zeroshot is None else os.fspath(zeroshot)
   chosen = data_evals(retrieval, fields, folder, image_store, text_store, class_store)
   chosen |= dict(evals or {})

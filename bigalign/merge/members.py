@@ -11,16 +11,13 @@ from absl import logging
 
 from bigalign import tree
 from bigalign.api.checkpoints import load_checkpoint
-from bigalign.api.model import Model
-from bigalign.config import resolve_config
+from bigalign.api.loading import as_run
 from bigalign.evaluate import Run, open_run
 from bigalign.merge.average import Arrays
 from bigalign.options import plain
-from bigalign.program import make_embed, make_program
+from bigalign.program import make_program
 from bigalign.untrained import alone, write_run
 from bigalign.weights.runs import is_run
-
-_LOSSES = {True: "siglip", False: "clip"}  # by whether a sigmoid follows the logits
 
 
 def opened(address: str, step: int | str = "latest", ema: bool = False) -> Run:
@@ -43,7 +40,7 @@ def opened(address: str, step: int | str = "latest", ema: bool = False) -> Run:
   path = pathlib.Path(address).expanduser()
   if not path.exists():
     raise FileNotFoundError(f"{address}: no such file or folder")
-  return _of_files(address, load_checkpoint(path, dtype="float32", tokenizer=None))
+  return as_run(load_checkpoint(path, dtype="float32", tokenizer=None), address)
 
 
 def on_host(run: Run) -> Arrays:
@@ -68,27 +65,6 @@ def as_in(shapes: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
     else arrays[path]
     for path, x in shapes.items()
   }
-
-
-def _of_files(address: str, model: Model) -> Run:
-  """The model in a folder of another library, with the least config that describes it."""
-  if model.view is None or model.tokenizer is None:
-    side = "image tower" if model.view is None else "text tower with a tokenizer"
-    raise ValueError(f"{address} has no {side}; only models with two towers are merged")
-  loss = _LOSSES[model.head.sigmoid]
-  # Nothing is trained with it: evaluation, export and `init` read the model and the data.
-  values: dict[str, Any] = {name: model.config[name] for name in ("data", "model")}
-  values |= dict(seed=0, total_steps=1, batch_size=2, log_every=1, checkpoint_every=0)
-  values |= dict(loss={loss: {}}, optimizer=dict(lr=0.0))
-  config = resolve_config(values)
-  params: dict[str, Any] = {f"model/{k}": x for k, x in model.params.items() if "/" in k}
-  head = {"t": np.log(model.head.scale), **({"b": model.head.bias} if model.head.sigmoid else {})}
-  for name, value in head.items():
-    params[f"loss/{loss}/{name}"] = model.params.get(name, np.float32(value))
-  embed = make_embed(make_program(config, dataset_size=1).model, config.loss)
-  meta = {"dataset_size": 1, "samples_seen": 0, "data": "", "config": plain(config)}
-  folder = pathlib.Path(address).expanduser().absolute()
-  return Run(folder, 0, config, meta, model.mesh, params, {}, embed, str(folder))
 
 
 def write(out: str | pathlib.Path, run: Run, arrays: Arrays, about: Mapping[str, Any]) -> None:

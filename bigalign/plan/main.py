@@ -9,7 +9,6 @@ data is read. The exit status is 1 if the step does not fit. docs/plan.md explai
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any
 from absl import app, flags
 
 from bigalign import options
-from bigalign.data.files import storage
+from bigalign.data.files import fingerprints, storage
 from bigalign.plan import calibrate, chips, largest_batch, table
 from bigalign.plan.variants import (
   combinations,
@@ -76,12 +75,18 @@ def plan(
 
 def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> str:
   """Hex digits of what a plan depends on: arguments, code, packages, flags, named files."""
-  code = hashlib.sha256()
-  for file in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
-    code.update(file.read_bytes())
   versions = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
   files = named_files(config)
-  parts = [config, topology, samples, stage, versions, files, code.hexdigest(), _COMPILER_FLAGS]
+  parts = [
+    config,
+    topology,
+    samples,
+    stage,
+    versions,
+    files,
+    fingerprints.of_code(),
+    _COMPILER_FLAGS,
+  ]
   return options.fingerprint(parts)
 
 

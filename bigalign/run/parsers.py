@@ -12,16 +12,31 @@ from collections.abc import Callable
 
 # Those of bigalign/export/formats.py, whose import takes seconds.
 EXPORT_FORMATS = ("hf", "npz", "open_clip", "sentence-transformers", "torch")
+EVALUATE_CACHE = "~/.cache/bigalign/evaluate"
 
 
 def evaluate() -> argparse.ArgumentParser:
   """The command line of `bigalign evaluate`."""
   parser = argparse.ArgumentParser(
     prog="bigalign evaluate",
-    description="Runs the evaluators of a run's config on one of its checkpoints, or those given by"
-    " --retrieval and --zeroshot.",
+    description="Runs the evaluators of a run's config on one of its checkpoints, those given by"
+    " --retrieval and --zeroshot, or the tasks of a suite.",
   )
-  _add_run(parser)
+  parser.add_argument(
+    "model",
+    nargs="+",
+    help="the --workdir of a training run, or an exported folder or another that bigalign.load"
+    " reads; several with --suite",
+  )
+  _add_step(parser)
+  parser.add_argument(
+    "--suite",
+    metavar="SUITE",
+    help="the name of a suite, or a .toml file of tasks (docs/evaluation.md)",
+  )
+  parser.add_argument(
+    "--ema", action="store_true", help="with --suite: the averaged parameters of runs"
+  )
   _add_data(parser)
   for name, text in (
     ("image", "vectors of the images of --retrieval"),
@@ -29,7 +44,15 @@ def evaluate() -> argparse.ArgumentParser:
     ("class", "vectors of the prompts of the classes of --zeroshot"),
   ):
     parser.add_argument(f"--{name}_store", metavar="STORE", default="", help=text)
+  parser.add_argument(
+    "--cache",
+    metavar="DIR",
+    default=EVALUATE_CACHE,
+    help="folder of embeddings and results that --suite keeps (%(default)s)",
+  )
   parser.add_argument("--json", metavar="FILE", help="also write the metrics to this file")
+  parser.add_argument("--csv", metavar="FILE", help="with --suite: also write a table")
+  parser.add_argument("--html", metavar="FILE", help="with --suite: also write a page")
   return parser
 
 
@@ -44,6 +67,10 @@ def report() -> argparse.ArgumentParser:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("run", help="the --workdir of a training run")
+  _add_step(parser)
+
+
+def _add_step(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--step", default="latest", help="number, latest or best (%(default)s)")
 
 

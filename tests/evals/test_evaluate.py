@@ -14,6 +14,7 @@ from bigalign import evaluate, sharding
 from bigalign.config import resolve_config
 from bigalign.report import main
 from bigalign.run.metrics import read_metrics
+from bigalign.suites import main as program
 from bigalign.train import train
 
 
@@ -37,7 +38,7 @@ def trained(tmp_path_factory):
 
 
 def test_evaluate_finds_what_training_measured(trained, tmp_path, capsys):
-  found = evaluate.main([str(trained), "--json", str(tmp_path / "scores.json")])
+  found = program.main([str(trained), "--json", str(tmp_path / "scores.json")])
   *_, row = read_metrics(trained)
   assert row.pop("step") == 4
   # Sums in another order: of a rank or two, the neighbours may change places.
@@ -68,8 +69,8 @@ def test_evaluators_without_data_are_left_out_by_name(tmp_path, monkeypatch):
     return evaluate.Run(tmp_path, 4, there, meta, sharding.make_mesh(), params, {}, {})
 
   monkeypatch.setattr(evaluate, "make_evaluators", made)
-  monkeypatch.setattr(evaluate, "open_run", lambda *args: run_with("gone", "val"))
-  found = evaluate.main(["run", "--json", str(tmp_path / "scores.json")])
+  monkeypatch.setattr(program, "open_any", lambda *args: run_with("gone", "val"))
+  found = program.main(["run", "--json", str(tmp_path / "scores.json")])
   written = json.loads((tmp_path / "scores.json").read_text())
   assert found == {"val/x": 1.0}
   assert [*written["evals"]] == ["val"]
@@ -91,7 +92,7 @@ def test_report_of_a_run_is_the_last_thing_printed(trained, capsys):
 def test_shards_and_a_folder_given_by_hand(trained, tmp_path):
   write_tar(tmp_path / "shapes/test/0.tar", samples(0, 10))
   (tmp_path / "shapes/classnames.txt").write_text("disc\nline\nsquare\n")
-  found = evaluate.main(
+  found = program.main(
     [
       str(trained),
       "--zeroshot",

@@ -30,7 +30,7 @@ LAYERS = [
   {"frozen", "shards", "export", "plan", "cli"},
   {"train", "benchmark"},
   {"api"},
-  {"search", "merge"},
+  {"search", "merge", "suites"},
   {"__main__"},
 ]
 # The packages of data/, likewise.

@@ -53,7 +53,7 @@ MISTAKES = (
 # The usage that argparse prints before the message differs between versions of Python.
 WITH_USAGE = {
   "bigalign view 'shards/*.tar'": "the following arguments are required: --out",
-  "bigalign evaluate": "the following arguments are required: run",
+  "bigalign evaluate": "the following arguments are required: model",
   "bigalign index 'shards/*.tar' --captoins txt": "unknown arguments: --captoins txt",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pathlib
 from collections.abc import Iterable
 
 from bigalign.data.files import storage
@@ -47,3 +48,11 @@ def _of_file(path: str) -> bytes:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - _TAIL, 0))
     return f"{os.path.basename(path)}\n{size}\n".encode() + file.read()
+
+
+def of_code() -> str:
+  """Hex digits of all modules of this package."""
+  code = hashlib.sha256()
+  for file in sorted(pathlib.Path(__file__).parents[2].rglob("*.py")):
+    code.update(file.read_bytes())
+  return code.hexdigest()

@@ -1,0 +1,226 @@
+"""Evaluates models on the tasks of a suite, with images embedded once and results kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+from absl import logging
+
+from bigalign.api import embedding
+from bigalign.api.model import Model
+from bigalign.data.files import fingerprints, storage
+from bigalign.data.loader.options import DataOptions, resolve_data
+from bigalign.data.sources.base import Source, open_source, repeated_key
+from bigalign.evals import EVALS, EvalOptions, make_evaluators, named_files
+from bigalign.options import fingerprint, resolve_value
+from bigalign.program import make_embed
+from bigalign.run import errors
+from bigalign.run.parsers import EVALUATE_CACHE
+from bigalign.suites.suite import Task
+
+_SOURCES = ("source", "train", "test")  # options of evaluators that name data
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What one model reached on one task.
+
+  Attributes:
+    task: its name.
+    kind: the type of its evaluator.
+    model: as it was named.
+    metrics: {metric: value}, without the name of the task.
+    score: the mean of the metrics that the suite names; None without any.
+    missing: why the task was not evaluated; "" if it was.
+    get: the command that gets its data.
+    kept: whether an earlier call had evaluated it.
+    seconds: that it took.
+  """
+
+  task: str
+  kind: str
+  model: str
+  metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  score: float | None = None
+  missing: str = ""
+  get: str = ""
+  kept: bool = False
+  seconds: float = 0.0
+
+
+class Subject:
+  """A model that is evaluated: its options of data, its functions, and digits that identify it."""
+
+  def __init__(self, name: str, model: Model) -> None:
+    self.name, self.model = name, model
+    self.data = _data_of(model)
+    self._embed = make_embed(model.encoder) | dict(logit_head=lambda params: model.head)
+    self._params = {
+      key if key in ("t", "b") else f"model/{key}": x for key, x in model.params.items()
+    }
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Hex digits of the parameters, the preprocessing, and this code."""
+    model, sides = self.model, ("image", "text")
+    weights = [embedding.weights_digest(model.params, side) for side in sides]
+    spec = model.tokenizer.spec if model.tokenizer else {}
+    files = model.tokenizer.from_files if model.tokenizer else {}
+    header = embedding.header_of(model, "float32") if model.view else {}
+    towers = re.sub(r" at 0x\w+", "", repr(model.encoder))
+    return fingerprint(
+      [weights, spec, files, header, towers, [*model.head], fingerprints.of_code()]
+    )
+
+  def measure(self, task: Task, image_store: str = "") -> dict[str, float]:
+    """{metric: value} of a task; with the store of its images if there is one."""
+    options, embed = dict(task.options), dict(self._embed)
+    if image_store:
+      options["image_store"] = image_store
+      embed["embed_image"] = lambda params, vectors: vectors.astype("float32")
+    with jax.set_mesh(self.model.mesh):
+      made = make_evaluators({task.name: options}, mesh=self.model.mesh, data=self.data, **embed)
+      metrics = made[task.name](self._params)
+    own = re.compile(rf"val/(?:{re.escape(task.name)})?(?:-\w+-val-|-\w+-|/)?")
+    return {own.sub("", name, count=1): value for name, value in metrics.items()}
+
+
+def _data_of(model: Model) -> DataOptions:
+  """How a model reads images and texts."""
+  data = dict(model.config["data"])
+  if model.tokenizer is not None:
+    data["tokenizer"] = model.tokenizer.spec
+  data.setdefault("tokenizer", dict(name="byte", length=2))  # of a model without texts
+  data.setdefault("image_size", 1)
+  return resolve_data(data)
+
+
+def evaluate(
+  subjects: Sequence[Subject], tasks: Sequence[Task], cache: str | os.PathLike[str] = EVALUATE_CACHE
+) -> Iterable[Result]:
+  """Yields the result of each task and model, task by task.
+
+  An image is decoded once for all models that read it alike, and embedded once by each: the vectors
+  are kept in `cache`, and so are the results. A call that was killed goes on where it was. On
+  several processes nothing is kept.
+
+  Args:
+    subjects: the models.
+    tasks: of a suite.
+    cache: folder of the kept vectors and results.
+  """
+  root = pathlib.Path(cache).expanduser()
+  for number, task in enumerate(tasks, 1):
+    logging.info("Task %d of %d: %s", number, len(tasks), task.name)
+    missing, sources = task.missing, {}
+    try:
+      sources = {} if missing else _opened(task)
+    except (FileNotFoundError, KeyError) as error:
+      if not errors.is_mistake(error):
+        raise
+      missing = errors.message(error)
+    if missing:
+      for subject in subjects:
+        kind = str(task.options["type"])
+        yield Result(task.name, kind, subject.name, missing=missing, get=task.get)
+      continue
+    keeps = jax.process_count() == 1
+    files = {subject.name: _file(root, subject, task, sources) for subject in subjects}
+    to_do = [x for x in subjects if not (keeps and files[x.name] and files[x.name].is_file())]
+    stores = _embedded(to_do, task, sources, root) if keeps else {}
+    for subject in subjects:
+      yield _result(subject, task, files[subject.name] if keeps else None, stores)
+
+
+def _result(
+  subject: Subject, task: Task, file: pathlib.Path | None, stores: Mapping[str, str]
+) -> Result:
+  """The result of one task and model, kept or new."""
+  kind = str(task.options["type"])
+  kept = file is not None and file.is_file()
+  begin = time.perf_counter()
+  if kept:
+    assert file is not None
+    metrics = json.loads(file.read_text())
+  else:
+    try:
+      metrics = subject.measure(task, stores.get(subject.name, ""))
+    except Exception as error:
+      if not errors.is_mistake(error):
+        raise
+      logging.warning("Task %s of %s failed: %s", task.name, subject.name, errors.message(error))
+      return Result(task.name, kind, subject.name, missing=errors.message(error), get=task.get)
+    if file is not None:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      with storage.atomic_write(file, suffix=storage.unique_suffix()) as opened:
+        opened.write(json.dumps(metrics).encode())
+  names = task.metrics
+  if unknown := [name for name in names if name not in metrics]:
+    raise ValueError(
+      f"task {task.name!r}: metrics={unknown} are none of its metrics: {', '.join(metrics)}"
+    )
+  score = sum(metrics[name] for name in names) / len(names) if names else None
+  seconds = time.perf_counter() - begin
+  return Result(task.name, kind, subject.name, metrics, score, kept=kept, seconds=seconds)
+
+
+def _opened(task: Task) -> dict[str, Source]:
+  """{option: source} of the data that a task names, without captions."""
+  given = {name: task.options.get(name) for name in _SOURCES}
+  return {
+    name: open_source(value, captions=())
+    for name, value in given.items()
+    if isinstance(value, str) and value
+  }
+
+
+def _file(
+  root: pathlib.Path, subject: Subject, task: Task, sources: Mapping[str, Source]
+) -> pathlib.Path | None:
+  """The file of a result; None if the data of the task cannot be identified."""
+  if not sources:
+    return None
+  component = resolve_value(EvalOptions, {task.name: dict(task.options)}, "suite")
+  named = {
+    option: hashlib.sha256(path.read_bytes()).hexdigest()
+    for (_, option), path in named_files(component).items()
+  }
+  prints = {name: source.fingerprint for name, source in sources.items()}
+  key = fingerprint([subject.digest, task.name, {**task.options}, named, prints])
+  return root / "results" / f"{key}.json"
+
+
+def _embedded(
+  subjects: Sequence[Subject], task: Task, sources: Mapping[str, Source], root: pathlib.Path
+) -> dict[str, str]:
+  """{model: store} of the images of a task, if its evaluator reads such stores."""
+  source, options = sources.get("source"), inspect.signature(EVALS[str(task.options["type"])])
+  readable = "image_store" in options.parameters and not task.options.get("image_store")
+  if source is None or not readable or repeated_key(source):
+    return {}
+  stores = {}
+  alike: dict[str, list[Subject]] = {}
+  for subject in subjects:
+    if subject.model.view is not None and subject.data.frames is None:
+      alike.setdefault(repr(subject.model.view), []).append(subject)
+  for group in alike.values():
+    prints = source.fingerprint
+    targets = [
+      embedding.Target(
+        x.model, embedding.cache_folder(x.model, prints, str(root / "images"), "float32")
+      )
+      for x in group
+    ]
+    for subject, store in zip(group, embedding.embed_with(targets, source, dtype="float32")):
+      stores[subject.name] = str(store.folder)
+  return stores

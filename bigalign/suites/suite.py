@@ -1,0 +1,120 @@
+"""Suites: files that list evaluation tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from bigalign import checks
+from bigalign.data.files.lines import read_text
+from bigalign.data.files.patterns import expand_variables
+from bigalign.evals import EVALS, EvalOptions
+from bigalign.evaluate import retrieval_folder, zeroshot_folder
+from bigalign.options import resolve_value
+from bigalign.run import errors
+
+SHIPPED = {x.stem: x for x in sorted(pathlib.Path(__file__).parent.glob("tasks/*.toml"))}
+# The metric that is a task's score, by the type of the evaluator.
+SCORES: dict[str, tuple[str, ...]] = dict(
+  zeroshot=("top1",),
+  retrieval=("text_to_image_R@1", "image_to_text_R@1"),
+)
+_OF_TASK = ("type", "dataset", "metrics", "get")  # every other key is an option of the evaluator
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One task of a suite.
+
+  Attributes:
+    name: of the task.
+    options: of its evaluator, as config.evals.NAME.
+    metrics: whose mean is the score of the task; (): the task has no score.
+    get: the command that gets its data; "" if the file names none.
+    missing: why its data cannot be read; "" if it can.
+  """
+
+  name: str
+  options: Mapping[str, Any]
+  metrics: tuple[str, ...] = ()
+  get: str = ""
+  missing: str = ""
+
+
+def read_suite(suite: str) -> list[Task]:
+  """Reads the tasks of a shipped suite, or of a file.
+
+  A file is TOML with a table for each task:
+
+    [cifar10]
+    type = "zeroshot"               # of an evaluator; other keys are its options
+    dataset = "$DATA/wds_cifar10"   # a CLIP_benchmark folder: its shards, class names and templates
+    metrics = ["top1"]              # whose mean is the score
+    get = "command that gets the data"
+
+  Args:
+    suite: name of a shipped suite, or the path of a .toml file.
+
+  Returns:
+    The tasks in the order of the file. A task whose data is not here has `missing`.
+
+  Raises:
+    FileNotFoundError: for a file that does not exist.
+    ValueError, TypeError: for a file that is not TOML, or a task with an unknown type or option.
+  """
+  if suite in SHIPPED:
+    path = SHIPPED[suite]
+  elif not suite.endswith(".toml"):
+    checks.known("--suite", suite, [*SHIPPED, "FILE.toml"])
+  else:
+    path = pathlib.Path(expand_variables(suite, what="--suite")).expanduser()
+    if not path.is_file():
+      raise FileNotFoundError(f"--suite={suite}: {path} does not exist")
+  try:
+    tables = tomllib.loads(read_text(path))
+  except tomllib.TOMLDecodeError as error:
+    raise ValueError(f"{path} is not TOML: {error}") from error
+  if not tables:
+    raise ValueError(f"{path} lists no task")
+  return [_task(path, name, given) for name, given in tables.items()]
+
+
+def _task(path: pathlib.Path, name: str, given: Any) -> Task:
+  """One table of a suite's file."""
+  where = f"{path.name}: {name}"
+  if not isinstance(given, Mapping) or "type" not in given:
+    raise ValueError(f"{where} has no type; write a table [{name}] with type = one of {[*EVALS]}")
+  kind = str(given["type"])
+  checks.known(f"{where}.type", kind, EVALS)
+  metrics = given.get("metrics", SCORES.get(kind, ()))
+  if not isinstance(metrics, list | tuple) or not all(isinstance(x, str) for x in metrics):
+    raise TypeError(f"{where}.metrics={metrics!r}: expected a list of names of metrics")
+  options = {key: value for key, value in given.items() if key not in _OF_TASK}
+  get, missing = str(given.get("get", "")), ""
+  try:
+    if "dataset" in given:
+      options = _of_dataset(kind, str(given["dataset"]), where) | options
+  except (FileNotFoundError, KeyError) as error:
+    if not errors.is_mistake(error):
+      raise
+    missing = errors.message(error)
+  options = {"type": kind, **options}
+  if not missing:
+    resolve_value(EvalOptions, {name: options}, str(path))
+  return Task(name, options, tuple(metrics), get, missing)
+
+
+def _of_dataset(kind: str, folder: str, where: str) -> dict[str, Any]:
+  """The options that a CLIP_benchmark folder gives to an evaluator."""
+  if kind not in ("zeroshot", "retrieval"):
+    raise ValueError(f"{where}.dataset is of zeroshot and retrieval; {kind} has options of its own")
+  option = f"{where}.dataset"
+  expanded = expand_variables(folder, what=option)
+  if kind == "zeroshot":
+    found = zeroshot_folder(expanded, option)[1]
+  else:
+    found = retrieval_folder(expanded, option)
+  return {key: value for key, value in found.items() if key != "type"}

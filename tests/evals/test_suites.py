@@ -1,0 +1,238 @@
+"""Suites: tasks of a file for several models, images decoded once, results kept."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import doctest
+import io
+import json
+
+import numpy as np
+import pytest
+from helpers import made_runs
+from helpers.small_shards import samples, write_tar
+
+import bigalign
+from bigalign.api import embedding
+from bigalign.data.sources.webdataset import WebDataset
+from bigalign.suites import main as program
+from bigalign.suites import results, runner
+from bigalign.suites.suite import SHIPPED, read_suite
+
+COUNT = 23  # divides by no batch size
+
+SUITE = """
+[classes]
+type = "zeroshot"
+dataset = "$SUITE_DATA/classes"
+
+[by_name]
+type = "zeroshot"
+dataset = "$SUITE_DATA/classes"
+templates = "name"
+metrics = ["mean_per_class_recall"]
+
+[captions]
+type = "retrieval"
+source = "$SUITE_DATA/classes/test/0.tar"
+fields = ["txt"]
+
+[elsewhere]
+type = "zeroshot"
+dataset = "$SUITE_DATA/gone"
+get = "get-data gone"
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """Two runs that read images alike."""
+  folder, values = tmp_path_factory.mktemp("runs"), made_runs.small()
+  return [
+    made_runs.write(folder / name, values, made_runs.random_params(values, seed))
+    for seed, name in enumerate(("one", "two"))
+  ]
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+  """The file of a suite."""
+  write_tar(tmp_path / "classes/test/0.tar", samples(0, COUNT))
+  (tmp_path / "classes/classnames.txt").write_text("cat\ndog\nbird\n")
+  monkeypatch.setenv("SUITE_DATA", str(tmp_path))
+  file = tmp_path / "three.toml"
+  file.write_text(SUITE)
+  return file
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+  """The numbers of the images that were read, in order."""
+  numbers = []
+  square = embedding._square
+
+  def counted(model, source, i):
+    numbers.append(i)
+    return square(model, source, i)
+
+  monkeypatch.setattr(embedding, "_square", counted)
+  return numbers
+
+
+def test_examples():
+  assert doctest.testmod(results).failed == 0
+
+
+def test_a_suite_of_two_models(runs, suite, decoded, tmp_path, capsys, monkeypatch):
+  """Each image is decoded once and embedded once by each model; nothing is done twice."""
+  out = {name: str(tmp_path / f"out.{name}") for name in ("json", "csv", "html")}
+  words = [*runs, f"--suite={suite}", f"--cache={tmp_path / 'cache'}"]
+  words += [f"--{name}={file}" for name, file in out.items()]
+  found = program.main(words)
+  assert decoded == [*range(COUNT)]
+  assert [(x.task, x.model, bool(x.missing)) for x in found] == [
+    (task, run, task == "elsewhere")
+    for task in ("classes", "by_name", "captions", "elsewhere")
+    for run in runs
+  ]
+  # Equal to the evaluation of a run alone, whose images are not kept.
+  alone = bigalign.evaluate(runs[1], zeroshot=tmp_path / "classes")
+  top1 = alone["val/classes-zeroshot-val-top1"]
+  by_task = {(x.task, x.model): x for x in found}
+  assert by_task["classes", runs[1]].score == by_task["classes", runs[1]].metrics["top1"] == top1
+  alone = bigalign.evaluate(runs[1], retrieval=f"{tmp_path}/classes/test/0.tar", fields=["txt"])
+  metrics = by_task["captions", runs[1]].metrics
+  assert {f"val/{name}": value for name, value in metrics.items()} == alone
+  both = [metrics[f"{name}_R@1"] for name in ("text_to_image", "image_to_text")]
+  assert by_task["captions", runs[1]].score == np.mean(both)
+  # What is written.
+  records = json.loads((tmp_path / "out.json").read_text())
+  assert len(records) == 8
+  assert records[1]["task"] == "zeroshot_classification" and records[1]["metrics"]["acc1"] == top1
+  assert records[5]["metrics"]["image_retrieval_recall@5"] == metrics["text_to_image_R@5"]
+  assert records[7]["metrics"] == {} and "gone" in records[7]["missing"]
+  lines = [*csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text()))]
+  assert [x["metric"] for x in lines if x["model"] == runs[0]] == [
+    *("top1", "mean_per_class_recall", "text_to_image_R@1", "image_to_text_R@1", "")
+  ]
+  assert all(float(x["low"]) <= float(x["value"]) <= float(x["high"]) for x in lines if x["low"])
+  page = (tmp_path / "out.html").read_text()
+  assert "$" not in page and f"{top1:.4f}" in page and "get-data gone" in page
+  printed = capsys.readouterr().out
+  assert "mean of 3 of 4 tasks" in printed
+  assert "elsewhere was not evaluated" in printed and "Get its data with: get-data gone" in printed
+  # Once more: nothing is embedded or evaluated.
+  monkeypatch.setattr(runner.Subject, "measure", None)
+  again = program.main(words)
+  assert [(x.metrics, x.score) for x in again] == [(x.metrics, x.score) for x in found]
+  assert all(x.kept or x.missing for x in again) and len(decoded) == COUNT
+  # Another label is another task, of the same images.
+  monkeypatch.undo()
+  monkeypatch.setenv("SUITE_DATA", str(tmp_path))
+  (tmp_path / "classes/classnames.txt").write_text("cat\ndog\nfish\n")
+  changed = program.main(words)
+  assert [x.kept for x in changed] == [*[False] * 4, *[True] * 2, *[False] * 2]
+
+
+def test_a_kill_loses_nothing(runs, suite, decoded, tmp_path, monkeypatch):
+  """What was embedded and evaluated before the end of a process is there afterwards."""
+  words = [*runs, f"--suite={suite}", f"--cache={tmp_path / 'cache'}"]
+  measure = runner.Subject.measure
+
+  def killed(self, task, store=""):
+    if task.name == "by_name" and self.name == runs[1]:
+      raise KeyboardInterrupt
+    return measure(self, task, store)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(runner.Subject, "measure", killed)
+    program.main(words)
+  found = program.main(words)
+  assert [x.kept for x in found[:6]] == [True, True, True, False, False, False]
+  assert decoded == [*range(COUNT)]
+
+
+def test_a_task_that_fails_does_not_end_the_suite(runs, suite, tmp_path, capsys):
+  """Its row says why, and the mean does not count it as a score."""
+  (tmp_path / "classes/classnames.txt").write_text("cat\ndog\n")  # labels are 0, 1 and 2
+  words = [runs[0], f"--suite={suite}", f"--cache={tmp_path / 'cache'}"]
+  found = program.main(words)
+  assert [bool(x.missing) for x in found] == [True, True, False, True]
+  assert "outside the 2 class names" in found[0].missing
+  assert "mean of 1 of 4 tasks" in capsys.readouterr().out
+
+
+def test_an_exported_folder_is_evaluated_as_its_run(runs, suite, tmp_path):
+  bigalign.load(runs[0]).save(tmp_path / "torch", "torch")
+  pair = [runs[0], str(tmp_path / "torch")]
+  found = program.main([*pair, f"--suite={suite}", f"--cache={tmp_path / 'cache'}"])
+  assert found[0].metrics == found[1].metrics and found[4].metrics == found[5].metrics
+  of_run = bigalign.evaluate(runs[0], zeroshot=tmp_path / "classes")
+  assert bigalign.evaluate(tmp_path / "torch", zeroshot=tmp_path / "classes") == of_run
+
+
+def test_the_interval_is_that_of_a_bootstrap_of_samples():
+  hits = np.repeat([1.0, 0.0], [70, 130])
+  rng = np.random.default_rng(1)
+  means = rng.choice(hits, (20_000, 200)).mean(1)
+  expected = np.quantile(means, (0.025, 0.975))
+  found = results.interval("top5", {"top5": 0.35, "num_samples": 200})
+  np.testing.assert_allclose(found, expected, atol=0.006)
+  assert results.interval("text_to_image_R@5", {"text_to_image_R@5": 1.0, "num_captions": 9}) == (
+    1.0,
+    1.0,
+  )
+  assert results.interval("mean_rank", {"mean_rank": 3.0, "num_samples": 9}) is None
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("x = 1", "x has no type"),
+    ("[x]\ntype = 'zeroshut'", "x.type: unknown 'zeroshut'"),
+    ("[x]\ntype = 'zeroshot'\nsourc = 'a'", "sourc"),
+    ("[x]\ntype = 'zeroshot'\nmetrics = 'top1'", "expected a list of names"),
+    ("[x]\ntype = 'geometry'\ndataset = 'a'", "dataset is of zeroshot and retrieval"),
+    ("[x", "is not TOML"),
+    ("", "lists no task"),
+  ],
+)
+def test_a_file_with_a_mistake(text, message, tmp_path):
+  (tmp_path / "s.toml").write_text(text)
+  with pytest.raises((ValueError, TypeError), match=message):
+    read_suite(str(tmp_path / "s.toml"))
+
+
+def test_a_metric_that_a_task_does_not_have(runs, suite, tmp_path):
+  suite.write_text(SUITE.replace("mean_per_class_recall", "acc1"))
+  with pytest.raises(ValueError, match=r"'by_name': metrics=\['acc1'\].*top1"):
+    program.main([runs[0], f"--suite={suite}", f"--cache={tmp_path / 'cache'}"])
+
+
+def test_names_and_paths_of_suites(tmp_path):
+  with pytest.raises(ValueError, match="--suite: unknown 'datacmp'"):
+    read_suite("datacmp")
+  with pytest.raises(FileNotFoundError, match="does not exist"):
+    read_suite(str(tmp_path / "gone.toml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_suite_names_its_data_and_how_to_get_it(name):
+  """Without the data each task is missing, and says so."""
+  for task in read_suite(name):
+    assert task.get and task.metrics and "BIGALIGN_EVALS" in task.missing
+
+
+def test_models_that_read_images_differently_do_not_share_a_pass(runs, tmp_path):
+  source = WebDataset(write_tar(tmp_path / "0.tar", samples(0, 3)))
+  one, two = (bigalign.load(run) for run in runs)
+  targets = [embedding.Target(one, tmp_path / "a"), embedding.Target(two, tmp_path / "b")]
+  stores = embedding.embed_with(targets, source)
+  for model, store in zip((one, two), stores):
+    expected = model.embed_images([source[i]["image"] for i in range(3)])
+    np.testing.assert_allclose(np.float32(store.read(np.arange(3))), expected, atol=5e-4)
+  other = dataclasses.replace(two.view.reading, resize="shortest")
+  two.view = two.view._replace(reading=other)
+  with pytest.raises(ValueError, match="read images differently"):
+    embedding.embed_with(targets, source)
