@@ -329,8 +329,7 @@ def sweep(measure: Callable[[float], float]) -> float:
   (-2.375, 15)
 
   Args:
-    measure: penalty -> number, of images that the classifier was not fitted to. Each call may begin
-      with what an earlier one found.
+    measure: penalty -> number, of images that the classifier was not fitted to.
   """
   found: dict[float, float] = {}
 

@@ -170,38 +170,42 @@ class Read:
     return self.train, held
 
 
-class Logistic:
-  """Logistic regressions of some features on their mesh.
+def fit_logistic(
+  mesh: Mesh,
+  features: Features,
+  rows: np.ndarray,
+  classes: int,
+  penalty: float,
+  *,
+  tolerance: float,
+  iterations: int,
+) -> linear.Fit:
+  """Logistic regression of some rows, see linear.fit_logistic.
+
+  Each fit begins at 0. With a large penalty the scores are small; if the fit began with another
+  classifier, what is left of its bias within the tolerance would decide.
 
   Args:
-    context: of the evaluator.
-    features: to fit to.
+    mesh: of the features.
+    features: N batches of B images.
+    rows: [N B] bool, to fit to.
     classes: K.
-    **options: tolerance and iterations of `linear.fit_logistic`.
+    penalty: lambda.
+    tolerance: see linear.fit_logistic.
+    iterations: at most.
   """
-
-  def __init__(self, context: Context, features: Features, classes: int, **options: Any):
-    self._context, self._features, self._options = context, features, options
-    self._zeros = linear.zeros(features.x.shape[-1], classes)
-    self._start = self._zeros
-
-  def fit(self, rows: np.ndarray, penalty: float) -> linear.Fit:
-    """Fits to some rows; begins with what the last call found, which saves iterations.
-
-    Args:
-      rows: [N B] bool.
-      penalty: lambda.
-    """
-    mesh = self._context.mesh
-    weight = spread(mesh, rows.astype(np.float32), self._features.x)
-    with jax.set_mesh(mesh):
-      fitted: linear.Fit = linear.fit_logistic(
-        self._features, weight, self._start, np.float32(penalty), **self._options
-      )
-    sharding.block_on_cpu(fitted)
-    found = dict(weight=fitted.linear.weight, bias=fitted.linear.bias)
-    self._start = found if np.isfinite(np.asarray(found["bias"])).all() else self._zeros
-    return fitted
+  weight = spread(mesh, rows.astype(np.float32), features.x)
+  start = linear.zeros(features.x.shape[-1], classes)
+  with jax.set_mesh(mesh):
+    fitted: linear.Fit = linear.fit_logistic(
+      features,
+      weight,
+      start,
+      np.float32(penalty),
+      tolerance=np.float32(tolerance),
+      iterations=iterations,
+    )
+  return sharding.block_on_cpu(fitted)
 
 
 def classified(
@@ -331,16 +335,17 @@ def linear_probe(
   def run(params: Any) -> dict[str, float]:
     read = images.read(params)
     whole, held = read.whole(where, holdout, seed, chosen=penalty is None)
-    options = dict(tolerance=np.float32(tolerance), iterations=iterations)
-    logistic = Logistic(context, whole[0], read.classes, **options)
+
+    def fit(rows: np.ndarray, penalty: float) -> linear.Fit:
+      options: Any = dict(tolerance=tolerance, iterations=iterations)
+      return fit_logistic(context.mesh, whole[0], rows, read.classes, penalty, **options)
+
     best, validated = penalty, {}
     if best is None:
-      fitted_to = whole[1].valid & ~held
-      best, value = _choose(
-        lambda x: logistic.fit(fitted_to, x).linear, context.mesh, whole, held, read.classes
-      )
+      part = whole[1].valid & ~held
+      best, value = _choose(lambda x: fit(part, x).linear, context.mesh, whole, held, read.classes)
       validated = {"validation": value}
-    fitted = logistic.fit(whole[1].valid, best)
+    fitted = fit(whole[1].valid, best)
     if not fitted.converged:
       logging.warning(
         "%s: L-BFGS did not converge in %d iterations with the penalty %g",
@@ -496,17 +501,18 @@ def few_shot(
     few = pick(context.mesh, features, rows, drawn.ravel())
     ordinal = np.full(len(few[1].valid), drawn.size)
     ordinal[: drawn.size] = np.tile(np.arange(drawn.shape[1]), read.classes)
-    options = dict(tolerance=np.float32(tolerance), iterations=iterations)
-    logistic = Logistic(context, few[0], read.classes, **options)
+
+    def fit(few_rows: np.ndarray, penalty: float) -> linear.Linear:
+      options: Any = dict(tolerance=tolerance, iterations=iterations)
+      return fit_logistic(context.mesh, few[0], few_rows, read.classes, penalty, **options).linear
+
     found = {}
     for k in shots:
-      fitted_to, best = ordinal < k, penalty
+      part, best = ordinal < k, penalty
       if best is None:
         held = (ordinal >= shots[-1]) & (ordinal < shots[-1] + min(k, extra))
-        fit = functools.partial(_linear, logistic, fitted_to)
-        best, _ = _choose(fit, context.mesh, few, held, read.classes)
-      fitted = logistic.fit(fitted_to, best)
-      found[k] = classified(context.mesh, fitted.linear, *read.tested)
+        best, _ = _choose(functools.partial(fit, part), context.mesh, few, held, read.classes)
+      found[k] = classified(context.mesh, fit(part, best), *read.tested)
     return found
 
   def run(params: Any) -> dict[str, float]:
@@ -523,10 +529,6 @@ def few_shot(
     return _named(context, "few_shot", metrics | {"seeds": seeds} | read.sizes)
 
   return run
-
-
-def _linear(logistic: Logistic, rows: np.ndarray, penalty: float) -> linear.Linear:
-  return logistic.fit(rows, penalty).linear
 
 
 def _check_shots(where: str, names: Sequence[str], read: Read, shots: int, extra: int) -> None:

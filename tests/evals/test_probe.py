@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marks import slow_unless
 from helpers.small_stores import write_store
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.metrics import average_precision_score
@@ -63,9 +64,8 @@ def measured(stores, kind, *, axes=None, **more):
   return {name.removeprefix(f"val/x-{kind}-"): value for name, value in found.items()}
 
 
-both = pytest.mark.parametrize(
-  "axes", [dict(devices=jax.devices()[:1]), dict(data=2, fsdp=2, tensor=2)], ids=["one", "eight"]
-)
+MESHES, IDS = [dict(devices=jax.devices()[:1]), dict(data=2, fsdp=2, tensor=2)], ["one", "eight"]
+both = pytest.mark.parametrize("axes", MESHES, ids=IDS)
 SIZES = dict(num_samples=TEST, num_classes=K, num_train=TRAIN)
 
 
@@ -75,11 +75,11 @@ def of(theirs, x, label):
   return dict(top1=theirs.score(x, label), mean_per_class_recall=np.mean(by_class), top5=1.0)
 
 
-@both
+@pytest.mark.parametrize("axes", slow_unless(MESHES, lambda axes: "devices" in axes), ids=IDS)
 def test_a_linear_probe_of_stores_is_that_of_scikit_learn(stores, axes):
   (_, x, label), (_, more, of_more), (_, z, wanted) = stores.values()
   found = measured(
-    stores, "linear_probe", axes=axes, validation_store=stores["more"][0], tolerance=1e-6
+    stores, "linear_probe", axes=axes, validation_store=stores["more"][0], tolerance=1e-5
   )
   best = found["penalty"]
 
@@ -88,7 +88,7 @@ def test_a_linear_probe_of_stores_is_that_of_scikit_learn(stores, axes):
 
   assert found["validation"] == theirs(best, x, label).score(more, of_more)
   assert found["validation"] >= max(
-    theirs(10.0**decade, x, label).score(more, of_more) for decade in (-2, 0, 2, 4)
+    theirs(10.0**decade, x, label).score(more, of_more) for decade in (0, 2, 4)
   )
   both, labels = np.concatenate([x, more]), np.concatenate([label, of_more])
   expected = of(theirs(best, both, labels), z, wanted) | SIZES | dict(num_train=TRAIN + 40)
@@ -377,10 +377,10 @@ def all_of(folders):
   stores = {name: (folder,) for name, folder in folders.items()}
   found = {}
   for kind, more in dict(
-    linear_probe=dict(validation_store=folders["more"]),
+    linear_probe=dict(validation_store=folders["more"], penalty=1.0),
     ridge={},
     knn={},
-    few_shot=dict(shots=(2,), seeds=2),
+    few_shot=dict(shots=(2,), seeds=2, penalty=1.0),
   ).items():
     found[kind] = measured(stores, kind, **more)
   found["linear_probe"].pop("iterations")  # sums in another order
