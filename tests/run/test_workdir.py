@@ -160,6 +160,7 @@ def test_a_report_in_a_bucket_outlives_the_next_reader(bucket, cache, monkeypatc
   monkeypatch.setattr(report, "open_run", lambda workdir, step: opened)
   monkeypatch.setattr(report, "embed_pairs", lambda run: "none")
   monkeypatch.setattr(report, "segmented", lambda run: {})
+  monkeypatch.setattr(report, "confused", lambda run: {})
   monkeypatch.setattr(report, "page", lambda *_: "<h1>paged</h1>")
   path = report.report("gs://bucket/paged")
   Workdir("gs://bucket/paged", reader=True).download()
