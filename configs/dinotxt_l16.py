@@ -7,11 +7,12 @@
 
 For 64 chips of TPU v5e (8x8). Sizes, batch and optimizer are those of DINOv3's release of dino.txt:
 two blocks with SwiGLU, LayerScale and drop path on the tokens of the frozen tower; class token and
-mean of the patches, concatenated; a text tower of 24 layers from scratch. Published for DINOv3
-ViT-L, from memory: 82.3 % top-1 on ImageNet, zero-shot, and 24.7 mIoU on ADE20k, for which patches
-are compared with the second half of a text's embedding. What differs: registers of the tower take
-no part in the blocks; the data. The release's optional Gram term is
-`gram=dict(weight=1.0, of="projector")`.
+mean of the patches, concatenated; a text tower of 24 layers from scratch. For segmentation, patches
+are compared with the second half of a text's embedding. Published: 81.4 % top-1 on ImageNet,
+zero-shot, on DINOv2 L/14 with registers (the paper's figure, as its authors repeat it in
+https://github.com/facebookresearch/dinov2/pull/528). Those on DINOv3 L/16 are in section 7.3 of
+https://arxiv.org/abs/2508.10104. What differs: registers of the tower take no part in the blocks;
+the data. The release's optional Gram term is `gram=dict(weight=1.0, of="projector")`.
 """
 
 from ml_collections import ConfigDict
