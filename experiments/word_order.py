@@ -53,7 +53,7 @@ def main() -> None:
   parser.add_argument("out", type=pathlib.Path)
   parser.add_argument("captions", type=pathlib.Path)
   parser.add_argument("--seeds", default="0,1,2")
-  parser.add_argument("--steps", type=int, default=100)
+  parser.add_argument("--steps", type=int, default=80)
   parser.add_argument("--lr", type=float, default=1e-4)
   parser.add_argument("--arms", default="clip,negclip,against")
   args = parser.parse_args()
