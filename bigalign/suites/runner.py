@@ -21,6 +21,7 @@ from bigalign.api.model import Model
 from bigalign.data.files import fingerprints, storage
 from bigalign.data.loader.options import DataOptions, resolve_data
 from bigalign.data.sources.base import Source, open_source, repeated_key
+from bigalign.data.stores.reader import Store
 from bigalign.evals import EVALS, EvalOptions, make_evaluators, named_files
 from bigalign.options import fingerprint, resolve_value
 from bigalign.program import make_embed
@@ -28,7 +29,9 @@ from bigalign.run import errors
 from bigalign.run.parsers import EVALUATE_CACHE
 from bigalign.suites.suite import Task
 
-_SOURCES = ("source", "train", "test")  # options of evaluators that name data
+# Options of evaluators that name data: sources, and folders that no fingerprint identifies.
+_SOURCES = ("source", "train", "test", "validation", "ood")
+_FOLDERS = ("folder", "images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +128,7 @@ def evaluate(
     missing, sources = task.missing, {}
     try:
       sources = {} if missing else _opened(task)
-    except (FileNotFoundError, KeyError) as error:
+    except Exception as error:
       if not errors.is_mistake(error):
         raise
       missing = errors.message(error)
@@ -188,14 +191,19 @@ def _file(
   root: pathlib.Path, subject: Subject, task: Task, sources: Mapping[str, Source]
 ) -> pathlib.Path | None:
   """The file of a result; None if the data of the task cannot be identified."""
-  if not sources:
+  stores = {
+    name: Store(value).fingerprint
+    for name, value in task.options.items()
+    if name.endswith("_store") and value
+  }
+  if not (sources or stores) or any(task.options.get(name) for name in _FOLDERS):
     return None
   component = resolve_value(EvalOptions, {task.name: dict(task.options)}, "suite")
   named = {
     option: hashlib.sha256(path.read_bytes()).hexdigest()
     for (_, option), path in named_files(component).items()
   }
-  prints = {name: source.fingerprint for name, source in sources.items()}
+  prints = stores | {name: source.fingerprint for name, source in sources.items()}
   key = fingerprint([subject.digest, task.name, {**task.options}, named, prints])
   return root / "results" / f"{key}.json"
 
@@ -205,7 +213,10 @@ def _embedded(
 ) -> dict[str, str]:
   """{model: store} of the images of a task, if its evaluator reads such stores."""
   source, options = sources.get("source"), inspect.signature(EVALS[str(task.options["type"])])
-  readable = "image_store" in options.parameters and not task.options.get("image_store")
+  # An evaluator that reads other images too, `ood`, needs the tower.
+  readable = "image_store" in options.parameters and not (
+    task.options.get("image_store") or task.options.get("ood")
+  )
   if source is None or not readable or repeated_key(source):
     return {}
   stores = {}

@@ -236,3 +236,23 @@ def test_models_that_read_images_differently_do_not_share_a_pass(runs, tmp_path)
   two.view = two.view._replace(reading=other)
   with pytest.raises(ValueError, match="read images differently"):
     embedding.embed_with(targets, source)
+
+
+def test_evaluators_that_read_other_images_see_pixels(runs, suite, tmp_path):
+  """Images of no class, and the training images of a probe; a change of either is another task."""
+  write_tar(tmp_path / "others.tar", samples(50, 5))
+  write_tar(tmp_path / "train.tar", samples(100, 12))
+  data = (
+    f'source = "{tmp_path}/classes/test/0.tar"\nclassnames = "{tmp_path}/classes/classnames.txt"'
+  )
+  probe = f'train = "{tmp_path}/train.tar"\ntest = "{tmp_path}/classes/test/0.tar"\nneighbours = 3'
+  suite.write_text(
+    f'[far]\ntype = "zeroshot"\n{data}\nood = "{tmp_path}/others.tar"\nmetrics = ["ood_auroc"]\n'
+    f'[near]\ntype = "knn"\n{probe}\nmetrics = ["top1"]\n'
+  )
+  words = [runs[0], f"--suite={suite}", f"--cache={tmp_path / 'cache'}"]
+  first, second = program.main(words), program.main(words)
+  assert [x.missing for x in first] == ["", ""] and 0 <= first[0].score <= 1
+  assert [x.kept for x in second] == [True, True]
+  write_tar(tmp_path / "train.tar", samples(100, 30))
+  assert [x.kept for x in program.main(words)] == [True, False]
