@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,15 @@ from bigalign.losses.heads.caption_search import Found, search
 from bigalign.model import DualEncoder
 from bigalign.program import sizes_of_towers
 from bigalign.towers.base import Places, TowerOutput
+
+BEAMS = 4  # of the captions in a report
+
+
+class Written(NamedTuple):
+  """The captions of an image: of greedy search, and of a search with BEAMS beams."""
+
+  greedy: str
+  beams: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +171,8 @@ def term_that_writes(config: Config) -> tuple[str, Head] | None:
   return None
 
 
-def of_run(config: Config, params: Mapping[str, Any], images: np.ndarray) -> list[str]:
-  """The greedy captions of a few images [N, S, S, 3] uint8; none of a run that writes none.
+def of_run(config: Config, params: Mapping[str, Any], images: np.ndarray) -> list[Written]:
+  """The captions of a few images [N, S, S, 3] uint8; none of a run that writes none.
 
   Args:
     config: of the run.
@@ -173,4 +182,10 @@ def of_run(config: Config, params: Mapping[str, Any], images: np.ndarray) -> lis
   if term_that_writes(config) is None:
     return []
   captioner = of_config(config, config.model.build(), config.data.make_tokenizer())
-  return captioner.texts(np.asarray(jax.jit(captioner.ids)(params, images)))
+
+  @jax.jit
+  def both(params: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return captioner.ids(params, images), captioner.ids(params, images, beams=BEAMS)
+
+  greedy, beams = (captioner.texts(np.asarray(ids)) for ids in both(params, jnp.asarray(images)))
+  return [Written(*texts) for texts in zip(greedy, beams)]

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from bigalign.captions import of_run
+from bigalign.captions import Written, of_run
 from bigalign.config import Config
 from bigalign.data.files.draws import draw
 from bigalign.data.files.patterns import expand_variables
@@ -134,7 +134,7 @@ def embed_pairs(run: Run) -> Pairs:
   captions = [picked[int(i)]["captions"][0] for i in kept]
   if run.ema:  # the result at the top of the page is that of the parameters too
     where += ", embedded by the parameters and not by their running averages"
-  written: list[str] = []
+  written: list[Written] = []
   if not data.naflex:  # squares of one size
     written = of_run(run.config, run.params, np.stack(images[: sections.SHOWN]))
   return Pairs(f"{len(kept)} {where}", images, captions, zimg, ztxt, written)

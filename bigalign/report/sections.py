@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigalign import tree
+from bigalign.captions import BEAMS, Written
 from bigalign.evals.confusion import Confusion
 from bigalign.evals.segmentation import Segmented
 from bigalign.evaluate import Run
@@ -32,7 +33,7 @@ class Pairs(NamedTuple):
     captions: N texts.
     zimg: [N, E], embeddings of the images, unit norm.
     ztxt: [N, E], embeddings of the captions, unit norm.
-    written: captions that the model writes for the first images; none without a decoder.
+    written: the captions that the model writes for the first images; none without a decoder.
   """
 
   where: str
@@ -40,7 +41,7 @@ class Pairs(NamedTuple):
   captions: list[str]
   zimg: np.ndarray
   ztxt: np.ndarray
-  written: Sequence[str] = ()
+  written: Sequence[Written] = ()
 
 
 def series(rows: Rows, name: str) -> figures.Series:
@@ -293,14 +294,23 @@ def captions(pairs: Pairs) -> str:
   """Returns the captions that the model writes for some images, beside the true ones."""
   if not pairs.written:
     return ""
-  cards = [
-    f'<div class="card pair">{_image(pairs, i)}<ol><li class="hit">{escape(pairs.captions[i])}</li>'
-    f"<li>{escape(text) or '(no word)'}</li></ol></div>"
-    for i, text in enumerate(pairs.written)
-  ]
+  cards = []
+  for i, written in enumerate(pairs.written):
+    lines = (
+      ("data", pairs.captions[i]),
+      ("greedy", written.greedy),
+      (f"{BEAMS} beams", written.beams),
+    )
+    rows = "".join(
+      f"<tr{' class=hit' if name == 'data' else ''}><th>{name}</th>"
+      f"<td>{escape(text) or '(no word)'}</td></tr>"
+      for name, text in lines
+    )
+    cards.append(f'<div class="card pair">{_image(pairs, i)}<table>{rows}</table></div>')
   return (
-    "<h2>Captions</h2><p>The caption of the data is green; below it is the one that the decoder of"
-    f' the run writes, word by word.</p><div class="pairs">{"".join(cards)}</div>'
+    "<h2>Captions</h2><p>The caption of the data is green; below it are those that the decoder of"
+    f" the run writes: the most probable word at each place, and the best of {BEAMS} beams.</p>"
+    f'<div class="pairs">{"".join(cards)}</div>'
   )
 
 

@@ -35,11 +35,13 @@ def model(folder):
 
 
 def test_captions_are_those_of_the_decoder_of_the_run(folder, model, pictures):
-  """Greedy, as in a report, and with beams, whatever the batch size."""
+  """Greedy and with beams, as in a report, whatever the batch size."""
   run = open_run(folder)
   squares = np.stack([run.config.data.evaluation_view(np.asarray(x)) for x in pictures])
   greedy = model.caption(pictures)
-  assert greedy == captions.of_run(run.config, run.params, squares)
+  shown = captions.of_run(run.config, run.params, squares)
+  assert greedy == [one.greedy for one in shown]
+  assert model.caption(pictures, beams=captions.BEAMS) == [one.beams for one in shown]
   assert len(greedy) == len(pictures) and len({*greedy}) > 1
   captioner = captions.of_config(
     run.config, run.config.model.build(), run.config.data.make_tokenizer()

@@ -15,6 +15,7 @@ from helpers.shipped import load
 from PIL import Image
 
 from bigalign import evaluate, sharding
+from bigalign.captions import BEAMS, Written
 from bigalign.config import resolve_config
 from bigalign.data.samples.labels import Labels
 from bigalign.evals.chance import chance
@@ -142,10 +143,13 @@ def test_page_is_complete_escaped_and_self_contained(tmp_path):
 def test_captions_of_the_model_are_shown_and_escaped():
   pairs = make_pairs()
   assert sections.captions(pairs) == ""
-  page = parse(sections.captions(pairs._replace(written=["a <b>dog</b>", ""])))
+  written = [Written("a <b>dog</b>", "two dogs"), Written("", "a cat")]
+  page = parse(sections.captions(pairs._replace(written=written)))
   words = " ".join(page.words)
   assert "Captions" in page.heads and page.tags.count("img") == 2 and "b" not in page.tags
-  assert "a <b>dog</b>" in words and "(no word)" in words and pairs.captions[1] in words
+  for text in ("a <b>dog</b>", "two dogs", "(no word)", "a cat", pairs.captions[1]):
+    assert text in words
+  assert page.words.count("greedy") == page.words.count(f"{BEAMS} beams") == 2
 
 
 def test_segmentations_are_shown_with_the_names_of_their_classes():
