@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import os
 import pathlib
@@ -19,11 +18,12 @@ from absl import logging
 from bigalign.api import embedding
 from bigalign.api.model import Model
 from bigalign.data.files import fingerprints, storage
+from bigalign.data.image.reading import ImageReading
 from bigalign.data.loader.options import DataOptions, resolve_data
 from bigalign.data.sources.base import Source, open_source, repeated_key
 from bigalign.data.stores.reader import Store
-from bigalign.evals import EVALS, EvalOptions, make_evaluators, named_files
-from bigalign.options import fingerprint, resolve_value
+from bigalign.evals import make_evaluators, named_files
+from bigalign.options import fingerprint
 from bigalign.program import make_embed
 from bigalign.run import errors
 from bigalign.run.parsers import EVALUATE_CACHE
@@ -87,12 +87,14 @@ class Subject:
 
   def measure(self, task: Task, image_store: str = "") -> dict[str, float]:
     """{metric: value} of a task; with the store of its images if there is one."""
-    options, embed = dict(task.options), dict(self._embed)
+    evaluator, embed = task.evaluator, dict(self._embed)
+    assert evaluator is not None
     if image_store:
-      options["image_store"] = image_store
+      options = {**evaluator.options, "image_store": image_store}
+      evaluator = dataclasses.replace(evaluator, options=options)
       embed["embed_image"] = lambda params, vectors: vectors.astype("float32")
     with jax.set_mesh(self.model.mesh):
-      made = make_evaluators({task.name: options}, mesh=self.model.mesh, data=self.data, **embed)
+      made = make_evaluators({task.name: evaluator}, mesh=self.model.mesh, data=self.data, **embed)
       metrics = made[task.name](self._params)
     own = re.compile(rf"val/(?:{re.escape(task.name)})?(?:-\w+-val-|-\w+-|/)?")
     return {own.sub("", name, count=1): value for name, value in metrics.items()}
@@ -100,12 +102,12 @@ class Subject:
 
 def _data_of(model: Model) -> DataOptions:
   """How a model reads images and texts."""
-  data = dict(model.config["data"])
-  if model.tokenizer is not None:
-    data["tokenizer"] = model.tokenizer.spec
-  data.setdefault("tokenizer", dict(name="byte", length=2))  # of a model without texts
-  data.setdefault("image_size", 1)
-  return resolve_data(data)
+  reading = model.view.reading if model.view else ImageReading(image_size=1)
+  if isinstance(reading, DataOptions):  # of a run
+    return reading
+  values = {field.name: getattr(reading, field.name) for field in dataclasses.fields(ImageReading)}
+  spec = model.tokenizer.spec if model.tokenizer else dict(name="byte", length=2)  # of no texts
+  return resolve_data(values | dict(tokenizer=spec))
 
 
 def evaluate(
@@ -134,22 +136,20 @@ def evaluate(
       missing = errors.message(error)
     if missing:
       for subject in subjects:
-        kind = str(task.options["type"])
-        yield Result(task.name, kind, subject.name, missing=missing, get=task.get)
+        yield Result(task.name, task.kind, subject.name, missing=missing, get=task.get)
       continue
     keeps = jax.process_count() == 1
     files = {subject.name: _file(root, subject, task, sources) for subject in subjects}
     to_do = [x for x in subjects if not (keeps and files[x.name] and files[x.name].is_file())]
-    stores = _embedded(to_do, task, sources, root) if keeps else {}
+    vectors = _embedded(to_do, task, sources, root) if keeps else {}
     for subject in subjects:
-      yield _result(subject, task, files[subject.name] if keeps else None, stores)
+      yield _result(subject, task, files[subject.name] if keeps else None, vectors)
 
 
 def _result(
-  subject: Subject, task: Task, file: pathlib.Path | None, stores: Mapping[str, str]
+  subject: Subject, task: Task, file: pathlib.Path | None, vectors: Mapping[str, str]
 ) -> Result:
-  """The result of one task and model, kept or new."""
-  kind = str(task.options["type"])
+  """The result of one task and model, kept or new; `vectors` names the stores of the images."""
   kept = file is not None and file.is_file()
   begin = time.perf_counter()
   if kept:
@@ -157,12 +157,12 @@ def _result(
     metrics = json.loads(file.read_text())
   else:
     try:
-      metrics = subject.measure(task, stores.get(subject.name, ""))
+      metrics = subject.measure(task, vectors.get(subject.name, ""))
     except Exception as error:
       if not errors.is_mistake(error):
         raise
       logging.warning("Task %s of %s failed: %s", task.name, subject.name, errors.message(error))
-      return Result(task.name, kind, subject.name, missing=errors.message(error), get=task.get)
+      return Result(task.name, task.kind, subject.name, missing=errors.message(error), get=task.get)
     if file is not None:
       file.parent.mkdir(parents=True, exist_ok=True)
       with storage.atomic_write(file, suffix=storage.unique_suffix()) as opened:
@@ -174,37 +174,38 @@ def _result(
     )
   score = sum(metrics[name] for name in names) / len(names) if names else None
   seconds = time.perf_counter() - begin
-  return Result(task.name, kind, subject.name, metrics, score, kept=kept, seconds=seconds)
+  return Result(task.name, task.kind, subject.name, metrics, score, kept=kept, seconds=seconds)
+
+
+def _given(task: Task, names: Iterable[str]) -> dict[str, str]:
+  """{option: value} of some options of an evaluator that are not empty."""
+  assert task.evaluator is not None
+  every = task.evaluator.options
+  return {name: str(every[name]) for name in names if every.get(name)}
 
 
 def _opened(task: Task) -> dict[str, Source]:
   """{option: source} of the data that a task names, without captions."""
-  given = {name: task.options.get(name) for name in _SOURCES}
-  return {
-    name: open_source(value, captions=())
-    for name, value in given.items()
-    if isinstance(value, str) and value
-  }
+  given = _given(task, _SOURCES)
+  return {name: open_source(pattern, captions=()) for name, pattern in given.items()}
 
 
 def _file(
   root: pathlib.Path, subject: Subject, task: Task, sources: Mapping[str, Source]
 ) -> pathlib.Path | None:
   """The file of a result; None if the data of the task cannot be identified."""
-  stores = {
-    name: Store(value).fingerprint
-    for name, value in task.options.items()
-    if name.endswith("_store") and value
-  }
-  if not (sources or stores) or any(task.options.get(name) for name in _FOLDERS):
+  evaluator = task.evaluator
+  assert evaluator is not None
+  folders = _given(task, (name for name in evaluator.options if name.endswith("_store")))
+  if not (sources or folders) or _given(task, _FOLDERS):
     return None
-  component = resolve_value(EvalOptions, {task.name: dict(task.options)}, "suite")
+  prints = {name: source.fingerprint for name, source in sources.items()}
+  prints |= {name: Store(folder).fingerprint for name, folder in folders.items()}
   named = {
     option: hashlib.sha256(path.read_bytes()).hexdigest()
-    for (_, option), path in named_files(component).items()
+    for (_, option), path in named_files({task.name: evaluator}).items()
   }
-  prints = stores | {name: source.fingerprint for name, source in sources.items()}
-  key = fingerprint([subject.digest, task.name, {**task.options}, named, prints])
+  key = fingerprint([subject.digest, task.name, task.kind, evaluator, named, prints])
   return root / "results" / f"{key}.json"
 
 
@@ -212,14 +213,13 @@ def _embedded(
   subjects: Sequence[Subject], task: Task, sources: Mapping[str, Source], root: pathlib.Path
 ) -> dict[str, str]:
   """{model: store} of the images of a task, if its evaluator reads such stores."""
-  source, options = sources.get("source"), inspect.signature(EVALS[str(task.options["type"])])
+  assert task.evaluator is not None
+  source = sources.get("source")
   # An evaluator that reads other images too, `ood`, needs the tower.
-  readable = "image_store" in options.parameters and not (
-    task.options.get("image_store") or task.options.get("ood")
-  )
+  readable = "image_store" in task.evaluator.options and not _given(task, ("image_store", "ood"))
   if source is None or not readable or repeated_key(source):
     return {}
-  stores = {}
+  vectors = {}
   alike: dict[str, list[Subject]] = {}
   for subject in subjects:
     if subject.model.view is not None and subject.data.frames is None:
@@ -233,5 +233,5 @@ def _embedded(
       for x in group
     ]
     for subject, store in zip(group, embedding.embed_with(targets, source, dtype="float32")):
-      stores[subject.name] = str(store.folder)
-  return stores
+      vectors[subject.name] = str(store.folder)
+  return vectors

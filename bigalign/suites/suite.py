@@ -13,7 +13,7 @@ from bigalign.data.files.lines import read_text
 from bigalign.data.files.patterns import expand_variables
 from bigalign.evals import EVALS, EvalOptions
 from bigalign.evaluate import retrieval_folder, zeroshot_folder
-from bigalign.options import resolve_value
+from bigalign.options import Component, resolve_value
 from bigalign.run import errors
 
 SHIPPED = {x.stem: x for x in sorted(pathlib.Path(__file__).parent.glob("tasks/*.toml"))}
@@ -31,14 +31,16 @@ class Task:
 
   Attributes:
     name: of the task.
-    options: of its evaluator, as config.evals.NAME.
+    kind: the type of its evaluator.
+    evaluator: with its options, as config.evals.NAME; None if the data is missing.
     metrics: whose mean is the score of the task; (): the task has no score.
     get: the command that gets its data; "" if the file names none.
     missing: why its data cannot be read; "" if it can.
   """
 
   name: str
-  options: Mapping[str, Any]
+  kind: str
+  evaluator: Component | None
   metrics: tuple[str, ...] = ()
   get: str = ""
   missing: str = ""
@@ -92,19 +94,17 @@ def _task(path: pathlib.Path, name: str, given: Any) -> Task:
   metrics = given.get("metrics", SCORES.get(kind, ()))
   if not isinstance(metrics, list | tuple) or not all(isinstance(x, str) for x in metrics):
     raise TypeError(f"{where}.metrics={metrics!r}: expected a list of names of metrics")
-  options = {key: value for key, value in given.items() if key not in _OF_TASK}
-  get, missing = str(given.get("get", "")), ""
+  own = {key: value for key, value in given.items() if key not in _OF_TASK}
+  get, found = str(given.get("get", "")), {}
   try:
     if "dataset" in given:
-      options = _of_dataset(kind, str(given["dataset"]), where) | options
+      found = _of_dataset(kind, str(given["dataset"]), where)
   except (FileNotFoundError, KeyError) as error:
     if not errors.is_mistake(error):
       raise
-    missing = errors.message(error)
-  options = {"type": kind, **options}
-  if not missing:
-    resolve_value(EvalOptions, {name: options}, str(path))
-  return Task(name, options, tuple(metrics), get, missing)
+    return Task(name, kind, None, tuple(metrics), get, errors.message(error))
+  resolved = resolve_value(EvalOptions, {name: {"type": kind, **found, **own}}, path.name)
+  return Task(name, kind, resolved[name], tuple(metrics), get)
 
 
 def _of_dataset(kind: str, folder: str, where: str) -> dict[str, Any]:
