@@ -108,7 +108,7 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
         raise
       return {**figures, "fits": False, **_required(error), **held(step)}
     figures["compile_seconds"] = time.perf_counter() - begin
-  text = compiled.as_text()
+  text = topologies.program_text(lowered, compiled)
   return {
     **figures,
     "fits": True,

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pathlib
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
 # Values that libtpu would otherwise look up on a network, and how much it logs.
@@ -75,7 +78,9 @@ def devices(topology: str) -> Sequence[jax.Device]:
   return description.devices
 
 
-def compile_without_cache(lowered: jax.stages.Lowered) -> Any:
+def compile_without_cache(
+  lowered: jax.stages.Lowered, compiler_options: Mapping[str, Any] | None = None
+) -> Any:
   """Compiles a program for devices that this machine does not have.
 
   It bypasses JAX's compilation cache (JAX_COMPILATION_CACHE_DIR): a program compiled without a
@@ -83,6 +88,7 @@ def compile_without_cache(lowered: jax.stages.Lowered) -> Any:
 
   Args:
     lowered: from jax.jit(f).lower(…).
+    compiler_options: flags of XLA.
 
   Returns:
     A jax.stages.Compiled, whose text and memory analysis are not None.
@@ -91,7 +97,29 @@ def compile_without_cache(lowered: jax.stages.Lowered) -> Any:
   jax.config.update("jax_enable_compilation_cache", False)
   compilation_cache.reset_cache()  # it remembers whether it is enabled
   try:
-    return lowered.compile()
+    return lowered.compile(compiler_options=compiler_options and dict(compiler_options))
   finally:
     jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
+
+
+def program_text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
+  """The text of a compiled program.
+
+  For v5p, libtpu 0.0.51 writes asynchronous operations with several operands, which jax 0.10.2
+  cannot read back. Such a program is compiled again, and the compiler writes its text to a file.
+
+  Args:
+    lowered: from jax.jit(f).lower(…).
+    compiled: of compile_without_cache.
+  """
+  try:
+    return str(compiled.as_text())
+  except jax.errors.JaxRuntimeError as error:
+    if "async-" not in str(error):
+      raise
+  logging.info("JAX cannot read the compiled program back; it is compiled again into a file")
+  with tempfile.TemporaryDirectory() as folder:
+    compile_without_cache(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    (file,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+    return file.read_text()

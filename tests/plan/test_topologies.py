@@ -99,3 +99,18 @@ def test_compiling_without_devices_bypasses_the_cache(tmp_path):
   finally:
     for name, value in zip(names, before):
       jax.config.update(name, value)
+
+
+def test_a_program_that_jax_cannot_read_back_is_written_by_the_compiler():
+  """Its collectives are those of the text that JAX gives."""
+  grid = sharding.make_mesh(devices=topologies.devices("v5e:2x2"))
+  x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding.batch_sharding(grid))
+  lowered = jax.jit(lambda x: x @ x.T).lower(x)
+  compiled = topologies.compile_without_cache(lowered)
+
+  class Unreadable:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands")
+
+  written = hlo_collectives.collectives(topologies.program_text(lowered, Unreadable()))
+  assert written == hlo_collectives.collectives(compiled.as_text()) and written
