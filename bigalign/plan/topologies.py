@@ -106,8 +106,9 @@ def compile_without_cache(
 def program_text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
   """The text of a compiled program.
 
-  For v5p, libtpu 0.0.51 writes asynchronous operations with several operands, which jax 0.10.2
-  cannot read back. Such a program is compiled again, and the compiler writes its text to a file.
+  For v5p, libtpu 0.0.51 moves large gathers to the SparseCore, by asynchronous operations with
+  several operands, which jax 0.10.2 cannot read back. Such a program is compiled again, and the
+  compiler writes its text to a file.
 
   Args:
     lowered: from jax.jit(f).lower(…).
@@ -121,5 +122,6 @@ def program_text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> 
   logging.info("JAX cannot read the compiled program back; it is compiled again into a file")
   with tempfile.TemporaryDirectory() as folder:
     compile_without_cache(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-    (file,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+    # Programs within it have files of their own, with higher numbers.
+    file = min(pathlib.Path(folder).glob("*.after_optimizations.txt"))
     return file.read_text()
