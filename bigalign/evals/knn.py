@@ -69,10 +69,12 @@ def vote(
       every = (-nearest, position[index])
       if axes:
         every = tuple(jax.lax.all_gather(a, axes, axis=1, tiled=True) for a in every)
-      distance, order = (a[:, neighbours - 1, None] for a in jax.lax.sort(every, num_keys=2))
+      ranked = jax.lax.sort(every, num_keys=2)
+      distance, order = (a[:, neighbours - 1, None] for a in ranked)
       near = (-nearest < distance) | ((-nearest == distance) & (position[index] <= order))
-      # A cosine is at most 1: without the constant factor, a low temperature would overflow.
-      weight = jnp.where(near, jnp.exp((nearest - 1) / temperature), 0)
+      # The nearest has weight 1, so that a low temperature neither overflows nor loses all votes.
+      most = -ranked[0][:, :1]
+      weight = jnp.where(near, jnp.exp((nearest - most) / temperature), 0)
       own = target[index]
       has = (
         own if own.ndim == 3 else own[..., None] == jnp.arange(classes)[None, None]

@@ -23,7 +23,7 @@ from test_evals import DATA, Tiny, embed_text, make
 
 from bigalign import sharding
 from bigalign.data.files import checksums
-from bigalign.evals import EvalOptions, embed, features, make_evaluators, named_files, probe
+from bigalign.evals import EvalOptions, embed, features, knn, make_evaluators, named_files, probe
 from bigalign.evals.chance import chance
 from bigalign.options import Component, resolve_value
 from bigalign.towers.base import TowerOutput
@@ -123,6 +123,36 @@ def test_nearest_neighbours_of_stores_are_those_of_scikit_learn(stores, axes):
   one = KNeighborsClassifier(1).fit(normalize(x), label)
   found = measured(stores, "knn", axes=axes, neighbours=1)
   assert found["top1"] == pytest.approx(one.score(normalize(z), wanted))
+
+
+@both
+@pytest.mark.parametrize("several", [False, True], ids=["one_class", "several_classes"])
+def test_votes_of_a_low_temperature_are_not_lost(axes, several):
+  """The cosine of the nearest image is about 0.4: exp((0.4 - 1) / 0.004) is 0 in float32."""
+  random = np.random.default_rng(5)
+  x, z = random.normal(size=(3, 16, 48)), random.normal(size=(2, 8, 48))
+  label, wanted = random.integers(0, K, (3, 16)), random.integers(0, K, (2, 8))
+  rows = [features.flat(a) for a in (x, z, label)]
+  cosine = normalize(rows[1]) @ normalize(rows[0]).T
+  weight = np.exp((cosine - cosine.max(1, keepdims=True)) / 0.004)
+  weight *= cosine >= np.sort(cosine, 1)[:, -6:-5]
+  share = weight @ np.eye(K)[rows[2]] / weight.sum(1, keepdims=True)
+  mesh = sharding.make_mesh(**axes)
+
+  def on_mesh(x, label):
+    target = np.eye(K, dtype=bool)[label] if several else label.astype(np.int32)
+    own = features.Features(x.astype(np.float32), target, np.ones(label.shape, bool))
+    return jax.device_put(own, jax.NamedSharding(mesh, features.ROWS))
+
+  with jax.set_mesh(mesh):
+    found = knn.vote(
+      on_mesh(x, label), on_mesh(z, wanted), neighbours=6, classes=K, temperature=np.float32(0.004)
+    )
+  if several:
+    np.testing.assert_allclose(features.flat(np.asarray(found)), share, atol=1e-4)
+  else:
+    ranks = features.places(jnp.asarray(share), jnp.asarray(features.flat(wanted)))
+    np.testing.assert_array_equal(features.flat(np.asarray(found)) == 0, np.asarray(ranks) == 0)
 
 
 @both
