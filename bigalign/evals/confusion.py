@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,20 +78,27 @@ def confusion(
     params: of the model.
     weights: [K, E], classes.
   """
-  replicated = sharding.replicated_sharding(context.mesh)
-
-  @functools.partial(jax.jit, out_shardings=replicated)
-  def top(zimg: jax.Array, label: jax.Array, valid: jax.Array) -> tuple[jax.Array, ...]:
-    logits = jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
-    real = ~jnp.isnan(logits)
-    found = jnp.argmax(jnp.where(real, logits, -jnp.inf), 1).astype(jnp.int32)
-    return label, jnp.where(real.any(1), found, -1), valid & (label >= 0) & (label < len(names))
-
+  top = _on_every_host(context.mesh)
   parts = []
   for zimg, batch in embedded_images(context, data, params):
     label, found, used = map(
-      np.asarray, sharding.block_on_cpu(top(zimg, batch["label"], batch["valid"]))
+      np.asarray, sharding.block_on_cpu(top(zimg, weights, batch["label"], batch["valid"]))
     )
     parts.append((label[used], found[used]))
   label, found = (np.concatenate(x) for x in zip(*parts))
   return Confusion(names, label, found)
+
+
+@functools.cache
+def _on_every_host(mesh: jax.sharding.Mesh) -> Callable[..., tuple[jax.Array, ...]]:
+  return jax.jit(_of_batch, out_shardings=sharding.replicated_sharding(mesh))
+
+
+def _of_batch(
+  zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, ...]:
+  """[B] each: the label, the class that is found, and whether the image counts."""
+  logits = jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
+  real = ~jnp.isnan(logits)
+  found = jnp.argmax(jnp.where(real, logits, -jnp.inf), 1).astype(jnp.int32)
+  return label, jnp.where(real.any(1), found, -1), valid & (label >= 0) & (label < len(weights))

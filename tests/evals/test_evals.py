@@ -465,7 +465,8 @@ path.write_text(json.dumps([t.jax.process_count(), t.jax.device_count(), found])
 def every_evaluator(folder):
   evaluators = dict(
     val=dict(type="retrieval", source="tiny", captions=3),
-    animals=dict(type="zeroshot", source="tiny", calibration=True),
+    animals=dict(type="zeroshot", source="tiny", calibration=True, ood="tiny", widths=(3,)),
+    babel=dict(type="zeroshot", source="tiny", classnames=f"{folder}/languages.json"),
     described=dict(type="zeroshot", source="tiny", descriptions=f"{folder}/sentences.json"),
     pairs=dict(type="compositional", folder=f"{folder}/pairs"),
   )
@@ -473,6 +474,8 @@ def every_evaluator(folder):
   for name, options in evaluators.items():
     run = make(name, options | dict(batch_size=10), logit_head=lambda _: LogitHead(9.0, 0.0, False))
     found |= run(make_params())
+    if name == "animals":
+      found["confusion"] = run.confusion(make_params()).matrix().tolist()
   return found
 
 
@@ -482,6 +485,8 @@ def test_two_processes_find_what_one_finds(tiny, tmp_path):
   test_compositional.winoground_files(tmp_path / "pairs")
   sentences = {name: [f"a {name}", name][: 1 + len(name) % 2] for name in tiny.classnames}
   (tmp_path / "sentences.json").write_text(json.dumps(sentences))
+  labels = dict(en=[[*range(6)], [*tiny.classnames]], fr=[[1, 3], ["abeille", "chien"]])
+  (tmp_path / "languages.json").write_text(json.dumps(labels))
   (tmp_path / "two.py").write_text(TWO)
   here = pathlib.Path(__file__).parent
   root = here.parents[1]

@@ -139,6 +139,14 @@ def test_confused_classes_equal_numpy(sources, axes):
   assert np.isnan(shown.recalls()[5])
 
 
+def test_confused_classes_are_compiled_once(sources, caplog):
+  shown = make("x", dict(type="zeroshot", source="tiny", batch_size=10)).confusion
+  shown(make_params(1))
+  with jax.log_compiles(True):
+    shown(make_params(2))
+  assert "Compiling" not in caplog.text
+
+
 def test_images_of_nan_are_taken_for_no_class(sources):
   nan = (lambda p, x: jnp.full((len(x), E), jnp.nan), embed_text)
   shown = make("x", dict(type="zeroshot", source="tiny"), towers=nan).confusion(make_params())
