@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -277,15 +278,16 @@ def _pick(x: jax.Array, finite: jax.Array, chosen: jax.Array) -> tuple[jax.Array
 
 
 def class_names(where: str, sets: Sequence[ImageSet], classnames: str | None) -> list[str]:
-  """The names of the classes of the first set, the training images; [] if they have none.
+  """The names of the classes, which all sets that have names share; [] if the first has none.
 
   Args:
     where: "config.evals.NAME".
-    sets: of the evaluator.
-    classnames: file of names in the order of the labels; None: the names of the source.
+    sets: of the evaluator; the first is the training images.
+    classnames: file of names in the order of the labels; None: the names of the sources.
 
   Raises:
-    ValueError: for a multilabel set without names, and for sets of several kinds.
+    ValueError: for a multilabel set without names, for sets of several kinds, and for sources whose
+      names differ.
   """
   if len({one.multilabel for one in sets}) > 1:
     several = [one.option for one in sets if one.multilabel]
@@ -295,12 +297,28 @@ def class_names(where: str, sets: Sequence[ImageSet], classnames: str | None) ->
     names = read_lines(classnames, f"{where}.classnames", labels=True)
     for one in sets:
       name_classes(one.data.source, names)
+  else:
+    _check_same_names(where, [one for one in sets if one.names])
   if sets[0].multilabel and not names:
     raise ValueError(
       f"{where}: images with several classes need class names, classnames.txt next to their shards"
       " or the option classnames"
     )
   return names
+
+
+def _check_same_names(where: str, named: Sequence[ImageSet]) -> None:
+  """Raises ValueError for sets whose names differ: a label would be another class in each."""
+  for one in named[1:]:
+    first = named[0]
+    if one.names != first.names:
+      pairs = itertools.zip_longest(first.names, one.names)
+      label, (a, b) = next((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
+      raise ValueError(
+        f"{first.option} and {one.option} have other class names, {len(first.names)} and"
+        f" {len(one.names)}: label {label} is {a!r} and {b!r}. If their labels are those of"
+        f" the same classes, give the names by {where}.classnames"
+      )
 
 
 def check_same_vectors(sets: Sequence[ImageSet]) -> None:

@@ -367,6 +367,24 @@ def test_what_cannot_be_classified_is_named(images, stores, tmp_path):
   fails(r"a\.train: all 40 samples are rejected")
 
 
+def test_names_of_classes_that_differ_are_named(images, tmp_path):
+  first = images["train"].classnames
+  images["test"].classnames = (first[0], first[2], first[1])
+  message = (
+    r"a\.train and config\.evals\.a\.test have other class names, 3 and 3: label 1 is 'bee' and"
+    r" 'cat'\. .*config\.evals\.a\.classnames"
+  )
+  with pytest.raises(ValueError, match=message):
+    evaluators(dict(a=FROM_IMAGES))
+  images["more"], images["test"].classnames = Labelled(9, 2), first
+  images["more"].classnames = (*first, "dog")
+  with pytest.raises(ValueError, match=r"a\.validation .*, 3 and 4: label 3 is None and 'dog'"):
+    evaluators(dict(a=FROM_IMAGES | dict(penalty=None, validation="more")))
+  (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+  options = FROM_IMAGES | dict(penalty=None, validation="more", classnames=f"{tmp_path}/names.txt")
+  assert 0 < evaluators(dict(a=options))["a"](1)["val/a-ridge-top1"] <= 1
+
+
 def test_stores_of_two_towers_are_not_compared(stores, tmp_path):
   rows = {f"t/{i}": np.ones(D) for i in range(K)}
   other = write_store(tmp_path / "other", rows, labels={f"t/{i}": i for i in range(K)})
