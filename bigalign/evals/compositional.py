@@ -268,7 +268,7 @@ class _Choices:
     texts = record.get("texts") or {"": record["captions"]}
     own = [tuple(texts.get(field, ())) for field in (self._fields if "" not in texts else ("",))]
     captions = tuple(text for of_field in own for text in of_field)
-    if not own[0] or len(captions) < 2:
+    if not own or not own[0] or len(captions) < 2:
       raise Rejected("no_caption", f"{len(captions)} captions; expected one and a wrong one")
     return captions
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from helpers.small_shards import write_tar
 from PIL import Image
 from test_evals import DATA, SIZE, E, embed_image, embed_text, make, make_params, tokenise
 
+from bigalign.data.samples.rejects import Rejected
+from bigalign.evals import compositional
 from bigalign.evals.chance import chance
 from bigalign.evals.compositional import prefers_first, winoground
 
@@ -275,6 +278,13 @@ def test_captions_of_a_source(tmp_path):
   found = values(make("x", options)(make_params(1)))
   expected = dict(accuracy=np.mean(correct), num_samples=4, rejected=1)
   assert found == pytest.approx(expected | dict(chance=(2 / 2 + 2 / 3) / 4))
+
+
+def test_a_source_without_fields_has_no_captions():
+  record = dict(texts=dict(caption=("an ant", "a bee")), captions=())
+  choices = compositional._Choices(types.SimpleNamespace(fingerprint=""), ())
+  with pytest.raises(Rejected, match="0 captions; expected one and a wrong one"):
+    choices.captions(record)
 
 
 def test_files_of_another_form_are_named(tmp_path):
