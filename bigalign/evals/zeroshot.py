@@ -571,10 +571,16 @@ def zeroshot(
   data = open_data(context, source, batch_size=batch_size, captions=0, image_store=image_store)
   sets = read_label_sets(classnames, f"{where}.classnames")
   if sets:
-    alone = dict(
-      class_store=class_store, descriptions=descriptions, calibration=calibration, ood=ood
+    alone: dict[str, Any] = dict(
+      class_store=class_store,
+      descriptions=descriptions,
+      pad_descriptions=not pad_descriptions,
+      renormalise=renormalise,
+      calibration=calibration,
+      widths=widths,
+      ood=ood,
     )
-    if wrong := [option for option, given in (alone | dict(widths=widths)).items() if given]:
+    if wrong := [option for option, given in alone.items() if given]:
       raise ValueError(f"{where}.{wrong[0]} goes with class names in one language only")
     return _languages(context, data, sets, templates, batch_size)
   if isinstance(templates, Mapping):
@@ -591,8 +597,12 @@ def zeroshot(
       f"{where}: {source or image_store} has no class names (no classnames.txt next to its shards);"
       " set classnames to a file with one name per line, in the order of the labels"
     )
-  if renormalise and not descriptions:
-    raise ValueError(f"{where}.renormalise=True has an effect with `descriptions` only")
+  for given, text in (
+    (renormalise, "renormalise=True"),
+    (not pad_descriptions, "pad_descriptions=False"),
+  ):
+    if given and not descriptions:
+      raise ValueError(f"{where}.{text} has an effect with `descriptions` only")
   if descriptions and class_store:
     raise ValueError(
       f"{where}: class_store={class_store!r} and descriptions={descriptions!r} both give the"

@@ -132,6 +132,8 @@ def test_descriptions_that_do_not_fit_are_counted_and_named(tiny, tmp_path, name
 def test_options_that_have_no_effect_are_named(tiny, tmp_path):
   with pytest.raises(ValueError, match=r"renormalise=True has an effect with `descriptions` only"):
     make("x", dict(type="zeroshot", source="tiny", renormalise=True))
+  with pytest.raises(ValueError, match=r"pad_descriptions=False has an effect with `descriptions`"):
+    make("x", dict(type="zeroshot", source="tiny", pad_descriptions=False))
   options = dict(type="zeroshot", source="tiny", descriptions=written(tmp_path, SENTENCES))
   with pytest.raises(ValueError, match=r"class_store='y' and descriptions=.* both give"):
     make("x", options | dict(class_store="y"))

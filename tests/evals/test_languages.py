@@ -95,6 +95,8 @@ def test_languages_that_cannot_be_measured_are_named(tiny, tmp_path):
   fails(r"[1-9]\d* of 36 samples have no label, or one that no language names", dict(fr=SETS["fr"]))
   fails("x.ood goes with class names in one language only", SETS, ood="tiny")
   fails("x.widths goes with class names in one language only", SETS, widths=(4,))
+  fails("x.renormalise goes with class names in one language only", SETS, renormalise=True)
+  fails("x.pad_descriptions goes with .* one language only", SETS, pad_descriptions=False)
   fails(r"templates has none for 1 languages, \['de'\]", SETS, templates=dict(en="name", fr="name"))
   fails("templates has languages, but", templates=dict(en="name"))
   with pytest.raises(FileNotFoundError, match=r"x\.classnames\.de='none\.txt'"):
