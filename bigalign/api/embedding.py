@@ -127,7 +127,8 @@ def embed_with(
   for other, _ in targets:
     if other.view is None:
       raise ValueError(f"{other.source} has no image tower, so it embeds no images; use a STORE")
-    if other.view != model.view:
+    assert model.view is not None
+    if other.view.reading.preprocessing() != model.view.reading.preprocessing():
       raise ValueError(f"{other.source} and {model.source} read images differently")
   if repeated := repeated_key(source):
     raise ValueError(

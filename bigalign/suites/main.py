@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | list[runner.Re
 
 def _one(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, float]:
   """Evaluates one model by the evaluators of its config, or by data that is given."""
-  if len(args.model) > 1 or args.csv or args.html:
-    parser.error("several models, --csv and --html need --suite")
+  if len(args.model) > 1 or args.csv or args.html or args.ema:
+    parser.error("several models, --csv, --html and --ema need --suite")
   (address,) = args.model
   opened = open_any(address, args.step)
   stores = {name: getattr(args, name) for name in ("image_store", "text_store", "class_store")}
@@ -72,22 +72,22 @@ def _suite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[ru
   for name in ("retrieval", "fields", "zeroshot", "image_store", "text_store", "class_store"):
     if getattr(args, name):
       parser.error(f"--{name} has no effect with --suite; write a task into a file of tasks")
+  if (args.ema or args.step != "latest") and not any(map(is_run, args.model)):
+    parser.error("--ema and --step have no effect: no model is a run")
   tasks = read_suite(args.suite)
-  names = {task.name: task.metrics for task in tasks}
   subjects = [runner.Subject(name, _loaded(name, args)) for name in dict.fromkeys(args.model)]
   with progress.shown(jax.process_index() == 0):
     found = [*runner.evaluate(subjects, tasks, args.cache)]
   if jax.process_index() == 0:
-    show(results.table(found, names))
-    for result in {x.task: x for x in found if x.missing}.values():
-      get = f". Get its data with: {result.get}" if result.get else ""
-      print(f"{result.task} was not evaluated: {result.missing}{get}")
+    show(results.table(found))
+    for line in results.left_out(found):
+      print(line)
     if args.json:
       write_json(args.json, results.clip_benchmark(found))
     if args.csv:
-      _write(args.csv, results.as_csv(found, names))
+      _write(args.csv, results.as_csv(found))
     if args.html:
-      _write(args.html, results.page(found, names, f"Suite {pathlib.Path(args.suite).stem}"))
+      _write(args.html, results.page(found, f"Suite {pathlib.Path(args.suite).stem}"))
     for path in filter(None, (args.json, args.csv, args.html)):
       print(f"written to {path}")
   return found
@@ -101,7 +101,7 @@ def _loaded(address: str, args: argparse.Namespace) -> Model:
 def _write(path: str, text: str) -> None:
   file = pathlib.Path(path).expanduser()
   file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(text)
+  file.write_text(text, encoding="utf-8")
 
 
 def run() -> None:

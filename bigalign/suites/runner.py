@@ -11,6 +11,7 @@ import pathlib
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -27,7 +28,7 @@ from bigalign.options import fingerprint
 from bigalign.program import make_embed
 from bigalign.run import errors
 from bigalign.run.parsers import EVALUATE_CACHE
-from bigalign.suites.suite import Task
+from bigalign.suites.suite import SCORES, Task, scored
 
 # Options of evaluators that name data: sources, and folders that no fingerprint identifies.
 _SOURCES = ("source", "train", "test", "validation", "ood")
@@ -43,7 +44,8 @@ class Result:
     kind: the type of its evaluator.
     model: as it was named.
     metrics: {metric: value}, without the name of the task.
-    score: the mean of the metrics that the suite names; None without any.
+    scored: the metrics whose mean is the score.
+    due: whether the task has a score if it is evaluated.
     missing: why the task was not evaluated; "" if it was.
     get: the command that gets its data.
     kept: whether an earlier call had evaluated it.
@@ -54,11 +56,18 @@ class Result:
   kind: str
   model: str
   metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  score: float | None = None
+  scored: tuple[str, ...] = ()
+  due: bool = True
   missing: str = ""
   get: str = ""
   kept: bool = False
   seconds: float = 0.0
+
+  @property
+  def score(self) -> float | None:
+    """The mean of the metrics `scored`; None without any."""
+    values = [self.metrics[name] for name in self.scored]
+    return sum(values) / len(values) if values else None
 
 
 class Subject:
@@ -127,54 +136,59 @@ def evaluate(
   root = pathlib.Path(cache).expanduser()
   for number, task in enumerate(tasks, 1):
     logging.info("Task %d of %d: %s", number, len(tasks), task.name)
-    missing, sources = task.missing, {}
-    try:
-      sources = {} if missing else _opened(task)
-    except Exception as error:
-      if not errors.is_mistake(error):
-        raise
-      missing = errors.message(error)
-    if missing:
-      for subject in subjects:
-        yield Result(task.name, task.kind, subject.name, missing=missing, get=task.get)
-      continue
     keeps = jax.process_count() == 1
-    files = {subject.name: _file(root, subject, task, sources) for subject in subjects}
-    to_do = [x for x in subjects if not (keeps and files[x.name] and files[x.name].is_file())]
-    vectors = _embedded(to_do, task, sources, root) if keeps else {}
+    try:
+      if task.missing:
+        raise FileNotFoundError(task.missing)
+      sources = _opened(task)
+      files = {x.name: _file(root, x, task, sources) if keeps else None for x in subjects}
+      to_do = [x for x in subjects if not _is_kept(files[x.name])]
+      vectors = _embedded(to_do, task, sources, root) if keeps else {}
+    except Exception as error:
+      for subject in subjects:
+        yield _missing(subject, task, error)
+      continue
     for subject in subjects:
-      yield _result(subject, task, files[subject.name] if keeps else None, vectors)
+      try:
+        yield _result(subject, task, files[subject.name], vectors)
+      except Exception as error:
+        yield _missing(subject, task, error)
+
+
+def _missing(subject: Subject, task: Task, error: Exception) -> Result:
+  """The result of a task that cannot be evaluated; raises what is not a mistake of the user."""
+  if not errors.is_mistake(error):
+    raise error
+  due = bool(SCORES.get(task.kind) if task.metrics is None else task.metrics)
+  why = errors.message(error)
+  logging.warning("Task %s of %s is left out: %s", task.name, subject.name, why)
+  return Result(task.name, task.kind, subject.name, due=due, missing=why, get=task.get)
+
+
+def _is_kept(file: pathlib.Path | None) -> bool:
+  return file is not None and file.is_file()
 
 
 def _result(
   subject: Subject, task: Task, file: pathlib.Path | None, vectors: Mapping[str, str]
 ) -> Result:
   """The result of one task and model, kept or new; `vectors` names the stores of the images."""
-  kept = file is not None and file.is_file()
-  begin = time.perf_counter()
-  if kept:
-    assert file is not None
+  kept, begin = _is_kept(file), time.perf_counter()
+  if file is not None and kept:
     metrics = json.loads(file.read_text())
   else:
-    try:
-      metrics = subject.measure(task, vectors.get(subject.name, ""))
-    except Exception as error:
-      if not errors.is_mistake(error):
-        raise
-      logging.warning("Task %s of %s failed: %s", task.name, subject.name, errors.message(error))
-      return Result(task.name, task.kind, subject.name, missing=errors.message(error), get=task.get)
+    metrics = subject.measure(task, vectors.get(subject.name, ""))
     if file is not None:
       file.parent.mkdir(parents=True, exist_ok=True)
       with storage.atomic_write(file, suffix=storage.unique_suffix()) as opened:
         opened.write(json.dumps(metrics).encode())
-  names = task.metrics
-  if unknown := [name for name in names if name not in metrics]:
-    raise ValueError(
-      f"task {task.name!r}: metrics={unknown} are none of its metrics: {', '.join(metrics)}"
-    )
-  score = sum(metrics[name] for name in names) / len(names) if names else None
-  seconds = time.perf_counter() - begin
-  return Result(task.name, task.kind, subject.name, metrics, score, kept=kept, seconds=seconds)
+  names, seconds = scored(task, metrics), time.perf_counter() - begin
+  return Result(
+    *(task.name, task.kind, subject.name, metrics, names),
+    due=bool(names),
+    kept=kept,
+    seconds=seconds,
+  )
 
 
 def _given(task: Task, names: Iterable[str]) -> dict[str, str]:
@@ -199,7 +213,11 @@ def _file(
   folders = _given(task, (name for name in evaluator.options if name.endswith("_store")))
   if not (sources or folders) or _given(task, _FOLDERS):
     return None
-  prints = {name: source.fingerprint for name, source in sources.items()}
+  # Class names and the kind of a dataset lie beside its shards.
+  prints: dict[str, Any] = {
+    name: [x.fingerprint, [*getattr(x, "classnames", ())], getattr(x, "dataset_type", "")]
+    for name, x in sources.items()
+  }
   prints |= {name: Store(folder).fingerprint for name, folder in folders.items()}
   named = {
     option: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -223,15 +241,24 @@ def _embedded(
   alike: dict[str, list[Subject]] = {}
   for subject in subjects:
     if subject.model.view is not None and subject.data.frames is None:
-      alike.setdefault(repr(subject.model.view), []).append(subject)
+      seen = json.dumps(subject.model.view.reading.preprocessing(), sort_keys=True)
+      alike.setdefault(seen, []).append(subject)
+  images = str(root / "images" / fingerprints.of_code()[:16])
   for group in alike.values():
     prints = source.fingerprint
-    targets = [
-      embedding.Target(
-        x.model, embedding.cache_folder(x.model, prints, str(root / "images"), "float32")
-      )
-      for x in group
-    ]
-    for subject, store in zip(group, embedding.embed_with(targets, source, dtype="float32")):
-      vectors[subject.name] = str(store.folder)
+    # A run and its export have one folder.
+    folders = [embedding.cache_folder(x.model, prints, images, "float32") for x in group]
+    targets = {folder: embedding.Target(x.model, folder) for x, folder in zip(group, folders)}
+    try:
+      stores = embedding.embed_with([*targets.values()], source, dtype="float32")
+    except ValueError as error:  # no image has a vector: evaluation says why
+      if not errors.is_mistake(error):
+        raise
+      logging.info("The images of task %s are not kept: %s", task.name, error)
+      continue
+    # Vectors that are not finite count as misses; a store has none of them.
+    whole = {store.folder for store in stores if not store.left_out.get("not_finite")}
+    for subject, folder in zip(group, folders):
+      if folder in whole:
+        vectors[subject.name] = str(folder)
   return vectors

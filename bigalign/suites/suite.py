@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from bigalign import checks
@@ -17,10 +17,10 @@ from bigalign.options import Component, resolve_value
 from bigalign.run import errors
 
 SHIPPED = {x.stem: x for x in sorted(pathlib.Path(__file__).parent.glob("tasks/*.toml"))}
-# The metric that is a task's score, by the type of the evaluator.
-SCORES: dict[str, tuple[str, ...]] = dict(
-  zeroshot=("top1",),
-  retrieval=("text_to_image_R@1", "image_to_text_R@1"),
+# The metrics whose mean is a task's score, by the type of its evaluator: the first that it has.
+SCORES: dict[str, tuple[tuple[str, ...], ...]] = dict(
+  zeroshot=(("top1",), ("mean_average_precision",)),
+  retrieval=(("text_to_image_R@1", "image_to_text_R@1"),),
 )
 _OF_TASK = ("type", "dataset", "metrics", "get")  # every other key is an option of the evaluator
 
@@ -33,7 +33,7 @@ class Task:
     name: of the task.
     kind: the type of its evaluator.
     evaluator: with its options, as config.evals.NAME; None if the data is missing.
-    metrics: whose mean is the score of the task; (): the task has no score.
+    metrics: whose mean is the score of the task; (): it has none; None: those in SCORES.
     get: the command that gets its data; "" if the file names none.
     missing: why its data cannot be read; "" if it can.
   """
@@ -41,7 +41,7 @@ class Task:
   name: str
   kind: str
   evaluator: Component | None
-  metrics: tuple[str, ...] = ()
+  metrics: tuple[str, ...] | None = None
   get: str = ""
   missing: str = ""
 
@@ -91,9 +91,11 @@ def _task(path: pathlib.Path, name: str, given: Any) -> Task:
     raise ValueError(f"{where} has no type; write a table [{name}] with type = one of {[*EVALS]}")
   kind = str(given["type"])
   checks.known(f"{where}.type", kind, EVALS)
-  metrics = given.get("metrics", SCORES.get(kind, ()))
-  if not isinstance(metrics, list | tuple) or not all(isinstance(x, str) for x in metrics):
-    raise TypeError(f"{where}.metrics={metrics!r}: expected a list of names of metrics")
+  metrics = given.get("metrics")
+  if metrics is not None:
+    if not isinstance(metrics, list) or not all(isinstance(x, str) for x in metrics):
+      raise TypeError(f"{where}.metrics={metrics!r}: expected a list of names of metrics")
+    metrics = tuple(metrics)
   own = {key: value for key, value in given.items() if key not in _OF_TASK}
   get, found = str(given.get("get", "")), {}
   try:
@@ -102,9 +104,27 @@ def _task(path: pathlib.Path, name: str, given: Any) -> Task:
   except (FileNotFoundError, KeyError) as error:
     if not errors.is_mistake(error):
       raise
-    return Task(name, kind, None, tuple(metrics), get, errors.message(error))
+    return Task(name, kind, None, metrics, get, errors.message(error))
   resolved = resolve_value(EvalOptions, {name: {"type": kind, **found, **own}}, path.name)
-  return Task(name, kind, resolved[name], tuple(metrics), get)
+  return Task(name, kind, resolved[name], metrics, get)
+
+
+def scored(task: Task, metrics: Collection[str]) -> tuple[str, ...]:
+  """The metrics whose mean is the score of a task.
+
+  Args:
+    task: that was evaluated.
+    metrics: what its evaluator measured.
+
+  Raises:
+    ValueError: if the suite names a metric that the evaluator does not have.
+  """
+  if task.metrics is None:
+    choices = SCORES.get(task.kind, ())
+    return next((names for names in choices if {*names} <= {*metrics}), ())
+  if unknown := [name for name in task.metrics if name not in metrics]:
+    raise ValueError(f"metrics={unknown} are none of its metrics: {', '.join(metrics)}")
+  return task.metrics
 
 
 def _of_dataset(kind: str, folder: str, where: str) -> dict[str, Any]:
