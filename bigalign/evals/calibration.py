@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from bigalign import sharding
+from bigalign.evals.embed import logits
 
 BINS = 15
 EVERY = 5  # a fifth of the samples fits the temperature
@@ -64,9 +65,9 @@ def top_class(
   Returns:
     [B] float32, softmax(scale * cosines) of the top class; [B] bool.
   """
-  logits = scale * _cosines(zimg, weights)
-  confidence = jnp.exp(jnp.max(logits, 1) - jax.nn.logsumexp(logits, 1))
-  return confidence, (jnp.argmax(logits, 1) == label) & ~jnp.isnan(confidence)
+  scores = scale * logits(zimg, weights)
+  confidence = jnp.exp(jnp.max(scores, 1) - jax.nn.logsumexp(scores, 1))
+  return confidence, (jnp.argmax(scores, 1) == label) & ~jnp.isnan(confidence)
 
 
 def moments(
@@ -80,7 +81,7 @@ def moments(
     zimg, weights, label, scale: as of `top_class`.
     used: [B] bool, the images that count; those with NaN do not.
   """
-  cosines = _cosines(zimg, weights)
+  cosines = logits(zimg, weights)
   own = jnp.take_along_axis(cosines, jnp.clip(label, 0, len(weights) - 1)[:, None], axis=1)
   used &= jnp.isfinite(cosines).all(1)
   p = jax.nn.softmax(scale * jnp.where(used[:, None], cosines, 0), axis=1)
@@ -88,10 +89,6 @@ def moments(
   first = jnp.sum(p * away, 1)
   second = jnp.sum(p * jnp.square(away - first[:, None]), 1)
   return jnp.stack([jnp.sum(jnp.where(used, x, 0)) for x in (first, second)])
-
-
-def _cosines(zimg: jax.Array, weights: jax.Array) -> jax.Array:
-  return jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
 
 
 def fit_scale(derivatives: Callable[[float], Sequence[float] | np.ndarray], start: float) -> float:

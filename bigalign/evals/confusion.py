@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import sharding
-from bigalign.evals.embed import Context, EvalData, embedded_images
+from bigalign.evals.embed import Context, EvalData, embedded_images, logits
 
 
 class Confusion(NamedTuple):
@@ -98,7 +98,7 @@ def _of_batch(
   zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, ...]:
   """[B] each: the label, the class that is found, and whether the image counts."""
-  logits = jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
-  real = ~jnp.isnan(logits)
-  found = jnp.argmax(jnp.where(real, logits, -jnp.inf), 1).astype(jnp.int32)
+  scores = logits(zimg, weights)
+  real = ~jnp.isnan(scores)
+  found = jnp.argmax(jnp.where(real, scores, -jnp.inf), 1).astype(jnp.int32)
   return label, jnp.where(real.any(1), found, -1), valid & (label >= 0) & (label < len(weights))

@@ -427,7 +427,7 @@ def mean_embedder(
   lengths: np.ndarray | None = None,
   combine: Callable[[jax.Array], Any] = unit_mean,
 ) -> Callable[[Any], Any]:
-  """Returns run(params) -> [N / group, E] on every device: unit means over groups of rows.
+  """Returns run(params) -> what `combine` makes of groups of embedded rows, on every device.
 
   Args:
     context: of the evaluator.
@@ -437,7 +437,8 @@ def mean_embedder(
     batch_size: rows at a time, over all devices; rounded up to fit the mesh.
     lengths: [N], positions on axis 1 of `arrays` that decide the embedding of each row. Rows of
       similar lengths then share a batch, and the other positions are cut off.
-    combine: [K, G, E], the embeddings of the groups -> what is returned for them.
+    combine: [K, G, E], the embeddings of the groups -> what is returned for them; by default
+      their unit means, [K, E].
   """
   count = len(next(iter(arrays.values())))
   batch_size = round_batch(context.mesh, min(batch_size, count))
@@ -467,6 +468,34 @@ def mean_embedder(
     return sharding.block_on_cpu(mean_jit(embedded, places))
 
   return run
+
+
+def logits(z: jax.Array, weights: jax.Array) -> jax.Array:
+  """[B, E], [K, E] -> [B, K], the products of images and classes, in full precision on TPUs too."""
+  return jnp.einsum("be,ke->bk", z, weights, precision=jax.lax.Precision.HIGHEST)
+
+
+def places(scores: jax.Array, label: jax.Array) -> jax.Array:
+  """Returns how many classes come before the own class of each image: 0 for a hit.
+
+  Of equal scores the earlier class comes first, as in argmax. NaN comes last, and an own class
+  whose score is NaN or infinite is never a hit.
+
+  >>> scores = jnp.array([[1.0, 3.0, 3.0], [0.0, jnp.nan, 1.0]])
+  >>> places(scores, jnp.array([2, 1])).tolist()
+  [1, 3]
+
+  Args:
+    scores: [..., K].
+    label: [...] int32, in [0, K).
+
+  Returns:
+    [...] int32; K at a score that is not finite.
+  """
+  own = jnp.take_along_axis(scores, label[..., None], axis=-1)
+  earlier = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1) < label[..., None]
+  before = ((scores > own) | ((scores == own) & earlier)).sum(-1, dtype=jnp.int32)
+  return jnp.where(jnp.isfinite(own[..., 0]), before, scores.shape[-1])
 
 
 def log_rejects(name: str, rejects: jax.Array | np.ndarray) -> int:

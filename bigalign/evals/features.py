@@ -24,6 +24,7 @@ from bigalign import sharding, tree
 from bigalign.data.sources.base import name_classes
 from bigalign.data.stores.reader import Store
 from bigalign.evals.embed import Context, EvalData, embedded_images, log_rejects, open_data, to_host
+from bigalign.evals.embed import places as places  # what `measures` takes
 from bigalign.evals.zeroshot import average_precision, read_lines
 
 ROWS = P(None, sharding.AXES)  # of arrays [N, B, …]: B is split over all devices
@@ -369,28 +370,6 @@ def count_classes(names: Sequence[str], train: tuple[str, Rows], others: Mapping
   return classes
 
 
-def places(scores: jax.Array, label: jax.Array) -> jax.Array:
-  """Returns how many classes come before the own class of each image: 0 for a hit.
-
-  Of equal scores the earlier class comes first, as in argmax. NaN comes last.
-
-  >>> scores = jnp.array([[1.0, 3.0, 3.0], [0.0, jnp.nan, 1.0]])
-  >>> places(scores, jnp.array([2, 1])).tolist()
-  [1, 3]
-
-  Args:
-    scores: [..., K].
-    label: [...] int32, in [0, K).
-
-  Returns:
-    [...] int32; K at a score of NaN.
-  """
-  own = jnp.take_along_axis(scores, label[..., None], axis=-1)
-  earlier = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1) < label[..., None]
-  before = ((scores > own) | ((scores == own) & earlier)).sum(-1, dtype=jnp.int32)
-  return jnp.where(jnp.isnan(own[..., 0]), scores.shape[-1], before)
-
-
 def measures(found: np.ndarray, target: np.ndarray, classes: int) -> dict[str, float]:
   """The measures of some images.
 
@@ -398,7 +377,7 @@ def measures(found: np.ndarray, target: np.ndarray, classes: int) -> dict[str, f
   {'top1': 0.6666666666666666, 'mean_per_class_recall': 0.75}
 
   Args:
-    found: [N], see `places`; of a multilabel set the scores, [N, K].
+    found: [N], see `embed.places`; of a multilabel set the scores, [N, K].
     target: [N], the class of each image; or [N, K] bool.
     classes: K.
 

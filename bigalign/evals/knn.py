@@ -13,8 +13,8 @@ from einops import rearrange
 from jax.sharding import PartitionSpec as P
 
 from bigalign import checks, sharding
-from bigalign.evals.embed import Context
-from bigalign.evals.features import ROWS, Features, flat, measures, places
+from bigalign.evals.embed import Context, places
+from bigalign.evals.features import ROWS, Features, flat, measures
 from bigalign.evals.probe import TrainAndTest
 from bigalign.sphere import unit
 
@@ -41,7 +41,7 @@ def vote(
     temperature: of the votes.
 
   Returns:
-    What `features.measures` takes, on every device: [M, C], see `features.places`; of a multilabel
+    What `features.measures` takes, on every device: [M, C], see `embed.places`; of a multilabel
     set [M, C, K], the share of the votes that each class has. An image that is not finite has NaN.
   """
   axes, _ = sharding.devices()
@@ -105,7 +105,7 @@ def knn(
   temperature: float = 0.07,
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
-  """Classification by the nearest training images, see `votes`.
+  """Classification by the nearest training images, see `vote`.
 
   Args:
     context: model, mesh and data options.

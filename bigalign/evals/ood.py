@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import sharding
-from bigalign.evals.embed import Context, EvalData, embedded_images, log_rejects
+from bigalign.evals.embed import Context, EvalData, embedded_images, log_rejects, logits
 
 TRUE_POSITIVES = 0.95
 
@@ -71,9 +71,9 @@ def certainty(zimg: jax.Array, weights: jax.Array, scale: jax.Array) -> jax.Arra
     weights: [K, E], classes.
     scale: [], factor of the cosines.
   """
-  logits = scale * jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
-  top = jnp.argmax(logits, 1)[:, None] == jnp.arange(len(weights))[None]
-  return jnp.max(logits, 1) - jax.nn.logsumexp(jnp.where(top, -jnp.inf, logits), 1)
+  scores = scale * logits(zimg, weights)
+  top = jnp.argmax(scores, 1)[:, None] == jnp.arange(len(weights))[None]
+  return jnp.max(scores, 1) - jax.nn.logsumexp(jnp.where(top, -jnp.inf, scores), 1)
 
 
 class Outside:

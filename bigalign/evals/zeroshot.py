@@ -31,8 +31,10 @@ from bigalign.evals.embed import (
   embed_vectors,
   embedded_images,
   log_rejects,
+  logits,
   mean_embedder,
   open_data,
+  places,
   unit_mean,
 )
 from bigalign.evals.languages import LabelSet, label_set, languages
@@ -265,7 +267,7 @@ Hits = clu_metrics.Collection.create(
 def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Array) -> Any:
   """Returns the hits of a batch, as a `Hits` collection.
 
-  Of equal logits the earlier class comes first, as in argmax. NaN is never a hit.
+  Of equal logits the earlier class comes first, see `places`. NaN is never a hit.
 
   Args:
     zimg: [B, E], images.
@@ -274,15 +276,11 @@ def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Ar
     valid: [B] bool; other samples do not count.
   """
   classes = len(weights)
-  logits = jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
   known = (label >= 0) & (label < classes)
-  own = jnp.take_along_axis(logits, jnp.clip(label, 0, classes - 1)[:, None], axis=1)  # [B, 1]
-  earlier = jnp.arange(classes)[None] < label[:, None]
-  before = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
-  countable = known & jnp.isfinite(own[:, 0])
+  before = places(logits(zimg, weights), jnp.clip(label, 0, classes - 1))
   return Hits.single_from_model_output(
-    top1=countable & (before < 1),
-    top5=countable & (before < 5),
+    top1=known & (before < 1),
+    top5=known & (before < min(5, classes)),  # the place K is no hit
     unlabelled=~known,
     label=label,
     mask=valid,
@@ -768,9 +766,8 @@ def _multilabel(context: Context, data: EvalData, names: Sequence[str]) -> _Meas
 
   @functools.partial(jax.jit, out_shardings=replicated)
   def score(zimg: jax.Array, weights: jax.Array, batch: dict[str, jax.Array]) -> Any:
-    logits = jnp.einsum("be,ke->bk", zimg, weights, precision=jax.lax.Precision.HIGHEST)
     kept = ("label_set", "has_label_set", "valid")
-    return logits, *(batch[name] for name in kept), batch["rejects"].sum(0)
+    return logits(zimg, weights), *(batch[name] for name in kept), batch["rejects"].sum(0)
 
   def measured(
     params: Any, weights: Mapping[int, jax.Array]
@@ -780,7 +777,7 @@ def _multilabel(context: Context, data: EvalData, names: Sequence[str]) -> _Meas
       kept = {name: batch[name] for name in ("label_set", "has_label_set", "valid", "rejects")}
       scored = sharding.block_on_cpu(score(zimg, weights[0], kept))
       parts.append([np.asarray(x) for x in scored])
-    logits, label_sets, labelled, valid = (np.concatenate(x) for x in [*zip(*parts)][:-1])
+    scores, label_sets, labelled, valid = (np.concatenate(x) for x in [*zip(*parts)][:-1])
     rejects = np.sum([part[-1] for part in parts], axis=0)
     samples, unlabelled = int(valid.sum()), int((valid & ~labelled).sum())
     if unlabelled or not samples:
@@ -793,7 +790,7 @@ def _multilabel(context: Context, data: EvalData, names: Sequence[str]) -> _Meas
         " CLIP_benchmark: %s",
         *(context.name, len(unseen), len(names), tree.shown(unseen)),
       )
-    mean = float(average_precision(logits[valid], positive).mean())
+    mean = float(average_precision(scores[valid], positive).mean())
     return {"mean_average_precision": mean, "num_samples": samples}, rejects, 0
 
   return measured

@@ -21,7 +21,7 @@ from test_evals import (
 
 from bigalign.evals import embed
 from bigalign.evals.ood import auroc, certainty, false_positive_rate
-from bigalign.evals.zeroshot import fill
+from bigalign.evals.zeroshot import fill, measure
 from bigalign.losses.logit_head import LogitHead
 
 MESHES = [dict(devices=jax.devices()[:1]), dict(data=4, tensor=2)]
@@ -63,6 +63,19 @@ def test_a_prefix_is_what_a_model_of_its_width_finds(sources, axes):
   assert found[f"{start}d3-top1"] != found[f"{start}top1"]
   with pytest.raises(ValueError, match=f"widths: 8 must be between 1 and {E - 1}, of {E}"):
     make("x", options | dict(widths=(8,)))(params)
+
+
+def test_the_place_of_a_class_is_that_of_probes():
+  """Of equal scores the earlier class is first; no score that is not finite is a hit."""
+  weights = jnp.asarray([[1.0], [3.0], [jnp.nan], [3.0], [2.0], [3.0], [jnp.inf]])
+  for z, by_class in ((1.0, [5, 1, 7, 2, 4, 3, 7]), (-1.0, [0, 2, 7, 3, 1, 4, 7])):
+    scores, label = jnp.full((7, 1), z) @ weights.T, jnp.arange(7)
+    assert embed.places(scores, label).tolist() == by_class
+    for k, place in enumerate(by_class):
+      hits = measure(jnp.full((1, 1), z), weights, jnp.asarray([k]), jnp.asarray([True])).compute()
+      assert (hits["top1"], hits["top5"]) == (place < 1, place < 5)
+  few = measure(jnp.ones((1, 1)), weights[:3], jnp.asarray([2]), jnp.asarray([True])).compute()
+  assert few["top5"] == 0  # NaN among fewer than five classes
 
 
 def test_equal_scores_count_half_and_nan_never_in_favour():
