@@ -75,6 +75,10 @@ def languages(
 ) -> Callable[[Any], dict[str, float]]:
   """Returns run(params) -> {metric: value} of each language, and their means.
 
+  Each device holds the classes of all languages, as float32 [L, K, E] with the K of the language
+  that has most: 1.2 GB for Babel-ImageNet's 298 languages, K=1000 and E=1024. While they are
+  stacked it holds them twice.
+
   Args:
     context: of the evaluator.
     data: the images.

@@ -595,11 +595,11 @@ def zeroshot(
       f"{where}: {source or image_store} has no class names (no classnames.txt next to its shards);"
       " set classnames to a file with one name per line, in the order of the labels"
     )
-  for given, text in (
+  for unused, text in (
     (renormalise, "renormalise=True"),
     (not pad_descriptions, "pad_descriptions=False"),
   ):
-    if given and not descriptions:
+    if unused and not descriptions:
       raise ValueError(f"{where}.{text} has an effect with `descriptions` only")
   if descriptions and class_store:
     raise ValueError(
