@@ -4,17 +4,25 @@
     --config.data.source='/data/{00000..41455}.tar' --config.data.tokenizer.path=/data/gemma.model
 
 For 256 chips of TPU v5e (16x16). The training code of SigLIP 2 is not released; this follows its
-paper. From the start, the sigmoid loss and a decoder of captions have equal weight. In the last
-20 % of the run, the classes of eight small crops come close to those of a large crop (`silc`), and
-those of hidden patches to those of visible ones (`ibot`), with weights 1 and 0.25, times 0.25 for a
-B/16 as in the paper. Published: 79.1 % top-1 on ImageNet, zero-shot, at 256 pixels, of a B/16 that
-was also distilled from a larger model (active curation).
+paper. From the start, the sigmoid loss and a decoder have equal weight. The decoder predicts
+captions, boxes of phrases, and phrases of boxes (LocCa's three tasks), each for a third of the
+images. In the last 20 % of the run, the classes of eight small crops come close to those of a large
+crop (`silc`), and those of hidden patches to those of visible ones (`ibot`), with weights 1 and
+0.25, times 0.25 for a B/16 as in the paper. Published: 79.1 % top-1 on ImageNet, zero-shot, at 256
+pixels, of a B/16 that was also distilled from a larger model (active curation).
 
-What differs: the decoder predicts captions, without LocCa's two tasks on regions; the averaged
-tower starts with the run and not at 80 %, where it equals the tower but for the last hundred
-updates; its decay, the sizes of both heads and their temperatures are not published and are those
-of TIPS and DINO; the fine-tuning on curated data is left out. The tokenizer is a SentencePiece
-model of 256,000 pieces.
+A sample is KEY.jpg, KEY.txt and KEY.json, {"regions": [{"box": [left, top, right, bottom],
+"phrase": text}, ...]}, with sides of boxes as shares of the image's. The list is empty for an image
+without regions, whose caption is predicted. Without KEY.json, train the decoder on captions alone:
+
+  --config.loss.caption.tasks=False --config.data.locations=None
+
+What differs: an image has one of the three tasks in each step, and not all of them in three passes
+of the decoder; sides of boxes are numbers up to 999, since the paper does not give its own; the
+averaged tower starts with the run and not at 80 %, where it equals the tower but for the last
+hundred updates; its decay, the sizes of both heads and their temperatures are not published and are
+those of TIPS and DINO; the fine-tuning on curated data is left out. The tokenizer is a
+SentencePiece model of 256,000 pieces.
 """
 
 from ml_collections import ConfigDict
@@ -48,6 +56,7 @@ def get_config():
       "global": dict(count=1, crop="random_resized", scale=(0.4, 1.0), flip=0.5),
       "local": dict(count=8, size=96, crop="random_resized", scale=(0.05, 0.4), flip=0.5),
     },
+    locations=dict(field="json.regions", shares=dict(cap=1.0, aref=1.0, gcap=1.0)),
     resize="squash",
     workers=16,
   )
@@ -70,7 +79,7 @@ def get_config():
   )
   c.loss = dict(
     siglip=dict(weight=1.0),
-    caption=dict(weight=1.0, parallel=0.5, depth=6, remat="full"),
+    caption=dict(weight=1.0, tasks=True, parallel=0.5, depth=6, remat="full"),
     silc=dict(weight=0.25),
     ibot=dict(weight=0.0625, ratio=0.5),
   )

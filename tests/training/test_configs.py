@@ -6,6 +6,7 @@ import copy
 import functools
 import gzip
 import itertools
+import json
 import re
 
 import jax
@@ -116,7 +117,12 @@ def reduced(c, folder):
     small["loss"][head] |= dict(depth=1)
   small["data"]["tokenizer"] = vocabulary(c["data"]["tokenizer"], folder)
   if c["data"]["source"] != "glyphs":
-    small["data"]["source"] = write_tar(folder / "00000.tar", samples(0, 12))
+    members = samples(0, 12)
+    if "locations" in c["data"]:
+      region = dict(box=[0.1, 0.2, 0.8, 0.9], phrase="a picture")
+      stored = json.dumps(dict(regions=[region])).encode()
+      members += [(name.replace(".cls", ".json"), stored) for name, _ in members[2::3]]
+    small["data"]["source"] = write_tar(folder / "00000.tar", sorted(members))
   return small
 
 
