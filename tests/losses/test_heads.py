@@ -83,9 +83,7 @@ WITHOUT_LAYERS = ("gram", "region_phrase:boxes")  # they read those of the model
 
 
 @functools.cache
-def step(
-  names, microbatches=1, remat="none", mesh=(1, 1, 1), weight=1.0, frozen="", dtype="float32"
-):
+def step(names, microbatches=1, remat="none", mesh=(1, 1, 1), weight=1.0, frozen=""):
   """One update with these heads."""
   heads = {_head(name): CASES[name][0] | dict(weight=weight) for name in names.split()}
   changes = functools.reduce(_merged, (CASES[name][1] for name in names.split()))
@@ -102,7 +100,7 @@ def step(
   for part in ("data", "model"):
     c[part] |= changes.get(part, {})
   for side in ("image", "text"):
-    c["model"][side] |= dict(depth=1, width=32, heads=4, remat=remat, dtype=dtype)
+    c["model"][side] |= dict(depth=1, width=32, heads=4, remat=remat, dtype="float32")
   return update(c, _random)
 
 

@@ -1,4 +1,4 @@
-"""Heads without stored values (masked copies, SPARC's adapters, bags of words), in NumPy."""
+"""Heads without stored values (masked copies, SPARC, words, locality, fused captions), in NumPy."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bigalign import losses, reading, tree
 from bigalign.config import resolve_config
 from bigalign.losses.heads.base import Read
 from bigalign.program import init_params, make_program
+from bigalign.towers.base import TowerOutput
 
 
 def normal(*shape, seed=0):
@@ -128,3 +129,107 @@ def test_bags_of_words_hold_the_largest_score_of_each_word():
   used = sum((x.mean(0) ** 2).sum() for x in bags.values())
   np.testing.assert_allclose(logs["overuse"], used, rtol=1e-4)
   np.testing.assert_allclose(total, contrast + 0.5 * used, rtol=1e-4)
+
+
+def layer_norm(x, layer):
+  x = x - x.mean(-1, keepdims=True)
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * layer["scale"] + layer["bias"]
+
+
+def linear(x, layer):
+  return x @ layer["kernel"].reshape(x.shape[-1], -1) + layer["bias"].reshape(-1)
+
+
+def transformer_block(x, layers, heads, seen=True):
+  """A pre-norm block: attention of places to those that they see, [N, N], and an MLP with GELU."""
+  y = layer_norm(x, layers["ln1"])
+  q, k, v = (
+    linear(y, layers["attn"][name]).reshape(*x.shape[:2], heads, -1)
+    for name in ("query", "key", "value")
+  )
+  logits = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(q.shape[-1])
+  weights = np.where(seen, np.exp(logits), 0)
+  weights /= weights.sum(-1, keepdims=True)
+  mixed = np.einsum("bhij,bjhd->bihd", weights, v).reshape(x.shape)
+  out = layers["attn"]["out"]
+  x = x + mixed @ out["kernel"].reshape(x.shape[-1], -1) + out["bias"]
+  y = linear(layer_norm(x, layers["ln2"]), layers["mlp"]["fc1"])
+  y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+  return x + linear(y, layers["mlp"]["fc2"])
+
+
+def spread(params, seed=7):
+  """The parameters with random values in place of ones and zeros, as float64 and as they are."""
+  flat = tree.flatten(params)
+  rng = np.random.default_rng(seed)
+  flat = {k: np.asarray(x) + 0.2 * rng.normal(size=x.shape) for k, x in sorted(flat.items())}
+  wide = tree.unflatten(flat)
+  return wide, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), wide)
+
+
+def test_locality_is_learned_from_a_teacher_that_sees_a_part_of_the_image():
+  """The hidden patches of each image, the others, and none: tokens of all three, in a decoder."""
+  loss = losses.HEADS["token_distill"](hidden_from="teacher", kind="mse", decoder=1, heads=2)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 255, (2, 12, 12, 3)).astype(np.uint8)  # 9 patches of 4 x 4
+  own, seen_as = normal(2, 9, 6), normal(48, 6, seed=1) / 100
+
+  def teacher(images, hidden, vector=0):
+    """Each token is that of its patch and the mean of all; hidden patches are 0 (NumPy or JAX)."""
+    patches = images.reshape(-1, 3, 4, 3, 4, 3).swapaxes(2, 3).reshape(-1, 9, 48) @ seen_as
+    patches = patches * ~hidden[..., None] + vector * hidden[..., None]
+    return patches + patches.mean(1, keepdims=True)
+
+  def tower(given, *, averaged, hidden):
+    places, vector = hidden
+    assert averaged
+    return TowerOutput(None, teacher(given, places, vector[None, None]))
+
+  hidden = rng.random((2, 9)) < 0.4
+  batch = {"image": images, "hidden": hidden}
+  read = Read(batch, {"tokens_img": jnp.asarray(own)}, None, None, None, {"patch": 4})
+  whole = read._replace(image=lambda given, **_: TowerOutput(None, jnp.zeros((2, 9, 6))))
+  layers, params = spread(jax.jit(lambda key: loss.head.init(key, whole))(jax.random.key(0)))
+  read = read._replace(image=tower)
+  found = jax.jit(lambda params: loss.head.apply(params, params, read))(params)
+
+  wanted = np.zeros(2)
+  for places in (hidden, ~hidden, np.zeros_like(hidden)):
+    x = own * ~places[..., None] + layers["positions"]
+    predicted = linear(transformer_block(x, layers["block_0"], heads=2), layers["out"])
+    wanted += ((predicted - teacher(images, places)) ** 2).mean(-1).sum(1)
+  np.testing.assert_allclose(found["sum"], wanted, rtol=1e-4)
+  np.testing.assert_array_equal(found["count"], [27, 27])
+
+
+def test_a_fused_decoder_predicts_each_token_from_the_prefix_and_the_tokens_before():
+  options = dict(inputs="tokens", reads_text=True, keep=0.5, depth=1, heads=2, scan=False)
+  loss = losses.HEADS["caption_fused"](**options, label_smoothing=0.1)
+  rng = np.random.default_rng(0)
+  ids, mask = rng.integers(0, 11, (2, 5)), np.arange(5) < np.array([[3], [5]])
+  image, text = normal(2, 9, 6), normal(2, 5, 8, seed=1)
+  kept = np.array([[0, 3, 4, 8], [1, 2, 5, 7]])
+  batch = {"text": ids.astype(np.int32), "text_mask": mask, "kept": kept}
+  given = {"tokens_img": jnp.asarray(image), "tokens_txt": jnp.asarray(text)}
+  read = Read(
+    jax.tree.map(jnp.asarray, batch), given, None, None, None, {"patch": 4, "vocabulary": 11}
+  )
+  layers, params = spread(jax.jit(lambda key: loss.head.init(key, read))(jax.random.key(0)))
+  found = jax.jit(lambda params: loss.head.apply(params, params, read))(params)
+
+  decoder = layers["decoder"]
+  before = np.concatenate([np.zeros((2, 1), int), ids[:, :-1]], 1)
+  places = decoder["queries"] + decoder["embedding"][before]
+  of_image = linear(np.take_along_axis(image, kept[..., None], 1), decoder["image"])
+  x = np.concatenate([of_image, linear(text, decoder["text"]), places], 1)  # 4, 5 and 5 places
+  seen = np.tril(np.ones((14, 14), bool))
+  seen[:9, :9] = True
+  stack = decoder["decoder"]
+  x = layer_norm(transformer_block(x, stack["block_0"], heads=2, seen=seen), stack["ln"])[:, 9:]
+  logits = x @ layers["logits"]["kernel"]
+  logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  own = np.take_along_axis(logs, ids[..., None], -1)[..., 0]
+  wanted = -0.9 * own - 0.1 * logs.mean(-1)
+  np.testing.assert_allclose(found["sum"], (wanted * mask).sum(1), rtol=1e-4)
+  np.testing.assert_array_equal(found["count"], [3, 5])
+  assert found["correct"] == ((logits.argmax(-1) == ids) & mask).sum()

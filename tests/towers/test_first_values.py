@@ -57,7 +57,8 @@ def test_an_image_tower_begins_as_vit():
     **{f"encoder/blocks/{path}": x for path, x in BIG_VISION.items() if path.endswith("kernel")},
   }
   for path, spread in spreads.items():
-    np.testing.assert_allclose(np.std(params[path]), spread, rtol=0.25, err_msg=path)
+    rtol = 0.25 if path == "extra_tokens" else 0.05  # one vector of 64 numbers
+    np.testing.assert_allclose(np.std(params[path]), spread, rtol=rtol, err_msg=path)
   assert not params["class_position"].any()
 
 

@@ -42,11 +42,20 @@ def test_averages_are_evaluated_once_they_differ_from_the_parameters(step, avera
 
 
 @pytest.mark.slow
-def test_a_second_start_compiles_nothing(tmp_path):
-  """Each of its programs comes from the compilation cache, from initialisation to evaluation."""
-  c = small_runs.config(ONE, total_steps=1, evals=small_runs.evals(tmp_path)).to_dict()
+def test_a_second_start_compiles_nothing(tmp_path, caplog):
+  """Each of its programs comes from the compilation cache, from initialisation to evaluation.
+
+  The log of a run names defaults that are those of large data, and a temperature at its bound.
+  """
+  c = small_runs.config(ONE, total_steps=2, evals=small_runs.evals(tmp_path)).to_dict()
+  c["loss"] = dict(clip=dict(t_init=100.0), sogclr={})
+  c["optimizer"]["lr"] = 1e-5
+  caplog.set_level("WARNING", logger="absl")
   for name in ("first", "second"):
     jax.clear_caches()
     train.train(c, tmp_path / name)
   (row,) = [row for row in read_metrics(tmp_path / "second") if "perf/programs" in row]
   assert row["perf/programs_from_cache"] == row["perf/programs"] > 4
+  assert caplog.text.count("config.loss.sogclr: tau=0.01, the default, is a release's") == 2
+  at_bound = "config.loss.clip: the logit scale has been at its upper bound of 100 since step 1"
+  assert caplog.text.count(at_bound) == 2
