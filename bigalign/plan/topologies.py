@@ -79,7 +79,7 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
 
 def compile_without_cache(
-  lowered: jax.stages.Lowered, compiler_options: Mapping[str, Any] | None = None
+  lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | bool] | None = None
 ) -> Any:
   """Compiles a program for devices that this machine does not have.
 
@@ -97,7 +97,7 @@ def compile_without_cache(
   jax.config.update("jax_enable_compilation_cache", False)
   compilation_cache.reset_cache()  # it remembers whether it is enabled
   try:
-    return lowered.compile(compiler_options=compiler_options and dict(compiler_options))
+    return lowered.compile(compiler_options=dict(compiler_options) if compiler_options else None)
   finally:
     jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
