@@ -181,6 +181,12 @@ SET_BY = dict(
 )
 
 
+# Why a loss has no option texts.
+ONE_TEXT = (
+  "; sogclr_unimodal compares two views of one modality, of which captions are none, so use"
+  " config.loss.sogclr.texts='set' in its place"
+)
+
 # Options of config.data that only losses read -> one that does.
 READ_BY = dict(
   teachers="a loss that learns from teachers, such as clip_distill",
@@ -272,6 +278,8 @@ def check_needs(
     raise ValueError(
       "config.data.texts gives each image several texts, but no loss reads them: the first would be"
       " used alone. Set the option texts of a loss, such as config.loss.clip.texts='uniform'"
+      + ONE_TEXT
+      * ("sogclr_unimodal" in loss.terms)
     )
   if "ema_teacher" in loss.needs and not ema:
     raise ValueError(

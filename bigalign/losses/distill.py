@@ -181,13 +181,13 @@ def clip_distill(
 
   def apply(params, state, feats, batch, context):
     scale = jnp.exp(params["t"])
-    teachers = stored.of_batch(batch, context.sizes, texts=_fields(texts))
+    teachers = stored.of_batch(batch, context.sizes, texts=fields_of(texts))
     hard, soft = _of_texts(feats, batch, scale, teachers, texts, engine=context.engine)
     loss = w_hard * hard + w_soft * soft
     logs = {"contrastive_loss": hard, "distill_loss": soft, "logit_scale": scale}
     return loss, (state, {"loss": loss, **logs})
 
-  return Loss(_needs(texts), init, apply, temperature.clamped(t_max))
+  return Loss(needs_of(texts), init, apply, temperature.clamped(t_max))
 
 
 def mobileclip_dr(
@@ -245,7 +245,7 @@ def mobileclip_dr(
 
   def apply(params, state, feats, batch, context):
     engine, scale = context.engine, jnp.exp(params["t"])
-    fields = TEXTS if second_text else _fields(texts)
+    fields = TEXTS if second_text else fields_of(texts)
     teachers = stored.of_batch(batch, context.sizes, texts=fields)
     hard, soft = _of_texts(feats, batch, scale, teachers, texts, engine=engine)
     if second_text:
@@ -257,7 +257,7 @@ def mobileclip_dr(
     return hard + soft, (state, {"loss": hard + soft, **logs})
 
   second = {"second_text", "teacher_second_text"} if second_text else set()
-  return Loss(_needs(texts) | second, init, apply, temperature.clamped(t_max))
+  return Loss(needs_of(texts) | second, init, apply, temperature.clamped(t_max))
 
 
 def siglip_distill(
@@ -313,7 +313,7 @@ def siglip_distill(
 
   def apply(params, state, feats, batch, context):
     engine, scale = context.engine, jnp.exp(params["t"])
-    teachers = stored.of_batch(batch, context.sizes, texts=_fields(texts))
+    teachers = stored.of_batch(batch, context.sizes, texts=fields_of(texts))
     several = None if texts == "one" else of_batch(feats, batch)
     count = 1 if several is None else several.per_image
 
@@ -350,15 +350,15 @@ def siglip_distill(
     loss = engine.total(tile, rows, columns, shared, fixed={"teacher"}) / number
     return loss, (state, {"loss": loss, "logit_scale": scale, "logit_bias": params["b"]})
 
-  return Loss(_needs(texts), init, apply, temperature.clamped(t_max))
+  return Loss(needs_of(texts), init, apply, temperature.clamped(t_max))
 
 
-def _needs(texts: str) -> frozenset[str]:
+def needs_of(texts: str) -> frozenset[str]:
   """What a loss on pairs reads, with one text or several."""
   return frozenset({"teacher"} if texts == "one" else {"texts", "teacher_image", "teacher_texts"})
 
 
-def _fields(texts: str) -> tuple[str, ...]:
+def fields_of(texts: str) -> tuple[str, ...]:
   """The field of the teachers' texts, of one text or of several."""
   return TEXTS[:1] if texts == "one" else ("teacher_txts",)
 
@@ -478,18 +478,16 @@ def _hard_and_soft(
 
 
 def soft_targets(
-  zimg: jax.Array,
-  ztxt: jax.Array,
+  feats: Mapping[str, jax.Array],
+  batch: Mapping[str, jax.Array],
   scale: jax.Array,
-  teacher_img: jax.Array,
-  teacher_txt: jax.Array,
   teachers: Sequence[Teacher],
+  form: str,
   *,
   engine: Engine,
 ) -> jax.Array:
-  """[]: the cross-entropy to the mean probability of teachers; arguments as of _hard_and_soft."""
-  pair = (zimg, ztxt, scale, teacher_img, teacher_txt)
-  return _hard_and_soft(*pair, teachers, engine=engine)[1]
+  """[]: the cross-entropy to the mean probability of teachers; arguments as of _of_texts."""
+  return _of_texts(feats, batch, scale, teachers, form, engine=engine)[1]
 
 
 def constant(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ VARIANTS = [
   ("fastclip_v0", {"tau_gradient": "consistent"}),
   ("fastclip_v2", {"weighting": "rgcl"}),
   ("drrho", {"gamma": 0.5, "tau_learned": True, "w_distill": 0.5, "teacher_dims": (7, 9)}),
+  ("drrho", {"texts": "set", "gamma": 0.5, "tau_learned": True, "w_distill": 0.5}),
   ("fastclip_v2", {"texts": "set"}),
   ("fastclip_v3", {"tau_gradient": "consistent", "gamma_schedule": "constant"}),
   ("focal_itc", {"detach_weight": True}),

@@ -170,6 +170,14 @@ def with_ids(batch, images=12):
   return {**batch, "image_id": rows, "text_id": rows, "label": label}
 
 
+def of_teacher(images=12, count=3, width=5, dtype=jnp.float32):
+  """The embeddings of a teacher for images and texts; teacher_txt are those of the first texts."""
+  rng = np.random.default_rng(7)
+  texts = jnp.asarray(unit(rng.normal(size=(images, count, width))), dtype)
+  image = jnp.asarray(unit(rng.normal(size=(images, width))), dtype)
+  return {"teacher_img": image, "teacher_txts": texts, "teacher_txt": texts[:, 0]}
+
+
 TABLES = {"image": 20, "text": 20}
 
 
@@ -179,25 +187,29 @@ TABLES = {"image": 20, "text": 20}
     ("unicl", "uniform", {}),
     ("sogclr", "set", {}),
     pytest.param("isogclr", "set", {}, marks=pytest.mark.slow),
+    ("fastclip_v0", "set", {}),
+    ("fastclip_v1", "set", {}),
     pytest.param("fastclip_v2", "set", {}, marks=pytest.mark.slow),
     ("fastclip_v3", "set", {}),
+    ("drrho", "set", dict(tau=0.1, tau_learned=True, w_distill=0.5)),
+    ("drrho", "set", dict(tau=0.1, gamma=0.5)),
   ],
 )
 def test_one_of_several_texts_is_the_plain_loss_to_the_bit(name, texts, options):
   feats, batch = random_texts(count=1)
-  batch = with_ids(batch)
+  batch = with_ids(batch) | of_teacher(count=1)
   plain = {"zimg": feats["zimg"], "ztxt": feats["ztxts"][:, 0]}
-  value, metrics, (_, grads) = graded(make(name, options), plain, batch, TABLES)
+  value, metrics, (slopes, grads) = graded(make(name, options), plain, batch, TABLES)
   several = make(name, options | dict(texts=texts))
-  found, logs, (_, grads2) = graded(several, feats, batch, TABLES)
+  found, logs, (slopes2, grads2) = graded(several, feats, batch, TABLES)
   np.testing.assert_array_equal(found, value)
-  jax.tree.map(np.testing.assert_array_equal, logs, metrics)
+  jax.tree.map(np.testing.assert_array_equal, (logs, slopes2), (metrics, slopes))
   np.testing.assert_array_equal(grads2["zimg"], grads["zimg"])
   np.testing.assert_array_equal(grads2["ztxts"][:, 0], grads["ztxt"])
 
 
-def log_means(zimg, ztxts, kinds, tau):
-  """[B] and [B]: log g of images and of sets of texts, as they are defined."""
+def exponents(zimg, ztxts, kinds, tau):
+  """(A / tau, which of them count, the axes without anchors) of images and of sets of texts."""
   z = jnp.einsum("ie,jme->ijm", zimg, ztxts)
   own = jnp.einsum("iim->im", z)
   positive, other = kinds == 1, ~np.eye(len(zimg), dtype=bool)
@@ -205,8 +217,12 @@ def log_means(zimg, ztxts, kinds, tau):
   of_images = (z[:, :, :, None] - own[:, None, None, :]) / tau  # [i, k, m, p]
   chosen = candidates[..., None] & positive[:, None, None, :]
   of_texts = (z - own[None]) / tau  # [k, i, p]
-  both = [(of_images, chosen, (1, 2, 3)), (of_texts, other[..., None] & positive[None], (0, 2))]
-  return [jax.nn.logsumexp(a, axes, where=x) - np.log(x.sum(axes)) for a, x, axes in both]
+  return [(of_images, chosen, (1, 2, 3)), (of_texts, other[..., None] & positive[None], (0, 2))]
+
+
+def log_means(*of):
+  """[B] and [B]: log g of images and of sets of texts, as they are defined; see `exponents`."""
+  return [jax.nn.logsumexp(a, axis, where=x) - np.log(x.sum(axis)) for a, x, axis in exponents(*of)]
 
 
 def test_global_contrast_of_sets_is_the_gradient_of_its_definition():
@@ -240,6 +256,44 @@ def test_global_contrast_of_sets_is_the_gradient_of_its_definition():
     np.testing.assert_allclose(slope["t"], jax.grad(robust)(t), rtol=1e-5)
 
 
+def test_drrho_of_sets_is_the_gradient_of_its_definition():
+  """As above, of the cosines minus those of the reference; a factor of the release remains."""
+  with jax.enable_x64(True):
+    tau, size = 0.2, 6
+    feats, batch = random_texts(images=size, dtype=jnp.float64)
+    teacher = of_teacher(size, dtype=jnp.float64)
+    kinds = np.asarray(batch["texts_kind"])
+
+    def both(feats):
+      """S - R as the products of longer vectors."""
+      img = jnp.concatenate([feats["zimg"], teacher["teacher_img"]], -1)
+      txt = jnp.concatenate([feats["ztxts"], -teacher["teacher_txts"]], -1)
+      return img, txt, kinds, tau
+
+    def entropy(feats):
+      """The mean of log u; the release divides by B for B - 1."""
+      return sum((x + np.log((size - 1) / size)).mean() for x in log_means(*both(feats)))
+
+    loss = make("drrho", dict(tau=tau, eps=1e-300, rho=3.0, texts="set"))
+    _, logs, (_, grads) = graded(loss, feats, batch | teacher)
+    expected = jax.grad(lambda x: tau * entropy(x) * size / (size - 1))(feats)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), grads, expected)
+    pull = sum(
+      (jax.nn.softmax(a, axes, where=x) * jnp.where(x, a, 0)).sum(axes).mean()
+      for a, x, axes in exponents(*both(feats))
+    )
+    value = tau * (pull * size / (size - 1) + 3.0 + entropy(feats) / 2)
+    np.testing.assert_allclose(logs["loss"], value, rtol=1e-10)
+
+    absent = kinds == 0
+    assert absent.any()
+    broken = {"ztxts": jnp.where(absent[..., None], jnp.nan, feats["ztxts"])}
+    theirs = {"teacher_txts": jnp.where(absent[..., None], jnp.nan, teacher["teacher_txts"])}
+    _, _, (_, found) = graded(loss, feats | broken, batch | teacher | theirs)
+    jax.tree.map(np.testing.assert_array_equal, found, grads)
+    assert not np.asarray(grads["ztxts"])[absent].any()
+
+
 def test_unicl_of_several_texts_spreads_the_target_over_texts_with_the_label():
   feats, batch = random_texts()
   batch = with_ids(batch)
@@ -259,6 +313,25 @@ def test_unicl_of_several_texts_spreads_the_target_over_texts_with_the_label():
         t2i.append(np.log(np.exp(z[:, i, m]).sum()) - z[same[i], i, m].mean())
   np.testing.assert_allclose(logs["i2t"], np.mean(i2t), rtol=1e-5)
   np.testing.assert_allclose(logs["t2i"], np.mean(t2i), rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean_all", "row_sum"])
+def test_sail_of_one_text_is_siglip_to_the_bit(reduction):
+  """SAIL's own form has two texts; of one, it is the sigmoid loss."""
+  feats, batch = random_texts(count=1)
+  value, logs, (slopes, grads) = graded(
+    make("sail", dict(reduction=reduction, texts="all")), feats, batch
+  )
+  plain = {"zimg": feats["zimg"], "ztxt": feats["ztxts"][:, 0]}
+  siglip = make("siglip", dict(t_init=20.0, b_init=-10.0, t_max=100.0, reduction=reduction))
+  expected, metrics, (slopes2, grads2) = graded(siglip, plain, {})
+  del metrics["contrastive_loss"]
+  grads["ztxt"] = grads.pop("ztxts")[:, 0]
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (value, logs, slopes, grads),
+    (expected, metrics, slopes2, grads2),
+  )
 
 
 @pytest.mark.parametrize("reduction", ["mean_all", "row_sum"])

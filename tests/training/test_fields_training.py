@@ -174,6 +174,8 @@ def test_texts_that_no_loss_reads_are_an_error():
   check_needs(make_loss(dict(clip=dict(texts="uniform"))), fields)
   with pytest.raises(ValueError, match=r"config\.data\.texts .* no loss reads them"):
     check_needs(make_loss(dict(clip=dict(weight=1.0))), fields)
+  with pytest.raises(ValueError, match=r"sogclr_unimodal compares two views of one modality"):
+    check_needs(make_loss(dict(sogclr_unimodal={})), fields)
 
 
 # Of every_field: the part of config.data, a loss that reads it, and what the error says without it.

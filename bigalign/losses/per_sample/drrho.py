@@ -11,9 +11,16 @@ import jax.numpy as jnp
 from bigalign import checks
 from bigalign.losses import schedules
 from bigalign.losses.base import Loss, others
-from bigalign.losses.distill import StoredTeachers, constant, soft_targets
+from bigalign.losses.distill import (
+  StoredTeachers,
+  constant,
+  fields_of,
+  needs_of,
+  soft_targets,
+)
 from bigalign.losses.per_sample import global_contrastive
 from bigalign.losses.per_sample.fastclip import TAU_BOUNDS
+from bigalign.losses.texts import Texts, flat
 
 
 def drrho(
@@ -28,6 +35,7 @@ def drrho(
   w_distill: float = 0.0,
   teacher_dims: Sequence[int] | None = None,
   teacher_scales: Sequence[float] | None = None,
+  texts: str = "one",
 ) -> Loss:
   """Contrast of excess similarities over a reference: DRRho-CLIP, https://arxiv.org/abs/2505.06699.
 
@@ -54,6 +62,9 @@ def drrho(
     teacher_dims: as in `mobileclip_dr`.
     teacher_scales: the logit scale of each teacher in that term, whose probabilities are averaged.
       None: 100.
+    texts: "one": an image has one text, ztxt. "set": it has several, ztxts [B, M, E], with the
+      teacher's teacher_txts [B, M, D]: they are one anchor, as in `sogclr`, whose exponents are
+      those above; the cross-entropy is the mean over texts of `clip_distill`.
 
   Example:
     >>> from bigalign.losses import apply_once
@@ -70,18 +81,31 @@ def drrho(
   checks.above_zero(where, most=1.0, gamma=gamma)
   checks.known(f"{where}.gamma_schedule", gamma_schedule, ("cosine", "constant"))
   length = schedules.duration(gamma_over, f"{where}.gamma_over")
+  global_contrastive.check_texts("drrho", texts)
   average = gamma < 1
   stored = StoredTeachers("drrho", teacher_dims, teacher_scales)
 
   def init(sizes):
     stored.check(sizes)
     params = {"t": jnp.asarray(-math.log(tau), jnp.float32)} if tau_learned else {}
-    return params, global_contrastive.make_tables(sizes, log_u=-math.inf) if average else {}
+    if not average:
+      return params, {}
+    sizes = global_contrastive.sizes_of(sizes, texts)
+    return params, global_contrastive.make_tables(sizes, log_u=-math.inf)
 
   def apply(params, state, feats, batch, context):
-    zimg, ztxt, engine = feats["zimg"], feats["ztxt"], context.engine
-    teachers = stored.of_batch(batch, context.sizes)
-    img, txt = (constant(batch[f"teacher_{side}"], zimg) for side in ("img", "txt"))
+    zimg, engine = feats["zimg"], context.engine
+    ztxt, batch = global_contrastive.anchors(feats, batch, texts)
+    teachers = stored.of_batch(batch, context.sizes, texts=fields_of(texts))
+    if isinstance(ztxt, Texts):
+      # An absent text is some vector, even one that is not finite.
+      known = jnp.where(ztxt.present[..., None], batch["teacher_txts"], 0)
+      form, theirs = "per_ordinal", flat(known)
+    else:  # of several, too, if there is one
+      theirs = batch["teacher_txt"] if texts == "one" else batch["teacher_txts"][:, 0]
+      form = "one"
+      feats, batch = {**feats, "ztxt": ztxt}, {**batch, "teacher_txt": theirs}
+    img, txt = (constant(x, zimg) for x in (batch["teacher_img"], theirs))
     share = math.sqrt(len(teachers))
     reference = (img / share, txt / share)  # whose products are the mean of the teachers' cosines
     fixed = jax.lax.stop_gradient(params["t"]) if params else None
@@ -116,7 +140,7 @@ def drrho(
     total = global_contrastive.with_slope(loss, surrogate)
     if w_distill:
       scale = jnp.exp(params["t"]) if params else 1 / now
-      soft = soft_targets(zimg, ztxt, scale, img, txt, teachers, engine=engine)
+      soft = soft_targets(feats, batch, scale, teachers, form, engine=engine)
       logs["distill_loss"] = w_distill * now * soft
       total += logs["distill_loss"]
     logs["finite_state"] = global_contrastive.is_finite(log_u)
@@ -125,5 +149,5 @@ def drrho(
   def constrain(params, before):
     return {k: jnp.clip(x, 0.0, math.log(100)) for k, x in params.items()}
 
-  needs = {"teacher", *(("ids",) if average else ())}
-  return Loss(frozenset(needs), init, apply, constrain, per_sample_state=average)
+  needs = needs_of(texts) | ({"ids"} if average else set())
+  return Loss(needs, init, apply, constrain, per_sample_state=average)

@@ -34,7 +34,8 @@ from bigalign.losses.per_sample import tables
 from bigalign.losses.texts import Texts, negatives, of_batch, row_lse
 
 Anchors = dict[str, jax.Array]  # "img", "txt": [B]
-Reference = tuple[jax.Array, jax.Array] | None  # [B, D], [B, D]: other embeddings of the pairs
+# [B, D] and, as the texts of the model, [B, D] or [B M, D]: other embeddings of the pairs.
+Reference = tuple[jax.Array, jax.Array] | None
 IDS = {"img": "image", "txt": "text"}
 FIXED = frozenset({"scale", "log_den", "reference"})  # row and column arrays without a gradient
 
@@ -65,11 +66,12 @@ def sizes_of(sizes: Mapping[str, Any], texts: str) -> Mapping[str, Any]:
 def anchors(
   feats: Mapping[str, jax.Array], batch: Mapping[str, jax.Array], texts: str
 ) -> tuple[jax.Array | Texts, Mapping[str, jax.Array]]:
-  """The text anchors, and the batch in which "text_id" is their row in the tables."""
+  """The text anchors, and the batch, whose "text_id" is then their row in the tables."""
   if texts == "one":
     return feats["ztxt"], batch
   several = of_batch(feats, batch)
-  return several.z if several.per_image == 1 else several, {**batch, "text_id": batch["image_id"]}
+  rows = {"text_id": batch["image_id"]} if "image_id" in batch else {}
+  return several.z if several.per_image == 1 else several, {**batch, **rows}
 
 
 def each(function: Callable[..., Any], *anchors: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,6 +185,7 @@ def weighted(
   tau: Anchors,
   log_den: Anchors,
   log_g: Anchors,
+  reference: Reference = None,
   *,
   engine: Engine,
 ) -> Anchors:
@@ -196,11 +199,12 @@ def weighted(
     tau: temperatures of the anchors.
     log_den: log of the denominators u + eps.
     log_g: from `means`.
+    reference: as of `means`.
     engine: forms the logits.
   """
   sums = engine.reduce(
     functools.partial(_pull, engine, ztxt.per_image if isinstance(ztxt, Texts) else 1),
-    *_rows_and_columns(zimg, ztxt, tau, log_den, engine=engine),
+    *_rows_and_columns(zimg, ztxt, tau, log_den, reference, engine=engine),
     outputs=dict(img="row_sum", txt="col_sum"),
     fixed=FIXED,
   )
@@ -213,7 +217,7 @@ def weighted(
   mean = mass(log_g, log_den)
   # Of an image, `_pull` has the softest minimum of its positives' cosines in place of their mean
   # by their weights: its gradient is the same, its value is not.
-  own = jax.lax.stop_gradient(ztxt.cosines(zimg, engine))
+  own = jax.lax.stop_gradient(_own(zimg, ztxt, reference, engine))
   low = _softest(own, positive, tau["img"])
   above = own - low[:, None]  # small numbers, unlike the cosines
   share = jnp.where(positive, jnp.exp(-above / tau["img"][:, None]), 0)
@@ -235,7 +239,7 @@ def weighted_both(
 ) -> jax.Array:
   """[]: `both(weighted(...))`, with one pass over the products less."""
   if isinstance(ztxt, Texts):
-    return both(weighted(zimg, ztxt, tau, log_den, log_g, engine=engine))
+    return both(weighted(zimg, ztxt, tau, log_den, log_g, reference, engine=engine))
   b = len(zimg)
   sums = engine.total(
     functools.partial(_pull, engine, 1),
@@ -318,7 +322,7 @@ def _rows_and_columns(
   engine: Engine,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   if isinstance(ztxt, Texts):
-    return _sets(zimg, ztxt, tau, log_den, engine)
+    return _sets(zimg, ztxt, tau, log_den, reference, engine)
   positive = engine.paired(zimg, ztxt)
   if reference is not None:
     positive -= jax.lax.stop_gradient(engine.paired(*reference))
@@ -332,11 +336,25 @@ def _rows_and_columns(
   return side(zimg, "img"), side(ztxt, "txt")
 
 
+def _own(zimg: jax.Array, texts: Texts, reference: Reference, engine: Engine) -> jax.Array:
+  """[B, M]: the cosines of each image and its own texts, minus those of the reference."""
+  own = texts.cosines(zimg, engine)
+  if reference is not None:
+    img, txt = reference
+    own -= jax.lax.stop_gradient(texts._replace(z=txt).cosines(img, engine))
+  return own
+
+
 def _sets(
-  zimg: jax.Array, texts: Texts, tau: Anchors, log_den: Anchors | None, engine: Engine
+  zimg: jax.Array,
+  texts: Texts,
+  tau: Anchors,
+  log_den: Anchors | None,
+  reference: Reference,
+  engine: Engine,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
   """The rows and columns of images and sets of texts."""
-  positive, own = texts.positive, texts.cosines(zimg, engine)
+  positive, own = texts.positive, _own(zimg, texts, reference, engine)
   tau = jax.lax.stop_gradient(tau)
 
   def spread(x: jax.Array) -> jax.Array:
@@ -348,4 +366,6 @@ def _sets(
     rows["log_den"] = jax.lax.stop_gradient(log_den["img"])
     number = jnp.log(positive.sum(1))  # a text's part of the mean over its set
     columns |= {"log_den": spread(log_den["txt"] + number).reshape(-1)}
+  if reference is not None:
+    rows["reference"], columns["reference"] = jax.lax.stop_gradient(reference)
   return rows, columns

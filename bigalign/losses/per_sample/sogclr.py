@@ -195,6 +195,9 @@ def sogclr_unimodal(*, tau: float = 0.1, gamma: float = 0.9) -> Loss:
   other samples in both views, 2 (B - 1) of them. The two views share one u, found by image_id.
   "loss" is in units of similarity: it is not divided by tau.
 
+  There is no form for several texts per image: the loss compares samples within each view too, and
+  captions are no view of an image in its own modality. `sogclr` takes several captions.
+
   Args:
     tau: temperature, constant.
     gamma: weight of the new value in the moving average of u; tune it between 0.1 and 0.99. It is 1
