@@ -419,6 +419,34 @@ class TestColumns:
       batch = next(batches)
     assert batch["noise_prob"].tolist() == [noise_of(i) for i in batch["image_id"][:, 1]]
 
+  def test_columns_of_the_stats(self, tmp_path):
+    """Of two shards: of the header of the image, and a number that only some samples have."""
+    from bigalign.shards import index
+
+    for shard in range(2):
+      members = []
+      for i in range(4):
+        stored = json.dumps({} if (shard, i) == (1, 2) else dict(score=4 * shard + i)).encode()
+        members += [(f"{i}.jpg", picture(i)), (f"{i}.json", stored), (f"{i}.txt", b"a" * (i + 1))]
+      write_tar(tmp_path / f"{shard}.tar", members)
+    source = f"{tmp_path}/{{0..1}}.tar"
+    columns = {
+      name: dict(field=f"stats:{field}", dtype="int32")
+      for name, field in dict(width="width", characters="length.txt", score="json.score").items()
+    }
+    data = OPTIONS | dict(source=source, columns=columns)
+    with pytest.raises(FileNotFoundError, match="bigalign index --stats"):
+      open_data(data_options(**data))
+    assert index.main([source, "--workers=1", "--stats", "--captions=txt"]) == 0
+    batches = take(data, 8)
+    found, samples = joined(batches), samples_of(batches)
+    assert found["score"].tolist() == samples and 6 not in samples
+    assert found["characters"].tolist() == [i % 4 + 1 for i in samples]
+    widths = np.concatenate([*open_source(source).columns()])["width"]
+    assert found["width"].tolist() == widths[samples].tolist() and widths.all()
+    with pytest.raises(ValueError, match=r"8 have no value.*stats:wdith"):
+      open_data(data_options(**data | dict(columns=dict(w="stats:wdith"))))
+
   def test_a_sample_without_a_value_is_rejected_or_has_the_default(self, tmp_path):
     members = []
     for i in range(8):

@@ -26,8 +26,9 @@ class ColumnOptions:
 
   Args:
     field: where the value is stored: "json.noise" (KEY.json of a tar), "npy" (KEY.npy), "txt" (a
-      number as text), "scores.parquet:noise" (a file next to each shard, as for captions), or the
-      column of a Parquet file or a table; "a.b" is the entry b of a.
+      number as text), "scores.parquet:noise" (a file next to each shard, as for captions),
+      "stats:width" (a column that `bigalign index --stats` wrote), or the column of a Parquet file
+      or a table; "a.b" is the entry b of a.
     file: instead of `field`, a column that a program such as `bigalign score` wrote, without .npy.
     shape: of the array; () for a number.
     dtype: "float32", "int32", "uint8" or "bool".

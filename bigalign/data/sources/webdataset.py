@@ -27,6 +27,8 @@ from bigalign.data.tar.sidecars import Sidecars
 
 logger = logging.getLogger(__name__)
 
+STATS = "stats:"  # before the name of a statistic, in `value`
+
 _MOST_BYTES = 1 << 30  # of a sample that is read
 _PROBES = 64  # samples that are read to find the keys of .json members
 
@@ -101,6 +103,7 @@ class WebDataset:
     self._remote = RemoteBlocks(self.shards, block=BLOCK) if self.shards.remote else None
     # (i, members of sample i) that were read last: for the record, or for fields and values.
     self._last: tuple[int, tuple[int, str, dict[str, bytes]]] | None = None
+    self._last_stats: tuple[int, np.ndarray] | None = None  # of the shard that was read last
     self.classnames = classnames_near(self.shards.paths[0])
     self.labels = Labels(self.classnames, what=".cls")
     self._label_sets = LabelSets() if self.dataset_type == "multilabel" else None
@@ -169,8 +172,14 @@ class WebDataset:
 
     Args:
       i: the sample.
-      path: as a caption field: "npy" for KEY.npy, "json.a.b", "scores.parquet:noise".
+      path: as a caption field: "npy" for KEY.npy, "json.a.b", "scores.parquet:noise"; or
+        "stats:NAME" for a column of `columns`.
+
+    Raises:
+      FileNotFoundError: if the shard has no statistics.
     """
+    if path.startswith(STATS):
+      return self._stat(i, path.removeprefix(STATS))
     if sidecars.is_field(path):
       if path not in self._sidecars:
         self._sidecars[path] = Sidecars(self.shards, path, pattern=self.pattern)
@@ -182,6 +191,17 @@ class WebDataset:
     if extension != "json" or "json" not in stored:
       return None
     return members.entry(members.read_json(stored["json"], key=f"sample {i}"), rest)
+
+  def _stat(self, i: int, name: str) -> Any:
+    """A statistic of sample i; None if its shard or the sample has none of this name."""
+    shard = self.shards.shard(i)
+    if self._last_stats is None or self._last_stats[0] != shard:
+      self._last_stats = shard, self._stats_of(shard)
+    rows = self._last_stats[1]
+    if name not in (rows.dtype.names or ()):
+      return None
+    number = rows[name][i - self.shards.firsts[shard]]
+    return None if rows.dtype[name].kind == "f" and np.isnan(number) else number
 
   def key(self, i: int) -> str:
     """Returns the key of sample i; reads only the header of its first member if it is local."""
@@ -210,14 +230,17 @@ class WebDataset:
       self._remote.prefetch(ids, hold=hold)
 
   def columns(self) -> Iterator[np.ndarray]:
-    """Yields the statistics (stats.py) of each shard in order, [N] each, mapped into memory."""
-    for shard, path in enumerate(self.shards.paths):
-      yield stats.load(
-        os.path.basename(path),
-        self.shards.index_folder(shard),
-        self.shards.stat(shard),
-        pattern=self.pattern,
-      )
+    """The statistics (stats.py) of each shard in order, [N] each, mapped into memory."""
+    return map(self._stats_of, range(len(self.shards.paths)))
+
+  def _stats_of(self, shard: int) -> np.ndarray:
+    """The statistics of a shard, [N], mapped into memory."""
+    return stats.load(
+      os.path.basename(self.shards.paths[shard]),
+      self.shards.index_folder(shard),
+      self.shards.stat(shard),
+      pattern=self.pattern,
+    )
 
   def where(self, i: int) -> tuple[str, int, int]:
     """Returns the path of the shard of sample i, its place there, and the samples of the shard."""
