@@ -50,7 +50,7 @@ def get_config():
   c.loss = dict(
     clip=dict(weight=1.0, t_init=10.0),
     caption_fused=dict(
-      weight=2.0, inputs="queries", reads_text=True, second=True, depth=6, remat="dots"
+      weight=2.0, inputs="queries", reads_text=True, second=True, depth=6, remat="full"
     ),
   )
   c.optimizer = dict(
