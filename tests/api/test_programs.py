@@ -9,10 +9,10 @@ from helpers.small_checkpoints import CLIP, clip_keys, folder
 from helpers.small_shards import samples, write_tar
 
 import bigalign
-from bigalign import evaluate as program
 from bigalign.api import programs
 from bigalign.plan import main as planning
 from bigalign.run import provenance
+from bigalign.suites import main as program
 
 
 def test_a_config_by_name_with_overrides_of_both_kinds(run_folder):

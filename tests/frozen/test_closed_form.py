@@ -11,11 +11,12 @@ from helpers.small_checkpoints import CLIP, clip_keys
 from helpers.small_shards import picture, write_tar
 from helpers.small_stores import write_store
 
-from bigalign import evaluate
+from bigalign.evaluate import open_run
 from bigalign.export import main as export
 from bigalign.frozen import alignment, compare
 from bigalign.frozen.closed_form import linear
 from bigalign.frozen.embed import embed
+from bigalign.suites import main as program
 
 COUNT, IMAGE, TEXT = 400, 12, 9
 
@@ -50,7 +51,7 @@ def test_the_projectors_of_the_run_are_the_map(fitted, name, tmp_path):
   (row,) = compare.main([*words, "--workdir", f"{tmp_path}/run"])
   maps: dict = {}
   compare.compare(image, text, fitted=maps)
-  run = evaluate.open_run(tmp_path / "run")
+  run = open_run(tmp_path / "run")
   assert run.step == 0 and run.meta["closed_form"]["map"] == name
   for side, f, width in zip(("image", "text"), maps[name], (IMAGE, TEXT)):
     x = np.random.default_rng(1).normal(size=(8, width)).astype(np.float32)
@@ -60,7 +61,7 @@ def test_the_projectors_of_the_run_are_the_map(fitted, name, tmp_path):
     with jax.set_mesh(run.mesh):
       found = run.embed[f"embed_{side}"](run.params, x, *more)
     np.testing.assert_allclose(found, alignment.unit(f(x)), atol=1e-5)
-  found = evaluate.main([str(tmp_path / "run"), "--image_store", image, "--text_store", text])
+  found = program.main([str(tmp_path / "run"), "--image_store", image, "--text_store", text])
   assert found["val/num_samples"] == COUNT
   assert abs(found["val/text_to_image_R@5"] - row[name][compare.SHOWN]) < 0.35  # of fewer images
   assert found["val/text_to_image_R@5"] > 0.15
@@ -85,9 +86,9 @@ def test_a_map_of_pretrained_towers_is_evaluated_from_pixels_and_exported(tmp_pa
   words = ["--image", stores["image"], "--text", stores["text"], "--save", "procrustes"]
   compare.main([*words, "--config", f"{tmp_path}/config.py", "--workdir", f"{tmp_path}/run"])
   run = [f"{tmp_path}/run"]
-  pixels = evaluate.main([*run, "--retrieval", shard])
+  pixels = program.main([*run, "--retrieval", shard])
   vectors = ["--image_store", stores["image"], "--text_store", stores["text"]]
-  assert evaluate.main([*run, *vectors]) == pytest.approx(pixels, abs=0.03)
+  assert program.main([*run, *vectors]) == pytest.approx(pixels, abs=0.03)
   export.main([*run, "--format=torch", f"--out={tmp_path}/torch"])
   export.main(["--check", f"{tmp_path}/torch"])
   c["model"]["text"]["init"] = str(small_checkpoints.folder(tmp_path / "b", CLIP, clip_keys(1)))

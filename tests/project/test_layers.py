@@ -167,6 +167,7 @@ import sys
 from bigalign import evaluate, train
 from bigalign.export import main
 from bigalign.report import main
+from bigalign.suites import main
 print(sorted({"tensorflow", "torch"} & {name.split(".")[0] for name in sys.modules}))
 """
   found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
