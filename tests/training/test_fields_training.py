@@ -86,7 +86,9 @@ def test_the_part_of_a_batch_that_a_teacher_recommends_trains_equally_on_any_mes
   def rows(name, mesh, loss=None, **selection):
     c = config(mesh, batch_size=16, total_steps=2)
     teacher = dict(image=f"{folder}/a/image", text=f"{folder}/a/text")
-    data = dict(source=f"{folder}/0.tar", captions=("json.captions",), teachers=dict(a=teacher))
+    data = dict(source=f"{folder}/0.tar", captions=("json.captions",))
+    if selection:
+      data["teachers"] = dict(a=teacher)
     with c.unlocked():
       c.data = {**c.data.to_dict(), **OPTIONS, **data}
       c.loss, c.selection = loss or dict(clip={}), selection
