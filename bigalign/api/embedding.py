@@ -249,6 +249,7 @@ def _write(
         first = min(count, claimed.next * piece)
         embed = _embedder(model, batch_size)
         lacking.append(_Begun(embed, folder, str(header["dtype"]), first, piece))
+    # Pieces have one size, unless a store was begun with another batch size.
     for piece in sorted({store.piece for store in lacking}):
       _complete([x for x in lacking if x.piece == piece], load, count, batch_size)
     for _, folder, _ in targets:
@@ -336,19 +337,22 @@ def _embedder(model: Model, batch_size: int) -> Callable[[Any], np.ndarray]:
   return embed
 
 
-def cache_folder(
-  model: Model, fingerprint: str, root: str = "", dtype: str = "float16"
-) -> pathlib.Path:
+def cache_folder(model: Model, fingerprint: str) -> pathlib.Path:
   """Returns where the embeddings of a source are kept if no folder is given.
 
-  It is $BIGALIGN_SEARCH, or ~/.cache/bigalign/search, followed by digits for the model and source.
+  It is a folder of $BIGALIGN_SEARCH, or of ~/.cache/bigalign/search.
 
   Args:
     model: that embeds.
     fingerprint: of the source, or of the store whose vectors the model projects.
-    root: another folder of all stores.
-    dtype: of the stored vectors.
   """
-  root = root or os.environ.get("BIGALIGN_SEARCH") or "~/.cache/bigalign/search"
-  content = json.dumps([header_of(model, dtype), fingerprint], sort_keys=True)
+  root = os.environ.get("BIGALIGN_SEARCH") or "~/.cache/bigalign/search"
+  return folder_of(header_of(model, "float16"), fingerprint, root)
+
+
+def folder_of(
+  header: Mapping[str, Any], fingerprint: str, root: str | os.PathLike[str]
+) -> pathlib.Path:
+  """Returns the folder of a store in a root folder; digits of its header and source name it."""
+  content = json.dumps([header, fingerprint], sort_keys=True)
   return pathlib.Path(root).expanduser() / hashlib.sha256(content.encode()).hexdigest()[:24]

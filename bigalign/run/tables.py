@@ -40,9 +40,14 @@ def console() -> rich.console.Console:
 
 def write_json(path: str | pathlib.Path, figures: Any) -> None:
   """Writes what a program prints to a file, --json FILE; makes its folder."""
+  write_text(path, json.dumps(figures, indent=1) + "\n")
+
+
+def write_text(path: str | pathlib.Path, content: str) -> None:
+  """Writes a file in UTF-8; makes its folder."""
   file = pathlib.Path(path).expanduser()
   file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(json.dumps(figures, indent=1) + "\n")
+  file.write_text(content, encoding="utf-8")
 
 
 def pairs(title: str = "") -> rich.table.Table:

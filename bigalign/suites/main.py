@@ -13,7 +13,7 @@ from bigalign.api.loading import load, open_any
 from bigalign.api.model import Model
 from bigalign.evaluate import data_evals, evaluate, evaluators_with_data, measure, table
 from bigalign.run import parsers, preemption, progress, runtime
-from bigalign.run.tables import show, write_json
+from bigalign.run.tables import show, write_json, write_text
 from bigalign.suites import results, runner
 from bigalign.suites.suite import read_suite
 from bigalign.weights.runs import is_run
@@ -85,9 +85,9 @@ def _suite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[ru
     if args.json:
       write_json(args.json, results.clip_benchmark(found))
     if args.csv:
-      _write(args.csv, results.as_csv(found))
+      write_text(args.csv, results.as_csv(found))
     if args.html:
-      _write(args.html, results.page(found, f"Suite {pathlib.Path(args.suite).stem}"))
+      write_text(args.html, results.page(found, f"Suite {pathlib.Path(args.suite).stem}"))
     for path in filter(None, (args.json, args.csv, args.html)):
       print(f"written to {path}")
   return found
@@ -96,12 +96,6 @@ def _suite(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[ru
 def _loaded(address: str, args: argparse.Namespace) -> Model:
   """A model of a suite; --step and --ema are of runs."""
   return load(address, args.step, args.ema) if is_run(address) else load(address)
-
-
-def _write(path: str, text: str) -> None:
-  file = pathlib.Path(path).expanduser()
-  file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(text, encoding="utf-8")
 
 
 def run() -> None:

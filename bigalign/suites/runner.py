@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from bigalign.api.model import Model
 from bigalign.data.files import fingerprints, storage
 from bigalign.data.image.reading import ImageReading
 from bigalign.data.loader.options import DataOptions, resolve_data
-from bigalign.data.sources.base import Source, open_source, repeated_key
+from bigalign.data.sources.base import Source, open_source
 from bigalign.data.stores.reader import Store
 from bigalign.evals import make_evaluators, named_files
 from bigalign.options import fingerprint
@@ -49,7 +48,6 @@ class Result:
     missing: why the task was not evaluated; "" if it was.
     get: the command that gets its data.
     kept: whether an earlier call had evaluated it.
-    seconds: that it took.
   """
 
   task: str
@@ -61,7 +59,6 @@ class Result:
   missing: str = ""
   get: str = ""
   kept: bool = False
-  seconds: float = 0.0
 
   @property
   def score(self) -> float | None:
@@ -77,22 +74,22 @@ class Subject:
     self.name, self.model = name, model
     self.data = _data_of(model)
     self._embed = make_embed(model.encoder) | dict(logit_head=lambda params: model.head)
-    self._params = {
-      key if key in ("t", "b") else f"model/{key}": x for key, x in model.params.items()
-    }
+    self._params = {f"model/{key}": x for key, x in model.params.items() if "/" in key}
+
+  @functools.cached_property
+  def header(self) -> dict[str, Any]:
+    """Of the stores of its image embeddings; {} without an image tower."""
+    return embedding.header_of(self.model, "float32") if self.model.view else {}
 
   @functools.cached_property
   def digest(self) -> str:
     """Hex digits of the parameters, the preprocessing, and this code."""
-    model, sides = self.model, ("image", "text")
-    weights = [embedding.weights_digest(model.params, side) for side in sides]
+    model, code = self.model, fingerprints.of_code()
+    texts = embedding.weights_digest(model.params, "text")  # the header has that of images
     spec = model.tokenizer.spec if model.tokenizer else {}
     files = model.tokenizer.from_files if model.tokenizer else {}
-    header = embedding.header_of(model, "float32") if model.view else {}
     towers = re.sub(r" at 0x\w+", "", repr(model.encoder))
-    return fingerprint(
-      [weights, spec, files, header, towers, [*model.head], fingerprints.of_code()]
-    )
+    return fingerprint([self.header, texts, spec, files, towers, [*model.head], code])
 
   def measure(self, task: Task, image_store: str = "") -> dict[str, float]:
     """{metric: value} of a task; with the store of its images if there is one."""
@@ -173,7 +170,7 @@ def _result(
   subject: Subject, task: Task, file: pathlib.Path | None, vectors: Mapping[str, str]
 ) -> Result:
   """The result of one task and model, kept or new; `vectors` names the stores of the images."""
-  kept, begin = _is_kept(file), time.perf_counter()
+  kept = _is_kept(file)
   if file is not None and kept:
     metrics = json.loads(file.read_text())
   else:
@@ -182,13 +179,8 @@ def _result(
       file.parent.mkdir(parents=True, exist_ok=True)
       with storage.atomic_write(file, suffix=storage.unique_suffix()) as opened:
         opened.write(json.dumps(metrics).encode())
-  names, seconds = scored(task, metrics), time.perf_counter() - begin
-  return Result(
-    *(task.name, task.kind, subject.name, metrics, names),
-    due=bool(names),
-    kept=kept,
-    seconds=seconds,
-  )
+  names = scored(task, metrics)
+  return Result(task.name, task.kind, subject.name, metrics, names, due=bool(names), kept=kept)
 
 
 def _given(task: Task, names: Iterable[str]) -> dict[str, str]:
@@ -235,7 +227,7 @@ def _embedded(
   source = sources.get("source")
   # An evaluator that reads other images too, `ood`, needs the tower.
   readable = "image_store" in task.evaluator.options and not _given(task, ("image_store", "ood"))
-  if source is None or not readable or repeated_key(source):
+  if source is None or not readable:
     return {}
   vectors = {}
   alike: dict[str, list[Subject]] = {}
@@ -243,15 +235,14 @@ def _embedded(
     if subject.model.view is not None and subject.data.frames is None:
       seen = json.dumps(subject.model.view.reading.preprocessing(), sort_keys=True)
       alike.setdefault(seen, []).append(subject)
-  images = str(root / "images" / fingerprints.of_code()[:16])
+  images = root / "images" / fingerprints.of_code()[:16]
   for group in alike.values():
-    prints = source.fingerprint
     # A run and its export have one folder.
-    folders = [embedding.cache_folder(x.model, prints, images, "float32") for x in group]
+    folders = [embedding.folder_of(x.header, source.fingerprint, images) for x in group]
     targets = {folder: embedding.Target(x.model, folder) for x, folder in zip(group, folders)}
     try:
       stores = embedding.embed_with([*targets.values()], source, dtype="float32")
-    except ValueError as error:  # no image has a vector: evaluation says why
+    except ValueError as error:  # no image has a vector, or two have one key
       if not errors.is_mistake(error):
         raise
       logging.info("The images of task %s are not kept: %s", task.name, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -50,8 +51,9 @@ def _of_file(path: str) -> bytes:
     return f"{os.path.basename(path)}\n{size}\n".encode() + file.read()
 
 
+@functools.cache
 def of_code() -> str:
-  """Hex digits of all modules of this package."""
+  """Hex digits of all modules of this package, as they were when this was first called."""
   code = hashlib.sha256()
   for file in sorted(pathlib.Path(__file__).parents[2].rglob("*.py")):
     code.update(file.read_bytes())
