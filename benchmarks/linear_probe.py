@@ -74,8 +74,8 @@ def main() -> int:
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     given, test = on_mesh(mesh, x, label), on_mesh(mesh, z, wanted)
-  # The tolerance of scikit-learn is no fraction of the gradient of a classifier that is 0, all of
-  # whose probabilities are equal.
+  # Our tolerance is relative to the largest component of this gradient, scikit-learn's is absolute.
+  # It is that of a classifier whose parameters are 0: all classes have the same probability.
   residual = np.full((args.rows, args.classes), -1 / args.classes, np.float32)
   residual[np.arange(args.rows), label] += 1
   largest = float(np.abs((x - x.mean(0)).T @ residual).max() / args.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,13 +147,13 @@ class Calibration:
 
   def __init__(self, mesh: jax.sharding.Mesh, weights: jax.Array, scale: float):
     self._weights, self._scale = weights, scale
-    self._batches: list[tuple[jax.Array, ...]] = []
+    self._batches: list[_Batch] = []
     on_every = functools.partial(jax.jit, out_shardings=sharding.replicated_sharding(mesh))
     self._top, self._moments = on_every(_top_of_batch), on_every(_moments_of_batch)
 
   def add(self, zimg: jax.Array, batch: dict[str, jax.Array]) -> None:
     """Keeps the embeddings [B, E] and the batch that they are of, on their devices."""
-    self._batches.append((zimg, *(batch[name] for name in ("label", "sample_id", "valid"))))
+    self._batches.append(_Batch(zimg, batch["label"], batch["sample_id"], batch["valid"]))
 
   def metrics(self, name: str) -> dict[str, float]:
     """The measures, see `zeroshot`.
@@ -192,7 +192,7 @@ class Calibration:
     """[N] confidence, correct and held out of the valid samples, on every host."""
     parts = []
     for batch in self._batches:
-      found = self._top(*batch, self._weights, np.float32(scale))
+      found = self._top(batch, self._weights, np.float32(scale))
       parts.append([np.asarray(x) for x in sharding.block_on_cpu(found)])
     *rows, valid = (np.concatenate(x) for x in zip(*parts))
     return tuple(x[valid] for x in rows)
@@ -202,28 +202,25 @@ class Calibration:
     total = np.zeros(2)
     for batch in self._batches:
       total += np.asarray(
-        sharding.block_on_cpu(self._moments(*batch, self._weights, np.float32(scale)))
+        sharding.block_on_cpu(self._moments(batch, self._weights, np.float32(scale)))
       )
     return total
 
 
-def _top_of_batch(
-  zimg: jax.Array,
-  label: jax.Array,
-  sample_id: jax.Array,
-  valid: jax.Array,
-  weights: jax.Array,
-  scale: jax.Array,
-) -> tuple[jax.Array, ...]:
-  return *top_class(zimg, weights, label, scale), held_out(sample_id), valid
+class _Batch(NamedTuple):
+  """Embeddings [B, E] of images, and their fields of a batch."""
+
+  zimg: jax.Array
+  label: jax.Array
+  sample_id: jax.Array
+  valid: jax.Array
 
 
-def _moments_of_batch(
-  zimg: jax.Array,
-  label: jax.Array,
-  sample_id: jax.Array,
-  valid: jax.Array,
-  weights: jax.Array,
-  scale: jax.Array,
-) -> jax.Array:
-  return moments(zimg, weights, label, valid & held_out(sample_id), scale)
+def _top_of_batch(batch: _Batch, weights: jax.Array, scale: jax.Array) -> tuple[jax.Array, ...]:
+  found = top_class(batch.zimg, weights, batch.label, scale)
+  return *found, held_out(batch.sample_id), batch.valid
+
+
+def _moments_of_batch(batch: _Batch, weights: jax.Array, scale: jax.Array) -> jax.Array:
+  used = batch.valid & held_out(batch.sample_id)
+  return moments(batch.zimg, weights, batch.label, used, scale)

@@ -24,7 +24,6 @@ from bigalign import sharding, tree
 from bigalign.data.sources.base import name_classes
 from bigalign.data.stores.reader import Store
 from bigalign.evals.embed import Context, EvalData, embedded_images, log_rejects, open_data, to_host
-from bigalign.evals.embed import places as places  # what `measures` takes
 from bigalign.evals.zeroshot import average_precision, read_lines
 
 ROWS = P(None, sharding.AXES)  # of arrays [N, B, …]: B is split over all devices

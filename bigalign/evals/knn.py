@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from bigalign import checks, sharding
 from bigalign.evals.embed import Context, places
 from bigalign.evals.features import ROWS, Features, flat, measures
-from bigalign.evals.probe import TrainAndTest
+from bigalign.evals.probe import TrainAndTest, named
 from bigalign.sphere import unit
 
 
@@ -126,10 +126,8 @@ def knn(
   checks.above_zero(where, temperature=temperature)
   images = TrainAndTest(
     context,
-    train=train,
-    train_store=train_store,
-    test=test,
-    test_store=test_store,
+    train=(train, train_store),
+    test=(test, test_store),
     projected=projected,
     classnames=classnames,
     batch_size=batch_size,
@@ -150,6 +148,6 @@ def knn(
       )
     by_row = flat(np.asarray(sharding.block_on_cpu(found)))[tested.valid]
     metrics = measures(by_row, tested.target[tested.valid], read.classes)
-    return {f"val/{context.name}-knn-{name}": x for name, x in (metrics | read.sizes).items()}
+    return named(context, "knn", metrics | read.sizes)
 
   return run

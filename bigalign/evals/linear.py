@@ -17,7 +17,8 @@ from einops import rearrange
 from jax.sharding import PartitionSpec as P
 
 from bigalign import sharding
-from bigalign.evals.features import ROWS, Features, flat, places
+from bigalign.evals.embed import places
+from bigalign.evals.features import ROWS, Features, flat
 
 CHUNK = 2**24  # numbers at a time on one device: 64 MB of scores, or of features
 HIGHEST = jax.lax.Precision.HIGHEST

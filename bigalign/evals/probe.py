@@ -46,8 +46,7 @@ class TrainAndTest:
 
   Args:
     context: of the evaluator.
-    train, test, validation: sources with labels; "" if a store has the labels.
-    train_store, test_store, validation_store: folders of their features.
+    train, test, validation: (source with labels, folder of the features), of which one may be "".
     projected, batch_size: see `open_set`.
     classnames: see `class_names`.
   """
@@ -56,22 +55,18 @@ class TrainAndTest:
     self,
     context: Context,
     *,
-    train: str,
-    train_store: str,
-    test: str,
-    test_store: str,
+    train: tuple[str, str],
+    test: tuple[str, str],
+    validation: tuple[str, str] = ("", ""),
     projected: bool,
     classnames: str | None,
     batch_size: int,
-    validation: str = "",
-    validation_store: str = "",
   ):
     self.where, self.context = f"config.evals.{context.name}", context
     opened = functools.partial(open_set, context, projected=projected, batch_size=batch_size)
-    self.train = opened("train", train, train_store)
-    has_validation = bool(validation or validation_store)
-    self.validation = opened("validation", validation, validation_store) if has_validation else None
-    self.test = opened("test", test, test_store)
+    self.train = opened("train", *train)
+    self.validation = opened("validation", *validation) if any(validation) else None
+    self.test = opened("test", *test)
     sets = [one for one in (self.train, self.validation, self.test) if one]
     check_same_vectors(sets)
     self.names = class_names(self.where, sets, classnames)
@@ -252,8 +247,7 @@ def _choose(
   return penalty, found[penalty]
 
 
-def _checked(where: str, holdout: float, penalty: float | None) -> None:
-  checks.between(where, 0.0, 0.9, holdout=holdout)
+def _check_penalty(where: str, penalty: float | None) -> None:
   if penalty is not None:
     checks.above_zero(where, penalty=penalty)
 
@@ -316,17 +310,15 @@ def linear_probe(
       training image, or features of two widths.
   """
   where = f"config.evals.{context.name}"
-  _checked(where, holdout, penalty)
+  checks.between(where, 0.0, 0.9, holdout=holdout)
+  _check_penalty(where, penalty)
   checks.between(where, 1, iterations=iterations)
   checks.above_zero(where, tolerance=tolerance)
   images = TrainAndTest(
     context,
-    train=train,
-    train_store=train_store,
-    test=test,
-    test_store=test_store,
-    validation=validation,
-    validation_store=validation_store,
+    train=(train, train_store),
+    test=(test, test_store),
+    validation=(validation, validation_store),
     projected=projected,
     classnames=classnames,
     batch_size=batch_size,
@@ -353,7 +345,7 @@ def linear_probe(
       )
     metrics = classified(context.mesh, fitted.linear, *read.tested)
     more = {"penalty": best, **validated, "iterations": int(fitted.iterations)}
-    return _named(context, "linear_probe", metrics | more | read.sizes)
+    return named(context, "linear_probe", metrics | more | read.sizes)
 
   return run
 
@@ -396,15 +388,13 @@ def ridge(
     ValueError: as `linear_probe`.
   """
   where = f"config.evals.{context.name}"
-  _checked(where, holdout, penalty)
+  checks.between(where, 0.0, 0.9, holdout=holdout)
+  _check_penalty(where, penalty)
   images = TrainAndTest(
     context,
-    train=train,
-    train_store=train_store,
-    test=test,
-    test_store=test_store,
-    validation=validation,
-    validation_store=validation_store,
+    train=(train, train_store),
+    test=(test, test_store),
+    validation=(validation, validation_store),
     projected=projected,
     classnames=classnames,
     batch_size=batch_size,
@@ -428,7 +418,7 @@ def ridge(
       validated = {"validation": value}
     fitted = linear.solve_ridge(moments(whole[1].valid), best)
     metrics = classified(context.mesh, fitted, *read.tested)
-    return _named(context, "ridge", metrics | {"penalty": best, **validated} | read.sizes)
+    return named(context, "ridge", metrics | {"penalty": best, **validated} | read.sizes)
 
   return run
 
@@ -478,14 +468,11 @@ def few_shot(
     raise ValueError(f"{where}.shots={shots} must be numbers of images, 1 or more")
   checks.between(where, 1, seeds=seeds, iterations=iterations)
   checks.above_zero(where, tolerance=tolerance)
-  if penalty is not None:
-    checks.above_zero(where, penalty=penalty)
+  _check_penalty(where, penalty)
   images = TrainAndTest(
     context,
-    train=train,
-    train_store=train_store,
-    test=test,
-    test_store=test_store,
+    train=(train, train_store),
+    test=(test, test_store),
     projected=projected,
     classnames=classnames,
     batch_size=batch_size,
@@ -526,7 +513,7 @@ def few_shot(
         metrics[f"{k}_shots-{name}"] = float(values.mean())
         if seeds > 1:
           metrics[f"{k}_shots-{name}_interval"] = interval(values)
-    return _named(context, "few_shot", metrics | {"seeds": seeds} | read.sizes)
+    return named(context, "few_shot", metrics | {"seeds": seeds} | read.sizes)
 
   return run
 
@@ -580,5 +567,6 @@ def interval(values: np.ndarray) -> float:
   return float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def _named(context: Context, kind: str, metrics: Mapping[str, float]) -> dict[str, float]:
+def named(context: Context, kind: str, metrics: Mapping[str, float]) -> dict[str, float]:
+  """The metrics under their names in a run: "val/NAME-KIND-METRIC"."""
   return {f"val/{context.name}-{kind}-{name}": value for name, value in metrics.items()}

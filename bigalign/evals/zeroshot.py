@@ -280,7 +280,7 @@ def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Ar
   before = places(logits(zimg, weights), jnp.clip(label, 0, classes - 1))
   return Hits.single_from_model_output(
     top1=known & (before < 1),
-    top5=known & (before < min(5, classes)),  # the place K is no hit
+    top5=known & (before < min(5, classes)),  # place K: the score is not finite
     unlabelled=~known,
     label=label,
     mask=valid,

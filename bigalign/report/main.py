@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -24,7 +24,7 @@ from bigalign.evals import make_evaluators
 from bigalign.evals.chance import chance
 from bigalign.evals.confusion import Confusion
 from bigalign.evals.embed import Context, EvalData, embedder, to_host
-from bigalign.evals.segmentation import Segmentation, Segmented
+from bigalign.evals.segmentation import Segmented
 from bigalign.evals.zeroshot import Zeroshot, read_label_sets, read_lines
 from bigalign.evaluate import Run, open_run
 from bigalign.report import sections
@@ -140,50 +140,54 @@ def embed_pairs(run: Run) -> Pairs:
   return Pairs(f"{len(kept)} {where}", images, captions, zimg, ztxt, written)
 
 
-def segmented(run: Run) -> dict[str, Segmented]:
-  """{name of an evaluator: images and their classes} of the segmentations of the run's config.
+def _evaluators(run: Run, kind: str, what: str) -> Iterator[tuple[str, Any]]:
+  """(name, evaluator) of each evaluator of one type in the run's config.
 
   One whose data is not on this machine is left out, with a warning.
+
+  Args:
+    run: the run.
+    kind: type of the evaluators.
+    what: the page would show of them, for the warning.
   """
-  shown = {}
   for name, component in run.config.evals.items():
-    if component.name == "segmentation":
-      one = {name: component}
-      try:
-        evaluator = make_evaluators(one, mesh=run.mesh, data=run.config.data, **run.embed)[name]
-        assert isinstance(evaluator, Segmentation)
-        with jax.set_mesh(run.mesh):
-          shown[name] = evaluator.examples(run.params, sections.SHOWN)
-      except FileNotFoundError as error:
-        logging.warning("The page shows no images of config.evals.%s: %s", name, error)
-  return shown
+    if component.name != kind:
+      continue
+    one = {name: component}
+    try:
+      evaluator = make_evaluators(one, mesh=run.mesh, data=run.config.data, **run.embed)[name]
+    except (FileNotFoundError, KeyError) as error:
+      if not errors.is_mistake(error):
+        raise
+      logging.warning("The page shows no %s of config.evals.%s: %s", what, name, error)
+      continue
+    yield name, evaluator
+
+
+def segmented(run: Run) -> dict[str, Segmented]:
+  """{name of an evaluator: images and their classes} of the segmentations of the run's config."""
+  with jax.set_mesh(run.mesh):
+    return {
+      name: evaluator.examples(run.params, sections.SHOWN)
+      for name, evaluator in _evaluators(run, "segmentation", "images")
+    }
 
 
 def confused(run: Run) -> dict[str, Confusion]:
   """{name of an evaluator: its confused classes} of the zero-shot classifications of the config.
 
-  One whose data is not on this machine, or that has more than CLASSIFIED images, is left out, with
-  a warning.
+  One that has more than CLASSIFIED images is left out, with a warning.
   """
   shown = {}
-  for name, component in run.config.evals.items():
-    if component.name == "zeroshot":
-      one = {name: component}
-      try:
-        evaluator = make_evaluators(one, mesh=run.mesh, data=run.config.data, **run.embed)[name]
-      except (FileNotFoundError, KeyError) as error:
-        if not errors.is_mistake(error):
-          raise
-        logging.warning("The page shows no classes of config.evals.%s: %s", name, error)
-        continue
-      if not isinstance(evaluator, Zeroshot):
-        continue
-      if evaluator.samples > CLASSIFIED:
-        text = "The page shows no classes of config.evals.%s: more than %d images"
-        logging.warning(text, name, CLASSIFIED)
-        continue
-      with jax.set_mesh(run.mesh):
-        shown[name] = evaluator.confusion(run.params)
+  for name, evaluator in _evaluators(run, "zeroshot", "classes"):
+    if not isinstance(evaluator, Zeroshot):
+      continue
+    if evaluator.samples > CLASSIFIED:
+      text = "The page shows no classes of config.evals.%s: more than %d images"
+      logging.warning(text, name, CLASSIFIED)
+      continue
+    with jax.set_mesh(run.mesh):
+      shown[name] = evaluator.confusion(run.params)
   return shown
 
 

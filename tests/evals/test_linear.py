@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, to
 from sklearn.multiclass import OneVsRestClassifier
 
 from bigalign import sharding
-from bigalign.evals import features, knn, linear, probe
+from bigalign.evals import embed, features, knn, linear, probe
 from bigalign.evals.features import Features, Rows
 
 N, B, D, K = 301, 40, 12, 6  # 301 rows in 8 batches of 40, which divide neither by 8 nor by 40
@@ -177,7 +177,7 @@ def test_of_equal_neighbours_the_earlier_votes_and_nan_does_not(mesh):
 def test_measures_are_those_of_scikit_learn():
   random = np.random.default_rng(0)
   scores, target = random.normal(size=(200, K)).astype(np.float32), random.integers(0, K, 200)
-  found = np.asarray(features.places(jnp.asarray(scores), jnp.asarray(target)))
+  found = np.asarray(embed.places(jnp.asarray(scores), jnp.asarray(target)))
   labels = [*range(K)]
   assert features.measures(found, target, K) == pytest.approx(
     dict(
@@ -194,7 +194,7 @@ def test_measures_are_those_of_scikit_learn():
 
 def test_equal_scores_go_to_the_first_class_and_nan_is_no_hit():
   scores = jnp.asarray([[1.0, 1, 1], [1, 1, 1], [jnp.nan, 0, 0], [0, jnp.nan, jnp.nan], [0, 0, 1]])
-  found = features.places(scores, jnp.asarray([0, 2, 0, 0, 2]))
+  found = embed.places(scores, jnp.asarray([0, 2, 0, 0, 2]))
   assert found.tolist() == [0, 2, 3, 0, 0]
 
 

@@ -151,7 +151,7 @@ def test_votes_of_a_low_temperature_are_not_lost(axes, several):
   if several:
     np.testing.assert_allclose(features.flat(np.asarray(found)), share, atol=1e-4)
   else:
-    ranks = features.places(jnp.asarray(share), jnp.asarray(features.flat(wanted)))
+    ranks = embed.places(jnp.asarray(share), jnp.asarray(features.flat(wanted)))
     np.testing.assert_array_equal(features.flat(np.asarray(found)) == 0, np.asarray(ranks) == 0)
 
 
