@@ -156,7 +156,7 @@ runtime.set_libtpu_flags(chips.kind(sys.argv[1]))
 mesh = sharding.make_mesh(devices=topologies.devices(sys.argv[1]))
 x = jax.ShapeDtypeStruct((1024, 128), "float32", sharding=sharding.batch_sharding(mesh))
 with jax.set_mesh(mesh):
-  jax.jit(lambda x: sharding.replicate(x) @ x[:128]).lower(x).compile()
+  topologies.compile_without_cache(jax.jit(lambda x: sharding.replicate(x) @ x[:128]).lower(x))
 """
 
 
@@ -204,7 +204,8 @@ for loss, kernels in (
     return jax.tree.map(lambda w, g: w - g, kernels, jax.grad(loss)(kernels, x))
   with jax.set_mesh(mesh):
     places = jax.tree.map(lambda x: x.sharding, kernels)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=places).lower(kernels, x).compile()
+    lowered = jax.jit(step, donate_argnums=0, out_shardings=places).lower(kernels, x)
+    compiled = topologies.compile_without_cache(lowered)
   moved = hlo_collectives.collectives(compiled.as_text())["all-reduce"]
   print("hidden", moved.hidden / moved.bytes)
 """
