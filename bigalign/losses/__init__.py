@@ -37,6 +37,7 @@ from bigalign.losses.heads.mask_regularization import mask_regularization
 from bigalign.losses.heads.region_phrase import region_phrase
 from bigalign.losses.heads.silc import silc
 from bigalign.losses.heads.sparc_adapted import sparc_adapted
+from bigalign.losses.heads.superclass import superclass
 from bigalign.losses.heads.token_distill import token_distill
 from bigalign.losses.heads.vlap import vlap
 from bigalign.losses.intra import alignclip, clip_intra_neg, cyclip
@@ -128,6 +129,7 @@ HEADS: dict[str, Callable[..., Loss]] = dict(
   region_phrase=region_phrase,
   silc=silc,
   sparc_adapted=sparc_adapted,
+  superclass=superclass,
   token_distill=token_distill,
   vlap=vlap,
 )
@@ -189,6 +191,8 @@ ONE_TEXT = (
 
 # Options of config.data that only losses read -> one that does.
 READ_BY = dict(
+  second_captions="a loss of two texts, such as sail",
+  stores="a loss of two texts, such as sail",
   teachers="a loss that learns from teachers, such as clip_distill",
   text_pairs="the loss text_pairs",
   regions="a loss of regions, such as region_phrase",

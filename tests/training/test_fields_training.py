@@ -182,6 +182,8 @@ def test_texts_that_no_loss_reads_are_an_error():
 
 # Of every_field: the part of config.data, a loss that reads it, and what the error says without it.
 READ = [
+  ("second_captions", dict(sail={}), r"config\.data\.second_captions .* two texts, such as sail"),
+  ("stores", dict(sail={}), r"config\.data\.stores\.second .* two texts, such as sail"),
   ("teachers", dict(mobileclip_dr={}), r"config\.data\.teachers .* such as clip_distill"),
   ("columns", dict(nitc={}), r"config\.data\.columns\.noise_prob .* such as nitc"),
   ("views", dict(silc=dict(teacher="wide", student="local")), r"config\.data\.views\.wide .* silc"),
@@ -196,6 +198,8 @@ def test_a_field_that_no_loss_reads_is_an_error(folder, name, reader, message):
   given = every_field(folder) | dict(
     text_pairs=dict(source="pairs.jsonl", query="q", document="d"),
     locations=dict(field="json.regions"),
+    second_captions=("json.captions",),
+    stores=dict(text="captions", second="recaptions"),
   )
   given["columns"] = dict(noise_prob="json.noise")
   values = load("tiny").to_dict() | dict(twin=dict(decay=0.9))

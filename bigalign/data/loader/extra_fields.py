@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from typing import Any
 
 from bigalign.data.fields import columns, locations, regions, teachers, text_pairs, texts, views
@@ -43,7 +44,9 @@ def spec(data: DataOptions) -> Spec:
 
 def added(data: DataOptions) -> dict[str, frozenset[str]]:
   """{option of config.data: the fields of the batch that it adds for losses to read}."""
-  arrays: dict[str, Spec] = {
+  second = "stores.second" if "text" in data.stores.sides else "second_captions"
+  arrays: dict[str, Collection[str]] = {
+    second: ("text_second", "text_second_mask") if data.has_second_text else (),
     "teachers": teachers.spec(data.teachers, texts=data.text_count),
     "text_pairs": text_pairs.spec(data.text_pairs, data.text_length),
     "regions": regions.spec(data.regions, data.text_length),
