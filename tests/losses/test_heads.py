@@ -62,6 +62,7 @@ CASES = dict(
     dict(hidden_from="teacher", kind="mse", decoder=1, heads=2),
     dict(twin=dict(decay=1.0, paths="image_tower")),
   ),
+  superclass=({}, {}),
   vlap=({}, {}),
   **{
     "caption:tasks": (dict(depth=1, heads=4, tasks=True), dict(data=LOCATIONS)),
@@ -77,7 +78,8 @@ TOGETHER = (
   "coca",
   "caption:tasks gram region_phrase:boxes token_distill",
   "ibot silc",
-  "caption caption_fused fdt grain lexical mask_regularization region_phrase sparc_adapted vlap",
+  "caption caption_fused fdt grain lexical mask_regularization region_phrase sparc_adapted"
+  " superclass vlap",
 )
 WITHOUT_LAYERS = ("gram", "region_phrase:boxes")  # they read those of the model alone
 

@@ -23,6 +23,7 @@ RECIPES = {
   "CapPa": {"loss/caption/parallel": 0.75, "frozen": "^model/text"},
   "LocCa": {"loss/caption/tasks": True, "data/locations/field": "json.regions"},
   "OpenVision 2": {"loss/caption_fused/keep": 0.35, "loss/caption_fused/weight": 2.0},
+  "SuperClass": {"loss/superclass/weight": 1.0, "model/image/pool": "mean"},
   "iBOT++": {"loss/ibot/form": "all", "twin/paths": "^heads/ibot/"},
   "TIPS": {"loss/clip/texts": "per_class_token", "loss/ibot/ratio": 0.75},
   "EVA": {"loss/token_distill/mask": "blocks", "loss/token_distill/ratio": 0.41},
@@ -32,7 +33,13 @@ RECIPES = {
 }
 
 
-ALONE = ("CapPa", "OpenVision 2", "UTA", "Locality alignment")  # without a contrastive loss
+ALONE = (
+  "CapPa",
+  "OpenVision 2",
+  "SuperClass",
+  "UTA",
+  "Locality alignment",
+)  # without a contrastive loss
 
 
 def resolved(block):

@@ -233,3 +233,34 @@ def test_a_fused_decoder_predicts_each_token_from_the_prefix_and_the_tokens_befo
   np.testing.assert_allclose(found["sum"], (wanted * mask).sum(1), rtol=1e-4)
   np.testing.assert_array_equal(found["count"], [3, 5])
   assert found["correct"] == ((logits.argmax(-1) == ids) & mask).sum()
+
+
+def test_words_of_a_text_are_classes_of_the_image_that_weigh_more_if_they_are_rare():
+  """Two steps; counts of the texts of both, each word of a text once; padding is no word."""
+  loss = losses.HEADS["superclass"]()
+  rng = np.random.default_rng(0)
+  params, (scalars, state) = None, loss.init({"vocabulary": 11})
+  seen = np.zeros(11)
+  for step in range(2):
+    ids = rng.integers(1, 9, (4, 6)).astype(np.int32)
+    ids[:, 1] = 10  # in each text
+    mask = np.arange(6) < np.array([[2], [6], [3], [5]])
+    ids[3] = 10  # a text without another word
+    pooled = normal(4, 7, seed=step)
+    batch = {"text": jnp.asarray(ids), "text_mask": jnp.asarray(mask)}
+    read = Read(batch, {"pooled_img": jnp.asarray(pooled)}, None, None, None, {"vocabulary": 11})
+    params = params or loss.head.init(jax.random.key(0), read)
+    params["words"]["bias"] = jnp.asarray(normal(11, seed=3))
+    feats = loss.head.apply(params, {}, read)
+    value, (state, logs) = loss.apply(scalars, state, feats, batch, AT)
+
+    bags = np.stack([np.isin(np.arange(11), row[keep]) for row, keep in zip(ids, mask)])
+    seen += bags.sum(0)
+    samples = 4 * (step + 1)
+    weights = bags * np.log((samples + 1) / (seen + 1))
+    logits = pooled @ np.asarray(params["words"]["kernel"]) + np.asarray(params["words"]["bias"])
+    nll = np.log(np.exp(logits).sum(1, keepdims=True)) - logits
+    each = (weights * nll)[:3].sum(1) / weights[:3].sum(1)
+    np.testing.assert_allclose(value, each.mean(), rtol=1e-5)
+    np.testing.assert_allclose(logs["words"], bags.sum(1).mean())
+  assert weights[3].sum() == 0 and (seen[10], state["samples"]) == (8, 8)
