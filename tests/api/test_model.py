@@ -32,6 +32,7 @@ def encoded(image, kind="png"):
   return file.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_embeds_as_its_evaluators_do(run_folder, model, pictures):
   run = open_run(run_folder)
   squares = np.stack([run.config.data.evaluation_view(np.asarray(x)) for x in pictures])

@@ -34,6 +34,7 @@ def model(folder):
   return bigalign.load(folder)
 
 
+@pytest.mark.slow
 def test_captions_are_those_of_the_decoder_of_the_run(folder, model, pictures):
   """Greedy and with beams, as in a report, whatever the batch size."""
   run = open_run(folder)

@@ -37,6 +37,7 @@ def trained(tmp_path_factory):
   return folder / "run"
 
 
+@pytest.mark.slow
 def test_evaluate_finds_what_training_measured(trained, tmp_path, capsys):
   found = program.main([str(trained), "--json", str(tmp_path / "scores.json")])
   *_, row = read_metrics(trained)

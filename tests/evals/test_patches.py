@@ -131,6 +131,7 @@ def test_phrases_find_their_regions(tmp_path):
     region_retrieval(context(), source=source, field="json.no")
 
 
+@pytest.mark.slow
 def test_regions_of_a_trained_prompter(tmp_path):
   """The embedding of each phrase is what the Prompter gives for its box, which pooling does not."""
   given = [("r", [0, 0, 0.5, 1]), ("g", [0.5, 0, 1, 1]), ("b", [0.25, 0.25, 0.75, 0.5])]
@@ -188,6 +189,7 @@ def test_labels_of_other_images():
       read_labels(stored, 4, 0, 255, 3)
 
 
+@pytest.mark.slow
 def test_patches_of_a_model_are_projected_as_its_images_are():
   """With mean pooling and a linear projector, the mean of the patches is the image."""
   tower = dict(name="vit", width=16, depth=1, heads=2, patch=8, pool="mean", dtype="float32")

@@ -96,6 +96,7 @@ def test_a_linear_probe_of_stores_is_that_of_scikit_learn(stores, axes):
   assert found == pytest.approx(expected, abs=1e-9) and 0.4 < found["top1"] < 0.95
 
 
+@pytest.mark.slow
 @both
 def test_the_penalty_may_be_given_and_is_chosen_by_held_out_images_otherwise(stores, axes):
   (_, x, label), _, (_, z, wanted) = stores.values()
@@ -276,6 +277,7 @@ def test_evaluators_of_the_same_images_read_and_embed_them_once(images):
   assert len(calls) == 3 * (3 + 2) and together == apart
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_or_have_nan_are_counted(images, caplog):
   images["train"].broken, images["test"].broken = (3, 4), (5,)
 

@@ -84,6 +84,7 @@ def test_examples():
   assert doctest.testmod(results).failed == 0
 
 
+@pytest.mark.slow
 def test_a_suite_of_two_models(runs, suite, decoded, tmp_path, capsys, monkeypatch):
   """Each image is decoded once and embedded once by each model; nothing is done twice."""
   out = {name: str(tmp_path / f"out.{name}") for name in ("json", "csv", "html")}
@@ -136,6 +137,7 @@ def test_a_suite_of_two_models(runs, suite, decoded, tmp_path, capsys, monkeypat
   assert not any(x.kept for x in changed) and changed[4].metrics == found[4].metrics
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing(runs, suite, decoded, tmp_path, monkeypatch):
   """What was embedded and evaluated before the end of a process is there afterwards."""
   words = [*runs, f"--suite={suite}", f"--cache={tmp_path / 'cache'}"]
@@ -164,6 +166,7 @@ def test_a_task_that_fails_does_not_end_the_suite(runs, suite, tmp_path, capsys)
   assert "mean of 1 of 4 tasks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_exported_folder_is_evaluated_as_its_run(runs, suite, tmp_path):
   bigalign.load(runs[0]).save(tmp_path / "torch", "torch")
   pair = [runs[0], str(tmp_path / "torch")]
@@ -227,6 +230,7 @@ def test_a_task_whose_files_are_missing_does_not_end_the_suite(runs, suite, tmp_
   assert results.means(found) == {runs[0]: (None, 0, 2)}
 
 
+@pytest.mark.slow
 def test_images_without_vectors_count_as_without_a_cache(runs, suite, tmp_path):
   """A broken image is left out and counted; a model of NaN misses each image."""
   members = samples(0, COUNT)
@@ -245,6 +249,7 @@ def test_images_without_vectors_count_as_without_a_cache(runs, suite, tmp_path):
   assert found[1].score == 0.0
 
 
+@pytest.mark.slow
 def test_models_that_read_images_alike_share_a_pass_whatever_their_texts(
   runs, suite, decoded, tmp_path
 ):
@@ -301,6 +306,7 @@ def test_models_that_read_images_differently_do_not_share_a_pass(runs, tmp_path)
     embedding.embed_with(targets, source)
 
 
+@pytest.mark.slow
 def test_evaluators_that_read_other_images_see_pixels(runs, suite, tmp_path):
   """Images of no class, and the training images of a probe; a change of either is another task."""
   write_tar(tmp_path / "others.tar", samples(50, 5))

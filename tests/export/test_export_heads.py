@@ -96,6 +96,7 @@ def test_heads_that_cannot_be_written(kind, model, loss, message, tmp_path, no_t
     main.export(run, kind, tmp_path / "out", heads=True)
 
 
+@pytest.mark.slow
 def test_the_decoder_of_coca_is_a_part_of_open_clips_model(tmp_path, no_torch):
   """Read back, it has the run's parameters; without --heads the folder holds the towers alone."""
   run, _, _ = _with_head(tmp_path, COCA, COCA_LOSS, "coca")

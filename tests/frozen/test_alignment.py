@@ -234,6 +234,7 @@ def test_what_cannot_be_compared_is_named(stores, tmp_path):
     compare.main(["--image", str(tmp_path), "--text", text])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 50])
 def test_canonical_correlations_of_a_low_rank(monkeypatch, offset):
   """Directions beyond the rank count for nothing, and the penalty is that of the others.

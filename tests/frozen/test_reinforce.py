@@ -84,6 +84,7 @@ def take(data: dict, count: int = 3) -> dict[str, np.ndarray]:
   return {name: np.concatenate([batch[name] for batch in some]) for name in some[0]}
 
 
+@pytest.mark.slow
 def test_the_teacher_says_of_the_students_pixels_what_the_store_says(root, stores):
   image = Store(stores["image"])
   assert len(image) == COUNT * VIEWS and len(Store(stores["text"])) == 2 * COUNT

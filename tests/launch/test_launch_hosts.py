@@ -92,6 +92,7 @@ def test_slices_are_reached_one_by_one(folder, launch):
   assert created[-4:] == ["--node-count", "2", "--node-prefix", "pod"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when, deleted", [("failure", True), ("never", False)])
 def test_a_failing_worker_ends_all_with_its_status(when, deleted, folder, launch):
   fail = "[ $BIGALIGN_PROCESS_ID = 0 ] || { echo why >&2; exit 7; }"

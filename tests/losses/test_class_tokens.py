@@ -63,6 +63,7 @@ def test_there_are_as_many_class_tokens_as_texts(name, tokens):
     graded(make(name, dict(texts="per_class_token")), random_tokens(tokens), {})
 
 
+@pytest.mark.slow
 def test_diagnoses_and_costs_read_both_class_tokens():
   terms = dict(clip=dict(texts="per_class_token"), feature_distill=dict(w_txt=0.0))
   loss, feats = make_loss(terms), random_tokens()
@@ -90,6 +91,7 @@ def test_one_class_token_is_the_tower_without_the_option():
   assert found.others is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_position", [False, True])
 def test_each_class_token_has_its_own_embedding(class_position):
   """The model swaps the embeddings if the class tokens are swapped."""

@@ -184,6 +184,7 @@ def test_equal_on_other_meshes(name, mesh, microbatches):
   np.testing.assert_allclose(again[2]["loss"], scalars["loss"], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_costs_nothing():
   """Neither parameters, nor fields of the batch, nor operations of the program."""
   config = load("tiny")

@@ -155,6 +155,7 @@ def test_what_a_decoder_reads(case):
     np.testing.assert_array_equal(found[name], np.broadcast_to(wanted, np.shape(found[name])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["caption", "caption_fused", "coca"])
 def test_layers_of_a_decoder_may_be_one_program(name):
   """Stacked and recomputed, they have the losses and the gradients of separate layers."""
@@ -467,6 +468,7 @@ def test_the_decoder_predicts_each_token_of_its_own_caption():
   assert captioner.texts(ids) == [tokenizer.decode(row[seen]) for row, seen in zip(ids, mask)]
 
 
+@pytest.mark.slow
 def test_texts_with_boxes_are_predicted_token_by_token_after_their_beginning():
   """A caption among them may be predicted in parallel; what is not counted has no effect."""
   rng = np.random.default_rng(0)
@@ -490,6 +492,7 @@ def test_texts_with_boxes_are_predicted_token_by_token_after_their_beginning():
   np.testing.assert_array_equal(found["sum"], wanted["sum"])
 
 
+@pytest.mark.slow
 def test_a_caption_is_what_follows_the_name_of_its_task():
   tokenizer = make_tokenizer("byte", length=12)
   loss = make_loss(dict(caption=dict(depth=1, heads=2, tasks=True)))

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.loss_oracles import AT
 from helpers.small_runs import config
 from scipy.special import erf
@@ -33,6 +34,7 @@ def read_of(**others):
   return Read({"text_mask": mask}, features, None, None, None, {}, **others)
 
 
+@pytest.mark.slow
 def test_masked_copies_of_some_images_approach_the_whole_images():
   """1 - cosine of hidden patches of every second image; the whole images get no gradient."""
   c = config({}, **{"ema": 0.0, "model.image.depth": 1, "model.text.depth": 1})
@@ -83,6 +85,7 @@ def test_masked_copies_of_some_images_approach_the_whole_images():
     np.testing.assert_allclose(grads[path], x, atol=1e-5 * largest, err_msg=path)
 
 
+@pytest.mark.slow
 def test_sparc_compares_patches_and_words_behind_their_adapters():
   loss = losses.HEADS["sparc_adapted"](width=7)
   given = read_of()

@@ -102,6 +102,7 @@ def test_the_waves_of_a_corner():
     boxes.corner_waves(jnp.zeros(4), 6)
 
 
+@pytest.mark.slow
 def test_the_prompter_is_a_block_over_each_prompt_and_the_patches():
   """Each of three prompts alone with the patches through a block of the towers."""
   prompts, patches = normal(2, 3, 2, WIDTH), normal(2, 5, WIDTH, seed=1)
@@ -116,6 +117,7 @@ def test_the_prompter_is_a_block_over_each_prompt_and_the_patches():
     np.testing.assert_allclose(found[:, m], wanted[:, :2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_region_does_not_depend_on_the_others():
   patches, given = normal(2, 9, WIDTH), some_boxes(2, 3)
   params = prompter.init(jax.random.key(0), patches, EMBED, grounds=False)
@@ -144,6 +146,7 @@ def filtered(regions, phrases, mask, ids, scale, most):
   return values, negative
 
 
+@pytest.mark.slow
 def test_similar_phrases_are_no_negatives():
   rng = np.random.default_rng(0)
   regions, phrases = unit(normal(6, 3, 8)), np.asarray(normal(6, 3, 8, seed=1)).copy()
@@ -236,6 +239,7 @@ def with_negatives(given, count=3, seed=0):
   return given._replace(batch={**given.batch, **mask, **jax.tree.map(jnp.asarray, batch)})
 
 
+@pytest.mark.slow
 def test_a_region_prefers_its_phrase_to_wrong_ones_of_its_own():
   """FG-CLIP's hard negatives against the definition; the contrast of regions is as it was."""
   given = with_negatives(read())
@@ -315,6 +319,7 @@ def test_terms_of_weight_zero_are_not_computed():
   assert last["loss"] < first["loss"] == pytest.approx(first["l1"] + first["giou"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_order_of_regions_does_not_matter():
   """Nor do regions that are not there, whatever their boxes are."""
   given = read()
@@ -355,6 +360,7 @@ def test_regions_are_matched_by_distance_and_overlap():
     np.testing.assert_array_equal(chosen[i], linear_sum_assignment(np.asarray(cost))[1])
 
 
+@pytest.mark.slow
 def test_boxes_of_queries_lie_in_the_image():
   params = losses.HEADS["grain"](depth=1, width=32).head.init(jax.random.key(0), read())
   found = boxes_of(params, 10 * normal(2, 5, 32))

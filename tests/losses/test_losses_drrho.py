@@ -70,6 +70,7 @@ def gradients(name, options, feats, batch, sizes=None):
   return jax.grad(lambda x: loss.apply(params, state, x, batch, at())[0])(feats)
 
 
+@pytest.mark.slow
 def test_of_a_reference_without_differences_the_gradient_is_that_of_sogclr():
   """R constant: tau (mean log u) of both sides, with the divisor B where sogclr has B - 1."""
   with jax.enable_x64(True):

@@ -83,6 +83,7 @@ def value(name, feats, kinds, options=None):
   return losses.apply_once(make(name, options or {}), feats, {"texts_kind": jnp.asarray(kinds)})
 
 
+@pytest.mark.slow
 def test_negclip_is_clip_with_hard_negatives_as_candidates():
   feats, kinds = example(), [[1, 2, 2]] * 8
   expected = value("clip", feats, kinds, dict(texts="uniform"))["loss"]

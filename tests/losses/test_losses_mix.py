@@ -394,6 +394,7 @@ def test_scope_shard_runs_on_a_mesh_of_any_size():
   assert abs(split - whole) > 1e-5
 
 
+@pytest.mark.slow
 def test_half_of_the_samples_are_mixed_with_shares_near_the_ends():
   share, partner = draw(jax.random.key(1), 4000, alpha=0.15, probability=0.5, parts=1)
   assert 0.45 < (share < 1).mean() < 0.55

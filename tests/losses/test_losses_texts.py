@@ -225,6 +225,7 @@ def log_means(*of):
   return [jax.nn.logsumexp(a, axis, where=x) - np.log(x.sum(axis)) for a, x, axis in exponents(*of)]
 
 
+@pytest.mark.slow
 def test_global_contrast_of_sets_is_the_gradient_of_its_definition():
   """With gamma 1: tau times the mean log g of both sides; of v3 the temperature's, too."""
   with jax.enable_x64(True):
@@ -256,6 +257,7 @@ def test_global_contrast_of_sets_is_the_gradient_of_its_definition():
     np.testing.assert_allclose(slope["t"], jax.grad(robust)(t), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_drrho_of_sets_is_the_gradient_of_its_definition():
   """As above, of the cosines minus those of the reference; a factor of the release remains."""
   with jax.enable_x64(True):

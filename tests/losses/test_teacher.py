@@ -101,6 +101,7 @@ def arguments(program, params):
   return program.model, params, params, feats, batch, program.sizes, {"token_distill": {}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [EVA, UTA], ids=["EVA", "UTA"])
 def test_losses_of_a_teacher_in_numpy(own):
   """The mean of 1 - cosine over the hidden, and over the kept places."""

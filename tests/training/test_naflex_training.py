@@ -52,6 +52,7 @@ def config(source, **changes):
   return {**c, "ema": 0.0, **changes}
 
 
+@pytest.mark.slow
 def test_the_embedding_does_not_depend_on_padding(source):
   options = resolve_config(config(source))
   model, data = options.model.build(), options.data

@@ -128,6 +128,7 @@ def test_scalars_that_both_losses_have_are_taken(first, caplog):
   assert "loss/clip/t" not in loaded(phase(dict(init=address), loss=other))
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_head_that_both_have_are_taken(tmp_path, caplog):
   """Another run may leave them out, or begin with new ones, which the log names."""
   caplog.set_level("INFO", logger="absl")
