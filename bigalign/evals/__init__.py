@@ -17,6 +17,7 @@ from bigalign.evals import (
   probe,
   regions,
   retrieval,
+  same_modality,
   segmentation,
   zeroshot,
 )
@@ -30,6 +31,8 @@ Evaluator = Callable[[Any], dict[str, float]]
 
 EVALS: dict[str, Callable[..., Evaluator]] = dict(
   retrieval=retrieval.retrieval,
+  image_retrieval=same_modality.image_retrieval,
+  text_retrieval=same_modality.text_retrieval,
   zeroshot=zeroshot.zeroshot,
   glyphs=glyphs.glyphs,
   geometry=geometry.geometry,

@@ -31,6 +31,8 @@ from bigalign.run.progress import track
 from bigalign.towers.base import TowerOutput
 from bigalign.towers.padding import UsedLengths, all_positions, cut
 
+CAPTIONS_AT_ONCE = 8  # of an image in one pass of the text tower
+
 
 class SharedImages:
   """Embeddings of the images of sources that several evaluators read, for one call of each.
@@ -179,6 +181,7 @@ def open_data(
   fields: Sequence[str] | None = None,
   image_store: str = "",
   text_store: str = "",
+  wrap: Callable[[Any], Any] | None = None,
 ) -> EvalData:
   """Opens a source as evaluation batches, preprocessed as in config.data without augmentation.
 
@@ -190,6 +193,7 @@ def open_data(
     fields: caption fields; None: config.data.captions.
     image_store: folder of the vectors of the images, in place of their pixels; "" for none.
     text_store: folder of the vectors of the captions, in place of their words; "" for none.
+    wrap: makes the source that is read from the one that is opened; None: it is read itself.
 
   Raises:
     ValueError: if the source has no samples, or too little is given.
@@ -215,6 +219,7 @@ def open_data(
   opened = open_source(source, captions=fields, frames=context.data.frames is not None)
   if not len(opened):
     raise ValueError(f"config.evals.{context.name}.source={source!r} has no samples")
+  opened = wrap(opened) if wrap else opened
   stored = OneSide(image_store, text_store) if opened_stores else None
   if captions is None:
     texts = stored.text if stored else None
@@ -356,14 +361,32 @@ def text_embedder(context: Context) -> Callable[[Any, jax.Array, jax.Array], jax
   @jax.jit
   def embed_texts(params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
     """[B, C, L], or vectors [B, C, D] or [B, C, 1 + T, D] -> [B, C, E]."""
-    flat = embed_vectors(
-      context.embed_text,
-      params,
-      rearrange(ids, "b c ... -> (b c) ..."),
-      rearrange(mask, "b c l -> (b c) l"),
-      where=f"config.evals.{context.name}",
-    )
-    return rearrange(flat, "(b c) e -> b c e", c=ids.shape[1])
+
+    def some(texts: tuple[jax.Array, jax.Array]) -> jax.Array:
+      flat = embed_vectors(
+        context.embed_text,
+        params,
+        rearrange(texts[0], "b c ... -> (b c) ..."),
+        rearrange(texts[1], "b c l -> (b c) l"),
+        where=f"config.evals.{context.name}",
+      )
+      return rearrange(flat, "(b c) e -> b c e", c=texts[0].shape[1])
+
+    captions = ids.shape[1]
+    if captions <= CAPTIONS_AT_ONCE:
+      return some((ids, mask))
+    # Captions in 36 languages at a time would take 36 times the memory of the text tower.
+    rest = -captions % CAPTIONS_AT_ONCE
+    parts = [
+      rearrange(
+        jnp.pad(x, ((0, 0), (0, rest), *[(0, 0)] * (x.ndim - 2))),
+        "b (n c) ... -> n b c ...",
+        c=CAPTIONS_AT_ONCE,
+      )
+      for x in (ids, mask)
+    ]
+    every: jax.Array = jax.lax.map(some, (parts[0], parts[1]))
+    return rearrange(every, "n b c e -> b (n c) e")[:, :captions]
 
   return embed_texts
 

@@ -1,4 +1,4 @@
-"""Geometry of the embeddings: the gap between the modalities, uniformity, effective rank."""
+"""Geometry of the embeddings: the gap of the modalities, uniformity, effective rank, hubness."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from bigalign.evals.embed import Context, Embedded, embedder, open_data, prefix
 from bigalign.losses.engine import pairwise
 
 RECALL_AT = (1, 5, 10)
+NEAREST = 10  # of each query, for hubness
+CHUNK = 2**24  # similarities at a time, for hubness: 64 MB
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -44,13 +46,15 @@ def measure(
     logreg_c: c of `separability`.
 
   Returns:
-    {name: scalar}; see `moments`, `pairs` and `separability`.
+    {name: scalar}; see `moments`, `pairs`, `hubness` and `separability`.
   """
   valid = jnp.ones(len(zimg), bool) if valid is None else valid
   zimg, ztxt = (jnp.where(valid[:, None], z, 0) for z in (zimg, ztxt))  # invalid rows may be NaN
   return {
     **moments(zimg, ztxt, valid),
     **pairs(zimg, ztxt, valid, t=uniformity_t),
+    "hubness_i2t": hubness(zimg, ztxt, valid),
+    "hubness_t2i": hubness(ztxt, zimg, valid),
     **separability(zimg, ztxt, valid, train, c=logreg_c),
   }
 
@@ -169,6 +173,42 @@ def pairs(
     before = reduced[direction]
     out |= {f"{direction}_recall@{k}": (valid & (before < k)).sum() / n for k in RECALL_AT}
   return out
+
+
+def hubness(
+  query: jax.Array, gallery: jax.Array, valid: jax.Array, nearest: int = NEAREST
+) -> jax.Array:
+  """Returns the skewness of how often each entry is among the nearest of the queries.
+
+  0 if all are found equally often; large if few entries, the hubs, are found by many queries
+  (https://jmlr.org/papers/v11/radovanovic10a.html). Of equal similarities the earlier entry is
+  nearer; without any difference in the counts the skewness is 0.
+
+  Args:
+    query: [N, E].
+    gallery: [N, E].
+    valid: [N] bool, the rows that count, of both.
+    nearest: entries that a query finds; fewer if there are fewer.
+  """
+  n, most = len(query), min(nearest, len(query))
+  chunk = min(n, max(1, CHUNK // n))
+  rest = -n % chunk
+  given = [
+    rearrange(jnp.pad(x, [(0, rest), *[(0, 0)] * (x.ndim - 1)]), "(k q) ... -> k q ...", q=chunk)
+    for x in (query, valid)
+  ]
+
+  def add(counts: jax.Array, some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    sims = jnp.matmul(some[0], gallery.T, precision=HIGHEST)
+    best, place = jax.lax.top_k(jnp.where(valid[None], sims, -jnp.inf), most)
+    found = some[1][:, None] & (best > -jnp.inf)
+    return counts.at[place.ravel()].add(found.ravel().astype(counts.dtype)), None
+
+  counts = jax.lax.scan(add, jnp.zeros(n, jnp.int32), (given[0], given[1]))[0]
+  centred = jnp.where(valid, counts - counts.sum() / valid.sum(), 0.0)
+  variance = jnp.sum(centred**2) / valid.sum()
+  third = jnp.sum(centred**3) / valid.sum()
+  return jnp.where(variance > 0, third / jnp.maximum(variance, 1e-12) ** 1.5, 0.0)
 
 
 def separability(

@@ -75,7 +75,9 @@ def held_out(config: Config) -> tuple[str, Sequence[str] | None, str]:
         "characters that training shows in no font",
       )
     if evaluator.name in ("retrieval", "geometry"):
-      fields = evaluator.option("fields") or default
+      spoken = evaluator.option("languages") if evaluator.name == "retrieval" else None
+      given = [*spoken.values()] if isinstance(spoken, Mapping) else evaluator.option("fields")
+      fields = given or default
       return evaluator.option("source"), fields, f"held-out samples of config.evals.{name}"
     if evaluator.name == "zeroshot":
       return evaluator.option("source"), default, f"held-out samples of config.evals.{name}"
@@ -214,6 +216,8 @@ def page(
       sections.header(run, rows),
       sections.headline(values, guess),
       sections.learning(rows, guess),
+      sections.languages(values),
+      sections.geometry_over_training(rows),
       *(
         (sections.absent(pairs),)
         if isinstance(pairs, str)

@@ -19,6 +19,7 @@ from bigalign.run.metrics import is_wall_clock
 
 MATRIX = 48  # pairs in the similarity matrix
 SHOWN = 6  # best and worst retrievals, in each direction
+LANGUAGES = 10  # with the lowest scores
 CONFUSED = 10  # pairs of classes that are confused most often, and classes that are found least
 
 Rows = list[dict[str, int | float]]  # of metrics.jsonl: {name: number}, "step" among the names
@@ -84,7 +85,8 @@ def groups(
 ) -> dict[str, dict[int, str]]:
   """Groups the top-k and R@k metrics whose chance level is known for the smallest k.
 
-  Metrics of averaged parameters are left out, because they repeat the others.
+  Metrics of averaged parameters are left out, because they repeat the others, and those of single
+  languages, which `languages` shows.
 
   Args:
     values: {metric: value}.
@@ -94,11 +96,54 @@ def groups(
     {what is measured: {k: metric}}.
   """
   by_k: dict[str, dict[int, str]] = {}
+  single = {name for names in _languages(values).values() for own in names.values() for name in own}
   for name in values:
     match = re.fullmatch(r"(.*?)[-_](?:top|R@)(\d+)", name)
-    if match and not name.startswith("ema/"):
+    if match and not name.startswith("ema/") and name not in single:
       by_k.setdefault(match[1], {})[int(match[2])] = name
   return {what: names for what, names in by_k.items() if names[min(names)] in by_chance}
+
+
+def _languages(values: Mapping[str, float]) -> dict[str, dict[str, list[str]]]:
+  """{beginning of the names of an evaluator's metrics: {language: its metrics}}."""
+  found: dict[str, dict[str, list[str]]] = {}
+  for name in values:
+    start, is_count, _ = name.partition("num_languages")
+    if not is_count:
+      continue
+    size = re.compile(rf"{re.escape(start)}(.+)-num_samples")
+    own = [match[1] for match in map(size.fullmatch, values) if match]
+    found[start] = {
+      language: [x for x in values if x.startswith(f"{start}{language}-")] for language in own
+    }
+  return found
+
+
+def languages(values: Mapping[str, float]) -> str:
+  """Returns the languages with the lowest scores of each evaluator of several languages."""
+  parts = []
+  for start, names in _languages(values).items():
+    if start.startswith("ema/"):
+      continue
+    shown = [
+      metric
+      for metric in ("top1", "text_to_image_R@1", "image_to_text_R@1")
+      if f"{start}mean_{metric}" in values
+    ]
+    order = sorted(names, key=lambda own: sum(values[f"{start}{own}-{x}"] for x in shown))
+    rows = [
+      (own, *(f"{percent(values[f'{start}{own}-{metric}'])} %" for metric in shown))
+      for own in order[:LANGUAGES]
+    ]
+    mean = ("mean of all", *(f"{percent(values[f'{start}mean_{metric}'])} %" for metric in shown))
+    head = ("language", *(readable(metric) for metric in shown))
+    what = readable(start.rstrip("-/"))
+    parts.append(
+      f"<h2>Languages: {escape(what)}</h2><p>The {min(len(order), LANGUAGES)} of {len(order)}"
+      " languages with the lowest scores, and the mean over all languages.</p>"
+      f'<div class="card">{table(head, [*rows, mean], True)}</div>'
+    )
+  return "".join(parts)
 
 
 def percent(x: float) -> str:
@@ -177,6 +222,36 @@ def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
   draw("gradient norm", {"gradient": "train/grad_norm"}, log=True)
   draw("images per second", {"images/s": "train/samples_per_second"})
   return f'<h2>Learning</h2><div class="grid two">{"".join(cards)}</div>' if cards else ""
+
+
+# Figures of the geometry over training: {title: metrics of the evaluator `geometry`}.
+_GEOMETRY = {
+  "modality gap: distance of the means": ("centroid_distance",),
+  "alignment: squared distance of the pairs": ("alignment",),
+  "uniformity": ("uniformity_img", "uniformity_txt"),
+  "effective rank": ("effective_rank_img", "effective_rank_txt"),
+  "cone: mean cosine within a modality": ("mean_offdiag_cosine_img", "mean_offdiag_cosine_txt"),
+  "hubness: skewness of how often one is found": ("hubness_i2t", "hubness_t2i"),
+}
+
+
+def geometry_over_training(rows: Rows) -> str:
+  """Returns the curves of each evaluator `geometry` that ran several times."""
+  parts = []
+  gap = "centroid_distance"
+  for start in [name.removesuffix(gap) for name in final(rows) if name.endswith(gap)]:
+    if start.startswith("ema/") or len(series(rows, f"{start}{gap}")[0]) < 2:
+      continue
+    cards = []
+    for title, names in _GEOMETRY.items():
+      lines = {name: series(rows, f"{start}{name}") for name in names}
+      if lines := {name: line for name, line in lines.items() if line[0]}:
+        cards.append(f'<div class="card">{figures.curves(lines, title=title)}</div>')
+    what = readable(start.rstrip("/")).removeprefix("val") or "held-out pairs"
+    parts.append(
+      f'<h2>Geometry over training: {escape(what)}</h2><div class="grid two">{"".join(cards)}</div>'
+    )
+  return "".join(parts)
 
 
 def absent(reason: str) -> str:

@@ -19,8 +19,11 @@ from bigalign.run import errors
 SHIPPED = {x.stem: x for x in sorted(pathlib.Path(__file__).parent.glob("tasks/*.toml"))}
 # The metrics whose mean is a task's score, by the type of its evaluator: the first that it has.
 SCORES: dict[str, tuple[tuple[str, ...], ...]] = dict(
-  zeroshot=(("top1",), ("mean_average_precision",)),
-  retrieval=(("text_to_image_R@1", "image_to_text_R@1"),),
+  zeroshot=(("top1",), ("mean_average_precision",), ("mean_top1",)),
+  retrieval=(
+    ("text_to_image_R@1", "image_to_text_R@1"),
+    ("mean_text_to_image_R@1", "mean_image_to_text_R@1"),
+  ),
 )
 _OF_TASK = ("type", "dataset", "metrics", "get")  # every other key is an option of the evaluator
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from helpers.loss_oracles import both_precisions, cases, floats, oracles, unit
 from helpers.marks import slow_unless
 from test_evals import Tiny, make, make_params, on_host
@@ -47,7 +48,9 @@ def numpy_geometry(x, y, t=2.0):
   cross = ((x[:, None] - y[None]) ** 2).sum(-1)[off]
   p = np.linalg.svd(x - x.mean(0), compute_uv=False)
   p = p[p > 1e-6] / p.sum()
+  counts = np.bincount(np.argsort(-s, axis=1, kind="stable")[:, :10].ravel(), minlength=n)
   return {
+    "hubness_i2t": scipy.stats.skew(counts),
     "centroid_distance": np.linalg.norm(x.mean(0) - y.mean(0)),
     "mean_pair_distance": np.linalg.norm(x - y, axis=1).mean(),
     "mean_offdiag_cosine_txt": (y[i] * y[j]).sum(1).mean(),
@@ -103,6 +106,20 @@ def test_collapse_has_rank_one_and_ties_are_hits():
   np.testing.assert_allclose(found["effective_rank_img"], 1, atol=0.02)
   np.testing.assert_allclose(found["uniformity_joint"], 0, atol=1e-5)
   assert found["i2t_recall@1"] == found["t2i_recall@1"] == 1
+
+
+def test_a_hub_is_found_and_the_earlier_of_equal_ones_is_nearer(monkeypatch):
+  z = np.random.default_rng(3).normal(size=(2, 50, 8)).astype(np.float32)
+  z[1, 7] = 20 * z[0].mean(0)  # near to most queries
+  valid = np.arange(50) % 9 != 2
+  monkeypatch.setattr(geometry, "CHUNK", 7 * 50)  # 50 queries do not divide by 7
+  for gallery in (z[1], np.round(z[1])):
+    order = np.argsort(-np.where(valid, z[0] @ gallery.T, -np.inf), axis=1, kind="stable")[valid]
+    counts = np.bincount(order[:, :10].ravel(), minlength=50)[valid]
+    found = geometry.hubness(jnp.asarray(z[0]), jnp.asarray(gallery), jnp.asarray(valid))
+    np.testing.assert_allclose(found, scipy.stats.skew(counts), rtol=1e-4)
+  same = jnp.ones((10, 4))
+  assert geometry.hubness(same, same, jnp.ones(10, bool)) == 0  # each finds all ten
 
 
 def test_more_pairs_take_no_more_memory_at_a_time():

@@ -274,6 +274,33 @@ def test_chance_is_what_random_embeddings_score():
   assert len(levels) == 4
 
 
+def test_languages_with_the_lowest_scores_are_listed_and_have_no_cards():
+  recalls = {f"l{i}": (i * 7) % 12 / 100 for i in range(12)}
+  values = {"val/x/num_languages": 12, "val/x/num_samples": 9, "ema/val/x/num_languages": 12}
+  for language, recall in recalls.items():
+    own = {"text_to_image_R@1": recall, "image_to_text_R@1": 0.5, "num_samples": 9}
+    values |= {f"val/x/{language}-{name}": x for name, x in (own | {"num_captions": 9}).items()}
+  values |= {"val/x/mean_text_to_image_R@1": 0.055, "val/x/mean_image_to_text_R@1": 0.5}
+  values |= {f"val/y-zeroshot-val-{name}": 0.25 for name in ("de-top1", "mean_top1")}
+  values |= {"val/y-zeroshot-val-num_languages": 1, "val/y-zeroshot-val-de-num_samples": 4}
+  html = sections.languages(values)
+  shown = re.findall(r"<tr><td>(\w[\w ]*)</td>", html)
+  order = sorted(recalls, key=recalls.__getitem__)
+  assert shown == [*order[:10], "mean of all", "de", "mean of all"]
+  assert "The 10 of 12 languages" in html and "<td class=n>5.5 %</td>" in html
+  assert sections.groups(values, chance(values)) == {}
+  assert sections.languages({"val/text_to_image_R@1": 0.5}) == ""
+
+
+def test_geometry_over_training_is_drawn_if_it_was_measured_several_times():
+  names = ("centroid_distance", "alignment", "uniformity_img", "hubness_i2t", "effective_rank_img")
+  rows = [{"step": step} | {f"val/sphere/{x}": step + 1.5 for x in names} for step in (1, 5, 9)]
+  html = sections.geometry_over_training(rows)
+  assert html.count("<svg") == 5 and "Geometry over training: sphere" in html
+  assert sections.geometry_over_training(rows[:1]) == ""
+  assert sections.geometry_over_training([{"step": 1, "train/loss": 3.0}]) == ""
+
+
 @pytest.mark.slow
 def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
   class Source:
