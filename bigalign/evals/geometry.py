@@ -264,8 +264,10 @@ def separability(
 def geometry(
   context: Context,
   *,
-  source: str,
+  source: str = "",
   fields: Sequence[str] | None = None,
+  image_store: str = "",
+  text_store: str = "",
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
   """The metrics of `measure` for the images of a source, each with its first caption.
@@ -286,20 +288,30 @@ def geometry(
 
   Args:
     context: model, mesh and data options.
-    source: as in config.data.source.
+    source: as in config.data.source; "" if both sides come from stores.
     fields: caption fields; None: config.data.captions.
+    image_store: folder of the vectors of images, in place of their pixels, as of `retrieval`.
+    text_store: folder of the vectors of captions, likewise.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
     run(params) -> {"val/<name>/centroid_distance": number, …}, and "num_samples".
   """
-  data = open_data(context, source, batch_size=batch_size, captions=1, fields=fields)
+  data = open_data(
+    context,
+    source,
+    batch_size=batch_size,
+    captions=None,  # an image may have several, of which the first one counts
+    fields=fields,
+    image_store=image_store,
+    text_store=text_store,
+  )
   embed = embedder(context, data)
 
   @functools.partial(jax.jit, out_shardings=sharding.replicated_sharding(context.mesh))
   def find(embedded: Embedded) -> dict[str, jax.Array]:
     zimg = rearrange(embedded.zimg, "n b e -> (n b) e")
-    ztxt = rearrange(embedded.ztxt, "n b 1 e -> (n b) e")
+    ztxt = rearrange(embedded.ztxt[:, :, 0], "n b e -> (n b) e")
     valid = rearrange(embedded.valid & embedded.texts_valid[:, :, 0], "n b -> (n b)")
     train = rearrange(embedded.ordinal % 5 != 4, "n b -> (n b)")
     return {**measure(zimg, ztxt, train=train, valid=valid), "num_samples": valid.sum()}
@@ -310,7 +322,7 @@ def geometry(
       metrics = sharding.block_on_cpu(find(embedded))
     if metrics["num_samples"] < 5:
       raise ValueError(
-        f"config.evals.{context.name}.source={source!r}: {metrics['num_samples']} of"
+        f"config.evals.{context.name}: {metrics['num_samples']} of"
         f" {len(data.source)} samples can be used; geometry needs at least 5"
       )
     return {prefix(context.name) + name: float(value) for name, value in metrics.items()}

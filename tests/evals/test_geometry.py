@@ -82,7 +82,7 @@ def test_the_evaluator_equals_numpy(monkeypatch, axes):
 def test_too_few_pairs_are_an_error(monkeypatch):
   tiny = Tiny(n=9, captions=1, broken=range(5), silent=())
   monkeypatch.setattr(embed, "open_source", lambda spec, captions=None, frames=False: tiny)
-  with pytest.raises(ValueError, match=r"config\.evals\.x\.source='tiny': 4 of 9.*at least 5"):
+  with pytest.raises(ValueError, match=r"config\.evals\.x: 4 of 9.*at least 5"):
     make("x", dict(type="geometry", source="tiny"))(make_params())
 
 

@@ -111,6 +111,16 @@ def test_retrieval_from_stores_is_that_from_pixels_and_words(val, stored):
   assert found == expected
 
 
+def test_geometry_from_stores_is_that_from_pixels_and_words(val):
+  stores = {f"{side}_store": val[side] for side in ("image", "text")}
+  found = measured(type="geometry", **stores)
+  expected = measured(type="geometry", source=val["source"], fields=("json.captions",))
+  same = {name for name in expected if "linsep" not in name}  # its split is by place
+  assert len(same) > 10 and expected["val/num_samples"] == COUNT - 2
+  for name in same:
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def prompts(folder, names, templates=TEMPLATES):
   vectors = {
     class_key(i, name): np.asarray(pooled_text(*tokens([fill(t, name) for t in templates])))
