@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from bigalign.data.loader.options import DataOptions
 from bigalign.evals import (
+  associations,
   compositional,
   geometry,
   glyphs,
@@ -38,6 +39,7 @@ EVALS: dict[str, Callable[..., Evaluator]] = dict(
   geometry=geometry.geometry,
   segmentation=segmentation.segmentation,
   compositional=compositional.compositional,
+  associations=associations.associations,
   region_retrieval=regions.region_retrieval,
   linear_probe=probe.linear_probe,
   few_shot=probe.few_shot,

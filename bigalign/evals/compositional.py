@@ -194,7 +194,7 @@ def _path(x: Any) -> str:
   return x if isinstance(x, str) else ""
 
 
-class _Files:
+class Files:
   """The examples of sets as a source, in their order."""
 
   def __init__(self, sets: Sequence[Set], images: pathlib.Path, apply_exif: bool):
@@ -354,7 +354,7 @@ def compositional(
     files = _files(folder, sets, f"{at}.folder")
     every = _without([read_set(file) for file in files], without, f"{at}.without")
     every.sort(key=lambda one: not one.two_images)  # so that the two images are rows 2n and 2n + 1
-    opened = _Files(every, _image_folder(images, files[0].parent, at), context.data.apply_exif)
+    opened = Files(every, image_folder(images, files[0].parent, at), context.data.apply_exif)
   most = max(len(example.captions) for one in every for example in one.examples)
   size = round_batch(context.mesh, batch_size)
   rows = sharding.host_rows(context.mesh, size)
@@ -412,7 +412,7 @@ def _without(every: Sequence[Set], without: Sequence[str], what: str) -> list[Se
   return left
 
 
-def _image_folder(images: str, beside: pathlib.Path, at: str) -> pathlib.Path:
+def image_folder(images: str, beside: pathlib.Path, at: str) -> pathlib.Path:
   if not images:
     return beside / "images" if (beside / "images").is_dir() else beside
   path = pathlib.Path(expand_variables(images, what=f"{at}.images")).expanduser()

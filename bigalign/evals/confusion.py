@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bigalign import sharding
-from bigalign.evals.embed import Context, EvalData, embedded_images, logits
+from bigalign.evals.embed import Context, EvalData, embedded_images, first_class, logits
 
 
 class Confusion(NamedTuple):
@@ -98,7 +97,5 @@ def _of_batch(
   zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Array
 ) -> tuple[jax.Array, ...]:
   """[B] each: the label, the class that is found, and whether the image counts."""
-  scores = logits(zimg, weights)
-  real = ~jnp.isnan(scores)
-  found = jnp.argmax(jnp.where(real, scores, -jnp.inf), 1).astype(jnp.int32)
-  return label, jnp.where(real.any(1), found, -1), valid & (label >= 0) & (label < len(weights))
+  found = first_class(logits(zimg, weights))
+  return label, found, valid & (label >= 0) & (label < len(weights))

@@ -521,6 +521,17 @@ def places(scores: jax.Array, label: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(own[..., 0]), before, scores.shape[-1])
 
 
+def first_class(scores: jax.Array) -> jax.Array:
+  """Returns [B] int32, the class of the largest score, the first of equal ones; -1 if all are NaN.
+
+  Args:
+    scores: [B, K].
+  """
+  real = ~jnp.isnan(scores)
+  found = jnp.argmax(jnp.where(real, scores, -jnp.inf), 1).astype(jnp.int32)
+  return jnp.where(real.any(1), found, -1)
+
+
 def log_rejects(name: str, rejects: jax.Array | np.ndarray) -> int:
   """Logs the numbers of rejected samples per reason, [R], and returns their sum."""
   counts = np.asarray(rejects)

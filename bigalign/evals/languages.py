@@ -163,7 +163,7 @@ def _metrics(hits: Any, sets: Mapping[str, LabelSet]) -> dict[str, float]:
       del values["top5"]
     sizes = dict(num_classes=len(own.names), num_samples=int(one.top1.count))
     metrics |= {f"{language}-{name}": x for name, x in (values | sizes).items()}
-  for name in ("top1", "top5", "mean_per_class_recall"):
+  for name in ("top1", "top5", "mean_per_class_recall", "macro_f1"):
     every = [metrics.get(f"{language}-{name}") for language in sets]
     if None not in every:
       metrics[f"mean_{name}"] = float(np.mean([x for x in every if x is not None]))

@@ -30,6 +30,7 @@ from bigalign.evals.embed import (
   EvalData,
   embed_vectors,
   embedded_images,
+  first_class,
   log_rejects,
   logits,
   mean_embedder,
@@ -37,6 +38,7 @@ from bigalign.evals.embed import (
   places,
   unit_mean,
 )
+from bigalign.evals.groups import Groups, read_groups
 from bigalign.evals.languages import LabelSet, label_set, languages
 from bigalign.evals.ood import Outside
 from bigalign.sphere import unit
@@ -249,17 +251,51 @@ class PerClass(clu_metrics.Metric):
     )
 
   def merge(self, other: PerClass) -> PerClass:
-    return PerClass(hits=self.hits + other.hits, count=self.count + other.count)
+    return jax.tree.map(jnp.add, self, other)
 
   def compute(self) -> jax.Array:
     recall = self.hits / jnp.maximum(self.count, 1)
     return recall.sum() / jnp.maximum((self.count > 0).sum(), 1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MacroF1(clu_metrics.Metric):
+  """Mean F1 score of the classes that occur, as WILDS reports it of iWildCam.
+
+  Attributes:
+    hits: [K], correct samples of each class.
+    count: [K], samples of each class.
+    found: [K], samples that are taken for each class.
+  """
+
+  hits: jax.Array
+  count: jax.Array
+  found: jax.Array
+
+  @classmethod
+  def from_model_output(  # type: ignore[override]
+    cls, *, found: jax.Array, label: jax.Array, mask: jax.Array, classes: int, **_: Any
+  ) -> MacroF1:
+    every = jnp.arange(classes)[None]
+    member = (label[:, None] == every) & mask[:, None]  # [B, K]
+    taken = (found[:, None] == every) & mask[:, None]
+    return cls(*(jnp.sum(x, axis=0, dtype=jnp.int32) for x in (member & taken, member, taken)))
+
+  def merge(self, other: MacroF1) -> MacroF1:
+    return jax.tree.map(jnp.add, self, other)
+
+  def compute(self) -> jax.Array:
+    f1 = 2 * self.hits / jnp.maximum(self.count + self.found, 1)
+    occurs = self.count > 0
+    return jnp.where(occurs, f1, 0).sum() / jnp.maximum(occurs.sum(), 1)
+
+
 Hits = clu_metrics.Collection.create(
   top1=clu_metrics.Average.from_output("top1"),
   top5=clu_metrics.Average.from_output("top5"),
   mean_per_class_recall=PerClass,
+  macro_f1=MacroF1,
   unlabelled=clu_metrics.Average.from_output("unlabelled"),
 )
 
@@ -277,10 +313,12 @@ def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Ar
   """
   classes = len(weights)
   known = (label >= 0) & (label < classes)
-  before = places(logits(zimg, weights), jnp.clip(label, 0, classes - 1))
+  scores = logits(zimg, weights)
+  before = places(scores, jnp.clip(label, 0, classes - 1))
   return Hits.single_from_model_output(
     top1=known & (before < 1),
     top5=known & (before < min(5, classes)),  # place K: the score is not finite
+    found=first_class(scores),
     unlabelled=~known,
     label=label,
     mask=valid,
@@ -496,6 +534,8 @@ def zeroshot(
   calibration: bool = False,
   widths: Sequence[int] = (),
   ood: str = "",
+  groups: str = "",
+  groups_without: Sequence[str] = (),
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
   """Zero-shot classification of a labelled source.
@@ -552,6 +592,9 @@ def zeroshot(
     widths: prefixes of the embeddings to measure too, for models that are trained with
       loss.matryoshka; the metrics are named "…-zeroshot-val-d64-top1".
     ood: a second source, as in config.data.source, of images that show none of the classes.
+    groups: field of the group of each image, such as "json.region", or "npy.0" for the first number
+      of KEY.npy; for images with one class.
+    groups_without: groups that neither the worst group nor the gap counts, such as "other".
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
@@ -559,7 +602,8 @@ def zeroshot(
     Of a multilabel dataset {"val/<name>-zeroshot-val-mean_average_precision": fraction, ...}.
     With calibration also ece, ece_rest, ece_rest_calibrated, logit_scale, calibrated_temperature
     and calibration_samples, the number of those that fit it; with ood also ood_auroc, ood_fpr95 and
-    ood_num_samples.
+    ood_num_samples. With groups also "group_<value>-top1" and so on, worst_group_top1, the lowest
+    of them, and group_gap_top1, the difference of the highest and the lowest; so for top5.
 
   Raises:
     ValueError: for a source without class names, descriptions that do not fit them, options that
@@ -577,6 +621,7 @@ def zeroshot(
       calibration=calibration,
       widths=widths,
       ood=ood,
+      groups=groups,
     )
     if wrong := [option for option, given in alone.items() if given]:
       raise ValueError(f"{where}.{wrong[0]} goes with class names in one language only")
@@ -628,19 +673,23 @@ def zeroshot(
     )
 
   multilabel = getattr(data.source, "dataset_type", "") == "multilabel"
-  for option, given in (("calibration", calibration), ("ood", ood), ("widths", widths)):
+  more = dict(calibration=calibration, ood=ood, widths=widths, groups=groups)
+  for option, given in more.items():
     if given and multilabel:
       raise ValueError(f"{where}.{option}: the images of a multilabel dataset have no single class")
-    if given and option != "widths" and context.logit_head is None:
+    if given and option in ("calibration", "ood") and context.logit_head is None:
       raise ValueError(f"{where}.{option} needs the logit scale, which this model does not give")
   outside = None
   if ood:
     other = open_data(context, ood, batch_size=batch_size, captions=0)
     outside = Outside(context, other)
+  if groups_without and not groups:
+    raise ValueError(f"{where}.groups_without has an effect with `groups` only")
+  grouped = read_groups(data.source, groups, groups_without, where) if groups else None
   measured = (
     _multilabel(context, data, names)
     if multilabel
-    else _one_label(context, data, names, calibration=calibration, outside=outside)
+    else _one_label(context, data, names, calibration=calibration, outside=outside, groups=grouped)
   )
 
   def run(params: Any) -> dict[str, float]:
@@ -708,6 +757,7 @@ def _one_label(
   *,
   calibration: bool,
   outside: Outside | None,
+  groups: Groups | None,
 ) -> _Measured:
   """The metrics of images with one class each."""
   replicated = sharding.replicated_sharding(context.mesh)
@@ -715,16 +765,18 @@ def _one_label(
   @functools.partial(jax.jit, out_shardings=replicated)
   def count(
     zimg: jax.Array, weights: Mapping[int, jax.Array], batch: dict[str, jax.Array]
-  ) -> tuple[dict[int, Any], jax.Array]:
+  ) -> tuple[dict[int, Any], Any]:
+    label, valid = batch["label"], batch["valid"]
     hits = {
-      width: measure(prefix_of(zimg, width), own, batch["label"], batch["valid"])
-      for width, own in weights.items()
+      width: measure(prefix_of(zimg, width), own, label, valid) for width, own in weights.items()
     }
-    return hits, batch["rejects"].sum(0)
+    by_group = groups.count(logits(zimg, weights[0]), label, batch["index"], valid) if groups else 0
+    return hits, (batch["rejects"].sum(0), by_group)
 
   @functools.partial(jax.jit, out_shardings=replicated)
   def add(a: Any, b: Any) -> Any:
-    return {width: hits.merge(b[0][width]) for width, hits in a[0].items()}, a[1] + b[1]
+    hits = {width: hits.merge(b[0][width]) for width, hits in a[0].items()}
+    return hits, jax.tree.map(jnp.add, a[1], b[1])
 
   def measured(
     params: Any, weights: Mapping[int, jax.Array]
@@ -739,10 +791,10 @@ def _one_label(
         calibrated.add(zimg, batch)
       if outside:
         inside.append(outside.score(zimg, weights[0], scale, batch)[0])
-      kept = {name: batch[name] for name in ("label", "valid", "rejects")}
+      kept = {name: batch[name] for name in ("label", "valid", "rejects", "index")}
       counted = sharding.block_on_cpu(count(zimg, weights, kept))
       total = counted if total is None else sharding.block_on_cpu(add(total, counted))
-    hits, rejects = jax.tree.map(np.asarray, total)
+    hits, (rejects, by_group) = jax.tree.map(np.asarray, total)
     samples, unlabelled = int(hits[0].top1.count), int(hits[0].unlabelled.total)
     values: dict[str, float] = {}
     for width, own in hits.items() if samples else ():
@@ -752,6 +804,7 @@ def _one_label(
       if len(names) < 5:
         values.pop(f"{start}top5", None)
     if samples and not unlabelled:
+      values |= groups.metrics(by_group, len(names)) if groups else {}
       values |= calibrated.metrics(context.name) if calibrated else {}
       if outside:
         values |= outside.metrics(params, weights[0], scale, np.concatenate(inside))

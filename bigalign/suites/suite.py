@@ -12,6 +12,7 @@ from bigalign import checks
 from bigalign.data.files.lines import read_text
 from bigalign.data.files.patterns import expand_variables
 from bigalign.evals import EVALS, EvalOptions
+from bigalign.evals.associations import dataset_options
 from bigalign.evaluate import retrieval_folder, zeroshot_folder
 from bigalign.options import Component, resolve_value
 from bigalign.run import errors
@@ -24,6 +25,7 @@ SCORES: dict[str, tuple[tuple[str, ...], ...]] = dict(
     ("text_to_image_R@1", "image_to_text_R@1"),
     ("mean_text_to_image_R@1", "mean_image_to_text_R@1"),
   ),
+  associations=(("jaccard",),),
 )
 _OF_TASK = ("type", "dataset", "metrics", "get")  # every other key is an option of the evaluator
 
@@ -131,11 +133,15 @@ def scored(task: Task, metrics: Collection[str]) -> tuple[str, ...]:
 
 
 def _of_dataset(kind: str, folder: str, where: str) -> dict[str, Any]:
-  """The options that a CLIP_benchmark folder gives to an evaluator."""
-  if kind not in ("zeroshot", "retrieval"):
-    raise ValueError(f"{where}.dataset is of zeroshot and retrieval; {kind} has options of its own")
+  """The options that a folder of a dataset gives to an evaluator."""
+  if kind not in ("zeroshot", "retrieval", "associations"):
+    raise ValueError(
+      f"{where}.dataset is of zeroshot, retrieval and associations; {kind} has options of its own"
+    )
   option = f"{where}.dataset"
   expanded = expand_variables(folder, what=option)
+  if kind == "associations":
+    return dataset_options(expanded, option)
   if kind == "zeroshot":
     found = zeroshot_folder(expanded, option)[1]
   else:

@@ -21,6 +21,7 @@ from helpers.marks import slow_unless
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
+from sklearn.metrics import f1_score
 
 from bigalign import sharding
 from bigalign.data.loader.options import resolve_data
@@ -346,6 +347,7 @@ def numpy_zeroshot(zimg, labels, weights):
     "top1": top1.mean(),
     "top5": (predicted[:, :5] == labels[:, None]).any(1).mean(),
     "mean_per_class_recall": np.mean(recalls),
+    "macro_f1": f1_score(labels, predicted[:, 0], average="macro", labels=np.unique(labels)),
     "num_samples": len(labels),
   }
 

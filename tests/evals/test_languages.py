@@ -55,7 +55,7 @@ def expected(tiny, params, templates, sets=SETS):
       del values["top5"]
     values["num_classes"] = len(names)
     found |= {f"{language}-{name}": x for name, x in values.items()}
-  for name in ("top1", "mean_per_class_recall"):
+  for name in ("top1", "mean_per_class_recall", "macro_f1"):
     found[f"mean_{name}"] = np.mean([found[f"{language}-{name}"] for language in sets])
   return found | dict(num_languages=len(sets), num_samples=36, rejected=1)
 
