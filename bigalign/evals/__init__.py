@@ -12,6 +12,7 @@ from bigalign.data.loader.options import DataOptions
 from bigalign.evals import (
   associations,
   compositional,
+  corruptions,
   geometry,
   glyphs,
   knn,
@@ -40,6 +41,7 @@ EVALS: dict[str, Callable[..., Evaluator]] = dict(
   segmentation=segmentation.segmentation,
   compositional=compositional.compositional,
   associations=associations.associations,
+  corruptions=corruptions.corruptions,
   region_retrieval=regions.region_retrieval,
   linear_probe=probe.linear_probe,
   few_shot=probe.few_shot,
@@ -60,7 +62,7 @@ def named_files(evals: Mapping[str, Component]) -> dict[tuple[str, str], pathlib
   return {
     (name, option): zeroshot.text_file(path, f"config.evals.{name}.{option}")
     for name, component in evals.items()
-    if component.name in ("zeroshot", "segmentation")
+    if component.name in ("zeroshot", "segmentation", "corruptions")
     for option, path in zeroshot.named_files(
       classnames=component.option("classnames"),
       templates=component.option("templates"),

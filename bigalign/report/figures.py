@@ -91,6 +91,7 @@ def curves(
   log: bool = False,
   levels: Mapping[str, float] | None = None,
   percent: bool = False,
+  along: str = "step",
 ) -> str:
   """Returns lines over steps, with a legend if there are several.
 
@@ -100,6 +101,7 @@ def curves(
     log: use a logarithmic scale if the values span more than a decade.
     levels: {name of a line: chance level}, drawn dotted in the colour of the line.
     percent: whether the values are fractions to show in percent.
+    along: what the horizontal axis shows, if not steps.
   """
   with matplotlib.rc_context(_STYLE):
     legend = len(series) if len(series) > 1 else 0
@@ -108,7 +110,8 @@ def curves(
     for i, (name, (steps, values)) in enumerate(series.items()):
       colour = _LINES[i % len(_LINES)]
       marker = "o" if len(steps) < 12 else ""
-      axes.plot(steps, values, color=colour, lw=1.6, label=name, marker=marker, ms=3.5)
+      style = "-" if i < len(_LINES) else "--"
+      axes.plot(steps, values, style, color=colour, lw=1.6, label=name, marker=marker, ms=3.5)
       if levels and name in levels:
         axes.axhline(levels[name], color=colour, lw=1, ls=(0, (1, 2)))
     positive = [v for _, values in series.values() for v in values if v > 0]
@@ -121,7 +124,7 @@ def curves(
       axes.set_ylim(bottom=0)
       axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(title)
-    axes.set_xlabel("step")
+    axes.set_xlabel(along)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", lw=0.5)
     axes.margins(x=0.02)

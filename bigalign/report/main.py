@@ -217,6 +217,7 @@ def page(
       sections.headline(values, guess),
       sections.learning(rows, guess),
       sections.languages(values),
+      sections.corruptions(values),
       sections.geometry_over_training(rows),
       *(
         (sections.absent(pairs),)

@@ -224,6 +224,33 @@ def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
   return f'<h2>Learning</h2><div class="grid two">{"".join(cards)}</div>' if cards else ""
 
 
+def corruptions(values: Mapping[str, float]) -> str:
+  """Returns the accuracy over the severity of each kind, of each evaluator `corruptions`."""
+  every: dict[str, dict[str, list[tuple[int, float]]]] = {}
+  for name, value in values.items():
+    match = re.fullmatch(r"(val/.*-corruptions-)(\w+)-(\d)-top1", name)
+    if match:
+      lines = every.setdefault(match[1], {})
+      lines.setdefault(match[2], [(0, values[f"{match[1]}top1"])]).append((int(match[3]), value))
+  parts = []
+  for start, lines in every.items():
+    drawn = figures.curves(
+      {kind: ([x for x, _ in line], [y for _, y in line]) for kind, line in lines.items()},
+      title="top-1 accuracy",
+      percent=True,
+      along="severity; 0: as it is",
+    )
+    drop = values.get(f"{start}relative_drop")
+    lost = "" if drop is None else f" {percent(drop)} % of the accuracy is lost in the mean."
+    what = start.removeprefix("val/").removesuffix("-corruptions-")
+    parts.append(
+      f"<h2>Corruptions: {escape(what)}</h2><p>The mean over all kinds and severities is"
+      f" {percent(values[f'{start}mean_top1'])} %.{lost}</p>"
+      f'<div class="grid two"><div class="card">{drawn}</div></div>'
+    )
+  return "".join(parts)
+
+
 # Figures of the geometry over training: {title: metrics of the evaluator `geometry`}.
 _GEOMETRY = {
   "modality gap: distance of the means": ("centroid_distance",),

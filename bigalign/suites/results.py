@@ -26,7 +26,10 @@ _SHARES = (
   (re.compile(r"(.*-)?text_to_image_R@\d+"), "num_captions"),
 )
 # Metrics of which less is better, and those that are no quality.
-_LESS = re.compile(r"(.*-)?(ece(_rest.*)?|ood_fpr95|mean_rank|median_rank|.*_(mean|median)_rank)")
+_LESS = re.compile(
+  r"(.*-)?(ece(_rest.*)?|ood_fpr95|mean_rank|median_rank|.*_(mean|median)_rank|relative_drop"
+  r"|group_gap_top\d)"
+)
 _NEUTRAL = re.compile(r"(.*-)?(num_.*|rejected|penalty|.*temperature|logit_scale|.*_samples)")
 _TASKS = dict(zeroshot="zeroshot_classification", retrieval="zeroshot_retrieval")
 _NAMES = (  # ours and CLIP_benchmark's

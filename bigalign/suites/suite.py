@@ -26,6 +26,7 @@ SCORES: dict[str, tuple[tuple[str, ...], ...]] = dict(
     ("mean_text_to_image_R@1", "mean_image_to_text_R@1"),
   ),
   associations=(("jaccard",),),
+  corruptions=(("mean_top1",),),
 )
 _OF_TASK = ("type", "dataset", "metrics", "get")  # every other key is an option of the evaluator
 

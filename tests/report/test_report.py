@@ -292,6 +292,20 @@ def test_languages_with_the_lowest_scores_are_listed_and_have_no_cards():
   assert sections.languages({"val/text_to_image_R@1": 0.5}) == ""
 
 
+def test_corruptions_are_drawn_over_their_severity():
+  start = "val/x-corruptions-"
+  values = {f"{start}{name}": x for name, x in dict(top1=0.8, mean_top1=0.4).items()}
+  values |= {f"{start}relative_drop": 0.5, f"{start}num_classes": 10}
+  values |= {
+    f"{start}{kind}-{n}-top1": 0.7 - n / 10 for kind in ("jpeg", "contrast") for n in (1, 3)
+  }
+  html = sections.corruptions(values)
+  assert html.count("<svg") == 1 and "jpeg" in html and "contrast" in html
+  assert "The mean over all kinds and severities is 40.0 %. 50.0 % of the accuracy" in html
+  assert list(sections.groups(values, chance(values))) == ["val/x-corruptions"]  # one card
+  assert sections.corruptions({"val/x-zeroshot-val-top1": 0.5}) == ""
+
+
 def test_geometry_over_training_is_drawn_if_it_was_measured_several_times():
   names = ("centroid_distance", "alignment", "uniformity_img", "hubness_i2t", "effective_rank_img")
   rows = [{"step": step} | {f"val/sphere/{x}": step + 1.5 for x in names} for step in (1, 5, 9)]
