@@ -67,6 +67,7 @@ def named_files(evals: Mapping[str, Component]) -> dict[tuple[str, str], pathlib
       classnames=component.option("classnames"),
       templates=component.option("templates"),
       descriptions=component.option("descriptions") if component.name == "zeroshot" else "",
+      frequency=component.option("frequency") if component.name == "zeroshot" else "",
     ).items()
   } | {
     (name, "classnames"): zeroshot.text_file(path, f"config.evals.{name}.classnames")

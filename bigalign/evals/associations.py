@@ -187,13 +187,13 @@ def associations(
     alone = context._replace(shared=None)
     for zimg, batch in embedded_images(alone, data, params):
       parts.append([to_host(x) for x in (zimg, batch["valid"], batch["rejects"])])
-    zimg, valid, rejects = map(np.concatenate, zip(*parts))
+    z, valid, rejects = map(np.concatenate, zip(*parts))
     log_rejects(context.name, rejects.sum(0))
     scores, counts = [], []
-    for cue, z in zip(cues, ztxt):
+    for cue, text in zip(cues, ztxt):
       own = np.array([place[name] for name in cue.candidates])
       if valid[own].all():
-        scores.append(jaccard(zimg[own] @ z, cue.chosen))
+        scores.append(jaccard(z[own] @ text, cue.chosen))
         counts.append(len(own))
     if not scores:
       raise ValueError(f"{at}.file={file!r}: no cue has images that can all be read; see the log")

@@ -100,7 +100,8 @@ def _brighter(x: np.ndarray, amount: float) -> np.ndarray:
   """Adds to the value of HSV, the largest of red, green and blue; hue and saturation stay."""
   value = x.max(-1, keepdims=True)
   target = np.clip(value + amount, 0, 1)
-  return np.where(value > 0, x * (target / np.maximum(value, 1e-12)), target)
+  brighter: np.ndarray = np.where(value > 0, x * (target / np.maximum(value, 1e-12)), target)
+  return brighter
 
 
 def _pixelate(image: np.ndarray, share: float) -> np.ndarray:

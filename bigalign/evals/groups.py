@@ -40,7 +40,7 @@ class Groups(NamedTuple):
   where: str
   field: str
 
-  def count(
+  def hits(
     self, scores: jax.Array, label: jax.Array, index: jax.Array, valid: jax.Array
   ) -> jax.Array:
     """[G + 1, 3] int32: of each group, then of the samples without one, top1, top5 and samples.
@@ -54,18 +54,18 @@ class Groups(NamedTuple):
     classes = scores.shape[1]
     known = (label >= 0) & (label < classes)
     before = places(scores, jnp.clip(label, 0, classes - 1))
-    hits = jnp.stack([known & (before < 1), known & (before < min(5, classes)), valid], 1)
+    found = jnp.stack([known & (before < 1), known & (before < min(5, classes)), valid], 1)
     last = len(self.number) - 1
     group = jnp.asarray(self.number)[jnp.minimum(index, last)] % (len(self.names) + 1)
     member = (group[:, None] == jnp.arange(len(self.names) + 1)[None]) & valid[:, None]
-    counts: jax.Array = jnp.sum(member[:, :, None] & hits[:, None], axis=0, dtype=jnp.int32)
+    counts: jax.Array = jnp.sum(member[:, :, None] & found[:, None], axis=0, dtype=jnp.int32)
     return counts
 
   def metrics(self, counts: np.ndarray, classes: int) -> dict[str, float]:
     """{metric: value}; groups of which no image is used have none.
 
     Args:
-      counts: [G + 1, 3], the sum of `count`.
+      counts: [G + 1, 3], the sum of `hits`.
       classes: K; below five there is no top5.
 
     Raises:

@@ -38,6 +38,8 @@ from bigalign.evals.embed import (
   places,
   unit_mean,
 )
+from bigalign.evals.frequency import measure as measure_frequency
+from bigalign.evals.frequency import read_counts
 from bigalign.evals.groups import Groups, read_groups
 from bigalign.evals.languages import LabelSet, label_set, languages
 from bigalign.evals.ood import Outside
@@ -168,10 +170,14 @@ def named_files(
   classnames: str | Mapping[str, str] | None,
   templates: str | Sequence[str] | Mapping[str, str | Sequence[str]],
   descriptions: str = "",
+  frequency: str = "",
 ) -> dict[str, str]:
   """{option: path} of the options of `zeroshot` that name a file; "classnames.de" of a language."""
   given: dict[str, Any] = dict(
-    classnames=classnames, templates=templates, descriptions=descriptions or None
+    classnames=classnames,
+    templates=templates,
+    descriptions=descriptions or None,
+    frequency=frequency or None,
   )
   named: dict[str, str] = {}
   for option, value in given.items():
@@ -251,7 +257,8 @@ class PerClass(clu_metrics.Metric):
     )
 
   def merge(self, other: PerClass) -> PerClass:
-    return jax.tree.map(jnp.add, self, other)
+    merged: PerClass = jax.tree.map(jnp.add, self, other)
+    return merged
 
   def compute(self) -> jax.Array:
     recall = self.hits / jnp.maximum(self.count, 1)
@@ -283,7 +290,8 @@ class MacroF1(clu_metrics.Metric):
     return cls(*(jnp.sum(x, axis=0, dtype=jnp.int32) for x in (member & taken, member, taken)))
 
   def merge(self, other: MacroF1) -> MacroF1:
-    return jax.tree.map(jnp.add, self, other)
+    merged: MacroF1 = jax.tree.map(jnp.add, self, other)
+    return merged
 
   def compute(self) -> jax.Array:
     f1 = 2 * self.hits / jnp.maximum(self.count + self.found, 1)
@@ -536,6 +544,7 @@ def zeroshot(
   ood: str = "",
   groups: str = "",
   groups_without: Sequence[str] = (),
+  frequency: str = "",
   batch_size: int = 256,
 ) -> Callable[[Any], dict[str, float]]:
   """Zero-shot classification of a labelled source.
@@ -595,6 +604,8 @@ def zeroshot(
     groups: field of the group of each image, such as "json.region", or "npy.0" for the first number
       of KEY.npy; for images with one class.
     groups_without: groups that neither the worst group nor the gap counts, such as "other".
+    frequency: .json file {class name: how many captions of the training data name it}, as
+      `bigalign balance --lemmas` writes it.
     batch_size: images at a time, over all devices; rounded up to fit the mesh.
 
   Returns:
@@ -603,7 +614,8 @@ def zeroshot(
     With calibration also ece, ece_rest, ece_rest_calibrated, logit_scale, calibrated_temperature
     and calibration_samples, the number of those that fit it; with ood also ood_auroc, ood_fpr95 and
     ood_num_samples. With groups also "group_<value>-top1" and so on, worst_group_top1, the lowest
-    of them, and group_gap_top1, the difference of the highest and the lowest; so for top5.
+    of them, and group_gap_top1, the difference of the highest and the lowest; so for top5. With
+    frequency also what frequency.measure returns.
 
   Raises:
     ValueError: for a source without class names, descriptions that do not fit them, options that
@@ -622,6 +634,7 @@ def zeroshot(
       widths=widths,
       ood=ood,
       groups=groups,
+      frequency=frequency,
     )
     if wrong := [option for option, given in alone.items() if given]:
       raise ValueError(f"{where}.{wrong[0]} goes with class names in one language only")
@@ -673,7 +686,7 @@ def zeroshot(
     )
 
   multilabel = getattr(data.source, "dataset_type", "") == "multilabel"
-  more = dict(calibration=calibration, ood=ood, widths=widths, groups=groups)
+  more = dict(calibration=calibration, ood=ood, widths=widths, groups=groups, frequency=frequency)
   for option, given in more.items():
     if given and multilabel:
       raise ValueError(f"{where}.{option}: the images of a multilabel dataset have no single class")
@@ -686,10 +699,16 @@ def zeroshot(
   if groups_without and not groups:
     raise ValueError(f"{where}.groups_without has an effect with `groups` only")
   grouped = read_groups(data.source, groups, groups_without, where) if groups else None
+  named = None
+  if frequency:
+    what = f"{where}.frequency"
+    named = read_counts(text_file(frequency, what), names, f"{what}={frequency!r}")
   measured = (
     _multilabel(context, data, names)
     if multilabel
-    else _one_label(context, data, names, calibration=calibration, outside=outside, groups=grouped)
+    else _one_label(
+      context, data, names, calibration=calibration, outside=outside, groups=grouped, named=named
+    )
   )
 
   def run(params: Any) -> dict[str, float]:
@@ -758,6 +777,7 @@ def _one_label(
   calibration: bool,
   outside: Outside | None,
   groups: Groups | None,
+  named: np.ndarray | None,
 ) -> _Measured:
   """The metrics of images with one class each."""
   replicated = sharding.replicated_sharding(context.mesh)
@@ -770,7 +790,7 @@ def _one_label(
     hits = {
       width: measure(prefix_of(zimg, width), own, label, valid) for width, own in weights.items()
     }
-    by_group = groups.count(logits(zimg, weights[0]), label, batch["index"], valid) if groups else 0
+    by_group = groups.hits(logits(zimg, weights[0]), label, batch["index"], valid) if groups else 0
     return hits, (batch["rejects"].sum(0), by_group)
 
   @functools.partial(jax.jit, out_shardings=replicated)
@@ -805,6 +825,10 @@ def _one_label(
         values.pop(f"{start}top5", None)
     if samples and not unlabelled:
       values |= groups.metrics(by_group, len(names)) if groups else {}
+      if named is not None:
+        own = hits[0].mean_per_class_recall
+        recalls = np.where(own.count > 0, own.hits / np.maximum(own.count, 1), np.nan)
+        values |= measure_frequency(named, recalls, context.name)
       values |= calibrated.metrics(context.name) if calibrated else {}
       if outside:
         values |= outside.metrics(params, weights[0], scale, np.concatenate(inside))

@@ -27,6 +27,7 @@ from bigalign.data.files import processes, storage
 from bigalign.data.files.lines import read_names
 from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources.base import Spec, open_spec, prefetch, read
+from bigalign.data.text.lemmas import lemma
 from bigalign.run import progress, tables
 from bigalign.shards import source_flags
 
@@ -45,31 +46,38 @@ class Matcher:
   {0, 1, 2}
   >>> sorted(Matcher(["ab", "c"], spaces=False).find("xabc"))
   [0, 1]
+  >>> sorted(Matcher(["tabby cat", "Cats"], lemmas=True).find("Two tabby cats"))
+  [0, 1]
 
   Args:
     entries: the texts to find.
     spaces: whether words are separated by spaces.
+    lemmas: whether English words match in lower case and in the singular.
   """
 
-  def __init__(self, entries: Sequence[str], *, spaces: bool = True):
-    self._spaces = spaces
+  def __init__(self, entries: Sequence[str], *, spaces: bool = True, lemmas: bool = False):
+    self._spaces, self._lemmas = spaces, lemmas
     # An entry of n words can only equal n consecutive words, so a look-up for each place and length
     # finds what an automaton would.
-    self._number = {self._parts(entry): i for i, entry in enumerate(entries)}
+    self._number: dict[tuple[str, ...] | str, list[int]] = {}
+    for i, entry in enumerate(entries):
+      self._number.setdefault(self._parts(entry), []).append(i)
     self._lengths = sorted({len(parts) for parts in self._number})
 
   def _parts(self, text: str) -> tuple[str, ...] | str:
+    if self._lemmas:
+      return tuple(map(lemma, text.split()))
     return tuple(text.split(" ")) if self._spaces else text
 
   def find(self, text: str) -> set[int]:
     """The numbers of the entries in a text."""
     parts = self._parts(text.translate(_APART) if self._spaces else text)
     found = (
-      self._number.get(parts[start : start + length])
+      self._number.get(parts[start : start + length], ())
       for length in self._lengths
       for start in range(len(parts) - length + 1)
     )
-    return {number for number in found if number is not None}
+    return {number for numbers in found for number in numbers}
 
 
 def entry_probability(counts: np.ndarray, t: float) -> np.ndarray:
@@ -116,6 +124,7 @@ def balance(
   t: float = 20_000,
   tail: float | None = None,
   spaces: bool = True,
+  lemmas: bool = False,
   workers: int = 1,
 ) -> dict[str, Any]:
   """Writes the column of probabilities, and the counts of the entries.
@@ -128,7 +137,7 @@ def balance(
     out: path of the column, without an ending.
     t: matches that an entry keeps.
     tail: instead of t, the share of all matches that entries below it have, see `threshold`.
-    spaces: see Matcher.
+    spaces, lemmas: see Matcher.
     workers: processes that read captions.
 
   Returns:
@@ -139,7 +148,7 @@ def balance(
   """
   source, names = open_spec(spec), _entries(entries)
   spans = (range(i, min(i + TASK, len(source))) for i in range(0, len(source), TASK))
-  tasks = [(spec, entries, spaces, span) for span in spans]
+  tasks = [(spec, entries, spaces, lemmas, span) for span in spans]
   counts = np.zeros(len(names), np.int64)
   sizes: list[tuple[int, int]] = []  # samples and matches of each task
   pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -194,14 +203,14 @@ def _entries(path: str) -> list[str]:
 
 
 @functools.cache
-def _matcher(path: str, spaces: bool) -> Matcher:
-  return Matcher(_entries(path), spaces=spaces)
+def _matcher(path: str, spaces: bool, lemmas: bool) -> Matcher:
+  return Matcher(_entries(path), spaces=spaces, lemmas=lemmas)
 
 
-def _matches(task: tuple[Spec, str, bool, range]) -> tuple[np.ndarray, np.ndarray]:
+def _matches(task: tuple[Spec, str, bool, bool, range]) -> tuple[np.ndarray, np.ndarray]:
   """How many entries each sample of a task matches [n], and their numbers, int32."""
-  spec, entries, spaces, span = task
-  source, matcher = open_spec(spec), _matcher(entries, spaces)
+  spec, entries, spaces, lemmas, span = task
+  source, matcher = open_spec(spec), _matcher(entries, spaces, lemmas)
   number, matches = [], []
   for row, i in enumerate(span):
     if row % (AHEAD // 2) == 0:
@@ -237,6 +246,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     "--no_spaces", action="store_true", help="words of the language are not separated by spaces"
   )
   parser.add_argument(
+    "--lemmas", action="store_true", help="match English words in lower case and in the singular"
+  )
+  parser.add_argument(
     "--workers",
     type=int,
     default=os.cpu_count(),
@@ -244,6 +256,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   )
   parser.add_argument("--json", metavar="FILE", help="also write the summary to this file")
   given = parser.parse_args(words)
+  if given.lemmas and given.no_spaces:
+    parser.error("--lemmas are of English, whose words are separated by spaces; drop --no_spaces")
   manifest = balance(
     source_flags.spec_from_flags(given),
     given.entries,
@@ -251,6 +265,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     t=given.t,
     tail=given.tail,
     spaces=not given.no_spaces,
+    lemmas=given.lemmas,
     workers=given.workers,
   )
   print(

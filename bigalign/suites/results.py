@@ -17,6 +17,7 @@ import rich.box
 import rich.table
 
 from bigalign.evals.chance import chance
+from bigalign.suites.robustness import effective_robustness
 from bigalign.suites.runner import Result
 
 _DRAWS = 10_000  # of a bootstrap
@@ -96,7 +97,27 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
       values = {x.model: (x.metrics[name], *bounds[x.model]) for x in having}
       level = _chance(having[0]).get(name) if having else None
       rows.append(Row(task, name, level, values, missing))
+    beyond = _beyond(own, results)
+    if beyond:
+      rows.append(Row(task, "effective_robustness", None, beyond, missing))
   return rows
+
+
+def _beyond(
+  own: Sequence[Result], results: Sequence[Result]
+) -> dict[str, tuple[float, float | None, float | None]]:
+  """{model: its effective robustness} on a shifted task; {} if a line cannot be fitted."""
+  scores = {(x.task, x.model): x.score for x in results if x.score is not None}
+  pairs = {
+    x.model: (scores[x.shift_of, x.model], x.score)
+    for x in own
+    if x.shift_of and x.score is not None and (x.shift_of, x.model) in scores
+  }
+  if not pairs:
+    return {}
+  beyond = effective_robustness(*np.array([*pairs.values()], np.float64).T)
+  every = zip(pairs, beyond.tolist())
+  return {model: (value, None, None) for model, value in every if not math.isnan(value)}
 
 
 def _chance(result: Result) -> dict[str, float]:

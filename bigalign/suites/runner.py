@@ -48,6 +48,7 @@ class Result:
     missing: why the task was not evaluated; "" if it was.
     get: the command that gets its data.
     kept: whether an earlier call had evaluated it.
+    shift_of: see Task.
   """
 
   task: str
@@ -59,6 +60,7 @@ class Result:
   missing: str = ""
   get: str = ""
   kept: bool = False
+  shift_of: str = ""
 
   @property
   def score(self) -> float | None:
@@ -180,7 +182,16 @@ def _result(
       with storage.atomic_write(file, suffix=storage.unique_suffix()) as opened:
         opened.write(json.dumps(metrics).encode())
   names = scored(task, metrics)
-  return Result(task.name, task.kind, subject.name, metrics, names, due=bool(names), kept=kept)
+  return Result(
+    task.name,
+    task.kind,
+    subject.name,
+    metrics,
+    names,
+    due=bool(names),
+    kept=kept,
+    shift_of=task.shift_of,
+  )
 
 
 def _given(task: Task, names: Iterable[str]) -> dict[str, str]:

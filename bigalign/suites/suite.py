@@ -28,7 +28,13 @@ SCORES: dict[str, tuple[tuple[str, ...], ...]] = dict(
   associations=(("jaccard",),),
   corruptions=(("mean_top1",),),
 )
-_OF_TASK = ("type", "dataset", "metrics", "get")  # every other key is an option of the evaluator
+_OF_TASK = (
+  "type",
+  "dataset",
+  "metrics",
+  "get",
+  "shift_of",
+)  # every other key is an option of the evaluator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Task:
     metrics: whose mean is the score of the task; (): it has none; None: those in SCORES.
     get: the command that gets its data; "" if the file names none.
     missing: why its data cannot be read; "" if it can.
+    shift_of: the task whose images are not shifted, for effective robustness; "" for none.
   """
 
   name: str
@@ -50,6 +57,7 @@ class Task:
   metrics: tuple[str, ...] | None = None
   get: str = ""
   missing: str = ""
+  shift_of: str = ""
 
 
 def read_suite(suite: str) -> list[Task]:
@@ -87,7 +95,11 @@ def read_suite(suite: str) -> list[Task]:
     raise ValueError(f"{path} is not TOML: {error}") from error
   if not tables:
     raise ValueError(f"{path} lists no task")
-  return [_task(path, name, given) for name, given in tables.items()]
+  tasks = [_task(path, name, given) for name, given in tables.items()]
+  for task in tasks:
+    if task.shift_of:
+      checks.known(f"{path.name}: {task.name}.shift_of", task.shift_of, tables)
+  return tasks
 
 
 def _task(path: pathlib.Path, name: str, given: Any) -> Task:
@@ -104,15 +116,16 @@ def _task(path: pathlib.Path, name: str, given: Any) -> Task:
     metrics = tuple(metrics)
   own = {key: value for key, value in given.items() if key not in _OF_TASK}
   get, found = str(given.get("get", "")), {}
+  shift_of = str(given.get("shift_of", ""))
   try:
     if "dataset" in given:
       found = _of_dataset(kind, str(given["dataset"]), where)
   except (FileNotFoundError, KeyError) as error:
     if not errors.is_mistake(error):
       raise
-    return Task(name, kind, None, metrics, get, errors.message(error))
+    return Task(name, kind, None, metrics, get, errors.message(error), shift_of)
   resolved = resolve_value(EvalOptions, {name: {"type": kind, **found, **own}}, path.name)
-  return Task(name, kind, resolved[name], metrics, get)
+  return Task(name, kind, resolved[name], metrics, get, shift_of=shift_of)
 
 
 def scored(task: Task, metrics: Collection[str]) -> tuple[str, ...]:
