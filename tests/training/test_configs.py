@@ -21,6 +21,7 @@ from bigalign.config import resolve_config
 from bigalign.inputs import open_data
 from bigalign.options import plain
 from bigalign.program import check_loss, init_on_mesh, layout, make_program, make_programs
+from bigalign.stages import split
 from bigalign.step import data_position, summary, train_step
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -34,7 +35,7 @@ SCRATCH = [
 
 # Width, depth, batch, vocabulary, data, classes and depth of heads. All else is run as shipped.
 REDUCED = re.compile(
-  r"model/(image|text)/(width|depth)|model/text/vocab_size|model/embed_dim|batch_size"
+  r"model/(image|text)/(width|depth)|model/text/vocab_size|model/embed_dim|(stages/0/)?batch_size"
   r"|data/tokenizer/(path|vocabulary)|data/source|loss/(silc|ibot)/(prototypes|hidden)"
   r"|loss/(caption|coca|caption_fused)/depth"
 )
@@ -108,7 +109,8 @@ def reduced(c, folder):
     tower |= dict(width=8 * (tower.get("heads") or 12), depth=1)
     if small["model"].get(f"{side}_projector", {}).get("name") == "identity":
       small["model"]["embed_dim"] = tower["width"]
-  small["batch_size"] = 8
+  for one in (small, *(x for x in small.get("stages", ()) if "batch_size" in x)):
+    one["batch_size"] = 8
   if small["model"]["text"].get("vocab_size", 0) > 100_000:
     small["model"]["text"]["vocab_size"] = 300  # the vocabulary above has 40
   for head in small["loss"].keys() & {"silc", "ibot"}:
@@ -126,23 +128,42 @@ def reduced(c, folder):
   return small
 
 
+def flat(c):
+  """{path: value} of a config and its stages."""
+  stages = {f"stages/{i}": tree.flatten(x) for i, x in enumerate(c.get("stages", ()))}
+  rest = {k: x for k, x in c.items() if k != "stages"}
+  return tree.flatten(plain(rest)) | tree.flatten(stages)
+
+
+# (config, stage): the last stage of each, and first stages whose programs differ from it: in the
+# patches that the tower sees (flip), in the image size (clipa), in views and losses (siglip2). Both
+# stages of lit_unlocked_b16 are run in test_init.py.
+STEPPED = [(name, -1) for name in SCRATCH] + [
+  (name, 0) for name in ("flip_b16", "clipa_b16", "siglip2_b16")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRATCH)
-def test_one_real_step(name, tmp_path):
+@pytest.mark.parametrize(
+  "name,number", STEPPED, ids=[f"{x}-{y}" if y >= 0 else x for x, y in STEPPED]
+)
+def test_one_real_step(name, number, tmp_path):
   """Data, augmentation, tokenizer, towers, loss and optimizer as shipped, but for REDUCED."""
   c = load(name).to_dict()
   small = reduced(c, tmp_path)
-  before, after = (tree.flatten(plain(x)) for x in (c, small))
+  before, after = (flat(x) for x in (c, small))
   changed = {k for k in {*before, *after} if before.get(k) != after.get(k)}
   assert {k for k in changed if not REDUCED.fullmatch(k)} == set()
 
   # The number of worker processes has no influence on batches: test_pipeline.py.
   small["data"]["workers"] = 0
   config = resolve_config(small)
-  inputs = open_data(config.data)
+  stage = split(config)[number]
+  inputs = open_data(stage.config.data)
   dataset_size = len(inputs.source)
-  program = make_program(config, dataset_size=dataset_size)
-  check_loss(program)
+  programs = make_programs(config, dataset_size=dataset_size)
+  program = programs[number]
+  check_loss(program, programs)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   rows = sharding.host_rows(mesh, 8)
   batches = inputs.batches(batch_size=8, rows=rows, seed=config.seed, rejected_log="")
