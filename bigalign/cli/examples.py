@@ -65,6 +65,7 @@ EXAMPLES = {
   "score": (
     "bigalign score runs/clip '/data/*.tar' --out cosine",
     "bigalign score runs/clip '/data/*.tar' --what loss --step 10000 --out losses",
+    "bigalign score runs/clip '/data/*.tar' --what learnability --teacher runs/big --out learn",
   ),
   "noise": (
     "bigalign noise losses --out noise",

@@ -179,10 +179,25 @@ def score() -> argparse.ArgumentParser:
   parser.add_argument("--out", required=True, metavar="NAME", help="writes NAME.npy, NAME.json")
   parser.add_argument(
     "--what",
-    choices=("cosine", "loss", "margin"),
+    choices=("cosine", "loss", "margin", "teacher_margin", "learnability"),
     default="cosine",
     help="cosine of image and caption; softmax loss of the pair in its batch; cosine minus the"
-    " largest one with another sample of the batch (%(default)s)",
+    " largest one with another sample of the batch; the same of --teacher; loss minus that of"
+    " --teacher, as JEST (%(default)s)",
+  )
+  parser.add_argument(
+    "--teacher",
+    nargs="+",
+    metavar="RUN|IMAGES TEXTS",
+    default=[],
+    help="another run, or its stores of images and captions, of `bigalign embed --projected`",
+  )
+  parser.add_argument(
+    "--teacher_scale",
+    type=float,
+    default=100.0,
+    metavar="S",
+    help="scale of the logits of stores; a run has its own (%(default)s)",
   )
   parser.add_argument("--ema", action="store_true", help="use the averaged parameters")
   parser.add_argument(

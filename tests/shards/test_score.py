@@ -17,13 +17,16 @@ import pytest
 from helpers.batches import data_options
 from helpers.shipped import ROOT, load
 from helpers.small_shards import write_tar
+from helpers.small_stores import write_store
 from PIL import Image
 
 from bigalign import evaluate, sharding, train
 from bigalign.data.fields.column_files import ColumnFile, Unfinished
 from bigalign.data.sources.base import open_source
 from bigalign.data.sources.views import make_view
+from bigalign.data.stores.reader import Store
 from bigalign.inputs import open_data
+from bigalign.run import parsers
 from bigalign.shards import score, view
 
 COUNT, SIZE, BATCH = 45, 8, 8
@@ -92,33 +95,50 @@ def run():
   return make_run()
 
 
-def by_hand(source, what, broken, silent):
-  """One batch after the other, the last one from the last BATCH samples."""
-  known = [i for i in range(COUNT) if i not in (*broken, *silent)]
+def vectors_of(source, known):
+  """The embeddings of the images, [N, E], and of the captions of each, [n, E]."""
   views = [DATA.evaluation_view(DATA.decode(source[i]["image"])) for i in known]
-  zimg = np.asarray(embed_image(None, np.stack(views)), np.float64)
   texts = [
     np.asarray(embed_text(None, *DATA.make_tokenizer().encode_batch(source[i]["captions"])))
     for i in known
   ]
+  return np.asarray(embed_image(None, np.stack(views)), np.float64), texts
+
+
+def numbers_of(sims, scale):
+  """The scores of a batch from its cosines."""
+  own, others = np.diag(sims), np.where(np.eye(len(sims)), -np.inf, sims)
+  return dict(
+    cosine=own,
+    loss=np.log(np.exp(scale * (sims - own[:, None])).sum(1)) / 2
+    + np.log(np.exp(scale * (sims - own[None])).sum(0)) / 2,
+    margin=own - (others.max(0) + others.max(1)) / 2,
+  )
+
+
+def by_hand(source, what, broken, silent, teacher=None):
+  """One batch after the other, the last one from the last BATCH samples.
+
+  teacher: (cosines of all known images and captions, scale).
+  """
+  known = [i for i in range(COUNT) if i not in (*broken, *silent)]
+  zimg, texts = vectors_of(source, known)
   ztxt = np.stack([z.astype(np.float64).mean(0) for z in texts])
   numbers = np.full(COUNT, np.nan)
   for start in [*range(0, COUNT - BATCH, BATCH), COUNT - BATCH]:
     rows = [k for k, i in enumerate(known) if start <= i < start + BATCH]
-    sims = zimg[rows] @ ztxt[rows].T
-    own, others = np.diag(sims), np.where(np.eye(len(rows)), -np.inf, sims)
-    found = dict(
-      cosine=own,
-      loss=np.log(np.exp(20 * (sims - own[:, None])).sum(1)) / 2
-      + np.log(np.exp(20 * (sims - own[None])).sum(0)) / 2,
-      margin=own - (others.max(0) + others.max(1)) / 2,
-    )[what]
+    found = numbers_of(zimg[rows] @ ztxt[rows].T, 20)
+    if teacher:
+      cosines, scale = teacher
+      other = numbers_of(cosines[np.ix_(rows, rows)], scale)
+      found |= dict(teacher_margin=other["margin"], learnability=found["loss"] - other["loss"])
+    found = found[what]
     fresh = [k for k in range(len(rows)) if np.isnan(numbers[known[rows[k]]])]
     numbers[[known[rows[k]] for k in fresh]] = found[fresh]
   return numbers
 
 
-@pytest.mark.parametrize("what", [*score.SCORES])
+@pytest.mark.parametrize("what", ["cosine", "loss", "margin"])
 def test_scores_are_those_of_numpy_and_go_on_after_a_kill(run, tmp_path, what, monkeypatch):
   broken, silent = (3, 20), (5,)
   source = open_source(
@@ -143,6 +163,66 @@ def test_scores_are_those_of_numpy_and_go_on_after_a_kill(run, tmp_path, what, m
   assert not [*tmp_path.glob("made/*.part*")]
   found = ColumnFile(out, source, "here").numbers
   np.testing.assert_allclose(found, by_hand(source, what, broken, silent), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["stores", "run"])
+def test_scores_against_a_teacher_are_those_of_numpy(run, tmp_path, kind):
+  """The teacher lacks an image, and one of two captions."""
+  source = open_source(
+    shards(tmp_path / "0.tar", broken=(3,), silent=(5,)), captions=("json.captions",)
+  )
+  known = [i for i in range(COUNT) if i not in (3, 5)]
+  keys = [source[i]["key"] for i in known]
+  zimg, texts = vectors_of(source, known)
+  turn = np.random.default_rng(1).normal(size=(6, 4))  # another model, from these vectors
+  zimg, texts = zimg @ turn, [z @ turn for z in texts]
+  missing = ()
+  if kind == "stores":
+    rows = dict(zip(keys, texts)) | {source[5]["key"]: np.ones((1, 4))}
+    rows[source[9]["key"]] = rows[source[9]["key"]][:1]
+    image = {k: z for k, z in zip(keys, zimg) if k != source[7]["key"]}
+    image, text = (write_store(tmp_path / k, x) for k, x in (("i", image), ("t", rows)))
+    teacher, scale, missing = score.Stored(Store(image), Store(text)), 50.0, (7, 9)
+  else:
+
+    def turned(embed):
+      return jax.jit(lambda *given: unit(embed(*given) @ turn.astype(np.float32)))
+
+    embed = dict(embed_image=turned(embed_image), embed_text=turned(embed_text))
+    teacher, scale = make_run()._replace(embed=embed, params={}), score.SCALE
+  zimg = zimg / np.linalg.norm(zimg, axis=1, keepdims=True)
+  ztxt = [(z / np.linalg.norm(z, axis=1, keepdims=True)).mean(0) for z in texts]
+  kept = [k for k, i in enumerate(known) if i not in missing]
+  cosines = (zimg @ np.stack(ztxt).T)[np.ix_(kept, kept)]
+  for what in ("teacher_margin", "learnability"):
+    given = dict(what=what, batch_size=BATCH, teacher=teacher, teacher_scale=50.0)
+    about = score.score(run, source, f"{tmp_path}/{what}", **given)
+    assert about["teacher_scale"] == pytest.approx(scale)
+    assert about["scored"] == COUNT - 2 - len(missing)
+    expected = by_hand(source, what, (3,), (5, *missing), teacher=(cosines, scale))
+    np.testing.assert_allclose(np.load(f"{tmp_path}/{what}.npy"), expected, atol=2e-5)
+
+
+def test_the_program_knows_the_scores():
+  words = ["run", "shards", "--out", "x", "--teacher", "a", "b", "--what"]
+  for what in score.SCORES:
+    assert parsers.score().parse_args([*words, what]).teacher == ["a", "b"]
+
+
+def test_a_teacher_that_does_not_fit_is_an_error(run, tmp_path):
+  source = open_source(shards(tmp_path / "0.tar"), captions=("json.captions",))
+  with pytest.raises(ValueError, match=r"--what=learnability compares .* set --teacher=RUN"):
+    score.score(run, source, f"{tmp_path}/x", what="learnability", batch_size=BATCH)
+  with pytest.raises(ValueError, match=r"--what=cosine reads no teacher; .* teacher_margin or lea"):
+    score.score(run, source, f"{tmp_path}/x", batch_size=BATCH, teacher=run)
+  key = source[0]["key"]
+  one, two = (
+    Store(write_store(tmp_path / name, {key: np.ones(shape)}))
+    for name, shape in (("i", (3,)), ("t", (1, 4)))
+  )
+  with pytest.raises(ValueError, match=r"i has width 3, .*t has width 4; .*--projected"):
+    given = dict(what="learnability", teacher=score.Stored(one, two))
+    score.score(run, source, f"{tmp_path}/x", batch_size=BATCH, **given)
 
 
 TWO = """
@@ -252,7 +332,7 @@ def test_scores_of_a_trained_run_find_mismatched_captions(tmp_path):
   c["optimizer"] = dict(name="adamw", lr=3e-3, schedule="cosine", warmup=5)
   train.train(c, tmp_path / "run")
   is_wrong = np.isin(np.arange(240), [*wrong])
-  for what in score.SCORES:
+  for what in ("cosine", "loss", "margin"):
     words = [str(tmp_path / "run"), shard, f"--what={what}", "--batch_size=80"]
     score.main([*words, "--out", str(tmp_path / what)])
     numbers = np.load(tmp_path / f"{what}.npy")
