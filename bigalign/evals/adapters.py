@@ -11,7 +11,7 @@ import itertools
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -24,8 +24,7 @@ from bigalign.evals.embed import round_batch, to_host
 from bigalign.options import fingerprint
 from bigalign.towers.padding import cut, used_lengths
 
-if TYPE_CHECKING:
-  import torch
+Tensor: TypeAlias = Any  # of PyTorch, which is imported when it is needed
 
 _ROWS = 16  # of which the size of a compiled batch is a multiple
 
@@ -85,7 +84,7 @@ class _Transform:
   def __init__(self, view: Any) -> None:
     self._view = view
 
-  def __call__(self, image: Any) -> torch.Tensor:
+  def __call__(self, image: Any) -> Tensor:
     """uint8 [S, S, 3]; of a model of frames [F, S, S, 3], of a NaFlex model int16 [N, K + 3].
 
     The last three columns of N patches are their mask, and the rows and columns of the image.
@@ -113,7 +112,7 @@ class _Tokenizer:
   def __init__(self, model: Loaded) -> None:
     self._model = model
 
-  def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+  def __call__(self, texts: str | Sequence[str]) -> Tensor:
     import torch
 
     ids, mask = self._model.tokenize(texts)
@@ -135,14 +134,14 @@ class _Clip:
     self._lengths = used_lengths(getattr(model.encoder.text_tower, "options", None))
     self._length = 0  # of the longest texts so far
 
-  def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+  def encode_image(self, images: Tensor) -> Tensor:
     """[B, E] float32, unit norm, of a batch of what the transform returns."""
     import torch
 
     z = self._image(self._fields(images.cpu().numpy()))
     return torch.from_numpy(z).to(images.device)
 
-  def encode_text(self, texts: torch.Tensor) -> torch.Tensor:
+  def encode_text(self, texts: Tensor) -> Tensor:
     """[B, E] float32, unit norm, of what the tokenizer returns."""
     import torch
 

@@ -31,7 +31,7 @@ NEEDED = ("torch", "clip_benchmark", "open_clip", "webdataset")
 pytestmark = [
   pytest.mark.skipif(
     not all(map(importlib.util.find_spec, NEEDED)),
-    reason=f"{', '.join(NEEDED)}: not all are installed, the extra eval",
+    reason="torch, clip_benchmark, open_clip or webdataset is not installed: the extra eval",
   ),
   pytest.mark.filterwarnings("ignore:.*pin_memory"),  # of CLIP_benchmark's loaders without a GPU
 ]
@@ -48,11 +48,12 @@ def sets(tmp_path_factory):
   return peer_sets.write(tmp_path_factory.mktemp("sets"), COUNT)
 
 
-def ours(model, sets):
-  """{CLIP_benchmark's name: value} of our evaluators of the three sets."""
+@pytest.fixture(scope="module")
+def ours(models, sets):
+  """{CLIP_benchmark's name: value} of our evaluators of the three sets, of the run."""
   classes, captions, several = sets
   found = bigalign.evaluate(
-    model,
+    models["run"],
     evals=dict(
       classes=dict(
         type="zeroshot", source=f"{classes}/test/0.tar", templates=list(peer_sets.TEMPLATES)
@@ -96,7 +97,7 @@ def loader(transform, samples):
 
 
 @pytest.mark.slow
-def test_the_metrics_of_clip_benchmark_are_ours(models, sets, monkeypatch):
+def test_the_metrics_of_clip_benchmark_are_ours(models, ours, monkeypatch):
   """Of an exported folder; each side is compiled once."""
   from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 
@@ -120,7 +121,7 @@ def test_the_metrics_of_clip_benchmark_are_ours(models, sets, monkeypatch):
     amp=False,
     recall_k_list=[1, 5, 10],
   )
-  assert found == pytest.approx(ours(models["exported"], sets), abs=1e-6)
+  assert found == pytest.approx(ours, abs=1e-6)
   assert 0 < found["acc5"] < 1 and 0 < found["text_retrieval_recall@10"] < 1
 
 
@@ -142,7 +143,7 @@ cli.main()
 
 
 @pytest.mark.slow
-def test_the_command_line_of_clip_benchmark_takes_a_run(models, sets, tmp_path):
+def test_the_command_line_of_clip_benchmark_takes_a_run(models, sets, ours, tmp_path):
   root = sets[0].parent
   words = [
     *("eval", "--model_type=bigalign", f"--pretrained={models['run']}", "--model=small"),
@@ -160,7 +161,7 @@ def test_the_command_line_of_clip_benchmark_takes_a_run(models, sets, tmp_path):
   found = {}
   for folder in sets:
     found |= json.loads((tmp_path / f"{folder.name}.json").read_text())["metrics"]
-  assert found == pytest.approx(ours(models["run"], sets), abs=1e-6)
+  assert found == pytest.approx(ours, abs=1e-6)
 
 
 class Cuda(str):

@@ -20,11 +20,13 @@ def run_and_export(folder: pathlib.Path, count: int) -> dict[str, str]:
     count: of the images whose captions make the vocabulary.
   """
   texts = [text for _, captions in peer_sets.captioned(count) for text in captions]
-  pieces = small_tokenizers.write_pieces(folder / "pieces", [*texts, *peer_sets.names()], 300)
-  tokenizer = dict(name="sentencepiece", path=str(pieces), length=16)
+  texts += [*peer_sets.names(), *peer_sets.TEMPLATES]
+  pieces = small_tokenizers.write_pieces(folder / "pieces", texts, 300)
+  # The name of a class is at the end of a prompt: if it were cut off, classes would be ties.
+  tokenizer = dict(name="sentencepiece", path=str(pieces), length=32)
   vocab_size = make_tokenizer(**tokenizer).vocab_size
   values = made_runs.small(
-    model=dict(small_models.siglip(SIZE, vocab_size=vocab_size, length=16), pixels="half"),
+    model=dict(small_models.siglip(SIZE, vocab_size=vocab_size, length=32), pixels="half"),
     loss=dict(siglip=dict(weight=1.0)),
   )
   values["data"] |= dict(tokenizer=tokenizer, resize="squash")
