@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from bigalign.data.image import video
 from bigalign.data.samples.image_files import describe
 from bigalign.data.samples.members import FORMATS
 from bigalign.data.samples.rejects import Rejected
@@ -95,7 +97,7 @@ def decode(
 def decode_frames(
   data: bytes | np.ndarray, choose: Callable[[int], Sequence[int]], **options: Any
 ) -> list[np.ndarray]:
-  """Decodes some frames of an animation (GIF, WebP, PNG, AVIF), or some pages of a TIFF.
+  """Decodes some frames of an animation (GIF, WebP, PNG, AVIF) or a video, or pages of a TIFF.
 
   Any other image has one frame. A frame is the whole picture that is shown at its time.
 
@@ -115,6 +117,9 @@ def decode_frames(
     return [only for _ in choose(1)]
   known = dict(max_pixels=64_000_000, apply_exif=False, pillow_rgb=False)
   known |= {name: x for name, x in options.items() if name in known}
+  if video.is_video(data):
+    check_size = functools.partial(_check_pixels, max_pixels=known["max_pixels"])
+    return video.decode(data, choose, check_size=check_size, rotate=known["apply_exif"])
   return _decode_pillow(data, choose=choose, **known)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,21 +25,26 @@ IMAGES = (
   *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
   *("jpe", "jfif", "tif", "tiff", "avif", "ppm", "pgm", "pbm", "pnm", "jp2"),
 )
+# Extensions of videos, which config.data.frames reads with the extra `video`.
+VIDEOS = ("mp4", "webm", "mkv", "mov")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def image(members: Mapping[str, bytes], wanted: str | None = None) -> bytes | None:
+def image(
+  members: Mapping[str, bytes], wanted: str | None = None, *, formats: Sequence[str] = IMAGES
+) -> bytes | None:
   """Returns the member that holds the image; None if there is none.
 
   Args:
     members: of the sample.
     wanted: an extension, "jpg" or "image.jpg", or the part before the format, "image"; None: an
       extension of IMAGES, or else "image" before it (KEY.image.jpg).
+    formats: the extensions, in order of preference.
   """
   if wanted is not None and wanted in members:
     return members[wanted]
   for stem in ("", "image.") if wanted is None else (f"{wanted}.",):
-    for extension in IMAGES:
+    for extension in formats:
       if stem + extension in members:
         return members[stem + extension]
   return None
@@ -51,7 +56,7 @@ def frames(members: Mapping[str, bytes], wanted: str | None = None) -> list[byte
   Args:
     members: of the sample.
     wanted: the part before the number, "camera" for KEY.camera.0.jpg; None: no such part. Without
-      numbered members, as of `image`.
+      numbered members, as of `image`, or a video: KEY.mp4.
 
   Returns:
     The images; [] if there is none.
@@ -59,7 +64,7 @@ def frames(members: Mapping[str, bytes], wanted: str | None = None) -> list[byte
   numbered = {frame_number(name, wanted): data for name, data in members.items()}
   if found := sorted(number for number in numbered if number >= 0):
     return [numbered[number] for number in found]
-  one = image(members, wanted)
+  one = image(members, wanted, formats=(*IMAGES, *VIDEOS))
   return [] if one is None else [one]
 
 
@@ -71,10 +76,10 @@ def frame_number(extension: str, wanted: str | None = None) -> int:
   return int(number) if known else -1
 
 
-def image_stems(extensions: Iterable[str]) -> set[str]:
+def image_stems(extensions: Iterable[str], formats: Sequence[str] = IMAGES) -> set[str]:
   """Returns what stands before the format in extensions of images: {"", "image", "seg"}."""
   parts = [extension.rpartition(".") for extension in extensions]
-  return {stem for stem, _, format in parts if format in IMAGES}
+  return {stem for stem, _, format in parts if format in formats}
 
 
 def read_json(data: bytes, *, key: str) -> dict[str, Any]:

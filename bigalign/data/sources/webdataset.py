@@ -58,8 +58,8 @@ class WebDataset:
       default the first with an extension of an image (samples/members.py), or KEY.image.jpg.
     images: whether images are read; if not, samples need none, and a record has image=b"".
     frames: whether a sample has several images, KEY.0.jpg, KEY.1.jpg, ..., or one, which may be an
-      animation; a record's image is then a list of them, in the order of their numbers. `image`
-      "camera" reads KEY.camera.0.jpg.
+      animation or a video (KEY.mp4); a record's image is then a list of them, in the order of
+      their numbers. `image` "camera" reads KEY.camera.0.jpg.
 
   Raises:
     ValueError: if there are no samples, no images, or none of the caption fields.
@@ -281,7 +281,15 @@ class WebDataset:
     have = sorted(self.shards.fields)
     if self._frames and any(members.frame_number(x, self._image) >= 0 for x in have):
       return
+    videos = members.image_stems(have, members.VIDEOS)
     stems, wanted = members.image_stems(have), self._image
+    if self._frames:
+      stems |= videos
+    elif videos and not stems:
+      raise ValueError(
+        f"{self.pattern!r}: these shards hold videos and no images; the extensions are:"
+        f" {tree.shown(have)}. Set config.data.frames=dict(count=8) to train on frames of them"
+      )
     known = {"", "image"} & stems if wanted is None else {wanted} & {*have, *stems}
     if known or (wanted is None and not stems):
       return
