@@ -119,7 +119,7 @@ def decode_frames(
   known |= {name: x for name, x in options.items() if name in known}
   if video.is_video(data):
     check_size = functools.partial(_check_pixels, max_pixels=known["max_pixels"])
-    return video.decode(data, choose, check_size=check_size, rotate=known["apply_exif"])
+    return video.decode(data, choose, check_size=check_size, rotate=bool(known["apply_exif"]))
   return _decode_pillow(data, choose=choose, **known)  # type: ignore[arg-type]
 
 
