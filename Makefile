@@ -3,6 +3,7 @@
 # PYTHON=python3.13   interpreter for .venv (default: the first one that is new enough)
 # EXTRAS=cuda         also install JAX for that device: cuda or tpu
 # RUN=runs/again      workdir of the quickstart
+# EXPERIMENTS="gap batches"   of make experiments; they need BIGALIGN_DATA and MINILM
 # ARGS="-k sharding"  more arguments for pytest; of make bench, the benchmarks: ARGS="step loader"
 # JOBS=4              number of test processes
 
@@ -12,6 +13,8 @@ EXTRAS ?=
 RUN ?= runs/quickstart
 ARGS ?=
 JOBS ?= 2
+# All scripts in experiments/ but the modules that they share.
+EXPERIMENTS ?= $(filter-out arms icons,$(basename $(notdir $(sort $(wildcard experiments/*.py)))))
 
 space := $(subst ,, )
 comma := ,
@@ -24,7 +27,7 @@ OPEN_CLIP := $(VENV)/.installed-open-clip
 list = $(subst $(space),$(comma),$(strip $(1)))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart base install test test-slow test-optimized test-full test-all test-long lint bench open-clip constraints dist clean
+.PHONY: help quickstart base install test test-slow test-optimized test-full test-all test-long lint bench experiments open-clip constraints dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +71,13 @@ lint: $(TEST)  ## check style, formatting and types
 
 bench: $(BENCH) $(OPEN_CLIP)  ## run the benchmarks, half an hour on two cores, into benchmarks/results
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Each writes runs/experiments/NAME; one that fails does not end the others.
+experiments: $(TEST) $(OPEN_CLIP)  ## run the experiments, hours on two cores, into runs/experiments
+	@failed=""; for name in $(EXPERIMENTS); do \
+	  echo "== $$name"; \
+	  $(BIN)/python experiments/$$name.py runs/experiments/$$name || failed="$$failed $$name"; \
+	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 open-clip: $(OPEN_CLIP)  ## install open_clip, to compare with
 

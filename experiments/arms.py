@@ -61,6 +61,7 @@ def compare(
   out.mkdir(parents=True, exist_ok=True)
   file = out / RESULTS
   rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
+  seeds = [*seeds]
   for seed in seeds:
     for arm, config in arms.items():
       if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
@@ -70,7 +71,7 @@ def compare(
       minutes = round((time.perf_counter() - begin) / 60, 2)
       rows.append(dict(arm=arm, seed=seed, minutes=minutes, **found(run, state)))
       file.write_text(json.dumps(rows, indent=1) + "\n")
-  return [row for row in rows if row["arm"] in arms]
+  return [row for row in rows if row["arm"] in arms and row["seed"] in seeds]
 
 
 def of(rows: Sequence[Row], arm: str, column: str) -> list[float]:

@@ -70,16 +70,37 @@ def retrieval(run: pathlib.Path, state: Any) -> dict[str, float]:
   return arms.last(run, METRICS)
 
 
+def hits(model: Any, stores: Mapping[str, Any], width: int | None = None, k: int = 5) -> np.ndarray:
+  """[N] bool: which texts find their icon among the first k; a tie counts for the icon.
+
+  Args:
+    model: of bigalign.load.
+    stores: an evaluator of `frozen`.
+    width: numbers of the embeddings that are compared, the first ones; None: all.
+    k: icons that are found.
+  """
+  image, text = (Store(stores[f"{side}_store"]) for side in ("image", "text"))
+  given = dict(images=image.read(np.arange(len(image))), ids=text.read(np.arange(len(text))))
+  outputs = model.apply(model.params, **given)
+  z = [np.asarray(outputs[key])[:, :width] for key in ("zimg", "ztxt")]
+  zimg, ztxt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in z)
+  scores = ztxt @ zimg.T
+  found: np.ndarray = (scores > np.diag(scores)[:, None]).sum(1) < k
+  return found
+
+
 def geometry_of(retrieval: dict[str, Any]) -> dict[str, Any]:
   """The geometry of the pairs of an evaluator of `frozen`."""
   stores = {name: x for name, x in retrieval.items() if name.endswith("_store")}
   return dict(type="geometry", **stores)
 
 
-def first_rows(store: str, count: int, path: pathlib.Path) -> str:
-  """Writes the ids of the first rows of a store, for config.data.stores.keep."""
+def first_samples(store: str, count: int, path: pathlib.Path) -> str:
+  """Writes the ids of the first samples of a store's source, for config.data.stores.keep."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  np.save(path, np.sort(Store(store).samples(np.arange(count))))
+  opened = Store(store)
+  ids, places = opened.samples(np.arange(len(opened))).T
+  np.save(path, np.sort(ids[places < count]))
   return str(path)
 
 

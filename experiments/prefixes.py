@@ -12,20 +12,11 @@ from typing import Any
 
 import arms
 import icons
-import numpy as np
 
 import bigalign
-from bigalign.data.stores.reader import Store
 
 WIDTHS = (16, 32, 64, 128, 256)
 WIDEST = f"clip, {WIDTHS[-1]}"
-
-
-def recall(zimg: np.ndarray, ztxt: np.ndarray, k: int = 5) -> float:
-  """Text to image R@k of pairs [N, E]; a tie counts for the image."""
-  zimg, ztxt = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (zimg, ztxt))
-  scores = ztxt @ zimg.T
-  return float(((scores > np.diag(scores)[:, None]).sum(1) < k).mean())
 
 
 def main() -> None:
@@ -39,12 +30,9 @@ def main() -> None:
     model = bigalign.load(run)
     figures = {}
     for name, folders in stores.items():
-      image, text = (Store(folders[f"{side}_store"]) for side in ("image", "text"))
-      given = dict(images=image.read(np.arange(len(image))), ids=text.read(np.arange(len(text))))
-      outputs = model.apply(model.params, **given)
-      z = [np.asarray(outputs[key]) for key in ("zimg", "ztxt")]
-      widths = [width for width in WIDTHS if width <= z[0].shape[1]]
-      figures |= {f"{name}, {width}": recall(*(x[:, :width] for x in z)) for width in widths}
+      for width in WIDTHS:
+        if width <= model.embed_dim:
+          figures[f"{name}, {width}"] = float(icons.hits(model, folders, width).mean())
     return figures
 
   compared = {"matryoshka": copy.deepcopy(base)}

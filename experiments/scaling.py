@@ -36,7 +36,7 @@ def main() -> None:
         c["data"]["source"] = source
       else:
         image = c["data"]["stores"]["image"]
-        keep = icons.first_rows(image, pairs, given.out / f"first_{pairs}.npy")
+        keep = icons.first_samples(image, pairs, given.out / f"first_{pairs}.npy")
         c["data"]["stores"]["keep"] = keep
       compared[f"{line} {pairs}"], places[f"{line} {pairs}"] = c, float(pairs)
   rows = arms.compare(given.out, compared, given.seeds, icons.retrieval)

@@ -85,7 +85,7 @@ def thirds(shards: Mapping[str, str], split: str, store: Store) -> np.ndarray:
   order = [*json.loads(path.with_name("styles.json").read_text())]
   third = {style: 3 * rank // len(order) for rank, style in enumerate(order)}
   of = {sample_id(f"{path.name}/{key}"): third[x["style"]] for key, _, x in members(path)}
-  return np.asarray([of[int(i)] for i in store.samples(np.arange(len(store)))])
+  return np.asarray([of[int(i)] for i, _ in store.samples(np.arange(len(store)))])
 
 
 def main() -> None:
@@ -101,12 +101,8 @@ def main() -> None:
     model = bigalign.load(run)
     figures = {}
     for name, folders in held_out.items():
-      image, text = (Store(folders[f"{side}_store"]) for side in ("image", "text"))
-      rows = np.arange(len(image))
-      outputs = model.apply(model.params, images=image.read(rows), ids=text.read(rows))
-      scores = np.asarray(outputs["ztxt"] @ outputs["zimg"].T)
-      hits = (scores > np.diag(scores)[:, None]).sum(1) < 5
-      which = thirds(shards, name, image)
+      hits = icons.hits(model, folders)
+      which = thirds(shards, name, Store(folders["image_store"]))
       figures[name] = float(hits.mean())
       figures |= {f"{name}, {x}": float(hits[which == i].mean()) for i, x in enumerate(THIRDS)}
     if "isogclr" in run.name:

@@ -51,12 +51,13 @@ def main() -> None:
   """Tunes all arms with all seeds."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("captions", type=pathlib.Path)
+  parser.add_argument("captions", type=pathlib.Path, nargs="?", help="default: OUT/../captions")
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("--steps", type=int, default=80)
   parser.add_argument("--lr", type=float, default=1e-4)
   parser.add_argument("--arms", default="clip,negclip,against")
   args = parser.parse_args()
+  args.captions = args.captions or args.out.parent / "captions"
   args.out.mkdir(parents=True, exist_ok=True)
   stores = stored(args.captions)
   config = tuned(args.captions / "teacher", stores, args.steps, args.lr)
