@@ -61,7 +61,7 @@ def ranks(
     best = jnp.max(jnp.where(positive, sims, -jnp.inf))
     first = jnp.min(jnp.where(positive & (sims == best), position, entries))
     before = valid & ((sims > best) | ((sims == best) & (position < first)))
-    return jnp.where(positive.any(), 1 + before.sum(dtype=jnp.int32), 0)
+    return jnp.where(first < entries, 1 + before.sum(dtype=jnp.int32), 0)
 
   chunk = at_once(len(query), entries, mesh)
   queries = (query, owner) if own is None else (query, owner, own)
