@@ -129,16 +129,16 @@ def summary(clean: float, shares: Mapping[tuple[str, int], float]) -> dict[str, 
     "severity_<n>-mean_top1" over kinds, mean_top1 over all, and relative_drop, the share of the
     clean accuracy that is lost in the mean; without it if no clean image is found.
   """
-  values = {"top1": clean}
-  values |= {f"{kind}-{severity}-top1": share for (kind, severity), share in shares.items()}
+  metrics = {"top1": clean}
+  metrics |= {f"{kind}-{severity}-top1": share for (kind, severity), share in shares.items()}
   for place, name in ((0, "{}-mean_top1"), (1, "severity_{}-mean_top1")):
     for one in dict.fromkeys(key[place] for key in shares):
       own = [share for key, share in shares.items() if key[place] == one]
-      values[name.format(one)] = float(np.mean(own))
-  values["mean_top1"] = float(np.mean([*shares.values()]))
+      metrics[name.format(one)] = float(np.mean(own))
+  metrics["mean_top1"] = float(np.mean([*shares.metrics()]))
   if clean:
-    values["relative_drop"] = 1 - values["mean_top1"] / clean
-  return values
+    metrics["relative_drop"] = 1 - metrics["mean_top1"] / clean
+  return metrics
 
 
 def corruptions(
@@ -222,7 +222,7 @@ def corruptions(
           totals[way] = (
             (hits, rejects) if before is None else (before[0].merge(hits), before[1] + rejects)
           )
-    values = {way: hits.compute() for way, (hits, _) in totals.items()}
+    found = {way: hits.compute() for way, (hits, _) in totals.items()}
     rejected = log_rejects(context.name, totals[None][1])
     samples = int(totals[None][0].top1.count)
     unlabelled = int(totals[None][0].unlabelled.total)
@@ -232,9 +232,9 @@ def corruptions(
         f" {len(names)} class names, and {rejected} are rejected"
       )
     metrics = summary(
-      float(values[None]["top1"]), {way: float(values[way]["top1"]) for way in ways}
+      float(found[None]["top1"]), {way: float(found[way]["top1"]) for way in ways}
     )
-    lowest = min(ways, key=lambda way: float(values[way]["top1"]))
+    lowest = min(ways, key=lambda way: float(found[way]["top1"]))
     logging.info("evaluation %r: lowest top1 with %s, severity %d", context.name, *lowest)
     metrics |= dict(num_samples=samples, num_classes=len(names))
     metrics |= {"rejected": rejected} if rejected else {}
