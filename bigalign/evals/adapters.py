@@ -262,13 +262,17 @@ def mteb(model: Loaded, name: str = "") -> Any:
         modalities=known,
       )
 
-    def encode(self, inputs: Iterable[Mapping[str, Any]], **options: Any) -> np.ndarray:
+    def encode(
+      self, inputs: Iterable[Mapping[str, Any]], *, batch_size: int = 64, **options: Any
+    ) -> np.ndarray:
       """[N, E] float32.
 
       Args:
         inputs: batches with PIL images in "image", texts in "text", or both.
-        **options: of mteb; batch_size is used.
+        batch_size: images at a time.
+        **options: of mteb, such as the task; no embedding depends on them.
       """
+      del options
       batches = iter(inputs)
       first = next(batches, {})
       given = [side for side in sides if side in first]
@@ -276,7 +280,7 @@ def mteb(model: Loaded, name: str = "") -> Any:
         raise ValueError(
           f"{model.source} embeds {' and '.join(known)}; a batch has {sorted(first)}"
         )
-      return _embedded(model, itertools.chain([first], batches), given, options)
+      return _embedded(model, itertools.chain([first], batches), given, batch_size)
 
   return Encoder()
 
@@ -285,7 +289,7 @@ def _embedded(
   model: Loaded,
   batches: Iterable[Mapping[str, Any]],
   given: Sequence[str],
-  options: Mapping[str, Any],
+  batch_size: int,
 ) -> np.ndarray:
   """[N, E]: the embeddings of what is given, or their sum."""
   texts: list[str] = []
@@ -297,7 +301,7 @@ def _embedded(
 
   if "image" not in given:
     return model.embed_texts([text for batch in batches for text in batch.get("text", ())])
-  zimg = model.embed_images(images(), batch_size=options.get("batch_size", 64))
+  zimg = model.embed_images(images(), batch_size=batch_size)
   return zimg + model.embed_texts(texts) if "text" in given else zimg
 
 
