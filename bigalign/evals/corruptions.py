@@ -135,7 +135,7 @@ def summary(clean: float, shares: Mapping[tuple[str, int], float]) -> dict[str, 
     for one in dict.fromkeys(key[place] for key in shares):
       own = [share for key, share in shares.items() if key[place] == one]
       metrics[name.format(one)] = float(np.mean(own))
-  metrics["mean_top1"] = float(np.mean([*shares.metrics()]))
+  metrics["mean_top1"] = float(np.mean([*shares.values()]))
   if clean:
     metrics["relative_drop"] = 1 - metrics["mean_top1"] / clean
   return metrics

@@ -240,8 +240,10 @@ def corruptions(values: Mapping[str, float]) -> str:
       percent=True,
       along="severity; 0: as it is",
     )
-    drop = values.get(f"{start}relative_drop")
-    lost = "" if drop is None else f" {percent(drop)} % of the accuracy is lost in the mean."
+    name = f"{start}relative_drop"
+    lost = (
+      f" {percent(values[name])} % of the accuracy is lost in the mean." if name in values else ""
+    )
     what = start.removeprefix("val/").removesuffix("-corruptions-")
     parts.append(
       f"<h2>Corruptions: {escape(what)}</h2><p>The mean over all kinds and severities is"
