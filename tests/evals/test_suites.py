@@ -197,7 +197,7 @@ def test_the_interval_is_that_of_a_bootstrap_of_samples():
     ("[x]\ntype = 'zeroshut'", "x.type: unknown 'zeroshut'"),
     ("[x]\ntype = 'zeroshot'\nsourc = 'a'", "sourc"),
     ("[x]\ntype = 'zeroshot'\nmetrics = 'top1'", "expected a list of names"),
-    ("[x]\ntype = 'geometry'\ndataset = 'a'", "dataset is of zeroshot and retrieval"),
+    ("[x]\ntype = 'geometry'\ndataset = 'a'", "dataset is of zeroshot, retrieval and associations"),
     ("[x", "is not TOML"),
     ("", "lists no task"),
   ],
