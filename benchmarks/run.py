@@ -43,6 +43,7 @@ SUMMARIES = {
   "texts": ("of padded texts", ["ratio", "16 tokens"], "{:.2f}x"),
   "startup": ("CPU s, warm", ["best", "this checkout, warm cache", "cpu_seconds"], "{:.1f}"),
   "linear_probe": ("of the seconds of scikit-learn", ["ratio"], "{:.2f}x"),
+  "retrieval": ("of the CPU seconds of faiss", ["ratio"], "{:.2f}x"),
   "search": ("s per query", ["seconds", "bigalign, in memory", "median"], "{:.4f}"),
 }
 

@@ -19,7 +19,8 @@ from bigalign.evals import caption_languages
 from bigalign.evals.embed import Context, Embedded, embedder, open_data, prefix
 
 RECALL_AT = (1, 5, 10)
-CHUNK = 2**26  # similarities at a time in one memory: 256 MB
+CHUNK = 2**24  # similarities at a time: 64 MB, of which the compiler for CPUs holds several copies
+ON_ACCELERATOR = 2**26  # in one memory: 256 MB
 
 
 def ranks(
@@ -140,8 +141,10 @@ def at_once(queries: int, entries: int, mesh: Mesh | None = None) -> int:
       that many of them are not slowed down by the communication of many small chunks.
   """
   on_accelerators = mesh is not None and mesh.devices.flat[0].platform != "cpu"
-  memories = mesh.shape["data"] * mesh.shape["fsdp"] if mesh and on_accelerators else 1
-  return min(queries, max(1, CHUNK * memories // entries))
+  room = CHUNK
+  if mesh is not None and on_accelerators:
+    room = ON_ACCELERATOR * mesh.shape["data"] * mesh.shape["fsdp"]
+  return min(queries, max(1, room // entries))
 
 
 def both_directions(
