@@ -231,9 +231,7 @@ def corruptions(
         f"{where}.source={source!r}: {unlabelled} of {samples} samples have no label of"
         f" {len(names)} class names, and {rejected} are rejected"
       )
-    metrics = summary(
-      float(found[None]["top1"]), {way: float(found[way]["top1"]) for way in ways}
-    )
+    metrics = summary(float(found[None]["top1"]), {way: float(found[way]["top1"]) for way in ways})
     lowest = min(ways, key=lambda way: float(found[way]["top1"]))
     logging.info("evaluation %r: lowest top1 with %s, severity %d", context.name, *lowest)
     metrics |= dict(num_samples=samples, num_classes=len(names))
