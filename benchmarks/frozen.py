@@ -21,9 +21,8 @@ import time
 from typing import Any
 
 import numpy as np
-from step import machine
+from step import made_by
 
-from bigalign.checkpoint import revision
 from bigalign.data.loader.pairs import Pairs
 from bigalign.frozen.embed import embed
 from bigalign.run import runtime
@@ -149,9 +148,7 @@ def main() -> int:
   for name in missed:
     print(f"{name} is below the target of {targets[name]}x")
   result = dict(
-    revision=revision(),
-    machine=machine(),
-    versions=versions,
+    **made_by(versions),
     batch_size=config["batch_size"],
     pairs_per_second=rates,
     turns=rates_by_turn,

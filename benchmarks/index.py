@@ -27,9 +27,8 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from step import machine
+from step import made_by
 
-from bigalign.checkpoint import revision
 from bigalign.data.sources.base import open_source
 from bigalign.data.tar import index
 from bigalign.run import runtime
@@ -203,9 +202,7 @@ def main() -> int:
   args.json.write_text(
     json.dumps(
       dict(
-        revision=revision(),
-        machine=machine(),
-        versions=runtime.versions(),
+        **made_by(runtime.versions()),
         targets=TARGETS,
         **figures,
         cpu_microseconds_per_read=microseconds,

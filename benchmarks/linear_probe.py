@@ -21,10 +21,9 @@ import sklearn
 from jax.sharding import NamedSharding
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from step import machine
+from step import made_by
 
 from bigalign import sharding
-from bigalign.checkpoint import revision
 from bigalign.evals import features, linear
 from bigalign.evals.features import Features
 from bigalign.run import runtime
@@ -120,9 +119,7 @@ def main() -> int:
   missed += [f"accuracies differ by more than {SAME}"] if apart > SAME else []
   print("; ".join(missed) or "all targets are met")
   result = dict(
-    revision=revision(),
-    machine=machine(),
-    versions=runtime.versions() | {"scikit-learn": sklearn.__version__},
+    **made_by(runtime.versions() | {"scikit-learn": sklearn.__version__}),
     size=dict(zip(("rows", "width", "classes"), size)),
     penalty=args.penalty,
     seconds=best,

@@ -357,9 +357,7 @@ def main() -> int:
   except ImportError as error:
     parser.exit(1, f"{error}; `make bench` installs what the benchmarks need\n")
   # Imported late: the loaders' processes import this file, and must not start JAX.
-  from step import machine
-
-  from bigalign.checkpoint import revision
+  from step import made_by
 
   data = pathlib.Path(os.environ["BIGALIGN_DATA"])
   shards = [
@@ -386,7 +384,7 @@ def main() -> int:
       rows[name], more = compare(pattern, name, args.rounds)
       missed += more
   print("\n".join(missed or ["all targets are met"]))
-  result = dict(revision=revision(), machine=machine(), versions=versions, missed=missed, **rows)
+  result = dict(**made_by(versions), missed=missed, **rows)
   args.json.parent.mkdir(parents=True, exist_ok=True)
   args.json.write_text(json.dumps(result, indent=1) + "\n")
   return int(bool(missed))

@@ -21,9 +21,8 @@ import time
 from collections.abc import Iterable
 
 import numpy as np
-from step import machine
+from step import made_by
 
-from bigalign.checkpoint import revision
 from bigalign.data.order.order import Order
 from bigalign.data.sources.base import open_source
 from bigalign.data.tar.remote_blocks import BLOCK, RemoteBlocks
@@ -135,9 +134,7 @@ def main() -> int:
   args.json.write_text(
     json.dumps(
       dict(
-        revision=revision(),
-        machine=machine(),
-        versions=runtime.versions(),
+        **made_by(runtime.versions()),
         latency=LATENCY,
         connections=CONNECTIONS,
         ratio=ratio,

@@ -122,9 +122,8 @@ def main() -> int:
     measured["peak"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps(measured))
     return 0
-  from step import machine
+  from step import made_by
 
-  from bigalign.checkpoint import revision
   from bigalign.run import runtime
 
   versions = runtime.versions()
@@ -154,9 +153,7 @@ def main() -> int:
   if rival and not np.allclose(own["recalls"], rival["recalls"], rtol=0, atol=3 / args.rows):
     missed.append(f"recalls differ: {own['recalls']} and {rival['recalls']}")
   result = dict(
-    revision=revision(),
-    machine=machine(),
-    versions=versions,
+    **made_by(versions),
     rows=args.rows,
     width=WIDTH,
     load=load,

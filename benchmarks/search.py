@@ -25,9 +25,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from step import machine
+from step import made_by
 
-from bigalign.checkpoint import revision
 from bigalign.data.stores import writer
 from bigalign.data.stores.reader import Store
 from bigalign.run import runtime
@@ -143,9 +142,7 @@ def main() -> int:
     if "faiss, flat" in ways:
       results["approximate"] = approximate(store, held, queries, args.realtime)
   result = dict(
-    revision=revision(),
-    machine=machine(),
-    versions=versions,
+    **made_by(versions),
     rows=args.rows,
     width=WIDTH,
     k=K,

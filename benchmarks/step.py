@@ -14,7 +14,7 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # Without this, idle OpenMP threads of one framework spin and take the cores from the other one. The
@@ -254,6 +254,15 @@ def machine() -> dict[str, object]:
   )
 
 
+def made_by(versions: Mapping[str, str]) -> dict[str, object]:
+  """What the JSON of each benchmark begins with: the code, the machine and the packages.
+
+  Args:
+    versions: {package: version}.
+  """
+  return dict(revision=revision(), machine=machine(), versions=versions)
+
+
 def main() -> int:
   """Prints a table, writes the JSON, and returns 1 if the guard fails, otherwise 0."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -283,9 +292,7 @@ def main() -> int:
       f"  {row['images_per_second']:.0f} images/s  {row['flops_per_step'] / 1e9:.2f} GFLOP"
     )
   result = dict(
-    revision=revision(),
-    machine=machine(),
-    versions=versions,
+    **made_by(versions),
     batch_size=SMALL.batch,
     rounds=args.rounds,
     steps=args.steps,

@@ -22,10 +22,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step import machine
+from step import made_by
 
 from bigalign import sharding, tree
-from bigalign.checkpoint import revision
 from bigalign.data.loader.options import resolve_data
 from bigalign.evals.embed import Context, mean_embedder
 from bigalign.model import make_model
@@ -129,9 +128,7 @@ def main() -> int:
       )
     print(f"{case:10} {ratios[case]:.2f}x, largest difference {differences[case]:.1e}")
   written = {
-    "revision": revision(),
-    "machine": machine(),
-    "versions": runtime.versions(),
+    **made_by(runtime.versions()),
     "figures": figures,
     "ratio": ratios,
     "difference": differences,

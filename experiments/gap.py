@@ -12,11 +12,7 @@ import copy
 import arms
 import icons
 
-METRICS = icons.METRICS | {
-  "gap": "val/geometry/centroid_distance",
-  "uniformity": "val/geometry/uniformity",
-  "alignment": "val/geometry/alignment",
-}
+METRICS = icons.METRICS | icons.GEOMETRY
 
 
 def main() -> None:

@@ -29,6 +29,12 @@ METRICS = {
   for name in HELD_OUT
   for way, metric in (("t2i", "text_to_image"), ("i2t", "image_to_text"))
 }
+# The same of the evaluator "geometry", see geometry_of.
+GEOMETRY = {
+  "gap": "val/geometry/centroid_distance",
+  "uniformity": "val/geometry/uniformity",
+  "alignment": "val/geometry/alignment",
+}
 
 
 def frozen(
@@ -70,8 +76,21 @@ def retrieval(run: pathlib.Path, state: Any) -> dict[str, float]:
   return arms.last(run, METRICS)
 
 
-def hits(model: Any, stores: Mapping[str, Any], width: int | None = None, k: int = 5) -> np.ndarray:
+def first(zimg: np.ndarray, ztxt: np.ndarray, k: int = 5) -> np.ndarray:
   """[N] bool: which texts find their icon among the first k; a tie counts for the icon.
+
+  Args:
+    zimg: [N, E], unit norm.
+    ztxt: [N, E], of the same samples.
+    k: icons that are found.
+  """
+  scores = ztxt @ zimg.T
+  found: np.ndarray = (scores > np.diag(scores)[:, None]).sum(1) < k
+  return found
+
+
+def hits(model: Any, stores: Mapping[str, Any], width: int | None = None, k: int = 5) -> np.ndarray:
+  """`first` of the stored vectors of an evaluator.
 
   Args:
     model: of bigalign.load.
@@ -84,9 +103,7 @@ def hits(model: Any, stores: Mapping[str, Any], width: int | None = None, k: int
   outputs = model.apply(model.params, **given)
   z = [np.asarray(outputs[key])[:, :width] for key in ("zimg", "ztxt")]
   zimg, ztxt = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in z)
-  scores = ztxt @ zimg.T
-  found: np.ndarray = (scores > np.diag(scores)[:, None]).sum(1) < k
-  return found
+  return first(zimg, ztxt, k)
 
 
 def geometry_of(retrieval: dict[str, Any]) -> dict[str, Any]:

@@ -10,23 +10,20 @@ import csv
 import io
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigalign import sharding
 from bigalign.data.files.lines import read_names, read_text
 from bigalign.data.files.patterns import expand_variables
-from bigalign.data.loader import evaluation
 from bigalign.evals.compositional import Example, Files, Set, image_folder
 from bigalign.evals.embed import (
   Context,
-  EvalData,
   embedded_images,
   log_rejects,
-  mean_embedder,
-  round_batch,
+  read_data,
+  texts_embedder,
   to_host,
 )
 
@@ -160,29 +157,12 @@ def associations(
   examples = [Example(name, None, ()) for name in names]
   folder = image_folder(images, beside, at)
   source = Files([Set("images", examples, False, str(beside))], folder, context.data.apply_exif)
-  size = round_batch(context.mesh, batch_size)
-  rows = sharding.host_rows(context.mesh, size)
+  data = read_data(context, source, batch_size=batch_size, captions=0)
   place = {name: i for i, name in enumerate(names)}
-
-  def batches(**more: Any) -> Iterable[Mapping[str, np.ndarray]]:
-    return evaluation.eval_batches(
-      source, context.data, batch_size=size, rows=rows, captions=0, **more
-    )
-
-  data = EvalData(source, size, batches)
-  ids, mask = context.data.make_tokenizer().encode_batch([prompt(cue.text) for cue in cues])
-  weigh = mean_embedder(
-    context,
-    lambda params, batch: context.embed_text(params, batch["ids"], batch["mask"]),
-    dict(ids=ids, mask=mask),
-    group=1,
-    batch_size=batch_size,
-    lengths=context.text_lengths(ids, mask),
-    combine=lambda z: z[:, 0],
-  )
+  embed_cues = texts_embedder(context, [prompt(cue.text) for cue in cues], batch_size=batch_size)
 
   def run(params: Any) -> dict[str, float]:
-    ztxt = np.asarray(weigh(params))
+    ztxt = np.asarray(embed_cues(params))
     parts: list[Sequence[np.ndarray]] = []
     alone = context._replace(shared=None)
     for zimg, batch in embedded_images(alone, data, params):

@@ -44,42 +44,6 @@ class Spoken(NamedTuple):
   fields: tuple[str, ...] | None
 
 
-class AllCaptions:
-  """A source whose records have the captions of all fields, one field after the other.
-
-  Args:
-    source: the samples, opened with these fields.
-    fields: of the captions.
-  """
-
-  def __init__(self, source: Any, fields: Sequence[str] | None):
-    self._source, self._fields = source, fields
-    self.fingerprint = source.fingerprint
-
-  def __repr__(self) -> str:
-    return repr(self._source)
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def key(self, i: int) -> str:
-    """The key of a sample."""
-    return base.key(self._source, i)
-
-  def where(self, i: int) -> tuple[str, int, int]:
-    """The file of a sample, its place there, and the samples in that file."""
-    return base.where(self._source, i)
-
-  def prefetch(self, ids: Sequence[int], *, hold: int = 0) -> None:
-    """Lets the source begin to fetch samples."""
-    base.prefetch(self._source, ids, hold=hold)
-
-  def __getitem__(self, i: int) -> dict[str, Any]:
-    record = self._source[i]
-    every = captions_of(record, self._fields)
-    return {**record, "captions": tuple(text for own in every.values() for text in own)}
-
-
 def captions_of(
   record: Mapping[str, Any], fields: Sequence[str] | None
 ) -> Mapping[str, tuple[str, ...]]:
@@ -88,6 +52,11 @@ def captions_of(
   if texts is None:
     return {(fields or ("",))[0]: record["captions"]}
   return {field: tuple(texts.get(field, ())) for field in fields or texts}
+
+
+def all_captions(record: Mapping[str, Any], fields: Sequence[str] | None) -> tuple[str, ...]:
+  """The captions of all fields of a record, one field after the other."""
+  return tuple(text for own in captions_of(record, fields).values() for text in own)
 
 
 def read(

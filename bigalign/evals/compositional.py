@@ -8,9 +8,10 @@ folder of images.
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,10 @@ from bigalign.data.files import fingerprints
 from bigalign.data.files.lines import read_names, read_text
 from bigalign.data.files.patterns import expand_variables
 from bigalign.data.image.decode import decode
-from bigalign.data.loader import evaluation
 from bigalign.data.samples import image_files
 from bigalign.data.samples.rejects import Rejected
-from bigalign.data.sources.base import key, open_source, read, where
-from bigalign.evals.embed import Context, Embedded, EvalData, embedder, round_batch
+from bigalign.data.sources.base import WithCaptions, open_source, read
+from bigalign.evals.embed import Context, Embedded, embedder, read_data
 
 # The sets of SugarCrepe by kind; a kind is reported as the mean of its sets.
 KINDS = dict(add=("obj", "att"), replace=("obj", "att", "rel"), swap=("obj", "att"))
@@ -242,39 +242,14 @@ def _crop(pixels: np.ndarray, box: tuple[float, ...]) -> np.ndarray:
   return np.asarray(Image.fromarray(pixels).crop((x, y, x + w, y + h)))  # type: ignore[arg-type]
 
 
-class _Choices:
-  """The samples of a source; the first caption of the first field is correct, all others wrong."""
-
-  def __init__(self, source: Any, fields: Sequence[str]):
-    self._source, self._fields = source, fields
-    self.fingerprint = source.fingerprint
-
-  def __repr__(self) -> str:
-    return repr(self._source)
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def key(self, i: int) -> str:
-    """The key of a sample."""
-    return key(self._source, i)
-
-  def where(self, i: int) -> tuple[str, int, int]:
-    """The file of a sample, its place there, and the samples in that file."""
-    return where(self._source, i)
-
-  def captions(self, record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The correct caption and the wrong ones."""
-    texts = record.get("texts") or {"": record["captions"]}
-    own = [tuple(texts.get(field, ())) for field in (self._fields if "" not in texts else ("",))]
-    captions = tuple(text for of_field in own for text in of_field)
-    if not own or not own[0] or len(captions) < 2:
-      raise Rejected("no_caption", f"{len(captions)} captions; expected one and a wrong one")
-    return captions
-
-  def __getitem__(self, i: int) -> dict[str, Any]:
-    record = self._source[i]
-    return {**record, "captions": self.captions(record)}
+def _choices(record: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
+  """The first caption of the first field, which is correct, and all others, which are wrong."""
+  texts = record.get("texts") or {"": record["captions"]}
+  own = [tuple(texts.get(field, ())) for field in (fields if "" not in texts else ("",))]
+  captions = tuple(text for of_field in own for text in of_field)
+  if not own or not own[0] or len(captions) < 2:
+    raise Rejected("no_caption", f"{len(captions)} captions; expected one and a wrong one")
+  return captions
 
 
 def _files(folder: str, sets: Sequence[str] | None, what: str) -> list[pathlib.Path]:
@@ -346,7 +321,9 @@ def compositional(
     if images or sets is not None or without:
       raise ValueError(f"{at}: images, sets and without have an effect with `folder` only")
     names = fields or context.data.caption_fields or ()
-    opened: Any = _Choices(open_source(source, captions=names or None), names)
+    opened: Any = WithCaptions(
+      open_source(source, captions=names or None), functools.partial(_choices, fields=names)
+    )
     every = [_of_source(opened, f"{at}.source={source!r}")]
   else:
     if fields is not None:
@@ -356,15 +333,8 @@ def compositional(
     every.sort(key=lambda one: not one.two_images)  # so that the two images are rows 2n and 2n + 1
     opened = Files(every, image_folder(images, files[0].parent, at), context.data.apply_exif)
   most = max(len(example.captions) for one in every for example in one.examples)
-  size = round_batch(context.mesh, batch_size)
-  rows = sharding.host_rows(context.mesh, size)
-
-  def batches(**more: Any) -> Iterable[Mapping[str, np.ndarray]]:
-    return evaluation.eval_batches(
-      opened, context.data, batch_size=size, rows=rows, captions=most, **more
-    )
-
-  embed = embedder(context._replace(shared=None), EvalData(opened, size, batches))
+  data = read_data(context, opened, batch_size=batch_size, captions=most)
+  embed = embedder(context._replace(shared=None), data)
   compare = jax.jit(_compare, out_shardings=sharding.replicated_sharding(context.mesh))
 
   def run(params: Any) -> dict[str, float]:
@@ -381,7 +351,7 @@ def compositional(
   return run
 
 
-def _of_source(source: _Choices, what: str) -> Set:
+def _of_source(source: WithCaptions, what: str) -> Set:
   """The samples of a source as a set; reads their captions."""
   examples = []
   for i in range(len(source)):

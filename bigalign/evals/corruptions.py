@@ -22,9 +22,8 @@ from PIL import Image
 
 from bigalign import checks, sharding
 from bigalign.data.image import naflex
-from bigalign.data.sources.base import name_classes
 from bigalign.evals.embed import Context, log_rejects, open_data
-from bigalign.evals.zeroshot import class_weights, measure, read_lines, read_templates
+from bigalign.evals.zeroshot import class_names, class_weights, measure, read_templates
 from bigalign.run.progress import track
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -185,13 +184,7 @@ def corruptions(
       f"{where}: corruptions are of squares, not of config.data.naflex or config.data.frames"
     )
   data = open_data(context._replace(shared=None), source, batch_size=batch_size, captions=0)
-  if classnames is None:
-    names = list(getattr(data.source, "classnames", ()))
-  else:
-    names = read_lines(classnames, f"{where}.classnames", labels=True)
-    name_classes(data.source, names)
-  if not names:
-    raise ValueError(f"{where}: {source} has no class names; set classnames to a file of them")
+  names = class_names(data.source, classnames, where, source)
   prompts = read_templates(templates, f"{where}.templates")
   weigh = class_weights(context, classnames=names, templates=prompts, batch_size=batch_size)
   rows = sharding.host_rows(context.mesh, data.batch_size)

@@ -23,7 +23,7 @@ from bigalign.data.image import naflex
 from bigalign.data.loader import evaluation
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.samples.rejects import REASONS, Rejected
-from bigalign.data.sources.base import open_source, read
+from bigalign.data.sources.base import WithCaptions, open_source, read
 from bigalign.data.stores.one_side import OneSide
 from bigalign.data.stores.reader import Store
 from bigalign.losses.logit_head import LogitHead
@@ -181,7 +181,7 @@ def open_data(
   fields: Sequence[str] | None = None,
   image_store: str = "",
   text_store: str = "",
-  wrap: Callable[[Any], Any] | None = None,
+  captions_of: Callable[[Mapping[str, Any]], tuple[str, ...]] | None = None,
 ) -> EvalData:
   """Opens a source as evaluation batches, preprocessed as in config.data without augmentation.
 
@@ -193,7 +193,7 @@ def open_data(
     fields: caption fields; None: config.data.captions.
     image_store: folder of the vectors of the images, in place of their pixels; "" for none.
     text_store: folder of the vectors of the captions, in place of their words; "" for none.
-    wrap: makes the source that is read from the one that is opened; None: it is read itself.
+    captions_of: from a record to its captions; None: those that it has.
 
   Raises:
     ValueError: if the source has no samples, or too little is given.
@@ -219,18 +219,44 @@ def open_data(
   opened = open_source(source, captions=fields, frames=context.data.frames is not None)
   if not len(opened):
     raise ValueError(f"config.evals.{context.name}.source={source!r} has no samples")
-  opened = wrap(opened) if wrap else opened
+  opened = WithCaptions(opened, captions_of) if captions_of else opened
   stored = OneSide(image_store, text_store) if opened_stores else None
   if captions is None:
     texts = stored.text if stored else None
     captions = evaluation.most_rows(texts) if texts else most_captions(opened)
+  return read_data(
+    context, opened, batch_size=batch_size, captions=captions, stored=stored, pattern=pattern
+  )
+
+
+def read_data(
+  context: Context,
+  source: Any,
+  *,
+  batch_size: int,
+  captions: int,
+  stored: OneSide | None = None,
+  pattern: tuple[str, str] = ("", ""),
+) -> EvalData:
+  """An opened source as evaluation batches, preprocessed as in config.data without augmentation.
+
+  Args:
+    context: of the evaluator.
+    source: the samples.
+    batch_size: global; rounded up to fit the mesh.
+    captions: C, captions per image in a batch; 0 reads none.
+    stored: vectors in place of images or captions.
+    pattern: see EvalData.
+  """
+  size = round_batch(context.mesh, batch_size)
+  rows = sharding.host_rows(context.mesh, size)
 
   def batches(**more: Any) -> Iterable[Mapping[str, np.ndarray]]:
     return evaluation.eval_batches(
-      opened, context.data, batch_size=size, rows=rows, captions=captions, stored=stored, **more
+      source, context.data, batch_size=size, rows=rows, captions=captions, stored=stored, **more
     )
 
-  return EvalData(opened, size, batches, pattern)
+  return EvalData(source, size, batches, pattern)
 
 
 def _from_stores(
@@ -491,6 +517,38 @@ def mean_embedder(
     return sharding.block_on_cpu(mean_jit(embedded, places))
 
   return run
+
+
+def texts_embedder(
+  context: Context,
+  texts: Sequence[str],
+  *,
+  group: int | np.ndarray = 1,
+  batch_size: int,
+  combine: Callable[[jax.Array], Any] = lambda z: z[:, 0],
+) -> Callable[[Any], Any]:
+  """Returns run(params) -> what `combine` makes of groups of embedded texts, on every device.
+
+  Args:
+    context: of the evaluator.
+    texts: N, equal on every host.
+    group, batch_size: as of mean_embedder.
+    combine: as of mean_embedder; by default the embedding of each text, [N, E].
+  """
+  ids, mask = context.data.make_tokenizer().encode_batch(list(texts))
+
+  def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    return context.embed_text(params, batch["ids"], batch["mask"])
+
+  return mean_embedder(
+    context,
+    embed,
+    dict(ids=ids, mask=mask),
+    group=group,
+    batch_size=batch_size,
+    lengths=context.text_lengths(ids, mask),
+    combine=combine,
+  )
 
 
 def logits(z: jax.Array, weights: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from bigalign.data.samples.rejects import Rejected
 from bigalign.data.sources import base
 from bigalign.evals.embed import places
 
-MOST = 1000  # different values; more are no groups
+MOST = 1000  # groups; a field with more different values is refused
 
 
 class Groups(NamedTuple):

@@ -54,19 +54,38 @@ def ranks(
   entries = gallery_valid.size
   position = jnp.arange(entries, dtype=jnp.int32).reshape(gallery_valid.shape)
 
-  def rank(one: tuple[jax.Array, ...]) -> jax.Array:
-    z, mine, *itself = one
-    sims = _similarities(z, gallery, mesh)
-    valid = gallery_valid & (position != itself[0]) if itself else gallery_valid
-    positive = valid & (gallery_owner == mine)[:, :, None]
+  def rank(sims: jax.Array, valid: jax.Array, positive: jax.Array) -> jax.Array:
     best = jnp.max(jnp.where(positive, sims, -jnp.inf))
     first = jnp.min(jnp.where(positive & (sims == best), position, entries))
     before = valid & ((sims > best) | ((sims == best) & (position < first)))
     return jnp.where(first < entries, 1 + before.sum(dtype=jnp.int32), 0)
 
-  chunk = at_once(len(query), entries, mesh)
+  return _by_query(rank, query, owner, gallery, gallery_owner, gallery_valid, own, mesh)
+
+
+def _by_query(
+  measure: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+  query: jax.Array,
+  owner: jax.Array,
+  gallery: jax.Array,
+  gallery_owner: jax.Array,
+  gallery_valid: jax.Array,
+  own: jax.Array | None,
+  mesh: Mesh | None,
+) -> jax.Array:
+  """[Q]: a measure of each query, (similarities, entries that count, positives), [N, B, C] each."""
+  entries = gallery_valid.size
+  position = jnp.arange(entries, dtype=jnp.int32).reshape(gallery_valid.shape)
+
+  def one(of_query: tuple[jax.Array, ...]) -> jax.Array:
+    z, mine, *itself = of_query
+    valid = gallery_valid & (position != itself[0]) if itself else gallery_valid
+    positive = valid & (gallery_owner == mine)[:, :, None]
+    return measure(_similarities(z, gallery, mesh), valid, positive)
+
   queries = (query, owner) if own is None else (query, owner, own)
-  by_query: jax.Array = jax.lax.map(rank, queries, batch_size=chunk)
+  chunk = at_once(len(query), entries, mesh)
+  by_query: jax.Array = jax.lax.map(one, queries, batch_size=chunk)
   return by_query
 
 
@@ -110,25 +129,16 @@ def precision_at_r(
   Returns:
     [Q] float32; 0 for a query without a positive.
   """
-  entries = gallery_valid.size
-  position = jnp.arange(entries, dtype=jnp.int32).reshape(gallery_valid.shape)
-  most = min(most, entries)
+  most = min(most, gallery_valid.size)
 
-  def average(one: tuple[jax.Array, ...]) -> jax.Array:
-    z, mine, *itself = one
-    valid = gallery_valid & (position != itself[0]) if itself else gallery_valid
-    positive = valid & (gallery_owner == mine)[:, :, None]
-    sims = jnp.where(valid, _similarities(z, gallery, mesh), -jnp.inf)
-    best, place = jax.lax.top_k(sims.ravel(), most)
+  def average(sims: jax.Array, valid: jax.Array, positive: jax.Array) -> jax.Array:
+    best, place = jax.lax.top_k(jnp.where(valid, sims, -jnp.inf).ravel(), most)
     count = positive.sum(dtype=jnp.int32)
     among = jnp.arange(1, most + 1)
     hit = positive.ravel()[place] & (best > -jnp.inf) & (among <= count)
     return jnp.sum(hit * jnp.cumsum(hit) / among) / jnp.maximum(count, 1)
 
-  chunk = at_once(len(query), entries, mesh)
-  queries = (query, owner) if own is None else (query, owner, own)
-  by_query: jax.Array = jax.lax.map(average, queries, batch_size=chunk)
-  return by_query
+  return _by_query(average, query, owner, gallery, gallery_owner, gallery_valid, own, mesh)
 
 
 def at_once(queries: int, entries: int, mesh: Mesh | None = None) -> int:
@@ -292,7 +302,9 @@ def retrieval(
     fields=fields,
     image_store=image_store,
     text_store=text_store,
-    wrap=functools.partial(caption_languages.AllCaptions, fields=fields) if spoken else None,
+    captions_of=functools.partial(caption_languages.all_captions, fields=fields)
+    if spoken
+    else None,
   )
   embed = embedder(context, data)
   find = jax.jit(

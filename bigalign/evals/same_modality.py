@@ -23,10 +23,10 @@ from bigalign.evals.embed import (
   Context,
   embedded_images,
   log_rejects,
-  mean_embedder,
   open_data,
   prefix,
   round_batch,
+  texts_embedder,
   to_host,
 )
 from bigalign.evals.retrieval import precision_at_r, ranks, recalls
@@ -224,25 +224,11 @@ def text_retrieval(
   for some, of_side in zip(sides, (queries, among)):
     if not some and of_side is not None:
       raise ValueError(f"{where}.source={source!r}: no text in {tree.shown(of_side)}")
-  tokenizer = context.data.make_tokenizer()
-
-  def embedder(texts: Sequence[str]) -> Callable[[Any], Any]:
-    ids, mask = tokenizer.encode_batch(list(texts))
-    return mean_embedder(
-      context,
-      lambda params, batch: context.embed_text(params, batch["ids"], batch["mask"]),
-      dict(ids=ids, mask=mask),
-      group=1,
-      batch_size=batch_size,
-      lengths=context.text_lengths(ids, mask),
-      combine=lambda z: z[:, 0],
-    )
-
-  embedders = [embedder(texts) for texts in sides if texts]
+  embed = texts_embedder(context, [*sides[0], *sides[1]], batch_size=batch_size)
   owner = [np.array(some, np.int32) for some in owners if some]
 
   def run(params: Any) -> dict[str, float]:
-    z = [np.asarray(one(params)) for one in embedders]
+    z = [x for x in np.split(np.asarray(embed(params)), [len(sides[0])]) if len(x)]
     count = len(z[0])
     own = np.full(count, -1, np.int32) if among else np.arange(count, dtype=np.int32)
     found = measure(z[0], owner[0], z[-1], owner[-1], own, context.mesh)

@@ -36,6 +36,7 @@ from bigalign.evals.embed import (
   mean_embedder,
   open_data,
   places,
+  texts_embedder,
   unit_mean,
 )
 from bigalign.evals.frequency import measure as measure_frequency
@@ -383,6 +384,31 @@ def _of_widths(
   return lambda z: {width: combine(prefix_of(z, width)) for width in (0, *widths)}
 
 
+def class_names(source: Any, file: str | None, where: str, what: str) -> list[str]:
+  """The names of the classes of a source; its labels that are names then mean those of a file.
+
+  Args:
+    source: the samples.
+    file: of names in the order of the labels; None: the names that the source has.
+    where: the evaluator, for errors.
+    what: names the source, for errors.
+
+  Raises:
+    ValueError: if there are none.
+  """
+  if file is None:
+    names = list(getattr(source, "classnames", ()))
+  else:
+    names = read_lines(file, f"{where}.classnames", labels=True)
+    name_classes(source, names)
+  if not names:
+    raise ValueError(
+      f"{where}: {what} has no class names (no classnames.txt next to its shards);"
+      " set classnames to a file with one name per line, in the order of the labels"
+    )
+  return names
+
+
 def class_weights(
   context: Context,
   *,
@@ -400,19 +426,11 @@ def class_weights(
     batch_size: prompts at a time, over all devices.
     widths: of Matryoshka prefixes; then weigh(params) is {0: [K, E], width: [K, width], …}.
   """
-  prompts = [fill(template, name) for name in classnames for template in templates]
-  ids, mask = context.data.make_tokenizer().encode_batch(prompts)
-
-  def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return context.embed_text(params, batch["ids"], batch["mask"])
-
-  return mean_embedder(
+  return texts_embedder(
     context,
-    embed,
-    dict(ids=ids, mask=mask),
+    [fill(template, name) for name in classnames for template in templates],
     group=len(templates),
     batch_size=batch_size,
-    lengths=context.text_lengths(ids, mask),
     combine=_of_widths(unit_mean, widths),
   )
 
@@ -441,27 +459,21 @@ def description_weights(
     batch_size: sentences at a time, over all devices.
     widths: as of class_weights.
   """
-  ids, mask = context.data.make_tokenizer().encode_batch([x for own in sentences for x in own])
   counts = np.array([len(own) for own in sentences])
   ordinal = np.arange(counts.max())[None]
   first = (np.cumsum(counts) - counts)[:, None]
   own = ordinal < counts[:, None]
   shares = np.full(own.shape, 1 / counts.max()) if pad else own / counts[:, None]  # [K, G]
 
-  def embed(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    return context.embed_text(params, batch["ids"], batch["mask"])
-
   def combine(z: jax.Array) -> jax.Array:
     mean = jnp.sum(shares[:, :, None].astype(z.dtype) * z, axis=1)
     return unit(mean) if renormalise else mean
 
-  return mean_embedder(
+  return texts_embedder(
     context,
-    embed,
-    dict(ids=ids, mask=mask),
+    [x for own in sentences for x in own],
     group=first + np.where(own, ordinal, 0),
     batch_size=batch_size,
-    lengths=context.text_lengths(ids, mask),
     combine=_of_widths(combine, widths),
   )
 
@@ -641,18 +653,9 @@ def zeroshot(
     return _languages(context, data, sets, templates, batch_size)
   if isinstance(templates, Mapping):
     raise ValueError(f"{where}.templates has languages, but {where}.classnames has none")
-  names = (
-    list(getattr(data.source, "classnames", ()))
-    if classnames is None
-    else read_lines(str(classnames), f"{where}.classnames", labels=True)
+  names = class_names(
+    data.source, None if classnames is None else str(classnames), where, source or image_store
   )
-  if classnames is not None:
-    name_classes(data.source, names)
-  if not names:
-    raise ValueError(
-      f"{where}: {source or image_store} has no class names (no classnames.txt next to its shards);"
-      " set classnames to a file with one name per line, in the order of the labels"
-    )
   for unused, text in (
     (renormalise, "renormalise=True"),
     (not pad_descriptions, "pad_descriptions=False"),

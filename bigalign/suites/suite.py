@@ -28,13 +28,8 @@ SCORES: dict[str, tuple[tuple[str, ...], ...]] = dict(
   associations=(("jaccard",),),
   corruptions=(("mean_top1",),),
 )
-_OF_TASK = (
-  "type",
-  "dataset",
-  "metrics",
-  "get",
-  "shift_of",
-)  # every other key is an option of the evaluator
+# Keys of a task; every other key is an option of the evaluator.
+_OF_TASK = ("type", "dataset", "metrics", "get", "shift_of")
 
 
 @dataclasses.dataclass(frozen=True)

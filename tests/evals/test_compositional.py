@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import types
 
 import jax
 import numpy as np
@@ -282,9 +281,8 @@ def test_captions_of_a_source(tmp_path):
 
 def test_a_source_without_fields_has_no_captions():
   record = dict(texts=dict(caption=("an ant", "a bee")), captions=())
-  choices = compositional._Choices(types.SimpleNamespace(fingerprint=""), ())
   with pytest.raises(Rejected, match="0 captions; expected one and a wrong one"):
-    choices.captions(record)
+    compositional._choices(record, ())
 
 
 def test_files_of_another_form_are_named(tmp_path):

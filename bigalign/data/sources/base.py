@@ -248,6 +248,41 @@ def where(source: Source, i: int) -> tuple[str, int, int]:
   return repr(source), i, len(source)
 
 
+class WithCaptions:
+  """A source whose records have other captions.
+
+  Args:
+    source: the samples.
+    captions: from a record to its captions; may raise Rejected.
+  """
+
+  def __init__(self, source: Any, captions: Callable[[Mapping[str, Any]], tuple[str, ...]]):
+    self._source, self._captions = source, captions
+    self.fingerprint: str = source.fingerprint
+
+  def __repr__(self) -> str:
+    return repr(self._source)
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def key(self, i: int) -> str:
+    """The key of a sample."""
+    return key(self._source, i)
+
+  def where(self, i: int) -> tuple[str, int, int]:
+    """The file of a sample, its place there, and the samples in that file."""
+    return where(self._source, i)
+
+  def prefetch(self, ids: Iterable[int], *, hold: int = 0) -> None:
+    """Lets the source begin to fetch samples."""
+    prefetch(self._source, ids, hold=hold)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    record = self._source[i]
+    return {**record, "captions": self._captions(record)}
+
+
 def read(source: Source, i: int) -> dict[str, Any]:
   """Returns the record of sample i.
 

@@ -37,9 +37,9 @@ def superclass(*, idf: bool = True) -> Loss:
   batch, have it; the weights of a text then sum to 1. A word that all texts have, such as the end
   of text, weighs nothing. The loss is the mean over the texts that have a word left.
 
-  The release counts in float64 and takes padding for a word of every text, which weighs nothing
-  either. Here frequencies are running means in float32, and padding is no word. The paper pools
-  with the mean of the patches: config.model.image.pool="mean".
+  The release counts in float64, and counts padding as a word that every text has, whose weight is
+  0. Here frequencies are running means in float32, and padding does not count. The paper pools with
+  the mean of the patches: config.model.image.pool="mean".
 
   >>> from bigalign import losses
   >>> [*losses.make_loss(dict(superclass={})).terms]
