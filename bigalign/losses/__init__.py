@@ -182,6 +182,16 @@ SET_BY = dict(
   text_pairs="config.data.text_pairs",
 )
 
+# The beginning of a field's name that a head may read -> the option of the config that provides it.
+SET_BY_PREFIX = {
+  "view/": "config.data.views",
+  "region_negatives": "config.data.regions.negatives, such as 10",
+  "region_": "config.data.regions",
+  "task_": "config.data.locations",
+  "image": "config.data.images=True, without a store of image vectors",
+  "text": "config.data.captions, without a store of text vectors",
+  "": "config.data.columns",
+}
 
 # Why a loss has no option texts.
 ONE_TEXT = (
@@ -196,6 +206,7 @@ READ_BY = dict(
   teachers="a loss that learns from teachers, such as clip_distill",
   text_pairs="the loss text_pairs",
   regions="a loss of regions, such as region_phrase",
+  **{"regions.negatives": "config.loss.region_phrase.own_negatives, 5.0 in FG-CLIP"},
   locations="config.loss.caption=dict(tasks=True)",
   columns="a loss that reads it, such as nitc for noise_prob",
   views="a loss of views, such as silc, whose options name them",
@@ -274,9 +285,10 @@ def check_needs(
   """
   for option, names in added.items():
     if not {*names} & {*reads(loss), *elsewhere}:
+      name = option.removeprefix("config.data.")
       raise ValueError(
         f"{option} is read by no loss of config.loss={[*loss.terms]}; use"
-        f" {READ_BY[option.split('.')[2]]}, or leave it out"
+        f" {READ_BY.get(name) or READ_BY[name.split('.')[0]]}, or leave it out"
       )
   if "texts_kind" in fields and "texts" not in loss.needs:
     raise ValueError(
@@ -305,10 +317,10 @@ def check_needs(
       )
     missing = sorted(head.fields - {*fields}) if head is not None else []
     if missing:
+      option = next(x for prefix, x in SET_BY_PREFIX.items() if missing[0].startswith(prefix))
       raise ValueError(
         f"config.loss.{name} reads the field {missing[0]!r}, which the data does not have; the"
-        f" fields are {sorted(fields)}. config.data.views adds 'view/NAME', config.data.columns"
-        " 'NAME', config.data.regions 'region_boxes', config.data.locations 'task_text'"
+        f" fields are {sorted(fields)}. Set {option}"
       )
     if "hard_negatives" in term.needs and "texts_kind" in fields and not negatives:
       raise ValueError(

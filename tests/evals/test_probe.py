@@ -75,6 +75,7 @@ def of(theirs, x, label):
   return dict(top1=theirs.score(x, label), mean_per_class_recall=np.mean(by_class), top5=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", slow_unless(MESHES, lambda axes: "devices" in axes), ids=IDS)
 def test_a_linear_probe_of_stores_is_that_of_scikit_learn(stores, axes):
   (_, x, label), (_, more, of_more), (_, z, wanted) = stores.values()

@@ -442,6 +442,7 @@ class Towers:
     return TowerOutput(tokens[:, 0], tokens, mask)
 
 
+@pytest.mark.slow
 def test_the_decoder_predicts_each_token_of_its_own_caption():
   """What the head writes is what its training path finds most probable, token by token."""
   tokenizer = make_tokenizer("byte", length=6)

@@ -205,6 +205,7 @@ def test_locality_is_learned_from_a_teacher_that_sees_a_part_of_the_image():
   np.testing.assert_array_equal(found["count"], [27, 27])
 
 
+@pytest.mark.slow
 def test_a_fused_decoder_predicts_each_token_from_the_prefix_and_the_tokens_before():
   options = dict(inputs="tokens", reads_text=True, keep=0.5, depth=1, heads=2, scan=False)
   loss = losses.HEADS["caption_fused"](**options, label_smoothing=0.1)

@@ -102,6 +102,7 @@ def test_a_student_that_equals_its_teacher_has_the_entropy_of_the_classes():
   np.testing.assert_allclose(found, classes.entropy(targets[:, 0]), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", ["local_only", "all_but_same"])
 def test_groups_of_views_change_neither_value_nor_gradient(pairs, monkeypatch):
   teachers, students = views()

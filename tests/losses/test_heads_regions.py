@@ -298,6 +298,7 @@ def test_a_prompter_learns_regions_and_boxes():
   assert last["loss"] == pytest.approx(both + last["grounding"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_queries_learn_regions_and_boxes():
   given = read()
   loss = losses.HEADS["grain"](queries=3, depth=1, width=32, heads=2)
@@ -345,6 +346,7 @@ def test_the_order_of_regions_does_not_matter():
     small.head.apply(small.head.init(jax.random.key(0), given), {}, given)
 
 
+@pytest.mark.slow
 def test_regions_are_matched_by_distance_and_overlap():
   found, given = jax.nn.sigmoid(normal(6, 5, 4)), some_boxes(6, 3)
   chosen = np.asarray(matched(found, given, jnp.ones((6, 3), bool)))

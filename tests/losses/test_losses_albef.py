@@ -218,6 +218,7 @@ def test_no_device_holds_the_whole_queue(way, dtype, mesh):
   assert largest <= length // (4 if way == "dense" else 8), largest
 
 
+@pytest.mark.slow
 def test_workers_see_their_own_keys_only():
   """The mean of the halves of a batch, each with the queue."""
   local, alone = (make("albef_itc", dict(queue_size=32, local_keys=n)) for n in (8, None))

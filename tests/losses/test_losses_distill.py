@@ -331,6 +331,7 @@ def test_distillation_with_one_of_several_texts_is_plain_to_the_bit(name, option
   np.testing.assert_array_equal(grads["ztxts"][:, 0], wanted["ztxt"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,options", SEVERAL[1:])
 def test_distillation_is_the_mean_over_the_texts_and_ignores_absent_ones(name, options):
   """Texts that only some images have form the loss of those images' texts; by parts of a batch."""

@@ -83,6 +83,7 @@ def test_of_a_reference_without_differences_the_gradient_is_that_of_sogclr():
       np.testing.assert_allclose(found[k], known[k] * 16 / 15, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_its_reference_has_equal_weights():
   """All exponents are 0, so u is (B - 1) / B + eps."""
   feats, _ = example()

@@ -161,6 +161,7 @@ def test_without_what_it_adds_a_loss_is_clip(name, options, factor):
     )
 
 
+@pytest.mark.slow
 def test_sail_row_sum_is_the_sum_of_siglip_over_both_kinds():
   with jax.enable_x64(True):
     feats, _ = pairs()
@@ -208,6 +209,7 @@ def test_saturated(name, options):
     np.testing.assert_allclose(got[k], x, rtol=0, atol=1e-6, err_msg=k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_mixture_of_one_is_clip_also_when_saturated(share):
   """Share 1 or 0: the same pairs, perhaps in another order."""
@@ -367,6 +369,7 @@ def test_detached_targets_have_the_value_and_no_gradient():
     assert abs(free[1]["raw_img"] - kept[1]["raw_img"]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_permutation_within_shards_moves_nothing_between_them():
   mesh = sharding.make_mesh(data=4, fsdp=2)
   rows = sharding.batch_sharding(mesh)

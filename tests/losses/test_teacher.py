@@ -142,6 +142,7 @@ def test_losses_of_a_teacher_in_numpy(own):
   np.testing.assert_allclose(found["token_distill/sum"], wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_by", ["vector", "drop"])
 def test_a_student_that_is_its_teacher_has_no_loss_where_it_sees_all(hidden_by):
   """Nothing is hidden where the share rounds to no patch."""
@@ -159,6 +160,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_where_it_sees_all(hidden_by):
     assert (np.asarray(found["token_distill/sum"]) > 0.01).all()
 
 
+@pytest.mark.slow
 def test_patches_that_are_left_out_are_not_seen():
   tower = TOWERS["vit"](**{k: x for k, x in TOWER.items() if k != "name"}).build()
   pixels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)

@@ -200,6 +200,7 @@ def test_exported_folders_are_merged_too(tmp_path, kind):
   same_bits(read(tmp_path / "out"), arrays)
 
 
+@pytest.mark.slow
 def test_models_that_learned_from_texts_alone_keep_their_image_side(tmp_path):
   """The image tower is frozen in such a run, and belongs to the model all the same."""
   values = small(loss=dict(feature_distill=dict(w_img=0.0)), twin=dict(decay=0.9))

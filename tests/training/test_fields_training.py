@@ -132,6 +132,7 @@ def test_a_selection_needs_the_scale_of_the_logits(folder):
     resolve_config(values | dict(selection=dict(scale=0.0)))
 
 
+@pytest.mark.slow
 def test_several_texts_are_embedded_as_single_ones_are():
   model = load("tiny").model.to_dict()
   for side in ("image", "text"):
@@ -215,6 +216,28 @@ def test_a_field_that_no_loss_reads_is_an_error(folder, name, reader, message):
   check(dict(clip={}), dict(clip={}) | reader)  # another stage reads it
   with pytest.raises(ValueError, match=rf"{message}.*, or leave it out"):
     check(dict(clip={}))
+
+
+@pytest.mark.parametrize(
+  "negatives,weight,message",
+  [
+    (0, 5.0, r"reads the field 'region_negatives'.* Set config\.data\.regions\.negatives"),
+    (2, 0.0, r"config\.data\.regions\.negatives is read by no loss .*own_negatives"),
+  ],
+)
+def test_wrong_phrases_of_regions_are_both_given_and_read(folder, negatives, weight, message):
+  values = load("tiny").to_dict()
+
+  def check(negatives, weight):
+    values["loss"] = dict(region_phrase=dict(own_negatives=weight))
+    regions = every_field(folder)["regions"] | dict(negatives=negatives)
+    values["data"] |= OPTIONS | dict(regions=regions)
+    check_loss(make_programs(resolve_config(values))[-1])
+
+  check(2, 5.0)
+  check(0, 0.0)
+  with pytest.raises(ValueError, match=message):
+    check(negatives, weight)
 
 
 def test_a_teacher_may_be_read_by_the_selection_alone(folder):

@@ -114,6 +114,7 @@ def test_parts_and_one_tower(first):
     loaded(phase(dict(init=address, parts="nothing")))
 
 
+@pytest.mark.slow
 def test_scalars_that_both_losses_have_are_taken(first, caplog):
   """The log of the scale of a softmax for a sigmoid; the bias begins at its initial value."""
   address, _, later, _ = first
@@ -145,6 +146,7 @@ def test_the_layers_of_a_head_that_both_have_are_taken(tmp_path, caplog):
   assert "at random with config.seed: heads/mask_regularization" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_no_stage_trained_is_read_too(tmp_path):
   """Frozen parameters are stored once per run, in the dtype of their tower."""
   arrays, folder = random_params(small()), tmp_path / "x"

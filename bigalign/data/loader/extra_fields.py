@@ -45,11 +45,13 @@ def spec(data: DataOptions) -> Spec:
 def added(data: DataOptions) -> dict[str, frozenset[str]]:
   """{option of config.data: the fields of the batch that it adds for losses to read}."""
   second = "stores.second" if "text" in data.stores.sides else "second_captions"
+  of_regions = regions.spec(data.regions, data.text_length)
   arrays: dict[str, Collection[str]] = {
     second: ("text_second", "text_second_mask") if data.has_second_text else (),
     "teachers": teachers.spec(data.teachers, texts=data.text_count),
     "text_pairs": text_pairs.spec(data.text_pairs, data.text_length),
-    "regions": regions.spec(data.regions, data.text_length),
+    "regions": of_regions,
+    "regions.negatives": of_regions.keys() & {*regions.OF_NEGATIVES},
     "locations": locations.spec(data.locations, data.text_length),
     **{f"columns.{name}": columns.spec({name: x}) for name, x in data.columns.items()},
     **{f"views.{name}": views.spec({name: x}, data.image_size) for name, x in data.views.items()},
