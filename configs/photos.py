@@ -4,7 +4,7 @@
   bigalign train --config=photos
 
 Three thousand photos are too few for a good CLIP. This config shows every part of a run on real
-shards, with several captions per image. Its results are in the README.
+shards, with several captions per image. docs/configs.md has its results.
 """
 
 from ml_collections import ConfigDict
