@@ -170,11 +170,13 @@ def test_retrieval_equals_numpy(tiny, axes, towers, batch_size):
   assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_retrieval_in_small_chunks_is_the_same(tiny, monkeypatch):
-  options = dict(type="retrieval", source="tiny", captions=3, batch_size=16)
-  whole = make("val", options)(make_params())
-  monkeypatch.setattr(retrieval, "CHUNK", 5 * 48 * 3)
-  assert make("val", options)(make_params()) == whole
+@pytest.mark.parametrize("axes", [dict(), dict(devices=jax.devices()[:1])])
+def test_retrieval_in_small_chunks_is_the_same(tiny, monkeypatch, axes):
+  options = dict(type="retrieval", source="tiny", captions=3, batch_size=16, map_at_r=True)
+  whole = make("val", options, **axes)(make_params())
+  monkeypatch.setattr(retrieval, "CHUNK", 5 * 48 * 3)  # 16 queries, 4 at a time
+  monkeypatch.setattr(retrieval, "ROWS", 3)
+  assert make("val", options, **axes)(make_params()) == whole
 
 
 def test_each_accelerator_has_room_for_a_chunk():
@@ -183,7 +185,7 @@ def test_each_accelerator_has_room_for_a_chunk():
     return types.SimpleNamespace(devices=devices, shape=dict(data=4, fsdp=2, tensor=2))
 
   million = 10**6
-  assert retrieval.at_once(256, million) == retrieval.at_once(256, million, mesh("cpu")) == 16
+  assert retrieval.at_once(256, million) == retrieval.at_once(256, million, mesh("cpu")) == 67
   assert retrieval.at_once(5 * 256, million, mesh("tpu")) == 8 * 2**26 // million == 536
   assert retrieval.at_once(256, million, mesh("gpu")) == 256  # all of them
   assert retrieval.at_once(256, 10**9) == 1
@@ -471,6 +473,8 @@ def every_evaluator(folder):
     babel=dict(type="zeroshot", source="tiny", classnames=f"{folder}/languages.json"),
     described=dict(type="zeroshot", source="tiny", descriptions=f"{folder}/sentences.json"),
     pairs=dict(type="compositional", folder=f"{folder}/pairs"),
+    same=dict(type="image_retrieval", source="tiny"),
+    noise=dict(type="corruptions", source="tiny", kinds=("shot_noise",), severities=(2,)),
   )
   found = {}
   for name, options in evaluators.items():
