@@ -2,9 +2,10 @@
 
 A quarter of the icons, drawn at random or with MetaCLIP's probabilities
 (https://arxiv.org/abs/2309.16671), whose concepts are here the words of the icons' names: a word
-that t names have or fewer is kept with each of them. t is such that a quarter is kept. Linear
-projectors on stored vectors with `clip`, equal steps. Retrieval of all held-out icons, and of those
-with a word that less than 20 names of the training icons have.
+that t names have or fewer is kept with each of them. t is such that a quarter is kept. In a second
+arm only words that 20 names have are concepts, as MetaCLIP's are frequent ones, and names without a
+concept are left out. Linear projectors on stored vectors with `clip`, equal steps. Retrieval of all
+held-out icons, and of those with a word that less than 20 names of the training icons have.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ def named(split: str) -> tuple[np.ndarray, list[set[str]]]:
   return ids, [{*x["captions"][0].lower().split()} for x in samples]
 
 
-def probabilities(names: list[set[str]], share: float) -> np.ndarray:
-  """[N]: MetaCLIP's probabilities of keeping a name, with t such that a share of all is kept."""
-  count = collections.Counter(word for name in names for word in name)
+def probabilities(names: list[set[str]], share: float, least: int = 1) -> np.ndarray:
+  """[N]: MetaCLIP's probabilities of keeping a name, with t such that a share of all is kept.
+
+  Concepts are the words that `least` names have.
+  """
+  every = collections.Counter(word for name in names for word in name)
+  count = {word: number for word, number in every.items() if number >= least}
   number = {word: i for i, word in enumerate(count)}
   counts = np.asarray([*count.values()])
-  matches = [np.asarray([number[word] for word in name]) for name in names]
+  matches = [np.asarray([number[word] for word in name & number.keys()]) for name in names]
   low, high = 0.0, float(counts.max())
   for _ in range(20):
     middle = (low + high) / 2
@@ -63,7 +68,10 @@ def main() -> None:
     stored = Store(held_out[name]["image_store"])
     samples = stored.samples(np.arange(len(stored)))[:, 0]
     rare[name] = np.asarray([min(counts[word] for word in of[i]) < RARE for i in samples])
-  balanced = probabilities(names, SHARE)
+  balanced = {
+    "balanced": probabilities(names, SHARE),
+    "balanced, frequent concepts": probabilities(names, SHARE, least=RARE),
+  }
 
   def found(run: pathlib.Path, state: Any) -> dict[str, float]:
     model = bigalign.load(run)
@@ -76,11 +84,12 @@ def main() -> None:
   rows = []
   for seed in given.seeds:
     rng = np.random.default_rng(seed)
-    chosen = {
-      "balanced": np.flatnonzero(rng.random(len(ids)) < balanced),
+    drawn = rng.random(len(ids))
+    chosen = {name: np.flatnonzero(drawn < kept) for name, kept in balanced.items()}
+    chosen |= {
       "all": np.arange(len(ids)),
+      "random": rng.permutation(len(ids))[: len(chosen["balanced"])],
     }
-    chosen["random"] = rng.permutation(len(ids))[: len(chosen["balanced"])]
     compared = {}
     for name, places in chosen.items():
       file = given.out / f"{name}-{seed}.npy"
