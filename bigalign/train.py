@@ -46,7 +46,7 @@ from bigalign.inputs import (
   with_stage_weights,
 )
 from bigalign.losses import check_ids, has_tables
-from bigalign.losses.advice import BoundWatch, defaults_of_large_data
+from bigalign.losses.advice import BoundWatch, bias_of_large_batches, defaults_of_large_data
 from bigalign.options import plain
 from bigalign.program import (
   Program,
@@ -211,6 +211,9 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
     logging.info("Running averages: decay %s", how or f"{options.ema} from the first update on")
   for text in defaults_of_large_data(options.loss, dataset_size):
     logging.warning("%s", text)
+  largest = max(size for stage in stages for size in stage.batch_sizes)
+  for text in bias_of_large_batches(options.loss, largest):
+    logging.info("%s", text)
   listener = preemption.PreemptionListener()
   embed = make_embed(program.model, options.loss)
   embed |= {name: listener.interruptible(embed[name]) for name in ("embed_image", "embed_text")}

@@ -25,6 +25,7 @@ OF_LARGE_DATA: dict[str, tuple[str, ...]] = dict(
   m2mix=("t_init",),
   m3mix=("t_init",),
 )
+SMALL_BATCH = 4_096  # with as many pairs, a bias of -10 costs a short run little
 SHARE = 0.05  # of a run that a temperature is at its bound before the log says so
 NEAR = 0.01  # of a bound, relative
 EXTREME = 1e3
@@ -48,6 +49,30 @@ def defaults_of_large_data(terms: Mapping[str, Component], pairs: int) -> list[s
       said.append(
         f"config.loss.{name}: {values}, the default, is a release's for millions of pairs or more;"
         f" this data has {pairs:,}. Compare with a temperature of 0.07 (t_init=14): docs/losses.md"
+      )
+  return said
+
+
+def bias_of_large_batches(terms: Mapping[str, Component], batch_size: int) -> list[str]:
+  """What to log of sigmoid losses whose first bias is the default, at a small batch.
+
+  A pair has one positive and B - 1 negatives. With a bias of -log(B - 1) both have the same weight
+  in the first step; the default, -10, is SigLIP's for batches of 32,768
+  (https://arxiv.org/abs/2303.15343).
+
+  Args:
+    terms: the losses of a config by name.
+    batch_size: B, the largest of the run.
+  """
+  said = []
+  for name, term in terms.items():
+    default = definition(term.function).get("b_init")
+    biased = default is not None and default.default == -10
+    if biased and term.option("b_init") == -10 and 1 < batch_size < SMALL_BATCH:
+      said.append(
+        f"config.loss.{name}: b_init=-10, the default, is for batches of about 32,768; with"
+        f" {batch_size:,} pairs, b_init={-math.log(batch_size - 1):.1f} makes a short run learn"
+        " faster: docs/losses.md"
       )
   return said
 

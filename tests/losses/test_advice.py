@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bigalign.losses import LOSSES, advice, apply_once, clip, logit_head, make_loss
-from bigalign.options import Component, resolve
+from bigalign.options import Component, definition, resolve
 
 
 def terms(**options):
@@ -29,6 +29,23 @@ def test_defaults_for_millions_of_pairs_are_named_on_small_data(name):
 def test_an_option_that_was_chosen_is_not_named():
   (text,) = advice.defaults_of_large_data(terms(isogclr=dict(tau_init=0.1), clip={}), 100)
   assert "rho=6," in text and "tau_init" not in text
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip_distill", "sail"])
+def test_the_bias_of_large_batches_is_named_at_a_small_batch(name):
+  (text,) = advice.bias_of_large_batches(terms(**{name: {}}), 129)
+  assert text.startswith(f"config.loss.{name}: b_init=-10") and "b_init=-4.9" in text
+  assert not advice.bias_of_large_batches(terms(**{name: {}}), 32_768)
+  assert not advice.bias_of_large_batches(terms(**{name: dict(b_init=-5.0)}), 128)
+  assert not advice.bias_of_large_batches(terms(clip={}), 128)
+
+
+def test_all_losses_that_begin_with_this_bias_are_known():
+  """Another loss with a default of -10 must be in docs/losses.md too."""
+  known = {name: definition(loss) for name, loss in LOSSES.items()}
+  biased = {name for name, options in known.items() if "b_init" in options} - {"clip"}
+  assert biased == {"siglip", "siglip_distill", "sail"}
+  assert all(known[name]["b_init"].default == -10 for name in biased)
 
 
 def at(watch, loss, step, t, **metrics):
