@@ -248,6 +248,7 @@ def _loss(config: Config, step: Step) -> dict[str, Any]:
       samples=sizes["image"],
       dtype=engine.dtype,
       options={k: v for k, v in plain(term.options).items() if k != "weight"},
+      teachers=sizes.get("teachers", ()),
     )
     for name, term in config.loss.items()
     if name in step.program.loss.terms and step.program.loss.terms[name][1].head is None

@@ -289,6 +289,14 @@ def test_impossible_plans_say_what_is_possible(parts, topology, message):
 
 
 @compiled_for_tpus
+def test_a_loss_that_reads_two_stored_teachers_is_planned_alone_too():
+  teachers = {name: dict(image="a", text="b", width=16) for name in "ab"}
+  c = small(loss=dict(mobileclip_dr=dict(teacher_scales=(70.0, 60.0))))
+  c["data"]["teachers"] = teachers
+  assert compile_step.measure(c, "v5e:1x1")["loss_alone_bytes_per_chip"] > 0
+
+
+@compiled_for_tpus
 def test_both_verdicts_from_the_command_line(tmp_path):
   """Exit status, JSON, prices, and a cached plan in seconds, without importing jax."""
   file, prices = tmp_path / "small.py", tmp_path / "prices.json"

@@ -15,6 +15,7 @@ import pytest
 from helpers.marks import slow_unless
 from helpers.shipped import ROOT, load
 from helpers.small_shards import samples, write_tar
+from helpers.small_stores import write_store
 
 from bigalign import sharding, tree
 from bigalign.config import resolve_config
@@ -37,7 +38,7 @@ SCRATCH = [
 REDUCED = re.compile(
   r"model/(image|text)/(width|depth)|model/text/vocab_size|model/embed_dim|(stages/0/)?batch_size"
   r"|data/tokenizer/(path|vocabulary)|data/source|loss/(silc|ibot)/(prototypes|hidden)"
-  r"|loss/(caption|coca|caption_fused)/depth"
+  r"|loss/(caption|coca|caption_fused)/depth|data/teachers/\w+/(image|text|second)"
 )
 
 
@@ -101,6 +102,23 @@ def vocabulary(tokenizer, folder):
   return made
 
 
+def teacher_stores(teachers, folder):
+  """The options of the teachers, with stores of random vectors of 12 samples in their place."""
+  rng = np.random.default_rng(0)
+  keys = [f"00000.tar/{i:06d}" for i in range(12)]
+
+  def written(name, side, width):
+    shape = (width,) if side == "image" else (1, width)
+    rows = {key: rng.standard_normal(shape, np.float32) for key in keys}
+    return write_store(folder / name / side, rows, dtype="bfloat16")
+
+  return {
+    name: teacher
+    | {side: written(name, side, teacher["width"]) for side in teacher if side != "width"}
+    for name, teacher in teachers.items()
+  }
+
+
 def reduced(c, folder):
   """The config with towers one layer deep, eight pairs, and data made here."""
   small = copy.deepcopy(c)
@@ -124,6 +142,11 @@ def reduced(c, folder):
       region = dict(box=[0.1, 0.2, 0.8, 0.9], phrase="a picture")
       stored = json.dumps(dict(regions=[region])).encode()
       members += [(name.replace(".cls", ".json"), stored) for name, _ in members[2::3]]
+    if "teachers" in c["data"]:
+      (field,) = c["data"]["second_captions"]
+      stored = json.dumps({field.removeprefix("json."): "a picture"}).encode()
+      members += [(name.replace(".cls", ".json"), stored) for name, _ in members[2::3]]
+      small["data"]["teachers"] = teacher_stores(c["data"]["teachers"], folder)
     small["data"]["source"] = write_tar(folder / "00000.tar", sorted(members))
   return small
 
