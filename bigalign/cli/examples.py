@@ -43,7 +43,7 @@ EXAMPLES = {
   "merge": (
     "bigalign merge runs/base runs/tuned --alpha=0.5 --out=runs/merged",
     "bigalign merge runs/base runs/tuned --alphas=0,0.1,...,1 --json alphas.json",
-    "bigalign merge --soup runs/a runs/b runs/c --greedy --metric=val/i2t_R@1 --out=runs/soup",
+    "bigalign merge --soup runs/a runs/b --greedy --metric=val/text_to_image_R@5 --out=runs/soup",
   ),
   "inspect": (
     "bigalign inspect '/data/{00000..41455}.tar'",

@@ -28,6 +28,7 @@ from bigalign.data.fields.base import Draws
 from bigalign.data.loader import extra_fields
 from bigalign.data.loader.training import batch_spec
 from bigalign.data.samples.rejects import REASONS
+from bigalign.data.sources.arrayrecord import make_example
 from bigalign.data.sources.base import open_source
 from bigalign.data.text.code_switch import read_dictionary
 from bigalign.data.text.kinds import ABSENT, NEGATIVE, POSITIVE
@@ -365,7 +366,7 @@ class TestColumns:
       np.testing.assert_array_equal(boxes[mask], boxes_of(i))
       assert not boxes[~mask].any() and mask.sum() == i % 3
 
-  @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "sidecar", "npy"])
+  @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "array_record", "sidecar", "npy"])
   def test_sources(self, kind, tmp_path):
     """A number of each kind of source; of a sidecar too."""
     from bigalign.shards import index
@@ -395,6 +396,17 @@ class TestColumns:
     elif kind == "jsonl":
       (tmp_path / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
       source = f"{tmp_path}/0.jsonl"
+    elif kind == "array_record":
+      from array_record.python.array_record_module import ArrayRecordWriter
+
+      writer = ArrayRecordWriter(f"{tmp_path}/0.array_record", "group_size:1")
+      for i, row in enumerate(rows):
+        noise = [float(row["noise"])]
+        writer.write(
+          make_example(dict(image=[picture(i)], title=[row["title"].encode()], noise=noise))
+        )
+      writer.close()
+      source = f"{tmp_path}/0.array_record"
     else:
       import io
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
 
 import numpy as np
 import pytest
 from helpers import loss_oracles
 from helpers.batches import data_options
+from helpers.small_fields import every_field, write_dataset
 from helpers.small_shards import picture, write_tar
 from helpers.small_stores import write_store
 
@@ -140,6 +142,35 @@ class TestBatches:
     for expected, *found in zip(whole[begin:], *parts, strict=True):
       joined = merged(found)
       assert joined.keys() == expected.keys()
+      for name, x in expected.items():
+        np.testing.assert_array_equal(joined[name], x, err_msg=name)
+
+  @pytest.mark.parametrize(
+    "hosts,workers", [(1, 0), (4, 0), pytest.param(2, 2, marks=pytest.mark.slow)]
+  )
+  def test_all_other_fields_stand_beside_patches(self, tmp_path, hosts, workers):
+    """On any hosts and workers and after a resume. Regions are for squares."""
+    given = every_field(write_dataset(tmp_path)) | dict(naflex=NAFLEX, workers=workers)
+    with pytest.raises(
+      ValueError, match=r"data\.regions is for squares .* not config\.data\.naflex"
+    ):
+      open_data(data_options(**given))
+    del given["regions"]
+    (tmp_path / "qa.jsonl").write_text(
+      "".join(json.dumps(dict(q=f"q{i}", d=f"d{i}")) + "\n" for i in range(9))
+    )
+    given |= dict(text_pairs=dict(source=f"{tmp_path}/qa.jsonl", query="q", document="d"))
+    data, begin = data_options(**given), 2
+    whole = take(data_options(**given | dict(workers=0)), 5)
+    for k, batch in enumerate(whole):
+      length, size = data.length_schedule(LARGEST, SEED).at(k)
+      spec = batch_spec(data.of_length(length), batch_size=size)
+      assert {name: x.shape for name, x in batch.items()} == {k: x for k, (x, _) in spec.items()}
+    assert {"text_others", "teacher_txts", "boxes", "view/local", "query"} < {*batch}
+    start = sum(len(batch["label"]) for batch in whole[:begin])
+    parts = [take(data, 3, hosts=hosts, host=h, step=begin, start=start) for h in range(hosts)]
+    for expected, *found in zip(whole[begin:], *parts, strict=True):
+      joined = merged(found)
       for name, x in expected.items():
         np.testing.assert_array_equal(joined[name], x, err_msg=name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import ClassVar
 
@@ -10,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.shipped import load
-from helpers.small_fields import OPTIONS, every_field, write_dataset
+from helpers.small_fields import OPTIONS, SAMPLES, every_field, write_dataset
 from helpers.small_runs import config
 
-from bigalign import step
+from bigalign import sharding, step
 from bigalign.config import resolve_config
+from bigalign.inputs import open_data
 from bigalign.losses import check_needs, make_loss
 from bigalign.model import make_model, provided
+from bigalign.plan import compile_step
 from bigalign.program import check_loss, make_programs
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
@@ -155,6 +158,28 @@ def test_several_texts_are_embedded_as_single_ones_are():
   one = apply(image, ids[:, 0], mask[:, 0], others=())
   np.testing.assert_array_equal(one["ztxts"][:, 0], one["ztxt"])
   np.testing.assert_array_equal(one["ztxt"], apply(image, ids[:, 0], mask[:, 0])["ztxt"])
+
+
+@pytest.mark.slow
+def test_a_plan_has_all_fields_of_a_batch(folder):
+  """Traced as `bigalign plan` does: texts, teachers, columns, views and regions at once."""
+  data = every_field(folder)
+  del data["columns"]["boxes"]  # which no loss reads
+  c = config(dict(data=-1), batch_size=16).to_dict() | dict(twin=dict(decay=0.9))
+  c["data"] |= data | dict(augment=dict(flip=0.5))
+  c["loss"] = {name: LOSSES[name] for name in ("clip", "mobileclip_dr", "nitc")} | dict(
+    silc=dict(teacher="wide", student="local", prototypes=16, hidden=8, bottleneck=4),
+    region_phrase={},
+  )
+  resolved = resolve_config(c)
+  traced = compile_step.trace_on(sharding.make_mesh(), resolved, samples=SAMPLES)
+  inputs = open_data(resolved.data)
+  with contextlib.closing(
+    inputs.batches(rejected_log="", batch_size=16, rows=range(16), seed=0)
+  ) as batches:
+    batch = next(batches)
+  assert {"texts_kind", "teacher_txts", "noise_prob", "view/wide", "region_boxes"} < {*batch}
+  assert {k: x.shape for k, x in traced.batch.items()} == {k: x.shape for k, x in batch.items()}
 
 
 def test_vectors_of_each_teacher_have_unit_norm():
