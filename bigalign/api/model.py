@@ -282,7 +282,7 @@ class Model:
       images: as of `similarity`.
       names: C names of classes, or any C texts.
       templates: prompts with {} or {c} for the name, as a list, a file, or the name of a set:
-        "photos", "simple", "name". The embedding of a class is the mean over its prompts. None: the
+        "photos", "varied", "simple", "name", or "open_clip" for CLIP's. The embedding of a class is the mean over its prompts. None: the
         names are embedded as they are.
 
     Returns:

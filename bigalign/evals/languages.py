@@ -162,6 +162,8 @@ def _metrics(hits: Any, sets: Mapping[str, LabelSet]) -> dict[str, float]:
     if len(own.names) < 5:
       del values["top5"]
     sizes = dict(num_classes=len(own.names), num_samples=int(one.top1.count))
+    if missing := int((one.mean_per_class_recall.count[: len(own.names)] == 0).sum()):
+      sizes["num_empty_classes"] = missing
     metrics |= {f"{language}-{name}": x for name, x in (values | sizes).items()}
   for name in ("top1", "top5", "mean_per_class_recall", "macro_f1"):
     every = [metrics.get(f"{language}-{name}") for language in sets]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import pathlib
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +49,7 @@ from bigalign.evals.ood import Outside
 from bigalign.sphere import unit
 
 PROMPTS = {path.stem: path for path in sorted(pathlib.Path(__file__).parent.glob("prompts/*.json"))}
+OPEN_CLIP = "open_clip"  # CLIP's templates, which are not ours to ship
 _SLOTS = ("{c}", "{}")  # placeholders of the class name in CLIP_benchmark and open_clip
 
 
@@ -200,27 +203,42 @@ def read_templates(templates: str | Sequence[str], what: str = "templates") -> l
   """Returns prompt templates.
 
   Args:
-    templates: name of a set in PROMPTS, path of a .txt or .json file, or the templates.
+    templates: name of a set in PROMPTS, "open_clip" for the 80 of CLIP that an installed open_clip
+      holds, path of a .txt or .json file, or the templates.
     what: the option that gives them, for errors.
 
   Raises:
+    ImportError: for "open_clip" without open_clip.
     ValueError: for an unknown set, or a template without a placeholder for the class name.
   """
   if not isinstance(templates, str):
     lines = list(templates)
+  elif templates == OPEN_CLIP:
+    lines = _of_open_clip(what)
   elif templates in PROMPTS:
     lines = read_lines(str(PROMPTS[templates]), what)
   elif _is_file(templates):
     lines = read_lines(templates, what)
   else:
     raise ValueError(
-      f"{what}: unknown {templates!r}.{tree.nearest(templates, PROMPTS)} Known: {[*PROMPTS]},"
-      " or a .txt or .json file"
+      f"{what}: unknown {templates!r}.{tree.nearest(templates, [*PROMPTS, OPEN_CLIP])}"
+      f" Known: {[*PROMPTS, OPEN_CLIP]}, or a .txt or .json file"
     )
   for template in lines:
     if not any(slot in template for slot in _SLOTS):
       raise ValueError(f"{what}: {template!r} has no {{c}} or {{}} for the class name")
   return lines
+
+
+def _of_open_clip(what: str) -> list[str]:
+  """CLIP's templates from a file of an installed open_clip; open_clip itself is not imported."""
+  found = importlib.util.find_spec("open_clip")
+  if found is None or found.origin is None:
+    raise ImportError(
+      f"{what}={OPEN_CLIP!r} reads CLIP's templates from open_clip: pip install open_clip_torch"
+    )
+  file = pathlib.Path(found.origin).with_name("zero_shot_metadata.py")
+  return [template("{c}") for template in runpy.run_path(str(file))["OPENAI_IMAGENET_TEMPLATES"]]
 
 
 def fill(template: str, name: str) -> str:
@@ -333,6 +351,25 @@ def measure(zimg: jax.Array, weights: jax.Array, label: jax.Array, valid: jax.Ar
     mask=valid,
     classes=classes,
   )
+
+
+def without_images(hits: Any, names: Sequence[str], name: str) -> dict[str, int]:
+  """{"num_empty_classes": number} of the classes without an image, which the log names; or {}.
+
+  Args:
+    hits: of all samples, a `Hits` collection.
+    names: K names.
+    name: of the evaluator.
+  """
+  empty = [own for own, n in zip(names, np.asarray(hits.mean_per_class_recall.count)) if not n]
+  if not empty:
+    return {}
+  logging.warning(
+    "evaluation %r: no image has %d of %d classes; mean_per_class_recall and macro_f1 are means"
+    " over the others: %s",
+    *(name, len(empty), len(names), tree.shown(empty)),
+  )
+  return {"num_empty_classes": len(empty)}
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -592,9 +629,10 @@ def zeroshot(
   Args:
     context: model, mesh and data options.
     source: as in config.data.source, with labels; "" if `image_store` has them.
-    templates: "photos", "name" or "simple", a file of templates (.txt with one per line, or a .json
-      list), or the templates; {c} or {} is replaced by the class name. {language: templates} with
-      class names in several languages.
+    templates: "photos" (18), "varied" (80), "simple" (4) or "name", "open_clip" for CLIP's 80 from
+      an installed open_clip, a file of templates (.txt with one per line, or a .json list), or the
+      templates; {c} or {} is replaced by the class name. {language: templates} with class names in
+      several languages.
     classnames: file of class names in the order of the labels; None: the names of the source. Or
       {language: file}, of which each may also be a .json [[labels], [names]] of some classes, or a
       .json {language: [[labels], [names]]} as of Babel-ImageNet. Each language is then measured on
@@ -827,6 +865,7 @@ def _one_label(
       if len(names) < 5:
         values.pop(f"{start}top5", None)
     if samples and not unlabelled:
+      values |= without_images(hits[0], names, context.name)
       values |= groups.metrics(by_group, len(names)) if groups else {}
       if named is not None:
         own = hits[0].mean_per_class_recall

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -341,6 +341,9 @@ def test_names_carry_the_evaluator_unless_it_is_val(tiny):
   assert "val/flickr/text_to_image_R@5" in found
 
 
+NO_RECALL = "mean_per_class_recall and macro_f1 are means over the others"
+
+
 def numpy_zeroshot(zimg, labels, weights):
   predicted = np.argsort(-(zimg @ weights.T), axis=1, kind="stable")
   top1 = predicted[:, 0] == labels
@@ -356,7 +359,7 @@ def numpy_zeroshot(zimg, labels, weights):
 
 @pytest.mark.parametrize("batch_size", slow_unless([10, 100], (10).__eq__))
 @pytest.mark.parametrize("axes", [dict(), dict(data=4, tensor=2)])
-def test_zeroshot_equals_numpy(tiny, batch_size, axes):
+def test_zeroshot_equals_numpy(tiny, batch_size, axes, caplog):
   templates = ["a {}", "{c}s", "the {} here"]
   options = dict(type="zeroshot", source="tiny", templates=templates, batch_size=batch_size)
   params = make_params(1)
@@ -367,10 +370,11 @@ def test_zeroshot_equals_numpy(tiny, batch_size, axes):
   usable = [i for i in range(len(tiny)) if i not in tiny.broken]  # no caption is needed
   zimg = np.asarray(embed_image(params, tiny.images[usable]))
   expected = numpy_zeroshot(zimg, tiny.labels[usable], weights)
-  expected |= {"num_classes": 6, "rejected": 1}
+  expected |= {"num_classes": 6, "num_empty_classes": 1, "rejected": 1}
   expected = {f"val/animals-zeroshot-val-{name}": value for name, value in expected.items()}
   assert found == pytest.approx(expected, abs=1e-6)
   assert 5 not in tiny.labels  # a class without samples, which has no recall
+  assert f"no image has 1 of 6 classes; {NO_RECALL}: ['{tiny.classnames[5]}']" in caplog.text
 
 
 def test_zeroshot_of_few_classes_has_no_top5_and_ties_go_to_the_first(tiny):
@@ -419,6 +423,7 @@ def test_templates_by_name_by_file_and_as_they_are(tmp_path, monkeypatch):
   assert read_templates("$PLACE/t.txt") == ["a {c}.", "the {c}."]
   assert read_templates(str(tmp_path / "t.json")) == ["one {}"]
   assert fill("a {c} in {place}", "{x}") == "a {x} in {place}"
+  assert len(read_templates("varied")) == 80
   with pytest.raises(ValueError, match=r"'photo'.*'photos'"):
     read_templates("photo")
   with pytest.raises(ValueError, match=r"no \{c\} or \{\}"):
@@ -428,6 +433,29 @@ def test_templates_by_name_by_file_and_as_they_are(tmp_path, monkeypatch):
   (tmp_path / "t.json").write_text('{"cifar10": ["a {}"]}')
   with pytest.raises(ValueError, match=r"dict with the keys \['cifar10'\]"):
     read_templates(str(tmp_path / "t.json"))
+
+
+def test_templates_of_clip_are_those_of_an_installed_open_clip(tmp_path, monkeypatch):
+  folder = tmp_path / "open_clip"
+  folder.mkdir()
+  (folder / "__init__.py").write_text("raise ImportError('needs PyTorch')")
+  lines = "OPENAI_IMAGENET_TEMPLATES = (lambda c: f'art of the {c}.', lambda c: f'many {c}.')"
+  (folder / "zero_shot_metadata.py").write_text(lines)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, "open_clip", raising=False)
+  assert read_templates("open_clip") == ["art of the {c}.", "many {c}."]
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ImportError, match=r"x\.templates='open_clip'.*pip install open_clip_torch"):
+    read_templates("open_clip", "x.templates")
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("open_clip") is None, reason="open_clip is not installed"
+)
+def test_the_installed_open_clip_has_the_80_templates_of_clip():
+  found = read_templates("open_clip")
+  assert len({*found}) == 80 and "a bad photo of a {c}." in found
+  assert not {fill(x, "x") for x in found} & {fill(x, "x") for x in read_templates("varied")}
 
 
 def test_unknown_evaluators_and_options_name_the_known(tiny):

@@ -54,6 +54,8 @@ def expected(tiny, params, templates, sets=SETS):
     if len(names) < 5:
       del values["top5"]
     values["num_classes"] = len(names)
+    if empty := len(names) - len({*numbers.tolist()}):
+      values["num_empty_classes"] = empty
     found |= {f"{language}-{name}": x for name, x in values.items()}
   for name in ("top1", "mean_per_class_recall", "macro_f1"):
     found[f"mean_{name}"] = np.mean([found[f"{language}-{name}"] for language in sets])

@@ -7,15 +7,18 @@ import dataclasses
 import doctest
 import io
 import json
+import subprocess
 
 import numpy as np
 import pytest
 from helpers import made_runs
-from helpers.small_shards import samples, write_tar
+from helpers.small_shards import picture, samples, write_tar
 
 import bigalign
 from bigalign.api import embedding
+from bigalign.data.sources.base import open_source
 from bigalign.data.sources.webdataset import WebDataset
+from bigalign.evals import caption_languages
 from bigalign.suites import main as program
 from bigalign.suites import results, runner
 from bigalign.suites.suite import SHIPPED, read_suite
@@ -289,7 +292,31 @@ def test_a_shipped_suite_names_its_data_and_how_to_get_it(name, monkeypatch):
   """Without the data each task is missing, and says so."""
   monkeypatch.delenv("BIGALIGN_EVALS", raising=False)
   for task in read_suite(name):
-    assert task.get and task.metrics != () and "BIGALIGN_EVALS" in task.missing
+    named = task.missing or str(task.evaluator.options)
+    assert task.get and task.metrics != () and "BIGALIGN_EVALS" in named
+    assert "BIGALIGN_EVALS" in task.get
+
+
+def test_the_files_of_crossmodal_3600_are_read_as_its_command_writes_them(tmp_path, monkeypatch):
+  monkeypatch.setenv("BIGALIGN_EVALS", str(tmp_path))
+  task = next(x for x in read_suite("multilingual") if x.name == "xm3600")
+  options, folder = task.evaluator.options, tmp_path / "xm3600"
+  spoken = [*options["languages"]]
+  (folder / "images").mkdir(parents=True)
+  for n in range(3):
+    (folder / f"images/a{n}.jpg").write_bytes(picture(n))
+  records = [
+    {"image/key": f"a{n}", **{x: {"caption": [f"{x} {n}", f"{x} 9"]} for x in spoken}}
+    for n in range(3)
+  ]
+  (folder / "captions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+  last = task.get.splitlines()[-1]
+  assert last.startswith("sed ")
+  subprocess.run(["bash", "-c", last], cwd=folder, check=True)
+  read = caption_languages.read(options["source"], options["languages"], "", None, "x")
+  assert len(spoken) == 36 and [*read.names] == spoken and read.most == 72
+  source = open_source(options["source"], captions=read.fields)
+  assert source[1]["image"] == picture(1) and source[1]["texts"]["sw.caption"] == ("sw 1", "sw 9")
 
 
 def test_models_that_read_images_differently_do_not_share_a_pass(runs, tmp_path):
