@@ -1,7 +1,7 @@
 """Retrieval by the number of pairs, frozen towers and from scratch:
 python experiments/scaling.py OUT
 
-Icons of 1, 2, 4 and 11 shards, 2,424 to 26,659 pairs: linear projectors on stored vectors of
+Icons of 1, 2, 4 and 11 shards, 2,500 to 26,659 pairs: linear projectors on stored vectors of
 MobileNetV2 and MiniLM (`frozen`), and a small model from scratch (`scratch`), with equal samples
 seen for each number. A line is fitted to the logit of R@5 by log2 of the pairs.
 """
