@@ -282,8 +282,8 @@ class Model:
       images: as of `similarity`.
       names: C names of classes, or any C texts.
       templates: prompts with {} or {c} for the name, as a list, a file, or the name of a set:
-        "photos", "varied", "simple", "name", or "open_clip" for CLIP's. The embedding of a class is the mean over its prompts. None: the
-        names are embedded as they are.
+        "photos", "varied", "simple", "name", or "open_clip" for CLIP's. The embedding of a class is
+        the mean over its prompts. None: the names are embedded as they are.
 
     Returns:
       [N, C] float32. If the model was trained with a sigmoid loss, each is the probability that the

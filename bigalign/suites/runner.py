@@ -30,7 +30,7 @@ from bigalign.run.parsers import EVALUATE_CACHE
 from bigalign.suites.suite import SCORES, Task, scored
 
 # Options of evaluators that name data: sources, and folders that no fingerprint identifies.
-_SOURCES = ("source", "train", "test", "validation", "ood")
+_SOURCES = ("source", "train", "test", "validation", "ood", "gallery")
 _FOLDERS = ("folder", "images")
 
 

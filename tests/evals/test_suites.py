@@ -316,6 +316,7 @@ def test_the_files_of_crossmodal_3600_are_read_as_its_command_writes_them(tmp_pa
   read = caption_languages.read(options["source"], options["languages"], "", None, "x")
   assert len(spoken) == 36 and [*read.names] == spoken and read.most == 72
   source = open_source(options["source"], captions=read.fields)
+  assert len(open_source(options["source"], captions=())) == 3  # as a suite opens it
   assert source[1]["image"] == picture(1) and source[1]["texts"]["sw.caption"] == ("sw 1", "sw 9")
 
 
@@ -345,10 +346,12 @@ def test_evaluators_that_read_other_images_see_pixels(runs, suite, tmp_path):
   suite.write_text(
     f'[far]\ntype = "zeroshot"\n{data}\nood = "{tmp_path}/others.tar"\nmetrics = ["ood_auroc"]\n'
     f'[near]\ntype = "knn"\n{probe}\nmetrics = ["top1"]\n'
+    f'[alike]\ntype = "image_retrieval"\nsource = "{tmp_path}/classes/test/0.tar"\n'
+    f'gallery = "{tmp_path}/train.tar"\nmetrics = ["image_to_image_R@1"]\n'
   )
   words = [runs[0], f"--suite={suite}", f"--cache={tmp_path / 'cache'}"]
   first, second = program.main(words), program.main(words)
-  assert [x.missing for x in first] == ["", ""] and 0 <= first[0].score <= 1
-  assert [x.kept for x in second] == [True, True]
+  assert [x.missing for x in first] == ["", "", ""] and 0 <= first[0].score <= 1
+  assert [x.kept for x in second] == [True, True, True]
   write_tar(tmp_path / "train.tar", samples(100, 30))
-  assert [x.kept for x in program.main(words)] == [True, False]
+  assert [x.kept for x in program.main(words)] == [True, False, False]

@@ -25,6 +25,7 @@ from bigalign.data.samples.labels import Labels
 from bigalign.data.samples.members import entry
 from bigalign.data.samples.rejects import Rejected, rejection
 from bigalign.data.sources.arrayrecord import ArrayRecord
+from bigalign.data.sources.image_folder import ImageFolder
 from bigalign.data.sources.parquet import Parquet
 from bigalign.data.sources.synthetic import Synthetic
 from bigalign.data.sources.table_files import TableFiles
@@ -69,6 +70,7 @@ SOURCES: dict[str, Callable[..., Source]] = dict(
   parquet=Parquet,
   arrayrecord=ArrayRecord,
   table=TableFiles,
+  folder=ImageFolder,
   tfds=Tfds,
   synthetic=Synthetic,
 )
@@ -101,6 +103,7 @@ def open_source(
       DIR/{00000..00005}.tar, DIR/*.tar: webdataset shards.
       DIR/*.parquet, DIR/*.array_record: encoded images with their captions.
       DIR/train.tsv, .csv, .jsonl: paths of image files with their captions.
+      folder:DIR: image files, with a subfolder for each class.
       tfds:cifar10:train: a TFDS dataset prepared as array_record.
       KIND:PATTERN: a pattern of files with another ending; KIND is one of SOURCES.
       $NAME in a spec is an environment variable.
@@ -160,6 +163,7 @@ def _open_part(
   if kind not in SOURCES:
     raise ValueError(
       f"Unknown source {part!r} in {spec!r}; known: 'glyphs[:SPLIT]', 'tfds:NAME:SPLIT',"
+      " 'folder:DIR',"
       " 'synthetic:COUNT', patterns"
       f" of files that end in {', '.join(_ENDINGS)}, such as 'DIR/{{00000..00005}}.tar' or"
       f" 'DIR/*.tar', KIND:PATTERN with a KIND of {sorted(SOURCES)}, and lists joined by '::'"
