@@ -182,6 +182,12 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
       f" config.loss={[*config.loss]} learns their scale; set config.selection.scale, the inverse"
       " of the temperature of the loss, or use a loss that learns it, such as clip or siglip"
     )
+  paths = [path for one in programs for path in one.params]
+  if config.twin.decay and not any(config.twin.holds(path) for path in paths):
+    raise ValueError(
+      f"config.twin.paths={config.twin.paths!r} matches no parameter, so there would be no average;"
+      f" the parameters begin with {sorted({'/'.join(path.split('/')[:2]) for path in paths})}"
+    )
   if config.teacher and not any(
     head.teacher for one in programs for head in reading.heads(one.loss).values()
   ):
@@ -307,9 +313,14 @@ def _rate(run_stages: Sequence[stages.Stage], dataset_size: int) -> Schedule:
 
 
 def sizes_of_towers(config: Config) -> dict[str, int]:
-  """The sizes of a model that heads read: "embed", and "vocabulary" and "patch", 0 without one."""
+  """What heads read of the options of a model.
+
+  "embed", "vocabulary" and "patch", 0 without one; "causal", whether a token of a text sees those
+  before it alone.
+  """
   return {
     "embed": config.model.embed_dim,
+    "causal": getattr(config.model.text, "causal", False),
     "vocabulary": getattr(config.model.text, "vocab_size", 0),
     "patch": getattr(config.model.image, "patch", 0),
   }

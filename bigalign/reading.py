@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigalign import tree
-from bigalign.losses import Loss
+from bigalign.losses import Loss, check_fields
 from bigalign.losses.heads.base import Head, Hidden, Read, TeacherTower
 from bigalign.model import DualEncoder, Teacher
 from bigalign.private_apis import without_shape_checks
@@ -63,7 +63,12 @@ def init(
     part: fields of one row.
     sizes: as for Loss.init.
     teacher: config.teacher, if there is one.
+
+  Raises:
+    ValueError: for a field that a head reads and the batch lacks.
   """
+  for name, head in heads(loss).items():
+    check_fields(name, head, part)
   part = {**part, **draws(loss, key, part, sizes)}
   _, states = loss.init(sizes)
   found: dict[str, Any] = {}

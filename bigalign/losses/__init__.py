@@ -25,6 +25,7 @@ from bigalign.losses.engine.pairwise import RecordingEngine
 from bigalign.losses.feature_distill import feature_distill, vl2v
 from bigalign.losses.focal import focal_itc
 from bigalign.losses.hard_negatives import dac_mil, hardneg_own, negclip
+from bigalign.losses.heads.base import Head
 from bigalign.losses.heads.caption import caption
 from bigalign.losses.heads.caption_fused import caption_fused
 from bigalign.losses.heads.coca import coca
@@ -187,8 +188,9 @@ SET_BY_PREFIX = {
   "view/": "config.data.views",
   "region_negatives": "config.data.regions.negatives, such as 10",
   "region_": "config.data.regions",
-  "task_": "config.data.locations",
+  "task": "config.data.locations",
   "image": "config.data.images=True, without a store of image vectors",
+  "text_second": "config.data.second_captions",
   "text": "config.data.captions, without a store of text vectors",
   "": "config.data.columns",
 }
@@ -315,13 +317,8 @@ def check_needs(
         f"config.loss.{name} reads averaged parameters; set config.twin, for example to"
         " dict(decay=0.994)"
       )
-    missing = sorted(head.fields - {*fields}) if head is not None else []
-    if missing:
-      option = next(x for prefix, x in SET_BY_PREFIX.items() if missing[0].startswith(prefix))
-      raise ValueError(
-        f"config.loss.{name} reads the field {missing[0]!r}, which the data does not have; the"
-        f" fields are {sorted(fields)}. Set {option}"
-      )
+    if head is not None:
+      check_fields(name, head, fields)
     if "hard_negatives" in term.needs and "texts_kind" in fields and not negatives:
       raise ValueError(
         f"config.loss.{name} compares a text with hard negatives, but the texts of config.data have"
@@ -336,6 +333,23 @@ def check_needs(
             f" {field!r}; the fields are {sorted(fields)}"
             + (f". Set {SET_BY[need]}" if need in SET_BY else "")
           )
+
+
+def check_fields(name: str, head: Head, fields: Any) -> None:
+  """Raises ValueError, naming the option that is missing, if the batch lacks a field of a head.
+
+  Args:
+    name: of its loss.
+    head: the layers of the loss.
+    fields: names of the batch's fields, and of other features if they are known.
+  """
+  missing = sorted(head.fields - {*fields})
+  if missing:
+    option = next(x for prefix, x in SET_BY_PREFIX.items() if missing[0].startswith(prefix))
+    raise ValueError(
+      f"config.loss.{name} reads the field {missing[0]!r}, which the data does not have; the"
+      f" fields are {sorted(fields)}. Set {option}"
+    )
 
 
 def summary(

@@ -218,3 +218,20 @@ def test_docstrings_name_their_source(name):
   text = losses.HEADS[name].__doc__
   assert "https://" in text or "not published" in text
   assert "Args:" in text
+
+
+@pytest.mark.parametrize(
+  "loss,changes,message",
+  [
+    (dict(ibot={}), {}, r"ibot reads the field 'view/global'.* Set config\.data\.views"),
+    (dict(silc={}), {}, r"silc reads the field 'view/global'.* Set config\.data\.views"),
+    (dict(caption=dict(tasks=True)), {}, r"'task'.* Set config\.data\.locations"),
+    (dict(caption_fused=dict(second=True)), {}, r"Set config\.data\.second_captions"),
+    (dict(coca={}), {}, r"coca predicts the next token .*config\.model\.text=dict\(causal=True"),
+    (dict(ibot=dict(view="")), dict(twin=dict(decay=0.9, paths="heads/silc")), "matches no param"),
+  ],
+)
+def test_what_a_head_lacks_is_named_before_it_has_parameters(loss, changes, message):
+  c = load("tiny").to_dict() | changes | dict(loss=dict(siglip={}) | loss)
+  with pytest.raises(ValueError, match=message):
+    make_program(resolve_config(c))

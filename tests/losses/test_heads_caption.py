@@ -22,6 +22,7 @@ from helpers.tpu_compiler import compiled_for_tpus
 from bigalign import sharding, tree, weights
 from bigalign.captions import Captioner, of_config
 from bigalign.config import resolve_config
+from bigalign.data.fields.regions import BOXES, MASK
 from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.losses import first_context, make_loss
 from bigalign.losses.heads.base import Read, Writing
@@ -156,28 +157,34 @@ def test_what_a_decoder_reads(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["caption", "caption_fused", "coca"])
+@pytest.mark.parametrize("name", ["caption", "caption_fused", "coca", "grain"])
 def test_layers_of_a_decoder_may_be_one_program(name):
   """Stacked and recomputed, they have the losses and the gradients of separate layers."""
   rng = np.random.default_rng(0)
   ids = jnp.asarray(rng.integers(0, 20, (3, 6)), jnp.int32)
   batch = dict(text=ids, text_mask=ids > 2, parallel=np.array([True, False, False]))
+  corners = np.sort(rng.uniform(size=(3, 2, 2, 2)), axis=2).reshape(3, 2, 4)
+  batch |= {BOXES: corners.astype(np.float32), MASK: np.array([[1, 1], [1, 0], [1, 1]])}
   features = dict(
     tokens_img=rng.normal(size=(3, 4, 8)).astype(np.float32),
     tokens_txt=rng.normal(size=(3, 6, 8)).astype(np.float32),
   )
-  read = Read(batch, features, None, None, None, dict(vocabulary=20))
+  read = Read(batch, features, None, None, None, dict(vocabulary=20, embed=5, causal=True))
+  own, terms = {"grain": (dict(width=8, w_region=0.0), ("l1", "giou", "image"))}.get(
+    name, ({}, ("sum",))
+  )
 
   def graded(params, **options):
-    """The summed loss, and its gradients."""
+    """A sum of what the loss is made of, and its gradients."""
 
     def value(params):
-      return made(**options).apply(tree.unflatten(params), {}, read)["sum"].sum()
+      found = made(**options).apply(tree.unflatten(params), {}, read)
+      return sum((found[k].ravel() * (1 + np.arange(found[k].size))).sum() for k in terms)
 
     return jax.jit(jax.value_and_grad(value))(params)
 
   def made(**options):
-    return make_loss({name: dict(depth=3, heads=2, **options)}).terms[name][1].head
+    return make_loss({name: dict(depth=3, heads=2, **own, **options)}).terms[name][1].head
 
   shapes = tree.flatten(jax.eval_shape(lambda: made().init(jax.random.key(0), read)))
   stacked = {k: jnp.asarray(rng.normal(size=x.shape) / 4, x.dtype) for k, x in shapes.items()}
@@ -236,7 +243,7 @@ class CoCa:
     term = dict(scan=False, depth=of_decoder["layers"], heads=of_decoder["heads"])
     self.loss = make_loss(dict(clip={}, coca=dict(weight=2.0, **term)))
     self.head = self.loss.terms["coca"][1].head
-    self.sizes = dict(vocabulary=given["text"]["vocab_size"])
+    self.sizes = dict(vocabulary=given["text"]["vocab_size"], causal=True)
 
   def features(self, params, pixels, text):
     """What the towers make of normalised pixels [B, H, W, 3] and of ids."""
@@ -565,7 +572,7 @@ class Whole:
       text |= dict(pool="class")
     self.model = make_model(image=image, text=text, embed_dim=16)
     self.head = make_loss(term).terms[self.name][1].head
-    self.sizes = dict(vocabulary=_SHORT["vocab_size"])
+    self.sizes = dict(vocabulary=_SHORT["vocab_size"], causal=True)
     self.images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     ids = jnp.zeros((2, _SHORT["length"]), jnp.int32)
     self.variables = self.model.init(jax.random.key(0), self.images, ids, ids == 0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.loss_oracles import AT, both_precisions, cases2, check2, run2
+from helpers.loss_oracles import AT, both_precisions, cases2, check2, oracles2, run2
 
 from bigalign import losses
 from bigalign.losses.heads import prototypes as classes
@@ -34,7 +34,8 @@ def test_the_layers(case, precision):
 @pytest.mark.parametrize("case", cases2("dino"))
 def test_classes_of_views(case, precision):
   options = case["params"]
-  state = {k: x.astype(precision) for k, x in classes.initial_state(13).items()}
+  number = oracles2().inputs(case, 0)["teacher"].shape[-1]
+  state = {k: x.astype(precision) for k, x in classes.initial_state(number).items()}
   for step, temperature in enumerate(options["teacher_temps"]):
 
     def value(inputs, scalars, temperature=temperature):
@@ -60,7 +61,8 @@ def test_classes_of_views(case, precision):
 @pytest.mark.parametrize("case", cases2("ibot"))
 def test_classes_of_patches(case, precision):
   options = case["params"]
-  state = {k: x.astype(precision) for k, x in classes.initial_state(13).items()}
+  number = oracles2().inputs(case, 0)["teacher"].shape[-1]
+  state = {k: x.astype(precision) for k, x in classes.initial_state(number).items()}
   for step, temperature in enumerate(options["teacher_temps"]):
 
     def value(inputs, scalars, temperature=temperature):

@@ -48,6 +48,9 @@ def coca(
     label_smoothing: share of the label that is spread over all tokens of the vocabulary.
     scan: whether the layers are one program with stacked parameters.
     remat: activations that are kept, as of the towers.
+
+  Raises:
+    ValueError: for a text tower that is not causal.
   """
   where = "config.loss.coca"
   given: dict[str, Any] = dict(depth=depth, heads=heads, mlp_ratio=mlp_ratio, activation=activation)
@@ -59,6 +62,12 @@ def coca(
 
   def init(key: jax.Array, read: Read) -> dict[str, Any]:
     tokens, words = read.features["tokens_txt"], vocabulary(read, where)
+    if not read.sizes["causal"]:
+      raise ValueError(
+        f"{where} predicts the next token from the states of the text tower, which sees it unless"
+        " it is causal; set config.model.text=dict(causal=True, pool='class'), or use"
+        " config.loss.caption, which has a decoder of its own"
+      )
     of_decoder, of_logits = jax.random.split(key)
     variables = decoder(read, tokens).init(of_decoder, tokens, read.features["tokens_img"])
     logits = dense_init(of_logits, tokens.shape[-1], words, bias=False)
