@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from helpers.marks import slow_unless
+from helpers.small_shards import picture, write_tar
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
@@ -25,6 +27,7 @@ from sklearn.metrics import f1_score
 
 from bigalign import sharding
 from bigalign.data.loader.options import resolve_data
+from bigalign.data.sources.base import open_source
 from bigalign.evals import EVALS, embed, make_evaluators, retrieval, zeroshot
 from bigalign.evals.embed import Context, Embedded
 from bigalign.evals.retrieval import ranks
@@ -114,6 +117,13 @@ def tiny(monkeypatch):
   return source
 
 
+@jax.jit
+def embed_patches(params, image):
+  """[B, 4, E], of four squares."""
+  squares = rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=SIZE // 2, q=SIZE // 2)
+  return unit((squares / np.float32(255) - np.float32(0.5)) @ params["image"][: squares.shape[-1]])
+
+
 def make(name, options, *, towers=(embed_image, embed_text), logit_head=None, **axes):
   evaluators = make_evaluators(
     {name: options},
@@ -122,6 +132,7 @@ def make(name, options, *, towers=(embed_image, embed_text), logit_head=None, **
     mesh=sharding.make_mesh(**axes),
     data=DATA,
     logit_head=logit_head,
+    embed_patches=embed_patches,
   )
   return evaluators[name]
 
@@ -487,14 +498,57 @@ sys.path.insert(0, sys.argv[1])
 from bigalign.run import runtime
 runtime.connect()
 import test_evals as t
-t.embed.open_source = lambda spec, captions=None, frames=False: t.Tiny()
+t.embed.open_source = t.open_tiny
 found = t.every_evaluator(sys.argv[2])
 path = pathlib.Path(sys.argv[2]) / f"{t.jax.process_index()}.json"
 path.write_text(json.dumps([t.jax.process_count(), t.jax.device_count(), found]))
 """
 
 
+def open_tiny(spec, **options):
+  return Tiny() if spec == "tiny" else open_source(spec, **options)
+
+
+def write_shard(folder, count=21):
+  """A shard with all that evaluators read besides a pair, whose image 3 does not decode."""
+  rng = np.random.default_rng(1)
+  members = []
+  for i in range(count):
+    words = ["".join(rng.choice([*"abcdefgh"], 6)) for _ in range(5)]
+    boxes = [dict(box=[k / 2, 0, 1, 1], phrase=words[k]) for k in range(i % 3)]
+    record = dict(en=words[:2], de=words[2 : 2 + i % 3], region=f"r{i % 3}", regions=boxes)
+    file = io.BytesIO()
+    Image.fromarray(rng.choice([0, 1, 2, 255], (SIZE, SIZE)).astype(np.uint8)).save(file, "png")
+    image = picture(i, size=(SIZE, SIZE), kind="png")
+    members += [
+      (f"{i:03}.jpg", b"no image" if i == 3 else image),
+      (f"{i:03}.cls", str(i % 5).encode()),
+      (f"{i:03}.json", json.dumps(record).encode()),
+      (f"{i:03}.seg.png", file.getvalue()),
+    ]
+  write_tar(folder / "made.tar", members)
+  (folder / "classnames.txt").write_text("\n".join(Tiny.classnames))
+  counts = {name: 10**k for k, name in enumerate(Tiny.classnames)}
+  (folder / "counts.json").write_text(json.dumps(counts))
+
+
+def write_cues(folder):
+  """Cues with their candidates, of which image 4 does not decode."""
+  (folder / "images").mkdir()
+  for i in range(9):
+    image = picture(i, size=(SIZE, SIZE), kind="png")
+    (folder / f"images/{i}.png").write_bytes(b"no image" if i == 4 else image)
+  cues = [
+    dict(cue=cue, candidates=[str(k) for k in some], associations=[str(k) for k in some[1:3]])
+    for cue, some in dict(
+      owl=range(4), moon=range(2, 7), pie=range(5, 9), Sun=range(0, 9, 3)
+    ).items()
+  ]
+  (folder / "cues.json").write_text(json.dumps(cues))
+
+
 def every_evaluator(folder):
+  shard = f"{folder}/made.tar"
   evaluators = dict(
     val=dict(type="retrieval", source="tiny", captions=3),
     animals=dict(type="zeroshot", source="tiny", calibration=True, ood="tiny", widths=(3,)),
@@ -503,6 +557,15 @@ def every_evaluator(folder):
     pairs=dict(type="compositional", folder=f"{folder}/pairs"),
     same=dict(type="image_retrieval", source="tiny"),
     noise=dict(type="corruptions", source="tiny", kinds=("shot_noise",), severities=(2,)),
+    grouped=dict(
+      type="zeroshot", source=shard, groups="json.region", frequency=f"{folder}/counts.json"
+    ),
+    spoken=dict(type="retrieval", source=shard, languages=dict(en="json.en", de="json.de")),
+    texts=dict(type="text_retrieval", source=shard, fields=("json.en",)),
+    translated=dict(type="text_retrieval", source=shard, fields=("json.en",), among=("json.de",)),
+    cues=dict(type="associations", file=f"{folder}/cues.json"),
+    places=dict(type="segmentation", source=shard, classnames=f"{folder}/classnames.txt"),
+    boxes=dict(type="region_retrieval", source=shard),
   )
   found = {}
   for name, options in evaluators.items():
@@ -514,12 +577,15 @@ def every_evaluator(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(tiny, tmp_path):
+def test_two_processes_find_what_one_finds(monkeypatch, tmp_path):
+  monkeypatch.setattr(embed, "open_source", open_tiny)
+  write_shard(tmp_path)
+  write_cues(tmp_path)
   test_compositional = importlib.import_module("test_compositional")  # which imports this module
   test_compositional.winoground_files(tmp_path / "pairs")
-  sentences = {name: [f"a {name}", name][: 1 + len(name) % 2] for name in tiny.classnames}
+  sentences = {name: [f"a {name}", name][: 1 + len(name) % 2] for name in Tiny.classnames}
   (tmp_path / "sentences.json").write_text(json.dumps(sentences))
-  labels = dict(en=[[*range(6)], [*tiny.classnames]], fr=[[1, 3], ["abeille", "chien"]])
+  labels = dict(en=[[*range(6)], [*Tiny.classnames]], fr=[[1, 3], ["abeille", "chien"]])
   (tmp_path / "languages.json").write_text(json.dumps(labels))
   (tmp_path / "two.py").write_text(TWO)
   here = pathlib.Path(__file__).parent
@@ -541,7 +607,7 @@ def test_two_processes_find_what_one_finds(tiny, tmp_path):
       str(tmp_path),
     ],
     check=True,
-    timeout=300,
+    timeout=600,
     env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
   )
   expected = every_evaluator(tmp_path)
