@@ -25,7 +25,12 @@ from bigalign.sphere import unit
 from bigalign.step import jitted
 
 STATEFUL = dict(
-  isogclr=dict(tau_init=0.07), fastclip_v2=dict(gamma_over="4 steps"), albef_itc=dict(queue_size=64)
+  isogclr=dict(tau_init=0.07),
+  fastclip_v2=dict(gamma_over="4 steps"),
+  albef_itc=dict(queue_size=64),
+  # Heads: frequencies of words, and a centre of the logits of the averaged parameters.
+  superclass={},
+  ibot=dict(view="", prototypes=16, hidden=8, bottleneck=4, teacher_temp_updates=3),
 )
 
 
