@@ -158,7 +158,7 @@ def of_config(config: Config, model: DualEncoder, tokenizer: Tokenizer | None) -
   if term is None or tokenizer is None:
     raise ValueError(
       f"config.loss={[*config.loss]} has no term that writes captions; these do: caption, coca, and"
-      " caption_fused without reads_text and second"
+      " caption_fused without second"
     )
   return Captioner(*term, model, sizes_of_towers(config), tokenizer)
 

@@ -24,7 +24,10 @@ REGIONS = dict(regions=dict(field="json.regions", count=2))
 LOCATIONS = dict(locations=dict(field="json.regions"))
 CASES = dict(
   caption=(dict(depth=1, heads=4), {}),
-  caption_fused=(dict(depth=1, heads=4, keep=0.5, inputs="tokens", reads_text=True), {}),
+  caption_fused=(
+    dict(depth=1, heads=4, keep=0.5, inputs="tokens", reads_text=True, second=True),
+    dict(data=dict(second_captions=("syn",))),
+  ),
   coca=(
     dict(depth=1, heads=4),
     dict(
@@ -118,7 +121,7 @@ def _merged(one, other):
 
 
 def _random(rng, field, shape, dtype):
-  if field in ("text_mask", "region_phrases_mask", "region_negatives_mask"):
+  if field in ("text_mask", "text_second_mask", "region_phrases_mask", "region_negatives_mask"):
     return np.arange(shape[-1]) < rng.integers(3, shape[-1], (*shape[:-1], 1))
   if np.issubdtype(dtype, np.floating):
     return rng.uniform(size=shape).astype(dtype)
@@ -227,6 +230,11 @@ def test_docstrings_name_their_source(name):
     (dict(silc={}), {}, r"silc reads the field 'view/global'.* Set config\.data\.views"),
     (dict(caption=dict(tasks=True)), {}, r"'task'.* Set config\.data\.locations"),
     (dict(caption_fused=dict(second=True)), {}, r"Set config\.data\.second_captions"),
+    (
+      dict(caption_fused=dict(reads_text=True)),
+      {},
+      r"shows the decoder .*caption_fused\.second=True",
+    ),
     (dict(coca={}), {}, r"coca predicts the next token .*config\.model\.text=dict\(causal=True"),
     (dict(ibot=dict(view="")), dict(twin=dict(decay=0.9, paths="heads/silc")), "matches no param"),
   ],

@@ -207,13 +207,15 @@ def test_locality_is_learned_from_a_teacher_that_sees_a_part_of_the_image():
 
 @pytest.mark.slow
 def test_a_fused_decoder_predicts_each_token_from_the_prefix_and_the_tokens_before():
-  options = dict(inputs="tokens", reads_text=True, keep=0.5, depth=1, heads=2, scan=False)
+  options = dict(inputs="tokens", keep=0.5, depth=1, heads=2, scan=False)
+  options |= dict(reads_text=True, second=True)
   loss = losses.HEADS["caption_fused"](**options, label_smoothing=0.1)
   rng = np.random.default_rng(0)
   ids, mask = rng.integers(0, 11, (2, 5)), np.arange(5) < np.array([[3], [5]])
   image, text = normal(2, 9, 6), normal(2, 5, 8, seed=1)
   kept = np.array([[0, 3, 4, 8], [1, 2, 5, 7]])
-  batch = {"text": ids.astype(np.int32), "text_mask": mask, "kept": kept}
+  batch = {"text_second": ids.astype(np.int32), "text_second_mask": mask, "kept": kept}
+  batch["text"] = batch["text_second"][::-1]  # of which the decoder reads the states alone
   given = {"tokens_img": jnp.asarray(image), "tokens_txt": jnp.asarray(text)}
   read = Read(
     jax.tree.map(jnp.asarray, batch), given, None, None, None, {"patch": 4, "vocabulary": 11}

@@ -110,8 +110,8 @@ def caption_fused(
   Args:
     inputs: "queries", or "tokens": the tokens of the caption before the predicted one, as in other
       language models.
-    reads_text: whether the states of the text tower are a part of the prefix. Without `second`, a
-      bidirectional text tower then shows the decoder what it predicts.
+    reads_text: whether the states of the text tower are a part of the prefix, which needs `second`:
+      otherwise they would show the decoder the caption that it predicts.
     second: whether the other caption of the image is predicted (config.data.second_captions).
     keep: share of the image tokens that the decoder reads, drawn for each image.
     depth: layers of the decoder.
@@ -123,12 +123,17 @@ def caption_fused(
     remat: activations that are kept, as of the towers.
 
   Raises:
-    ValueError: for an unknown name or a share out of range.
+    ValueError: for an unknown name, a share out of range, or reads_text without second.
   """
   where = "config.loss.caption_fused"
   checks.known(f"{where}.inputs", inputs, INPUTS)
   if not 0 < keep <= 1:
     raise ValueError(f"{where}.keep={keep}: more than 0 and at most 1")
+  if reads_text and not second:
+    raise ValueError(
+      f"{where}.reads_text=True shows the decoder the caption that it predicts; set {where}.second="
+      "True with config.data.second_captions, so that it predicts another one"
+    )
   given: dict[str, Any] = dict(
     depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio, scan=scan, remat=remat
   )
@@ -196,6 +201,6 @@ def caption_fused(
     fields=fields,
     draw=draw,
     sums=SUMS,
-    write=None if reads_text or second else write,
+    write=None if second else write,
   )
   return Loss(frozenset(), lambda sizes: ({}, {}), mean_and_accuracy, pair=False, head=head)
