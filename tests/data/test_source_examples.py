@@ -7,7 +7,16 @@ import importlib
 
 import pytest
 
-MODULES = ["arrayrecord", "base", "glyphs", "image_folder", "mixture", "parquet", "synthetic", "table_files"]
+MODULES = [
+  "arrayrecord",
+  "base",
+  "glyphs",
+  "image_folder",
+  "mixture",
+  "parquet",
+  "synthetic",
+  "table_files",
+]
 
 
 @pytest.mark.parametrize("name", [*MODULES, "webdataset"])
