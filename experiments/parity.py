@@ -151,7 +151,14 @@ def retrieved(folder: pathlib.Path) -> dict[str, float]:
 
 
 def curves(out: pathlib.Path, seed: int, steps: int) -> float:
-  """Trains both from the same weights; returns the largest relative difference of their losses."""
+  """Trains both from the same weights; returns the largest relative difference of their losses.
+
+  The losses of a seed that OUT has are not computed again.
+  """
+  file = out / f"curves-{seed}.npy"
+  if file.exists():
+    own, other = np.load(file)
+    return float(np.abs(own / other - 1).max())
   c = config(steps, 128) | dict(seed=seed, evals={})
   model = new_model(seed)
   c["model"] = dict(init=save(model, out / f"start-{seed}"))
@@ -161,7 +168,7 @@ def curves(out: pathlib.Path, seed: int, steps: int) -> float:
   train(c, run)
   own = np.asarray([row["train/loss"] for row in read_metrics(run) if "train/loss" in row])
   other = np.asarray(theirs(model, c)[0])
-  np.save(out / f"curves-{seed}.npy", np.stack([own, other]))
+  np.save(file, np.stack([own, other]))
   return float(np.abs(own / other - 1).max())
 
 
@@ -193,10 +200,12 @@ def main() -> None:
   given.out.mkdir(parents=True, exist_ok=True)
   differences = [curves(given.out, seed, given.steps) for seed in given.seeds]
   print("largest relative differences of the losses:", *(f"{x:.1e}" for x in differences))
-  rows = [row for seed in given.seeds for row in best(given.out, seed, given.longer)]
-  (given.out / arms.RESULTS).write_text(
-    json.dumps(dict(differences=differences, rows=rows), indent=1) + "\n"
-  )
+  file = given.out / arms.RESULTS
+  rows: list[arms.Row] = json.loads(file.read_text()) if file.exists() else []
+  for seed in given.seeds:
+    if not any(row["seed"] == seed for row in rows):
+      rows += best(given.out, seed, given.longer)
+      file.write_text(json.dumps(rows, indent=1) + "\n")
   columns = [f"{name}, t2i R@5" for name in icons.HELD_OUT] + ["pairs/s", "CPU s"]
   arms.show(rows, columns, given.out)
   arms.draw(rows, columns, given.out / "parity.png")
