@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import doctest
@@ -23,7 +24,7 @@ from bigalign.suites import main as program
 from bigalign.suites import results, runner
 from bigalign.suites.suite import SHIPPED, read_suite
 
-COUNT = 23  # divides by no batch size
+COUNT, OTHERS = 23, 7  # divide by no batch size
 
 SUITE = """
 [classes]
@@ -45,6 +46,49 @@ fields = ["txt"]
 type = "zeroshot"
 dataset = "$SUITE_DATA/gone"
 get = "get-data gone"
+"""
+
+# With those of SUITE ten tasks whose data is there, of the images of two shards.
+MORE = """
+[simple]
+type = "zeroshot"
+dataset = "$SUITE_DATA/classes"
+templates = "simple"
+
+[calibrated]
+type = "zeroshot"
+dataset = "$SUITE_DATA/classes"
+calibration = true
+metrics = ["ece"]
+
+[prefix]
+type = "zeroshot"
+dataset = "$SUITE_DATA/classes"
+widths = [8]
+metrics = ["d8-top1"]
+
+[precise]
+type = "retrieval"
+source = "$SUITE_DATA/classes/test/0.tar"
+fields = ["txt"]
+map_at_r = true
+metrics = ["image_to_text_mAP@R"]
+
+[spread]
+type = "geometry"
+source = "$SUITE_DATA/classes/test/0.tar"
+fields = ["txt"]
+metrics = ["centroid_distance"]
+
+[others]
+type = "zeroshot"
+source = "$SUITE_DATA/others.tar"
+classnames = "$SUITE_DATA/classes/classnames.txt"
+
+[other_captions]
+type = "retrieval"
+source = "$SUITE_DATA/others.tar"
+fields = ["txt"]
 """
 
 
@@ -70,6 +114,14 @@ def suite(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def ten(suite, tmp_path):
+  """The file of a suite with ten tasks, and one whose data is missing."""
+  write_tar(tmp_path / "others.tar", samples(60, OTHERS))
+  suite.write_text(SUITE + MORE)
+  return suite
+
+
+@pytest.fixture
 def decoded(monkeypatch):
   """The numbers of the images that were read, in order."""
   numbers = []
@@ -83,22 +135,42 @@ def decoded(monkeypatch):
   return numbers
 
 
+@pytest.fixture
+def embedded(monkeypatch):
+  """{model: the number of images that it embedded}."""
+  numbers = collections.Counter()
+  embedder = embedding._embedder
+
+  def counting(model, batch_size):
+    embed = embedder(model, batch_size)
+
+    def counted(inputs):
+      z = embed(inputs)
+      numbers[model.source] += len(z)
+      return z
+
+    return counted
+
+  monkeypatch.setattr(embedding, "_embedder", counting)
+  return numbers
+
+
 def test_examples():
   assert doctest.testmod(results).failed == 0
 
 
 @pytest.mark.slow
-def test_a_suite_of_two_models(runs, suite, decoded, tmp_path, capsys, monkeypatch):
+def test_a_suite_of_two_models(runs, ten, decoded, embedded, tmp_path, capsys, monkeypatch):
   """Each image is decoded once and embedded once by each model; nothing is done twice."""
   out = {name: str(tmp_path / f"out.{name}") for name in ("json", "csv", "html")}
-  words = [*runs, f"--suite={suite}", f"--cache={tmp_path / 'cache'}"]
+  words = [*runs, f"--suite={ten}", f"--cache={tmp_path / 'cache'}"]
   words += [f"--{name}={file}" for name, file in out.items()]
   found = program.main(words)
-  assert decoded == [*range(COUNT)]
-  assert [(x.task, x.model, bool(x.missing)) for x in found] == [
-    (task, run, task == "elsewhere")
-    for task in ("classes", "by_name", "captions", "elsewhere")
-    for run in runs
+  assert decoded == [*range(COUNT), *range(OTHERS)]
+  assert [*embedded.values()] == [COUNT + OTHERS] * 2
+  tasks = [x.name for x in read_suite(str(ten))]
+  assert len(tasks) == 11 and [(x.task, x.model, bool(x.missing)) for x in found] == [
+    (task, run, task == "elsewhere") for task in tasks for run in runs
   ]
   # Equal to the evaluation of a run alone, whose images are not kept.
   alone = bigalign.evaluate(runs[1], zeroshot=tmp_path / "classes")
@@ -112,42 +184,44 @@ def test_a_suite_of_two_models(runs, suite, decoded, tmp_path, capsys, monkeypat
   assert by_task["captions", runs[1]].score == np.mean(both)
   # What is written.
   records = json.loads((tmp_path / "out.json").read_text())
-  assert len(records) == 8
+  assert len(records) == 22
   assert records[1]["task"] == "zeroshot_classification" and records[1]["metrics"]["acc1"] == top1
   assert records[5]["metrics"]["image_retrieval_recall@5"] == metrics["text_to_image_R@5"]
   assert records[7]["metrics"] == {} and "gone" in records[7]["missing"]
   lines = [*csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text()))]
+  recalls = ("text_to_image_R@1", "image_to_text_R@1")
   assert [x["metric"] for x in lines if x["model"] == runs[0]] == [
-    *("top1", "mean_per_class_recall", "text_to_image_R@1", "image_to_text_R@1", "")
+    *("top1", "mean_per_class_recall", *recalls, "", "top1", "ece", "d8-top1"),
+    *("image_to_text_mAP@R", "centroid_distance", "top1", *recalls),
   ]
   within = [float(x["low"]) <= float(x["value"]) <= float(x["high"]) for x in lines if x["low"]]
-  assert within == [True] * 6
+  assert within == [True] * 16
   page = (tmp_path / "out.html").read_text()
   assert "$" not in page and f"{top1:.4f}" in page and "get-data gone" in page
   printed = capsys.readouterr().out
-  assert "mean of 3 of 4 tasks" in printed
+  assert "mean of 10 of 11 tasks" in printed
   assert "elsewhere was not evaluated" in printed and "Get its data with: get-data gone" in printed
   # Once more: nothing is embedded or evaluated.
-  monkeypatch.setattr(runner.Subject, "measure", None)
-  again = program.main(words)
+  with monkeypatch.context() as patch:
+    patch.setattr(runner.Subject, "measure", None)
+    again = program.main(words)
   assert [(x.metrics, x.score) for x in again] == [(x.metrics, x.score) for x in found]
-  assert all(x.kept or x.missing for x in again) and len(decoded) == COUNT
+  assert all(x.kept or x.missing for x in again) and len(decoded) == COUNT + OTHERS
   # Another label is another task, of the same images.
-  monkeypatch.undo()
-  monkeypatch.setenv("SUITE_DATA", str(tmp_path))
   (tmp_path / "classes/classnames.txt").write_text("cat\ndog\nfish\n")
   changed = program.main(words)
-  assert not any(x.kept for x in changed) and changed[4].metrics == found[4].metrics
+  assert not any(x.kept for x in changed[:6]) and changed[4].metrics == found[4].metrics
+  assert len(decoded) == COUNT + OTHERS and [*embedded.values()] == [COUNT + OTHERS] * 2
 
 
 @pytest.mark.slow
-def test_a_kill_loses_nothing(runs, suite, decoded, tmp_path, monkeypatch):
+def test_a_kill_loses_nothing(runs, ten, decoded, embedded, tmp_path, monkeypatch):
   """What was embedded and evaluated before the end of a process is there afterwards."""
-  words = [*runs, f"--suite={suite}", f"--cache={tmp_path / 'cache'}"]
+  words = [*runs, f"--suite={ten}", f"--cache={tmp_path / 'cache'}"]
   measure = runner.Subject.measure
 
   def killed(self, task, store=""):
-    if task.name == "by_name" and self.name == runs[1]:
+    if task.name == "others" and self.name == runs[1]:
       raise KeyboardInterrupt
     return measure(self, task, store)
 
@@ -155,8 +229,9 @@ def test_a_kill_loses_nothing(runs, suite, decoded, tmp_path, monkeypatch):
     patch.setattr(runner.Subject, "measure", killed)
     program.main(words)
   found = program.main(words)
-  assert [x.kept for x in found[:6]] == [True, True, True, False, False, False]
-  assert decoded == [*range(COUNT)]
+  assert [x.kept for x in found if not x.missing] == [True] * 17 + [False] * 3
+  assert decoded == [*range(COUNT), *range(OTHERS)]
+  assert [*embedded.values()] == [COUNT + OTHERS] * 2
 
 
 def test_a_task_that_fails_does_not_end_the_suite(runs, suite, tmp_path, capsys):
