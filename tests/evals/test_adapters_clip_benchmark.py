@@ -174,20 +174,21 @@ class Cuda(str):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["run", "exported"])
 @pytest.mark.filterwarnings("ignore:.*ill-defined")  # its report, of a class that is never found
-def test_the_linear_probe_of_clip_benchmark_reads_our_features(models, tmp_path, monkeypatch):
+def test_the_linear_probe_of_clip_benchmark_reads_our_features(models, kind, tmp_path, monkeypatch):
   """AdamW trains its classifier, L-BFGS ours; equal are what both read, and measures of scores."""
   import torch
   from clip_benchmark.metrics import linear_probe
 
-  for kind in (torch.nn.Module, torch.Tensor):
-    monkeypatch.setattr(kind, "cuda", lambda self: self)
+  for movable in (torch.nn.Module, torch.Tensor):
+    monkeypatch.setattr(movable, "cuda", lambda self: self)
   inferred = []
   infer = linear_probe.infer
   monkeypatch.setattr(
     linear_probe, "infer", lambda *args: inferred.append(infer(*args)) or inferred[-1]
   )
-  model = bigalign.load(models["run"])
+  model = bigalign.load(models[kind])
   clip, transform, _ = adapters.clip_benchmark(model)
   parts = {"train": peer_sets.labelled(COUNT, 64), "test": peer_sets.labelled(0, COUNT)}
   loaders = [loader(transform, samples) for samples in parts.values()]

@@ -11,6 +11,8 @@ from helpers import peer_models, peer_sets
 from helpers.small_shards import write_tar
 from PIL import Image
 from scipy.stats import spearmanr
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.metrics import adjusted_rand_score, v_measure_score
 
 import bigalign
 from bigalign.evals import adapters
@@ -61,6 +63,7 @@ def tasks():
   from datasets import Image as Column
   from mteb.abstasks import (
     AbsTaskClassification,
+    AbsTaskClusteringLegacy,
     AbsTaskRetrieval,
     AbsTaskSTS,
     AbsTaskZeroShotClassification,
@@ -115,6 +118,13 @@ def tasks():
     def made(self):
       return DatasetDict(test=labelled(test), train=labelled(train))
 
+  class Clusters(Local, AbsTaskClusteringLegacy):  # as its CIFAR10Clustering
+    metadata = described("LocalClusters", "ImageClustering", "i2c", ["image"], "nmi")
+    input_column_name, label_column_name = "image", "label"
+
+    def made(self):
+      return DatasetDict(test=labelled(test))
+
   def retrieval(direction):
     images = split(captioned, id=[f"i{i}" for i in range(COUNT)])
     ids = [f"t{i}" for i in range(len(texts))]
@@ -146,7 +156,7 @@ def tasks():
       pairs = dict(sentence1=texts[::5], sentence2=texts[1::5], score=gold().tolist())
       return DatasetDict(test=Dataset.from_dict(pairs))
 
-  return [ZeroShot(), Probe(), retrieval("t2i"), retrieval("i2t"), Similarity()]
+  return [ZeroShot(), Probe(), Clusters(), retrieval("t2i"), retrieval("i2t"), Similarity()]
 
 
 def gold():
@@ -198,6 +208,17 @@ def test_tasks_of_mteb_agree_with_our_evaluators(models, own, kind, monkeypatch)
   )
   expected = spearmanr(gold(), (first * second).sum(1))[0]
   assert found["LocalSTS"]["cosine_spearman"] == pytest.approx(expected, abs=1e-6)
+  samples = peer_sets.labelled(0, COUNT)
+  labels = [k for _, k in samples]
+  options = dict(n_clusters=len({*labels}), batch_size=500, n_init="auto", random_state=42)
+  clusters = MiniBatchKMeans(**options).fit(model.embed_images([x for x, _ in samples])).labels_
+  measured = dict(
+    v_measure=v_measure_score(labels, clusters), ari=adjusted_rand_score(labels, clusters)
+  )
+  assert 0.1 < measured["v_measure"] < 0.9
+  assert {name: found["LocalClusters"][name] for name in measured} == pytest.approx(
+    measured, abs=1e-6
+  )
 
 
 def test_what_mteb_knows_of_a_model(models):
