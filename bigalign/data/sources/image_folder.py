@@ -23,7 +23,7 @@ class ImageFolder:
 
   Classes are the subfolders, in the order of their names. Their names are those of the folders, or
   those of a classnames.txt in DIR or beside it, in the same order. Each process holds the path of
-  each image; a training set of many millions belongs into shards.
+  each image; a training set of many millions belongs in shards.
 
   Args:
     pattern: the folder DIR.
@@ -34,7 +34,8 @@ class ImageFolder:
 
   Raises:
     FileNotFoundError: if there is no such folder.
-    ValueError: if it holds no image, for captions, and for as many names as there are not classes.
+    ValueError: if it holds no image, for captions, or if classnames.txt has more or fewer names
+      than there are subfolders.
 
   Example:
     >>> import tempfile
