@@ -23,6 +23,7 @@ from bigalign.losses.logit_head import of_losses
 from bigalign.model import DualEncoder
 from bigalign.options import plain
 from bigalign.program import make_embed, make_program
+from bigalign.projectors import Identity
 from bigalign.run import runtime
 from bigalign.towers.base import DTYPES
 from bigalign.towers.features import FeaturesOptions
@@ -78,22 +79,37 @@ def load(
   return load_checkpoint(folder, dtype=dtype, tokenizer=tokenizer)
 
 
-def as_run(model: Model, address: str) -> Run:
+def as_run(model: Model, address: str, *, one_tower: bool = False) -> Run:
   """The model in the files of another library as a run, with the least config that describes it.
 
   Args:
     model: of load_checkpoint.
     address: of the files.
+    one_tower: whether a model may have one tower. Its other side then takes stored vectors of the
+      width of the embeddings, and cannot embed anything.
 
   Raises:
-    ValueError: for a model of one tower, or without a tokenizer.
+    ValueError: for a model without a tower that it needs, or with a text tower without a tokenizer.
   """
-  if model.view is None or model.tokenizer is None:
-    side = "image tower" if model.view is None else "text tower with a tokenizer"
-    raise ValueError(f"{address} has no {side}; a model with two towers is needed")
+  lacking = _lacking(model)
+  if lacking and not one_tower:
+    raise ValueError(f"{address} has no {lacking[0]} tower; a model with two towers is needed")
+  if model.tokenizer is None and "text" not in lacking:
+    raise ValueError(
+      f"{address} has no tokenizer, which its text tower needs; put its files into the folder"
+    )
   loss = "siglip" if model.head.sigmoid else "clip"
   # Nothing is trained with it: evaluation, export and `init` read the model and the data.
-  values: dict[str, Any] = {name: model.config[name] for name in ("data", "model")}
+  no_texts = dict(tokenizer=dict(name="byte", length=2))
+  no_inputs: dict[str, dict[str, Any]] = dict(image=dict(image_size=1), text=no_texts)
+  vectors: dict[str, Any] = {}
+  inputs: dict[str, Any] = {}
+  for side in lacking:
+    vectors[side] = dict(name="features", width=model.embed_dim)
+    vectors[f"{side}_projector"] = dict(name="identity")
+    inputs |= no_inputs[side]
+  more = dict(data=inputs, model=vectors)
+  values: dict[str, Any] = {name: {**model.config[name], **x} for name, x in more.items()}
   values |= dict(seed=0, total_steps=1, batch_size=2, log_every=1, checkpoint_every=0)
   values |= dict(loss={loss: {}}, optimizer=dict(lr=0.0))
   config = resolve_config(values)
@@ -113,6 +129,20 @@ def as_run(model: Model, address: str) -> Run:
   return Run(folder, 0, config, meta, model.mesh, params, {}, embed, str(folder))
 
 
+def whole_encoder(model: Model) -> DualEncoder:
+  """The encoder of a model; a side without a tower takes stored vectors, as of `as_run`."""
+  parts: dict[str, Any] = {}
+  for side in _lacking(model):
+    parts[f"{side}_tower"] = FeaturesOptions(width=model.embed_dim).build()
+    parts[f"{side}_projector"] = Identity(dim=model.embed_dim)
+  return model.encoder.clone(**parts) if parts else model.encoder
+
+
+def _lacking(model: Model) -> list[str]:
+  """The sides without a tower."""
+  return [x for x in ("image", "text") if getattr(model.encoder, f"{x}_tower") is None]
+
+
 def open_any(path: str | os.PathLike[str], step: int | str | None) -> Run:
   """The run in a folder, at a step (None: the latest), or as_run of other files.
 
@@ -122,7 +152,7 @@ def open_any(path: str | os.PathLike[str], step: int | str | None) -> Run:
   address = os.fspath(path)
   if is_run(address):
     return open_step(address, step)
-  return as_run(load(address, None if step == "latest" else step), address)
+  return as_run(load(address, None if step == "latest" else step), address, one_tower=True)
 
 
 def open_step(path: str | os.PathLike[str], step: int | str | None) -> Run:

@@ -16,6 +16,7 @@ import jax
 from absl import logging
 
 from bigalign.api import embedding
+from bigalign.api.loading import whole_encoder
 from bigalign.api.model import Model
 from bigalign.data.files import fingerprints, storage
 from bigalign.data.image.reading import ImageReading
@@ -75,7 +76,7 @@ class Subject:
   def __init__(self, name: str, model: Model) -> None:
     self.name, self.model = name, model
     self.data = _data_of(model)
-    self._embed = make_embed(model.encoder) | dict(logit_head=lambda params: model.head)
+    self._embed = make_embed(whole_encoder(model)) | dict(logit_head=lambda params: model.head)
     self._params = {f"model/{key}": x for key, x in model.params.items() if "/" in key}
 
   @functools.cached_property

@@ -9,12 +9,15 @@ import weakref
 import numpy as np
 import pytest
 from helpers import small_models
+from helpers.small_shards import picture, write_tar
+from helpers.small_stores import write_store
 
 import bigalign
 from bigalign.api import checkpoints, loading
 from bigalign.data.text.tokenizers import make_tokenizer
 from bigalign.export import check, main, model_card
 from bigalign.losses.logit_head import of_losses
+from bigalign.suites import main as suites
 
 CLIP = small_models.clip(length=12)  # longer than its tokenizer
 SIGLIP = small_models.siglip(mask_padding=True)
@@ -89,6 +92,54 @@ def test_an_exported_folder_is_the_run(kind, model, loss, run, pictures, tmp_pat
     np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-expected)), rtol=1e-3)
   else:
     np.testing.assert_allclose(rows, 1, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_folder_with_a_text_tower_is_evaluated(run, tmp_path):
+  """By texts alone, and with stored vectors of images; with a suite and without one."""
+  out, _ = main.export(run(MPNET, "clip"), "sentence-transformers", tmp_path / "out")
+  texts = [
+    f"{a} {b}" for a in ("a cat", "photo of a dog", "a") for b in ("dog", "x", "cat a", "of")
+  ]
+  members = []
+  for i in range(6):
+    pair = json.dumps(dict(texts=texts[2 * i : 2 * i + 2])).encode()
+    members += [(f"{i}.jpg", picture(i)), (f"{i}.json", pair), (f"{i}.cls", b"0")]
+  source = write_tar(tmp_path / "val.tar", members)
+  zimg = np.random.default_rng(0).normal(size=(6, 12)).astype(np.float32)
+  store = write_store(tmp_path / "image", {f"val.tar/{i}": x for i, x in enumerate(zimg)})
+  ztxt = bigalign.load(out).embed_texts(texts)
+  alike = ztxt @ ztxt.T - 9 * np.eye(12)
+  expected = dict(
+    texts=np.mean(alike.argmax(1) // 2 == np.arange(12) // 2),
+    pairs=np.mean((ztxt @ zimg.T / np.linalg.norm(zimg, axis=1)).argmax(1) == np.arange(12) // 2),
+  )
+  assert 0 < expected["texts"] < 1 and 0 < expected["pairs"] < 1
+  read = dict(source=source, fields=["json.texts"])
+  evals = dict(
+    texts=dict(type="text_retrieval", **read),
+    pairs=dict(type="retrieval", image_store=store, **read),
+  )
+  found = bigalign.evaluate(out, evals=evals)
+  assert found["val/texts/text_to_text_R@1"] == pytest.approx(expected["texts"])
+  assert found["val/pairs/text_to_image_R@1"] == pytest.approx(expected["pairs"])
+  words = [str(out), f"--retrieval={source}", "--fields=json.texts", f"--image_store={store}"]
+  assert suites.main(words)["val/text_to_image_R@1"] == found["val/pairs/text_to_image_R@1"]
+  (tmp_path / "classnames.txt").write_text("cat")
+  with pytest.raises(ValueError, match=r"'features' takes stored vectors, .*12.*image_store"):
+    bigalign.evaluate(out, zeroshot=tmp_path)
+  tasks = "".join(
+    f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in options.items())
+    for name, options in dict(evals, pixels=dict(type="zeroshot", dataset=str(tmp_path))).items()
+  )
+  (tmp_path / "s.toml").write_text(tasks)
+  of_suite = suites.main([str(out), f"--suite={tmp_path}/s.toml", f"--cache={tmp_path}/cache"])
+  for result in of_suite[:2]:
+    assert {f"val/{result.task}/{k}": x for k, x in result.metrics.items()}.items() <= found.items()
+    assert len(result.metrics) > 3
+  assert "it cannot embed anything new" in of_suite[2].missing
+  with pytest.raises(ValueError, match="has no image tower; a model with two towers is needed"):
+    loading.as_run(bigalign.load(out), str(out))
 
 
 @pytest.mark.slow
