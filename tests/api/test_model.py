@@ -50,6 +50,7 @@ def test_a_run_embeds_as_its_evaluators_do(run_folder, model, pictures):
   )
 
 
+@pytest.mark.slow
 def test_images_of_every_kind_have_the_same_embedding(model, pictures, tmp_path):
   image = pictures[0]
   image.save(tmp_path / "a.png")

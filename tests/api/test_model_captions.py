@@ -54,6 +54,7 @@ def test_captions_are_those_of_the_decoder_of_the_run(folder, model, pictures):
   assert model.caption([]) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_no_captions_says_what_does(folder, model, tmp_path, monkeypatch):
   image = np.zeros((8, 8, 3), np.uint8)
   with pytest.raises(ValueError, match="beams=0: at least 1"):

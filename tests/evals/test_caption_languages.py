@@ -121,6 +121,7 @@ def test_each_language_is_measured_with_its_captions(source, axes, towers, caplo
   )
 
 
+@pytest.mark.slow
 def test_a_column_gives_the_language_of_samples_or_of_captions(source, monkeypatch, caplog):
   options = dict(type="retrieval", source="s", map_at_r=True, batch_size=16)
   found = make("x", options | dict(language="json.language"))(make_params())

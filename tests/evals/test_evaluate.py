@@ -83,6 +83,7 @@ def test_evaluators_without_data_are_left_out_by_name(tmp_path, monkeypatch):
     evaluate.evaluate(run_with("val", "bug"))
 
 
+@pytest.mark.slow
 def test_report_of_a_run_is_the_last_thing_printed(trained, capsys):
   path = main.main([str(trained)])
   assert capsys.readouterr().out.splitlines()[-1] == str(path) == str(trained / "report.html")

@@ -65,6 +65,7 @@ def test_a_prefix_is_what_a_model_of_its_width_finds(sources, axes):
     make("x", options | dict(widths=(8,)))(params)
 
 
+@pytest.mark.slow
 def test_the_place_of_a_class_is_that_of_probes():
   """Of equal scores the earlier class is first; no score that is not finite is a hit."""
   weights = jnp.asarray([[1.0], [3.0], [jnp.nan], [3.0], [2.0], [3.0], [jnp.inf]])

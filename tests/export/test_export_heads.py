@@ -64,7 +64,14 @@ def no_torch(monkeypatch):
   monkeypatch.setattr(check, "missing", lambda kind: ["torch"])
 
 
-@pytest.mark.parametrize("kind", ["torch", pytest.param("hf", marks=pytest.mark.slow), "open_clip"])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    pytest.param("torch", marks=pytest.mark.slow),
+    pytest.param("hf", marks=pytest.mark.slow),
+    "open_clip",
+  ],
+)
 def test_heads_are_beside_the_weights_if_asked(kind, tmp_path, no_torch):
   run, _, _ = _with_head(tmp_path, CLIP, CAPTION, "caption")
   plain, _ = main.export(run, kind, tmp_path / "plain")

@@ -80,6 +80,7 @@ def test_diagnoses_and_costs_read_both_class_tokens():
   assert both["flops"] > 1.9 * one["flops"]
 
 
+@pytest.mark.slow
 def test_one_class_token_is_the_tower_without_the_option():
   """The same parameters, and the same output to the bit."""
   one, plain = (TOWERS["vit"](**TOWER, **x).build() for x in (dict(class_tokens=1), {}))

@@ -321,6 +321,7 @@ def test_uneven_rows_columns_and_tiles(way, devices):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_the_same_in_every_way_and_near_float32():
   towers, batch = example(jnp.float32)
   feats = embed(towers, batch, jax.random.key(0))

@@ -110,6 +110,7 @@ def test_sparc_compares_patches_and_words_behind_their_adapters():
   assert values[0] == values[1] > 0.1
 
 
+@pytest.mark.slow
 def test_bags_of_words_hold_the_largest_score_of_each_word():
   loss = losses.HEADS["lexical"](penalty_updates=0, penalty=0.5)
   table = normal(11, 8, seed=2)
@@ -241,6 +242,7 @@ def test_a_fused_decoder_predicts_each_token_from_the_prefix_and_the_tokens_befo
   assert found["correct"] == ((logits.argmax(-1) == ids) & mask).sum()
 
 
+@pytest.mark.slow
 def test_words_of_a_text_are_classes_of_the_image_that_weigh_more_if_they_are_rare():
   """Two steps; counts of the texts of both, each word of a text once; padding is no word."""
   loss = losses.HEADS["superclass"]()

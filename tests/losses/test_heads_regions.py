@@ -281,6 +281,7 @@ def test_wrong_phrases_that_are_absent_have_no_gradient():
   assert none == 0
 
 
+@pytest.mark.slow
 def test_wrong_phrases_are_learned_apart():
   given = with_negatives(read())
   loss = losses.HEADS["region_phrase"](pooling="prompter", own_negatives=1.0)
@@ -312,6 +313,7 @@ def test_queries_learn_regions_and_boxes():
   assert params["queries"].shape == (4, 32)  # one more for the image
 
 
+@pytest.mark.slow
 def test_terms_of_weight_zero_are_not_computed():
   given = read()._replace(text=None, project=None)  # phrases are not embedded
   loss = losses.HEADS["grain"](queries=3, depth=1, width=32, heads=2, w_region=0.0, w_image=0.0)

@@ -384,6 +384,7 @@ def test_clip_distill_averages_the_probabilities_of_teachers_with_own_scales():
   np.testing.assert_allclose(found["distill_loss"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_widths_of_teachers_come_from_the_data():
   """And an option that says otherwise is an error; two teachers have the scales of DFNDR."""
   sizes = {"teachers": (8, 16)}

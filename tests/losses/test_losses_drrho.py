@@ -93,6 +93,7 @@ def test_a_model_that_is_its_reference_has_equal_weights():
   np.testing.assert_allclose(logs["loss"], 0.1 * np.log(15 / 16 + 0.5), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_reference_finds_hard_counts_less():
   """The weight of a negative falls as its reference cosine rises."""
   feats, batch = example()

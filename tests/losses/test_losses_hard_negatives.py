@@ -92,6 +92,7 @@ def test_negclip_is_clip_with_hard_negatives_as_candidates():
   np.testing.assert_allclose(value("negclip", feats, [[1, 0, 0]] * 8)["loss"], plain, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_images_without_a_negative_leave_the_mean():
   feats, kinds = example(), np.array([[1, 2, 2]] * 4 + [[1, 1, 0]] * 4)
   half = {k: x[:4] for k, x in feats.items()}

@@ -271,6 +271,7 @@ def test_an_odd_batch_mixes_its_middle_with_itself():
     assert all(np.isfinite(g).all() for g in gradient)
 
 
+@pytest.mark.slow
 def test_pairs_mixed_to_texts_only_leave_one_direction_of_clip():
   """Share 0: the mixture is the text, so that images and texts are both compared with texts."""
   with jax.enable_x64(True):

@@ -336,6 +336,7 @@ def test_sail_of_one_text_is_siglip_to_the_bit(reduction):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean_all", "row_sum"])
 def test_sail_of_two_texts_in_a_list_is_sail(reduction):
   feats, _ = random_texts(count=2)

@@ -152,6 +152,7 @@ def test_equal_terms_have_equal_shares_of_the_gradient():
     np.testing.assert_allclose(found[f"gradient_share/{name}"], 0.5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_radial_part_of_a_gradient_has_no_share():
   """A loss of the lengths alone moves nothing, since embeddings are normalised."""
 

@@ -64,6 +64,7 @@ def test_the_same_pairs_are_chosen_on_every_mesh_and_in_every_way(kind):
   assert found[0] == found[1] and len({*found[0]}) == 16
 
 
+@pytest.mark.slow
 def test_a_learner_that_is_the_reference_chooses_at_random():
   """All logits are equal, so each key draws other pairs."""
   learner, _ = models()

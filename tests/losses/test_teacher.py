@@ -54,6 +54,7 @@ def drawn():
   return teacher, teacher.init(jax.random.key(0), images(), 4, method="initialise")
 
 
+@pytest.mark.slow
 def test_each_tower_normalises_with_its_own_numbers(drawn):
   """The teacher's tokens are those of a model of its own with the teacher's pixels."""
   teacher, variables = drawn

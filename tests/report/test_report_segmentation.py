@@ -43,6 +43,7 @@ def run(tmp_path):
   return open_run(made_runs.write(tmp_path / "run", c, made_runs.random_params(c)))
 
 
+@pytest.mark.slow
 def test_a_report_shows_what_the_evaluator_finds(run, caplog):
   """With the classes that have the largest cosines; data that is elsewhere is left out."""
   shown = main.segmented(run)

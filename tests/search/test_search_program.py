@@ -96,6 +96,7 @@ def test_examples():
   assert doctest.testmod(main).failed == 0
 
 
+@pytest.mark.slow
 def test_a_store_holds_the_embeddings_of_the_images(model, pictures, store):
   source = open_source(pictures)
   expected = model.embed_images([source[i]["image"] for i in range(COUNT)])
