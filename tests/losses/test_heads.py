@@ -159,8 +159,8 @@ def test_equal_over_the_mesh_in_microbatches_with_recomputation(names):
 
 
 @pytest.mark.slow
-def test_a_frozen_model_leaves_the_gradients_of_heads_as_they_are():
-  names = TOGETHER[-1]
+@pytest.mark.parametrize("names", TOGETHER)
+def test_a_frozen_model_leaves_the_gradients_of_heads_as_they_are(names):
   whole, found = step(names)[0], step(names, frozen="^model/")[0]
   assert not any(path.startswith("model/") for path in found)
   same(found, {path: x for path, x in whole.items() if not path.startswith("model/")})
