@@ -270,7 +270,7 @@ def check_needs(
   added: Mapping[str, Collection[str]] = {},
   elsewhere: Collection[str] = (),
 ) -> None:
-  """Checks that batch and model provide all that the loss reads, and nothing that nobody reads.
+  """Checks that batch and model provide all that the loss reads, and nothing that is not read.
 
   Args:
     loss: a weighted sum.
