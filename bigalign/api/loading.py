@@ -79,6 +79,12 @@ def load(
   return load_checkpoint(folder, dtype=dtype, tokenizer=tokenizer)
 
 
+# Options of config.data for a side without a tower: the smallest, because its inputs are not read.
+UNREAD: dict[str, dict[str, Any]] = dict(
+  image=dict(image_size=1), text=dict(tokenizer=dict(name="byte", length=2))
+)
+
+
 def as_run(model: Model, address: str, *, one_tower: bool = False) -> Run:
   """The model in the files of another library as a run, with the least config that describes it.
 
@@ -100,16 +106,13 @@ def as_run(model: Model, address: str, *, one_tower: bool = False) -> Run:
     )
   loss = "siglip" if model.head.sigmoid else "clip"
   # Nothing is trained with it: evaluation, export and `init` read the model and the data.
-  no_texts = dict(tokenizer=dict(name="byte", length=2))
-  no_inputs: dict[str, dict[str, Any]] = dict(image=dict(image_size=1), text=no_texts)
-  vectors: dict[str, Any] = {}
-  inputs: dict[str, Any] = {}
+  values: dict[str, Any] = {name: dict(model.config[name]) for name in ("data", "model")}
   for side in lacking:
-    vectors[side] = dict(name="features", width=model.embed_dim)
-    vectors[f"{side}_projector"] = dict(name="identity")
-    inputs |= no_inputs[side]
-  more = dict(data=inputs, model=vectors)
-  values: dict[str, Any] = {name: {**model.config[name], **x} for name, x in more.items()}
+    values["data"] |= UNREAD[side]
+    values["model"] |= {
+      side: dict(name="features", width=model.embed_dim),
+      f"{side}_projector": dict(name="identity"),
+    }
   values |= dict(seed=0, total_steps=1, batch_size=2, log_every=1, checkpoint_every=0)
   values |= dict(loss={loss: {}}, optimizer=dict(lr=0.0))
   config = resolve_config(values)

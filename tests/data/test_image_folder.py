@@ -31,7 +31,7 @@ def test_labels_are_the_places_of_the_subfolders(folder, caplog):
   ]
   assert source.classnames == ("a", "b", "c") and records[1]["image"] == picture(1)
   assert np.asarray(Image.open(io.BytesIO(records[2]["image"]))).shape[2] == 3
-  assert "1 files are no images: ['c/notes.txt']" in caplog.text
+  assert "has files that are not images (1): ['c/notes.txt']" in caplog.text
   again = open_source(f"folder:{folder}", images=False)
   assert again.fingerprint == source.fingerprint and again[0]["image"] == b""
   with pytest.raises(IndexError):

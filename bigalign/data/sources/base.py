@@ -163,8 +163,7 @@ def _open_part(
   if kind not in SOURCES:
     raise ValueError(
       f"Unknown source {part!r} in {spec!r}; known: 'glyphs[:SPLIT]', 'tfds:NAME:SPLIT',"
-      " 'folder:DIR',"
-      " 'synthetic:COUNT', patterns"
+      " 'folder:DIR', 'synthetic:COUNT', patterns"
       f" of files that end in {', '.join(_ENDINGS)}, such as 'DIR/{{00000..00005}}.tar' or"
       f" 'DIR/*.tar', KIND:PATTERN with a KIND of {sorted(SOURCES)}, and lists joined by '::'"
     )

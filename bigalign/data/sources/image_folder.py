@@ -89,7 +89,8 @@ class ImageFolder:
       raise ValueError(f"folder:{pattern}: no subfolder holds an image ({', '.join(IMAGES)})")
     if others:
       logger.warning(
-        "folder:%s: %d files are no images: %s", pattern, len(others), tree.shown(others)
+        "folder:%s has files that are not images (%d): %s",
+        *(pattern, len(others), tree.shown(others)),
       )
     about = (f"{key}\n{size}\n" for key, size in zip(self._keys, sizes))
     self.fingerprint = fingerprints.of_names("".join(about), *self.classnames, sep="\n")
