@@ -19,7 +19,7 @@ from bigalign.data.image import naflex
 from bigalign.data.loader import extra_fields
 from bigalign.data.loader.options import DataOptions
 from bigalign.data.loader.training import batch_spec
-from bigalign.losses import Loss, check_needs, make_loss, reads
+from bigalign.losses import Loss, check_needs, diagnostics, make_loss, reads
 from bigalign.losses.engine import pairwise
 from bigalign.losses.logit_head import of_losses
 from bigalign.losses.per_sample import tables
@@ -47,6 +47,7 @@ class Program:
       narrower in the data.
     images: the same of the images that the model takes, where batches have texts alone; else {}.
     added: {option of config.data: the fields of the batch that it adds for losses to read}.
+    diagnosed: the fields of the batch that diagnostics of the loss read.
     negatives: whether images have hard negatives among their texts.
     sources: how many sources the data mixes.
     sizes: the number of ids, {"image": n, "text": m}, "embed", the width E, "teachers", the
@@ -74,6 +75,7 @@ class Program:
   spec: Mapping[str, tuple[tuple[int, ...], Any]]
   images: Mapping[str, tuple[tuple[int, ...], Any]]
   added: Mapping[str, frozenset[str]]
+  diagnosed: frozenset[str]
   negatives: bool
   sources: int
   sizes: Mapping[str, Any]
@@ -130,22 +132,25 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     smallest = min(stage.config.data.image_size for stage in run_stages)
     side = max(1, smallest // tower.options.patch)
     model = model.clone(image_tower=tower.clone(drawn=(side, side)))
+  loss = make_loss(config.loss)
+  sizes = {
+    "image": dataset_size,
+    "text": dataset_size * config.data.captions_per_image,
+    "teachers": teachers.widths(config.data.teachers),
+    **sizes_of_towers(config),
+  }
   program = Program(
     model=model,
-    loss=make_loss(config.loss),
+    loss=loss,
     optimizer=optax.identity(),  # replaced below, like `rate`: the optimizer needs `params`
     rate=lambda step: step,
     spec=_spec(model, *_longest(config)),
     images=_images(model, config),
     added=extra_fields.added(config.data),
+    diagnosed=_diagnosed(config, loss, sizes),
     negatives=bool(config.data.texts and config.data.texts.negatives.count),
     sources=max(1, len(config.data.mixture)),
-    sizes={
-      "image": dataset_size,
-      "text": dataset_size * config.data.captions_per_image,
-      "teachers": teachers.widths(config.data.teachers),
-      **sizes_of_towers(config),
-    },
+    sizes=sizes,
     params={},
     frozen=_frozen(config),
     fixed=frozenset(),
@@ -337,6 +342,7 @@ def check_loss(program: Program, programs: Sequence[Program] = ()) -> None:
     ValueError: naming what is missing, or is read by nothing.
   """
   elsewhere = {name for one in programs for name in reads(one.loss)}
+  elsewhere |= {name for one in (program, *programs) for name in one.diagnosed}
   if program.selection.share:
     elsewhere |= {"teacher_img", "teacher_txt"}
   ema = program.ema > 0
@@ -432,6 +438,14 @@ def _teacher(model: DualEncoder, config: Config) -> Teacher | None:
     return None
   patch = getattr(model.image_tower.options, "patch", 0)
   return config.teacher.build(config.data.image_size // patch if patch else 0)
+
+
+def _diagnosed(config: Config, loss: Loss, sizes: Mapping[str, Any]) -> frozenset[str]:
+  """What diagnostics read of a batch: of losses with a temperature per sample, FREQUENCY."""
+  if not config.diagnose_every or diagnostics.FREQUENCY not in config.data.columns:
+    return frozenset()
+  keeps = diagnostics.has_temperatures(loss, sizes)
+  return frozenset({diagnostics.FREQUENCY} if keeps else ())
 
 
 def _frozen(config: Config) -> str:

@@ -3,20 +3,22 @@
 Uses four image towers and two text towers on the data of configs/photos_frozen.py (needs
 BIGALIGN_DATA and MINILM). Embeds the data once with each tower, compares each pair of towers
 without training, then trains projectors for each pair and retrieves held-out photos by their
-captions. Writes OUT/ranking.json and OUT/ranking.png, and prints a table with the rank correlation
-of each measure. Exits with 1 if ridge regression, by which `compare` sorts, does not rank the best
-pair first, or if its rank correlation is below LEAST.
+captions: the mean over the seeds, which are of the first projectors and of the order of the data.
+Writes OUT/ranking.json and OUT/ranking.png, and prints the rows, and the rank correlation of each
+measure with training, for each seed and for their mean. Exits with 1 if ridge regression, by which
+`compare` sorts, does not rank the best pair first, or if its rank correlation is below LEAST.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import arms
 import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
@@ -62,9 +64,10 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     zip(IMAGE, ("C0", "C1", "C2", "C3")), zip(TEXT, "os")
   ):
     (row,) = (row for row in rows if (row["image"], row["text"]) == (image, text))
-    axes.scatter(
-      row["ridge"], row["trained"], marker=marker, color=colour, label=f"{image}, {text}"
-    )
+    label = f"{image}, {text}"
+    axes.scatter(row["ridge"], row["trained"], marker=marker, color=colour, label=label)
+    seeds = row["seeds"]
+    axes.plot([row["ridge"]] * len(seeds), seeds, "_", color=colour, ms=4)
   axes.set_xlabel("ridge regression, held-out training photos, R@5")
   axes.set_ylabel("trained projectors, text to image R@5")
   axes.legend(fontsize=7, frameon=False, loc="upper left")
@@ -73,11 +76,8 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def main() -> int:
   """Runs the experiment and returns the exit status."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--steps", type=int, default=300, help="steps per pair (%(default)s)")
-  args = parser.parse_args()
-  out, first = args.out, next(iter(IMAGE))
+  given = arms.arguments(__doc__ or "", steps=200)
+  out, first = given.out, next(iter(IMAGE))
   images = {
     name: embed(config(name, "minilm"), out / name, sides=["image"])["image"] for name in IMAGE
   }
@@ -86,21 +86,30 @@ def main() -> int:
   for image, text in itertools.product(IMAGE, TEXT):
     stores = dict(image=str(images[image]), text=str(texts[text]))
     before = measures(compare(**stores))
-    c = config(image, text) | dict(total_steps=args.steps)
-    c["data"]["stores"] = stores
-    workdir = out / f"{image}-{text}"
-    train(c, workdir)
-    last = read_metrics(workdir)[-1]
-    trained = np.mean([last[f"val/{name}/text_to_image_R@5"] for name in c["evals"]])
-    rows.append(dict(image=image, text=text, **before, trained=float(trained)))
+    seeds = []
+    for seed in given.seeds:
+      c = config(image, text) | dict(total_steps=given.steps, seed=seed)
+      c["data"]["stores"] = stores
+      workdir = out / f"{image}-{text}-{seed}"
+      train(c, workdir)
+      last = read_metrics(workdir)[-1]
+      found = [last[f"val/{name}/text_to_image_R@5"] for name in c["evals"]]
+      seeds.append(float(np.mean(found)))
+    trained = float(np.mean(seeds))
+    rows.append(dict(image=image, text=text, **before, trained=trained, seeds=seeds))
     print(json.dumps(rows[-1]), flush=True)
-  trained = [row["trained"] for row in rows]
-  ranks = {
-    name: float(scipy.stats.spearmanr([row[name] for row in rows], trained).statistic)
-    for name in MEASURES
-  }
-  print(json.dumps(ranks))
-  (out / "ranking.json").write_text(json.dumps(dict(rows=rows, spearman=ranks), indent=1) + "\n")
+
+  def correlations(trained: Sequence[float]) -> dict[str, float]:
+    return {
+      name: float(scipy.stats.spearmanr([row[name] for row in rows], trained).statistic)
+      for name in MEASURES
+    }
+
+  ranks = correlations([row["trained"] for row in rows])
+  of_seeds = [correlations([row["seeds"][i] for row in rows]) for i in range(len(given.seeds))]
+  print(json.dumps(dict(mean=ranks, seeds=of_seeds)))
+  written = dict(rows=rows, spearman=ranks, spearman_of_seeds=of_seeds)
+  (out / "ranking.json").write_text(json.dumps(written, indent=1) + "\n")
   draw(rows, out / "ranking.png")
   best = max(rows, key=lambda row: row["trained"])
   return int(ranks["ridge"] < LEAST or best["ridge"] < max(row["ridge"] for row in rows))

@@ -211,6 +211,7 @@ READ_BY = dict(
   **{"regions.negatives": "config.loss.region_phrase.own_negatives, 5.0 in FG-CLIP"},
   locations="config.loss.caption=dict(tasks=True)",
   columns="a loss that reads it, such as nitc for noise_prob",
+  **{"columns.caption_frequency": "isogclr or fastclip_v2 with config.diagnose_every above 0"},
   views="a loss of views, such as silc, whose options name them",
 )
 

@@ -17,6 +17,7 @@ from bigalign.losses.per_sample import global_contrastive, tables
 from bigalign.sphere import unit
 
 QUANTILES = (5, 50, 95)
+FREQUENCY = "caption_frequency"  # a column of the batch that the temperatures are compared with
 EDGES = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, math.inf)  # bins of the temperatures
 
 
@@ -46,6 +47,10 @@ def diagnose(
       per-sample temperatures. "temperature/image/0.01-0.02", …: their histogram, the share of the
       batch in each bin. If several terms, or widths of one, have such temperatures:
       "temperature/<term>/image/p5".
+    "temperature/image/caption_frequency_slope", "…_pearson_r", …/text/…: of a line of the same
+      temperatures over log10 of the batch's column `caption_frequency` [B], if it has one, such as
+      `bigalign balance` writes; of samples whose number is above 0. iSogCLR
+      (https://arxiv.org/abs/2305.11965) finds larger temperatures for frequent captions.
   """
   metrics = _temperatures(state, batch)
   if "zimg" in feats:  # not of texts alone
@@ -126,13 +131,24 @@ def _gradient_norm(
   return jnp.sqrt(sum(jnp.vdot(g, g) for g in grads.values()))
 
 
-def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Quantiles over this batch of the temperatures that losses keep per sample."""
-  found = {}  # (term, or term and width; side): table
+def has_temperatures(loss: Loss, sizes: Mapping[str, Any]) -> bool:
+  """Whether a loss keeps a temperature of each sample; sizes: as of Loss.init."""
+  return bool(_tables(jax.eval_shape(lambda: loss.init(sizes))[1]))
+
+
+def _tables(state: Any) -> dict[tuple[str, str], Any]:
+  """{(term, or term and width; side): table} of the temperatures of samples."""
+  found = {}
   for path, table in jax.tree_util.tree_leaves_with_path(state):
     *owners, side, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     if name == "tau":
       found["/".join(owners), side] = table
+  return found
+
+
+def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Quantiles over this batch of the temperatures that losses keep per sample."""
+  found = _tables(state)
   several = len({owner for owner, _ in found}) > 1
   metrics = {}
   for (owner, side), table in found.items():
@@ -143,4 +159,22 @@ def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.A
       metrics[f"{prefix}/p{q}"] = jnp.quantile(taus, q / 100)
     for low, high in itertools.pairwise(EDGES):
       metrics[f"{prefix}/{low:g}-{high:g}"] = ((low <= taus) & (taus < high)).mean()
+    if FREQUENCY in batch:
+      fitted = _line(taus, batch[FREQUENCY])
+      metrics |= {f"{prefix}/{FREQUENCY}_{name}": x for name, x in fitted.items()}
   return metrics
+
+
+def _line(taus: jax.Array, frequency: jax.Array) -> dict[str, jax.Array]:
+  """The line of [B] over log10 of [B]; 0 where all of either are equal."""
+  used = frequency > 0
+  n = jnp.maximum(used.sum(), 1)
+  x, y = (
+    jnp.where(used, z - jnp.where(used, z, 0).sum() / n, 0)
+    for z in (jnp.log10(jnp.where(used, frequency, 1)), taus)
+  )
+  xx, yy, xy = (jnp.vdot(a, b) for a, b in ((x, x), (y, y), (x, y)))
+  # Equal numbers differ from their mean by rounding errors, whose correlation means nothing.
+  differ = (jnp.abs(x).max() > 1e-6) & (jnp.abs(y).max() > 1e-6 * jnp.abs(taus).max())
+  slope, r = xy / jnp.maximum(xx, 1e-30), xy / jnp.maximum(jnp.sqrt(xx) * jnp.sqrt(yy), 1e-30)
+  return {"slope": jnp.where(differ, slope, 0), "pearson_r": jnp.where(differ, r, 0)}

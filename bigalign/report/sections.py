@@ -218,6 +218,11 @@ def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
     levels={label: by_chance[name] for label, name in evaluated.items()},
   )
   draw("temperature (factor of the cosine similarity)", {name: name for name in temperature})
+  for side in ("image", "text"):
+    of_samples = {name: f"train/temperature/{side}/{name}" for name in ("p95", "p50", "p5")}
+    draw(f"temperatures of the samples, {side}", of_samples)
+  fitted = {side: f"train/temperature/{side}/caption_frequency_slope" for side in ("image", "text")}
+  draw("temperature, change per tenfold frequency of the caption", fitted)
   draw("learning rate", {"rate": "train/lr"})
   draw("gradient norm", {"gradient": "train/grad_norm"}, log=True)
   draw("images per second", {"images/s": "train/samples_per_second"})

@@ -6,7 +6,9 @@ entries of (1 - t / max(count, t)), so that an entry with more than t samples ke
 and rare entries keep all. A sample that matches no entry is never kept.
 
 NAME.npy holds the probability of each sample, NAME.counts.json how often each entry occurs.
-`bigalign view --columns keep=NAME --draw keep` draws the samples.
+`bigalign view --columns keep=NAME --draw keep` draws the samples. NAME.frequency.npy holds
+how often the entries of each sample occur, their geometric mean; a run with temperatures of samples
+reads it as config.data.columns.caption_frequency.
 """
 
 from __future__ import annotations
@@ -97,6 +99,21 @@ def keep_probability(probability: np.ndarray, matches: Iterable[np.ndarray]) -> 
   return np.array(kept, np.float64)
 
 
+def frequency(counts: np.ndarray, matches: Iterable[np.ndarray]) -> np.ndarray:
+  """How often the entries of each text occur, their geometric mean: [N], NaN without an entry.
+
+  >>> frequency(np.array([1, 100]), [np.array([0, 1]), np.array([1]), np.array([])]).tolist()
+  [10.0, 100.0, nan]
+
+  Args:
+    counts: [E], at least 1 for each entry that a text has.
+    matches: the numbers of the entries of each of N texts.
+  """
+  logs = np.log10(np.maximum(counts, 1))
+  means = [logs[one.astype(np.int64)].mean() if len(one) else np.nan for one in matches]
+  return np.power(10.0, means)
+
+
 def threshold(counts: np.ndarray, tail: float) -> float:
   """The count t at which entries below it have about this share of all matches.
 
@@ -127,7 +144,7 @@ def balance(
   lemmas: bool = False,
   workers: int = 1,
 ) -> dict[str, Any]:
-  """Writes the column of probabilities, and the counts of the entries.
+  """Writes the columns of probabilities and frequencies, and the counts of the entries.
 
   Captions of a sample count together: it matches the entries of all of them.
 
@@ -168,15 +185,20 @@ def balance(
     kept = t if tail is None else threshold(counts, tail)
     probability = entry_probability(counts, kept)
     expected = 0.0
-    scratch.seek(0)
 
-    def parts() -> Iterator[np.ndarray]:
-      nonlocal expected
+    def matched() -> Iterator[list[np.ndarray]]:
+      """The numbers of the entries of each sample of a task."""
+      scratch.seek(0)
       for sample_count, total in sizes:
         number, matches = (
           np.frombuffer(scratch.read(4 * n), np.int32) for n in (sample_count, total)
         )
-        part = keep_probability(probability, np.split(matches, np.cumsum(number)[:-1]))
+        yield np.split(matches, np.cumsum(number)[:-1])
+
+    def parts() -> Iterator[np.ndarray]:
+      nonlocal expected
+      for matches in matched():
+        part = keep_probability(probability, matches)
         expected += part.sum()
         yield part
 
@@ -188,6 +210,8 @@ def balance(
       matched=int((counts > 0).sum()),
     )
     manifest = column_files.write(out, source, parts(), made_by=about)
+    often = (frequency(counts, matches) for matches in matched())
+    column_files.write(f"{out}.frequency", source, often, made_by=dict(what="frequency"))
   with storage.atomic_write(f"{out}.counts.json") as file:
     file.write(json.dumps(dict(zip(names, counts.tolist())), indent=1).encode() + b"\n")
   return manifest | dict(expected=expected)

@@ -9,17 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from helpers.loss_oracles import AT, ids
 from helpers.shipped import load
 from helpers.small_runs import exact
 
 from bigalign import losses, sharding, train
 from bigalign.config import resolve_config
+from bigalign.data.fields import column_files
 from bigalign.data.loader import training
+from bigalign.data.sources.base import open_source
 from bigalign.losses.diagnostics import diagnose
 from bigalign.losses.per_sample import tables
 from bigalign.plan import loss_costs
-from bigalign.program import layout, make_program
+from bigalign.program import check_loss, layout, make_program
 from bigalign.run.metrics import read_metrics
 from bigalign.sphere import unit
 from bigalign.step import jitted
@@ -119,6 +122,30 @@ def test_diagnostics_are_logged_at_their_interval(tiny, tmp_path):
     assert shares >= 0.5 and histogram[name] > 0, "the median lies in this bin"
 
 
+@pytest.mark.slow
+def test_a_column_of_frequencies_is_compared_with_the_temperatures(tiny, tmp_path):
+  source = open_source(tiny.data.source)
+  out = f"{tmp_path}/often"
+  column_files.write(out, source, [np.arange(1, len(source) + 1)], made_by=dict(what="frequency"))
+  tiny.data.columns = dict(caption_frequency=dict(file=out))
+  tiny.loss = dict(isogclr=dict(tau_init=0.07))
+  tiny.total_steps, tiny.checkpoint_every, tiny.diagnose_every = 6, 0, 6
+  run(tmp_path / "run", tiny)
+  (row,) = [r for r in read_metrics(tmp_path / "run") if "train/hardest_negative/image" in r]
+  for side in ("image", "text"):
+    assert -1 <= row[f"train/temperature/{side}/caption_frequency_pearson_r"] <= 1
+
+
+@pytest.mark.parametrize("loss,every", [("isogclr", 0), ("sogclr", 2)])
+def test_a_column_of_frequencies_that_nothing_reads_is_an_error(tiny, loss, every):
+  tiny.data.columns = dict(caption_frequency="json.often")
+  tiny.loss, tiny.diagnose_every = dict(isogclr={}), 2
+  check_loss(make_program(resolve_config(tiny)))
+  tiny.loss, tiny.diagnose_every = {loss: {}}, every
+  with pytest.raises(ValueError, match=r"frequency is read by no loss.*diagnose_every"):
+    check_loss(make_program(resolve_config(tiny)))
+
+
 def test_hardest_negatives_and_saturation_by_hand():
   rng = np.random.default_rng(0)
   x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in rng.normal(size=(2, 12, 6)))
@@ -187,6 +214,27 @@ def test_terms_and_widths_with_temperatures_have_their_own_diagnostics():
     for side in ("image", "text"):
       np.testing.assert_allclose(found[f"temperature/{owner}/{side}/p50"], tau, rtol=1e-6)
   assert {f"saturation/{name}/image" for name in ("clip", "siglip")} <= {*found}
+
+
+def test_temperatures_against_the_frequency_of_captions_by_hand():
+  number, rng = ids(np.arange(12)), np.random.default_rng(0)
+  frequency = 10 ** rng.uniform(0, 5, 12).astype(np.float32)
+  frequency[[2, 5]] = 0, np.nan  # samples without a caption that is counted
+  batch = {"image_id": number, "text_id": number, "caption_frequency": jnp.asarray(frequency)}
+  loss = losses.make_loss(dict(isogclr=dict(tau_init=0.05)))
+  params, state = loss.init({"image": 12, "text": 12})
+  found = diagnose(loss, params, state, random_feats(), batch, AT)
+  assert found["temperature/image/caption_frequency_slope"] == 0, "all temperatures are equal"
+  taus = rng.uniform(0.01, 0.9, 12).astype(np.float32)
+  table = state["isogclr"]["img"]["tau"]
+  state["isogclr"]["img"]["tau"] = table.at[:12].set(taus)
+  found = diagnose(loss, params, state, random_feats(), batch, AT)
+  used = frequency > 0
+  fitted = scipy.stats.linregress(np.log10(frequency[used]), taus[used])
+  name = "temperature/image/caption_frequency"
+  np.testing.assert_allclose(found[f"{name}_slope"], fitted.slope, rtol=1e-4)
+  np.testing.assert_allclose(found[f"{name}_pearson_r"], fitted.rvalue, rtol=1e-4)
+  assert found["temperature/text/caption_frequency_pearson_r"] == 0
 
 
 @pytest.mark.slow

@@ -114,6 +114,9 @@ def test_frequent_concepts_are_thinned_and_rare_ones_stay(tmp_path):
   keep = np.load(f"{out}.npy")
   np.testing.assert_allclose(keep, [10 / 92] * 90 + [1] * 8 + [0] * 2 + [1] * 2, rtol=1e-6)
   assert made["expected"] == pytest.approx(keep.sum()) and made["matched"] == 2
+  often = np.load(f"{out}.frequency.npy")
+  wanted = [92] * 90 + [10] * 8 + [np.nan] * 2 + [np.sqrt(92 * 10)] * 2
+  np.testing.assert_allclose(often, wanted, rtol=1e-6)
   source = open_source(shard, captions=("json.captions",))
   view = make_view(source, f"{tmp_path}/view", columns=dict(keep=keep), draw="keep", seed=1)
   assert abs(view["kept"] - keep.sum()) < 3 * np.sqrt((keep * (1 - keep)).sum())
