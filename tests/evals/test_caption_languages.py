@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import average_precision_score
 from test_evals import (
   E,
@@ -20,6 +23,7 @@ from test_evals import (
   tokenise,
 )
 
+from bigalign.data.sources.base import open_source
 from bigalign.evals import caption_languages, embed, retrieval, same_modality
 from bigalign.suites.suite import Task, scored
 
@@ -140,6 +144,29 @@ def test_a_column_gives_the_language_of_samples_or_of_captions(source, monkeypat
   monkeypatch.setattr(embed, "CAPTIONS_AT_ONCE", 2)  # three captions in two passes
   again = make("x", options | dict(language="json.each", languages=("en", "de")))(make_params())
   assert again == pytest.approx(found, abs=1e-6)
+
+
+def test_lists_of_lines_of_xtd_and_multi30k_become_a_table(tmp_path):
+  """As docs/evaluation.md joins them; captions with quotation marks and commas stay whole."""
+  texts = dict(
+    en=['a "red" dog', "two cats, one bed", "it's late"],
+    de=["ein roter Hund", "zwei Katzen", 'es ist "spät"'],
+  )
+  for i in range(3):
+    pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+  (tmp_path / "names.txt").write_text("".join(f"{i}.png\n" for i in range(3)))
+  for language, lines in texts.items():
+    (tmp_path / f"{language}.txt").write_text("".join(f"{line}\n" for line in lines))
+  joined = "(printf 'filepath\ten\tde\n'; paste names.txt en.txt de.txt) > xtd.tsv"
+  subprocess.run(joined, shell=True, check=True, cwd=tmp_path)
+  options = dict(type="retrieval", source=f"{tmp_path}/xtd.tsv", languages=dict(en="en", de="de"))
+  found = make("x", options)(make_params())
+  assert found["val/x/num_samples"] == 3
+  for language, lines in texts.items():
+    assert found[f"val/x/{language}-num_captions"] == 3
+    opened = open_source(f"{tmp_path}/xtd.tsv", captions=(language,))
+    assert [opened[i]["captions"] for i in range(3)] == [(line,) for line in lines]
 
 
 def test_languages_that_are_not_there_are_named(source):
