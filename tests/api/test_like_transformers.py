@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
+from helpers.small_shards import picture, write_tar
 from helpers.small_tokenizers import write_pieces
+from PIL import Image
 
 import bigalign
 
@@ -250,3 +253,30 @@ def test_one_tower(pictures, tmp_path):
     model.embed_texts("a cat")
   with pytest.raises(ValueError, match="has no text tower"):
     model.save(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_folder_with_an_image_tower_is_evaluated(tmp_path):
+  """By images alone; what needs texts is an error that says so."""
+  import transformers
+
+  transformers.Dinov2Model(transformers.Dinov2Config(**VISION)).save_pretrained(tmp_path / "dino")
+  images = transformers.BitImageProcessorPil(size={"shortest_edge": 36}, crop_size=SQUARE)
+  images.save_pretrained(tmp_path / "dino")
+  members, drawn = [], [picture(i) for i in range(12)]
+  for i, content in enumerate(drawn):
+    members += [(f"{i}.jpg", content), (f"{i}.cls", str(i % 3).encode()), (f"{i}.txt", b"a cat")]
+  source = write_tar(tmp_path / "val.tar", members)
+  evals = dict(
+    alike=dict(type="image_retrieval", source=source),
+    near=dict(type="knn", train=source, test=source, neighbours=1),
+  )
+  found = bigalign.evaluate(tmp_path / "dino", evals=evals)
+  opened = [Image.open(io.BytesIO(content)) for content in drawn]
+  zimg = bigalign.load(tmp_path / "dino").embed_images(opened)
+  alike = zimg @ zimg.T - 9 * np.eye(12)
+  expected = np.mean(alike.argmax(1) % 3 == np.arange(12) % 3)
+  assert found["val/alike/image_to_image_R@1"] == pytest.approx(expected)
+  assert found["val/near-knn-top1"] == 1, "each image is its own neighbour"
+  with pytest.raises(ValueError, match="stored vectors"):
+    bigalign.evaluate(tmp_path / "dino", retrieval=source)
