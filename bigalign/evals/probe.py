@@ -101,7 +101,7 @@ class TrainAndTest:
     if self.multilabel and not (there := tested.target[tested.valid].any(0)).all():
       untested = [self.names[k] for k in np.flatnonzero(~there)]
       logging.warning(
-        "%s: no image has %d of %d classes; their average precision counts as 0: %s",
+        "%s: classes without images: %d of %d; their average precision counts as 0: %s",
         *(self.test.option, len(untested), classes, tree.shown(untested)),
       )
 

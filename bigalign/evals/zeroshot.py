@@ -365,7 +365,7 @@ def without_images(hits: Any, names: Sequence[str], name: str) -> dict[str, int]
   if not empty:
     return {}
   logging.warning(
-    "evaluation %r: no image has %d of %d classes; mean_per_class_recall and macro_f1 are means"
+    "evaluation %r: classes without images: %d of %d; mean_per_class_recall and macro_f1 are means"
     " over the others: %s",
     *(name, len(empty), len(names), tree.shown(empty)),
   )
@@ -905,8 +905,8 @@ def _multilabel(context: Context, data: EvalData, names: Sequence[str]) -> _Meas
     unseen = [name for name, some in zip(names, positive.any(0)) if not some]
     if unseen:
       logging.warning(
-        "evaluation %r: no image has %d of %d classes; their average precision counts as 0, as in"
-        " CLIP_benchmark: %s",
+        "evaluation %r: classes without images: %d of %d; their average precision counts as 0,"
+        " as in CLIP_benchmark: %s",
         *(context.name, len(unseen), len(names), tree.shown(unseen)),
       )
     mean = float(average_precision(scores[valid], positive).mean())
