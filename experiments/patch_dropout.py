@@ -26,7 +26,7 @@ def found(run: pathlib.Path, state: Any) -> dict[str, float]:
 
 def main() -> None:
   """Trains all arms with all seeds."""
-  given = arms.arguments(__doc__ or "", steps=300, batch=256)
+  given = arms.arguments(__doc__ or "", steps=200, batch=256)
   base = icons.small(steps=given.steps, batch=given.batch)
   base["data"]["image_size"] = 48
   compared = {}

@@ -16,7 +16,7 @@ import icons
 
 def main() -> None:
   """Trains all arms with all seeds."""
-  given = arms.arguments(__doc__ or "", steps=200, batch=256)
+  given = arms.arguments(__doc__ or "", steps=100, batch=256)
   long = icons.small(steps=given.steps, batch=given.batch)
   long["data"]["image_size"] = 64
   # A step at 32 pixels processes a quarter of the patches: 4 x 4/5 and 1/5 of the compute.
