@@ -46,7 +46,7 @@ def last(run: pathlib.Path, metrics: Mapping[str, str]) -> dict[str, float]:
 
 def compare(
   out: pathlib.Path,
-  arms: Mapping[str, Any],
+  arms: Mapping[str, dict[str, Any] | Callable[[int], dict[str, Any]]],
   seeds: Iterable[int],
   found: Callable[[pathlib.Path, State], Mapping[str, Any]],
 ) -> list[Row]:
@@ -54,7 +54,7 @@ def compare(
 
   Args:
     out: the folder of the runs, OUT/<arm>-<seed>.
-    arms: {name: config}.
+    arms: {name: config, or a function of the seed that makes it}.
     seeds: of the initial parameters and the order of the data.
     found: (folder of a run, its last state) -> its figures.
   """
@@ -63,9 +63,10 @@ def compare(
   rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
   seeds = [*seeds]
   for seed in seeds:
-    for arm, config in arms.items():
+    for arm, made in arms.items():
       if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
         continue
+      config = made(seed) if callable(made) else made
       run, begin = out / f"{arm}-{seed}", time.perf_counter()
       state = train(config | dict(seed=seed), run)
       minutes = round((time.perf_counter() - begin) / 60, 2)
@@ -75,8 +76,8 @@ def compare(
 
 
 def of(rows: Sequence[Row], arm: str, column: str) -> list[float]:
-  """The values of a column, one for each seed."""
-  return [row[column] for row in rows if row["arm"] == arm]
+  """The values of a column, one for each seed; none if the arm has no such column."""
+  return [row[column] for row in rows if row["arm"] == arm and column in row]
 
 
 def show(rows: Sequence[Row], columns: Sequence[str], out: pathlib.Path) -> None:
@@ -88,7 +89,8 @@ def show(rows: Sequence[Row], columns: Sequence[str], out: pathlib.Path) -> None
     cells = []
     for column in columns:
       values = of(rows, arm, column)
-      cells.append(f"{np.mean(values):.3f} ({', '.join(f'{x:.3f}' for x in values)})")
+      each = ", ".join(f"{x:.3f}" for x in values)
+      cells.append(f"{np.mean(values):.3f} ({each})" if values else "")
     table.add_row(arm, *cells)
     lines.append(f"| {arm} | " + " | ".join(cells) + " |")
   tables.show(table)
@@ -120,9 +122,9 @@ def draw(
     axes.grid(axis="y", lw=0.4)
     if places is None:
       for x, arm in enumerate(arms):
-        values = of(rows, arm, column)
-        axes.plot([x] * len(values), values, "o", color="C0", ms=4, alpha=0.6)
-        axes.plot(x, np.mean(values), "_", color="C0", ms=22)
+        if values := of(rows, arm, column):
+          axes.plot([x] * len(values), values, "o", color="C0", ms=4, alpha=0.6)
+          axes.plot(x, np.mean(values), "_", color="C0", ms=22)
       axes.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize=8)
       axes.set_xlim(-0.5, len(arms) - 0.5)
       continue

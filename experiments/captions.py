@@ -1,4 +1,4 @@
-"""Captions, hard negatives and a teacher of texts: python experiments/captions.py OUT --seeds 0,1,2
+"""Captions, hard negatives and a teacher of texts: python experiments/captions.py OUT
 
 Trains a text tower from scratch beside a frozen MobileNetV2, whose vectors of the photos of COCO
 and Flickr8k in BIGALIGN_DATA are stored first, in five ways with equal steps:
@@ -11,35 +11,32 @@ and Flickr8k in BIGALIGN_DATA are stored first, in five ways with equal steps:
     configs/photos_frozen.py, with a pretrained MiniLM as its text tower
 
 Evaluates retrieval on held-out photos, and a test of word order: how often the caption of a
-held-out photo of COCO is closer to it than the same caption with two words swapped. Writes
-OUT/captions.json and prints a table; docs/samples.md has the figures. Needs MINILM as
-configs/photos_frozen.py says.
+held-out photo of COCO is closer to it than the same caption with two words swapped. Needs MINILM as
+configs/photos_frozen.py says; docs/samples.md has the figures.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
+import arms
 import numpy as np
-import rich.box
-import rich.table
 
 import bigalign
 from bigalign.data.sources.base import open_source
 from bigalign.data.stores.reader import Store
 from bigalign.data.text.negatives import swap
 from bigalign.frozen.embed import embed
-from bigalign.run import tables
 from bigalign.run.configs import load_config
 from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
 SETS = ("coco2k", "flickr8k")
-METRICS = tuple(f"val/{name}/text_to_image_R@5" for name in SETS)
+METRICS = {f"{name}, t2i R@5": f"val/{name}/text_to_image_R@5" for name in SETS}
+COLUMNS = [*METRICS, "word order"]
 SWAPS = 4  # swapped captions of each caption in the test of word order
 
 
@@ -74,7 +71,7 @@ def teach(out: pathlib.Path) -> tuple[dict[str, str], float]:
   return {side: str(folder) for side, folder in stores.items()}, scale
 
 
-def arms(config: dict[str, Any], teacher: dict[str, str], scale: float) -> dict[str, Any]:
+def ways(config: dict[str, Any], teacher: dict[str, str], scale: float) -> dict[str, Any]:
   """The ways to use captions."""
   one, several, swapped, taught = (copy.deepcopy(config) for _ in range(4))
   several["data"]["texts"] = dict(count=5)
@@ -114,31 +111,23 @@ def word_order(run: pathlib.Path, images: pathlib.Path) -> float:
   return float(np.mean(right))
 
 
+def figures(images: pathlib.Path) -> Callable[[pathlib.Path, Any], dict[str, float]]:
+  """What `arms.compare` finds of a run; images: the stored photos of the test of word order."""
+  return lambda run, state: {
+    **arms.last(run, METRICS),
+    "word order": word_order(run, images),
+  }
+
+
 def main() -> None:
   """Trains all arms with all seeds."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--seeds", default="0,1,2")
-  parser.add_argument("--steps", type=int, default=300)
-  parser.add_argument("--arms", default="one,taught,swapped,against,several")
-  args = parser.parse_args()
-  teacher, scale = teach(args.out)
-  stores = stored(args.out)
-  file = args.out / "captions.json"
-  results = json.loads(file.read_text()) if file.exists() else []  # of other arms and seeds
-  table = rich.table.Table("arm", "seed", *METRICS, "word order", box=rich.box.SIMPLE_HEAD)
-  for seed in map(int, args.seeds.split(",")):
-    every = arms(base(args.steps, stores), teacher, scale)
-    for arm in args.arms.split(","):
-      config, run = every[arm], args.out / f"{arm}-{seed}"
-      train(config | dict(seed=seed), run)
-      last = next(row for row in reversed(read_metrics(run)) if METRICS[0] in row)
-      found = {name: last[name] for name in METRICS}
-      found["word order"] = word_order(run, stores["coco2k"])
-      results.append(dict(arm=arm, seed=seed, **found))
-      table.add_row(arm, str(seed), *(f"{x:.3f}" for x in found.values()))
-      file.write_text(json.dumps(results, indent=1) + "\n")
-  tables.show(table)
+  given = arms.arguments(__doc__ or "", steps=300)
+  teacher, scale = teach(given.out)
+  stores = stored(given.out)
+  compared = ways(base(given.steps, stores), teacher, scale)
+  rows = arms.compare(given.out, compared, given.seeds, figures(stores["coco2k"]))
+  arms.show(rows, COLUMNS, given.out)
+  arms.draw(rows, COLUMNS, given.out / "captions.png")
 
 
 if __name__ == "__main__":

@@ -1,37 +1,29 @@
-"""Captions of icons: python experiments/icon_captions.py OUT --seeds 0,1,2
+"""Captions of icons: python experiments/icon_captions.py OUT
 
 Trains a small model on the icons in BIGALIGN_DATA with `clip` alone, and with `clip` and `caption`,
 the same otherwise, for each seed. It writes captions of held-out icons with the decoder and counts
 how many are the name of the icon, or share a word with it, against the same captions of other icons
-(chance). Writes OUT/captions.json and prints a table with retrieval.
-Exits with 1 unless captions share a word with the name of their icon five times as often as by
-chance, for every seed.
+(chance). The table has retrieval too. Exits with 1 unless captions share a word with the name of
+their icon five times as often as by chance, for every seed.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import pathlib
 import sys
-import time
 from typing import Any
 
+import arms
 import numpy as np
-import rich.box
-import rich.table
 
 import bigalign
 from bigalign.data.sources.base import open_source
-from bigalign.run import tables
 from bigalign.run.configs import load_config
-from bigalign.run.metrics import read_metrics
-from bigalign.train import train
 
 ICONS = "$BIGALIGN_DATA/icons"
 SETS = dict(seen="val", unseen="unseen")  # concepts of the training icons, and others
-METRICS = tuple(f"val/{name}/text_to_image_R@5" for name in SETS)
+METRICS = {f"{name}, t2i R@5": f"val/{name}/text_to_image_R@5" for name in SETS}
 COUNTS = ("exact", "exact_chance", "word", "word_chance")
 
 
@@ -67,7 +59,7 @@ def write_vocabulary(path: pathlib.Path) -> None:
   path.write_text("\n".join(sorted(words)))
 
 
-def named(run: pathlib.Path, part: str, beams: int) -> dict[str, Any]:
+def named(run: pathlib.Path, part: str, beams: int) -> dict[str, float]:
   """How many icons of a split their captions name, beside the same captions of all other icons."""
   model = bigalign.load(run)
   source = open_source(f"{ICONS}/{part}/00000.tar", captions=("txt",))
@@ -80,45 +72,33 @@ def named(run: pathlib.Path, part: str, beams: int) -> dict[str, Any]:
   words = [[{*text.split()} - {"?"} for text in texts] for texts in (written, known)]
   shared = np.asarray([[bool(a & b) for b in words[1]] for a in words[0]], float)
   counts = [x for table in (same, shared) for x in (np.diag(table).mean(), table.mean())]
-  examples = [f"{b} -> {a}" for a, b in zip(written[:200:20], known[:200:20])]
-  return dict(zip(COUNTS, map(float, counts)), examples=examples)
+  print(*(f"{b} -> {a}" for a, b in zip(written[:200:20], known[:200:20])), sep="\n")
+  return dict(zip(COUNTS, map(float, counts)))
 
 
 def main() -> None:
-  """The program."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--seeds", default="0,1,2")
-  parser.add_argument("--steps", type=int, default=1000)
-  parser.add_argument("--beams", type=int, default=4)
-  args = parser.parse_args()
-  args.out.mkdir(parents=True, exist_ok=True)
-  vocabulary = args.out / "words.txt"
+  """Trains all arms with all seeds."""
+  given = arms.arguments(__doc__ or "", steps=1_000, beams=4)
+  given.out.mkdir(parents=True, exist_ok=True)
+  vocabulary = given.out / "words.txt"
   write_vocabulary(vocabulary)
-  plain = config(vocabulary, args.steps)
+  plain = config(vocabulary, given.steps)
   captioned = copy.deepcopy(plain)
   captioned["loss"]["caption"] = dict(weight=2.0, depth=2, heads=4)
-  table = rich.table.Table("run", "seed", "minutes", *METRICS, *COUNTS, box=rich.box.SIMPLE_HEAD)
-  found: dict[str, Any] = {}
-  ratios = []
-  for seed in map(int, args.seeds.split(",")):
-    for name, own in (("caption", captioned), ("clip", plain)):
-      workdir, begin = args.out / f"{name}-{seed}", time.perf_counter()
-      train(own | dict(seed=seed), workdir)
-      row: dict[str, Any] = dict(minutes=(time.perf_counter() - begin) / 60)
-      for values in read_metrics(workdir):
-        row |= {metric: values[metric] for metric in METRICS if metric in values}
-      if name == "caption":
-        row |= {split: named(workdir, part, args.beams) for split, part in SETS.items()}
-        ratios.append(row["seen"]["word"] / row["seen"]["word_chance"])
-      shown = [row.get("seen", {}).get(column) for column in COUNTS]
-      cells = [row["minutes"], *(row[metric] for metric in METRICS), *shown]
-      table.add_row(name, str(seed), *("" if x is None else f"{x:.3f}" for x in cells))
-      found[workdir.name] = row
-      (args.out / "captions.json").write_text(json.dumps(found, indent=1))
-      print(json.dumps({workdir.name: row}), flush=True)
-  tables.show(table)
-  sys.exit(0 if all(ratio > 5 for ratio in ratios) else 1)
+
+  def found(run: pathlib.Path, state: Any) -> dict[str, float]:
+    figures = arms.last(run, METRICS)
+    if run.name.startswith("caption"):
+      for split, part in SETS.items():
+        counts = named(run, part, given.beams)
+        figures |= {f"{split}, {name}": x for name, x in counts.items()}
+    return figures
+
+  rows = arms.compare(given.out, dict(caption=captioned, clip=plain), given.seeds, found)
+  arms.show(rows, [*METRICS, *(f"seen, {name}" for name in COUNTS)], given.out)
+  arms.draw(rows, [*METRICS], given.out / "icon_captions.png")
+  counted = [row for row in rows if row["arm"] == "caption"]
+  sys.exit(0 if all(row["seen, word"] > 5 * row["seen, word_chance"] for row in counted) else 1)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ Trains a small model on the icons in BIGALIGN_DATA for each seed, with `siglip` 
 `ibot` beside it. Patches are then compared by a linear probe: ridge regression from single tokens
 (and from their mean) to the icon's style, one of 31, fitted on 3,000 training icons and scored on
 the held-out icons. Then the image tower of `siglip` alone is frozen, and a new text tower is
-trained with the projectors `linear` and `blocks`. Writes OUT/masked.json and prints a table, with
-retrieval on held-out icons.
+trained with the projectors `linear` and `blocks`. The table has retrieval on held-out icons too.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import functools
 import json
 import os
 import pathlib
@@ -19,27 +18,23 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+import arms
 import jax
 import numpy as np
-import rich.box
-import rich.table
 
 import bigalign
 from bigalign import tree
-from bigalign.run import tables
 from bigalign.run.configs import load_config
-from bigalign.run.metrics import read_metrics
-from bigalign.train import train
 
 RETRIEVAL = "val/icons/text_to_image_R@5"
 ICONS = pathlib.Path(os.environ["BIGALIGN_DATA"]) / "icons"
 TRAIN, VAL = "train/{00000..00009}.tar", "val/00000.tar"
 
 
-def config(seed: int, steps: int) -> dict[str, Any]:
+def config(steps: int) -> dict[str, Any]:
   """The model without masked prediction."""
   c: dict[str, Any] = load_config("photos").to_dict()
-  c |= dict(seed=seed, total_steps=steps, log_every=50, checkpoint_every=0, eval_every=0)
+  c |= dict(total_steps=steps, log_every=50, checkpoint_every=0, eval_every=0)
   c["data"] |= dict(source=f"$BIGALIGN_DATA/icons/{TRAIN}", captions=("txt",), image_size=40)
   c["data"] |= dict(
     workers=0, resize="squash", augment=dict(crop="random_resized", scale=(0.6, 1.0))
@@ -70,11 +65,11 @@ def with_ibot(c: dict[str, Any]) -> dict[str, Any]:
   return c
 
 
-def frozen(c: dict[str, Any], run: pathlib.Path, projector: str) -> dict[str, Any]:
-  """A new text tower and projectors on the image tower of a run."""
+def frozen(c: dict[str, Any], out: pathlib.Path, projector: str, seed: int) -> dict[str, Any]:
+  """A new text tower and projectors on the image tower of the run of `none`."""
   c = copy.deepcopy(c)
   c["frozen"] = "^model/image_tower/"
-  c["model"]["image"] = dict(init=str(run), pool="mean", dtype="float32")
+  c["model"]["image"] = dict(init=str(out / f"none-{seed}"), pool="mean", dtype="float32")
   c["model"] |= dict(embed_dim=192, image_projector=dict(name=projector))
   return c
 
@@ -130,33 +125,21 @@ def probe(run: pathlib.Path, most: int) -> dict[str, float]:
 
 def main() -> None:
   """Trains all arms with all seeds."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  parser.add_argument("--steps", type=int, default=300)
-  parser.add_argument("--probed", type=int, default=3_000)
-  given = parser.parse_args()
-  results: list[dict[str, Any]] = []
-  for seed in given.seeds:
-    plain = config(seed, given.steps)
-    arms = {"none": plain, "ibot": with_ibot(plain)}
-    first = given.out / f"none_{seed}"
-    arms |= {f"frozen_{name}": frozen(plain, first, name) for name in ("linear", "blocks")}
-    for arm, one in arms.items():
-      run = given.out / f"{arm}_{seed}"
-      train(one, run)
-      row = next(row for row in reversed(read_metrics(run)) if RETRIEVAL in row)
-      found = {"retrieval": row[RETRIEVAL]}
-      if not arm.startswith("frozen"):
-        found |= probe(run, given.probed)
-      results.append(dict(arm=arm, seed=seed, **found))
-      given.out.joinpath("masked.json").write_text(json.dumps(results, indent=1) + "\n")
-  names = ("retrieval", "style_from_patch", "style_from_mean", "chance")
-  table = rich.table.Table("arm", "seed", *names, box=rich.box.SIMPLE_HEAD)
-  for row in results:
-    values = (f"{row[name]:.3f}" if name in row else "" for name in names)
-    table.add_row(row["arm"], str(row["seed"]), *values)
-  tables.show(table)
+  given = arms.arguments(__doc__ or "", steps=300, probed=3_000)
+  plain = config(given.steps)
+  compared = {"none": plain, "ibot": with_ibot(plain)} | {
+    f"frozen, {name}": functools.partial(frozen, plain, given.out, name)
+    for name in ("linear", "blocks")
+  }
+
+  def found(run: pathlib.Path, state: Any) -> dict[str, float]:
+    figures = arms.last(run, dict(retrieval=RETRIEVAL))
+    return figures if run.name.startswith("frozen") else figures | probe(run, given.probed)
+
+  rows = arms.compare(given.out, compared, given.seeds, found)
+  columns = ["retrieval", "style_from_patch", "style_from_mean", "chance"]
+  arms.show(rows, columns, given.out)
+  arms.draw(rows, columns[:-1], given.out / "masked.png")
 
 
 if __name__ == "__main__":

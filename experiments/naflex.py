@@ -3,35 +3,28 @@
 Trains one small NaFlex tower on the photos of COCO and Flickr8k in BIGALIGN_DATA three times: on
 squares of 16 patches, on at most 16 patches in the aspect of each photo, and on lengths drawn from
 (9, 16, 25), whose batches have as many tokens. All arms train on as many samples and are evaluated
-by retrieval on held-out photos. Writes OUT/naflex.json and prints a table. A few minutes on two
-cores for one seed.
+by retrieval on held-out photos.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import pathlib
 from typing import Any
 
-import rich.box
-import rich.table
+import arms
 
-from bigalign.run import tables
 from bigalign.run.configs import load_config
-from bigalign.run.metrics import read_metrics
-from bigalign.train import train
 
 SETS = ("coco2k", "flickr8k")
-METRICS = tuple(f"val/{name}/text_to_image_R@10" for name in SETS)
+METRICS = {f"{name}, t2i R@10": f"val/{name}/text_to_image_R@10" for name in SETS}
 PATCH, TOKENS = 16, 16
 
 
-def configs(seed: int, samples: int) -> dict[str, dict[str, Any]]:
+def configs(samples: int) -> dict[str, dict[str, Any]]:
   """The config of each arm: configs/photos.py without emoji."""
   squares: dict[str, Any] = load_config("photos").to_dict()
-  squares |= dict(seed=seed, total_steps=f"{samples} samples", log_every=20)
+  squares |= dict(total_steps=f"{samples} samples", log_every=20)
   squares |= dict(checkpoint_every=0, eval_every=0)
   source = "$BIGALIGN_DATA/coco2k/train/{00000..00005}.tar"
   squares["data"] |= dict(source=f"{source}::$BIGALIGN_DATA/flickr8k/train/{{00000..00002}}.tar")
@@ -55,24 +48,14 @@ def configs(seed: int, samples: int) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
   """Trains all arms with all seeds."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  parser.add_argument("--samples", type=int, default=40_000)
-  given = parser.parse_args()
-  results = []
-  table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-  for heading in ("arm", "seed", *METRICS):
-    table.add_column(heading)
-  for seed in given.seeds:
-    for arm, config in configs(seed, given.samples).items():
-      folder = given.out / f"{arm}_{seed}"
-      train(config, folder)
-      last = next(row for row in reversed(read_metrics(folder)) if METRICS[0] in row)
-      results.append(dict(arm=arm, seed=seed, **{name: last[name] for name in METRICS}))
-      table.add_row(arm, str(seed), *(f"{last[name]:.3f}" for name in METRICS))
-      given.out.joinpath("naflex.json").write_text(json.dumps(results, indent=1) + "\n")
-  tables.show(table)
+  given = arms.arguments(__doc__ or "", samples=40_000)
+
+  def found(run: pathlib.Path, state: Any) -> dict[str, float]:
+    return arms.last(run, METRICS)
+
+  rows = arms.compare(given.out, configs(given.samples), given.seeds, found)
+  arms.show(rows, [*METRICS], given.out)
+  arms.draw(rows, [*METRICS], given.out / "naflex.png")
 
 
 if __name__ == "__main__":

@@ -3,35 +3,32 @@
 Trains a small model on the icons in BIGALIGN_DATA for each seed and each way to pool the patches,
 and evaluates the segmentation of mosaics: four held-out icons in one image, whose places have the
 class of their icon's name, among the most frequent names of the training icons. White places do not
-count. Writes OUT/segmentation.json, prints a table with retrieval on held-out icons, and writes the
-reports of the runs, with pictures.
+count. The table has retrieval on held-out icons too, and the reports of the runs have pictures.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import io
-import json
 import os
 import pathlib
 import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+import arms
 import numpy as np
-import rich.box
-import rich.table
 from masked import RETRIEVAL, config
 from PIL import Image
 
 from bigalign.report.main import report
-from bigalign.run import tables
-from bigalign.run.metrics import read_metrics
-from bigalign.train import train
 
 ICONS = pathlib.Path(os.environ["BIGALIGN_DATA"]) / "icons"
-SEGMENTATION = "val/mosaics-segmentation-"
+FIGURES = dict(
+  retrieval=RETRIEVAL,
+  mean_iou="val/mosaics-segmentation-mean_iou",
+  pixel_accuracy="val/mosaics-segmentation-pixel_accuracy",
+)
 SIZE = 80  # pixels of an icon
 
 
@@ -78,41 +75,29 @@ def mosaics(folder: pathlib.Path, classes: int, count: int) -> int:
 
 def main() -> None:
   """Trains all arms with all seeds."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  parser.add_argument("--steps", type=int, default=600)
-  parser.add_argument("--classes", type=int, default=64)
-  parser.add_argument("--pools", nargs="+", default=["mean", "max", "map"])
-  given = parser.parse_args()
+  given = arms.arguments(__doc__ or "", steps=600, classes=64)
   given.out.mkdir(parents=True, exist_ok=True)
   held_out = mosaics(given.out, given.classes, 200)
   print(f"200 mosaics of {held_out} held-out icons of {given.classes} names")
-  results: list[dict[str, Any]] = []
-  for seed in given.seeds:
-    for pool in given.pools:
-      c = config(seed, given.steps)
-      c["data"]["image_size"] = 64  # an icon of a mosaic has 4 x 4 patches
-      c["model"]["image"]["pool"] = pool
-      c["evals"]["mosaics"] = dict(
-        type="segmentation",
-        source=str(given.out / "mosaics.tar"),
-        classnames=str(given.out / "classes.txt"),
-        templates=("{c}",),
-      )
-      run = given.out / f"{pool}_{seed}"
-      train(c, run)
-      report(run)
-      row = next(row for row in reversed(read_metrics(run)) if RETRIEVAL in row)
-      measures = ("mean_iou", "pixel_accuracy")
-      found = {name: row[SEGMENTATION + name] for name in measures}
-      results.append(dict(pool=pool, seed=seed, retrieval=row[RETRIEVAL], **found))
-      (given.out / "segmentation.json").write_text(json.dumps(results, indent=1) + "\n")
-  columns = ("retrieval", "mean_iou", "pixel_accuracy")
-  table = rich.table.Table("pool", "seed", *columns, box=rich.box.SIMPLE_HEAD)
-  for row in results:
-    table.add_row(row["pool"], str(row["seed"]), *(f"{row[x]:.3f}" for x in columns))
-  tables.show(table)
+  compared = {}
+  for pool in ("mean", "max", "map"):
+    c = compared[pool] = config(given.steps)
+    c["data"]["image_size"] = 64  # an icon of a mosaic has 4 x 4 patches
+    c["model"]["image"]["pool"] = pool
+    c["evals"]["mosaics"] = dict(
+      type="segmentation",
+      source=str(given.out / "mosaics.tar"),
+      classnames=str(given.out / "classes.txt"),
+      templates=("{c}",),
+    )
+
+  def found(run: pathlib.Path, state: Any) -> dict[str, float]:
+    report(run)
+    return arms.last(run, FIGURES)
+
+  rows = arms.compare(given.out, compared, given.seeds, found)
+  arms.show(rows, [*FIGURES], given.out)
+  arms.draw(rows, [*FIGURES], given.out / "segmentation.png")
   print(f"chance of pixel_accuracy: {1 / given.classes:.3f}")
 
 

@@ -1,27 +1,21 @@
-"""Word order by hard negatives: python experiments/word_order.py OUT CAPTIONS --seeds 0,1,2
+"""Word order by hard negatives: python experiments/word_order.py OUT
 
 Tunes a trained pair of towers with captions alone, and with captions whose words are swapped as
 hard negatives, as NegCLIP (https://arxiv.org/abs/2210.01936) tunes CLIP. The pair is the teacher of
-experiments/captions.py, whose OUT is CAPTIONS here: a frozen MobileNetV2, and MiniLM with a
-projector, which are tuned. The test of word order is the one of that script. Writes
-OUT/word_order.json and prints a table.
+experiments/captions.py, whose OUT --captions names (OUT/../captions by default): a frozen
+MobileNetV2, and MiniLM with a projector, which are tuned. The test of word order is the one of that
+script.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import pathlib
 from typing import Any
 
-import rich.box
-import rich.table
-from captions import METRICS, SETS, stored, word_order
+import arms
+from captions import COLUMNS, SETS, figures, stored, word_order
 
-from bigalign.run import tables
 from bigalign.run.configs import load_config
-from bigalign.run.metrics import read_metrics
-from bigalign.train import train
 
 
 def tuned(run: pathlib.Path, stores: dict[str, pathlib.Path], steps: int, lr: float) -> Any:
@@ -36,7 +30,7 @@ def tuned(run: pathlib.Path, stores: dict[str, pathlib.Path], steps: int, lr: fl
   return c
 
 
-def arms(c: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def ways(c: dict[str, Any]) -> dict[str, dict[str, Any]]:
   """Without and with swapped words, and with `hardneg_own` beside them."""
   swapped = c["data"] | dict(texts=dict(count=1, negatives=dict(count=1, rule="swap")))
   against = dict(negclip=dict(weight=1.0), hardneg_own=dict(weight=0.3))
@@ -49,33 +43,15 @@ def arms(c: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
   """Tunes all arms with all seeds."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("out", type=pathlib.Path)
-  parser.add_argument("captions", type=pathlib.Path, nargs="?", help="default: OUT/../captions")
-  parser.add_argument("--seeds", default="0,1,2")
-  parser.add_argument("--steps", type=int, default=80)
-  parser.add_argument("--lr", type=float, default=1e-4)
-  parser.add_argument("--arms", default="clip,negclip,against")
-  args = parser.parse_args()
-  args.captions = args.captions or args.out.parent / "captions"
-  args.out.mkdir(parents=True, exist_ok=True)
-  stores = stored(args.captions)
-  config = tuned(args.captions / "teacher", stores, args.steps, args.lr)
-  before = word_order(args.captions / "teacher", stores["coco2k"])
+  given = arms.arguments(__doc__ or "", steps=80, lr=1e-4, captions="")
+  captions = pathlib.Path(given.captions or given.out.parent / "captions")
+  stores = stored(captions)
+  before = word_order(captions / "teacher", stores["coco2k"])
   print(f"word order before: {before:.3f}")
-  results = []
-  table = rich.table.Table("arm", "seed", *METRICS, "word order", box=rich.box.SIMPLE_HEAD)
-  for seed in map(int, args.seeds.split(",")):
-    for arm in args.arms.split(","):
-      run = args.out / f"{arm}-{seed}"
-      train(arms(config)[arm] | dict(seed=seed), run)
-      last = next(row for row in reversed(read_metrics(run)) if METRICS[0] in row)
-      found = {name: last[name] for name in METRICS}
-      found["word order"] = word_order(run, stores["coco2k"])
-      results.append(dict(arm=arm, seed=seed, **found))
-      table.add_row(arm, str(seed), *(f"{x:.3f}" for x in found.values()))
-      (args.out / "word_order.json").write_text(json.dumps(results, indent=1) + "\n")
-  tables.show(table)
+  compared = ways(tuned(captions / "teacher", stores, given.steps, given.lr))
+  rows = arms.compare(given.out, compared, given.seeds, figures(stores["coco2k"]))
+  arms.show(rows, COLUMNS, given.out)
+  arms.draw(rows, COLUMNS, given.out / "word_order.png")
 
 
 if __name__ == "__main__":
