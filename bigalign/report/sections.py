@@ -210,7 +210,8 @@ def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
     if lines:
       cards.append(f'<div class="card">{figures.curves(lines, title=title, **options)}</div>')
 
-  draw("loss", {"loss": "train/loss"}, log=True)
+  losses = series(rows, "train/loss")[1]
+  draw("loss", {"loss": "train/loss"}, log=all(x > 0 for x in losses))  # surrogates may be negative
   draw(
     "evaluation, dotted: chance",
     evaluated,
@@ -222,7 +223,7 @@ def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
     of_samples = {name: f"train/temperature/{side}/{name}" for name in ("p95", "p50", "p5")}
     draw(f"temperatures of the samples, {side}", of_samples)
   fitted = {side: f"train/temperature/{side}/caption_frequency_slope" for side in ("image", "text")}
-  draw("temperature, change per tenfold frequency of the caption", fitted)
+  draw("temperature per tenfold caption frequency", fitted)
   draw("learning rate", {"rate": "train/lr"})
   draw("gradient norm", {"gradient": "train/grad_norm"}, log=True)
   draw("images per second", {"images/s": "train/samples_per_second"})
