@@ -1,7 +1,8 @@
 """Times a training step against the same model in open_clip: python benchmarks/step.py
 
-Both alternate in one process, and the best round counts: other programs on the machine slow some
-rounds down, but never speed one up. Exits with 1 if bigalign is slower than GUARD times open_clip.
+Then the forward pass of both towers alone, as evaluation and embedding run it. Both alternate in
+one process, and the best round counts: other programs on the machine slow some rounds down, but
+never speed one up. Exits with 1 if bigalign is slower than GUARD times open_clip in one of the two.
 Without torch and open_clip (`make bench` installs them), only bigalign runs.
 """
 
@@ -32,7 +33,7 @@ from rival import import_open_clip
 from bigalign.checkpoint import revision
 from bigalign.config import resolve_config
 from bigalign.data.samples.rejects import REASONS
-from bigalign.program import init_on_mesh, layout, make_program
+from bigalign.program import init_on_mesh, init_params, layout, make_embed, make_program
 from bigalign.run import runtime
 from bigalign.sharding import global_batch, host_rows, make_mesh
 from bigalign.step import build, data_position, jitted
@@ -143,18 +144,44 @@ def ours(sizes: Sizes, **options: Any) -> tuple[Step, int]:
   return run, step.flops
 
 
-def theirs(
-  sizes: Sizes, *, device: str = "cpu", compiled: bool = False, checkpointing: bool = False
-) -> tuple[Step, int]:
-  """Returns the step of the same model as open_clip trains it, and its FLOPs, or 0 if compiled.
+def our_forward(sizes: Sizes) -> Step:
+  """Returns the forward pass of both towers, to unit vectors."""
+  program = make_program(resolve_config(values(sizes)))
+  params, given = init_params(program, jax.random.key(0)), batch(sizes)
+  embed = make_embed(program.model)
+  image, text, mask = (jax.device_put(given[name]) for name in ("image", "text", "text_mask"))
 
-  compiled: by torch.compile, in bfloat16 with its fused attention; otherwise eager, in float32.
-  """
+  def run(updates: int = 1) -> float:
+    for _ in range(updates):
+      zimg = embed["embed_image"](params, image)
+      ztxt = embed["embed_text"](params, text, mask)
+      jax.block_until_ready((zimg, ztxt))
+    return float(zimg[0, 0])
+
+  return run
+
+
+def their_forward(sizes: Sizes) -> Step:
+  """Returns that of open_clip, eager and without gradients."""
+  model, image, text = their_model(sizes, "cpu")
+  import torch
+
+  model.eval()
+
+  def run(updates: int = 1) -> float:
+    with torch.inference_mode():
+      for _ in range(updates):
+        zimg, *_ = model(image, text)
+    return float(zimg[0, 0])
+
+  return run
+
+
+def their_model(sizes: Sizes, device: str) -> tuple[Any, Any, Any]:
+  """Returns open_clip's model with random weights, and a batch: images and texts."""
   import_open_clip()
   import torch
-  from open_clip import ClipLoss
   from open_clip.model import CLIP
-  from torch.utils.flop_counter import FlopCounterMode
 
   torch.manual_seed(0)
 
@@ -185,6 +212,25 @@ def theirs(
     .train()
     .to(device)
   )
+  host = batch(sizes)
+  # Normalised in advance, as its data loader does; bigalign normalises in the step.
+  image = torch.from_numpy(host["image"]).to(device).permute(0, 3, 1, 2).contiguous()
+  image, text = image.float() / 127.5 - 1, torch.from_numpy(host["text"]).long().to(device)
+  return model, image, text
+
+
+def theirs(
+  sizes: Sizes, *, device: str = "cpu", compiled: bool = False, checkpointing: bool = False
+) -> tuple[Step, int]:
+  """Returns the step of the same model as open_clip trains it, and its FLOPs, or 0 if compiled.
+
+  compiled: by torch.compile, in bfloat16 with its fused attention; otherwise eager, in float32.
+  """
+  model, image, text = their_model(sizes, device)
+  import torch
+  from open_clip import ClipLoss
+  from torch.utils.flop_counter import FlopCounterMode
+
   model.set_grad_checkpointing(checkpointing)
   optimizer = torch.optim.AdamW(
     model.parameters(),
@@ -195,10 +241,6 @@ def theirs(
     fused=None if device == "cpu" else True,  # the fastest of its implementations
   )
   loss_function = ClipLoss()
-  host = batch(sizes)
-  # Normalised in advance, as its data loader does; bigalign normalises in the step.
-  image = torch.from_numpy(host["image"]).to(device).permute(0, 3, 1, 2).contiguous()
-  image, text = image.float() / 127.5 - 1, torch.from_numpy(host["text"]).long().to(device)
   forward = torch.compile(model) if compiled else model
 
   def run(updates: int = 1) -> float:
@@ -273,13 +315,16 @@ def main() -> int:
 
   runtime.setup(cache=None)  # malloc keeps freed memory, for both
   steps, versions = {"bigalign": ours(SMALL)}, runtime.versions()
+  forwards = {"bigalign": our_forward(SMALL)}
   try:
     steps["open_clip"] = theirs(SMALL)
+    forwards["open_clip"] = their_forward(SMALL)
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch")}
   except ImportError as error:
     print(f"bigalign alone: {error}; `make bench` installs what the comparison needs")
 
   best = measure({name: run for name, (run, _) in steps.items()}, args.rounds, args.steps)
+  best_forward = measure(forwards, args.rounds, 3 * args.steps)
   rows = {
     name: dict(
       **best[name], images_per_second=SMALL.batch / best[name]["wall_seconds"], flops_per_step=work
@@ -291,21 +336,27 @@ def main() -> int:
       f"{name:<10} {row['wall_seconds']:.4f} s  {row['cpu_seconds']:.4f} CPU s"
       f"  {row['images_per_second']:.0f} images/s  {row['flops_per_step'] / 1e9:.2f} GFLOP"
     )
-  result = dict(
+  for name, seconds in best_forward.items():
+    wall, cpu = seconds["wall_seconds"], seconds["cpu_seconds"]
+    print(f"{name:<10} {wall:.4f} s  {cpu:.4f} CPU s  forward")
+  result: dict[str, Any] = dict(
     **made_by(versions),
     batch_size=SMALL.batch,
     rounds=args.rounds,
     steps=args.steps,
     **rows,
+    forward=best_forward,
   )
   slower = False
   if "open_clip" in rows:
-    ratios = {key: best["open_clip"][key] / best["bigalign"][key] for key in best["bigalign"]}
-    print("bigalign / open_clip:", ", ".join(f"{x:.2f}x by {key}" for key, x in ratios.items()))
-    result["ratio"] = ratios
-    slower = ratios["wall_seconds"] < GUARD
-    if slower:
-      print(f"slower than the guard of {GUARD}x")
+    for what, name, found in (("step", "ratio", best), ("forward", "ratio_forward", best_forward)):
+      ratios = {key: found["open_clip"][key] / found["bigalign"][key] for key in found["bigalign"]}
+      shown = ", ".join(f"{x:.2f}x by {key}" for key, x in ratios.items())
+      print(f"bigalign / open_clip, {what}: {shown}")
+      result[name] = ratios
+      if ratios["wall_seconds"] < GUARD:
+        slower = True
+        print(f"the {what} is slower than the guard of {GUARD}x")
   args.json.parent.mkdir(parents=True, exist_ok=True)
   args.json.write_text(json.dumps(result, indent=1) + "\n")
   return int(slower)
