@@ -239,6 +239,7 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     spec=spec,
     images=_images(model, own),
     added=extra_fields.added(own.data),
+    diagnosed=_diagnosed(own, loss, program.sizes),
     params=params,
     frozen=_frozen(own),
     microbatches=own.microbatches,

@@ -21,10 +21,17 @@ from bigalign.train import train
 
 Row = dict[str, Any]  # arm, seed, minutes, and the figures of a run
 RESULTS = "results.json"
+OPTIONS = "options.json"
 
 
 def arguments(doc: str, **options: Any) -> argparse.Namespace:
-  """OUT and --seeds of a script; `options` adds {flag: default}."""
+  """OUT and --seeds of a script; `options` adds {flag: default}.
+
+  OUT/options.json keeps the options, because OUT may hold figures that are not made again.
+
+  Raises:
+    SystemExit: if OUT was made with other options.
+  """
   parser = argparse.ArgumentParser(
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -32,7 +39,14 @@ def arguments(doc: str, **options: Any) -> argparse.Namespace:
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   for name, default in options.items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
-  return parser.parse_args()
+  given = parser.parse_args()
+  own, file = {name: getattr(given, name) for name in options}, given.out / OPTIONS
+  made_with = json.loads(file.read_text()) if file.exists() else own
+  if made_with != own:
+    parser.error(f"{given.out} was made with {made_with}, not {own}; choose another OUT")
+  given.out.mkdir(parents=True, exist_ok=True)
+  file.write_text(json.dumps(own) + "\n")
+  return given
 
 
 def last(run: pathlib.Path, metrics: Mapping[str, str]) -> dict[str, float]:

@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 from bigalign.frozen.compare import MAPS, SHOWN, compare
 from bigalign.frozen.embed import embed
 from bigalign.run.configs import load_config
-from bigalign.run.metrics import read_metrics
 from bigalign.train import train
 
 LEAST = 0.8
@@ -92,9 +91,8 @@ def main() -> int:
       c["data"]["stores"] = stores
       workdir = out / f"{image}-{text}-{seed}"
       train(c, workdir)
-      last = read_metrics(workdir)[-1]
-      found = [last[f"val/{name}/text_to_image_R@5"] for name in c["evals"]]
-      seeds.append(float(np.mean(found)))
+      found = arms.last(workdir, {name: f"val/{name}/text_to_image_R@5" for name in c["evals"]})
+      seeds.append(float(np.mean([*found.values()])))
     trained = float(np.mean(seeds))
     rows.append(dict(image=image, text=text, **before, trained=trained, seeds=seeds))
     print(json.dumps(rows[-1]), flush=True)

@@ -359,11 +359,11 @@ def count_classes(names: Sequence[str], train: tuple[str, Rows], others: Mapping
         f" {labels.max()}"
       )
   counts = target.sum(0) if several else np.bincount(target, minlength=classes)
-  for wrong, text in ((counts == 0, "without images"), (counts == len(target), "of every image")):
-    if wrong.any() and (several or text.startswith("without")):
+  for wrong, text in ((counts == 0, "have no image"), (counts == len(target), "have every image")):
+    if wrong.any() and (several or text == "have no image"):
       shown = [names[k] if names else k for k in np.flatnonzero(wrong).tolist()]
       raise ValueError(
-        f"{option}: {len(shown)} of {classes} classes are {text}: {tree.shown(shown)}. A classifier"
+        f"{option}: {len(shown)} of {classes} classes {text}: {tree.shown(shown)}. A classifier"
         " cannot be fitted to them; give other images, or class names without them"
       )
   return classes

@@ -137,7 +137,8 @@ def languages(
     empty = [name for name, n in zip(sets, hits.top1.count) if not n]
     if empty:
       raise ValueError(
-        f"{where}: no image has a class that {tree.shown(empty)} names; leave these languages out"
+        f"{where}: the classes that {tree.shown(empty)} names have no image; leave these languages"
+        " out"
       )
     metrics = _metrics(hits, sets)
     top1 = {language: metrics[f"{language}-top1"] for language in sets}

@@ -103,8 +103,8 @@ def prototypes(store: Store, *, shots: int = 128) -> np.ndarray:
   empty = np.flatnonzero(counts == 0)
   if not len(counts) or len(empty):
     raise ValueError(
-      f"{store.folder}: no image has the labels {tree.shown(empty.tolist())} of {len(counts)}"
-      " classes"
+      f"{store.folder}: {len(empty)} of {len(counts)} classes have no image:"
+      f" {tree.shown(empty.tolist())}"
       if len(counts)
       else f"{store.folder}: none of its {len(store)} images has a label"
     )

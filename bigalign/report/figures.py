@@ -98,7 +98,7 @@ def curves(
   Args:
     series: {name of a line: (steps, values)}.
     title: of the figure.
-    log: use a logarithmic scale if the values span more than a decade.
+    log: use a logarithmic scale if the values span more than a decade, and none is negative.
     levels: {name of a line: chance level}, drawn dotted in the colour of the line.
     percent: whether the values are fractions to show in percent.
     along: what the horizontal axis shows, if not steps.
@@ -114,8 +114,9 @@ def curves(
       axes.plot(steps, values, style, color=colour, lw=1.6, label=name, marker=marker, ms=3.5)
       if levels and name in levels:
         axes.axhline(levels[name], color=colour, lw=1, ls=(0, (1, 2)))
-    positive = [v for _, values in series.values() for v in values if v > 0]
-    if log and positive and max(positive) > 10 * min(positive):
+    every = [v for _, values in series.values() for v in values]
+    positive = [v for v in every if v > 0]
+    if log and positive and max(positive) > 10 * min(positive) and not any(v < 0 for v in every):
       axes.set_yscale("log")
       axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
       axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

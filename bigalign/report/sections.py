@@ -210,8 +210,7 @@ def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
     if lines:
       cards.append(f'<div class="card">{figures.curves(lines, title=title, **options)}</div>')
 
-  losses = series(rows, "train/loss")[1]
-  draw("loss", {"loss": "train/loss"}, log=all(x > 0 for x in losses))  # surrogates may be negative
+  draw("loss", {"loss": "train/loss"}, log=True)
   draw(
     "evaluation, dotted: chance",
     evaluated,
@@ -219,10 +218,12 @@ def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
     levels={label: by_chance[name] for label, name in evaluated.items()},
   )
   draw("temperature (factor of the cosine similarity)", {name: name for name in temperature})
-  for side in ("image", "text"):
-    of_samples = {name: f"train/temperature/{side}/{name}" for name in ("p95", "p50", "p5")}
-    draw(f"temperatures of the samples, {side}", of_samples)
-  fitted = {side: f"train/temperature/{side}/caption_frequency_slope" for side in ("image", "text")}
+  # "image" and "text", or, of several terms or widths, "<term>/image".
+  of_samples = [match[1] for match in map(_MEDIAN.fullmatch, present) if match]
+  for what in of_samples:
+    quantiles = {name: f"train/temperature/{what}/{name}" for name in ("p95", "p50", "p5")}
+    draw(f"temperatures of the samples, {what}", quantiles)
+  fitted = {what: f"train/temperature/{what}/caption_frequency_slope" for what in of_samples}
   draw("temperature per tenfold caption frequency", fitted)
   draw("learning rate", {"rate": "train/lr"})
   draw("gradient norm", {"gradient": "train/grad_norm"}, log=True)
@@ -258,6 +259,8 @@ def corruptions(values: Mapping[str, float]) -> str:
     )
   return "".join(parts)
 
+
+_MEDIAN = re.compile(r"train/temperature/(.+)/p50")  # of the temperatures of samples
 
 # Figures of the geometry over training: {title: metrics of the evaluator `geometry`}.
 _GEOMETRY = {

@@ -8,7 +8,7 @@ and rare entries keep all. A sample that matches no entry is never kept.
 NAME.npy holds the probability of each sample, NAME.counts.json how often each entry occurs.
 `bigalign view --columns keep=NAME --draw keep` draws the samples. NAME.frequency.npy holds
 how often the entries of each sample occur, their geometric mean; a run with temperatures of samples
-reads it as config.data.columns.caption_frequency.
+reads it as config.data.columns.caption_frequency=dict(file="NAME.frequency", default=0.0).
 """
 
 from __future__ import annotations
@@ -256,7 +256,12 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   )
   source_flags.add_source_flags(parser)
   parser.add_argument("--entries", required=True, metavar="FILE", help="one concept per line")
-  parser.add_argument("--out", required=True, metavar="NAME", help="writes NAME.npy, NAME.json")
+  parser.add_argument(
+    "--out",
+    required=True,
+    metavar="NAME",
+    help="writes the columns NAME and NAME.frequency, and NAME.counts.json",
+  )
   parser.add_argument(
     "--t", type=float, default=20_000, help="matches that each entry keeps (%(default)s)"
   )
@@ -295,7 +300,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
   print(
     f"{manifest['matched']:,} of {manifest['entries']:,} entries occur; about"
     f" {manifest['expected']:,.0f} of {manifest['samples']:,} samples are kept with t ="
-    f" {manifest['t']:g}\n{given.out}.npy"
+    f" {manifest['t']:g}\n{given.out}.npy, {given.out}.frequency.npy"
   )
   if given.json:
     tables.write_json(given.json, manifest)

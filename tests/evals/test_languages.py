@@ -93,7 +93,7 @@ def test_languages_that_cannot_be_measured_are_named(tiny, tmp_path):
   fails(f"{where}: 'de': 1 of 2 class names are blank, the first at 1", dict(de=["a", " "]))
   fails("there are 2 labels, 1 of them different, and 2 names", dict(de=[[1, 1], ["a", "b"]]))
   fails("there are 1 labels, 1 of them different, and 2 names", dict(de=[[1], ["a", "b"]]))
-  fails("no image has a class that \\['de'\\] names", SETS | dict(de=[[5, 9], ["a", "b"]]))
+  fails("the classes that \\['de'\\] names have no image", SETS | dict(de=[[5, 9], ["a", "b"]]))
   fails(r"[1-9]\d* of 36 samples have no label, or one that no language names", dict(fr=SETS["fr"]))
   fails("x.ood goes with class names in one language only", SETS, ood="tiny")
   fails("x.widths goes with class names in one language only", SETS, widths=(4,))

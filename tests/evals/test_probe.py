@@ -332,7 +332,7 @@ def test_several_classes_are_measured_by_the_average_precision(images):
   with pytest.raises(ValueError, match=r"config\.evals\.a: images with several classes cannot be"):
     evaluators(dict(a=options | dict(type="few_shot")))
   images["train"].sets[:, 1] = False
-  with pytest.raises(ValueError, match=r"a\.train: 1 of 3 classes are without images: \['bee'\]"):
+  with pytest.raises(ValueError, match=r"a\.train: 1 of 3 classes have no image: \['bee'\]"):
     evaluators(dict(a=options | dict(type="knn")))["a"](1)
   images["test"].dataset_type = ""
   with pytest.raises(ValueError, match=r"only those of \['config\.evals\.a\.train'\] have several"):
@@ -359,7 +359,7 @@ def test_what_cannot_be_classified_is_named(images, stores, tmp_path):
   )
   (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\neel\n")
   few = dict(classnames=str(tmp_path / "names.txt"))
-  fails(r"a\.train: 2 of 5 classes are without images: \['dog', 'eel'\]", **few)
+  fails(r"a\.train: 2 of 5 classes have no image: \['dog', 'eel'\]", **few)
   images["test"].labels[:2] = 7
   fails(r"a\.test: 2 of 21 images have a label outside the 3 class names; the largest is 7")
   images["test"].labels[:2] = -1

@@ -141,7 +141,7 @@ def test_mistakes_are_named(stores, tmp_path):
       tmp_path / "bare", np.ones((4, WIDTH), np.float32), ids, side="image", labels=np.full(4, -1)
     )
     curate.curate(bare, stores["captions"], str(tmp_path / "x"))
-  with pytest.raises(ValueError, match=r"no image has the labels \[0, 1\] of 3 classes"):
+  with pytest.raises(ValueError, match=r"2 of 3 classes have no image: \[0, 1\]"):
     some = write(
       tmp_path / "some", np.ones((4, WIDTH), np.float32), ids, side="image", labels=np.full(4, 2)
     )

@@ -22,7 +22,7 @@ from bigalign.data.sources.base import open_source
 from bigalign.losses.diagnostics import diagnose
 from bigalign.losses.per_sample import tables
 from bigalign.plan import loss_costs
-from bigalign.program import check_loss, layout, make_program
+from bigalign.program import check_loss, layout, make_program, make_programs
 from bigalign.run.metrics import read_metrics
 from bigalign.sphere import unit
 from bigalign.step import jitted
@@ -141,6 +141,11 @@ def test_a_column_of_frequencies_that_nothing_reads_is_an_error(tiny, loss, ever
   tiny.data.columns = dict(caption_frequency="json.often")
   tiny.loss, tiny.diagnose_every = dict(isogclr={}), 2
   check_loss(make_program(resolve_config(tiny)))
+  first = dict(until="50%", loss=tiny.loss.to_dict())
+  tiny.loss, tiny.stages = dict(clip={}), (first,)
+  for program in (programs := make_programs(resolve_config(tiny))):
+    check_loss(program, programs)  # a loss of another stage reads it
+  tiny.stages = ()
   tiny.loss, tiny.diagnose_every = {loss: {}}, every
   with pytest.raises(ValueError, match=r"frequency is read by no loss.*diagnose_every"):
     check_loss(make_program(resolve_config(tiny)))

@@ -316,26 +316,33 @@ def test_geometry_over_training_is_drawn_if_it_was_measured_several_times():
 
 
 @pytest.mark.slow
-def test_temperatures_of_samples_are_drawn_and_a_negative_loss_is_not_on_a_logarithmic_scale(
-  monkeypatch,
-):
+def test_negative_values_have_no_logarithmic_scale():
+  def drawn(last, log):
+    return figures.curves({"loss": ([0, 1, 2], [1.0, 100.0, last])}, title="loss", log=log)
+
+  assert drawn(-1.0, True) == drawn(-1.0, False)  # of a surrogate
+  assert drawn(float("nan"), True) != drawn(float("nan"), False)
+
+
+def test_temperatures_of_samples_are_drawn(monkeypatch):
   drawn = {}
 
-  def curves(lines, *, title, log=False, **options):
-    drawn[title] = (lines, log)
+  def curves(lines, *, title, **options):
+    drawn[title] = lines
     return ""
 
   monkeypatch.setattr(sections.figures, "curves", curves)
   names = {f"train/temperature/text/{name}": 0.1 for name in ("p5", "p50", "p95")}
-  names["train/temperature/image/caption_frequency_slope"] = 0.02
-  rows = [{"step": i, "train/loss": 1.0 + i, **names} for i in range(2)]
-  sections.learning(rows, {})
-  assert drawn.pop("loss")[1]
-  assert drawn["temperatures of the samples, text"][0]["p50"] == ([0, 1], [0.1, 0.1])
-  assert drawn["temperature per tenfold caption frequency"][0] == {"image": ([0, 1], [0.02, 0.02])}
-  assert "temperatures of the samples, image" not in drawn
-  sections.learning([*rows, {"step": 2, "train/loss": -1.0}], {})  # of a surrogate
-  assert not drawn["loss"][1]
+  names["train/temperature/text/caption_frequency_slope"] = 0.02
+  names["train/temperature/isogclr/image/p50"] = 0.3
+  sections.learning([{"step": i, **names} for i in range(2)], {})
+  assert drawn == {
+    "temperatures of the samples, text": {
+      name: ([0, 1], [0.1, 0.1]) for name in ("p95", "p50", "p5")
+    },
+    "temperatures of the samples, isogclr/image": {"p50": ([0, 1], [0.3, 0.3])},
+    "temperature per tenfold caption frequency": {"text": ([0, 1], [0.02, 0.02])},
+  }
 
 
 def test_held_out_pairs_of_a_config_are_embedded(monkeypatch, tmp_path):
