@@ -39,3 +39,18 @@ def test_each_says_what_it_finds_and_how_to_run_it(name, monkeypatch):
   module = importlib.import_module(name)
   assert f"python experiments/{name}.py OUT" in module.__doc__
   assert callable(module.main)
+
+
+def test_a_folder_of_other_options_is_refused(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+  arms = importlib.import_module("arms")
+
+  def given(*words):
+    monkeypatch.setattr(sys, "argv", ["x.py", str(tmp_path / "out"), *words])
+    return arms.arguments("", steps=10, lr=0.1)
+
+  assert given("--steps", "20").steps == 20
+  assert given("--steps", "20", "--seeds", "7").seeds == [7]  # seeds may be added
+  with pytest.raises(SystemExit):
+    given()
+  assert "was made with {'steps': 20, 'lr': 0.1}, not {'steps': 10" in capsys.readouterr().err
