@@ -1,9 +1,9 @@
 """Retrieval by the number of pairs, frozen towers and from scratch:
 python experiments/scaling.py OUT
 
-Icons of 1, 2, 4 and 11 shards, 2,500 to 26,659 pairs: linear projectors on stored vectors of
-MobileNetV2 and MiniLM (`frozen`), and a small model from scratch (`scratch`), with equal samples
-seen for each number. A line is fitted to the logit of R@5 by log2 of the pairs.
+The first 1,000 to 26,659 icons: linear projectors on stored vectors of MobileNetV2 and MiniLM
+(`frozen`), and a small model from scratch (`scratch`), with equal samples seen for each number. A
+line is fitted to the logit of R@5 by log2 of the pairs.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ import icons
 import numpy as np
 
 from bigalign.data.sources.base import open_source
+from bigalign.data.sources.views import make_view
 
-SHARDS = (1, 2, 4, 11)
+PAIRS = (1_000, 2_500, 5_000, 10_000, 26_659)
 
 
 def main() -> None:
   """Trains all arms with all seeds."""
   given = arms.arguments(__doc__ or "", seen=128_000)
   compared, places = {}, {}
+  given.out.mkdir(parents=True, exist_ok=True)
+  source = open_source(icons.SPLITS["train"], captions=())
   bases = dict(
     frozen=icons.frozen(given.out.parent / "stores", steps=given.seen // 256, batch=256),
     scratch=icons.small(steps=given.seen // 256, batch=256),
   )
   for line, base in bases.items():
-    for shards in SHARDS:
+    for pairs in PAIRS:
       c = copy.deepcopy(base)
-      source = f"{icons.ICONS}/train/{{00000..{shards - 1:05d}}}.tar"
-      pairs = len(open_source(source, captions=()))
       if line == "scratch":
-        c["data"]["source"] = source
+        view = c["data"]["view"] = str(given.out / f"first_{pairs}.view")
+        make_view(source, view, spec=icons.SPLITS["train"], ids=np.arange(pairs))
       else:
         image = c["data"]["stores"]["image"]
         keep = icons.first_samples(image, pairs, given.out / f"first_{pairs}.npy")
@@ -49,7 +51,7 @@ def main() -> None:
       y = np.asarray([row[column] for row in rows if row["arm"].startswith(line)])
       slope, start = np.polyfit(x, np.log(y / (1 - y)), 1)
       at = 1 / (1 + np.exp(-(start + slope * (x.max() + 1))))
-      print(f"{line}, {column}: logit +{slope:.2f} for each doubling; {at:.3f} predicted at twice")
+      print(f"{line}, {column}: logit {slope:+.2f} for each doubling; {at:.3f} predicted at twice")
 
 
 if __name__ == "__main__":
