@@ -162,7 +162,7 @@ def our_forward(sizes: Sizes) -> Step:
 
 
 def their_forward(sizes: Sizes) -> Step:
-  """Returns that of open_clip, eager and without gradients."""
+  """Returns the forward pass of open_clip's towers, eager and without gradients."""
   model, image, text = their_model(sizes, "cpu")
   import torch
 

@@ -79,7 +79,6 @@ def named(run: pathlib.Path, part: str, beams: int) -> dict[str, float]:
 def main() -> None:
   """Trains all arms with all seeds."""
   given = arms.arguments(__doc__ or "", steps=1_000, beams=4)
-  given.out.mkdir(parents=True, exist_ok=True)
   vocabulary = given.out / "words.txt"
   write_vocabulary(vocabulary)
   plain = config(vocabulary, given.steps)

@@ -197,7 +197,6 @@ def main() -> None:
   """Compares the curves, then the results."""
   given = arms.arguments(__doc__ or "", steps=200, longer=400)
   import_open_clip()
-  given.out.mkdir(parents=True, exist_ok=True)
   differences = [curves(given.out, seed, given.steps) for seed in given.seeds]
   print("largest relative differences of the losses:", *(f"{x:.1e}" for x in differences))
   file = given.out / arms.RESULTS

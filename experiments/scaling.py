@@ -24,7 +24,6 @@ def main() -> None:
   """Trains all arms with all seeds."""
   given = arms.arguments(__doc__ or "", seen=128_000)
   compared, places = {}, {}
-  given.out.mkdir(parents=True, exist_ok=True)
   source = open_source(icons.SPLITS["train"], captions=())
   bases = dict(
     frozen=icons.frozen(given.out.parent / "stores", steps=given.seen // 256, batch=256),

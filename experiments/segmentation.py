@@ -76,7 +76,6 @@ def mosaics(folder: pathlib.Path, classes: int, count: int) -> int:
 def main() -> None:
   """Trains all arms with all seeds."""
   given = arms.arguments(__doc__ or "", steps=600, classes=64)
-  given.out.mkdir(parents=True, exist_ok=True)
   held_out = mosaics(given.out, given.classes, 200)
   print(f"200 mosaics of {held_out} held-out icons of {given.classes} names")
   compared = {}

@@ -359,8 +359,9 @@ def count_classes(names: Sequence[str], train: tuple[str, Rows], others: Mapping
         f" {labels.max()}"
       )
   counts = target.sum(0) if several else np.bincount(target, minlength=classes)
-  for wrong, text in ((counts == 0, "have no image"), (counts == len(target), "have every image")):
-    if wrong.any() and (several or text == "have no image"):
+  wrong_counts = {"have no image": 0} | ({"have every image": len(target)} if several else {})
+  for text, wrong_count in wrong_counts.items():
+    if (wrong := counts == wrong_count).any():
       shown = [names[k] if names else k for k in np.flatnonzero(wrong).tolist()]
       raise ValueError(
         f"{option}: {len(shown)} of {classes} classes {text}: {tree.shown(shown)}. A classifier"

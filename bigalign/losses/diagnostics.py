@@ -47,9 +47,9 @@ def diagnose(
       per-sample temperatures. "temperature/image/0.01-0.02", …: their histogram, the share of the
       batch in each bin. If several terms, or widths of one, have such temperatures:
       "temperature/<term>/image/p5".
-    "temperature/image/caption_frequency_slope", "…_pearson_r", …/text/…: of a line of the same
-      temperatures over log10 of the batch's column `caption_frequency` [B], if it has one, such as
-      `bigalign balance` writes; of samples whose number is above 0. iSogCLR
+    "temperature/image/caption_frequency_slope", "…_pearson_r", "temperature/text/…": if the batch
+      has the column `caption_frequency` [B], such as `bigalign balance` writes, the line through
+      the same temperatures over log10 of that column, of the samples where it is above 0. iSogCLR
       (https://arxiv.org/abs/2305.11965) finds larger temperatures for frequent captions.
   """
   metrics = _temperatures(state, batch)
@@ -133,10 +133,10 @@ def _gradient_norm(
 
 def has_temperatures(loss: Loss, sizes: Mapping[str, Any]) -> bool:
   """Whether a loss keeps a temperature of each sample; sizes: as of Loss.init."""
-  return bool(_tables(jax.eval_shape(lambda: loss.init(sizes))[1]))
+  return bool(_temperature_tables(jax.eval_shape(lambda: loss.init(sizes))[1]))
 
 
-def _tables(state: Any) -> dict[tuple[str, str], Any]:
+def _temperature_tables(state: Any) -> dict[tuple[str, str], Any]:
   """{(term, or term and width; side): table} of the temperatures of samples."""
   found = {}
   for path, table in jax.tree_util.tree_leaves_with_path(state):
@@ -148,7 +148,7 @@ def _tables(state: Any) -> dict[tuple[str, str], Any]:
 
 def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Quantiles over this batch of the temperatures that losses keep per sample."""
-  found = _tables(state)
+  found = _temperature_tables(state)
   several = len({owner for owner, _ in found}) > 1
   metrics = {}
   for (owner, side), table in found.items():
@@ -166,7 +166,11 @@ def _temperatures(state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.A
 
 
 def _line(taus: jax.Array, frequency: jax.Array) -> dict[str, jax.Array]:
-  """The line of [B] over log10 of [B]; 0 where all of either are equal."""
+  """Slope and Pearson's r of temperatures [B] over log10 of frequencies [B].
+
+  Frequencies that are 0 or NaN do not count. Both are 0 if all temperatures, or all frequencies,
+  are equal.
+  """
   used = frequency > 0
   n = jnp.maximum(used.sum(), 1)
   x, y = (

@@ -197,6 +197,9 @@ def headline(values: Mapping[str, float], by_chance: Mapping[str, float]) -> str
   )
 
 
+_MEDIAN = re.compile(r"train/temperature/(.+)/p50")  # of the temperatures of samples
+
+
 def learning(rows: Rows, by_chance: Mapping[str, float]) -> str:
   """Returns the curves: loss, evaluation, temperature, learning rate, gradient norm, speed."""
   named = groups(final(rows), by_chance)
@@ -259,8 +262,6 @@ def corruptions(values: Mapping[str, float]) -> str:
     )
   return "".join(parts)
 
-
-_MEDIAN = re.compile(r"train/temperature/(.+)/p50")  # of the temperatures of samples
 
 # Figures of the geometry over training: {title: metrics of the evaluator `geometry`}.
 _GEOMETRY = {

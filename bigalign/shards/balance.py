@@ -7,8 +7,8 @@ and rare entries keep all. A sample that matches no entry is never kept.
 
 NAME.npy holds the probability of each sample, NAME.counts.json how often each entry occurs.
 `bigalign view --columns keep=NAME --draw keep` draws the samples. NAME.frequency.npy holds
-how often the entries of each sample occur, their geometric mean; a run with temperatures of samples
-reads it as config.data.columns.caption_frequency=dict(file="NAME.frequency", default=0.0).
+the geometric mean of how often the entries of each sample occur. A run whose loss has a temperature
+per sample reads it: config.data.columns.caption_frequency=dict(file="NAME.frequency", default=0.0).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def keep_probability(probability: np.ndarray, matches: Iterable[np.ndarray]) -> 
 
 
 def frequency(counts: np.ndarray, matches: Iterable[np.ndarray]) -> np.ndarray:
-  """How often the entries of each text occur, their geometric mean: [N], NaN without an entry.
+  """The geometric mean of how often the entries of each text occur: [N], NaN without an entry.
 
   >>> frequency(np.array([1, 100]), [np.array([0, 1]), np.array([1]), np.array([])]).tolist()
   [10.0, 100.0, nan]
