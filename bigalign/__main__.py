@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
 from importlib import metadata
 
@@ -81,6 +82,9 @@ def _run(name: str) -> None:
 
   if name in PARSERS:  # --help and a wrong command line end here, before JAX is imported
     PARSERS[name]().parse_args()
+  # After a product, and after its import, each thread of numpy's OpenBLAS waits for work without
+  # sleep, 0.1 s by default: 2^20 cycles are less than 1 ms. Workers inherit the variable.
+  os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
   gc.disable()
   program = importlib.import_module(f"bigalign.{PROGRAMS[name][0]}")
   gc.freeze()  # modules last as long as the program: no collection needs to look through them

@@ -89,7 +89,11 @@ def learning_rate(
   def rate(step: jax.Array) -> jax.Array:
     step = jnp.asarray(step, jnp.float32)
     warm = lr * (step + 1) / max(1, warmup)
-    value = jnp.where(step < warmup, warm, shape(jnp.minimum(step, stop)))
+    warming = step < warmup
+    # A sum, because XLA for CPUs copies cheap operations on scalars into the update of each
+    # parameter, but not sums: the cosine was a third of the step's instructions.
+    both = jnp.stack([warm, shape(jnp.minimum(step, stop))])
+    value = jnp.sum(both, where=jnp.stack([warming, ~warming]))
     if not cooldown:
       return value
     left = jnp.clip((total_steps - step) / cooldown, 0.0, 1.0)

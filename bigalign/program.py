@@ -54,6 +54,8 @@ class Program:
       widths of the teachers whose vectors a batch holds, and of the towers, 0 if they have none,
       "vocabulary" and "patch".
     params: {path: shape} of all parameters.
+    draw: a key -> all parameters at random: `init_params`, which is traced once for their shapes
+      and for the first state.
     frozen: regular expression of the parameters that are not trained.
     fixed: the paths that no stage of the run trains.
     ema: decay of the running average of the parameters; 0: none.
@@ -80,6 +82,7 @@ class Program:
   sources: int
   sizes: Mapping[str, Any]
   params: Mapping[str, Any]
+  draw: Callable[[jax.Array], Arrays] = dataclasses.field(compare=False)
   frozen: str
   fixed: frozenset[str]
   ema: float
@@ -142,7 +145,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
   program = Program(
     model=model,
     loss=loss,
-    optimizer=optax.identity(),  # replaced below, like `rate`: the optimizer needs `params`
+    optimizer=optax.identity(),  # replaced below, like `rate` and `draw`: it needs `params`
     rate=lambda step: step,
     spec=_spec(model, *_longest(config)),
     images=_images(model, config),
@@ -152,6 +155,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
     sources=max(1, len(config.data.mixture)),
     sizes=sizes,
     params={},
+    draw=lambda key: {},
     frozen=_frozen(config),
     fixed=frozenset(),
     ema=config.ema,
@@ -177,8 +181,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
       f"config.loss={[*config.loss]} reads the tokens of images without a mask, and with"
       " config.data.naflex some are padding; leave one of the two out"
     )
-  params = jax.eval_shape(functools.partial(init_params, program), jax.random.key(config.seed))
-  program = dataclasses.replace(program, params=params)
+  program = _with_draw(program)
   programs = [_of_stage(program, config, stage) for stage in run_stages]
   chosen = config.selection
   if chosen.share and chosen.scale is None and not all(_learns_a_scale(one) for one in programs):
@@ -201,6 +204,13 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
       " leave it out"
     )
   return _with_optimizers(programs, run_stages, dataset_size)
+
+
+def _with_draw(program: Program) -> Program:
+  """The program with `draw`, and with the shapes of the parameters that it returns."""
+  draw = jax.jit(functools.partial(init_params, program))
+  shapes = jax.eval_shape(draw, jax.random.key(program.seed))
+  return dataclasses.replace(program, draw=draw, params=shapes)
 
 
 def _learns_a_scale(program: Program) -> bool:
@@ -228,7 +238,7 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     params = program.params
     if loss is not program.loss:
       whole = dataclasses.replace(program, model=model, loss=loss, spec=spec)
-      own_params = jax.eval_shape(functools.partial(init_params, whole), jax.random.key(own.seed))
+      own_params = _with_draw(whole).params
       towers = ("model/", "teacher/")
       of_model = {path: x for path, x in params.items() if path.startswith(towers)}
       params = of_model | {k: x for k, x in own_params.items() if not k.startswith(towers)}
@@ -501,7 +511,7 @@ def init_state(program: Program, key: jax.Array, loaded: Arrays | None = None) -
     key: of the random parameters.
     loaded: {path: array}: parameters that are used instead of random ones.
   """
-  return first_state(program, {**init_params(program, key), **(loaded or {})})
+  return first_state(program, {**program.draw(key), **(loaded or {})})
 
 
 def first_state(program: Program, params: Arrays) -> State:
@@ -529,8 +539,11 @@ def at_start(programs: Sequence[Program]) -> Program:
 
   Parameters are drawn as without stages.
   """
-  last = programs[-1]
-  return dataclasses.replace(programs[0], model=last.model, spec=last.spec, images=last.images)
+  first, last = programs[0], programs[-1]
+  if len(programs) == 1:
+    return first  # with the parameters that are traced already
+  first = dataclasses.replace(first, model=last.model, spec=last.spec, images=last.images)
+  return dataclasses.replace(first, draw=jax.jit(functools.partial(init_params, first)))
 
 
 def init_on_mesh(program: Program, shardings: State, loaded: Arrays | None = None) -> State:

@@ -108,10 +108,12 @@ def train_step(
     "loss": jnp.isfinite(value) & jnp.isfinite(metrics["loss"]),
     "grad_norm": jnp.isfinite(grad_norm),
   }
+  # One reduction, which XLA for CPUs does not copy into the update of each parameter.
+  all_finite = jnp.isfinite(jnp.stack([value, metrics["loss"], grad_norm])).all()
   states = [metrics.pop(name) for name in [*metrics] if name.endswith("finite_state")]
   if states:
     finite["state"] = jnp.stack(states).all()
-  all_finite = jnp.stack([*finite.values()]).all()
+    all_finite &= finite["state"]
 
   def keep(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(all_finite, a, b), new, old)

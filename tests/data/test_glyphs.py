@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 
+import freetype
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +64,16 @@ def test_every_name_is_drawn_and_none_twice():
   # Labels must not change between versions, except with matplotlib's fonts.
   digest = hashlib.sha256("\n".join(letters.names).encode()).hexdigest()
   assert digest[:16] == "e7141300505cf9de"
+
+
+@pytest.mark.parametrize("stem", ["DejaVuSans", "STIXGeneralBol"])
+def test_outlines_are_those_that_freetype_loads(stem):
+  font = glyphs.font_folder() / f"{stem}.ttf"
+  face, outlined = freetype.Face(str(font)), glyphs._outlined(font.read_bytes())
+  assert len(outlined) == face.num_glyphs
+  for glyph in range(face.num_glyphs):
+    face.load_glyph(glyph, freetype.FT_LOAD_NO_SCALE)
+    assert outlined[glyph] == (face.glyph.outline.n_points > 0), glyph
 
 
 def test_no_glyph_is_blank_and_wide_ones_are_reduced():

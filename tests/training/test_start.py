@@ -26,6 +26,16 @@ def test_the_shapes_of_a_state_need_no_second_trace_of_the_model(monkeypatch):
   assert shapes == traced
 
 
+def test_the_first_state_is_drawn_by_the_trace_that_gave_the_shapes(monkeypatch):
+  made = program.make_programs(resolve_config(load("tiny").to_dict()), dataset_size=100)
+  key = jax.random.key(0)
+  drawn = jax.make_jaxpr(functools.partial(program.init_params, made[0]))(key)
+  monkeypatch.setattr(program.DualEncoder, "__call__", None)
+  first = jax.make_jaxpr(functools.partial(program.init_state, program.at_start(made)))(key)
+  (inside,) = [eqn.params["jaxpr"] for eqn in first.eqns if eqn.params.get("name") == "init_params"]
+  assert str(inside) == str(drawn)
+
+
 @pytest.mark.parametrize("step, average, evaluations", [(0, 1.0, 1), (5, 3.0, 2), (5, None, 1)])
 def test_averages_are_evaluated_once_they_differ_from_the_parameters(step, average, evaluations):
   averages = {} if average is None else {"a": average}

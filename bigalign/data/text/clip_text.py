@@ -22,11 +22,7 @@ from tokenizers import models, pre_tokenizers, processors
 from bigalign.data.files import lines
 from bigalign.data.files.regular import open_regular
 
-try:
-  import ftfy
-except ImportError:
-  ftfy = None  # type: ignore[assignment]
-
+_HAS_FTFY = importlib.util.find_spec("ftfy") is not None  # it is imported by the first caption
 _START, _END = "<start_of_text>", "<end_of_text>"
 SIZE = 49408  # of CLIP's vocabulary
 _LARGEST = 1 << 26  # bytes of the list of merges, also decompressed; CLIP's has 3 MB
@@ -46,7 +42,9 @@ _PLAIN = str.maketrans(
 
 def clean(text: str) -> str:
   """Returns repaired text, with HTML entities unescaped twice and white space collapsed."""
-  if ftfy is not None:
+  if _HAS_FTFY:
+    import ftfy
+
     text = ftfy.fix_text(text)
   else:
     text = unicodedata.normalize("NFC", text.translate(_PLAIN))
