@@ -43,7 +43,6 @@ def trace(values: Any, topology: str, *, samples: int = 0, stage: int = -1) -> S
   """Traces the step of a config for a topology; arguments and errors as of `measure`."""
   config = resolve_config(values, files_needed=False)
   checks.choose(chips.CHIPS, chips.kind(topology), "--topology")
-  runtime.set_libtpu_flags(chips.kind(topology))
   mesh = config.mesh.make(devices=topologies.devices(topology))
   return trace_on(mesh, config, samples=samples, stage=stage)
 
@@ -92,6 +91,7 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
       an unknown topology; the message names what would work.
   """
   step = trace(values, topology, samples=samples, stage=stage)
+  compiler_options = runtime.libtpu_options(chips.kind(topology))
   with jax.set_mesh(step.mesh):
     lowered = step.traced.lower()
     figures: dict[str, Any] = {
@@ -102,13 +102,13 @@ def measure(values: Any, topology: str, *, samples: int = 0, stage: int = -1) ->
     }
     begin = time.perf_counter()
     try:
-      compiled = topologies.compile_without_cache(lowered)
+      compiled = topologies.compile_without_cache(lowered, compiler_options)
     except jax.errors.JaxRuntimeError as error:
       if not is_out_of_memory(error):
         raise
       return {**figures, "fits": False, **_required(error), **held(step)}
     figures["compile_seconds"] = time.perf_counter() - begin
-  text = topologies.program_text(lowered, compiled)
+  text = topologies.program_text(lowered, compiled, compiler_options)
   return {
     **figures,
     "fits": True,

@@ -35,8 +35,7 @@ from bigalign.run.flags import config_name, define_flags, no_words, parse_flags
 Plan = dict[str, Any]
 CACHE = "~/.cache/bigalign/plans"
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
-# The user's flags of the compiler, before a plan adds its own.
-_COMPILER_FLAGS = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
+_COMPILER_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # the user's
 
 
 def plan(
@@ -85,7 +84,7 @@ def _key(config: Mapping[str, Any], topology: str, samples: int, stage: int) -> 
     versions,
     files,
     fingerprints.of_code(),
-    _COMPILER_FLAGS,
+    [os.environ.get(name, "") for name in _COMPILER_FLAGS],
   ]
   return options.fingerprint(parts)
 

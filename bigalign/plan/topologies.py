@@ -103,7 +103,11 @@ def compile_without_cache(
     compilation_cache.reset_cache()
 
 
-def program_text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> str:
+def program_text(
+  lowered: jax.stages.Lowered,
+  compiled: jax.stages.Compiled,
+  compiler_options: Mapping[str, str | bool] | None = None,
+) -> str:
   """The text of a compiled program.
 
   For v5p, libtpu 0.0.51 moves large gathers to the SparseCore, by asynchronous operations with
@@ -113,6 +117,7 @@ def program_text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> 
   Args:
     lowered: from jax.jit(f).lower(…).
     compiled: of compile_without_cache.
+    compiler_options: with which it was compiled.
   """
   try:
     return str(compiled.as_text())
@@ -121,7 +126,8 @@ def program_text(lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> 
       raise
   logging.info("JAX cannot read the compiled program back; it is compiled again into a file")
   with tempfile.TemporaryDirectory() as folder:
-    compile_without_cache(lowered, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    into_file: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    compile_without_cache(lowered, {**(compiler_options or {}), **into_file})
     # Programs within it have files of their own, with higher numbers.
     file = min(pathlib.Path(folder).glob("*.after_optimizations.txt"))
     return file.read_text()

@@ -126,11 +126,22 @@ def keep_freed_memory() -> None:
 
 
 def set_libtpu_flags(kind: str) -> None:
-  """Sets libtpu's flags for a kind of chip such as "v5e"; call it before libtpu is loaded.
+  """Sets libtpu's flags for this machine's kind of chip, such as "v5e", before libtpu is loaded."""
+  _add_flags("LIBTPU_INIT_ARGS", _libtpu_flags(kind))
 
-  On a TPU they apply to the run, on another machine to ahead-of-time compilation.
+
+def libtpu_options(kind: str) -> dict[str, str]:
+  """The same flags as options of one compilation, for a kind of chip that may be elsewhere.
+
+  libtpu reads LIBTPU_INIT_ARGS once, and refuses flags of another kind of chip. What the variable
+  sets is left out, because options would replace it.
   """
-  _add_flags("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS + LIBTPU_INIT_ARGS_OF_KIND.get(kind, ()))
+  flags = _not_set("LIBTPU_INIT_ARGS", _libtpu_flags(kind))
+  return dict(flag.removeprefix("--").split("=") for flag in flags)
+
+
+def _libtpu_flags(kind: str) -> tuple[str, ...]:
+  return LIBTPU_INIT_ARGS + LIBTPU_INIT_ARGS_OF_KIND.get(kind, ())
 
 
 def connect(
@@ -229,14 +240,19 @@ def _number(name: str, value: int | None) -> int | None:
 
 def _add_flags(variable: str, flags: tuple[str, ...]) -> None:
   """Appends to an environment variable the flags that it does not set yet."""
+  new = _not_set(variable, flags)
+  os.environ[variable] = " ".join([os.environ.get(variable, "").strip(), *new]).strip()
+
+
+def _not_set(variable: str, flags: tuple[str, ...]) -> list[str]:
+  """Those of the flags that an environment variable does not set yet."""
   held = os.environ.get(variable, "").strip()
   if held and not held.startswith(("-", "'", '"')):
     # XLA takes a text that is not a flag for the name of a file of flags, and reads nothing else.
     logging.warning("%s=%s names a file, so these flags are not set: %s", variable, held, flags)
-    return
+    return []
   given = {_flag_name(word) for word in held.split()}
-  new = [flag for flag in flags if not {_flag_name(flag), f"no{_flag_name(flag)}"} & given]
-  os.environ[variable] = " ".join([held, *new]).strip()
+  return [flag for flag in flags if not {_flag_name(flag), f"no{_flag_name(flag)}"} & given]
 
 
 def _flag_name(word: str) -> str:

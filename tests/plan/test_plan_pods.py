@@ -160,6 +160,16 @@ with jax.set_mesh(mesh):
 """
 
 
+@compiled_for_tpus
+def test_kinds_of_chips_are_planned_in_one_process(tmp_path, monkeypatch):
+  """libtpu refuses v5e's flags for other kinds, and reads those of its variable once."""
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+  config = load("tiny").to_dict()
+  for topology in ("v5e:2x2", "v5p:2x2x1"):
+    assert main.plan(config, topology, cache=tmp_path)["fits"]
+  assert os.environ["LIBTPU_INIT_ARGS"] == ""
+
+
 @needs_libtpu
 @pytest.mark.parametrize(
   "topology",
@@ -182,7 +192,7 @@ import jax, jax.numpy as jnp
 from bigalign import sharding
 from bigalign.plan import hlo_collectives, topologies
 from bigalign.run import runtime
-runtime.set_libtpu_flags("v5e")
+options = runtime.libtpu_options("v5e")
 mesh = sharding.make_mesh(devices=topologies.devices("v5e:2x2"))
 def shape(axes, dtype, place):
   return jax.ShapeDtypeStruct(axes, dtype, sharding=place(mesh))
@@ -205,7 +215,7 @@ for loss, kernels in (
   with jax.set_mesh(mesh):
     places = jax.tree.map(lambda x: x.sharding, kernels)
     lowered = jax.jit(step, donate_argnums=0, out_shardings=places).lower(kernels, x)
-    compiled = topologies.compile_without_cache(lowered)
+    compiled = topologies.compile_without_cache(lowered, options)
   moved = hlo_collectives.collectives(compiled.as_text())["all-reduce"]
   print("hidden", moved.hidden / moved.bytes)
 """

@@ -110,6 +110,17 @@ def test_flags_are_compared_by_their_whole_names(tpu, monkeypatch, held, added):
   assert words[: len(held.split())] == held.split()
 
 
+def test_options_of_a_compilation_are_the_flags_that_the_user_has_not_set(monkeypatch):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", f"{VMEM}=5 --noxla_enable_async_all_gather")
+  of_v6e, of_v5e = runtime.libtpu_options("v6e"), runtime.libtpu_options("v5e")
+  assert VMEM.removeprefix("--") not in of_v6e and "xla_enable_async_all_gather" not in of_v6e
+  assert of_v6e["xla_tpu_overlap_compute_collective_tc"] == "true"
+  assert of_v5e["xla_jf_crs_combiner_threshold_in_bytes"] == "4194304"
+  assert of_v6e.items() < of_v5e.items()
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "/flags.txt")
+  assert runtime.libtpu_options("v5e") == {}
+
+
 def test_a_file_of_flags_is_kept(tpu, monkeypatch, caplog):
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "/flags.txt")
   runtime.setup(cache=None)
