@@ -54,8 +54,8 @@ class Program:
       widths of the teachers whose vectors a batch holds, and of the towers, 0 if they have none,
       "vocabulary" and "patch".
     params: {path: shape} of all parameters.
-    draw: a key -> all parameters at random: `init_params`, which is traced once for their shapes
-      and for the first state.
+    draw: key -> all parameters, as `init_params` draws them; jitted, so that the model is traced
+      once for `params` and for the first state.
     frozen: regular expression of the parameters that are not trained.
     fixed: the paths that no stage of the run trains.
     ema: decay of the running average of the parameters; 0: none.

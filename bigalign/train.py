@@ -46,7 +46,12 @@ from bigalign.inputs import (
   with_stage_weights,
 )
 from bigalign.losses import check_ids, has_tables
-from bigalign.losses.advice import BoundWatch, bias_of_large_batches, defaults_of_large_data
+from bigalign.losses.advice import (
+  BoundWatch,
+  bias_of_large_batches,
+  defaults_of_large_data,
+  unread_averages,
+)
 from bigalign.options import plain
 from bigalign.program import (
   Program,
@@ -209,7 +214,10 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   if options.ema:
     how = f"min({options.ema}, (1 + n) / (10 + n)) after n updates" if options.ema_warmup else ""
     logging.info("Running averages: decay %s", how or f"{options.ema} from the first update on")
-  for text in defaults_of_large_data(options.loss, dataset_size):
+  for text in (
+    *defaults_of_large_data(options.loss, dataset_size),
+    *unread_averages([one.loss for one in programs], shapes[-1].twin),
+  ):
     logging.warning("%s", text)
   largest = max(size for stage in stages for size in stage.batch_sizes)
   for text in bias_of_large_batches(options.loss, largest):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,23 @@ def bias_of_large_batches(terms: Mapping[str, Component], batch_size: int) -> li
         " faster: docs/losses.md"
       )
   return said
+
+
+def unread_averages(losses: Sequence[Loss], averages: Mapping[str, Any]) -> list[str]:
+  """What to log of averaged parameters that no loss of a run reads.
+
+  Args:
+    losses: of the stages of the run.
+    averages: {path: array or shape} of config.twin.
+  """
+  heads = [term.head for loss in losses for _, term in loss.terms.values()]
+  if not averages or any(head is not None and head.averages for head in heads):
+    return []
+  held = sum(math.prod(x.shape) for x in averages.values())
+  return [
+    f"config.twin averages {held:,} parameters that no loss reads, and no evaluation either; leave"
+    " it out, or set config.ema for averages that are evaluated"
+  ]
 
 
 class BoundWatch:

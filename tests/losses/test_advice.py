@@ -40,6 +40,15 @@ def test_the_bias_of_large_batches_is_named_at_a_small_batch(name):
   assert not advice.bias_of_large_batches(terms(clip={}), 128)
 
 
+def test_averages_that_no_loss_reads_are_named():
+  averages = {"a": np.zeros((3, 4)), "b": np.zeros(5)}
+  plain, reads = make_loss(dict(clip={})), make_loss(dict(clip={}, silc={}))
+  (text,) = advice.unread_averages([plain, plain], averages)
+  assert text.startswith("config.twin averages 17 parameters that no loss reads")
+  assert not advice.unread_averages([plain, reads], averages)
+  assert not advice.unread_averages([plain], {})
+
+
 def test_all_losses_that_begin_with_this_bias_are_known():
   """Another loss with a default of -10 must be in docs/losses.md too."""
   known = {name: definition(loss) for name, loss in LOSSES.items()}
