@@ -182,6 +182,7 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
       " config.data.naflex some are padding; leave one of the two out"
     )
   program = _with_draw(program)
+  program = dataclasses.replace(program, params=_shapes(program))
   programs = [_of_stage(program, config, stage) for stage in run_stages]
   chosen = config.selection
   if chosen.share and chosen.scale is None and not all(_learns_a_scale(one) for one in programs):
@@ -207,10 +208,14 @@ def make_programs(config: Config, *, dataset_size: int = 0) -> list[Program]:
 
 
 def _with_draw(program: Program) -> Program:
-  """The program with `draw`, and with the shapes of the parameters that it returns."""
-  draw = jax.jit(functools.partial(init_params, program))
-  shapes = jax.eval_shape(draw, jax.random.key(program.seed))
-  return dataclasses.replace(program, draw=draw, params=shapes)
+  """The program with the `draw` of its model, its loss and its batches."""
+  return dataclasses.replace(program, draw=jax.jit(functools.partial(init_params, program)))
+
+
+def _shapes(program: Program) -> Arrays:
+  """The shapes of the parameters that `draw` returns."""
+  shapes: Arrays = jax.eval_shape(program.draw, jax.random.key(program.seed))
+  return shapes
 
 
 def _learns_a_scale(program: Program) -> bool:
@@ -238,11 +243,11 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     params = program.params
     if loss is not program.loss:
       whole = dataclasses.replace(program, model=model, loss=loss, spec=spec)
-      own_params = _with_draw(whole).params
+      own_params = _shapes(_with_draw(whole))
       towers = ("model/", "teacher/")
       of_model = {path: x for path, x in params.items() if path.startswith(towers)}
       params = of_model | {k: x for k, x in own_params.items() if not k.startswith(towers)}
-  return dataclasses.replace(
+  program = dataclasses.replace(
     program,
     model=model,
     loss=loss,
@@ -254,6 +259,7 @@ def _of_stage(program: Program, config: Config, stage: stages.Stage) -> Program:
     frozen=_frozen(own),
     microbatches=own.microbatches,
   )
+  return _with_draw(program)
 
 
 def _with_optimizers(
@@ -543,7 +549,7 @@ def at_start(programs: Sequence[Program]) -> Program:
   if len(programs) == 1:
     return first  # with the parameters that are traced already
   first = dataclasses.replace(first, model=last.model, spec=last.spec, images=last.images)
-  return dataclasses.replace(first, draw=jax.jit(functools.partial(init_params, first)))
+  return _with_draw(first)
 
 
 def init_on_mesh(program: Program, shardings: State, loaded: Arrays | None = None) -> State:
