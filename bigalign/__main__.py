@@ -82,8 +82,8 @@ def _run(name: str) -> None:
 
   if name in PARSERS:  # --help and a wrong command line end here, before JAX is imported
     PARSERS[name]().parse_args()
-  # After a product, and after its import, each thread of numpy's OpenBLAS waits for work without
-  # sleep, 0.1 s by default: 2^20 cycles are less than 1 ms. Workers inherit the variable.
+  # The threads of numpy's OpenBLAS, one per core, wait for work without sleeping, after the import
+  # and after each product: 0.1 s by default; 2^20 cycles are less than 1 ms. Workers inherit it.
   os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
   gc.disable()
   program = importlib.import_module(f"bigalign.{PROGRAMS[name][0]}")

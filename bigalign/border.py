@@ -16,7 +16,7 @@ import jax
 from absl import logging
 
 from bigalign import tree
-from bigalign.program import Program, first_state, init_params
+from bigalign.program import Program, first_state
 from bigalign.state import Arrays, State, by_path
 
 
@@ -55,7 +55,7 @@ def crossed(state: State, program: Program, shapes: State, shardings: State) -> 
 def _begin(program: Program, new: list[str], kept: Mapping[str, Arrays], step: Any) -> State:
   drawn = {}
   if new:  # the compiler leaves out what is not new
-    drawn = init_params(program, jax.random.key(program.seed))
+    drawn = program.draw(jax.random.key(program.seed))
   params = {path: kept["params"].get(path, drawn.get(path)) for path in program.params}
   fresh = first_state(program, params)
   return State(

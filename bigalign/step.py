@@ -104,12 +104,11 @@ def train_step(
   twin = {path: decay * old + (1 - decay) * trainable[path] for path, old in state.twin.items()}
 
   # --- skip it if anything is not finite
-  finite = {
-    "loss": jnp.isfinite(value) & jnp.isfinite(metrics["loss"]),
-    "grad_norm": jnp.isfinite(grad_norm),
-  }
-  # One reduction, which XLA for CPUs does not copy into the update of each parameter.
-  all_finite = jnp.isfinite(jnp.stack([value, metrics["loss"], grad_norm])).all()
+  are_finite = jnp.isfinite(jnp.stack([value, metrics["loss"], grad_norm]))
+  finite = {"loss": are_finite[0] & are_finite[1], "grad_norm": are_finite[2]}
+  # A reduction, because XLA for CPUs copies cheap operations on scalars into the update of each
+  # parameter.
+  all_finite = are_finite.all()
   states = [metrics.pop(name) for name in [*metrics] if name.endswith("finite_state")]
   if states:
     finite["state"] = jnp.stack(states).all()

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from bigalign import durations, sharding
+from bigalign import durations, reading, sharding
 from bigalign.border import crossed, differ
 from bigalign.checkpoint import Checkpoints, revision
 from bigalign.config import (
@@ -214,9 +214,10 @@ def setup(config: Any, folder: Workdir, *, allow_config_change: bool = False) ->
   if options.ema:
     how = f"min({options.ema}, (1 + n) / (10 + n)) after n updates" if options.ema_warmup else ""
     logging.info("Running averages: decay %s", how or f"{options.ema} from the first update on")
+  every_head = [head for one in programs for head in reading.heads(one.loss).values()]
   for text in (
     *defaults_of_large_data(options.loss, dataset_size),
-    *unread_averages([one.loss for one in programs], shapes[-1].twin),
+    *unread_averages(every_head, shapes[-1].twin),
   ):
     logging.warning("%s", text)
   largest = max(size for stage in stages for size in stage.batch_sizes)

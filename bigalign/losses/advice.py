@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from bigalign import tree
 from bigalign.losses.base import Loss
+from bigalign.losses.heads.base import Head
 from bigalign.losses.per_sample.global_contrastive import IDS
 from bigalign.options import Component, definition
 
@@ -77,15 +78,14 @@ def bias_of_large_batches(terms: Mapping[str, Component], batch_size: int) -> li
   return said
 
 
-def unread_averages(losses: Sequence[Loss], averages: Mapping[str, Any]) -> list[str]:
+def unread_averages(heads: Iterable[Head], averages: Mapping[str, Any]) -> list[str]:
   """What to log of averaged parameters that no loss of a run reads.
 
   Args:
-    losses: of the stages of the run.
+    heads: of the losses of all stages.
     averages: {path: array or shape} of config.twin.
   """
-  heads = [term.head for loss in losses for _, term in loss.terms.values()]
-  if not averages or any(head is not None and head.averages for head in heads):
+  if not averages or any(head.averages for head in heads):
     return []
   held = sum(math.prod(x.shape) for x in averages.values())
   return [

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigalign import reading
 from bigalign.losses import LOSSES, advice, apply_once, clip, logit_head, make_loss
 from bigalign.options import Component, definition, resolve
 
@@ -42,11 +43,14 @@ def test_the_bias_of_large_batches_is_named_at_a_small_batch(name):
 
 def test_averages_that_no_loss_reads_are_named():
   averages = {"a": np.zeros((3, 4)), "b": np.zeros(5)}
-  plain, reads = make_loss(dict(clip={})), make_loss(dict(clip={}, silc={}))
-  (text,) = advice.unread_averages([plain, plain], averages)
+  plain, reads = (
+    reading.heads(make_loss(terms)).values()
+    for terms in (dict(clip={}, caption={}), dict(clip={}, silc={}))
+  )
+  (text,) = advice.unread_averages(plain, averages)
   assert text.startswith("config.twin averages 17 parameters that no loss reads")
-  assert not advice.unread_averages([plain, reads], averages)
-  assert not advice.unread_averages([plain], {})
+  assert not advice.unread_averages([*plain, *reads], averages)
+  assert not advice.unread_averages(plain, {})
 
 
 def test_all_losses_that_begin_with_this_bias_are_known():

@@ -167,8 +167,7 @@ def step(name, options, dtype, way, mesh, microbatches, dropout=0.0):
     return jax.jit(run)(params, state, batch)
   with jax.set_mesh(mesh):
     batch = {k: jax.device_put(x, sharding.batch_sharding(mesh)) for k, x in batch.items()}
-    # What is compiled next takes threads for which the devices would wait, at most 40 s.
-    return jax.block_until_ready(jax.jit(run)(params, state, batch))
+    return sharding.block_on_cpu(jax.jit(run)(params, state, batch))
 
 
 def grid():
